@@ -1,0 +1,263 @@
+"""The command line: signatures and help. A command's body imports its command and calls it."""
+
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mlip_cli import __version__
+from mlip_cli.errors import RunError, Stopped, UsageError
+
+app = typer.Typer(
+    name="mlip",
+    help="Pretrain, merge, evaluate and profile CLIP-style models with the method MLIP.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+
+
+def _split(text: str) -> list[str]:
+    """`a,b` -> [a, b]; an empty part is an error."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(parts):
+        raise typer.BadParameter(f"{text!r} has an empty part; lists look like a,b")
+    return parts
+
+
+def _split_rates(text: str) -> list[float]:
+    """`0,0.3` -> [0.0, 0.3]; each in [0, 1)."""
+    rates = []
+    for part in _split(text):
+        try:
+            rate = float(part)
+        except ValueError:
+            raise typer.BadParameter(f"{part!r} is not a number; rates look like 0,0.3,0.5") from None
+        if not 0 <= rate < 1:
+            raise typer.BadParameter(f"{part} is not in [0, 1): a rate is the fraction of patch tokens that merge away")
+        rates.append(rate)
+    return rates
+
+
+def _flat(lists: list[list]) -> list:
+    return [value for values in lists for value in values]
+
+
+def _checked_run(value: str) -> str:
+    """A RUN that is a number is the tail of a list that was written with spaces."""
+    if value.replace(".", "", 1).isdigit() and not Path(value).exists():
+        raise typer.BadParameter(f"RUN is {value!r}, a number: lists take commas, as in --rates 0.3,{value}")
+    return value
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        print(f"mlip {__version__}")
+        raise typer.Exit()
+
+
+Run = Annotated[
+    str | None,
+    typer.Argument(metavar="[RUN]", parser=_checked_run, help="Run folder or checkpoint; default: the newest in runs/."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
+Device = Annotated[str, typer.Option(help="auto, cuda, mps or cpu.")]
+DataRoot = Annotated[
+    Path | None, typer.Option(help="Where data sets lie; default: $MLIP_DATA, else data/.", show_default=False)
+]
+Datasets = Annotated[
+    list[list] | None,
+    typer.Option("--dataset", parser=_split, metavar="NAME[,NAME]", help="Data sets; repeat or separate by commas."),
+]
+BatchSize = Annotated[int, typer.Option(min=1, help="Pictures per forward pass.")]
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command(epilog="Example: mlip prepare-data openmoji data/openmoji")
+def prepare_data(
+    source: Annotated[str, typer.Argument(help="A folder, a tar, a pattern of tars, or openmoji.")],
+    out: Annotated[Path, typer.Argument(help="Folder that receives train/ and validation/ or test/.")],
+    format: Annotated[
+        str, typer.Option(help="auto, openmoji, metadata, sidecar, classes or webdataset; auto: from what is there.")
+    ] = "auto",
+    size: Annotated[
+        int | None,
+        typer.Option(min=8, help="Short side of stored pictures in pixels; default 256, openmoji 64.", show_default=False),
+    ] = None,
+    holdout: Annotated[
+        float, typer.Option(min=0.0, max=0.5, help="Share held out as validation/ when the source has no splits.")
+    ] = 0.02,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use the first N records of the source.")] = None,
+    image_column: Annotated[str | None, typer.Option(help="Column of the picture's path; default: guessed.")] = None,
+    caption_column: Annotated[str | None, typer.Option(help="Column of the caption; default: guessed.")] = None,
+    skin_tones: Annotated[bool, typer.Option("--skin-tones", help="openmoji: also the skin-tone variants.")] = False,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes; default: one a core.")] = None,
+    json: Json = False,
+) -> None:
+    """Turn pictures and captions into shards that training reads."""
+    from mlip_cli.commands import prepare_data as command
+
+    command.prepare_data(
+        source,
+        out,
+        format=format,
+        size=size,
+        holdout=holdout,
+        limit=limit,
+        image_column=image_column,
+        caption_column=caption_column,
+        skin_tones=skin_tones,
+        workers=workers,
+        as_json=json,
+    )
+
+
+@app.command(epilog="Example: mlip pretrain recipes/openmoji.yaml train.steps=100")
+def pretrain(
+    recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped recipe.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the recipe, as in optim.lr=1e-3.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder; default: runs/RECIPE-TIME.", show_default=False)] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, or the newest unfinished.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would run, and check it, without training.")] = False,
+    json: Json = False,
+) -> None:
+    """Train a model by a recipe."""
+    from mlip_cli.commands import pretrain as command
+
+    command.pretrain(recipe, overrides or [], out=out, resume=resume, dry_run=dry_run, as_json=json)
+
+
+@app.command(epilog="Example: mlip merge-sweep --rates 0.3,0.5")
+def merge_sweep(
+    run: Run = None,
+    rates: Annotated[
+        list[list], typer.Option(parser=_split_rates, metavar="R[,R]", help="Fractions of patch tokens to merge away.")
+    ] = [[0.3], [0.5]],  # noqa: B006 - typer copies it
+    methods: Annotated[
+        list[list] | None,
+        typer.Option(parser=_split, metavar="M[,M]", help="guided, tome; default: the recipe's.", show_default=False),
+    ] = None,
+    dataset: Datasets = None,
+    data_root: DataRoot = None,
+    batch_size: BatchSize = 64,
+    rounds: Annotated[int, typer.Option(min=3, help="Timed rounds, each through all rates in turn.")] = 9,
+    device: Device = "auto",
+    json: Json = False,
+) -> None:
+    """Measure speed and accuracy of one model at several merge rates, without training."""
+    from mlip_cli.commands import merge_sweep as command
+
+    command.merge_sweep(
+        run,
+        rates=_flat(rates),
+        methods=_flat(methods or []),
+        datasets=_flat(dataset or []),
+        data_root=data_root,
+        batch_size=batch_size,
+        rounds=rounds,
+        device=device,
+        as_json=json,
+    )
+
+
+@app.command(epilog="Example: mlip eval-zeroshot --dataset imagenet")
+def eval_zeroshot(
+    runs: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[RUN]...", parser=_checked_run, help="Run folders or checkpoints; default: the newest."),
+    ] = None,
+    dataset: Datasets = None,
+    merge_rate: Annotated[
+        list[list] | None,
+        typer.Option(
+            parser=_split_rates, metavar="R[,R]", help="Merge rates; default: the recipe's own.", show_default=False
+        ),
+    ] = None,
+    data_root: DataRoot = None,
+    batch_size: BatchSize = 64,
+    device: Device = "auto",
+    json: Json = False,
+) -> None:
+    """Classify pictures of named data sets by text alone."""
+    from mlip_cli.commands import eval_zeroshot as command
+
+    command.eval_zeroshot(
+        runs or [],
+        datasets=_flat(dataset or []),
+        merge_rates=_flat(merge_rate or []),
+        data_root=data_root,
+        batch_size=batch_size,
+        device=device,
+        as_json=json,
+    )
+
+
+@app.command(epilog="Example: mlip profile recipes/cc12m.yaml")
+def profile(
+    target: Annotated[
+        str | None,
+        typer.Argument(metavar="[RUN|RECIPE]", parser=_checked_run, help="What to measure; default: the newest run."),
+    ] = None,
+    batch_size: BatchSize = 32,
+    rounds: Annotated[int, typer.Option(min=3, help="Timed rounds.")] = 5,
+    device: Device = "auto",
+    json: Json = False,
+) -> None:
+    """Count parameters and GFLOPs, measure throughput and memory."""
+    from mlip_cli.commands import profile as command
+
+    command.profile(target, batch_size=batch_size, rounds=rounds, device=device, as_json=json)
+
+
+@app.command(epilog="Example: mlip doctor --json")
+def doctor(json: Json = False) -> None:
+    """Check this machine and this installation."""
+    from mlip_cli.commands import doctor as command
+
+    command.doctor(as_json=json)
+
+
+def main() -> None:
+    """Run the command line and turn what went wrong into one line and an exit code."""
+    from mlip_cli.output import start_logging
+
+    start_logging()
+    sys.exit(_exit_code())
+
+
+def _exit_code() -> int:
+    try:
+        code = app(prog_name="mlip", standalone_mode=False)
+    except typer.TyperException as error:
+        return _fail(error.format_message(), 2)
+    except UsageError as error:
+        return _fail(str(error), 2)
+    except Stopped as stop:
+        return _fail(str(stop), stop.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        return _fail("interrupted", 130)
+    except (RunError, OSError) as error:
+        return _fail(str(error), 1)
+    return code if isinstance(code, int) else 0
+
+
+def _fail(message: str, code: int) -> int:
+    if os.environ.get("MLIP_DEBUG") == "1":
+        traceback.print_exc()
+    for line in message.splitlines() or [""]:
+        print(f"error: {line}", file=sys.stderr)
+    return code

@@ -1,0 +1,268 @@
+"""The recipe as a tree of frozen models. Every field documents itself; `recipe.py` fills the tree from YAML."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+GLOBAL_LOSSES = ("infonce", "sigmoid")
+TOKEN_LOSSES = ("sparc",)
+LOSS_NAMES = ("spatial_global", "spatial_token", "frequency_global", "frequency_token")
+
+Positive = Annotated[int, Field(gt=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+
+
+class Section(BaseModel):
+    """A part of the recipe: no unknown keys, no coercion, no change after loading."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+class Source(Section):
+    """A folder of shards that takes part in training."""
+
+    path: str
+    """Folder with dataset.json, as written by `mlip prepare-data`; relative to the current folder."""
+    weight: PositiveFloat | None = None
+    """Share of this folder in every batch, relative to the other weights; null: in proportion to its size."""
+
+
+def _as_sources(value: Any) -> Any:
+    values = value if isinstance(value, list | tuple) else [value]
+    return tuple({"path": v} if isinstance(v, str) else v for v in values) if value is not None else None
+
+
+_SOURCE_SCHEMA = str | list[str | Source]
+Sources = Annotated[
+    tuple[Source, ...], Field(min_length=1), BeforeValidator(_as_sources, json_schema_input_type=_SOURCE_SCHEMA)
+]
+OptionalSources = Annotated[
+    tuple[Source, ...] | None, BeforeValidator(_as_sources, json_schema_input_type=_SOURCE_SCHEMA | None)
+]
+
+
+class Augment(Section):
+    """Random changes of training pictures, drawn from (seed, epoch, sample id)."""
+
+    crop_scale: tuple[float, float] | None = (0.5, 1.0)
+    """Smallest and largest share of the picture's area in a random crop; null: the centre crop of evaluation."""
+    flip: bool = False
+    """Mirror half of the pictures (not for data whose captions say left or right)."""
+    color_jitter: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Largest relative change of brightness, contrast and saturation; null: none."""
+
+
+class Data(Section):
+    """What is read, and how pictures and captions become a batch."""
+
+    train: Sources
+    """Shards to train on: a folder, a list of folders, or a list of {path, weight}."""
+    validation: OptionalSources = None
+    """Shards for image-text retrieval during training, given like `train`; null: none."""
+    image_size: Positive = 224
+    """Height and width of the model's input in pixels."""
+    captions: Literal["first", "sample"] = "sample"
+    """first: always the first caption. sample: drawn by weight, from (seed, epoch, id)."""
+    augment: Augment = Augment()
+    """Random changes of training pictures."""
+    num_workers: Annotated[int, Field(ge=0)] | None = None
+    """Loader processes per rank; null: from cores and ranks, printed."""
+    max_bad_share: Annotated[float, Field(ge=0, le=1)] = 0.01
+    """Training stops when more than this share of the last 10,000 samples could not be read."""
+
+
+class Vision(Section):
+    """The image tower: a timm ViT, by name or by its sizes."""
+
+    timm: str | None = None
+    """Name of a timm VisionTransformer (randomly initialised); null: the four sizes below."""
+    patch_size: Positive | None = None
+    """Side of a square patch in pixels."""
+    width: Positive | None = None
+    """Width of the tokens."""
+    depth: Positive | None = None
+    """Number of transformer blocks."""
+    num_heads: Positive | None = None
+    """Attention heads per block; divides width."""
+
+
+class Text(Section):
+    """The text tower: a causal transformer of timm blocks over CLIP's BPE tokens."""
+
+    width: Positive = 512
+    """Width of the tokens."""
+    depth: Positive = 12
+    """Number of transformer blocks."""
+    num_heads: Positive = 8
+    """Attention heads per block; divides width."""
+    context_length: Annotated[int, Field(ge=4, le=1024)] = 77
+    """Most tokens of a caption, BOS and EOS included; longer captions are cut."""
+
+
+class Frequency(Section):
+    """The frequency branch: spectral blocks (global filters) beside the spatial tower."""
+
+    placement: Literal["branch"] = "branch"
+    """branch: beside the tower, for supervision; the plain ViT that remains without it loads in every other tool."""
+    input: Literal["tokens", "dct"] = "tokens"
+    """tokens: the tower's patch tokens with positions. dct: an orthonormal block DCT of each patch's pixels."""
+    width: Positive
+    """Width of the branch; with input `tokens` another width than the tower's costs a linear layer."""
+    depth: Positive = 2
+    """Number of spectral blocks."""
+
+
+class Merging(Section):
+    """Token merging in the image tower."""
+
+    rate: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    """Fraction of the patch tokens that is gone at the end of the tower."""
+    method: Literal["guided", "tome"] = "guided"
+    """guided: merges spare tokens that matter in both domains. tome: bipartite soft matching by similarity alone."""
+    at: tuple[Positive, ...] | None = None
+    """Blocks before which tokens merge, counted from 1; null: two places in the first half of the tower."""
+
+
+class Model(Section):
+    """The architecture."""
+
+    embed_dim: Positive = 512
+    """Width of the joint space of images and texts."""
+    token_dim: Positive = 128
+    """Width of the joint space of patches and words, used by the token losses."""
+    vision: Vision
+    """The image tower."""
+    text: Text = Text()
+    """The text tower."""
+    frequency: Frequency | None = None
+    """The frequency branch; null: none."""
+    merging: Merging | None = None
+    """Token merging; null: none."""
+    init: str | None = None
+    """Start from the weights of a run folder or a checkpoint (weights only, a new run); null: random."""
+
+
+class GlobalLoss(Section):
+    """One vector a picture against one vector a caption."""
+
+    kind: Literal["infonce", "sigmoid"] = "infonce"
+    """infonce: symmetric cross-entropy over the global batch (CLIP). sigmoid: every pair on its own (SigLIP)."""
+    weight: PositiveFloat = 1.0
+    """Factor in the total."""
+
+
+class TokenLoss(Section):
+    """Patches against words."""
+
+    kind: Literal["sparc"] = "sparc"
+    """sparc: each word against the patches it attends to, inside each pair (Bica et al. 2024)."""
+    weight: PositiveFloat = 1.0
+    """Factor in the total."""
+
+
+class Losses(Section):
+    """The weighted sum that is minimised: two domains x two levels, each term null or {kind, weight}."""
+
+    spatial_global: GlobalLoss | None = GlobalLoss()
+    """Image feature of the spatial tower against the text feature."""
+    spatial_token: TokenLoss | None = None
+    """Spatial patch tokens against words."""
+    frequency_global: GlobalLoss | None = None
+    """Feature of the frequency branch against the text feature."""
+    frequency_token: TokenLoss | None = None
+    """Tokens of the frequency branch against words."""
+
+
+class Optim(Section):
+    """AdamW with linear warm-up and cosine decay to zero."""
+
+    lr: PositiveFloat = 5e-4
+    """Peak learning rate."""
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.98)
+    """Decay rates of the first and second moment."""
+    eps: PositiveFloat = 1e-8
+    """Term that keeps the division finite."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.2
+    """Decoupled weight decay; not on vectors, positions, class token, filters and scales."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 2000
+    """Steps of linear warm-up."""
+    clip_grad_norm: PositiveFloat | None = None
+    """Largest norm of the whole gradient; null: no clipping (the norm is logged either way)."""
+
+
+class CheckpointEvery(Section):
+    """When to save, besides the last step; whichever comes first."""
+
+    steps: Positive | None = None
+    """Every so many steps; null: not by steps."""
+    minutes: PositiveFloat | None = 15.0
+    """Every so many minutes; null: not by time."""
+
+
+class Keep(Section):
+    """Which checkpoints stay on disk."""
+
+    last: Positive = 3
+    """The newest ones."""
+    every_steps: Positive | None = None
+    """Also those whose step is a multiple of this; null: none."""
+
+
+class Train(Section):
+    """How long, how large, on what."""
+
+    steps: Positive | None = None
+    """Length in steps; exactly one of steps and epochs."""
+    epochs: Positive | None = None
+    """Length in passes over the data."""
+    global_batch_size: Positive
+    """Samples per step over all ranks."""
+    micro_batch_size: Positive | None = None
+    """Samples per forward pass on a rank, with the gradient of the whole batch; null: the rank's share at once."""
+    precision: Literal["bf16", "fp32", "fp16"] = "bf16"
+    """Autocast type of the towers; losses are always at least fp32. fp16 needs CUDA."""
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
+    """auto: cuda, mps (untested), cpu, in this order."""
+    checkpoint_every: CheckpointEvery = CheckpointEvery()
+    """When to save."""
+    keep: Keep = Keep()
+    """Which checkpoints stay."""
+
+
+class Evaluate(Section):
+    """Measures during training."""
+
+    every_steps: Positive | None = None
+    """Steps between evaluations (the last step is always one); null: only at the end."""
+    zeroshot: tuple[str, ...] = ()
+    """Data sets of `mlip eval-zeroshot` to measure each time."""
+
+
+class Log(Section):
+    """What is written while training."""
+
+    every_steps: Positive = 10
+    """Steps between lines of metrics.jsonl."""
+
+
+class Recipe(Section):
+    """A whole run: data, model, losses, optimiser, length."""
+
+    extends: str | None = None
+    """Another recipe that this one changes, relative to this file."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Seed of weights, order, augmentation and caption choice."""
+    data: Data
+    """What is read."""
+    model: Model
+    """The architecture."""
+    losses: Losses = Losses()
+    """What is minimised."""
+    optim: Optim = Optim()
+    """How it is minimised."""
+    train: Train
+    """How long and on what."""
+    evaluate: Evaluate = Evaluate()
+    """Measures during training."""
+    log: Log = Log()
+    """What is written."""

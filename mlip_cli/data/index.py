@@ -1,0 +1,77 @@
+"""SHARD.idx, the sidecar that makes a sample one `pread`.
+
+Little endian: a header of 56 bytes, then one record of 40 bytes a sample, in the order of the tar.
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+from mlip_cli.errors import RunError
+from mlip_cli.files import write_bytes
+
+MAGIC = b"MLIPIDX1"
+FORMATS = ("jpg", "png", "webp")
+
+HEADER = np.dtype([("magic", "S8"), ("n", "<u4"), ("reserved", "<u4"), ("tar_bytes", "<u8"), ("sha256", "V32")])
+RECORD = np.dtype(
+    [
+        ("offset", "<u8"),  # of the sample's first tar header
+        ("image_offset", "<u4"),  # of the bytes, from there; likewise below
+        ("image_size", "<u4"),
+        ("txt_offset", "<u4"),
+        ("txt_size", "<u4"),
+        ("json_offset", "<u4"),
+        ("json_size", "<u4"),
+        ("width", "<u2"),
+        ("height", "<u2"),
+        ("format", "u1"),  # place in FORMATS
+        ("num_captions", "u1"),
+        ("num_tokens", "<u2"),  # CLIP tokens of the longest caption, BOS and EOS included, before any cut
+    ]
+)
+assert HEADER.itemsize == 56
+assert RECORD.itemsize == 40
+
+
+def index_path(shard: Path) -> Path:
+    """train-000000.tar -> train-000000.idx"""
+    return shard.with_suffix(".idx")
+
+
+def write_index(shard: Path, records: np.ndarray, *, tar_bytes: int, sha256: str) -> None:
+    """Write the index beside `shard`; `sha256` (hex) and `tar_bytes` are those of the tar."""
+    assert records.dtype == RECORD
+    header = np.zeros(1, HEADER)
+    header["magic"], header["n"], header["tar_bytes"] = MAGIC, len(records), tar_bytes
+    header["sha256"] = np.void(bytes.fromhex(sha256))
+    write_bytes(index_path(shard), header.tobytes() + records.tobytes())
+
+
+def read_index(shard: Path) -> np.ndarray:
+    """Records of `shard` as a memory map (n,) of RECORD.
+
+    Raises:
+        RunError: no index, a damaged one, or a tar of another size than the index was made for.
+    """
+    path = index_path(shard)
+    cure = "prepare the data again (mlip prepare-data)"
+    if not path.is_file():
+        raise RunError(f"{path}: no index for {shard.name}; {cure}")
+    size = path.stat().st_size
+    header = np.fromfile(path, HEADER, count=1)
+    if len(header) == 0 or header["magic"][0] != MAGIC:
+        raise RunError(f"{path}: not an index of mlip; {cure}")
+    n = int(header["n"][0])
+    if size != HEADER.itemsize + n * RECORD.itemsize:
+        raise RunError(f"{path}: {size} bytes where {n} samples need {HEADER.itemsize + n * RECORD.itemsize}; {cure}")
+    if not shard.is_file():
+        raise RunError(f"{shard}: the shard is missing although its index is there; {cure}")
+    if shard.stat().st_size != int(header["tar_bytes"][0]):
+        raise RunError(
+            f"{shard}: {shard.stat().st_size} bytes where the index says {int(header['tar_bytes'][0])}; "
+            f"the shard was cut or changed: {cure}"
+        )
+    if n == 0:
+        return np.zeros(0, RECORD)
+    return np.memmap(path, RECORD, mode="r", offset=HEADER.itemsize, shape=(n,))

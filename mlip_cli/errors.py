@@ -1,0 +1,21 @@
+"""What can go wrong, by whose turn it is to act."""
+
+
+class UsageError(ValueError):
+    """Something the user can fix before the work starts: `place: what; what to do`. Exit code 2."""
+
+
+class RecipeError(UsageError):
+    """Mistakes in a recipe, one line each."""
+
+
+class RunError(RuntimeError):
+    """The work itself failed (bad data, full disk, diverged loss). Exit code 1."""
+
+
+class Stopped(Exception):  # noqa: N818 - not an error: somebody asked for it
+    """A signal asked for an end and the state is saved. `exit_code` is 128 + the signal's number."""
+
+    def __init__(self, message: str, *, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code

@@ -1,0 +1,85 @@
+"""The run folder, all that passes between commands: names, the stamp, and how to find the newest run. Paths only."""
+
+import json
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from mlip_cli.errors import UsageError
+from mlip_cli.files import write_text
+
+RUNS = Path("runs")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A folder written by `mlip pretrain`."""
+
+    folder: Path
+
+    @property
+    def recipe(self) -> Path:
+        return self.folder / "recipe.yaml"
+
+    @property
+    def stamp(self) -> Path:
+        return self.folder / "run.json"
+
+    @property
+    def log(self) -> Path:
+        return self.folder / "log.txt"
+
+    @property
+    def metrics(self) -> Path:
+        return self.folder / "metrics.jsonl"
+
+    @property
+    def evals(self) -> Path:
+        return self.folder / "evals"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    def latest_checkpoint(self) -> Path | None:
+        """The newest whole checkpoint, or None."""
+        found = sorted(p for p in self.checkpoints.glob("step_*") if (p / "state.pt").is_file())
+        return found[-1] if found else None
+
+    def read_stamp(self) -> dict[str, Any]:
+        """run.json, or {} before it is written."""
+        return json.loads(self.stamp.read_text()) if self.stamp.is_file() else {}
+
+    def is_finished(self) -> bool:
+        """True when training reached its last step."""
+        return self.read_stamp().get("end_reason") == "finished"
+
+
+def default_folder(recipe_name: str) -> Path:
+    """runs/<recipe>-<UTC time>, a name nobody has yet."""
+    return RUNS / f"{recipe_name}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+
+
+def remember_latest(run: Run) -> None:
+    """Write the one-line file runs/latest beside the run."""
+    write_text(run.folder.parent / "latest", run.folder.name + "\n")
+
+
+def all_runs(root: Path = RUNS) -> list[Run]:
+    """Runs under `root`, oldest checkpoint first; those without a checkpoint come before all others."""
+    runs = [Run(p.parent) for p in root.glob("*/recipe.yaml")]
+
+    def age(run: Run) -> tuple[int, str]:
+        checkpoint = run.latest_checkpoint()
+        return ((checkpoint / "state.pt").stat().st_mtime_ns if checkpoint else 0, run.folder.name)
+
+    return sorted(runs, key=age)
+
+
+def newest_run(root: Path = RUNS) -> Run:
+    """The newest run that has a checkpoint."""
+    runs = [run for run in all_runs(root) if run.latest_checkpoint()]
+    if not runs:
+        raise UsageError(f"no run in {root}/; start one with mlip pretrain RECIPE or name a RUN")
+    return runs[-1]
