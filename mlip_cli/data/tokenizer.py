@@ -1,0 +1,72 @@
+"""Captions to token ids: open_clip's byte-pair encoding, loaded from its one file.
+
+Importing `open_clip` itself takes nine seconds (models, training, hub clients), its tokenizer alone a quarter of that,
+and every worker process pays.
+"""
+
+import importlib.util
+import sys
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any, cast
+
+from torch import Tensor
+
+from mlip_cli.errors import RunError
+
+VOCAB_SIZE = 49408
+LENGTHS = (8, 16, 24, 32, 48, 77)
+
+
+class Tokenizer:
+    """Captions to ids. Pickles as one number; the vocabulary is loaded on first use, once a process."""
+
+    vocab_size = VOCAB_SIZE
+
+    def __init__(self, context_length: int) -> None:
+        if context_length < 3:
+            raise ValueError(
+                f"context_length {context_length} leaves no room for a word between BOS and EOS; use 3 or more"
+            )
+        self.context_length = context_length
+
+    def encode(self, texts: Sequence[str], *, length: int | None = None) -> Tensor:
+        """Token ids (n, context_length) int64: BOS, caption, EOS, zeros; a caption that is too long is cut before EOS.
+
+        With `length` the result is (n, length) instead: the same ids, cut or padded there.
+        """
+        assert not isinstance(texts, str), "a list of captions, not one caption"
+        return cast(Tensor, _bpe()(list(texts), context_length=length or self.context_length))
+
+    def count(self, text: str) -> int:
+        """Number of tokens of `text` with BOS and EOS, before any cut."""
+        return len(_bpe().encode(text)) + 2
+
+
+def padded_length(num_tokens: int, context_length: int) -> int:
+    """Width of a batch whose longest caption has `num_tokens`: the next of `LENGTHS`, at most `context_length`."""
+    return next((length for length in LENGTHS if num_tokens <= length < context_length), context_length)
+
+
+@cache
+def _bpe() -> Any:
+    return _tokenizer_module().SimpleTokenizer()
+
+
+def _tokenizer_module() -> ModuleType:
+    name = "open_clip.tokenizer"
+    if name in sys.modules:
+        return sys.modules[name]
+    package = importlib.util.find_spec("open_clip")
+    if package is None or package.origin is None:
+        raise RunError("open_clip is not installed; pip install open_clip_torch")
+    spec = importlib.util.spec_from_file_location(
+        "mlip_cli_open_clip_tokenizer", Path(package.origin).parent / "tokenizer.py"
+    )
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
