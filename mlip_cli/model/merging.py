@@ -1,0 +1,255 @@
+"""Token merging as pure functions: a static plan, a matching, a weighted mean. No state lives in modules.
+
+Sources: bipartite soft matching and proportional attention, "Token Merging: Your ViT But Faster" (Bolya et al., ICLR
+2023); guidance by the spatial and the frequency domain, our reading of MLIP (Zhang et al., ICML 2024).
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mlip_cli.errors import UsageError
+
+GUIDANCE_STRENGTH = 0.25
+"""How much a patch's guidance in [0, 1] weighs against a cosine similarity; our choice."""
+
+SPATIAL_SHARE = 0.5
+"""Share of the spatial guidance in the mix of both domains; our choice."""
+
+MOST_IN_ONE_MERGE = 0.35
+"""Above this share a single merge leaves guidance little to decide."""
+
+
+def default_places(depth: int) -> tuple[int, ...]:
+    """Two places in the first half of the tower: 4 -> (2, 4), 6 -> (2, 4), 12 -> (3, 5), 24 -> (6, 10)."""
+    first = max(2, depth // 4)
+    second = first + max(2, depth // 6)
+    return (first, second) if second <= depth else (first,)
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """How many patch tokens each block sees: Python integers, so shapes are static."""
+
+    tokens: tuple[int, ...]
+    """Patch tokens inside each block."""
+    num_patches: int
+    """Patch tokens before any merge."""
+    num_prefix: int
+    """Class and register tokens; they never merge."""
+    method: str
+    """`guided` or `tome`."""
+    at: tuple[int, ...]
+    """Blocks before which tokens merge, counted from 1."""
+
+    @property
+    def rate(self) -> float:
+        """Fraction of the patch tokens that is gone at the end of the tower: the true one, after rounding."""
+        return 1 - self.tokens[-1] / self.num_patches
+
+    @property
+    def merges(self) -> dict[int, int]:
+        """Block -> patch tokens after the merge before it."""
+        return {block: self.tokens[block - 1] for block in self.at}
+
+    @property
+    def largest_merge(self) -> float:
+        """Largest share of tokens that one merge removes."""
+        before = (self.num_patches, *self.tokens)
+        return max((1 - self.tokens[b - 1] / before[b - 1] for b in self.at), default=0.0)
+
+    @classmethod
+    def resolve(
+        cls,
+        *,
+        depth: int,
+        num_patches: int,
+        num_prefix: int,
+        rate: float,
+        at: Sequence[int] | None,
+        method: str,
+        multiple_of: int = 8,
+    ) -> Self:
+        """Spread `rate` evenly (geometrically) over the merges before the blocks `at`.
+
+        A token count is rounded so that patches and prefix together are a `multiple_of`, where that changes the rate
+        by less than 0.02.
+
+        Raises:
+            UsageError: places outside the tower, or a rate that needs a merge to remove more than half of the tokens.
+        """
+        places = tuple(at) if at is not None else default_places(depth)
+        if rate == 0:
+            return cls((num_patches,) * depth, num_patches, num_prefix, method, ())
+        if not places or list(places) != sorted(set(places)) or places[0] < 2 or places[-1] > depth:
+            raise UsageError(f"merging.at: {list(places)} must ascend within blocks 2 to {depth}")
+        counts: list[int] = []
+        for i in range(1, len(places) + 1):
+            wanted = round(num_patches * (1 - rate) ** (i / len(places)))
+            rounded = round((wanted + num_prefix) / multiple_of) * multiple_of - num_prefix
+            counts.append(rounded if rounded > 0 and abs(rounded - wanted) < 0.02 * num_patches else wanted)
+        before = num_patches
+        for place, count in zip(places, counts, strict=True):
+            least = before - before // 2
+            if count < least:
+                best = num_patches
+                for _ in places:
+                    best -= best // 2
+                raise UsageError(
+                    f"merge rate {rate:g}: the merge before block {place} would take {before} tokens to {count}, and "
+                    f"one merge removes at most half; with merges before blocks {', '.join(map(str, places))} the "
+                    f"largest rate is {math.floor(1000 * (1 - best / num_patches)) / 1000:g}; lower the rate or add "
+                    "places to model.merging.at"
+                )
+            before = count
+        tokens = tuple(
+            next((c for p, c in zip(reversed(places), reversed(counts), strict=True) if p <= block), num_patches)
+            for block in range(1, depth + 1)
+        )
+        return cls(tokens, num_patches, num_prefix, method, places)
+
+
+def grid_parity(h: int, w: int, *, device: torch.device | None = None) -> Tensor:
+    """Chequerboard of the patch grid, flattened: (h*w,) bool. Even/odd indices would split columns on an even grid."""
+    rows, columns = torch.arange(h, device=device), torch.arange(w, device=device)
+    return ((rows[:, None] + columns[None]) % 2 == 1).flatten()
+
+
+def index_parity(n: int, *, device: torch.device | None = None) -> Tensor:
+    """Every second token: (n,) bool."""
+    return torch.arange(n, device=device) % 2 == 1
+
+
+@torch.no_grad()
+def match(metric: Tensor, guidance: Tensor | None, parity: Tensor, num_groups: int) -> Tensor:
+    """Group N tokens into K: (B, N, d), (B, N) in [0, 1] or None, (N,) bool, K -> (B, N) int64 in [0, K).
+
+    Each token of the even set proposes its best edge to a token of the odd set; the N-K best edges merge. An edge is
+    the cosine similarity, less GUIDANCE_STRENGTH times the larger guidance of its two ends. Groups are numbered by
+    their smallest token. Stable: equal edges merge in token order.
+    """
+    batch, n, _ = metric.shape
+    removed = n - num_groups
+    odd = parity.nonzero()[:, 0]
+    even = (~parity).nonzero()[:, 0]
+    assert 0 <= removed <= len(even), (n, num_groups)
+    metric = F.normalize(metric.to(torch.promote_types(metric.dtype, torch.float32)), dim=-1, eps=1e-6)
+    with torch.autocast(metric.device.type, enabled=False):
+        edges = metric[:, even] @ metric[:, odd].transpose(1, 2)
+    if guidance is not None:
+        guidance = guidance.to(edges.dtype)
+        edges = edges - GUIDANCE_STRENGTH * torch.maximum(guidance[:, even, None], guidance[:, None, odd])
+    best, partner = edges.max(dim=-1)
+    proposers = best.argsort(dim=-1, descending=True, stable=True)[:, :removed]
+
+    index = torch.arange(n, device=metric.device).expand(batch, n)
+    target = index.clone()
+    target.scatter_(1, even[proposers], odd[partner.gather(1, proposers)])
+    smallest = index.scatter_reduce(1, target, index, "amin", include_self=True).gather(1, target)
+    number = (smallest == index).cumsum(1) - 1
+    return number.gather(1, smallest)
+
+
+def group_sizes(sizes: Tensor, assign: Tensor, num_groups: int) -> Tensor:
+    """Sum sizes by group: (B, N), (B, N) -> (B, K); exact, never a product under autocast."""
+    return sizes.new_zeros(sizes.shape[0], num_groups).scatter_add(1, assign, sizes)
+
+
+def group_mean(values: Tensor, sizes: Tensor, assign: Tensor, num_groups: int) -> Tensor:
+    """Size-weighted mean of one number a token: (B, N), (B, N), (B, N) -> (B, K)."""
+    return group_sizes(values * sizes, assign, num_groups) / group_sizes(sizes, assign, num_groups)
+
+
+def merge_tokens(x: Tensor, sizes: Tensor, assign: Tensor, num_groups: int) -> Tensor:
+    """Merge N tokens into K groups, weighted by size: (B, N, D), (B, N), (B, N) -> (B, K, D).
+
+    A token alone in its group keeps its bits.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        weights = F.one_hot(assign, num_groups).transpose(1, 2) * sizes[:, None]
+        weights = weights / weights.sum(-1, keepdim=True)
+        return weights.to(x.dtype) @ x
+
+
+def unmerge_tokens(x: Tensor, assign: Tensor) -> Tensor:
+    """Give every original patch the token of its group: (B, K, D), (B, N) -> (B, N, D)."""
+    return x.gather(1, assign[..., None].expand(-1, -1, x.shape[-1]))
+
+
+def compose(earlier: Tensor | None, later: Tensor) -> Tensor:
+    """Groups of original patches after one more merge: (B, N0) in [0, N), (B, N) -> (B, N0)."""
+    return later if earlier is None else later.gather(1, earlier)
+
+
+def last_step(earlier: Tensor | None, composed: Tensor, num_tokens: int) -> Tensor:
+    """Undo `compose`: the merge that turned groups `earlier` into groups `composed`: (B, N0), (B, N0) -> (B, N)."""
+    if earlier is None:
+        return composed
+    return composed.new_zeros(composed.shape[0], num_tokens).scatter(1, earlier, composed)
+
+
+def size_mask(sizes: Tensor, num_prefix: int) -> Tensor:
+    """Log of the sizes, zero for prefix tokens, to be added to attention logits: (B, K) -> (B, 1, 1, P+K)."""
+    return F.pad(sizes.log(), (num_prefix, 0))[:, None, None]
+
+
+def mid_ranks(values: Tensor) -> Tensor:
+    """Rank in [0, 1] among the tokens of an image; equal values share the middle of their ranks: (B, N) -> (B, N).
+
+    Stable ranks would turn ties, which are a third of the patches of a drawing, into raster order.
+    """
+    values = values.contiguous()
+    ordered = values.sort(dim=-1).values
+    below = torch.searchsorted(ordered, values)
+    not_above = torch.searchsorted(ordered, values, right=True)
+    ranks = (below + not_above - 1).to(torch.promote_types(values.dtype, torch.float32)) / 2
+    return ranks / max(values.shape[-1] - 1, 1)
+
+
+def dct_matrix(n: int, *, device: torch.device | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Orthonormal DCT-II: (n, n), rows are frequencies."""
+    k = torch.arange(n, device=device, dtype=torch.float64)
+    matrix = torch.cos(math.pi / n * (k[None] + 0.5) * k[:, None]) * math.sqrt(2 / n)
+    matrix[0] /= math.sqrt(2)
+    return matrix.to(dtype)
+
+
+def patch_dct(images: Tensor, patch_size: int) -> Tensor:
+    """Block DCT of every patch: (B, C, H, W) -> (B, N, C, p, p), at least fp32."""
+    images = images.to(torch.promote_types(images.dtype, torch.float32))
+    patches = images.unfold(2, patch_size, patch_size).unfold(3, patch_size, patch_size)
+    patches = patches.permute(0, 2, 3, 1, 4, 5).flatten(1, 2)
+    matrix = dct_matrix(patch_size, device=images.device, dtype=images.dtype)
+    with torch.autocast(images.device.type, enabled=False):
+        return matrix @ patches @ matrix.T
+
+
+@torch.no_grad()
+def frequency_guidance(images: Tensor, patch_size: int) -> Tensor:
+    """Rank of each patch's energy in the upper half of its DCT band: normalised (B, 3, H, W) -> (B, N) in [0, 1].
+
+    Energy that rounding alone explains counts as none, so that blank patches tie.
+    """
+    spectrum = patch_dct(images.mean(1, keepdim=True), patch_size)[:, :, 0]
+    order = torch.arange(patch_size, device=images.device)
+    high = order[:, None] + order[None] >= patch_size / 2
+    energy = (spectrum.square() * high).sum((-1, -2))
+    return mid_ranks(energy.masked_fill(energy < 1e-6 * patch_size**2, 0))
+
+
+@torch.no_grad()
+def distinctness(x: Tensor, sizes: Tensor) -> Tensor:
+    """1 - cosine to the size-weighted mean token, for towers without a class token: (B, N, D), (B, N) -> (B, N)."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    mean = (x * sizes[..., None]).sum(1, keepdim=True) / sizes.sum(1)[:, None, None]
+    return 1 - F.cosine_similarity(x, mean, dim=-1, eps=1e-6)
+
+
+def mix_guidance(spatial: Tensor, frequency: Tensor) -> Tensor:
+    """Guidance of both domains: ranks of the spatial one, and the frequency one as it is: (B, N), (B, N) -> (B, N)."""
+    return SPATIAL_SHARE * mid_ranks(spatial) + (1 - SPATIAL_SHARE) * frequency

@@ -1,0 +1,73 @@
+"""The text tower: token embedding, causal timm blocks, pooling at EOS ("CLIP", Radford et al., ICML 2021)."""
+
+from functools import partial
+
+import torch
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from mlip_cli.config import Text
+
+
+def end_of_text(token_ids: Tensor) -> Tensor:
+    """Position of EOS, the largest id: (B, L) -> (B,)."""
+    return token_ids.argmax(-1)
+
+
+def word_mask(token_ids: Tensor) -> Tensor:
+    """True at real words: not BOS, EOS, padding, nor an id that stood before: (B, L) -> (B, L) bool.
+
+    Padding is told by its place behind EOS, never by id 0, which is a real word ("!").
+    """
+    length = token_ids.shape[1]
+    position = torch.arange(length, device=token_ids.device)
+    inside = (position > 0) & (position < end_of_text(token_ids)[:, None])
+    earlier = position[:, None] > position[None]
+    repeated = ((token_ids[:, :, None] == token_ids[:, None]) & earlier & inside[:, None]).any(-1)
+    return inside & ~repeated
+
+
+class TextTower(nn.Module):
+    """Token ids (B, L) -> hidden tokens (B, L, D), L up to context_length.
+
+    Sequences may be shorter than context_length: attention is causal, so what stands behind EOS changes nothing.
+    """
+
+    def __init__(self, config: Text, *, vocab_size: int) -> None:
+        super().__init__()
+        width = config.width
+        self.width = width
+        self.context_length = config.context_length
+        self.token_embedding = nn.Embedding(vocab_size, width)
+        self.positional_embedding = nn.Parameter(torch.empty(config.context_length, width))
+        norm = partial(nn.LayerNorm, eps=1e-5)  # timm's own default, 1e-6, misses other CLIPs' text features by 4e-3
+        self.blocks = nn.ModuleList(
+            Block(width, config.num_heads, qkv_bias=True, norm_layer=norm) for _ in range(config.depth)
+        )
+        self.norm = norm(width)
+        self._init_weights(config.depth)
+
+    def _init_weights(self, depth: int) -> None:
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        nn.init.normal_(self.positional_embedding, std=0.01)
+        residual_std = self.width**-0.5 * (2 * depth) ** -0.5
+        for block in self.blocks:
+            for linear, std in (
+                (block.attn.qkv, self.width**-0.5),
+                (block.attn.proj, residual_std),
+                (block.mlp.fc1, (2 * self.width) ** -0.5),
+                (block.mlp.fc2, residual_std),
+            ):
+                nn.init.normal_(linear.weight, std=std)
+                nn.init.zeros_(linear.bias)
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        x = self.token_embedding(token_ids) + self.positional_embedding[: token_ids.shape[1]]
+        for block in self.blocks:
+            x = block(x, is_causal=True)
+        return self.norm(x)
+
+
+def pool_text(hidden: Tensor, token_ids: Tensor) -> Tensor:
+    """The token at EOS: (B, L, D), (B, L) -> (B, D)."""
+    return hidden[torch.arange(len(hidden), device=hidden.device), end_of_text(token_ids)]

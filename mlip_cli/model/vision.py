@@ -1,0 +1,238 @@
+"""The image tower: a timm ViT whose block loop is run here, so that tokens can merge between blocks."""
+
+import difflib
+from dataclasses import dataclass
+
+import timm
+import torch
+from timm.layers import Attention
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+
+from mlip_cli.config import Vision
+from mlip_cli.errors import UsageError
+from mlip_cli.model.merging import (
+    MergePlan,
+    compose,
+    distinctness,
+    frequency_guidance,
+    grid_parity,
+    group_mean,
+    group_sizes,
+    index_parity,
+    last_step,
+    match,
+    merge_tokens,
+    mix_guidance,
+    size_mask,
+)
+
+
+@dataclass(frozen=True)
+class Tower:
+    """What the image tower gives."""
+
+    pooled: Tensor
+    """(B, D)"""
+    tokens: Tensor
+    """(B, K, D): patch tokens after the last norm."""
+    sizes: Tensor
+    """(B, K): patches per token, at least fp32."""
+    assign: tuple[Tensor, ...]
+    """Of each merge, the group (B, N) of every original patch."""
+
+
+class ObservedBlock(Block):
+    """timm's block that can also show its keys and the class token's attention.
+
+    Same parameters, names and results as `Block`.
+    """
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, *, observe: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+        if not observe:
+            return super().forward(x, attn_mask, is_causal)
+        attended, keys, first_row = attend(self.attn, self.norm1(x), attn_mask)
+        x = x + self.drop_path1(self.ls1(attended))
+        x = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+        return x, keys, first_row
+
+
+def attend(attention: Attention, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Self-attention that also returns what merging needs, without gradient.
+
+    (B, P+N, D), additive mask (B, 1, 1, P+N) -> output (B, P+N, D), keys averaged over heads (B, P+N, d), attention of
+    the first token averaged over heads (B, P+N).
+    """
+    q, k, v = (
+        attention.qkv(x).unflatten(2, (3, attention.num_heads, attention.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
+    )
+    q, k = attention.q_norm(q), attention.k_norm(k)
+    if attention.fused_attn:
+        dropout = attention.attn_drop.p if attention.training else 0.0
+        out = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+        with torch.no_grad():
+            logits = (q[:, :, :1] * attention.scale) @ k.transpose(-2, -1)
+            first_row = (logits if mask is None else logits + mask).softmax(-1)[:, :, 0]
+    else:
+        logits = (q * attention.scale) @ k.transpose(-2, -1)
+        weights = (logits if mask is None else logits + mask).softmax(-1)
+        first_row = weights[:, :, 0].detach()
+        out = attention.attn_drop(weights) @ v
+    out = attention.proj_drop(attention.proj(out.transpose(1, 2).flatten(2)))
+    return out, k.detach().mean(1), first_row.mean(1)
+
+
+def is_observable(block: nn.Module) -> bool:
+    """True for plain timm blocks with plain attention, whose keys can be read."""
+    attention = getattr(block, "attn", None)
+    return (
+        type(block) is Block
+        and type(attention) is Attention
+        and attention.gate is None
+        and isinstance(attention.norm, nn.Identity)
+    )
+
+
+def build_trunk(config: Vision, *, image_size: int) -> VisionTransformer:
+    """A randomly initialised timm ViT without classifier.
+
+    Raises:
+        UsageError: an unknown name, a tower that is no VisionTransformer, or an image size that does not fit.
+    """
+    if config.timm is None:
+        return VisionTransformer(
+            img_size=image_size,
+            patch_size=config.patch_size,
+            embed_dim=config.width,
+            depth=config.depth,
+            num_heads=config.num_heads,
+            num_classes=0,
+            block_fn=ObservedBlock,
+        )
+    if not timm.is_model(config.timm):
+        close = difflib.get_close_matches(config.timm, timm.list_models(), 3)
+        hint = f"did you mean {', '.join(close)}?" if close else "names look like vit_small_patch16_224"
+        raise UsageError(f"model.vision.timm: timm has no model {config.timm!r}; {hint}")
+    with torch.device("meta"):
+        plain = timm.create_model(config.timm, pretrained=False, num_classes=0)
+    if type(plain) not in (VisionTransformer, VisionTransformerDistilled):
+        raise UsageError(
+            f"model.vision.timm: {config.timm} is a {type(plain).__name__}; only VisionTransformer and its distilled "
+            "form are supported, as in vit_base_patch16_224"
+        )
+    patch_size = plain.patch_embed.patch_size[0]
+    if image_size % patch_size:
+        raise UsageError(
+            f"data.image_size: {image_size} is no multiple of the patch size {patch_size} of {config.timm}"
+        )
+    own_block = {"block_fn": ObservedBlock} if all(is_observable(b) for b in plain.blocks) else {}
+    return timm.create_model(config.timm, pretrained=False, num_classes=0, img_size=image_size, **own_block)
+
+
+class ImageTower(nn.Module):
+    """A ViT with token merging: images -> pooled feature and patch tokens."""
+
+    def __init__(self, config: Vision, *, image_size: int) -> None:
+        super().__init__()
+        self.trunk = build_trunk(config, image_size=image_size)
+        self.width: int = self.trunk.embed_dim
+        self.depth = len(self.trunk.blocks)
+        self.num_prefix: int = self.trunk.num_prefix_tokens
+        self.grid: tuple[int, int] = self.trunk.patch_embed.grid_size
+        self.num_patches = self.grid[0] * self.grid[1]
+        self.patch_size: int = self.trunk.patch_embed.patch_size[0]
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Prefix and patch tokens with positions: (B, 3, H, W) -> (B, P+N, D)."""
+        return self.trunk._pos_embed(self.trunk.patch_embed(images))
+
+    def forward(
+        self, images: Tensor, embedded: Tensor, plan: MergePlan, assign: tuple[Tensor, ...] | None = None
+    ) -> Tower:
+        """Run the blocks on `embed(images)`, merging by `plan`; `assign` replays the groups of an earlier pass."""
+        x = self.trunk.norm_pre(self.trunk.patch_drop(embedded))
+        merging = Merging(self, images, plan, assign)
+        merges = plan.merges
+        for number, block in enumerate(self.trunk.blocks, start=1):
+            if number in merges:
+                x = merging.merge(x, merges[number])
+            if number + 1 in merges and assign is None and isinstance(block, ObservedBlock):
+                x, merging.keys, merging.first_row = block(x, attn_mask=merging.mask, observe=True)
+            else:
+                x = block(x, attn_mask=merging.mask)
+        x = self.trunk.norm(x)
+        pooled = self.trunk.fc_norm(self._pool(x, merging))
+        return Tower(pooled, x[:, self.num_prefix :], merging.sizes, tuple(merging.assigns))
+
+    def _pool(self, x: Tensor, merging: "Merging") -> Tensor:
+        """timm's pooling; means count every patch once, whatever it merged into."""
+        trunk, kind = self.trunk, self.trunk.global_pool
+        if merging.mask is None or kind in ("token", "max"):
+            return trunk.pool(x)
+        if trunk.attn_pool is not None and kind == "map":
+            mask = merging.mask if trunk.pool_include_prefix else merging.mask[..., self.num_prefix :]
+            return trunk.attn_pool(x if trunk.pool_include_prefix else x[:, self.num_prefix :], attn_mask=mask)
+        if kind not in ("avg", "avgmax"):
+            raise UsageError(f"model.merging: towers that pool by {kind!r} cannot merge; set model.merging=null")
+        sizes = merging.sizes.to(x.dtype)
+        if trunk.pool_include_prefix:
+            sizes = nn.functional.pad(sizes, (self.num_prefix, 0), value=1)
+        else:
+            x = x[:, self.num_prefix :]
+        mean = (x * sizes[..., None]).sum(1) / sizes.sum(1, keepdim=True)
+        return mean if kind == "avg" else 0.5 * (x.amax(1) + mean)
+
+
+class Merging:
+    """The state of one forward pass: sizes, groups, mask, and what the last block showed."""
+
+    def __init__(self, tower: ImageTower, images: Tensor, plan: MergePlan, replay: tuple[Tensor, ...] | None) -> None:
+        dtype = torch.promote_types(images.dtype, torch.float32)
+        self.tower = tower
+        self.plan = plan
+        self.replay = replay
+        self.sizes = torch.ones(len(images), tower.num_patches, dtype=dtype, device=images.device)
+        self.assigns: list[Tensor] = []
+        self.mask: Tensor | None = None
+        self.keys: Tensor | None = None
+        self.first_row: Tensor | None = None
+        guided = plan.at and plan.method == "guided" and replay is None
+        self.frequency = frequency_guidance(images, tower.patch_size) if guided else None
+
+    def merge(self, x: Tensor, num_groups: int) -> Tensor:
+        """Merge the patch tokens of (B, P+N, D) into `num_groups`; prefix tokens stay."""
+        prefix, patches = x.split([self.tower.num_prefix, x.shape[1] - self.tower.num_prefix], dim=1)
+        earlier = self.assigns[-1] if self.assigns else None
+        if self.replay is not None:
+            composed = self.replay[len(self.assigns)]
+            assign = last_step(earlier, composed, patches.shape[1])
+        else:
+            assign = self._match(patches, num_groups)
+            composed = compose(earlier, assign)
+        patches = merge_tokens(patches, self.sizes, assign, num_groups)
+        if self.frequency is not None:
+            self.frequency = group_mean(self.frequency, self.sizes, assign, num_groups)
+        self.sizes = group_sizes(self.sizes, assign, num_groups)
+        self.assigns.append(composed)
+        self.mask = size_mask(self.sizes, self.tower.num_prefix).to(x.dtype)
+        return torch.cat([prefix, patches], dim=1)
+
+    def _match(self, patches: Tensor, num_groups: int) -> Tensor:
+        tower, device = self.tower, patches.device
+        parity = (
+            index_parity(patches.shape[1], device=device) if self.assigns else grid_parity(*tower.grid, device=device)
+        )
+        metric = patches.detach() if self.keys is None else self.keys[:, tower.num_prefix :]
+        return match(metric, self._guidance(patches.detach()), parity, num_groups)
+
+    def _guidance(self, patches: Tensor) -> Tensor | None:
+        if self.frequency is None:
+            return None
+        if self.first_row is not None and self.tower.trunk.cls_token is not None:
+            spatial = self.first_row[:, self.tower.num_prefix :]
+        else:
+            spatial = distinctness(nn.functional.layer_norm(patches, patches.shape[-1:]), self.sizes)
+        return mix_guidance(spatial, self.frequency)
