@@ -1,0 +1,79 @@
+"""Retrieval between pictures and texts: exact, in chunks, ties counted against the model."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mlip_cli.evaluate.statistics import chance_at, wilson
+
+RECALL_AT = (1, 5, 10)
+CHUNK = 1024
+
+
+def rank_of_first_right(scores: Tensor, right: Tensor) -> Tensor:
+    """How many wrong candidates come before the best right one: (Q, G) scores, (Q, G) bool -> (Q,).
+
+    A wrong candidate with the same score comes before it: a model that gives everything the same feature finds nothing.
+    """
+    best = scores.masked_fill(~right, -torch.inf).amax(dim=1, keepdim=True)
+    return ((scores >= best) & ~right).sum(dim=1)
+
+
+def ranks(queries: Tensor, gallery: Tensor, right: Sequence[Sequence[int]], *, chunk: int = CHUNK) -> Tensor:
+    """`rank_of_first_right` of each query: (Q, E), (G, E) unit vectors -> (Q,) int64 on the CPU.
+
+    Args:
+        right: for each query the numbers of its right candidates, at least one.
+        chunk: queries compared at once; memory is chunk x G.
+    """
+    found = []
+    for start in range(0, len(queries), chunk):
+        numbers = right[start : start + chunk]
+        rows = [row for row, candidates in enumerate(numbers) for _ in candidates]
+        columns = [candidate for candidates in numbers for candidate in candidates]
+        mask = torch.zeros(len(numbers), len(gallery), dtype=torch.bool)
+        mask[rows, columns] = True
+        assert bool(mask.any(dim=1).all()), "a query without a right candidate"
+        found.append(rank_of_first_right(queries[start : start + chunk] @ gallery.T, mask.to(queries.device)).cpu())
+    return torch.cat(found)
+
+
+def recalls(ranks: Tensor, *, num_accepted: Sequence[int], num_candidates: int, at: Sequence[int]) -> dict[str, Any]:
+    """Recall at each k with its 95 % interval and its chance level, as `r1`, `r1_interval`, `r1_chance`, ..."""
+    n = len(ranks)
+    scores: dict[str, Any] = {"n": n, "num_candidates": num_candidates}
+    for k in at:
+        hits = int((ranks < k).sum())
+        chances = {a: chance_at(k, accepted=a, candidates=num_candidates) for a in set(num_accepted)}
+        scores[f"r{k}"] = hits / n
+        scores[f"r{k}_interval"] = wilson(hits, n)
+        scores[f"r{k}_chance"] = sum(chances[a] for a in num_accepted) / n
+    return scores
+
+
+def image_text_retrieval(
+    image_features: Tensor, text_features: Tensor, captions: Sequence[Sequence[int]], *, at: Sequence[int] = RECALL_AT
+) -> Mapping[str, dict[str, Any]]:
+    """Recall both ways (the protocol of Flickr30k and COCO): a query is right when any of its own is among the first k.
+
+    Args:
+        image_features: (I, E) unit vectors.
+        text_features: (T, E) unit vectors.
+        captions: for each image the numbers of its texts. Images may share a text, which is then right for each.
+    """
+    images_of_text: list[list[int]] = [[] for _ in range(len(text_features))]
+    for image, texts in enumerate(captions):
+        for text in texts:
+            images_of_text[text].append(image)
+    to_text = ranks(image_features, text_features, captions)
+    to_image = ranks(text_features, image_features, images_of_text)
+    return {
+        "image_to_text": recalls(
+            to_text, num_accepted=[len(set(t)) for t in captions], num_candidates=len(text_features), at=at
+        ),
+        "text_to_image": recalls(
+            to_image, num_accepted=[len(set(i)) for i in images_of_text], num_candidates=len(image_features), at=at
+        ),
+    }

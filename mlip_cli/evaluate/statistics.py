@@ -1,0 +1,61 @@
+"""How sure a score is: intervals, chance levels and the paired test. Counts in, fractions in [0, 1] out; no torch."""
+
+from collections.abc import Sequence
+from math import comb, exp, lgamma, log, sqrt
+from typing import NamedTuple
+
+Z95 = 1.959963984540054
+
+
+class Interval(NamedTuple):
+    """A 95 % interval of a fraction."""
+
+    low: float
+    high: float
+
+
+def wilson(hits: int, n: int) -> Interval:
+    """Score interval of a binomial share (Wilson 1927): right near 0 and 1, where the normal interval is empty."""
+    if not 0 <= hits <= n or n == 0:
+        raise ValueError(f"{hits} hits among {n}")
+    share, z2 = hits / n, Z95**2
+    centre = (share + z2 / (2 * n)) / (1 + z2 / n)
+    half = Z95 * sqrt(share * (1 - share) / n + z2 / (4 * n * n)) / (1 + z2 / n)
+    low = 0.0 if hits == 0 else centre - half
+    high = 1.0 if hits == n else centre + half
+    return Interval(low, high)
+
+
+def mean_recall_interval(hits: Sequence[int], counts: Sequence[int]) -> Interval:
+    """Interval of a mean of per-class recalls, classes with no sample left out.
+
+    The mean is a linear function of independent binomial shares, all with the coefficient 1/m. Closed form of Price and
+    Bonett (2004, "An improved confidence interval for a linear function of binomial proportions"): 2/m hits and 2/m
+    misses are added to each class, then the variances are summed. Unlike a bootstrap it needs no random numbers and is
+    not empty where a class is all right or all wrong; for m = 1 it is the interval of Agresti and Coull.
+    """
+    classes = [(k, n) for k, n in zip(hits, counts, strict=True) if n > 0]
+    if not classes:
+        raise ValueError("no class has a sample")
+    m = len(classes)
+    shares = [((k + 2 / m) / (n + 4 / m), n + 4 / m) for k, n in classes]
+    centre = sum(p for p, _ in shares) / m
+    half = Z95 * sqrt(sum(p * (1 - p) / n for p, n in shares)) / m
+    return Interval(max(0.0, centre - half), min(1.0, centre + half))
+
+
+def chance_at(k: int, *, accepted: int, candidates: int) -> float:
+    """Probability that a random order of `candidates` has one of the `accepted` right ones among its first k."""
+    if not 0 < accepted <= candidates:
+        raise ValueError(f"{accepted} right ones among {candidates} candidates")
+    misses = candidates - accepted
+    return 1.0 - comb(misses, k) / comb(candidates, k) if k < candidates else 1.0
+
+
+def mcnemar(only_first: int, only_second: int) -> float:
+    """Exact two-sided p of McNemar's test, from the number of samples that only the one or only the other got right."""
+    n, fewer = only_first + only_second, min(only_first, only_second)
+    if n == 0:
+        return 1.0
+    tail = sum(exp(lgamma(n + 1) - lgamma(i + 1) - lgamma(n - i + 1) - n * log(2)) for i in range(fewer + 1))
+    return min(1.0, 2 * tail)

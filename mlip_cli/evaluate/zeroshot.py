@@ -1,0 +1,92 @@
+"""Classification of pictures by the texts of the class names. Scores are made in fp32 whatever the features are."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mlip_cli.errors import RunError
+from mlip_cli.evaluate.statistics import mean_recall_interval, wilson
+
+TOP_K = 5
+
+
+def normalized(features: Tensor, what: str) -> Tensor:
+    """Unit vectors in fp32: (B, E) -> (B, E).
+
+    Raises:
+        RunError: a feature is not finite; scores of such features would count as hits or misses at random.
+    """
+    features = features.float()
+    if not bool(torch.isfinite(features).all()):
+        raise RunError(f"{what} features are not finite; the weights of this checkpoint are damaged")
+    return F.normalize(features, dim=-1)
+
+
+@torch.inference_mode()
+def text_features(
+    texts: Sequence[str],
+    *,
+    tokenize: Callable[[Sequence[str]], Tensor],
+    encode_text: Callable[[Tensor], Tensor],
+    device: torch.device | str,
+    batch_size: int = 256,
+) -> Tensor:
+    """Unit features of texts, in batches: -> (len(texts), E) fp32."""
+    parts = [
+        normalized(encode_text(tokenize(texts[start : start + batch_size]).to(device)), "text")
+        for start in range(0, len(texts), batch_size)
+    ]
+    return torch.cat(parts)
+
+
+def class_embeddings(
+    class_names: Sequence[str],
+    templates: Sequence[str],
+    *,
+    tokenize: Callable[[Sequence[str]], Tensor],
+    encode_text: Callable[[Tensor], Tensor],
+    device: torch.device | str,
+) -> Tensor:
+    """One unit vector a class: -> (C, E) fp32.
+
+    The normalised mean of the normalised features of all templates with the name put for `{c}` (Radford et al. 2021).
+    """
+    texts = [template.replace("{c}", name) for name in class_names for template in templates]
+    features = text_features(texts, tokenize=tokenize, encode_text=encode_text, device=device)
+    return F.normalize(features.unflatten(0, (len(class_names), len(templates))).mean(dim=1), dim=-1)
+
+
+def top_classes(features: Tensor, classes: Tensor) -> Tensor:
+    """The best five classes (fewer where there are fewer) of each picture, best first: (B, E), (C, E) -> (B, k)."""
+    return (features @ classes.T).topk(min(TOP_K, len(classes)), dim=1).indices
+
+
+def classification(top: Tensor, labels: Tensor, class_names: Sequence[str]) -> dict[str, Any]:
+    """Scores of the predictions `top` (n, k) for `labels` (n,), as fractions, with 95 % intervals.
+
+    `acc5` is None below five classes, where it says nothing. Classes without a picture are left out of the mean recall,
+    as in scikit-learn's balanced accuracy.
+    """
+    n, num_classes = len(labels), len(class_names)
+    hits = top == labels[:, None]
+    right = hits[:, 0]
+    counts = labels.bincount(minlength=num_classes).tolist()
+    right_counts = labels[right].bincount(minlength=num_classes).tolist()
+    recalls = [k / c if c else None for k, c in zip(right_counts, counts, strict=True)]
+    present = [recall for recall in recalls if recall is not None]
+    num_right, num_right5 = int(right.sum()), int(hits.any(dim=1).sum())
+    return {
+        "acc1": num_right / n,
+        "acc1_interval": wilson(num_right, n),
+        "acc5": num_right5 / n if num_classes >= TOP_K else None,
+        "acc5_interval": wilson(num_right5, n) if num_classes >= TOP_K else None,
+        "mean_per_class_recall": sum(present) / len(present),
+        "mean_per_class_recall_interval": mean_recall_interval(right_counts, counts),
+        "per_class": [
+            {"class": name, "n": count, "recall": recall}
+            for name, count, recall in zip(class_names, counts, recalls, strict=True)
+        ],
+    }

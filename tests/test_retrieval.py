@@ -1,0 +1,75 @@
+"""Image-text retrieval equals clip-benchmark's where there are no ties, and counts ties against the model."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from clip_benchmark.metrics import zeroshot_retrieval as reference
+from torch import Tensor
+
+from mlip_cli.evaluate.retrieval import image_text_retrieval, rank_of_first_right, ranks
+
+
+class Lookup:
+    """Features that are given: images and texts are numbers."""
+
+    def __init__(self, images: Tensor, texts: Tensor) -> None:
+        self.images, self.texts = images, texts
+
+    def encode_image(self, numbers: Tensor) -> Tensor:
+        return self.images[numbers]
+
+    def encode_text(self, numbers: Tensor) -> Tensor:
+        return self.texts[numbers]
+
+
+def test_equals_clip_benchmark_with_several_captions_an_image() -> None:
+    torch.manual_seed(0)
+    num_images, each = 60, 5
+    images = F.normalize(torch.randn(num_images, 8), dim=1)
+    texts = F.normalize(images.repeat_interleave(each, 0) + 0.4 * torch.randn(num_images * each, 8), dim=1)
+    captions = [list(range(each * i, each * (i + 1))) for i in range(num_images)]
+
+    def batches() -> Iterator[tuple[Tensor, list[list[str]]]]:
+        for start in range(0, num_images, 16):
+            stop = min(num_images, start + 16)
+            yield torch.arange(start, stop), [[str(t) for t in captions[i]] for i in range(start, stop)]
+
+    def tokenize(texts: list[str]) -> Tensor:
+        return torch.tensor([int(text) for text in texts])
+
+    expected = reference.evaluate(Lookup(images, texts), batches(), tokenize, "cpu", amp=False, recall_k_list=[1, 5, 10])
+    ours = image_text_retrieval(images, texts, captions)
+    for k in (1, 5, 10):
+        assert ours["image_to_text"][f"r{k}"] == pytest.approx(expected[f"text_retrieval_recall@{k}"])
+        assert ours["text_to_image"][f"r{k}"] == pytest.approx(expected[f"image_retrieval_recall@{k}"])
+    assert 0.2 < ours["image_to_text"]["r1"] < 0.9  # neither trivial nor hopeless
+    assert ours["text_to_image"]["r5_chance"] == pytest.approx(5 / 60)
+
+
+def test_equal_features_find_nothing() -> None:
+    same = F.normalize(torch.ones(20, 4), dim=1)
+    scores = image_text_retrieval(same, same, [[i] for i in range(20)])
+    assert scores["image_to_text"]["r10"] == scores["text_to_image"]["r10"] == 0.0
+
+
+def test_rank_counts_wrong_candidates_only() -> None:
+    scores = torch.tensor([[0.9, 0.8, 0.8, 0.1], [0.9, 0.8, 0.8, 0.1]])
+    right = torch.tensor([[False, True, False, True], [True, True, False, False]])
+    assert rank_of_first_right(scores, right).tolist() == [2, 0]
+
+
+def test_a_shared_text_is_right_for_each_of_its_images() -> None:
+    images = F.normalize(torch.eye(3) + 0.1, dim=1)
+    texts = images[[0, 2]]
+    scores = image_text_retrieval(images, texts, [[0], [0, 1], [1]], at=(1,))
+    assert scores["image_to_text"]["r1"] == 1.0
+    assert scores["text_to_image"]["n"] == 2
+
+
+def test_chunks_change_nothing() -> None:
+    torch.manual_seed(0)
+    queries, gallery = F.normalize(torch.randn(50, 6), dim=1), F.normalize(torch.randn(70, 6), dim=1)
+    right = [[i, (3 * i) % 70] for i in range(50)]
+    assert torch.equal(ranks(queries, gallery, right), ranks(queries, gallery, right, chunk=7))

@@ -1,0 +1,59 @@
+"""Intervals, chance and the paired test against scipy, by hand and by simulation."""
+
+import numpy as np
+import pytest
+from scipy.stats import binomtest
+
+from mlip_cli.evaluate.statistics import chance_at, mcnemar, mean_recall_interval, wilson
+
+
+@pytest.mark.parametrize(("hits", "n"), [(0, 1), (0, 374), (37, 374), (25_000, 50_000), (9, 9)])
+def test_wilson_equals_scipy(hits: int, n: int) -> None:
+    expected = binomtest(hits, n).proportion_ci(method="wilson")
+    assert wilson(hits, n) == pytest.approx((expected.low, expected.high), abs=1e-9)
+
+
+def test_wilson_refuses_impossible_counts() -> None:
+    with pytest.raises(ValueError, match="5 hits among 4"):
+        wilson(5, 4)
+    with pytest.raises(ValueError, match="0 hits among 0"):
+        wilson(0, 0)
+
+
+@pytest.mark.parametrize("recalls", [[0.3] * 9, [0.9, 0.02, 0.5, 0.1, 0.6, 0.0, 0.2, 0.4, 0.05], [0.0] * 9])
+def test_mean_recall_interval_covers_the_truth_in_95_percent(recalls: list[float]) -> None:
+    counts = np.array([30, 75, 30, 26, 43, 17, 53, 45, 55])  # about the groups of the OpenMoji test set
+    random = np.random.default_rng(0)
+    truth, covered, rounds = np.mean(recalls), 0, 1000
+    for hits in random.binomial(counts, recalls, size=(rounds, 9)):
+        low, high = mean_recall_interval(hits.tolist(), counts.tolist())
+        covered += low <= truth <= high
+    assert 0.93 * rounds <= covered
+
+
+def test_mean_recall_interval_is_no_wider_than_it_must_be() -> None:
+    counts = [40] * 9
+    low, high = mean_recall_interval([12] * 9, counts)
+    normal = 2 * 1.96 * np.sqrt(9 * 0.3 * 0.7 / 40) / 9
+    assert high - low == pytest.approx(normal, rel=0.03)
+
+
+def test_mean_recall_interval_leaves_out_classes_without_samples() -> None:
+    assert mean_recall_interval([3, 0, 5], [10, 0, 10]) == mean_recall_interval([3, 5], [10, 10])
+    with pytest.raises(ValueError, match="no class has a sample"):
+        mean_recall_interval([0], [0])
+
+
+def test_chance_is_the_share_of_random_orders() -> None:
+    random = np.random.default_rng(0)
+    orders = random.permuted(np.tile(np.arange(12), (20_000, 1)), axis=1)
+    hit = np.isin(orders[:, :5], [0, 1]).any(axis=1).mean()
+    assert chance_at(5, accepted=2, candidates=12) == pytest.approx(hit, abs=0.01)
+    assert chance_at(1, accepted=1, candidates=9) == pytest.approx(1 / 9)
+    assert chance_at(10, accepted=1, candidates=9) == 1.0
+
+
+@pytest.mark.parametrize(("a", "b"), [(0, 0), (0, 5), (5, 0), (10, 10), (30, 12), (4000, 4200)])
+def test_mcnemar_equals_the_exact_binomial_test(a: int, b: int) -> None:
+    expected = binomtest(a, a + b, 0.5).pvalue if a + b else 1.0
+    assert mcnemar(a, b) == pytest.approx(expected, rel=1e-6)
