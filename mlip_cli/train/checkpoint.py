@@ -1,0 +1,98 @@
+"""Checkpoints: a folder that is whole or absent. Weights as safetensors, the rest loadable with `weights_only=True`."""
+
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mlip_cli.errors import UsageError
+from mlip_cli.files import sync_folder
+
+WEIGHTS = "model.safetensors"
+STATE = "state.pt"
+
+
+def checkpoint_name(step: int) -> str:
+    """step_0000240, sorted by name as by step."""
+    return f"step_{step:07d}"
+
+
+def save_checkpoint(folder: Path, *, step: int, weights: dict[str, Tensor], state: dict[str, Any]) -> float:
+    """Write folder/step_NNNNNNN: temporary name, sync, rename. Returns the seconds it took.
+
+    Raises:
+        OSError: the disk is full, say; nothing half-written stays and earlier checkpoints are untouched.
+    """
+    started = time.monotonic()
+    folder.mkdir(parents=True, exist_ok=True)
+    final = folder / checkpoint_name(step)
+    temporary = folder / f".{final.name}.{os.getpid()}.tmp"
+    try:
+        temporary.mkdir()
+        save_file({name: tensor.detach().contiguous() for name, tensor in weights.items()}, temporary / WEIGHTS)
+        torch.save(state, temporary / STATE)
+        for path in temporary.iterdir():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+        sync_folder(temporary)
+        if final.exists():
+            shutil.rmtree(final)  # only ever this step's own, from a run that is being repeated
+        os.replace(temporary, final)
+        sync_folder(folder)
+    except (RuntimeError, SafetensorError) as error:
+        # torch and safetensors do not say ENOSPC in one way; what they say is passed on with the place
+        raise OSError(f"{final}: the checkpoint could not be written: {str(error).splitlines()[0]}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return time.monotonic() - started
+
+
+def remove_old_checkpoints(folder: Path, *, last: int, every_steps: int | None) -> None:
+    """Keep the newest `last` checkpoints and those at multiples of `every_steps`."""
+    found = sorted(folder.glob("step_*"))
+    for path in found[:-last]:
+        step = int(path.name.removeprefix("step_"))
+        if not (every_steps and step % every_steps == 0):
+            shutil.rmtree(path)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what a killed process left of a checkpoint it had not finished."""
+    for path in folder.glob(".step_*.tmp"):
+        shutil.rmtree(path)
+
+
+def load_weights(checkpoint: Path) -> dict[str, Tensor]:
+    """Weights of a checkpoint folder, on the CPU.
+
+    Raises:
+        UsageError: this is no checkpoint of mlip, or a damaged one.
+    """
+    path = checkpoint / WEIGHTS
+    if not path.is_file():
+        raise UsageError(f"{checkpoint}: not a checkpoint (no {WEIGHTS} inside); name a run folder or a checkpoint")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise UsageError(f"{path}: not a whole safetensors file ({error}); use an earlier checkpoint") from None
+
+
+def load_state(checkpoint: Path) -> dict[str, Any]:
+    """Everything but the weights, as plain data.
+
+    Raises:
+        UsageError: this is no checkpoint of mlip, or a damaged one.
+    """
+    path = checkpoint / STATE
+    if not path.is_file():
+        raise UsageError(f"{checkpoint}: not a checkpoint (no {STATE} inside); name a run folder or a checkpoint")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # noqa: BLE001 - torch raises a different type for every kind of damage
+        raise UsageError(f"{path}: not a whole checkpoint ({str(error).splitlines()[0]}); use an earlier one") from None
