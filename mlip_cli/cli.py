@@ -1,20 +1,26 @@
 """The command line: signatures and help. A command's body imports its command and calls it."""
 
 import os
+import re
+import signal
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from mlip_cli import __version__
 from mlip_cli.errors import RunError, Stopped, UsageError
 
+DATASETS = ("openmoji", "digits", "imagenet")
+"""Names of our own data sets, which nobody means as a RUN."""
+
 app = typer.Typer(
     name="mlip",
-    help="Pretrain, merge, evaluate and profile CLIP-style models with the method MLIP.",
-    no_args_is_help=True,
+    help="Pretrain, merge, evaluate and profile CLIP-style models by the method MLIP.",
+    epilog="Example: mlip prepare-data openmoji data/openmoji && mlip pretrain openmoji",
+    invoke_without_command=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
@@ -38,7 +44,7 @@ def _split_rates(text: str) -> list[float]:
         except ValueError:
             raise typer.BadParameter(f"{part!r} is not a number; rates look like 0,0.3,0.5") from None
         if not 0 <= rate < 1:
-            raise typer.BadParameter(f"{part} is not in [0, 1): a rate is the fraction of patch tokens that merge away")
+            raise typer.BadParameter(f"{part} is not in [0, 1); a rate is the fraction of patch tokens that merge away")
         rates.append(rate)
     return rates
 
@@ -50,8 +56,15 @@ def _flat(lists: list[list]) -> list:
 def _checked_run(value: str) -> str:
     """A RUN that is a number is the tail of a list that was written with spaces."""
     if value.replace(".", "", 1).isdigit() and not Path(value).exists():
-        raise typer.BadParameter(f"RUN is {value!r}, a number: lists take commas, as in --rates 0.3,{value}")
+        raise typer.BadParameter(f"{value!r} is a number, no run; lists take commas, as in --rates 0.3,{value}")
     return value
+
+
+def _checked_measured_run(value: str) -> str:
+    """The same for a data set's name."""
+    if (value in DATASETS or value.startswith(("folder:", "shards:"))) and not Path(value).exists():
+        raise typer.BadParameter(f"{value!r} is a data set, no run; lists take commas, as in --dataset digits,{value}")
+    return _checked_run(value)
 
 
 def _show_version(value: bool) -> None:
@@ -62,10 +75,14 @@ def _show_version(value: bool) -> None:
 
 Run = Annotated[
     str | None,
-    typer.Argument(metavar="[RUN]", parser=_checked_run, help="Run folder or checkpoint; default: the newest in runs/."),
+    typer.Argument(
+        metavar="RUN", parser=_checked_measured_run, help="Run folder or checkpoint; default: the newest in runs/."
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
-Device = Annotated[str, typer.Option(help="auto, cuda, mps or cpu.")]
+Device = Annotated[
+    Literal["auto", "cuda", "mps", "cpu"], typer.Option(metavar="NAME", help="auto, cuda, mps (untested) or cpu.")
+]
 DataRoot = Annotated[
     Path | None, typer.Option(help="Where data sets lie; default: $MLIP_DATA, else data/.", show_default=False)
 ]
@@ -78,23 +95,27 @@ BatchSize = Annotated[int, typer.Option(min=1, help="Pictures per forward pass."
 
 @app.callback()
 def _root(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Print the version.")
     ] = False,
 ) -> None:
-    pass
+    if context.invoked_subcommand is None:
+        print(context.get_help())
 
 
 @app.command(epilog="Example: mlip prepare-data openmoji data/openmoji")
 def prepare_data(
-    source: Annotated[str, typer.Argument(help="A folder, a tar, a pattern of tars, or openmoji.")],
-    out: Annotated[Path, typer.Argument(help="Folder that receives train/ and validation/ or test/.")],
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="A folder, a tar, a pattern of tars, or openmoji.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder that receives train/ and validation/ or test/.")],
     format: Annotated[
         str, typer.Option(help="auto, openmoji, metadata, sidecar, classes or webdataset; auto: from what is there.")
     ] = "auto",
     size: Annotated[
         int | None,
-        typer.Option(min=8, help="Short side of stored pictures in pixels; default 256, openmoji 64.", show_default=False),
+        typer.Option(
+            min=8, help="Short side of stored pictures in pixels; default 256, openmoji 64.", show_default=False
+        ),
     ] = None,
     holdout: Annotated[
         float, typer.Option(min=0.0, max=0.5, help="Share held out as validation/ when the source has no splits.")
@@ -126,13 +147,17 @@ def prepare_data(
 
 @app.command(epilog="Example: mlip pretrain recipes/openmoji.yaml train.steps=100")
 def pretrain(
-    recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped recipe.")],
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a shipped recipe.")],
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the recipe, as in optim.lr=1e-3.")
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Changes to the recipe, as in optim.lr=1e-3.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder; default: runs/RECIPE-TIME.", show_default=False)] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, or the newest unfinished.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would run, and check it, without training.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run in --out, or the newest unfinished.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what would run, and check it, without training.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Train a model by a recipe."""
@@ -158,7 +183,7 @@ def merge_sweep(
     device: Device = "auto",
     json: Json = False,
 ) -> None:
-    """Measure speed and accuracy of one model at several merge rates, without training."""
+    """Measure speed and accuracy at several merge rates."""
     from mlip_cli.commands import merge_sweep as command
 
     command.merge_sweep(
@@ -178,7 +203,9 @@ def merge_sweep(
 def eval_zeroshot(
     runs: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[RUN]...", parser=_checked_run, help="Run folders or checkpoints; default: the newest."),
+        typer.Argument(
+            metavar="RUN", parser=_checked_measured_run, help="Run folders or checkpoints; default: the newest."
+        ),
     ] = None,
     dataset: Datasets = None,
     merge_rate: Annotated[
@@ -210,7 +237,7 @@ def eval_zeroshot(
 def profile(
     target: Annotated[
         str | None,
-        typer.Argument(metavar="[RUN|RECIPE]", parser=_checked_run, help="What to measure; default: the newest run."),
+        typer.Argument(metavar="RUN|RECIPE", parser=_checked_run, help="What to measure; default: the newest run."),
     ] = None,
     batch_size: BatchSize = 32,
     rounds: Annotated[int, typer.Option(min=3, help="Timed rounds.")] = 5,
@@ -243,16 +270,38 @@ def _exit_code() -> int:
     try:
         code = app(prog_name="mlip", standalone_mode=False)
     except typer.TyperException as error:
-        return _fail(error.format_message(), 2)
+        return _fail(_wrong_usage(error), 2)
     except UsageError as error:
         return _fail(str(error), 2)
     except Stopped as stop:
         return _fail(str(stop), stop.exit_code)
     except (KeyboardInterrupt, typer.Abort):
         return _fail("interrupted", 130)
-    except (RunError, OSError) as error:
+    except BrokenPipeError:
+        # The reader of a pipe has left, as `head` does; what Python still holds for it has nowhere to go.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except OSError as error:
+        return _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error), 1)
+    except RunError as error:
         return _fail(str(error), 1)
     return code if isinstance(code, int) else 0
+
+
+def _wrong_usage(error: typer.TyperException) -> str:
+    """typer's sentences as `place: what; what to do`."""
+    context = getattr(error, "ctx", None)
+    place = context.command_path if context else "mlip"
+    message = error.format_message().strip().rstrip(".")
+    option = getattr(error, "option_name", "")
+    if option.startswith("--") and "." in option:
+        return f"{place}: {option}: recipe keys have no dashes; write {option.removeprefix('--')}=VALUE"
+    message = re.sub(r"\. Did you mean| \(Did you mean", "; did you mean", message)
+    message = re.sub(r" \(Possible options: (.*)\)", r"; did you mean \1?", message)
+    message = re.sub(r"^Invalid value for '([^']*)': (?:Value error, )?", r"\1: ", message)
+    cure = "" if ";" in message else f"; try {place} --help"
+    is_sentence = message[1:2].islower()
+    return f"{place}: {message[:1].lower() if is_sentence else message[:1]}{message[1:]}{cure}"
 
 
 def _fail(message: str, code: int) -> int:

@@ -1,0 +1,124 @@
+"""The command line as people meet it: help, wrong usage, and what it says then."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import mlip_cli.cli
+
+COMMANDS = ("prepare-data", "pretrain", "merge-sweep", "eval-zeroshot", "profile", "doctor")
+
+
+def mlip(*arguments: str, folder: Path | None = None) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "COLUMNS": "80", "PYTHONPATH": str(Path(mlip_cli.cli.__file__).parents[1])}
+    return subprocess.run(
+        [sys.executable, "-m", "mlip_cli", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        cwd=folder,
+        env=environment,
+    )
+
+
+@pytest.fixture(scope="module")
+def main_help() -> str:
+    done = mlip("--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
+
+
+def test_help_lists_every_command_uncut(main_help: str) -> None:
+    listed = main_help.split("Commands:\n")[1]
+    assert tuple(re.findall(r"^  ([a-z-]+)  ", listed, re.M)) == COMMANDS
+    assert "..." not in listed
+    assert max(map(len, main_help.splitlines())) <= 80
+
+
+@pytest.mark.parametrize("arguments", [(), ("-h",)])
+def test_no_command_and_short_option_show_the_same_help(arguments: tuple[str, ...], main_help: str) -> None:
+    done = mlip(*arguments)
+    assert (done.returncode, done.stdout, done.stderr) == (0, main_help, "")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_every_command_ends_with_an_example(command: str) -> None:
+    done = mlip(command, "-h")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines()[-1].startswith(f"  Example: mlip {command}")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["proflie"], "mlip: no such command 'proflie'; did you mean 'profile'?"),
+        (["--foo"], "mlip: no such option: --foo; try mlip --help"),
+        (["profile", "--batch-siz", "3"], "mlip profile: no such option: --batch-siz; did you mean --batch-size?"),
+        (["pretrain"], "mlip pretrain: missing argument 'RECIPE'; try mlip pretrain --help"),
+        (
+            ["pretrain", "x", "--train.steps=5"],
+            "mlip pretrain: --train.steps: recipe keys have no dashes; write train.steps=VALUE",
+        ),
+        (
+            ["merge-sweep", "--rates", "0.3", "0.5"],
+            "mlip merge-sweep: RUN: '0.5' is a number, no run; lists take commas, as in --rates 0.3,0.5",
+        ),
+        (
+            ["eval-zeroshot", "--dataset", "digits", "openmoji"],
+            "mlip eval-zeroshot: RUN: 'openmoji' is a data set, no run; "
+            "lists take commas, as in --dataset digits,openmoji",
+        ),
+        (["merge-sweep", "--rates", "a"], "mlip merge-sweep: --rates: 'a' is not a number; rates look like 0,0.3,0.5"),
+        (
+            ["merge-sweep", "--rates", "1.5"],
+            "mlip merge-sweep: --rates: 1.5 is not in [0, 1); a rate is the fraction of patch tokens that merge away",
+        ),
+        (
+            ["merge-sweep", "--methods", "tome,"],
+            "mlip merge-sweep: --methods: 'tome,' has an empty part; lists look like a,b",
+        ),
+        (
+            ["profile", "--device", "gpu"],
+            "mlip profile: --device: 'gpu' is not one of 'auto', 'cuda', 'mps', 'cpu'; try mlip profile --help",
+        ),
+        (
+            ["profile", "--rounds", "1"],
+            "mlip profile: --rounds: Input should be greater than or equal to 3; try mlip profile --help",
+        ),
+        (["doctor", "a", "b"], "mlip doctor: got unexpected extra argument(s) (a b); try mlip doctor --help"),
+    ],
+)
+def test_wrong_usage_is_one_line(arguments: list[str], message: str) -> None:
+    done = mlip(*arguments)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"error: {message}\n")
+
+
+def test_a_reader_that_leaves_is_no_error() -> None:
+    code = (
+        "import os, sys; from mlip_cli import cli, output\n"
+        "cli.app = lambda **_: output.print_lines('x' * 200_000)\n"
+        "sys.argv = ['mlip']; cli.main()"
+    )
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-c", code], stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60, check=False
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_operating_system_errors_name_the_file_first(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def app(**_: object) -> None:
+        open("/nowhere/at/all").close()
+
+    monkeypatch.setattr(mlip_cli.cli, "app", app)
+    assert mlip_cli.cli._exit_code() == 1
+    assert capsys.readouterr().err == "error: /nowhere/at/all: No such file or directory\n"

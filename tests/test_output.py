@@ -1,0 +1,251 @@
+"""What people see, on real terminals and through real pipes."""
+
+import fcntl
+import json
+import os
+import pty
+import re
+import select
+import struct
+import subprocess
+import sys
+import termios
+import textwrap
+
+import pytest
+
+from mlip_cli import output
+from mlip_cli.config import LOSS_NAMES
+
+START = "from mlip_cli import output\noutput.start_logging()\n"
+TRAIN = """
+with output.training_panel(240) as panel:
+    for step in (10, 20, 240):
+        panel.update(
+            {"step": step, "loss": 4 - step / 100, "spatial_global": 3.1, "images_per_s": 812.4,
+             "data_wait_share": 0.012, "peak_gib": 1.5, "lr": 1e-3},
+            eta_s=None if step == 10 else 240 - step,
+        )
+        output.say(f"saved checkpoints/step_{step:07} [bold]after[/bold] {step} steps")
+"""
+
+
+def environment(**changes: str) -> dict[str, str]:
+    kept = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "FORCE_COLOR", "COLUMNS", "RANK")}
+    return kept | {"TERM": "xterm-256color"} | changes
+
+
+def in_pipe(code: str, **changes: str) -> subprocess.CompletedProcess[str]:
+    """Run `code` with both streams in pipes."""
+    done = subprocess.run(
+        [sys.executable, "-c", START + textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        env=environment(**changes),
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def on_terminal(code: str, *, width: int = 80, stdout_in_pipe: bool = False, **changes: str) -> tuple[str, str]:
+    """Run `code` on a pseudo-terminal of `width` columns: (all that the terminal received, stdout if in a pipe)."""
+    master, slave = pty.openpty()
+    os.set_blocking(master, False)
+    try:
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, width, 0, 0))
+        stdout = subprocess.PIPE if stdout_in_pipe else slave
+        process = subprocess.Popen(
+            [sys.executable, "-c", START + textwrap.dedent(code)],
+            stdin=slave,
+            stdout=stdout,
+            stderr=slave,
+            env=environment(**changes),
+        )
+        os.close(slave)
+        received = b""
+        while True:
+            ready, _, _ = select.select([master], [], [], 60)
+            assert ready, "the child says nothing more and does not end"
+            try:
+                part = os.read(master, 65536)
+            except OSError:  # Linux: the other side is closed
+                break
+            if not part:
+                break
+            received += part
+        piped = process.stdout.read().decode() if process.stdout else ""
+        assert process.wait(60) == 0, received.decode()
+    finally:
+        os.close(master)
+    return received.decode(), piped
+
+
+def screen(received: str, width: int = 80) -> list[str]:
+    """What a terminal shows at the end: the few control sequences that Rich uses, applied."""
+    lines, row, column = [""], 0, 0
+    for token in re.findall(r"\x1b\[[0-9;?]*[A-Za-z]|.", received, re.S):
+        if token == "\r":
+            column = 0
+        elif token == "\n":
+            row += 1
+        elif token.startswith("\x1b["):
+            if token.endswith("A"):
+                row -= int(token[2:-1] or 1)
+            elif token == "\x1b[2K":
+                lines[row] = ""
+        else:
+            if column == width:
+                row, column = row + 1, 0
+            lines += [""] * (row + 1 - len(lines))
+            line = lines[row].ljust(column)
+            lines[row], column = line[:column] + token + line[column + 1 :], column + 1
+        lines += [""] * (row + 1 - len(lines))
+    return [line.rstrip() for line in lines]
+
+
+def test_losses_on_the_panel_are_the_recipe_s() -> None:
+    assert ("loss", *LOSS_NAMES) == output.LOSS_KEYS
+
+
+def test_panel_in_a_pipe_is_one_plain_line_a_step() -> None:
+    done = in_pipe(TRAIN)
+    assert done.stdout == ""
+    assert done.stderr.splitlines() == [
+        "step 10/240  loss 3.900  spatial_global 3.100  812.4 images/s  data wait 1 %  memory 1.50 GiB  ETA -:--",
+        "saved checkpoints/step_0000010 [bold]after[/bold] 10 steps",
+        "step 20/240  loss 3.800  spatial_global 3.100  812.4 images/s  data wait 1 %  memory 1.50 GiB  ETA 3:40",
+        "saved checkpoints/step_0000020 [bold]after[/bold] 20 steps",
+        "step 240/240  loss 1.600  spatial_global 3.100  812.4 images/s  data wait 1 %  memory 1.50 GiB  ETA 0:00",
+        "saved checkpoints/step_0000240 [bold]after[/bold] 240 steps",
+    ]
+
+
+def test_panel_stays_plain_in_a_pipe_where_colours_are_forced() -> None:
+    assert in_pipe(TRAIN, FORCE_COLOR="1").stderr == in_pipe(TRAIN).stderr
+
+
+def test_panel_on_a_terminal_is_redrawn_below_the_log() -> None:
+    received, _ = on_terminal(TRAIN)
+    shown = screen(received)
+    assert shown[:3] == [f"saved checkpoints/step_{s:07} [bold]after[/bold] {s} steps" for s in (10, 20, 240)]
+    assert re.fullmatch(r"step 240/240  ━+  ETA 0:00", shown[3])
+    assert len(shown[3]) == 80
+    assert shown[4:] == ["loss 1.600  spatial_global 3.100", "812.4 images/s  data wait 1 %  memory 1.50 GiB", ""]
+
+
+@pytest.mark.parametrize("width", [40, 120])
+def test_panel_survives_lines_wider_than_the_terminal(width: int) -> None:
+    code = TRAIN.replace("saved", "saved " + "x" * 90 + " ")
+    text = "\n".join(screen(on_terminal(code, width=width)[0], width))
+    assert text.count("ETA") == 1
+    assert text.replace("\n", "").count("x" * 90) == 3
+
+
+def test_results_stay_on_stdout_while_a_panel_is_drawn() -> None:
+    code = TRAIN + "    output.print_json({'step': 240})\n"
+    received, piped = on_terminal(code, stdout_in_pipe=True)
+    assert json.loads(piped) == {"step": 240}
+    assert '"step"' not in received
+
+
+def test_an_error_leaves_the_terminal_usable() -> None:
+    code = """
+    try:
+        with output.training_panel(2) as panel:
+            panel.update({"step": 1, "loss": 1.0}, eta_s=None)
+            raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        output.say("interrupted")
+    """
+    received, _ = on_terminal(code)
+    assert received.rindex("\x1b[?25h") > received.rindex("\x1b[?25l")
+    assert screen(received)[2] == "interrupted"
+
+
+def test_plain_lines_reach_other_handlers_from_a_terminal_too() -> None:
+    code = "import logging, io\nheard = io.StringIO()\noutput.logger.addHandler(logging.StreamHandler(heard))\n"
+    _, piped = on_terminal(code + TRAIN + "output.print_lines(heard.getvalue())", stdout_in_pipe=True)
+    assert [line.split("  ")[0] for line in piped.splitlines()[::2]] == ["step 10/240", "step 20/240", "step 240/240"]
+
+
+def test_progress_is_drawn_on_a_terminal_only() -> None:
+    code = """
+    with output.progress(3, "reading [bold]x[/bold]") as bar:
+        bar.advance(0)
+        output.say("one [red]line")
+        bar.refresh()
+    """
+    assert in_pipe(code).stderr == "one [red]line\n"
+    assert in_pipe(code, FORCE_COLOR="1").stderr == "one [red]line\n"
+    received, _ = on_terminal(code)
+    assert "reading [bold]x[/bold]" in received
+    assert "".join(screen(received)) == "one [red]line"  # the bar is gone at the end
+
+
+def test_progress_is_silent_under_a_panel() -> None:
+    code = TRAIN + "    with output.progress(3, 'evaluating') as bar:\n        bar.advance(0)\n"
+    assert "evaluating" not in on_terminal(code)[0]
+
+
+def test_other_ranks_are_silent() -> None:
+    done = in_pipe(TRAIN + "output.print_table(['a'], [[1]])\noutput.print_json(1)\noutput.warn('x')", RANK="1")
+    assert done.stdout + done.stderr == ""
+
+
+TABLE = """
+name = "[red]:smile: " + "long " * 20 + "name[/red]"
+output.print_table(
+    ["data set", "top-1 %", "n", "[x]"], [[name, "31.62", 374, None], ["b", "7.1", 12, "text"]], title="[b]Scores"
+)
+"""
+
+
+def test_table_in_a_pipe_is_not_cut_and_numbers_are_right_aligned() -> None:
+    name = "[red]:smile: " + "long " * 20 + "name[/red]"
+    pad = " " * len(name)
+    assert in_pipe(TABLE).stdout.splitlines() == [
+        "[b]Scores",
+        f"{'data set':{len(name)}}  top-1 %    n  [x]",
+        f"{name}    31.62  374  -",
+        f"b{pad[1:]}      7.1   12  text",
+    ]
+
+
+def test_table_on_a_terminal_folds_at_its_width() -> None:
+    received, _ = on_terminal(TABLE)
+    lines = screen(received)
+    assert max(map(len, lines)) <= 80
+    text = " ".join(" ".join(lines).split())
+    assert "31.62 374" in text
+    assert text.count("long") == 20
+    assert "[/red]" in text
+
+
+def test_table_without_rows_shows_its_head() -> None:
+    assert in_pipe("output.print_table(['a', 'b'], [])").stdout == "a  b\n"
+
+
+def test_table_too_wide_for_any_terminal_keeps_its_numbers_whole() -> None:
+    received, _ = on_terminal("output.print_table(['column'] * 12, [[1234567] * 12])", width=40)
+    assert received.count("1234567") == 12
+
+
+def test_no_color_is_honoured() -> None:
+    colours = re.compile(r"\x1b\[[0-9;]*[34][0-7]?m|38;5")
+    assert colours.search(on_terminal(TRAIN)[0])
+    assert not colours.search(on_terminal(TRAIN, NO_COLOR="1")[0])
+    assert "\x1b" not in in_pipe(TABLE).stdout
+
+
+def test_json_refuses_nan() -> None:
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        output.print_json({"acc5": float("nan")})
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(None, "-:--"), (0, "0:00"), (59.6, "1:00"), (130, "2:10"), (7325, "2:02:05")]
+)
+def test_clock(seconds: float | None, text: str) -> None:
+    assert output.clock(seconds) == text
