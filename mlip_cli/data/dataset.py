@@ -42,7 +42,7 @@ class RawSample:
     record: dict[str, Any]
     """KEY.json: captions [{text, weight}], class, width, height, source, meta, ..."""
     shard: str
-    """Name of the shard, for messages."""
+    """Path of the shard, for messages."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,11 @@ class ShardDataset:
         """Number of samples in all shards."""
         return self._ends[-1] if self._ends else 0
 
+    @property
+    def num_shards(self) -> int:
+        """Number of shards."""
+        return len(self._shards)
+
     def num_tokens(self, ids: ArrayLike) -> NDArray[np.int64]:
         """Tokens of the longest caption of each sample, BOS and EOS included, before any cut: (n,) -> (n,)."""
         return self._num_tokens[np.asarray(ids)].astype(np.int64)
@@ -91,7 +96,7 @@ class ShardDataset:
         record = shard.records[row]
         image_at, image_size = int(record["image_offset"]), int(record["image_size"])
         json_at, json_size = int(record["json_offset"]), int(record["json_size"])
-        name, place = self._shards[number], f"at byte {int(record['offset'])}"
+        name, place = str(self.folder / self._shards[number]), f"at byte {int(record['offset'])}"
         size = max(image_at + image_size, json_at + json_size)
         content = os.pread(shard.descriptor, size, int(record["offset"]))
         if len(content) != size:
@@ -109,16 +114,17 @@ class ShardDataset:
         return RawSample(key=key, image=content[image_at : image_at + image_size], record=fields, shard=name)
 
     def locate(self, id: int) -> tuple[str, str]:
-        """Name of the shard and key of a sample, for messages; a key that cannot be read is given as its place."""
+        """Path of the shard and key of a sample, for messages; a key that cannot be read is given as its place."""
         number, row = self._place(id)
         shard = self._opened(number)
         record = shard.records[row]
         at, size = int(record["json_offset"]), int(record["json_size"])
         header = os.pread(shard.descriptor, TAR_BLOCK, int(record["offset"]) + at - TAR_BLOCK)
+        name = str(self.folder / self._shards[number])
         try:
-            return self._shards[number], _checked_key(header, TAR_BLOCK, size, "json")
+            return name, _checked_key(header, TAR_BLOCK, size, "json")
         except ValueError:
-            return self._shards[number], f"at byte {int(record['offset'])}"
+            return name, f"at byte {int(record['offset'])}"
 
     def close(self) -> None:
         """Close the shards that are open; the next read opens them again."""

@@ -1,0 +1,330 @@
+"""Batches for training and evaluation: pure functions of (seed, step), made in worker processes."""
+
+import os
+from collections import deque
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from mlip_cli.config import Data
+from mlip_cli.data.dataset import BadSampleError, RawSample, ShardDataset
+from mlip_cli.data.order import MAX_ATTEMPTS, Order, Position, Positions, key
+from mlip_cli.data.tokenizer import Tokenizer, padded_length
+from mlip_cli.data.transforms import decode, evaluation_transform, training_transform
+from mlip_cli.errors import RunError, UsageError
+from mlip_cli.types import BadSample, Batch
+
+BAD_WINDOW = 10_000
+MAX_BAD_IN_A_ROW = 100
+MAX_WORKERS = 16
+_AUGMENTATION = 4  # sets these draws apart from those of `order`
+
+
+@dataclass(frozen=True)
+class EvaluationBatch:
+    """Samples for evaluation, in the order of the data set."""
+
+    images: Tensor
+    """(B, 3, S, S) uint8"""
+    records: list[dict[str, Any]]
+    """KEY.json of each sample."""
+    keys: tuple[str, ...]
+    """Key of each sample."""
+
+
+def training_loader(
+    datasets: Sequence[ShardDataset],
+    order: Order,
+    *,
+    data: Data,
+    context_length: int,
+    global_batch_size: int,
+    seed: int,
+    rank: int,
+    world_size: int,
+    start_step: int,
+    stop_step: int,
+    num_workers: int,
+    pin_memory: bool = False,
+) -> Iterator[Batch]:
+    """This rank's share of the batches of steps start_step .. stop_step - 1; closing the iterator ends the workers.
+
+    The batches are the same for any number of workers, and those of all ranks put together are the same for any number
+    of ranks. Text is as wide as the longest caption of the global batch needs (`padded_length`), equal on all ranks.
+    A bad sample is replaced by another of its source and named in `Batch.bad_samples`.
+
+    Raises:
+        UsageError: the global batch does not divide by the ranks.
+        RunError: (while iterating) too many bad samples, or a worker process that died.
+    """
+    _check_divides(global_batch_size, world_size)
+    steps = _Steps(datasets, order, data, context_length, global_batch_size, seed, rank, world_size)
+    loader = _data_loader(steps, range(start_step, stop_step), num_workers, pin_memory=pin_memory)
+    return _training_batches(loader, _BadSampleLimit(data.max_bad_share))
+
+
+def evaluation_loader(
+    dataset: ShardDataset, *, image_size: int, batch_size: int, num_workers: int
+) -> Iterator[EvaluationBatch]:
+    """All samples of a data set once, in order, resized and centre-cropped; the last batch may be smaller.
+
+    Raises:
+        RunError: (while iterating) a sample cannot be read: a measure over the others would be another measure.
+    """
+    batches = _EvaluationBatches(dataset, image_size, batch_size)
+    loader = _data_loader(batches, range(-(-dataset.num_samples // batch_size)), num_workers)
+    return _items(loader)
+
+
+def default_num_workers(world_size: int) -> int:
+    """Loader processes per rank: this rank's share of the machine's cores, less one for the rank itself."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    return min(MAX_WORKERS, max(0, cores // ranks_here - 1))
+
+
+def preflight(datasets: Sequence[ShardDataset], order: Order, global_batch_size: int, world_size: int) -> list[str]:
+    """Lines about what was found and what it makes of steps and epochs; the first sample of each data set is decoded.
+
+    Raises:
+        UsageError: the global batch does not divide by the ranks.
+        RunError: a first sample that cannot be read.
+    """
+    _check_divides(global_batch_size, world_size)
+    lines = []
+    for number, dataset in enumerate(datasets):
+        _decoded(dataset.read(0))
+        share = f", {float(order.shares[number]):.1%} of every batch" if order.shares else ""
+        lines.append(f"{dataset.folder}: {dataset.num_samples:,} samples in {dataset.num_shards:,} shards{share}")
+    if order.steps_per_epoch is not None:
+        left_out = order.num_samples - order.steps_per_epoch * global_batch_size
+        tail = f"; {left_out:,} samples are left out, others each epoch" if left_out else ""
+        steps = order.steps_per_epoch
+        lines.append(f"{order.num_samples:,} samples / {global_batch_size:,} = {steps:,} steps an epoch{tail}")
+    if world_size > 1:
+        lines.append(f"{global_batch_size:,} / {world_size} ranks = {global_batch_size // world_size:,} samples a rank")
+    return lines
+
+
+def _check_divides(global_batch_size: int, world_size: int) -> None:
+    remainder = global_batch_size % world_size
+    if remainder:
+        lower, upper = global_batch_size - remainder, global_batch_size - remainder + world_size
+        cure = f"{lower} or {upper}" if lower else f"{upper}"
+        raise UsageError(
+            f"train.global_batch_size: {global_batch_size} does not divide by {world_size} ranks; use {cure}"
+        )
+
+
+def _decoded(sample: RawSample) -> Tensor:
+    try:
+        return decode(sample.image)
+    except ValueError as error:
+        raise BadSampleError(sample.shard, sample.key, str(error)) from error
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What a worker sends for one step."""
+
+    batch: Batch
+    replaced: tuple[bool, ...]
+    """Of each position of the share, whether its own sample was bad."""
+
+    def pin_memory(self) -> "_Step":
+        """Called by torch's DataLoader when `pin_memory` was asked for."""
+        images, token_ids = self.batch.images.pin_memory(), self.batch.token_ids.pin_memory()
+        return replace(self, batch=replace(self.batch, images=images, token_ids=token_ids))
+
+
+@dataclass(frozen=True)
+class _Example:
+    image: Tensor
+    caption: str
+    key: str
+
+
+class _Steps(Dataset[_Step | Exception]):
+    """Item `step` is this rank's share of that step's batch, or the error that made it impossible."""
+
+    def __init__(
+        self,
+        datasets: Sequence[ShardDataset],
+        order: Order,
+        data: Data,
+        context_length: int,
+        global_batch_size: int,
+        seed: int,
+        rank: int,
+        world_size: int,
+    ) -> None:
+        self.datasets, self.order, self.data, self.seed = datasets, order, data, seed
+        self.tokenizer = Tokenizer(context_length)
+        self.global_batch_size = global_batch_size
+        share = global_batch_size // world_size
+        self.places = range(rank * share, (rank + 1) * share)
+        self.generator: torch.Generator | None = None  # made in the process that uses it: it does not pickle
+
+    def __getitem__(self, step: int) -> _Step | Exception:
+        try:
+            return self._step(step)
+        except (RunError, OSError) as error:  # sent as a value: torch would wrap a raised one in the worker's traceback
+            return error
+
+    def _step(self, step: int) -> _Step:
+        t = step * self.global_batch_size + np.arange(self.global_batch_size)
+        positions = self.order.positions(t)
+        examples, bad_samples, replaced = [], [], []
+        for place in self.places:
+            position = _position(positions, place)
+            example, bad = self._example_or_replacement(int(t[place]), position)
+            examples.append(example)
+            bad_samples += bad
+            replaced.append(bool(bad))
+        length = padded_length(self._longest(positions), self.tokenizer.context_length)
+        batch = Batch(
+            images=torch.stack([example.image for example in examples]),
+            token_ids=self.tokenizer.encode([example.caption for example in examples], length=length),
+            keys=tuple(example.key for example in examples),
+            bad_samples=tuple(bad_samples),
+        )
+        return _Step(batch, tuple(replaced))
+
+    def _longest(self, positions: Positions) -> int:
+        """Tokens of the longest caption of the global batch, from the indexes alone."""
+        return max(
+            int(self.datasets[source].num_tokens(positions.index[positions.source == source]).max())
+            for source in np.unique(positions.source).tolist()
+        )
+
+    def _example_or_replacement(self, t: int, position: Position) -> tuple[_Example, list[BadSample]]:
+        bad: list[BadSample] = []
+        for attempt in range(MAX_ATTEMPTS + 1):
+            try:
+                return self._example(position if attempt == 0 else self.order.replacement(t, attempt)), bad
+            except BadSampleError as error:
+                bad.append(BadSample(error.shard, error.key, error.reason))
+        raise RunError(
+            f"{_place_and_reason(bad[-1])}; it is the last of {len(bad)} in a row that could not be read; prepare the "
+            "data again (mlip prepare-data)"
+        )
+
+    def _example(self, position: Position) -> _Example:
+        raw = self.datasets[position.source].read(position.index)
+        image = _decoded(raw)
+        if self.generator is None:
+            self.generator = torch.Generator()
+        draws = self.generator.manual_seed(
+            key(self.seed, _AUGMENTATION, position.source, position.epoch, position.index) >> 1
+        )
+        caption = _choose_caption(raw, self.data.captions == "sample", draws)
+        image = training_transform(image, size=self.data.image_size, augment=self.data.augment, generator=draws)
+        return _Example(image, caption, raw.key)
+
+
+def _position(positions: Positions, place: int) -> Position:
+    return Position(int(positions.source[place]), int(positions.index[place]), int(positions.epoch[place]))
+
+
+def _choose_caption(raw: RawSample, sample: bool, generator: torch.Generator) -> str:
+    """The first caption, or one drawn by weight."""
+    try:
+        texts = [str(caption["text"]) for caption in raw.record["captions"]]
+        ends = list(accumulate(float(caption["weight"]) for caption in raw.record["captions"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise BadSampleError(raw.shard, raw.key, f"{raw.key}.json has no usable captions ({error!r})") from error
+    if not texts or not ends[-1] > 0:
+        raise BadSampleError(raw.shard, raw.key, f"{raw.key}.json has no caption of positive weight")
+    if not sample:
+        return texts[0]
+    drawn = torch.rand((), dtype=torch.float64, generator=generator).item() * ends[-1]
+    return next((text for text, end in zip(texts, ends, strict=True) if drawn < end), texts[-1])
+
+
+class _EvaluationBatches(Dataset[EvaluationBatch | Exception]):
+    """Item i is the i-th batch, or the error that made it impossible."""
+
+    def __init__(self, dataset: ShardDataset, image_size: int, batch_size: int) -> None:
+        self.dataset, self.image_size, self.batch_size = dataset, image_size, batch_size
+
+    def __getitem__(self, i: int) -> EvaluationBatch | Exception:
+        start = i * self.batch_size
+        try:
+            samples = [
+                self.dataset.read(id) for id in range(start, min(start + self.batch_size, self.dataset.num_samples))
+            ]
+            images = torch.stack([evaluation_transform(_decoded(sample), size=self.image_size) for sample in samples])
+        except (RunError, OSError) as error:
+            return error
+        return EvaluationBatch(images, [sample.record for sample in samples], tuple(sample.key for sample in samples))
+
+
+class _BadSampleLimit:
+    """Counts bad samples and ends the run when there are too many."""
+
+    def __init__(self, max_bad_share: float) -> None:
+        self.max_bad_share = max_bad_share
+        self.recent: deque[bool] = deque(maxlen=BAD_WINDOW)
+        self.in_a_row = 0
+
+    def check(self, step: _Step) -> None:
+        for replaced in step.replaced:
+            self.recent.append(replaced)
+            self.in_a_row = self.in_a_row + 1 if replaced else 0
+            if self.in_a_row >= MAX_BAD_IN_A_ROW:
+                raise RunError(
+                    f"{_place_and_reason(step.batch.bad_samples[-1])}; the last {self.in_a_row} samples were all bad; prepare the data again"
+                )
+        num_bad = sum(self.recent) if step.batch.bad_samples else 0
+        if num_bad > self.max_bad_share * BAD_WINDOW:
+            raise RunError(
+                f"{_place_and_reason(step.batch.bad_samples[-1])}; {num_bad} of the last {len(self.recent):,} samples were bad, data.max_bad_share "
+                f"{self.max_bad_share:g} allows {int(self.max_bad_share * BAD_WINDOW)} of {BAD_WINDOW:,}"
+            )
+
+
+def _place_and_reason(bad: BadSample) -> str:
+    return str(BadSampleError(bad.shard, bad.key, bad.reason))
+
+
+def _data_loader(batches: Dataset[Any], items: range, num_workers: int, *, pin_memory: bool = False) -> DataLoader[Any]:
+    return DataLoader(
+        batches,
+        sampler=items,
+        batch_size=None,
+        num_workers=num_workers,
+        prefetch_factor=None if num_workers == 0 else 4 if num_workers <= 2 else 2,
+        pin_memory=pin_memory,
+        generator=torch.Generator(),  # workers' seeds, which nothing uses, must not come from the global one
+    )
+
+
+def _training_batches(loader: DataLoader[Any], limit: _BadSampleLimit) -> Generator[Batch, None, None]:
+    for step in _items(loader):
+        limit.check(step)
+        yield step.batch
+
+
+def _items(loader: DataLoader[Any]) -> Generator[Any, None, None]:
+    """What the workers made; errors that they sent are raised here."""
+    items = iter(loader)
+    while True:
+        try:
+            item = next(items)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise RunError(
+                f"a loader process died: {error}; look for too little memory or /dev/shm, or use data.num_workers=0"
+            ) from error
+        if isinstance(item, Exception):
+            raise item
+        yield item
