@@ -284,9 +284,13 @@ class _BadSampleLimit:
         num_bad = sum(self.recent) if step.batch.bad_samples else 0
         if num_bad > self.max_bad_share * BAD_WINDOW:
             raise RunError(
-                f"{_place_and_reason(step.batch.bad_samples[-1])}; {num_bad} of the last {len(self.recent):,} samples were bad, data.max_bad_share "
+                f"{_last(step)}; {num_bad} of the last {len(self.recent):,} samples were bad, data.max_bad_share "
                 f"{self.max_bad_share:g} allows {int(self.max_bad_share * BAD_WINDOW)} of {BAD_WINDOW:,}"
             )
+
+
+def _last(step: _Step) -> str:
+    return _place_and_reason(step.batch.bad_samples[-1])
 
 
 def _place_and_reason(bad: BadSample) -> str:
