@@ -278,9 +278,7 @@ class _BadSampleLimit:
             self.recent.append(replaced)
             self.in_a_row = self.in_a_row + 1 if replaced else 0
             if self.in_a_row >= MAX_BAD_IN_A_ROW:
-                raise RunError(
-                    f"{_place_and_reason(step.batch.bad_samples[-1])}; the last {self.in_a_row} samples were all bad; prepare the data again"
-                )
+                raise RunError(f"{_last(step)}; the last {self.in_a_row} samples were all bad; prepare the data again")
         num_bad = sum(self.recent) if step.batch.bad_samples else 0
         if num_bad > self.max_bad_share * BAD_WINDOW:
             raise RunError(
