@@ -10,18 +10,21 @@ LOSS_NAMES = ("spatial_global", "spatial_token", "frequency_global", "frequency_
 
 Positive = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
+AreaShare = Annotated[float, Field(gt=0, le=1)]
 
 
 class Section(BaseModel):
     """A part of the recipe: no unknown keys, no coercion, no change after loading."""
 
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        strict=True, extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 class Source(Section):
     """A folder of shards that takes part in training."""
 
-    path: str
+    path: Annotated[str, Field(min_length=1)]
     """Folder with dataset.json, as written by `mlip prepare-data`; relative to the current folder."""
     weight: PositiveFloat | None = None
     """Share of this folder in every batch, relative to the other weights; null: in proportion to its size."""
@@ -32,19 +35,26 @@ def _as_sources(value: Any) -> Any:
     return tuple({"path": v} if isinstance(v, str) else v for v in values) if value is not None else None
 
 
-_SOURCE_SCHEMA = str | list[str | Source]
+_SOURCES = Annotated[tuple[Source, ...], Field(min_length=1)]
+_SOURCES_INPUT = str | Source | list[str | Source]
+_SOURCES_IN_WORDS = "a folder, a list of folders or a list of {path, weight}"
+
 Sources = Annotated[
-    tuple[Source, ...], Field(min_length=1), BeforeValidator(_as_sources, json_schema_input_type=_SOURCE_SCHEMA)
+    _SOURCES,
+    BeforeValidator(_as_sources, json_schema_input_type=_SOURCES_INPUT),
+    Field(json_schema_extra={"x-expected": _SOURCES_IN_WORDS}),
 ]
 OptionalSources = Annotated[
-    tuple[Source, ...] | None, BeforeValidator(_as_sources, json_schema_input_type=_SOURCE_SCHEMA | None)
+    _SOURCES | None,
+    BeforeValidator(_as_sources, json_schema_input_type=_SOURCES_INPUT | None),
+    Field(json_schema_extra={"x-expected": f"{_SOURCES_IN_WORDS}, or null"}),
 ]
 
 
 class Augment(Section):
     """Random changes of training pictures, drawn from (seed, epoch, sample id)."""
 
-    crop_scale: tuple[float, float] | None = (0.5, 1.0)
+    crop_scale: tuple[AreaShare, AreaShare] | None = (0.5, 1.0)
     """Smallest and largest share of the picture's area in a random crop; null: the centre crop of evaluation."""
     flip: bool = False
     """Mirror half of the pictures (not for data whose captions say left or right)."""

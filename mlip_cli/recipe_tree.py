@@ -1,0 +1,158 @@
+"""YAML text -> plain data, with the place of every key. YAML 1.2 scalars; no aliases, merge keys or tags.
+
+PyYAML's own resolvers are those of YAML 1.1, in which `1e-4` is text, `no` is false and `12:30` is 750.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import yaml
+
+Key = tuple[str | int, ...]
+"""Keys and list positions from the root: ("data", "train", 1)."""
+
+
+class Place(NamedTuple):
+    """Where a value was written: a file and a line from 1, or line 0 for an override on the command line."""
+
+    source: str
+    line: int
+
+    def __str__(self) -> str:
+        return f"{self.source}:{self.line}" if self.line else self.source
+
+
+class Mistake(NamedTuple):
+    """What is wrong, and where."""
+
+    place: Place
+    message: str
+
+
+@dataclass
+class Tree:
+    """Plain data and where each part of it was written."""
+
+    value: Any = None
+    places: dict[Key, Place] = field(default_factory=dict)
+    mistakes: list[Mistake] = field(default_factory=list)
+
+    def place_of(self, key: Key) -> Place | None:
+        """The place of `key`, else of the innermost part around it that was written."""
+        while key and key not in self.places:
+            key = key[:-1]
+        return self.places.get(key)
+
+
+class _Loader(yaml.SafeLoader):
+    """Nodes only; values are made here, not by PyYAML's YAML 1.1 constructors."""
+
+
+_Loader.yaml_implicit_resolvers = {}
+
+_SCALARS = {
+    "null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    "bool": (r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    "int": (r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", list("-+0123456789")),
+    "float": (
+        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        list("-+.0123456789"),
+    ),
+}
+for _name, (_pattern, _first) in _SCALARS.items():
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(f"^(?:{_pattern})$"), _first)
+
+
+def _scalar(node: yaml.ScalarNode) -> Any:
+    kind, text = node.tag.rpartition(":")[2], node.value
+    if kind == "null":
+        return None
+    if kind == "bool":
+        return text.lower() == "true"
+    if kind == "int":
+        return int(text, 0) if text[:2] in ("0o", "0x") else int(text)
+    if kind == "float":
+        return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
+    return text
+
+
+def parse(text: str, source: str, *, root: Key = (), first_line: int = 1) -> Tree:
+    """Read one YAML document; places count lines from `first_line`, 0 for text that has no lines of its own.
+
+    Keys of the places start with `root`. What is wrong comes back as mistakes; unreadable text has the value None.
+    """
+
+    def at(mark: Any) -> Place:
+        return Place(source, mark.line + 1 if mark and first_line else first_line)
+
+    tree = Tree()
+    try:
+        for event in yaml.parse(text, _Loader):
+            if getattr(event, "anchor", None):
+                tree.mistakes.append(
+                    Mistake(at(event.start_mark), "anchors and aliases (&, *) are not part of recipes")
+                )
+            if getattr(event, "tag", None):
+                tree.mistakes.append(Mistake(at(event.start_mark), "tags (!) are not part of recipes"))
+        node = None if tree.mistakes else yaml.compose(text, _Loader)
+    except yaml.MarkedYAMLError as error:
+        tree.mistakes.append(Mistake(at(error.problem_mark or error.context_mark), f"not YAML: {error.problem}"))
+        return tree
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1 if first_line else first_line
+        tree.mistakes.append(Mistake(Place(source, line), f"not YAML: {error.reason}"))
+        return tree
+    if node is not None:
+        tree.places[root] = at(node.start_mark)
+        tree.value = _data(node, root, tree, at)
+    return tree
+
+
+def _data(node: yaml.Node, key: Key, tree: Tree, at: Callable[[Any], Place]) -> Any:
+    if isinstance(node, yaml.SequenceNode):
+        for i, child in enumerate(node.value):
+            tree.places[(*key, i)] = at(child.start_mark)
+        return [_data(child, (*key, i), tree, at) for i, child in enumerate(node.value)]
+    if isinstance(node, yaml.MappingNode):
+        return _mapping(node, key, tree, at)
+    assert isinstance(node, yaml.ScalarNode)
+    return _scalar(node)
+
+
+def _mapping(node: yaml.MappingNode, key: Key, tree: Tree, at: Callable[[Any], Place]) -> dict[str, Any]:
+    data: dict[str, Any] = {}
+    for name, child in node.value:
+        place = at(name.start_mark)
+        if not isinstance(name, yaml.ScalarNode):
+            tree.mistakes.append(Mistake(place, "a key must be a plain word"))
+            continue
+        path = (*key, name.value)
+        if name.value == "<<":
+            tree.mistakes.append(Mistake(place, "merge keys (<<) are not part of recipes; use extends"))
+        elif name.value in data:
+            first = tree.places[path]
+            tree.mistakes.append(
+                Mistake(place, f"duplicate key {'.'.join(map(str, path))}; first in line {first.line}")
+            )
+        else:
+            tree.places[path] = place
+            data[name.value] = _data(child, path, tree, at)
+    return data
+
+
+def merge(base: Tree, top: Tree) -> Tree:
+    """`top` over `base`: mappings merge (and keep their first place), all else is replaced."""
+    places = dict(base.places)
+    value = _merged(base.value, top.value, (), places)
+    return Tree(value, top.places | places, base.mistakes + top.mistakes)
+
+
+def _merged(old: Any, new: Any, key: Key, places: dict[Key, Place]) -> Any:
+    if isinstance(old, dict) and isinstance(new, dict):
+        kept = {k: _merged(old[k], v, (*key, k), places) if k in old else v for k, v in new.items()}
+        return old | kept
+    for gone in [k for k in places if k[: len(key)] == key]:
+        del places[gone]
+    return new

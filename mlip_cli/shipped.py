@@ -1,0 +1,89 @@
+"""The recipes that travel with the program: where they lie, their names, and shell completion from their schema.
+
+Light on purpose: the shell calls this at every press of the tab key.
+"""
+
+import json
+from pathlib import Path
+
+from mlip_cli.errors import UsageError
+from mlip_cli.recipe_schema import Node, choices, closest, is_section, paths
+
+
+def recipes_folder() -> Path:
+    """Inside the package when installed from a wheel, beside it in a clone."""
+    package = Path(__file__).parent
+    inside = package / "recipes"
+    return inside if inside.is_dir() else package.parent / "recipes"
+
+
+def recipe_names() -> list[str]:
+    """Names of the shipped recipes, sorted."""
+    return sorted(path.stem for path in recipes_folder().glob("*.yaml"))
+
+
+def find_recipe(source: str) -> Path:
+    """A path to a recipe, else a shipped recipe by name: `openmoji`, `openmoji.yaml`, `recipes/openmoji.yaml`.
+
+    Raises:
+        UsageError: there is no such file; names the nearest shipped recipe and lists them all.
+    """
+    path = Path(source)
+    if path.is_file():
+        return path
+    if path.is_dir():
+        inside = path / "recipe.yaml"
+        hint = f"did you mean {inside}?" if inside.is_file() else "name a recipe file"
+        raise UsageError(f"{source}: a folder, not a recipe; {hint}")
+    name = path.name.removesuffix(".yaml")
+    if path.parent in (Path(), Path("recipes")) and name in recipe_names():
+        shipped, here = recipes_folder() / f"{name}.yaml", Path.cwd()
+        return shipped.relative_to(here) if shipped.is_relative_to(here) else shipped
+    near = closest(name, recipe_names(), 0.6)
+    hint = f"did you mean {near}? " if near else ""
+    raise UsageError(f"{source}: no such file and no shipped recipe; {hint}shipped: {', '.join(recipe_names())}")
+
+
+def read_schema() -> Node:
+    """recipes/schema.json"""
+    return json.loads((recipes_folder() / "schema.json").read_text(encoding="utf-8"))
+
+
+def is_recipe_key(name: str) -> bool:
+    """True for a dotted key of the recipe, such as optim.lr."""
+    return name in {path for path, _ in paths(read_schema())}
+
+
+def complete_recipe(incomplete: str) -> list[str]:
+    """Shipped recipes that start so, when the word is not a path."""
+    return [name for name in recipe_names() if name.startswith(incomplete)]
+
+
+def complete_override(args: list[str], incomplete: str) -> list[str]:
+    """Keys of the recipe up to the equals sign, then the words that can follow it.
+
+    bash hands over `key`, `=` and the value as three words and wants the value alone; zsh and fish hand over one.
+    """
+    if incomplete == "=" or args[-1:] == ["="]:
+        key = args[-1] if incomplete == "=" else args[-2] if len(args) > 1 else ""
+        return _values(key, incomplete.removeprefix("="))
+    key, equals, value = incomplete.partition("=")
+    if equals:
+        return [f"{key}={word}" for word in _values(key, value)]
+    schema = read_schema()
+    return [
+        f"{path}="
+        for path, node in paths(schema)
+        if path.startswith(key) and path != "extends" and _settable(schema, node)
+    ]
+
+
+def _settable(schema: Node, node: Node) -> bool:
+    """A leaf, or a section that null can switch off."""
+    return not is_section(schema, node) or "null" in choices(schema, node)
+
+
+def _values(key: str, incomplete: str) -> list[str]:
+    schema = read_schema()
+    node = dict(paths(schema)).get(key)
+    return [word for word in choices(schema, node) if word.startswith(incomplete)] if node else []
