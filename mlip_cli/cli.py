@@ -67,6 +67,18 @@ def _checked_measured_run(value: str) -> str:
     return _checked_run(value)
 
 
+def _complete_recipe(incomplete: str) -> list[str]:
+    from mlip_cli.shipped import complete_recipe
+
+    return complete_recipe(incomplete)
+
+
+def _complete_override(context: typer.Context, incomplete: str) -> list[str]:
+    from mlip_cli.shipped import complete_override
+
+    return complete_override(context.params.get("overrides") or [], incomplete)
+
+
 def _show_version(value: bool) -> None:
     if value:
         print(f"mlip {__version__}")
@@ -147,9 +159,21 @@ def prepare_data(
 
 @app.command(epilog="Example: mlip pretrain recipes/openmoji.yaml train.steps=100")
 def pretrain(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a shipped recipe.")],
+    recipe: Annotated[
+        str,
+        typer.Argument(
+            metavar="RECIPE",
+            autocompletion=_complete_recipe,
+            help="A recipe file, or the name of a shipped recipe.",
+        ),
+    ],
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Changes to the recipe, as in optim.lr=1e-3.")
+        list[str] | None,
+        typer.Argument(
+            metavar="KEY=VALUE",
+            autocompletion=_complete_override,
+            help="Changes to the recipe, as in optim.lr=1e-3.",
+        ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder; default: runs/RECIPE-TIME.", show_default=False)] = None,
     resume: Annotated[
@@ -268,7 +292,7 @@ def main() -> None:
 
 def _exit_code() -> int:
     try:
-        code = app(prog_name="mlip", standalone_mode=False)
+        code = app(args=sys.argv[1:] or ["--help"], prog_name="mlip", standalone_mode=False)
     except typer.TyperException as error:
         return _fail(_wrong_usage(error), 2)
     except UsageError as error:

@@ -11,7 +11,7 @@ SIZES = ("patch_size", "width", "depth", "num_heads")
 
 def _length(recipe: Recipe) -> Found:
     if recipe.train.steps is None and recipe.train.epochs is None:
-        yield "train.steps", "null like train.epochs; give one of them"
+        yield "train.steps", "not given, nor is train.epochs; give one of them"
     if recipe.train.steps is not None and recipe.train.epochs is not None:
         yield "train.epochs", f"{recipe.train.epochs} excludes train.steps {recipe.train.steps}; set one to null"
 

@@ -49,24 +49,21 @@ def read_schema() -> Node:
     return json.loads((recipes_folder() / "schema.json").read_text(encoding="utf-8"))
 
 
-def is_recipe_key(name: str) -> bool:
-    """True for a dotted key of the recipe, such as optim.lr."""
-    return name in {path for path, _ in paths(read_schema())}
-
-
 def complete_recipe(incomplete: str) -> list[str]:
     """Shipped recipes that start so, when the word is not a path."""
     return [name for name in recipe_names() if name.startswith(incomplete)]
 
 
-def complete_override(args: list[str], incomplete: str) -> list[str]:
+def complete_override(earlier: list[str], incomplete: str) -> list[str]:
     """Keys of the recipe up to the equals sign, then the words that can follow it.
 
-    bash hands over `key`, `=` and the value as three words and wants the value alone; zsh and fish hand over one.
+    bash makes `key`, `=` and the value separate words (the `=` arrives only when a value has begun) and wants the value
+    alone; zsh and fish hand over `key=value` in one piece.
     """
-    if incomplete == "=" or args[-1:] == ["="]:
-        key = args[-1] if incomplete == "=" else args[-2] if len(args) > 1 else ""
-        return _values(key, incomplete.removeprefix("="))
+    if earlier[-1:] == ["="] and len(earlier) > 1:
+        return _values(earlier[-2], incomplete)
+    if earlier and "=" not in earlier[-1] and earlier[-2:-1] != ["="]:
+        return _values(earlier[-1], incomplete)
     key, equals, value = incomplete.partition("=")
     if equals:
         return [f"{key}={word}" for word in _values(key, value)]
