@@ -1,0 +1,104 @@
+"""Parameters and GFLOPs of a model, for the commands that print them."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from mlip_cli.model.clip import CLIP
+from mlip_cli.model.merging import MergePlan
+from mlip_cli.model.vision import ObservedBlock
+from mlip_cli.profiling import (
+    BlockSizes,
+    ImageTowerSizes,
+    gflops,
+    global_filter_gflops,
+    image_tower_gflops,
+    text_tower_gflops,
+)
+
+
+def linear_weights(modules: Iterable[nn.Module]) -> int:
+    """Entries of the matrices of all linear maps: multiply-adds of a token that passes each once."""
+    return sum(m.weight.numel() for module in modules for m in module.modules() if isinstance(m, nn.Linear))
+
+
+def block_sizes(block: Any) -> BlockSizes:
+    """Sizes of a timm transformer block."""
+    attention = linear_weights([block.attn])
+    width = block.attn.num_heads * block.attn.head_dim
+    return BlockSizes(width, attention, linear_weights([block]) - attention)
+
+
+def image_tower_sizes(model: CLIP) -> ImageTowerSizes:
+    """Sizes of the image tower with its projection into the joint space."""
+    tower = model.vision
+    block = tower.trunk.blocks[0]
+    return ImageTowerSizes(
+        num_patches=tower.num_patches,
+        num_prefix=tower.num_prefix,
+        patch_size=tower.patch_size,
+        width=tower.width,
+        blocks=tuple(block_sizes(block) for block in tower.trunk.blocks),
+        metric_width=block.attn.head_dim if isinstance(block, ObservedBlock) else tower.width,
+        head_weights=model.image_projection.weight.numel(),
+    )
+
+
+def image_gflops(model: CLIP, plan: MergePlan) -> dict[str, float]:
+    """GFLOPs of `encode_image` for one image at `plan`, by part."""
+    sizes = image_tower_sizes(model)
+    parts = image_tower_gflops(sizes, tokens=plan.tokens, merges=plan.merges, guided=plan.method == "guided")
+    pool = model.vision.trunk.attn_pool
+    if pool is not None:  # one query against all tokens
+        num_tokens = plan.tokens[-1] + (plan.num_prefix if model.vision.trunk.pool_include_prefix else 0)
+        keys_and_values = linear_weights([pool.kv])
+        once = linear_weights([pool]) - keys_and_values
+        parts["pooling"] = gflops(num_tokens * keys_and_values + once + 2 * num_tokens * model.vision.width)
+    return parts
+
+
+def frequency_gflops(model: CLIP) -> float:
+    """GFLOPs of the frequency branch for one image: its blocks and its projection, not its token head."""
+    branch = model.frequency
+    if branch is None:
+        return 0.0
+    (h, w), n = branch.grid, model.vision.num_patches
+    filters = len(branch.blocks) * global_filter_gflops(h, w, branch.norm.normalized_shape[0])
+    macs = n * linear_weights([branch])
+    if branch.reads_pixels:
+        macs += n * 3 * 2 * branch.patch_size**3
+    if model.frequency_projection is not None:
+        macs += model.frequency_projection.weight.numel()
+    return gflops(macs) + filters
+
+
+def token_head_gflops(model: CLIP, plan: MergePlan, num_text_tokens: int) -> float:
+    """GFLOPs of the projections that only token losses read, for one pair."""
+    counts = {"spatial": plan.tokens[-1], "frequency": plan.num_patches, "text": num_text_tokens}
+    return gflops(sum(counts[name] * linear_weights([head]) for name, head in model.token_projections.items()))
+
+
+def text_gflops(model: CLIP, num_tokens: int) -> float:
+    """GFLOPs of `encode_text` for one caption of `num_tokens`."""
+    blocks = [block_sizes(block) for block in model.text.blocks]
+    return text_tower_gflops(blocks, num_tokens=num_tokens, head_weights=model.text_projection.weight.numel())
+
+
+def parameters(model: CLIP) -> dict[str, int]:
+    """Number of parameters by part; the parts add up to the model."""
+    embedding = model.text.token_embedding
+    parts = {
+        "image tower": _count([model.vision, model.image_projection]),
+        "text tower": _count([model.text, model.text_projection]) - _count([embedding]),
+        "word embeddings": _count([embedding]),
+        "frequency branch": _count([m for m in (model.frequency, model.frequency_projection) if m is not None]),
+        "token heads": _count([model.token_projections]),
+        "logit scales": _count([model.log_scales, model.logit_biases]),
+    }
+    assert sum(parts.values()) == _count([model]), parts
+    return {name: count for name, count in parts.items() if count}
+
+
+def _count(modules: Iterable[nn.Module]) -> int:
+    return sum(parameter.numel() for module in modules for parameter in module.parameters())

@@ -1,0 +1,224 @@
+"""What a model costs: operations by formula, time measured side by side, memory at its peak.
+
+Operations are those of matrix products, one multiply-add counted as 2 FLOPs; norms, softmax, sums and sorting are left
+out (counters that add layer norms report 17.58 instead of 17.56 GMACs for ViT-B/16). With N patches of p x p pixels, P
+prefix tokens, width D and MLP width M, an image tower takes, in multiply-adds an image:
+
+    patch embedding       N * 3p^2 * D
+    attention of a block  t * 4D^2 + 2 * t^2 * D      t = P + tokens in the block; a merge stands before its block,
+    MLP of a block        t * 2 * D * M               so the block before the merge still runs on all of them
+    a merge n -> k        ceil(n/2) * floor(n/2) * d  matching on keys of width d
+                          + k * n * D                 weighted means
+    guidance              N * 2p^3                    DCT of the grey picture, once
+    head                  D * E
+
+ViT-B/16 at 224 px (N = 196, P = 1, D = 768, M = 3072, E = 512): 17.56 G multiply-adds, 35.1 GFLOPs.
+"""
+
+import math
+import platform
+import resource
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+GIBIBYTE = 2**30
+
+
+@dataclass(frozen=True)
+class BlockSizes:
+    """What a transformer block's cost depends on."""
+
+    width: int
+    """D, summed over heads."""
+    attention_weights: int
+    """Entries of the matrices that every token passes in attention: 4D^2."""
+    mlp_weights: int
+    """Entries of all other matrices of the block: 2DM."""
+
+    def attention_macs(self, num_tokens: int) -> int:
+        """Multiply-adds of projections, scores and weighted sums."""
+        return num_tokens * self.attention_weights + 2 * num_tokens**2 * self.width
+
+    def mlp_macs(self, num_tokens: int) -> int:
+        """Multiply-adds of the MLP."""
+        return num_tokens * self.mlp_weights
+
+
+@dataclass(frozen=True)
+class ImageTowerSizes:
+    """What an image tower's cost depends on."""
+
+    num_patches: int
+    num_prefix: int
+    patch_size: int
+    width: int
+    blocks: tuple[BlockSizes, ...]
+    metric_width: int
+    """Width of what matching compares: one head's keys, or the whole token where keys cannot be read."""
+    head_weights: int
+    """Entries of the matrices that only the pooled feature passes: DE."""
+
+
+def gflops(macs: float) -> float:
+    """Multiply-adds -> 10^9 floating-point operations."""
+    return 2e-9 * macs
+
+
+def merge_macs(before: int, after: int, *, width: int, metric_width: int) -> int:
+    """Multiply-adds of one merge: similarities between two halves, then a (K, N) matrix of weights times (N, D)."""
+    return math.ceil(before / 2) * (before // 2) * metric_width + after * before * width
+
+
+def image_tower_gflops(
+    sizes: ImageTowerSizes, *, tokens: Sequence[int], merges: Mapping[int, int], guided: bool
+) -> dict[str, float]:
+    """GFLOPs of one image by part.
+
+    Args:
+        tokens: patch tokens inside each block.
+        merges: block (counted from 1) -> patch tokens after the merge before it.
+        guided: the merges use the frequency guidance.
+    """
+    merging, before = 0, sizes.num_patches
+    for _, after in sorted(merges.items()):
+        merging += merge_macs(before, after, width=sizes.width, metric_width=sizes.metric_width)
+        before = after
+    if guided and merges:
+        merging += sizes.num_patches * 2 * sizes.patch_size**3
+    seen = [(block, count + sizes.num_prefix) for block, count in zip(sizes.blocks, tokens, strict=True)]
+    return {
+        "patch embedding": gflops(sizes.num_patches * 3 * sizes.patch_size**2 * sizes.width),
+        "attention": gflops(sum(block.attention_macs(count) for block, count in seen)),
+        "MLP": gflops(sum(block.mlp_macs(count) for block, count in seen)),
+        "merging": gflops(merging),
+        "head": gflops(sizes.head_weights),
+    }
+
+
+def text_tower_gflops(blocks: Sequence[BlockSizes], *, num_tokens: int, head_weights: int) -> float:
+    """GFLOPs of one caption of `num_tokens`, padding included; causal attention is counted whole."""
+    macs = sum(block.attention_macs(num_tokens) + block.mlp_macs(num_tokens) for block in blocks)
+    return gflops(macs + head_weights)
+
+
+def global_filter_gflops(h: int, w: int, width: int) -> float:
+    """GFLOPs of a global filter: two real FFTs of h*w points a channel, 2.5 n log2 n each, and a complex product."""
+    return 1e-9 * width * (2 * 2.5 * h * w * math.log2(h * w) + 6 * h * (w // 2 + 1))
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one function, and how often it is as fast as the first one."""
+
+    seconds: tuple[float, ...]
+    """One measurement a round."""
+    median_s: float
+    speedup: float
+    """Median over rounds of (seconds of the first function / seconds of this one) in the same round."""
+    speedup_interval: tuple[float, float]
+    """95 % of bootstrap medians over rounds."""
+
+
+def measure_interleaved(
+    functions: Mapping[str, Callable[[], object]],
+    rounds: int,
+    *,
+    device: torch.device | str = "cpu",
+    after_call: Callable[[], object] | None = None,
+) -> dict[str, Timing]:
+    """Time all functions in turn inside every round, so that a noisy machine favours none.
+
+    Every second round runs backwards, which cancels a steady drift; ratios are taken inside rounds. One call of each
+    comes first, untimed. `after_call` is told of each timed call, for a progress bar.
+    """
+    device = torch.device(device)
+    for function in functions.values():
+        function()
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for number in range(rounds):
+        names = list(functions)
+        for name in names if number % 2 == 0 else reversed(names):
+            seconds[name].append(_seconds(functions[name], device))
+            if after_call is not None:
+                after_call()
+    first = np.array(next(iter(seconds.values())))
+    return {name: _timing(first, np.array(values)) for name, values in seconds.items()}
+
+
+def _seconds(function: Callable[[], object], device: torch.device) -> float:
+    _synchronize(device)
+    start = time.perf_counter()
+    function()
+    _synchronize(device)
+    return time.perf_counter() - start
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def _timing(first: NDArray[np.float64], seconds: NDArray[np.float64], *, resamples: int = 2000) -> Timing:
+    ratios = first / seconds
+    drawn = np.random.default_rng(0).integers(len(ratios), size=(resamples, len(ratios)))
+    low, high = np.quantile(np.median(ratios[drawn], axis=1), [0.025, 0.975])
+    return Timing(
+        seconds=tuple(seconds.tolist()),
+        median_s=float(np.median(seconds)),
+        speedup=float(np.median(ratios)),
+        speedup_interval=(float(low), float(high)),
+    )
+
+
+@dataclass(frozen=True)
+class PeakMemory:
+    """Most memory held at any moment, and what exactly was measured."""
+
+    gib: float
+    measured: str
+
+
+def peak_memory(function: Callable[[], object], *, device: torch.device | str) -> PeakMemory:
+    """Run `function` once and report the peak.
+
+    CUDA: bytes of tensors at most, by PyTorch's allocator. Linux CPU: the resident set of the whole process at most
+    while the function ran (the kernel's high-water mark is reset before), so the libraries and what the allocator kept
+    from earlier work are in it. Elsewhere that mark cannot be reset, and the peak of the process since its start is
+    reported, which may be another function's.
+    """
+    device = torch.device(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        function()
+        _synchronize(device)
+        return PeakMemory(torch.cuda.max_memory_allocated(device) / GIBIBYTE, "tensors on the GPU")
+    was_reset = _reset_high_water()
+    function()
+    _synchronize(device)
+    if was_reset:
+        return PeakMemory(_high_water_kib() / 2**20, "resident memory of the process, libraries included")
+    unit = 1 if platform.system() == "Darwin" else 1024  # macOS counts bytes
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return PeakMemory(peak / GIBIBYTE, "resident memory of the process since its start")
+
+
+def _reset_high_water() -> bool:
+    """Reset the kernel's high-water mark of this process; False where that is not possible or not allowed."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def _high_water_kib() -> int:
+    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(fields["VmHWM"].split()[0])

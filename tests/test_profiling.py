@@ -1,0 +1,171 @@
+"""Operations by formula against counted ones; statistics of timing; peak memory."""
+
+import time
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from mlip_cli import config
+from mlip_cli.commands import costs
+from mlip_cli.model.clip import CLIP, set_fused_attention
+from mlip_cli.model.merging import MergePlan
+from mlip_cli.profiling import BlockSizes, global_filter_gflops, measure_interleaved, merge_macs, peak_memory
+
+LOSSES = {name: "infonce" if name.endswith("global") else "sparc" for name in config.LOSS_NAMES}
+
+
+def build(vision: dict[str, Any], *, image_size: int, **changes: Any) -> CLIP:
+    text = config.Text(width=24, depth=2, num_heads=2, context_length=16)
+    model = config.Model(embed_dim=20, token_dim=12, vision=config.Vision(**vision), text=text, **changes)
+    losses = LOSSES if "frequency" in changes else {"spatial_global": "infonce"}
+    built = CLIP(model, image_size=image_size, losses=losses, global_batch_size=4).eval().requires_grad_(False)
+    set_fused_attention(built, False)  # counters see matrix products, not fused kernels
+    return built
+
+
+TINY = {"patch_size": 4, "width": 32, "depth": 5, "num_heads": 2}
+
+
+@pytest.fixture(scope="module")
+def tiny() -> CLIP:
+    torch.manual_seed(0)
+    return build(TINY, image_size=32, frequency=config.Frequency(input="dct", width=16, depth=2))
+
+
+def counted_gflops(function: Any, *arguments: Any) -> float:
+    with FlopCounterMode(display=False) as counter:
+        function(*arguments)
+    return counter.get_total_flops() / 1e9
+
+
+@pytest.mark.parametrize("method", ["guided", "tome"])
+@pytest.mark.parametrize("rate", [0.0, 0.3, 0.5])
+def test_image_tower_equals_a_count_of_its_products(tiny: CLIP, rate: float, method: str) -> None:
+    plan = tiny.merge_plan(rate, method)
+    images = torch.rand(3, 3, 32, 32)
+    counted = counted_gflops(tiny.encode_image, images, plan) / 3
+    assert sum(costs.image_gflops(tiny, plan).values()) == pytest.approx(counted, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("vision", "image_size"),
+    [
+        ({"timm": "deit_tiny_distilled_patch16_224"}, 48),  # two prefix tokens, an odd number of patches
+        ({"timm": "vit_base_patch16_siglip_224"}, 32),  # no class token, pooled by attention
+    ],
+)
+def test_towers_of_timm_equal_a_count_of_their_products(vision: dict[str, Any], image_size: int) -> None:
+    model = build(vision, image_size=image_size)
+    for rate in (0.0, 0.5):
+        plan = model.merge_plan(rate, "tome")
+        counted = counted_gflops(model.encode_image, torch.rand(1, 3, image_size, image_size), plan)
+        assert sum(costs.image_gflops(model, plan).values()) == pytest.approx(counted, rel=1e-9)
+
+
+def test_text_tower_equals_a_count_of_its_products(tiny: CLIP) -> None:
+    for length in (7, 16):
+        counted = counted_gflops(tiny.encode_text, torch.randint(1, 100, (2, length))) / 2
+        assert costs.text_gflops(tiny, length) == pytest.approx(counted, rel=1e-9)
+
+
+@pytest.mark.parametrize("input", ["tokens", "dct"])
+def test_frequency_branch_is_products_as_counted_and_filters_by_formula(input: str) -> None:
+    model = build(TINY, image_size=32, frequency=config.Frequency(input=input, width=16, depth=2))
+    plan, images = model.merge_plan(0.0), torch.rand(1, 3, 32, 32)
+    both = counted_gflops(model.image_features, images, plan)
+    alone = counted_gflops(model.encode_image, images, plan)
+    filters = 2 * global_filter_gflops(8, 8, 16)
+    assert costs.frequency_gflops(model) - filters == pytest.approx(both - alone, rel=1e-9)
+
+
+def test_vit_b_16_takes_the_published_number_of_operations() -> None:
+    with torch.device("meta"):
+        model = build({"timm": "vit_base_patch16_224"}, image_size=224)
+    parts = costs.image_gflops(model, model.merge_plan(0.0))
+    assert sum(parts.values()) == pytest.approx(35.1, abs=0.05)
+    # fvcore, which published 17.58 GMACs, counts 5 operations for each number that one of 25 layer norms passes
+    macs = sum(parts.values()) / 2 + 25 * 5 * 197 * 768 / 1e9
+    assert macs == pytest.approx(17.58, abs=0.005)
+
+
+def test_the_block_before_a_merge_runs_on_all_tokens(tiny: CLIP) -> None:
+    plan = MergePlan((64, 64, 40, 40, 40), num_patches=64, num_prefix=1, method="tome", at=(3,))
+    block = BlockSizes(32, 4 * 32**2, 8 * 32**2)
+    expected = 2e-9 * (2 * block.mlp_macs(65) + 3 * block.mlp_macs(41))
+    assert costs.image_gflops(tiny, plan)["MLP"] == pytest.approx(expected)
+
+
+def test_a_merge_of_an_odd_number_compares_two_unequal_halves() -> None:
+    assert merge_macs(49, 30, width=8, metric_width=4) == 25 * 24 * 4 + 30 * 49 * 8
+
+
+def test_parts_of_the_parameters_add_up(tiny: CLIP) -> None:
+    parts = costs.parameters(tiny)
+    assert sum(parts.values()) == sum(p.numel() for p in tiny.parameters())
+    assert parts["word embeddings"] == 49408 * 24
+    assert "frequency branch" not in costs.parameters(build(TINY, image_size=32))
+
+
+def test_token_heads_count_every_token_they_read(tiny: CLIP) -> None:
+    plan = tiny.merge_plan(0.5, "tome")
+    expected = 2e-9 * 12 * (plan.tokens[-1] * 32 + 64 * 16 + 10 * 24)
+    assert costs.token_head_gflops(tiny, plan, 10) == pytest.approx(expected)
+
+
+class Clock:
+    """A machine whose noise is known: every call takes `seconds`, times a factor that changes from round to round."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, factors: list[float]) -> None:
+        self.now, self.calls, self.factors = 0.0, [], factors
+        monkeypatch.setattr(time, "perf_counter", lambda: self.now)
+
+    def function(self, name: str, seconds: float) -> Any:
+        def call() -> None:
+            done = self.calls.count(name)
+            self.calls.append(name)
+            self.now += seconds * ([1.0, *self.factors][done])
+
+        return call
+
+
+def test_interleaving_takes_the_machine_s_noise_out_of_ratios(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch, factors=[1, 5, 1, 30, 1, 2, 1])
+    timings = measure_interleaved({"a": clock.function("a", 3.0), "b": clock.function("b", 2.0)}, rounds=7)
+    assert timings["a"].speedup == 1
+    assert timings["b"].speedup == pytest.approx(1.5)
+    assert timings["b"].speedup_interval == pytest.approx((1.5, 1.5))
+    assert timings["b"].median_s == pytest.approx(2.0)
+    assert "".join(clock.calls) == "ab" + "abba" * 3 + "ab"
+
+
+def test_the_interval_covers_most_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch, factors=[1.0] * 9)
+    slower = Clock.function(clock, "b", 1.0)
+    noise = iter([0.0, 0.5, -0.2, 0.1, 0.3, 0.0, -0.1, 0.2, 0.05, 0.15])
+
+    def noisy() -> None:
+        slower()
+        clock.now += next(noise)
+
+    timing = measure_interleaved({"a": clock.function("a", 1.0), "b": noisy}, rounds=9)["b"]
+    low, high = timing.speedup_interval
+    assert low < timing.speedup < high
+    assert min(1 / s for s in timing.seconds) <= low
+    assert high <= max(1 / s for s in timing.seconds)
+
+
+def test_every_timed_call_is_told(tiny: CLIP) -> None:
+    told = []
+    measure_interleaved({"a": lambda: None, "b": lambda: None}, 3, after_call=lambda: told.append(1))
+    assert len(told) == 6
+
+
+def test_peak_memory_sees_what_was_held_only_for_a_moment() -> None:
+    small = peak_memory(lambda: None, device="cpu")
+    large = peak_memory(lambda: torch.ones(64 * 2**20).sum(), device="cpu")  # 256 MiB
+    again = peak_memory(lambda: None, device="cpu")
+    assert large.gib - small.gib == pytest.approx(0.25, abs=0.06)
+    if "since its start" not in again.measured:
+        assert again.gib - small.gib == pytest.approx(0, abs=0.06)
