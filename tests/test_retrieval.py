@@ -39,7 +39,9 @@ def test_equals_clip_benchmark_with_several_captions_an_image() -> None:
     def tokenize(texts: list[str]) -> Tensor:
         return torch.tensor([int(text) for text in texts])
 
-    expected = reference.evaluate(Lookup(images, texts), batches(), tokenize, "cpu", amp=False, recall_k_list=[1, 5, 10])
+    expected = reference.evaluate(
+        Lookup(images, texts), batches(), tokenize, "cpu", amp=False, recall_k_list=[1, 5, 10]
+    )
     ours = image_text_retrieval(images, texts, captions)
     for k in (1, 5, 10):
         assert ours["image_to_text"][f"r{k}"] == pytest.approx(expected[f"text_retrieval_recall@{k}"])

@@ -1,0 +1,174 @@
+"""Several encoders on one data set, batch by batch in turn: scores of each, and speeds measured side by side."""
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mlip_cli.evaluate.pictures import Pictures
+from mlip_cli.evaluate.retrieval import ranks, recalls
+from mlip_cli.evaluate.zeroshot import class_embeddings, classification, normalized, top_classes
+from mlip_cli.types import Encoder
+
+NAME_RECALL_AT = (1, 5)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One set of weights, and the ways to encode pictures with it (its merge rates)."""
+
+    encoders: tuple[Encoder, ...]
+    tokenize: Callable[[Sequence[str]], Tensor]
+    """Texts -> token ids (B, L)."""
+    device: torch.device
+
+
+@dataclass
+class _Answers:
+    """What one kind of feature said so far."""
+
+    top: list[Tensor] = field(default_factory=list)
+    name_ranks: list[Tensor] = field(default_factory=list)
+
+
+class _Contestant:
+    """One encoder on its way through the data set."""
+
+    def __init__(self, candidate: Candidate, encoder: Encoder, classes: Tensor, names: Tensor | None) -> None:
+        self.candidate, self.encoder, self.classes, self.names = candidate, encoder, classes, names
+        self.answers: dict[str, _Answers] = {"spatial": _Answers()}
+        self.seconds: list[tuple[int, float]] = []
+        self.has_frequency: bool | None = None
+
+    def see(self, images: Tensor, accepted: Sequence[Sequence[int]]) -> None:
+        """Encode a batch (B, 3, H, W) uint8 on the CPU, on the clock, and note the answers."""
+        images = images.to(self.candidate.device)
+        if self.has_frequency is None:
+            self.encoder.encode_image(images)  # the first call of a shape chooses kernels and allocates
+            self.has_frequency = self.encoder.image_features(images).frequency is not None
+        _wait(self.candidate.device)
+        started = time.perf_counter()
+        features = self.encoder.encode_image(images)
+        _wait(self.candidate.device)
+        self.seconds.append((len(images), time.perf_counter() - started))
+        spatial = normalized(features, "image")
+        self._note("spatial", spatial, accepted)
+        if self.has_frequency:  # a second pass, off the clock: `encode_image` alone is what is offered and timed
+            other = self.encoder.image_features(images).frequency
+            assert other is not None
+            frequency = normalized(other, "frequency")
+            self._note("frequency", frequency, accepted)
+            self._note("spatial_plus_frequency", normalized(spatial + frequency, "image"), accepted)
+
+    def _note(self, kind: str, features: Tensor, accepted: Sequence[Sequence[int]]) -> None:
+        answers = self.answers.setdefault(kind, _Answers())
+        answers.top.append(top_classes(features, self.classes).cpu())
+        if self.names is not None:
+            answers.name_ranks.append(ranks(features, self.names, accepted))
+
+    def images_per_s(self) -> float:
+        """Batch size over the median time of a full batch."""
+        full = max(size for size, _ in self.seconds)
+        return full / median(seconds for size, seconds in self.seconds if size == full)
+
+
+@torch.inference_mode()
+def measure(
+    pictures: Pictures,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    candidates: Sequence[Candidate],
+    *,
+    on_batch: Callable[[int], None] = lambda _: None,
+) -> list[list[dict[str, Any]]]:
+    """Scores of each encoder of each candidate, in their order; strict JSON, fractions in [0, 1].
+
+    Spatial features (`encode_image`) are on the top level; with a frequency branch `frequency` and
+    `spatial_plus_frequency` (the sum of the normalised features) hold the same scores for those. `right` holds one
+    character a picture, for paired tests.
+
+    Args:
+        batches: uint8 images (B, 3, S, S) and classes (B,), on the CPU.
+        on_batch: called with the number of pictures of each batch.
+
+    Raises:
+        RunError: features that are not finite, or a picture that cannot be read.
+    """
+    contestants = [
+        [_Contestant(c, encoder, *texts) for encoder in c.encoders] for c, texts in _texts(pictures, candidates)
+    ]
+    labels: list[Tensor] = []
+    start = 0
+    for images, classes in batches:
+        accepted = pictures.names.accepted[start : start + len(images)] if pictures.names else []
+        for group in contestants:
+            for contestant in group:
+                contestant.see(images, accepted)
+        labels.append(classes)
+        start += len(images)
+        on_batch(len(images))
+    truth = torch.cat(labels)
+    return [[_scores(contestant, pictures, truth) for contestant in group] for group in contestants]
+
+
+def _texts(
+    pictures: Pictures, candidates: Sequence[Candidate]
+) -> Iterable[tuple[Candidate, tuple[Tensor, Tensor | None]]]:
+    """Class and name embeddings, once a candidate: merging does not touch the texts."""
+    for candidate in candidates:
+        embed = partial(
+            class_embeddings,
+            templates=pictures.templates,
+            tokenize=candidate.tokenize,
+            encode_text=candidate.encoders[0].encode_text,
+            device=candidate.device,
+        )
+        yield candidate, (embed(pictures.class_names), embed(pictures.names.texts) if pictures.names else None)
+
+
+def _scores(contestant: _Contestant, pictures: Pictures, labels: Tensor) -> dict[str, Any]:
+    counts = labels.bincount(minlength=len(pictures.class_names))
+    spatial, *others = contestant.answers
+    result: dict[str, Any] = {
+        "n": len(labels),
+        "num_classes": len(pictures.class_names),
+        "num_classes_seen": int((counts > 0).sum()),
+        "chance": 1 / len(pictures.class_names),
+        "majority_share": int(counts.max()) / len(labels),
+        **_kind_scores(contestant.answers[spatial], pictures, labels),
+        **{kind: _kind_scores(contestant.answers[kind], pictures, labels) for kind in others},
+        "images_per_s": contestant.images_per_s(),
+        "timed_batches": len(contestant.seconds),
+    }
+    result["right"] = _right(contestant.answers[spatial], labels)
+    return result
+
+
+def _kind_scores(answers: _Answers, pictures: Pictures, labels: Tensor) -> dict[str, Any]:
+    scores = classification(torch.cat(answers.top), labels, pictures.class_names)
+    if pictures.names:
+        scores["names"] = recalls(
+            torch.cat(answers.name_ranks),
+            num_accepted=[len(accepted) for accepted in pictures.names.accepted],
+            num_candidates=len(pictures.names.texts),
+            at=NAME_RECALL_AT,
+        )
+    return scores
+
+
+def _right(answers: _Answers, labels: Tensor) -> dict[str, str]:
+    right = {"acc1": torch.cat(answers.top)[:, 0] == labels}
+    if answers.name_ranks:
+        right |= {f"name_r{k}": torch.cat(answers.name_ranks) < k for k in NAME_RECALL_AT}
+    return {name: "".join("01"[bool(hit)] for hit in hits.tolist()) for name, hits in right.items()}
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()

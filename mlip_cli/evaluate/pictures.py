@@ -1,0 +1,148 @@
+"""The pictures of an evaluation data set, one by one or in batches, with their classes and the texts that name them."""
+
+import io
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from mlip_cli.errors import RunError
+
+MAX_THREADS = 16
+
+
+class Sample(Protocol):
+    """A sample as it lies in a shard."""
+
+    @property
+    def key(self) -> str: ...
+    @property
+    def image(self) -> bytes: ...
+    @property
+    def record(self) -> dict[str, Any]: ...
+    @property
+    def shard(self) -> str: ...
+
+
+class Shards(Protocol):
+    """A prepared data set."""
+
+    @property
+    def num_samples(self) -> int: ...
+    def read(self, id: int, /) -> Sample: ...
+
+
+class Member(Protocol):
+    """A file in a tar."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def offset(self) -> int: ...
+    @property
+    def size(self) -> int: ...
+    @property
+    def is_file(self) -> bool: ...
+
+
+@dataclass(frozen=True)
+class Readers:
+    """How files become pixels: the functions of `mlip_cli.data`, handed over by the command."""
+
+    open_shards: Callable[[Path], Shards]
+    read_members: Callable[[Path], Iterator[Member]]
+    """The files in a tar."""
+    decode: Callable[[bytes], Tensor]
+    """JPEG, PNG or WebP without transparency -> uint8 (3, H, W); ValueError where it cannot."""
+    from_pil: Callable[[Any], Tensor]
+    """A Pillow picture -> uint8 (3, H, W)."""
+    fit: Callable[[Tensor, int], Tensor]
+    """uint8 (3, H, W), size -> (3, size, size)."""
+
+
+@dataclass(frozen=True)
+class Names:
+    """Texts of which each picture accepts some: for retrieval of names."""
+
+    texts: tuple[str, ...]
+    accepted: tuple[tuple[int, ...], ...]
+    """For each picture, in order, the numbers of its right texts."""
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """An opened data set. `items` begins anew at each call; one thread takes items, any thread may load them."""
+
+    class_names: tuple[str, ...]
+    """By class number; names may repeat (two of ImageNet's do)."""
+    templates: tuple[str, ...]
+    """Texts with `{c}` in the place of the class name."""
+    items: Callable[[], Iterable[Any]]
+    load: Callable[[Any], tuple[Tensor, int]]
+    """Item -> uint8 (3, H, W), class."""
+    num_pictures: int
+    names: Names | None = None
+
+
+def batches(
+    pictures: Pictures, readers: Readers, *, size: int, batch_size: int, read_ahead: bool
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """uint8 (B, 3, size, size) and int64 (B,), in order; the last batch may be smaller.
+
+    Args:
+        read_ahead: decode the next batch while this one is used: faster on a GPU, but on a CPU it would slow down the
+            encoder whose speed is being measured.
+
+    Raises:
+        RunError: a picture that cannot be read, or a label that is no class.
+    """
+
+    def load(item: Any) -> tuple[Tensor, int]:
+        image, label = pictures.load(item)
+        if not 0 <= label < len(pictures.class_names):
+            raise RunError(f"class {label} in a data set of {len(pictures.class_names)} classes; its labels are wrong")
+        return readers.fit(image, size), label
+
+    items = iter(pictures.items())
+    waiting: list[list[Future[tuple[Tensor, int]]]] = []
+    with ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1)) as pool:
+        try:
+            while chunk := list(islice(items, batch_size)):
+                waiting.append([pool.submit(load, item) for item in chunk])
+                if len(waiting) > read_ahead:
+                    yield _collated(waiting.pop(0))
+            for futures in waiting:
+                yield _collated(futures)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _collated(futures: Sequence[Future[tuple[Tensor, int]]]) -> tuple[Tensor, Tensor]:
+    loaded = [future.result() for future in futures]
+    return torch.stack([image for image, _ in loaded]), torch.tensor([label for _, label in loaded])
+
+
+def decode_any(readers: Readers, content: bytes, *, is_jpeg: bool, where: str) -> Tensor:
+    """Pixels of a picture from anywhere: JPEG by the fast decoder, the rest by Pillow: uint8 (3, H, W).
+
+    Raises:
+        RunError: neither can read it; `where` says which picture.
+    """
+    from PIL import Image
+
+    if is_jpeg:
+        try:
+            return readers.decode(content)
+        except ValueError:
+            pass  # CMYK, or another format under a JPEG's name: Pillow's turn, which has the last word
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            return readers.from_pil(image)
+    except (OSError, SyntaxError, ValueError) as error:
+        raise RunError(f"{where}: not a readable picture; mend it or take it away") from error
