@@ -1,0 +1,157 @@
+"""What a source gives: rows with a picture's place and captions. Nothing here reads a picture."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+MAX_CAPTION_BYTES = 64 * 1024
+MAX_CAPTIONS = 255
+PART_ROWS = 500
+
+SPLITS = ("train", "validation", "test")
+SPLIT_WORDS = {
+    "train": "train",
+    "training": "train",
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
+    "dev": "validation",
+    "test": "test",
+    "testing": "test",
+}
+"""How sources name their splits, and our word for each."""
+
+
+@dataclass(frozen=True)
+class Caption:
+    """A text for a picture; `weight` is relative to the picture's other captions."""
+
+    text: str
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Picture:
+    """Where the encoded bytes of a picture lie: a whole file, or `size` bytes of one from `offset` on."""
+
+    path: str
+    offset: int = 0
+    size: int | None = None
+
+
+@dataclass(frozen=True)
+class Record:
+    """A row of the source. It becomes a sample, or a line in rejects.parquet: never nothing."""
+
+    file: str
+    """File that states the row, relative to the source."""
+    row: int
+    """Place of the row in that file, from 0."""
+    picture: Picture | None
+    captions: tuple[Caption, ...]
+    split: str | None = None
+    label: str | None = None
+    """Class of the picture, `class` in KEY.json."""
+    meta: Mapping[str, Any] = field(default_factory=dict)
+    reject: str | None = None
+    """Reason why the row cannot become a sample, where the source alone tells it."""
+    detail: str = ""
+    """What the reason is about: a file name, a value."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Consecutive rows of the source: the unit of work, of the journal and of going on after an interruption."""
+
+    number: int
+    first_row: int
+    """Place of the first record in the whole source; the key of record i is `first_row + i` in nine digits."""
+    records: tuple[Record, ...]
+
+
+def parts_of(records: Sequence[Record], *, part_rows: int = PART_ROWS) -> list[Part]:
+    """Cut a source into parts. Their size never depends on the number of workers, so neither does a byte of output."""
+    starts = range(0, len(records), part_rows)
+    return [Part(i, start, tuple(records[start : start + part_rows])) for i, start in enumerate(starts)]
+
+
+def checked_captions(record: Record) -> Record:
+    """`record` with its captions stripped and the empty ones gone, or marked as a reject."""
+    if record.reject:
+        return record
+    captions = tuple(replace(caption, text=caption.text.strip()) for caption in record.captions)
+    captions = tuple(caption for caption in captions if caption.text)
+    if not captions:
+        return replace(record, reject="no caption", detail=record.detail or "empty")
+    if len(captions) > MAX_CAPTIONS:
+        return replace(record, reject="too many captions", detail=f"{len(captions)}, at most {MAX_CAPTIONS}")
+    for caption in captions:
+        try:
+            num_bytes = len(caption.text.encode())
+        except UnicodeEncodeError:
+            return replace(record, reject="caption is not UTF-8", detail="a lone surrogate")
+        if num_bytes > MAX_CAPTION_BYTES:
+            return replace(record, reject="caption too long", detail=f"{num_bytes} bytes, at most {MAX_CAPTION_BYTES}")
+        if not (math.isfinite(caption.weight) and caption.weight > 0):
+            return replace(record, reject="caption weight is not positive", detail=str(caption.weight))
+    return replace(record, captions=captions)
+
+
+def captions_of(value: Any) -> tuple[Caption, ...]:
+    """Captions from a cell: a text, a list of texts, or a list of {text, weight}. Other values give none."""
+    values = value if isinstance(value, list | tuple) else [value]
+    captions = []
+    for item in values:
+        if isinstance(item, str):
+            captions.append(Caption(item))
+        elif isinstance(item, Mapping) and isinstance(item.get("text"), str):
+            weight = item.get("weight", 1.0)
+            captions.append(Caption(item["text"], float(weight) if isinstance(weight, int | float) else math.nan))
+    return tuple(captions)
+
+
+def plain_values(row: Mapping[str, Any], *, without: Sequence[str | None] = ()) -> dict[str, Any]:
+    """The texts, truth values and finite numbers of `row`: what KEY.json keeps as `meta`."""
+    return {
+        printable(key): printable(value) if isinstance(value, str) else value
+        for key, value in row.items()
+        if key not in without and _is_plain(value)
+    }
+
+
+def printable(text: str) -> str:
+    """`text` with what UTF-8 cannot say as escapes."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return isinstance(value, str | bool | int)
+
+
+def split_of_folder(relative: Path) -> tuple[str | None, Path]:
+    """(`train/dog/x.jpg`) -> ("train", `dog/x.jpg`); a first folder that names no split stays."""
+    split = SPLIT_WORDS.get(relative.parts[0].lower()) if len(relative.parts) > 1 else None
+    return (split, Path(*relative.parts[1:])) if split else (None, relative)
+
+
+def class_words(folder: str) -> str:
+    """Name of a class folder as words: underscores become spaces."""
+    return " ".join(folder.replace("_", " ").split())
+
+
+def decode_text(content: bytes) -> str | None:
+    """UTF-8 text without a byte order mark, or None if it is not UTF-8."""
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return None
+
+
+def json_bytes(value: Any) -> bytes:
+    """Compact strict JSON, the same bytes for the same value."""
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()

@@ -1,0 +1,115 @@
+"""Existing webdataset tars, img2dataset's output among them, as records; nothing is unpacked."""
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from mlip_cli.data.records import Caption, Picture, Record, captions_of, decode_text, plain_values, split_of_folder
+from mlip_cli.data.tar import Member, read_members
+
+IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
+TEXTS = ("txt", "caption", "text")
+CLASS_NAMES = ("class", "label")
+MAX_PART_BYTES = 1 << 20
+
+OURS = (
+    "captions",
+    "caption",
+    "class",
+    "width",
+    "height",
+    "original_width",
+    "original_height",
+    "sha256",
+    "source",
+    "meta",
+)
+"""Fields of a KEY.json that a new KEY.json says anew."""
+
+
+def tar_records(root: Path, tars: Sequence[str]) -> Iterator[Record]:
+    """One record a sample. A sample is a run of members whose names are equal up to the last dot.
+
+    Captions come from KEY.json (`captions`, as written by us, or `caption`), else from KEY.txt.
+
+    Raises:
+        DamagedTarError: a tar is not whole; the samples before the damage are not enough to go on without a word.
+    """
+    for tar in tars:
+        path = root / tar
+        split, _ = split_of_folder(Path(tar))
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            samples = groupby(read_members(path), key=lambda member: _key(member.name))
+            known = ((key, parts) for key, parts in ((k, _parts(m)) for k, m in samples) if parts)
+            for row, (key, parts) in enumerate(known):
+                yield _record(path, descriptor, parts, file=tar, row=row, key=key, split=split)
+        finally:
+            os.close(descriptor)
+
+
+def _key(name: str) -> str:
+    folder, slash, base = name.rpartition("/")
+    return folder + slash + base.rpartition(".")[0]
+
+
+def _parts(members: Iterator[Member]) -> list[tuple[str, Member]]:
+    """(ending, member) of the members that we read; links and folders have no bytes of their own and are not among them."""
+    named = [(member.name.rpartition(".")[2].lower(), member) for member in members if member.is_file]
+    return [(ending, member) for ending, member in named if ending in (*IMAGES, *TEXTS, "json", "cls")]
+
+
+def _record(
+    path: Path, descriptor: int, parts: list[tuple[str, Member]], *, file: str, row: int, key: str, split: str | None
+) -> Record:
+    pictures = [member for ending, member in parts if ending in IMAGES]
+    if len(pictures) != 1:
+        reason = "several pictures" if pictures else "no picture"
+        return Record(file, row, None, (), split=split, reject=reason, detail=key)
+    place = Picture(str(path), pictures[0].offset, pictures[0].size)
+    texts = {ending: member for ending, member in parts if ending not in IMAGES}
+    if large := [member.name for member in texts.values() if member.size > MAX_PART_BYTES]:
+        return Record(file, row, place, (), split=split, reject="caption too long", detail=large[0])
+    contents = {ending: decode_text(os.pread(descriptor, m.size, m.offset)) for ending, m in texts.items()}
+    if None in contents.values():
+        return Record(file, row, place, (), split=split, reject="caption is not UTF-8", detail=key)
+    try:
+        fields = json.loads(contents["json"] or "null") if "json" in contents else {}
+    except (json.JSONDecodeError, RecursionError):
+        return Record(file, row, place, (), split=split, reject="KEY.json is not JSON", detail=key)
+    if not isinstance(fields, dict):
+        return Record(file, row, place, (), split=split, reject="KEY.json is not a JSON object", detail=key)
+    text = next((contents[ending] for ending in TEXTS if ending in contents), None)
+    return Record(
+        file=file,
+        row=row,
+        picture=place,
+        captions=_captions(fields, text),
+        split=split,
+        label=_label(fields, contents.get("cls")),
+        meta=_meta(fields),
+        detail=key,
+    )
+
+
+def _captions(fields: dict[str, Any], text: str | None) -> tuple[Caption, ...]:
+    for name in ("captions", "caption"):
+        if (captions := captions_of(fields.get(name))) and (name == "captions" or text is None):
+            return captions
+    return captions_of(text)
+
+
+def _label(fields: dict[str, Any], content: str | None) -> str | None:
+    """Class of the sample: `class` or `label` of KEY.json, else KEY.cls (often a number)."""
+    for name in CLASS_NAMES:
+        if isinstance(fields.get(name), str | int):
+            return str(fields[name])
+    return content.strip() if content and content.strip() else None
+
+
+def _meta(fields: dict[str, Any]) -> dict[str, Any]:
+    ours = fields.get("meta") if "captions" in fields else None
+    return plain_values(ours if isinstance(ours, dict) else {}) | plain_values(fields, without=OURS)
