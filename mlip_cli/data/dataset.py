@@ -201,7 +201,9 @@ def _why_not_prepared(folder: Path) -> str:
     parts = sorted(child.parent for child in folder.glob("*/dataset.json"))
     if parts:
         return f"{folder}: no dataset.json here, but in {', '.join(map(str, parts))}; name one of these"
-    what = "tars without index" if any(folder.glob("*.tar")) else "no dataset.json"
+    what = "no dataset.json"
+    if any(folder.glob("*.tar")):
+        what = "shards without dataset.json" if any(folder.glob("*.idx")) else "tars without index"
     return f"{folder}: {what}; prepare it: mlip prepare-data {folder} OUT"
 
 

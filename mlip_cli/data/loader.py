@@ -270,6 +270,7 @@ class _BadSampleLimit:
 
     def __init__(self, max_bad_share: float) -> None:
         self.max_bad_share = max_bad_share
+        self.allowed = round(max_bad_share * BAD_WINDOW)
         self.recent: deque[bool] = deque(maxlen=BAD_WINDOW)
         self.in_a_row = 0
 
@@ -280,10 +281,10 @@ class _BadSampleLimit:
             if self.in_a_row >= MAX_BAD_IN_A_ROW:
                 raise RunError(f"{_last(step)}; the last {self.in_a_row} samples were all bad; prepare the data again")
         num_bad = sum(self.recent) if step.batch.bad_samples else 0
-        if num_bad > self.max_bad_share * BAD_WINDOW:
+        if num_bad > self.allowed:
             raise RunError(
                 f"{_last(step)}; {num_bad} of the last {len(self.recent):,} samples were bad, data.max_bad_share "
-                f"{self.max_bad_share:g} allows {int(self.max_bad_share * BAD_WINDOW)} of {BAD_WINDOW:,}"
+                f"{self.max_bad_share:g} allows {self.allowed} of {BAD_WINDOW:,}"
             )
 
 

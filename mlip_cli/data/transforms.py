@@ -1,19 +1,25 @@
 """Pictures to uint8 tensors of the model's size. Normalising is the model's, on its device.
 
-torchvision's decoders give the same pixels as Pillow for all that `mlip prepare-data` writes (8-bit RGB JPEG, PNG and
-WebP) in 40 to 80 % of the time, so there is no second decoder to fall back on.
+Decoding is torchvision's while it lasts (0.29 announces its removal), then Pillow's. For what `mlip prepare-data`
+writes, 8-bit RGB JPEG, PNG and WebP, both give the same pixels; torchvision takes 40 to 80 % of the time.
 """
 
+import io
 import math
 
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from mlip_cli.config import Augment
+
+try:
+    from torchvision.io import ImageReadMode
+    from torchvision.io import decode_image as torchvision_decode
+except ImportError:
+    torchvision_decode = None
 
 CROP_RATIO = (3 / 4, 4 / 3)
 CROP_ATTEMPTS = 10
@@ -25,16 +31,25 @@ def decode(image: bytes) -> Tensor:
     Raises:
         ValueError: truncated, damaged, empty or of another format; says which.
     """
-    if not image:
-        raise ValueError("the picture is empty")
     try:
-        pixels = decode_image(torch.frombuffer(bytearray(image), dtype=torch.uint8), ImageReadMode.RGB)
-    except RuntimeError as error:
+        pixels = _pillow_decode(image) if torchvision_decode is None else _torchvision_decode(image)
+    except (RuntimeError, OSError, SyntaxError) as error:  # Pillow's decoders raise SyntaxError for broken PNGs
         reason = str(error).split(".cpp:")[-1].partition(", ")[2] or str(error)
         raise ValueError(f"the picture cannot be decoded: {reason.splitlines()[0]}") from error
-    if pixels.dtype != torch.uint8:
-        raise ValueError(f"the picture has {pixels.dtype} pixels; 8 bits a channel are read")
+    if pixels is None:
+        raise ValueError("the picture cannot be decoded: more than 8 bits a channel")
     return pixels
+
+
+def _torchvision_decode(image: bytes) -> Tensor | None:
+    encoded = torch.frombuffer(bytearray(image), dtype=torch.uint8) if image else torch.empty(0, dtype=torch.uint8)
+    pixels = torchvision_decode(encoded, ImageReadMode.RGB)
+    return pixels if pixels.dtype == torch.uint8 else None
+
+
+def _pillow_decode(image: bytes) -> Tensor | None:
+    picture = Image.open(io.BytesIO(image))
+    return F.pil_to_tensor(picture.convert("RGB")) if not picture.mode.startswith(("I", "F")) else None
 
 
 def pil_to_uint8(image: Image.Image) -> Tensor:

@@ -1,0 +1,214 @@
+"""A data set gives back what was written, whatever the order, and never pairs a picture with another's caption."""
+
+import json
+import os
+import pickle
+import shutil
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from shards_for_tests import index_shard, make_dataset
+
+from mlip_cli.config import Source
+from mlip_cli.data import dataset as module
+from mlip_cli.data.dataset import BadSampleError, ShardDataset, open_sources
+from mlip_cli.data.index import HEADER, RECORD, index_path
+from mlip_cli.data.tokenizer import Tokenizer
+from mlip_cli.errors import RunError, UsageError
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return make_dataset(tmp_path / "set" / "train", n=20, shard_size=8)
+
+
+def overwrite(path: Path, at: int, content: bytes) -> None:
+    """Change bytes in place: same size, as a failing disk does."""
+    with open(path, "r+b") as file:
+        file.seek(at)
+        file.write(content)
+
+
+def record_of(shard: Path, row: int) -> np.void:
+    return np.fromfile(index_path(shard), RECORD, offset=HEADER.itemsize)[row]
+
+
+@pytest.mark.parametrize("image_format", ["jpg", "png", "webp"])
+def test_reads_what_tarfile_reads(tmp_path: Path, image_format: str) -> None:
+    folder = make_dataset(tmp_path / "x", n=11, shard_size=4, image_format=image_format)
+    dataset = ShardDataset(folder)
+    assert (dataset.num_samples, dataset.num_shards) == (11, 3)
+    assert dataset.fingerprint == json.loads((folder / "dataset.json").read_text())["fingerprint"]
+    for id in (10, 3, 4, 0, 7):
+        sample = dataset.read(id)
+        with tarfile.open(sample.shard) as tar:
+            assert tar.extractfile(f"{sample.key}.{image_format}").read() == sample.image
+            assert json.loads(tar.extractfile(f"{sample.key}.json").read()) == sample.record
+        assert sample.key == f"00-{id:06d}"
+        assert dataset.locate(id) == (str(folder / f"train-{id // 4:06d}.tar"), sample.key)
+
+
+def test_number_of_tokens_is_that_of_the_longest_caption(folder: Path) -> None:
+    dataset, tokenizer = ShardDataset(folder), Tokenizer(77)
+    expected = [max(tokenizer.count(c["text"]) for c in dataset.read(id).record["captions"]) for id in range(20)]
+    assert dataset.num_tokens(np.arange(20)).tolist() == expected
+
+
+def test_an_id_outside(folder: Path) -> None:
+    for id in (-1, 20):
+        with pytest.raises(IndexError, match=f"sample {id} of 20"):
+            ShardDataset(folder).read(id)
+
+
+def test_few_shards_are_open_at_a_time(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_OPEN_SHARDS", 2)
+    dataset = ShardDataset(folder)
+    before = len(os.listdir("/dev/fd"))
+    for id in (0, 8, 16, 1, 17, 9, 0):
+        assert dataset.read(id).record["source"]["row"] == id
+    assert len(os.listdir("/dev/fd")) - before == 4  # of each shard the tar and its index
+    dataset.close()
+    assert len(os.listdir("/dev/fd")) == before
+
+
+def test_travels_to_another_process_without_its_open_files(folder: Path) -> None:
+    dataset = ShardDataset(folder)
+    sample = dataset.read(12)
+    copy = pickle.loads(pickle.dumps(dataset))  # noqa: S301 - our own bytes
+    dataset.close()
+    assert copy.read(12) == sample
+    assert dataset.read(12) == sample
+
+
+def test_a_damaged_header_is_a_bad_sample_and_the_others_stay_good(folder: Path) -> None:
+    shard = folder / "train-000000.tar"
+    record = record_of(shard, 3)
+    overwrite(shard, int(record["offset"]) + int(record["json_offset"]) - 512, b"99-999999")
+    dataset = ShardDataset(folder)
+    with pytest.raises(BadSampleError) as error:
+        dataset.read(3)
+    place = f"at byte {record['offset']}"
+    assert str(error.value) == f"{shard}: sample {place}: damaged tar header of '99-999999.json'"
+    assert dataset.locate(3) == (str(shard), place)
+    assert [dataset.read(id).record["source"]["row"] for id in (2, 4)] == [2, 4]
+
+
+def test_a_damaged_record_is_a_bad_sample(folder: Path) -> None:
+    shard = folder / "train-000000.tar"
+    record = record_of(shard, 3)
+    overwrite(shard, int(record["offset"]) + int(record["json_offset"]), b"[1, ")
+    with pytest.raises(BadSampleError, match=rf"train-000000.tar: sample at byte {record['offset']}: "):
+        ShardDataset(folder).read(3)
+
+
+def test_swapped_samples_are_bad_samples_not_wrong_pairs(folder: Path) -> None:
+    """A picture of one sample beside the caption of another, with whole headers, as a wrong index would pair them."""
+    shard = folder / "train-000000.tar"
+    records = np.fromfile(index_path(shard), RECORD, offset=HEADER.itemsize)
+    distance = int(records["offset"][2] - records["offset"][1])
+    records["image_offset"][1] += distance
+    records["image_size"][1] = records["image_size"][2]
+    overwrite(index_path(shard), HEADER.itemsize, records.tobytes())
+    with pytest.raises(BadSampleError) as error:
+        ShardDataset(folder).read(1)
+    assert str(error.value) == f"{shard}: sample 00-000001: the picture that lies there belongs to 00-000002"
+
+
+def test_an_index_of_another_shard(folder: Path) -> None:
+    """Two tars of the same size, exchanged: every sample is bad or its own, never another's caption."""
+    a, b = folder / "train-000000.tar", folder / "train-000001.tar"
+    swapped = a.with_suffix(".swap")
+    size = max(a.stat().st_size, b.stat().st_size)
+    a.rename(swapped), b.rename(a), swapped.rename(b)
+    for path in (a, b):
+        os.truncate(path, size)
+        header = np.fromfile(index_path(path), HEADER, count=1)
+        header["tar_bytes"] = size
+        overwrite(index_path(path), 0, header.tobytes())
+    dataset = ShardDataset(folder)
+    num_bad = 0
+    for id in range(16):
+        try:
+            sample = dataset.read(id)
+            assert int(sample.key[-6:]) == sample.record["source"]["row"]
+        except BadSampleError:
+            num_bad += 1
+    assert num_bad > 0
+
+
+def test_a_cut_shard(folder: Path) -> None:
+    shard = folder / "train-000001.tar"
+    size = shard.stat().st_size
+    os.truncate(shard, size // 2)
+    with pytest.raises(RunError) as error:
+        ShardDataset(folder)
+    assert str(error.value) == (
+        f"{shard}: {size // 2} bytes where the index says {size}; "
+        "the shard was cut or changed: prepare the data again (mlip prepare-data)"
+    )
+
+
+def test_a_shard_cut_while_in_use(folder: Path) -> None:
+    dataset = ShardDataset(folder)
+    dataset.read(8)
+    os.truncate(folder / "train-000001.tar", 4000)
+    with pytest.raises(BadSampleError, match=r"the shard ends \d+ bytes too early"):
+        dataset.read(15)
+
+
+def test_a_shard_without_index_or_of_another_length(folder: Path) -> None:
+    index = index_path(folder / "train-000002.tar")
+    index.rename(index.with_suffix(".away"))
+    with pytest.raises(RunError, match=r"train-000002.idx: no index for train-000002.tar; prepare the data again"):
+        ShardDataset(folder)
+    shutil.copy(folder / "train-000001.tar", folder / "train-000002.tar")
+    index_shard(folder / "train-000002.tar")
+    with pytest.raises(
+        RunError, match=r"train-000002.idx: 8 samples where dataset.json says 4; prepare the data again"
+    ):
+        ShardDataset(folder)
+
+
+def message(folder: Path) -> str:
+    with pytest.raises(UsageError) as error:
+        open_sources((Source(path=str(folder)),))
+    return str(error.value)
+
+
+def test_missing_folders(tmp_path: Path, folder: Path) -> None:
+    assert message(Path("data/openmoji/train")) == (
+        "data/openmoji/train: no such folder; make it with: mlip prepare-data openmoji data/openmoji"
+    )
+    assert message(Path("data/cc3m/train")) == (
+        "data/cc3m/train: no such folder; make it with: mlip prepare-data SOURCE data/cc3m"
+    )
+    above = folder.parent
+    assert message(above) == f"{above}: no dataset.json here, but in {folder}; name one of these"
+    file = tmp_path / "pictures.csv"
+    file.write_text("a,b\n")
+    assert message(file) == f"{file}: a file, not a folder of shards; prepare it: mlip prepare-data {file} OUT"
+    (folder / "dataset.json").unlink()
+    assert message(folder) == f"{folder}: shards without dataset.json; prepare it: mlip prepare-data {folder} OUT"
+    for index in folder.glob("*.idx"):
+        index.unlink()
+    assert message(folder) == f"{folder}: tars without index; prepare it: mlip prepare-data {folder} OUT"
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert message(empty) == f"{empty}: no dataset.json; prepare it: mlip prepare-data {empty} OUT"
+
+
+def test_a_dataset_json_that_is_none(folder: Path) -> None:
+    card = folder / "dataset.json"
+    card.write_text('{"shards": [{"n": 1}]}')
+    assert message(folder) == (f"{card}: not written by mlip prepare-data (KeyError('name')); prepare the data again")
+    card.write_text('{"shards": [], "fingerprint": "0"}')
+    assert message(folder) == f"{folder}: the data set holds no samples; prepare it again (mlip prepare-data)"
+
+
+def test_several_sources(tmp_path: Path, folder: Path) -> None:
+    other = make_dataset(tmp_path / "other", n=4, seed=1)
+    found = open_sources((Source(path=str(folder)), Source(path=str(other), weight=2.0)))
+    assert [dataset.num_samples for dataset in found] == [20, 4]
+    assert found[1].read(0).key == "01-000000"
