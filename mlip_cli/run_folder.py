@@ -83,3 +83,29 @@ def newest_run(root: Path = RUNS) -> Run:
     if not runs:
         raise UsageError(f"no run in {root}/; start one with mlip pretrain RECIPE or name a RUN")
     return runs[-1]
+
+
+def find_checkpoint(target: str | None) -> tuple[Run, Path]:
+    """The run and the checkpoint that `target` names: a run folder, a checkpoint folder, or None for the newest run.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if target is None:
+        run = newest_run()
+        checkpoint = run.latest_checkpoint()
+        assert checkpoint is not None
+        return run, checkpoint
+    path = Path(target)
+    if not path.exists():
+        raise UsageError(f"{path}: no such run or checkpoint; runs lie in runs/, mlip pretrain makes them")
+    if (path / "recipe.yaml").is_file():
+        run = Run(path)
+        newest = run.latest_checkpoint()
+        if newest is None:
+            raise UsageError(f"{path}: this run has no checkpoint yet; go on with it: mlip pretrain --resume")
+        return run, newest
+    run = Run(path.parent.parent)
+    if not run.recipe.is_file():
+        raise UsageError(f"{path}: not a run folder (no recipe.yaml) and not a checkpoint of one")
+    return run, path

@@ -13,7 +13,7 @@ from mlip_cli.errors import UsageError
 from mlip_cli.model.clip import CLIP, build_model, set_fused_attention
 from mlip_cli.model.merging import MergePlan
 from mlip_cli.recipe import load_recipe
-from mlip_cli.run_folder import Run, newest_run
+from mlip_cli.run_folder import Run, find_checkpoint
 from mlip_cli.train.checkpoint import load_weights
 from mlip_cli.types import ImageFeatures
 
@@ -63,32 +63,6 @@ def at_rate(model: CLIP, rate: float | None, method: str | None = None) -> Merge
     if rate is None and method is None:
         return MergedEncoder(model, model.plan)
     return MergedEncoder(model, model.merge_plan(model.plan.rate if rate is None else rate, method))
-
-
-def find_checkpoint(target: str | None) -> tuple[Run, Path]:
-    """The run and the checkpoint that `target` names: a run folder, a checkpoint folder, or None for the newest run.
-
-    Raises:
-        UsageError: there is none.
-    """
-    if target is None:
-        run = newest_run()
-        checkpoint = run.latest_checkpoint()
-        assert checkpoint is not None
-        return run, checkpoint
-    path = Path(target)
-    if not path.exists():
-        raise UsageError(f"{path}: no such run or checkpoint; runs lie in runs/, mlip pretrain makes them")
-    if (path / "recipe.yaml").is_file():
-        run = Run(path)
-        newest = run.latest_checkpoint()
-        if newest is None:
-            raise UsageError(f"{path}: this run has no checkpoint yet; go on with it: mlip pretrain --resume")
-        return run, newest
-    run = Run(path.parent.parent)
-    if not run.recipe.is_file():
-        raise UsageError(f"{path}: not a run folder (no recipe.yaml) and not a checkpoint of one")
-    return run, path
 
 
 def load_run(target: str | None, *, device: str) -> LoadedRun:
