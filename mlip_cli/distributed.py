@@ -6,12 +6,18 @@ from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 
 def rank() -> int:
     """This process's number, 0 without torchrun."""
     return int(os.environ.get("RANK", "0"))
+
+
+def is_first() -> bool:
+    """True on rank 0, which alone writes files."""
+    return rank() == 0
 
 
 def world_size() -> int:
@@ -41,6 +47,27 @@ def process_group(device: torch.device) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
+
+
+def wrap(model: nn.Module, device: torch.device) -> nn.Module:
+    """DDP for several ranks: gradients become the mean over ranks. One rank gets the model itself."""
+    if world_size() == 1:
+        return model
+    return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model that `wrap` was given."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def from_main(value: str) -> str:
+    """Rank 0's text, on every rank."""
+    if world_size() > 1:
+        box = [value]
+        dist.broadcast_object_list(box)
+        value = box[0]
+    return value
 
 
 class _Gather(torch.autograd.Function):

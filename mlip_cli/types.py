@@ -88,6 +88,45 @@ class Encoded:
     """Of each merge, the group (B, N) that every original patch is in."""
 
 
+@dataclass(frozen=True)
+class Features:
+    """The part of `Encoded` that losses over the whole batch read; micro-batches are cached in this form."""
+
+    image: Tensor
+    """(B, E)"""
+    text: Tensor
+    """(B, E)"""
+    frequency: Tensor | None
+    """(B, E)"""
+    scales: dict[str, Tensor]
+    """Logit scale (1,) of each loss by its name."""
+    biases: dict[str, Tensor]
+    """Logit bias (1,) of each sigmoid loss by its name."""
+
+
+def features_of(encoded: Encoded) -> Features:
+    """What batch-level losses need of `encoded`."""
+    return Features(
+        encoded.image_features, encoded.text_features, encoded.frequency_features, encoded.scales, encoded.biases
+    )
+
+
+class ObjectiveLike(Protocol):
+    """What training needs of an objective; terms are 0-d tensors by loss name, not weighted."""
+
+    def batch_terms(self, features: Features) -> dict[str, Tensor]:
+        """Losses between all pairs of the global batch."""
+
+    def sample_terms(self, encoded: Encoded, num_captions: Tensor) -> dict[str, Tensor]:
+        """Losses inside pairs; `num_captions` counts the usable captions of the global batch."""
+
+    def count_captions(self, text_mask: Tensor) -> Tensor:
+        """Usable captions of this share: (B, L) -> 0-d."""
+
+    def total(self, terms: dict[str, Tensor]) -> Tensor:
+        """Weighted sum."""
+
+
 class Encoder(Protocol):
     """What evaluation needs of a model: uint8 or normalised images and token ids to features."""
 

@@ -1,45 +1,18 @@
 """The weighted sum of named losses, split into what needs the whole batch and what needs single pairs."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mlip_cli.config import LOSS_NAMES, GlobalLoss, Losses, TokenLoss
-from mlip_cli.distributed import all_sum, gather, rank, world_size
+from mlip_cli.distributed import gather, rank, world_size
 from mlip_cli.losses.contrastive import info_nce, sigmoid_loss
 from mlip_cli.losses.token_alignment import is_valid, sparc_sum
-from mlip_cli.types import Encoded
+from mlip_cli.types import Encoded, Features
 
 TOKEN_LOSSES: dict[str, Callable[..., Tensor]] = {"sparc": sparc_sum}
-
-
-@dataclass(frozen=True)
-class Features:
-    """Global features of this rank's share and the scales; micro-batches are cached in this form."""
-
-    image: Tensor
-    """(B, E)"""
-    text: Tensor
-    """(B, E)"""
-    frequency: Tensor | None
-    """(B, E)"""
-    scales: dict[str, Tensor]
-    biases: dict[str, Tensor]
-
-
-def features_of(encoded: Encoded) -> Features:
-    """The part of `encoded` that batch-level losses read."""
-    return Features(
-        encoded.image_features, encoded.text_features, encoded.frequency_features, encoded.scales, encoded.biases
-    )
-
-
-def count_captions(text_mask: Tensor) -> Tensor:
-    """Captions of the global batch that token losses can use: (B, L) of this rank -> 0-d."""
-    return all_sum(is_valid(text_mask).sum())
 
 
 class Objective:
@@ -76,7 +49,8 @@ class Objective:
             return terms
 
     def sample_terms(self, encoded: Encoded, num_captions: Tensor) -> dict[str, Tensor]:
-        """Losses inside pairs: one 0-d tensor each, not weighted; `num_captions` is `count_captions` of the batch."""
+        """Losses inside pairs: one 0-d tensor each, not weighted; `num_captions` is
+        the sum of `count_captions` over the global batch."""
         image_side = {
             "spatial_token": (encoded.image_tokens, encoded.token_sizes),
             "frequency_token": (encoded.frequency_tokens, None),
@@ -94,6 +68,10 @@ class Objective:
                     )
                     terms[name] = loss_sum * world_size() / num_captions.clamp(min=1)
         return terms
+
+    def count_captions(self, text_mask: Tensor) -> Tensor:
+        """Captions of this share that token losses can use: (B, L) bool -> 0-d."""
+        return is_valid(text_mask).sum()
 
     def total(self, terms: dict[str, Tensor]) -> Tensor:
         """Weighted sum of `terms`: 0-d."""

@@ -41,10 +41,12 @@ def save_checkpoint(folder: Path, *, step: int, weights: dict[str, Tensor], stat
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
         sync_folder(temporary)
+        aside = folder / f".{final.name}.old.tmp"
         if final.exists():
-            shutil.rmtree(final)  # only ever this step's own, from a run that is being repeated
+            os.replace(final, aside)
         os.replace(temporary, final)
         sync_folder(folder)
+        shutil.rmtree(aside, ignore_errors=True)
     except (RuntimeError, SafetensorError) as error:
         # torch and safetensors do not say ENOSPC in one way; what they say is passed on with the place
         raise OSError(f"{final}: the checkpoint could not be written: {str(error).splitlines()[0]}") from error

@@ -46,5 +46,6 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 @torch.no_grad()
 def clamp_scales(model: nn.Module) -> None:
     """Keep every logit scale at 100 or below."""
-    for log_scale in getattr(model, "log_scales", {}).values():
+    log_scales: nn.ParameterDict = model.log_scales  # type: ignore[assignment]
+    for log_scale in log_scales.values():
         log_scale.clamp_(max=LARGEST_LOG_SCALE)

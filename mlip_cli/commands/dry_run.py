@@ -1,0 +1,76 @@
+"""`mlip pretrain --dry-run`: what would run, without reading more than the head of the data."""
+
+from typing import Any
+
+import torch
+
+from mlip_cli.commands.costs import frequency_gflops, image_gflops, parameters, text_gflops
+from mlip_cli.commands.training import num_workers, open_data
+from mlip_cli.config import Recipe
+from mlip_cli.data.loader import preflight
+from mlip_cli.distributed import pick_device, world_size
+from mlip_cli.errors import UsageError
+from mlip_cli.model.clip import build_model
+from mlip_cli.output import print_json, print_lines
+from mlip_cli.recipe import LoadedRecipe, recipe_yaml
+
+
+def describe(loaded: LoadedRecipe, *, as_json: bool) -> None:
+    """Print the resolved recipe with the origin of every value, and what follows from it."""
+    facts = derived(loaded.recipe)
+    if as_json:
+        print_json({"recipe": loaded.recipe.model_dump(mode="json"), "origins": loaded.origins, **facts})
+        return
+    print_lines(recipe_yaml(loaded.recipe, loaded.origins))
+    print_lines("\n" + "\n".join(_lines(loaded.recipe, facts)))
+
+
+def derived(recipe: Recipe) -> dict[str, Any]:
+    """Model, costs, batch and data as plain data; missing data is an entry with its cure, not an error."""
+    with torch.device("meta"):
+        model = build_model(recipe)
+    plan, ranks = model.plan, world_size()
+    facts: dict[str, Any] = {
+        "device": str(pick_device(recipe.train.device)),
+        "ranks": ranks,
+        "samples_per_rank": recipe.train.global_batch_size / ranks,
+        "num_workers": num_workers(recipe),
+        "parameters": parameters(model),
+        "patch_tokens_per_block": list(plan.tokens),
+        "true_merge_rate": plan.rate,
+        "gflops_per_image": sum(image_gflops(model, plan).values()),
+        "gflops_per_image_unmerged": sum(image_gflops(model, model.merge_plan(0.0)).values()),
+        "gflops_per_image_frequency_branch": frequency_gflops(model),
+        "gflops_per_text": text_gflops(model, model.context_length),
+        "steps": recipe.train.steps,
+        "data": [],
+        "missing": None,
+    }
+    try:
+        data = open_data(recipe)
+        facts["data"] = preflight(data.datasets, data.order, recipe.train.global_batch_size, ranks)
+        facts["steps"] = data.total_steps
+    except UsageError as error:
+        facts["missing"] = str(error)
+    return facts
+
+
+def _lines(recipe: Recipe, facts: dict[str, Any]) -> list[str]:
+    ranks, batch = facts["ranks"], recipe.train.global_batch_size
+    micro = recipe.train.micro_batch_size
+    counted = ", ".join(f"{name} {count:,}" for name, count in facts["parameters"].items())
+    length = f"{facts['steps']:,} steps" if facts["steps"] else f"{recipe.train.epochs} epochs"
+    return [
+        f"device: {facts['device']}, {recipe.train.precision}, {facts['num_workers']} loader processes a rank",
+        f"batch: {batch:,} / {ranks} rank{'s' if ranks > 1 else ''} = {facts['samples_per_rank']:g} a rank"
+        + (f", {micro:,} at a time" if micro else ""),
+        f"length: {length}",
+        f"parameters: {sum(facts['parameters'].values()):,} ({counted})",
+        f"patch tokens per block: {' '.join(map(str, facts['patch_tokens_per_block']))}"
+        f" (true merge rate {facts['true_merge_rate']:.3f})",
+        f"GFLOPs per image: {facts['gflops_per_image']:.3g} (unmerged {facts['gflops_per_image_unmerged']:.3g}, "
+        f"frequency branch in training {facts['gflops_per_image_frequency_branch']:.3g}); "
+        f"per text of {recipe.model.text.context_length} tokens: {facts['gflops_per_text']:.3g}",
+        *[f"data: {line}" for line in facts["data"]],
+        *([f"missing: {facts['missing']}"] if facts["missing"] else []),
+    ]

@@ -1,0 +1,40 @@
+"""`mlip pretrain`: what happens before torch is needed, and what stays when it is over."""
+
+import json
+from pathlib import Path
+
+from mlip_cli.commands.run_start import choose_start
+from mlip_cli.output import print_json, print_lines, say
+from mlip_cli.recipe import load_recipe
+from mlip_cli.run_folder import Run
+
+
+def pretrain(
+    source: str, overrides: list[str], *, out: Path | None, resume: bool, dry_run: bool, as_json: bool
+) -> None:
+    """Train by a recipe; all that can be mistyped in it is found before torch is imported."""
+    loaded = load_recipe(source, overrides)
+    if dry_run:
+        from mlip_cli.commands.dry_run import describe
+
+        describe(loaded, as_json=as_json)
+        return
+    start = choose_start(loaded.recipe, loaded.name, out=out, resume=resume)
+    run = start.run
+    if start.resumes and run.is_finished():
+        say(f"{run.folder}: finished already; nothing to do")
+    else:
+        from mlip_cli.commands.training import train_run
+
+        run = train_run(loaded.recipe, start)
+    _report(run, as_json=as_json)
+
+
+def _report(run: Run, *, as_json: bool) -> None:
+    """The run folder on stdout, as JSON with its last measures."""
+    if not as_json:
+        print_lines(str(run.folder))
+        return
+    lines = [json.loads(line) for line in run.metrics.read_text(encoding="utf-8").splitlines()]
+    last = {key: value for line in lines if line["step"] == lines[-1]["step"] for key, value in line.items()}
+    print_json({"run": str(run.folder), "step": last["step"], "metrics": last})

@@ -1,0 +1,89 @@
+"""Which run folder a training uses: a new one, one to go on with, or one that is finished already. No torch here."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlip_cli.config import Recipe
+from mlip_cli.errors import UsageError
+from mlip_cli.recipe import absolute_paths, differences, load_recipe
+from mlip_cli.run_folder import RUNS, Run, all_runs, default_folder
+
+MAY_CHANGE = (
+    "extends",
+    "log",
+    "evaluate",
+    "data.num_workers",
+    "train.checkpoint_every",
+    "train.keep",
+    "train.device",
+    "train.micro_batch_size",
+)
+"""Parts of a recipe that may differ when a run goes on; they do not change what is learned."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a training writes, and whether it goes on."""
+
+    run: Run
+    resumes: bool
+    changes: tuple[tuple[str, Any, Any], ...] = ()
+    """Permitted differences to the recipe the run began with."""
+
+
+def forbidden_changes(changes: list[tuple[str, Any, Any]]) -> list[tuple[str, Any, Any]]:
+    """Those that would make it another run."""
+    return [c for c in changes if not any(c[0] == key or c[0].startswith(key + ".") for key in MAY_CHANGE)]
+
+
+def changes_since(run: Run, recipe: Recipe) -> list[tuple[str, Any, Any]]:
+    """Differences between the recipe inside `run` and `recipe`."""
+    return differences(load_recipe(str(run.recipe)).recipe, absolute_paths(recipe))
+
+
+def choose_start(recipe: Recipe, name: str, *, out: Path | None, resume: bool) -> Start:
+    """Decide by --out and --resume.
+
+    Raises:
+        UsageError: the folder exists and --resume was not given, is no run folder, or began with another recipe.
+    """
+    if not resume:
+        folder = out or default_folder(name)
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise UsageError(f"--out {folder}: exists already; add --resume to go on with it, or name another folder")
+        return Start(Run(folder), resumes=False)
+    if out is None:
+        return _newest_unfinished(recipe, name)
+    run = Run(out)
+    if not run.recipe.is_file():
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise UsageError(f"--out {out}: not a run folder (no recipe.yaml inside); name another folder")
+        return Start(run, resumes=False)
+    changes = changes_since(run, recipe)
+    refused = forbidden_changes(changes)
+    if refused:
+        shown = "; ".join(f"{path}: {old} -> {new}" for path, old, new in refused[:5])
+        raise UsageError(
+            f"--resume {out}: the recipe differs from the one this run began with ({shown}); "
+            "undo the change, or start a new run with another --out"
+        )
+    return Start(run, resumes=run.latest_checkpoint() is not None, changes=tuple(changes))
+
+
+def _newest_unfinished(recipe: Recipe, name: str) -> Start:
+    for run in reversed(all_runs(RUNS)):
+        if run.latest_checkpoint() is None or run.is_finished():
+            continue
+        changes = changes_since(run, recipe)
+        if not forbidden_changes(changes):
+            return Start(run, resumes=True, changes=tuple(changes))
+    return Start(Run(default_folder(name)), resumes=False)
+
+
+def command_line() -> str:
+    """What was typed, for the stamp."""
+    import shlex
+
+    return shlex.join(["mlip", *sys.argv[1:]])

@@ -1,0 +1,235 @@
+"""Where data, model, objective and loop meet."""
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from mlip_cli.commands.evaluators import training_evaluators
+from mlip_cli.commands.loading import find_checkpoint, load_into
+from mlip_cli.commands.run_start import Start
+from mlip_cli.commands.stamp import write_end, write_start
+from mlip_cli.config import Recipe
+from mlip_cli.data.dataset import ShardDataset, open_sources
+from mlip_cli.data.loader import default_num_workers, preflight, training_loader
+from mlip_cli.data.order import Order
+from mlip_cli.data.tokenizer import Tokenizer
+from mlip_cli.distributed import from_main, pick_device, process_group, rank, world_size, wrap
+from mlip_cli.errors import Stopped
+from mlip_cli.files import write_text
+from mlip_cli.losses.objective import Objective
+from mlip_cli.model.clip import CLIP, build_model, set_fused_attention
+from mlip_cli.model.merging import MOST_IN_ONE_MERGE
+from mlip_cli.output import TrainingPanel, is_main, logger, say, training_panel, warn
+from mlip_cli.recipe import absolute_paths, recipe_yaml
+from mlip_cli.run_folder import Run, remember_latest
+from mlip_cli.train.checkpoint import load_weights, remove_leftovers
+from mlip_cli.train.gradients import Precision
+from mlip_cli.train.loop import Progress, train
+from mlip_cli.train.metrics import MetricsFile
+from mlip_cli.train.optim import build_optimizer
+from mlip_cli.train.resume import Saver, Training, restore
+from mlip_cli.types import Batch
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """The training set of a run, in its order."""
+
+    datasets: list[ShardDataset]
+    order: Order
+    total_steps: int
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """Folder -> fingerprint."""
+        return {str(dataset.folder.resolve()): dataset.fingerprint for dataset in self.datasets}
+
+
+def train_run(recipe: Recipe, start: Start) -> Run:
+    """Train by `recipe`; everything that is wrong with it or the data shows before the run folder is touched."""
+    device = pick_device(recipe.train.device)
+    with process_group(device):
+        run = Run(Path(from_main(str(start.run.folder))))
+        data = open_data(recipe)
+        lines = preflight(data.datasets, data.order, recipe.train.global_batch_size, world_size())
+        checkpoint = run.latest_checkpoint() if start.resumes else None
+        training = build(recipe, device, fresh=checkpoint is None)
+        progress, random = Progress(), None
+        if checkpoint is not None:
+            progress, random = restore(checkpoint, training, data=data.fingerprints)
+        tokenizer = Tokenizer(recipe.model.text.context_length)
+        evaluators = training_evaluators(recipe, tokenizer, device=device) if is_main() else []
+
+        with run_folder(run, recipe, device, data.fingerprints, progress.step):
+            for line in [*lines, *facts(recipe, training.plain, data.total_steps), *resume_facts(start, progress.step)]:
+                say(line)
+            metrics = MetricsFile(run.metrics if is_main() else None)
+            metrics.cut_back(progress.step)
+            saver = Saver(run.checkpoints, recipe.train, training, data=data.fingerprints)
+            batches = open_batches(recipe, data, device, start_step=progress.step)
+            with closing(batches), training_panel(data.total_steps) as panel:  # type: ignore[type-var]
+                if random is not None:
+                    random.restore(device)
+                train(
+                    training.model,
+                    Objective(recipe.losses),
+                    training.optimizer,
+                    batches,
+                    recipe=recipe,
+                    total_steps=data.total_steps,
+                    progress=progress,
+                    device=device,
+                    precision=training.precision,
+                    metrics=metrics,
+                    show=with_eta(panel, data.total_steps, progress.step),
+                    evaluate=lambda step: measure(training.plain, evaluators),
+                    save=saver.save,
+                    is_save_due=saver.is_due,
+                )
+    return run
+
+
+def open_data(recipe: Recipe) -> TrainingData:
+    """Open the training shards and fix their order and the number of steps."""
+    datasets = open_sources(recipe.data.train)
+    order = Order(
+        [dataset.num_samples for dataset in datasets],
+        [source.weight for source in recipe.data.train],
+        seed=recipe.seed,
+        global_batch_size=recipe.train.global_batch_size,
+    )
+    if recipe.train.steps is not None:
+        return TrainingData(datasets, order, recipe.train.steps)
+    assert recipe.train.epochs is not None
+    assert order.steps_per_epoch is not None
+    return TrainingData(datasets, order, recipe.train.epochs * order.steps_per_epoch)
+
+
+def build(recipe: Recipe, device: torch.device, *, fresh: bool) -> Training:
+    """Model and optimiser on `device`; a fresh run starts from `model.init` where the recipe names one."""
+    torch.manual_seed(recipe.seed)
+    model = build_model(recipe)
+    if fresh and recipe.model.init is not None:
+        _, checkpoint = find_checkpoint(recipe.model.init)
+        load_into(model, load_weights(checkpoint), checkpoint)
+    set_fused_attention(model, device.type != "cpu")
+    model.to(device)
+    torch.manual_seed(recipe.seed + 1 + rank())  # dropout and drop path differ between ranks
+    optimizer = build_optimizer(model, recipe.optim)
+    return Training(wrap(model, device), optimizer, Precision.named(recipe.train.precision, device), device)
+
+
+def open_batches(recipe: Recipe, data: TrainingData, device: torch.device, *, start_step: int) -> Iterator[Batch]:
+    """This rank's share of every batch after `start_step`."""
+    return training_loader(
+        data.datasets,
+        data.order,
+        data=recipe.data,
+        context_length=recipe.model.text.context_length,
+        global_batch_size=recipe.train.global_batch_size,
+        seed=recipe.seed,
+        rank=rank(),
+        world_size=world_size(),
+        start_step=start_step,
+        stop_step=data.total_steps,
+        num_workers=num_workers(recipe),
+        pin_memory=device.type == "cuda",
+    )
+
+
+def num_workers(recipe: Recipe) -> int:
+    """The recipe's number of loader processes, or one made from cores and ranks."""
+    return default_num_workers(world_size()) if recipe.data.num_workers is None else recipe.data.num_workers
+
+
+@contextmanager
+def run_folder(
+    run: Run, recipe: Recipe, device: torch.device, fingerprints: dict[str, str], step: int
+) -> Iterator[None]:
+    """Rank 0 writes recipe, stamp and log.txt, and how the run ended; the others only train."""
+    if not is_main():
+        yield
+        return
+    run.checkpoints.mkdir(parents=True, exist_ok=True)
+    run.evals.mkdir(exist_ok=True)
+    remove_leftovers(run.checkpoints)
+    write_text(run.recipe, recipe_yaml(absolute_paths(recipe)))
+    write_start(run, recipe, device=device, fingerprints=fingerprints, step=step)
+    remember_latest(run)
+    log = logging.FileHandler(run.log, encoding="utf-8")
+    log.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger.addHandler(log)
+    reason = "interrupted"
+    try:
+        yield
+        reason = "finished"
+    except Stopped as stop:
+        reason = str(stop)
+        raise
+    except Exception as error:
+        reason = f"failed: {error}"
+        raise
+    finally:
+        logger.removeHandler(log)
+        log.close()
+        with suppress(OSError):  # on a full disk the first error is the one to show
+            write_end(run, reason)
+
+
+def facts(recipe: Recipe, model: CLIP, total_steps: int) -> list[str]:
+    """Lines about what was derived from the recipe."""
+    parameters = sum(p.numel() for p in model.parameters())
+    plan = model.plan
+    lines = [
+        f"{parameters:,} parameters; {total_steps:,} steps of {recipe.train.global_batch_size:,} on {world_size()} "
+        f"rank{'s' if world_size() > 1 else ''}, {num_workers(recipe)} loader processes each, {recipe.train.precision}"
+    ]
+    if plan.at:
+        tokens = " ".join(map(str, plan.tokens))
+        lines.append(f"merging ({plan.method}): patch tokens per block {tokens}, true rate {plan.rate:.3f}")
+    if plan.largest_merge > MOST_IN_ONE_MERGE:
+        warn(
+            f"one merge removes {plan.largest_merge:.0%} of the tokens and leaves guidance little to choose; add "
+            "places to model.merging.at"
+        )
+    if recipe.optim.warmup_steps >= total_steps:
+        warn(
+            f"optim.warmup_steps {recipe.optim.warmup_steps} is not below the {total_steps} steps of the run: the "
+            "learning rate only rises"
+        )
+    return lines
+
+
+def resume_facts(start: Start, step: int) -> list[str]:
+    """Lines about what goes on, and with which permitted changes."""
+    if not start.resumes:
+        return []
+    changes = [f"changed since: {path}: {old} -> {new}" for path, old, new in start.changes]
+    return [f"going on with {start.run.folder} after step {step:,}", *changes]
+
+
+def with_eta(panel: TrainingPanel, total_steps: int, first_step: int) -> Callable[[dict[str, float]], None]:
+    """Feed the panel, with the seconds left by the mean speed since the start."""
+    started = time.monotonic()
+
+    def show(line: dict[str, float]) -> None:
+        done = line["step"] - first_step
+        panel.update(line, eta_s=(time.monotonic() - started) / done * (total_steps - line["step"]))
+
+    return show
+
+
+def measure(model: CLIP, evaluators: list[Callable[..., dict[str, float]]]) -> dict[str, float]:
+    """All measures of the model as it is, without gradients."""
+    model.eval()
+    with torch.no_grad():
+        measures = {name: value for evaluator in evaluators for name, value in evaluator(model).items()}
+    if measures:
+        say("  ".join(f"{name} {value:.4f}" for name, value in measures.items() if not math.isnan(value)))
+    return measures

@@ -1,0 +1,160 @@
+"""The gradient of one global batch: at once, or by micro-batches with the same result."""
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from mlip_cli.distributed import all_sum, unwrap
+from mlip_cli.types import Batch, Encoded, Features, ObjectiveLike, features_of
+
+
+@dataclass(frozen=True)
+class Precision:
+    """What the towers compute in; losses promote to at least fp32 themselves."""
+
+    dtype: torch.dtype
+    scaler: torch.amp.GradScaler
+    """Of the loss, for fp16; does nothing otherwise."""
+
+    @classmethod
+    def named(cls, name: str, device: torch.device) -> "Precision":
+        """`bf16`, `fp32` or `fp16`."""
+        dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}[name]
+        return cls(dtype, torch.amp.GradScaler(device.type, enabled=name == "fp16"))
+
+    def autocast(self, device: torch.device) -> AbstractContextManager:
+        """Mixed precision for the block; nothing for fp32."""
+        return torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+
+@dataclass(frozen=True)
+class RandomState:
+    """Generators that dropout and drop path draw from."""
+
+    cpu: Tensor
+    cuda: Tensor | None
+
+    @classmethod
+    def read(cls, device: torch.device) -> "RandomState":
+        """The state right now."""
+        return cls(torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None)
+
+    def restore(self, device: torch.device) -> None:
+        """Draw again what was drawn after `read`."""
+        torch.set_rng_state(self.cpu)
+        if self.cuda is not None:
+            torch.cuda.set_rng_state(self.cuda, device)
+
+
+def add_gradients(
+    model: nn.Module, objective: ObjectiveLike, batch: Batch, *, precision: Precision, micro_batch_size: int | None
+) -> dict[str, Tensor]:
+    """Add the gradient of the global batch to the parameters; return the terms of this rank, detached.
+
+    Args:
+        model: gives `Encoded` for a `Batch`; under DDP its gradients become the mean over ranks.
+        batch: this rank's share, on the model's device.
+        micro_batch_size: samples per forward pass, or None for the whole share.
+    """
+    if micro_batch_size is None or micro_batch_size >= len(batch.images):
+        terms = _at_once(model, objective, batch, precision)
+    else:
+        terms = _by_micro_batches(model, objective, _split(batch, micro_batch_size), precision)
+    return {name: value.detach() for name, value in terms.items()}
+
+
+def _at_once(model: nn.Module, objective: ObjectiveLike, batch: Batch, precision: Precision) -> dict[str, Tensor]:
+    with precision.autocast(batch.images.device):
+        encoded: Encoded = model(batch)
+    num_captions = all_sum(objective.count_captions(encoded.text_mask))
+    terms = {**objective.batch_terms(features_of(encoded)), **objective.sample_terms(encoded, num_captions)}
+    precision.scaler.scale(objective.total(terms)).backward()
+    return terms
+
+
+def _by_micro_batches(
+    model: nn.Module, objective: ObjectiveLike, parts: list[Batch], precision: Precision
+) -> dict[str, Tensor]:
+    """Batch-level losses on features cached without graph, then one pass with graph per micro-batch.
+
+    The idea is GradCache's ("Scaling deep contrastive learning batch size under memory limited setup", Gao et al.,
+    2021). The second pass replays random numbers and merges of the first. Losses inside pairs need no cache.
+    """
+    device = parts[0].images.device
+    states, first_pass = [], []
+    for part in parts:
+        states.append(RandomState.read(device))
+        with torch.no_grad(), precision.autocast(device):
+            first_pass.append(unwrap(model)(part))
+    num_captions = all_sum(torch.stack([objective.count_captions(e.text_mask) for e in first_pass]).sum())
+
+    cached = _cache([features_of(e) for e in first_pass])
+    leaves = _leaves(cached)
+    terms = objective.batch_terms(cached)
+    gradients: tuple[Tensor | None, ...] = (None,) * len(leaves)
+    if terms:
+        loss = precision.scaler.scale(objective.total(terms))
+        gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
+
+    start = 0
+    for i, part in enumerate(parts):
+        rows = slice(start, start + len(part.images))
+        start = rows.stop
+        states[i].restore(device)
+        with _no_sync(model, last=i == len(parts) - 1):
+            with precision.autocast(device):
+                encoded = model(part, assign=first_pass[i].assign)
+            sample_terms = objective.sample_terms(encoded, num_captions)
+            surrogate = _surrogate(_leaves(features_of(encoded)), gradients, rows, share=1 / len(parts))
+            if sample_terms:
+                surrogate = surrogate + precision.scaler.scale(objective.total(sample_terms))
+            surrogate.backward()
+        for name, value in sample_terms.items():
+            terms[name] = terms.get(name, 0) + value.detach()
+    return terms
+
+
+def _split(batch: Batch, size: int) -> list[Batch]:
+    images, token_ids = batch.images.split(size), batch.token_ids.split(size)
+    return [replace(batch, images=i, token_ids=t) for i, t in zip(images, token_ids, strict=True)]
+
+
+def _cache(parts: list[Features]) -> Features:
+    """One `Features` of leaves over the whole share."""
+
+    def leaf(tensors: list[Tensor]) -> Tensor:
+        return torch.cat(tensors).detach().requires_grad_()
+
+    return Features(
+        image=leaf([p.image for p in parts]),
+        text=leaf([p.text for p in parts]),
+        frequency=None if parts[0].frequency is None else leaf([p.frequency for p in parts if p.frequency is not None]),
+        scales={name: leaf([value]) for name, value in parts[0].scales.items()},
+        biases={name: leaf([value]) for name, value in parts[0].biases.items()},
+    )
+
+
+def _leaves(features: Features) -> list[Tensor]:
+    rows = [features.image, features.text] + ([features.frequency] if features.frequency is not None else [])
+    return [*rows, *features.scales.values(), *features.biases.values()]
+
+
+def _surrogate(tensors: list[Tensor], gradients: tuple[Tensor | None, ...], rows: slice, *, share: float) -> Tensor:
+    """A scalar whose gradient is the micro-batch's part of the batch-level losses' gradient.
+
+    Features get their rows of it; scales and biases, which every micro-batch sees, an equal share.
+    """
+    parts = [
+        (tensor * (gradient * share if tensor.ndim == 1 else gradient[rows])).sum()
+        for tensor, gradient in zip(tensors, gradients, strict=True)
+        if gradient is not None
+    ]
+    return torch.stack([part.to(torch.promote_types(part.dtype, torch.float32)) for part in parts]).sum()
+
+
+def _no_sync(model: nn.Module, *, last: bool) -> AbstractContextManager:
+    """Exchange gradients between ranks only in the last backward."""
+    return nullcontext() if last or not isinstance(model, DistributedDataParallel) else model.no_sync()

@@ -1,0 +1,199 @@
+"""The training loop, the only one."""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from mlip_cli.config import Recipe
+from mlip_cli.distributed import all_mean, all_sum, unwrap, world_size
+from mlip_cli.errors import RunError, Stopped
+from mlip_cli.output import warn
+from mlip_cli.train.gradients import Precision, RandomState, add_gradients
+from mlip_cli.train.metrics import MetricsFile, Stopwatch, peak_gib
+from mlip_cli.train.optim import clamp_scales, learning_rate, set_learning_rate
+from mlip_cli.train.signals import StopRequest
+from mlip_cli.types import Batch, ObjectiveLike
+
+MOST_SKIPPED_IN_A_ROW = 20
+"""Steps without a finite gradient after which the run is given up."""
+
+
+@dataclass
+class Progress:
+    """Where the run stands; saved with every checkpoint."""
+
+    step: int = 0
+    skipped_steps: int = 0
+    bad_samples: int = 0
+
+
+def train(
+    model: nn.Module,
+    objective: ObjectiveLike,
+    optimizer: torch.optim.AdamW,
+    batches: Iterator[Batch],
+    *,
+    recipe: Recipe,
+    total_steps: int,
+    progress: Progress,
+    device: torch.device,
+    precision: Precision,
+    metrics: MetricsFile,
+    show: Callable[[dict[str, float]], None],
+    evaluate: Callable[[int], dict[str, float]],
+    save: Callable[[Progress], None],
+    is_save_due: Callable[[int], bool],
+) -> None:
+    """Train from `progress.step` to `total_steps`.
+
+    Args:
+        model: on `device`, wrapped for several ranks; gives `Encoded` for a `Batch`.
+        batches: one rank's share of each step, beginning with step `progress.step + 1`.
+        show: gets every logged line. evaluate: measures at a step. save: writes a checkpoint.
+        is_save_due: asked after every step; one rank's yes is enough.
+
+    Raises:
+        Stopped: a signal came; the state is saved.
+        RunError: too many steps in a row had no finite gradient.
+    """
+    config, optim = recipe.train, recipe.optim
+    guard = FiniteGuard(device, progress)
+    watch = Stopwatch(batches)
+    model.train()
+    with StopRequest(device) as stop:
+        for step in range(progress.step + 1, total_steps + 1):
+            batch = watch.next_batch().to(device, non_blocking=True)
+            if world_size() > 1 and step == progress.step + 1:
+                settle_buckets(model, objective, batch, precision, config.micro_batch_size)
+
+            lr = learning_rate(step, peak=optim.lr, warmup_steps=optim.warmup_steps, total_steps=total_steps)
+            set_learning_rate(optimizer, lr)
+            terms = add_gradients(
+                model, objective, batch, precision=precision, micro_batch_size=config.micro_batch_size
+            )
+            precision.scaler.unscale_(optimizer)
+            grad_norm = clip_gradients(model, optim.clip_grad_norm)
+            guard.step(optimizer, precision, grad_norm)
+            optimizer.zero_grad(set_to_none=True)
+            clamp_scales(unwrap(model))
+            progress.step = step
+
+            last = step == total_steps
+            if step % recipe.log.every_steps == 0 or last:
+                account(progress, guard, watch, device)
+                line = {
+                    "step": step,
+                    "samples_seen": step * config.global_batch_size,
+                    **losses(objective, terms),
+                    "lr": lr,
+                    **scales(model),
+                    "grad_norm": grad_norm.item(),
+                    **watch.read(ranks=world_size()),
+                    "peak_gib": peak_gib(device),
+                    "skipped_steps": progress.skipped_steps,
+                    "bad_samples": progress.bad_samples,
+                }
+                metrics.append(line)
+                show(line)
+                warn_if_stalled(line, step, recipe)
+                watch.restart()
+            every = recipe.evaluate.every_steps
+            if last or (every and step % every == 0):
+                measures = evaluate(step)
+                if measures:
+                    metrics.append({"step": step, "samples_seen": step * config.global_batch_size, **measures})
+                model.train()
+                watch.restart()
+            exit_code, save_due = stop.agree(save=is_save_due(step))
+            if last or exit_code or save_due:
+                account(progress, guard, watch, device)
+                save(progress)
+            if exit_code and not last:
+                raise Stopped(f"stopped after step {step} of {total_steps}; go on with --resume", exit_code=exit_code)
+
+
+class FiniteGuard:
+    """Skips steps whose gradient is not finite, on the device and so without waiting for it."""
+
+    def __init__(self, device: torch.device, progress: Progress) -> None:
+        self.progress = progress
+        self.in_a_row = torch.zeros((), device=device)
+        self.skipped = torch.zeros((), device=device)
+
+    def step(self, optimizer: torch.optim.AdamW, precision: Precision, grad_norm: Tensor) -> None:
+        """One optimiser step, or none; `grad_norm` is that of the reduced gradient, so all ranks agree."""
+        not_finite = (~torch.isfinite(grad_norm)).float()
+        self.in_a_row = (self.in_a_row + not_finite) * not_finite
+        self.skipped += not_finite
+        if not precision.scaler.is_enabled():
+            optimizer.found_inf = not_finite  # type: ignore[attr-defined] - fused AdamW reads it on the device
+        precision.scaler.step(optimizer)
+        precision.scaler.update()
+
+    def check(self) -> None:
+        """Read the counts into the progress.
+
+        Raises:
+            RunError: too many in a row.
+        """
+        self.progress.skipped_steps += int(self.skipped)
+        self.skipped.zero_()
+        if self.in_a_row >= MOST_SKIPPED_IN_A_ROW:
+            raise RunError(
+                f"step {self.progress.step}: the gradient was not finite in {int(self.in_a_row)} steps in a row; lower "
+                "optim.lr, set optim.clip_grad_norm, or look at the data"
+            )
+
+
+def account(progress: Progress, guard: FiniteGuard, watch: Stopwatch, device: torch.device) -> None:
+    """Bring the counts of `progress` up to date, over all ranks."""
+    guard.check()
+    progress.bad_samples += int(all_sum(torch.tensor(watch.bad_samples, device=device)))
+    watch.bad_samples = 0
+
+
+def clip_gradients(model: nn.Module, most: float | None) -> Tensor:
+    """Norm of the whole gradient before clipping it to `most`: 0-d."""
+    return nn.utils.clip_grad_norm_(model.parameters(), math.inf if most is None else most)
+
+
+def settle_buckets(
+    model: nn.Module, objective: ObjectiveLike, batch: Batch, precision: Precision, micro_batch_size: int | None
+) -> None:
+    """One backward that is thrown away, before the first step and before a resumed one.
+
+    DDP orders its buckets anew after the first backward, and the order of summation over ranks follows the buckets;
+    with it settled beforehand a resumed run adds in the same order as one that never stopped.
+    """
+    random = RandomState.read(batch.images.device)
+    add_gradients(model, objective, batch, precision=precision, micro_batch_size=micro_batch_size)
+    model.zero_grad(set_to_none=True)
+    random.restore(batch.images.device)
+
+
+def losses(objective: ObjectiveLike, terms: dict[str, Tensor]) -> dict[str, float]:
+    """Total and every term, means over ranks."""
+    values = all_mean(torch.stack([objective.total(terms), *terms.values()]))
+    return dict(zip(["loss", *terms], values.tolist(), strict=True))
+
+
+def scales(model: nn.Module) -> dict[str, float]:
+    """Logit scale of every loss, as `scale/NAME`."""
+    log_scales: nn.ParameterDict = unwrap(model).log_scales  # type: ignore[assignment]
+    return {f"scale/{name}": math.exp(value.item()) for name, value in log_scales.items()}
+
+
+def warn_if_stalled(line: dict[str, float], step: int, recipe: Recipe) -> None:
+    """Say once when the contrastive loss has not left its value for guessing."""
+    patience = 2 * max(recipe.optim.warmup_steps, 50)
+    guess = math.log(recipe.train.global_batch_size)
+    is_first = step >= patience > step - recipe.log.every_steps
+    term = recipe.losses.spatial_global
+    if is_first and term is not None and term.kind == "infonce" and line["spatial_global"] > 0.99 * guess:
+        warn(
+            f"step {step}: spatial_global {line['spatial_global']:.3f} is still that of guessing "
+            f"(ln {recipe.train.global_batch_size} = {guess:.3f}); look at captions, optim.lr and warm-up"
+        )

@@ -1,0 +1,76 @@
+"""metrics.jsonl: one complete object a line, and what goes into it."""
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mlip_cli.files import write_text
+from mlip_cli.types import Batch
+
+
+class MetricsFile:
+    """Appends lines; each is on disk when `append` returns. Without a path it keeps silent (ranks other than 0)."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+
+    def append(self, line: dict[str, Any]) -> None:
+        """Write one line; a value that is not finite becomes null."""
+        if self.path is not None:
+            finite = {k: None if isinstance(v, float) and not abs(v) < float("inf") else v for k, v in line.items()}
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(finite, allow_nan=False) + "\n")
+
+    def cut_back(self, step: int) -> None:
+        """Drop the lines after `step` and a half-written last line, so that no step stands twice after a resume."""
+        if self.path is None or not self.path.exists():
+            return
+        kept = []
+        for line in self.path.read_text(encoding="utf-8").splitlines(keepends=True):
+            if not line.endswith("\n") or json.loads(line)["step"] > step:
+                break
+            kept.append(line)
+        write_text(self.path, "".join(kept))
+
+
+class Stopwatch:
+    """Where the time between two logging steps went."""
+
+    def __init__(self, batches: Iterator[Batch]) -> None:
+        self.batches = batches
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin a new interval."""
+        self.started_s = time.perf_counter()
+        self.waited_s = 0.0
+        self.bad_samples = 0
+        self.images = 0
+
+    def next_batch(self) -> Batch:
+        """The next batch; waiting for it is counted."""
+        before = time.perf_counter()
+        batch = next(self.batches)
+        self.waited_s += time.perf_counter() - before
+        self.images += len(batch.images)
+        self.bad_samples += len(batch.bad_samples)
+        return batch
+
+    def read(self, *, ranks: int) -> dict[str, float]:
+        """images_per_s over all ranks, data_wait_share of this rank."""
+        elapsed = max(time.perf_counter() - self.started_s, 1e-9)
+        return {"images_per_s": ranks * self.images / elapsed, "data_wait_share": self.waited_s / elapsed}
+
+
+def peak_gib(device: torch.device) -> float:
+    """High-water mark of device memory, on a CPU of the process's resident memory, in GiB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

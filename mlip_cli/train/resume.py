@@ -1,0 +1,118 @@
+"""From a running training to a checkpoint and back, to the bit."""
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from mlip_cli.config import Train
+from mlip_cli.distributed import is_first, rank, unwrap, world_size
+from mlip_cli.errors import UsageError
+from mlip_cli.output import warn
+from mlip_cli.train.checkpoint import load_state, load_weights, remove_old_checkpoints, save_checkpoint
+from mlip_cli.train.gradients import Precision, RandomState
+from mlip_cli.train.loop import Progress
+
+
+@dataclass(frozen=True)
+class Training:
+    """What changes while training, apart from the progress."""
+
+    model: nn.Module
+    optimizer: torch.optim.AdamW
+    precision: Precision
+    device: torch.device
+
+    @property
+    def plain(self) -> Any:
+        """The model without the wrapper for several ranks."""
+        return unwrap(self.model)
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """What bit-exact continuation also depends on."""
+    return {
+        "torch": torch.__version__,
+        "device": device.type,
+        "threads": torch.get_num_threads(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "ranks": world_size(),
+    }
+
+
+class Saver:
+    """Writes checkpoints of one training into one folder, on rank 0."""
+
+    def __init__(self, folder: Path, config: Train, training: Training, *, data: dict[str, str]) -> None:
+        self.folder = folder
+        self.config = config
+        self.training = training
+        self.data = data
+        self.last_saved_s = time.monotonic()
+
+    def is_due(self, step: int) -> bool:
+        """By steps or by minutes, whichever comes first."""
+        every = self.config.checkpoint_every
+        by_steps = every.steps is not None and step % every.steps == 0
+        by_time = every.minutes is not None and time.monotonic() - self.last_saved_s >= 60 * every.minutes
+        return by_steps or by_time
+
+    def save(self, progress: Progress) -> None:
+        """Write a checkpoint and remove the ones that are not kept; all ranks take part.
+
+        Raises:
+            OSError: it could not be written; earlier checkpoints are untouched.
+        """
+        training = self.training
+        random = asdict(RandomState.read(training.device))
+        everyone: list[Any] = [None] * world_size()
+        if world_size() > 1:
+            dist.gather_object(random, everyone if is_first() else None)
+        else:
+            everyone = [random]
+        if is_first():
+            state = {
+                "progress": asdict(progress),
+                "optimizer": training.optimizer.state_dict(),
+                "scaler": training.precision.scaler.state_dict(),
+                "random": everyone,
+                "data": self.data,
+                "environment": environment(training.device),
+            }
+            weights = training.plain.state_dict()
+            save_checkpoint(self.folder, step=progress.step, weights=weights, state=state)
+            keep = self.config.keep
+            remove_old_checkpoints(self.folder, last=keep.last, every_steps=keep.every_steps)
+        self.last_saved_s = time.monotonic()
+
+
+def restore(checkpoint: Path, training: Training, *, data: dict[str, str]) -> tuple[Progress, RandomState | None]:
+    """Load weights, optimiser and scaler of `checkpoint`; what comes back is to be used in this order.
+
+    The random state is None on another number of ranks, whose streams did not exist before.
+
+    Raises:
+        UsageError: a damaged checkpoint, or data that has changed since.
+    """
+    state = load_state(checkpoint)
+    if state["data"] != data:
+        changed = sorted(
+            path for path in data.keys() | state["data"].keys() if data.get(path) != state["data"].get(path)
+        )
+        raise UsageError(
+            f"{checkpoint}: the data has changed since ({', '.join(changed)}); restore it, or start a new run with "
+            f"model.init={checkpoint}"
+        )
+    training.plain.load_state_dict(load_weights(checkpoint))
+    training.optimizer.load_state_dict(state["optimizer"])
+    training.precision.scaler.load_state_dict(state["scaler"])
+    here = environment(training.device)
+    different = [f"{name} {old} -> {here[name]}" for name, old in state["environment"].items() if old != here[name]]
+    if different:
+        warn(f"going on in another environment ({', '.join(different)}): results may differ in the last bits")
+    random = RandomState(**state["random"][rank()]) if len(state["random"]) == world_size() else None
+    return Progress(**state["progress"]), random
