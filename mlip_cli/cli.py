@@ -20,7 +20,6 @@ app = typer.Typer(
     name="mlip",
     help="Pretrain, merge, evaluate and profile CLIP-style models by the method MLIP.",
     epilog="Example: mlip prepare-data openmoji data/openmoji && mlip pretrain openmoji",
-    invoke_without_command=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
@@ -107,13 +106,11 @@ BatchSize = Annotated[int, typer.Option(min=1, help="Pictures per forward pass."
 
 @app.callback()
 def _root(
-    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Print the version.")
     ] = False,
 ) -> None:
-    if context.invoked_subcommand is None:
-        print(context.get_help())
+    pass
 
 
 @app.command(epilog="Example: mlip prepare-data openmoji data/openmoji")

@@ -1,0 +1,268 @@
+"""`mlip doctor`: what on this machine would stop or slow mlip, and what to do about it."""
+
+import importlib.metadata
+import os
+import platform
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from packaging.requirements import Requirement
+
+from mlip_cli.errors import RunError, UsageError
+from mlip_cli.output import print_json, print_lines, print_table
+from mlip_cli.recipe import load_recipe
+from mlip_cli.run_folder import RUNS
+from mlip_cli.shipped import recipe_names, recipes_folder
+
+DISTRIBUTION = "mlip-cli"
+OLDEST_PYTHON = (3, 11)
+GIB = 2**30
+LOW_DISK_GIB, NO_DISK_GIB = 10, 1
+LOW_SHARED_MEMORY_GIB = 1
+FEW_FILES = 1024
+"""A process keeps at most 256 shards open, beside what Python and the loader's pipes need."""
+SLOW_BF16 = 0.8
+
+
+@dataclass(frozen=True)
+class Check:
+    """One finding."""
+
+    name: str
+    status: Literal["ok", "warn", "fail"]
+    found: str
+    fix: str | None = None
+
+
+def doctor(*, as_json: bool) -> None:
+    """Run all checks and print them.
+
+    Raises:
+        RunError: a check failed.
+    """
+    checks = [check for examine in EXAMINATIONS for check in examine()]
+    failed = [check.name for check in checks if check.status == "fail"]
+    if as_json:
+        print_json({"ok": not failed, "checks": [asdict(check) for check in checks]})
+    else:
+        print_table(["", "check", "found"], [[check.status, check.name, check.found] for check in checks])
+        fixes = [f"{check.status}  {check.name}: {check.fix}" for check in checks if check.fix]
+        if fixes:
+            print_lines("\n" + "\n".join(fixes))
+    if failed:
+        raise RunError(f"doctor: {', '.join(failed)} failed; the fixes stand above")
+
+
+def python() -> Iterator[Check]:
+    """The interpreter and the machine."""
+    found = f"{platform.python_version()} on {platform.system()} {platform.machine()}, {sys.executable}"
+    if sys.version_info[:2] < OLDEST_PYTHON:
+        needed = ".".join(map(str, OLDEST_PYTHON))
+        yield Check("Python", "fail", found, f"install Python {needed} or newer")
+    else:
+        yield Check("Python", "ok", found)
+
+
+def packages() -> Iterator[Check]:
+    """Installed versions against what mlip asks for, and torchvision against its torch; nothing is imported."""
+    try:
+        requirements = importlib.metadata.requires(DISTRIBUTION) or []
+    except importlib.metadata.PackageNotFoundError:
+        yield Check("packages", "warn", f"{DISTRIBUTION} is not installed, only on the path", "pip install -e .")
+        return
+    needed = [r for r in map(Requirement, requirements) if r.marker is None or r.marker.evaluate({"extra": ""})]
+    pinned = [r for r in map(Requirement, _requires("torchvision")) if r.name == "torch"]
+    problems = [problem for requirement in [*needed, *pinned] if (problem := _unmet(requirement))]
+    if problems:
+        cure = f"pip install --upgrade {' '.join(repr(str(r)) for r in needed if _unmet(r))}".strip()
+        if not any(map(_unmet, needed)):
+            cure = "install torch and torchvision together, of the same release"
+        yield Check("packages", "fail", "; ".join(problems), cure)
+    else:
+        shown = ", ".join(f"{r.name} {importlib.metadata.version(r.name)}" for r in needed[:4])
+        yield Check("packages", "ok", f"{len(needed)} as required, among them {shown}")
+
+
+def _requires(name: str) -> list[str]:
+    try:
+        return importlib.metadata.requires(name) or []
+    except importlib.metadata.PackageNotFoundError:
+        return []
+
+
+def _unmet(requirement: Requirement) -> str | None:
+    try:
+        version = importlib.metadata.version(requirement.name)
+    except importlib.metadata.PackageNotFoundError:
+        return f"{requirement.name} is missing"
+    if requirement.specifier.contains(version, prereleases=True):
+        return None
+    return f"{requirement.name} {version} is not {requirement.specifier}"
+
+
+def torch_build() -> Iterator[Check]:
+    """PyTorch: does it start, what does it compute on, is bf16 worth it."""
+    try:
+        import torch
+    except (ImportError, OSError) as error:
+        yield Check("torch", "fail", f"does not start: {error}", "install it anew for this machine: pytorch.org")
+        return
+    build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build"
+    cpu = torch.backends.cpu.get_cpu_capability()
+    yield Check("torch", "ok", f"{torch.__version__}, {build}, {cpu}, {torch.get_num_threads()} threads")
+    yield _devices()
+    yield _bf16()
+
+
+def _devices() -> Check:
+    import torch
+
+    if torch.cuda.is_available():
+        found = []
+        for i in range(torch.cuda.device_count()):
+            free, total = torch.cuda.mem_get_info(i)
+            found.append(f"{torch.cuda.get_device_name(i)} ({free / GIB:.0f} of {total / GIB:.0f} GiB free)")
+        return Check("devices", "ok", ", ".join(found))
+    if shutil.which("nvidia-smi") and torch.version.cuda is None:
+        fix = "install a CUDA build of torch: pytorch.org"
+        return Check("devices", "warn", "an NVIDIA driver, but torch is a CPU build", fix)
+    if shutil.which("nvidia-smi"):
+        fix = "see what nvidia-smi says; the driver may be older than this torch's CUDA"
+        return Check("devices", "warn", "an NVIDIA driver, but torch sees no GPU", fix)
+    if torch.backends.mps.is_available():
+        return Check("devices", "warn", "cpu, mps", "mps is untested; train.device=cpu is the safe choice")
+    return Check("devices", "ok", f"cpu with {os.cpu_count()} cores: enough for the demo and the tests")
+
+
+def _bf16() -> Check:
+    """A product of two matrices, in both types, in turn."""
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    x = torch.randn(768, 768, device=device)
+    seconds: dict[torch.dtype, list[float]] = {torch.float32: [], torch.bfloat16: []}
+    for _ in range(7):
+        for dtype, measured in seconds.items():
+            y = x.to(dtype)
+            start = time.perf_counter()
+            (y @ y).sum().item()
+            measured.append(time.perf_counter() - start)
+    gain = min(seconds[torch.float32]) / min(seconds[torch.bfloat16])
+    found = f"a matrix product takes 1/{gain:.1f} of fp32's time on {device}"
+    if gain < SLOW_BF16:
+        found = f"a matrix product takes {1 / gain:.1f}x fp32's time on {device}"
+        return Check("bf16", "warn", found, "train.precision=fp32 is quicker here")
+    return Check("bf16", "ok", found)
+
+
+def disk() -> Iterator[Check]:
+    """Room for runs and data where they are written by default, and the right to write there."""
+    here = Path.cwd()
+    free = shutil.disk_usage(here).free / GIB
+    found = f"{free:.1f} GiB free in {here}"
+    if not os.access(here, os.W_OK):
+        yield Check("disk", "fail", f"{here} cannot be written to", "work in a folder of your own")
+    elif free < NO_DISK_GIB:
+        yield Check("disk", "fail", found, "make room: checkpoints and shards do not fit")
+    elif free < LOW_DISK_GIB:
+        yield Check("disk", "warn", found, "enough for the demo; a run of ViT-B/16 keeps several GiB of checkpoints")
+    else:
+        yield Check("disk", "ok", found)
+
+
+def shared_memory() -> Iterator[Check]:
+    """/dev/shm, through which loader processes hand over batches; absent on macOS."""
+    folder = Path("/dev/shm")
+    if not folder.is_dir():
+        return
+    usage = shutil.disk_usage(folder)
+    found = f"{usage.free / GIB:.1f} of {usage.total / GIB:.1f} GiB free"
+    if usage.free < LOW_SHARED_MEMORY_GIB * GIB:
+        fix = "docker run --shm-size=8g (or --ipc=host), or data.num_workers=0"
+        yield Check("/dev/shm", "warn", found, fix)
+    else:
+        yield Check("/dev/shm", "ok", found)
+
+
+def open_files() -> Iterator[Check]:
+    """The limit of files that a process may open."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    shown = "unlimited" if soft == resource.RLIM_INFINITY else f"{soft:,}"
+    if soft != resource.RLIM_INFINITY and soft < FEW_FILES:
+        enough = hard == resource.RLIM_INFINITY or hard >= FEW_FILES
+        fix = f"ulimit -n {FEW_FILES}" if enough else f"ask for a hard limit of {FEW_FILES} (it is {hard})"
+        yield Check("open files", "warn", f"at most {shown} a process", fix)
+    else:
+        yield Check("open files", "ok", f"at most {shown} a process")
+
+
+def data() -> Iterator[Check]:
+    """The first sample of every prepared data set under data/ and $MLIP_DATA."""
+    roots = {"data": Path("data")}
+    if os.environ.get("MLIP_DATA"):
+        roots["$MLIP_DATA"] = Path(os.environ["MLIP_DATA"])
+    for name, root in roots.items():
+        if not root.is_dir():
+            fix = (
+                "mlip prepare-data openmoji data/openmoji makes the demo's" if name == "data" else "set it to a folder"
+            )
+            yield Check(name, "warn" if name == "data" else "fail", f"{root}: no such folder", fix)
+            continue
+        cards = sorted([*root.glob("dataset.json"), *root.glob("*/dataset.json"), *root.glob("*/*/dataset.json")])
+        if not cards:
+            yield Check(name, "ok", f"{root}: readable, no data set prepared by mlip")
+        for card in cards:
+            yield _readable(name, card.parent)
+
+
+def _readable(name: str, folder: Path) -> Check:
+    from mlip_cli.data.dataset import ShardDataset
+
+    try:
+        dataset = ShardDataset(folder)
+        dataset.read(0)
+    except (UsageError, RunError, OSError) as error:
+        return Check(name, "fail", str(error), "prepare it again with mlip prepare-data, or take the folder away")
+    return Check(name, "ok", f"{folder}: {dataset.num_samples:,} samples")
+
+
+def recipes() -> Iterator[Check]:
+    """All shipped recipes are there and valid."""
+    names = recipe_names()
+    if not names:
+        fix = f"install {DISTRIBUTION} anew; its recipes did not come along"
+        yield Check("recipes", "fail", f"none in {recipes_folder()}", fix)
+        return
+    try:
+        for name in names:
+            load_recipe(str(recipes_folder() / f"{name}.yaml"))
+    except UsageError as error:
+        yield Check("recipes", "fail", str(error), "restore the shipped recipes")
+        return
+    yield Check("recipes", "ok", f"{len(names)} in {recipes_folder()}: {', '.join(names)}")
+
+
+def runs() -> Iterator[Check]:
+    """Runs in runs/, when there are any."""
+    found = sorted(RUNS.glob("*/recipe.yaml"))
+    if found:
+        yield Check("runs", "ok", f"{len(found)} in {RUNS.resolve()}")
+
+
+EXAMINATIONS: tuple[Callable[[], Iterator[Check]], ...] = (
+    python,
+    packages,
+    torch_build,
+    disk,
+    shared_memory,
+    open_files,
+    data,
+    recipes,
+    runs,
+)

@@ -1,0 +1,150 @@
+"""Every finding of the doctor, on this machine or on one made sick for the test."""
+
+import importlib.metadata
+import json
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from mlip_cli.commands import doctor
+from mlip_cli.commands.doctor import Check
+from mlip_cli.errors import RunError
+
+PROJECT = Path(__file__).parents[1]
+
+
+def one(checks: Iterator[Check]) -> Check:
+    (check,) = checks
+    return check
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLIP_DATA", raising=False)
+    return tmp_path
+
+
+def test_a_healthy_machine_gets_a_json_document_and_exit_code_0(folder: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "mlip_cli", "doctor", "--json"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(PROJECT)},
+        timeout=120,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    report = json.loads(done.stdout)
+    assert report["ok"] is True
+    names = [check["name"] for check in report["checks"]]
+    assert {"Python", "packages", "torch", "devices", "bf16", "disk", "open files", "data", "recipes"} <= set(names)
+    assert {check["status"] for check in report["checks"]} <= {"ok", "warn"}
+
+
+def test_it_imports_nothing_that_it_does_not_examine(folder: Path) -> None:
+    code = (
+        "import sys; from mlip_cli.commands.doctor import doctor; doctor(as_json=True)\n"
+        "heavy = {'timm', 'open_clip', 'torchvision', 'webdataset', 'pyarrow', 'sklearn', 'matplotlib'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(PROJECT)}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment, capture_output=True, timeout=120)
+
+
+def test_a_failure_is_said_with_its_fix(folder: Path, monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("MLIP_DATA", "nowhere/[bold]")
+    with pytest.raises(RunError, match=r"^doctor: \$MLIP_DATA failed; the fixes stand above$"):
+        doctor.doctor(as_json=False)
+    printed = capsys.readouterr().out
+    assert "\nfail  $MLIP_DATA  nowhere/[bold]: no such folder\n" in printed
+    assert printed.endswith("\nfail  $MLIP_DATA: set it to a folder\n")
+
+
+def test_data_that_cannot_be_read_is_named(folder: Path) -> None:
+    assert one(doctor.data()).fix == "mlip prepare-data openmoji data/openmoji makes the demo's"
+    (folder / "data/mine/train").mkdir(parents=True)
+    assert one(doctor.data()) == Check("data", "ok", "data: readable, no data set prepared by mlip")
+    (folder / "data/mine/train/dataset.json").write_text("{}")
+    check = one(doctor.data())
+    assert check.status == "fail"
+    assert check.found.startswith("data/mine/train/dataset.json: not written by mlip prepare-data")
+
+
+def install(site: Path, name: str, version: str, *requirements: str) -> None:
+    """A distribution's metadata, as pip leaves it."""
+    info = site / f"{name.replace('-', '_')}-{version}.dist-info"
+    info.mkdir(parents=True)
+    lines = ["Metadata-Version: 2.1", f"Name: {name}", f"Version: {version}"]
+    (info / "METADATA").write_text("\n".join([*lines, *(f"Requires-Dist: {r}" for r in requirements)]) + "\n")
+
+
+def test_packages_that_are_missing_or_old_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(tmp_path, "mlip-cli", "0.1.0", "numpy>=999", "no-such-package>=1", "rich", 'other>=9 ; extra == "demo"')
+    monkeypatch.syspath_prepend(tmp_path)
+    assert one(doctor.packages()) == Check(
+        "packages",
+        "fail",
+        f"numpy {importlib.metadata.version('numpy')} is not >=999; no-such-package is missing",
+        "pip install --upgrade 'numpy>=999' 'no-such-package>=1'",
+    )
+
+
+def test_torchvision_of_another_torch_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(tmp_path, "mlip-cli", "0.1.0", "torchvision")
+    install(tmp_path, "torchvision", "99.0", "torch==1.0.0")
+    monkeypatch.syspath_prepend(tmp_path)
+    check = one(doctor.packages())
+    assert check.status == "fail"
+    assert check.found.endswith("is not ==1.0.0")
+    assert check.fix == "install torch and torchvision together, of the same release"
+
+
+def test_a_tree_that_is_not_installed_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "DISTRIBUTION", "no-such-distribution")
+    assert one(doctor.packages()).status == "warn"
+
+
+def test_a_torch_that_does_not_start_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    check = one(doctor.torch_build())
+    assert (check.name, check.status) == ("torch", "fail")
+    assert check.found.startswith("does not start: ")
+
+
+def test_an_old_python_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "OLDEST_PYTHON", (99, 0))
+    assert one(doctor.python()).fix == "install Python 99.0 or newer"
+
+
+def test_few_open_files_are_a_warning() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (300, hard))
+    try:
+        check = one(doctor.open_files())
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert check == Check("open files", "warn", "at most 300 a process", "ulimit -n 1024")
+
+
+@pytest.mark.parametrize(("low", "no", "status"), [(0, 0, "ok"), (1e9, 0, "warn"), (1e9, 1e9, "fail")])
+def test_little_room_is_graded(folder: Path, monkeypatch, low: float, no: float, status: str) -> None:
+    monkeypatch.setattr(doctor, "LOW_DISK_GIB", low)
+    monkeypatch.setattr(doctor, "NO_DISK_GIB", no)
+    assert one(doctor.disk()).status == status
+
+
+def test_damaged_and_missing_recipes_are_failures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert one(doctor.recipes()).status == "ok"
+    monkeypatch.setattr(doctor, "recipes_folder", lambda: tmp_path)
+    (tmp_path / "openmoji.yaml").write_text("no: recipe\n")
+    check = one(doctor.recipes())
+    assert check.status == "fail"
+    assert "no" in check.found
+    monkeypatch.setattr(doctor, "recipe_names", list)
+    assert one(doctor.recipes()).found == f"none in {tmp_path}"
