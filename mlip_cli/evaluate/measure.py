@@ -77,7 +77,7 @@ class _Contestant:
         return full / median(seconds for size, seconds in self.seconds if size == full)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def measure(
     pictures: Pictures,
     batches: Iterable[tuple[Tensor, Tensor]],

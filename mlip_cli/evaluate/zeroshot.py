@@ -25,7 +25,7 @@ def normalized(features: Tensor, what: str) -> Tensor:
     return F.normalize(features, dim=-1)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def text_features(
     texts: Sequence[str],
     *,

@@ -1,0 +1,177 @@
+"""Where evaluation meets data and models: for `eval-zeroshot`, for `merge-sweep` and for measures during training."""
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from mlip_cli.commands.loading import LoadedRun, MergedEncoder
+from mlip_cli.config import Recipe, Source
+from mlip_cli.data.dataset import ShardDataset, open_sources
+from mlip_cli.data.loader import default_num_workers, evaluation_loader
+from mlip_cli.data.tar import read_members
+from mlip_cli.data.tokenizer import Tokenizer
+from mlip_cli.data.transforms import decode, evaluation_transform, pil_to_uint8
+from mlip_cli.evaluate.benchmarks import Benchmark, find_benchmark, resolve_data_root
+from mlip_cli.evaluate.measure import Candidate, measure
+from mlip_cli.evaluate.pictures import Pictures, Readers, batches
+from mlip_cli.evaluate.retrieval import image_text_retrieval
+from mlip_cli.evaluate.sources import open_benchmark
+from mlip_cli.evaluate.zeroshot import normalized, text_features
+from mlip_cli.output import progress
+from mlip_cli.types import Encoder
+
+T = TypeVar("T")
+Evaluator = Callable[[Encoder], dict[str, float]]
+
+TRAINING_BATCH_SIZE = 128
+KEPT_BYTES = 1 << 30
+"""Decoded pictures up to this many bytes a data set stay in memory between evaluations; more are decoded each time."""
+
+READERS = Readers(
+    open_shards=ShardDataset,
+    read_members=read_members,
+    decode=decode,
+    from_pil=pil_to_uint8,
+    fit=lambda image, size: evaluation_transform(image, size=size),
+)
+
+
+def tokenize(tokenizer: Tokenizer, texts: Sequence[str]) -> Tensor:
+    """Token ids (n, L), L the length of the longest text: columns of padding change nothing but the time."""
+    token_ids = tokenizer.encode(texts)
+    return token_ids[:, : int(token_ids.any(dim=0).nonzero().max()) + 1]
+
+
+def measure_runs(
+    benchmark: Benchmark, runs: Sequence[tuple[LoadedRun, Sequence[MergedEncoder]]], *, batch_size: int
+) -> list[list[dict[str, Any]]]:
+    """Scores of each encoder of each run on a data set (see `evaluate.measure.measure`), in the order given.
+
+    A picture is decoded once for all runs with the same image size, and each batch goes through all their encoders in
+    turn.
+
+    Raises:
+        UsageError, RunError, OSError: what is wrong with the data.
+    """
+    pictures = open_benchmark(benchmark, READERS)
+    order = sorted(range(len(runs)), key=lambda i: runs[i][0].model.image_size)
+    scores: dict[int, list[dict[str, Any]]] = {}
+    for size, group in groupby(order, key=lambda i: runs[i][0].model.image_size):
+        numbers = list(group)
+        candidates = [
+            Candidate(tuple(encoders), partial(tokenize, loaded.tokenizer), loaded.device)
+            for loaded, encoders in (runs[i] for i in numbers)
+        ]
+        read_ahead = all(candidate.device.type == "cuda" for candidate in candidates)
+        loader = batches(pictures, READERS, size=size, batch_size=batch_size, read_ahead=read_ahead)
+        with progress(pictures.num_pictures, benchmark.name) as bar:
+            results = measure(pictures, loader, candidates, on_batch=lambda n: bar.advance(bar.task_ids[0], n))
+        scores |= dict(zip(numbers, results, strict=True))
+    return [scores[i] for i in range(len(runs))]
+
+
+def training_evaluators(
+    recipe: Recipe, tokenizer: Tokenizer, *, device: torch.device | str = "cpu", root: Path | None = None
+) -> list[Evaluator]:
+    """What `pretrain` measures: retrieval on `data.validation`, and each data set of `evaluate.zeroshot`.
+
+    Each returns fractions in [0, 1] by name, such as `validation_image_to_text_r1` and `openmoji_mean_recall`.
+
+    Raises:
+        UsageError: a data set is not there, before any training.
+    """
+    where = torch.device(device)
+    evaluators = [
+        _zeroshot_evaluator(find_benchmark(name, root=resolve_data_root(root)), recipe, tokenizer, where)
+        for name in recipe.evaluate.zeroshot
+    ]
+    if recipe.data.validation is not None:
+        evaluators.insert(0, _retrieval_evaluator(recipe.data.validation, recipe, tokenizer, where))
+    return evaluators
+
+
+def _zeroshot_evaluator(benchmark: Benchmark, recipe: Recipe, tokenizer: Tokenizer, device: torch.device) -> Evaluator:
+    size = recipe.data.image_size
+    pictures = open_benchmark(benchmark, READERS)
+    decoded = _Kept(lambda: _batches(pictures, size, device), num_pictures=pictures.num_pictures, size=size)
+    prefix = re.sub(r"\W+", "_", benchmark.name)
+
+    def evaluate(encoder: Encoder) -> dict[str, float]:
+        candidate = Candidate((encoder,), partial(tokenize, tokenizer), device)
+        [[scores]] = measure(pictures, decoded, [candidate])
+        measures = {f"{prefix}_mean_recall": scores["mean_per_class_recall"], f"{prefix}_acc1": scores["acc1"]}
+        if "names" in scores:
+            measures |= {f"{prefix}_name_r1": scores["names"]["r1"], f"{prefix}_name_r5": scores["names"]["r5"]}
+        return measures
+
+    return evaluate
+
+
+def _batches(pictures: Pictures, size: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    read_ahead = device.type == "cuda"
+    return batches(pictures, READERS, size=size, batch_size=TRAINING_BATCH_SIZE, read_ahead=read_ahead)
+
+
+def _retrieval_evaluator(
+    sources: Sequence[Source], recipe: Recipe, tokenizer: Tokenizer, device: torch.device
+) -> Evaluator:
+    """All pictures against all distinct captions; a caption that several pictures have is right for each."""
+    datasets = open_sources(sources)
+    size, num_pictures = recipe.data.image_size, sum(dataset.num_samples for dataset in datasets)
+    captions = [
+        [caption["text"] for caption in dataset.read(id).record["captions"]]
+        for dataset in datasets
+        for id in range(dataset.num_samples)
+    ]
+    texts = list(dict.fromkeys(text for own in captions for text in own))
+    number = {text: i for i, text in enumerate(texts)}
+    own_texts = [[number[text] for text in own] for own in captions]
+
+    def read() -> Iterator[Tensor]:
+        for dataset in datasets:
+            loader = evaluation_loader(
+                dataset,
+                image_size=size,
+                batch_size=TRAINING_BATCH_SIZE,
+                num_workers=0 if dataset.num_samples < 1000 else default_num_workers(1),
+            )
+            yield from (batch.images for batch in loader)
+
+    decoded = _Kept(read, num_pictures=num_pictures, size=size)
+
+    def evaluate(encoder: Encoder) -> dict[str, float]:
+        with torch.no_grad():
+            parts = [normalized(encoder.encode_image(images.to(device)), "image") for images in decoded]
+        features = text_features(
+            texts, tokenize=partial(tokenize, tokenizer), encode_text=encoder.encode_text, device=device
+        )
+        scores = image_text_retrieval(torch.cat(parts), features, own_texts)
+        return {
+            f"validation_{way}_r{k}": scores[way][f"r{k}"]
+            for way in ("image_to_text", "text_to_image")
+            for k in (1, 5, 10)
+        }
+
+    return evaluate
+
+
+class _Kept(Generic[T]):
+    """Batches that are decoded the first time and kept, or decoded each time where they need too much memory."""
+
+    def __init__(self, read: Callable[[], Iterable[T]], *, num_pictures: int, size: int) -> None:
+        self._read = read
+        self._keep = num_pictures * 3 * size * size <= KEPT_BYTES
+        self._batches: list[T] | None = None
+
+    def __iter__(self) -> Iterator[T]:
+        if not self._keep:
+            return iter(self._read())
+        if self._batches is None:
+            self._batches = list(self._read())
+        return iter(self._batches)
