@@ -1,6 +1,8 @@
 """Batches for training and evaluation: pure functions of (seed, step), made in worker processes."""
 
 import os
+import signal
+import threading
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -100,8 +102,9 @@ def preflight(datasets: Sequence[ShardDataset], order: Order, global_batch_size:
     lines = []
     for number, dataset in enumerate(datasets):
         _decoded(dataset.read(0))
-        share = f", {float(order.shares[number]):.1%} of every batch" if order.shares else ""
-        lines.append(f"{dataset.folder}: {dataset.num_samples:,} samples in {dataset.num_shards:,} shards{share}")
+        shards = f"{dataset.num_shards:,} shard{'s' if dataset.num_shards > 1 else ''}"
+        share = f", {float(order.shares[number]):.1%} of what is seen" if order.shares else ""
+        lines.append(f"{dataset.folder}: {dataset.num_samples:,} samples in {shards}{share}")
     if order.steps_per_epoch is not None:
         left_out = order.num_samples - order.steps_per_epoch * global_batch_size
         tail = f"; {left_out:,} samples are left out, others each epoch" if left_out else ""
@@ -169,7 +172,6 @@ class _Steps(Dataset[_Step | Exception]):
         self.global_batch_size = global_batch_size
         share = global_batch_size // world_size
         self.places = range(rank * share, (rank + 1) * share)
-        self.generator: torch.Generator | None = None  # made in the process that uses it: it does not pickle
 
     def __getitem__(self, step: int) -> _Step | Exception:
         try:
@@ -218,11 +220,8 @@ class _Steps(Dataset[_Step | Exception]):
     def _example(self, position: Position) -> _Example:
         raw = self.datasets[position.source].read(position.index)
         image = _decoded(raw)
-        if self.generator is None:
-            self.generator = torch.Generator()
-        draws = self.generator.manual_seed(
-            key(self.seed, _AUGMENTATION, position.source, position.epoch, position.index) >> 1
-        )
+        seed = key(self.seed, _AUGMENTATION, position.source, position.epoch, position.index)
+        draws = torch.Generator().manual_seed(seed >> 1)
         caption = _choose_caption(raw, self.data.captions == "sample", draws)
         image = training_transform(image, size=self.data.image_size, augment=self.data.augment, generator=draws)
         return _Example(image, caption, raw.key)
@@ -316,14 +315,14 @@ def _training_batches(loader: DataLoader[Any], limit: _BadSampleLimit) -> Genera
 
 def _items(loader: DataLoader[Any]) -> Generator[Any, None, None]:
     """What the workers made; errors that they sent are raised here."""
-    items = iter(loader)
+    items = _quiet_iter(loader)
     while True:
         try:
             item = next(items)
         except StopIteration:
             return
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+        except (RuntimeError, OSError, EOFError) as error:  # of torch's pipes; our own errors come as items
+            if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
                 raise
             raise RunError(
                 f"a loader process died: {error}; look for too little memory or /dev/shm, or use data.num_workers=0"
@@ -331,3 +330,15 @@ def _items(loader: DataLoader[Any]) -> Generator[Any, None, None]:
         if isinstance(item, Exception):
             raise item
         yield item
+
+
+def _quiet_iter(loader: DataLoader[Any]) -> Iterator[Any]:
+    """iter(loader), less torch's SIGCHLD handler, which raises wherever the main process happens to be.
+
+    A worker that died is found at the next item that it owes, within five seconds.
+    """
+    handler = signal.getsignal(signal.SIGCHLD)
+    items = iter(loader)
+    if threading.current_thread() is threading.main_thread() and handler is not None:
+        signal.signal(signal.SIGCHLD, handler)
+    return items

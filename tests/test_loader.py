@@ -1,0 +1,317 @@
+"""Batches depend on (seed, step) alone: not on workers, ranks or where a run was resumed."""
+
+import multiprocessing
+import os
+import pickle
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from shards_for_tests import make_dataset
+from torch.utils.data import DataLoader
+
+from mlip_cli.config import Augment, Data, Source
+from mlip_cli.data import loader as module
+from mlip_cli.data.dataset import ShardDataset
+from mlip_cli.data.index import HEADER, RECORD, index_path
+from mlip_cli.data.loader import default_num_workers, evaluation_loader, preflight, training_loader
+from mlip_cli.data.order import Order
+from mlip_cli.data.tokenizer import Tokenizer
+from mlip_cli.data.transforms import decode, evaluation_transform
+from mlip_cli.errors import RunError, UsageError
+from mlip_cli.types import Batch
+
+G = 8
+AUGMENT = Augment(crop_scale=(0.3, 1.0), flip=True, color_jitter=0.2)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_dataset(tmp_path_factory.mktemp("data") / "train", n=42, size=(24, 20), captions=3)
+
+
+def batches(
+    datasets: Sequence[ShardDataset],
+    start: int = 0,
+    stop: int = 8,
+    *,
+    weights: Sequence[float] | None = None,
+    seed: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    num_workers: int = 0,
+    context_length: int = 24,
+    **data: Any,
+) -> Iterator[Batch]:
+    settings = {"augment": AUGMENT, "image_size": 16} | data
+    order = Order([d.num_samples for d in datasets], weights, seed=seed, global_batch_size=G)
+    return training_loader(
+        datasets,
+        order,
+        data=Data(train=(Source(path="unused"),), **settings),
+        context_length=context_length,
+        global_batch_size=G,
+        seed=seed,
+        rank=rank,
+        world_size=world_size,
+        start_step=start,
+        stop_step=stop,
+        num_workers=num_workers,
+    )
+
+
+def assert_equal(a: Batch, b: Batch) -> None:
+    assert torch.equal(a.images, b.images)
+    assert torch.equal(a.token_ids, b.token_ids)
+    assert (a.keys, a.bad_samples) == (b.keys, b.bad_samples)
+
+
+def spoil(folder: Path, row: int, part: str = "image") -> None:
+    """Overwrite the middle of a sample's picture (or record) with zeros: the header stays whole."""
+    shards = sorted(folder.glob("*.tar"))
+    for shard in shards:
+        records = np.fromfile(index_path(shard), RECORD, offset=HEADER.itemsize)
+        if row < len(records):
+            break
+        row -= len(records)
+    record = records[row]
+    at, size = int(record["offset"]) + int(record[f"{part}_offset"]), int(record[f"{part}_size"])
+    with open(shard, "r+b") as file:
+        file.seek(at)
+        file.write(bytes(size))
+
+
+def test_shapes(folder: Path) -> None:
+    found = list(batches([ShardDataset(folder)], 0, 3))
+    assert len(found) == 3
+    for batch in found:
+        assert (batch.images.shape, batch.images.dtype) == ((G, 3, 16, 16), torch.uint8)
+        assert (batch.token_ids.shape[0], batch.token_ids.dtype) == (G, torch.int64)
+        assert len(set(batch.keys)) == G
+        assert batch.bad_samples == ()
+
+
+@pytest.mark.parametrize("weights", [None, (1.0, 2.0)])
+def test_workers_change_nothing(tmp_path: Path, folder: Path, weights: tuple[float, ...] | None) -> None:
+    datasets = [ShardDataset(folder), ShardDataset(make_dataset(tmp_path / "other", n=12, seed=1))]
+    with_workers = list(batches(datasets, num_workers=2, weights=weights))
+    for a, b in zip(batches(datasets, weights=weights), with_workers, strict=True):
+        assert_equal(a, b)
+
+
+def test_resuming_is_the_tail_of_an_uninterrupted_run(folder: Path) -> None:
+    whole = list(batches([ShardDataset(folder)], 0, 12))
+    for a, b in zip(whole[7:], batches([ShardDataset(folder)], 7, 12), strict=True):
+        assert_equal(a, b)
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_ranks_share_what_one_rank_would_see(folder: Path, world_size: int) -> None:
+    one = batches([ShardDataset(folder)])
+    ranks = [batches([ShardDataset(folder)], rank=rank, world_size=world_size) for rank in range(world_size)]
+    for whole, *parts in zip(one, *ranks, strict=True):
+        assert torch.equal(whole.images, torch.cat([part.images for part in parts]))
+        assert torch.equal(whole.token_ids, torch.cat([part.token_ids for part in parts]))
+        assert whole.keys == sum((part.keys for part in parts), ())
+
+
+def test_text_is_as_wide_as_the_global_batch_needs_on_every_rank(tmp_path: Path) -> None:
+    texts = ["short"] * 15 + ["a " * 12 + "long one"]
+    dataset = ShardDataset(make_dataset(tmp_path / "x", n=64, captions=texts))
+    ranks = [list(batches([dataset], rank=rank, world_size=4, context_length=77)) for rank in range(4)]
+    widths = [[batch.token_ids.shape[1] for batch in rank] for rank in ranks]
+    assert widths[0] == widths[1] == widths[2] == widths[3]
+    assert set(widths[0]) == {8, 16}
+    for step, width in enumerate(widths[0]):
+        longest = max(int((rank[step].token_ids != 0).sum(1).max()) for rank in ranks)
+        assert width == (8 if longest <= 8 else 16)
+
+
+def test_long_captions_are_cut_at_the_context_length_and_keep_their_end(tmp_path: Path) -> None:
+    dataset = ShardDataset(make_dataset(tmp_path / "x", n=8, captions=["word " * 100]))
+    batch = next(batches([dataset], context_length=20))
+    assert torch.equal(batch.token_ids, Tokenizer(20).encode(["word " * 100] * G))
+
+
+def test_epochs_and_seeds_differ_in_order_crops_and_captions(folder: Path) -> None:
+    dataset = ShardDataset(folder)
+    whole = list(batches([dataset], 0, 10))
+    by_key: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+    for batch in whole:
+        for key, image, ids in zip(batch.keys, batch.images, batch.token_ids, strict=True):
+            by_key.setdefault(key, []).append((image, ids))
+    twice = [seen for seen in by_key.values() if len(seen) == 2]
+    assert len(twice) > 30
+    assert sum(torch.equal(a[0], b[0]) for a, b in twice) < len(twice) / 4
+    same_caption = sum(torch.equal(a[1], b[1]) for a, b in twice)
+    assert len(twice) * 0.1 < same_caption < len(twice) * 0.6
+    assert next(batches([dataset], seed=1)).keys != whole[0].keys
+
+
+def test_first_caption(folder: Path) -> None:
+    dataset = ShardDataset(folder)
+    records = {(sample := dataset.read(id)).key: sample.record for id in range(42)}
+    for batch in batches([dataset], 0, 5, captions="first"):
+        texts = [records[key]["captions"][0]["text"] for key in batch.keys]
+        assert torch.equal(batch.token_ids, Tokenizer(24).encode(texts, length=batch.token_ids.shape[1]))
+
+
+def test_the_global_generators_are_left_alone(folder: Path) -> None:
+    torch_before, numpy_before = torch.get_rng_state(), np.random.get_state()[1].copy()
+    list(batches([ShardDataset(folder)], num_workers=1))
+    assert torch.equal(torch.get_rng_state(), torch_before)
+    assert np.array_equal(np.random.get_state()[1], numpy_before)
+
+
+def test_closing_ends_the_workers(folder: Path) -> None:
+    with closing(batches([ShardDataset(folder)], 0, 1000, num_workers=2)) as run:
+        next(run)
+        assert len(multiprocessing.active_children()) == 2
+    assert multiprocessing.active_children() == []
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("part", ["image", "json"])
+def test_a_spoiled_sample_is_replaced_and_named(tmp_path: Path, num_workers: int, part: str) -> None:
+    folder = make_dataset(tmp_path / "x", n=40)
+    spoil(folder, 21, part)
+    found = list(batches([ShardDataset(folder)], 0, 10, num_workers=num_workers, max_bad_share=0.01))
+    assert all(len(batch.images) == len(batch.keys) == G for batch in found)
+    bad = [bad for batch in found for bad in batch.bad_samples]
+    assert len(bad) == 2  # once an epoch
+    assert {b.shard for b in bad} == {str(folder / "train-000001.tar")}
+    if part == "image":
+        assert {b.key for b in bad} == {"00-000021"}
+        assert bad[0].reason.startswith("the picture cannot be decoded: ")
+    else:
+        assert bad[0].key.startswith("at byte ")
+    assert not any("00-000021" in batch.keys for batch in found)
+
+
+def test_ranks_replace_alike(tmp_path: Path) -> None:
+    folder = make_dataset(tmp_path / "x", n=40)
+    for row in (3, 17, 21):
+        spoil(folder, row)
+    whole = list(batches([ShardDataset(folder)], 0, 5))
+    parts = [list(batches([ShardDataset(folder)], 0, 5, rank=rank, world_size=2)) for rank in range(2)]
+    assert sum(len(batch.bad_samples) for batch in whole) >= 3
+    for batch, *shares in zip(whole, *parts, strict=True):
+        assert torch.equal(batch.images, torch.cat([share.images for share in shares]))
+        assert batch.bad_samples == sum((share.bad_samples for share in shares), ())
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_too_many_bad_samples_end_the_run(tmp_path: Path, num_workers: int) -> None:
+    folder = make_dataset(tmp_path / "x", n=40)
+    for row in range(0, 40, 8):
+        spoil(folder, row)
+    run = batches([ShardDataset(folder)], 0, 1000, num_workers=num_workers, max_bad_share=0.0008)
+    with pytest.raises(RunError) as error, closing(run):
+        list(run)
+    found = str(error.value)
+    assert re.fullmatch(
+        rf"{folder}/train-00000\d.tar: sample 00-0000\d\d: the picture cannot be decoded: .+; "
+        r"(9|1\d) of the last \d\d samples were bad, data.max_bad_share 0.0008 allows 8 of 10,000",
+        found,
+    )
+
+
+def test_a_row_of_bad_samples_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_BAD_IN_A_ROW", 3)
+    folder = make_dataset(tmp_path / "x", n=40)
+    for row in range(0, 40, 2):
+        spoil(folder, row)
+    with pytest.raises(RunError, match=r"; the last 3 samples were all bad; prepare the data again$"):
+        list(batches([ShardDataset(folder)], 0, 100, max_bad_share=1.0))
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_nothing_but_bad_samples_ends_the_run_at_once(tmp_path: Path, num_workers: int) -> None:
+    folder = make_dataset(tmp_path / "x", n=16)
+    for row in range(16):
+        spoil(folder, row)
+    dataset = ShardDataset(folder)
+    with pytest.raises(RunError) as error:
+        next(batches([dataset], num_workers=num_workers, max_bad_share=1.0))
+    assert str(error.value).endswith(
+        "; it is the last of 9 in a row that could not be read; prepare the data again (mlip prepare-data)"
+    )
+    assert "Traceback" not in str(error.value)
+    with pytest.raises(RunError, match=r"train-000000.tar: sample 00-000000: the picture cannot be decoded"):
+        preflight([dataset], Order([16], None, seed=0, global_batch_size=G), G, 1)
+
+
+def test_a_worker_that_dies_is_one_clear_error(folder: Path) -> None:
+    with closing(batches([ShardDataset(folder)], 0, 1000, num_workers=1)) as run:
+        next(run)
+        os.kill(multiprocessing.active_children()[0].pid, 9)
+        with pytest.raises(RunError, match=r"^a loader process died: .+ or use data.num_workers=0$"):
+            list(run)
+
+
+def test_a_spawned_worker_makes_the_same_batches(folder: Path) -> None:
+    dataset = ShardDataset(folder)
+    order = Order([42], None, seed=0, global_batch_size=G)
+    data = Data(train=(Source(path="unused"),), augment=AUGMENT, image_size=16)
+    steps = module._Steps([dataset], order, data, 24, G, 0, 0, 1)
+    here = steps[3].batch
+    assert_equal(pickle.loads(pickle.dumps(steps))[3].batch, here)  # noqa: S301 - our own bytes
+    spawned = DataLoader(steps, sampler=[3], batch_size=None, num_workers=1, multiprocessing_context="spawn")
+    assert_equal(next(iter(spawned)).batch, here)
+
+
+def test_a_batch_that_does_not_divide(folder: Path) -> None:
+    with pytest.raises(UsageError) as error:
+        batches([ShardDataset(folder)], world_size=3)
+    assert str(error.value) == "train.global_batch_size: 8 does not divide by 3 ranks; use 6 or 9"
+
+
+def test_preflight_says_what_was_found(tmp_path: Path, folder: Path) -> None:
+    one = ShardDataset(folder)
+    assert preflight([one], Order([42], None, seed=0, global_batch_size=G), G, 2) == [
+        f"{folder}: 42 samples in 3 shards",
+        "42 samples / 8 = 5 steps an epoch; 2 samples are left out, others each epoch",
+        "8 / 2 ranks = 4 samples a rank",
+    ]
+    two = ShardDataset(make_dataset(tmp_path / "other", n=6, seed=1))
+    assert preflight([one, two], Order([42, 6], None, seed=0, global_batch_size=G), G, 1) == [
+        f"{folder}: 42 samples in 3 shards",
+        f"{two.folder}: 6 samples in 1 shard",
+        "48 samples / 8 = 6 steps an epoch",
+    ]
+    assert preflight([one, two], Order([42, 6], (3.0, 1.0), seed=0, global_batch_size=G), G, 1) == [
+        f"{folder}: 42 samples in 3 shards, 75.0% of what is seen",
+        f"{two.folder}: 6 samples in 1 shard, 25.0% of what is seen",
+    ]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_evaluation_reads_everything_once_in_order(folder: Path, num_workers: int) -> None:
+    dataset = ShardDataset(folder)
+    found = list(evaluation_loader(dataset, image_size=16, batch_size=20, num_workers=num_workers))
+    assert [len(batch.images) for batch in found] == [20, 20, 2]
+    samples = [dataset.read(id) for id in range(42)]
+    assert [key for batch in found for key in batch.keys] == [sample.key for sample in samples]
+    assert [record for batch in found for record in batch.records] == [sample.record for sample in samples]
+    expected = torch.stack([evaluation_transform(decode(sample.image), size=16) for sample in samples])
+    assert torch.equal(torch.cat([batch.images for batch in found]), expected)
+
+
+def test_evaluation_refuses_to_leave_a_sample_out(tmp_path: Path) -> None:
+    folder = make_dataset(tmp_path / "x", n=16)
+    spoil(folder, 5)
+    with pytest.raises(RunError, match=r"train-000000.tar: sample 00-000005: the picture cannot be decoded: "):
+        list(evaluation_loader(ShardDataset(folder), image_size=16, batch_size=4, num_workers=0))
+
+
+def test_default_number_of_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(32)), raising=False)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert [default_num_workers(world_size) for world_size in (1, 2, 8, 32, 64)] == [16, 15, 3, 0, 0]
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert default_num_workers(64) == 3
