@@ -265,7 +265,7 @@ class Recipe(Section):
     data: Data
     """What is read."""
     model: Model
-    """The architecture."""
+    """What is trained."""
     losses: Losses = Losses()
     """What is minimised."""
     optim: Optim = Optim()
@@ -273,6 +273,6 @@ class Recipe(Section):
     train: Train
     """How long and on what."""
     evaluate: Evaluate = Evaluate()
-    """Measures during training."""
+    """What is measured meanwhile."""
     log: Log = Log()
     """What is written."""

@@ -43,10 +43,11 @@ def load_recipe(source: str, overrides: Sequence[str] = ()) -> LoadedRecipe:
         RecipeError: all mistakes, one a line: first those of single keys; when there are none, those between keys.
     """
     file = find_recipe(source)
-    tree = merge(_read(file, ()), _overrides(overrides))
+    written = _read(file, ())
+    tree = merge(written, _overrides(overrides))
     mistakes = list(tree.mistakes)
     recipe = None
-    if isinstance(tree.value, dict):
+    if written.value is not None:
         try:
             recipe = Recipe.model_validate_json(json.dumps(tree.value))
         except ValidationError as error:
@@ -65,6 +66,11 @@ def recipe_schema() -> Node:
     """The JSON schema of recipe files, as in recipes/schema.json. Nothing is required: `extends` may supply it."""
     schema = _without(Recipe.model_json_schema(), {"required", "title"})
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "Recipe of mlip"} | schema
+
+
+def schema_text() -> str:
+    """The content of recipes/schema.json."""
+    return json.dumps(recipe_schema(), indent=2) + "\n"
 
 
 def absolute_paths(recipe: Recipe) -> Recipe:
@@ -104,7 +110,7 @@ def recipe_yaml(recipe: Recipe, origins: Mapping[str, str] | None = None) -> str
 
 
 def _read(file: Path, children: tuple[Path, ...]) -> Tree:
-    """One file over those it extends. `children` are the files that led here."""
+    """One file over those it extends; the value is None when one of them cannot be read. `children` led here."""
     shown = os.path.normpath(file)
     try:
         text = file.read_text(encoding="utf-8-sig")
@@ -132,7 +138,9 @@ def _extended(tree: Tree, file: Path, parent: Any, chain: tuple[Path, ...]) -> T
         problem = f"extends: no file {os.path.normpath(path)}; the path is relative to this recipe's folder"
     else:
         base = _read(path, chain)
-        return merge(base, tree) if base.value is not None else base
+        if base.value is not None:
+            return merge(base, tree)
+        return Tree(mistakes=base.mistakes + tree.mistakes)
     return Tree(mistakes=[*tree.mistakes, Mistake(place, problem)])
 
 

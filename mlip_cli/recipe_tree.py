@@ -98,7 +98,7 @@ def parse(text: str, source: str, *, root: Key = (), first_line: int = 1) -> Tre
                 tree.mistakes.append(Mistake(at(event.start_mark), "tags (!) are not part of recipes"))
         node = None if tree.mistakes else yaml.compose(text, _Loader)
     except yaml.MarkedYAMLError as error:
-        tree.mistakes.append(Mistake(at(error.problem_mark or error.context_mark), f"not YAML: {error.problem}"))
+        tree.mistakes.append(Mistake(at(error.problem_mark or error.context_mark), f"not YAML: {_problem(error)}"))
         return tree
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1 if first_line else first_line
@@ -108,6 +108,12 @@ def parse(text: str, source: str, *, root: Key = (), first_line: int = 1) -> Tre
         tree.places[root] = at(node.start_mark)
         tree.value = _data(node, root, tree, at)
     return tree
+
+
+def _problem(error: yaml.MarkedYAMLError) -> str:
+    """PyYAML's words; some of its sentences begin in the context."""
+    problem = str(error.problem)
+    return f"{error.context}, {problem}" if problem.startswith("but ") else problem
 
 
 def _data(node: yaml.Node, key: Key, tree: Tree, at: Callable[[Any], Place]) -> Any:

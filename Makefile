@@ -1,0 +1,58 @@
+PYTHON ?= python3
+VENV ?= .venv
+
+MLIP := $(VENV)/bin/mlip
+RUN := $(VENV)/bin/python
+READY := $(VENV)/.installed
+
+MAKEFLAGS += --no-print-directory
+.DEFAULT_GOAL := help
+.PHONY: help demo test smoke check format bench schema clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' Makefile
+	@echo "  PYTHON=/path/to/python3.11 picks the Python, VENV=/path the environment (.venv)"
+
+# One recipe for all that need an environment; it is made again when the dependencies change.
+$(READY): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+		{ echo "error: $(PYTHON): not a Python of version 3.11 or newer; name one: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@echo "installing into $(VENV): a few minutes and a few GB, once" >&2
+	@start=$$(date +%s) && \
+		$(PYTHON) -m venv $(VENV) && \
+		$(RUN) -m pip install --disable-pip-version-check -e ".[dev]" && \
+		touch $@ && \
+		echo "installation took $$(($$(date +%s) - start)) s" >&2
+
+demo: $(READY) ## Prepare OpenMoji, pretrain CLIP and MLIP, compare both (minutes on 2 cores; goes on where it stopped)
+	@start=$$(date +%s) && \
+		$(MLIP) prepare-data openmoji data/openmoji && \
+		$(MLIP) pretrain recipes/openmoji_clip.yaml --out runs/openmoji_clip --resume && \
+		$(MLIP) pretrain recipes/openmoji.yaml --out runs/openmoji --resume && \
+		$(MLIP) eval-zeroshot runs/openmoji_clip runs/openmoji --dataset openmoji --merge-rate 0,0.3,0.5 && \
+		echo "the demo took $$(($$(date +%s) - start)) s, installation not counted" >&2
+
+test: $(READY) ## Run all tests
+	@$(RUN) -m pytest -q
+
+smoke: $(READY) ## Run every command once on real data, in a temporary folder
+	@$(RUN) tests/smoke.py
+
+check: $(READY) ## Lint, formatting, types
+	@$(RUN) -m ruff check .
+	@$(RUN) -m ruff format --check .
+	@$(RUN) -m mypy
+
+format: $(READY) ## Format the code and mend what can be mended
+	@$(RUN) -m ruff check --fix .
+	@$(RUN) -m ruff format .
+
+bench: $(READY) ## Run the measurements of tests/benchmarks
+	@$(RUN) -m pytest -q -s -o python_files='bench_*.py' -o timeout=0 tests/benchmarks
+
+schema: $(READY) ## Write recipes/schema.json from the models
+	@$(RUN) -c 'from pathlib import Path; from mlip_cli.recipe import schema_text; Path("recipes/schema.json").write_text(schema_text())'
+
+clean: ## Remove caches and builds; data/, runs/ and the environment stay
+	@rm -rf build dist .pytest_cache .mypy_cache .ruff_cache
+	@find mlip_cli tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,156 @@
+"""The command line's contract: light, and one clear line with the right exit code for every mistake."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mlip_cli import __version__
+
+ROOT = Path(__file__).parents[1]
+HEAVY = ["torch", "torchvision", "timm", "webdataset", "open_clip", "clip_benchmark", "numpy", "pyarrow"]
+
+PROBE = """
+import json, sys
+from mlip_cli.cli import main
+try:
+    main()
+except SystemExit as end:
+    print(json.dumps({"code": end.code, "modules": sorted(sys.modules)}), file=sys.stderr)
+"""
+
+
+def mlip(*arguments: str, folder: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
+    env = os.environ | {"PYTHONPATH": str(ROOT), "NO_COLOR": "1"} | environment
+    command = [sys.executable, "-m", "mlip_cli", *arguments]
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False)
+
+
+def loaded_modules(*arguments: str) -> tuple[int, set[str]]:
+    """Exit code, and all modules that `mlip ARGUMENTS` loads."""
+    done = subprocess.run(
+        [sys.executable, "-c", PROBE, *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    report = json.loads(done.stderr.splitlines()[-1])
+    return report["code"], set(report["modules"])
+
+
+def test_help_loads_nothing_heavy() -> None:
+    code, modules = loaded_modules("--help")
+    assert code == 0
+    assert modules.isdisjoint([*HEAVY, "pydantic", "yaml", "mlip_cli.config"])
+
+
+def test_help_of_a_command_loads_nothing_heavy() -> None:
+    """typer itself loads pydantic for the arguments of a command; we load nothing."""
+    code, modules = loaded_modules("pretrain", "--help")
+    assert code == 0
+    assert modules.isdisjoint([*HEAVY, "yaml", "mlip_cli.config"])
+
+
+def test_a_mistake_in_a_recipe_is_found_before_torch_is_loaded() -> None:
+    code, modules = loaded_modules("pretrain", "recipes/smoke.yaml", "optim.lr=fast")
+    assert code == 2
+    assert "pydantic" in modules
+    assert modules.isdisjoint(HEAVY)
+
+
+def test_mistakes_of_a_recipe_are_printed_one_a_line() -> None:
+    done = mlip("pretrain", "recipes/smoke.yaml", "optim.lr=fast", "train.step=5")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.splitlines() == [
+        "error: command line: optim.lr=fast: expected a number above 0, not 'fast'",
+        "error: command line: train.step=5: unknown key train.step; did you mean train.steps?",
+    ]
+
+
+def test_mlip_alone_prints_its_help() -> None:
+    done = mlip()
+    assert done.returncode == 0
+    assert done.stdout == mlip("--help").stdout
+    for name in ("prepare-data", "pretrain", "merge-sweep", "eval-zeroshot", "profile", "doctor"):
+        assert f"  {name} " in done.stdout
+
+
+def test_version() -> None:
+    done = mlip("--version")
+    assert (done.returncode, done.stdout) == (0, f"mlip {__version__}\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["frobnicate"], "mlip: no such command 'frobnicate'; try mlip --help"),
+        (["pretrai"], "mlip: no such command 'pretrai'; did you mean 'pretrain'?"),
+        (["pretrain"], "mlip pretrain: missing argument 'RECIPE'; try mlip pretrain --help"),
+        (["pretrain", "smoke", "--resum"], "mlip pretrain: no such option: --resum; did you mean --resume?"),
+        (
+            ["pretrain", "smoke", "--train.steps=5"],
+            "mlip pretrain: --train.steps: recipe keys have no dashes; write train.steps=VALUE",
+        ),
+        (
+            ["merge-sweep", "--rates", "0.3", "0.5"],
+            "mlip merge-sweep: RUN: '0.5' is a number, no run; lists take commas, as in --rates 0.3,0.5",
+        ),
+        (
+            ["merge-sweep", "--rates", "0.3,x"],
+            "mlip merge-sweep: --rates: 'x' is not a number; rates look like 0,0.3,0.5",
+        ),
+        (
+            ["merge-sweep", "--rates", "0.3,1"],
+            "mlip merge-sweep: --rates: 1 is not in [0, 1); a rate is the fraction of patch tokens that merge away",
+        ),
+    ],
+)
+def test_wrong_usage_is_one_clear_line_and_exit_code_2(arguments: list[str], message: str) -> None:
+    done = mlip(*arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"error: {message}\n"
+
+
+def complete(shell: str, **environment: str) -> list[str]:
+    return mlip(_MLIP_COMPLETE=f"complete_{shell}", **environment).stdout.split()
+
+
+def bash(*words: str) -> list[str]:
+    """What bash is offered when the cursor stands behind the last word."""
+    return complete("bash", COMP_WORDS=" ".join(words), COMP_CWORD=str(len(words) - 1))
+
+
+def test_the_shell_completes_names_of_recipes() -> None:
+    assert bash("mlip", "pretrain", "openm") == ["openmoji", "openmoji_clip"]
+
+
+def test_the_shell_completes_keys_of_recipes() -> None:
+    assert bash("mlip", "pretrain", "smoke", "model.merging") == [
+        "model.merging=",
+        "model.merging.rate=",
+        "model.merging.method=",
+        "model.merging.at=",
+    ]
+    assert bash("mlip", "pretrain", "smoke", "seed", "=", "3", "data.augment.f") == ["data.augment.flip="]
+
+
+def test_the_shell_completes_values() -> None:
+    """bash splits words at the equals sign, the others do not."""
+    assert bash("mlip", "pretrain", "smoke", "model.merging.method", "=") == ["guided", "tome"]
+    assert bash("mlip", "pretrain", "smoke", "data.augment.flip", "=", "t") == ["true"]
+    words = "mlip pretrain smoke seed=3 train.precision=f"
+    offered = complete("fish", _TYPER_COMPLETE_ARGS=words, _TYPER_COMPLETE_FISH_ACTION="get-args")
+    assert offered == ["train.precision=fp32", "train.precision=fp16"]
+
+
+def test_completion_loads_nothing_heavy() -> None:
+    code = "import json, sys; from mlip_cli.shipped import complete_override; complete_override([], 'optim.')"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}; print(json.dumps(sorted(sys.modules)))"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert set(json.loads(done.stdout)).isdisjoint([*HEAVY, "pydantic", "yaml"])

@@ -1,0 +1,229 @@
+"""Recipes: what they mean, where their values come from, and how they are written down."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import yaml
+from recipes_for_tests import SMALL, write
+
+from mlip_cli.config import GLOBAL_LOSSES, LOSS_NAMES, TOKEN_LOSSES, GlobalLoss, Losses, TokenLoss
+from mlip_cli.recipe import (
+    absolute_paths,
+    differences,
+    find_recipe,
+    load_recipe,
+    recipe_schema,
+    recipe_yaml,
+    schema_text,
+)
+from mlip_cli.recipe_schema import paths
+from mlip_cli.recipe_tree import parse
+from mlip_cli.shipped import recipe_names, recipes_folder
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+# Shipped recipes
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_a_shipped_recipe_loads_and_comes_back_equal(name: str) -> None:
+    loaded = load_recipe(name)
+    assert loaded.name == name
+    assert loaded.recipe.extends is None
+    again = load_recipe(write("again.yaml", recipe_yaml(loaded.recipe)))
+    assert again.recipe == loaded.recipe
+    assert differences(loaded.recipe, again.recipe) == []
+    assert load_recipe(write("with_origins.yaml", recipe_yaml(loaded.recipe, loaded.origins))).recipe == loaded.recipe
+
+
+def test_these_recipes_are_shipped() -> None:
+    expected = "cc12m cc3m openmoji openmoji_clip single_gpu smoke yfcc15m_v1 yfcc15m_v2"
+    assert recipe_names() == expected.split()
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_a_shipped_recipe_names_its_schema_first_and_its_command(name: str) -> None:
+    lines = (recipes_folder() / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
+    assert lines[0] == "# yaml-language-server: $schema=schema.json"
+    header = "\n".join(line for line in lines[: next(i for i, x in enumerate(lines) if x[:1] != "#")])
+    assert f"pretrain recipes/{name}.yaml" in header
+    assert "# Hardware: " in header
+    assert "not run by us; " in header or name in ("openmoji", "openmoji_clip", "smoke")
+
+
+def test_the_clip_recipe_is_the_mlip_recipe_without_its_parts() -> None:
+    changed = [path for path, _, _ in differences(load_recipe("openmoji").recipe, load_recipe("openmoji_clip").recipe)]
+    assert changed == [
+        "model.frequency",
+        "model.merging",
+        "losses.spatial_token",
+        "losses.frequency_global",
+        "losses.frequency_token",
+    ]
+
+
+def test_the_schema_file_equals_the_models() -> None:
+    assert (recipes_folder() / "schema.json").read_text(encoding="utf-8") == schema_text(), "run make schema"
+
+
+def test_the_schema_documents_every_key() -> None:
+    schema = recipe_schema()
+    assert [path for path, node in paths(schema) if "description" not in node] == []
+    assert '"required"' not in schema_text(), "extends may supply what a recipe lacks"
+
+
+def test_tables_and_literals_agree() -> None:
+    assert get_args(GlobalLoss.model_fields["kind"].annotation) == GLOBAL_LOSSES
+    assert get_args(TokenLoss.model_fields["kind"].annotation) == TOKEN_LOSSES
+    assert tuple(Losses.model_fields) == LOSS_NAMES
+
+
+def test_loading_a_recipe_loads_no_torch() -> None:
+    code = (
+        "import json, sys; from mlip_cli.recipe import load_recipe; "
+        "load_recipe('smoke'); print(json.dumps([*sys.modules]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=recipes_folder().parent, capture_output=True, text=True, check=True
+    )
+    assert set(json.loads(done.stdout)).isdisjoint(["torch", "numpy", "timm", "open_clip"])
+
+
+# Layers: defaults < extends < file < command line
+
+
+def test_values_and_their_origins() -> None:
+    write("base/parent.yaml", SMALL + "optim: {lr: 1e-3, betas: [0.8, 0.9]}\n")
+    write("child.yaml", "extends: base/parent.yaml\noptim:\n  betas: [0.9, 0.95]\n")
+    loaded = load_recipe("child.yaml", ["train.steps=7", "model.text={width: 16, num_heads: 2}"])
+    recipe = loaded.recipe
+    assert (recipe.optim.lr, recipe.optim.betas, recipe.train.steps) == (1e-3, (0.9, 0.95), 7)
+    assert (recipe.model.text.width, recipe.model.text.depth) == (16, 12)
+    assert {
+        key: loaded.origins[key] for key in ("optim.lr", "optim.betas", "train.steps", "model.text.width", "seed")
+    } == {
+        "optim.lr": "base/parent.yaml:5",
+        "optim.betas": "child.yaml:3",
+        "train.steps": "command line",
+        "model.text.width": "command line",
+        "seed": "default",
+    }
+
+
+def test_null_removes_and_a_mapping_brings_back() -> None:
+    write("parent.yaml", SMALL + "losses: {spatial_token: {kind: sparc, weight: 0.5}}\n")
+    write("child.yaml", "extends: parent.yaml\nlosses: {spatial_token: null}\n")
+    assert load_recipe("child.yaml").recipe.losses.spatial_token is None
+    assert load_recipe("child.yaml", ["losses.spatial_token.weight=2.0"]).recipe.losses.spatial_token == TokenLoss(
+        weight=2
+    )
+    write("grandchild.yaml", "extends: child.yaml\nlosses: {spatial_token: {weight: 0.1}}\n")
+    assert load_recipe("grandchild.yaml").recipe.losses.spatial_token == TokenLoss(weight=0.1)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("a", [("a", None)]),
+        ("[a, b]", [("a", None), ("b", None)]),
+        ("[{path: a, weight: 2}, {path: b, weight: 0.5}]", [("a", 2.0), ("b", 0.5)]),
+        ("{path: a}", [("a", None)]),
+    ],
+)
+def test_data_folders_in_all_their_forms(text: str, value: list[tuple[str, float | None]]) -> None:
+    recipe = load_recipe(write("x.yaml", SMALL), [f"data.train={text}"]).recipe
+    assert [(source.path, source.weight) for source in recipe.data.train] == value
+    assert load_recipe(write("again.yaml", recipe_yaml(recipe))).recipe == recipe
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-4", 1e-4),
+        ("1E5", 1e5),
+        (".5", 0.5),
+        ("+12", 12),
+        ("010", 10),
+        ("0x1F", 31),
+        ("0o17", 15),
+        ("12_000", "12_000"),
+        ("12:30", "12:30"),
+        ("no", "no"),
+        ("on", "on"),
+        ("2024-01-02", "2024-01-02"),
+        ("True", True),
+        ("~", None),
+        ("-.inf", float("-inf")),
+        ("'1'", "1"),
+        ("1.0.0", "1.0.0"),
+    ],
+)
+def test_scalars_are_those_of_yaml_1_2(text: str, value: Any) -> None:
+    read = parse(text, "x").value
+    assert read == value
+    assert type(read) is type(value)
+
+
+def test_what_is_written_is_read_alike_by_yaml_1_1() -> None:
+    names = [
+        "no",
+        "12:30",
+        "1e3",
+        "a: b",
+        "#x",
+        "ünï 🦊",
+        " ",
+        "it's",
+        'q"uote',
+        "new\nline",
+        "null",
+        "[x",
+        "@x",
+        "é\x85",
+    ]
+    folders = json.dumps(names)
+    recipe = load_recipe(write("x.yaml", SMALL), [f"data.train={folders}", "optim.eps=1e-8", "optim.lr=1e-300"]).recipe
+    assert [source.path for source in recipe.data.train] == names
+    text = recipe_yaml(recipe)
+    assert load_recipe(write("again.yaml", text)).recipe == recipe
+    other = yaml.safe_load(text)
+    assert [source["path"] for source in other["data"]["train"]] == names
+    assert (other["optim"]["eps"], other["optim"]["lr"]) == (1e-8, 1e-300)
+
+
+def test_paths_become_absolute(tmp_path: Path) -> None:
+    recipe = load_recipe(
+        write("x.yaml", SMALL), ["data.train=[{path: a, weight: 2}]", "data.validation=b", "model.init=runs/c"]
+    ).recipe
+    moved = absolute_paths(recipe)
+    assert [(s.path, s.weight) for s in moved.data.train] == [(str(tmp_path / "a"), 2.0)]
+    assert moved.data.validation is not None
+    assert moved.data.validation[0].path == str(tmp_path / "b")
+    assert moved.model.init == str(tmp_path / "runs" / "c")
+    assert absolute_paths(moved) == moved
+    assert absolute_paths(load_recipe("x.yaml").recipe).model.init is None
+
+
+def test_differences_name_leaves_and_whole_sections() -> None:
+    write("x.yaml", SMALL)
+    old = load_recipe("x.yaml").recipe
+    new = load_recipe("x.yaml", ["optim.lr=0.1", "model.merging={at: [2]}"]).recipe
+    assert differences(old, new) == [
+        ("model.merging", None, {"rate": 0.5, "method": "guided", "at": [2]}),
+        ("optim.lr", 5e-4, 0.1),
+    ]
+
+
+def test_a_recipe_is_found_by_path_then_by_name() -> None:
+    write("smoke", SMALL)
+    assert find_recipe("smoke") == Path("smoke")
+    assert find_recipe("recipes/smoke.yaml") == recipes_folder() / "smoke.yaml"
+    assert find_recipe("smoke.yaml") == recipes_folder() / "smoke.yaml"

@@ -1,0 +1,252 @@
+"""The exact words for every mistake in a recipe."""
+# ruff: noqa: E501 - messages are written out whole
+
+import json
+from pathlib import Path
+
+import pytest
+from recipes_for_tests import SMALL, write
+
+from mlip_cli import __version__
+from mlip_cli.errors import RecipeError, UsageError
+from mlip_cli.recipe import find_recipe, load_recipe, recipe_schema
+from mlip_cli.recipe_schema import is_section, node_at, paths
+from mlip_cli.shipped import recipe_names
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def mistakes(source: str, *overrides: str) -> list[str]:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(source, overrides)
+    return str(caught.value).splitlines()
+
+
+def test_mistakes_of_single_keys_are_reported_together() -> None:
+    write(
+        "bad.yaml",
+        """
+seed: yes
+data:
+  train: [5, {path: x, wieght: 2}]
+  batch_sise: 3
+  image_size: 64
+  image_size: 65
+  validation: []
+  augment: {crop_scale: [0.5], flip: no, color_jitter: 1.5}
+model:
+  vision: {width: 1.0, patch_size: -8}
+  frequency: {depth: a}
+optim:
+losses: {spatial_token: {kind: filip}, spatial_globl: null}
+train: {lr: 3, precision: fp8}
+merging: {rate: 1}
+optim.lr: 4
+""",
+    )
+    assert mistakes("bad.yaml", "evaluate.zeroshot=openmoji", "model.merging.at=[2, 0]") == [
+        "bad.yaml:1: seed: expected a whole number of at least 0 and below 4294967296, not 'yes'",
+        "bad.yaml:3: data.train[0]: expected text or a section with the keys path, weight, not 5",
+        "bad.yaml:3: unknown key data.train[1].wieght; did you mean data.train[1].weight?",
+        "bad.yaml:4: unknown key data.batch_sise; did you mean train.global_batch_size?",
+        "bad.yaml:6: duplicate key data.image_size; first in line 5",
+        "bad.yaml:7: data.validation: expected a folder, a list of folders or a list of {path, weight}, or null, not []",
+        "bad.yaml:8: data.augment.crop_scale: expected a list of 2 numbers above 0 and at most 1, or null, not [0.5]",
+        "bad.yaml:8: data.augment.flip: expected true or false, not 'no'",
+        "bad.yaml:8: data.augment.color_jitter: expected a number above 0 and at most 1 or null, not 1.5",
+        "bad.yaml:10: model.vision.patch_size: expected a whole number above 0 or null, not -8",
+        "bad.yaml:10: model.vision.width: expected a whole number above 0 or null, not 1.0",
+        "bad.yaml:11: model.frequency.width is missing",
+        "bad.yaml:11: model.frequency.depth: expected a whole number above 0, not 'a'",
+        "bad.yaml:12: optim: cannot be null or empty; its keys: lr, betas, eps, weight_decay, warmup_steps, clip_grad_norm",
+        "bad.yaml:13: losses.spatial_token.kind: expected sparc, not 'filip'",
+        "bad.yaml:13: unknown key losses.spatial_globl; did you mean losses.spatial_global?",
+        "bad.yaml:14: train.global_batch_size is missing",
+        "bad.yaml:14: train.precision: expected one of bf16, fp32, fp16, not 'fp8'",
+        "bad.yaml:14: unknown key train.lr; did you mean optim.lr?",
+        "bad.yaml:15: unknown key merging; did you mean model.merging?",
+        "bad.yaml:16: unknown key optim.lr; dots are for the command line, in a file write lr under optim",
+        "command line: evaluate.zeroshot=openmoji: expected a list of text, not 'openmoji'",
+        "command line: model.merging.at=[2, 0]: model.merging.at[1]: expected a whole number above 0, not 0",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["optim.lr=fast"], ["optim.lr=fast: expected a number above 0, not 'fast'"]),
+        (["optim.lr=.inf"], ["optim.lr=.inf: expected a number above 0, not Infinity"]),
+        (["train.steps=1e3"], ["train.steps=1e3: expected a whole number above 0 or null, not 1000.0"]),
+        (["train.steps=true"], ["train.steps=true: expected a whole number above 0 or null, not true"]),
+        (["optim.lr="], ["optim.lr=: no value after =; optim.lr=null removes one"]),
+        (["optim.lr"], ["optim.lr: expected key=value, as in optim.lr=1e-3"]),
+        (["=3"], ["=3: expected a key before =, as in optim.lr=1e-3"]),
+        (["optim..lr=3"], ["optim..lr=3: expected a key before =, as in optim.lr=1e-3"]),
+        (["optim.lr=1", "optim.lr=2"], ["optim.lr=2: optim.lr is given twice"]),
+        (["extends=x.yaml"], ["extends=x.yaml: extends works in a recipe file only"]),
+        (["data.train=[a"], ["data.train=[a: not YAML: expected ',' or ']', but got '<stream end>'"]),
+        (["seed=!!int 3"], ["seed=!!int 3: tags (!) are not part of recipes"]),
+        (["model=null"], ["model=null: cannot be null or empty; its keys: embed_dim, token_dim, vision, text, frequency, merging, init"]),
+        (["data.augment={flip: 3}"], ["data.augment={flip: 3}: data.augment.flip: expected true or false, not 3"]),
+        (["data.train=null"], ["data.train=null: expected a folder, a list of folders or a list of {path, weight}, not null"]),
+        (["optim.learning_rate=1"], ["optim.learning_rate=1: unknown key optim.learning_rate; known here: lr, betas, eps, weight_decay, warmup_steps, clip_grad_norm"]),
+        (["use_merging=true"], ["use_merging=true: unknown key use_merging; did you mean model.merging?"]),
+        (["seed.x=1"], ["seed.x=1: seed: expected a whole number of at least 0 and below 4294967296, not a section"]),
+    ],
+)  # fmt: skip
+def test_mistakes_on_the_command_line(overrides: list[str], expected: list[str]) -> None:
+    assert mistakes(write("x.yaml", SMALL), *overrides) == [f"command line: {text}" for text in expected]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a: [1\nb: 2\n", "x.yaml:2: not YAML: expected ',' or ']', but got ':'"),
+        ("a: 1\n\tb: 2\n", "x.yaml:2: not YAML: found character '\\t' that cannot start any token"),
+        ("a: 1\nb: \0\n", "x.yaml:2: not YAML: special characters are not allowed"),
+        ("- a\n- b\n", "x.yaml:1: a recipe is a list of `section:` and `key: value`"),
+        ("a: &x 1\nb: *x\n", "x.yaml:1: anchors and aliases (&, *) are not part of recipes"),
+        (
+            "a: 1\n---\nb: 2\n",
+            "x.yaml:2: not YAML: expected a single document in the stream, but found another document",
+        ),
+        ("extends: no.yaml\n", "x.yaml:1: extends: no file no.yaml; the path is relative to this recipe's folder"),
+        ("extends: [a]\n", 'x.yaml:1: extends: expected the path of a recipe, not ["a"]'),
+        ("seed: 1\nextends: x.yaml\n", "x.yaml:2: extends: a circle, x.yaml -> x.yaml"),
+    ],
+)
+def test_mistakes_that_make_a_file_unreadable(text: str, expected: str) -> None:
+    assert mistakes(write("x.yaml", text))[0] == expected
+
+
+def test_merge_keys_are_refused() -> None:
+    assert mistakes(write("x.yaml", SMALL + "optim:\n  <<: {lr: 1}\n")) == [
+        "x.yaml:6: merge keys (<<) are not part of recipes; use extends"
+    ]
+
+
+def test_text_that_is_not_utf_8() -> None:
+    write("x.yaml", "")
+    Path("x.yaml").write_bytes(b"seed: \xff\n")
+    assert mistakes("x.yaml") == ["x.yaml:1: not UTF-8 text"]
+
+
+def test_an_empty_recipe_says_what_is_missing() -> None:
+    assert mistakes(write("x.yaml", "# nothing\n")) == [
+        "x.yaml:1: data is missing",
+        "x.yaml:1: model is missing",
+        "x.yaml:1: train is missing",
+    ]
+
+
+def test_a_circle_of_files_is_reported_where_it_closes() -> None:
+    write("a.yaml", SMALL + "extends: sub/b.yaml\n")
+    write("sub/b.yaml", "seed: 1\nextends: ../a.yaml\n")
+    assert mistakes("a.yaml") == ["sub/b.yaml:2: extends: a circle, a.yaml -> sub/b.yaml -> a.yaml"]
+
+
+def test_a_mistake_in_a_parent_is_reported_in_the_parent() -> None:
+    write("parent.yaml", SMALL + "optim: {lr: -1}\n")
+    assert mistakes(write("x.yaml", "extends: parent.yaml\nseed: a\n")) == [
+        "parent.yaml:5: optim.lr: expected a number above 0, not -1",
+        "x.yaml:2: seed: expected a whole number of at least 0 and below 4294967296, not 'a'",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["train.steps=null"], "train.steps=null: not given, nor is train.epochs; give one of them"),
+        (["train.epochs=3"], "train.epochs=3: 3 excludes train.steps 5; set one to null"),
+        (["train.micro_batch_size=8"], "train.micro_batch_size=8: 8 is more than train.global_batch_size 4"),
+        (["train={precision: fp16, device: cpu}"], "train={precision: fp16, device: cpu}: train.precision: fp16 needs train.device cuda, not cpu; use bf16 or fp32"),
+        (["data.train=[{path: a, weight: 1}, b]"], "data.train=[{path: a, weight: 1}, b]: b has no weight but others have; weigh all folders or none"),
+        (["data.train=[a, a]"], "data.train=[a, a]: a is listed twice"),
+        (["data.validation={path: a, weight: 1}"], "data.validation={path: a, weight: 1}: weights are for training only; list the folders alone"),
+        (["data.augment.crop_scale=[0.9, 0.5]"], "data.augment.crop_scale=[0.9, 0.5]: [0.9, 0.5] does not ascend"),
+        (["data.image_size=36"], "data.image_size=36: 36 is no multiple of model.vision.patch_size 8; use 32 or 40"),
+        (["data.image_size=4"], "data.image_size=4: 4 is no multiple of model.vision.patch_size 8; use 8"),
+        (["model.vision.timm=vit_x"], "model.vision.timm=vit_x: vit_x excludes patch_size, width, depth, num_heads; set one side to null"),
+        (["model.vision.num_heads=3"], "model.vision.num_heads=3: 3 heads do not divide width 32"),
+        (["model.text.num_heads=7"], "model.text.num_heads=7: 7 heads do not divide width 512"),
+        (["model.merging.at=[]"], "model.merging.at=[]: no block given; name some, or set model.merging to null"),
+        (["model.merging.at=[2, 2]"], "model.merging.at=[2, 2]: [2, 2] does not ascend"),
+        (["model.merging.at=[1, 2]"], "model.merging.at=[1, 2]: [1, 2] starts at block 1, which no attention precedes to guide a merge; start at 2"),
+        (["model.merging.at=[2, 3]"], "model.merging.at=[2, 3]: [2, 3] goes beyond model.vision.depth 2"),
+        (["model.merging.rate=0.7"], "model.merging.rate=0.7: 0.7 is out of reach: 1 merge of at most half leave 8 of 16 patch tokens, a rate of 0.50; lower it or add blocks to model.merging.at"),
+        (["losses.frequency_token={}"], "losses.frequency_token={}: needs model.frequency, which is null"),
+        (["model.frequency={width: 8}"], "model.frequency={width: 8}: nothing would train it; give losses.frequency_global or losses.frequency_token, or set it to null"),
+    ],
+)  # fmt: skip
+def test_mistakes_between_keys(overrides: list[str], expected: str) -> None:
+    assert mistakes(write("x.yaml", SMALL), *overrides) == [f"command line: {expected}"]
+
+
+def test_mistakes_between_keys_are_reported_together_with_their_lines() -> None:
+    write(
+        "x.yaml",
+        """
+data:
+  train: [{path: a, weight: 1.0}]
+  image_size: 60
+model:
+  vision: {patch_size: 8, width: 32}
+losses:
+  spatial_global: null
+train:
+  epochs: 3
+  global_batch_size: 4
+""",
+    )
+    assert mistakes("x.yaml") == [
+        "x.yaml:2: data.train: weighted folders have no common epoch; give train.steps in place of train.epochs",
+        "x.yaml:3: data.image_size: 60 is no multiple of model.vision.patch_size 8; use 56 or 64",
+        "x.yaml:5: model.vision: depth, num_heads missing; give all of patch_size, width, depth, num_heads, or timm alone",
+        "x.yaml:6: losses: all are null; training needs at least one",
+    ]
+
+
+def test_mistakes_between_keys_wait_for_those_of_single_keys() -> None:
+    assert mistakes(write("x.yaml", SMALL), "train.epochs=3", "seed=-1") == [
+        "command line: seed=-1: expected a whole number of at least 0 and below 4294967296, not -1"
+    ]
+
+
+def test_a_run_of_another_version_names_it() -> None:
+    write("runs/old/recipe.yaml", SMALL + "old_key: 3\n")
+    write("runs/old/run.json", '{"mlip_version": "0.0.1"}')
+    assert mistakes("runs/old/recipe.yaml")[-1] == (
+        f"runs/old/recipe.yaml: made by mlip 0.0.1, this is mlip {__version__}; use that version, or start a new run"
+    )
+    write("runs/old/run.json", json.dumps({"mlip_version": __version__}))
+    assert len(mistakes("runs/old/recipe.yaml")) == 1
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("opnmoji", "opnmoji: no such file and no shipped recipe; did you mean openmoji? shipped: "),
+        ("mine/a.yaml", "mine/a.yaml: no such file and no shipped recipe; shipped: "),
+        ("runs/r", "runs/r: a folder, not a recipe; did you mean runs/r/recipe.yaml?"),
+    ],
+)
+def test_a_recipe_that_is_not_there(source: str, message: str) -> None:
+    write("runs/r/recipe.yaml", SMALL)
+    with pytest.raises(UsageError) as caught:
+        find_recipe(source)
+    assert str(caught.value) in (message, message + ", ".join(recipe_names()))
+
+
+def test_every_leaf_has_words_for_what_it_expects() -> None:
+    """Any wrong value at any key gives one line that names the key (a mapping is wrong at every leaf)."""
+    schema = recipe_schema()
+    for path, node in paths(schema):
+        if path != "extends" and not is_section(schema, node) and path not in ("data.train", "data.validation"):
+            lines = mistakes("smoke", f"{path}={{x: 1}}")
+            assert len(lines) == 1
+            assert lines[0].startswith(f"command line: {path}={{x: 1}}: expected ")
+            assert lines[0].endswith(", not a section")
+        assert node_at(schema, path.split(".")) is not None
