@@ -144,5 +144,5 @@ def decode_any(readers: Readers, content: bytes, *, is_jpeg: bool, where: str) -
     try:
         with Image.open(io.BytesIO(content)) as image:
             return readers.from_pil(image)
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise RunError(f"{where}: not a readable picture; mend it or take it away") from error
