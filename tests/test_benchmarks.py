@@ -13,7 +13,7 @@ from shards_for_tests import make_dataset
 from mlip_cli.commands.evaluators import READERS
 from mlip_cli.errors import RunError, UsageError
 from mlip_cli.evaluate import imagenet
-from mlip_cli.evaluate.benchmarks import CLIP_BENCHMARK, find_benchmark, resolve_data_root
+from mlip_cli.evaluate.benchmarks import CLIP_BENCHMARK, data_root, find_benchmark
 from mlip_cli.evaluate.pictures import Pictures, batches
 from mlip_cli.evaluate.sources import OPENERS, names_of, open_benchmark
 
@@ -85,10 +85,10 @@ def test_every_kind_can_be_opened(tmp_path: Path) -> None:
 
 def test_data_root_is_given_or_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLIP_DATA", raising=False)
-    assert resolve_data_root(None) == Path("data")
+    assert data_root(None) == Path("data")
     monkeypatch.setenv("MLIP_DATA", "elsewhere")
-    assert resolve_data_root(None) == Path("elsewhere")
-    assert resolve_data_root(Path("here")) == Path("here")
+    assert data_root(None) == Path("elsewhere")
+    assert data_root(Path("here")) == Path("here")
 
 
 # digits, folders, shards, openmoji ----------------------------------------------------------------------------------

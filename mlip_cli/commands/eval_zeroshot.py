@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlip_cli.commands.zeroshot_tables import compared, print_results, without_answers
 from mlip_cli.errors import RunError, UsageError
-from mlip_cli.evaluate.benchmarks import Benchmark, find_benchmark, resolve_data_root
+from mlip_cli.evaluate.benchmarks import Benchmark, data_root, find_benchmark
 from mlip_cli.files import write_json
 from mlip_cli.output import print_json, say, warn
 from mlip_cli.recipe import load_recipe
@@ -154,7 +154,7 @@ def _find(names: Sequence[str], root: Path | None) -> tuple[list[Benchmark], dic
     failures: dict[str, Exception] = {}
     for name in names:
         try:
-            benchmarks.append(find_benchmark(name, root=resolve_data_root(root)))
+            benchmarks.append(find_benchmark(name, root=data_root(root)))
         except (UsageError, OSError) as error:
             failures[name] = error
     return benchmarks, failures

@@ -17,7 +17,7 @@ from mlip_cli.data.loader import default_num_workers, evaluation_loader
 from mlip_cli.data.tar import read_members
 from mlip_cli.data.tokenizer import Tokenizer
 from mlip_cli.data.transforms import decode, evaluation_transform, pil_to_uint8
-from mlip_cli.evaluate.benchmarks import Benchmark, find_benchmark, resolve_data_root
+from mlip_cli.evaluate.benchmarks import Benchmark, data_root, find_benchmark
 from mlip_cli.evaluate.measure import Candidate, measure
 from mlip_cli.evaluate.pictures import Pictures, Readers, batches
 from mlip_cli.evaluate.retrieval import image_text_retrieval
@@ -88,7 +88,7 @@ def training_evaluators(
     """
     where = torch.device(device)
     evaluators = [
-        _zeroshot_evaluator(find_benchmark(name, root=resolve_data_root(root)), recipe, tokenizer, where)
+        _zeroshot_evaluator(find_benchmark(name, root=data_root(root)), recipe, tokenizer, where)
         for name in recipe.evaluate.zeroshot
     ]
     if recipe.data.validation is not None:

@@ -62,7 +62,7 @@ class Benchmark:
     """Changes when the data, the class names or the templates change."""
 
 
-def resolve_data_root(given: Path | None) -> Path:
+def data_root(given: Path | None) -> Path:
     """Where data sets lie: the given folder, else $MLIP_DATA, else data/."""
     return given if given is not None else Path(os.environ.get("MLIP_DATA") or "data")
 
