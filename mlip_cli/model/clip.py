@@ -34,6 +34,9 @@ class CLIP(nn.Module):
     A head exists only where a loss trains it. `losses` maps the names of active losses to their kind.
     """
 
+    pixel_mean: Tensor
+    pixel_std: Tensor
+
     def __init__(self, config: ModelConfig, *, image_size: int, losses: dict[str, str], global_batch_size: int) -> None:
         super().__init__()
         self.image_size = image_size
@@ -173,4 +176,4 @@ def set_fused_attention(model: nn.Module, fused: bool) -> None:
     """
     for module in model.modules():
         if hasattr(module, "fused_attn"):
-            module.fused_attn = fused
+            setattr(module, "fused_attn", fused)  # noqa: B010 - nn.Module declares no such attribute

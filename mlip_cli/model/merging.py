@@ -32,6 +32,14 @@ def default_places(depth: int) -> tuple[int, ...]:
     return (first, second) if second <= depth else (first,)
 
 
+def largest_rate(num_patches: int, num_merges: int) -> float:
+    """Rate that merges of at most half of the tokens reach, to three digits, rounded down."""
+    left = num_patches
+    for _ in range(num_merges):
+        left -= left // 2
+    return math.floor(1000 * (1 - left / num_patches)) / 1000
+
+
 @dataclass(frozen=True)
 class MergePlan:
     """How many patch tokens each block sees: Python integers, so shapes are static."""
@@ -89,23 +97,21 @@ class MergePlan:
         if not places or list(places) != sorted(set(places)) or places[0] < 2 or places[-1] > depth:
             raise UsageError(f"merging.at: {list(places)} must ascend within blocks 2 to {depth}")
         counts: list[int] = []
-        for i in range(1, len(places) + 1):
+        before = num_patches
+        for i, place in enumerate(places, start=1):
             wanted = round(num_patches * (1 - rate) ** (i / len(places)))
             rounded = round((wanted + num_prefix) / multiple_of) * multiple_of - num_prefix
-            counts.append(rounded if rounded > 0 and abs(rounded - wanted) < 0.02 * num_patches else wanted)
-        before = num_patches
-        for place, count in zip(places, counts, strict=True):
-            least = before - before // 2
+            least = max(1, before - before // 2)
+            fits = least <= rounded <= before and abs(rounded - wanted) < 0.02 * num_patches
+            count = rounded if fits else wanted
             if count < least:
-                best = num_patches
-                for _ in places:
-                    best -= best // 2
                 raise UsageError(
                     f"merge rate {rate:g}: the merge before block {place} would take {before} tokens to {count}, and "
                     f"one merge removes at most half; with merges before blocks {', '.join(map(str, places))} the "
-                    f"largest rate is {math.floor(1000 * (1 - best / num_patches)) / 1000:g}; lower the rate or add "
-                    "places to model.merging.at"
+                    f"largest rate is {largest_rate(num_patches, len(places)):g}; lower the rate or add places to "
+                    "model.merging.at"
                 )
+            counts.append(count)
             before = count
         tokens = tuple(
             next((c for p, c in zip(reversed(places), reversed(counts), strict=True) if p <= block), num_patches)

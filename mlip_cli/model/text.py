@@ -41,17 +41,16 @@ class TextTower(nn.Module):
         self.token_embedding = nn.Embedding(vocab_size, width)
         self.positional_embedding = nn.Parameter(torch.empty(config.context_length, width))
         norm = partial(nn.LayerNorm, eps=1e-5)  # timm's own default, 1e-6, misses other CLIPs' text features by 4e-3
-        self.blocks = nn.ModuleList(
-            Block(width, config.num_heads, qkv_bias=True, norm_layer=norm) for _ in range(config.depth)
-        )
+        blocks = [Block(width, config.num_heads, qkv_bias=True, norm_layer=norm) for _ in range(config.depth)]
+        self.blocks = nn.ModuleList(blocks)
         self.norm = norm(width)
-        self._init_weights(config.depth)
+        self._init_weights(blocks)
 
-    def _init_weights(self, depth: int) -> None:
+    def _init_weights(self, blocks: list[Block]) -> None:
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         nn.init.normal_(self.positional_embedding, std=0.01)
-        residual_std = self.width**-0.5 * (2 * depth) ** -0.5
-        for block in self.blocks:
+        residual_std = self.width**-0.5 * (2 * len(blocks)) ** -0.5
+        for block in blocks:
             for linear, std in (
                 (block.attn.qkv, self.width**-0.5),
                 (block.attn.proj, residual_std),

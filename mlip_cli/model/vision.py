@@ -49,7 +49,7 @@ class ObservedBlock(Block):
     Same parameters, names and results as `Block`.
     """
 
-    def forward(  # type: ignore[override]
+    def forward(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, *, observe: bool = False
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
         if not observe:
@@ -87,13 +87,10 @@ def attend(attention: Attention, x: Tensor, mask: Tensor | None) -> tuple[Tensor
 
 def is_observable(block: nn.Module) -> bool:
     """True for plain timm blocks with plain attention, whose keys can be read."""
-    attention = getattr(block, "attn", None)
-    return (
-        type(block) is Block
-        and type(attention) is Attention
-        and attention.gate is None
-        and isinstance(attention.norm, nn.Identity)
-    )
+    if type(block) is not Block or type(block.attn) is not Attention:
+        return False
+    attention: Attention = block.attn
+    return attention.gate is None and isinstance(attention.norm, nn.Identity)
 
 
 def build_trunk(config: Vision, *, image_size: int) -> VisionTransformer:

@@ -129,7 +129,7 @@ class FiniteGuard:
         self.in_a_row = (self.in_a_row + not_finite) * not_finite
         self.skipped += not_finite
         if not precision.scaler.is_enabled():
-            optimizer.found_inf = not_finite  # type: ignore[attr-defined] - fused AdamW reads it on the device
+            optimizer.found_inf = not_finite  # type: ignore[attr-defined]  # fused AdamW reads it on the device
         precision.scaler.step(optimizer)
         precision.scaler.update()
 

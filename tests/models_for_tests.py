@@ -1,0 +1,52 @@
+"""Small real recipes and batches for tests."""
+
+import json
+from typing import Any
+
+import torch
+
+from mlip_cli.config import Recipe
+from mlip_cli.model.clip import CLIP, build_model
+from mlip_cli.types import Batch
+
+BOS, EOS = 49406, 49407
+
+
+def small_recipe(*, mlip: bool = True, train: str = "unused", **changes: dict[str, Any]) -> Recipe:
+    """A CLIP or MLIP recipe of 32-px pictures, 4 x 4 patches; `changes` are merged into its sections."""
+    tree: dict[str, Any] = {
+        "data": {"train": train, "image_size": 32},
+        "model": {
+            "embed_dim": 16,
+            "token_dim": 12,
+            "vision": {"patch_size": 8, "width": 32, "depth": 4, "num_heads": 2},
+            "text": {"width": 32, "depth": 2, "num_heads": 2, "context_length": 16},
+        },
+        "optim": {"lr": 1e-3, "warmup_steps": 2},
+        "train": {"steps": 8, "global_batch_size": 8, "precision": "fp32"},
+    }
+    if mlip:
+        tree["model"] |= {"frequency": {"width": 24, "depth": 1}, "merging": {"rate": 0.5, "at": [2, 3]}}
+        tree["losses"] = {"spatial_token": {}, "frequency_global": {"weight": 0.5}, "frequency_token": {"weight": 0.25}}
+    for section, values in changes.items():
+        tree.setdefault(section, {}).update(values)
+    return Recipe.model_validate_json(json.dumps(tree))
+
+
+def small_model(recipe: Recipe | None = None, *, dtype: torch.dtype = torch.float64, seed: int = 0) -> CLIP:
+    """A model with fixed random weights."""
+    torch.manual_seed(seed)
+    return build_model(recipe or small_recipe()).to(dtype)
+
+
+def small_batch(n: int = 8, *, length: int = 10, seed: int = 0, words: list[int] | None = None) -> Batch:
+    """Random pictures, and captions of 1 to 6 words (or as many as `words` says)."""
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randint(0, 256, (n, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    counts = words or (torch.arange(n) % 6 + 1).tolist()
+    token_ids = torch.zeros(n, length, dtype=torch.int64)
+    token_ids[:, 0] = BOS
+    for row, count in zip(token_ids, counts, strict=True):
+        row[1 : 1 + count] = torch.randint(300, 3000, (count,), generator=generator)
+        row[1 + count] = EOS
+    return Batch(images, token_ids, tuple(f"key-{i}" for i in range(n)))
