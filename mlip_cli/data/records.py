@@ -2,14 +2,16 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 MAX_CAPTION_BYTES = 64 * 1024
 MAX_CAPTIONS = 255
 PART_ROWS = 500
+MAX_HELD_OUT = 5_000
 
 SPLITS = ("train", "validation", "test")
 SPLIT_WORDS = {
@@ -72,10 +74,13 @@ class Part:
     records: tuple[Record, ...]
 
 
-def parts_of(records: Sequence[Record], *, part_rows: int = PART_ROWS) -> list[Part]:
+def parts_of(records: Iterable[Record]) -> Iterator[Part]:
     """Cut a source into parts. Their size never depends on the number of workers, so neither does a byte of output."""
-    starts = range(0, len(records), part_rows)
-    return [Part(i, start, tuple(records[start : start + part_rows])) for i, start in enumerate(starts)]
+    rows = iter(records)
+    number = 0
+    while part := tuple(islice(rows, PART_ROWS)):
+        yield Part(number, number * PART_ROWS, part)
+        number += 1
 
 
 def checked_captions(record: Record) -> Record:

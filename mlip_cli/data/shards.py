@@ -97,7 +97,7 @@ def verify_tar(path: Path, num_tokens: Sequence[int] | NDArray[np.uint16]) -> Ve
 
 def _index_sample(path: Path, descriptor: int, record: np.void, parts: Mapping[str, Member]) -> dict[str, Any]:
     """Fill `record` but for its tokens; the fields of KEY.json."""
-    format = next((format for format in FORMATS if format in parts), "")
+    format = next((known for known in FORMATS if known in parts), "")
     if set(parts) != {"json", "txt", format}:
         raise RunError(f"{path}: read again, a sample has the parts {sorted(parts)}; is the disk sound?")
     record["offset"] = min(member.header_offset for member in parts.values())
@@ -189,7 +189,8 @@ def write_split(
         The card that dataset.json holds.
     """
     folder.mkdir(parents=True)
-    shards, statistics = [], Statistics()
+    shards: list[dict[str, Any]] = []
+    statistics = Statistics()
     for number, run in enumerate(_shard_runs(samples)):
         path = folder / f"{split}-{number:06d}.tar"
         with atomic_path(path) as temporary:

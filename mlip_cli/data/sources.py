@@ -57,6 +57,19 @@ class DataSource:
         """The files that are named like pictures."""
         return [file.name for file in self.files if Path(file.name).suffix.lower() in IMAGE_SUFFIXES]
 
+    def describe(self) -> str:
+        """What was recognised, in words."""
+        if self.format == "openmoji":
+            return ", ".join(self.versions)
+        if self.format == "metadata":
+            return f"pictures in {', '.join(self.tables())}"
+        if self.format == "webdataset":
+            return f"{len(self.tars())} webdataset tars"
+        beside = "captions in .txt files" if self.format == "sidecar" else "a folder a class"
+        others = len(self.files) - len(self.images()) * (2 if self.format == "sidecar" else 1)
+        ignored = f" ({others} other files are not read)" if others > 0 else ""
+        return f"{len(self.images())} pictures, {beside}{ignored}"
+
     def tars(self) -> list[str]:
         return [file.name for file in self.files if Path(file.name).suffix.lower() == ".tar"]
 
@@ -103,6 +116,19 @@ def read_records(source: DataSource, options: ReadOptions) -> Iterator[Record]:
         DamagedTarError: a tar is not whole.
     """
     return islice(map(checked_captions, _records(source, options)), options.limit)
+
+
+def count_records(source: DataSource, options: ReadOptions) -> int:
+    """Read the source once, without pictures, so that a broken table or tar is found before the work starts.
+
+    Raises:
+        UsageError: no records, or a table that cannot be read.
+        DamagedTarError: a tar is not whole.
+    """
+    num_records = sum(1 for _ in read_records(source, options))
+    if num_records == 0:
+        raise UsageError(f"{source.name}: read as {source.format}, it has no records; looked for {LOOKED_FOR}")
+    return num_records
 
 
 def _records(source: DataSource, options: ReadOptions) -> Iterator[Record]:
@@ -217,11 +243,11 @@ def _stated(root: Path, path: Path) -> SourceFile:
 
 def _expanded(pattern: str) -> list[Path]:
     """Files of a pattern like `shards/{00000..00010}.tar` or `shards/*.tar`, sorted within each brace expansion."""
-    from braceexpand import UnbalancedBracesError, braceexpand
+    from braceexpand import braceexpand
 
     try:
         patterns = list(braceexpand(pattern))
-    except UnbalancedBracesError:
+    except ValueError:  # unbalanced braces: a file name like any other
         patterns = [pattern]
     if len(patterns) > 1 and (missing := [p for p in patterns if not glob.glob(p)]):
         raise UsageError(f"{pattern}: {len(missing)} of {len(patterns)} files are missing, the first is {missing[0]}")

@@ -57,7 +57,7 @@ def _key(name: str) -> str:
 
 
 def _parts(members: Iterator[Member]) -> list[tuple[str, Member]]:
-    """(ending, member) of the members that we read; links and folders have no bytes of their own and are not among them."""
+    """(ending, member) of the members that we read; never links or folders, which have no bytes of their own."""
     named = [(member.name.rpartition(".")[2].lower(), member) for member in members if member.is_file]
     return [(ending, member) for ending, member in named if ending in (*IMAGES, *TEXTS, "json", "cls")]
 

@@ -84,17 +84,17 @@ def _read_table(path: Path) -> tuple[list[str], Iterator[Row]]:
 
 
 def _csv_rows(path: Path) -> Iterator[Row]:
-    """The header as a dict of None, then the rows. CSV by RFC 4180; TSV without quoting, where one lone quote would swallow the rows after it.
+    """The header as a dict of None, then the rows.
 
-    Bytes that are not UTF-8 become lone surrogates, which caption checking finds.
+    CSV by RFC 4180; TSV without quoting, where one lone quote would swallow the rows after it. Bytes that are not UTF-8
+    become lone surrogates, which caption checking finds.
     """
     csv.field_size_limit(MAX_CELL)
-    is_tsv = path.suffix.lower() == ".tsv"
+    rules: dict[str, Any] = {"strict": True}
+    if path.suffix.lower() == ".tsv":
+        rules = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
     with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        if is_tsv:
-            reader = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
-        else:
-            reader = csv.reader(file, strict=True)
+        reader = csv.reader(file, **rules)
         try:
             columns = [column.strip() for column in next(reader, [])]
             if not columns:

@@ -91,7 +91,7 @@ def _header_at(path: Path, file: BinaryIO, at: int, length: int) -> bytes | None
 
 
 def _extension(path: Path, file: BinaryIO, kind: bytes, size: int, at: int) -> dict[str, str]:
-    """What a PAX header (x) or a GNU long name (L) says about the member after it; global headers say nothing of use."""
+    """What a PAX header (x) or a GNU long name (L) says about the member after it. Global ones (g) say nothing."""
     if size > MAX_EXTENSION_BYTES:
         raise DamagedTarError(f"{path}: an extension header of {size} bytes at byte {at}")
     content = file.read(size)

@@ -1,0 +1,167 @@
+"""`mlip prepare-data`: a source of pictures and captions to shards."""
+
+import os
+import shlex
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from mlip_cli import __version__
+from mlip_cli.data.records import MAX_HELD_OUT, parts_of
+from mlip_cli.data.sources import DataSource, ReadOptions, count_records, find_source, read_records
+from mlip_cli.data.workspace import finished_summary, opened
+from mlip_cli.errors import UsageError
+from mlip_cli.output import print_json, print_table, progress, say, warn
+
+DEFAULT_SIZE = {"openmoji": 64}
+OTHER_SIZE = 256
+"""Sources of photographs: 256 pixels leave room for a random crop of 224."""
+
+DEMO_FOLDER = Path("data/openmoji")
+"""Where recipes/openmoji.yaml looks."""
+
+
+def prepare_data(
+    source: str,
+    out: Path,
+    *,
+    format: str,
+    size: int | None,
+    holdout: float,
+    limit: int | None,
+    image_column: str | None,
+    caption_column: str | None,
+    skin_tones: bool,
+    workers: int | None,
+    as_json: bool,
+) -> None:
+    """Prepare `source` in `out`, or say that it is prepared; the summary goes to stdout.
+
+    Raises:
+        UsageError: no such source, columns that cannot be told, OUT is taken by something else.
+        RunError: a damaged tar, a source of which most rows fail, a full disk, a killed worker.
+    """
+    found = find_source(source, format=format)
+    if skin_tones and found.format != "openmoji":
+        raise UsageError("--skin-tones: for the source openmoji only; leave it out")
+    if (image_column or caption_column) and found.format != "metadata":
+        raise UsageError(f"--image-column, --caption-column: for tables only, and {source} is read as {found.format}")
+    size = size or DEFAULT_SIZE.get(found.format, OTHER_SIZE)
+    read = ReadOptions(limit, image_column, caption_column, skin_tones)
+    request = {
+        "format": found.format,
+        "size": size,
+        "holdout": holdout,
+        **vars(read),
+        "source_fingerprint": found.fingerprint(),
+    }
+    summary = finished_summary(out, request)
+    if summary is None:
+        _check_apart(found, out)
+        summary = _prepare(found, out, read, request, num_workers=workers or os.cpu_count() or 1)
+    else:
+        say(f"{out}: prepared already, from the same files with the same options; nothing to do")
+    _report(out, summary, as_json=as_json)
+
+
+def _prepare(
+    source: DataSource, out: Path, read: ReadOptions, request: dict[str, Any], *, num_workers: int
+) -> dict[str, Any]:
+    from mlip_cli.data.parts import PartOptions
+    from mlip_cli.data.prepare import SourceError, check_disk, finish, full_disk_named, prepare_parts
+
+    started = time.monotonic()
+    rows = count_records(source, read)
+    say(f"{source.name}: {source.describe()}; {rows} rows")
+    check_disk(out, rows=rows, size=request["size"], source_bytes=sum(file.size for file in source.files))
+    provenance = _provenance(source, request)
+    with full_disk_named(out), opened(out, request) as work:
+        options = PartOptions(str(work.parts), request["size"], render=source.format == "openmoji")
+        try:
+            with progress(rows, "preparing") as bar:
+                results = prepare_parts(
+                    work,
+                    parts_of(read_records(source, read)),
+                    options,
+                    num_rows=rows,
+                    num_workers=num_workers,
+                    advance=lambda n: bar.update(bar.task_ids[0], advance=n),
+                )
+            done = finish(work, results, holdout=request["holdout"], provenance=provenance)
+        except SourceError as error:
+            work.discard()
+            raise SourceError(f"{source.name}: {error}; nothing was kept") from None
+        reasons = sum((Counter(result.reasons) for result in results), Counter[str]())
+        summary = {
+            "out": str(out),
+            "source": source.name,
+            "request": request,
+            "rows": rows,
+            "rejects": sum(reasons.values()),
+            "reasons": dict(reasons.most_common()),
+            "splits": {
+                split: {key: card[key] for key in ("num_samples", "num_bytes", "fingerprint")}
+                | {"num_shards": len(card["shards"])}
+                for split, card in done.cards.items()
+            },
+            "held_out": done.is_held_out,
+            "attribution": provenance.get("attribution"),
+            "seconds": round(time.monotonic() - started, 2),
+            "next": _next_command(source.format, out, list(done.cards)),
+        }
+        work.publish(summary)
+    return summary
+
+
+def _provenance(source: DataSource, request: dict[str, Any]) -> dict[str, Any]:
+    provenance = {"tool": f"mlip-cli {__version__}", "source": source.name, **request}
+    if source.format == "openmoji":
+        from mlip_cli.data.openmoji import attribution
+
+        provenance |= {"packages": list(source.versions), **attribution()}
+    return provenance
+
+
+def _check_apart(source: DataSource, out: Path) -> None:
+    """The output must not become part of the source."""
+    if source.format == "openmoji" or not Path(source.name).is_dir():
+        return
+    if out.resolve().is_relative_to(source.root.resolve()):
+        raise UsageError(f"{out}: lies inside the source {source.name}; name a folder elsewhere")
+
+
+def _next_command(format: str, out: Path, splits: list[str]) -> str:
+    if format == "openmoji" and out == DEMO_FOLDER:
+        return "mlip pretrain recipes/openmoji.yaml"
+    train = "train" if "train" in splits else splits[0]
+    held_out = next((split for split in ("validation", "test") if split in splits and split != train), None)
+    validation = f"data.validation={out / held_out}" if held_out else "data.validation=null"
+    recipe = "recipes/openmoji.yaml" if format == "openmoji" else "single_gpu"
+    return shlex.join(["mlip", "pretrain", recipe, f"data.train={out / train}", validation])
+
+
+def _report(out: Path, summary: dict[str, Any], *, as_json: bool) -> None:
+    if as_json:
+        print_json(summary)
+    else:
+        rows = [
+            [split, part["num_samples"], part["num_shards"], f"{part['num_bytes'] / 2**20:.1f}"]
+            for split, part in summary["splits"].items()
+        ]
+        print_table(["split", "samples", "shards", "MiB"], rows)
+    request = summary["request"]
+    if "validation" not in summary["splits"] and "test" not in summary["splits"] and request["holdout"]:
+        warn(f"no picture was held out: {request['holdout']:.0%} of so few; say --holdout 0.2 for a validation split")
+    if summary["held_out"]:
+        share = f"--holdout {request['holdout']:g}, at most {MAX_HELD_OUT}"
+        say(f"validation/ was held out by the hash of the pixels ({share}); the source has no splits")
+    say(f"{summary['rows']} rows: {summary['rows'] - summary['rejects']} samples, {summary['rejects']} rejects")
+    for reason, n in summary["reasons"].items():
+        say(f"  {n} x {reason}")
+    if summary["rejects"]:
+        say(f"each reject with file, row and reason: {out / 'rejects.parquet'}")
+    if summary["attribution"]:
+        say(summary["attribution"])
+    say("next:")
+    say(summary["next"])

@@ -1,0 +1,95 @@
+"""Work in several processes, which end when the driver does, however it ends."""
+
+import multiprocessing
+import signal
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
+from typing import Any, TypeVar
+
+from mlip_cli.errors import RunError
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+
+
+def run_parallel(function: Callable[[Task], Result], tasks: Iterable[Task], *, num_workers: int) -> Iterator[Result]:
+    """Results of `function` in the order in which they are done; with one worker in this process.
+
+    Processes are spawned, so `function`, tasks and results must pickle. One that waits sees at once that the driver is
+    gone (its pipe closes); when the driver leaves this generator the processes are ended.
+
+    Raises:
+        RunError: a worker was killed. What `function` raises is raised here.
+    """
+    if num_workers == 1:
+        yield from map(function, tasks)
+        return
+    with _started(function, num_workers) as workers:
+        queue = iter(tasks)
+        busy = {pipe for pipe in workers if _send_next(pipe, queue)}
+        while busy:
+            for pipe in wait(list(busy)):
+                assert isinstance(pipe, Connection)
+                try:
+                    result, error = pipe.recv()
+                except (EOFError, ConnectionError):
+                    process = workers[pipe]
+                    process.join()
+                    raise RunError(
+                        f"a worker process ended in its work (exit code {process.exitcode}); out of memory? Run the "
+                        "same command again to go on, with fewer --workers if it happens again"
+                    ) from None
+                if error is not None:
+                    raise error
+                if not _send_next(pipe, queue):
+                    busy.remove(pipe)
+                yield result
+
+
+def _send_next(pipe: Connection, queue: Iterator[Any]) -> bool:
+    for task in queue:
+        pipe.send(task)
+        return True
+    return False
+
+
+@contextmanager
+def _started(function: Callable[[Any], Any], num_workers: int) -> Iterator[dict[Connection, SpawnProcess]]:
+    context = multiprocessing.get_context("spawn")
+    workers: dict[Connection, SpawnProcess] = {}
+    # Workers inherit the mask: Ctrl-C on the terminal reaches the driver alone, and the driver ends them.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        for _ in range(num_workers):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(function, theirs), daemon=True)
+            process.start()
+            theirs.close()
+            workers[ours] = process
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    try:
+        yield workers
+    finally:
+        for process in workers.values():
+            process.terminate()
+        for process in workers.values():
+            process.join()
+
+
+def _serve(function: Callable[[Any], Any], pipe: Connection) -> None:
+    """A worker's life: one task after another until the driver closes the pipe."""
+    while True:
+        try:
+            task = pipe.recv()
+        except (EOFError, ConnectionError):
+            return
+        try:
+            answer: tuple[Any, BaseException | None] = (function(task), None)
+        except Exception as error:  # noqa: BLE001 - it is raised again, in the driver
+            error.add_note(f"in a worker process:\n{traceback.format_exc()}")
+            answer = (None, error)
+        pipe.send(answer)

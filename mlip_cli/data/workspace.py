@@ -1,0 +1,173 @@
+"""The output folder of prepare-data while it is being made: lock, journal, finished parts, and the end.
+
+OUT/.prepare/lock           held by the one process that writes here
+OUT/.prepare/request.json   fingerprint of the source, options
+OUT/.prepare/journal.jsonl  one line a finished part
+OUT/.prepare/parts/         their tars and tables
+OUT/.prepare/finished/      what moves to OUT at the end
+OUT/prepared.json           written last: everything is there
+"""
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from mlip_cli.errors import UsageError
+from mlip_cli.files import sync_folder, write_json
+
+OWN_FOLDER = ".prepare"
+DONE = "prepared.json"
+
+
+@dataclass(frozen=True)
+class PartResult:
+    """A part whose files are on the disk, verified."""
+
+    number: int
+    rows: int
+    tar: str
+    """Name in parts/; the tables of samples and rejects lie beside it."""
+    tar_bytes: int
+    samples: int
+    reasons: dict[str, int]
+    """Rejects by reason."""
+
+    @property
+    def rejects(self) -> int:
+        return sum(self.reasons.values())
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """`OUT` and what lies where in it."""
+
+    out: Path
+
+    @property
+    def folder(self) -> Path:
+        return self.out / OWN_FOLDER
+
+    @property
+    def parts(self) -> Path:
+        return self.folder / "parts"
+
+    @property
+    def finished(self) -> Path:
+        return self.folder / "finished"
+
+    def results(self) -> dict[int, PartResult]:
+        """The parts of the journal whose files are there in full size. A torn last line counts for nothing."""
+        results = {}
+        path = self.folder / "journal.jsonl"
+        for line in path.read_text().splitlines() if path.is_file() else []:
+            try:
+                result = PartResult(**json.loads(line))
+            except (ValueError, TypeError):
+                continue
+            tar = self.parts / result.tar
+            files = (tar, tar.with_suffix(".npy"), tar.with_suffix(".rejects.jsonl"))
+            if all(file.is_file() for file in files) and tar.stat().st_size == result.tar_bytes:
+                results[result.number] = result
+        return results
+
+    def remember(self, result: PartResult) -> None:
+        """Add a finished part to the journal."""
+        with open(self.folder / "journal.jsonl", "a", encoding="utf-8") as file:
+            # The newline comes first, so that a torn line before this one stays alone.
+            file.write("\n" + json.dumps(asdict(result)))
+            file.flush()
+            os.fsync(file.fileno())
+
+    def publish(self, summary: Mapping[str, Any]) -> None:
+        """Move what is finished to OUT, say so there, and remove the rest."""
+        for path in sorted(self.finished.iterdir()):
+            target = self.out / path.name
+            if target.is_dir():  # left by a run that was interrupted right here
+                shutil.rmtree(target)
+            os.replace(path, target)
+        sync_folder(self.out)
+        write_json(self.out / DONE, summary)
+        shutil.rmtree(self.folder)
+
+    def discard(self) -> None:
+        """Remove all that an unfinished run left, and OUT if nothing else is in it."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        if self.out.is_dir() and not any(self.out.iterdir()):
+            self.out.rmdir()
+
+
+def finished_summary(out: Path, request: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What prepared.json says, or None when OUT is not finished.
+
+    Raises:
+        UsageError: OUT is finished from another source or with other options, or holds something else.
+    """
+    if not out.exists():
+        return None
+    if not out.is_dir():
+        raise UsageError(f"{out}: a file; OUT is a folder")
+    if (out / DONE).is_file():
+        summary: dict[str, Any] = json.loads((out / DONE).read_bytes())
+        _check_same(out, summary["request"], request, state="was prepared")
+        return summary
+    if (out / OWN_FOLDER / "request.json").is_file():
+        _check_same(
+            out, json.loads((out / OWN_FOLDER / "request.json").read_bytes()), request, state="is half prepared"
+        )
+    elif any(path.name != OWN_FOLDER for path in out.iterdir()):
+        raise UsageError(f"{out}: holds other files; name a new folder")
+    return None
+
+
+@contextmanager
+def opened(out: Path, request: Mapping[str, Any]) -> Iterator[Workspace]:
+    """The workspace of OUT, locked, with its request written and nothing half-written in it, before and after.
+
+    Raises:
+        UsageError: another process is at work here.
+    """
+    work = Workspace(out)
+    work.parts.mkdir(parents=True, exist_ok=True)
+    with open(work.folder / "lock", "a", encoding="utf-8") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(
+                f"{out}: another mlip prepare-data is writing here; wait for it or name another folder"
+            ) from None
+        _remove_torn(work)
+        try:
+            if not (work.folder / "request.json").is_file():
+                write_json(work.folder / "request.json", request)
+            yield work
+        finally:
+            _remove_torn(work)
+
+
+def _remove_torn(work: Workspace) -> None:
+    shutil.rmtree(work.finished, ignore_errors=True)
+    for path in (*work.folder.glob(".*.tmp"), *work.parts.glob(".*.tmp"), *work.out.glob(f".{DONE}.*.tmp")):
+        path.unlink(missing_ok=True)
+
+
+def _check_same(out: Path, old: Mapping[str, Any], new: Mapping[str, Any], *, state: str) -> None:
+    changed = [key for key in new if old.get(key) != new[key] and key != "source_fingerprint"]
+    if changed:
+        what = ", ".join(f"{key} {_word(old.get(key))}, now {_word(new[key])}" for key in changed)
+    elif old.get("source_fingerprint") != new["source_fingerprint"]:
+        what = "files of the source have changed since"
+    else:
+        return
+    raise UsageError(
+        f"{out}: {state} from another source or with other options ({what}); remove it or name another folder"
+    )
+
+
+def _word(value: Any) -> str:
+    return "none" if value is None else str(value)
