@@ -120,7 +120,7 @@ def build_trunk(config: Vision, *, image_size: int) -> VisionTransformer:
             f"model.vision.timm: {config.timm} is a {type(plain).__name__}; only VisionTransformer and its distilled "
             "form are supported, as in vit_base_patch16_224"
         )
-    patch_size = plain.patch_embed.patch_size[0]
+    patch_size = plain.patch_embed.feat_ratio(as_scalar=True)
     if image_size % patch_size:
         raise UsageError(
             f"data.image_size: {image_size} is no multiple of the patch size {patch_size} of {config.timm}"
@@ -140,7 +140,7 @@ class ImageTower(nn.Module):
         self.num_prefix: int = self.trunk.num_prefix_tokens
         self.grid: tuple[int, int] = self.trunk.patch_embed.grid_size
         self.num_patches = self.grid[0] * self.grid[1]
-        self.patch_size: int = self.trunk.patch_embed.patch_size[0]
+        self.patch_size = image_size // self.grid[0]  # hybrids embed patches of a smaller feature map
 
     def embed(self, images: Tensor) -> Tensor:
         """Prefix and patch tokens with positions: (B, 3, H, W) -> (B, P+N, D)."""
@@ -161,17 +161,20 @@ class ImageTower(nn.Module):
             else:
                 x = block(x, attn_mask=merging.mask)
         x = self.trunk.norm(x)
-        pooled = self.trunk.fc_norm(self._pool(x, merging))
-        return Tower(pooled, x[:, self.num_prefix :], merging.sizes, tuple(merging.assigns))
+        return Tower(self._pool(x, merging), x[:, self.num_prefix :], merging.sizes, tuple(merging.assigns))
 
     def _pool(self, x: Tensor, merging: "Merging") -> Tensor:
         """timm's pooling; means count every patch once, whatever it merged into."""
         trunk, kind = self.trunk, self.trunk.global_pool
         if merging.mask is None or kind in ("token", "max"):
-            return trunk.pool(x)
+            return trunk.forward_head(x, pre_logits=True)
+        return trunk.fc_norm(self._weighted_pool(x, merging, merging.mask))
+
+    def _weighted_pool(self, x: Tensor, merging: "Merging", mask: Tensor) -> Tensor:
+        trunk, kind = self.trunk, self.trunk.global_pool
         if trunk.attn_pool is not None and kind == "map":
-            mask = merging.mask if trunk.pool_include_prefix else merging.mask[..., self.num_prefix :]
-            return trunk.attn_pool(x if trunk.pool_include_prefix else x[:, self.num_prefix :], attn_mask=mask)
+            start = 0 if trunk.pool_include_prefix else self.num_prefix
+            return trunk.attn_pool(x[:, start:], attn_mask=mask[..., start:])
         if kind not in ("avg", "avgmax"):
             raise UsageError(f"model.merging: towers that pool by {kind!r} cannot merge; set model.merging=null")
         sizes = merging.sizes.to(x.dtype)

@@ -1,0 +1,153 @@
+"""Losses against open_clip and against loops written here, in fp64."""
+
+import math
+
+import open_clip
+import pytest
+import torch
+import torch.nn.functional as F
+from models_for_tests import small_batch, small_model, small_recipe
+
+from mlip_cli.config import LOSS_NAMES, GlobalLoss, Losses, TokenLoss
+from mlip_cli.losses.contrastive import info_nce, sigmoid_loss
+from mlip_cli.losses.objective import TOKEN_LOSSES, Objective
+from mlip_cli.losses.token_alignment import grouped_patches, sparc_sum
+from mlip_cli.types import Features, features_of
+
+
+def random_features(n: int = 6, width: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    images, texts = torch.randn(2, n, width, generator=generator, dtype=torch.float64)
+    return F.normalize(images, dim=-1).requires_grad_(), F.normalize(texts, dim=-1).requires_grad_()
+
+
+def test_info_nce_equals_open_clips_loss_and_gradient() -> None:
+    images, texts = random_features()
+    scale = torch.tensor([14.0], dtype=torch.float64, requires_grad=True)
+    ours = info_nce(images, texts, images, texts, scale, offset=0)
+    theirs = open_clip.ClipLoss()(images, texts, scale)
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-14)
+    inputs = (images, texts, scale)
+    for mine, other in zip(torch.autograd.grad(ours, inputs), torch.autograd.grad(theirs, inputs), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-12, atol=1e-14)
+
+
+def test_sigmoid_loss_equals_open_clips() -> None:
+    images, texts = random_features()
+    scale, bias = torch.tensor([10.0], dtype=torch.float64), torch.tensor([-3.0], dtype=torch.float64)
+    ours = sigmoid_loss(images, texts, scale, bias, offset=0)
+    theirs = open_clip.loss.SigLipLoss()(images, texts, scale, bias)
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-14)
+
+
+def sparc_in_loops(patches, sizes, words, mask, scale):  # type: ignore[no-untyped-def]
+    """The sum over captions, one number at a time, on patches repeated by their size."""
+    total = 0.0
+    for v, s, t, m in zip(patches, sizes, words, mask, strict=True):
+        v = F.normalize(v.repeat_interleave(s.long(), 0), dim=-1)
+        t = F.normalize(t[m], dim=-1)
+        if len(t) < 2:
+            continue
+        groups = []
+        for word in t:
+            similarity = v @ word
+            weight = (similarity - similarity.min()) / (similarity.max() - similarity.min())
+            weight = torch.where(weight < 1 / len(v), 0.0, weight)
+            groups.append(F.normalize((weight / weight.sum()) @ v, dim=-1))
+        logits = scale * torch.stack(groups) @ t.T
+        labels = torch.arange(len(t))
+        total = total + (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+    return total
+
+
+def token_inputs() -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(3)
+    patches = torch.randn(5, 7, 6, generator=generator, dtype=torch.float64).requires_grad_()
+    words = torch.randn(5, 8, 6, generator=generator, dtype=torch.float64).requires_grad_()
+    sizes = torch.randint(1, 5, (5, 7), generator=generator).double()
+    mask = torch.arange(8)[None] < torch.tensor([8, 3, 2, 1, 0])[:, None]
+    return patches, sizes, words, mask, torch.tensor([12.0], dtype=torch.float64)
+
+
+def test_sparc_equals_loops_over_replicated_patches() -> None:
+    patches, sizes, words, mask, scale = token_inputs()
+    ours, theirs = sparc_sum(patches, sizes, words, mask, scale), sparc_in_loops(patches, sizes, words, mask, scale)
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-12)
+    for mine, other in zip(
+        torch.autograd.grad(ours, (patches, words)), torch.autograd.grad(theirs, (patches, words)), strict=True
+    ):
+        torch.testing.assert_close(mine, other, rtol=1e-9, atol=1e-12)
+
+
+def test_sparc_is_deaf_to_what_the_mask_hides() -> None:
+    patches, sizes, words, mask, scale = token_inputs()
+    loud = torch.where(mask[..., None], words, 1e6 * torch.randn_like(words)).detach().requires_grad_()
+    value = sparc_sum(patches, sizes, loud, mask, scale)
+    assert value.item() == pytest.approx(sparc_sum(patches, sizes, words, mask, scale).item(), rel=1e-12)
+    (grad,) = torch.autograd.grad(value, loud)
+    assert (grad[~mask] == 0).all()
+
+
+def test_constant_patches_are_weighted_by_size_and_stay_finite() -> None:
+    patches = torch.ones(1, 4, 3, dtype=torch.float64).requires_grad_()
+    words = torch.randn(1, 3, 3, dtype=torch.float64)
+    group = grouped_patches(
+        F.normalize(patches, dim=-1), torch.ones(1, 4, dtype=torch.float64), F.normalize(words, dim=-1)
+    )
+    torch.testing.assert_close(group[0, 0], torch.full((3,), 3**-0.5, dtype=torch.float64))
+    loss = sparc_sum(patches, torch.ones(1, 4), words, torch.ones(1, 3, dtype=torch.bool), torch.ones(1))
+    assert loss.item() == pytest.approx(math.log(3), rel=1e-3) or loss.isfinite()
+    loss.backward()
+    assert patches.grad.isfinite().all()
+
+
+def test_objective_logs_every_term_and_sums_them_by_weight() -> None:
+    recipe = small_recipe()
+    objective, encoded = Objective(recipe.losses), small_model(recipe)(small_batch())
+    count = objective.count_captions(encoded.text_mask)
+    terms = objective.batch_terms(features_of(encoded)) | objective.sample_terms(encoded, count)
+    assert sorted(terms) == sorted(LOSS_NAMES)
+    weights = {"spatial_global": 1.0, "spatial_token": 1.0, "frequency_global": 0.5, "frequency_token": 0.25}
+    assert objective.total(terms).item() == pytest.approx(
+        sum(w * terms[n].item() for n, w in weights.items()), rel=1e-12
+    )
+    image, text = (F.normalize(x, dim=-1) for x in (encoded.image_features, encoded.text_features))
+    expected = open_clip.ClipLoss()(image, text, encoded.scales["spatial_global"])
+    assert terms["spatial_global"].item() == pytest.approx(expected.item(), rel=1e-12)
+
+
+def test_token_terms_are_means_over_usable_captions() -> None:
+    recipe = small_recipe()
+    objective = Objective(recipe.losses)
+    model = small_model(recipe)
+    encoded = model(small_batch(4, words=[1, 2, 5, 1]))
+    count = objective.count_captions(encoded.text_mask)
+    assert count == 2
+    one_by_one = [
+        sparc_sum(
+            encoded.image_tokens[i : i + 1], encoded.token_sizes[i : i + 1], encoded.text_tokens[i : i + 1],
+            encoded.text_mask[i : i + 1], encoded.scales["spatial_token"],
+        ).item() for i in range(4)
+    ]  # fmt: skip
+    assert one_by_one[0] == one_by_one[3] == 0
+    found = objective.sample_terms(encoded, count)["spatial_token"].item()
+    assert found == pytest.approx(sum(one_by_one) / 2, rel=1e-12)
+    nothing = model(small_batch(4, words=[1, 1, 1, 1]))
+    assert objective.sample_terms(nothing, objective.count_captions(nothing.text_mask))["spatial_token"].item() == 0
+
+
+def test_logits_are_fp32_even_under_autocast() -> None:
+    objective = Objective(Losses())
+    images, texts = (x.detach() for x in random_features(width=64))
+    features = Features(images.float(), texts.float(), None, {"spatial_global": torch.tensor([50.0])}, {})
+    plain = objective.batch_terms(features)["spatial_global"]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(objective.batch_terms(features)["spatial_global"], plain)
+
+
+def test_every_kind_in_the_recipe_has_its_function() -> None:
+    assert set(TokenLoss.model_fields["kind"].annotation.__args__) == set(TOKEN_LOSSES)  # type: ignore[union-attr]
+    for kind in GlobalLoss.model_fields["kind"].annotation.__args__:  # type: ignore[union-attr]
+        recipe = small_recipe(mlip=False, losses={"spatial_global": {"kind": kind}})
+        encoded = small_model(recipe)(small_batch())
+        assert list(Objective(recipe.losses).batch_terms(features_of(encoded))) == ["spatial_global"]

@@ -1,0 +1,208 @@
+"""The towers against timm and open_clip, the frequency branch against direct convolution."""
+
+import open_clip
+import pytest
+import timm
+import torch
+from models_for_tests import small_batch, small_model, small_recipe
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import nn
+
+from mlip_cli.config import Text, Vision
+from mlip_cli.errors import UsageError
+from mlip_cli.model.frequency import FrequencyBranch, GlobalFilter, local_kernel
+from mlip_cli.model.text import TextTower, end_of_text, pool_text, word_mask
+from mlip_cli.model.vision import ImageTower, ObservedBlock
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_without_branch_and_at_rate_0_the_tower_is_timm_bit_for_bit(training: bool) -> None:
+    model = small_model(small_recipe(mlip=False), dtype=torch.float32)
+    torch.manual_seed(1)
+    plain = VisionTransformer(img_size=32, patch_size=8, embed_dim=32, depth=4, num_heads=2, num_classes=0)
+    plain.load_state_dict(model.vision.trunk.state_dict())
+    model.train(training), plain.train(training)
+    images = torch.randn(4, 3, 32, 32)
+    tower = model.vision(images, model.vision.embed(images), model.merge_plan(0.0))
+    assert torch.equal(tower.pooled, plain(images))
+    assert torch.equal(tower.tokens, plain.forward_features(images)[:, 1:])
+    assert torch.equal(model.encode_image(images), model.image_projection(plain(images)))
+
+
+@pytest.mark.parametrize(
+    ("name", "block"),
+    [
+        ("vit_tiny_patch16_224", ObservedBlock),
+        ("deit_tiny_distilled_patch16_224", ObservedBlock),
+        ("vit_tiny_r_s16_p8_224", ObservedBlock),
+        ("vit_small_patch16_18x2_224", None),
+    ],
+)
+def test_named_timm_towers_merge_and_equal_timm_at_rate_0(name: str, block: type | None) -> None:
+    size = 64
+    if name == "vit_small_patch16_18x2_224":
+        size = 32
+    torch.manual_seed(0)
+    tower = ImageTower(Vision(timm=name), image_size=size).eval()
+    plain = timm.create_model(name, pretrained=False, num_classes=0, img_size=size).eval()
+    plain.load_state_dict(tower.trunk.state_dict())
+    if block is not None:
+        assert all(type(b) is block for b in tower.trunk.blocks)
+    images = torch.randn(2, 3, size, size)
+    recipe = small_recipe(mlip=False, data={"image_size": size}, model={"vision": {"timm": name}})
+    with torch.no_grad():
+        model = small_model(recipe, dtype=torch.float32).eval()
+        at_zero = tower(images, tower.embed(images), model.merge_plan(0.0))
+        assert torch.equal(at_zero.pooled, plain.forward_head(plain.forward_features(images), pre_logits=True))
+        merged = model.vision(images, model.vision.embed(images), model.merge_plan(0.5))
+    assert merged.tokens.shape[1] == model.merge_plan(0.5).tokens[-1] < model.vision.num_patches
+    assert (merged.sizes.sum(1) == model.vision.num_patches).all()
+
+
+@pytest.mark.parametrize("pool", ["avg", "avgmax", "map"])
+def test_pooling_after_a_merge_counts_every_patch_once(pool: str) -> None:
+    """Identical patches merge into tokens that stand for several; a size-weighted pool cannot tell."""
+    torch.manual_seed(0)
+    tower = ImageTower(Vision(patch_size=8, width=32, depth=3, num_heads=2), image_size=32).double()
+    tower.trunk = VisionTransformer(
+        img_size=32, patch_size=8, embed_dim=32, depth=3, num_heads=2, num_classes=0, global_pool=pool, class_token=False,
+        pos_embed="none", block_fn=ObservedBlock,
+    ).double()  # fmt: skip
+    tower.num_prefix = 0
+    image = torch.randn(1, 3, 8, 8, dtype=torch.float64)
+    other = torch.randn(1, 3, 8, 8, dtype=torch.float64)
+    images = torch.cat([torch.cat([image] * 4, 3)] * 3 + [torch.cat([other] * 4, 3)], 2)
+    recipe = small_recipe(mlip=False)
+    plan = small_model(recipe).merge_plan(0.5, "tome")
+    plan = type(plan).resolve(depth=3, num_patches=16, num_prefix=0, rate=0.5, at=(2,), method="tome", multiple_of=1)
+    whole = tower(images, tower.embed(images), type(plan).resolve(
+        depth=3, num_patches=16, num_prefix=0, rate=0.0, at=None, method="tome"
+    ))  # fmt: skip
+    merged = tower(images, tower.embed(images), plan)
+    assert merged.tokens.shape[1] == 8
+    torch.testing.assert_close(merged.pooled, whole.pooled, rtol=1e-10, atol=1e-10)
+
+
+def test_towers_that_cannot_be_used_are_refused_by_name() -> None:
+    with pytest.raises(UsageError) as caught:
+        ImageTower(Vision(timm="beit_base_patch16_224"), image_size=224)
+    assert str(caught.value) == (
+        "model.vision.timm: beit_base_patch16_224 is a Beit; only VisionTransformer and its distilled form are supported, "
+        "as in vit_base_patch16_224"
+    )
+    with pytest.raises(
+        UsageError, match="timm has no model 'vit_smal_patch16_224'; did you mean vit_small_patch16_224"
+    ):
+        ImageTower(Vision(timm="vit_smal_patch16_224"), image_size=224)
+    with pytest.raises(
+        UsageError, match="data.image_size: 100 is no multiple of the patch size 16 of vit_tiny_patch16_224"
+    ):
+        ImageTower(Vision(timm="vit_tiny_patch16_224"), image_size=100)
+
+
+def test_the_text_tower_equals_open_clips() -> None:
+    torch.manual_seed(0)
+    theirs = open_clip.transformer.TextTransformer(context_length=77, width=32, heads=2, layers=3, output_dim=16).eval()
+    nn.init.normal_(theirs.positional_embedding, std=0.01)
+    ours = TextTower(Text(width=32, depth=3, num_heads=2, context_length=77), vocab_size=49408).eval()
+    ours.token_embedding = theirs.token_embedding
+    ours.positional_embedding = theirs.positional_embedding
+    ours.norm.load_state_dict(theirs.ln_final.state_dict())
+    for mine, block in zip(ours.blocks, theirs.transformer.resblocks, strict=True):
+        names = {"norm1": block.ln_1, "norm2": block.ln_2, "mlp.fc1": block.mlp.c_fc, "mlp.fc2": block.mlp.c_proj}
+        names["attn.proj"] = block.attn.out_proj
+        state = {f"{name}.{k}": v for name, module in names.items() for k, v in module.state_dict().items()}
+        state |= {"attn.qkv.weight": block.attn.in_proj_weight, "attn.qkv.bias": block.attn.in_proj_bias}
+        mine.load_state_dict(state)
+    ids = open_clip.get_tokenizer("ViT-B-32")(["a dog", "red balloon with a long string", "!!! wow !"])
+    with torch.no_grad():
+        expected = nn.functional.normalize(theirs(ids), dim=-1)
+        for length in (77, 16):
+            cut = ids[:, :length]
+            found = nn.functional.normalize(pool_text(ours(cut), cut) @ theirs.text_projection, dim=-1)
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def test_true_text_length_equals_full_padding() -> None:
+    model = small_model()
+    short = small_batch(length=8).token_ids
+    full = nn.functional.pad(short, (0, 8))
+    torch.testing.assert_close(model.encode_text(short), model.encode_text(full), rtol=1e-12, atol=1e-12)
+    assert torch.equal(end_of_text(short), end_of_text(full))
+
+
+def test_word_mask_keeps_first_real_words_and_knows_padding_by_place() -> None:
+    ids = torch.tensor([[49406, 5, 0, 5, 7, 49407, 0, 0], [49406, 49407, 0, 0, 0, 0, 0, 0]])
+    assert word_mask(ids).int().tolist() == [[0, 1, 1, 0, 1, 0, 0, 0], [0] * 8]
+
+
+@pytest.mark.parametrize(("h", "w"), [(4, 4), (3, 5), (7, 2)])
+def test_the_global_filter_is_a_circular_convolution(h: int, w: int) -> None:
+    torch.manual_seed(0)
+    layer = GlobalFilter(h, w, 3).double()
+    x = torch.randn(2, h, w, 3, dtype=torch.float64)
+    expected = torch.zeros_like(x)
+    for y in range(h):
+        for column in range(w):
+            for dy in range(h):
+                for dx in range(w):
+                    expected[:, y, column] += layer.kernel[dy, dx] * x[:, (y - dy) % h, (column - dx) % w]
+    torch.testing.assert_close(layer(x), expected)
+
+
+def test_initial_kernels_are_local_around_the_seam() -> None:
+    kernel = local_kernel(8, 8, 2000)
+    assert kernel.shape == (8, 8, 2000)
+    energy = kernel.square().sum(-1)
+    assert energy[0, 0] > 0.3 * energy.sum()
+    assert energy[4, 4] < 1e-5 * energy.sum()
+    torch.testing.assert_close(energy[1, 0], energy[7, 0], rtol=0.2, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["tokens", "dct"])
+def test_the_branch_runs_under_bf16_autocast_and_reads_what_it_says(kind: str) -> None:
+    config = small_recipe(model={"frequency": {"width": 32, "depth": 1, "input": kind}}).model.frequency
+    assert config is not None
+    torch.manual_seed(0)
+    branch = FrequencyBranch(config, grid=(4, 4), patch_size=8, tower_width=32)
+    images, tokens = torch.randn(2, 3, 32, 32), torch.randn(2, 16, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = branch(images, tokens)
+    assert out.shape == (2, 16, 32)
+    assert out.isfinite().all()
+    with torch.no_grad():
+        assert torch.equal(branch(images, tokens), branch(images, tokens + 1)) == (kind == "dct")
+        assert torch.equal(branch(images, tokens), branch(images + 1, tokens)) == (kind == "tokens")
+
+
+def test_heads_exist_only_where_a_loss_trains_them() -> None:
+    clip = small_model(small_recipe(mlip=False))
+    assert clip.frequency is None
+    assert list(clip.token_projections) == []
+    assert list(clip.log_scales) == ["spatial_global"]
+    for recipe in (small_recipe(), small_recipe(mlip=False)):
+        model = small_model(recipe)
+        encoded = model(small_batch())
+        outputs = [v for v in vars(encoded).values() if torch.is_tensor(v) and v.requires_grad]
+        (sum(v.sum() for v in outputs) + sum(v.sum() for v in encoded.scales.values())).backward()
+        assert [n for n, p in model.named_parameters() if p.grad is None] == []
+
+
+def test_pixels_are_normalised_inside_and_floats_taken_as_normalised() -> None:
+    model, images = small_model(), small_batch().images
+    floats = (images / 255.0 - model.pixel_mean) / model.pixel_std
+    torch.testing.assert_close(model.encode_image(images), model.encode_image(floats), rtol=1e-5, atol=1e-5)
+
+
+def test_a_sigmoid_loss_has_its_own_starting_values() -> None:
+    recipe = small_recipe(mlip=False, losses={"spatial_global": {"kind": "sigmoid"}})
+    encoded = small_model(recipe)(small_batch())
+    assert encoded.scales["spatial_global"].item() == pytest.approx(10)
+    assert encoded.biases["spatial_global"].exp().item() == pytest.approx(1 / 7)
+
+
+def test_plain_blocks_without_keys_merge_by_their_tokens() -> None:
+    model = small_model(small_recipe(mlip=False))
+    model.vision.trunk.blocks = nn.Sequential(*[Block(32, 2, qkv_bias=True).double() for _ in range(4)])
+    encoded = model(small_batch(), model.merge_plan(0.5))
+    assert (encoded.token_sizes.sum(1) == 16).all()
