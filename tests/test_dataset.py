@@ -164,7 +164,7 @@ def test_a_shard_without_index_or_of_another_length(folder: Path) -> None:
     with pytest.raises(RunError, match=r"train-000002.idx: no index for train-000002.tar; prepare the data again"):
         ShardDataset(folder)
     shutil.copy(folder / "train-000001.tar", folder / "train-000002.tar")
-    index_shard(folder / "train-000002.tar")
+    index_shard(folder / "train-000002.tar", [8] * 8)
     with pytest.raises(
         RunError, match=r"train-000002.idx: 8 samples where dataset.json says 4; prepare the data again"
     ):
