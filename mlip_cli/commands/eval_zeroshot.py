@@ -187,7 +187,7 @@ def _complete(
     num_missing = sum(map(len, missing.values()))
     num_stored = sum(map(len, rows.values())) - num_missing
     if num_stored:
-        say(f"{num_stored} results were there already, in evals/ of the runs; {num_missing} to measure")
+        say(f"{num_stored} rows were there already, in evals/ of the runs; {num_missing} to measure")
     loaded = _load([entry for entries in missing.values() for entry in entries], device)
     results: dict[str, list[dict[str, Any]]] = {}
     failures: dict[str, Exception] = {}
@@ -226,7 +226,7 @@ def _measure(entries: Sequence[Entry], loaded: dict[Path, "LoadedRun"], *, batch
     from mlip_cli.commands.evaluators import measure_runs
     from mlip_cli.commands.loading import at_rate
 
-    say(f"{entries[0].benchmark.name}: measuring {', '.join(_words(entry) for entry in entries)}")
+    say(f"{entries[0].benchmark.name}: measuring {len(entries)} rows side by side")
     by_checkpoint: dict[Path, list[Entry]] = {}
     for entry in entries:
         by_checkpoint.setdefault(entry.subject.checkpoint, []).append(entry)
@@ -258,10 +258,6 @@ def _measure(entries: Sequence[Entry], loaded: dict[Path, "LoadedRun"], *, batch
             write_json(entry.path, result)
             results[id(entry)] = result
     return [results[id(entry)] for entry in entries]
-
-
-def _words(entry: Entry) -> str:
-    return f"{entry.subject.label} at {_shown(entry.identity['merge_rate']).replace('_', ' ')}"
 
 
 def _shown(rate: float | None) -> str:

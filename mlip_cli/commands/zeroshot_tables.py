@@ -33,7 +33,7 @@ def _comparison(first: Result, other: Result) -> Result:
 
 def without_answers(result: Result) -> Result:
     """`result` without the line of single answers, which only its file needs."""
-    return {key: value for key, value in result.items() if key != "right"}
+    return {key: value for key, value in result.items() if key not in ("right", "predicted")}
 
 
 def print_results(groups: Sequence[Sequence[Result]], *, failed: Sequence[str]) -> None:
@@ -71,8 +71,9 @@ def _print_named(group: Sequence[Result]) -> None:
     print_lines(
         f"chance: group recall {_percent(first['chance'])} % ({first['num_classes']} groups), "
         f"name R@1 {_percent(names['r1_chance'])} %, R@5 {_percent(names['r5_chance'])} % "
-        f"({names['num_candidates']} names); {INTERVALS}\n"
+        f"({names['num_candidates']} names); {INTERVALS}"
     )
+    print_lines("")
 
 
 def _print_plain(groups: Sequence[Sequence[Result]], *, failed: Sequence[str]) -> None:
@@ -93,7 +94,8 @@ def _print_plain(groups: Sequence[Sequence[Result]], *, failed: Sequence[str]) -
     ]
     rows += [("not evaluated", name, *[None] * 7) for name in failed]
     print_table(("run", "dataset", "rate", "acc1 %", "acc5 %", "recall %", "n", "chance %", "images/s"), rows)
-    print_lines(f"recall: mean over the classes; {INTERVALS}\n")
+    print_lines(f"recall: mean over the classes; {INTERVALS}")
+    print_lines("")
 
 
 def _rate(result: Result) -> str:

@@ -1,0 +1,227 @@
+"""`mlip eval-zeroshot` from run folders to tables: real models, real shards, stored results, one line for mistakes."""
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models_for_tests import small_model, small_recipe
+from PIL import Image
+from shards_for_tests import index_shard, make_dataset
+
+from mlip_cli.commands.eval_zeroshot import eval_zeroshot
+from mlip_cli.commands.evaluators import READERS, training_evaluators
+from mlip_cli.commands.loading import at_rate, load_run
+from mlip_cli.commands.zeroshot_tables import compared
+from mlip_cli.data.shards import sample_parts, tar_writer
+from mlip_cli.data.tokenizer import Tokenizer
+from mlip_cli.errors import RunError, UsageError
+from mlip_cli.evaluate.benchmarks import find_benchmark
+from mlip_cli.evaluate.pictures import batches
+from mlip_cli.evaluate.sources import OPENMOJI_GROUPS, open_benchmark
+from mlip_cli.evaluate.statistics import mcnemar
+from mlip_cli.evaluate.zeroshot import class_embeddings, normalized
+from mlip_cli.files import write_json
+from mlip_cli.recipe import recipe_yaml
+from mlip_cli.train.checkpoint import save_checkpoint
+
+
+def make_run(folder: Path, *, mlip: bool, seed: int = 0, zeroshot: tuple[str, ...] = ()) -> Path:
+    """A run with one checkpoint of fixed random weights."""
+    recipe = small_recipe(mlip=mlip, evaluate={"zeroshot": list(zeroshot)})
+    model = small_model(recipe, dtype=torch.float32, seed=seed)
+    folder.mkdir(parents=True)
+    (folder / "recipe.yaml").write_text(recipe_yaml(recipe))
+    save_checkpoint(folder / "checkpoints", step=8, weights=model.state_dict(), state={"step": 8})
+    return folder
+
+
+def make_openmoji(folder: Path, n: int = 30) -> None:
+    """Shards with groups and names as of OpenMoji; the first two pictures are equal."""
+    folder.mkdir(parents=True)
+    path = folder / "test-000000.tar"
+    with tar_writer(path) as writer:
+        for i in range(n):
+            file = io.BytesIO()
+            Image.new("RGB", (32, 32), (7 * max(i, 1), 255 - 8 * max(i, 1), 40)).save(file, "WEBP", lossless=True)
+            name, group = f"thing {i}", OPENMOJI_GROUPS[i % 9]
+            fields = {
+                "captions": [{"text": name, "weight": 1.0}, {"text": f"{name}, {group}", "weight": 1.0}],
+                "class": group,
+                **dict.fromkeys(("width", "height", "original_width", "original_height"), 32),
+                "meta": {"name": name},
+            }
+            writer.write(sample_parts(f"{i:09d}", image=file.getvalue(), format="webp", fields=fields))
+    shards = [index_shard(path, [12] * n)]
+    write_json(folder / "dataset.json", {"num_samples": n, "fingerprint": shards[0]["sha256"], "shards": shards})
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a CLIP run, an MLIP run and data, as the current folder."""
+    make_run(tmp_path / "runs" / "clip", mlip=False)
+    make_run(tmp_path / "runs" / "mlip", mlip=True)
+    make_openmoji(tmp_path / "data" / "openmoji" / "test")
+    make_dataset(tmp_path / "data" / "colors", n=40)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLIP_DATA", raising=False)
+    return tmp_path
+
+
+def evaluate(*runs: str, datasets: list[str], rates: tuple[float, ...] = (), as_json: bool = True) -> None:
+    eval_zeroshot(
+        runs, datasets=datasets, merge_rates=rates, data_root=None, batch_size=16, device="cpu", as_json=as_json
+    )
+
+
+def printed(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    out = capsys.readouterr().out
+    return json.loads(out, parse_constant=lambda constant: pytest.fail(f"{constant} is no JSON"))
+
+
+def test_runs_and_rates_on_openmoji(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    evaluate("runs/clip", "runs/mlip", datasets=["openmoji"], rates=(0.0, 0.5))
+    results = printed(capsys)["results"]
+    assert [(r["run"], r["merge_rate"]) for r in results] == [("clip", 0), ("clip", 0.5), ("mlip", 0), ("mlip", 0.5)]
+    assert [r["merge_method"] for r in results] == [None, "guided", None, "guided"]
+    for result in results:
+        assert (result["n"], result["num_classes"], result["step"]) == (30, 9, 8)
+        assert result["chance"] == pytest.approx(1 / 9)
+        assert result["names"]["num_candidates"] == 30
+        assert result["names"]["r1_chance"] == pytest.approx((28 * 1 + 2 * 2) / 30 / 30)
+        assert result["images_per_s"] > 0
+        assert ("spatial_plus_frequency" in result) == ("frequency" in result) == (result["run"] == "mlip")
+    assert "compared_to_first" not in results[0]
+    assert 0 <= results[3]["compared_to_first"]["name_r1"]["p"] <= 1
+
+
+def test_scores_are_those_of_a_plain_computation(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    evaluate("runs/mlip", datasets=["shards:data/colors"], rates=(0.5,))
+    [result] = printed(capsys)["results"]
+    run = load_run("runs/mlip", device="cpu")
+    encoder = at_rate(run.model, 0.5)
+    pictures = open_benchmark(find_benchmark("shards:data/colors", root=place), READERS)
+    [(images, labels)] = batches(pictures, READERS, size=32, batch_size=40, read_ahead=True)
+    with torch.no_grad():
+        classes = class_embeddings(
+            pictures.class_names,
+            pictures.templates,
+            tokenize=run.tokenizer.encode,  # padded to the context length, unlike what the command does
+            encode_text=encoder.encode_text,
+            device="cpu",
+        )
+        features = encoder.image_features(images)
+        spatial, frequency = normalized(features.spatial, "image"), normalized(features.frequency, "image")
+    for scores, feature in ((result, spatial), (result["spatial_plus_frequency"], spatial + frequency)):
+        right = (feature @ classes.T).argmax(1) == labels
+        assert scores["acc1"] == pytest.approx(right.float().mean().item())
+
+
+def test_what_is_measured_is_read_without_torch(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    evaluate("runs/clip", datasets=["openmoji"], as_json=False)
+    first = capsys.readouterr().out
+    code = (
+        "import sys; from mlip_cli.commands.eval_zeroshot import eval_zeroshot\n"
+        "eval_zeroshot(['runs/clip'], datasets=['openmoji'], merge_rates=[], data_root=None, batch_size=16,"
+        " device='cpu', as_json=False)\n"
+        "heavy = {'torch', 'numpy', 'webdataset', 'open_clip', 'sklearn'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    again = subprocess.run([sys.executable, "-c", code], cwd=place, capture_output=True, text=True, check=False)
+    assert again.returncode == 0, again.stderr
+    assert again.stdout == first
+
+
+def test_other_data_weights_or_rates_are_measured_anew(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = Path("runs/clip/evals")
+    evaluate("runs/clip", datasets=["openmoji"], rates=(0.0,))
+    [path] = folder.iterdir()
+    assert path.name.startswith("openmoji-step_0000008-rate_0-")
+    evaluate("runs/clip", datasets=["openmoji"], rates=(0.0, 0.25))
+    assert len(list(folder.iterdir())) == 2
+    other = small_model(small_recipe(mlip=False), dtype=torch.float32, seed=5)
+    save_checkpoint(Path("runs/clip/checkpoints"), step=8, weights=other.state_dict(), state={"step": 8})
+    evaluate("runs/clip", datasets=["openmoji"], rates=(0.0,))
+    assert len(list(folder.iterdir())) == 3
+    capsys.readouterr()
+
+
+def test_tables_are_narrow_and_say_what_was_measured(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    evaluate("runs/clip", "runs/mlip", datasets=["openmoji", "shards:data/colors"], rates=(0.5,), as_json=False)
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 120
+    assert "run   rate" in lines[1]
+    assert any(line.startswith("chance: group recall 11.1 % (9 groups), name R@1 3.6 %, R@5 ") for line in lines)
+    assert lines[-1] == "measured: last checkpoint of clip at step 8, mlip at step 8"
+
+
+def test_the_recipe_names_the_data_sets(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_run(place / "runs" / "named", mlip=True, zeroshot=("shards:data/colors",))
+    evaluate("runs/named", datasets=[])
+    [result] = printed(capsys)["results"]
+    assert result["dataset"] == "shards:data/colors"
+    assert result["merge_rate"] is None
+    assert result["true_merge_rate"] == 0.5
+    with pytest.raises(UsageError) as error:
+        evaluate("runs/clip", datasets=[])
+    message = "no data set: the recipe's evaluate.zeroshot is empty; name one, as in --dataset openmoji"
+    assert str(error.value) == message
+
+
+def test_a_failed_data_set_is_a_row_and_not_the_end(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(RunError) as error:
+        evaluate("runs/clip", datasets=["imagenet", "openmoji"])
+    assert str(error.value) == "1 of 2 data sets could not be evaluated: imagenet"
+    found = printed(capsys)
+    assert [result["dataset"] for result in found["results"]] == ["openmoji"]
+    assert found["failed"][0]["dataset"] == "imagenet"
+    shard = Path("data/colors/train-000001.tar")
+    shard.write_bytes(shard.read_bytes()[:-5000])
+    with pytest.raises(RunError, match="1 of 2"):
+        evaluate("runs/clip", datasets=["shards:data/colors", "openmoji"], as_json=False)
+    assert "not evaluated  shards:data/colors" in capsys.readouterr().out
+
+
+def test_nothing_but_wrong_usage_is_wrong_usage(place: Path) -> None:
+    with pytest.raises(UsageError) as error:
+        evaluate("runs/clip", datasets=["imagenet", "cifar10"])
+    assert [line.split(":")[0] for line in str(error.value).splitlines()] == ["imagenet", "cifar10"]
+    with pytest.raises(UsageError, match=r"runs/none: no such run or checkpoint"):
+        evaluate("runs/none", datasets=["openmoji"])
+    with pytest.raises(UsageError, match=r"merge rate 0\.9"):
+        evaluate("runs/clip", datasets=["openmoji"], rates=(0.9,))
+    Path("runs/clip/checkpoints/step_0000008/model.safetensors").write_text("no weights")
+    with pytest.raises(UsageError, match=r"model\.safetensors: not a whole safetensors file"):
+        evaluate("runs/clip", datasets=["openmoji"])
+    assert not Path("runs/clip/evals").exists()
+
+
+def test_comparison_is_paired() -> None:
+    first = {"run": "a", "merge_rate": 0.0, "right": {"acc1": "1100110011"}}
+    other = {"run": "a", "merge_rate": 0.5, "right": {"acc1": "1000010011"}}
+    found = compared([first, other])[1]["compared_to_first"]
+    assert found["first"] == {"run": "a", "merge_rate": 0.0}
+    expected = {"difference": -0.2, "only_first_right": 2, "only_this_right": 0, "p": mcnemar(2, 0)}
+    assert found["acc1"] == expected
+
+
+def test_training_evaluators_measure_what_the_command_measures(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    evaluate("runs/mlip", datasets=["openmoji"])
+    [result] = printed(capsys)["results"]
+    recipe = small_recipe(mlip=True, data={"validation": "data/openmoji/test"}, evaluate={"zeroshot": ["openmoji"]})
+    model = load_run("runs/mlip", device="cpu").model
+    evaluators = training_evaluators(recipe, Tokenizer(16), device="cpu")
+    measures = {name: value for evaluator in evaluators for name, value in evaluator(model).items()}
+    assert measures["openmoji_mean_recall"] == pytest.approx(result["mean_per_class_recall"])
+    assert measures["openmoji_name_r5"] == pytest.approx(result["names"]["r5"])
+    assert {f"validation_{way}_r{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)} < set(measures)
+    for path in Path("data/openmoji/test").glob("*.tar"):
+        path.unlink()  # decoded pictures are kept: a second evaluation reads nothing
+    assert {name: value for evaluator in evaluators for name, value in evaluator(model).items()} == measures
+    recipe = small_recipe(data={"validation": "data/none"})
+    with pytest.raises(UsageError, match="data/none: no such folder"):
+        training_evaluators(recipe, Tokenizer(16))
