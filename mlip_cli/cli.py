@@ -191,8 +191,14 @@ def pretrain(
 def merge_sweep(
     run: Run = None,
     rates: Annotated[
-        list[list], typer.Option(parser=_split_rates, metavar="R[,R]", help="Fractions of patch tokens to merge away.")
-    ] = [[0.3], [0.5]],  # noqa: B006 - typer copies it
+        list[list] | None,
+        typer.Option(
+            parser=_split_rates,
+            metavar="R[,R]",
+            help="Fractions of patch tokens to merge away; default: 0.3,0.5.",
+            show_default=False,
+        ),
+    ] = None,
     methods: Annotated[
         list[list] | None,
         typer.Option(parser=_split, metavar="M[,M]", help="guided, tome; default: the recipe's.", show_default=False),
@@ -209,7 +215,7 @@ def merge_sweep(
 
     command.merge_sweep(
         run,
-        rates=_flat(rates),
+        rates=_flat(rates or [[0.3, 0.5]]),
         methods=_flat(methods or []),
         datasets=_flat(dataset or []),
         data_root=data_root,

@@ -89,7 +89,7 @@ def measure(
 
     Spatial features (`encode_image`) are on the top level; with a frequency branch `frequency` and
     `spatial_plus_frequency` (the sum of the normalised features) hold the same scores for those. `right` holds one
-    character a picture, for paired tests.
+    character a picture, for paired tests, and `predicted` the number of the class that each got, in one line.
 
     Args:
         batches: uint8 images (B, 3, S, S) and classes (B,), on the CPU.
@@ -145,6 +145,7 @@ def _scores(contestant: _Contestant, pictures: Pictures, labels: Tensor) -> dict
         "timed_batches": len(contestant.seconds),
     }
     result["right"] = _right(contestant.answers[spatial], labels)
+    result["predicted"] = " ".join(map(str, torch.cat(contestant.answers[spatial].top)[:, 0].tolist()))
     return result
 
 
