@@ -152,7 +152,7 @@ def test_what_cannot_be_stored_says_why(content: bytes, message: str) -> None:
 def test_a_truncated_jpeg_is_damaged() -> None:
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (200, 200, 3), dtype=np.uint8))
     content = encoded(noise, "JPEG")
-    with pytest.raises(RejectedPictureError, match="^damaged picture: image file is truncated"):
+    with pytest.raises(RejectedPictureError, match=r"^damaged picture: image file is truncated"):
         store(content[: len(content) // 2], size=256)
 
 

@@ -92,7 +92,10 @@ def sample(i: int) -> dict[str, Any]:
     fields = {
         "captions": [{"text": f"caption\n {j}", "weight": 1.0} for j in range(1 + i % 2)],
         "class": "even" if i % 2 == 0 else None,
-        **{"width": 10 + i, "height": 8, "original_width": 100, "original_height": 80},
+        "width": 10 + i,
+        "height": 8,
+        "original_width": 100,
+        "original_height": 80,
     }
     return sample_parts(f"{i:09d}", image=image, format="jpg" if is_jpeg else "webp", fields=fields)
 
@@ -187,11 +190,11 @@ def test_verification_sees_what_is_not_as_it_was_written(tmp_path: Path) -> None
         verify_tar(with_byte(picture + 8), [1, 1, 1])
     with pytest.raises(RunError, match=r"000000001\.json or its picture is damaged"):
         verify_tar(with_byte(int(record["offset"] + record["json_offset"])), [1, 1, 1])
-    with pytest.raises(RunError, match="no tar header"):
+    with pytest.raises(RunError, match=r"no tar header"):
         verify_tar(with_byte(int(record["offset"])), [1, 1, 1])
-    with pytest.raises(RunError, match="it has 3 of 4 samples"):
+    with pytest.raises(RunError, match=r"it has 3 of 4 samples"):
         verify_tar(part.tar, [1, 1, 1, 1])
-    with pytest.raises(RunError, match="sample '000000002' is not what was written"):
+    with pytest.raises(RunError, match=r"sample '000000002' is not what was written"):
         verify_tar(part.tar, [1, 1])
 
 

@@ -69,14 +69,14 @@ def _prepare(
     source: DataSource, out: Path, read: ReadOptions, request: dict[str, Any], *, num_workers: int
 ) -> dict[str, Any]:
     from mlip_cli.data.parts import PartOptions
-    from mlip_cli.data.prepare import SourceError, check_disk, finish, full_disk_named, prepare_parts
+    from mlip_cli.data.prepare import SourceError, check_disk, finish, interruptions_named, prepare_parts
 
     started = time.monotonic()
     rows = count_records(source, read)
     say(f"{source.name}: {source.describe()}; {rows} rows")
     check_disk(out, rows=rows, size=request["size"], source_bytes=sum(file.size for file in source.files))
     provenance = _provenance(source, request)
-    with full_disk_named(out), opened(out, request) as work:
+    with interruptions_named(out), opened(out, request) as work:
         options = PartOptions(str(work.parts), request["size"], render=source.format == "openmoji")
         try:
             with progress(rows, "preparing") as bar:

@@ -24,7 +24,7 @@ from mlip_cli.data.records import MAX_HELD_OUT, SPLITS, Part
 from mlip_cli.data.shards import StoredSamples, write_split
 from mlip_cli.data.workers import run_parallel
 from mlip_cli.data.workspace import PartResult, Workspace
-from mlip_cli.errors import RunError, UsageError
+from mlip_cli.errors import RunError, Stopped, UsageError
 
 FIRST_ROWS = 1_000
 """So many rows show whether the source is what it seems; fewer than FEWEST_ROWS do not."""
@@ -186,10 +186,12 @@ def check_disk(out: Path, *, rows: int, size: int, source_bytes: int) -> None:
 
 
 @contextmanager
-def full_disk_named(out: Path) -> Iterator[None]:
-    """Say of a full disk (or quota, or limit on file sizes) where it is and what to do."""
+def interruptions_named(out: Path) -> Iterator[None]:
+    """Say of Ctrl-C, and of a full disk (or quota, or limit on file sizes), where it happened and what to do."""
     try:
         yield
+    except KeyboardInterrupt:
+        raise Stopped(f"{out}: interrupted; run the same command again: it goes on", exit_code=130) from None
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise RunError(

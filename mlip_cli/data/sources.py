@@ -4,7 +4,7 @@ import glob
 import hashlib
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
@@ -39,6 +39,8 @@ class DataSource:
     format: str
     root: Path
     files: tuple[SourceFile, ...]
+    is_folder: bool = False
+    """False when the user named files one by one or by a pattern."""
     versions: tuple[str, ...] = ()
     """Of the packages that a built-in source comes from."""
 
@@ -49,9 +51,10 @@ class DataSource:
 
     def tables(self) -> list[str]:
         """The metadata files."""
-        if len(self.files) == 1:
-            return [self.files[0].name]
-        return [file.name for file in self.files if _is_table(Path(file.name))]
+        names = [Path(file.name) for file in self.files]
+        if not self.is_folder:
+            return [str(name) for name in names if name.suffix.lower() in TABLE_SUFFIXES]
+        return [str(name) for name in names if _is_table(name)]
 
     def images(self) -> list[str]:
         """The files that are named like pictures."""
@@ -96,14 +99,14 @@ def find_source(source: str, *, format: str = "auto") -> DataSource:
         return _openmoji(source)
     path = Path(source)
     if path.is_dir():
-        found = DataSource(source, "folder", path, _scan(path))
+        found = DataSource(source, "", path, _scan(path), is_folder=True)
         return _with_format(found, format)
     if path.is_file():
-        return _with_format(DataSource(source, "file", path.parent, (_stated(path.parent, path),)), format)
+        return _with_format(DataSource(source, "", path.parent, (_stated(path.parent, path),)), format)
     if matches := _expanded(source):
         root = Path(os.path.commonpath([match.parent for match in matches]))
         files = tuple(_stated(root, match) for match in matches)
-        return _with_format(DataSource(source, "files", root, files), format)
+        return _with_format(DataSource(source, "", root, files), format)
     cure = " (download it first, for example with img2dataset)" if "://" in source else ""
     raise UsageError(f"{source}: no such file or folder{cure}; SOURCE is a folder, a table, tars, or openmoji")
 
@@ -158,11 +161,18 @@ def _with_format(found: DataSource, format: str) -> DataSource:
     possible = _possible_formats(found)
     if format == "auto":
         if not possible:
-            raise UsageError(f"{found.name}: {_what_is_there(found)}; looked for {LOOKED_FOR}")
+            missing = (
+                ", but no captions for the pictures"
+                if found.images()
+                else ", no pictures"
+                if found.is_folder and found.files
+                else ""
+            )
+            raise UsageError(f"{found.name}: {_what_is_there(found)}{missing}; looked for {LOOKED_FOR}")
         format = possible[0]
     elif format not in possible:
         raise UsageError(f"{found.name}: not of format {format}: {_what_is_there(found)}; looked for {LOOKED_FOR}")
-    source = DataSource(found.name, format, found.root, found.files)
+    source = replace(found, format=format)
     if format == "metadata":
         _check_tables(source)
     return source
@@ -171,13 +181,11 @@ def _with_format(found: DataSource, format: str) -> DataSource:
 def _possible_formats(found: DataSource) -> list[str]:
     """Formats that `found` can be read as, the most telling first."""
     formats = []
-    if (found.format == "folder" and found.tables()) or (
-        found.format == "file" and Path(found.files[0].name).suffix.lower() in TABLE_SUFFIXES
-    ):
+    if found.tables():
         formats.append("metadata")
     if found.tars():
         formats.append("webdataset")
-    if found.format == "folder":
+    if found.is_folder:
         from mlip_cli.data.folders import class_of
 
         images, names = found.images(), {file.name for file in found.files}
@@ -191,15 +199,14 @@ def _possible_formats(found: DataSource) -> list[str]:
 def _what_is_there(found: DataSource) -> str:
     if not found.files:
         return "the folder is empty"
-    if found.format == "file":
+    if not found.is_folder:
         return "a file of no known kind"
     counts: dict[str, int] = {}
     for file in found.files:
         suffix = Path(file.name).suffix.lower() or "files without ending"
         counts[suffix] = counts.get(suffix, 0) + 1
     most = sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:5]
-    listing = ", ".join(f"{n} {suffix}" for suffix, n in most)
-    return f"{listing}, but no captions for the pictures" if found.images() else f"{listing}, no pictures"
+    return ", ".join(f"{n} {suffix}" for suffix, n in most)
 
 
 def _check_tables(source: DataSource) -> None:
@@ -268,4 +275,4 @@ def _openmoji(source: str) -> DataSource:
             missing.append(package)
     if missing:
         raise UsageError(f'openmoji: needs {", ".join(missing)}; pip install "mlip-cli[demo]"')
-    return DataSource(source, "openmoji", Path(), (), tuple(versions))
+    return DataSource(source, "openmoji", Path(), (), versions=tuple(versions))

