@@ -57,3 +57,9 @@ def test_chance_is_the_share_of_random_orders() -> None:
 def test_mcnemar_equals_the_exact_binomial_test(a: int, b: int) -> None:
     expected = binomtest(a, a + b, 0.5).pvalue if a + b else 1.0
     assert mcnemar(a, b) == pytest.approx(expected, rel=1e-6)
+
+
+def test_mean_recall_interval_of_one_class_is_agresti_and_coulls() -> None:
+    share = 10 / 44  # 8 of 40, with two hits and two misses more
+    half = 1.96 * np.sqrt(share * (1 - share) / 44)
+    assert mean_recall_interval([8], [40]) == pytest.approx((share - half, share + half), abs=1e-5)
