@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import pickle
 import re
+import signal
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -249,6 +250,7 @@ def test_nothing_but_bad_samples_ends_the_run_at_once(tmp_path: Path, num_worker
 def test_a_worker_that_dies_is_one_clear_error(folder: Path) -> None:
     with closing(batches([ShardDataset(folder)], 0, 1000, num_workers=1)) as run:
         next(run)
+        assert signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL  # a death interrupts nothing but the loader
         os.kill(multiprocessing.active_children()[0].pid, 9)
         with pytest.raises(RunError, match=r"^a loader process died: .+ or use data.num_workers=0$"):
             list(run)
