@@ -156,7 +156,17 @@ def test_tables_are_narrow_and_say_what_was_measured(place: Path, capsys: pytest
     assert max(map(len, lines)) <= 120
     assert "run   rate" in lines[1]
     assert any(line.startswith("chance: group recall 11.1 % (9 groups), name R@1 3.6 %, R@5 ") for line in lines)
-    assert lines[-1] == "measured: last checkpoint of clip at step 8, mlip at step 8"
+    assert lines[-1] == "measured: clip at step 8 (last checkpoint), mlip at step 8 (last checkpoint)"
+
+
+def test_an_earlier_checkpoint_and_runs_of_one_name(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_run(place / "more" / "clip", mlip=False, seed=1)
+    weights = small_model(small_recipe(mlip=False), dtype=torch.float32, seed=2).state_dict()
+    save_checkpoint(Path("more/clip/checkpoints"), step=12, weights=weights, state={"step": 12})
+    evaluate("runs/clip", "more/clip/checkpoints/step_0000008", datasets=["openmoji"], as_json=False)
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        "measured: runs/clip at step 8 (last checkpoint), more/clip/step_0000008 at step 8 (earlier checkpoint)"
+    )
 
 
 def test_the_recipe_names_the_data_sets(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -31,6 +31,8 @@ class Subject:
     label: str
     run: Run
     checkpoint: Path
+    is_last: bool
+    """Whether it is the run's newest."""
     sha256: str
     """Of its weights."""
 
@@ -113,19 +115,20 @@ def find_subjects(targets: Sequence[str]) -> list[Subject]:
     """
     subjects = []
     wanted: Sequence[str | None] = targets or [None]
-    for target in wanted:
-        run, checkpoint = find_checkpoint(target)
+    found = [find_checkpoint(target) for target in wanted]
+    names = [run.folder.resolve().name for run in dict(found)]
+    for target, (run, checkpoint) in zip(wanted, found, strict=True):
         label = run.folder.resolve().name
-        if checkpoint.resolve() != _resolved(run.latest_checkpoint()):
+        if names.count(label) > 1:  # runs of one name in several folders
+            label = str(run.folder)
+        last = run.latest_checkpoint()
+        is_last = last is not None and last.resolve() == checkpoint.resolve()
+        if not is_last:
             label = f"{label}/{checkpoint.name}"
         if target is None:
             say(f"run {run.folder}, the newest with a checkpoint")
-        subjects.append(Subject(label, run, checkpoint, _sha256(checkpoint / "model.safetensors")))
+        subjects.append(Subject(label, run, checkpoint, is_last, _sha256(checkpoint / "model.safetensors")))
     return subjects
-
-
-def _resolved(path: Path | None) -> Path | None:
-    return path.resolve() if path else None
 
 
 def _sha256(path: Path) -> str:
@@ -199,7 +202,12 @@ def _complete(
             continue
         found = [result or next(fresh) for result in stored[name]]
         results[name] = [
-            result | {"run": entry.subject.label, "run_folder": str(entry.subject.run.folder)}
+            result
+            | {
+                "run": entry.subject.label,
+                "run_folder": str(entry.subject.run.folder),
+                "is_last_checkpoint": entry.subject.is_last,
+            }
             for entry, result in zip(entries, found, strict=True)
         ]
     return results, failures
@@ -242,8 +250,6 @@ def _measure(entries: Sequence[Entry], loaded: dict[Path, "LoadedRun"], *, batch
     for group, (run, encoders), group_scores in zip(groups, runs, scores, strict=True):
         for entry, encoder, own_scores in zip(group, encoders, group_scores, strict=True):
             result = {
-                "run": entry.subject.label,
-                "run_folder": str(entry.subject.run.folder),
                 **entry.identity,
                 "step": run.step,
                 "true_merge_rate": encoder.plan.rate,

@@ -114,11 +114,9 @@ def _score(scores: Result, name: str) -> str:
 
 def _checkpoints(results: Sequence[Result]) -> str:
     """What was measured: the checkpoint of each run."""
-    steps = {result["run"]: result["step"] for result in results}
-    last = [f"{run} at step {step}" for run, step in steps.items() if "/" not in run]
-    named = [f"{run.split('/')[0]} at step {step}" for run, step in steps.items() if "/" in run]
-    parts = [f"last checkpoint of {', '.join(last)}"] if last else []
-    return "measured: " + "; ".join([*parts, *([f"earlier checkpoint of {', '.join(named)}"] if named else [])])
+    steps = {(result["run"], result["step"], result["is_last_checkpoint"]): None for result in results}
+    which = {True: "last", False: "earlier"}
+    return "measured: " + ", ".join(f"{run} at step {step} ({which[last]} checkpoint)" for run, step, last in steps)
 
 
 def _speeds(results: Sequence[Result]) -> list[str]:
