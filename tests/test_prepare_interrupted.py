@@ -39,7 +39,9 @@ def disturbed_run(tmp_path: Path, disturb: str, *arguments: str) -> subprocess.C
     script.write_text(CHILD.format(disturb=disturb))
     command = [sys.executable, str(script), "prepare-data", "in", "out", "--holdout", "0", *arguments]
     env = os.environ | {"PYTHONPATH": str(ROOT), "NO_COLOR": "1"}
-    return subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False, start_new_session=True
+    )
 
 
 def visible(out: Path) -> list[str]:
@@ -83,7 +85,7 @@ def test_after_kill_9_the_next_run_goes_on(tmp_path: Path, monkeypatch: pytest.M
 
 def test_ctrl_c_ends_the_workers_and_leaves_nothing_half_written(tmp_path: Path) -> None:
     write_sidecars(tmp_path / "in", 20)
-    done = disturbed_run(tmp_path, "os.kill(os.getpid(), signal.SIGINT)", "--workers", "2")
+    done = disturbed_run(tmp_path, "os.killpg(0, signal.SIGINT)", "--workers", "2")
     assert done.returncode == 130, done.stderr
     assert done.stderr.splitlines()[-1] == "error: out: interrupted; run the same command again: it goes on"
     assert "Traceback" not in done.stderr
@@ -107,6 +109,17 @@ def test_a_full_disk_is_named_and_the_next_run_goes_on(tmp_path: Path, monkeypat
     assert visible(tmp_path / "out") == []
     assert list((tmp_path / "out" / ".prepare" / "parts").glob(".*")) == []
     assert_goes_on_to_the_same_bytes(tmp_path, monkeypatch)
+
+
+def test_a_second_run_loads_nothing_heavy(tmp_path: Path) -> None:
+    write_sidecars(tmp_path / "in", 2)
+    prepare(tmp_path / "in", tmp_path / "out")
+    code = "import sys; from mlip_cli.cli import main\ntry: main()\nfinally: print(*sys.modules)"
+    command = [sys.executable, "-c", code, "prepare-data", "in", "out", "--holdout", "0", "--json"]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=True)
+    loaded = set(done.stdout.splitlines()[-1].split())
+    assert loaded.isdisjoint({"torch", "numpy", "PIL", "pyarrow", "webdataset"})
 
 
 def test_a_half_prepared_folder_keeps_its_request_and_its_lock(tmp_path: Path) -> None:

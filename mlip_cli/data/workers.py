@@ -5,6 +5,7 @@ import signal
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from typing import Any, TypeVar, cast
@@ -66,6 +67,7 @@ def _watched(process: SpawnProcess) -> Iterator[None]:
 def _started(function: Callable[[Any], Any], num_workers: int) -> Iterator[dict[Connection, SpawnProcess]]:
     context = multiprocessing.get_context("spawn")
     workers: dict[Connection, SpawnProcess] = {}
+    resource_tracker.ensure_running()  # else the first start() starts it, and unblocks Ctrl-C on the way
     # Workers inherit the mask: Ctrl-C on the terminal reaches the driver alone, and the driver ends them.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
