@@ -104,7 +104,7 @@ def _zeroshot_evaluator(benchmark: Benchmark, recipe: Recipe, tokenizer: Tokeniz
 
     def evaluate(encoder: Encoder) -> dict[str, float]:
         candidate = Candidate((encoder,), partial(tokenize, tokenizer), device)
-        [[scores]] = measure(pictures, decoded, [candidate])
+        [[scores]] = measure(pictures, decoded, [candidate], is_timed=False)
         measures = {f"{prefix}_mean_recall": scores["mean_per_class_recall"], f"{prefix}_acc1": scores["acc1"]}
         if "names" in scores:
             measures |= {f"{prefix}_name_r1": scores["names"]["r1"], f"{prefix}_name_r5": scores["names"]["r5"]}
