@@ -8,7 +8,7 @@ from clip_benchmark.metrics import zeroshot_classification as reference
 from torch import Tensor, nn
 
 from mlip_cli.errors import RunError
-from mlip_cli.evaluate.zeroshot import class_embeddings, classification, normalized, top_classes
+from mlip_cli.evaluate.zeroshot import class_embeddings, classification, normalized, similarities, top_classes
 
 TEMPLATES = ["a photo of a {c}.", "{c}", "the {c} in the picture"]
 
@@ -77,8 +77,10 @@ def test_scores_are_keyed_by_index_when_names_repeat() -> None:
     assert scores["mean_per_class_recall"] == 0.75
 
 
-def test_features_that_are_not_finite_are_refused() -> None:
+def test_scores_are_fp32_and_features_finite() -> None:
     with pytest.raises(RunError, match="image features are not finite; the weights of this checkpoint are damaged"):
         normalized(torch.tensor([[1.0, float("nan")]]), "image")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert similarities(torch.eye(2), torch.eye(2)).dtype == torch.float32
     half = normalized(torch.tensor([[3.0, 4.0]], dtype=torch.bfloat16), "image")
     assert half.dtype == torch.float32

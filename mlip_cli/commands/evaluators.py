@@ -129,7 +129,7 @@ def _retrieval_evaluator(
         for dataset in datasets
         for id in range(dataset.num_samples)
     ]
-    texts = list(dict.fromkeys(text for own in captions for text in own))
+    texts = sorted({text for own in captions for text in own}, key=lambda text: (len(text), text))  # little padding
     number = {text: i for i, text in enumerate(texts)}
     own_texts = [[number[text] for text in own] for own in captions]
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from mlip_cli.evaluate.statistics import chance_at, wilson
+from mlip_cli.evaluate.zeroshot import similarities
 
 RECALL_AT = (1, 5, 10)
 CHUNK = 1024
@@ -36,7 +37,9 @@ def ranks(queries: Tensor, gallery: Tensor, right: Sequence[Sequence[int]], *, c
         mask = torch.zeros(len(numbers), len(gallery), dtype=torch.bool)
         mask[rows, columns] = True
         assert bool(mask.any(dim=1).all()), "a query without a right candidate"
-        found.append(rank_of_first_right(queries[start : start + chunk] @ gallery.T, mask.to(queries.device)).cpu())
+        found.append(
+            rank_of_first_right(similarities(queries[start : start + chunk], gallery), mask.to(queries.device)).cpu()
+        )
     return torch.cat(found)
 
 

@@ -59,9 +59,15 @@ def class_embeddings(
     return F.normalize(features.unflatten(0, (len(class_names), len(templates))).mean(dim=1), dim=-1)
 
 
+def similarities(features: Tensor, others: Tensor) -> Tensor:
+    """Cosines of unit vectors: (B, E), (C, E) -> (B, C), in fp32 inside autocast too, where bf16 would make ties."""
+    with torch.autocast(features.device.type, enabled=False):
+        return features @ others.T
+
+
 def top_classes(features: Tensor, classes: Tensor) -> Tensor:
     """The best five classes (fewer where there are fewer) of each picture, best first: (B, E), (C, E) -> (B, k)."""
-    return (features @ classes.T).topk(min(TOP_K, len(classes)), dim=1).indices
+    return similarities(features, classes).topk(min(TOP_K, len(classes)), dim=1).indices
 
 
 def classification(top: Tensor, labels: Tensor, class_names: Sequence[str]) -> dict[str, Any]:
