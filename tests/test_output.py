@@ -223,6 +223,14 @@ def test_table_on_a_terminal_folds_at_its_width() -> None:
     assert "[/red]" in text
 
 
+def test_words_fold_before_numbers_do() -> None:
+    number = "1234567890" * 3
+    rows = f"[['word ' * 40, '{number}', '{number}']]"
+    received, _ = on_terminal(f"output.print_table(['text', 'a', 'b'], {rows})")
+    assert received.count(number) == 2
+    assert max(map(len, screen(received))) <= 80
+
+
 def test_table_without_rows_shows_its_head() -> None:
     assert in_pipe("output.print_table(['a', 'b'], [])").stdout == "a  b\n"
 

@@ -90,6 +90,13 @@ def test_the_newest_run_with_captions_as_its_data_has_them(
     assert result["caption_tokens_from"] == "batches of data/colors"
 
 
+def test_captions_are_as_wide_as_in_typical_batches(place: Path) -> None:
+    text = {"width": 32, "depth": 2, "num_heads": 2, "context_length": 77}
+    recipe = small_recipe(data={"train": "data/long"}, model={"text": text})
+    make_dataset(Path("data/long"), n=16, captions=["a short one", "of " * 18])  # 20 tokens, in nearly every batch of 8
+    assert profile.caption_length(recipe) == (24, "batches of data/long")
+
+
 def test_timed_training_steps_make_gradients_and_leave_the_weights_alone(place: Path) -> None:
     subject = profile.load_subject("mlip.yaml", "cpu")
     before = {name: value.clone() for name, value in subject.model.state_dict().items()}
