@@ -9,6 +9,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from mlip_cli.errors import UsageError
+
 
 def rank() -> int:
     """This process's number, 0 without torchrun."""
@@ -26,9 +28,16 @@ def world_size() -> int:
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto`, `cuda`, `mps` or `cpu` -> the device of this rank."""
+    """`auto`, `cuda`, `mps` or `cpu` -> the device of this rank.
+
+    Raises:
+        UsageError: PyTorch sees no such device.
+    """
+    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not present.get(name, True):
+        raise UsageError(f"device {name}: PyTorch sees none; use cpu, and ask mlip doctor why")
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = next((device for device, is_there in present.items() if is_there), "cpu")
     if name == "cuda":
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device(name)

@@ -124,3 +124,11 @@ def test_what_is_not_there(
     Path("empty").mkdir()
     assert mlip(monkeypatch, target) == 2
     assert capsys.readouterr().err.startswith(f"error: {message}")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_device_that_is_not_there(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert mlip(monkeypatch, "mlip.yaml", "--device", "cuda") == 2
+    assert capsys.readouterr().err == "error: device cuda: PyTorch sees none; use cpu, and ask mlip doctor why\n"

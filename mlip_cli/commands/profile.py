@@ -56,6 +56,7 @@ def profile(target: str | None, *, batch_size: int, rounds: int, device: str, as
         "image_size": subject.model.image_size,
         "batch_size": batch_size,
         "rounds": rounds,
+        "context_length": subject.model.context_length,
         "caption_tokens": num_tokens,
         "caption_tokens_from": length_source,
         **counts(subject.model, num_tokens),
@@ -197,17 +198,20 @@ def show(result: dict[str, Any]) -> None:
     print_table(["part", "parameters"], [[name, f"{count:,}"] for name, count in result["parameters"].items()])
     print_lines("")
     parts, whole = flops["image_tower_by_part"], flops["image_tower_unmerged_by_part"]
+    decimals = 2 if flops["image_tower_unmerged"] >= 1 else 4
     columns = ["GFLOPs an image", "rate 0"] + ([f"rate {merging['rate']:.2f}"] if merging else [])
-    rows = [[name, *map(digits, [whole[name], parts[name]][: len(columns) - 1])] for name in parts]
-    totals = [flops["image_tower_unmerged"], flops["image_tower"]][: len(columns) - 1]
-    print_table(columns, [*rows, ["image tower", *map(digits, totals)]])
+    rows = [[name, *(f"{g:.{decimals}f}" for g in (whole[name], parts[name])[: len(columns) - 1])] for name in parts]
+    totals = (flops["image_tower_unmerged"], flops["image_tower"])[: len(columns) - 1]
+    print_table(columns, [*rows, ["image tower", *(f"{g:.{decimals}f}" for g in totals)]])
     beside = [
         ("frequency branch, in training", flops["frequency_branch"]),
         ("token heads, in training", flops["token_heads"]),
         (f"text tower, {result['caption_tokens']} tokens", flops["text_tower"]),
     ]
+    if result["caption_tokens"] < result["context_length"]:
+        beside.append((f"text tower, {result['context_length']} tokens", flops["text_tower_at_context_length"]))
     print_lines("")
-    print_table(["beside the image tower", "GFLOPs"], [[name, digits(value)] for name, value in beside if value])
+    print_table(["beside the image tower", "GFLOPs"], [[name, f"{g:.{decimals}f}"] for name, g in beside if g])
     print_lines("\npatch tokens in each block: " + " ".join(map(str, result["tokens_per_block"])))
     print_lines(f"tokens of a caption: {result['caption_tokens']} ({result['caption_tokens_from']})\n")
     rows = [
@@ -226,8 +230,3 @@ def ratio(line: dict[str, Any]) -> str | None:
         return None
     low, high = line["speedup_interval"]
     return f"{line['speedup']:.2f} ({low:.2f}-{high:.2f})"
-
-
-def digits(value: float) -> str:
-    """Four decimals for small models, two for large ones."""
-    return f"{value:.2f}" if value >= 1 else f"{value:.4f}"
