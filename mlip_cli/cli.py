@@ -312,6 +312,8 @@ def _exit_code() -> int:
         return _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error), 1)
     except RunError as error:
         return _fail(str(error), 1)
+    if code == 130:  # what typer makes of Ctrl-C outside of a command's own care
+        return _fail("interrupted", 130)
     return code if isinstance(code, int) else 0
 
 

@@ -13,7 +13,7 @@ class RunError(RuntimeError):
     """The work itself failed (bad data, full disk, diverged loss). Exit code 1."""
 
 
-class Stopped(Exception):  # noqa: N818 - not an error: somebody asked for it
+class Stopped(Exception):
     """A signal asked for an end and the state is saved. `exit_code` is 128 + the signal's number."""
 
     def __init__(self, message: str, *, exit_code: int) -> None:

@@ -65,8 +65,8 @@ def test_pooling_after_a_merge_counts_every_patch_once(pool: str) -> None:
     torch.manual_seed(0)
     tower = ImageTower(Vision(patch_size=8, width=32, depth=3, num_heads=2), image_size=32).double()
     tower.trunk = VisionTransformer(
-        img_size=32, patch_size=8, embed_dim=32, depth=3, num_heads=2, num_classes=0, global_pool=pool, class_token=False,
-        pos_embed="none", block_fn=ObservedBlock,
+        img_size=32, patch_size=8, embed_dim=32, depth=3, num_heads=2, num_classes=0, global_pool=pool,
+        class_token=False, pos_embed="none", block_fn=ObservedBlock,
     ).double()  # fmt: skip
     tower.num_prefix = 0
     image = torch.randn(1, 3, 8, 8, dtype=torch.float64)
@@ -87,15 +87,15 @@ def test_towers_that_cannot_be_used_are_refused_by_name() -> None:
     with pytest.raises(UsageError) as caught:
         ImageTower(Vision(timm="beit_base_patch16_224"), image_size=224)
     assert str(caught.value) == (
-        "model.vision.timm: beit_base_patch16_224 is a Beit; only VisionTransformer and its distilled form are supported, "
-        "as in vit_base_patch16_224"
+        "model.vision.timm: beit_base_patch16_224 is a Beit; only VisionTransformer and its distilled form are "
+        "supported, as in vit_base_patch16_224"
     )
     with pytest.raises(
         UsageError, match="timm has no model 'vit_smal_patch16_224'; did you mean vit_small_patch16_224"
     ):
         ImageTower(Vision(timm="vit_smal_patch16_224"), image_size=224)
     with pytest.raises(
-        UsageError, match="data.image_size: 100 is no multiple of the patch size 16 of vit_tiny_patch16_224"
+        UsageError, match=r"data\.image_size: 100 is no multiple of the patch size 16 of vit_tiny_patch16_224"
     ):
         ImageTower(Vision(timm="vit_tiny_patch16_224"), image_size=100)
 

@@ -47,7 +47,7 @@ def versions() -> dict[str, str | None]:
             found[name] = version(name)
         except PackageNotFoundError:
             found[name] = None
-    return found
+    return found | {"torch": str(torch.__version__)}  # with the build, which the package's version leaves out
 
 
 def write_start(run: Run, recipe: Recipe, *, device: torch.device, fingerprints: dict[str, str], step: int) -> None:

@@ -17,6 +17,9 @@ from mlip_cli.train.optim import clamp_scales, learning_rate, set_learning_rate
 from mlip_cli.train.signals import StopRequest
 from mlip_cli.types import Batch, ObjectiveLike
 
+MOST_BAD_NAMED = 10
+"""Bad samples that are named; more are counted."""
+
 MOST_SKIPPED_IN_A_ROW = 20
 """Steps without a finite gradient after which the run is given up."""
 
@@ -66,6 +69,7 @@ def train(
     with StopRequest(device) as stop:
         for step in range(progress.step + 1, total_steps + 1):
             batch = watch.next_batch().to(device, non_blocking=True)
+            report_bad_samples(batch, progress, watch)
             if world_size() > 1 and step == progress.step + 1:
                 settle_buckets(model, objective, batch, precision, config.micro_batch_size)
 
@@ -153,6 +157,15 @@ def account(progress: Progress, guard: FiniteGuard, watch: Stopwatch, device: to
     guard.check()
     progress.bad_samples += int(all_sum(torch.tensor(watch.bad_samples, device=device)))
     watch.bad_samples = 0
+
+
+def report_bad_samples(batch: Batch, progress: Progress, watch: Stopwatch) -> None:
+    """Name the samples that were replaced: the first ten of a run, afterwards only the count goes into the metrics."""
+    seen = progress.bad_samples + watch.bad_samples - len(batch.bad_samples)
+    for number, bad in enumerate(batch.bad_samples, start=seen + 1):
+        if number <= MOST_BAD_NAMED:
+            last = "; later ones are only counted" if number == MOST_BAD_NAMED else ""
+            warn(f"{bad.shard}: sample {bad.key}: {bad.reason}; another one takes its place{last}")
 
 
 def clip_gradients(model: nn.Module, most: float | None) -> Tensor:

@@ -36,7 +36,7 @@ class Training:
 def environment(device: torch.device) -> dict[str, Any]:
     """What bit-exact continuation also depends on."""
     return {
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),  # a subclass of str, which plain loading refuses
         "device": device.type,
         "threads": torch.get_num_threads(),
         "instructions": torch.backends.cpu.get_cpu_capability(),

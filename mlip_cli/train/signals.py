@@ -1,5 +1,6 @@
 """Signals set a flag; the loop reads it between steps."""
 
+import os
 import signal
 from types import FrameType, TracebackType
 
@@ -17,6 +18,7 @@ class StopRequest:
     def __init__(self, device: torch.device) -> None:
         self.exit_code = 0
         self._device = device
+        self._process = os.getpid()
         self._previous: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> "StopRequest":
@@ -29,6 +31,8 @@ class StopRequest:
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:
+            return  # a forked loader process, which ends with its parent
         if number == signal.SIGINT and self.exit_code:
             raise KeyboardInterrupt
         self.exit_code = EXIT_CODES[signal.Signals(number)]

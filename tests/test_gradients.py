@@ -1,0 +1,183 @@
+"""One gradient, however it is computed: by micro-batches, or on two processes."""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from models_for_tests import small_batch, small_model, small_recipe
+from torch import nn
+
+from mlip_cli.config import Recipe
+from mlip_cli.errors import RunError
+from mlip_cli.losses.objective import Objective
+from mlip_cli.train.gradients import Precision, RandomState, add_gradients
+from mlip_cli.train.loop import MOST_SKIPPED_IN_A_ROW, FiniteGuard, Progress
+from mlip_cli.train.optim import build_optimizer, clamp_scales, is_decayed, learning_rate
+from mlip_cli.types import features_of
+
+CPU = torch.device("cpu")
+SIGMOID = {"spatial_global": {"kind": "sigmoid"}}
+RECIPES = {
+    "clip": small_recipe(mlip=False),
+    "sigmoid": small_recipe(mlip=False, losses=SIGMOID),
+    "mlip": small_recipe(),
+    "mlip_sigmoid": small_recipe(losses=SIGMOID),
+}
+
+
+def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def relative_error(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+    assert found.keys() == expected.keys()
+    return max(((found[n] - g).norm() / g.norm().clamp(min=1e-30)).item() for n, g in expected.items())
+
+
+def one_process(recipe: Recipe, micro_batch_size: int | None) -> dict[str, torch.Tensor]:
+    model = small_model(recipe).train()
+    precision = Precision.named("fp32", CPU)
+    add_gradients(
+        model, Objective(recipe.losses), small_batch(), precision=precision, micro_batch_size=micro_batch_size
+    )
+    return gradients(model)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("micro_batch_size", [2, 3, 7])
+def test_micro_batches_give_the_gradient_of_the_whole_batch(name: str, micro_batch_size: int) -> None:
+    whole, parts = (one_process(RECIPES[name], size) for size in (None, micro_batch_size))
+    assert relative_error(parts, whole) < 1e-10
+    assert any("log_scales" in n for n in whole)
+
+
+def test_micro_batches_report_the_same_terms() -> None:
+    recipe = RECIPES["mlip"]
+    terms = [
+        add_gradients(
+            small_model(recipe), Objective(recipe.losses), small_batch(),
+            precision=Precision.named("fp32", CPU), micro_batch_size=size,
+        ) for size in (None, 3)
+    ]  # fmt: skip
+    for name, value in terms[0].items():
+        torch.testing.assert_close(terms[1][name], value, rtol=1e-12, atol=0)
+
+
+def test_micro_batches_replay_dropout() -> None:
+    """With drop path, the second pass must see the random numbers of the first: else features and gradients differ."""
+    recipe = RECIPES["clip"]
+    model = small_model(recipe).train()
+    for block in model.vision.trunk.blocks:
+        block.mlp.drop1.p = 0.3
+    batch, objective, precision = small_batch(), Objective(recipe.losses), Precision.named("fp32", CPU)
+    torch.manual_seed(5)
+    add_gradients(model, objective, batch, precision=precision, micro_batch_size=4)
+    found = gradients(model)
+    model.zero_grad()
+    torch.manual_seed(5)
+    halves = [model(b) for b in (small_part(batch, 0, 4), small_part(batch, 4, 8))]
+    first, second = (features_of(half) for half in halves)
+    joined = replace(first, image=torch.cat([first.image, second.image]), text=torch.cat([first.text, second.text]))
+    objective.total(objective.batch_terms(joined)).backward()
+    assert relative_error(found, gradients(model)) < 1e-10
+
+
+def small_part(batch, start, stop):  # type: ignore[no-untyped-def]
+    return type(batch)(batch.images[start:stop], batch.token_ids[start:stop], batch.keys[start:stop])
+
+
+WORKER = """
+import os, sys, torch
+sys.path.insert(0, {tests!r})
+torch.set_num_threads(1)
+from models_for_tests import small_batch, small_model
+from test_gradients import CPU, RECIPES, gradients, small_part
+from mlip_cli.distributed import process_group, rank, unwrap, world_size, wrap
+from mlip_cli.losses.objective import Objective
+from mlip_cli.train.gradients import Precision, add_gradients
+
+results = {{}}
+with process_group(CPU):
+    for name, recipe in RECIPES.items():
+        for micro in (None, 2):
+            model = wrap(small_model(recipe).train(), CPU)
+            share = 8 // world_size()
+            batch = small_part(small_batch(), rank() * share, (rank() + 1) * share)
+            objective, precision = Objective(recipe.losses), Precision.named("fp32", CPU)
+            add_gradients(model, objective, batch, precision=precision, micro_batch_size=micro)
+            results[name, micro] = gradients(unwrap(model))
+    if rank() == 0:
+        torch.save(results, {out!r})
+"""
+
+
+def test_two_gloo_processes_give_the_one_process_gradient(tmp_path: Path) -> None:
+    """Captions have 1 to 6 words, so the ranks have different numbers of usable ones."""
+    script, out = tmp_path / "worker.py", tmp_path / "gradients.pt"
+    script.write_text(WORKER.format(tests=str(Path(__file__).parent), out=str(out)))
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    subprocess.run(command, check=True, env=environment, timeout=200, capture_output=True)
+    found = torch.load(out, weights_only=True)
+    for (name, _micro), grads in found.items():
+        assert relative_error(grads, one_process(RECIPES[name], None)) < 1e-10
+
+
+def test_learning_rate_rises_linearly_and_falls_to_almost_zero() -> None:
+    rates = [learning_rate(s, peak=1.0, warmup_steps=4, total_steps=12) for s in range(1, 13)]
+    assert rates[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert all(a > b for a, b in pairwise(rates[4:]))
+    assert 0 < rates[-1] < 0.05
+    assert learning_rate(1, peak=1.0, warmup_steps=0, total_steps=5) == 1.0
+
+
+def test_matrices_decay_and_positions_filters_scales_do_not() -> None:
+    decayed = {name for name, p in small_model().named_parameters() if is_decayed(name, p)}
+    assert {
+        "vision.trunk.blocks.0.attn.qkv.weight",
+        "image_projection.weight",
+        "text.token_embedding.weight",
+    } <= decayed
+    spared = ("pos_embed", "cls_token", "positional_embedding", "kernel", "log_scales", "bias", "norm")
+    assert [n for n in decayed if any(word in n for word in spared)] == []
+
+
+def test_scales_are_clamped_to_100() -> None:
+    model = small_model()
+    model.log_scales["spatial_global"].data.fill_(9.0)
+    clamp_scales(model)
+    assert model.log_scales["spatial_global"].exp().item() == pytest.approx(100)
+
+
+def test_a_step_without_finite_gradient_changes_nothing_and_many_end_the_run() -> None:
+    recipe = RECIPES["clip"]
+    model = small_model(recipe, dtype=torch.float32)
+    optimizer = build_optimizer(model, recipe.optim)
+    progress = Progress(step=7)
+    guard = FiniteGuard(CPU, progress)
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    for _ in range(MOST_SKIPPED_IN_A_ROW):
+        for p in model.parameters():
+            p.grad = torch.full_like(p, float("nan"))
+        guard.step(optimizer, Precision.named("fp32", CPU), torch.tensor(float("nan")))
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+    with pytest.raises(RunError, match="step 7: the gradient was not finite in 20 steps in a row"):
+        guard.check()
+    assert progress.skipped_steps == 20
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    guard.step(optimizer, Precision.named("fp32", CPU), torch.tensor(1.0))
+    guard.check()
+    assert not torch.equal(model.image_projection.weight, before["image_projection.weight"])
+
+
+def test_random_state_replays() -> None:
+    state = RandomState.read(CPU)
+    first = torch.rand(3)
+    state.restore(CPU)
+    assert torch.equal(torch.rand(3), first)

@@ -1,0 +1,337 @@
+"""`mlip pretrain` as a user runs it: real processes, kill -9, two ranks, full disks."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models_for_tests import small_recipe
+from shards_for_tests import make_dataset
+
+from mlip_cli.recipe import recipe_yaml
+from mlip_cli.train.checkpoint import load_state, load_weights
+
+CHANGES_FROM_RUN_TO_RUN = {"images_per_s", "data_wait_share", "peak_gib"}
+QUIET = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small MLIP recipe on a data set of 40 pictures, 5 steps an epoch."""
+    folder = tmp_path_factory.mktemp("training")
+    data = make_dataset(folder / "train", n=40)
+    made = small_recipe(
+        train=str(data),
+        data={"num_workers": 1, "validation": str(data)},
+        log={"every_steps": 1},
+        evaluate={"every_steps": 4},
+    )
+    made = made.model_copy(update={"train": made.train.model_copy(update={"steps": 12})})
+    (folder / "small.yaml").write_text(recipe_yaml(made))
+    return folder / "small.yaml"
+
+
+def command(recipe: Path | str, *arguments: str, ranks: int = 1) -> list[str]:
+    start = [sys.executable, "-m"]
+    if ranks > 1:
+        start += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"]
+    return [*start, "mlip_cli", "pretrain", str(recipe), *arguments]
+
+
+def run(
+    recipe: Path | str,
+    *arguments: str,
+    ranks: int = 1,
+    before: Callable[[], None] | None = None,
+    cwd: Path | None = None,
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(recipe, *arguments, ranks=ranks), env=QUIET, text=True, capture_output=True, timeout=200, check=False,
+        preexec_fn=before, cwd=cwd,
+    )  # fmt: skip
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in CHANGES_FROM_RUN_TO_RUN} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def whole(recipe: Path) -> Path:
+    """A run that was never stopped."""
+    folder = recipe.parent / "whole"
+    done = run(recipe, "--out", str(folder), "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["step"] == 12
+    return folder
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def lines_in(folder: Path) -> int:
+    path = folder / "metrics.jsonl"
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+def test_a_run_leaves_all_that_later_commands_need(whole: Path) -> None:
+    stamp = json.loads((whole / "run.json").read_text())
+    assert stamp["end_reason"] == "finished"
+    assert stamp["sessions"][0]["command"].startswith("mlip pretrain")
+    assert stamp["versions"]["torch"] == torch.__version__
+    lines = metrics(whole)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 4, 5, 6, 7, 8, 8, 9, 10, 11, 12, 12]
+    assert {"loss", "spatial_global", "frequency_token", "lr", "grad_norm", "scale/spatial_global"} <= lines[0].keys()
+    assert "validation_image_to_text_r1" in lines[4]
+    assert lines[-2]["loss"] < lines[0]["loss"]
+    checkpoint = whole / "checkpoints" / "step_0000012"
+    state = load_state(checkpoint)
+    assert state["progress"] == {"step": 12, "skipped_steps": 0, "bad_samples": 0}
+    assert not [name for name in load_weights(checkpoint) if name.startswith("module.")]
+    assert "finished" not in (whole / "log.txt").read_text()
+    assert "step 12/12" in (whole / "log.txt").read_text()
+    assert (whole.parent / "latest").read_text() == "whole\n"
+
+
+def test_a_finished_run_says_so_without_torch_and_an_existing_folder_is_refused(recipe: Path, whole: Path) -> None:
+    before = (whole / "metrics.jsonl").read_bytes()
+    done = run(recipe, "--out", str(whole), "--resume")
+    assert done.returncode == 0
+    assert "finished already; nothing to do" in done.stderr
+    probe = (
+        "import sys; sys.argv=['mlip','pretrain',*sys.argv[1:]]\nfrom mlip_cli.cli import main\n"
+        "try: main()\nfinally: print('torch' in sys.modules)"
+    )
+    quick = [sys.executable, "-c", probe, str(recipe), "--out", str(whole), "--resume"]
+    assert subprocess.run(quick, text=True, capture_output=True, check=True).stdout.splitlines()[-1] == "False"
+    refused = run(recipe, "--out", str(whole))
+    assert refused.returncode == 2
+    assert refused.stderr.strip() == (
+        f"error: --out {whole}: exists already; add --resume to go on with it, or name another folder"
+    )
+    assert (whole / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("kill_after", [1, 6, 9])
+def test_resume_after_kill_9_gives_the_same_losses_to_the_bit(
+    recipe: Path, whole: Path, tmp_path: Path, kill_after: int
+) -> None:
+    folder = tmp_path / "run"
+    arguments = ["--out", str(folder), "train.checkpoint_every.steps=2"]
+    process = subprocess.Popen(command(recipe, *arguments), env=QUIET, text=True, stderr=subprocess.PIPE)
+    wait_for(lambda: lines_in(folder) >= kill_after, process)
+    process.kill()
+    process.wait()
+    process.stderr.close()  # type: ignore[union-attr]
+    assert lines_in(folder) < 15
+    resumed = run(recipe, *arguments, "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    assert metrics(folder) == metrics(whole)
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == [f"step_00000{n}" for n in ("08", "10", "12")]
+    ours, theirs = (load_weights(f / "checkpoints" / "step_0000012") for f in (folder, whole))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_two_ranks_train_as_one_and_resume_to_the_bit(recipe: Path, whole: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "two"
+    done = run(recipe, "--out", str(folder), "train.checkpoint_every.steps=6", ranks=2)
+    assert done.returncode == 0, done.stderr
+    two, one = metrics(folder), metrics(whole)
+    assert [line["step"] for line in two] == [line["step"] for line in one]
+    for mine, other in zip(two, one, strict=True):
+        for name, value in other.items():
+            assert mine[name] == pytest.approx(value, rel=2e-3, abs=1e-4), (name, mine["step"])
+    again = tmp_path / "again"
+    again.mkdir()
+    for name in ("recipe.yaml", "run.json", "metrics.jsonl"):
+        (again / name).write_bytes((folder / name).read_bytes())
+    (again / "run.json").write_text(json.dumps(json.loads((again / "run.json").read_text()) | {"end_reason": None}))
+    (again / "checkpoints").mkdir()
+    os.rename(folder / "checkpoints" / "step_0000006", again / "checkpoints" / "step_0000006")
+    resumed = run(recipe, "--out", str(again), "--resume", "train.checkpoint_every.steps=6", ranks=2)
+    assert resumed.returncode == 0, resumed.stderr
+    assert metrics(again) == two
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 143)])
+def test_a_signal_saves_and_the_run_goes_on(recipe: Path, whole: Path, tmp_path: Path, number: int, code: int) -> None:
+    folder = tmp_path / "run"
+    process = subprocess.Popen(command(recipe, "--out", str(folder)), env=QUIET, text=True, stderr=subprocess.PIPE)
+    wait_for(lambda: lines_in(folder) >= 2, process)
+    process.send_signal(number)
+    _, words = process.communicate(timeout=60)
+    assert process.returncode == code, words
+    assert "go on with --resume" in words
+    assert "Traceback" not in words
+    step = metrics(folder)[-1]["step"]
+    assert [p.name for p in (folder / "checkpoints").iterdir()] == [f"step_{step:07d}"]
+    if number == signal.SIGINT:
+        resumed = run(recipe, "--out", str(folder), "--resume")
+        assert resumed.returncode == 0, resumed.stderr
+        assert metrics(folder) == metrics(whole)
+
+
+def test_another_recipe_or_other_data_is_refused_on_resume(recipe: Path, whole: Path, tmp_path: Path) -> None:
+    changed = run(recipe, "--out", str(whole), "--resume", "optim.lr=2e-3")
+    assert changed.returncode == 2
+    assert changed.stderr.strip() == (
+        f"error: --resume {whole}: the recipe differs from the one this run began with (optim.lr: 0.001 -> 0.002); "
+        "undo the change, or start a new run with another --out"
+    )
+    permitted = run(recipe, "--out", str(whole), "--resume", "log.every_steps=2", "train.keep.last=1")
+    assert permitted.returncode == 0, permitted.stderr
+
+
+def test_resume_without_out_takes_the_newest_unfinished_run_or_starts_one(recipe: Path, tmp_path: Path) -> None:
+    first = run(recipe, "--resume", "train.steps=3", cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    (folder,) = (p for p in (tmp_path / "runs").iterdir() if p.is_dir())
+    assert folder.name.startswith("small-2")
+    stamp = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps(stamp | {"end_reason": "interrupted"}))
+    second = run(recipe, "--resume", "train.steps=3", cwd=tmp_path)
+    assert second.returncode == 0, second.stderr
+    assert "going on with" in second.stderr
+    assert json.loads((folder / "run.json").read_text())["end_reason"] == "finished"
+    third = run(recipe, "--resume", "train.steps=3", "optim.lr=2e-3", cwd=tmp_path)
+    assert third.returncode == 0, third.stderr
+    assert len([p for p in (tmp_path / "runs").iterdir() if p.is_dir()]) == 2
+
+
+def test_init_starts_a_new_run_from_weights(recipe: Path, whole: Path, tmp_path: Path) -> None:
+    fresh = run(recipe, "--out", str(tmp_path / "new"), f"model.init={whole}", "train.steps=1")
+    assert fresh.returncode == 0, fresh.stderr
+    assert metrics(tmp_path / "new")[0]["spatial_global"] < metrics(whole)[0]["spatial_global"]
+    other = run(recipe, "--out", str(tmp_path / "other"), f"model.init={whole}", "model.embed_dim=24", "train.steps=1")
+    assert other.returncode == 2
+    assert "weights of another model" in other.stderr
+    assert not (tmp_path / "other").exists()
+
+
+def test_micro_batches_train_alike(recipe: Path, whole: Path, tmp_path: Path) -> None:
+    done = run(recipe, "--out", str(tmp_path / "run"), "train.micro_batch_size=3", "train.steps=2")
+    assert done.returncode == 0, done.stderr
+    for mine, other in zip(metrics(tmp_path / "run")[:2], metrics(whole), strict=False):
+        assert mine["spatial_global"] == pytest.approx(other["spatial_global"], rel=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_other_precisions_train(recipe: Path, tmp_path: Path, precision: str) -> None:
+    done = run(
+        recipe, "--out", str(tmp_path / "run"), f"train.precision={precision}", "train.device=cpu", "train.steps=3"
+    )
+    if precision == "fp16":
+        assert done.returncode == 2
+        assert "fp16 needs train.device cuda, not cpu" in done.stderr
+    else:
+        assert done.returncode == 0, done.stderr
+        assert all(line["skipped_steps"] == 0 for line in metrics(tmp_path / "run") if "skipped_steps" in line)
+
+
+def test_a_disk_that_is_full_ends_the_run_with_one_line_and_keeps_the_last_checkpoint(
+    recipe: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    assert run(recipe, "--out", str(folder), "train.checkpoint_every.steps=2", "train.steps=4").returncode == 0
+    stamp = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps(stamp | {"end_reason": None}))
+    state = (folder / "checkpoints" / "step_0000004" / "state.pt").read_bytes()
+    os.rename(folder / "checkpoints" / "step_0000004", tmp_path / "kept")
+
+    def small_files_only() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))
+
+    full = run(
+        recipe,
+        "--out",
+        str(folder),
+        "--resume",
+        "train.checkpoint_every.steps=2",
+        "train.steps=4",
+        before=small_files_only,
+    )
+    assert full.returncode == 1, full.stderr
+    assert full.stderr.splitlines()[-1].startswith(f"error: {folder}/checkpoints/step_0000004: ")
+    assert "Traceback" not in full.stderr
+    assert [p.name for p in (folder / "checkpoints").iterdir()] == ["step_0000002"]
+    assert (
+        run(recipe, "--out", str(folder), "--resume", "train.checkpoint_every.steps=2", "train.steps=4").returncode == 0
+    )
+    assert len((folder / "checkpoints" / "step_0000004" / "state.pt").read_bytes()) == pytest.approx(
+        len(state), rel=0.01
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["data.train=/nowhere"], "/nowhere: no such folder; make it with: mlip prepare-data SOURCE /"),
+        (
+            ["train.global_batch_size=64"],
+            "train.global_batch_size: 64 is more than the 40 samples of data.train; use 40 or less",
+        ),
+        (["model.merging.rate=0.9"], "model.merging.rate=0.9: 0.9 is out of reach"),
+        (["model.init=/nowhere"], "/nowhere: no such run or checkpoint"),
+        (["evaluate.zeroshot=[openmojo]"], "openmojo"),
+    ],
+)
+def test_what_is_wrong_shows_before_anything_is_written(
+    recipe: Path, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    done = run(recipe, "--out", str(tmp_path / "run"), *arguments)
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_batch_that_does_not_divide_by_the_ranks_is_refused(recipe: Path, tmp_path: Path) -> None:
+    done = run(recipe, "--out", str(tmp_path / "run"), "train.global_batch_size=7", ranks=2)
+    assert done.returncode != 0
+    assert "error: train.global_batch_size: 7 does not divide by 2 ranks; use 6 or 8" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_checkpoint_that_is_none_is_refused(recipe: Path, whole: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken" / "checkpoints" / "step_0000001"
+    broken.mkdir(parents=True)
+    (tmp_path / "broken" / "recipe.yaml").write_bytes((whole / "recipe.yaml").read_bytes())
+    (broken / "state.pt").write_bytes(b"not a checkpoint")
+    (broken / "model.safetensors").write_bytes(b"not weights")
+    done = run(recipe, "--out", str(tmp_path / "broken"), "--resume")
+    assert done.returncode == 2
+    assert f"error: {broken}/state.pt: not a whole checkpoint" in done.stderr
+    start = run(recipe, "--out", str(tmp_path / "new"), f"model.init={tmp_path / 'broken'}")
+    assert start.returncode == 2
+    assert f"error: {broken}/model.safetensors: not a whole safetensors file" in start.stderr
+
+
+def test_dry_run_shows_every_value_with_its_origin_and_what_follows(recipe: Path, tmp_path: Path) -> None:
+    done = run(recipe, "--dry-run", "optim.lr=2e-3", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "lr: 0.002" in done.stdout
+    assert "# command line" in done.stdout
+    assert "patch tokens per block: 16 11 8 8 (true merge rate 0.500)" in done.stdout
+    assert "40 samples / 8 = 5 steps an epoch" in done.stdout
+    missing = run("cc12m", "--dry-run", cwd=tmp_path)
+    assert missing.returncode == 0, missing.stderr
+    assert (
+        "missing: data/cc12m/train: no such folder; make it with: mlip prepare-data SOURCE data/cc12m" in missing.stdout
+    )
+    facts = json.loads(run(recipe, "--dry-run", "--json", cwd=tmp_path).stdout)
+    assert facts["patch_tokens_per_block"] == [16, 11, 8, 8]
+    assert facts["steps"] == 12
+    assert list(tmp_path.iterdir()) == []
