@@ -235,8 +235,8 @@ def test_a_rate_that_no_plan_reaches_is_refused_with_the_largest() -> None:
     with pytest.raises(UsageError) as caught:
         resolve(0.8)
     assert str(caught.value) == (
-        "merge rate 0.8: the merge before block 3 would take 196 tokens to 88, and one merge removes at most half; with "
-        "merges before blocks 3, 5 the largest rate is 0.75; lower the rate or add places to model.merging.at"
+        "merge rate 0.8: the merge before block 3 would take 196 tokens to 88, and one merge removes at most half; "
+        "with merges before blocks 3, 5 the largest rate is 0.75; lower the rate or add places to model.merging.at"
     )
     assert resolve(0.75).tokens[-1] == 49
 

@@ -96,5 +96,5 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
         raise UsageError(f"{checkpoint}: not a checkpoint (no {STATE} inside); name a run folder or a checkpoint")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
+    except Exception as error:  # torch raises another type for every kind of damage
         raise UsageError(f"{path}: not a whole checkpoint ({type(error).__name__}); use an earlier one") from error
