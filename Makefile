@@ -33,7 +33,7 @@ demo: $(READY) ## Prepare OpenMoji, pretrain CLIP and MLIP, compare both (minute
 		echo "the demo took $$(($$(date +%s) - start)) s, installation not counted" >&2
 
 test: $(READY) ## Run all tests
-	@$(RUN) -m pytest -q
+	@$(RUN) -m pytest -q -n 2 --dist loadfile
 
 smoke: $(READY) ## Run every command once on real data, in a temporary folder
 	@$(RUN) tests/smoke.py

@@ -1,7 +1,6 @@
 """Where data, model, objective and loop meet."""
 
 import logging
-import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from mlip_cli.commands.evaluators import training_evaluators
+from mlip_cli.commands.evaluators import Evaluator, training_evaluators
 from mlip_cli.commands.loading import find_checkpoint, load_into
 from mlip_cli.commands.run_start import Start
 from mlip_cli.commands.stamp import write_end, write_start
@@ -88,7 +87,7 @@ def train_run(recipe: Recipe, start: Start) -> Run:
                     precision=training.precision,
                     metrics=metrics,
                     show=with_eta(panel, data.total_steps, progress.step),
-                    evaluate=lambda step: measure(training.plain, evaluators),
+                    evaluate=lambda step: measure(training.plain, evaluators, step),
                     save=saver.save,
                     is_save_due=saver.is_due,
                 )
@@ -225,11 +224,13 @@ def with_eta(panel: TrainingPanel, total_steps: int, first_step: int) -> Callabl
     return show
 
 
-def measure(model: CLIP, evaluators: list[Callable[..., dict[str, float]]]) -> dict[str, float]:
-    """All measures of the model as it is, without gradients."""
+def measure(model: CLIP, evaluators: list[Evaluator], step: int) -> dict[str, float]:
+    """All measures of the model as it is, without gradients; each evaluator's in one line."""
     model.eval()
-    with torch.no_grad():
-        measures = {name: value for evaluator in evaluators for name, value in evaluator(model).items()}
-    if measures:
-        say("  ".join(f"{name} {value:.4f}" for name, value in measures.items() if not math.isnan(value)))
+    measures: dict[str, float] = {}
+    for evaluator in evaluators:
+        with torch.no_grad():
+            found = evaluator(model)
+        say(f"step {step}: " + "  ".join(f"{name} {value:.4f}" for name, value in found.items()))
+        measures |= found
     return measures
