@@ -12,6 +12,7 @@ import typer
 
 from mlip_cli import __version__
 from mlip_cli.errors import RunError, Stopped, UsageError
+from mlip_cli.output import is_main, start_logging
 
 DATASETS = ("openmoji", "digits", "imagenet")
 """Names of our own data sets, which nobody means as a RUN."""
@@ -287,8 +288,6 @@ def doctor(json: Json = False) -> None:
 
 def main() -> None:
     """Run the command line and turn what went wrong into one line and an exit code."""
-    from mlip_cli.output import start_logging
-
     start_logging()
     sys.exit(_exit_code())
 
@@ -336,6 +335,8 @@ def _wrong_usage(error: typer.TyperException) -> str:
 def _fail(message: str, code: int) -> int:
     if os.environ.get("MLIP_DEBUG") == "1":
         traceback.print_exc()
+    # every rank speaks up: what is wrong may be wrong on one machine only
+    who = "" if is_main() else f"rank {os.environ['RANK']}: "
     for line in message.splitlines() or [""]:
-        print(f"error: {line}", file=sys.stderr)
+        print(f"{who}error: {line}", file=sys.stderr)
     return code

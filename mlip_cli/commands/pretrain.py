@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from mlip_cli.commands.run_start import choose_start
-from mlip_cli.output import print_json, print_lines, say
+from mlip_cli.output import is_main, print_json, print_lines, say
 from mlip_cli.recipe import load_recipe
 from mlip_cli.run_folder import Run
 
@@ -27,7 +27,8 @@ def pretrain(
         from mlip_cli.commands.training import train_run
 
         run = train_run(loaded.recipe, start)
-    _report(run, as_json=as_json)
+    if is_main():
+        _report(run, as_json=as_json)
 
 
 def _report(run: Run, *, as_json: bool) -> None:
