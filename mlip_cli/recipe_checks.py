@@ -3,10 +3,14 @@
 from collections.abc import Callable, Iterator
 
 from mlip_cli.config import LOSS_NAMES, Recipe
+from mlip_cli.errors import UsageError
+from mlip_cli.merge_plan import MergePlan, default_places, wrong_places
 
 Found = Iterator[tuple[str, str]]
 
 SIZES = ("patch_size", "width", "depth", "num_heads")
+NUM_PREFIX = 1
+"""A tower that is given by its sizes has a class token and no registers."""
 
 
 def _length(recipe: Recipe) -> Found:
@@ -75,47 +79,28 @@ def _patches(recipe: Recipe) -> Found:
 
 
 def _merging(recipe: Recipe) -> Found:
-    merging, depth = recipe.model.merging, recipe.model.vision.depth
+    """Places always; the rate where the number of patches is known, which for towers of timm takes torch."""
+    merging, vision = recipe.model.merging, recipe.model.vision
     if merging is None:
         return
-    at = merging.at
-    if at is not None:
-        shown = "[" + ", ".join(map(str, at)) + "]"
-        if not at:
-            yield "model.merging.at", "no block given; name some, or set model.merging to null"
-        elif list(at) != sorted(set(at)):
-            yield "model.merging.at", f"{shown} does not ascend"
-        elif at[0] < 2:
-            yield (
-                "model.merging.at",
-                f"{shown} starts at block 1, which no attention precedes to guide a merge; start at 2",
-            )
-        elif depth and at[-1] > depth:
-            yield "model.merging.at", f"{shown} goes beyond model.vision.depth {depth}"
-        else:
-            yield from _reach(recipe, len(at), merging.rate)
-    elif depth and depth < 2:
-        yield "model.merging", f"model.vision.depth {depth} has no place to merge; set it to null"
-    elif depth:
-        yield from _reach(recipe, 2 if max(2, depth // 4) + max(2, depth // 6) <= depth else 1, merging.rate)
-
-
-def _reach(recipe: Recipe, num_merges: int, rate: float) -> Found:
-    """One merge takes at most half of the tokens. The exact plan, made with the model, rounds by less than 0.02."""
-    patch = recipe.model.vision.patch_size
-    if not patch or recipe.data.image_size % patch:
+    places = default_places(vision.depth) if merging.at is None and vision.depth else merging.at
+    wrong = wrong_places(places, depth=vision.depth) if places is not None else None
+    if wrong:
+        yield "model.merging.at", wrong
         return
-    patches = left = (recipe.data.image_size // patch) ** 2
-    for _ in range(num_merges):
-        left -= left // 2
-    largest = 1 - left / patches
-    if rate > largest + 0.02:
-        merges = "1 merge" if num_merges == 1 else f"{num_merges} merges"
-        yield (
-            "model.merging.rate",
-            f"{rate:g} is out of reach: {merges} of at most half leave {left} of {patches} patch tokens, "
-            f"a rate of {largest:.2f}; lower it or add blocks to model.merging.at",
+    if not vision.depth or not vision.patch_size or recipe.data.image_size % vision.patch_size:
+        return
+    try:
+        MergePlan.resolve(
+            depth=vision.depth,
+            num_patches=(recipe.data.image_size // vision.patch_size) ** 2,
+            num_prefix=NUM_PREFIX,
+            rate=merging.rate,
+            at=merging.at,
+            method=merging.method,
         )
+    except UsageError as error:
+        yield "model.merging.rate", str(error)
 
 
 def _losses(recipe: Recipe) -> Found:

@@ -14,6 +14,7 @@ PACKAGE = ROOT / "mlip_cli"
 BASE = {
     "errors",
     "files",
+    "merge_plan",
     "output",
     "run_folder",
     "config",

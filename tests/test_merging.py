@@ -13,11 +13,10 @@ from scipy.stats import rankdata
 from timm.models.vision_transformer import Block
 
 from mlip_cli.errors import UsageError
+from mlip_cli.merge_plan import MergePlan, default_places
 from mlip_cli.model.merging import (
     GUIDANCE_STRENGTH,
-    MergePlan,
     compose,
-    default_places,
     distinctness,
     frequency_guidance,
     grid_parity,
@@ -241,10 +240,20 @@ def test_a_rate_that_no_plan_reaches_is_refused_with_the_largest() -> None:
     assert resolve(0.75).tokens[-1] == 49
 
 
-@pytest.mark.parametrize("at", [(1, 3), (3, 2), (2, 2), (5,), ()])
-def test_places_outside_the_tower_are_refused(at: tuple[int, ...]) -> None:
-    with pytest.raises(UsageError, match=r"merging.at: .* must ascend within blocks 2 to 4"):
+@pytest.mark.parametrize(
+    ("at", "message"),
+    [
+        ((1, 3), "[1, 3] starts at block 1, which no attention precedes to guide a merge; start at 2"),
+        ((3, 2), "[3, 2] does not ascend; name each block once, the first one first"),
+        ((2, 2), "[2, 2] does not ascend; name each block once, the first one first"),
+        ((5,), "[5] goes beyond the tower's depth 4; the last block is 4"),
+        ((), "no block given; name some, or set model.merging to null"),
+    ],
+)
+def test_places_outside_the_tower_are_refused(at: tuple[int, ...], message: str) -> None:
+    with pytest.raises(UsageError) as caught:
         resolve(0.3, depth=4, at=at)
+    assert str(caught.value) == f"model.merging.at: {message}"
 
 
 @pytest.mark.parametrize("method", ["guided", "tome"])

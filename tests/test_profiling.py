@@ -9,8 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mlip_cli import config
 from mlip_cli.commands import costs
+from mlip_cli.merge_plan import MergePlan
 from mlip_cli.model.clip import CLIP, set_fused_attention
-from mlip_cli.model.merging import MergePlan
 from mlip_cli.profiling import BlockSizes, global_filter_gflops, measure_interleaved, merge_macs, peak_memory
 
 LOSSES = {name: "infonce" if name.endswith("global") else "sparc" for name in config.LOSS_NAMES}

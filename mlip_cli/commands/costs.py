@@ -5,8 +5,8 @@ from typing import Any
 
 from torch import nn
 
+from mlip_cli.merge_plan import MergePlan
 from mlip_cli.model.clip import CLIP
-from mlip_cli.model.merging import MergePlan
 from mlip_cli.model.vision import ObservedBlock
 from mlip_cli.profiling import (
     BlockSizes,

@@ -10,8 +10,8 @@ from mlip_cli.config import Recipe
 from mlip_cli.data.tokenizer import Tokenizer
 from mlip_cli.distributed import pick_device
 from mlip_cli.errors import UsageError
+from mlip_cli.merge_plan import MergePlan
 from mlip_cli.model.clip import CLIP, build_model, set_fused_attention
-from mlip_cli.model.merging import MergePlan
 from mlip_cli.recipe import load_recipe
 from mlip_cli.run_folder import Run, find_checkpoint
 from mlip_cli.train.checkpoint import load_weights

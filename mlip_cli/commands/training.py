@@ -22,8 +22,8 @@ from mlip_cli.distributed import from_main, pick_device, process_group, rank, wo
 from mlip_cli.errors import Stopped
 from mlip_cli.files import write_text
 from mlip_cli.losses.objective import Objective
+from mlip_cli.merge_plan import MOST_IN_ONE_MERGE
 from mlip_cli.model.clip import CLIP, build_model, set_fused_attention
-from mlip_cli.model.merging import MOST_IN_ONE_MERGE
 from mlip_cli.output import TrainingPanel, is_main, logger, say, training_panel, warn
 from mlip_cli.recipe import absolute_paths, recipe_yaml
 from mlip_cli.run_folder import Run, remember_latest

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from mlip_cli.config import LOSS_NAMES, Recipe
 from mlip_cli.config import Model as ModelConfig
+from mlip_cli.merge_plan import MergePlan
 from mlip_cli.model.frequency import FrequencyBranch
-from mlip_cli.model.merging import MergePlan
 from mlip_cli.model.text import TextTower, pool_text, word_mask
 from mlip_cli.model.vision import ImageTower, Tower
 from mlip_cli.types import Batch, Encoded, ImageFeatures

@@ -1,123 +1,20 @@
-"""Token merging as pure functions: a static plan, a matching, a weighted mean. No state lives in modules.
+"""Token merging as pure functions: a matching, a weighted mean, guidance. No state lives in modules.
 
 Sources: bipartite soft matching and proportional attention, "Token Merging: Your ViT But Faster" (Bolya et al., ICLR
 2023); guidance by the spatial and the frequency domain, our reading of MLIP (Zhang et al., ICML 2024).
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from mlip_cli.errors import UsageError
 
 GUIDANCE_STRENGTH = 0.25
 """How much a patch's guidance in [0, 1] weighs against a cosine similarity; our choice."""
 
 SPATIAL_SHARE = 0.5
 """Share of the spatial guidance in the mix of both domains; our choice."""
-
-MOST_IN_ONE_MERGE = 0.35
-"""Above this share a single merge leaves guidance little to decide."""
-
-
-def default_places(depth: int) -> tuple[int, ...]:
-    """Two places in the first half of the tower: 4 -> (2, 4), 6 -> (2, 4), 12 -> (3, 5), 24 -> (6, 10)."""
-    first = max(2, depth // 4)
-    second = first + max(2, depth // 6)
-    return (first, second) if second <= depth else (first,)
-
-
-def largest_rate(num_patches: int, num_merges: int) -> float:
-    """Rate that merges of at most half of the tokens reach, to three digits, rounded down."""
-    left = num_patches
-    for _ in range(num_merges):
-        left -= left // 2
-    return math.floor(1000 * (1 - left / num_patches)) / 1000
-
-
-@dataclass(frozen=True)
-class MergePlan:
-    """How many patch tokens each block sees: Python integers, so shapes are static."""
-
-    tokens: tuple[int, ...]
-    """Patch tokens inside each block."""
-    num_patches: int
-    """Patch tokens before any merge."""
-    num_prefix: int
-    """Class and register tokens; they never merge."""
-    method: str
-    """`guided` or `tome`."""
-    at: tuple[int, ...]
-    """Blocks before which tokens merge, counted from 1."""
-
-    @property
-    def rate(self) -> float:
-        """Fraction of the patch tokens that is gone at the end of the tower: the true one, after rounding."""
-        return 1 - self.tokens[-1] / self.num_patches
-
-    @property
-    def merges(self) -> dict[int, int]:
-        """Block -> patch tokens after the merge before it."""
-        return {block: self.tokens[block - 1] for block in self.at}
-
-    @property
-    def largest_merge(self) -> float:
-        """Largest share of tokens that one merge removes."""
-        before = (self.num_patches, *self.tokens)
-        return max((1 - self.tokens[b - 1] / before[b - 1] for b in self.at), default=0.0)
-
-    @classmethod
-    def resolve(
-        cls,
-        *,
-        depth: int,
-        num_patches: int,
-        num_prefix: int,
-        rate: float,
-        at: Sequence[int] | None,
-        method: str,
-        multiple_of: int = 8,
-    ) -> Self:
-        """Spread `rate` evenly (geometrically) over the merges before the blocks `at`.
-
-        A token count is rounded so that patches and prefix together are a `multiple_of`, where that changes the rate
-        by less than 0.02.
-
-        Raises:
-            UsageError: places outside the tower, or a rate that needs a merge to remove more than half of the tokens.
-        """
-        places = tuple(at) if at is not None else default_places(depth)
-        if rate == 0:
-            return cls((num_patches,) * depth, num_patches, num_prefix, method, ())
-        if not places or list(places) != sorted(set(places)) or places[0] < 2 or places[-1] > depth:
-            raise UsageError(f"merging.at: {list(places)} must ascend within blocks 2 to {depth}")
-        counts: list[int] = []
-        before = num_patches
-        for i, place in enumerate(places, start=1):
-            wanted = round(num_patches * (1 - rate) ** (i / len(places)))
-            rounded = round((wanted + num_prefix) / multiple_of) * multiple_of - num_prefix
-            least = max(1, before - before // 2)
-            fits = least <= rounded <= before and abs(rounded - wanted) < 0.02 * num_patches
-            count = rounded if fits else wanted
-            if count < least:
-                raise UsageError(
-                    f"merge rate {rate:g}: the merge before block {place} would take {before} tokens to {count}, and "
-                    f"one merge removes at most half; with merges before blocks {', '.join(map(str, places))} the "
-                    f"largest rate is {largest_rate(num_patches, len(places)):g}; lower the rate or add places to "
-                    "model.merging.at"
-                )
-            counts.append(count)
-            before = count
-        tokens = tuple(
-            next((c for p, c in zip(reversed(places), reversed(counts), strict=True) if p <= block), num_patches)
-            for block in range(1, depth + 1)
-        )
-        return cls(tokens, num_patches, num_prefix, method, places)
 
 
 def grid_parity(h: int, w: int, *, device: torch.device | None = None) -> Tensor:

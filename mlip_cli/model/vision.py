@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from mlip_cli.config import Vision
 from mlip_cli.errors import UsageError
+from mlip_cli.merge_plan import MergePlan
 from mlip_cli.model.merging import (
-    MergePlan,
     compose,
     distinctness,
     frequency_guidance,

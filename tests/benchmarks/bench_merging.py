@@ -14,8 +14,8 @@ import torch
 from mlip_cli.commands.costs import image_gflops
 from mlip_cli.commands.profile import device_name
 from mlip_cli.config import Model, Text, Vision
+from mlip_cli.merge_plan import MergePlan
 from mlip_cli.model.clip import CLIP, set_fused_attention
-from mlip_cli.model.merging import MergePlan
 from mlip_cli.output import print_lines, print_table
 from mlip_cli.profiling import measure_interleaved
 

@@ -1,0 +1,123 @@
+"""How many patch tokens each block of an image tower sees: arithmetic, so that a recipe is checked without torch."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+from mlip_cli.errors import UsageError
+
+MOST_IN_ONE_MERGE = 0.35
+"""Above this share a single merge leaves guidance little to decide."""
+
+
+def default_places(depth: int) -> tuple[int, ...]:
+    """Two places in the first half of the tower: 4 -> (2, 4), 6 -> (2, 4), 12 -> (3, 5), 24 -> (6, 10)."""
+    first = max(2, depth // 4)
+    second = first + max(2, depth // 6)
+    return (first, second) if second <= depth else (first,)
+
+
+def wrong_places(places: Sequence[int], *, depth: int | None) -> str | None:
+    """What is wrong with merges before these blocks, and what to do; None for nothing. `depth` None is not known."""
+    shown = "[" + ", ".join(map(str, places)) + "]"
+    if not places:
+        return "no block given; name some, or set model.merging to null"
+    if list(places) != sorted(set(places)):
+        return f"{shown} does not ascend; name each block once, the first one first"
+    if places[0] < 2:
+        return f"{shown} starts at block 1, which no attention precedes to guide a merge; start at 2"
+    if depth is not None and places[-1] > depth:
+        cure = f"the last block is {depth}" if depth >= 2 else "set model.merging to null"
+        return f"{shown} goes beyond the tower's depth {depth}; {cure}"
+    return None
+
+
+def largest_rate(num_patches: int, num_merges: int) -> float:
+    """Rate that merges of at most half of the tokens reach, to three digits, rounded down."""
+    left = num_patches
+    for _ in range(num_merges):
+        left -= left // 2
+    return math.floor(1000 * (1 - left / num_patches)) / 1000
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """How many patch tokens each block sees: Python integers, so shapes are static."""
+
+    tokens: tuple[int, ...]
+    """Patch tokens inside each block."""
+    num_patches: int
+    """Patch tokens before any merge."""
+    num_prefix: int
+    """Class and register tokens; they never merge."""
+    method: str
+    """`guided` or `tome`."""
+    at: tuple[int, ...]
+    """Blocks before which tokens merge, counted from 1."""
+
+    @property
+    def rate(self) -> float:
+        """Fraction of the patch tokens that is gone at the end of the tower: the true one, after rounding."""
+        return 1 - self.tokens[-1] / self.num_patches
+
+    @property
+    def merges(self) -> dict[int, int]:
+        """Block -> patch tokens after the merge before it."""
+        return {block: self.tokens[block - 1] for block in self.at}
+
+    @property
+    def largest_merge(self) -> float:
+        """Largest share of tokens that one merge removes."""
+        before = (self.num_patches, *self.tokens)
+        return max((1 - self.tokens[b - 1] / before[b - 1] for b in self.at), default=0.0)
+
+    @classmethod
+    def resolve(
+        cls,
+        *,
+        depth: int,
+        num_patches: int,
+        num_prefix: int,
+        rate: float,
+        at: Sequence[int] | None,
+        method: str,
+        multiple_of: int = 8,
+    ) -> Self:
+        """Spread `rate` evenly (geometrically) over the merges before the blocks `at`.
+
+        A token count is rounded so that patches and prefix together are a `multiple_of`, where that changes the rate
+        by less than 0.02.
+
+        Raises:
+            UsageError: places outside the tower, or a rate that needs a merge to remove more than half of the tokens.
+        """
+        places = tuple(at) if at is not None else default_places(depth)
+        if rate == 0:
+            return cls((num_patches,) * depth, num_patches, num_prefix, method, ())
+        wrong = wrong_places(places, depth=depth)
+        if wrong:
+            raise UsageError(f"model.merging.at: {wrong}")
+        blocks = f"block{'s' if len(places) > 1 else ''} {', '.join(map(str, places))}"
+        counts: list[int] = []
+        before = num_patches
+        for i, place in enumerate(places, start=1):
+            wanted = round(num_patches * (1 - rate) ** (i / len(places)))
+            rounded = round((wanted + num_prefix) / multiple_of) * multiple_of - num_prefix
+            least = max(1, before - before // 2)
+            fits = least <= rounded <= before and abs(rounded - wanted) < 0.02 * num_patches
+            count = rounded if fits else wanted
+            if count < least:
+                raise UsageError(
+                    f"merge rate {rate:g}: the merge before block {place} would take {before} tokens to {count}, and "
+                    f"one merge removes at most half; with merges before {blocks} the "
+                    f"largest rate is {largest_rate(num_patches, len(places)):g}; lower the rate or add places to "
+                    "model.merging.at"
+                )
+            counts.append(count)
+            before = count
+        tokens = tuple(
+            next((c for p, c in zip(reversed(places), reversed(counts), strict=True) if p <= block), num_patches)
+            for block in range(1, depth + 1)
+        )
+        return cls(tokens, num_patches, num_prefix, method, places)
