@@ -56,7 +56,7 @@ def _flat(lists: list[list]) -> list:
 def _checked_run(value: str) -> str:
     """A RUN that is a number is the tail of a list that was written with spaces."""
     if value.replace(".", "", 1).isdigit() and not Path(value).exists():
-        raise typer.BadParameter(f"{value!r} is a number, no run; lists take commas, as in --rates 0.3,{value}")
+        raise typer.BadParameter(f"{value!r} is a number, no run; lists take commas, as in 0.3,{value}")
     return value
 
 
@@ -326,6 +326,8 @@ def _wrong_usage(error: typer.TyperException) -> str:
         return f"{place}: {option}: recipe keys have no dashes; write {option.removeprefix('--')}=VALUE"
     message = re.sub(r"\. Did you mean| \(Did you mean", "; did you mean", message)
     message = re.sub(r" \(Possible options: (.*)\)", r"; did you mean \1?", message)
+    if isinstance(error.__cause__, ValueError) and hasattr(error.__cause__, "errors"):  # a bound, checked by pydantic
+        message = message.replace("Input should", f"{error.__cause__.errors()[0]['input']} should")
     message = re.sub(r"^Invalid value for '([^']*)': (?:Value error, )?", r"\1: ", message)
     cure = "" if ";" in message else f"; try {place} --help"
     is_sentence = message[1:2].islower()

@@ -4,8 +4,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-GLOBAL_LOSSES = ("infonce", "sigmoid")
-TOKEN_LOSSES = ("sparc",)
 LOSS_NAMES = ("spatial_global", "spatial_token", "frequency_global", "frequency_token")
 
 Positive = Annotated[int, Field(gt=0)]

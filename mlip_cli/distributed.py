@@ -1,4 +1,4 @@
-"""Ranks: start and stop, a differentiable gather, means over ranks. One process needs none of it and pays nothing."""
+"""Ranks and their devices: start and stop, a differentiable gather, means over ranks. One process pays nothing."""
 
 import os
 from collections.abc import Iterator
@@ -41,6 +41,14 @@ def pick_device(name: str) -> torch.device:
     if name == "cuda":
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device(name)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until `device` has done all it was given, so that a clock shows the work and not its queueing."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
 
 
 @contextmanager

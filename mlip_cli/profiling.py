@@ -27,6 +27,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from mlip_cli.distributed import synchronize
+
 GIBIBYTE = 2**30
 
 
@@ -152,18 +154,11 @@ def measure_interleaved(
 
 
 def _seconds(function: Callable[[], object], device: torch.device) -> float:
-    _synchronize(device)
+    synchronize(device)
     start = time.perf_counter()
     function()
-    _synchronize(device)
+    synchronize(device)
     return time.perf_counter() - start
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
 
 
 def _timing(first: NDArray[np.float64], seconds: NDArray[np.float64], *, resamples: int = 2000) -> Timing:
@@ -198,11 +193,11 @@ def peak_memory(function: Callable[[], object], *, device: torch.device | str) -
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         function()
-        _synchronize(device)
+        synchronize(device)
         return PeakMemory(torch.cuda.max_memory_allocated(device) / GIBIBYTE, "tensors on the GPU")
     was_reset = _reset_high_water()
     function()
-    _synchronize(device)
+    synchronize(device)
     if was_reset:
         return PeakMemory(_high_water_kib() / 2**20, "resident memory of the process, libraries included")
     unit = 1 if platform.system() == "Darwin" else 1024  # macOS counts bytes

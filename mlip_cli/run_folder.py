@@ -1,6 +1,7 @@
 """The run folder, all that passes between commands: names, the stamp, and how to find the newest run. Paths only."""
 
 import json
+import re
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -106,6 +107,9 @@ def find_checkpoint(target: str | None) -> tuple[Run, Path]:
             raise UsageError(f"{path}: this run has no checkpoint yet; go on with it: mlip pretrain --resume")
         return run, newest
     run = Run(path.parent.parent)
-    if not run.recipe.is_file():
-        raise UsageError(f"{path}: not a run folder (no recipe.yaml) and not a checkpoint of one")
+    if not run.recipe.is_file() or not path.is_dir() or not re.fullmatch(r"step_\d+", path.name):
+        raise UsageError(
+            f"{path}: not a run folder (no recipe.yaml) and not a checkpoint of one; "
+            "name RUN, or RUN/checkpoints/step_NUMBER"
+        )
     return run, path

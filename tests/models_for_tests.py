@@ -1,12 +1,16 @@
 """Small real recipes and batches for tests."""
 
 import json
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from mlip_cli.config import Recipe
 from mlip_cli.model.clip import CLIP, build_model
+from mlip_cli.recipe import recipe_yaml
+from mlip_cli.train.checkpoint import save_checkpoint
 from mlip_cli.types import Batch
 
 BOS, EOS = 49406, 49407
@@ -37,6 +41,15 @@ def small_model(recipe: Recipe | None = None, *, dtype: torch.dtype = torch.floa
     """A model with fixed random weights."""
     torch.manual_seed(seed)
     return build_model(recipe or small_recipe()).to(dtype)
+
+
+def make_run(folder: Path, *, mlip: bool, seed: int = 0, zeroshot: Sequence[str] = ()) -> None:
+    """A run with one checkpoint, of step 8, of fixed random weights."""
+    recipe = small_recipe(mlip=mlip, evaluate={"zeroshot": list(zeroshot)})
+    weights = small_model(recipe, dtype=torch.float32, seed=seed).state_dict()
+    folder.mkdir(parents=True)
+    (folder / "recipe.yaml").write_text(recipe_yaml(recipe))
+    save_checkpoint(folder / "checkpoints", step=8, weights=weights, state={"step": 8})
 
 
 def small_batch(n: int = 8, *, length: int = 10, seed: int = 0, words: list[int] | None = None) -> Batch:

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from shards_for_tests import make_dataset
 
+from mlip_cli.cli import DATASETS
 from mlip_cli.commands.evaluators import READERS
 from mlip_cli.errors import RunError, UsageError
 from mlip_cli.evaluate import imagenet
@@ -61,12 +62,16 @@ def write_tar(path: Path, members: dict[str, bytes]) -> None:
 # names ---------------------------------------------------------------------------------------------------------------
 
 
-def test_unknown_name_gets_a_guess_and_the_list(tmp_path: Path) -> None:
-    message = usage_error("cifer10", tmp_path)
-    assert message.startswith(
-        "unknown data set 'cifer10'; did you mean cifar10? There are openmoji, digits, imagenet, "
-    )
+def test_unknown_name_gets_a_guess_or_the_list(tmp_path: Path) -> None:
+    assert usage_error("cifer10", tmp_path) == "unknown data set 'cifer10'; did you mean cifar10?"
+    message = usage_error("things", tmp_path)
+    assert message.startswith("unknown data set 'things'; there are openmoji, digits, imagenet, folder:PATH, ")
     assert "\n" not in message
+
+
+def test_the_command_line_knows_our_names(tmp_path: Path) -> None:
+    assert all(usage_error(name, tmp_path).startswith(f"{name}: ") for name in DATASETS if name != "digits")
+    assert usage_error("thing", tmp_path).partition("there are ")[2].startswith(", ".join(DATASETS))
 
 
 def test_clip_benchmark_knows_all_names_that_we_offer() -> None:

@@ -73,7 +73,7 @@ def test_help_of_every_command_ends_with_an_example(command: str) -> None:
         ),
         (
             ["profile", "--rounds", "1"],
-            "mlip profile: --rounds: Input should be greater than or equal to 3; try mlip profile --help",
+            "mlip profile: --rounds: 1 should be greater than or equal to 3; try mlip profile --help",
         ),
         (["doctor", "a", "b"], "mlip doctor: got unexpected extra argument(s) (a b); try mlip doctor --help"),
     ],

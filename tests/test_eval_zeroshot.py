@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from models_for_tests import small_model, small_recipe
+from models_for_tests import make_run, small_model, small_recipe
 from PIL import Image
 from shards_for_tests import index_shard, make_dataset
 
@@ -26,18 +26,7 @@ from mlip_cli.evaluate.sources import OPENMOJI_GROUPS, open_benchmark
 from mlip_cli.evaluate.statistics import mcnemar
 from mlip_cli.evaluate.zeroshot import class_embeddings, normalized
 from mlip_cli.files import write_json
-from mlip_cli.recipe import recipe_yaml
 from mlip_cli.train.checkpoint import save_checkpoint
-
-
-def make_run(folder: Path, *, mlip: bool, seed: int = 0, zeroshot: tuple[str, ...] = ()) -> Path:
-    """A run with one checkpoint of fixed random weights."""
-    recipe = small_recipe(mlip=mlip, evaluate={"zeroshot": list(zeroshot)})
-    model = small_model(recipe, dtype=torch.float32, seed=seed)
-    folder.mkdir(parents=True)
-    (folder / "recipe.yaml").write_text(recipe_yaml(recipe))
-    save_checkpoint(folder / "checkpoints", step=8, weights=model.state_dict(), state={"step": 8})
-    return folder
 
 
 def make_openmoji(folder: Path, n: int = 30) -> None:
@@ -200,8 +189,20 @@ def test_nothing_but_wrong_usage_is_wrong_usage(place: Path) -> None:
     with pytest.raises(UsageError) as error:
         evaluate("runs/clip", datasets=["imagenet", "cifar10"])
     assert [line.split(":")[0] for line in str(error.value).splitlines()] == ["imagenet", "cifar10"]
+    Path("runs/clip/checkpoints/other").mkdir()
     with pytest.raises(UsageError, match=r"runs/none: no such run or checkpoint"):
         evaluate("runs/none", datasets=["openmoji"])
+    for target in (
+        "data",
+        "runs/clip/checkpoints/other",
+        "runs/clip/checkpoints/step_0000008/state.pt",
+    ):
+        with pytest.raises(UsageError) as error:
+            evaluate(target, datasets=["openmoji"])
+        assert str(error.value) == (
+            f"{target}: not a run folder (no recipe.yaml) and not a checkpoint of one; "
+            "name RUN, or RUN/checkpoints/step_NUMBER"
+        )
     with pytest.raises(UsageError, match=r"merge rate 0\.9"):
         evaluate("runs/clip", datasets=["openmoji"], rates=(0.9,))
     Path("runs/clip/checkpoints/step_0000008/model.safetensors").write_text("no weights")
@@ -215,7 +216,7 @@ def test_comparison_is_paired() -> None:
     other = {"run": "a", "merge_rate": 0.5, "right": {"acc1": "1000010011"}}
     found = compared([first, other])[1]["compared_to_first"]
     assert found["first"] == {"run": "a", "merge_rate": 0.0}
-    expected = {"difference": -0.2, "only_first_right": 2, "only_this_right": 0, "p": mcnemar(2, 0)}
+    expected = {"difference": -0.2, "won": 0, "lost": 2, "p": mcnemar(2, 0)}
     assert found["acc1"] == expected
 
 

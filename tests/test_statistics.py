@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from mlip_cli.evaluate.statistics import chance_at, mcnemar, mean_recall_interval, wilson
+from mlip_cli.evaluate.statistics import chance_at, mcnemar, mean_recall_interval, paired, wilson
 
 
 @pytest.mark.parametrize(("hits", "n"), [(0, 1), (0, 374), (37, 374), (25_000, 50_000), (9, 9)])
@@ -63,3 +63,8 @@ def test_mean_recall_interval_of_one_class_is_agresti_and_coulls() -> None:
     share = 10 / 44  # 8 of 40, with two hits and two misses more
     half = 1.96 * np.sqrt(share * (1 - share) / 44)
     assert mean_recall_interval([8], [40]) == pytest.approx((share - half, share + half), abs=1e-5)
+
+
+def test_paired_differences() -> None:
+    assert paired("11100", "10011") == {"difference": 0.0, "won": 2, "lost": 2, "p": 1.0}
+    assert paired("11110", "00000") == {"difference": -0.8, "won": 0, "lost": 4, "p": mcnemar(4, 0)}

@@ -55,14 +55,13 @@ class MergedEncoder:
 
 
 def at_rate(model: CLIP, rate: float | None, method: str | None = None) -> MergedEncoder:
-    """`model` at a merge rate; None is the recipe's own.
+    """`model` at a merge rate, None being the recipe's own rate and method; `method` None is the recipe's.
 
     Raises:
         UsageError: no plan reaches the rate.
     """
-    if rate is None and method is None:
-        return MergedEncoder(model, model.plan)
-    return MergedEncoder(model, model.merge_plan(model.plan.rate if rate is None else rate, method))
+    assert rate is not None or method is None, "a method without a rate"
+    return MergedEncoder(model, model.plan if rate is None else model.merge_plan(rate, method))
 
 
 def load_run(target: str | None, *, device: str) -> LoadedRun:

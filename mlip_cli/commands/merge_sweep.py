@@ -12,10 +12,11 @@ from mlip_cli.commands.costs import image_gflops
 from mlip_cli.commands.evaluators import measure_runs
 from mlip_cli.commands.loading import LoadedRun, MergedEncoder, at_rate, load_run
 from mlip_cli.commands.profile import device_name, ratio
+from mlip_cli.commands.zeroshot_tables import INTERVALS, percent, score
 from mlip_cli.config import Merging
 from mlip_cli.errors import UsageError
 from mlip_cli.evaluate.benchmarks import Benchmark, data_root, find_benchmark
-from mlip_cli.evaluate.statistics import mcnemar
+from mlip_cli.evaluate.statistics import paired
 from mlip_cli.files import write_json
 from mlip_cli.output import print_json, print_lines, print_table, progress, say
 from mlip_cli.profiling import Timing, measure_interleaved, peak_memory
@@ -194,18 +195,12 @@ def agreement(unmerged: str, merged: str) -> float:
     return sum(a == b for a, b in pairs) / len(pairs)
 
 
-def paired(unmerged: str, merged: str) -> dict[str, Any]:
-    """Difference of two strings of hits (`1`) and misses on the same pictures, with McNemar's exact test."""
-    lost = sum(a > b for a, b in zip(unmerged, merged, strict=True))
-    won = sum(a < b for a, b in zip(unmerged, merged, strict=True))
-    return {"difference": (won - lost) / len(merged), "won": won, "lost": lost, "p": mcnemar(lost, won)}
-
-
 def show(result: dict[str, Any]) -> None:
     """The sweep for a person."""
     rows = [
         [
             *names(point),
+            f"{point['true_rate']:.3f}",
             " ".join(map(str, point["tokens_per_block"])),
             f"{point['gflops']:.3g}",
             f"{point['images_per_s']:,.1f}",
@@ -214,10 +209,11 @@ def show(result: dict[str, Any]) -> None:
         ]
         for point in result["points"]
     ]
-    columns = ["method", "rate", "tokens per block", "GFLOPs", "images/s", "x rate 0 (95 %)", "by FLOPs"]
+    columns = ["method", "rate", "true rate", "tokens per block", "GFLOPs", "images/s", "x rate 0 (95 %)", "by FLOPs"]
     print_table(columns, rows)
     print_lines(
-        f"batch of {result['batch_size']} on {result['device']}, {result['device_name']}, {result['threads']} threads, "
+        f"batch of {result['batch_size']}, fp32, on {result['device']}, {result['device_name']}, "
+        f"{result['threads']} threads, "
         f"torch {result['torch']}"
     )
     for dataset in result["datasets"]:
@@ -230,24 +226,21 @@ def show_dataset(dataset: dict[str, Any]) -> None:
     columns = ["method", "rate", "mean recall %", "top-1 %", *(["name R@5 %"] if has_names else [])]
     rows = []
     for point in dataset["points"]:
-        row = [*names(point), interval(point, "mean_per_class_recall"), interval(point, "acc1")]
+        row = [*names(point), score(point, "mean_per_class_recall"), score(point, "acc1")]
         if has_names:
-            row.append(interval(point["names"], "r5"))
-        rows.append([*row, f"{100 * point['agreement']:.1f}", *versus(point)])
-    title = f"\n{dataset['dataset']}: {dataset['n']:,} pictures, chance {100 * dataset['chance']:.1f} %"
-    print_lines(title)
+            row.append(score(point["names"], "r5"))
+        rows.append([*row, percent(point["agreement"]), *versus(point)])
+    chance = f"chance {percent(dataset['chance'])} %"
+    if has_names:
+        chance += f", of name R@5 {percent(dataset['points'][0]['names']['r5_chance'])} %"
+    print_lines(f"\n{dataset['dataset']}: {dataset['n']:,} pictures, {chance}; {INTERVALS}")
     print_table([*columns, "same top-1 %", "won/lost", "p"], rows)
+    print_lines("won/lost: pictures that only this setting, or only rate 0, puts first; p: McNemar's exact test")
 
 
 def names(point: dict[str, Any]) -> list[str]:
-    """Method and true rate of a row."""
-    return [point["method"] or "none", f"{point['true_rate']:.2f}"]
-
-
-def interval(scores: dict[str, Any], name: str) -> str:
-    """31.6 (28.0-35.4), in per cent."""
-    low, high = scores[f"{name}_interval"]
-    return f"{100 * scores[name]:.1f} ({100 * low:.1f}-{100 * high:.1f})"
+    """Method and rate of a row, as asked for."""
+    return [point["method"] or "none", f"{point['rate']:g}"]
 
 
 def versus(point: dict[str, Any]) -> list[str | None]:

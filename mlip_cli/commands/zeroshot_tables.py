@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from mlip_cli.evaluate.statistics import mcnemar
+from mlip_cli.evaluate.statistics import paired
 from mlip_cli.output import print_lines, print_table
 
 Result = dict[str, Any]
@@ -18,17 +18,10 @@ def compared(results: Sequence[Result]) -> list[Result]:
 
 
 def _comparison(first: Result, other: Result) -> Result:
-    measures: Result = {"first": {"run": first["run"], "merge_rate": first["merge_rate"]}}
-    for name, answers in other["right"].items():
-        pairs = list(zip(first["right"][name], answers, strict=True))
-        only_first, only_this = pairs.count(("1", "0")), pairs.count(("0", "1"))
-        measures[name] = {
-            "difference": (only_this - only_first) / len(pairs),
-            "only_first_right": only_first,
-            "only_this_right": only_this,
-            "p": mcnemar(only_first, only_this),
-        }
-    return measures
+    return {
+        "first": {"run": first["run"], "merge_rate": first["merge_rate"]},
+        **{name: paired(first["right"][name], answers) for name, answers in other["right"].items()},
+    }
 
 
 def without_answers(result: Result) -> Result:
@@ -56,11 +49,11 @@ def _print_named(group: Sequence[Result]) -> None:
             (
                 result["run"],
                 _rate(result),
-                _score(result, "mean_per_class_recall"),
-                _score(result["names"], "r1"),
-                _score(result["names"], "r5"),
+                score(result, "mean_per_class_recall"),
+                score(result["names"], "r1"),
+                score(result["names"], "r5"),
                 result["n"],
-                _percent(result["chance"]),
+                percent(result["chance"]),
                 f"{result['images_per_s']:,.0f}",
             )
             for result in group
@@ -69,8 +62,8 @@ def _print_named(group: Sequence[Result]) -> None:
     )
     names = first["names"]
     print_lines(
-        f"chance: group recall {_percent(first['chance'])} % ({first['num_classes']} groups), "
-        f"name R@1 {_percent(names['r1_chance'])} %, R@5 {_percent(names['r5_chance'])} % "
+        f"chance: group recall {percent(first['chance'])} % ({first['num_classes']} groups), "
+        f"name R@1 {percent(names['r1_chance'])} %, R@5 {percent(names['r5_chance'])} % "
         f"({names['num_candidates']} names); {INTERVALS}"
     )
     print_lines("")
@@ -82,11 +75,11 @@ def _print_plain(groups: Sequence[Sequence[Result]], *, failed: Sequence[str]) -
             result["run"],
             result["dataset"],
             _rate(result),
-            _score(result, "acc1"),
-            _percent(result["acc5"]),
-            _percent(result["mean_per_class_recall"]),
+            score(result, "acc1"),
+            percent(result["acc5"]),
+            percent(result["mean_per_class_recall"]),
             result["n"],
-            _percent(result["chance"]),
+            percent(result["chance"]),
             f"{result['images_per_s']:,.0f}",
         )
         for group in groups
@@ -103,13 +96,15 @@ def _rate(result: Result) -> str:
     return f"{rate:.2g}"
 
 
-def _percent(share: float | None) -> str | None:
+def percent(share: float | None) -> str | None:
+    """0.316 -> 31.6"""
     return None if share is None else f"{100 * share:.1f}"
 
 
-def _score(scores: Result, name: str) -> str:
+def score(scores: Result, name: str) -> str:
+    """A fraction with its interval, in per cent: 31.6 (28.0-35.4)."""
     low, high = scores[f"{name}_interval"]
-    return f"{_percent(scores[name])} [{_percent(low)}, {_percent(high)}]"
+    return f"{percent(scores[name])} ({percent(low)}-{percent(high)})"
 
 
 def _checkpoints(results: Sequence[Result]) -> str:

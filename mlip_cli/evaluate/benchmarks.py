@@ -85,8 +85,8 @@ def find_benchmark(name: str, *, root: Path) -> Benchmark:
     if name.startswith("wds/"):
         return _web_shards(name, root)
     close = difflib.get_close_matches(name, ("openmoji", "digits", "imagenet", *CLIP_BENCHMARK), n=1)
-    guess = f"did you mean {close[0]}? " if close else ""
-    raise UsageError(f"unknown data set {name!r}; {guess}There are {FAMILIES}")
+    guess = f"did you mean {close[0]}?" if close else f"there are {FAMILIES}"
+    raise UsageError(f"unknown data set {name!r}; {guess}")
 
 
 def class_folders(folder: Path) -> list[Path]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mlip_cli.distributed import synchronize
 from mlip_cli.evaluate.pictures import Pictures
 from mlip_cli.evaluate.retrieval import ranks, recalls
 from mlip_cli.evaluate.zeroshot import class_embeddings, classification, normalized, top_classes
@@ -64,10 +65,10 @@ class _Contestant:
         if self.has_frequency is None:
             self.encoder.encode_image(images)  # the first call of a shape chooses kernels and allocates
             self.has_frequency = self.encoder.image_features(images[:1]).frequency is not None
-        _wait(self.device)
+        synchronize(self.device)
         started = time.perf_counter()
         spatial = self.encoder.encode_image(images)
-        _wait(self.device)
+        synchronize(self.device)
         self.seconds.append((len(images), time.perf_counter() - started))
         return ImageFeatures(spatial, self.encoder.image_features(images).frequency if self.has_frequency else None)
 
@@ -175,10 +176,3 @@ def _right(answers: _Answers, labels: Tensor) -> dict[str, str]:
     if answers.name_ranks:
         right |= {f"name_r{k}": torch.cat(answers.name_ranks) < k for k in NAME_RECALL_AT}
     return {name: "".join("01"[bool(hit)] for hit in hits.tolist()) for name, hits in right.items()}
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()

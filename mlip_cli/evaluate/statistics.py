@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from math import comb, exp, lgamma, log, sqrt
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 Z95 = 1.959963984540054
 
@@ -59,3 +59,13 @@ def mcnemar(only_first: int, only_second: int) -> float:
         return 1.0
     tail = sum(exp(lgamma(n + 1) - lgamma(i + 1) - lgamma(n - i + 1) - n * log(2)) for i in range(fewer + 1))
     return min(1.0, 2 * tail)
+
+
+def paired(first: str, other: str) -> dict[str, Any]:
+    """Difference of two strings of hits (`1`) and misses (`0`) on the same samples, with McNemar's exact test.
+
+    `won` counts the samples that only `other` got right, `lost` those that only `first` did.
+    """
+    pairs = list(zip(first, other, strict=True))
+    won, lost = pairs.count(("0", "1")), pairs.count(("1", "0"))
+    return {"difference": (won - lost) / len(pairs), "won": won, "lost": lost, "p": mcnemar(lost, won)}
