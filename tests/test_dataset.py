@@ -47,7 +47,7 @@ def test_reads_what_tarfile_reads(tmp_path: Path, image_format: str) -> None:
             assert tar.extractfile(f"{sample.key}.{image_format}").read() == sample.image
             assert json.loads(tar.extractfile(f"{sample.key}.json").read()) == sample.record
         assert sample.key == f"00-{id:06d}"
-        assert dataset.locate(id) == (str(folder / f"train-{id // 4:06d}.tar"), sample.key)
+        assert sample.shard == str(folder / f"train-{id // 4:06d}.tar")
 
 
 def test_number_of_tokens_is_that_of_the_longest_caption(folder: Path) -> None:
@@ -91,7 +91,6 @@ def test_a_damaged_header_is_a_bad_sample_and_the_others_stay_good(folder: Path)
         dataset.read(3)
     place = f"at byte {record['offset']}"
     assert str(error.value) == f"{shard}: sample {place}: damaged tar header of '99-999999.json'"
-    assert dataset.locate(3) == (str(shard), place)
     assert [dataset.read(id).record["source"]["row"] for id in (2, 4)] == [2, 4]
 
 
@@ -101,6 +100,24 @@ def test_a_damaged_record_is_a_bad_sample(folder: Path) -> None:
     overwrite(shard, int(record["offset"]) + int(record["json_offset"]), b"[1, ")
     with pytest.raises(BadSampleError, match=rf"train-000000.tar: sample at byte {record['offset']}: "):
         ShardDataset(folder).read(3)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "reason"),
+    [
+        ("offset", 2**63, "the index places it behind the shard's end"),
+        ("image_size", 2**32 - 1, "the index places it behind the shard's end"),
+        ("format", 7, "the index names format 7, which is none of jpg, png, webp"),
+    ],
+)
+def test_a_damaged_index_record_is_a_bad_sample(folder: Path, field: str, value: int, reason: str) -> None:
+    shard = folder / "train-000000.tar"
+    records = np.fromfile(index_path(shard), RECORD, offset=HEADER.itemsize)
+    records[field][1] = value
+    overwrite(index_path(shard), HEADER.itemsize, records.tobytes())
+    with pytest.raises(BadSampleError) as error:
+        ShardDataset(folder).read(1)
+    assert str(error.value) == f"{shard}: sample at byte {records['offset'][1]}: {reason}"
 
 
 def test_swapped_samples_are_bad_samples_not_wrong_pairs(folder: Path) -> None:

@@ -48,6 +48,7 @@ class RawSample:
 @dataclass(frozen=True)
 class _OpenShard:
     descriptor: int
+    num_bytes: int
     records: NDArray[np.void]
 
 
@@ -98,6 +99,11 @@ class ShardDataset:
         json_at, json_size = int(record["json_offset"]), int(record["json_size"])
         name, place = str(self.folder / self._shards[number]), f"at byte {int(record['offset'])}"
         size = max(image_at + image_size, json_at + json_size)
+        if int(record["offset"]) + size > shard.num_bytes:
+            raise BadSampleError(name, place, "the index places it behind the shard's end")
+        if record["format"] >= len(FORMATS):
+            known = ", ".join(FORMATS)
+            raise BadSampleError(name, place, f"the index names format {record['format']}, which is none of {known}")
         content = os.pread(shard.descriptor, size, int(record["offset"]))
         if len(content) != size:
             raise BadSampleError(name, place, f"the shard ends {size - len(content)} bytes too early")
@@ -112,19 +118,6 @@ class ShardDataset:
         if not isinstance(fields, dict):
             raise BadSampleError(name, key, f"{key}.json is not a mapping")
         return RawSample(key=key, image=content[image_at : image_at + image_size], record=fields, shard=name)
-
-    def locate(self, id: int) -> tuple[str, str]:
-        """Path of the shard and key of a sample, for messages; a key that cannot be read is given as its place."""
-        number, row = self._place(id)
-        shard = self._opened(number)
-        record = shard.records[row]
-        at, size = int(record["json_offset"]), int(record["json_size"])
-        header = os.pread(shard.descriptor, TAR_BLOCK, int(record["offset"]) + at - TAR_BLOCK)
-        name = str(self.folder / self._shards[number])
-        try:
-            return name, _checked_key(header, TAR_BLOCK, size, "json")
-        except ValueError:
-            return name, f"at byte {int(record['offset'])}"
 
     def close(self) -> None:
         """Close the shards that are open; the next read opens them again."""
@@ -164,7 +157,8 @@ class ShardDataset:
             os.close(self._open.popitem(last=False)[1].descriptor)
         path = self.folder / self._shards[number]
         records = read_index(path)
-        self._open[number] = _OpenShard(os.open(path, os.O_RDONLY | os.O_CLOEXEC), records)
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self._open[number] = _OpenShard(descriptor, os.fstat(descriptor).st_size, records)
         return self._open[number]
 
 
