@@ -151,6 +151,35 @@ def test_a_second_run_does_nothing_and_other_wishes_are_refused(
     assert contents(tmp_path / "out") == before
 
 
+def test_a_finished_folder_that_is_not_whole_is_not_called_prepared(tmp_path: Path) -> None:
+    source, out = write_sidecars(tmp_path / "in", 4), tmp_path / "out"
+    prepare(source, out)
+    (out / "train" / "dataset.json").unlink()
+    with pytest.raises(UsageError) as error:
+        prepare(source, out)
+    assert str(error.value) == f"{out}: was prepared, but train/dataset.json is gone; remove {out} and prepare it again"
+    for content in ("{", "{}", "[]"):
+        (out / "prepared.json").write_text(content)
+        with pytest.raises(UsageError) as error:
+            prepare(source, out)
+        assert str(error.value) == f"{out / 'prepared.json'}: not written by mlip prepare-data; name another folder"
+
+
+def test_a_finished_folder_that_moved_says_where_it_is_now_and_loses_what_a_kill_left(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = write_sidecars(tmp_path / "in", 4)
+    prepare(source, tmp_path / "out")
+    moved = (tmp_path / "out").rename(tmp_path / "moved")
+    write_files(moved / ".prepare" / "parts", {"part-000000.tar": "left by a kill between the last two steps"})
+    capsys.readouterr()
+    prepare(source, moved)
+    said = json.loads(capsys.readouterr().out)
+    assert said["out"] == str(moved)
+    assert said["next"] == f"mlip pretrain single_gpu data.train={moved}/train data.validation=null"
+    assert not (moved / ".prepare").exists()
+
+
 def test_a_folder_with_other_files_is_left_alone(tmp_path: Path) -> None:
     source, out = write_sidecars(tmp_path / "in", 2), write_files(tmp_path / "out", {"thesis.tex": "x"})
     with pytest.raises(UsageError) as error:

@@ -1,6 +1,7 @@
 """Each kind of source: what is read from it, and what is refused with which words."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +156,31 @@ def test_class_folders_keep_splits_and_classes(tmp_path: Path) -> None:
     assert found == [("dog", "dog", "webp"), ("tabby cat", "tabby cat", "webp")]
     assert [sample["format"] for sample in samples(tmp_path / "out", "test")] == ["jpg"]
     assert rejects(tmp_path / "out") == [("train/3.png", 0, "not in a class folder", "")]
+
+
+def test_folders_behind_links_are_read_and_loops_are_not(tmp_path: Path) -> None:
+    write_files(tmp_path / "elsewhere", {"dog/1.png": picture(1), "dog/deep/2.png": picture(2)})
+    source = write_files(tmp_path / "in", {"cat/0.png": picture(0)})
+    (source / "dog").symlink_to(tmp_path / "elsewhere" / "dog")
+    (tmp_path / "elsewhere" / "dog" / "deep" / "loop").symlink_to(tmp_path / "elsewhere")
+    (source / "cat" / "loop").symlink_to(source)
+    prepare(source, tmp_path / "out")
+    assert [sample["source"]["file"] for sample in samples(tmp_path / "out")] == [
+        "cat/0.png", "dog/1.png", "dog/deep/2.png",
+    ]  # fmt: skip
+
+
+def test_file_names_that_are_not_utf_8(tmp_path: Path) -> None:
+    source = write_files(tmp_path / "in", {"a.png": picture(0), "a.txt": "a"})
+    for ending in (".png", ".txt"):
+        (source / f"a{ending}").rename(os.fsdecode(os.fsencode(source) + b"/caf\xe9" + ending.encode()))
+    prepare(source, tmp_path / "out")
+    assert samples(tmp_path / "out")[0]["source"]["file"] == r"caf\udce9.png"
+    assert prepare(source, tmp_path / "out")["rows"] == 1
+    odd = os.fsdecode(b"caf\xe9")
+    for names in ((odd, tmp_path / "new"), (source, tmp_path / odd)):
+        with pytest.raises(UsageError, match=r"caf\\udce9: a name that is not UTF-8; rename it$"):
+            prepare(*names)
 
 
 def test_tars_of_img2dataset_and_of_our_own(tmp_path: Path) -> None:

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from mlip_cli import __version__
-from mlip_cli.data.records import MAX_HELD_OUT, parts_of
+from mlip_cli.data.records import MAX_HELD_OUT, parts_of, printable
 from mlip_cli.data.sources import DataSource, ReadOptions, count_records, find_source, read_records
-from mlip_cli.data.workspace import finished_summary, opened
+from mlip_cli.data.workspace import Workspace, finished_summary, opened
 from mlip_cli.errors import UsageError
 from mlip_cli.output import print_json, print_table, progress, say, warn
 
@@ -42,6 +42,9 @@ def prepare_data(
         UsageError: no such source, columns that cannot be told, OUT is taken by something else.
         RunError: a damaged tar, a source of which most rows fail, a full disk, a killed worker.
     """
+    for name in (source, str(out)):
+        if printable(name) != name:
+            raise UsageError(f"{printable(name)}: a name that is not UTF-8; rename it")
     found = find_source(source, format=format)
     if skin_tones and found.format != "openmoji":
         raise UsageError("--skin-tones: for the source openmoji only; leave it out")
@@ -61,6 +64,8 @@ def prepare_data(
         _check_apart(found, out)
         summary = _prepare(found, out, read, request, num_workers=workers or os.cpu_count() or 1)
     else:
+        Workspace(out).discard()  # what a kill between the last two steps may have left
+        summary |= {"out": str(out), "next": _next_command(found.format, out, list(summary["splits"]))}
         say(f"{out}: prepared already, from the same files with the same options; nothing to do")
     _report(out, summary, as_json=as_json)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
-from mlip_cli.data.records import SPLIT_WORDS, Record, checked_captions, json_bytes
+from mlip_cli.data.records import SPLIT_WORDS, Record, checked_captions, json_bytes, printable
 from mlip_cli.errors import UsageError
 
 FORMATS = ("openmoji", "metadata", "sidecar", "classes", "webdataset")
@@ -46,7 +46,7 @@ class DataSource:
 
     def fingerprint(self) -> str:
         """Changes when a file is added, removed, resized or touched."""
-        listing = [[file.name, file.size, file.mtime_ns] for file in self.files]
+        listing = [[printable(file.name), file.size, file.mtime_ns] for file in self.files]
         return hashlib.sha256(json_bytes([self.format, listing, self.versions])).hexdigest()
 
     def tables(self) -> list[str]:
@@ -229,15 +229,23 @@ def _is_table(name: Path) -> bool:
 
 def _scan(root: Path) -> tuple[SourceFile, ...]:
     """All files under `root` but hidden ones, sorted by name."""
-    files = []
-    for folder, folders, names in os.walk(root, onerror=_raise):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        files += [_stated(root, Path(folder, name)) for name in names if not name.startswith(".")]
-    return tuple(sorted(files, key=lambda file: file.name))
+    return tuple(sorted((_stated(root, path) for path in _walk(root)), key=lambda file: file.name))
 
 
-def _raise(error: OSError) -> None:
-    raise error
+def _walk(folder: Path, above: tuple[tuple[int, int], ...] = ()) -> Iterator[Path]:
+    """Files under `folder` but hidden ones. Links to folders are followed, but not to a folder on the way there."""
+    stat = folder.stat()
+    here = stat.st_dev, stat.st_ino
+    if here in above:
+        return
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                yield from _walk(Path(entry.path), (*above, here))
+            else:
+                yield Path(entry.path)
 
 
 def _stated(root: Path, path: Path) -> SourceFile:

@@ -106,15 +106,25 @@ def finished_summary(out: Path, request: Mapping[str, Any]) -> dict[str, Any] | 
     """What prepared.json says, or None when OUT is not finished.
 
     Raises:
-        UsageError: OUT is finished from another source or with other options, or holds something else.
+        UsageError: OUT is finished from another source or with other options, is no longer whole, or holds something
+            else.
     """
     if not out.exists():
         return None
     if not out.is_dir():
         raise UsageError(f"{out}: a file; OUT is a folder")
     if (out / DONE).is_file():
-        summary: dict[str, Any] = json.loads((out / DONE).read_bytes())
-        _check_same(out, summary["request"], request, state="was prepared")
+        try:
+            summary: dict[str, Any] = json.loads((out / DONE).read_bytes())
+            old, splits = dict(summary["request"]), list(summary["splits"])
+        except (ValueError, KeyError, TypeError):
+            raise UsageError(f"{out / DONE}: not written by mlip prepare-data; name another folder") from None
+        _check_same(out, old, request, state="was prepared")
+        for split in splits:
+            if not (out / split / "dataset.json").is_file():
+                raise UsageError(
+                    f"{out}: was prepared, but {split}/dataset.json is gone; remove {out} and prepare it again"
+                )
         return summary
     if (out / OWN_FOLDER / "request.json").is_file():
         _check_same(
