@@ -331,7 +331,14 @@ def test_dry_run_shows_every_value_with_its_origin_and_what_follows(recipe: Path
     assert (
         "missing: data/cc12m/train: no such folder; make it with: mlip prepare-data SOURCE data/cc12m" in missing.stdout
     )
-    facts = json.loads(run(recipe, "--dry-run", "--json", cwd=tmp_path).stdout)
+    facts = json.loads(run(recipe, "--dry-run", "--json", "optim.warmup_steps=12", cwd=tmp_path).stdout)
     assert facts["patch_tokens_per_block"] == [16, 11, 8, 8]
     assert facts["steps"] == 12
+    assert facts["missing"] == []
+    assert facts["cautions"] == [
+        "optim.warmup_steps 12 is not below the 12 steps of the run: the learning rate only rises; lower it"
+    ]
+    too_large = run(recipe, "--dry-run", "train.global_batch_size=99", cwd=tmp_path)
+    assert (too_large.returncode, too_large.stdout) == (2, "")
+    assert too_large.stderr.startswith("error: train.global_batch_size: 99 is more than the 40 samples of data.train")
     assert list(tmp_path.iterdir()) == []

@@ -1,15 +1,18 @@
 """`mlip pretrain --dry-run`: what would run, without reading more than the head of the data."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from mlip_cli.commands.costs import frequency_gflops, image_gflops, parameters, text_gflops
-from mlip_cli.commands.training import num_workers, open_data
-from mlip_cli.config import Recipe
+from mlip_cli.commands.training import cautions, num_workers, open_data
+from mlip_cli.config import Recipe, Source
+from mlip_cli.data.dataset import open_sources
 from mlip_cli.data.loader import preflight
 from mlip_cli.distributed import pick_device, world_size
 from mlip_cli.errors import UsageError
+from mlip_cli.evaluate.benchmarks import data_root, find_benchmark
 from mlip_cli.model.clip import build_model
 from mlip_cli.output import print_json, print_lines
 from mlip_cli.recipe import LoadedRecipe, recipe_yaml
@@ -26,7 +29,11 @@ def describe(loaded: LoadedRecipe, *, as_json: bool) -> None:
 
 
 def derived(recipe: Recipe) -> dict[str, Any]:
-    """Model, costs, batch and data as plain data; missing data is an entry with its cure, not an error."""
+    """Model, costs, batch and data as plain data; missing data is an entry with its cure, not an error.
+
+    Raises:
+        UsageError: a batch that the ranks cannot share or the data cannot fill, or a model that cannot be built.
+    """
     with torch.device("meta"):
         model = build_model(recipe)
     plan, ranks = model.plan, world_size()
@@ -44,15 +51,33 @@ def derived(recipe: Recipe) -> dict[str, Any]:
         "gflops_per_text": text_gflops(model, model.context_length),
         "steps": recipe.train.steps,
         "data": [],
-        "missing": None,
+        "missing": list(_missing(recipe)),
     }
-    try:
+    if not any(_missing_sources(recipe.data.train)):
         data = open_data(recipe)
         facts["data"] = preflight(data.datasets, data.order, recipe.train.global_batch_size, ranks)
         facts["steps"] = data.total_steps
-    except UsageError as error:
-        facts["missing"] = str(error)
+    facts["cautions"] = cautions(recipe, plan, facts["steps"])
     return facts
+
+
+def _missing(recipe: Recipe) -> Iterator[str]:
+    """What training would look for and not find, each with its cure."""
+    yield from _missing_sources(recipe.data.train)
+    yield from _missing_sources(recipe.data.validation or ())
+    for name in recipe.evaluate.zeroshot:
+        try:
+            find_benchmark(name, root=data_root(None))
+        except UsageError as error:
+            yield str(error)
+
+
+def _missing_sources(sources: tuple[Source, ...]) -> Iterator[str]:
+    for source in sources:
+        try:
+            open_sources([source])
+        except UsageError as error:
+            yield str(error)
 
 
 def _lines(recipe: Recipe, facts: dict[str, Any]) -> list[str]:
@@ -72,5 +97,6 @@ def _lines(recipe: Recipe, facts: dict[str, Any]) -> list[str]:
         f"frequency branch in training {facts['gflops_per_image_frequency_branch']:.3g}); "
         f"per text of {recipe.model.text.context_length} tokens: {facts['gflops_per_text']:.3g}",
         *[f"data: {line}" for line in facts["data"]],
-        *([f"missing: {facts['missing']}"] if facts["missing"] else []),
+        *[f"missing: {line}" for line in facts["missing"]],
+        *[f"caution: {line}" for line in facts["cautions"]],
     ]

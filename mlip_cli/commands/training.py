@@ -22,7 +22,7 @@ from mlip_cli.distributed import from_main, pick_device, process_group, rank, wo
 from mlip_cli.errors import Stopped
 from mlip_cli.files import write_text
 from mlip_cli.losses.objective import Objective
-from mlip_cli.merge_plan import MOST_IN_ONE_MERGE
+from mlip_cli.merge_plan import MOST_IN_ONE_MERGE, MergePlan
 from mlip_cli.model.clip import CLIP, build_model, set_fused_attention
 from mlip_cli.output import TrainingPanel, is_main, logger, say, training_panel, warn
 from mlip_cli.recipe import absolute_paths, recipe_yaml
@@ -68,6 +68,8 @@ def train_run(recipe: Recipe, start: Start) -> Run:
         with run_folder(run, recipe, device, data.fingerprints, progress.step):
             for line in [*lines, *facts(recipe, training.plain, data.total_steps), *resume_facts(start, progress.step)]:
                 say(line)
+            for line in cautions(recipe, training.plain.plan, data.total_steps):
+                warn(line)
             metrics = MetricsFile(run.metrics if is_main() else None)
             metrics.cut_back(progress.step)
             saver = Saver(run.checkpoints, recipe.train, training, data=data.fingerprints)
@@ -192,15 +194,21 @@ def facts(recipe: Recipe, model: CLIP, total_steps: int) -> list[str]:
     if plan.at:
         tokens = " ".join(map(str, plan.tokens))
         lines.append(f"merging ({plan.method}): patch tokens per block {tokens}, true rate {plan.rate:.3f}")
+    return lines
+
+
+def cautions(recipe: Recipe, plan: MergePlan, total_steps: int | None) -> list[str]:
+    """What is allowed and probably not meant; `total_steps` is None where missing data leaves it open."""
+    lines = []
     if plan.largest_merge > MOST_IN_ONE_MERGE:
-        warn(
+        lines.append(
             f"one merge removes {plan.largest_merge:.0%} of the tokens and leaves guidance little to choose; add "
             "places to model.merging.at"
         )
-    if recipe.optim.warmup_steps >= total_steps:
-        warn(
+    if total_steps is not None and recipe.optim.warmup_steps >= total_steps:
+        lines.append(
             f"optim.warmup_steps {recipe.optim.warmup_steps} is not below the {total_steps} steps of the run: the "
-            "learning rate only rises"
+            "learning rate only rises; lower it"
         )
     return lines
 
