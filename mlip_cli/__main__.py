@@ -1,6 +1,19 @@
-"""`python -m mlip_cli`, the form that torchrun starts."""
+"""Where `mlip` and `python -m mlip_cli`, the form that torchrun starts, begin."""
 
-from mlip_cli.cli import main
+import signal
+
+
+def main() -> None:
+    """Run the command line; Ctrl-C while it loads ends the process without a traceback."""
+    is_listening = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # not under nohup
+    if is_listening:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    from mlip_cli import cli
+
+    if is_listening:
+        signal.signal(signal.SIGINT, cli.interrupt)
+    cli.main()
+
 
 if __name__ == "__main__":
     main()

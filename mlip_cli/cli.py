@@ -6,6 +6,7 @@ import signal
 import sys
 import traceback
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Literal
 
 import typer
@@ -284,6 +285,19 @@ def doctor(json: Json = False) -> None:
     from mlip_cli.commands import doctor as command
 
     command.doctor(as_json=json)
+
+
+def interrupt(number: int, frame: FrameType | None) -> None:
+    """Handler of Ctrl-C: KeyboardInterrupt, but inside an import the end at once.
+
+    Libraries swallow the exception while they are imported, or turn it into an ImportError; nothing is open then.
+    """
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            os.write(2, b"error: interrupted\n")
+            os._exit(130)
+        frame = frame.f_back
+    raise KeyboardInterrupt
 
 
 def main() -> None:

@@ -106,8 +106,8 @@ def _merging(recipe: Recipe) -> Found:
 def _losses(recipe: Recipe) -> Found:
     on = [name for name in LOSS_NAMES if getattr(recipe.losses, name) is not None]
     frequency = [name for name in on if name.startswith("frequency_")]
-    if not on:
-        yield "losses", "all are null; training needs at least one"
+    if recipe.losses.spatial_global is None:
+        yield "losses.spatial_global", "null, but it alone trains the feature that evaluation uses; give it a kind"
     if recipe.model.frequency is None:
         for name in frequency:
             yield f"losses.{name}", "needs model.frequency, which is null"

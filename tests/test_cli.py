@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from mlip_cli import __version__
+from mlip_cli.cli import interrupt
 
 ROOT = Path(__file__).parents[1]
 HEAVY = ["torch", "torchvision", "timm", "webdataset", "open_clip", "clip_benchmark", "numpy", "pyarrow"]
@@ -154,3 +155,21 @@ def test_completion_loads_nothing_heavy() -> None:
         check=True,
     )
     assert set(json.loads(done.stdout)).isdisjoint([*HEAVY, "pydantic", "yaml"])
+
+
+def test_ctrl_c_inside_an_import_is_not_swallowed(tmp_path: Path) -> None:
+    """As numpy does to it: caught where it happens, and gone."""
+    (tmp_path / "swallower.py").write_text(
+        "import os, signal\ntry:\n    os.kill(os.getpid(), signal.SIGINT)\nexcept KeyboardInterrupt:\n    pass\n"
+    )
+    program = (
+        "import signal; from mlip_cli.cli import interrupt; signal.signal(signal.SIGINT, interrupt)\n"
+        "import swallower; print('went on')"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "error: interrupted\n")
+
+
+def test_ctrl_c_outside_of_imports_is_a_keyboard_interrupt() -> None:
+    with pytest.raises(KeyboardInterrupt):
+        interrupt(2, None)

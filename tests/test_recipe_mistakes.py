@@ -206,7 +206,7 @@ train:
         "x.yaml:2: data.train: weighted folders have no common epoch; give train.steps in place of train.epochs",
         "x.yaml:3: data.image_size: 60 is no multiple of model.vision.patch_size 8; use 56 or 64",
         "x.yaml:5: model.vision: depth, num_heads missing; give all of patch_size, width, depth, num_heads, or timm alone",
-        "x.yaml:6: losses: all are null; training needs at least one",
+        "x.yaml:7: losses.spatial_global: null, but it alone trains the feature that evaluation uses; give it a kind",
     ]
 
 
