@@ -1,7 +1,6 @@
 """Small real recipes and batches for tests."""
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +42,8 @@ def small_model(recipe: Recipe | None = None, *, dtype: torch.dtype = torch.floa
     return build_model(recipe or small_recipe()).to(dtype)
 
 
-def make_run(folder: Path, *, mlip: bool, seed: int = 0, zeroshot: Sequence[str] = ()) -> None:
+def make_run(folder: Path, recipe: Recipe, *, seed: int = 0) -> None:
     """A run with one checkpoint, of step 8, of fixed random weights."""
-    recipe = small_recipe(mlip=mlip, evaluate={"zeroshot": list(zeroshot)})
     weights = small_model(recipe, dtype=torch.float32, seed=seed).state_dict()
     folder.mkdir(parents=True)
     (folder / "recipe.yaml").write_text(recipe_yaml(recipe))

@@ -52,8 +52,8 @@ def make_openmoji(folder: Path, n: int = 30) -> None:
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with a CLIP run, an MLIP run and data, as the current folder."""
-    make_run(tmp_path / "runs" / "clip", mlip=False)
-    make_run(tmp_path / "runs" / "mlip", mlip=True)
+    make_run(tmp_path / "runs" / "clip", small_recipe(mlip=False))
+    make_run(tmp_path / "runs" / "mlip", small_recipe())
     make_openmoji(tmp_path / "data" / "openmoji" / "test")
     make_dataset(tmp_path / "data" / "colors", n=40)
     monkeypatch.chdir(tmp_path)
@@ -149,7 +149,7 @@ def test_tables_are_narrow_and_say_what_was_measured(place: Path, capsys: pytest
 
 
 def test_an_earlier_checkpoint_and_runs_of_one_name(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    make_run(place / "more" / "clip", mlip=False, seed=1)
+    make_run(place / "more" / "clip", small_recipe(mlip=False), seed=1)
     weights = small_model(small_recipe(mlip=False), dtype=torch.float32, seed=2).state_dict()
     save_checkpoint(Path("more/clip/checkpoints"), step=12, weights=weights, state={"step": 12})
     evaluate("runs/clip", "more/clip/checkpoints/step_0000008", datasets=["openmoji"], as_json=False)
@@ -159,7 +159,7 @@ def test_an_earlier_checkpoint_and_runs_of_one_name(place: Path, capsys: pytest.
 
 
 def test_the_recipe_names_the_data_sets(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    make_run(place / "runs" / "named", mlip=True, zeroshot=("shards:data/colors",))
+    make_run(place / "runs" / "named", small_recipe(evaluate={"zeroshot": ["shards:data/colors"]}))
     evaluate("runs/named", datasets=[])
     [result] = printed(capsys)["results"]
     assert result["dataset"] == "shards:data/colors"

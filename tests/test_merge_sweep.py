@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from models_for_tests import make_run
+from models_for_tests import make_run, small_recipe
 from shards_for_tests import make_dataset
 
 from mlip_cli import cli
@@ -20,8 +20,8 @@ from mlip_cli.errors import UsageError
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The current folder, with a CLIP run, an MLIP run and a data set."""
     make_dataset(tmp_path / "data" / "colors", n=24)
-    make_run(tmp_path / "runs" / "mlip", mlip=True, zeroshot=["shards:data/colors"])
-    make_run(tmp_path / "runs" / "clip", mlip=False, zeroshot=[])
+    make_run(tmp_path / "runs" / "mlip", small_recipe(evaluate={"zeroshot": ["shards:data/colors"]}))
+    make_run(tmp_path / "runs" / "clip", small_recipe(mlip=False))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

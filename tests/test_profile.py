@@ -7,14 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from models_for_tests import small_model, small_recipe
+from models_for_tests import make_run, small_recipe
 from shards_for_tests import make_dataset
 
 from mlip_cli import cli
 from mlip_cli.commands import profile
 from mlip_cli.config import LOSS_NAMES
 from mlip_cli.recipe import recipe_yaml
-from mlip_cli.train.checkpoint import save_checkpoint
 
 
 @pytest.fixture
@@ -24,10 +23,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     recipe = small_recipe(data={"train": "data/colors"})
     Path("mlip.yaml").write_text(recipe_yaml(recipe))
     Path("clip.yaml").write_text(recipe_yaml(small_recipe(mlip=False)))
-    Path("runs/small").mkdir(parents=True)
-    Path("runs/small/recipe.yaml").write_text(recipe_yaml(recipe))
-    weights = small_model(recipe, dtype=torch.float32).state_dict()
-    save_checkpoint(Path("runs/small/checkpoints"), step=8, weights=weights, state={"step": 8})
+    make_run(Path("runs/small"), recipe)
     return tmp_path
 
 
