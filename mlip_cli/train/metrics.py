@@ -1,6 +1,7 @@
 """metrics.jsonl: one complete object a line, and what goes into it."""
 
 import json
+import math
 import resource
 import sys
 import time
@@ -15,28 +16,44 @@ from mlip_cli.types import Batch
 
 
 class MetricsFile:
-    """Appends lines; each is on disk when `append` returns. Without a path it keeps silent (ranks other than 0)."""
+    """Appends lines, which outlive the process from then on. Without a path it keeps silent (ranks other than 0)."""
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
 
     def append(self, line: dict[str, Any]) -> None:
-        """Write one line; a value that is not finite becomes null."""
-        if self.path is not None:
-            finite = {k: None if isinstance(v, float) and not abs(v) < float("inf") else v for k, v in line.items()}
+        """Write one line; a value that is not finite becomes null.
+
+        Raises:
+            OSError: the disk is full, say; with the name of the file.
+        """
+        if self.path is None:
+            return
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
+        try:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(finite, allow_nan=False) + "\n")
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
 
     def cut_back(self, step: int) -> None:
-        """Drop the lines after `step` and a half-written last line, so that no step stands twice after a resume."""
+        """Drop the lines after `step`, so that no step stands twice after a resume, and a damaged end."""
         if self.path is None or not self.path.exists():
             return
         kept = []
         for line in self.path.read_text(encoding="utf-8").splitlines(keepends=True):
-            if not line.endswith("\n") or json.loads(line)["step"] > step:
+            if not line.endswith("\n") or _step_of(line) > step:
                 break
             kept.append(line)
         write_text(self.path, "".join(kept))
+
+
+def _step_of(line: str) -> float:
+    """Step of a line; infinity for a damaged one."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
 
 
 class Stopwatch:
@@ -44,13 +61,14 @@ class Stopwatch:
 
     def __init__(self, batches: Iterator[Batch]) -> None:
         self.batches = batches
+        self.bad_samples = 0
+        """Of this rank, until `account` takes them over into the progress."""
         self.restart()
 
     def restart(self) -> None:
         """Begin a new interval."""
         self.started_s = time.perf_counter()
         self.waited_s = 0.0
-        self.bad_samples = 0
         self.images = 0
 
     def next_batch(self) -> Batch:
