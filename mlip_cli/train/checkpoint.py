@@ -1,6 +1,7 @@
 """Checkpoints: a folder that is whole or absent. Weights as safetensors, the rest loadable with `weights_only=True`."""
 
 import os
+import re
 import shutil
 import time
 from pathlib import Path
@@ -56,8 +57,8 @@ def save_checkpoint(folder: Path, *, step: int, weights: dict[str, Tensor], stat
 
 
 def remove_old_checkpoints(folder: Path, *, last: int, every_steps: int | None) -> None:
-    """Keep the newest `last` checkpoints and those at multiples of `every_steps`."""
-    found = sorted(folder.glob("step_*"))
+    """Keep the newest `last` checkpoints and those at multiples of `every_steps`; other names are not ours."""
+    found = sorted(path for path in folder.iterdir() if re.fullmatch(r"step_\d+", path.name))
     for path in found[:-last]:
         step = int(path.name.removeprefix("step_"))
         if not (every_steps and step % every_steps == 0):
@@ -76,13 +77,11 @@ def load_weights(checkpoint: Path) -> dict[str, Tensor]:
     Raises:
         UsageError: this is no checkpoint of mlip, or a damaged one.
     """
-    path = checkpoint / WEIGHTS
-    if not path.is_file():
-        raise UsageError(f"{checkpoint}: not a checkpoint (no {WEIGHTS} inside); name a run folder or a checkpoint")
+    path = _part(checkpoint, WEIGHTS)
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise UsageError(f"{path}: not a whole safetensors file ({error}); use an earlier checkpoint") from None
+        raise _damaged(path, f"not a whole safetensors file ({error})") from None
 
 
 def load_state(checkpoint: Path) -> dict[str, Any]:
@@ -91,10 +90,19 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
     Raises:
         UsageError: this is no checkpoint of mlip, or a damaged one.
     """
-    path = checkpoint / STATE
-    if not path.is_file():
-        raise UsageError(f"{checkpoint}: not a checkpoint (no {STATE} inside); name a run folder or a checkpoint")
+    path = _part(checkpoint, STATE)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises another type for every kind of damage
-        raise UsageError(f"{path}: not a whole checkpoint ({type(error).__name__}); use an earlier one") from error
+        raise _damaged(path, f"not a whole checkpoint ({type(error).__name__})") from error
+
+
+def _part(checkpoint: Path, name: str) -> Path:
+    path = checkpoint / name
+    if not path.is_file():
+        raise UsageError(f"{checkpoint}: not a checkpoint (no {name} inside); name a run folder or a checkpoint")
+    return path
+
+
+def _damaged(path: Path, what: str) -> UsageError:
+    return UsageError(f"{path}: {what}; remove {path.parent}, and the one before it is taken")
