@@ -1,11 +1,14 @@
 """Files that are either whole or absent."""
 
+import errno
 import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from mlip_cli.errors import RunError
 
 
 def sync_folder(folder: Path) -> None:
@@ -29,6 +32,21 @@ def atomic_path(path: Path) -> Iterator[Path]:
         sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def full_disk_named(place: Path, cure: str) -> Iterator[None]:
+    """Turn what the system says of a full disk (or quota, or limit on file sizes) into one line with place and cure.
+
+    Raises:
+        RunError: there was no room for something that the block wrote.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise RunError(f"{place}: {os.strerror(error.errno)}; {cure}") from error
+        raise
 
 
 def write_bytes(path: Path, content: bytes) -> None:

@@ -103,7 +103,6 @@ def test_a_run_leaves_all_that_later_commands_need(whole: Path) -> None:
     assert not [name for name in load_weights(checkpoint) if name.startswith("module.")]
     assert "finished" not in (whole / "log.txt").read_text()
     assert "step 12/12" in (whole / "log.txt").read_text()
-    assert (whole.parent / "latest").read_text() == "whole\n"
 
 
 def test_a_finished_run_says_so_without_torch_and_an_existing_folder_is_refused(recipe: Path, whole: Path) -> None:
@@ -164,6 +163,31 @@ def test_two_ranks_train_as_one_and_resume_to_the_bit(recipe: Path, whole: Path,
     resumed = run(recipe, "--out", str(again), "--resume", "train.checkpoint_every.steps=6", ranks=2)
     assert resumed.returncode == 0, resumed.stderr
     assert metrics(again) == two
+
+
+def test_a_run_that_goes_on_elsewhere_is_left_alone(recipe: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    arguments = [
+        "--out",
+        str(folder),
+        "train.steps=2000",
+        "train.checkpoint_every.steps=1",
+        "evaluate.every_steps=null",
+    ]
+    process = subprocess.Popen(command(recipe, *arguments), env=QUIET, text=True, stderr=subprocess.PIPE)
+    try:
+        wait_for(lambda: lines_in(folder) >= 2, process)
+        second = run(recipe, *arguments, "--resume")
+    finally:
+        process.send_signal(signal.SIGINT)
+        _, words = process.communicate(timeout=60)
+    assert second.returncode == 2, second.stderr
+    assert second.stderr.splitlines()[-1] == (
+        f"error: {folder}: another mlip pretrain is at work here; wait for it, or name another --out"
+    )
+    assert process.returncode == 130, words
+    steps = [line["step"] for line in metrics(folder)]
+    assert steps == list(range(1, len(steps) + 1))
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 143)])

@@ -6,11 +6,11 @@ from typing import Any
 import torch
 
 from mlip_cli.commands.costs import frequency_gflops, image_gflops, parameters, text_gflops
-from mlip_cli.commands.training import cautions, num_workers, open_data
+from mlip_cli.commands.training import cautions, num_workers, open_data, training_device
 from mlip_cli.config import Recipe, Source
 from mlip_cli.data.dataset import open_sources
 from mlip_cli.data.loader import preflight
-from mlip_cli.distributed import pick_device, world_size
+from mlip_cli.distributed import world_size
 from mlip_cli.errors import UsageError
 from mlip_cli.evaluate.benchmarks import data_root, find_benchmark
 from mlip_cli.model.clip import build_model
@@ -38,7 +38,7 @@ def derived(recipe: Recipe) -> dict[str, Any]:
         model = build_model(recipe)
     plan, ranks = model.plan, world_size()
     facts: dict[str, Any] = {
-        "device": str(pick_device(recipe.train.device)),
+        "device": str(training_device(recipe)),
         "ranks": ranks,
         "samples_per_rank": recipe.train.global_batch_size / ranks,
         "num_workers": num_workers(recipe),

@@ -3,6 +3,8 @@
 import platform
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -14,6 +16,7 @@ import mlip_cli
 from mlip_cli.commands.run_start import command_line
 from mlip_cli.config import Recipe
 from mlip_cli.distributed import world_size
+from mlip_cli.errors import Stopped
 from mlip_cli.files import write_json
 from mlip_cli.run_folder import Run
 
@@ -50,7 +53,28 @@ def versions() -> dict[str, str | None]:
     return found | {"torch": str(torch.__version__)}  # with the build, which the package's version leaves out
 
 
-def write_start(run: Run, recipe: Recipe, *, device: torch.device, fingerprints: dict[str, str], step: int) -> None:
+@contextmanager
+def stamped(
+    run: Run, recipe: Recipe, *, device: torch.device, fingerprints: dict[str, str], step: int
+) -> Iterator[None]:
+    """Write when and where the block began, and at its end why it ended: finished, stopped, interrupted or failed."""
+    _write_start(run, recipe, device=device, fingerprints=fingerprints, step=step)
+    reason = "interrupted"
+    try:
+        yield
+        reason = "finished"
+    except Stopped as stop:
+        reason = str(stop)
+        raise
+    except Exception as error:
+        reason = f"failed: {error}"
+        raise
+    finally:
+        with suppress(OSError):  # on a full disk the first error is the one to show
+            write_json(run.stamp, {**run.read_stamp(), "ended": now(), "end_reason": reason})
+
+
+def _write_start(run: Run, recipe: Recipe, *, device: torch.device, fingerprints: dict[str, str], step: int) -> None:
     """Begin the stamp, or note in it that the run went on at `step`."""
     session = {
         "command": command_line(),
@@ -74,10 +98,3 @@ def write_start(run: Run, recipe: Recipe, *, device: torch.device, fingerprints:
         "sessions": [*earlier.get("sessions", []), session],
     }
     write_json(run.stamp, stamp)
-
-
-def write_end(run: Run, reason: str) -> None:
-    """Close the stamp: finished, stopped, interrupted, or failed with its message."""
-    stamp = run.read_stamp()
-    if stamp:
-        write_json(run.stamp, {**stamp, "ended": now(), "end_reason": reason})

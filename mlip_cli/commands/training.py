@@ -1,9 +1,8 @@
 """Where data, model, objective and loop meet."""
 
-import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,23 +10,21 @@ import torch
 
 from mlip_cli.commands.evaluators import Evaluator, training_evaluators
 from mlip_cli.commands.loading import find_checkpoint, load_into
+from mlip_cli.commands.recording import recorded
 from mlip_cli.commands.run_start import Start
-from mlip_cli.commands.stamp import write_end, write_start
 from mlip_cli.config import Recipe
 from mlip_cli.data.dataset import ShardDataset, open_sources
 from mlip_cli.data.loader import default_num_workers, preflight, training_loader
 from mlip_cli.data.order import Order
 from mlip_cli.data.tokenizer import Tokenizer
 from mlip_cli.distributed import from_main, pick_device, process_group, rank, world_size, wrap
-from mlip_cli.errors import Stopped
-from mlip_cli.files import write_text
+from mlip_cli.errors import UsageError
 from mlip_cli.losses.objective import Objective
 from mlip_cli.merge_plan import MOST_IN_ONE_MERGE, MergePlan
 from mlip_cli.model.clip import CLIP, build_model, set_fused_attention
-from mlip_cli.output import TrainingPanel, is_main, logger, say, training_panel, warn
-from mlip_cli.recipe import absolute_paths, recipe_yaml
-from mlip_cli.run_folder import Run, remember_latest
-from mlip_cli.train.checkpoint import load_weights, remove_leftovers
+from mlip_cli.output import TrainingPanel, is_main, say, training_panel, warn
+from mlip_cli.run_folder import Run
+from mlip_cli.train.checkpoint import load_weights
 from mlip_cli.train.gradients import Precision
 from mlip_cli.train.loop import Progress, train
 from mlip_cli.train.metrics import MetricsFile
@@ -52,7 +49,7 @@ class TrainingData:
 
 def train_run(recipe: Recipe, start: Start) -> Run:
     """Train by `recipe`; everything that is wrong with it or the data shows before the run folder is touched."""
-    device = pick_device(recipe.train.device)
+    device = training_device(recipe)
     with process_group(device):
         run = Run(Path(from_main(str(start.run.folder))))
         data = open_data(recipe)
@@ -65,7 +62,7 @@ def train_run(recipe: Recipe, start: Start) -> Run:
         tokenizer = Tokenizer(recipe.model.text.context_length)
         evaluators = training_evaluators(recipe, tokenizer, device=device) if is_main() else []
 
-        with run_folder(run, recipe, device, data.fingerprints, progress.step):
+        with recorded(run, recipe, device=device, fingerprints=data.fingerprints, step=progress.step):
             for line in [*lines, *facts(recipe, training.plain, data.total_steps), *resume_facts(start, progress.step)]:
                 say(line)
             for line in cautions(recipe, training.plain.plan, data.total_steps):
@@ -94,6 +91,21 @@ def train_run(recipe: Recipe, start: Start) -> Run:
                     is_save_due=saver.is_due,
                 )
     return run
+
+
+def training_device(recipe: Recipe) -> torch.device:
+    """The device of this rank.
+
+    Raises:
+        UsageError: PyTorch sees no such device, or it cannot train in the recipe's precision.
+    """
+    device = pick_device(recipe.train.device)
+    if recipe.train.precision == "fp16" and device.type != "cuda":
+        raise UsageError(
+            f"train.precision: fp16 needs CUDA, and train.device {recipe.train.device} is {device.type} here; "
+            "use bf16 or fp32"
+        )
+    return device
 
 
 def open_data(recipe: Recipe) -> TrainingData:
@@ -147,40 +159,6 @@ def open_batches(recipe: Recipe, data: TrainingData, device: torch.device, *, st
 def num_workers(recipe: Recipe) -> int:
     """The recipe's number of loader processes, or one made from cores and ranks."""
     return default_num_workers(world_size()) if recipe.data.num_workers is None else recipe.data.num_workers
-
-
-@contextmanager
-def run_folder(
-    run: Run, recipe: Recipe, device: torch.device, fingerprints: dict[str, str], step: int
-) -> Iterator[None]:
-    """Rank 0 writes recipe, stamp and log.txt, and how the run ended; the others only train."""
-    if not is_main():
-        yield
-        return
-    run.checkpoints.mkdir(parents=True, exist_ok=True)
-    run.evals.mkdir(exist_ok=True)
-    remove_leftovers(run.checkpoints)
-    write_text(run.recipe, recipe_yaml(absolute_paths(recipe)))
-    write_start(run, recipe, device=device, fingerprints=fingerprints, step=step)
-    remember_latest(run)
-    log = logging.FileHandler(run.log, encoding="utf-8")
-    log.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    logger.addHandler(log)
-    reason = "interrupted"
-    try:
-        yield
-        reason = "finished"
-    except Stopped as stop:
-        reason = str(stop)
-        raise
-    except Exception as error:
-        reason = f"failed: {error}"
-        raise
-    finally:
-        logger.removeHandler(log)
-        log.close()
-        with suppress(OSError):  # on a full disk the first error is the one to show
-            write_end(run, reason)
 
 
 def facts(recipe: Recipe, model: CLIP, total_steps: int) -> list[str]:

@@ -4,7 +4,6 @@
 of workers nor on who did what when.
 """
 
-import errno
 import json
 import os
 import shutil
@@ -25,6 +24,7 @@ from mlip_cli.data.shards import StoredSamples, write_split
 from mlip_cli.data.workers import run_parallel
 from mlip_cli.data.workspace import PartResult, Workspace
 from mlip_cli.errors import RunError, Stopped, UsageError
+from mlip_cli.files import full_disk_named
 
 FIRST_ROWS = 1_000
 """So many rows show whether the source is what it seems; fewer than FEWEST_ROWS do not."""
@@ -187,14 +187,9 @@ def check_disk(out: Path, *, rows: int, size: int, source_bytes: int) -> None:
 
 @contextmanager
 def interruptions_named(out: Path) -> Iterator[None]:
-    """Say of Ctrl-C, and of a full disk (or quota, or limit on file sizes), where it happened and what to do."""
+    """Say of Ctrl-C and of a full disk where it happened and what to do."""
     try:
-        yield
+        with full_disk_named(out, "make room and run the same command again: it goes on"):
+            yield
     except KeyboardInterrupt:
         raise Stopped(f"{out}: interrupted; run the same command again: it goes on", exit_code=130) from None
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise RunError(
-                f"{out}: {os.strerror(error.errno)}; make room and run the same command again: it goes on"
-            ) from error
-        raise

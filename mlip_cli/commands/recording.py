@@ -1,0 +1,92 @@
+"""The run folder while a training writes to it: its lock, recipe, log.txt and stamp."""
+
+import fcntl
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+import torch
+
+from mlip_cli.commands.stamp import stamped
+from mlip_cli.config import Recipe
+from mlip_cli.errors import UsageError
+from mlip_cli.files import full_disk_named, write_text
+from mlip_cli.output import is_main, logger
+from mlip_cli.recipe import absolute_paths, recipe_yaml
+from mlip_cli.run_folder import RUNS, Run, remember_latest
+from mlip_cli.train.checkpoint import remove_leftovers
+
+
+@contextmanager
+def recorded(
+    run: Run, recipe: Recipe, *, device: torch.device, fingerprints: dict[str, str], step: int
+) -> Iterator[None]:
+    """Rank 0 writes recipe, stamp and log.txt, and how the run ended; the others only train.
+
+    Args:
+        fingerprints: of the training data, by folder.
+        step: the one after which the run goes on, 0 for a new one.
+
+    Raises:
+        UsageError: another process trains in this folder.
+        RunError: the disk is full.
+    """
+    if not is_main():
+        yield
+        return
+    run.folder.mkdir(parents=True, exist_ok=True)
+    text = recipe_yaml(absolute_paths(recipe))
+    with full_disk_named(run.folder, "make room and go on with --resume"):
+        if not run.recipe.is_file():  # before all else: a folder without it is no run folder
+            write_text(run.recipe, text)
+        with locked_log(run):
+            write_text(run.recipe, text)
+            run.checkpoints.mkdir(exist_ok=True)
+            run.evals.mkdir(exist_ok=True)
+            remove_leftovers(run.checkpoints)
+            if run.folder.absolute().parent == RUNS.absolute():
+                remember_latest(run)
+            with stamped(run, recipe, device=device, fingerprints=fingerprints, step=step):
+                yield
+
+
+class _LogFile(logging.FileHandler):
+    """What cannot be written is an error, where logging's own handler prints a traceback and goes on."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        assert error is not None
+        raise error
+
+
+@contextmanager
+def locked_log(run: Run) -> Iterator[None]:
+    """Send the words of the block to log.txt too, which one process at a time can hold.
+
+    Raises:
+        UsageError: another one does.
+    """
+    log = _LogFile(run.log, encoding="utf-8")
+    log.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    try:
+        _lock(log, run)
+        logger.addHandler(log)
+        yield
+    finally:
+        logger.removeHandler(log)
+        with suppress(OSError):  # on a full disk the first error is the one to show
+            log.close()
+
+
+def _lock(log: logging.FileHandler, run: Run) -> None:
+    """By record, which a forked loader process does not inherit: after kill -9 the next run need not wait for it."""
+    assert log.stream is not None  # it is opened with its handler
+    try:
+        fcntl.lockf(log.stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise UsageError(
+            f"{run.folder}: another mlip pretrain is at work here; wait for it, or name another --out"
+        ) from None
+    except OSError:  # a file system without locks
+        return

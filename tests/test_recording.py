@@ -1,0 +1,69 @@
+"""What a training does around its loop: the device, the run folder, full disks. Processes are in test_training.py."""
+
+import errno
+import json
+import os
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import pytest
+import torch
+from models_for_tests import small_recipe
+
+from mlip_cli.commands import recording
+from mlip_cli.commands.recording import recorded
+from mlip_cli.commands.training import training_device
+from mlip_cli.errors import RunError, UsageError
+from mlip_cli.output import warn
+from mlip_cli.run_folder import Run
+
+CPU = torch.device("cpu")
+FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def opened(folder: Path) -> AbstractContextManager[None]:
+    return recorded(Run(folder), small_recipe(), device=CPU, fingerprints={}, step=0)
+
+
+def test_half_precision_without_cuda_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    recipe = small_recipe()
+    assert training_device(recipe).type != "cuda"
+    with pytest.raises(UsageError) as error:
+        training_device(recipe.model_copy(update={"train": recipe.train.model_copy(update={"precision": "fp16"})}))
+    assert str(error.value) == "train.precision: fp16 needs CUDA, and train.device auto is cpu here; use bf16 or fp32"
+
+
+def test_a_full_disk_names_the_run_and_the_stamp_says_why_it_ended(tmp_path: Path) -> None:
+    with pytest.raises(RunError) as error, opened(tmp_path / "run"):
+        raise FULL
+    assert str(error.value) == f"{tmp_path / 'run'}: No space left on device; make room and go on with --resume"
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["end_reason"].startswith("failed: [Errno 28]")
+
+
+def test_a_log_that_cannot_be_written_ends_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "log.txt").symlink_to("/dev/full")
+    with pytest.raises(RunError, match=r"run: No space left on device"), opened(tmp_path / "run"):
+        warn("a line")
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_without_room_for_the_recipe_the_folder_stays_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, content: str) -> None:
+        raise FULL
+
+    monkeypatch.setattr(recording, "write_text", full)
+    with pytest.raises(RunError), opened(tmp_path / "run"):
+        pass
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_latest_is_written_in_runs_and_nowhere_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "latest").write_text("the user's own")
+    for folder in ("mine", "runs/a", "runs/b"):
+        with opened(Path(folder)):
+            pass
+    assert (tmp_path / "latest").read_text() == "the user's own"
+    assert (tmp_path / "runs" / "latest").read_text() == "b\n"
