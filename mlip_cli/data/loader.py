@@ -1,8 +1,6 @@
 """Batches for training and evaluation: pure functions of (seed, step), made in worker processes."""
 
 import os
-import signal
-import threading
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from mlip_cli.config import Data
 from mlip_cli.data.dataset import BadSampleError, RawSample, ShardDataset
+from mlip_cli.data.loader_processes import data_loader, items_of
 from mlip_cli.data.order import MAX_ATTEMPTS, Order, Position, Positions, key
 from mlip_cli.data.tokenizer import Tokenizer, padded_length
 from mlip_cli.data.transforms import decode, evaluation_transform, training_transform
@@ -67,7 +66,7 @@ def training_loader(
     """
     _check_divides(global_batch_size, world_size)
     steps = _Steps(datasets, order, data, context_length, global_batch_size, seed, rank, world_size)
-    loader = _data_loader(steps, range(start_step, stop_step), num_workers, pin_memory=pin_memory)
+    loader = data_loader(steps, range(start_step, stop_step), num_workers, pin_memory=pin_memory)
     return _training_batches(loader, _BadSampleLimit(data.max_bad_share))
 
 
@@ -80,8 +79,8 @@ def evaluation_loader(
         RunError: (while iterating) a sample cannot be read: a measure over the others would be another measure.
     """
     batches = _EvaluationBatches(dataset, image_size, batch_size)
-    loader = _data_loader(batches, range(-(-dataset.num_samples // batch_size)), num_workers)
-    return _items(loader)
+    loader = data_loader(batches, range(-(-dataset.num_samples // batch_size)), num_workers)
+    return items_of(loader)
 
 
 def default_num_workers(world_size: int) -> int:
@@ -295,50 +294,7 @@ def _place_and_reason(bad: BadSample) -> str:
     return str(BadSampleError(bad.shard, bad.key, bad.reason))
 
 
-def _data_loader(batches: Dataset[Any], items: range, num_workers: int, *, pin_memory: bool = False) -> DataLoader[Any]:
-    return DataLoader(
-        batches,
-        sampler=items,
-        batch_size=None,
-        num_workers=num_workers,
-        prefetch_factor=None if num_workers == 0 else 4 if num_workers <= 2 else 2,
-        pin_memory=pin_memory,
-        generator=torch.Generator(),  # workers' seeds, which nothing uses, must not come from the global one
-    )
-
-
 def _training_batches(loader: DataLoader[Any], limit: _BadSampleLimit) -> Generator[Batch, None, None]:
-    for step in _items(loader):
+    for step in items_of(loader):
         limit.check(step)
         yield step.batch
-
-
-def _items(loader: DataLoader[Any]) -> Generator[Any, None, None]:
-    """What the workers made; errors that they sent are raised here."""
-    items = _quiet_iter(loader)
-    while True:
-        try:
-            item = next(items)
-        except StopIteration:
-            return
-        except (RuntimeError, OSError, EOFError) as error:  # of torch's pipes; our own errors come as items
-            if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
-                raise
-            raise RunError(
-                f"a loader process died: {error}; look for too little memory or /dev/shm, or use data.num_workers=0"
-            ) from error
-        if isinstance(item, Exception):
-            raise item
-        yield item
-
-
-def _quiet_iter(loader: DataLoader[Any]) -> Iterator[Any]:
-    """iter(loader), less torch's SIGCHLD handler, which raises wherever the main process happens to be.
-
-    A worker that died is found at the next item that it owes, within five seconds.
-    """
-    handler = signal.getsignal(signal.SIGCHLD)
-    items = iter(loader)
-    if threading.current_thread() is threading.main_thread() and handler is not None:
-        signal.signal(signal.SIGCHLD, handler)
-    return items

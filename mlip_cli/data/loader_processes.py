@@ -1,0 +1,59 @@
+"""torch's DataLoader over datasets that never raise: an error in a worker process travels as an item."""
+
+import signal
+import threading
+from collections.abc import Generator, Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from mlip_cli.errors import RunError
+
+
+def data_loader(batches: Dataset[Any], items: range, num_workers: int, *, pin_memory: bool = False) -> DataLoader[Any]:
+    """The `items` of `batches`, in order, made in `num_workers` processes, or in this one where that is 0."""
+    return DataLoader(
+        batches,
+        sampler=items,
+        batch_size=None,
+        num_workers=num_workers,
+        prefetch_factor=None if num_workers == 0 else 4 if num_workers <= 2 else 2,
+        pin_memory=pin_memory,
+        generator=torch.Generator(),  # workers' seeds, which nothing uses, must not come from the global one
+    )
+
+
+def items_of(loader: DataLoader[Any]) -> Generator[Any, None, None]:
+    """What the workers made; closing the generator ends them.
+
+    Raises:
+        RunError: a worker process died. Errors that the workers sent are raised here.
+    """
+    items = _quiet_iter(loader)
+    while True:
+        try:
+            item = next(items)
+        except StopIteration:
+            return
+        except (RuntimeError, OSError, EOFError) as error:  # of torch's pipes; our own errors come as items
+            if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+                raise
+            raise RunError(
+                f"a loader process died: {error}; look for too little memory or /dev/shm, or use data.num_workers=0"
+            ) from error
+        if isinstance(item, Exception):
+            raise item
+        yield item
+
+
+def _quiet_iter(loader: DataLoader[Any]) -> Iterator[Any]:
+    """iter(loader), less torch's SIGCHLD handler, which raises wherever the main process happens to be.
+
+    A worker that died is found at the next item that it owes, within five seconds.
+    """
+    handler = signal.getsignal(signal.SIGCHLD)
+    items = iter(loader)
+    if threading.current_thread() is threading.main_thread() and handler is not None:
+        signal.signal(signal.SIGCHLD, handler)
+    return items
