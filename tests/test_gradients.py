@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import weakref
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -66,6 +67,25 @@ def test_micro_batches_report_the_same_terms() -> None:
     ]  # fmt: skip
     for name, value in terms[0].items():
         torch.testing.assert_close(terms[1][name], value, rtol=1e-12, atol=0)
+
+
+def test_no_micro_batch_keeps_the_tokens_of_another() -> None:
+    """Memory grows with the micro-batch, not with the share: in each second pass all tokens of the first are gone."""
+    model = small_model()
+    kept: list[weakref.ref[torch.Tensor]] = []
+    alive: list[int] = []
+
+    def look(module: torch.nn.Module, inputs: object) -> None:
+        alive.append(sum(ref() is not None for ref in kept))
+
+    model.register_forward_pre_hook(look)
+    model.register_forward_hook(lambda module, inputs, encoded: kept.append(weakref.ref(encoded.image_tokens)))
+    batch = small_batch(8)
+    add_gradients(
+        model, Objective(small_recipe().losses), batch, precision=Precision.named("fp32", CPU), micro_batch_size=2
+    )
+    assert len(alive) == 8
+    assert max(alive) <= 1
 
 
 def test_micro_batches_replay_dropout() -> None:

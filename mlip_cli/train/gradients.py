@@ -84,14 +84,18 @@ def _by_micro_batches(
     2021). The second pass replays random numbers and merges of the first. Losses inside pairs need no cache.
     """
     device = parts[0].images.device
-    states, first_pass = [], []
+    states, features, merges, captions = [], [], [], []
     for part in parts:
         states.append(RandomState.read(device))
         with torch.no_grad(), precision.autocast(device):
-            first_pass.append(unwrap(model)(part))
-    num_captions = all_sum(torch.stack([objective.count_captions(e.text_mask) for e in first_pass]).sum())
+            encoded = unwrap(model)(part)
+        features.append(features_of(encoded))
+        merges.append(encoded.assign)
+        captions.append(objective.count_captions(encoded.text_mask))
+    del encoded  # its tokens are most of what a micro-batch keeps
+    num_captions = all_sum(torch.stack(captions).sum())
 
-    cached = _cache([features_of(e) for e in first_pass])
+    cached = _cache(features)
     leaves = _leaves(cached)
     terms = objective.batch_terms(cached)
     gradients: tuple[Tensor | None, ...] = (None,) * len(leaves)
@@ -106,7 +110,7 @@ def _by_micro_batches(
         states[i].restore(device)
         with _no_sync(model, last=i == len(parts) - 1):
             with precision.autocast(device):
-                encoded = model(part, assign=first_pass[i].assign)
+                encoded = model(part, assign=merges[i])
             sample_terms = objective.sample_terms(encoded, num_captions)
             surrogate = _surrogate(_leaves(features_of(encoded)), gradients, rows, share=1 / len(parts))
             if sample_terms:
