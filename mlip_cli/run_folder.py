@@ -13,6 +13,29 @@ from mlip_cli.files import write_text
 RUNS = Path("runs")
 
 
+STATE = "state.pt"
+"""Written last into a checkpoint folder; one without it is none."""
+
+
+def checkpoint_name(step: int) -> str:
+    """240 -> step_0000240"""
+    return f"step_{step:07d}"
+
+
+def step_of(checkpoint: Path) -> int:
+    """step_0000240 -> 240"""
+    return int(checkpoint.name.removeprefix("step_"))
+
+
+def checkpoint_folders(folder: Path) -> list[Path]:
+    """Folders named like checkpoints, by step; other names are not ours."""
+    return sorted((path for path in folder.glob("step_*") if _is_checkpoint_name(path.name)), key=step_of)
+
+
+def _is_checkpoint_name(name: str) -> bool:
+    return re.fullmatch(r"step_\d+", name) is not None
+
+
 @dataclass(frozen=True)
 class Run:
     """A folder written by `mlip pretrain`."""
@@ -45,8 +68,8 @@ class Run:
 
     def latest_checkpoint(self) -> Path | None:
         """The newest whole checkpoint, or None."""
-        found = sorted(p for p in self.checkpoints.glob("step_*") if (p / "state.pt").is_file())
-        return found[-1] if found else None
+        whole = [path for path in checkpoint_folders(self.checkpoints) if (path / STATE).is_file()]
+        return whole[-1] if whole else None
 
     def read_stamp(self) -> dict[str, Any]:
         """run.json, or {} before it is written."""
@@ -73,7 +96,7 @@ def all_runs(root: Path = RUNS) -> list[Run]:
 
     def age(run: Run) -> tuple[int, str]:
         checkpoint = run.latest_checkpoint()
-        return ((checkpoint / "state.pt").stat().st_mtime_ns if checkpoint else 0, run.folder.name)
+        return ((checkpoint / STATE).stat().st_mtime_ns if checkpoint else 0, run.folder.name)
 
     return sorted(runs, key=age)
 
@@ -107,7 +130,7 @@ def find_checkpoint(target: str | None) -> tuple[Run, Path]:
             raise UsageError(f"{path}: this run has no checkpoint yet; go on with it: mlip pretrain --resume")
         return run, newest
     run = Run(path.parent.parent)
-    if not run.recipe.is_file() or not path.is_dir() or not re.fullmatch(r"step_\d+", path.name):
+    if not run.recipe.is_file() or not path.is_dir() or not _is_checkpoint_name(path.name):
         raise UsageError(
             f"{path}: not a run folder (no recipe.yaml) and not a checkpoint of one; "
             "name RUN, or RUN/checkpoints/step_NUMBER"

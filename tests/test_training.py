@@ -307,7 +307,7 @@ def test_a_disk_that_is_full_ends_the_run_with_one_line_and_keeps_the_last_check
             ["train.global_batch_size=64"],
             "train.global_batch_size: 64 is more than the 40 samples of data.train; use 40 or less",
         ),
-        (["model.merging.rate=0.9"], "model.merging.rate=0.9: 0.9 is out of reach"),
+        (["model.merging.rate=0.9"], "command line: model.merging.rate=0.9: merge rate 0.9: the merge before block 2"),
         (["model.init=/nowhere"], "/nowhere: no such run or checkpoint"),
         (["evaluate.zeroshot=[openmojo]"], "openmojo"),
     ],

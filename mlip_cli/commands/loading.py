@@ -13,7 +13,7 @@ from mlip_cli.errors import UsageError
 from mlip_cli.merge_plan import MergePlan
 from mlip_cli.model.clip import CLIP, build_model, set_fused_attention
 from mlip_cli.recipe import load_recipe
-from mlip_cli.run_folder import Run, find_checkpoint
+from mlip_cli.run_folder import Run, find_checkpoint, step_of
 from mlip_cli.train.checkpoint import load_weights
 from mlip_cli.types import ImageFeatures
 
@@ -86,7 +86,7 @@ def load_run(target: str | None, *, device: str) -> LoadedRun:
         model=model,
         tokenizer=Tokenizer(recipe.model.text.context_length),
         checkpoint=checkpoint,
-        step=int(checkpoint.name.removeprefix("step_")),
+        step=step_of(checkpoint),
         device=where,
     )
 

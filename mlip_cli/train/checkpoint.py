@@ -1,7 +1,6 @@
 """Checkpoints: a folder that is whole or absent. Weights as safetensors, the rest loadable with `weights_only=True`."""
 
 import os
-import re
 import shutil
 import time
 from pathlib import Path
@@ -14,14 +13,9 @@ from torch import Tensor
 
 from mlip_cli.errors import UsageError
 from mlip_cli.files import sync_folder
+from mlip_cli.run_folder import STATE, checkpoint_folders, checkpoint_name, step_of
 
 WEIGHTS = "model.safetensors"
-STATE = "state.pt"
-
-
-def checkpoint_name(step: int) -> str:
-    """step_0000240, sorted by name as by step."""
-    return f"step_{step:07d}"
 
 
 def save_checkpoint(folder: Path, *, step: int, weights: dict[str, Tensor], state: dict[str, Any]) -> float:
@@ -58,10 +52,8 @@ def save_checkpoint(folder: Path, *, step: int, weights: dict[str, Tensor], stat
 
 def remove_old_checkpoints(folder: Path, *, last: int, every_steps: int | None) -> None:
     """Keep the newest `last` checkpoints and those at multiples of `every_steps`; other names are not ours."""
-    found = sorted(path for path in folder.iterdir() if re.fullmatch(r"step_\d+", path.name))
-    for path in found[:-last]:
-        step = int(path.name.removeprefix("step_"))
-        if not (every_steps and step % every_steps == 0):
+    for path in checkpoint_folders(folder)[:-last]:
+        if not (every_steps and step_of(path) % every_steps == 0):
             shutil.rmtree(path)
 
 
