@@ -6,5 +6,5 @@ import signal
 # before torch is imported, and for the processes that tests start
 os.environ["OMP_NUM_THREADS"] = "1"
 
-# under nohup and in the background of a script Ctrl-C is ignored, and so by the processes that tests start and interrupt
+# in the background of a script Ctrl-C is ignored, and would be by the processes that tests start and interrupt
 signal.signal(signal.SIGINT, signal.default_int_handler)
