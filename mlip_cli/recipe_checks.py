@@ -23,7 +23,7 @@ def _length(recipe: Recipe) -> Found:
 def _batch(recipe: Recipe) -> Found:
     micro, whole = recipe.train.micro_batch_size, recipe.train.global_batch_size
     if micro is not None and micro > whole:
-        yield "train.micro_batch_size", f"{micro} is more than train.global_batch_size {whole}"
+        yield "train.micro_batch_size", f"{micro} is more than train.global_batch_size {whole}; set it to null"
 
 
 def _precision(recipe: Recipe) -> Found:

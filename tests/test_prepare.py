@@ -49,7 +49,8 @@ def test_in_is_out_plus_rejects_and_a_truncated_jpeg_stops_nothing(
         "  1 x not a picture",
         f"each reject with file, row and reason: {tmp_path / 'out' / 'rejects.parquet'}",
         "next:",
-        f"mlip pretrain single_gpu data.train={tmp_path}/out/train data.validation=null",
+        f"mlip pretrain single_gpu data.train={tmp_path}/out/train data.validation=null"
+        " train.global_batch_size=4 train.micro_batch_size=null",
     ]
 
 
@@ -92,7 +93,8 @@ def test_holdout_is_by_pixels_and_stable(tmp_path: Path) -> None:
     assert not held & kept
     assert 5 <= len(held) <= 25
     assert ("a copy" in held) == ("picture number 3" in held)
-    assert summary["next"].endswith(f"data.train={tmp_path}/out/train data.validation={tmp_path}/out/validation")
+    folders = f"data.train={tmp_path}/out/train data.validation={tmp_path}/out/validation"
+    assert summary["next"].endswith(f"{folders} train.global_batch_size=32 train.micro_batch_size=null")
     for i in range(40, 60):
         (source / f"{i:05d}.png").unlink()
     prepare(source, tmp_path / "fewer", holdout=0.25)
@@ -176,7 +178,7 @@ def test_a_finished_folder_that_moved_says_where_it_is_now_and_loses_what_a_kill
     prepare(source, moved)
     said = json.loads(capsys.readouterr().out)
     assert said["out"] == str(moved)
-    assert said["next"] == f"mlip pretrain single_gpu data.train={moved}/train data.validation=null"
+    assert said["next"].startswith(f"mlip pretrain single_gpu data.train={moved}/train data.validation=null")
     assert not (moved / ".prepare").exists()
 
 
@@ -249,6 +251,7 @@ def test_openmoji_small(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> Non
     assert "CC BY-SA 4.0" in caplog.messages[-3]
     assert caplog.messages[-1] == (
         f"mlip pretrain recipes/openmoji.yaml data.train={tmp_path}/out/train data.validation={tmp_path}/out/test"
+        " train.global_batch_size=32"
     )
     card = ShardDataset(tmp_path / "out" / "test").card
     assert card["provenance"]["license"] == "CC BY-SA 4.0"

@@ -161,7 +161,7 @@ def test_a_mistake_in_a_parent_is_reported_in_the_parent() -> None:
     [
         (["train.steps=null"], "train.steps=null: not given, nor is train.epochs; give one of them"),
         (["train.epochs=3"], "train.epochs=3: 3 excludes train.steps 5; set one to null"),
-        (["train.micro_batch_size=8"], "train.micro_batch_size=8: 8 is more than train.global_batch_size 4"),
+        (["train.micro_batch_size=8"], "train.micro_batch_size=8: 8 is more than train.global_batch_size 4; set it to null"),
         (["train={precision: fp16, device: cpu}"], "train={precision: fp16, device: cpu}: train.precision: fp16 needs train.device cuda, not cpu; use bf16 or fp32"),
         (["data.train=[{path: a, weight: 1}, b]"], "data.train=[{path: a, weight: 1}, b]: b has no weight but others have; weigh all folders or none"),
         (["data.train=[a, a]"], "data.train=[a, a]: a is listed twice"),

@@ -4,6 +4,7 @@ import os
 import shlex
 import time
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,7 @@ def prepare_data(
         summary = _prepare(found, out, read, request, num_workers=workers or os.cpu_count() or 1)
     else:
         Workspace(out).discard()  # what a kill between the last two steps may have left
-        summary |= {"out": str(out), "next": _next_command(found.format, out, list(summary["splits"]))}
+        summary |= {"out": str(out), "next": _next_command(found.format, out, _samples(summary["splits"]))}
         say(f"{out}: prepared already, from the same files with the same options; nothing to do")
     _report(out, summary, as_json=as_json)
 
@@ -113,7 +114,7 @@ def _prepare(
             "held_out": done.is_held_out,
             "attribution": provenance.get("attribution"),
             "seconds": round(time.monotonic() - started, 2),
-            "next": _next_command(source.format, out, list(done.cards)),
+            "next": _next_command(source.format, out, _samples(done.cards)),
         }
         work.publish(summary)
     return summary
@@ -136,14 +137,27 @@ def _check_apart(source: DataSource, out: Path) -> None:
         raise UsageError(f"{out}: lies inside the source {source.name}; name a folder elsewhere")
 
 
-def _next_command(format: str, out: Path, splits: list[str]) -> str:
+def _samples(splits: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
+    return {split: part["num_samples"] for split, part in splits.items()}
+
+
+def _next_command(format: str, out: Path, splits: Mapping[str, int]) -> str:
+    """The training to go on with; `splits` holds their samples, and a batch that they do not fill is made smaller."""
     if format == "openmoji" and out == DEMO_FOLDER:
         return "mlip pretrain recipes/openmoji.yaml"
-    train = "train" if "train" in splits else splits[0]
+    train = "train" if "train" in splits else next(iter(splits))
     held_out = next((split for split in ("validation", "test") if split in splits and split != train), None)
     validation = f"data.validation={out / held_out}" if held_out else "data.validation=null"
-    recipe = "recipes/openmoji.yaml" if format == "openmoji" else "single_gpu"
-    return shlex.join(["mlip", "pretrain", recipe, f"data.train={out / train}", validation])
+    recipe, batch_size, micro = (
+        ("recipes/openmoji.yaml", 128, None) if format == "openmoji" else ("single_gpu", 1024, 128)
+    )
+    changes = [f"data.train={out / train}", validation]
+    if splits[train] < batch_size:
+        batch_size = 1 << (splits[train].bit_length() - 1)
+        changes.append(f"train.global_batch_size={batch_size}")
+        if micro and batch_size < micro:
+            changes.append("train.micro_batch_size=null")
+    return shlex.join(["mlip", "pretrain", recipe, *changes])
 
 
 def _report(out: Path, summary: dict[str, Any], *, as_json: bool) -> None:

@@ -63,6 +63,7 @@ def train_run(recipe: Recipe, start: Start) -> Run:
         evaluators = training_evaluators(recipe, tokenizer, device=device) if is_main() else []
 
         with recorded(run, recipe, device=device, fingerprints=data.fingerprints, step=progress.step):
+            say(f"run folder: {run.folder}")
             for line in [*lines, *facts(recipe, training.plain, data.total_steps), *resume_facts(start, progress.step)]:
                 say(line)
             for line in cautions(recipe, training.plain.plan, data.total_steps):
@@ -166,8 +167,9 @@ def facts(recipe: Recipe, model: CLIP, total_steps: int) -> list[str]:
     parameters = sum(p.numel() for p in model.parameters())
     plan = model.plan
     lines = [
-        f"{parameters:,} parameters; {total_steps:,} steps of {recipe.train.global_batch_size:,} on {world_size()} "
-        f"rank{'s' if world_size() > 1 else ''}, {num_workers(recipe)} loader processes each, {recipe.train.precision}"
+        f"{parameters:,} parameters; {total_steps:,} steps with batches of {recipe.train.global_batch_size:,} on "
+        f"{world_size()} rank{'s' if world_size() > 1 else ''}, {num_workers(recipe)} loader processes each, "
+        f"{recipe.train.precision}"
     ]
     if plan.at:
         tokens = " ".join(map(str, plan.tokens))
