@@ -17,11 +17,6 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def is_first() -> bool:
-    """True on rank 0, which alone writes files."""
-    return rank() == 0
-
-
 def world_size() -> int:
     """Number of processes that train together, 1 without torchrun."""
     return int(os.environ.get("WORLD_SIZE", "1"))

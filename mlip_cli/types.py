@@ -15,6 +15,9 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor
 
+VOCAB_SIZE = 49408
+"""Ids of CLIP's byte-pair vocabulary; the last two are BOS and EOS."""
+
 
 class _Movable:
     """Dataclasses of tensors that move together."""

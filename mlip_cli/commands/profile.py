@@ -16,13 +16,13 @@ from mlip_cli.data.tokenizer import padded_length
 from mlip_cli.distributed import pick_device
 from mlip_cli.losses.objective import Objective
 from mlip_cli.merge_plan import MergePlan
-from mlip_cli.model.clip import CLIP, VOCAB_SIZE, build_model, set_fused_attention
+from mlip_cli.model.clip import CLIP, build_model, set_fused_attention
 from mlip_cli.output import print_json, print_lines, print_table, progress, say
 from mlip_cli.profiling import PeakMemory, Timing, measure_interleaved, peak_memory
 from mlip_cli.recipe import load_recipe
 from mlip_cli.train.gradients import Precision, add_gradients
 from mlip_cli.train.optim import build_optimizer, clamp_scales, set_learning_rate
-from mlip_cli.types import Batch
+from mlip_cli.types import VOCAB_SIZE, Batch
 
 
 @dataclass(frozen=True)

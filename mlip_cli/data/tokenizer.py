@@ -15,8 +15,8 @@ from typing import Any, cast
 from torch import Tensor
 
 from mlip_cli.errors import RunError
+from mlip_cli.types import VOCAB_SIZE
 
-VOCAB_SIZE = 49408
 LENGTHS = (8, 16, 24, 32, 48, 77)
 
 

@@ -11,10 +11,7 @@ from mlip_cli.merge_plan import MergePlan
 from mlip_cli.model.frequency import FrequencyBranch
 from mlip_cli.model.text import TextTower, pool_text, word_mask
 from mlip_cli.model.vision import ImageTower, Tower
-from mlip_cli.types import Batch, Encoded, ImageFeatures
-
-VOCAB_SIZE = 49408
-"""Size of CLIP's byte-pair vocabulary."""
+from mlip_cli.types import VOCAB_SIZE, Batch, Encoded, ImageFeatures
 
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)

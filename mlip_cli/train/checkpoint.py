@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import time
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +17,12 @@ from mlip_cli.run_folder import STATE, checkpoint_folders, checkpoint_name, step
 WEIGHTS = "model.safetensors"
 
 
-def save_checkpoint(folder: Path, *, step: int, weights: dict[str, Tensor], state: dict[str, Any]) -> float:
-    """Write folder/step_NNNNNNN: temporary name, sync, rename. Returns the seconds it took.
+def save_checkpoint(folder: Path, *, step: int, weights: dict[str, Tensor], state: dict[str, Any]) -> None:
+    """Write folder/step_NNNNNNN: temporary name, sync, rename.
 
     Raises:
         OSError: the disk is full, say; nothing half-written stays and earlier checkpoints are untouched.
     """
-    started = time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / checkpoint_name(step)
     temporary = folder / f".{final.name}.{os.getpid()}.tmp"
@@ -47,7 +45,6 @@ def save_checkpoint(folder: Path, *, step: int, weights: dict[str, Tensor], stat
         raise OSError(f"{final}: the checkpoint could not be written: {str(error).splitlines()[0]}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return time.monotonic() - started
 
 
 def remove_old_checkpoints(folder: Path, *, last: int, every_steps: int | None) -> None:

@@ -10,9 +10,9 @@ import torch.distributed as dist
 from torch import nn
 
 from mlip_cli.config import Train
-from mlip_cli.distributed import is_first, rank, unwrap, world_size
+from mlip_cli.distributed import rank, unwrap, world_size
 from mlip_cli.errors import UsageError
-from mlip_cli.output import warn
+from mlip_cli.output import is_main, warn
 from mlip_cli.train.checkpoint import load_state, load_weights, remove_old_checkpoints, save_checkpoint
 from mlip_cli.train.gradients import Precision, RandomState
 from mlip_cli.train.loop import Progress
@@ -71,10 +71,10 @@ class Saver:
         random = asdict(RandomState.read(training.device))
         everyone: list[Any] = [None] * world_size()
         if world_size() > 1:
-            dist.gather_object(random, everyone if is_first() else None)
+            dist.gather_object(random, everyone if is_main() else None)
         else:
             everyone = [random]
-        if is_first():
+        if is_main():
             state = {
                 "progress": asdict(progress),
                 "optimizer": training.optimizer.state_dict(),
