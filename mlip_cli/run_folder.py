@@ -63,6 +63,14 @@ class Run:
         return self.folder / "evals"
 
     @property
+    def pictures(self) -> Path:
+        return self.folder / "pictures"
+
+    @property
+    def report(self) -> Path:
+        return self.folder / "report.html"
+
+    @property
     def checkpoints(self) -> Path:
         return self.folder / "checkpoints"
 
