@@ -92,6 +92,22 @@ class Encoded:
 
 
 @dataclass(frozen=True)
+class MergeStage:
+    """What one merge did to the original patches, and the guidance that it followed."""
+
+    block: int
+    """The block before which the tokens merged, counted from 1."""
+    groups: Tensor
+    """(B, N) int64: the group of each patch after this merge, groups numbered by their smallest patch."""
+    spatial: Tensor | None
+    """(B, N) in [0, 1]: rank of the token that the patch was in before this merge; None without guidance."""
+    frequency: Tensor | None
+    """(B, N) in [0, 1]: the same of the frequency domain, a mean over the token's patches."""
+    mixed: Tensor | None
+    """(B, N) in [0, 1]: what the matching received."""
+
+
+@dataclass(frozen=True)
 class Features:
     """The part of `Encoded` that losses over the whole batch read; micro-batches are cached in this form."""
 

@@ -11,7 +11,7 @@ from mlip_cli.merge_plan import MergePlan
 from mlip_cli.model.frequency import FrequencyBranch
 from mlip_cli.model.text import TextTower, pool_text, word_mask
 from mlip_cli.model.vision import ImageTower, Tower
-from mlip_cli.types import VOCAB_SIZE, Batch, Encoded, ImageFeatures
+from mlip_cli.types import VOCAB_SIZE, Batch, Encoded, ImageFeatures, MergeStage
 
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -116,6 +116,13 @@ class CLIP(nn.Module):
         if self.frequency_projection is not None:
             frequency = self.frequency_projection(self._frequency_tokens(images, embedded).mean(1))
         return ImageFeatures(self.image_projection(tower.pooled), frequency)
+
+    def merge_stages(self, images: Tensor, plan: MergePlan | None = None) -> tuple[MergeStage, ...]:
+        """What each merge of `encode_image(images, plan)` does: (B, 3, H, W) -> one stage a merge, none at rate 0."""
+        plan = plan or self.plan
+        images = self.normalize(images)
+        tower: Tower = self.vision(images, self.vision.embed(images), plan)
+        return tower.stages(plan)
 
     def encode_text(self, token_ids: Tensor) -> Tensor:
         """(B, L) int64, L up to context_length -> (B, E), not normalised."""

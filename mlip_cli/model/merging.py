@@ -154,5 +154,5 @@ def distinctness(x: Tensor, sizes: Tensor) -> Tensor:
 
 
 def mix_guidance(spatial: Tensor, frequency: Tensor) -> Tensor:
-    """Guidance of both domains: ranks of the spatial one, and the frequency one as it is: (B, N), (B, N) -> (B, N)."""
-    return SPATIAL_SHARE * mid_ranks(spatial) + (1 - SPATIAL_SHARE) * frequency
+    """Mean of the ranks of both domains, by SPATIAL_SHARE: (B, N) in [0, 1], (B, N) in [0, 1] -> (B, N) in [0, 1]."""
+    return SPATIAL_SHARE * spatial + (1 - SPATIAL_SHARE) * frequency

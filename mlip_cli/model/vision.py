@@ -24,9 +24,21 @@ from mlip_cli.model.merging import (
     last_step,
     match,
     merge_tokens,
+    mid_ranks,
     mix_guidance,
     size_mask,
+    unmerge_tokens,
 )
+from mlip_cli.types import MergeStage
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """What guides one merge, for the K tokens before it: (B, K) in [0, 1] each."""
+
+    spatial: Tensor
+    frequency: Tensor
+    mixed: Tensor
 
 
 @dataclass(frozen=True)
@@ -41,6 +53,22 @@ class Tower:
     """(B, K): patches per token, at least fp32."""
     assign: tuple[Tensor, ...]
     """Of each merge, the group (B, N) of every original patch."""
+    guidance: tuple[Guidance | None, ...]
+    """Of each merge, what guided it; None where nothing did."""
+
+    def stages(self, plan: MergePlan) -> tuple[MergeStage, ...]:
+        """Every merge of this pass, seen from the original patches."""
+        earlier = (None, *self.assign)
+        merges = zip(plan.at, self.assign, earlier, self.guidance, strict=False)  # `earlier` has the last one too
+        return tuple(_stage(block, groups, before, guidance) for block, groups, before, guidance in merges)
+
+
+def _stage(block: int, groups: Tensor, before: Tensor | None, guidance: Guidance | None) -> MergeStage:
+    if guidance is None:
+        return MergeStage(block, groups, None, None, None)
+    maps = torch.stack([guidance.spatial, guidance.frequency, guidance.mixed], dim=-1)
+    spatial, frequency, mixed = (maps if before is None else unmerge_tokens(maps, before)).unbind(-1)
+    return MergeStage(block, groups, spatial, frequency, mixed)
 
 
 class ObservedBlock(Block):
@@ -161,7 +189,13 @@ class ImageTower(nn.Module):
             else:
                 x = block(x, attn_mask=merging.mask)
         x = self.trunk.norm(x)
-        return Tower(self._pool(x, merging), x[:, self.num_prefix :], merging.sizes, tuple(merging.assigns))
+        return Tower(
+            self._pool(x, merging),
+            x[:, self.num_prefix :],
+            merging.sizes,
+            tuple(merging.assigns),
+            tuple(merging.guidance),
+        )
 
     def _pool(self, x: Tensor, merging: "Merging") -> Tensor:
         """timm's pooling; means count every patch once, whatever it merged into."""
@@ -196,6 +230,7 @@ class Merging:
         self.replay = replay
         self.sizes = torch.ones(len(images), tower.num_patches, dtype=dtype, device=images.device)
         self.assigns: list[Tensor] = []
+        self.guidance: list[Guidance | None] = []
         self.mask: Tensor | None = None
         self.keys: Tensor | None = None
         self.first_row: Tensor | None = None
@@ -209,30 +244,34 @@ class Merging:
         if self.replay is not None:
             composed = self.replay[len(self.assigns)]
             assign = last_step(earlier, composed, patches.shape[1])
+            guidance = None
         else:
-            assign = self._match(patches, num_groups)
+            guidance = self._guide(patches.detach())
+            assign = self._match(patches, None if guidance is None else guidance.mixed, num_groups)
             composed = compose(earlier, assign)
         patches = merge_tokens(patches, self.sizes, assign, num_groups)
         if self.frequency is not None:
             self.frequency = group_mean(self.frequency, self.sizes, assign, num_groups)
         self.sizes = group_sizes(self.sizes, assign, num_groups)
         self.assigns.append(composed)
+        self.guidance.append(guidance)
         self.mask = size_mask(self.sizes, self.tower.num_prefix).to(x.dtype)
         return torch.cat([prefix, patches], dim=1)
 
-    def _match(self, patches: Tensor, num_groups: int) -> Tensor:
+    def _match(self, patches: Tensor, guidance: Tensor | None, num_groups: int) -> Tensor:
         tower, device = self.tower, patches.device
         parity = (
             index_parity(patches.shape[1], device=device) if self.assigns else grid_parity(*tower.grid, device=device)
         )
         metric = patches.detach() if self.keys is None else self.keys[:, tower.num_prefix :]
-        return match(metric, self._guidance(patches.detach()), parity, num_groups)
+        return match(metric, guidance, parity, num_groups)
 
-    def _guidance(self, patches: Tensor) -> Tensor | None:
+    def _guide(self, patches: Tensor) -> Guidance | None:
         if self.frequency is None:
             return None
         if self.first_row is not None and self.tower.trunk.cls_token is not None:
             spatial = self.first_row[:, self.tower.num_prefix :]
         else:
             spatial = distinctness(nn.functional.layer_norm(patches, patches.shape[-1:]), self.sizes)
-        return mix_guidance(spatial, self.frequency)
+        ranks = mid_ranks(spatial)
+        return Guidance(ranks, self.frequency, mix_guidance(ranks, self.frequency))
