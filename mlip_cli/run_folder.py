@@ -63,6 +63,11 @@ class Run:
         return self.folder / "evals"
 
     @property
+    def data_cards(self) -> Path:
+        """Cards of the data by its role, so that the folder says what it learned from when the data is elsewhere."""
+        return self.folder / "data.json"
+
+    @property
     def pictures(self) -> Path:
         return self.folder / "pictures"
 

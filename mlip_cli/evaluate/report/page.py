@@ -1,0 +1,160 @@
+"""HTML that needs nothing but itself: elements that escape what they hold, and one page with its style inside."""
+
+import base64
+import html
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+STYLE = Path(__file__).with_name("page.css")
+
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+"""The browser itself refuses to fetch anything, and to run any script."""
+
+VOID = frozenset({"img", "meta", "br"})
+MIME = {".png": "image/png", ".webp": "image/webp", ".jpg": "image/jpeg"}
+
+
+class Html(str):
+    """Text that is markup already; every other string is escaped on its way into an element."""
+
+    __slots__ = ()
+
+
+Child = Any
+"""Html, a string, a number, None (nothing), or a sequence of those."""
+
+
+def element(tag: str, *children: Child, **attributes: str | int | bool | None) -> Html:
+    """<tag attributes>children</tag>: `class_` is the attribute class; None and False leave an attribute out."""
+    written = "".join(
+        f" {name.rstrip('_').replace('_', '-')}" + ("" if value is True else f'="{html.escape(str(value))}"')
+        for name, value in attributes.items()
+        if value is not None and value is not False
+    )
+    if tag in VOID:
+        return Html(f"<{tag}{written}>")
+    return Html(f"<{tag}{written}>{joined(children)}</{tag}>")
+
+
+def joined(children: Iterable[Child]) -> Html:
+    """Children one after the other."""
+    return Html("".join(_text(child) for child in children))
+
+
+def _text(child: Child) -> str:
+    if child is None:
+        return ""
+    if isinstance(child, Html):
+        return str(child)
+    if isinstance(child, list | tuple):
+        return joined(child)
+    return html.escape(str(child))
+
+
+def section(identifier: str, title: str, *children: Child) -> Html:
+    """A part of the page that the navigation leads to."""
+    return element("section", element("h2", title), *children, id=identifier)
+
+
+def note(*children: Child) -> Html:
+    """A quiet line below something."""
+    return element("p", *children, class_="note")
+
+
+def command(text: str) -> Html:
+    """A command line to type."""
+    return element("code", text)
+
+
+def table(columns: Sequence[Child], rows: Sequence[Sequence[Child]], *, text_columns: int = 1) -> Html:
+    """A table that scrolls sideways where the page is narrow; columns after the first `text_columns` hold numbers."""
+
+    def cells(tag: str, values: Sequence[Child]) -> list[Html]:
+        return [
+            element(tag, "–" if value is None else value, class_="number" if i >= text_columns else None)
+            for i, value in enumerate(values)
+        ]
+
+    head = element("thead", element("tr", *cells("th", columns)))
+    body = element("tbody", *(element("tr", *cells("td", row)) for row in rows))
+    return element("div", element("table", head, body), class_="scroll", tabindex=0)
+
+
+def facts(pairs: Iterable[tuple[str, Child]]) -> Html:
+    """Names and values below each other; a value of None is left out."""
+    return element(
+        "dl",
+        *((element("dt", name), element("dd", value)) for name, value in pairs if value is not None),
+        class_="facts",
+    )
+
+
+def tiles(tiles: Iterable[tuple[str, Child, Child]]) -> Html:
+    """What matters most, in large: (name, value, what it stands beside)."""
+    return element(
+        "div",
+        *(
+            element(
+                "div",
+                element("div", name, class_="tile-name"),
+                element("div", value, class_="tile-value"),
+                element("div", beside, class_="note"),
+                class_="tile",
+            )
+            for name, value, beside in tiles
+        ),
+        class_="tiles",
+    )
+
+
+def figure(picture: Html, caption: Child = None, *, kind: str = "chart") -> Html:
+    """A picture with its words."""
+    return element("figure", picture, element("figcaption", caption) if caption else None, class_=kind)
+
+
+def figures(children: Iterable[Html]) -> Html:
+    """Figures side by side, as many as fit."""
+    return element("div", *children, class_="figures")
+
+
+def folded(summary: Child, *children: Child, is_open: bool = False) -> Html:
+    """Something to unfold."""
+    return element("details", element("summary", summary), *children, open=is_open)
+
+
+def embedded_image(path: Path, *, alt: str, class_: str | None = None) -> Html:
+    """A picture file inside the page.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    content = base64.b64encode(path.read_bytes()).decode()
+    return element("img", src=f"data:{MIME[path.suffix]};base64,{content}", alt=alt, class_=class_, loading="lazy")
+
+
+def page(title: str, *, heading: Child, lead: Child, sections: Sequence[Html], foot: Child) -> str:
+    """A whole document. Sections come from `section`; the navigation is made of their titles."""
+    head = element(
+        "head",
+        element("meta", charset="utf-8"),
+        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        element("meta", name="color-scheme", content="light dark"),
+        element("meta", http_equiv="Content-Security-Policy", content=POLICY),
+        element("title", title),
+        element("style", Html(STYLE.read_text("utf-8"))),
+    )
+    body = element(
+        "body",
+        element("header", element("h1", heading), lead),
+        element("nav", *(_link(own) for own in sections)),
+        element("main", *sections),
+        element("footer", foot),
+    )
+    return f"<!DOCTYPE html>\n{element('html', head, body, lang='en')}\n"
+
+
+def _link(own: Html) -> Html:
+    """To a section, by the identifier and title that `section` gave it."""
+    identifier = own.split('id="', 1)[1].split('"', 1)[0]
+    return element("a", Html(own.split("<h2>", 1)[1].split("</h2>", 1)[0]), href=f"#{identifier}")

@@ -1,0 +1,123 @@
+"""All that a run folder says of itself, read from its files alone: no weights, no data, no torch."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from mlip_cli.config import Recipe
+from mlip_cli.errors import RecipeError
+from mlip_cli.output import warn
+from mlip_cli.recipe import load_recipe
+from mlip_cli.run_folder import Run
+
+Result = dict[str, Any]
+
+MEASURED = "loss"
+"""Key that the lines of training steps have and the lines of evaluations have not."""
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """A run as its files show it."""
+
+    run: Run
+    name: str
+    recipe: Recipe | None
+    """None when it does not validate with this version."""
+    recipe_text: str
+    stamp: Result
+    steps: list[Result]
+    """Lines of metrics.jsonl about training."""
+    evaluations: list[Result]
+    """Lines of metrics.jsonl with measures taken during training."""
+    results: dict[str, list[Result]]
+    """evals/*.json by kind, in the order of their steps."""
+    cards: dict[str, Result]
+    """Data card by the role of the data, such as `training`."""
+    damaged: list[str] = field(default_factory=list)
+    """What could not be read, as lines for people."""
+
+    @cached_property
+    def last_step(self) -> int:
+        """Last step that was logged; 0 before the first."""
+        return int(self.steps[-1]["step"]) if self.steps else 0
+
+    @cached_property
+    def attributions(self) -> list[str]:
+        """What the licences of the data ask to be said."""
+        found = [card.get("provenance", {}).get("attribution") for card in self.cards.values()]
+        return list(dict.fromkeys(text for text in found if text))
+
+    def newest(self, kind: str) -> Result | None:
+        """The result of a kind at the latest step."""
+        return self.results[kind][-1] if self.results.get(kind) else None
+
+
+def read_run(folder: Path) -> RunRecord:
+    """Read a run folder. What is damaged is named in `damaged`, and the rest is read all the same."""
+    run = Run(folder)
+    damaged: list[str] = []
+    lines = _read_metrics(run.metrics, damaged)
+    results: dict[str, list[Result]] = {}
+    for path in sorted(run.evals.glob("*.json")):
+        result = _attempt(path, _read_object, damaged)
+        if result is not None:
+            results.setdefault(str(result.get("kind", "unknown")), []).append(result)
+    for found in results.values():
+        found.sort(key=lambda result: (result.get("step", 0), result.get("measured_at", "")))
+    record = RunRecord(
+        run=run,
+        name=folder.resolve().name,
+        recipe=_attempt(run.recipe, _read_recipe, damaged),
+        recipe_text=run.recipe.read_text("utf-8") if run.recipe.is_file() else "",
+        stamp=_attempt(run.stamp, _read_object, damaged) or {},
+        steps=[line for line in lines if MEASURED in line],
+        evaluations=[line for line in lines if MEASURED not in line],
+        results=results,
+        cards=_attempt(run.data_cards, _read_object, damaged) or {},
+        damaged=damaged,
+    )
+    for line in damaged:
+        warn(line)
+    return record
+
+
+def _attempt(path: Path, read: Callable[[Path], Any], damaged: list[str]) -> Any:
+    """What `read` makes of a file; None for a missing file, and for a damaged one, which is noted."""
+    if not path.is_file():
+        return None
+    try:
+        return read(path)
+    except (ValueError, RecipeError) as error:
+        damaged.append(f"{path}: cannot be read ({str(error).splitlines()[0]}); left out of the report")
+        return None
+
+
+def _read_object(path: Path) -> Result:
+    value = json.loads(path.read_text("utf-8"))
+    if not isinstance(value, dict):
+        raise ValueError("no JSON object")
+    return value
+
+
+def _read_recipe(path: Path) -> Recipe:
+    return load_recipe(str(path)).recipe
+
+
+def _read_metrics(path: Path, damaged: list[str]) -> list[Result]:
+    """Whole lines; a last one without its end is still being written."""
+    if not path.is_file():
+        return []
+    lines: list[Result] = []
+    for number, text in enumerate(path.read_text("utf-8", errors="replace").splitlines(keepends=True), start=1):
+        if not text.endswith("\n"):
+            break
+        try:
+            line = json.loads(text)
+            lines.append({**line, "step": int(line["step"])})
+        except (ValueError, KeyError, TypeError):
+            damaged.append(f"{path}:{number}: not a line of metrics; left out of the report")
+    return lines

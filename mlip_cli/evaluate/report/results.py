@@ -1,0 +1,185 @@
+"""What a run was measured at: zero-shot tables, curves over training, and numbers as people read them."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+from mlip_cli.evaluate.report.charts import Bar, Line, bars_chart, lines_chart
+from mlip_cli.evaluate.report.page import Html, command, element, figure, figures, folded, note, section, table
+from mlip_cli.evaluate.report.record import Result, RunRecord
+
+SCORES = (
+    ("mean_per_class_recall", "mean recall %"),
+    ("acc1", "top-1 %"),
+    ("acc5", "top-5 %"),
+)
+NAME_SCORES = (("r1", "name R@1 %"), ("r5", "name R@5 %"))
+
+FEATURES = {"frequency": "frequency feature", "spatial_plus_frequency": "sum of both"}
+"""Beside the spatial feature, which `encode_image` gives."""
+
+COUNTS = ("step", "samples_seen")
+LOSSES = ("loss", "spatial_global", "spatial_token", "frequency_global", "frequency_token")
+
+Curve = tuple[str, str, Callable[[RunRecord], list[Line]]]
+
+
+def percent(share: float | None) -> str | None:
+    """0.316 -> 31.6"""
+    return None if share is None else f"{100 * share:.1f}"
+
+
+def with_interval(scores: Result, name: str) -> Html | None:
+    """A fraction in per cent, and its 95 % interval more quietly; None where there is no such score."""
+    value, interval = scores.get(name), scores.get(f"{name}_interval")
+    if value is None or interval is None:
+        return None
+    low, high = interval
+    return element("span", f"{percent(value)} ", element("span", f"({percent(low)}–{percent(high)})", class_="note"))
+
+
+def merge_rate(result: Result) -> str:
+    """The rate that a result was measured at: the true one, and the one asked for where it is another."""
+    true, asked = result["true_merge_rate"], result["merge_rate"]
+    return f"{true:.3f}".rstrip("0").rstrip(".") + (f" (asked {asked:g})" if asked and abs(asked - true) > 5e-4 else "")
+
+
+def results_section(record: RunRecord) -> Html:
+    """Zero-shot results of every checkpoint, rate and data set, and recall by class of the newest."""
+    found = record.results.get("zeroshot", [])
+    if not found:
+        return section("results", "Zero-shot", note("Not measured yet: ", command(f"mlip eval-zeroshot {record.run.folder}")))
+    parts: list[Html] = []
+    for dataset in dict.fromkeys(result["dataset"] for result in found):
+        own = sorted(
+            (result for result in found if result["dataset"] == dataset),
+            key=lambda result: (-result["step"], result["true_merge_rate"]),
+        )
+        parts += _dataset(dataset, own)
+    return section("results", "Zero-shot", *parts, note("In brackets: 95 % intervals."))
+
+
+def _dataset(name: str, results: Sequence[Result]) -> list[Html]:
+    first = results[0]
+    scores = [(key, title) for key, title in SCORES if first.get(key) is not None]
+    names = NAME_SCORES if "names" in first else ()
+    rows = []
+    for result in results:
+        rows.append(_row(result, result, "spatial", scores, names))
+        rows += [_row(result, result[key], title, scores, names) for key, title in FEATURES.items() if key in result]
+    chance = f"{first['n']:,} pictures, {first['num_classes']:,} classes: chance {percent(first['chance'])} %"
+    if names:
+        chance += ", ".join(["", *(f"{title[:-2]} {percent(first['names'][f'{key}_chance'])} %" for key, title in names)])
+    columns = ["step", "merge rate", "feature", *(title for _, title in (*scores, *names)), "images/s"]
+    return [
+        element("h3", name),
+        table(columns, rows, text_columns=3),
+        note(chance + "."),
+        folded("Recall by class", figure(_by_class(first), kind="wide")),
+    ]
+
+
+def _row(
+    result: Result, own: Result, feature: str, scores: Sequence[tuple[str, str]], names: Sequence[tuple[str, str]]
+) -> list[str | Html | None]:
+    """One feature of one result."""
+    speed = f"{result['images_per_s']:,.0f}" if own is result else None
+    found = [with_interval(own, key) for key, _ in scores] + [with_interval(own["names"], key) for key, _ in names]
+    return [f"{result['step']:,}", merge_rate(result), feature, *found, speed]
+
+
+def _by_class(result: Result) -> Html:
+    """The twenty best and worst classes at most."""
+    classes = [entry for entry in result["per_class"] if entry["recall"] is not None]
+    classes.sort(key=lambda entry: (-entry["recall"], entry["class"]))
+    shown = classes if len(classes) <= 40 else [*classes[:20], *classes[-20:]]
+    bars = [
+        Bar(entry["class"][:40], 100 * entry["recall"], f"{percent(entry['recall'])} % of {entry['n']:,}")
+        for entry in shown
+    ]
+    title = f"{result['dataset']}: recall by class, step {result['step']:,}, merge rate {merge_rate(result)}"
+    return bars_chart(title, bars, x_label="recall %").in_page()
+
+
+def curves_section(records: Sequence[RunRecord], *, chances: Mapping[str, float]) -> Html:
+    """Every loss and metric over the steps, of one run or of several laid over each other.
+
+    Args:
+        chances: chance level by the name of a measure, where it is known.
+    """
+    steps = list(dict.fromkeys(key for record in records for line in record.steps for key in line))
+    measures = list(dict.fromkeys(key for record in records for line in record.evaluations for key in line))
+    if not steps:
+        return section("curves", "Curves", note("Nothing logged yet."))
+    charts = [
+        *_loss_charts(records, [key for key in LOSSES if key in steps]),
+        *_measure_charts(records, [key for key in measures if key not in COUNTS], chances),
+        *_other_charts(records, [key for key in steps if key not in (*COUNTS, *LOSSES)]),
+    ]
+    return section("curves", "Curves", figures(charts))
+
+
+def _loss_charts(records: Sequence[RunRecord], keys: Sequence[str]) -> list[Html]:
+    """The total and every term, unweighted, one chart each."""
+    titles = {"loss": "loss (weighted sum)"}
+    return [_step_chart(records, titles.get(key, key), {key: ""}) for key in keys]
+
+
+def _measure_charts(records: Sequence[RunRecord], keys: Sequence[str], chances: Mapping[str, float]) -> list[Html]:
+    charts = []
+    for key in keys:
+        lines = [
+            Line(record.name, [line["step"] for line in own], [_times_100(line[key]) for line in own])
+            for record in records
+            if (own := [line for line in record.evaluations if key in line])
+        ]
+        levels = {"chance": 100 * chances[key]} if key in chances else None
+        picture = lines_chart(f"{_words(key)} %", lines, x_label="step", levels=levels, from_zero=True)
+        charts.append(figure(picture.in_page()))
+    return charts
+
+
+def _other_charts(records: Sequence[RunRecord], keys: Sequence[str]) -> list[Html]:
+    """Learning rate, gradient, scales, speed, waiting, memory; counts of trouble only where there was some."""
+    scales = [key for key in keys if key.startswith("scale/")]
+    quiet = {"skipped_steps", "bad_samples"}
+    troubled = {key for key in quiet if any(line.get(key) for record in records for line in record.steps)}
+    titles = {
+        "lr": "learning rate",
+        "grad_norm": "gradient norm before clipping",
+        "images_per_s": "images/s",
+        "data_wait_share": "share of time waiting for data",
+        "peak_gib": "peak memory, GiB",
+        "skipped_steps": "skipped steps, so far",
+        "bad_samples": "bad samples replaced, so far",
+    }
+    shown = [key for key in keys if key not in scales and key not in quiet - troubled]
+    charts = [_step_chart(records, titles.get(key, key), {key: ""}, from_zero=key != "grad_norm") for key in shown]
+    if scales:
+        charts.append(_step_chart(records, "logit scales", {key: key.removeprefix("scale/") for key in scales}))
+    return charts
+
+
+def _step_chart(
+    records: Sequence[RunRecord], title: str, keys: Mapping[str, str], *, from_zero: bool = False
+) -> Html:
+    """Lines of metrics.jsonl: key -> label, beside the run's name where there are several."""
+    lines = []
+    for record in records:
+        for key, label in keys.items():
+            own = [line for line in record.steps if key in line]
+            parts = [record.name] if len(records) > 1 or not label else []
+            if own:
+                name = " ".join([*parts, *([label] if label else [])])
+                lines.append(Line(name, [line["step"] for line in own], [line[key] for line in own]))
+    return figure(lines_chart(title, lines, x_label="step", from_zero=from_zero).in_page())
+
+
+def _times_100(value: float | None) -> float | None:
+    return None if value is None else 100 * value
+
+
+def _words(key: str) -> str:
+    """validation_image_to_text_r1 -> validation: image to text R@1"""
+    words = key.replace("validation_", "validation: ").replace("_", " ")
+    for k in (1, 5, 10):
+        words = words.removesuffix(f" r{k}") + (f" R@{k}" if words.endswith(f" r{k}") else "")
+    return words.replace("acc1", "top-1")
