@@ -1,37 +1,30 @@
 """Where evaluation meets data and models: for `eval-zeroshot`, for `merge-sweep` and for measures during training."""
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mlip_cli.commands.loading import LoadedRun, MergedEncoder
+from mlip_cli.commands.validation import BATCH_SIZE, Kept, ValidationPairs, tokenize
 from mlip_cli.config import Recipe, Source
-from mlip_cli.data.dataset import ShardDataset, open_sources
-from mlip_cli.data.loader import default_num_workers, evaluation_loader
+from mlip_cli.data.dataset import ShardDataset
 from mlip_cli.data.tar import read_members
 from mlip_cli.data.tokenizer import Tokenizer
 from mlip_cli.data.transforms import decode, evaluation_transform, pil_to_uint8
 from mlip_cli.evaluate.benchmarks import Benchmark, data_root, find_benchmark
 from mlip_cli.evaluate.measure import Candidate, measure
 from mlip_cli.evaluate.pictures import Pictures, Readers, batches
-from mlip_cli.evaluate.retrieval import image_text_retrieval
 from mlip_cli.evaluate.sources import open_benchmark
-from mlip_cli.evaluate.zeroshot import normalized, text_features
 from mlip_cli.output import progress
 from mlip_cli.types import Encoder
 
-T = TypeVar("T")
 Evaluator = Callable[[Encoder], dict[str, float]]
-
-TRAINING_BATCH_SIZE = 128
-KEPT_BYTES = 1 << 30
-"""Decoded pictures up to this many bytes a data set stay in memory between evaluations; more are decoded each time."""
 
 READERS = Readers(
     open_shards=ShardDataset,
@@ -40,12 +33,6 @@ READERS = Readers(
     from_pil=pil_to_uint8,
     fit=lambda image, size: evaluation_transform(image, size=size),
 )
-
-
-def tokenize(tokenizer: Tokenizer, texts: Sequence[str]) -> Tensor:
-    """Token ids (n, L), L the length of the longest text: columns of padding change nothing but the time."""
-    token_ids = tokenizer.encode(texts)
-    return token_ids[:, : int(token_ids.any(dim=0).nonzero().max()) + 1]
 
 
 def measure_runs(
@@ -99,7 +86,7 @@ def training_evaluators(
 def _zeroshot_evaluator(benchmark: Benchmark, recipe: Recipe, tokenizer: Tokenizer, device: torch.device) -> Evaluator:
     size = recipe.data.image_size
     pictures = open_benchmark(benchmark, READERS)
-    decoded = _Kept(lambda: _batches(pictures, size, device), num_pictures=pictures.num_pictures, size=size)
+    decoded = Kept(lambda: _batches(pictures, size, device), num_pictures=pictures.num_pictures, size=size)
     prefix = re.sub(r"\W+", "_", benchmark.name)
 
     def evaluate(encoder: Encoder) -> dict[str, float]:
@@ -115,43 +102,17 @@ def _zeroshot_evaluator(benchmark: Benchmark, recipe: Recipe, tokenizer: Tokeniz
 
 def _batches(pictures: Pictures, size: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
     read_ahead = device.type == "cuda"
-    return batches(pictures, READERS, size=size, batch_size=TRAINING_BATCH_SIZE, read_ahead=read_ahead)
+    return batches(pictures, READERS, size=size, batch_size=BATCH_SIZE, read_ahead=read_ahead)
 
 
 def _retrieval_evaluator(
     sources: Sequence[Source], recipe: Recipe, tokenizer: Tokenizer, device: torch.device
 ) -> Evaluator:
-    """All pictures against all distinct captions; a caption that several pictures have is right for each."""
-    datasets = open_sources(sources)
-    size, num_pictures = recipe.data.image_size, sum(dataset.num_samples for dataset in datasets)
-    captions = [
-        [caption["text"] for caption in dataset.read(id).record["captions"]]
-        for dataset in datasets
-        for id in range(dataset.num_samples)
-    ]
-    texts = sorted({text for own in captions for text in own}, key=lambda text: (len(text), text))  # little padding
-    number = {text: i for i, text in enumerate(texts)}
-    own_texts = [[number[text] for text in own] for own in captions]
-
-    def read() -> Iterator[Tensor]:
-        for dataset in datasets:
-            loader = evaluation_loader(
-                dataset,
-                image_size=size,
-                batch_size=TRAINING_BATCH_SIZE,
-                num_workers=0 if dataset.num_samples < 1000 else default_num_workers(1),
-            )
-            yield from (batch.images for batch in loader)
-
-    decoded = _Kept(read, num_pictures=num_pictures, size=size)
+    """All pictures against all distinct captions."""
+    pairs = ValidationPairs(sources, tokenizer, image_size=recipe.data.image_size, device=device)
 
     def evaluate(encoder: Encoder) -> dict[str, float]:
-        with torch.no_grad():
-            parts = [normalized(encoder.encode_image(images.to(device)), "image") for images in decoded]
-        features = text_features(
-            texts, tokenize=partial(tokenize, tokenizer), encode_text=encoder.encode_text, device=device
-        )
-        scores = image_text_retrieval(torch.cat(parts), features, own_texts)
+        scores = pairs.scores(encoder)
         return {
             f"validation_{way}_r{k}": scores[way][f"r{k}"]
             for way in ("image_to_text", "text_to_image")
@@ -159,19 +120,3 @@ def _retrieval_evaluator(
         }
 
     return evaluate
-
-
-class _Kept(Generic[T]):
-    """Batches that are decoded the first time and kept, or decoded each time where they need too much memory."""
-
-    def __init__(self, read: Callable[[], Iterable[T]], *, num_pictures: int, size: int) -> None:
-        self._read = read
-        self._keep = num_pictures * 3 * size * size <= KEPT_BYTES
-        self._batches: list[T] | None = None
-
-    def __iter__(self) -> Iterator[T]:
-        if not self._keep:
-            return iter(self._read())
-        if self._batches is None:
-            self._batches = list(self._read())
-        return iter(self._batches)

@@ -1,0 +1,93 @@
+"""The pairs of `data.validation`, ready to be encoded again and again: for measures, galleries and sweeps."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from mlip_cli.config import Source
+from mlip_cli.data.dataset import open_sources
+from mlip_cli.data.loader import default_num_workers, evaluation_loader
+from mlip_cli.data.tokenizer import Tokenizer
+from mlip_cli.evaluate.retrieval import image_text_retrieval
+from mlip_cli.evaluate.zeroshot import normalized, text_features
+from mlip_cli.types import Encoder
+
+T = TypeVar("T")
+
+BATCH_SIZE = 128
+KEPT_BYTES = 1 << 30
+"""Decoded pictures up to this many bytes a data set stay in memory between evaluations; more are decoded each time."""
+
+FEW_PICTURES = 1000
+"""Below this many, starting loader processes takes longer than decoding."""
+
+
+def tokenize(tokenizer: Tokenizer, texts: Sequence[str]) -> Tensor:
+    """Token ids (n, L), L the length of the longest text: columns of padding change nothing but the time."""
+    token_ids = tokenizer.encode(texts)
+    return token_ids[:, : int(token_ids.any(dim=0).nonzero().max()) + 1]
+
+
+class ValidationPairs:
+    """All pictures of some data sets and their distinct captions; a caption of several pictures is right for each."""
+
+    def __init__(
+        self, sources: Sequence[Source], tokenizer: Tokenizer, *, image_size: int, device: torch.device
+    ) -> None:
+        self.datasets = open_sources(sources)
+        self.device = device
+        self._tokenize = partial(tokenize, tokenizer)
+        captions = [
+            [caption["text"] for caption in dataset.read(id).record["captions"]]
+            for dataset in self.datasets
+            for id in range(dataset.num_samples)
+        ]
+        self.num_pictures = len(captions)
+        self.texts: list[str] = sorted(
+            {text for own in captions for text in own}, key=lambda text: (len(text), text)
+        )  # texts of one length need little padding
+        number = {text: i for i, text in enumerate(self.texts)}
+        self.own_texts = [[number[text] for text in own] for own in captions]
+        """For each picture the numbers of its texts."""
+        self._image_size = image_size
+        self._decoded = Kept(self._read, num_pictures=self.num_pictures, size=image_size)
+
+    def _read(self) -> Iterator[Tensor]:
+        for dataset in self.datasets:
+            loader = evaluation_loader(
+                dataset,
+                image_size=self._image_size,
+                batch_size=BATCH_SIZE,
+                num_workers=0 if dataset.num_samples < FEW_PICTURES else default_num_workers(1),
+            )
+            yield from (batch.images for batch in loader)
+
+    def features(self, encoder: Encoder) -> tuple[Tensor, Tensor]:
+        """Unit vectors of all pictures and of all texts: (I, E), (T, E) fp32."""
+        with torch.no_grad():
+            parts = [normalized(encoder.encode_image(images.to(self.device)), "image") for images in self._decoded]
+        texts = text_features(self.texts, tokenize=self._tokenize, encode_text=encoder.encode_text, device=self.device)
+        return torch.cat(parts), texts
+
+    def scores(self, encoder: Encoder) -> Mapping[str, dict[str, Any]]:
+        """Recall both ways (see `image_text_retrieval`)."""
+        return image_text_retrieval(*self.features(encoder), self.own_texts)
+
+
+class Kept(Generic[T]):
+    """Batches that are decoded the first time and kept, or decoded each time where they need too much memory."""
+
+    def __init__(self, read: Callable[[], Iterable[T]], *, num_pictures: int, size: int) -> None:
+        self._read = read
+        self._keep = num_pictures * 3 * size * size <= KEPT_BYTES
+        self._batches: list[T] | None = None
+
+    def __iter__(self) -> Iterator[T]:
+        if not self._keep:
+            return iter(self._read())
+        if self._batches is None:
+            self._batches = list(self._read())
+        return iter(self._batches)
