@@ -1,10 +1,26 @@
 """What merging saw, and how it is drawn."""
 
+import io
+
+import matplotlib
 import pytest
 import torch
 from models_for_tests import small_batch, small_model
+from PIL import Image
 from torch import Tensor
 
+from mlip_cli.data.transforms import pil_to_uint8
+from mlip_cli.evaluate.merge_pictures import (
+    MAP_SHARE,
+    draw_groups,
+    draw_guidance,
+    encode,
+    grey_of,
+    group_colors,
+    oklch_to_rgb,
+    panel_pictures,
+    patch_of_pixel,
+)
 from mlip_cli.model.merging import frequency_guidance, match, mid_ranks
 from mlip_cli.types import MergeStage
 
@@ -60,3 +76,110 @@ def test_maps_are_what_the_matching_received(monkeypatch: pytest.MonkeyPatch) ->
 def test_tome_has_no_maps() -> None:
     _, stages = stages_of(0.5, "tome")
     assert [(stage.spatial, stage.frequency, stage.mixed) for stage in stages] == [(None, None, None)] * 2
+
+
+def noise(*shape: int) -> Tensor:
+    return torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def interior(drawn: Tensor, patch: int, grid: tuple[int, int]) -> Tensor:
+    """The middle pixel of a patch."""
+    height, width = drawn.shape[-2:]
+    row, column = divmod(patch, grid[1])
+    return drawn[:, (2 * row + 1) * height // (2 * grid[0]), (2 * column + 1) * width // (2 * grid[1])]
+
+
+@pytest.mark.parametrize("size", [(48, 80), (50, 83), (192, 320)])
+def test_lone_patches_stay_and_shared_ones_have_their_groups_color(size: tuple[int, int]) -> None:
+    grid = (3, 5)
+    groups = torch.tensor([[0, 1, 2, 1, 3, 4, 5, 6, 7, 8, 9, 1, 7, 10, 11], [0, 0, *range(1, 14)]])
+    pictures = noise(2, 3, *size)
+    drawn = draw_groups(pictures, groups, grid)
+    colors, grey = group_colors(grid), grey_of(pictures)
+    for image, shared in ((0, {1: 1, 3: 1, 11: 1, 8: 8, 12: 8}), (1, {0: 0, 1: 0})):
+        for patch in range(15):
+            pixels = patch_of_pixel(grid, size) == patch
+            if patch in shared:
+                expected = 0.4 * interior(grey[image], patch, grid) + 0.6 * colors[shared[patch]]
+                assert (interior(drawn[image], patch, grid).float() - expected).abs().max() <= 0.5
+            else:
+                assert torch.equal(drawn[image][:, pixels], pictures[image][:, pixels])
+
+
+def test_borders_run_between_groups_and_not_inside_them() -> None:
+    groups = torch.tensor([[0, 0, 1, 2], [0, 3, 4, 5]])[None].flatten(1)
+    white = torch.full((1, 3, 64, 128), 255, dtype=torch.uint8)
+    drawn = draw_groups(white, groups, (2, 4))[0]
+    tint, line = drawn[:, 10, 10], drawn[:, 10, 63]
+    assert line.sum() < tint.sum() < 3 * 255
+    assert (drawn[:, 10, :60] == tint[:, None]).all()  # over the border of the patches inside the group
+    assert (drawn[:, 10, 60:64] == line[:, None]).all()
+    assert (drawn[:, 60:, 0] == tint[:, None]).all()  # none along the edge of the picture
+    assert (drawn[:, 10, 64:] == 255).all()
+    dark = draw_groups(white // 10, groups, (2, 4))[0]
+    assert dark[:, 10, 63].sum() > 1.5 * dark[:, 10, 10].sum()
+
+
+def test_a_group_that_grows_keeps_its_color() -> None:
+    grid, images = (4, 4), noise(8, 3, 64, 64)
+    _, stages = stages_of(0.5, "guided")
+    first, second = (draw_groups(images, stage.groups, grid) for stage in stages)
+    for image in range(8):
+        before, after = (stage.groups[image].tolist() for stage in stages)
+        for patch in range(16):
+            grew = before.index(before[patch]) == after.index(after[patch]) and before.count(before[patch]) > 1
+            if grew:
+                assert torch.equal(interior(first[image], patch, grid), interior(second[image], patch, grid))
+
+
+@pytest.mark.parametrize("grid", [(7, 7), (8, 8), (14, 14), (16, 16), (12, 24)])
+def test_neighbours_differ_in_color(grid: tuple[int, int]) -> None:
+    colors = group_colors(grid).view(*grid, 3)
+    pairs = [(colors[1:], colors[:-1]), (colors[:, 1:], colors[:, :-1]), (colors[1:, 1:], colors[:-1, :-1])]
+    assert min((a - b).norm(dim=-1).min().item() for a, b in pairs) > 60
+
+
+def test_oklab_of_pure_colors() -> None:
+    """Values of the author's own converter."""
+    lightness, chroma = torch.tensor([0.6279554, 0.8664396, 0.4520137]), torch.tensor([0.2576833, 0.2948272, 0.3132144])
+    hue = torch.deg2rad(torch.tensor([29.2338, 142.4953, 264.0520]))
+    torch.testing.assert_close(oklch_to_rgb(lightness, chroma, hue), torch.eye(3), atol=2e-3, rtol=0)
+
+
+def test_map_colors_are_viridis() -> None:
+    values = torch.linspace(0, 1, 11)[None]
+    black = torch.zeros(1, 3, 16, 11, dtype=torch.uint8)
+    drawn = draw_guidance(black, values, (1, 11))[0, :, 0].T / MAP_SHARE
+    expected = torch.tensor(matplotlib.colormaps["viridis"](values[0].numpy())[:, :3]) * 255
+    assert (drawn - expected).abs().max() < 2
+
+
+def test_guidance_is_drawn_patch_by_patch_over_the_grey_picture() -> None:
+    pictures, values = noise(2, 3, 30, 44), torch.rand(2, 15, generator=torch.Generator().manual_seed(1))
+    drawn = draw_guidance(pictures, values, (3, 5)).float()
+    color = (drawn - (1 - MAP_SHARE) * grey_of(pictures)) / MAP_SHARE
+    pixels = patch_of_pixel((3, 5), (30, 44))
+    for patch in range(15):
+        own = color[:, :, pixels == patch]
+        assert (own.amax(-1) - own.amin(-1)).max() <= 1 / MAP_SHARE + 0.1
+    assert [int((pixels == patch).sum()) for patch in (0, 1, 4)] == [10 * 9, 10 * 9, 10 * 8]
+
+
+@pytest.mark.parametrize(
+    ("size", "panel"),
+    [((64, 64), (192, 192)), ((28, 40), (196, 280)), ((224, 300), (224, 300)), ((384, 768), (256, 512))],
+)
+def test_small_pictures_are_magnified_by_whole_numbers(size: tuple[int, int], panel: tuple[int, int]) -> None:
+    pictures = noise(1, 3, *size)
+    drawn = panel_pictures(pictures)
+    assert tuple(drawn.shape[-2:]) == panel
+    if panel[0] <= 224:
+        factor = panel[0] // size[0]
+        assert torch.equal(drawn[..., ::factor, ::factor], pictures)
+
+
+def test_magnified_panels_are_exact_and_photos_small() -> None:
+    panel = panel_pictures(noise(1, 3, 32, 32))[0]
+    with Image.open(io.BytesIO(encode(panel, is_magnified=True))) as image:
+        assert torch.equal(pil_to_uint8(image), panel)
+    assert len(encode(noise(1, 3, 224, 224)[0], is_magnified=False)) < 60_000 < 3 * 224 * 224

@@ -1,0 +1,137 @@
+"""What became one token, drawn on the picture, and the guidance that merging followed, as colours over the picture.
+
+All drawing is arithmetic on whole batches: pictures (B, 3, H, W) uint8 and numbers of their patches (B, N), on any grid
+of N = h*w patches.
+"""
+
+import io
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+PANEL_SIDES = (192, 256)
+"""Smallest and largest shorter side of a panel in pixels: smaller pictures are magnified, larger ones shrunk."""
+
+HUE_STEPS = (0.18737, 0.46321)
+"""Turns of the hue from row to row and from column to column, found by search: patches that touch, also at corners, are
+at least 67 degrees apart, those two steps away 26, and equal hues as far apart as can be."""
+
+TINT = 0.6
+"""Share of the group's colour in its patches; the rest is the picture in grey, so that no other hue spoils it."""
+
+DARK = 110
+"""Groups with a mean grey up to this get light borders, others dark ones."""
+
+MAP_COLORS = (
+    *("#440154", "#482475", "#414487", "#355f8d", "#2a788e", "#21918c"),
+    *("#22a884", "#44bf70", "#7ad151", "#bddf26", "#fde725"),
+)
+"""Guidance from 0 to 1 in equal steps: of matplotlib's viridis, whose lightness rises evenly in any colour vision."""
+
+MAP_SHARE = 0.75
+"""Share of the map's colour; the rest is the picture in grey."""
+
+
+def panel_pictures(pictures: Tensor) -> Tensor:
+    """Pictures at the size of panels: (B, 3, H, W) uint8 -> the same, small ones magnified by a whole number."""
+    smallest, largest = PANEL_SIDES
+    height, width = pictures.shape[-2:]
+    side = min(height, width)
+    if side <= largest:
+        factor = math.ceil(smallest / side)
+        return pictures.repeat_interleave(factor, dim=2).repeat_interleave(factor, dim=3)
+    size = (round(height * largest / side), round(width * largest / side))
+    return F.interpolate(pictures.float(), size=size, mode="area").round().to(torch.uint8)
+
+
+def draw_groups(pictures: Tensor, groups: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Tint and frame the patches that share a token: (B, 3, H, W) uint8, (B, N) int64 -> (B, 3, H, W) uint8.
+
+    A patch alone in its token stays as it is. A group has the colour of its smallest patch, and keeps it when it grows
+    by later patches.
+    """
+    pixels = patch_of_pixel(grid, (pictures.shape[-2], pictures.shape[-1]))
+    index = torch.arange(groups.shape[1]).expand_as(groups)
+    smallest = torch.full_like(groups, groups.shape[1]).scatter_reduce(1, groups, index, "amin").gather(1, groups)
+    sizes = group_sums(torch.ones(groups.shape), groups)
+    grey = grey_of(pictures)
+    brightness = group_sums(F.adaptive_avg_pool2d(grey, grid).flatten(1), groups) / sizes
+
+    color = group_colors(grid)[smallest]
+    line = torch.where((brightness > DARK)[..., None], 0.7 * color, 0.7 * color + 0.3 * 255)
+    color, line = (c.transpose(1, 2)[:, :, pixels] for c in (color, line))
+    is_border = near_another(smallest[:, pixels], distance=max(1, pictures.shape[-2] // grid[0] // 8))
+    drawn = torch.where(is_border[:, None], line, torch.lerp(grey, color, TINT)).round().to(torch.uint8)
+    return torch.where((sizes > 1)[:, pixels][:, None], drawn, pictures)
+
+
+def draw_guidance(pictures: Tensor, values: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Guidance in MAP_COLORS over the picture in grey: (B, 3, H, W) uint8, (B, N) in [0, 1] -> (B, 3, H, W) uint8."""
+    stops = torch.tensor([[int(color[i : i + 2], 16) for i in (1, 3, 5)] for color in MAP_COLORS]).float()
+    at = values.float() * (len(stops) - 1)
+    below = at.long().clamp(max=len(stops) - 2)
+    color = torch.lerp(stops[below], stops[below + 1], (at - below)[..., None])
+    pixels = patch_of_pixel(grid, (pictures.shape[-2], pictures.shape[-1]))
+    return torch.lerp(grey_of(pictures), color.transpose(1, 2)[:, :, pixels], MAP_SHARE).round().to(torch.uint8)
+
+
+def encode(panel: Tensor, *, is_magnified: bool) -> bytes:
+    """A panel (3, H, W) uint8 as WebP; magnified pixels stay exact, photos get small."""
+    from PIL import Image
+
+    file = io.BytesIO()
+    settings = {"lossless": True, "quality": 50, "method": 2} if is_magnified else {"quality": 90, "method": 0}
+    Image.fromarray(panel.permute(1, 2, 0).contiguous().numpy()).save(file, "WEBP", **settings)
+    return file.getvalue()
+
+
+def patch_of_pixel(grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    """Number of the patch that each pixel lies in: grid (h, w), size (H, W) -> (H, W) int64."""
+    rows, columns = (torch.arange(pixels) * patches // pixels for patches, pixels in zip(grid, size, strict=True))
+    return rows[:, None] * grid[1] + columns
+
+
+def group_sums(values: Tensor, groups: Tensor) -> Tensor:
+    """Sum over each patch's group: (B, N), (B, N) -> (B, N)."""
+    return torch.zeros_like(values).scatter_add(1, groups, values).gather(1, groups)
+
+
+def grey_of(pictures: Tensor) -> Tensor:
+    """Luma of Rec. 601: (B, 3, H, W) uint8 -> (B, 1, H, W) float in [0, 255]."""
+    return (pictures.float() * torch.tensor([0.299, 0.587, 0.114])[:, None, None]).sum(1, keepdim=True)
+
+
+def near_another(numbers: Tensor, *, distance: int) -> Tensor:
+    """Pixels with another number at most `distance` rows and columns away: (B, H, W) -> (B, H, W) bool."""
+    numbers = numbers.float()
+    largest, smallest = (
+        sign * F.max_pool2d(sign * numbers, 2 * distance + 1, stride=1, padding=distance) for sign in (1, -1)
+    )
+    return largest != smallest
+
+
+def group_colors(grid: tuple[int, int]) -> Tensor:
+    """A colour for the groups whose smallest patch this is: grid (h, w) -> (N, 3) RGB in [0, 255]."""
+    rows, columns = (torch.arange(n) for n in grid)
+    hue = 2 * math.pi * (rows[:, None] * HUE_STEPS[0] + columns * HUE_STEPS[1]).flatten()
+    lightness = 0.62 + 0.12 * ((rows[:, None] + columns) % 2).flatten()  # a second difference between neighbours
+    return 255 * oklch_to_rgb(lightness, torch.full_like(hue, 0.17), hue)
+
+
+def oklch_to_rgb(lightness: Tensor, chroma: Tensor, hue: Tensor) -> Tensor:
+    """Oklab (Ottosson, 2020) in polar form to sRGB, cut where it has no such colour: 3 x (n,), radians -> (n, 3)."""
+    to_lms = [
+        [1.0, 0.3963377774, 0.2158037573],
+        [1.0, -0.1055613458, -0.0638541728],
+        [1.0, -0.0894841775, -1.2914855480],
+    ]
+    to_linear = [
+        [4.0767416621, -3.3077115913, 0.2309699292],
+        [-1.2684380046, 2.6097574011, -0.3413193965],
+        [-0.0041960863, -0.7034186147, 1.7076147010],
+    ]
+    lab = torch.stack([lightness, chroma * hue.cos(), chroma * hue.sin()], dim=-1)
+    linear = ((lab @ torch.tensor(to_lms).T) ** 3 @ torch.tensor(to_linear).T).clamp(0, 1)
+    return torch.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
