@@ -13,7 +13,7 @@ import typer
 
 from mlip_cli import __version__
 from mlip_cli.errors import RunError, Stopped, UsageError
-from mlip_cli.output import is_main, start_logging
+from mlip_cli.output import is_main, say, say_to_copy, start_logging
 
 DATASETS = ("openmoji", "digits", "imagenet")
 """Names of our own data sets, which nobody means as a RUN."""
@@ -279,6 +279,28 @@ def profile(
     command.profile(target, batch_size=batch_size, rounds=rounds, device=device, as_json=json)
 
 
+@app.command(epilog="Example: mlip report runs/a runs/b")
+def report(
+    runs: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="RUN", parser=_checked_run, help="Run folders; several are compared; default: the newest."
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="The page; default: RUN/report.html, of several comparison.html beside them.", show_default=False
+        ),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Make a page of a run from its files, or one that compares several."""
+    from mlip_cli.commands import report as command
+
+    command.report(runs or [], out=out, as_json=json)
+
+
 @app.command(epilog="Example: mlip doctor --json")
 def doctor(json: Json = False) -> None:
     """Check this machine and this installation."""
@@ -314,7 +336,11 @@ def _exit_code() -> int:
     except UsageError as error:
         return _fail(str(error), 2)
     except Stopped as stop:
-        return _fail(str(stop), stop.exit_code)
+        words, *commands = str(stop).splitlines()
+        say(words)
+        for command in commands:
+            say_to_copy(command)
+        return stop.exit_code
     except (KeyboardInterrupt, typer.Abort):
         return _fail("interrupted", 130)
     except BrokenPipeError:

@@ -1,14 +1,13 @@
 """The pairs of `data.validation`, ready to be encoded again and again: for measures, galleries and sweeps."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from mlip_cli.config import Source
-from mlip_cli.data.dataset import open_sources
+from mlip_cli.data.dataset import RawSample, open_sources
 from mlip_cli.data.loader import default_num_workers, evaluation_loader
 from mlip_cli.data.tokenizer import Tokenizer
 from mlip_cli.evaluate.retrieval import image_text_retrieval
@@ -16,6 +15,8 @@ from mlip_cli.evaluate.zeroshot import normalized, text_features
 from mlip_cli.types import Encoder
 
 T = TypeVar("T")
+OnBatch = Callable[[int], None]
+"""Told of the number of pictures that are done now, of 0 before texts. It may raise, to end an evaluation."""
 
 BATCH_SIZE = 128
 KEPT_BYTES = 1 << 30
@@ -31,6 +32,16 @@ def tokenize(tokenizer: Tokenizer, texts: Sequence[str]) -> Tensor:
     return token_ids[:, : int(token_ids.any(dim=0).nonzero().max()) + 1]
 
 
+def interruptible(tokenizer: Tokenizer, on_batch: OnBatch) -> Callable[[Sequence[str]], Tensor]:
+    """`tokenize`, with a word to `on_batch` before each batch of texts."""
+
+    def tokenize_batch(texts: Sequence[str]) -> Tensor:
+        on_batch(0)
+        return tokenize(tokenizer, texts)
+
+    return tokenize_batch
+
+
 class ValidationPairs:
     """All pictures of some data sets and their distinct captions; a caption of several pictures is right for each."""
 
@@ -39,7 +50,7 @@ class ValidationPairs:
     ) -> None:
         self.datasets = open_sources(sources)
         self.device = device
-        self._tokenize = partial(tokenize, tokenizer)
+        self._tokenizer = tokenizer
         captions = [
             [caption["text"] for caption in dataset.read(id).record["captions"]]
             for dataset in self.datasets
@@ -65,16 +76,32 @@ class ValidationPairs:
             )
             yield from (batch.images for batch in loader)
 
-    def features(self, encoder: Encoder) -> tuple[Tensor, Tensor]:
+    def sample(self, number: int) -> RawSample:
+        """The sample of a picture, by its number among all.
+
+        Raises:
+            BadSampleError: it cannot be read.
+        """
+        for dataset in self.datasets:
+            if number < dataset.num_samples:
+                return dataset.read(number)
+            number -= dataset.num_samples
+        raise IndexError(number)
+
+    def features(self, encoder: Encoder, *, on_batch: OnBatch = lambda _: None) -> tuple[Tensor, Tensor]:
         """Unit vectors of all pictures and of all texts: (I, E), (T, E) fp32."""
-        with torch.no_grad():
-            parts = [normalized(encoder.encode_image(images.to(self.device)), "image") for images in self._decoded]
-        texts = text_features(self.texts, tokenize=self._tokenize, encode_text=encoder.encode_text, device=self.device)
+        parts = []
+        for images in self._decoded:
+            with torch.no_grad():
+                parts.append(normalized(encoder.encode_image(images.to(self.device)), "image"))
+            on_batch(len(images))
+        tokenize_batch = interruptible(self._tokenizer, on_batch)
+        texts = text_features(self.texts, tokenize=tokenize_batch, encode_text=encoder.encode_text, device=self.device)
         return torch.cat(parts), texts
 
-    def scores(self, encoder: Encoder) -> Mapping[str, dict[str, Any]]:
+    def scores(self, encoder: Encoder, *, on_batch: OnBatch = lambda _: None) -> Mapping[str, dict[str, Any]]:
         """Recall both ways (see `image_text_retrieval`)."""
-        return image_text_retrieval(*self.features(encoder), self.own_texts)
+        return image_text_retrieval(*self.features(encoder, on_batch=on_batch), self.own_texts)
 
 
 class Kept(Generic[T]):
@@ -86,8 +113,13 @@ class Kept(Generic[T]):
         self._batches: list[T] | None = None
 
     def __iter__(self) -> Iterator[T]:
-        if not self._keep:
-            return iter(self._read())
-        if self._batches is None:
-            self._batches = list(self._read())
-        return iter(self._batches)
+        if self._batches is not None:
+            yield from self._batches
+            return
+        batches = []
+        for batch in self._read():
+            if self._keep:
+                batches.append(batch)
+            yield batch
+        if self._keep:  # all of them: an evaluation that was left keeps nothing
+            self._batches = batches

@@ -131,7 +131,7 @@ def lines_chart(
     levels: Mapping[str, float] | None = None,
     from_zero: bool = False,
 ) -> Picture:
-    """Curves over a common axis, with dotted horizontal `levels` such as chance."""
+    """Curves over steps, with dotted horizontal `levels` such as chance, one a line or for all."""
     levels = levels or {}
     with _canvas(title, x_label=x_label, y_label=y_label) as canvas:
         for number, line in enumerate(lines):
@@ -145,8 +145,10 @@ def lines_chart(
                 markersize=4,
                 label=_literal(line.label),
             )
-        for name, level in levels.items():
-            canvas.axes.axhline(level, color=MUTED, linestyle=":", linewidth=1.2, label=name)
+        for number, (name, level) in enumerate(levels.items()):
+            colour = SERIES[number % NUM_SERIES] if len(levels) == len(lines) > 1 else MUTED
+            canvas.axes.axhline(level, color=colour, linestyle=":", linewidth=1.2, label=name)
+        canvas.axes.set_xlim(left=0)
         if from_zero:
             canvas.axes.set_ylim(bottom=0)
         canvas.legend(len(lines) + len(levels))
@@ -222,6 +224,7 @@ def _canvas(
 ) -> Iterator[_Canvas]:
     """An empty chart in our style, for the block to fill."""
     import matplotlib as mpl
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
     with mpl.rc_context({**STYLE, "svg.hashsalt": title}):  # the same chart gives the same bytes
@@ -234,7 +237,9 @@ def _canvas(
         canvas = _Canvas(figure, axes)
         yield canvas
         file = io.StringIO()
-        figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+        FigureCanvasSVG(figure).print_svg(
+            file, metadata={"Date": None, "Creator": None, "Format": None, "Type": None}
+        )  # savefig would draw twice
         canvas.svg = _svg(file.getvalue(), title)
 
 

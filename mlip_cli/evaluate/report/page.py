@@ -130,7 +130,7 @@ def embedded_image(path: Path, *, alt: str, class_: str | None = None) -> Html:
         OSError: it cannot be read.
     """
     content = base64.b64encode(path.read_bytes()).decode()
-    return element("img", src=f"data:{MIME[path.suffix]};base64,{content}", alt=alt, class_=class_, loading="lazy")
+    return element("img", src=f"data:{MIME[path.suffix]};base64,{content}", alt=alt, class_=class_)
 
 
 def page(title: str, *, heading: Child, lead: Child, sections: Sequence[Html], foot: Child) -> str:

@@ -56,8 +56,12 @@ class RunRecord:
         return self.results[kind][-1] if self.results.get(kind) else None
 
 
-def read_run(folder: Path) -> RunRecord:
-    """Read a run folder. What is damaged is named in `damaged`, and the rest is read all the same."""
+def read_run(folder: Path, *, name: str | None = None) -> RunRecord:
+    """Read a run folder. What is damaged is named in `damaged`, and the rest is read all the same.
+
+    Args:
+        name: what the page calls it; None for the folder's name.
+    """
     run = Run(folder)
     damaged: list[str] = []
     lines = _read_metrics(run.metrics, damaged)
@@ -70,7 +74,7 @@ def read_run(folder: Path) -> RunRecord:
         found.sort(key=lambda result: (result.get("step", 0), result.get("measured_at", "")))
     record = RunRecord(
         run=run,
-        name=folder.resolve().name,
+        name=name or folder.resolve().name,
         recipe=_attempt(run.recipe, _read_recipe, damaged),
         recipe_text=run.recipe.read_text("utf-8") if run.recipe.is_file() else "",
         stamp=_attempt(run.stamp, _read_object, damaged) or {},

@@ -1,6 +1,7 @@
 """What a run was measured at: zero-shot tables, curves over training, and numbers as people read them."""
 
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Mapping, Sequence
 
 from mlip_cli.evaluate.report.charts import Bar, Line, bars_chart, lines_chart
 from mlip_cli.evaluate.report.page import Html, command, element, figure, figures, folded, note, section, table
@@ -16,10 +17,9 @@ NAME_SCORES = (("r1", "name R@1 %"), ("r5", "name R@5 %"))
 FEATURES = {"frequency": "frequency feature", "spatial_plus_frequency": "sum of both"}
 """Beside the spatial feature, which `encode_image` gives."""
 
+AT_K = re.compile(r"_r(\d+)$")
 COUNTS = ("step", "samples_seen")
 LOSSES = ("loss", "spatial_global", "spatial_token", "frequency_global", "frequency_token")
-
-Curve = tuple[str, str, Callable[[RunRecord], list[Line]]]
 
 
 def percent(share: float | None) -> str | None:
@@ -46,7 +46,9 @@ def results_section(record: RunRecord) -> Html:
     """Zero-shot results of every checkpoint, rate and data set, and recall by class of the newest."""
     found = record.results.get("zeroshot", [])
     if not found:
-        return section("results", "Zero-shot", note("Not measured yet: ", command(f"mlip eval-zeroshot {record.run.folder}")))
+        return section(
+            "results", "Zero-shot", note("Not measured yet: ", command(f"mlip eval-zeroshot {record.run.folder}"))
+        )
     parts: list[Html] = []
     for dataset in dict.fromkeys(result["dataset"] for result in found):
         own = sorted(
@@ -67,7 +69,9 @@ def _dataset(name: str, results: Sequence[Result]) -> list[Html]:
         rows += [_row(result, result[key], title, scores, names) for key, title in FEATURES.items() if key in result]
     chance = f"{first['n']:,} pictures, {first['num_classes']:,} classes: chance {percent(first['chance'])} %"
     if names:
-        chance += ", ".join(["", *(f"{title[:-2]} {percent(first['names'][f'{key}_chance'])} %" for key, title in names)])
+        chance += ", ".join(
+            ["", *(f"{title[:-2]} {percent(first['names'][f'{key}_chance'])} %" for key, title in names)]
+        )
     columns = ["step", "merge rate", "feature", *(title for _, title in (*scores, *names)), "images/s"]
     return [
         element("h3", name),
@@ -124,16 +128,24 @@ def _loss_charts(records: Sequence[RunRecord], keys: Sequence[str]) -> list[Html
 
 
 def _measure_charts(records: Sequence[RunRecord], keys: Sequence[str], chances: Mapping[str, float]) -> list[Html]:
-    charts = []
+    """One chart a measure; of a single run, one for all k of a recall at k."""
+    families: dict[str, list[str]] = {}
     for key in keys:
-        lines = [
-            Line(record.name, [line["step"] for line in own], [_times_100(line[key]) for line in own])
-            for record in records
-            if (own := [line for line in record.evaluations if key in line])
-        ]
-        levels = {"chance": 100 * chances[key]} if key in chances else None
-        picture = lines_chart(f"{_words(key)} %", lines, x_label="step", levels=levels, from_zero=True)
-        charts.append(figure(picture.in_page()))
+        families.setdefault(AT_K.sub("", key) if len(records) == 1 else key, []).append(key)
+    charts = []
+    for own in families.values():
+        lines, levels = [], {}
+        for key in own:
+            label = f"R@{found.group(1)}" if (found := AT_K.search(key)) and len(own) > 1 else ""
+            for record in records:
+                measured = [line for line in record.evaluations if key in line]
+                if measured:
+                    steps = [line["step"] for line in measured]
+                    lines.append(Line(label or record.name, steps, [_times_100(line[key]) for line in measured]))
+            if key in chances:
+                levels[f"chance {label}".strip()] = 100 * chances[key]
+        title = _words(own[0] if len(own) == 1 else AT_K.sub("", own[0]))
+        charts.append(figure(lines_chart(f"{title} %", lines, x_label="step", levels=levels, from_zero=True).in_page()))
     return charts
 
 
@@ -158,9 +170,7 @@ def _other_charts(records: Sequence[RunRecord], keys: Sequence[str]) -> list[Htm
     return charts
 
 
-def _step_chart(
-    records: Sequence[RunRecord], title: str, keys: Mapping[str, str], *, from_zero: bool = False
-) -> Html:
+def _step_chart(records: Sequence[RunRecord], title: str, keys: Mapping[str, str], *, from_zero: bool = False) -> Html:
     """Lines of metrics.jsonl: key -> label, beside the run's name where there are several."""
     lines = []
     for record in records:
@@ -179,7 +189,4 @@ def _times_100(value: float | None) -> float | None:
 
 def _words(key: str) -> str:
     """validation_image_to_text_r1 -> validation: image to text R@1"""
-    words = key.replace("validation_", "validation: ").replace("_", " ")
-    for k in (1, 5, 10):
-        words = words.removesuffix(f" r{k}") + (f" R@{k}" if words.endswith(f" r{k}") else "")
-    return words.replace("acc1", "top-1")
+    return AT_K.sub(r" R@\1", key).replace("validation_", "validation: ").replace("_", " ").replace("acc1", "top-1")

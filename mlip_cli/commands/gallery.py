@@ -1,0 +1,120 @@
+"""What a trained model finds among its validation pairs, as numbers and as pictures, in the run folder."""
+
+import shutil
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from mlip_cli import __version__
+from mlip_cli.commands.validation import ValidationPairs
+from mlip_cli.data.transforms import decode
+from mlip_cli.evaluate.gallery import Query, random_queries
+from mlip_cli.evaluate.retrieval import image_text_retrieval
+from mlip_cli.files import write_bytes, write_json
+from mlip_cli.run_folder import Run, checkpoint_name
+from mlip_cli.types import Encoder
+
+QUERIES = 8
+"""Each way."""
+ANSWERS = 5
+THUMBNAIL = 160
+"""Longest side of a stored picture in pixels."""
+
+
+def write_gallery(run: Run, encoder: Encoder, pairs: ValidationPairs, *, step: int, true_rate: float) -> None:
+    """Write RUN/evals/gallery_STEP.json and the pictures it names; an older gallery goes.
+
+    Raises:
+        RunError: features that are not finite, or a picture that cannot be read.
+    """
+    images, texts = pairs.features(encoder)
+    images_of_text: list[list[int]] = [[] for _ in pairs.texts]
+    for image, own in enumerate(pairs.own_texts):
+        for text in own:
+            images_of_text[text].append(image)
+    by_text = random_queries(texts, images, images_of_text, n=QUERIES, k=ANSWERS)
+    by_image = random_queries(images, texts, pairs.own_texts, n=QUERIES, k=ANSWERS)
+    folder = run.pictures / f"gallery_{checkpoint_name(step)}"
+    seen = {image for query in by_text for image in (*query.found, query.first_right)}
+    thumbnails = _write_thumbnails(pairs, seen | {query.number for query in by_image}, folder)
+    named = {number: str(path.relative_to(run.folder)) for number, path in thumbnails.items()}
+    captions = [[pairs.texts[text] for text in own] for own in pairs.own_texts]
+    run.evals.mkdir(exist_ok=True)
+    write_json(
+        run.evals / f"gallery_{checkpoint_name(step)}.json",
+        {
+            "kind": "gallery",
+            "mlip_version": __version__,
+            "measured_at": datetime.now(UTC).isoformat(timespec="seconds"),
+            "step": step,
+            "true_merge_rate": true_rate,
+            "folders": [str(dataset.folder.resolve()) for dataset in pairs.datasets],
+            "fingerprints": [dataset.fingerprint for dataset in pairs.datasets],
+            "num_images": pairs.num_pictures,
+            "num_texts": len(pairs.texts),
+            "chosen": "at random with seed 0",
+            "scores": image_text_retrieval(images, texts, pairs.own_texts),
+            "text_to_image": [_text_query(query, pairs, named, captions) for query in by_text],
+            "image_to_text": [_image_query(query, pairs, named, captions) for query in by_image],
+        },
+    )
+    _remove_older(run, folder)
+
+
+def _text_query(
+    query: Query, pairs: ValidationPairs, pictures: dict[int, str], captions: Sequence[Sequence[str]]
+) -> dict[str, Any]:
+    return {
+        "text": pairs.texts[query.number],
+        "rank": query.rank,
+        "num_candidates": pairs.num_pictures,
+        "first_right": {"picture": pictures[query.first_right], "caption": captions[query.first_right][0]},
+        "found": [
+            {"picture": pictures[image], "caption": captions[image][0], "is_right": is_right}
+            for image, is_right in zip(query.found, query.is_right, strict=True)
+        ],
+    }
+
+
+def _image_query(
+    query: Query, pairs: ValidationPairs, pictures: dict[int, str], captions: Sequence[Sequence[str]]
+) -> dict[str, Any]:
+    return {
+        "picture": pictures[query.number],
+        "captions": captions[query.number],
+        "rank": query.rank,
+        "num_candidates": len(pairs.texts),
+        "first_right": {"text": pairs.texts[query.first_right]},
+        "found": [
+            {"text": pairs.texts[text], "is_right": is_right}
+            for text, is_right in zip(query.found, query.is_right, strict=True)
+        ],
+    }
+
+
+def _write_thumbnails(pairs: ValidationPairs, numbers: set[int], folder: Path) -> dict[int, Path]:
+    """Pictures by number, small and without metadata, in a folder."""
+    from PIL import Image
+
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = {}
+    for number in sorted(numbers):
+        picture = Image.fromarray(decode(pairs.sample(number).image).permute(1, 2, 0).numpy())
+        picture.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
+        buffer = BytesIO()
+        picture.save(buffer, "webp", quality=85)
+        paths[number] = folder / f"{number:06d}.webp"
+        write_bytes(paths[number], buffer.getvalue())
+    return paths
+
+
+def _remove_older(run: Run, folder: Path) -> None:
+    """Galleries of earlier steps."""
+    for path in run.evals.glob("gallery_*.json"):
+        if path.stem != folder.name:
+            path.unlink()
+    for path in run.pictures.glob("gallery_*"):
+        if path != folder:
+            shutil.rmtree(path)

@@ -1,0 +1,112 @@
+"""`mlip report`: the page of a run, and a page that compares several. From files alone, without torch."""
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+from mlip_cli import __version__
+from mlip_cli.errors import UsageError
+from mlip_cli.evaluate.report.comparison import comparison_page
+from mlip_cli.evaluate.report.costs import breakdown_picture, pareto_pictures
+from mlip_cli.evaluate.report.record import RunRecord, read_run
+from mlip_cli.evaluate.report.run_page import run_page
+from mlip_cli.files import full_disk_named, write_text
+from mlip_cli.output import is_main, print_json, print_lines, say
+from mlip_cli.run_folder import Run, newest_run
+
+
+def report(targets: Sequence[str], *, out: Path | None, as_json: bool) -> None:
+    """Write the page of one run, or the pages of several and one that compares them; print the path of the last.
+
+    Raises:
+        UsageError: no such run, or the same one twice.
+    """
+    runs = [find_run(target) for target in targets] or [_newest()]
+    twice = [folder for folder, count in Counter(run.folder.resolve() for run in runs).items() if count > 1]
+    if twice:
+        raise UsageError(f"{twice[0]}: named twice; name each run once")
+    records = [_named(run, runs) for run in runs]
+    pages = [_write(record, record.run.report) for record in records]
+    if len(records) > 1:
+        path = out or Path(os.path.commonpath([run.folder.absolute().parent for run in runs])) / "comparison.html"
+        links = {record.name: os.path.relpath(page, path.parent) for record, page in zip(records, pages, strict=True)}
+        _write_page(path, comparison_page(records, links=links, written=_written()))
+    else:
+        path = _write(records[0], out) if out is not None else pages[0]
+    path = _short(path)
+    if as_json:
+        print_json({"report": str(path), "runs": [str(run.folder) for run in runs]})
+    else:
+        print_lines(str(path))
+
+
+def rebuild(run: Run) -> None:
+    """Write the page of a run anew, after a command has added to the run's files; rank 0 only."""
+    if is_main():
+        say(f"report: {_write(read_run(run.folder), run.report)}")
+
+
+def find_run(target: str) -> Run:
+    """The run folder that `target` names.
+
+    Raises:
+        UsageError: it is none.
+    """
+    run = Run(Path(target))
+    if not run.recipe.is_file():
+        what = "not a run folder (no recipe.yaml)" if run.folder.exists() else "no such run"
+        raise UsageError(f"{target}: {what}; runs lie in runs/, mlip pretrain makes them")
+    return run
+
+
+def _newest() -> Run:
+    run = newest_run()
+    say(f"run {run.folder}, the newest with a checkpoint")
+    return run
+
+
+def _named(run: Run, runs: Sequence[Run]) -> RunRecord:
+    """Runs of one name in several folders go by their paths."""
+    names = [own.folder.resolve().name for own in runs]
+    name = run.folder.resolve().name
+    return read_run(run.folder, name=name if names.count(name) == 1 else str(run.folder))
+
+
+def _write(record: RunRecord, path: Path) -> Path:
+    """The page, and its charts as files of their own in pictures/."""
+    _write_page(path, run_page(record, written=_written()))
+    with full_disk_named(record.run.folder, "make room and call mlip report again"):
+        for name, svg in _charts(record).items():
+            record.run.pictures.mkdir(exist_ok=True)
+            write_text(record.run.pictures / f"{name}.svg", svg)
+    return path
+
+
+def _charts(record: RunRecord) -> dict[str, str]:
+    sweep, profile = record.newest("merge_sweep"), record.newest("profile")
+    pictures = {}
+    if sweep is not None:
+        for number, picture in enumerate(pareto_pictures([(record.name, sweep)]).values()):
+            pictures["pareto" if number == 0 else f"pareto_{number + 1}"] = picture
+    if profile is not None:
+        pictures["profile"] = breakdown_picture(record.name, profile)
+    return {name: picture.as_file() for name, picture in pictures.items()}
+
+
+def _write_page(path: Path, content: str) -> None:
+    if not path.parent.is_dir():
+        raise UsageError(f"{path}: no folder {path.parent}; make it, or name another --out")
+    with full_disk_named(path, "make room and call mlip report again"):
+        write_text(path, content)
+
+
+def _written() -> str:
+    return f"Written by mlip {__version__} at {datetime.now(UTC):%Y-%m-%d %H:%M} UTC, from the files of the run alone."
+
+
+def _short(path: Path) -> Path:
+    """Relative to the current folder where it lies below it."""
+    here = Path.cwd()
+    return path.relative_to(here) if path.is_absolute() and path.is_relative_to(here) else path

@@ -1,0 +1,177 @@
+"""The parts of a report about speed: the sweep over merge rates, and where the time of a step goes."""
+
+from collections.abc import Sequence
+
+from mlip_cli.evaluate.report.charts import Bar, Dot, Picture, bars_chart, dots_chart
+from mlip_cli.evaluate.report.page import Html, command, element, facts, figure, note, section, table
+from mlip_cli.evaluate.report.record import Result, RunRecord
+from mlip_cli.evaluate.report.results import percent, with_interval
+
+WAYS = (("image_to_text", "i→t"), ("text_to_image", "t→i"))
+"""Directions of retrieval, and their columns."""
+
+
+def sweep_section(record: RunRecord) -> Html:
+    """Accuracy against measured speed, and the numbers."""
+    sweep = record.newest("merge_sweep")
+    if sweep is None:
+        return section(
+            "sweep", "Merge sweep", note("Not swept yet: ", command(f"mlip merge-sweep {record.run.folder}"))
+        )
+    charts = [figure(picture.in_page(), kind="wide") for picture in pareto_pictures([(record.name, sweep)]).values()]
+    return section(
+        "sweep",
+        "Merge sweep",
+        *charts,
+        _speed_table(sweep),
+        *(part for dataset in sweep["datasets"] for part in _accuracy(dataset)),
+        note(
+            f"Step {sweep['step']:,}; speed: batch of {sweep['batch_size']}, fp32, {sweep['device']} "
+            f"({sweep['device_name']}), {sweep['threads']} threads, torch {sweep['torch']}, median of "
+            f"{sweep['rounds']} rounds with all settings in turn. In brackets: 95 % intervals."
+        ),
+    )
+
+
+def _speed_table(sweep: Result) -> Html:
+    rows = [
+        [
+            point["method"] or "none",
+            f"{point['true_rate']:.3f}",
+            " ".join(map(str, point["tokens_per_block"])),
+            f"{point['gflops']:.3g}",
+            f"{point['images_per_s']:,.1f}",
+            _ratio(point),
+            f"{point['expected_speedup']:.2f}",
+            f"{point['peak_memory']['gib']:.2f}",
+        ]
+        for point in sweep["points"]
+    ]
+    columns = ["method", "rate", "tokens per block", "GFLOPs", "images/s", "× rate 0", "× by FLOPs", "peak GiB"]
+    return table(columns, rows)
+
+
+def _ratio(point: Result) -> Html:
+    low, high = point["speedup_interval"]
+    return element("span", f"{point['speedup']:.2f} ", element("span", f"({low:.2f}–{high:.2f})", class_="note"))
+
+
+def _accuracy(dataset: Result) -> list[Html]:
+    """Scores at each rate, each with its difference to rate 0 on the same pictures."""
+    first = dataset["points"][0]
+    if "image_to_text" in first:
+        scores = [(way, f"r{k}", f"{title} R@{k} %") for way, title in WAYS for k in (1, 5)]
+        tested, chance = "image_to_text_r1", f"chance of R@1 {percent(first['image_to_text']['r1_chance'])} %"
+    else:
+        scores = [("", "mean_per_class_recall", "mean recall %"), ("", "acc1", "top-1 %")]
+        scores += [("names", "r5", "name R@5 %")] if "names" in first else []
+        tested, chance = "acc1", f"chance {percent(dataset['chance'])} %"
+    rows = []
+    for point in dataset["points"]:
+        test = point["paired"][tested]
+        own = [with_interval(point[part] if part else point, key) for part, key, _ in scores]
+        versus = [f"{test['won']} / {test['lost']}", f"{test['p']:.2g}"] if point["method"] else [None, None]
+        rows.append([point["method"] or "none", f"{point['true_rate']:.3f}", *own, *versus])
+    columns = ["method", "rate", *(title for _, _, title in scores), "won / lost", "p"]
+    return [
+        element("h3", dataset["dataset"]),
+        table(columns, rows),
+        note(
+            f"{dataset['n']:,} pictures, {chance}. Won / lost: pictures that only this setting, or only rate 0, gets "
+            "right at first place; p: McNemar's exact test."
+        ),
+    ]
+
+
+def pareto_pictures(sweeps: Sequence[tuple[str, Result]]) -> dict[str, Picture]:
+    """Accuracy against measured speed by data set, of one sweep or of several runs': (run, sweep)."""
+    names = list(dict.fromkeys(dataset["dataset"] for _, sweep in sweeps for dataset in sweep["datasets"]))
+    pictures = {}
+    for name in names:
+        series: dict[str, list[Dot]] = {}
+        chance, label = 0.0, ""
+        for run, sweep in sweeps:
+            for dataset in sweep["datasets"]:
+                if dataset["dataset"] == name:
+                    key, label, chance = _swept(dataset)
+                    for series_name, dots in _dots(sweep, dataset, key).items():
+                        series[series_name if len(sweeps) == 1 else f"{run}, {series_name}"] = dots
+        pictures[name] = dots_chart(
+            f"{name}: {label} against speed",
+            series,
+            x_label="measured speed, × rate 0 of the same run",
+            y_label=f"{label} %",
+            chance=100 * chance,
+        )
+    return pictures
+
+
+def _swept(dataset: Result) -> tuple[str, str, float]:
+    """Key of the score to show, its name, its chance level."""
+    if "image_to_text" in dataset["points"][0]:
+        return "image_to_text", "image to text R@1", dataset["points"][0]["image_to_text"]["r1_chance"]
+    return "mean_per_class_recall", "mean recall", dataset["chance"]
+
+
+def _dots(sweep: Result, dataset: Result, key: str) -> dict[str, list[Dot]]:
+    """By method, each beginning at the unmerged model."""
+    speeds = {(point["method"], point["rate"]): point for point in sweep["points"]}
+    dots: dict[str | None, list[Dot]] = {}
+    for point in dataset["points"]:
+        scores, name = (point[key], "r1") if isinstance(point.get(key), dict) else (point, key)
+        speed = speeds[point["method"], point["rate"]]
+        low, high = scores[f"{name}_interval"]
+        dot = Dot(
+            f"{point['true_rate']:.2f}",
+            speed["speedup"],
+            tuple(speed["speedup_interval"]),
+            100 * scores[name],
+            (100 * low, 100 * high),
+        )
+        dots.setdefault(point["method"], []).append(dot)
+    unmerged = dots.pop(None)
+    return {str(method): [*unmerged, *own] for method, own in dots.items()} or {"unmerged": unmerged}
+
+
+def profile_section(record: RunRecord) -> Html:
+    """Where the time of a training step goes, and what the model costs."""
+    profile = record.newest("profile")
+    if profile is None:
+        return section("profile", "Profile", note("Not measured yet: ", command(f"mlip profile {record.run.folder}")))
+    flops = profile["gflops"]
+    speeds = [[line["part"], f"{1000 * line['median_s']:,.1f}", f"{line['per_s']:,.1f}"] for line in profile["speed"]]
+    return section(
+        "profile",
+        "Profile",
+        figure(breakdown_picture(record.name, profile).in_page(), kind="wide"),
+        note(f"{profile['limit']['part']}: {profile['limit']['why']}"),
+        table([f"batch of {profile['batch_size']}, {profile['precision']}", "ms", "per s"], speeds),
+        facts(
+            [
+                ("parameters", ", ".join(f"{name} {count:,}" for name, count in profile["parameters"].items())),
+                ("GFLOPs an image", f"{flops['image_tower']:.3g} (rate 0: {flops['image_tower_unmerged']:.3g})"),
+                ("GFLOPs a text", f"{flops['text_tower']:.3g} at {profile['caption_tokens']} tokens"),
+                ("GFLOPs in training", f"frequency branch {flops['frequency_branch']:.3g}"),
+                ("peak memory", f"{profile['peak_memory']['gib']:.2f} GiB ({profile['peak_memory']['what']})"),
+                ("utilisation", _utilisation(profile)),
+                ("measured on", f"{profile['device']} ({profile['device_name']}), {profile['threads']} threads"),
+            ]
+        ),
+    )
+
+
+def _utilisation(profile: Result) -> str:
+    return (
+        f"{percent(profile['mfu'])} % of the matrix products that this machine was measured to do "
+        f"({profile['step_tflops']:.3g} of {profile['matmul_peak_tflops']:.3g} TFLOP/s)"
+    )
+
+
+def breakdown_picture(name: str, profile: Result) -> Picture:
+    """Milliseconds of each part of a training step."""
+    bars = [
+        Bar(part["part"], 1000 * part["seconds"], f"{percent(part['share'])} %", part["group"])
+        for part in profile["breakdown"]
+    ]
+    title = f"{name}: a training step of {profile['batch_size']} pairs, part by part"
+    return bars_chart(title, bars, x_label="ms")

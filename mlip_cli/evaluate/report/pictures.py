@@ -1,0 +1,157 @@
+"""The parts of a report that show pictures: retrieval both ways, and what merged into one token."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from mlip_cli.evaluate.report.page import (
+    Html,
+    command,
+    element,
+    embedded_image,
+    figure,
+    folded,
+    note,
+    section,
+    table,
+)
+from mlip_cli.evaluate.report.record import Result, RunRecord
+from mlip_cli.evaluate.report.results import percent, with_interval
+
+WAYS = (("text_to_image", "text → images"), ("image_to_text", "image → texts"))
+AT = (1, 5, 10)
+
+
+def gallery_section(record: RunRecord) -> Html:
+    """Queries drawn at random, what the model finds for them, and recall over the whole set."""
+    gallery = record.newest("gallery")
+    if gallery is None:
+        why = "The recipe has no data.validation" if _has_no_validation(record) else "Training has not ended yet"
+        return section("retrieval", "Retrieval", note(f"{why}, so nothing was looked up."))
+    scores = gallery["scores"]
+    rows = []
+    for way, title in WAYS:
+        cells = []
+        for k in AT:
+            cells += [with_interval(scores[way], f"r{k}"), percent(scores[way][f"r{k}_chance"])]
+        rows.append([title, *cells])
+    columns = ["", *(column for k in AT for column in (f"R@{k} %", "chance"))]
+    return section(
+        "retrieval",
+        "Retrieval",
+        element(
+            "p",
+            f"{gallery['num_images']:,} pictures and {gallery['num_texts']:,} distinct texts of the validation set, "
+            f"step {gallery['step']:,}, merge rate {gallery['true_merge_rate']:.3f}. A query counts as right when any "
+            "of its own is among the first k; ties count against the model.",
+        ),
+        table(columns, rows),
+        note(
+            f"The queries below were drawn {gallery['chosen']}, not picked: the five best answers, ✓ right and "
+            "✗ wrong, and where none of them is right, the first one that is."
+        ),
+        element("h3", "Text → images"),
+        _queries(_text_query(query, record.run.folder) for query in gallery["text_to_image"]),
+        element("h3", "Image → texts"),
+        _queries(_image_query(query, record.run.folder) for query in gallery["image_to_text"]),
+        *_attribution(record),
+    )
+
+
+def _has_no_validation(record: RunRecord) -> bool:
+    return record.recipe is not None and record.recipe.data.validation is None
+
+
+def _queries(queries: Iterable[Html]) -> Html:
+    return element("div", *queries, class_="queries")
+
+
+def _text_query(query: Result, folder: Path) -> Html:
+    found = [_answer(answer, answer["caption"], answer["is_right"], folder) for answer in query["found"]]
+    if not any(answer["is_right"] for answer in query["found"]):
+        own = query["first_right"]
+        found.append(_answer(own, f"place {query['rank'] + 1:,}: {own['caption']}", True, folder))
+    return element(
+        "div",
+        element("p", f"“{query['text']}”", class_="asked"),
+        element("ol", *found, class_="found"),
+        class_="query",
+    )
+
+
+def _answer(answer: Result, words: str, is_right: bool, folder: Path) -> Html:
+    kind = ("right", "hit") if is_right else ("wrong", "miss")
+    picture = embedded_image(folder / answer["picture"], alt=answer["caption"], class_=kind[1])
+    return element("li", picture, element("span", words, class_=f"words {kind[0]}"))
+
+
+def _image_query(query: Result, folder: Path) -> Html:
+    answers = [
+        element("li", answer["text"], class_="right" if answer["is_right"] else "wrong") for answer in query["found"]
+    ]
+    if not any(answer["is_right"] for answer in query["found"]):
+        words = f"place {query['rank'] + 1:,} of {query['num_candidates']:,}: {query['first_right']['text']}"
+        answers.append(element("li", words, class_="right"))
+    return element(
+        "div",
+        element("div", embedded_image(folder / query["picture"], alt=query["captions"][0]), class_="question"),
+        element("ol", *answers, class_="answers"),
+        class_="query row",
+    )
+
+
+def _attribution(record: RunRecord) -> list[Html]:
+    return [note(text) for text in record.attributions]
+
+
+def merges_section(record: RunRecord) -> Html:
+    """What became one token, stage by stage, beside the guidance."""
+    result = record.newest("merge_pictures")
+    if result is None:
+        return section(
+            "merging", "Merging", note("No pictures yet: ", command(f"mlip merge-sweep {record.run.folder}"))
+        )
+    points = [
+        folded(_setting(point), *_point(point, record.run.folder), is_open=i == 0)
+        for i, point in enumerate(_strongest_first(result))
+    ]
+    return section(
+        "merging",
+        "Merging",
+        element(
+            "p",
+            f"Pictures of {result['dataset']}, drawn {result['chosen']}. Patches of one colour are one token, and a "
+            "token keeps its colour from stage to stage; untinted patches are still alone. Below: the guidance that "
+            "the merge went by, bright where a patch matters and is kept apart.",
+        ),
+        *points,
+        *_attribution(record),
+    )
+
+
+def _strongest_first(result: Result) -> list[Result]:
+    return sorted(result["points"], key=lambda point: -point["true_rate"])
+
+
+def _setting(point: Result) -> str:
+    return f"{point['method']}, rate {point['rate']:g} (true {point['true_rate']:.3f})"
+
+
+def _point(point: Result, folder: Path) -> list[Html]:
+    return [_picture(picture, point["stages"], folder) for picture in point["pictures"]]
+
+
+def _picture(picture: Result, stages: list[Result], folder: Path) -> Html:
+    """One picture: itself and its groups in a row, the maps of each stage in the next."""
+    label = picture["label"] or f"picture {picture['number']}"
+    cells = [_panel(folder, picture["image"], label)]
+    for drawn, stage in zip(picture["stages"], stages, strict=True):
+        cells.append(_panel(folder, drawn["groups"], f"before block {stage['block']}: {stage['tokens']} tokens"))
+    for drawn, stage in zip(picture["stages"], stages, strict=True):
+        for key, title in (("spatial", "spatial"), ("frequency", "frequency"), ("mixed", "both")):
+            if drawn[key] is not None:
+                cells.append(_panel(folder, drawn[key], f"{title}, block {stage['block']}"))
+    return element("div", *cells, class_="merges", style=f"--columns: {len(stages) * 3 if len(stages) > 1 else 4}")
+
+
+def _panel(folder: Path, path: str, words: str) -> Html:
+    return figure(embedded_image(folder / path, alt=words), words, kind="panel")

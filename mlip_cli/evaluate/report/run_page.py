@@ -1,0 +1,182 @@
+"""report.html of one run."""
+
+from mlip_cli.evaluate.report.costs import profile_section, sweep_section
+from mlip_cli.evaluate.report.page import (
+    Html,
+    element,
+    facts,
+    folded,
+    joined,
+    note,
+    page,
+    section,
+    table,
+    tiles,
+)
+from mlip_cli.evaluate.report.pictures import gallery_section, merges_section
+from mlip_cli.evaluate.report.record import Result, RunRecord
+from mlip_cli.evaluate.report.results import curves_section, merge_rate, percent, results_section
+
+
+def run_page(record: RunRecord, *, written: str) -> str:
+    """The whole page; `written` is the time and version that made it."""
+    return page(
+        f"{record.name} · mlip",
+        heading=record.name,
+        lead=[element("p", _lead(record)), *(note(line) for line in record.damaged), _tiles(record)],
+        sections=[
+            results_section(record),
+            curves_section([record], chances=known_chances(record)),
+            gallery_section(record),
+            merges_section(record),
+            sweep_section(record),
+            profile_section(record),
+            _data_section(record),
+            _recipe_section(record),
+        ],
+        foot=joined(note(line) for line in [written, *record.attributions]),
+    )
+
+
+def _lead(record: RunRecord) -> str:
+    """What was trained on what, and how it ended."""
+    parts = [method(record)]
+    if record.cards:
+        card = record.cards.get("training", {})
+        parts.append(f"on {card.get('num_samples', 0):,} samples of {card.get('provenance', {}).get('source', 'data')}")
+    parts.append(f"step {record.last_step:,}{_of_total(record)}")
+    return ", ".join(parts) + f": {record.stamp.get('end_reason') or 'not ended'}."
+
+
+def method(record: RunRecord) -> str:
+    """CLIP, or MLIP and what of it the recipe switches on."""
+    recipe = record.recipe
+    if recipe is None:
+        return "a run"
+    merging = recipe.model.merging
+    if recipe.model.frequency is None and merging is None:
+        return "CLIP"
+    name = "MLIP" if recipe.model.frequency is not None else "CLIP"
+    return name + (f" with {merging.method} merging at rate {merging.rate:g}" if merging is not None else "")
+
+
+def _of_total(record: RunRecord) -> str:
+    steps = record.recipe.train.steps if record.recipe is not None else None
+    return f" of {steps:,}" if steps else ""
+
+
+def _tiles(record: RunRecord) -> Html:
+    found: list[tuple[str, str, str]] = []
+    if record.steps:
+        found.append(("loss", f"{record.steps[-1]['loss']:.3f}", f"at step {record.last_step:,}"))
+    for dataset, result in _newest_results(record).items():
+        low, high = result["mean_per_class_recall_interval"]
+        beside = f"{percent(low)}–{percent(high)}; chance {percent(result['chance'])} %; n {result['n']:,}"
+        score = f"{percent(result['mean_per_class_recall'])} %"
+        found.append((f"{dataset}: mean recall, rate {merge_rate(result)}", score, beside))
+    gallery = record.newest("gallery")
+    if gallery is not None:
+        own = gallery["scores"]["text_to_image"]
+        low, high = own["r5_interval"]
+        beside = f"{percent(low)}–{percent(high)}; chance {percent(own['r5_chance'])} %; n {own['n']:,}"
+        found.append(("text → image R@5", f"{percent(own['r5'])} %", beside))
+    sweep = record.newest("merge_sweep")
+    if sweep is not None:
+        best = max(sweep["points"], key=lambda point: point["speedup"])
+        low, high = best["speedup_interval"]
+        found.append((f"speed at rate {best['true_rate']:.2f}", f"{best['speedup']:.2f}×", f"{low:.2f}–{high:.2f}"))
+    return tiles(found)
+
+
+def _newest_results(record: RunRecord) -> dict[str, Result]:
+    """Of each data set the newest checkpoint's result, at the recipe's merge rate where that was measured."""
+    merging = record.recipe.model.merging if record.recipe is not None else None
+    rate = merging.rate if merging is not None else 0.0
+    newest: dict[str, Result] = {}
+    for result in record.results.get("zeroshot", []):
+        best = newest.get(result["dataset"])
+        if best is None or _preference(result, rate) >= _preference(best, rate):
+            newest[result["dataset"]] = result
+    return newest
+
+
+def _preference(result: Result, rate: float) -> tuple[int, bool]:
+    asked = result["merge_rate"]
+    return result["step"], asked is None or asked == rate
+
+
+def known_chances(record: RunRecord) -> dict[str, float]:
+    """Chance level by the name of a measure in metrics.jsonl, as far as results tell it."""
+    chances: dict[str, float] = {}
+    gallery = record.newest("gallery")
+    if gallery is not None:
+        for way, scores in gallery["scores"].items():
+            chances |= {f"validation_{way}_r{k}": scores[f"r{k}_chance"] for k in (1, 5, 10)}
+    for result in record.results.get("zeroshot", []):
+        chances |= {f"{result['dataset']}_{name}": result["chance"] for name in ("mean_recall", "acc1")}
+        if "names" in result:
+            chances |= {f"{result['dataset']}_name_r{k}": result["names"][f"r{k}_chance"] for k in (1, 5)}
+    return chances
+
+
+def _data_section(record: RunRecord) -> Html:
+    """The cards, in short."""
+    parts = []
+    for role, card in record.cards.items():
+        provenance, statistics = card["provenance"], card["statistics"]
+        spreads = [
+            [name.replace("_", " "), *(f"{spread[key]:,}" for key in ("min", "median", "mean", "max"))]
+            for name, spread in statistics.items()
+            if isinstance(spread, dict) and "median" in spread
+        ]
+        classes = [f"{name} {count:,}" for name, count in statistics.get("classes", {}).items()]
+        parts += [
+            element("h3", f"{role}: {card['num_samples']:,} samples"),
+            facts(
+                [
+                    ("folder", card["folder"]),
+                    ("source", provenance.get("source")),
+                    ("prepared by", provenance.get("tool")),
+                    ("bytes", f"{card['num_bytes']:,}"),
+                    ("fingerprint", card["fingerprint"][:16]),
+                    ("licence", provenance.get("license")),
+                    ("attribution", provenance.get("attribution")),
+                ]
+            ),
+            folded("Numbers", table(["a sample's", "min", "median", "mean", "max"], spreads)),
+            folded(f"{statistics['num_classes']:,} classes", element("p", ", ".join(classes))) if classes else None,
+        ]
+    return section("data", "Data", *(parts or [note("The run has no cards of its data.")]))
+
+
+def _recipe_section(record: RunRecord) -> Html:
+    stamp = record.stamp
+    sessions = [
+        [
+            session["started"],
+            f"{session['from_step']:,}",
+            session["device"],
+            session["ranks"],
+            session["threads"],
+            session["command"],
+        ]
+        for session in stamp.get("sessions", [])
+    ]
+    return section(
+        "recipe",
+        "Recipe and stamp",
+        facts(
+            [
+                ("mlip", f"{stamp.get('mlip_version')}, commit {stamp.get('commit') or 'unknown'}"),
+                ("versions", ", ".join(f"{name} {version}" for name, version in stamp.get("versions", {}).items())),
+                ("platform", stamp.get("platform")),
+                ("seed", stamp.get("seed")),
+                ("started", stamp.get("started")),
+                ("ended", stamp.get("ended")),
+                ("why it ended", stamp.get("end_reason")),
+            ]
+        ),
+        element("h3", "Sessions"),
+        table(["started", "after step", "device", "ranks", "threads", "command"], sessions, text_columns=6),
+        folded("Recipe, resolved", element("pre", record.recipe_text), is_open=True),
+    )
