@@ -92,7 +92,7 @@ class Encoded:
 
 
 @dataclass(frozen=True)
-class MergeStage:
+class MergeStage(_Movable):
     """What one merge did to the original patches, and the guidance that it followed."""
 
     block: int

@@ -56,6 +56,11 @@ def recalls(ranks: Tensor, *, num_accepted: Sequence[int], num_candidates: int, 
     return scores
 
 
+def hits(ranks: Tensor, *, at: Sequence[int]) -> dict[str, str]:
+    """Which queries are right at each k, for paired tests: (Q,) -> strings of 0 and 1 as `r1`, ..."""
+    return {f"r{k}": "".join("01"[rank < k] for rank in ranks.tolist()) for k in at}
+
+
 def image_text_retrieval(
     image_features: Tensor, text_features: Tensor, captions: Sequence[Sequence[int]], *, at: Sequence[int] = RECALL_AT
 ) -> Mapping[str, dict[str, Any]]:
@@ -65,6 +70,9 @@ def image_text_retrieval(
         image_features: (I, E) unit vectors.
         text_features: (T, E) unit vectors.
         captions: for each image the numbers of its texts. Images may share a text, which is then right for each.
+
+    Returns:
+        `image_to_text` and `text_to_image`: recalls, and their `hits` as `right`.
     """
     images_of_text: list[list[int]] = [[] for _ in range(len(text_features))]
     for image, texts in enumerate(captions):
@@ -72,11 +80,14 @@ def image_text_retrieval(
             images_of_text[text].append(image)
     to_text = ranks(image_features, text_features, captions)
     to_image = ranks(text_features, image_features, images_of_text)
+    ways = {
+        "image_to_text": (to_text, [len(set(texts)) for texts in captions], len(text_features)),
+        "text_to_image": (to_image, [len(set(images)) for images in images_of_text], len(image_features)),
+    }
     return {
-        "image_to_text": recalls(
-            to_text, num_accepted=[len(set(t)) for t in captions], num_candidates=len(text_features), at=at
-        ),
-        "text_to_image": recalls(
-            to_image, num_accepted=[len(set(i)) for i in images_of_text], num_candidates=len(image_features), at=at
-        ),
+        way: {
+            **recalls(found, num_accepted=num_accepted, num_candidates=num_candidates, at=at),
+            "right": hits(found, at=at),
+        }
+        for way, (found, num_accepted, num_candidates) in ways.items()
     }
