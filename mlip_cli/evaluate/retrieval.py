@@ -1,6 +1,7 @@
 """Retrieval between pictures and texts: exact, in chunks, ties counted against the model."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -56,9 +57,49 @@ def recalls(ranks: Tensor, *, num_accepted: Sequence[int], num_candidates: int, 
     return scores
 
 
-def hits(ranks: Tensor, *, at: Sequence[int]) -> dict[str, str]:
-    """Which queries are right at each k, for paired tests: (Q,) -> strings of 0 and 1 as `r1`, ..."""
-    return {f"r{k}": "".join("01"[rank < k] for rank in ranks.tolist()) for k in at}
+@dataclass(frozen=True)
+class Ranks:
+    """What a set of queries found."""
+
+    ranks: Tensor
+    """(Q,): wrong candidates before the first right one."""
+    num_accepted: Sequence[int]
+    """Right candidates of each query."""
+    num_candidates: int
+
+    def recalls(self, *, at: Sequence[int] = RECALL_AT) -> dict[str, Any]:
+        """See the function `recalls`."""
+        return recalls(self.ranks, num_accepted=self.num_accepted, num_candidates=self.num_candidates, at=at)
+
+    def right(self, *, at: Sequence[int] = RECALL_AT) -> dict[str, str]:
+        """Which queries are right at each k, for paired tests: strings of 0 and 1 as `r1`, ..."""
+        return {f"r{k}": "".join("01"[rank < k] for rank in self.ranks.tolist()) for k in at}
+
+
+def image_text_ranks(
+    image_features: Tensor, text_features: Tensor, captions: Sequence[Sequence[int]]
+) -> dict[str, Ranks]:
+    """Where each image finds its first text, and each text its first image: `image_to_text` and `text_to_image`.
+
+    Args:
+        image_features: (I, E) unit vectors.
+        text_features: (T, E) unit vectors.
+        captions: for each image the numbers of its texts. Images may share a text, which is then right for each.
+    """
+    images_of_text: list[list[int]] = [[] for _ in range(len(text_features))]
+    for image, texts in enumerate(captions):
+        for text in texts:
+            images_of_text[text].append(image)
+    return {
+        "image_to_text": Ranks(
+            ranks(image_features, text_features, captions), [len(set(t)) for t in captions], len(text_features)
+        ),
+        "text_to_image": Ranks(
+            ranks(text_features, image_features, images_of_text),
+            [len(set(i)) for i in images_of_text],
+            len(image_features),
+        ),
+    }
 
 
 def image_text_retrieval(
@@ -66,28 +107,7 @@ def image_text_retrieval(
 ) -> Mapping[str, dict[str, Any]]:
     """Recall both ways (the protocol of Flickr30k and COCO): a query is right when any of its own is among the first k.
 
-    Args:
-        image_features: (I, E) unit vectors.
-        text_features: (T, E) unit vectors.
-        captions: for each image the numbers of its texts. Images may share a text, which is then right for each.
-
-    Returns:
-        `image_to_text` and `text_to_image`: recalls, and their `hits` as `right`.
+    The arguments are those of `image_text_ranks`.
     """
-    images_of_text: list[list[int]] = [[] for _ in range(len(text_features))]
-    for image, texts in enumerate(captions):
-        for text in texts:
-            images_of_text[text].append(image)
-    to_text = ranks(image_features, text_features, captions)
-    to_image = ranks(text_features, image_features, images_of_text)
-    ways = {
-        "image_to_text": (to_text, [len(set(texts)) for texts in captions], len(text_features)),
-        "text_to_image": (to_image, [len(set(images)) for images in images_of_text], len(image_features)),
-    }
-    return {
-        way: {
-            **recalls(found, num_accepted=num_accepted, num_candidates=num_candidates, at=at),
-            "right": hits(found, at=at),
-        }
-        for way, (found, num_accepted, num_candidates) in ways.items()
-    }
+    found = image_text_ranks(image_features, text_features, captions)
+    return {way: own.recalls(at=at) for way, own in found.items()}
