@@ -80,9 +80,12 @@ class Line:
     """One curve."""
 
     label: str
+    """Empty for a curve that needs none."""
     x: Sequence[float]
     y: Sequence[float | None]
     """None where there was no finite number: a gap."""
+    series: int = 0
+    """Number of its colour, dash and marker."""
 
 
 @dataclass(frozen=True)
@@ -134,16 +137,16 @@ def lines_chart(
     """Curves over steps, with dotted horizontal `levels` such as chance, one a line or for all."""
     levels = levels or {}
     with _canvas(title, x_label=x_label, y_label=y_label) as canvas:
-        for number, line in enumerate(lines):
+        for line in lines:
             x, y = _thinned(line)
             canvas.axes.plot(
                 x,
                 y,
-                color=SERIES[number % NUM_SERIES],
-                linestyle=DASHES[number % len(DASHES)],
-                marker=MARKERS[number % len(MARKERS)] if len(x) <= FEW_POINTS else None,
+                color=SERIES[line.series % NUM_SERIES],
+                linestyle=DASHES[line.series % len(DASHES)],
+                marker=MARKERS[line.series % len(MARKERS)] if len(x) <= FEW_POINTS else None,
                 markersize=4,
-                label=_literal(line.label),
+                label=_literal(line.label) or None,
             )
         for number, (name, level) in enumerate(levels.items()):
             colour = SERIES[number % NUM_SERIES] if len(levels) == len(lines) > 1 else MUTED
@@ -151,7 +154,7 @@ def lines_chart(
         canvas.axes.set_xlim(left=0)
         if from_zero:
             canvas.axes.set_ylim(bottom=0)
-        canvas.legend(len(lines) + len(levels))
+        canvas.legend(sum(bool(line.label) for line in lines) + len(levels))
     return Picture(canvas.svg)
 
 
@@ -200,7 +203,7 @@ def bars_chart(title: str, bars: Sequence[Bar], *, x_label: str) -> Picture:
         axes.grid(visible=False, axis="y")
         axes.invert_yaxis()
         axes.set_xlim(0, 1.2 * max((bar.value for bar in bars), default=1) or 1)
-        canvas.legend(len(groups))
+        canvas.legend(len(groups) if len(groups) > 1 else 0)
     return Picture(canvas.svg)
 
 
@@ -213,8 +216,8 @@ class _Canvas:
     svg: str = ""
 
     def legend(self, num_entries: int) -> None:
-        """Below the axes, where it covers nothing; one curve needs none."""
-        if num_entries > 1:
+        """Below the axes, where it covers nothing."""
+        if num_entries:
             self.figure.legend(loc="outside lower left", ncols=min(3, num_entries), frameon=False)
 
 

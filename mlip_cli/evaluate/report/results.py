@@ -18,6 +18,7 @@ FEATURES = {"frequency": "frequency feature", "spatial_plus_frequency": "sum of 
 """Beside the spatial feature, which `encode_image` gives."""
 
 AT_K = re.compile(r"_r(\d+)$")
+FROM_ZERO = ("lr", "images_per_s", "data_wait_share", "peak_gib", "skipped_steps", "bad_samples")
 COUNTS = ("step", "samples_seen")
 LOSSES = ("loss", "spatial_global", "spatial_token", "frequency_global", "frequency_token")
 
@@ -124,34 +125,40 @@ def curves_section(records: Sequence[RunRecord], *, chances: Mapping[str, float]
 def _loss_charts(records: Sequence[RunRecord], keys: Sequence[str]) -> list[Html]:
     """The total and every term, unweighted, one chart each."""
     titles = {"loss": "loss (weighted sum)"}
-    return [_step_chart(records, titles.get(key, key), {key: ""}) for key in keys]
+    return [_step_chart(records, titles.get(key, key), key) for key in keys]
 
 
 def _measure_charts(records: Sequence[RunRecord], keys: Sequence[str], chances: Mapping[str, float]) -> list[Html]:
     """One chart a measure; of a single run, one for all k of a recall at k."""
+    if len(records) > 1:
+        return [_measure_chart(records, [key], chances) for key in keys]
     families: dict[str, list[str]] = {}
     for key in keys:
-        families.setdefault(AT_K.sub("", key) if len(records) == 1 else key, []).append(key)
-    charts = []
-    for own in families.values():
-        lines, levels = [], {}
-        for key in own:
-            label = f"R@{found.group(1)}" if (found := AT_K.search(key)) and len(own) > 1 else ""
-            for record in records:
-                measured = [line for line in record.evaluations if key in line]
-                if measured:
-                    steps = [line["step"] for line in measured]
-                    lines.append(Line(label or record.name, steps, [_times_100(line[key]) for line in measured]))
-            if key in chances:
-                levels[f"chance {label}".strip()] = 100 * chances[key]
-        title = _words(own[0] if len(own) == 1 else AT_K.sub("", own[0]))
-        charts.append(figure(lines_chart(f"{title} %", lines, x_label="step", levels=levels, from_zero=True).in_page()))
-    return charts
+        families.setdefault(AT_K.sub("", key), []).append(key)
+    return [_measure_chart(records, own, chances) for own in families.values()]
+
+
+def _measure_chart(records: Sequence[RunRecord], keys: Sequence[str], chances: Mapping[str, float]) -> Html:
+    """Lines by run, or those of one run by the k of its recalls, in per cent with chance."""
+    lines: list[Line] = []
+    for number, record in enumerate(records):
+        for key in keys:
+            label = _at(key) if len(keys) > 1 else record.name
+            measured = [line for line in record.evaluations if key in line]
+            shares = [_times_100(line[key]) for line in measured]
+            if measured:
+                lines.append(
+                    Line(label, [line["step"] for line in measured], shares, number if len(records) > 1 else len(lines))
+                )
+    levels = {
+        f"chance {_at(key) if len(keys) > 1 else ''}".strip(): 100 * chances[key] for key in keys if key in chances
+    }
+    title = _words(keys[0] if len(keys) == 1 else AT_K.sub("", keys[0]))
+    return figure(lines_chart(f"{title} %", lines, x_label="step", levels=levels, from_zero=True).in_page())
 
 
 def _other_charts(records: Sequence[RunRecord], keys: Sequence[str]) -> list[Html]:
-    """Learning rate, gradient, scales, speed, waiting, memory; counts of trouble only where there was some."""
-    scales = [key for key in keys if key.startswith("scale/")]
+    """Learning rate, gradient, speed, waiting, memory, scales; counts of trouble only where there was some."""
     quiet = {"skipped_steps", "bad_samples"}
     troubled = {key for key in quiet if any(line.get(key) for record in records for line in record.steps)}
     titles = {
@@ -163,28 +170,32 @@ def _other_charts(records: Sequence[RunRecord], keys: Sequence[str]) -> list[Htm
         "skipped_steps": "skipped steps, so far",
         "bad_samples": "bad samples replaced, so far",
     }
-    shown = [key for key in keys if key not in scales and key not in quiet - troubled]
-    charts = [_step_chart(records, titles.get(key, key), {key: ""}, from_zero=key != "grad_norm") for key in shown]
-    if scales:
-        charts.append(_step_chart(records, "logit scales", {key: key.removeprefix("scale/") for key in scales}))
-    return charts
+    return [
+        _step_chart(records, titles.get(key) or key.replace("scale/", "logit scale: "), key, from_zero=key in FROM_ZERO)
+        for key in keys
+        if key not in quiet - troubled
+    ]
 
 
-def _step_chart(records: Sequence[RunRecord], title: str, keys: Mapping[str, str], *, from_zero: bool = False) -> Html:
-    """Lines of metrics.jsonl: key -> label, beside the run's name where there are several."""
+def _step_chart(records: Sequence[RunRecord], title: str, key: str, *, from_zero: bool = False) -> Html:
+    """A key of metrics.jsonl, a line a run."""
     lines = []
-    for record in records:
-        for key, label in keys.items():
-            own = [line for line in record.steps if key in line]
-            parts = [record.name] if len(records) > 1 or not label else []
-            if own:
-                name = " ".join([*parts, *([label] if label else [])])
-                lines.append(Line(name, [line["step"] for line in own], [line[key] for line in own]))
+    for number, record in enumerate(records):
+        own = [line for line in record.steps if key in line]
+        if own:
+            label = record.name if len(records) > 1 else ""
+            lines.append(Line(label, [line["step"] for line in own], [line[key] for line in own], number))
     return figure(lines_chart(title, lines, x_label="step", from_zero=from_zero).in_page())
 
 
 def _times_100(value: float | None) -> float | None:
     return None if value is None else 100 * value
+
+
+def _at(key: str) -> str:
+    """openmoji_name_r5 -> R@5, openmoji_acc1 -> nothing"""
+    found = AT_K.search(key)
+    return f"R@{found.group(1)}" if found else ""
 
 
 def _words(key: str) -> str:
