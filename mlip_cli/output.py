@@ -7,21 +7,20 @@ import json
 import logging
 import os
 import re
+import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+import textwrap
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rich.console import Console, RenderableType
-    from rich.live import Live
-    from rich.progress import Progress
+    from rich.console import Console
+
+    from mlip_cli.drawing import Bar
 
 logger = logging.getLogger("mlip_cli")
-
-LOSS_KEYS = ("loss", "spatial_global", "spatial_token", "frequency_global", "frequency_token")
-"""Metrics that the training panel shows as losses, when they are there: the total first."""
 
 _NUMBER = re.compile(r"[-+~<>±]?\.?\d")
 
@@ -39,7 +38,7 @@ def error_console() -> "Console":
     return Console(stderr=True, highlight=False, markup=False, emoji=False)
 
 
-def _draws() -> bool:
+def draws() -> bool:
     """True when stderr can redraw a line: a real terminal, whatever FORCE_COLOR says, and this process speaks."""
     return is_main() and error_console().file.isatty() and not error_console().is_dumb_terminal
 
@@ -51,7 +50,10 @@ class _Words(logging.Handler):
         if getattr(record, "is_on_panel", False):
             return
         prefix = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
-        error_console().print(prefix + self.format(record), soft_wrap=True)
+        text = prefix + self.format(record)
+        if draws() and not getattr(record, "is_to_copy", False):
+            text = folded(text, error_console().width)
+        error_console().print(text, soft_wrap=True)
 
 
 def start_logging() -> None:
@@ -64,6 +66,11 @@ def start_logging() -> None:
 def say(text: str) -> None:
     """One complete line for a person."""
     logger.info("%s", text)
+
+
+def say_to_copy(text: str) -> None:
+    """A command: a terminal wraps it by itself, so that it is copied as one line."""
+    logger.info("%s", text, extra={"is_to_copy": True})
 
 
 def warn(text: str) -> None:
@@ -81,6 +88,17 @@ def print_lines(text: str) -> None:
     if is_main():
         sys.stdout.write(text.rstrip("\n") + "\n")
         sys.stdout.flush()
+
+
+def folded(text: str, width: int) -> str:
+    """`text` with its lines folded between words; only a longer word is wider than `width`."""
+    wrapper = textwrap.TextWrapper(width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+    return "\n".join(wrapper.fill(line) for line in text.splitlines())
+
+
+def print_prose(text: str) -> None:
+    """Sentences on stdout, folded on a terminal and as they are in a pipe."""
+    print_lines(folded(text, shutil.get_terminal_size().columns) if sys.stdout.isatty() else text)
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], *, title: str | None = None) -> None:
@@ -121,95 +139,21 @@ def _is_number(cell: Any) -> bool:
 
 
 @contextmanager
-def progress(total: int | None, label: str) -> Iterator["Progress"]:
-    """A progress bar on a terminal; silence in a pipe and under a training panel. Its one task has id 0."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+def progress(total: int | None, label: str) -> Iterator["Bar"]:
+    """A progress bar on a terminal, a line now and then in a pipe, silence under a training panel.
 
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(
-        *columns,
-        console=error_console(),
-        transient=True,
-        redirect_stdout=sys.stdout.isatty(),  # results in a pipe must not land on stderr
-        disable=not _draws() or TrainingPanel.is_drawn,
-    ) as bar:
+    Its one task has id 0; `advance` moves it.
+    """
+    from mlip_cli.drawing import Bar, TrainingPanel
+
+    with Bar(is_drawn=draws() and not TrainingPanel.is_drawn, is_silent=TrainingPanel.is_drawn) as bar:
         bar.add_task(label, total=total)
         yield bar
 
 
-class TrainingPanel:
-    """The state of a training run: redrawn in place on a terminal, one complete line an update in a pipe."""
-
-    is_drawn = False
-    """True while a panel holds the terminal; there is one terminal."""
-
-    def __init__(self, total_steps: int, live: "Live | None") -> None:
-        self.total_steps = total_steps
-        self._live = live
-
-    def update(self, metrics: Mapping[str, float], *, eta_s: float | None) -> None:
-        """Show `metrics` (a line of metrics.jsonl with at least `step`) and the seconds left, None while unknown.
-
-        The plain line reaches the other handlers of the logger (log.txt) in both cases.
-        """
-        step = f"step {int(metrics['step'])}/{self.total_steps}"
-        line = "  ".join([step, *_losses(metrics), *_rates(metrics), f"ETA {clock(eta_s)}"])
-        logger.info("%s", line, extra={"is_on_panel": self._live is not None})
-        if self._live is not None:
-            self._live.update(self._drawing(metrics, eta_s), refresh=True)
-
-    def _drawing(self, metrics: Mapping[str, float], eta_s: float | None) -> "RenderableType":
-        from rich.console import Group
-        from rich.progress_bar import ProgressBar
-        from rich.table import Table
-        from rich.text import Text
-
-        step = int(metrics["step"])
-        top = Table.grid(padding=(0, 2), expand=True)
-        top.add_column(no_wrap=True)
-        top.add_column(ratio=1)
-        top.add_column(no_wrap=True)
-        top.add_row(
-            Text(f"step {step}/{self.total_steps}", style="bold"),
-            ProgressBar(total=self.total_steps, completed=step),
-            Text(f"ETA {clock(eta_s)}"),
-        )
-        below = [Text("  ".join(parts)) for parts in (_losses(metrics), _rates(metrics)) if parts]
-        return Group(top, *below)
-
-
-@contextmanager
-def training_panel(total_steps: int) -> Iterator[TrainingPanel]:
-    """Open the panel that a training loop feeds at its logging steps; its last state stays on the screen."""
-    if not _draws():
-        yield TrainingPanel(total_steps, None)
-        return
-    from rich.live import Live
-
-    # No thread: it is redrawn when there is something new. Log lines go through the same console, above the panel.
-    live = Live(console=error_console(), auto_refresh=False, redirect_stdout=sys.stdout.isatty())
-    with live:
-        TrainingPanel.is_drawn = True
-        try:
-            yield TrainingPanel(total_steps, live)
-        finally:
-            TrainingPanel.is_drawn = False
-
-
-def _losses(metrics: Mapping[str, float]) -> list[str]:
-    return [f"{key} {metrics[key]:.3f}" for key in LOSS_KEYS if key in metrics]
-
-
-def _rates(metrics: Mapping[str, float]) -> list[str]:
-    shown = {
-        "images_per_s": lambda value: f"{value:.4g} images/s" if value < 1000 else f"{value:,.0f} images/s",
-        "data_wait_share": lambda value: f"data wait {100 * value:.0f} %",
-        "peak_gib": lambda value: f"memory {value:.2f} GiB",
-        "skipped_steps": lambda value: f"skipped steps {value:.0f}" if value else None,
-        "bad_samples": lambda value: f"bad samples {value:.0f}" if value else None,
-    }
-    texts = [show(metrics[key]) for key, show in shown.items() if metrics.get(key) is not None]
-    return [text for text in texts if text]
+def plural(n: int, one: str, many: str | None = None) -> str:
+    """1, "row" -> 1 row; 2,000, "row" -> 2,000 rows; `many` where an s at the end is not the plural."""
+    return f"{n:,} {one if n == 1 else many or one + 's'}"
 
 
 def clock(seconds: float | None) -> str:

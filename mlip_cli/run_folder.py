@@ -4,6 +4,7 @@ import json
 import re
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -94,8 +95,20 @@ class Run:
 
 
 def default_folder(recipe_name: str) -> Path:
-    """runs/<recipe>-<UTC time>, a name nobody has yet."""
+    """runs/<recipe>-<UTC time>; `claimed` finds another where two runs start within a second."""
     return RUNS / f"{recipe_name}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+
+
+def claimed(folder: Path) -> Path:
+    """Make `folder`, or where it is taken the first of folder-2, folder-3, ... that is free; which one it is."""
+    for number in count(1):
+        path = folder if number == 1 else folder.with_name(f"{folder.name}-{number}")
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return path
+    raise AssertionError("numbers do not end")
 
 
 def remember_latest(run: Run) -> None:

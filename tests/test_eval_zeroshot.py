@@ -226,13 +226,14 @@ def test_training_evaluators_measure_what_the_command_measures(place: Path, caps
     recipe = small_recipe(mlip=True, data={"validation": "data/openmoji/test"}, evaluate={"zeroshot": ["openmoji"]})
     model = load_run("runs/mlip", device="cpu").model
     evaluators = training_evaluators(recipe, Tokenizer(16), device="cpu")
-    measures = {name: value for evaluator in evaluators for name, value in evaluator(model).items()}
+    found = {evaluator.name: evaluator.measure(model, lambda _: None) for evaluator in evaluators}
+    measures = found["validation"].fractions | found["openmoji"].fractions
     assert measures["openmoji_mean_recall"] == pytest.approx(result["mean_per_class_recall"])
     assert measures["openmoji_name_r5"] == pytest.approx(result["names"]["r5"])
     assert {f"validation_{way}_r{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)} < set(measures)
     for path in Path("data/openmoji/test").glob("*.tar"):
         path.unlink()  # decoded pictures are kept: a second evaluation reads nothing
-    assert {name: value for evaluator in evaluators for name, value in evaluator(model).items()} == measures
+    assert {evaluator.name: evaluator.measure(model, lambda _: None) for evaluator in evaluators} == found
     recipe = small_recipe(data={"validation": "data/none"})
     with pytest.raises(UsageError, match="data/none: no such folder"):
         training_evaluators(recipe, Tokenizer(16))

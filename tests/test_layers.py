@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "mlip_cli"
 
 BASE = {
+    "drawing",
     "errors",
     "files",
     "merge_plan",

@@ -14,12 +14,12 @@ import textwrap
 
 import pytest
 
-from mlip_cli import output
+from mlip_cli import drawing, output
 from mlip_cli.config import LOSS_NAMES
 
-START = "from mlip_cli import output\noutput.start_logging()\n"
+START = "from mlip_cli import drawing, output\noutput.start_logging()\n"
 TRAIN = """
-with output.training_panel(240) as panel:
+with drawing.training_panel(240) as panel:
     for step in (10, 20, 240):
         panel.update(
             {"step": step, "loss": 4 - step / 100, "spatial_global": 3.1, "images_per_s": 812.4,
@@ -27,6 +27,26 @@ with output.training_panel(240) as panel:
             eta_s=None if step == 10 else 240 - step,
         )
         output.say(f"saved checkpoints/step_{step:07} [bold]after[/bold] {step} steps")
+"""
+
+
+FOUR_LOSSES = """
+import os
+losses = dict(zip(drawing.LOSS_KEYS, (4.912, 3.641, 0.523, 3.669, 0.376)))
+rates = {"images_per_s": 1812.4, "data_wait_share": 0.012, "peak_gib": 1.5, "lr": 4.1667e-4}
+counts = {"skipped_steps": 0, "bad_samples": 12}
+with drawing.training_panel(240) as panel:
+    panel.update({"step": 10, **losses, **rates, **counts}, eta_s=100)
+    panel.doing("evaluating openmoji")
+    panel.doing("evaluating openmoji", done=128, total=383)
+    panel.measured(
+        10, "openmoji", "mean recall 34.4 % (chance 11.1), top-1 41.0 %, name R@1 2.1 % (0.3), R@5 9.1 % (1.3); n 383"
+    )
+    panel.doing(None)
+    os.write(2, b"^C")  # as a terminal does to the panel
+    output.warn("SIGINT: stopping after this step and saving; Ctrl-C again leaves without saving, the words fold")
+    panel.doing("saving the checkpoint of step 11")
+    panel.move(11, eta_s=99)
 """
 
 
@@ -106,7 +126,7 @@ def screen(received: str, width: int = 80) -> list[str]:
 
 
 def test_losses_on_the_panel_are_the_recipe_s() -> None:
-    assert ("loss", *LOSS_NAMES) == output.LOSS_KEYS
+    assert ("loss", *LOSS_NAMES) == drawing.LOSS_KEYS
 
 
 def test_panel_in_a_pipe_is_one_plain_line_a_step() -> None:
@@ -131,8 +151,93 @@ def test_panel_on_a_terminal_is_redrawn_below_the_log() -> None:
     shown = screen(received)
     assert shown[:3] == [f"saved checkpoints/step_{s:07} [bold]after[/bold] {s} steps" for s in (10, 20, 240)]
     assert re.fullmatch(r"step 240/240  ━+  ETA 0:00", shown[3])
-    assert len(shown[3]) == 80
-    assert shown[4:] == ["loss 1.600  spatial_global 3.100", "812.4 images/s  data wait 1 %  memory 1.50 GiB", ""]
+    assert len(shown[3]) == 76
+    assert shown[4:] == [
+        "loss   spatial_global",
+        "1.600  3.100",
+        "images/s  data wait  memory    lr",
+        "812.4     1 %        1.50 GiB  0.001",
+        "",
+    ]
+
+
+@pytest.mark.parametrize("width", [80, 120])
+@pytest.mark.parametrize("colours", [{}, {"NO_COLOR": "1"}])
+def test_panel_with_all_there_is(width: int, colours: dict[str, str]) -> None:
+    received, _ = on_terminal(FOUR_LOSSES, width=width, **colours)
+    shown = screen(received, width)
+    warning = "warning: SIGINT: stopping after this step and saving; Ctrl-C again leaves"
+    words = "step 10: openmoji: mean recall 34.4 % (chance 11.1), top-1 41.0 %, name R@1"
+    fold = "\n" if width == 80 else ""
+    folded = f"{warning}{fold + '  ' if fold else ' '}without saving, the words fold"
+    measured = f"{words}{fold or ' '}2.1 % (0.3), R@5 9.1 % (1.3); n 383"
+    assert [re.sub("━[━╸╺ ]*", "━ ", line) for line in shown if "━" in line] == ["step 11/240  ━ ETA 1:39"]
+    assert [line for line in shown if "━" not in line] == [
+        *folded.splitlines(),
+        "loss   spatial_global  spatial_token  frequency_global  frequency_token",
+        "4.912  3.641           0.523          3.669             0.376",
+        "images/s  data wait  memory    lr        skipped steps  bad samples",
+        "1,812     1 %        1.50 GiB  0.000417  0              12",
+        *measured.splitlines(),
+        "",
+    ]
+
+
+def test_panel_wraps_by_whole_cells() -> None:
+    shown = screen(on_terminal(FOUR_LOSSES, width=40)[0], 40)
+    assert max(map(len, shown)) <= 40
+    start = shown.index("loss   spatial_global  spatial_token")
+    assert shown[start : start + 8] == [
+        *("loss   spatial_global  spatial_token", "4.912  3.641           0.523"),
+        *("frequency_global  frequency_token", "3.669             0.376"),
+        *("images/s  data wait  memory", "1,812     1 %        1.50 GiB"),
+        *("lr        skipped steps  bad samples", "0.000417  0              12"),
+    ]
+
+
+def test_panel_says_what_it_does_instead_of_steps() -> None:
+    received, _ = on_terminal(FOUR_LOSSES)
+    for activity in ("waiting for the first batch", "evaluating openmoji", "openmoji: 128 of 383", "saving the"):
+        assert activity in received
+
+
+def test_everything_in_a_pipe_is_a_complete_line_without_control_characters() -> None:
+    done = in_pipe(FOUR_LOSSES.replace('os.write(2, b"^C")', "pass"), FORCE_COLOR="1")
+    assert done.stderr.splitlines() == [
+        "step 10/240  loss 4.912  spatial_global 3.641  spatial_token 0.523  frequency_global 3.669  "
+        "frequency_token 0.376  1,812 images/s  data wait 1 %  memory 1.50 GiB  bad samples 12  ETA 1:40",
+        "step 10: openmoji: mean recall 34.4 % (chance 11.1), top-1 41.0 %, name R@1 2.1 % (0.3), R@5 9.1 % (1.3); "
+        "n 383",
+        "warning: SIGINT: stopping after this step and saving; Ctrl-C again leaves without saving, the words fold",
+    ]
+
+
+def test_long_work_in_a_pipe_says_now_and_then_how_far_it_is() -> None:
+    code = """
+    drawing.LINE_EVERY_S = 0
+    with output.progress(3000, "reading [x]") as bar:
+        bar.advance(0, 1500)
+    with drawing.training_panel(240) as panel:
+        panel.doing("evaluating digits")
+        panel.doing("evaluating digits", done=128, total=1797)
+    """
+    lines = in_pipe(code).stderr.splitlines()
+    assert re.fullmatch(r"reading \[x\]: 1,500 of 3,000, (-:--|0:0\d) left", lines[0])
+    assert lines[1:] == ["step 0: evaluating digits: 128 of 1,797"]
+    assert in_pipe(code.replace("drawing.LINE_EVERY_S = 0", "")).stderr == ""
+
+
+def test_a_command_to_copy_is_not_folded() -> None:
+    command = "mlip pretrain recipes/openmoji.yaml " + " ".join(f"data.key_{i}=value" for i in range(9))
+    received, _ = on_terminal(f"output.say({command!r})\noutput.say_to_copy({command!r})")
+    assert received.count(command) == 1
+    assert max(map(len, received.splitlines()[:-1])) <= 80
+
+
+def test_only_colours_that_show_on_white_and_on_black() -> None:
+    received = on_terminal(FOUR_LOSSES)[0] + on_terminal("with output.progress(3, 'x') as bar:\n    bar.advance(0)")[0]
+    codes = {code for codes in re.findall(r"\x1b\[([\d;]*)m", received) for code in codes.split(";")}
+    assert codes <= {"", "0", "1", "2", "31", "32", "36"}  # bold, dim, red, green, cyan
 
 
 @pytest.mark.parametrize("width", [40, 120])
@@ -153,7 +258,7 @@ def test_results_stay_on_stdout_while_a_panel_is_drawn() -> None:
 def test_an_error_leaves_the_terminal_usable() -> None:
     code = """
     try:
-        with output.training_panel(2) as panel:
+        with drawing.training_panel(2) as panel:
             panel.update({"step": 1, "loss": 1.0}, eta_s=None)
             raise KeyboardInterrupt
     except KeyboardInterrupt:
@@ -161,7 +266,7 @@ def test_an_error_leaves_the_terminal_usable() -> None:
     """
     received, _ = on_terminal(code)
     assert received.rindex("\x1b[?25h") > received.rindex("\x1b[?25l")
-    assert screen(received)[2] == "interrupted"
+    assert screen(received)[3] == "interrupted"
 
 
 def test_plain_lines_reach_other_handlers_from_a_terminal_too() -> None:
@@ -250,6 +355,20 @@ def test_no_color_is_honoured() -> None:
 def test_json_refuses_nan() -> None:
     with pytest.raises(ValueError, match="not JSON compliant"):
         output.print_json({"acc5": float("nan")})
+
+
+@pytest.mark.parametrize(
+    ("n", "words", "text"),
+    [
+        (0, ["row"], "0 rows"),
+        (1, ["row"], "1 row"),
+        (1234, ["row"], "1,234 rows"),
+        (1, ["loader process", "loader processes"], "1 loader process"),
+        (2, ["loader process", "loader processes"], "2 loader processes"),
+    ],
+)
+def test_plural(n: int, words: list[str], text: str) -> None:
+    assert output.plural(n, *words) == text
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,8 @@
 """Where evaluation meets data and models: for `eval-zeroshot`, for `merge-sweep` and for measures during training."""
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -11,20 +12,22 @@ import torch
 from torch import Tensor
 
 from mlip_cli.commands.loading import LoadedRun, MergedEncoder
-from mlip_cli.commands.validation import BATCH_SIZE, Kept, ValidationPairs, tokenize
+from mlip_cli.commands.validation import BATCH_SIZE, Kept, OnBatch, ValidationPairs, interruptible, tokenize
+from mlip_cli.commands.zeroshot_tables import percent
 from mlip_cli.config import Recipe, Source
 from mlip_cli.data.dataset import ShardDataset
 from mlip_cli.data.tar import read_members
 from mlip_cli.data.tokenizer import Tokenizer
 from mlip_cli.data.transforms import decode, evaluation_transform, pil_to_uint8
 from mlip_cli.evaluate.benchmarks import Benchmark, data_root, find_benchmark
-from mlip_cli.evaluate.measure import Candidate, measure
+from mlip_cli.evaluate.measure import NAME_RECALL_AT, Candidate, measure
 from mlip_cli.evaluate.pictures import Pictures, Readers, batches
+from mlip_cli.evaluate.retrieval import RECALL_AT
 from mlip_cli.evaluate.sources import open_benchmark
 from mlip_cli.output import progress
 from mlip_cli.types import Encoder
 
-Evaluator = Callable[[Encoder], dict[str, float]]
+WAYS = {"image_to_text": "image to text", "text_to_image": "text to image"}
 
 READERS = Readers(
     open_shards=ShardDataset,
@@ -33,6 +36,26 @@ READERS = Readers(
     from_pil=pil_to_uint8,
     fit=lambda image, size: evaluation_transform(image, size=size),
 )
+
+
+@dataclass(frozen=True)
+class Measures:
+    """What an evaluator found."""
+
+    fractions: dict[str, float]
+    """In [0, 1], by their names in metrics.jsonl, such as `openmoji_mean_recall`."""
+    words: str
+    """The same for a person, in per cent, with chance and n."""
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """A measure of training."""
+
+    name: str
+    """Of the data set."""
+    num_pictures: int
+    measure: Callable[[Encoder, OnBatch], Measures]
 
 
 def measure_runs(
@@ -68,8 +91,6 @@ def training_evaluators(
 ) -> list[Evaluator]:
     """What `pretrain` measures: retrieval on `data.validation`, and each data set of `evaluate.zeroshot`.
 
-    Each returns fractions in [0, 1] by name, such as `validation_image_to_text_r1` and `openmoji_mean_recall`.
-
     Raises:
         UsageError: a data set is not there, before any training.
     """
@@ -89,15 +110,27 @@ def _zeroshot_evaluator(benchmark: Benchmark, recipe: Recipe, tokenizer: Tokeniz
     decoded = Kept(lambda: _batches(pictures, size, device), num_pictures=pictures.num_pictures, size=size)
     prefix = re.sub(r"\W+", "_", benchmark.name)
 
-    def evaluate(encoder: Encoder) -> dict[str, float]:
-        candidate = Candidate((encoder,), partial(tokenize, tokenizer), device)
-        [[scores]] = measure(pictures, decoded, [candidate], is_timed=False)
-        measures = {f"{prefix}_mean_recall": scores["mean_per_class_recall"], f"{prefix}_acc1": scores["acc1"]}
+    def evaluate(encoder: Encoder, on_batch: OnBatch) -> Measures:
+        candidate = Candidate((encoder,), interruptible(tokenizer, on_batch), device)
+        [[scores]] = measure(pictures, decoded, [candidate], is_timed=False, on_batch=on_batch)
+        fractions = {f"{prefix}_mean_recall": scores["mean_per_class_recall"], f"{prefix}_acc1": scores["acc1"]}
         if "names" in scores:
-            measures |= {f"{prefix}_name_r1": scores["names"]["r1"], f"{prefix}_name_r5": scores["names"]["r5"]}
-        return measures
+            fractions |= {f"{prefix}_name_r{k}": scores["names"][f"r{k}"] for k in NAME_RECALL_AT}
+        return Measures(fractions, zeroshot_words(scores))
 
-    return evaluate
+    return Evaluator(benchmark.name, pictures.num_pictures, evaluate)
+
+
+def zeroshot_words(scores: Mapping[str, Any]) -> str:
+    """Scores of `evaluate.measure.measure` in a line."""
+    words = (
+        f"mean recall {percent(scores['mean_per_class_recall'])} % (chance {percent(scores['chance'])}), "
+        f"top-1 {percent(scores['acc1'])} %"
+    )
+    if names := scores.get("names"):
+        recalls = [f"R@{k} {percent(names[f'r{k}'])} % ({percent(names[f'r{k}_chance'])})" for k in NAME_RECALL_AT]
+        words += f", name {', '.join(recalls)}"
+    return f"{words}; n {scores['n']:,}"
 
 
 def _batches(pictures: Pictures, size: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
@@ -111,12 +144,18 @@ def _retrieval_evaluator(
     """All pictures against all distinct captions."""
     pairs = ValidationPairs(sources, tokenizer, image_size=recipe.data.image_size, device=device)
 
-    def evaluate(encoder: Encoder) -> dict[str, float]:
-        scores = pairs.scores(encoder)
-        return {
-            f"validation_{way}_r{k}": scores[way][f"r{k}"]
-            for way in ("image_to_text", "text_to_image")
-            for k in (1, 5, 10)
-        }
+    def evaluate(encoder: Encoder, on_batch: OnBatch) -> Measures:
+        scores = pairs.scores(encoder, on_batch=on_batch)
+        fractions = {f"validation_{way}_r{k}": scores[way][f"r{k}"] for way in WAYS for k in RECALL_AT}
+        return Measures(fractions, retrieval_words(scores))
 
-    return evaluate
+    return Evaluator("validation", pairs.num_pictures, evaluate)
+
+
+def retrieval_words(scores: Mapping[str, Mapping[str, Any]]) -> str:
+    """Recalls both ways in a line; n counts the queries: pictures the one way, captions the other."""
+    ways = []
+    for way, name in WAYS.items():
+        found, chance = ("/".join(f"{percent(scores[way][f'r{k}{of}'])}" for k in RECALL_AT) for of in ("", "_chance"))
+        ways.append(f"{name} {found} % (chance {chance}; n {scores[way]['n']:,})")
+    return f"R@{'/'.join(map(str, RECALL_AT))} {', '.join(ways)}"

@@ -3,10 +3,11 @@
 import json
 from pathlib import Path
 
-from mlip_cli.commands.run_start import choose_start
+from mlip_cli.commands.run_start import choose_start, command_to_resume
+from mlip_cli.errors import Stopped
 from mlip_cli.output import is_main, print_json, print_lines, say
 from mlip_cli.recipe import load_recipe
-from mlip_cli.run_folder import Run
+from mlip_cli.run_folder import RUNS, Run
 
 
 def pretrain(
@@ -24,11 +25,22 @@ def pretrain(
     if start.resumes and run.is_finished():
         say(f"{run.folder}: finished already; nothing to do")
     else:
+        if resume and not start.resumes:
+            say(f"--resume: {_why_new(out)}; a new run starts")
+        say(f"{loaded.name}: opening the data and building the model")
         from mlip_cli.commands.training import train_run
 
-        run = train_run(loaded.recipe, start)
+        try:
+            run = train_run(loaded.recipe, start)
+        except Stopped as stop:
+            go_on = command_to_resume(source, overrides, out=out)
+            raise Stopped(f"{stop}; go on with:\n{go_on}", exit_code=stop.exit_code) from None
     if is_main():
         _report(run, as_json=as_json)
+
+
+def _why_new(out: Path | None) -> str:
+    return f"no unfinished run of this recipe in {RUNS}/" if out is None else f"no checkpoint in {out}"
 
 
 def _report(run: Run, *, as_json: bool) -> None:

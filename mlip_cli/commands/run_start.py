@@ -1,6 +1,8 @@
 """Which run folder a training uses: a new one, one to go on with, or one that is finished already. No torch here."""
 
+import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,8 @@ class Start:
 
     run: Run
     resumes: bool
+    is_named_by_us: bool = False
+    """A new folder, whose name may take a number where another run is quicker."""
     changes: tuple[tuple[str, Any, Any], ...] = ()
     """Permitted differences to the recipe the run began with."""
 
@@ -50,10 +54,11 @@ def choose_start(recipe: Recipe, name: str, *, out: Path | None, resume: bool) -
         UsageError: the folder exists and --resume was not given, is no run folder, or began with another recipe.
     """
     if not resume:
-        folder = out or default_folder(name)
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise UsageError(f"--out {folder}: exists already; add --resume to go on with it, or name another folder")
-        return Start(Run(folder), resumes=False)
+        if out is None:
+            return _new(name)
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise UsageError(f"--out {out}: exists already; add --resume to go on with it, or name another folder")
+        return Start(Run(out), resumes=False)
     if out is None:
         return _newest_unfinished(recipe, name)
     run = Run(out)
@@ -79,7 +84,20 @@ def _newest_unfinished(recipe: Recipe, name: str) -> Start:
         changes = changes_since(run, recipe)
         if not forbidden_changes(changes):
             return Start(run, resumes=True, changes=tuple(changes))
-    return Start(Run(default_folder(name)), resumes=False)
+    return _new(name)
+
+
+def _new(name: str) -> Start:
+    return Start(Run(default_folder(name)), resumes=False, is_named_by_us=True)
+
+
+def command_to_resume(source: str, overrides: Sequence[str], *, out: Path | None) -> str:
+    """What to type to go on with a run that was started by these arguments."""
+    import shlex
+
+    mlip = ["torchrun", "...", "-m", "mlip_cli"] if "RANK" in os.environ else ["mlip"]
+    where = [] if out is None else ["--out", str(out)]
+    return shlex.join([*mlip, "pretrain", source, *overrides, *where, "--resume"])
 
 
 def command_line() -> str:

@@ -2,8 +2,9 @@
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,12 +19,13 @@ from mlip_cli.data.loader import default_num_workers, preflight, training_loader
 from mlip_cli.data.order import Order
 from mlip_cli.data.tokenizer import Tokenizer
 from mlip_cli.distributed import from_main, pick_device, process_group, rank, world_size, wrap
-from mlip_cli.errors import UsageError
+from mlip_cli.drawing import TrainingPanel, training_panel
+from mlip_cli.errors import Stopped, UsageError
 from mlip_cli.losses.objective import Objective
 from mlip_cli.merge_plan import MOST_IN_ONE_MERGE, MergePlan
 from mlip_cli.model.clip import CLIP, build_model, set_fused_attention
-from mlip_cli.output import TrainingPanel, is_main, say, training_panel, warn
-from mlip_cli.run_folder import Run
+from mlip_cli.output import is_main, plural, say, warn
+from mlip_cli.run_folder import Run, claimed
 from mlip_cli.train.checkpoint import load_weights
 from mlip_cli.train.gradients import Precision
 from mlip_cli.train.loop import Progress, train
@@ -61,8 +63,10 @@ def train_run(recipe: Recipe, start: Start) -> Run:
             progress, random = restore(checkpoint, training, data=data.fingerprints)
         tokenizer = Tokenizer(recipe.model.text.context_length)
         evaluators = training_evaluators(recipe, tokenizer, device=device) if is_main() else []
+        if start.is_named_by_us:
+            run = Run(Path(from_main(str(claimed(run.folder)) if is_main() else "")))
 
-        with recorded(run, recipe, device=device, fingerprints=data.fingerprints, step=progress.step):
+        with place_named(run), recorded(run, recipe, device=device, fingerprints=data.fingerprints, step=progress.step):
             say(f"run folder: {run.folder}")
             for line in [*lines, *facts(recipe, training.plain, data.total_steps), *resume_facts(start, progress.step)]:
                 say(line)
@@ -72,7 +76,8 @@ def train_run(recipe: Recipe, start: Start) -> Run:
             metrics.cut_back(progress.step)
             saver = Saver(run.checkpoints, recipe.train, training, data=data.fingerprints)
             batches = open_batches(recipe, data, device, start_step=progress.step)
-            with closing(batches), training_panel(data.total_steps) as panel:  # type: ignore[type-var]
+            with closing(batches), training_panel(data.total_steps, step=progress.step) as panel:  # type: ignore[type-var]
+                eta_s = steady_eta(data.total_steps, progress.step)
                 if random is not None:
                     random.restore(device)
                 train(
@@ -86,12 +91,22 @@ def train_run(recipe: Recipe, start: Start) -> Run:
                     device=device,
                     precision=training.precision,
                     metrics=metrics,
-                    show=with_eta(panel, data.total_steps, progress.step),
-                    evaluate=lambda step: measure(training.plain, evaluators, step),
-                    save=saver.save,
+                    show=lambda line: panel.update(line, eta_s=eta_s(int(line["step"]))),
+                    on_step=lambda step: panel.move(step, eta_s=eta_s(step)),
+                    evaluate=partial(measure, training.plain, evaluators, panel),
+                    save=partial(save, saver, panel),
                     is_save_due=saver.is_due,
                 )
     return run
+
+
+@contextmanager
+def place_named(run: Run) -> Iterator[None]:
+    """Add the run folder to what is said of a training that was stopped."""
+    try:
+        yield
+    except Stopped as stop:
+        raise Stopped(f"{stop}, saved in {run.folder}", exit_code=stop.exit_code) from None
 
 
 def training_device(recipe: Recipe) -> torch.device:
@@ -165,10 +180,10 @@ def num_workers(recipe: Recipe) -> int:
 def facts(recipe: Recipe, model: CLIP, total_steps: int) -> list[str]:
     """Lines about what was derived from the recipe."""
     parameters = sum(p.numel() for p in model.parameters())
-    plan = model.plan
+    plan, loaders = model.plan, plural(num_workers(recipe), "loader process", "loader processes")
     lines = [
-        f"{parameters:,} parameters; {total_steps:,} steps with batches of {recipe.train.global_batch_size:,} on "
-        f"{world_size()} rank{'s' if world_size() > 1 else ''}, {num_workers(recipe)} loader processes each, "
+        f"{plural(parameters, 'parameter')}; {plural(total_steps, 'step')} with batches of "
+        f"{recipe.train.global_batch_size:,} on {plural(world_size(), 'rank')}, {loaders} each, "
         f"{recipe.train.precision}"
     ]
     if plan.at:
@@ -187,8 +202,8 @@ def cautions(recipe: Recipe, plan: MergePlan, total_steps: int | None) -> list[s
         )
     if total_steps is not None and recipe.optim.warmup_steps >= total_steps:
         lines.append(
-            f"optim.warmup_steps {recipe.optim.warmup_steps} is not below the {total_steps} steps of the run: the "
-            "learning rate only rises; lower it"
+            f"optim.warmup_steps {recipe.optim.warmup_steps} is not below the {plural(total_steps, 'step')} of the run:"
+            " the learning rate only rises; lower it"
         )
     return lines
 
@@ -201,24 +216,55 @@ def resume_facts(start: Start, step: int) -> list[str]:
     return [f"going on with {start.run.folder} after step {step:,}", *changes]
 
 
-def with_eta(panel: TrainingPanel, total_steps: int, first_step: int) -> Callable[[dict[str, float]], None]:
-    """Feed the panel, with the seconds left by the mean speed since the start."""
-    started = time.monotonic()
+def steady_eta(total_steps: int, first_step: int) -> Callable[[int], float | None]:
+    """Seconds left after a step by the mean speed since now, when `first_step` is done; None before the next one."""
+    started_s = time.monotonic()
 
-    def show(line: dict[str, float]) -> None:
-        done = line["step"] - first_step
-        panel.update(line, eta_s=(time.monotonic() - started) / done * (total_steps - line["step"]))
+    def eta_s(step: int) -> float | None:
+        done = step - first_step
+        return (time.monotonic() - started_s) / done * (total_steps - step) if done > 0 else None
 
-    return show
+    return eta_s
 
 
-def measure(model: CLIP, evaluators: list[Evaluator], step: int) -> dict[str, float]:
-    """All measures of the model as it is, without gradients; each evaluator's in one line."""
+def save(saver: Saver, panel: TrainingPanel, progress: Progress) -> None:
+    """Write a checkpoint, and say so meanwhile."""
+    panel.doing(f"saving the checkpoint of step {progress.step}")
+    saver.save(progress)
+    panel.doing(None)
+
+
+class _EvaluationLeft(Exception):
+    """A signal came while an evaluator was at work."""
+
+
+def measure(
+    model: CLIP, evaluators: list[Evaluator], panel: TrainingPanel, step: int, is_stopping: Callable[[], bool]
+) -> dict[str, float]:
+    """All measures of the model as it is, without gradients; none when a signal asks to stop meanwhile."""
     model.eval()
     measures: dict[str, float] = {}
     for evaluator in evaluators:
-        with torch.no_grad():
-            found = evaluator(model)
-        say(f"step {step}: " + "  ".join(f"{name} {value:.4f}" for name, value in found.items()))
-        measures |= found
+        done = 0
+        panel.doing(f"evaluating {evaluator.name}")
+
+        def on_batch(n: int, evaluator: Evaluator = evaluator) -> None:
+            nonlocal done
+            if is_stopping():
+                raise _EvaluationLeft
+            done += n
+            if n:
+                panel.doing(f"evaluating {evaluator.name}", done=done, total=evaluator.num_pictures)
+            else:
+                panel.doing(f"evaluating {evaluator.name}: texts")
+
+        try:
+            with torch.no_grad():
+                found = evaluator.measure(model, on_batch)
+        except _EvaluationLeft:
+            warn(f"step {step}: the evaluation was left before its end; none of its numbers are written")
+            return {}
+        panel.measured(step, evaluator.name, found.words)
+        measures |= found.fractions
+    panel.doing(None)
     return measures

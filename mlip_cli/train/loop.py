@@ -46,7 +46,8 @@ def train(
     precision: Precision,
     metrics: MetricsFile,
     show: Callable[[dict[str, float]], None],
-    evaluate: Callable[[int], dict[str, float]],
+    on_step: Callable[[int], None],
+    evaluate: Callable[[int, Callable[[], bool]], dict[str, float]],
     save: Callable[[Progress], None],
     is_save_due: Callable[[int], bool],
 ) -> None:
@@ -55,7 +56,8 @@ def train(
     Args:
         model: on `device`, wrapped for several ranks; gives `Encoded` for a `Batch`.
         batches: one rank's share of each step, beginning with step `progress.step + 1`.
-        show: gets every logged line. evaluate: measures at a step. save: writes a checkpoint.
+        show: gets every logged line. on_step: is told of every step. save: writes a checkpoint.
+        evaluate: measures at a step; it may leave, with {}, when its second argument says that a signal came.
         is_save_due: asked after every step; one rank's yes is enough.
 
     Raises:
@@ -104,9 +106,10 @@ def train(
                 show(line)
                 warn_if_stalled(line, step, recipe)
                 watch.restart()
+            on_step(step)
             every = recipe.evaluate.every_steps
             if last or (every and step % every == 0):
-                measures = evaluate(step)
+                measures = evaluate(step, stop.is_asked_for)
                 if measures:
                     metrics.append({"step": step, "samples_seen": step * config.global_batch_size, **measures})
                 model.train()
@@ -116,7 +119,7 @@ def train(
                 account(progress, guard, watch, device)
                 save(progress)
             if exit_code and not last:
-                raise Stopped(f"stopped after step {step} of {total_steps}; go on with --resume", exit_code=exit_code)
+                raise Stopped(f"stopped after step {step} of {total_steps}", exit_code=exit_code)
 
 
 class FiniteGuard:

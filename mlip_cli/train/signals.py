@@ -36,7 +36,12 @@ class StopRequest:
         if number == signal.SIGINT and self.exit_code:
             raise KeyboardInterrupt
         self.exit_code = EXIT_CODES[signal.Signals(number)]
-        warn(f"{signal.Signals(number).name}: stopping after this step and saving")
+        again = "; Ctrl-C again leaves without saving" if number == signal.SIGINT else ""
+        warn(f"{signal.Signals(number).name}: stopping after this step and saving{again}")
+
+    def is_asked_for(self) -> bool:
+        """True once a signal came to this rank."""
+        return self.exit_code != 0
 
     def agree(self, *, save: bool) -> tuple[int, bool]:
         """(exit code if any rank was asked to stop, else 0; whether any rank wants to save), the same on all ranks."""
