@@ -21,6 +21,7 @@ import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,9 @@ from numpy.typing import NDArray
 from mlip_cli.distributed import synchronize
 
 GIBIBYTE = 2**30
+
+LARGEST_MATMUL = 16_384
+"""Rows of the largest product that is tried for the peak: three such matrices take 3 GiB in fp32."""
 
 
 @dataclass(frozen=True)
@@ -171,6 +175,33 @@ def _timing(first: NDArray[np.float64], seconds: NDArray[np.float64], *, resampl
         speedup=float(np.median(ratios)),
         speedup_interval=(float(low), float(high)),
     )
+
+
+@dataclass(frozen=True)
+class SquareMatmul:
+    """A product of two square matrices, to be timed."""
+
+    n: int
+    """Rows and columns of both."""
+    run: Callable[[], object]
+
+    @property
+    def flops(self) -> int:
+        """n^3 multiply-adds."""
+        return 2 * self.n**3
+
+
+def square_matmul(dtype: torch.dtype, *, device: torch.device, least_s: float = 0.02) -> SquareMatmul:
+    """The smallest product of 256, 512, 1024, ... rows that takes `least_s`, of normal random numbers."""
+    generator = torch.Generator(device).manual_seed(0)
+    n = 256
+    while True:
+        a, b = (torch.randn(n, n, device=device, generator=generator).to(dtype) for _ in range(2))
+        run = partial(torch.mm, a, b, out=torch.empty_like(a))
+        run()
+        if n >= LARGEST_MATMUL or min(_seconds(run, device) for _ in range(3)) >= least_s:
+            return SquareMatmul(n, run)
+        n *= 2
 
 
 @dataclass(frozen=True)

@@ -85,6 +85,21 @@ def text_gflops(model: CLIP, num_tokens: int) -> float:
     return text_tower_gflops(blocks, num_tokens=num_tokens, head_weights=model.text_projection.weight.numel())
 
 
+def step_gflops(model: CLIP, plan: MergePlan, *, batch_size: int, num_text_tokens: int) -> float:
+    """GFLOPs of a training step as its definition counts them: three times those of the forward pass at `plan`.
+
+    The backward pass of a matrix product is two such products. A forward pass that is done twice, for micro-batches,
+    counts once; the matrices of the losses (B^2 * E and smaller) do not count.
+    """
+    pair = (
+        sum(image_gflops(model, plan).values())
+        + frequency_gflops(model)
+        + text_gflops(model, num_text_tokens)
+        + token_head_gflops(model, plan, num_text_tokens)
+    )
+    return 3 * batch_size * pair
+
+
 def parameters(model: CLIP) -> dict[str, int]:
     """Number of parameters by part; the parts add up to the model."""
     embedding = model.text.token_embedding

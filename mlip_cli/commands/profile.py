@@ -1,27 +1,36 @@
 """`mlip profile`: parameters, operations, speed and memory of a run's model or a recipe's."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from mlip_cli import __version__
 from mlip_cli.commands import costs
+from mlip_cli.commands.loader_breakdown import LoaderCost, measure_loader
 from mlip_cli.commands.loading import load_run
+from mlip_cli.commands.profile_tables import ratio as ratio
+from mlip_cli.commands.profile_tables import show
+from mlip_cli.commands.step_breakdown import StepRecorder, breakdown, limit, step_parts
+from mlip_cli.commands.training import num_workers
+from mlip_cli.commands.training_step import TrainingStep
 from mlip_cli.config import Recipe
-from mlip_cli.data.dataset import ShardDataset
+from mlip_cli.data.dataset import ShardDataset, open_sources
 from mlip_cli.data.tokenizer import padded_length
 from mlip_cli.distributed import pick_device
-from mlip_cli.losses.objective import Objective
+from mlip_cli.errors import UsageError
+from mlip_cli.files import write_json
 from mlip_cli.merge_plan import MergePlan
 from mlip_cli.model.clip import CLIP, build_model, set_fused_attention
-from mlip_cli.output import print_json, print_lines, print_table, progress, say
-from mlip_cli.profiling import PeakMemory, Timing, measure_interleaved, peak_memory
+from mlip_cli.output import print_json, progress, say
+from mlip_cli.profiling import SquareMatmul, Timing, measure_interleaved, peak_memory, square_matmul
 from mlip_cli.recipe import load_recipe
-from mlip_cli.train.gradients import Precision, add_gradients
-from mlip_cli.train.optim import build_optimizer, clamp_scales, set_learning_rate
+from mlip_cli.run_folder import Run, checkpoint_name
+from mlip_cli.train.gradients import Precision
 from mlip_cli.types import VOCAB_SIZE, Batch
 
 
@@ -32,12 +41,16 @@ class Subject:
     label: str
     recipe: Recipe
     model: CLIP
-    """On `device`; its weights are changed by the training steps that are timed."""
+    """On `device`; training steps are timed on it, with a learning rate of 0."""
     device: torch.device
+    run: Run | None = None
+    """Where the weights come from; None for random ones."""
+    step: int | None = None
+    """Step of the checkpoint."""
 
 
 def profile(target: str | None, *, batch_size: int, rounds: int, device: str, as_json: bool) -> None:
-    """Count and time the model of a run (its checkpoint too) or of a recipe, and print both.
+    """Count and time the model of a run (its checkpoint too) or of a recipe, and print both; a run keeps it in evals/.
 
     Raises:
         UsageError: no such run or recipe.
@@ -45,9 +58,13 @@ def profile(target: str | None, *, batch_size: int, rounds: int, device: str, as
     subject = load_subject(target, device)
     num_tokens, length_source = caption_length(subject.recipe)
     batch = random_batch(subject, batch_size=batch_size, num_tokens=num_tokens)
-    say(f"{subject.label}: timing {rounds} rounds with random pictures and words, nothing is read from disk")
+    say(f"{subject.label}: timing {rounds} rounds; the model gets random pictures and words, the loader real ones")
     result = {
+        "kind": "profile",
+        "measured_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "mlip_version": __version__,
         "target": subject.label,
+        "step": subject.step,
         "device": str(subject.device),
         "device_name": device_name(subject.device),
         "torch": torch.__version__,
@@ -60,8 +77,15 @@ def profile(target: str | None, *, batch_size: int, rounds: int, device: str, as
         "caption_tokens": num_tokens,
         "caption_tokens_from": length_source,
         **counts(subject.model, num_tokens),
-        **measures(subject, batch, rounds),
     }
+    towers = speeds_of_towers(subject, batch, rounds)
+    measured = measures_of_step(subject, batch, rounds, num_tokens)
+    result |= measured | {"speed": [*towers, *measured["speed"]]}
+    if subject.run is not None and subject.step is not None:
+        path = subject.run.evals / f"profile_{checkpoint_name(subject.step)}.json"
+        path.parent.mkdir(exist_ok=True)
+        write_json(path, result)
+        say(f"written to {path}")
     if as_json:
         print_json(result)
     else:
@@ -73,7 +97,7 @@ def load_subject(target: str | None, device: str) -> Subject:
     if target is None or Path(target).is_dir():
         run = load_run(target, device=device)
         model = run.model.requires_grad_(True)
-        return Subject(f"{run.label}, step {run.step}", run.recipe, model, run.device)
+        return Subject(f"{run.label}, step {run.step}", run.recipe, model, run.device, run.run, run.step)
     loaded = load_recipe(target)
     where = pick_device(device)
     model = build_model(loaded.recipe).to(where).eval()
@@ -103,6 +127,14 @@ def random_batch(subject: Subject, *, batch_size: int, num_tokens: int) -> Batch
     return Batch(images, token_ids, keys=("",) * batch_size).to(subject.device)
 
 
+def pinned(batch: Batch, device: torch.device) -> Batch:
+    """The batch as the loader leaves it for `device`: in main memory, pinned where that speeds up the copy."""
+    batch = batch.to("cpu")
+    if device.type != "cuda":
+        return batch
+    return replace(batch, images=batch.images.pin_memory(), token_ids=batch.token_ids.pin_memory())
+
+
 def device_name(device: torch.device) -> str:
     """The GPU's name, or the CPU's instruction set as PyTorch uses it."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
@@ -130,22 +162,104 @@ def counts(model: CLIP, num_tokens: int) -> dict[str, Any]:
     }
 
 
-def measures(subject: Subject, batch: Batch, rounds: int) -> dict[str, Any]:
-    """What needs a clock: seconds of each part side by side, and the peak of the training step's memory."""
-    model, n = subject.model, len(batch.images)
+def speeds_of_towers(subject: Subject, batch: Batch, rounds: int) -> list[dict[str, Any]]:
+    """Seconds of the towers side by side, without gradients."""
+    model = subject.model
     functions = {"image tower, rate 0": encode(subject, batch, model.merge_plan(0.0))}
     if model.plan.at:
         functions[f"image tower, rate {model.plan.rate:.2f}"] = encode(subject, batch, model.plan)
     functions["text tower"] = lambda: inference(subject, lambda: model.encode_text(batch.token_ids))
-    functions["training step"] = step = training_step(subject, batch)
-    with progress(rounds * len(functions), "timing") as bar:
-        timings = measure_interleaved(
+    timings = timed(functions, subject, rounds, "timing the towers")
+    n = len(batch.images)
+    return [speed(name, timing, n, is_image=name.startswith("image")) for name, timing in timings.items()]
+
+
+def measures_of_step(subject: Subject, batch: Batch, rounds: int, num_tokens: int) -> dict[str, Any]:
+    """Seconds of the training step: whole, by pieces that run alone, and by parts; its peak of memory, its share of
+    what the machine can do."""
+    model, n = subject.model, len(batch.images)
+    loader = loader_cost(subject.recipe)
+    model.train()
+    step = TrainingStep(model, subject.recipe, pinned(batch, subject.device), subject.device)
+    recorder = StepRecorder(step)
+    pieces: dict[str, Callable[[], object]] = {**step.parts_of_step(batch), "training step": step}
+    dtypes: dict[str, torch.dtype] = {"fp32": torch.float32, subject.recipe.train.precision: step.precision.dtype}
+    matmuls = {name: square_matmul(dtype, device=subject.device) for name, dtype in dtypes.items()}
+    beside: dict[str, Callable[[], object]] = {
+        "with clocks": recorder,
+        **{name: matmul.run for name, matmul in matmuls.items()},
+    }
+    timings = timed({**pieces, **beside}, subject, rounds, "timing the step")
+    speeds = [speed(name, timings[name], n, is_image=False) for name in pieces]
+    del pieces  # they hold a gradient
+    memory = peak_memory(step, device=subject.device)
+    model.eval()
+
+    step_s, workers = timings["training step"].median_s, num_workers(subject.recipe)
+    parts = breakdown(
+        recorder.steps[1:],  # the first one was not timed
+        step_parts(step),
+        loader_s=None if loader is None else loader.batch_seconds(n, workers),
+        loader_is_apart=workers > 0,
+    )
+    per_s = None if loader is None else max(workers, 1) / loader.sample_s
+    return {
+        "speed": speeds,
+        "micro_batch_size": step.micro_batch_size,
+        **parts,
+        "step_s": step_s,
+        "clocks_cost": timings["with clocks"].median_s / step_s - 1,
+        "data": loader and {**vars(loader), "loader_processes": workers, "loader_images_per_s": per_s},
+        "limit": limit(parts["breakdown"], step_per_s=n / step_s, loader_per_s=per_s, num_workers=workers),
+        **utilisation(subject, matmuls, timings, batch_size=n, num_tokens=num_tokens),
+        "peak_memory": {"what": f"training step of {n} pairs", **vars(memory)},
+    }
+
+
+def timed(
+    functions: Mapping[str, Callable[[], object]], subject: Subject, rounds: int, label: str
+) -> dict[str, Timing]:
+    """All functions in turn, round by round, with a progress bar."""
+    with progress(rounds * len(functions), label) as bar:
+        return measure_interleaved(
             functions, rounds, device=subject.device, after_call=lambda: bar.advance(bar.task_ids[0])
         )
-    memory = peak_memory(step, device=subject.device)
+
+
+def loader_cost(recipe: Recipe) -> LoaderCost | None:
+    """What the loader needs for a sample; None, and a line that says why, where the training data is not there."""
+    try:
+        datasets = open_sources(recipe.data.train)
+    except UsageError as error:
+        say(f"no data, so reading and decoding are not timed: {error}")
+        return None
+    return measure_loader(recipe, datasets)
+
+
+def utilisation(
+    subject: Subject,
+    matmuls: Mapping[str, SquareMatmul],
+    timings: Mapping[str, Timing],
+    *,
+    batch_size: int,
+    num_tokens: int,
+) -> dict[str, Any]:
+    """Operations a second of the step, by formula, beside those of large products in the same precision."""
+    model = subject.model
+    gflops = costs.step_gflops(model, model.plan, batch_size=batch_size, num_text_tokens=num_tokens)
+    step_tflops = gflops / 1000 / timings["training step"].median_s
+    measured = {name: matmul.flops / 1e12 / timings[name].median_s for name, matmul in matmuls.items()}
+    peak = measured[subject.recipe.train.precision]
     return {
-        "speed": [speed(name, timing, n, is_image=name.startswith("image")) for name, timing in timings.items()],
-        "peak_memory": {"what": f"training step of {n} pairs", **vars(memory)},
+        "step_gflops": gflops,
+        "step_tflops": step_tflops,
+        "matmul_peak_tflops": peak,
+        "mfu": step_tflops / peak,
+        "matmul": [
+            {"precision": name, "shape": [matmul.n] * 3, "tflops": measured[name], "median_s": timings[name].median_s}
+            for name, matmul in matmuls.items()
+        ],
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
     }
 
 
@@ -171,62 +285,3 @@ def inference(subject: Subject, function: Callable[[], object]) -> None:
 def encode(subject: Subject, batch: Batch, plan: MergePlan) -> Callable[[], None]:
     """A forward pass of the image tower at `plan`."""
     return lambda: inference(subject, lambda: subject.model.encode_image(batch.images, plan))
-
-
-def training_step(subject: Subject, batch: Batch) -> Callable[[], None]:
-    """Forward, losses, backward and optimiser as in training, with a learning rate of 0."""
-    model, recipe = subject.model, subject.recipe
-    objective, optimizer = Objective(recipe.losses), build_optimizer(model, recipe.optim)
-    precision = Precision.named(recipe.train.precision, subject.device)
-    set_learning_rate(optimizer, 0.0)
-
-    def step() -> None:
-        model.train()
-        add_gradients(model, objective, batch, precision=precision, micro_batch_size=recipe.train.micro_batch_size)
-        precision.scaler.step(optimizer)
-        precision.scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-        clamp_scales(model)
-        model.eval()
-
-    return step
-
-
-def show(result: dict[str, Any]) -> None:
-    """The result for a person."""
-    flops, merging = result["gflops"], result["merging"]
-    print_table(["part", "parameters"], [[name, f"{count:,}"] for name, count in result["parameters"].items()])
-    print_lines("")
-    parts, whole = flops["image_tower_by_part"], flops["image_tower_unmerged_by_part"]
-    decimals = 2 if flops["image_tower_unmerged"] >= 1 else 4
-    columns = ["GFLOPs an image", "rate 0"] + ([f"rate {merging['rate']:.2f}"] if merging else [])
-    rows = [[name, *(f"{g:.{decimals}f}" for g in (whole[name], parts[name])[: len(columns) - 1])] for name in parts]
-    totals = (flops["image_tower_unmerged"], flops["image_tower"])[: len(columns) - 1]
-    print_table(columns, [*rows, ["image tower", *(f"{g:.{decimals}f}" for g in totals)]])
-    beside = [
-        ("frequency branch, in training", flops["frequency_branch"]),
-        ("token heads, in training", flops["token_heads"]),
-        (f"text tower, {result['caption_tokens']} tokens", flops["text_tower"]),
-    ]
-    if result["caption_tokens"] < result["context_length"]:
-        beside.append((f"text tower, {result['context_length']} tokens", flops["text_tower_at_context_length"]))
-    print_lines("")
-    print_table(["beside the image tower", "GFLOPs"], [[name, f"{g:.{decimals}f}"] for name, g in beside if g])
-    print_lines("\npatch tokens in each block: " + " ".join(map(str, result["tokens_per_block"])))
-    print_lines(f"tokens of a caption: {result['caption_tokens']} ({result['caption_tokens_from']})\n")
-    rows = [
-        [line["part"], f"{line['per_s']:,.1f}", f"{1000 * line['median_s']:,.1f}", ratio(line)]
-        for line in result["speed"]
-    ]
-    print_table([f"batch of {result['batch_size']}, {result['precision']}", "per s", "ms", "x rate 0 (95 %)"], rows)
-    memory = PeakMemory(result["peak_memory"]["gib"], result["peak_memory"]["measured"])
-    print_lines(f"\npeak memory of the training step: {memory.gib:.2f} GiB ({memory.measured})")
-    print_lines(f"on {result['device']}, {result['device_name']}, {result['threads']} threads, torch {result['torch']}")
-
-
-def ratio(line: dict[str, Any]) -> str | None:
-    """1.52 (1.48-1.55), or None."""
-    if line["speedup"] is None:
-        return None
-    low, high = line["speedup_interval"]
-    return f"{line['speedup']:.2f} ({low:.2f}-{high:.2f})"
