@@ -186,14 +186,15 @@ def dots_chart(
 
 
 def bars_chart(title: str, bars: Sequence[Bar], *, x_label: str) -> Picture:
-    """Horizontal bars, the first one on top, in the colours of their groups."""
-    groups = list(dict.fromkeys(bar.group for bar in bars))
+    """Horizontal bars, the first one on top, in the colours of their groups; grey beside groups if in none."""
+    groups = list(dict.fromkeys(bar.group for bar in bars if bar.group))
     with _canvas(title, x_label=x_label, size=(6.4, 1.1 + 0.3 * len(bars))) as canvas:
         axes, places = canvas.axes, range(len(bars))
-        for number, group in enumerate(groups):
+        for number, group in enumerate([*groups, ""]):
             own = [place for place in places if bars[place].group == group]
-            colour = SERIES[number % NUM_SERIES]
-            axes.barh(own, [bars[place].value for place in own], color=colour, height=0.68, label=_literal(group))
+            colour = SERIES[number % NUM_SERIES] if group or not groups else MUTED
+            label = _literal(group) or None
+            axes.barh(own, [bars[place].value for place in own], color=colour, height=0.68, label=label)
         for place, bar in zip(places, bars, strict=True):
             axes.annotate(
                 bar.words, (bar.value, place), xytext=(4, 0), textcoords="offset points", va="center", color=INK

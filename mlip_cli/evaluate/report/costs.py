@@ -144,7 +144,11 @@ def profile_section(record: RunRecord) -> Html:
         "profile",
         "Profile",
         figure(breakdown_picture(record.name, profile).in_page(), kind="wide"),
-        note(f"{profile['limit']['part']}: {profile['limit']['why']}"),
+        element("p", f"The limit is {profile['limit']['part']}: {profile['limit']['why']}."),
+        note(
+            f"The clocks around the parts cost {percent(profile['clocks_cost'])} %; without them the step takes "
+            f"{1000 * profile['step_s']:,.1f} ms."
+        ),
         table([f"batch of {profile['batch_size']}, {profile['precision']}", "ms", "per s"], speeds),
         facts(
             [
@@ -163,15 +167,29 @@ def profile_section(record: RunRecord) -> Html:
 def _utilisation(profile: Result) -> str:
     return (
         f"{percent(profile['mfu'])} % of the matrix products that this machine was measured to do "
-        f"({profile['step_tflops']:.3g} of {profile['matmul_peak_tflops']:.3g} TFLOP/s)"
+        f"({_per_second(profile['step_tflops'])} of {_per_second(profile['matmul_peak_tflops'])})"
     )
 
 
+def _per_second(tflops: float) -> str:
+    return f"{tflops:.3g} TFLOP/s" if tflops >= 1 else f"{1000 * tflops:.3g} GFLOP/s"
+
+
 def breakdown_picture(name: str, profile: Result) -> Picture:
-    """Milliseconds of each part of a training step."""
+    """Milliseconds of each part of a training step, and of the loader processes that work beside it."""
     bars = [
-        Bar(part["part"], 1000 * part["seconds"], f"{percent(part['share'])} %", part["group"])
+        Bar(
+            part["part"],
+            1000 * part["seconds"],
+            f"{percent(part['share'])} %",
+            part["group"] if part["in_step"] else "data, in loader processes",
+        )
         for part in profile["breakdown"]
     ]
-    title = f"{name}: a training step of {profile['batch_size']} pairs, part by part"
-    return bars_chart(title, bars, x_label="ms")
+    unaccounted = profile["unaccounted"]
+    bars.append(Bar("unaccounted", 1000 * unaccounted["seconds"], f"{percent(unaccounted['share'])} %"))
+    return bars_chart(
+        f"{name}: a training step of {profile['batch_size']} pairs, part by part",
+        bars,
+        x_label="ms (and % of the step)",
+    )
