@@ -2,18 +2,27 @@
 
 import json
 import sys
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from models_for_tests import make_run, small_recipe
-from shards_for_tests import make_dataset
+from PIL import Image
+from shards_for_tests import COLORS, make_dataset
 
 from mlip_cli import cli
 from mlip_cli.commands import merge_sweep
 from mlip_cli.commands.costs import image_gflops
-from mlip_cli.commands.loading import load_run
-from mlip_cli.errors import UsageError
+from mlip_cli.commands.evaluators import training_evaluators
+from mlip_cli.commands.loading import at_rate, load_run
+from mlip_cli.commands.sweep_datasets import agreement, numbers_at_random
+from mlip_cli.commands.sweep_points import METHODS
+from mlip_cli.data.dataset import ShardDataset
+from mlip_cli.data.transforms import decode, pil_to_uint8
+from mlip_cli.errors import RunError, UsageError
+from mlip_cli.evaluate.merge_pictures import draw_groups, draw_guidance, panel_pictures
 
 
 @pytest.fixture
@@ -27,7 +36,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def sweep(run: str | None, *, as_json: bool = True, **changes: Any) -> None:
-    settings: dict[str, Any] = {"rates": [0.5], "methods": [], "datasets": [], "data_root": None}
+    settings: dict[str, Any] = {"rates": [0.5], "methods": [], "datasets": [], "data_root": None, "num_pictures": 0}
     merge_sweep.merge_sweep(run, **(settings | changes), batch_size=4, rounds=3, device="cpu", as_json=as_json)
 
 
@@ -94,6 +103,7 @@ def test_tables(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ({"methods": ["tomme"]}, "--methods tomme: no such method; there are guided, tome"),
         ({"rates": [0.3, 0.9]}, "merge rate 0.9: the merge before block 2 would take 16 tokens to 5"),
         ({"datasets": ["digit"]}, "unknown data set 'digit'; did you mean digits?"),
+        ({"datasets": ["validation"]}, "validation: the recipe of mlip has no data.validation"),
         ({"datasets": ["openmoji"]}, "openmoji: no prepared data in data/openmoji/test"),
     ],
 )
@@ -107,6 +117,133 @@ def test_mistakes_show_before_anything_is_measured(
     assert not (place / "runs/mlip/evals").exists()
 
 
+def account(place: Path) -> dict[str, Any]:
+    return json.loads((place / "runs/mlip/evals/merge_pictures_step_0000008.json").read_text())
+
+
+def test_merge_pictures_of_every_setting(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sweep("runs/mlip", methods=["tome", "guided"], rates=[0.5, 0.25], num_pictures=3)
+    capsys.readouterr()
+    result = account(place)
+    assert (result["kind"], result["dataset"], result["grid"], result["image_size"]) == (
+        "merge_pictures", "shards:data/colors", [4, 4], 32,
+    )  # fmt: skip
+    model = load_run("runs/mlip", device="cpu").model
+    numbers = [picture["number"] for picture in result["points"][0]["pictures"]]
+    assert numbers == numbers_at_random(3, 24) == sorted(set(numbers))
+    files = set()
+    for point in result["points"]:
+        plan = model.merge_plan(point["rate"], point["method"])
+        assert point["true_rate"] == plan.rate
+        assert point["stages"] == [{"block": block, "tokens": tokens} for block, tokens in plan.merges.items()]
+        assert [picture["number"] for picture in point["pictures"]] == numbers
+        for picture in point["pictures"]:
+            assert picture["label"] == COLORS[picture["number"] % len(COLORS)]
+            assert len(picture["stages"]) == len(plan.at)
+            files.add(picture["image"])
+            for stage in picture["stages"]:
+                assert (stage["mixed"] is None) == (point["method"] == "tome")
+                files |= set(stage.values()) - {None}
+    assert [(p["method"], p["rate"]) for p in result["points"]] == [
+        ("tome", 0.25), ("tome", 0.5), ("guided", 0.25), ("guided", 0.5),
+    ]  # fmt: skip
+    assert files == pictures_of(place)
+    assert len(files) == 3 + 3 * (2 * 2 * 1 + 2 * 2 * 4)
+    with Image.open(place / "runs/mlip" / result["points"][2]["pictures"][0]["stages"][0]["groups"]) as image:
+        assert image.size == (192, 192)
+
+
+def pictures_of(place: Path) -> set[str]:
+    """Files in the pictures folder, as paths from the run folder."""
+    return {path.relative_to(place / "runs/mlip").as_posix() for path in (place / "runs/mlip/pictures").rglob("*.*")}
+
+
+def test_panels_show_the_groups_of_the_model(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sweep("runs/mlip", num_pictures=1)
+    capsys.readouterr()
+    [point] = account(place)["points"]
+    [picture] = point["pictures"]
+    loaded = load_run("runs/mlip", device="cpu")
+    sample = ShardDataset(place / "data/colors").read(picture["number"])
+    panels = panel_pictures(decode(sample.image)[None])
+    stages = loaded.model.merge_stages(decode(sample.image)[None], loaded.model.merge_plan(0.5))
+    for drawn, stage in zip(picture["stages"], stages, strict=True):
+        for path, expected in (
+            (drawn["groups"], draw_groups(panels, stage.groups, (4, 4))),
+            (drawn["mixed"], draw_guidance(panels, stage.mixed, (4, 4))),
+        ):
+            with Image.open(place / "runs/mlip" / path) as image:
+                assert torch.equal(pil_to_uint8(image)[None], expected)
+
+
+def test_a_new_sweep_replaces_the_pictures_of_the_old_one(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sweep("runs/mlip", methods=["tome"], num_pictures=2)
+    before = pictures_of(place)
+    sweep("runs/mlip", methods=["guided"], num_pictures=1)
+    after = pictures_of(place)
+    assert len(after) == 1 + 2 * 4
+    assert len(after & before) == 1  # the picture itself
+    sweep("runs/mlip", methods=["tome"], rates=[0.0], num_pictures=1)
+    assert pictures_of(place) == after
+    capsys.readouterr()
+
+
+def test_the_validation_set_is_swept_where_no_other_is_named(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_run(place / "runs/pairs", small_recipe(data={"validation": ["data/colors"]}))
+    sweep("runs/pairs", num_pictures=2)
+    [dataset] = printed(capsys)["datasets"]
+    assert (dataset["dataset"], dataset["task"], dataset["n"], dataset["num_texts"]) == (
+        "validation",
+        "retrieval",
+        24,
+        48,
+    )
+    loaded = load_run("runs/pairs", device="cpu")
+    evaluator, *_ = training_evaluators(loaded.recipe, loaded.tokenizer)
+    for point in dataset["points"]:
+        fractions = evaluator.measure(at_rate(loaded.model, point["rate"]), lambda _: None).fractions
+        for way in ("image_to_text", "text_to_image"):
+            for k in (1, 5, 10):
+                name = f"r{k}"
+                assert point[way][name] == fractions[f"validation_{way}_{name}"]
+                gain = point[way][name] - dataset["points"][0][way][name]
+                assert point["paired"][f"{way}_{name}"]["difference"] == pytest.approx(gain)
+            low, high = point[way]["r5_interval"]
+            assert low <= point[way]["r5"] <= high
+    pictures = json.loads((place / "runs/pairs/evals/merge_pictures_step_0000008.json").read_text())
+    assert pictures["dataset"] == "validation"
+    assert all(" " in picture["label"] for picture in pictures["points"][0]["pictures"])
+    assert len(dataset["points"][1]["paired"]) == 6
+
+
+def test_a_data_set_that_fails_is_a_row_and_the_rest_is_kept(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shard = next((make_dataset(place / "data" / "cut", n=24)).glob("*.tar"))
+    shard.write_bytes(shard.read_bytes()[:9000])
+    with pytest.raises(RunError) as error:
+        sweep("runs/mlip", datasets=["shards:data/cut", "openmoji", "shards:data/colors"], num_pictures=1)
+    result = printed(capsys)
+    assert result == json.loads((place / "runs/mlip/evals/merge_sweep_step_0000008.json").read_text())
+    assert [dataset["dataset"] for dataset in result["datasets"]] == ["shards:data/colors"]
+    assert [failed["dataset"] for failed in result["failed"]] == ["openmoji", "shards:data/cut"]
+    assert result["failed"][0]["error"].startswith("openmoji: no prepared data in data/openmoji/test")
+    assert str(error.value).startswith("2 of 3 data sets could not be measured: openmoji: no prepared data")
+    assert account(place)["dataset"] == "shards:data/colors"
+
+
+def test_speeds_are_kept_where_the_recipes_only_data_set_is_gone(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_run(place / "runs/moved", small_recipe(evaluate={"zeroshot": ["openmoji"]}))
+    with pytest.raises(RunError) as error:
+        sweep("runs/moved", as_json=False, num_pictures=1)
+    assert str(error.value).startswith("1 of 1 data sets could not be measured: openmoji: no prepared data")
+    assert "guided   0.5" in capsys.readouterr().out
+    result = json.loads((place / "runs/moved/evals/merge_sweep_step_0000008.json").read_text())
+    assert [len(result["points"]), result["datasets"]] == [2, []]
+    assert result["kind"] == "merge_sweep"
+    assert datetime.fromisoformat(result["measured_at"]).utcoffset() == timedelta(0)
+
+
 def test_from_the_command_line_with_its_default_rates(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -118,8 +255,8 @@ def test_from_the_command_line_with_its_default_rates(
 
 
 def test_agreement_is_of_whole_class_numbers() -> None:
-    assert merge_sweep.agreement("3 11 0 2", "3 1 0 2") == 0.75
+    assert agreement("3 11 0 2", "3 1 0 2") == 0.75
 
 
 def test_methods_are_those_of_the_recipe() -> None:
-    assert merge_sweep.METHODS == ("guided", "tome")
+    assert METHODS == ("guided", "tome")

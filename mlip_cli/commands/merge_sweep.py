@@ -1,38 +1,25 @@
 """`mlip merge-sweep`: one checkpoint at several merge rates, its speed and its accuracy beside the unmerged model's."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from mlip_cli import __version__
 from mlip_cli.commands.costs import image_gflops
-from mlip_cli.commands.evaluators import measure_runs
-from mlip_cli.commands.loading import LoadedRun, MergedEncoder, at_rate, load_run
+from mlip_cli.commands.loading import LoadedRun, MergedEncoder, load_run
 from mlip_cli.commands.profile import device_name
+from mlip_cli.commands.stamp import now
+from mlip_cli.commands.sweep_datasets import FAILURES, SweepDataset, find_datasets
+from mlip_cli.commands.sweep_pictures import write_merge_pictures
+from mlip_cli.commands.sweep_points import Point, check_methods, sweep_points
 from mlip_cli.commands.sweep_tables import show
-from mlip_cli.config import Merging
-from mlip_cli.errors import UsageError
-from mlip_cli.evaluate.benchmarks import Benchmark, data_root, find_benchmark
-from mlip_cli.evaluate.statistics import paired
+from mlip_cli.errors import RunError
 from mlip_cli.files import write_json
 from mlip_cli.output import print_json, progress, say
 from mlip_cli.profiling import Timing, measure_interleaved, peak_memory
-
-METHODS: tuple[str, ...] = get_args(Merging.model_fields["method"].annotation)
-
-
-@dataclass(frozen=True)
-class Point:
-    """One setting of the sweep."""
-
-    method: str | None
-    """None for the unmerged model."""
-    rate: float
-    """As asked for; the plan's is the true one."""
-    encoder: MergedEncoder
 
 
 def merge_sweep(
@@ -44,20 +31,30 @@ def merge_sweep(
     data_root: Path | None,
     batch_size: int,
     rounds: int,
+    num_pictures: int = 8,
     device: str,
     as_json: bool,
 ) -> None:
-    """Sweep all methods and rates, the unmerged model first; print the result and keep it in RUN/evals/.
+    """Sweep all methods and rates, the unmerged model first; print the result and keep it in RUN/, with merge pictures.
 
     Raises:
-        UsageError: an unknown method or data set, or a rate that no plan reaches, before anything is measured.
+        UsageError: an unknown method, no data set of those named, or a rate that no plan reaches, before anything is
+            measured.
+        RunError: some data sets could not be measured; all else is printed and kept all the same.
     """
     check_methods(methods)
     loaded = load_run(run, device=device)
     points = sweep_points(loaded, rates, methods)
-    benchmarks = find_benchmarks(loaded, datasets, data_root)
+    found, failures = find_datasets(loaded, datasets, root=data_root, batch_size=batch_size)
     say(f"{loaded.label}, step {loaded.step}: {len(points) - 1} settings beside rate 0, {rounds} timed rounds")
+    measured_at = now()
+    timed = speeds(loaded, points, batch_size=batch_size, rounds=rounds)
+    scores, measuring_failures = all_scores(found, points)
+    failures |= measuring_failures
     result = {
+        "kind": "merge_sweep",
+        "measured_at": measured_at,
+        "mlip_version": __version__,
         "run": loaded.label,
         "checkpoint": loaded.checkpoint.name,
         "step": loaded.step,
@@ -68,8 +65,9 @@ def merge_sweep(
         "image_size": loaded.model.image_size,
         "batch_size": batch_size,
         "rounds": rounds,
-        "points": speeds(loaded, points, batch_size=batch_size, rounds=rounds),
-        "datasets": [accuracies(loaded, points, benchmark, batch_size) for benchmark in benchmarks],
+        "points": timed,
+        "datasets": scores,
+        "failed": [{"dataset": name, "error": str(error)} for name, error in failures.items()],
     }
     if as_json:
         print_json(result)
@@ -79,39 +77,25 @@ def merge_sweep(
     path.parent.mkdir(exist_ok=True)
     write_json(path, result)
     say(f"written to {path}")
+    if num_pictures and len(points) > 1:
+        write_merge_pictures(loaded, points, found, num_pictures=num_pictures)
+    if failures:
+        reasons = "; ".join(str(error) for error in failures.values())
+        raise RunError(f"{len(failures)} of {len(failures) + len(scores)} data sets could not be measured: {reasons}")
 
 
-def check_methods(methods: Sequence[str]) -> None:
-    """Refuse a method that does not exist."""
-    for method in methods:
-        if method not in METHODS:
-            raise UsageError(f"--methods {method}: no such method; there are {', '.join(METHODS)}")
-
-
-def sweep_points(loaded: LoadedRun, rates: Sequence[float], methods: Sequence[str]) -> list[Point]:
-    """Rate 0 once, then each method at each other rate, ascending; no method named: the recipe's.
-
-    Raises:
-        UsageError: no plan reaches a rate.
-    """
-    model = loaded.model
-    wanted = sorted({rate for rate in rates if rate > 0})
-    return [
-        Point(None, 0.0, at_rate(model, 0.0)),
-        *(
-            Point(method, rate, at_rate(model, rate, method))
-            for method in dict.fromkeys(methods or [model.merge_plan(0.0).method])
-            for rate in wanted
-        ),
-    ]
-
-
-def find_benchmarks(loaded: LoadedRun, names: Sequence[str], root: Path | None) -> list[Benchmark]:
-    """The data sets named, else those that the run's recipe evaluates on."""
-    names = list(dict.fromkeys(names)) or list(loaded.recipe.evaluate.zeroshot)
-    if not names:
-        say("no accuracy: the recipe's evaluate.zeroshot is empty; name data sets with --dataset")
-    return [find_benchmark(name, root=data_root(root)) for name in names]
+def all_scores(
+    datasets: Sequence[SweepDataset], points: Sequence[Point]
+) -> tuple[list[dict[str, Any]], dict[str, Exception]]:
+    """Scores on each data set, and what went wrong with the others."""
+    scores: list[dict[str, Any]] = []
+    failures: dict[str, Exception] = {}
+    for dataset in datasets:
+        try:
+            scores.append(dataset.measure(points))
+        except FAILURES as error:
+            failures[dataset.name] = error
+    return scores, failures
 
 
 def speeds(loaded: LoadedRun, points: Sequence[Point], *, batch_size: int, rounds: int) -> list[dict[str, Any]]:
@@ -127,7 +111,7 @@ def speeds(loaded: LoadedRun, points: Sequence[Point], *, batch_size: int, round
     whole = sum(image_gflops(loaded.model, points[0].encoder.plan).values())
     return [
         {
-            **setting(point),
+            **point.setting,
             "tokens_per_block": point.encoder.plan.tokens,
             **cost(sum(image_gflops(loaded.model, point.encoder.plan).values()), whole, timing),
             "images_per_s": batch_size / timing.median_s,
@@ -148,11 +132,6 @@ def encode(encoder: MergedEncoder, images: Tensor) -> Callable[[], object]:
     return forward
 
 
-def setting(point: Point) -> dict[str, Any]:
-    """What names a point in the result."""
-    return {"method": point.method, "rate": point.rate, "true_rate": point.encoder.plan.rate}
-
-
 def cost(gflops: float, unmerged_gflops: float, timing: Timing) -> dict[str, Any]:
     """Speed-up as measured and as the operations promise."""
     expected = unmerged_gflops / gflops
@@ -163,33 +142,3 @@ def cost(gflops: float, unmerged_gflops: float, timing: Timing) -> dict[str, Any
         "expected_speedup": expected,
         "measured_over_expected": timing.speedup / expected,
     }
-
-
-def accuracies(loaded: LoadedRun, points: Sequence[Point], benchmark: Benchmark, batch_size: int) -> dict[str, Any]:
-    """Scores of all points on one data set, each beside the unmerged model on the same pictures."""
-    [scores] = measure_runs(benchmark, [(loaded, [point.encoder for point in points])], batch_size=batch_size)
-    unmerged = scores[0]
-    shared = ("n", "num_classes", "chance", "majority_share")
-    elsewhere = {*shared, "right", "predicted", "images_per_s", "timed_batches"}
-    return {
-        "dataset": benchmark.name,
-        "fingerprint": benchmark.fingerprint,
-        **{name: unmerged[name] for name in shared},
-        "points": [
-            {
-                **setting(point),
-                **{name: value for name, value in own.items() if name not in elsewhere},
-                "agreement": agreement(unmerged["predicted"], own["predicted"]),
-                "paired": {
-                    measure: paired(unmerged["right"][measure], own["right"][measure]) for measure in own["right"]
-                },
-            }
-            for point, own in zip(points, scores, strict=True)
-        ],
-    }
-
-
-def agreement(unmerged: str, merged: str) -> float:
-    """Share of pictures that get the same class from both, right or wrong."""
-    pairs = list(zip(unmerged.split(), merged.split(), strict=True))
-    return sum(a == b for a, b in pairs) / len(pairs)

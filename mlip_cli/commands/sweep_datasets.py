@@ -1,0 +1,199 @@
+"""The data sets of a merge sweep: how each scores all settings side by side, and which pictures it shows."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mlip_cli.commands.evaluators import READERS, measure_runs
+from mlip_cli.commands.loading import LoadedRun
+from mlip_cli.commands.sweep_points import Point
+from mlip_cli.commands.validation import ValidationPairs
+from mlip_cli.config import Source
+from mlip_cli.errors import RunError, UsageError
+from mlip_cli.evaluate.benchmarks import Benchmark, data_root, find_benchmark
+from mlip_cli.evaluate.retrieval import Ranks, image_text_ranks
+from mlip_cli.evaluate.sources import open_benchmark
+from mlip_cli.evaluate.statistics import paired
+from mlip_cli.output import progress, say
+
+VALIDATION = "validation"
+"""Name of the run's own validation set."""
+
+FAILURES = (UsageError, RunError, OSError)
+"""What may be wrong with one data set while the others can be measured."""
+
+
+@dataclass(frozen=True)
+class ChosenPicture:
+    """A picture for people to look at."""
+
+    number: int
+    """In the data set, from 0."""
+    label: str | None
+    """Name of its class, or its first caption."""
+    image: Tensor
+    """(3, S, S) uint8, as the model gets it."""
+
+
+@dataclass(frozen=True)
+class SweepDataset:
+    """A data set that was found."""
+
+    name: str
+    fingerprint: str
+    measure: Callable[[Sequence[Point]], dict[str, Any]]
+    """Scores of all points, the unmerged first, on the same pictures; raises one of FAILURES."""
+    choose: Callable[[int], list[ChosenPicture]]
+    """So many pictures, drawn at random with seed 0, in the order of the data set; raises one of FAILURES."""
+
+
+def find_datasets(
+    loaded: LoadedRun, names: Sequence[str], *, root: Path | None, batch_size: int
+) -> tuple[list[SweepDataset], dict[str, Exception]]:
+    """The data sets named, else those that the run's recipe evaluates on, else its validation set; and what failed.
+
+    Raises:
+        UsageError, OSError: none of those that were named by hand is there.
+    """
+    recipe = loaded.recipe
+    wanted = list(dict.fromkeys(names)) or list(recipe.evaluate.zeroshot)
+    if not wanted and recipe.data.validation is not None:
+        wanted = [VALIDATION]
+    if not wanted:
+        say("no accuracy: the recipe has no evaluate.zeroshot and no data.validation; name data sets with --dataset")
+    found: list[SweepDataset] = []
+    failures: dict[str, Exception] = {}
+    for name in wanted:
+        try:
+            if name == VALIDATION:
+                found.append(_validation(loaded))
+            else:
+                benchmark = find_benchmark(name, root=data_root(root))
+                found.append(_benchmark(benchmark, loaded, batch_size=batch_size))
+        except FAILURES as error:
+            failures[name] = error
+    if names and not found:
+        raise next(iter(failures.values()))
+    return found, failures
+
+
+def numbers_at_random(wanted: int, num_pictures: int) -> list[int]:
+    """Numbers of different pictures, ascending; all of them where there are fewer than wanted."""
+    order = torch.randperm(num_pictures, generator=torch.Generator().manual_seed(0))
+    return sorted(order[:wanted].tolist())
+
+
+def _benchmark(benchmark: Benchmark, loaded: LoadedRun, *, batch_size: int) -> SweepDataset:
+    return SweepDataset(
+        name=benchmark.name,
+        fingerprint=benchmark.fingerprint,
+        measure=partial(accuracies, benchmark, loaded, batch_size=batch_size),
+        choose=partial(_choose_of_benchmark, benchmark, loaded.model.image_size),
+    )
+
+
+def _choose_of_benchmark(benchmark: Benchmark, size: int, wanted: int) -> list[ChosenPicture]:
+    pictures = open_benchmark(benchmark, READERS)
+    numbers = set(numbers_at_random(wanted, pictures.num_pictures))
+    chosen = []
+    for number, item in enumerate(pictures.items()):
+        if number in numbers:
+            image, label = pictures.load(item)
+            chosen.append(ChosenPicture(number, pictures.class_names[label], READERS.fit(image, size)))
+            if len(chosen) == len(numbers):
+                break
+    return chosen
+
+
+def accuracies(benchmark: Benchmark, loaded: LoadedRun, points: Sequence[Point], *, batch_size: int) -> dict[str, Any]:
+    """Zero-shot scores of all points, each beside the unmerged model on the same pictures."""
+    [scores] = measure_runs(benchmark, [(loaded, [point.encoder for point in points])], batch_size=batch_size)
+    unmerged = scores[0]
+    shared = ("n", "num_classes", "chance", "majority_share")
+    elsewhere = {*shared, "right", "predicted", "images_per_s", "timed_batches"}
+    return {
+        "dataset": benchmark.name,
+        "task": "zeroshot",
+        "fingerprint": benchmark.fingerprint,
+        **{name: unmerged[name] for name in shared},
+        "points": [
+            {
+                **point.setting,
+                **{name: value for name, value in own.items() if name not in elsewhere},
+                "agreement": agreement(unmerged["predicted"], own["predicted"]),
+                "paired": all_paired(unmerged["right"], own["right"]),
+            }
+            for point, own in zip(points, scores, strict=True)
+        ],
+    }
+
+
+def agreement(unmerged: str, merged: str) -> float:
+    """Share of pictures that get the same class from both, right or wrong."""
+    pairs = list(zip(unmerged.split(), merged.split(), strict=True))
+    return sum(a == b for a, b in pairs) / len(pairs)
+
+
+def all_paired(unmerged: dict[str, str], merged: dict[str, str]) -> dict[str, Any]:
+    """The paired test of each measure."""
+    return {measure: paired(unmerged[measure], right) for measure, right in merged.items()}
+
+
+def _validation(loaded: LoadedRun) -> SweepDataset:
+    sources: Sequence[Source] | None = loaded.recipe.data.validation
+    if sources is None:
+        raise UsageError(f"{VALIDATION}: the recipe of {loaded.label} has no data.validation; name another data set")
+    pairs = ValidationPairs(sources, loaded.tokenizer, image_size=loaded.model.image_size, device=loaded.device)
+    fingerprint = " ".join(dataset.fingerprint for dataset in pairs.datasets)
+    return SweepDataset(
+        name=VALIDATION,
+        fingerprint=fingerprint,
+        measure=partial(retrieval, pairs, fingerprint),
+        choose=partial(_choose_of_validation, pairs, loaded.model.image_size),
+    )
+
+
+def _choose_of_validation(pairs: ValidationPairs, size: int, wanted: int) -> list[ChosenPicture]:
+    numbers = numbers_at_random(wanted, pairs.num_pictures)
+    samples = [(number, pairs.sample(number)) for number in numbers]
+    return [
+        ChosenPicture(number, sample.record["captions"][0]["text"], READERS.fit(READERS.decode(sample.image), size))
+        for number, sample in samples
+    ]
+
+
+def retrieval(pairs: ValidationPairs, fingerprint: str, points: Sequence[Point]) -> dict[str, Any]:
+    """Retrieval both ways by all points, each beside the unmerged model on the same pairs."""
+    with progress(len(points) * pairs.num_pictures, VALIDATION) as bar:
+        ranks = [
+            image_text_ranks(
+                *pairs.features(point.encoder, on_batch=lambda n: bar.advance(bar.task_ids[0], n)), pairs.own_texts
+            )
+            for point in points
+        ]
+    unmerged = _right(ranks[0])
+    return {
+        "dataset": VALIDATION,
+        "task": "retrieval",
+        "fingerprint": fingerprint,
+        "n": pairs.num_pictures,
+        "num_texts": len(pairs.texts),
+        "points": [
+            {
+                **point.setting,
+                **{way: found.recalls() for way, found in own.items()},
+                "paired": all_paired(unmerged, _right(own)),
+            }
+            for point, own in zip(points, ranks, strict=True)
+        ],
+    }
+
+
+def _right(ranks: dict[str, Ranks]) -> dict[str, str]:
+    """image_to_text_r1 -> 0110..., and so on."""
+    return {f"{way}_{k}": right for way, found in ranks.items() for k, right in found.right().items()}

@@ -1,0 +1,52 @@
+"""The settings of a merge sweep: one model held at several rates and methods."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, get_args
+
+from mlip_cli.commands.loading import LoadedRun, MergedEncoder, at_rate
+from mlip_cli.config import Merging
+from mlip_cli.errors import UsageError
+
+METHODS: tuple[str, ...] = get_args(Merging.model_fields["method"].annotation)
+
+
+@dataclass(frozen=True)
+class Point:
+    """One setting of the sweep."""
+
+    method: str | None
+    """None for the unmerged model."""
+    rate: float
+    """As asked for; the plan's is the true one."""
+    encoder: MergedEncoder
+
+    @property
+    def setting(self) -> dict[str, Any]:
+        """What names the point in results."""
+        return {"method": self.method, "rate": self.rate, "true_rate": self.encoder.plan.rate}
+
+
+def check_methods(methods: Sequence[str]) -> None:
+    """Refuse a method that does not exist."""
+    for method in methods:
+        if method not in METHODS:
+            raise UsageError(f"--methods {method}: no such method; there are {', '.join(METHODS)}")
+
+
+def sweep_points(loaded: LoadedRun, rates: Sequence[float], methods: Sequence[str]) -> list[Point]:
+    """Rate 0 once, then each method at each other rate, ascending; no method named: the recipe's.
+
+    Raises:
+        UsageError: no plan reaches a rate.
+    """
+    model = loaded.model
+    wanted = sorted({rate for rate in rates if rate > 0})
+    return [
+        Point(None, 0.0, at_rate(model, 0.0)),
+        *(
+            Point(method, rate, at_rate(model, rate, method))
+            for method in dict.fromkeys(methods or [model.merge_plan(0.0).method])
+            for rate in wanted
+        ),
+    ]
