@@ -10,8 +10,9 @@ import torch
 from models_for_tests import make_run, small_recipe
 from shards_for_tests import make_dataset
 
-from mlip_cli import cli
-from mlip_cli.commands import profile
+from mlip_cli import __version__, cli
+from mlip_cli.commands import profile, profile_tables
+from mlip_cli.commands.training_step import TrainingStep
 from mlip_cli.config import LOSS_NAMES
 from mlip_cli.recipe import recipe_yaml
 
@@ -56,12 +57,36 @@ def test_a_recipe_needs_neither_data_nor_weights(
         "image tower, rate 0",
         "image tower, rate 0.50",
         "text tower",
+        "training forward",
+        "training forward and backward",
+        "optimizer",
         "training step",
     ]
     for line in result["speed"]:
         assert line["per_s"] == pytest.approx(4 / line["median_s"])
         assert len(line["seconds"]) == 3
     assert result["peak_memory"]["gib"] > 0
+    assert result["data"] is None
+    assert result["limit"]["why"].endswith("of the step; there is no data to compare with")
+    assert [row["part"] for row in result["breakdown"] if row["group"] == "data"] == ["copy to the device"]
+    assert result["step"] is None
+    assert not list(place.glob("**/profile_*.json"))
+
+
+def test_parts_add_up_to_the_step(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_dataset(Path("data/colors"), n=20)
+    assert mlip(monkeypatch, "runs/small", "--batch-size", "4", "--rounds", "3", "--json") == 0
+    result = printed(capsys)
+    inside = [row for row in result["breakdown"] if row["in_step"]]
+    left = result["unaccounted"]
+    assert sum(row["seconds"] for row in inside) + left["seconds"] == pytest.approx(result["whole_s"])
+    assert sum(row["share"] for row in inside) + left["share"] == pytest.approx(1)
+    assert {row["group"] for row in inside} == {"data", "forward", "losses", "backward", "optimizer"}
+    assert {row["part"] for row in inside if row["group"] == "losses"} == set(LOSS_NAMES)
+    assert result["clocks_cost"] > -1
+    assert result["limit"].keys() == {"part", "why"}
 
 
 def test_a_plain_clip_has_no_rows_for_what_it_lacks(
@@ -71,6 +96,8 @@ def test_a_plain_clip_has_no_rows_for_what_it_lacks(
     out = capsys.readouterr().out
     assert "GFLOPs an image  rate 0\n" in out
     assert "frequency" not in out
+    assert "merging  " not in out.split("part of a training step")[1]
+    assert "image tower, blocks 1-4 " in out
     assert "patch tokens in each block: 16 16 16 16\n" in out
     assert "on cpu, " in out
 
@@ -93,13 +120,126 @@ def test_captions_are_as_wide_as_in_typical_batches(place: Path) -> None:
     assert profile.caption_length(recipe) == (24, "batches of data/long")
 
 
+def test_a_run_keeps_what_was_printed_and_is_not_changed(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_dataset(Path("data/colors"), n=20)
+    before = {path: path.read_bytes() for path in Path("runs").rglob("*") if path.is_file()}
+    assert mlip(monkeypatch, "runs/small/checkpoints/step_0000008", "--batch-size", "3", "--rounds", "3", "--json") == 0
+    result = printed(capsys)
+    kept = Path("runs/small/evals/profile_step_0000008.json")
+    assert json.loads(kept.read_text()) == result
+    assert {"kind": "profile", "mlip_version": __version__, "step": 8}.items() <= result.items()
+    assert result["measured_at"].endswith("+00:00")
+    after = {path: path.read_bytes() for path in Path("runs").rglob("*") if path.is_file()}
+    assert after.keys() - before.keys() == {kept}
+    assert all(after[path] == content for path, content in before.items())
+
+
+@pytest.mark.parametrize(("num_workers", "is_apart"), [(2, True), (0, False)])
+def test_the_loader_s_parts_are_in_the_step_only_where_it_waits_for_them(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], num_workers: int, is_apart: bool
+) -> None:
+    make_dataset(Path("data/colors"), n=20)
+    data = {"train": "data/colors", "num_workers": num_workers}
+    Path("here.yaml").write_text(recipe_yaml(small_recipe(data=data)))
+    assert mlip(monkeypatch, "here.yaml", "--batch-size", "4", "--rounds", "3", "--json") == 0
+    result = printed(capsys)
+    cost = result["data"]["sample_seconds"]
+    assert list(cost) == ["read", "decode", "transform", "tokenize and collate"]
+    share = 4 / max(num_workers, 1)
+    rows = result["breakdown"][:4]
+    assert [row["part"] for row in rows] == list(cost)
+    assert all(row["seconds"] == pytest.approx(share * cost[row["part"]]) for row in rows)
+    assert {row["in_step"] for row in rows} == {not is_apart}
+    assert result["data"]["loader_images_per_s"] == pytest.approx(max(num_workers, 1) / sum(cost.values()))
+
+
+def test_utilisation_equals_a_count_by_hand(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert mlip(monkeypatch, "clip.yaml", "--batch-size", "2", "--rounds", "3", "--json") == 0
+    result = printed(capsys)
+    patches, tokens, words, width, joint = 16, 17, 16, 32, 16
+    image = patches * 3 * 8 * 8 * width + 4 * (tokens * 12 * width**2 + 2 * tokens**2 * width) + width * joint
+    text = 2 * (words * 12 * width**2 + 2 * words**2 * width) + width * joint
+    flops = 3 * 2 * 2 * (image + text)  # forward and twice as much backward, a batch of 2, 2 an addition and a product
+    assert result["step_gflops"] == pytest.approx(flops / 1e9)
+    [step] = [line for line in result["speed"] if line["part"] == "training step"]
+    assert result["step_tflops"] == pytest.approx(flops / 1e12 / step["median_s"])
+    [product] = result["matmul"]
+    n = product["shape"][0]
+    assert product["precision"] == "fp32"
+    assert product["shape"] == [n, n, n]
+    assert result["matmul_peak_tflops"] == pytest.approx(2 * n**3 / 1e12 / product["median_s"])
+    assert result["mfu"] == pytest.approx(result["step_tflops"] / result["matmul_peak_tflops"])
+
+
+def test_micro_batches_smaller_than_the_batch_are_taken_as_in_training(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = small_recipe()
+    micro = recipe.model_copy(update={"train": recipe.train.model_copy(update={"micro_batch_size": 3})})
+    Path("micro.yaml").write_text(recipe_yaml(micro))
+    said: list[str] = []
+    monkeypatch.setattr(profile, "say", said.append)
+    for batch_size, size in ((4, 3), (3, None)):
+        assert mlip(monkeypatch, "micro.yaml", "--batch-size", str(batch_size), "--rounds", "3", "--json") == 0
+        result = printed(capsys)
+        assert result["micro_batch_size"] == size
+        first_pass = [row for row in result["breakdown"] if row["part"] == "forward without graph"]
+        assert len(first_pass) == (1 if size else 0)
+    assert (
+        said.count("the recipe's micro-batches of 3 are no smaller than this batch of 3: it is measured at once") == 1
+    )
+
+
+class Stdout:
+    """Where tables go, with an encoding."""
+
+    def __init__(self, encoding: str) -> None:
+        self.encoding = encoding
+
+
+@pytest.mark.parametrize(
+    ("encoding", "share", "bar"),
+    [
+        ("utf-8", 1.0, 24 * "█"),
+        ("UTF8", 0.5, 12 * "█"),
+        ("utf-8", 0.25 + 0.5 / 24, 6 * "█" + "▌"),
+        ("utf-8", 3.0, 24 * "█"),
+        ("utf-8", -0.1, ""),
+        ("ascii", 0.5, 12 * "#"),
+        ("iso8859-1", 0.01, ""),
+    ],
+)
+def test_bars_are_of_characters_that_stdout_knows(
+    monkeypatch: pytest.MonkeyPatch, encoding: str, share: float, bar: str
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", Stdout(encoding))
+        assert profile_tables.bar(share) == bar
+
+
+def test_tables_fit_80_columns(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_dataset(Path("data/colors"), n=20)
+    assert mlip(monkeypatch, "--batch-size", "2", "--rounds", "3") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80, max(lines, key=len)
+    assert any(line.startswith("limit: ") for line in lines)
+    assert any(line.startswith("unaccounted ") for line in lines)
+
+
 def test_timed_training_steps_make_gradients_and_leave_the_weights_alone(place: Path) -> None:
     subject = profile.load_subject("mlip.yaml", "cpu")
     before = {name: value.clone() for name, value in subject.model.state_dict().items()}
     gradients: dict[str, bool] = {}
     for name, parameter in subject.model.named_parameters():
         parameter.register_hook(lambda grad, name=name: gradients.update({name: bool(grad.abs().sum() > 0)}))
-    profile.training_step(subject, profile.random_batch(subject, batch_size=4, num_tokens=9))()
+    batch = profile.random_batch(subject, batch_size=4, num_tokens=9)
+    TrainingStep(subject.model.train(), subject.recipe, batch, subject.device)()
     after = subject.model.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert {f"log_scales.{name}" for name in LOSS_NAMES} <= gradients.keys()

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from mlip_cli import config
+from mlip_cli import config, profiling
 from mlip_cli.commands import costs
 from mlip_cli.merge_plan import MergePlan
 from mlip_cli.model.clip import CLIP, set_fused_attention
-from mlip_cli.profiling import BlockSizes, global_filter_gflops, measure_interleaved, merge_macs
+from mlip_cli.profiling import BlockSizes, global_filter_gflops, measure_interleaved, merge_macs, square_matmul
 
 LOSSES = {name: "infonce" if name.endswith("global") else "sparc" for name in config.LOSS_NAMES}
 
@@ -114,6 +114,28 @@ def test_token_heads_count_every_token_they_read(tiny: CLIP) -> None:
     plan = tiny.merge_plan(0.5, "tome")
     expected = 2e-9 * 12 * (plan.tokens[-1] * 32 + 64 * 16 + 10 * 24)
     assert costs.token_head_gflops(tiny, plan, 10) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_square_product_takes_2_n_cubed_operations(dtype: torch.dtype) -> None:
+    matmul = square_matmul(dtype, device=torch.device("cpu"), least_s=0)
+    assert matmul.n == 256
+    assert matmul.flops == 2 * 256**3
+    assert counted_gflops(matmul.run) == matmul.flops / 1e9
+
+
+def test_the_square_product_is_as_large_as_it_must_be_to_be_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = iter([3, 1, 3, 7, 4, 9])  # of 256 rows, then of 512
+    monkeypatch.setattr(profiling, "_seconds", lambda function, device: next(seconds))
+    assert square_matmul(torch.float32, device=torch.device("cpu"), least_s=2).n == 512
+
+
+def test_a_step_is_three_times_the_forward_pass_with_all_that_training_adds(tiny: CLIP) -> None:
+    plan = tiny.merge_plan(0.5, "guided")
+    forward = sum(costs.image_gflops(tiny, plan).values()) + costs.text_gflops(tiny, 10)
+    added = costs.frequency_gflops(tiny) + costs.token_head_gflops(tiny, plan, 10)
+    step = costs.step_gflops(tiny, plan, batch_size=5, num_text_tokens=10)
+    assert step == pytest.approx(3 * 5 * (forward + added))
 
 
 class Clock:

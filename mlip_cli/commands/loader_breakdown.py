@@ -75,7 +75,7 @@ def measure_loader(recipe: Recipe, datasets: Sequence[ShardDataset]) -> LoaderCo
         stop_step=rounds + 1,
         num_workers=0,
     )
-    cpu, wall = PartClock(now=time.thread_time), PartClock()
+    cpu, wall = PartClock(now=time.thread_time), PartClock(now=time.perf_counter)
     seconds, bad = [], 0
     with one_thread(), closing(batches), timed_loader(cpu, wall):  # type: ignore[type-var]
         next(batches)  # loads the vocabulary and opens shards

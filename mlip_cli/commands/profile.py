@@ -175,12 +175,14 @@ def speeds_of_towers(subject: Subject, batch: Batch, rounds: int) -> list[dict[s
 
 
 def measures_of_step(subject: Subject, batch: Batch, rounds: int, num_tokens: int) -> dict[str, Any]:
-    """Seconds of the training step: whole, by pieces that run alone, and by parts; its peak of memory, its share of
-    what the machine can do."""
+    """Seconds of the training step (whole, in pieces that run alone, by parts), its limit, operations and memory."""
     model, n = subject.model, len(batch.images)
     loader = loader_cost(subject.recipe)
     model.train()
     step = TrainingStep(model, subject.recipe, pinned(batch, subject.device), subject.device)
+    if subject.recipe.train.micro_batch_size is not None and step.micro_batch_size is None:
+        size = subject.recipe.train.micro_batch_size
+        say(f"the recipe's micro-batches of {size} are no smaller than this batch of {n}: it is measured at once")
     recorder = StepRecorder(step)
     pieces: dict[str, Callable[[], object]] = {**step.parts_of_step(batch), "training step": step}
     dtypes: dict[str, torch.dtype] = {"fp32": torch.float32, subject.recipe.train.precision: step.precision.dtype}
@@ -209,7 +211,7 @@ def measures_of_step(subject: Subject, batch: Batch, rounds: int, num_tokens: in
         **parts,
         "step_s": step_s,
         "clocks_cost": timings["with clocks"].median_s / step_s - 1,
-        "data": loader and {**vars(loader), "loader_processes": workers, "loader_images_per_s": per_s},
+        "data": None if loader is None else vars(loader) | {"loader_processes": workers, "loader_images_per_s": per_s},
         "limit": limit(parts["breakdown"], step_per_s=n / step_s, loader_per_s=per_s, num_workers=workers),
         **utilisation(subject, matmuls, timings, batch_size=n, num_tokens=num_tokens),
         "peak_memory": {"what": f"training step of {n} pairs", **vars(memory)},

@@ -1,12 +1,14 @@
 """The result of `mlip profile` as tables for people: 80 columns are enough. No torch: a result may come from a file."""
 
 import sys
+import textwrap
 from typing import Any
 
 from mlip_cli.output import print_lines, print_table
 
 Result = dict[str, Any]
 
+WIDTH = 80
 BAR_WIDTH = 24
 """Characters of a bar over the whole step."""
 EIGHTHS = " ▏▎▍▌▋▊▉"
@@ -91,7 +93,7 @@ def _facts(result: Result) -> list[str]:
     memory, limit = result["peak_memory"], result["limit"]
     micro = result["micro_batch_size"]
     return [
-        f"limit: {limit['part']}, {limit['why']}",
+        *textwrap.wrap(f"limit: {limit['part']}, {limit['why']}", WIDTH, subsequent_indent="  "),
         f"the clocks of the parts cost {100 * result['clocks_cost']:.1f} %: without them the step takes "
         f"{1000 * result['step_s']:,.1f} ms",
         *([f"micro-batches of {micro}: the first forward pass has no graph"] if micro is not None else []),

@@ -242,8 +242,8 @@ def limit(
     most = max(data, key=lambda row: row["seconds"])
     share = most["seconds"] / sum(row["seconds"] for row in data)
     who = {0: "the training process itself", 1: "1 loader process"}.get(num_workers, f"{num_workers} loader processes")
-    verb = "makes" if num_workers < 2 else "make"
+    verb, whose = ("makes", "its") if num_workers < 2 else ("make", "their")
     speeds = f"{who} {verb} {loader_per_s:,.0f} images/s, the step takes {step_per_s:,.0f}"
     if loader_per_s < step_per_s:
-        return {"part": "data", "why": f"{speeds}; {share:.0%} of the loader's time is {most['part']}"}
+        return {"part": "data", "why": f"{speeds}; {most['part']} is {share:.0%} of {whose} time"}
     return {"part": largest["part"], "why": f"{takes}; {speeds}"}

@@ -1,0 +1,84 @@
+"""What a sample costs the loader: the training loader itself, with clocks."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models_for_tests import small_recipe
+from shards_for_tests import make_dataset
+
+from mlip_cli.commands import loader_breakdown
+from mlip_cli.commands.loader_breakdown import LoaderCost, measure_loader
+from mlip_cli.data import loader
+from mlip_cli.data.dataset import ShardDataset
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> ShardDataset:
+    return ShardDataset(make_dataset(tmp_path / "data", n=20))
+
+
+def test_every_part_is_timed_on_one_thread_and_nothing_stays_behind(
+    data: ShardDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads, seen = torch.get_num_threads(), []
+    decode = loader.decode
+
+    def spied(image: bytes) -> torch.Tensor:
+        seen.append(torch.get_num_threads())
+        return decode(image)
+
+    monkeypatch.setattr(loader, "decode", spied)
+    functions = (ShardDataset.read, loader.decode, loader.training_transform)
+    cost = measure_loader(small_recipe(), [data])
+    assert functions == (ShardDataset.read, loader.decode, loader.training_transform)
+    assert set(seen) == {1}
+    assert torch.get_num_threads() == threads
+    assert list(cost.sample_seconds) == ["read", "decode", "transform", "tokenize and collate"]
+    assert all(seconds > 0 for seconds in cost.sample_seconds.values())
+    assert cost.num_samples == 12 * 20
+    assert len(seen) == 13 * 20  # the first batch is not timed
+    assert cost.bad_samples == 0
+
+
+def test_seconds_are_those_of_one_sample(data: ShardDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+
+    def slow(function: Any, seconds: float) -> Any:
+        def call(*arguments: Any, **named: Any) -> Any:
+            nonlocal now
+            now += seconds
+            return function(*arguments, **named)
+
+        return call
+
+    class Time:
+        perf_counter = thread_time = staticmethod(lambda: now)
+
+    monkeypatch.setattr(loader_breakdown, "time", Time)
+    monkeypatch.setattr(ShardDataset, "read", slow(ShardDataset.read, 1))
+    monkeypatch.setattr(loader, "decode", slow(loader.decode, 2))
+    monkeypatch.setattr(loader, "training_transform", slow(loader.training_transform, 4))
+    monkeypatch.setattr(loader, "_choose_caption", slow(loader._choose_caption, 8))
+    cost = measure_loader(small_recipe(), [data])
+    assert cost.sample_seconds == {"read": 1, "decode": 2, "transform": 4, "tokenize and collate": 8}
+    assert cost.sample_s == 15
+
+
+def test_a_bad_sample_is_replaced_and_counted(tmp_path: Path) -> None:
+    folder = make_dataset(tmp_path / "data", n=20, shard_size=20)
+    data = ShardDataset(folder)
+    image = data.read(7).image
+    data.close()
+    [shard] = folder.glob("*.tar")
+    content = shard.read_bytes()
+    shard.write_bytes(content.replace(image, bytes(len(image))))
+    recipe = small_recipe(data={"train": str(folder), "max_bad_share": 1.0})
+    assert measure_loader(recipe, [data]).bad_samples >= 12  # once in every epoch that is timed
+
+
+def test_processes_share_a_batch() -> None:
+    cost = LoaderCost(num_samples=1, bad_samples=0, sample_seconds={"read": 1.0, "decode": 3.0})
+    assert cost.batch_seconds(6, 2) == {"read": 3.0, "decode": 9.0}
+    assert cost.batch_seconds(6, 0) == cost.batch_seconds(6, 1) == {"read": 6.0, "decode": 18.0}
