@@ -142,10 +142,48 @@ def test_other_data_weights_or_rates_are_measured_anew(place: Path, capsys: pyte
 def test_tables_are_narrow_and_say_what_was_measured(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     evaluate("runs/clip", "runs/mlip", datasets=["openmoji", "shards:data/colors"], rates=(0.5,), as_json=False)
     lines = capsys.readouterr().out.splitlines()
-    assert max(map(len, lines)) <= 120
-    assert "run   rate" in lines[1]
+    tables = [line for line in lines if line.startswith(("run  ", "  1", "  2", "data set", "shards:data/colors  "))]
+    assert len(tables) == 6
+    assert max(map(len, tables)) <= 80
+    assert lines[0] == "openmoji: 30 pictures of concepts that training did not see"
+    assert " ".join(lines[1].split()) == "run true rate group recall % name R@1 % name R@5 % images/s"
+    assert lines[3].split()[:2] == ["2", "0.500"]
+    assert "shards:data/colors: 40 pictures, 8 classes, chance 12.5 %" in lines
     assert any(line.startswith("chance: group recall 11.1 % (9 groups), name R@1 3.6 %, R@5 ") for line in lines)
-    assert lines[-1] == "measured: clip at step 8 (last checkpoint), mlip at step 8 (last checkpoint)"
+    assert lines[-2:] == ["run 1: clip at step 8 (last checkpoint)", "run 2: mlip at step 8 (last checkpoint)"]
+
+
+def test_one_run_needs_no_number_and_shows_the_true_rate(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    evaluate("runs/clip", datasets=["openmoji"], rates=(0.3,), as_json=False)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].startswith("true rate  ")
+    assert lines[2].split()[0] == f"{at_rate(load_run('runs/clip', device='cpu').model, 0.3).plan.rate:.3f}" != "0.300"
+    assert lines[-1] == "measured: clip at step 8 (last checkpoint)"
+    [path] = Path("runs/clip/evals").iterdir()
+    stored = json.loads(path.read_text())
+    assert stored["kind"] == "zeroshot"
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (b'{"n": 30, ', "Expecting property name enclosed in double quotes: line 1 column 11 (char 10)"),
+        (b"[1]", "no JSON object in it"),
+        (b"{}", "no acc1"),
+        (b"\xff", "'utf-8' codec can't decode byte 0xff in position 0: invalid start byte"),
+    ],
+)
+def test_a_damaged_result_is_measured_again(
+    place: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, content: bytes, why: str
+) -> None:
+    evaluate("runs/clip", datasets=["openmoji"])
+    first = printed(capsys)["results"][0]
+    [path] = Path("runs/clip/evals").iterdir()
+    path.write_bytes(content)
+    with caplog.at_level("WARNING", logger="mlip_cli"):
+        evaluate("runs/clip", datasets=["openmoji"])
+    assert caplog.messages == [f"{path}: damaged ({why}); measured again"]
+    assert json.loads(path.read_text())["acc1"] == first["acc1"]
 
 
 def test_an_earlier_checkpoint_and_runs_of_one_name(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -153,9 +191,10 @@ def test_an_earlier_checkpoint_and_runs_of_one_name(place: Path, capsys: pytest.
     weights = small_model(small_recipe(mlip=False), dtype=torch.float32, seed=2).state_dict()
     save_checkpoint(Path("more/clip/checkpoints"), step=12, weights=weights, state={"step": 12})
     evaluate("runs/clip", "more/clip/checkpoints/step_0000008", datasets=["openmoji"], as_json=False)
-    assert capsys.readouterr().out.splitlines()[-1] == (
-        "measured: runs/clip at step 8 (last checkpoint), more/clip/step_0000008 at step 8 (earlier checkpoint)"
-    )
+    assert capsys.readouterr().out.splitlines()[-2:] == [
+        "run 1: runs/clip at step 8 (last checkpoint)",
+        "run 2: more/clip/step_0000008 at step 8 (earlier checkpoint)",
+    ]
 
 
 def test_the_recipe_names_the_data_sets(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -182,7 +221,13 @@ def test_a_failed_data_set_is_a_row_and_not_the_end(place: Path, capsys: pytest.
     shard.write_bytes(shard.read_bytes()[:-5000])
     with pytest.raises(RunError, match="1 of 2"):
         evaluate("runs/clip", datasets=["shards:data/colors", "openmoji"], as_json=False)
-    assert "not evaluated  shards:data/colors" in capsys.readouterr().out
+    assert "shards:data/colors: not evaluated" in capsys.readouterr().out.splitlines()
+
+
+def test_a_reason_names_its_data_set_once(place: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(RunError):
+        evaluate("runs/clip", datasets=["shards:gone", "openmoji"])
+    assert caplog.messages[-1] == "shards:gone: not evaluated: no such folder; mlip prepare-data makes one"
 
 
 def test_nothing_but_wrong_usage_is_wrong_usage(place: Path) -> None:

@@ -1,6 +1,7 @@
 """`mlip merge-sweep` on a small real run: every setting beside the unmerged model, on the same pictures."""
 
 import json
+import re
 import sys
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -90,11 +91,23 @@ def test_a_plain_clip_is_swept_at_the_default_places(place: Path, capsys: pytest
 def test_tables(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sweep("runs/mlip", as_json=False)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split("  ")[0] == "method"
-    assert lines[1].startswith("none       0      0.000       16 16 16 16")
-    assert lines[2].startswith("guided   0.5      0.500         16 11 8 8")
+    assert " ".join(lines[0].split()) == "method rate true rate GFLOPs images/s x rate 0 (95 %) by FLOPs"
+    assert lines[1].startswith("none       0      0.000  ")
+    assert lines[2].startswith("guided   0.5      0.500  ")
+    assert lines[4:8] == ["", "tokens in each block:", "  none 0: 16 16 16 16", "  guided 0.5: 16 11 8 8"]
     assert "shards:data/colors: 24 pictures, chance 12.5 %; in brackets: 95 % intervals" in lines
-    assert max(map(len, lines)) <= 120
+    assert any(line.startswith("method  rate  same top-1 as rate 0 %  won  lost") for line in lines)
+    assert max(len(line) for line in lines if line.startswith(("method", "none", "guided"))) <= 80
+
+
+def test_tables_of_retrieval(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_run(place / "runs/pairs", small_recipe(data={"validation": ["data/colors"]}))
+    sweep("runs/pairs", as_json=False)
+    lines = capsys.readouterr().out.splitlines()
+    assert "validation: 24 pictures, 48 captions; in brackets: 95 % intervals" in lines
+    assert any(re.fullmatch(r"image to text \(chance [\d.]+/[\d.]+/[\d.]+ %\)", line) for line in lines)
+    assert sum(line.startswith("guided   0.5") for line in lines) == 4
+    assert max(len(line) for line in lines if line.startswith(("method", "none", "guided"))) <= 80
 
 
 @pytest.mark.parametrize(

@@ -8,14 +8,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from models_for_tests import small_recipe
+from models_for_tests import small_model, small_recipe
 
 from mlip_cli.commands import recording
+from mlip_cli.commands.evaluators import Evaluator, Measures
 from mlip_cli.commands.recording import recorded
-from mlip_cli.commands.training import training_device
+from mlip_cli.commands.run_start import command_to_resume
+from mlip_cli.commands.training import measure, training_device
+from mlip_cli.commands.validation import OnBatch
+from mlip_cli.drawing import TrainingPanel
 from mlip_cli.errors import RunError, UsageError
 from mlip_cli.output import warn
-from mlip_cli.run_folder import Run
+from mlip_cli.run_folder import Run, claimed
+from mlip_cli.types import Encoder
 
 CPU = torch.device("cpu")
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -67,3 +72,40 @@ def test_latest_is_written_in_runs_and_nowhere_else(tmp_path: Path, monkeypatch:
             pass
     assert (tmp_path / "latest").read_text() == "the user's own"
     assert (tmp_path / "runs" / "latest").read_text() == "b\n"
+
+
+def test_runs_that_start_within_a_second_have_names_of_their_own(tmp_path: Path) -> None:
+    found = [claimed(tmp_path / "runs" / "openmoji-20261122-084311") for _ in range(3)]
+    names = [f"openmoji-20261122-084311{number}" for number in ("", "-2", "-3")]
+    assert [path.name for path in found] == names
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == names
+
+
+def test_the_command_to_go_on_is_what_was_typed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    overrides = ["model.merging.at=[2, 3]"]
+    assert command_to_resume("openmoji", overrides, out=None) == (
+        "mlip pretrain openmoji 'model.merging.at=[2, 3]' --resume"
+    )
+    monkeypatch.setenv("RANK", "0")
+    assert command_to_resume("a b.yaml", [], out=Path("runs/x")) == (
+        "torchrun ... -m mlip_cli pretrain 'a b.yaml' --out runs/x --resume"
+    )
+
+
+def test_a_signal_leaves_an_evaluation_and_its_numbers() -> None:
+    asked = False
+
+    def evaluate(encoder: Encoder, on_batch: OnBatch) -> Measures:
+        nonlocal asked
+        on_batch(3)
+        asked = encoder is second
+        on_batch(3)
+        return Measures({"a_acc1": 0.5}, "top-1 50.0 %; n 6")
+
+    evaluators = [Evaluator(name, 6, evaluate) for name in "ab"]
+    panel = TrainingPanel(9, is_live=False)
+    first, second = small_model(), small_model()
+    assert measure(first, evaluators, panel, 4, lambda: asked) == {"a_acc1": 0.5}
+    assert not first.training
+    assert measure(second, evaluators, panel, 4, lambda: asked) == {}

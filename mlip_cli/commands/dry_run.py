@@ -12,9 +12,9 @@ from mlip_cli.data.dataset import open_sources
 from mlip_cli.data.loader import preflight
 from mlip_cli.distributed import world_size
 from mlip_cli.errors import UsageError
-from mlip_cli.evaluate.benchmarks import data_root, find_benchmark
+from mlip_cli.evaluate.benchmarks import UnknownDataSetError, data_root, find_benchmark
 from mlip_cli.model.clip import build_model
-from mlip_cli.output import print_json, print_lines
+from mlip_cli.output import plural, print_json, print_lines, print_prose
 from mlip_cli.recipe import LoadedRecipe, recipe_yaml
 
 
@@ -25,14 +25,20 @@ def describe(loaded: LoadedRecipe, *, as_json: bool) -> None:
         print_json({"recipe": loaded.recipe.model_dump(mode="json"), "origins": loaded.origins, **facts})
         return
     print_lines(recipe_yaml(loaded.recipe, loaded.origins))
-    print_lines("\n" + "\n".join(_lines(loaded.recipe, facts)))
+    print_lines("")
+    print_prose("\n".join(_lines(loaded.recipe, facts)))
+    for line in facts["missing"]:
+        print_lines(f"missing: {line}")  # with a command to copy, which is not folded
+    for line in facts["cautions"]:
+        print_prose(f"caution: {line}")
 
 
 def derived(recipe: Recipe) -> dict[str, Any]:
     """Model, costs, batch and data as plain data; missing data is an entry with its cure, not an error.
 
     Raises:
-        UsageError: a batch that the ranks cannot share or the data cannot fill, or a model that cannot be built.
+        UsageError: a batch that the ranks cannot share or the data cannot fill, a model that cannot be built, or an
+            evaluation data set that nobody knows.
     """
     with torch.device("meta"):
         model = build_model(recipe)
@@ -68,6 +74,8 @@ def _missing(recipe: Recipe) -> Iterator[str]:
     for name in recipe.evaluate.zeroshot:
         try:
             find_benchmark(name, root=data_root(None))
+        except UnknownDataSetError:
+            raise
         except UsageError as error:
             yield str(error)
 
@@ -84,10 +92,11 @@ def _lines(recipe: Recipe, facts: dict[str, Any]) -> list[str]:
     ranks, batch = facts["ranks"], recipe.train.global_batch_size
     micro = recipe.train.micro_batch_size
     counted = ", ".join(f"{name} {count:,}" for name, count in facts["parameters"].items())
-    length = f"{facts['steps']:,} steps" if facts["steps"] else f"{recipe.train.epochs} epochs"
+    length = plural(facts["steps"], "step") if facts["steps"] else plural(recipe.train.epochs or 0, "epoch")
+    loaders = plural(facts["num_workers"], "loader process", "loader processes")
     return [
-        f"device: {facts['device']}, {recipe.train.precision}, {facts['num_workers']} loader processes a rank",
-        f"batch: {batch:,} / {ranks} rank{'s' if ranks > 1 else ''} = {facts['samples_per_rank']:g} a rank"
+        f"device: {facts['device']}, {recipe.train.precision}, {loaders} a rank",
+        f"batch: {batch:,} / {plural(ranks, 'rank')} = {facts['samples_per_rank']:g} a rank"
         + (f", {micro:,} at a time" if micro else ""),
         f"length: {length}",
         f"parameters: {sum(facts['parameters'].values()):,} ({counted})",
@@ -97,6 +106,4 @@ def _lines(recipe: Recipe, facts: dict[str, Any]) -> list[str]:
         f"frequency branch in training {facts['gflops_per_image_frequency_branch']:.3g}); "
         f"per text of {recipe.model.text.context_length} tokens: {facts['gflops_per_text']:.3g}",
         *[f"data: {line}" for line in facts["data"]],
-        *[f"missing: {line}" for line in facts["missing"]],
-        *[f"caution: {line}" for line in facts["cautions"]],
     ]

@@ -13,7 +13,7 @@ from mlip_cli.commands.zeroshot_tables import compared, print_results, without_a
 from mlip_cli.errors import RunError, UsageError
 from mlip_cli.evaluate.benchmarks import Benchmark, data_root, find_benchmark
 from mlip_cli.files import write_json
-from mlip_cli.output import print_json, say, warn
+from mlip_cli.output import plural, print_json, say, warn
 from mlip_cli.recipe import load_recipe
 from mlip_cli.run_folder import Run, find_checkpoint
 
@@ -22,6 +22,12 @@ if TYPE_CHECKING:
 
 PROTOCOL = 1
 """Raised when the same data and weights would give other numbers; results of other protocols are measured again."""
+
+NEEDED = frozenset(
+    {"step", "true_merge_rate", "measured_at", "n", "num_classes", "chance", "acc1", "acc1_interval", "acc5", "right"}
+    | {"mean_per_class_recall", "mean_per_class_recall_interval", "images_per_s"}
+)
+"""Keys of a stored result that the tables read."""
 
 
 @dataclass(frozen=True)
@@ -55,10 +61,18 @@ class Entry:
         return self.subject.run.evals / f"{name}-{self.subject.checkpoint.name}-{_shown(rate)}-{key}.json"
 
     def stored(self) -> dict[str, Any] | None:
-        """The result, if it was measured already."""
+        """The result, if it was measured already and its file is whole."""
         if not self.path.is_file():
             return None
-        result: dict[str, Any] = json.loads(self.path.read_text("utf-8"))
+        try:
+            result = json.loads(self.path.read_bytes())
+            lacks = sorted(NEEDED - result.keys()) if isinstance(result, dict) else ["JSON object in it"]
+            why = f"no {lacks[0]}" if lacks else None
+        except ValueError as error:
+            why = str(error)
+        if why:
+            warn(f"{self.path}: damaged ({why}); measured again")
+            return None
         return result if all(result.get(key) == value for key, value in self.identity.items()) else None
 
 
@@ -103,8 +117,10 @@ def eval_zeroshot(
         print_results(report, failed=list(failures))
     if failures:
         for name, error in failures.items():
-            warn(f"{name}: not evaluated: {error}")
-        raise RunError(f"{len(failures)} of {len(names)} data sets could not be evaluated: {', '.join(failures)}")
+            warn(f"{name}: not evaluated: {str(error).removeprefix(f'{name}: ')}")
+        raise RunError(
+            f"{len(failures)} of {plural(len(names), 'data set')} could not be evaluated: {', '.join(failures)}"
+        )
 
 
 def find_subjects(targets: Sequence[str]) -> list[Subject]:
@@ -190,7 +206,8 @@ def _complete(
     num_missing = sum(map(len, missing.values()))
     num_stored = sum(map(len, rows.values())) - num_missing
     if num_stored:
-        say(f"{num_stored} rows were there already, in evals/ of the runs; {num_missing} to measure")
+        were = "was" if num_stored == 1 else "were"
+        say(f"{plural(num_stored, 'row')} {were} there already, in evals/ of the runs; {num_missing} to measure")
     loaded = _load([entry for entries in missing.values() for entry in entries], device)
     results: dict[str, list[dict[str, Any]]] = {}
     failures: dict[str, Exception] = {}
@@ -221,6 +238,7 @@ def _load(entries: Sequence[Entry], device: str) -> dict[Path, "LoadedRun"]:
     """
     if not entries:
         return {}
+    say("loading PyTorch and the weights")
     from mlip_cli.commands.loading import at_rate, load_run
 
     loaded = {path: load_run(str(path), device=device) for path in dict.fromkeys(e.subject.checkpoint for e in entries)}
@@ -234,7 +252,7 @@ def _measure(entries: Sequence[Entry], loaded: dict[Path, "LoadedRun"], *, batch
     from mlip_cli.commands.evaluators import measure_runs
     from mlip_cli.commands.loading import at_rate
 
-    say(f"{entries[0].benchmark.name}: measuring {len(entries)} rows side by side")
+    say(f"{entries[0].benchmark.name}: {plural(len(entries), 'row')} to measure, in turn on each batch")
     by_checkpoint: dict[Path, list[Entry]] = {}
     for entry in entries:
         by_checkpoint.setdefault(entry.subject.checkpoint, []).append(entry)
@@ -250,6 +268,7 @@ def _measure(entries: Sequence[Entry], loaded: dict[Path, "LoadedRun"], *, batch
     for group, (run, encoders), group_scores in zip(groups, runs, scores, strict=True):
         for entry, encoder, own_scores in zip(group, encoders, group_scores, strict=True):
             result = {
+                "kind": "zeroshot",
                 **entry.identity,
                 "step": run.step,
                 "true_merge_rate": encoder.plan.rate,

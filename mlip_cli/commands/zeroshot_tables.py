@@ -1,10 +1,10 @@
 """The results of `mlip eval-zeroshot` as tables for people. No torch: results may all come from files."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mlip_cli.evaluate.statistics import paired
-from mlip_cli.output import print_lines, print_table
+from mlip_cli.output import plural, print_lines, print_prose, print_table
 
 Result = dict[str, Any]
 
@@ -30,70 +30,90 @@ def without_answers(result: Result) -> Result:
 
 
 def print_results(groups: Sequence[Sequence[Result]], *, failed: Sequence[str]) -> None:
-    """One table of all classification sets, and one a data set with names (openmoji)."""
+    """One table of all classification sets, and one a data set with names (openmoji). Each fits 80 columns.
+
+    Runs are numbered where there are several, and named below: their names are longer than any of their numbers.
+    """
     named = [group for group in groups if "names" in group[0]]
     plain = [group for group in groups if "names" not in group[0]]
-    for group in named:
-        _print_named(group)
-    if plain or failed:
-        _print_plain(plain, failed=failed)
     results = [result for group in groups for result in group]
-    print_lines("\n".join([_checkpoints(results), *_speeds(results)]))
+    checkpoints = _checkpoints(results)
+    numbers = {run: number for number, run in enumerate(checkpoints, start=1)} if len(checkpoints) > 1 else {}
+    for group in named:
+        _print_named(group, numbers)
+    if plain or failed:
+        _print_plain(plain, numbers, failed=failed)
+    for run, checkpoint in checkpoints.items():
+        print_prose(f"run {numbers[run]}: {checkpoint}" if numbers else f"measured: {checkpoint}")
+    for line in _speeds(results):
+        print_prose(line)
 
 
-def _print_named(group: Sequence[Result]) -> None:
+def _print_named(group: Sequence[Result], numbers: Mapping[str, int]) -> None:
     first = group[0]
-    print_table(
-        ("run", "rate", "group recall %", "name R@1 %", "name R@5 %", "n", "chance %", "images/s"),
-        [
-            (
-                result["run"],
-                _rate(result),
-                score(result, "mean_per_class_recall"),
-                score(result["names"], "r1"),
-                score(result["names"], "r5"),
-                result["n"],
-                percent(result["chance"]),
-                f"{result['images_per_s']:,.0f}",
-            )
-            for result in group
-        ],
-        title=f"{first['dataset']}: {first['n']} pictures of concepts that training did not see",
-    )
     names = first["names"]
-    print_lines(
-        f"chance: group recall {percent(first['chance'])} % ({first['num_classes']} groups), "
+    rows = [
+        [
+            *_run(result, numbers),
+            _rate(result),
+            score(result, "mean_per_class_recall"),
+            score(result["names"], "r1"),
+            score(result["names"], "r5"),
+            f"{result['images_per_s']:,.0f}",
+        ]
+        for result in group
+    ]
+    print_table(
+        (*_run_column(numbers), "true rate", "group recall %", "name R@1 %", "name R@5 %", "images/s"),
+        rows,
+        title=f"{first['dataset']}: {plural(first['n'], 'picture')} of concepts that training did not see",
+    )
+    print_prose(
+        f"chance: group recall {percent(first['chance'])} % ({plural(first['num_classes'], 'group')}), "
         f"name R@1 {percent(names['r1_chance'])} %, R@5 {percent(names['r5_chance'])} % "
-        f"({names['num_candidates']} names); {INTERVALS}"
+        f"({plural(names['num_candidates'], 'name')}); {INTERVALS}"
     )
     print_lines("")
 
 
-def _print_plain(groups: Sequence[Sequence[Result]], *, failed: Sequence[str]) -> None:
-    rows: list[tuple[Any, ...]] = [
-        (
-            result["run"],
+def _print_plain(groups: Sequence[Sequence[Result]], numbers: Mapping[str, int], *, failed: Sequence[str]) -> None:
+    rows: list[list[Any]] = [
+        [
             result["dataset"],
+            *_run(result, numbers),
             _rate(result),
             score(result, "acc1"),
             percent(result["acc5"]),
             percent(result["mean_per_class_recall"]),
-            result["n"],
-            percent(result["chance"]),
             f"{result['images_per_s']:,.0f}",
-        )
+        ]
         for group in groups
         for result in group
     ]
-    rows += [("not evaluated", name, *[None] * 7) for name in failed]
-    print_table(("run", "dataset", "rate", "acc1 %", "acc5 %", "recall %", "n", "chance %", "images/s"), rows)
-    print_lines(f"recall: mean over the classes; {INTERVALS}")
+    columns = ("data set", *_run_column(numbers), "true rate", "top-1 %", "top-5 %", "recall %", "images/s")
+    rows += [[name, *[None] * (len(columns) - 1)] for name in failed]
+    print_table(columns, rows)
+    for first, *_ in groups:
+        print_prose(
+            f"{first['dataset']}: {plural(first['n'], 'picture')}, {plural(first['num_classes'], 'class', 'classes')}, "
+            f"chance {percent(first['chance'])} %"
+        )
+    for name in failed:
+        print_prose(f"{name}: not evaluated")
+    print_prose(f"recall: mean over the classes; {INTERVALS}")
     print_lines("")
 
 
+def _run_column(numbers: Mapping[str, int]) -> tuple[str, ...]:
+    return ("run",) if numbers else ()
+
+
+def _run(result: Result, numbers: Mapping[str, int]) -> list[int]:
+    return [numbers[result["run"]]] if numbers else []
+
+
 def _rate(result: Result) -> str:
-    rate = result["true_merge_rate"] if result["merge_rate"] is None else result["merge_rate"]
-    return f"{rate:.2g}"
+    return f"{result['true_merge_rate']:.3f}"
 
 
 def percent(share: float | None) -> str | None:
@@ -107,11 +127,13 @@ def score(scores: Result, name: str) -> str:
     return f"{percent(scores[name])} ({percent(low)}-{percent(high)})"
 
 
-def _checkpoints(results: Sequence[Result]) -> str:
-    """What was measured: the checkpoint of each run."""
-    steps = {(result["run"], result["step"], result["is_last_checkpoint"]): None for result in results}
+def _checkpoints(results: Sequence[Result]) -> dict[str, str]:
+    """What was measured: run -> its checkpoint in words."""
     which = {True: "last", False: "earlier"}
-    return "measured: " + ", ".join(f"{run} at step {step} ({which[last]} checkpoint)" for run, step, last in steps)
+    return {
+        result["run"]: f"{result['run']} at step {result['step']} ({which[result['is_last_checkpoint']]} checkpoint)"
+        for result in results
+    }
 
 
 def _speeds(results: Sequence[Result]) -> list[str]:

@@ -48,6 +48,10 @@ FAMILIES = "openmoji, digits, imagenet, folder:PATH, shards:PATH, wds/NAME, or o
 PICTURE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 
 
+class UnknownDataSetError(UsageError):
+    """No evaluation data set has this name, wherever one looks."""
+
+
 @dataclass(frozen=True)
 class Benchmark:
     """An evaluation data set that was found."""
@@ -71,7 +75,8 @@ def find_benchmark(name: str, *, root: Path) -> Benchmark:
     """The data set called `name` under `root`.
 
     Raises:
-        UsageError: unknown name (with a guess), or data that is not there, with what to do about it.
+        UnknownDataSetError: with a guess.
+        UsageError: the data is not there, with what to do about it.
     """
     prefix, colon, path = name.partition(":")
     if colon and prefix in ("folder", "shards"):
@@ -86,7 +91,7 @@ def find_benchmark(name: str, *, root: Path) -> Benchmark:
         return _web_shards(name, root)
     close = difflib.get_close_matches(name, ("openmoji", "digits", "imagenet", *CLIP_BENCHMARK), n=1)
     guess = f"did you mean {close[0]}?" if close else f"there are {FAMILIES}"
-    raise UsageError(f"unknown data set {name!r}; {guess}")
+    raise UnknownDataSetError(f"unknown data set {name!r}; {guess}")
 
 
 def class_folders(folder: Path) -> list[Path]:
