@@ -9,6 +9,7 @@ from models_for_tests import small_batch, small_model
 from PIL import Image
 from torch import Tensor
 
+from mlip_cli.commands.sweep_datasets import numbers_at_random
 from mlip_cli.data.transforms import pil_to_uint8
 from mlip_cli.evaluate.merge_pictures import (
     MAP_SHARE,
@@ -183,3 +184,9 @@ def test_magnified_panels_are_exact_and_photos_small() -> None:
     with Image.open(io.BytesIO(encode(panel, is_magnified=True))) as image:
         assert torch.equal(pil_to_uint8(image), panel)
     assert len(encode(noise(1, 3, 224, 224)[0], is_magnified=False)) < 60_000 < 3 * 224 * 224
+
+
+def test_pictures_are_drawn_at_random_and_always_the_same() -> None:
+    assert numbers_at_random(4, 400) == numbers_at_random(4, 400) == sorted(set(numbers_at_random(4, 400)))
+    assert max(numbers_at_random(4, 400)) > 20
+    assert numbers_at_random(8, 5) == [0, 1, 2, 3, 4]
