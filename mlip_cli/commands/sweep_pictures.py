@@ -1,7 +1,6 @@
 """The merge pictures of a sweep: what became one token, as files in RUN/pictures/ and an account in RUN/evals/."""
 
 import hashlib
-import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,6 +20,8 @@ from mlip_cli.types import MergeStage
 
 MAPS = ("spatial", "frequency", "mixed")
 SUFFIX = ".webp"
+WRITERS = 8
+"""Files written at once: more than there may be cores, since each waits for the disk."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def write_merge_pictures(
     folder.mkdir(parents=True, exist_ok=True)
     images = torch.stack([picture.image for picture in chosen])
     panels = panel_pictures(images)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(WRITERS) as pool:
         writer = PanelWriter(root, folder, panels.shape[-2] > images.shape[-2], pool)
         paths = writer.write(panels, [f"{picture.number:06d}" for picture in chosen])
         drawn = [_point(loaded, point, chosen, paths, panels, writer) for point in points if point.method]

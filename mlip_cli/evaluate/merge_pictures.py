@@ -52,19 +52,19 @@ def draw_groups(pictures: Tensor, groups: Tensor, grid: tuple[int, int]) -> Tens
     A patch alone in its token stays as it is. A group has the colour of its smallest patch, and keeps it when it grows
     by later patches.
     """
-    pixels = patch_of_pixel(grid, (pictures.shape[-2], pictures.shape[-1]))
     index = torch.arange(groups.shape[1]).expand_as(groups)
     smallest = torch.full_like(groups, groups.shape[1]).scatter_reduce(1, groups, index, "amin").gather(1, groups)
     sizes = group_sums(torch.ones(groups.shape), groups)
     grey = grey_of(pictures)
     brightness = group_sums(F.adaptive_avg_pool2d(grey, grid).flatten(1), groups) / sizes
 
-    color = group_colors(grid)[smallest]
-    line = torch.where((brightness > DARK)[..., None], 0.7 * color, 0.7 * color + 0.3 * 255)
-    color, line = (c.transpose(1, 2)[:, :, pixels] for c in (color, line))
-    is_border = near_another(smallest[:, pixels], distance=max(1, pictures.shape[-2] // grid[0] // 8))
-    drawn = torch.where(is_border[:, None], line, torch.lerp(grey, color, TINT)).round().to(torch.uint8)
-    return torch.where((sizes > 1)[:, pixels][:, None], drawn, pictures)
+    color = group_colors(grid)[smallest].transpose(1, 2)
+    line = 0.7 * color + torch.where(brightness > DARK, 0.0, 0.3 * 255)[:, None]
+    size = (pictures.shape[-2], pictures.shape[-1])
+    tinted = blend(grey, color, grid, share=TINT)
+    is_border = near_another(smallest, grid, size, distance=max(1, size[0] // grid[0] // 8))
+    drawn = torch.where(is_border[:, None], spread(line.round().to(torch.uint8), grid, size), tinted)
+    return torch.where(spread(sizes > 1, grid, size)[:, None], drawn, pictures)
 
 
 def draw_guidance(pictures: Tensor, values: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -73,8 +73,7 @@ def draw_guidance(pictures: Tensor, values: Tensor, grid: tuple[int, int]) -> Te
     at = values.float() * (len(stops) - 1)
     below = at.long().clamp(max=len(stops) - 2)
     color = torch.lerp(stops[below], stops[below + 1], (at - below)[..., None])
-    pixels = patch_of_pixel(grid, (pictures.shape[-2], pictures.shape[-1]))
-    return torch.lerp(grey_of(pictures), color.transpose(1, 2)[:, :, pixels], MAP_SHARE).round().to(torch.uint8)
+    return blend(grey_of(pictures), color.transpose(1, 2), grid, share=MAP_SHARE)
 
 
 def encode(panel: Tensor, *, is_magnified: bool) -> bytes:
@@ -87,10 +86,23 @@ def encode(panel: Tensor, *, is_magnified: bool) -> bytes:
     return file.getvalue()
 
 
-def patch_of_pixel(grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
-    """Number of the patch that each pixel lies in: grid (h, w), size (H, W) -> (H, W) int64."""
+def blend(grey: Tensor, color: Tensor, grid: tuple[int, int], *, share: float) -> Tensor:
+    """`share` of each patch's colour, the rest grey: (B, 1, H, W), (B, 3, N) in [0, 255] -> (B, 3, H, W) uint8."""
+    size = (grey.shape[-2], grey.shape[-1])
+    rest = ((1 - share) * grey).to(torch.uint8)  # rounded down, so that the sum is at most 255
+    return spread((share * color).round().to(torch.uint8), grid, size) + rest
+
+
+def spread(values: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    """Give each pixel its patch's value: (..., N), grid (h, w), size (H, W) -> (..., H, W)."""
+    rows, columns = lines_of_patches(grid, size)
+    return values.unflatten(-1, grid).index_select(-2, rows).index_select(-1, columns)
+
+
+def lines_of_patches(grid: tuple[int, int], size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Row and column of the patch that each row and column of pixels lies in: (H,), (W,) int64."""
     rows, columns = (torch.arange(pixels) * patches // pixels for patches, pixels in zip(grid, size, strict=True))
-    return rows[:, None] * grid[1] + columns
+    return rows, columns
 
 
 def group_sums(values: Tensor, groups: Tensor) -> Tensor:
@@ -103,13 +115,29 @@ def grey_of(pictures: Tensor) -> Tensor:
     return (pictures.float() * torch.tensor([0.299, 0.587, 0.114])[:, None, None]).sum(1, keepdim=True)
 
 
-def near_another(numbers: Tensor, *, distance: int) -> Tensor:
-    """Pixels with another number at most `distance` rows and columns away: (B, H, W) -> (B, H, W) bool."""
-    numbers = numbers.float()
-    largest, smallest = (
-        sign * F.max_pool2d(sign * numbers, 2 * distance + 1, stride=1, padding=distance) for sign in (1, -1)
-    )
-    return largest != smallest
+def near_another(numbers: Tensor, grid: tuple[int, int], size: tuple[int, int], *, distance: int) -> Tensor:
+    """Pixels with another patch's number at most `distance` rows and columns away: (B, N) -> (B, H, W) bool.
+
+    A bit for each of the eight neighbours: of a patch, that its number is another; of a pixel, that it is near enough.
+    """
+    own = numbers.unflatten(1, grid)
+    around = F.pad(own, (1, 1, 1, 1))  # with anything: no pixel is near a patch outside
+    rows, columns = lines_of_patches(grid, size)
+    near_rows, near_columns = _near(rows, distance), _near(columns, distance)
+    differs = torch.zeros(own.shape, dtype=torch.uint8)
+    is_near = torch.zeros(size, dtype=torch.uint8)
+    for bit, (down, right) in enumerate((d, r) for d in (-1, 0, 1) for r in (-1, 0, 1) if (d, r) != (0, 0)):
+        neighbour = around[:, 1 + down : 1 + down + grid[0], 1 + right : 1 + right + grid[1]]
+        differs |= (neighbour != own).to(torch.uint8) << bit
+        is_near |= (near_rows[down][:, None] & near_columns[right]).to(torch.uint8) << bit
+    return (spread(differs.flatten(1), grid, size) & is_near) != 0
+
+
+def _near(line: Tensor, distance: int) -> dict[int, Tensor]:
+    """Places of a line that are near the patch before (-1), near their own (0, all), near the next (1): (n,) bool."""
+    places = torch.arange(len(line))
+    beside = {way: line[(places + way * distance).clamp(0, len(line) - 1)] for way in (-1, 1)}
+    return {0: places >= 0, **{way: other != line for way, other in beside.items()}}
 
 
 def group_colors(grid: tuple[int, int]) -> Tensor:

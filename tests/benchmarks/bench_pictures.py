@@ -6,7 +6,6 @@ Drawing and writing (encoding, and files that are synced) apart, and both as mer
 not counted. The photos are the two that scikit-learn ships, in crops.
 """
 
-import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from sklearn.datasets import load_sample_images
 from torch import Tensor
 
 from mlip_cli.commands.profile import device_name
-from mlip_cli.commands.sweep_pictures import PanelWriter, stage_panels
+from mlip_cli.commands.sweep_pictures import WRITERS, PanelWriter, stage_panels
 from mlip_cli.config import Model, Text, Vision
 from mlip_cli.evaluate.merge_pictures import panel_pictures
 from mlip_cli.model.clip import CLIP
@@ -75,7 +74,7 @@ def test_speed_of_merge_pictures() -> None:
             drawn.update({f"{i}_{kind}": own for kind, own in stage_panels(panels, stage, GRID) if own is not None})
 
     def write(batches: dict[str, Tensor]) -> None:
-        with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(os.cpu_count()) as pool:
+        with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(WRITERS) as pool:
             writer = PanelWriter(Path(name), Path(name), is_magnified=False, pool=pool)
             for kind, batch in batches.items():
                 writer.write(batch, [f"{i:06d}_{kind}" for i in range(len(batch))])
