@@ -1,5 +1,6 @@
 """What a sample costs the loader: the training loader itself, with clocks."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,22 @@ from mlip_cli.data.dataset import ShardDataset
 
 
 @pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
 def data(tmp_path: Path) -> ShardDataset:
     return ShardDataset(make_dataset(tmp_path / "data", n=20))
 
 
 def test_every_part_is_timed_on_one_thread_and_nothing_stays_behind(
-    data: ShardDataset, monkeypatch: pytest.MonkeyPatch
+    data: ShardDataset, two_threads: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    threads, seen = torch.get_num_threads(), []
+    seen = []
     decode = loader.decode
 
     def spied(image: bytes) -> torch.Tensor:
@@ -34,7 +43,7 @@ def test_every_part_is_timed_on_one_thread_and_nothing_stays_behind(
     cost = measure_loader(small_recipe(), [data])
     assert functions == (ShardDataset.read, loader.decode, loader.training_transform)
     assert set(seen) == {1}
-    assert torch.get_num_threads() == threads
+    assert torch.get_num_threads() == 2
     assert list(cost.sample_seconds) == ["read", "decode", "transform", "tokenize and collate"]
     assert all(seconds > 0 for seconds in cost.sample_seconds.values())
     assert cost.num_samples == 12 * 20
