@@ -213,6 +213,7 @@ def merge_sweep(
     json: Json = False,
 ) -> None:
     """Measure speed and accuracy at several merge rates."""
+    say("loading PyTorch")
     from mlip_cli.commands import merge_sweep as command
 
     command.merge_sweep(
@@ -274,6 +275,7 @@ def profile(
     json: Json = False,
 ) -> None:
     """Count parameters and GFLOPs, measure throughput and memory."""
+    say("loading PyTorch")
     from mlip_cli.commands import profile as command
 
     command.profile(target, batch_size=batch_size, rounds=rounds, device=device, as_json=json)

@@ -10,7 +10,7 @@ import pytest
 
 import mlip_cli.cli
 
-COMMANDS = ("prepare-data", "pretrain", "merge-sweep", "eval-zeroshot", "profile", "doctor")
+COMMANDS = ("prepare-data", "pretrain", "merge-sweep", "eval-zeroshot", "profile", "report", "doctor")
 
 
 def mlip(*arguments: str, folder: Path | None = None) -> subprocess.CompletedProcess[str]:

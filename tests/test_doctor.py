@@ -39,7 +39,7 @@ def test_a_healthy_machine_gets_a_json_document_and_exit_code_0(folder: Path) ->
         timeout=120,
         check=False,
     )
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, done.stderr) == (0, "looking at this machine; PyTorch takes some seconds to load\n")
     report = json.loads(done.stdout)
     assert report["ok"] is True
     names = [check["name"] for check in report["checks"]]

@@ -103,6 +103,22 @@ def test_holdout_is_by_pixels_and_stable(tmp_path: Path) -> None:
     }
 
 
+def test_how_many_were_held_out_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    source = write_sidecars(tmp_path / "in", 30)
+    with caplog.at_level("INFO", logger="mlip_cli"):
+        summary = prepare(source, tmp_path / "out", holdout=0.1)
+    n = summary["splits"]["validation"]["num_samples"]
+    assert 0 < n < 10
+    start = caplog.messages.index(f"{source}: 30 pictures, captions in .txt files; 30 rows") + 1
+    samples_held_out = "1 sample" if n == 1 else f"{n} samples"
+    assert caplog.messages[start : start + 3] == [
+        f"validation/ is {n} of 30 samples, held out by the hash of the pixels (--holdout 0.1, at most 5,000); the "
+        "source has no splits",
+        f"validation/ has {samples_held_out}, too few to measure by; say --holdout 0.2 for more",
+        "30 rows: 30 samples, 0 rejects",
+    ]
+
+
 def test_holdout_is_capped_and_yields_to_the_sources_own_splits() -> None:
     table = np.zeros(20_000, PART_ROW)
     table["pixels"] = np.random.default_rng(0).integers(0, 2**64, 20_000, dtype=np.uint64)

@@ -170,6 +170,42 @@ def test_folders_behind_links_are_read_and_loops_are_not(tmp_path: Path) -> None
     ]  # fmt: skip
 
 
+def test_pipes_and_devices_are_no_pictures(tmp_path: Path) -> None:
+    """Whoever opened one would wait for ever."""
+    source = write_files(tmp_path / "in", {"dog/0.png": picture(0), "dog/1.png": picture(1)})
+    os.mkfifo(source / "dog" / "2.jpg")
+    (source / "dog" / "3.jpg").symlink_to("/dev/zero")
+    assert prepare(source, tmp_path / "folder")["rows"] == 2
+
+    sidecars = write_sidecars(tmp_path / "sidecars", 2)
+    (sidecars / "00001.txt").unlink()
+    os.mkfifo(sidecars / "00001.txt")
+    prepare(sidecars, tmp_path / "text")
+    assert rejects(tmp_path / "text") == [("00001.png", 0, "caption is not a file", "00001.txt")]
+
+    table = write_files(
+        tmp_path / "table", {"metadata.csv": "path,text\n0.png,a\n1.png,b\n2.png,c\n", "0.png": picture(0)}
+    )
+    os.mkfifo(table / "1.png")
+    (table / "2.png").symlink_to("/dev/zero")
+    prepare(table, tmp_path / "rows")
+    assert [(row, reason, detail) for _, row, reason, detail in rejects(tmp_path / "rows")] == [
+        (1, "picture is not a file", "1.png: a pipe or a device"),
+        (2, "picture is not a file", "2.png: a pipe or a device"),
+    ]
+
+
+def test_the_columns_that_were_taken_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    source = write_files(tmp_path / "in", {"metadata.csv": "path,title,note\n0.png,a,b\n", "0.png": picture(0)})
+    with caplog.at_level("INFO", logger="mlip_cli"):
+        prepare(source, tmp_path / "out")
+        prepare(source, tmp_path / "named", caption_column="note")
+    assert [text for text in caplog.messages if text.startswith("pictures: ")] == [
+        "pictures: column 'path', captions: column 'title'",
+        "pictures: column 'path', captions: column 'note'",
+    ]
+
+
 def test_file_names_that_are_not_utf_8(tmp_path: Path) -> None:
     source = write_files(tmp_path / "in", {"a.png": picture(0), "a.txt": "a"})
     for ending in (".png", ".txt"):

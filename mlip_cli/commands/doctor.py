@@ -15,7 +15,7 @@ from typing import Literal
 from packaging.requirements import Requirement
 
 from mlip_cli.errors import RunError, UsageError
-from mlip_cli.output import print_json, print_lines, print_table
+from mlip_cli.output import plural, print_json, print_lines, print_table, say
 from mlip_cli.recipe import load_recipe
 from mlip_cli.run_folder import RUNS
 from mlip_cli.shipped import recipe_names, recipes_folder
@@ -46,6 +46,7 @@ def doctor(*, as_json: bool) -> None:
     Raises:
         RunError: a check failed.
     """
+    say("looking at this machine; PyTorch takes some seconds to load")
     checks = [check for examine in EXAMINATIONS for check in examine()]
     failed = [check.name for check in checks if check.status == "fail"]
     if as_json:
@@ -229,7 +230,7 @@ def _readable(name: str, folder: Path) -> Check:
         dataset.read(0)
     except (UsageError, RunError, OSError) as error:
         return Check(name, "fail", str(error), "prepare it again with mlip prepare-data, or take the folder away")
-    return Check(name, "ok", f"{folder}: {dataset.num_samples:,} samples")
+    return Check(name, "ok", f"{folder}: {plural(dataset.num_samples, 'sample')}")
 
 
 def recipes() -> Iterator[Check]:

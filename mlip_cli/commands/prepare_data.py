@@ -11,13 +11,17 @@ from typing import Any
 from mlip_cli import __version__
 from mlip_cli.data.records import MAX_HELD_OUT, parts_of, printable
 from mlip_cli.data.sources import DataSource, ReadOptions, count_records, find_source, read_records
+from mlip_cli.data.tables import columns_in_words
 from mlip_cli.data.workspace import Workspace, finished_summary, opened
 from mlip_cli.errors import UsageError
-from mlip_cli.output import print_json, print_table, progress, say, warn
+from mlip_cli.output import plural, print_json, print_table, progress, say, say_to_copy, warn
 
 DEFAULT_SIZE = {"openmoji": 64}
 OTHER_SIZE = 256
 """Sources of photographs: 256 pixels leave room for a random crop of 224."""
+
+FEW_HELD_OUT = 10
+"""Fewer held-out samples are worth a warning."""
 
 DEMO_FOLDER = Path("data/openmoji")
 """Where recipes/openmoji.yaml looks."""
@@ -78,8 +82,12 @@ def _prepare(
     from mlip_cli.data.prepare import SourceError, check_disk, finish, interruptions_named, prepare_parts
 
     started = time.monotonic()
-    rows = count_records(source, read)
-    say(f"{source.name}: {source.describe()}; {rows} rows")
+    with progress(None, "counting rows"):
+        rows = count_records(source, read)
+    say(f"{source.name}: {source.describe()}; {plural(rows, 'row')}")
+    if source.format == "metadata":
+        tables = source.tables()
+        say(columns_in_words(source.root, tables, image_column=read.image_column, caption_column=read.caption_column))
     check_disk(out, rows=rows, size=request["size"], source_bytes=sum(file.size for file in source.files))
     provenance = _provenance(source, request)
     with interruptions_named(out), opened(out, request) as work:
@@ -92,7 +100,7 @@ def _prepare(
                     options,
                     num_rows=rows,
                     num_workers=num_workers,
-                    advance=lambda n: bar.update(bar.task_ids[0], advance=n),
+                    advance=lambda n: bar.advance(bar.task_ids[0], n),
                 )
             done = finish(work, results, holdout=request["holdout"], provenance=provenance)
         except SourceError as error:
@@ -172,15 +180,22 @@ def _report(out: Path, summary: dict[str, Any], *, as_json: bool) -> None:
     request = summary["request"]
     if "validation" not in summary["splits"] and "test" not in summary["splits"] and request["holdout"]:
         warn(f"no picture was held out: {request['holdout']:.0%} of so few; say --holdout 0.2 for a validation split")
+    num_samples = summary["rows"] - summary["rejects"]
     if summary["held_out"]:
-        share = f"--holdout {request['holdout']:g}, at most {MAX_HELD_OUT}"
-        say(f"validation/ was held out by the hash of the pixels ({share}); the source has no splits")
-    say(f"{summary['rows']} rows: {summary['rows'] - summary['rejects']} samples, {summary['rejects']} rejects")
+        num_held_out = _samples(summary["splits"])["validation"]
+        share = f"--holdout {request['holdout']:g}, at most {MAX_HELD_OUT:,}"
+        say(
+            f"validation/ is {num_held_out:,} of {plural(num_samples, 'sample')}, held out by the hash of the pixels "
+            f"({share}); the source has no splits"
+        )
+        if num_held_out < FEW_HELD_OUT:
+            warn(f"validation/ has {plural(num_held_out, 'sample')}, too few to measure by; say --holdout 0.2 for more")
+    say(f"{plural(summary['rows'], 'row')}: {plural(num_samples, 'sample')}, {plural(summary['rejects'], 'reject')}")
     for reason, n in summary["reasons"].items():
-        say(f"  {n} x {reason}")
+        say(f"  {n:,} x {reason}")
     if summary["rejects"]:
         say(f"each reject with file, row and reason: {out / 'rejects.parquet'}")
     if summary["attribution"]:
         say(summary["attribution"])
     say("next:")
-    say(summary["next"])
+    say_to_copy(summary["next"])

@@ -1,5 +1,6 @@
 """Folders of pictures: captions in .txt files beside them, or in the names of the folders they lie in."""
 
+import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -49,7 +50,10 @@ def class_of(image: str) -> str | None:
 def _read_sidecar(path: Path) -> tuple[str | None, str | None]:
     """(caption, None) or (None, reason)."""
     try:
-        if path.stat().st_size > MAX_SIDECAR_BYTES:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # a pipe's reader would wait for ever
+            return None, "caption is not a file"
+        if status.st_size > MAX_SIDECAR_BYTES:
             return None, "caption too long"
         text = decode_text(path.read_bytes())
     except FileNotFoundError:

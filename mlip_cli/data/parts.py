@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import stat
 from collections import Counter
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -94,6 +95,8 @@ def _make_sample(record: Record, row: int, options: PartOptions) -> tuple[dict[s
 
 def _read_picture(picture: Picture) -> bytes:
     try:
+        if not stat.S_ISREG(os.stat(picture.path).st_mode) and not os.path.isdir(picture.path):
+            raise RejectedPictureError("picture is not a file", "a pipe or a device")  # whose reader would wait
         with open(picture.path, "rb") as file:
             size = os.fstat(file.fileno()).st_size if picture.size is None else picture.size
             if size > MAX_FILE_BYTES:

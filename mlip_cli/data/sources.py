@@ -10,6 +10,7 @@ from pathlib import Path
 
 from mlip_cli.data.records import SPLIT_WORDS, Record, checked_captions, json_bytes, printable
 from mlip_cli.errors import UsageError
+from mlip_cli.output import plural
 
 FORMATS = ("openmoji", "metadata", "sidecar", "classes", "webdataset")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
@@ -67,11 +68,12 @@ class DataSource:
         if self.format == "metadata":
             return f"pictures in {', '.join(self.tables())}"
         if self.format == "webdataset":
-            return f"{len(self.tars())} webdataset tars"
+            return plural(len(self.tars()), "webdataset tar")
         beside = "captions in .txt files" if self.format == "sidecar" else "a folder a class"
         others = len(self.files) - len(self.images()) * (2 if self.format == "sidecar" else 1)
-        ignored = f" ({others} other files are not read)" if others > 0 else ""
-        return f"{len(self.images())} pictures, {beside}{ignored}"
+        is_read = "is" if others == 1 else "are"
+        ignored = f" ({plural(others, 'other file')} {is_read} not read)" if others > 0 else ""
+        return f"{plural(len(self.images()), 'picture')}, {beside}{ignored}"
 
     def tars(self) -> list[str]:
         return [file.name for file in self.files if Path(file.name).suffix.lower() == ".tar"]
@@ -233,7 +235,10 @@ def _scan(root: Path) -> tuple[SourceFile, ...]:
 
 
 def _walk(folder: Path, above: tuple[tuple[int, int], ...] = ()) -> Iterator[Path]:
-    """Files under `folder` but hidden ones. Links to folders are followed, but not to a folder on the way there."""
+    """Regular files under `folder` but hidden ones, and links that lead nowhere.
+
+    Links to folders are followed, but not to a folder on the way there.
+    """
     stat = folder.stat()
     here = stat.st_dev, stat.st_ino
     if here in above:
@@ -242,10 +247,11 @@ def _walk(folder: Path, above: tuple[tuple[int, int], ...] = ()) -> Iterator[Pat
         for entry in entries:
             if entry.name.startswith("."):
                 continue
+            path = Path(entry.path)
             if entry.is_dir():
-                yield from _walk(Path(entry.path), (*above, here))
-            else:
-                yield Path(entry.path)
+                yield from _walk(path, (*above, here))
+            elif entry.is_file() or not path.exists():  # no pipes and devices, whose reader would wait for ever
+                yield path
 
 
 def _stated(root: Path, path: Path) -> SourceFile:

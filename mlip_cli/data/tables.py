@@ -29,16 +29,35 @@ def table_records(
     for table in tables:
         path = root / table
         columns, rows = _read_table(path)
-        image = image_column or _guessed(path, "image", IMAGE_COLUMNS, columns)
-        caption = caption_column or _guessed(path, "caption", CAPTION_COLUMNS, columns)
-        for flag, column in (("image", image), ("caption", caption)):
-            if column not in columns:
-                raise UsageError(f"{path}: no column {column!r} (--{flag}-column); columns are {', '.join(columns)}")
+        image, caption = _chosen(path, columns, image_column, caption_column)
         for number, row in enumerate(rows):
             if isinstance(row, str):
                 yield Record(table, number, None, (), reject=row)
             else:
                 yield _record(path, table, number, row, image=image, caption=caption)
+
+
+def columns_in_words(
+    root: Path, tables: Sequence[str], *, image_column: str | None = None, caption_column: str | None = None
+) -> str:
+    """Which columns hold pictures and captions: those that were named, or guessed.
+
+    Raises:
+        UsageError: as `table_records`.
+    """
+    found = {_chosen(root / table, _read_table(root / table)[0], image_column, caption_column) for table in tables}
+    return "; ".join(f"pictures: column {image!r}, captions: column {caption!r}" for image, caption in sorted(found))
+
+
+def _chosen(
+    path: Path, columns: Sequence[str], image_column: str | None, caption_column: str | None
+) -> tuple[str, str]:
+    image = image_column or _guessed(path, "image", IMAGE_COLUMNS, columns)
+    caption = caption_column or _guessed(path, "caption", CAPTION_COLUMNS, columns)
+    for flag, column in (("image", image), ("caption", caption)):
+        if column not in columns:
+            raise UsageError(f"{path}: no column {column!r} (--{flag}-column); columns are {', '.join(columns)}")
+    return image, caption
 
 
 def _record(path: Path, table: str, number: int, row: dict[str, Any], *, image: str, caption: str) -> Record:
