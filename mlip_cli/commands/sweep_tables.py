@@ -37,6 +37,8 @@ def show(result: dict[str, Any]) -> None:
         print_prose(f"  {' '.join(names(point))}: {' '.join(map(str, point['tokens_per_block']))}")
     for dataset in result["datasets"]:
         show_dataset(dataset)
+    for failed in result["failed"]:
+        print_prose(f"\n{failed['dataset']}: not evaluated")
 
 
 def show_dataset(dataset: dict[str, Any]) -> None:
