@@ -14,6 +14,7 @@ from mlip_cli import __version__, cli
 from mlip_cli.commands import profile, profile_tables
 from mlip_cli.commands.training_step import TrainingStep
 from mlip_cli.config import LOSS_NAMES
+from mlip_cli.profiling import Timing
 from mlip_cli.recipe import recipe_yaml
 
 
@@ -85,6 +86,7 @@ def test_parts_add_up_to_the_step(
     assert sum(row["share"] for row in inside) + left["share"] == pytest.approx(1)
     assert {row["group"] for row in inside} == {"data", "forward", "losses", "backward", "optimizer"}
     assert {row["part"] for row in inside if row["group"] == "losses"} == set(LOSS_NAMES)
+    assert 0 < left["outside_s"] < result["whole_s"]
     assert result["clocks_cost"] > -1
     assert result["limit"].keys() == {"part", "why"}
 
@@ -192,6 +194,13 @@ def test_micro_batches_smaller_than_the_batch_are_taken_as_in_training(
     assert (
         said.count("the recipe's micro-batches of 3 are no smaller than this batch of 3: it is measured at once") == 1
     )
+
+
+def test_what_the_clocks_cost_is_compared_inside_rounds() -> None:
+    def timing(*seconds: float) -> Timing:
+        return Timing(seconds=seconds, median_s=0.0, speedup=1.0, speedup_interval=(1.0, 1.0))
+
+    assert profile.extra_share(timing(1.1, 11, 2.2, 3.3, 9), timing(1, 10, 2, 3, 1)) == pytest.approx(0.1)
 
 
 class Stdout:

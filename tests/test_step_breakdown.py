@@ -208,7 +208,11 @@ def test_pieces_of_the_step_leave_weights_alone_and_no_gradient_to_the_next() ->
     assert all(torch.equal(weights[name], value) for name, value in step.model.state_dict().items())
 
 
-STEPS = [TimedStep(10.0, {"a": 3.0, BACKWARD: 5.0}), TimedStep(12.0, {"a": 5.0, BACKWARD: 6.0}), TimedStep(9.0, {})]
+STEPS = [
+    TimedStep(10.0, {"a": 3.0, BACKWARD: 5.0}),
+    TimedStep(12.0, {"a": 5.0, BACKWARD: 6.5}),
+    TimedStep(9.0, {"a": 2.0, BACKWARD: 3.0}),
+]
 GROUPS = {COPY: "data", "a": "forward", BACKWARD: "backward"}
 
 
@@ -218,7 +222,7 @@ def test_parts_and_what_is_unaccounted_are_the_whole(is_apart: bool) -> None:
     assert found["whole_s"] == (10.0 if is_apart else 15.0)
     inside = [row for row in found["breakdown"] if row["in_step"]]
     assert [row["part"] for row in inside] == [*([] if is_apart else ["read", "decode"]), COPY, "a", BACKWARD]
-    assert found["unaccounted"] == {"seconds": 2.0, "share": 2.0 / found["whole_s"]}
+    assert found["unaccounted"] == {"seconds": 2.0, "share": 2.0 / found["whole_s"], "outside_s": 1.0}
     assert sum(row["seconds"] for row in inside) + 2.0 == found["whole_s"]
     assert all(row["share"] == row["seconds"] / found["whole_s"] for row in found["breakdown"])
 

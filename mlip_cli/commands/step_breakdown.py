@@ -198,8 +198,9 @@ def breakdown(
 ) -> dict[str, Any]:
     """Median seconds of each part and its share of the whole step, and what no part accounts for.
 
-    Unaccounted are the calls between the parts, freeing what the step held, and that medians of parts do not add up to
-    the median of the whole; it can be negative for that last reason. With it the parts add up exactly.
+    With `unaccounted` the parts add up exactly. It holds what is outside of all parts (the calls between them, freeing
+    what the step held: `outside_s`, the median over steps), and that medians of parts do not add up to the median of
+    the whole, for which it can be negative on a noisy machine.
 
     Args:
         groups: the parts of the step, in order, and the group of each.
@@ -219,7 +220,11 @@ def breakdown(
     return {
         "whole_s": whole_s,
         "breakdown": rows,
-        "unaccounted": {"seconds": left_s, "share": left_s / whole_s},
+        "unaccounted": {
+            "seconds": left_s,
+            "share": left_s / whole_s,
+            "outside_s": median(step.whole_s - sum(step.parts.values()) for step in steps),
+        },
     }
 
 
