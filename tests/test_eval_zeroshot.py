@@ -16,6 +16,7 @@ from shards_for_tests import index_shard, make_dataset
 from mlip_cli.commands.eval_zeroshot import eval_zeroshot
 from mlip_cli.commands.evaluators import READERS, training_evaluators
 from mlip_cli.commands.loading import at_rate, load_run
+from mlip_cli.commands.validation import validation_pairs
 from mlip_cli.commands.zeroshot_tables import compared
 from mlip_cli.data.shards import sample_parts, tar_writer
 from mlip_cli.data.tokenizer import Tokenizer
@@ -270,7 +271,8 @@ def test_training_evaluators_measure_what_the_command_measures(place: Path, caps
     [result] = printed(capsys)["results"]
     recipe = small_recipe(mlip=True, data={"validation": "data/openmoji/test"}, evaluate={"zeroshot": ["openmoji"]})
     model = load_run("runs/mlip", device="cpu").model
-    evaluators = training_evaluators(recipe, Tokenizer(16), device="cpu")
+    tokenizer = Tokenizer(16)
+    evaluators = training_evaluators(recipe, tokenizer, validation_pairs(recipe, tokenizer, device="cpu"))
     found = {evaluator.name: evaluator.measure(model, lambda _: None) for evaluator in evaluators}
     measures = found["validation"].fractions | found["openmoji"].fractions
     assert measures["openmoji_mean_recall"] == pytest.approx(result["mean_per_class_recall"])
@@ -281,4 +283,4 @@ def test_training_evaluators_measure_what_the_command_measures(place: Path, caps
     assert {evaluator.name: evaluator.measure(model, lambda _: None) for evaluator in evaluators} == found
     recipe = small_recipe(data={"validation": "data/none"})
     with pytest.raises(UsageError, match="data/none: no such folder"):
-        training_evaluators(recipe, Tokenizer(16))
+        validation_pairs(recipe, Tokenizer(16), device="cpu")

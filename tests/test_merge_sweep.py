@@ -20,6 +20,7 @@ from mlip_cli.commands.evaluators import training_evaluators
 from mlip_cli.commands.loading import at_rate, load_run
 from mlip_cli.commands.sweep_datasets import agreement, numbers_at_random
 from mlip_cli.commands.sweep_points import METHODS
+from mlip_cli.commands.validation import validation_pairs
 from mlip_cli.data.dataset import ShardDataset
 from mlip_cli.data.transforms import decode, pil_to_uint8
 from mlip_cli.errors import RunError, UsageError
@@ -212,7 +213,9 @@ def test_the_validation_set_is_swept_where_no_other_is_named(place: Path, capsys
         48,
     )
     loaded = load_run("runs/pairs", device="cpu")
-    evaluator, *_ = training_evaluators(loaded.recipe, loaded.tokenizer)
+    evaluator, *_ = training_evaluators(
+        loaded.recipe, loaded.tokenizer, validation_pairs(loaded.recipe, loaded.tokenizer, device="cpu")
+    )
     for point in dataset["points"]:
         fractions = evaluator.measure(at_rate(loaded.model, point["rate"]), lambda _: None).fractions
         for way in ("image_to_text", "text_to_image"):

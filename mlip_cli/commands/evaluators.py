@@ -14,7 +14,7 @@ from torch import Tensor
 from mlip_cli.commands.loading import LoadedRun, MergedEncoder
 from mlip_cli.commands.validation import BATCH_SIZE, Kept, OnBatch, ValidationPairs, interruptible, tokenize
 from mlip_cli.commands.zeroshot_tables import percent
-from mlip_cli.config import Recipe, Source
+from mlip_cli.config import Recipe
 from mlip_cli.data.dataset import ShardDataset
 from mlip_cli.data.tar import read_members
 from mlip_cli.data.tokenizer import Tokenizer
@@ -87,9 +87,14 @@ def measure_runs(
 
 
 def training_evaluators(
-    recipe: Recipe, tokenizer: Tokenizer, *, device: torch.device | str = "cpu", root: Path | None = None
+    recipe: Recipe,
+    tokenizer: Tokenizer,
+    pairs: ValidationPairs | None,
+    *,
+    device: torch.device | str = "cpu",
+    root: Path | None = None,
 ) -> list[Evaluator]:
-    """What `pretrain` measures: retrieval on `data.validation`, and each data set of `evaluate.zeroshot`.
+    """What `pretrain` measures: retrieval among the validation pairs, and each data set of `evaluate.zeroshot`.
 
     Raises:
         UsageError: a data set is not there, before any training.
@@ -99,9 +104,7 @@ def training_evaluators(
         _zeroshot_evaluator(find_benchmark(name, root=data_root(root)), recipe, tokenizer, where)
         for name in recipe.evaluate.zeroshot
     ]
-    if recipe.data.validation is not None:
-        evaluators.insert(0, _retrieval_evaluator(recipe.data.validation, recipe, tokenizer, where))
-    return evaluators
+    return evaluators if pairs is None else [_retrieval_evaluator(pairs), *evaluators]
 
 
 def _zeroshot_evaluator(benchmark: Benchmark, recipe: Recipe, tokenizer: Tokenizer, device: torch.device) -> Evaluator:
@@ -138,11 +141,8 @@ def _batches(pictures: Pictures, size: int, device: torch.device) -> Iterator[tu
     return batches(pictures, READERS, size=size, batch_size=BATCH_SIZE, read_ahead=read_ahead)
 
 
-def _retrieval_evaluator(
-    sources: Sequence[Source], recipe: Recipe, tokenizer: Tokenizer, device: torch.device
-) -> Evaluator:
+def _retrieval_evaluator(pairs: ValidationPairs) -> Evaluator:
     """All pictures against all distinct captions."""
-    pairs = ValidationPairs(sources, tokenizer, image_size=recipe.data.image_size, device=device)
 
     def evaluate(encoder: Encoder, on_batch: OnBatch) -> Measures:
         scores = pairs.scores(encoder, on_batch=on_batch)

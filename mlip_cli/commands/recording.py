@@ -3,13 +3,15 @@
 import fcntl
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from typing import Any
 
 import torch
 
 from mlip_cli.commands.stamp import stamped
 from mlip_cli.config import Recipe
+from mlip_cli.data.dataset import ShardDataset
 from mlip_cli.errors import UsageError
 from mlip_cli.files import full_disk_named, write_text
 from mlip_cli.output import is_main, logger
@@ -49,6 +51,16 @@ def recorded(
                 remember_latest(run)
             with stamped(run, recipe, device=device, fingerprints=fingerprints, step=step):
                 yield
+
+
+def data_cards(training: Sequence[ShardDataset], validation: Sequence[ShardDataset]) -> dict[str, dict[str, Any]]:
+    """Cards of the data by role, without their lists of shards; a second data set of a role gets a number."""
+    cards = {}
+    for role, datasets in (("training", training), ("validation", validation)):
+        for number, dataset in enumerate(datasets, start=1):
+            card = {key: value for key, value in dataset.card.items() if key != "shards"}
+            cards[role if number == 1 else f"{role} {number}"] = {"folder": str(dataset.folder.resolve()), **card}
+    return cards
 
 
 class _LogFile(logging.FileHandler):

@@ -10,9 +10,12 @@ from pathlib import Path
 import torch
 
 from mlip_cli.commands.evaluators import Evaluator, training_evaluators
+from mlip_cli.commands.gallery import write_gallery
 from mlip_cli.commands.loading import find_checkpoint, load_into
-from mlip_cli.commands.recording import recorded
+from mlip_cli.commands.recording import data_cards, recorded
+from mlip_cli.commands.report import rebuild
 from mlip_cli.commands.run_start import Start
+from mlip_cli.commands.validation import validation_pairs
 from mlip_cli.config import Recipe
 from mlip_cli.data.dataset import ShardDataset, open_sources
 from mlip_cli.data.loader import default_num_workers, preflight, training_loader
@@ -21,6 +24,7 @@ from mlip_cli.data.tokenizer import Tokenizer
 from mlip_cli.distributed import from_main, pick_device, process_group, rank, world_size, wrap
 from mlip_cli.drawing import TrainingPanel, training_panel
 from mlip_cli.errors import Stopped, UsageError
+from mlip_cli.files import write_json
 from mlip_cli.losses.objective import Objective
 from mlip_cli.merge_plan import MOST_IN_ONE_MERGE, MergePlan
 from mlip_cli.model.clip import CLIP, build_model, set_fused_attention
@@ -62,14 +66,21 @@ def train_run(recipe: Recipe, start: Start) -> Run:
         if checkpoint is not None:
             progress, random = restore(checkpoint, training, data=data.fingerprints)
         tokenizer = Tokenizer(recipe.model.text.context_length)
-        evaluators = training_evaluators(recipe, tokenizer, device=device) if is_main() else []
+        pairs = validation_pairs(recipe, tokenizer, device=device) if is_main() else None
+        evaluators = training_evaluators(recipe, tokenizer, pairs, device=device) if is_main() else []
         if start.is_named_by_us:
             run = Run(Path(from_main(str(claimed(run.folder)) if is_main() else "")))
 
-        with place_named(run), recorded(run, recipe, device=device, fingerprints=data.fingerprints, step=progress.step):
+        with (
+            reported(run),
+            place_named(run),
+            recorded(run, recipe, device=device, fingerprints=data.fingerprints, step=progress.step),
+        ):
             say(f"run folder: {run.folder}")
             for line in [*lines, *facts(recipe, training.plain, data.total_steps), *resume_facts(start, progress.step)]:
                 say(line)
+            if is_main():
+                write_json(run.data_cards, data_cards(data.datasets, pairs.datasets if pairs is not None else []))
             for line in cautions(recipe, training.plain.plan, data.total_steps):
                 warn(line)
             metrics = MetricsFile(run.metrics if is_main() else None)
@@ -97,7 +108,20 @@ def train_run(recipe: Recipe, start: Start) -> Run:
                     save=partial(save, saver, panel),
                     is_save_due=saver.is_due,
                 )
+            if pairs is not None:
+                write_gallery(run, training.plain.eval(), pairs, step=progress.step, true_rate=training.plain.plan.rate)
     return run
+
+
+@contextmanager
+def reported(run: Run) -> Iterator[None]:
+    """Write the run's page at its end, be it the last step or a stop."""
+    try:
+        yield
+    except Stopped:
+        rebuild(run)
+        raise
+    rebuild(run)
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from mlip_cli.config import Source
+from mlip_cli.config import Recipe, Source
 from mlip_cli.data.dataset import RawSample, open_sources
 from mlip_cli.data.loader import default_num_workers, evaluation_loader
 from mlip_cli.data.tokenizer import Tokenizer
@@ -102,6 +102,14 @@ class ValidationPairs:
     def scores(self, encoder: Encoder, *, on_batch: OnBatch = lambda _: None) -> Mapping[str, dict[str, Any]]:
         """Recall both ways (see `image_text_retrieval`)."""
         return image_text_retrieval(*self.features(encoder, on_batch=on_batch), self.own_texts)
+
+
+def validation_pairs(recipe: Recipe, tokenizer: Tokenizer, *, device: torch.device | str) -> ValidationPairs | None:
+    """Those of the recipe's `data.validation`, or None where it names none."""
+    sources = recipe.data.validation
+    if sources is None:
+        return None
+    return ValidationPairs(sources, tokenizer, image_size=recipe.data.image_size, device=torch.device(device))
 
 
 class Kept(Generic[T]):

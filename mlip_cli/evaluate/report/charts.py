@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import fmean
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from mlip_cli.evaluate.report.page import Html
 
@@ -70,6 +70,9 @@ STYLE = {
 
 MOST_POINTS = 600
 """Points of a line; longer ones are drawn as means of equal stretches."""
+
+COLUMNS = 3
+"""Of a legend."""
 
 FEW_POINTS = 12
 """Lines of no more points show each of them."""
@@ -136,7 +139,7 @@ def lines_chart(
 ) -> Picture:
     """Curves over steps, with dotted horizontal `levels` such as chance, one a line or for all."""
     levels = levels or {}
-    with _canvas(title, x_label=x_label, y_label=y_label) as canvas:
+    with _canvas(title, x_label=x_label, y_label=y_label, layout="none") as canvas:
         for line in lines:
             x, y = _thinned(line)
             canvas.axes.plot(
@@ -154,7 +157,9 @@ def lines_chart(
         canvas.axes.set_xlim(left=0)
         if from_zero:
             canvas.axes.set_ylim(bottom=0)
-        canvas.legend(sum(bool(line.label) for line in lines) + len(levels))
+        num_entries = sum(bool(line.label) for line in lines) + len(levels)
+        canvas.place(num_entries)
+        canvas.legend(num_entries)
     return Picture(canvas.svg)
 
 
@@ -219,20 +224,34 @@ class _Canvas:
     def legend(self, num_entries: int) -> None:
         """Below the axes, where it covers nothing."""
         if num_entries:
-            self.figure.legend(loc="outside lower left", ncols=min(3, num_entries), frameon=False)
+            where = "outside lower left" if self.figure.get_layout_engine() is not None else "lower left"
+            self.figure.legend(loc=where, ncols=min(COLUMNS, num_entries), frameon=False)
+
+    def place(self, num_entries: int) -> None:
+        """Fixed margins in inches with room for a legend: measuring every text takes longer than drawing."""
+        width, height = self.figure.get_size_inches()
+        rows = math.ceil(num_entries / COLUMNS)
+        self.figure.subplots_adjust(
+            left=0.62 / width, right=1 - 0.1 / width, top=1 - 0.3 / height, bottom=(0.5 + 0.07 * bool(rows) + 0.19 * rows) / height
+        )
 
 
 @contextmanager
 def _canvas(
-    title: str, *, x_label: str, y_label: str = "", size: tuple[float, float] = (4.6, 3.0)
+    title: str,
+    *,
+    x_label: str,
+    y_label: str = "",
+    size: tuple[float, float] = (4.6, 3.0),
+    layout: Literal["constrained", "none"] = "constrained",
 ) -> Iterator[_Canvas]:
-    """An empty chart in our style, for the block to fill."""
+    """An empty chart in our style, for the block to fill; with layout "none" the block sets the margins."""
     import matplotlib as mpl
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
     with mpl.rc_context({**STYLE, "svg.hashsalt": title}):  # the same chart gives the same bytes
-        figure = Figure(figsize=size, layout="constrained")
+        figure = Figure(figsize=size, layout=layout)
         axes = figure.add_subplot()
         axes.set_title(_literal(title))
         axes.set_xlabel(_literal(x_label))

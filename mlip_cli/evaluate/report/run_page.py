@@ -123,7 +123,7 @@ def _data_section(record: RunRecord) -> Html:
     """The cards, in short."""
     parts = []
     for role, card in record.cards.items():
-        provenance, statistics = card["provenance"], card["statistics"]
+        provenance, statistics = card.get("provenance", {}), card.get("statistics", {})
         spreads = [
             [name.replace("_", " "), *(f"{spread[key]:,}" for key in ("min", "median", "mean", "max"))]
             for name, spread in statistics.items()
@@ -137,13 +137,13 @@ def _data_section(record: RunRecord) -> Html:
                     ("folder", card["folder"]),
                     ("source", provenance.get("source")),
                     ("prepared by", provenance.get("tool")),
-                    ("bytes", f"{card['num_bytes']:,}"),
+                    ("bytes", f"{card['num_bytes']:,}" if "num_bytes" in card else None),
                     ("fingerprint", card["fingerprint"][:16]),
                     ("licence", provenance.get("license")),
                     ("attribution", provenance.get("attribution")),
                 ]
             ),
-            folded("Numbers", table(["a sample's", "min", "median", "mean", "max"], spreads)),
+            folded("Numbers", table(["a sample's", "min", "median", "mean", "max"], spreads)) if spreads else None,
             folded(f"{statistics['num_classes']:,} classes", element("p", ", ".join(classes))) if classes else None,
         ]
     return section("data", "Data", *(parts or [note("The run has no cards of its data.")]))
