@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mlip_cli.commands.report import rebuild_if_older
 from mlip_cli.commands.zeroshot_tables import compared, print_results, without_answers
 from mlip_cli.errors import RunError, UsageError
 from mlip_cli.evaluate.benchmarks import Benchmark, data_root, find_benchmark
@@ -115,6 +116,8 @@ def eval_zeroshot(
         print_json({"results": flat, "failed": failed})
     else:
         print_results(report, failed=list(failures))
+    for run in {subject.run.folder.resolve(): subject.run for subject in subjects}.values():
+        rebuild_if_older(run)
     if failures:
         for name, error in failures.items():
             warn(f"{name}: not evaluated: {str(error).removeprefix(f'{name}: ')}")

@@ -11,6 +11,7 @@ from mlip_cli import __version__
 from mlip_cli.commands.costs import image_gflops
 from mlip_cli.commands.loading import LoadedRun, MergedEncoder, load_run
 from mlip_cli.commands.profile import device_name
+from mlip_cli.commands.report import rebuild
 from mlip_cli.commands.stamp import now
 from mlip_cli.commands.sweep_datasets import FAILURES, SweepDataset, find_datasets
 from mlip_cli.commands.sweep_pictures import write_merge_pictures
@@ -79,6 +80,7 @@ def merge_sweep(
     say(f"written to {path}")
     if num_pictures and len(points) > 1:
         write_merge_pictures(loaded, points, found, num_pictures=num_pictures)
+    rebuild(loaded.run)
     if failures:
         reasons = "; ".join(str(error) for error in failures.values())
         raise RunError(f"{len(failures)} of {len(failures) + len(scores)} data sets could not be measured: {reasons}")

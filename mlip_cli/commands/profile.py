@@ -15,6 +15,7 @@ from mlip_cli.commands.loader_breakdown import LoaderCost, measure_loader
 from mlip_cli.commands.loading import load_run
 from mlip_cli.commands.profile_tables import ratio as ratio
 from mlip_cli.commands.profile_tables import show
+from mlip_cli.commands.report import rebuild
 from mlip_cli.commands.step_breakdown import StepRecorder, breakdown, limit, step_parts
 from mlip_cli.commands.training import num_workers
 from mlip_cli.commands.training_step import TrainingStep
@@ -90,6 +91,8 @@ def profile(target: str | None, *, batch_size: int, rounds: int, device: str, as
         print_json(result)
     else:
         show(result)
+    if subject.run is not None:
+        rebuild(subject.run)
 
 
 def load_subject(target: str | None, device: str) -> Subject:

@@ -48,6 +48,13 @@ def rebuild(run: Run) -> None:
         say(f"report: {_write(read_run(run.folder), run.report)}")
 
 
+def rebuild_if_older(run: Run) -> None:
+    """The same where results have come since the page was written, or there is no page."""
+    written = run.report.stat().st_mtime_ns if run.report.is_file() else 0
+    if any(path.stat().st_mtime_ns > written for path in run.evals.glob("*.json")):
+        rebuild(run)
+
+
 def find_run(target: str) -> Run:
     """The run folder that `target` names.
 
