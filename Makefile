@@ -24,7 +24,7 @@ $(READY): pyproject.toml
 		touch $@ && \
 		echo "installation took $$(($$(date +%s) - start)) s" >&2
 
-demo: $(READY) ## Prepare OpenMoji, pretrain CLIP and MLIP, compare both (minutes on 2 cores; goes on where it stopped)
+demo: $(READY) ## Prepare OpenMoji, pretrain CLIP and MLIP, compare and report both (minutes; goes on where it stopped)
 	@start=$$(date +%s) && \
 		$(MLIP) prepare-data openmoji data/openmoji && \
 		$(MLIP) pretrain recipes/openmoji_clip.yaml --out runs/openmoji_clip --resume && \
@@ -35,7 +35,7 @@ demo: $(READY) ## Prepare OpenMoji, pretrain CLIP and MLIP, compare both (minute
 test: $(READY) ## Run all tests
 	@$(RUN) -m pytest -q -n 2 --dist loadfile
 
-smoke: $(READY) ## Run every command once on real data, in a temporary folder
+smoke: $(READY) ## Run the commands once on real data, in a temporary folder
 	@$(RUN) tests/smoke.py
 
 check: $(READY) ## Lint, formatting, types
@@ -47,10 +47,10 @@ format: $(READY) ## Format the code and mend what can be mended
 	@$(RUN) -m ruff check --fix .
 	@$(RUN) -m ruff format .
 
-bench: $(READY) ## Run the measurements of tests/benchmarks
+bench: $(READY) ## Run the measurements of tests/benchmarks, minutes; nothing else should run beside them
 	@$(RUN) -m pytest -q -s -o python_files='bench_*.py' -o timeout=0 tests/benchmarks
 
-schema: $(READY) ## Write recipes/schema.json from the models
+schema: $(READY) ## Write recipes/schema.json from the models of config.py
 	@$(RUN) -c 'from pathlib import Path; from mlip_cli.recipe import schema_text; Path("recipes/schema.json").write_text(schema_text())'
 
 clean: ## Remove caches and builds; data/, runs/ and the environment stay
