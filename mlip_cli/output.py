@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("mlip_cli")
 
+NARROWEST_TEXT = 12
+"""A terminal with less room than this for a column of text gets the table as wide as it is."""
+
 _NUMBER = re.compile(r"[-+~<>±]?\.?\d")
 
 
@@ -114,19 +117,21 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], *, title:
     from rich.text import Text
 
     table = Table(title=Text(title) if title else None, title_justify="left", box=None, pad_edge=False)
+    least_width = 2 * (len(columns) - 1)
     for i, column in enumerate(columns):
         numeric = bool(rows) and all(_is_number(row[i]) for row in rows)
         one_word = numeric and not any(" " in str(row[i]) for row in rows)
         header = Text(column, style="bold")
         table.add_column(header, justify="right" if numeric else "left", overflow="fold", no_wrap=one_word)
+        width = max(len(column), *(len(str(row[i])) for row in rows)) if rows else len(column)
+        least_width += width if one_word else min(width, NARROWEST_TEXT)
     for row in rows:
         table.add_row(*[Text("-" if cell is None else str(cell)) for cell in row])
     console = Console(file=sys.stdout, highlight=False)
     terminal_width = console.width
     console.width = 1_000_000  # to measure without a limit
-    needed = console.measure(table)
-    fits = console.file.isatty() and needed.minimum <= terminal_width
-    console.width = terminal_width if fits else needed.maximum
+    fits = console.file.isatty() and least_width <= terminal_width
+    console.width = terminal_width if fits else console.measure(table).maximum
     with console.capture() as drawn:
         console.print(table)
     print_lines("\n".join(line.rstrip() for line in drawn.get().splitlines()))

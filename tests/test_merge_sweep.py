@@ -81,6 +81,13 @@ def test_the_result_stays_in_the_run(place: Path, capsys: pytest.CaptureFixture[
     assert json.loads((place / "runs/mlip/evals/merge_sweep_step_0000008.json").read_text()) == printed(capsys)
 
 
+def test_the_newest_run_is_named(place: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", logger="mlip_cli"):
+        loaded = load_run(None, device="cpu")
+        load_run("runs/mlip", device="cpu")
+    assert caplog.messages == [f"run {loaded.run.folder}, the newest with a checkpoint"]
+
+
 def test_a_plain_clip_is_swept_at_the_default_places(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sweep("runs/clip")
     result = printed(capsys)
@@ -253,7 +260,9 @@ def test_speeds_are_kept_where_the_recipes_only_data_set_is_gone(
     with pytest.raises(RunError) as error:
         sweep("runs/moved", as_json=False, num_pictures=1)
     assert str(error.value).startswith("1 of 1 data sets could not be measured: openmoji: no prepared data")
-    assert "guided   0.5" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "guided   0.5" in out
+    assert out.endswith("\nopenmoji: not evaluated\n")
     result = json.loads((place / "runs/moved/evals/merge_sweep_step_0000008.json").read_text())
     assert [len(result["points"]), result["datasets"]] == [2, []]
     assert result["kind"] == "merge_sweep"

@@ -345,6 +345,59 @@ def test_table_too_wide_for_any_terminal_keeps_its_numbers_whole() -> None:
     assert received.count("1234567") == 12
 
 
+SCORES = """
+from mlip_cli.commands import sweep_tables, zeroshot_tables
+
+def scores(*names):
+    return {key: value for name in names for key, value in ((name, 0.3437), (f"{name}_interval", (0.3101, 0.3838)))}
+
+def result(run, rate, dataset, **more):
+    return {
+        "run": run, "step": 240, "is_last_checkpoint": True, "dataset": dataset, "true_merge_rate": rate, "n": 50_000,
+        "num_classes": 1000, "chance": 0.001, "acc5": 0.61234, "images_per_s": 12345.6, "measured_at": rate,
+        **scores("acc1", "mean_per_class_recall"), **more,
+    }
+
+names = scores("r1", "r5") | {"r1_chance": 0.003, "r5_chance": 0.0131, "num_candidates": 383}
+runs = ("openmoji-20261122-084311", "openmoji_clip-20261122-090117/step_0000120")
+zeroshot_tables.print_results(
+    [
+        [result(run, rate, "openmoji", names=names) for run in runs for rate in (0.0, 0.516)],
+        [result(run, rate, "imagenet1k-unverified") for run in runs for rate in (0.0, 0.516)],
+    ],
+    failed=["shards:data/photographs/validation"],
+)
+test = {"won": 1234, "lost": 1187, "p": 0.0000123}
+ways = {way: {f"r{k}_chance": 0.0131 for k in (1, 5, 10)} | scores("r1", "r5", "r10") for way in (
+    "image_to_text", "text_to_image")}
+points = [
+    {"method": method, "rate": rate, "true_rate": 0.516, "gflops": 17.58, "images_per_s": 12345.6, "speedup": 1.52,
+     "speedup_interval": (1.42, 1.62), "expected_speedup": 1.47, "tokens_per_block": [196] * 24, "agreement": 0.98,
+     "names": names, "paired": dict.fromkeys(("acc1", "image_to_text_r5", "text_to_image_r5"), test), **ways,
+     **scores("acc1", "mean_per_class_recall")}
+    for method, rate in ((None, 0), ("guided", 0.25))
+]
+sets = [{"dataset": "openmoji", "task": "zeroshot", "n": 383, "chance": 0.111, "points": points},
+        {"dataset": "validation", "task": "retrieval", "n": 383, "num_texts": 2312, "points": points}]
+sweep_tables.show({"points": points, "batch_size": 64, "device": "cuda", "device_name": "NVIDIA H200", "threads": 8,
+                   "torch": "2.15.0+cu132", "datasets": sets, "failed": []})
+"""
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_tables_of_results_fit_the_terminal_with_whole_rows(width: int) -> None:
+    received, _ = on_terminal(SCORES, width=width)
+    assert "\x1b" not in received.replace("\x1b[1m", "").replace("\x1b[3m", "").replace("\x1b[0m", "")
+    lines = re.sub(r"\x1b\[\dm", "", received).splitlines()
+    assert max(map(len, lines)) <= width
+    piped = in_pipe(SCORES).stdout
+    assert "\x1b" not in piped
+    rows = [line.split() for line in piped.splitlines() if "34.4 (31.0-38.4)" in line]
+    assert len(rows) == 4 + 4 + 2 + 4
+    assert [line.split() for line in lines if "34.4 (31.0-38.4)" in line] == rows
+    assert sorted("".join(piped.split())) == sorted("".join("".join(lines).split()))  # folded, and nothing is cut
+
+
 def test_no_color_is_honoured() -> None:
     colours = re.compile(r"\x1b\[[0-9;]*[34][0-7]?m|38;5")
     assert colours.search(on_terminal(TRAIN)[0])

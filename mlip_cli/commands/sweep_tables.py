@@ -7,6 +7,7 @@ from mlip_cli.commands.profile_tables import ratio
 from mlip_cli.commands.zeroshot_tables import INTERVALS, percent, score
 from mlip_cli.output import plural, print_lines, print_prose, print_table
 
+BESIDE = "beside rate 0"
 WON = "won, lost: for so many, only this setting, or only rate 0,"
 TEST = "p: McNemar's exact test"
 
@@ -71,6 +72,7 @@ def _show_zeroshot(dataset: dict[str, Any], merged: Sequence[dict[str, Any]]) ->
         print_table(
             ("method", "rate", "same top-1 as rate 0 %", "won", "lost", "p"),
             [[*names(point), percent(point["agreement"]), *versus(point["paired"]["acc1"])] for point in merged],
+            title=BESIDE,
         )
         print_prose(f"{WON} puts the right class first; {TEST}")
 
@@ -97,6 +99,7 @@ def _show_retrieval(dataset: dict[str, Any], merged: Sequence[dict[str, Any]]) -
                 ]
                 for point in merged
             ],
+            title=BESIDE,
         )
         print_prose(f"{WON} has a right one among the first 5; {TEST}")
 

@@ -90,7 +90,7 @@ def _print_plain(groups: Sequence[Sequence[Result]], numbers: Mapping[str, int],
         for group in groups
         for result in group
     ]
-    columns = ("data set", *_run_column(numbers), "true rate", "top-1 %", "top-5 %", "recall %", "images/s")
+    columns = ("data set", *_run_column(numbers), "rate", "top-1 %", "top-5 %", "recall %", "images/s")
     rows += [[name, *[None] * (len(columns) - 1)] for name in failed]
     print_table(columns, rows)
     for first, *_ in groups:
@@ -100,7 +100,7 @@ def _print_plain(groups: Sequence[Sequence[Result]], numbers: Mapping[str, int],
         )
     for name in failed:
         print_prose(f"{name}: not evaluated")
-    print_prose(f"recall: mean over the classes; {INTERVALS}")
+    print_prose(f"rate: the true merge rate; recall: mean over the classes; {INTERVALS}")
     print_lines("")
 
 

@@ -25,6 +25,7 @@ from mlip_cli.data.workers import run_parallel
 from mlip_cli.data.workspace import PartResult, Workspace
 from mlip_cli.errors import RunError, Stopped, UsageError
 from mlip_cli.files import full_disk_named
+from mlip_cli.output import plural
 
 FIRST_ROWS = 1_000
 """So many rows show whether the source is what it seems; fewer than FEWEST_ROWS do not."""
@@ -107,7 +108,7 @@ def finish(work: Workspace, results: list[PartResult], *, holdout: float, proven
     _check_first_rows(work, dict(enumerate(results)), is_all=True)
     rows, num_rejects = sum(result.rows for result in results), sum(result.rejects for result in results)
     if num_rejects == rows:
-        raise SourceError(f"none of the {rows} rows became a sample (first: {_first_reject(work, results)})")
+        raise SourceError(f"none of the {plural(rows, 'row')} became a sample (first: {_first_reject(work, results)})")
     tables = [np.load((work.parts / result.tar).with_suffix(".npy"), allow_pickle=False) for result in results]
     table = np.concatenate(tables)
     places = assign_splits(table, holdout=holdout)
