@@ -139,7 +139,7 @@ def lines_chart(
 ) -> Picture:
     """Curves over steps, with dotted horizontal `levels` such as chance, one a line or for all."""
     levels = levels or {}
-    with _canvas(title, x_label=x_label, y_label=y_label, layout="none") as canvas:
+    with _canvas(title, x_label=x_label, y_label=y_label, layout=None) as canvas:
         for line in lines:
             x, y = _thinned(line)
             canvas.axes.plot(
@@ -232,7 +232,10 @@ class _Canvas:
         width, height = self.figure.get_size_inches()
         rows = math.ceil(num_entries / COLUMNS)
         self.figure.subplots_adjust(
-            left=0.62 / width, right=1 - 0.1 / width, top=1 - 0.3 / height, bottom=(0.5 + 0.07 * bool(rows) + 0.19 * rows) / height
+            left=0.62 / width,
+            right=1 - 0.1 / width,
+            top=1 - 0.3 / height,
+            bottom=(0.5 + 0.07 * bool(rows) + 0.19 * rows) / height,
         )
 
 
@@ -243,9 +246,9 @@ def _canvas(
     x_label: str,
     y_label: str = "",
     size: tuple[float, float] = (4.6, 3.0),
-    layout: Literal["constrained", "none"] = "constrained",
+    layout: Literal["constrained"] | None = "constrained",
 ) -> Iterator[_Canvas]:
-    """An empty chart in our style, for the block to fill; with layout "none" the block sets the margins."""
+    """An empty chart in our style, for the block to fill; without a layout the block sets the margins."""
     import matplotlib as mpl
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure

@@ -19,6 +19,8 @@ from mlip_cli.evaluate.report.results import percent, with_interval
 
 WAYS = (("text_to_image", "text → images"), ("image_to_text", "image → texts"))
 AT = (1, 5, 10)
+MAPS = (("spatial", "spatial"), ("frequency", "frequency"), ("mixed", "both"))
+"""Guidance of a stage, and its words."""
 
 
 def gallery_section(record: RunRecord) -> Html:
@@ -120,8 +122,8 @@ def merges_section(record: RunRecord) -> Html:
         element(
             "p",
             f"Pictures of {result['dataset']}, drawn {result['chosen']}. Patches of one colour are one token, and a "
-            "token keeps its colour from stage to stage; untinted patches are still alone. Below: the guidance that "
-            "the merge went by, bright where a patch matters and is kept apart.",
+            "token keeps its colour from stage to stage; untinted patches are still alone. Beside them the guidance "
+            "that each merge went by: the brighter a patch, the more it matters and the less it merges.",
         ),
         *points,
         *_attribution(record),
@@ -137,20 +139,21 @@ def _setting(point: Result) -> str:
 
 
 def _point(point: Result, folder: Path) -> list[Html]:
-    return [_picture(picture, point["stages"], folder) for picture in point["pictures"]]
+    return [
+        element("div", *(_picture(picture, point["stages"], folder) for picture in point["pictures"]), class_="queries")
+    ]
 
 
 def _picture(picture: Result, stages: list[Result], folder: Path) -> Html:
-    """One picture: itself and its groups in a row, the maps of each stage in the next."""
+    """One picture with a row a stage: what merged, and the maps that guided it."""
     label = picture["label"] or f"picture {picture['number']}"
-    cells = [_panel(folder, picture["image"], label)]
-    for drawn, stage in zip(picture["stages"], stages, strict=True):
-        cells.append(_panel(folder, drawn["groups"], f"before block {stage['block']}: {stage['tokens']} tokens"))
-    for drawn, stage in zip(picture["stages"], stages, strict=True):
-        for key, title in (("spatial", "spatial"), ("frequency", "frequency"), ("mixed", "both")):
-            if drawn[key] is not None:
-                cells.append(_panel(folder, drawn[key], f"{title}, block {stage['block']}"))
-    return element("div", *cells, class_="merges", style=f"--columns: {len(stages) * 3 if len(stages) > 1 else 4}")
+    cells = []
+    for number, (drawn, stage) in enumerate(zip(picture["stages"], stages, strict=True)):
+        cells.append(_panel(folder, picture["image"], label) if number == 0 else element("div"))
+        cells.append(_panel(folder, drawn["groups"], f"{stage['tokens']} tokens before block {stage['block']}"))
+        maps = [(drawn[key], words) for key, words in MAPS if drawn[key] is not None]
+        cells += [_panel(folder, path, words) for path, words in maps]
+    return element("div", *cells, class_="merges", style=f"--columns: {len(cells) // len(stages)}")
 
 
 def _panel(folder: Path, path: str, words: str) -> Html:
