@@ -39,7 +39,8 @@ def test_the_wheel_holds_all_recipes_and_nothing_beside_the_package(wheel: Path)
     assert {
         Path(name).stem for name in names if name.startswith("mlip_cli/recipes/") and name.endswith(".yaml")
     } == set(recipe_names())
-    assert {"mlip_cli/recipes/schema.json", "mlip_cli/py.typed", "mlip_cli/data/index.py"} <= set(names)
+    beside = {"mlip_cli/recipes/schema.json", "mlip_cli/recipes/slurm.sbatch", "mlip_cli/py.typed"}
+    assert beside | {"mlip_cli/data/index.py"} <= set(names)
     assert {name.split("/")[0].split("-")[0] for name in names} == {"mlip_cli"}
 
 

@@ -1,4 +1,7 @@
-"""README keeps its word: every command line in it runs, in its order and in one folder, only smaller."""
+"""README keeps its word: every command line in it runs, in its order and in one folder, only smaller.
+
+And the documents beside it: what they name is there.
+"""
 
 import ast
 import contextlib
@@ -16,13 +19,14 @@ from pathlib import Path
 from unittest.mock import patch
 
 import pytest
+import yaml
 from shards_for_tests import make_dataset
 from sources_for_tests import picture, write_files, write_sidecars
 
 from mlip_cli import cli
 from mlip_cli.evaluate import imagenet
 from mlip_cli.recipe_schema import paths
-from mlip_cli.shipped import read_schema
+from mlip_cli.shipped import read_schema, recipe_names
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -242,3 +246,34 @@ def test_the_pages_that_readme_links_are_there() -> None:
     linked = set(re.findall(r"\]\((?!https?:)([^)#]+)\)", README)) - {".github/demo.png"}
     assert linked
     assert all((ROOT / name).is_file() for name in linked), linked
+
+
+def code_in(document: str) -> set[str]:
+    text = (ROOT / ".github" / document).read_text(encoding="utf-8")
+    return set(re.findall(r"`([^`\n]+)`", text))
+
+
+def test_what_contributing_names_is_there() -> None:
+    names = code_in("CONTRIBUTING.md")
+    files = {name for name in names if re.fullmatch(r"[\w/.]+\.(py|json|md)|[\w/.]+/", name)}
+    assert len(files) > 15
+    places = (ROOT, ROOT / "mlip_cli", ROOT / "mlip_cli" / "data", ROOT / "tests", ROOT / ".github")
+    assert {name for name in files if not any((place / name).exists() for place in places)} == set()
+    source = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "mlip_cli").rglob("*.py"))
+    identifiers = {part for name in names - files if re.fullmatch(r"\w+(\.\w+)?", name) for part in name.split(".")}
+    assert len(identifiers) > 20
+    assert {name for name in identifiers if not re.search(rf"\b{name}\b", source)} == set()
+
+
+def test_changelog_names_all_commands_and_recipes() -> None:
+    names = code_in("CHANGELOG.md")
+    assert set(recipe_names()) <= names
+    assert {command.name or command.callback.__name__.replace("_", "-") for command in cli.app.registered_commands} <= {
+        name.removeprefix("mlip ") for name in names
+    }
+
+
+def test_the_form_for_faults_asks_for_what_finding_them_needs() -> None:
+    form = yaml.safe_load((ROOT / ".github" / "ISSUE_TEMPLATE" / "bug.yml").read_text(encoding="utf-8"))
+    assert [field["id"] for field in form["body"] if "id" in field][1:5] == ["command", "doctor", "recipe", "log"]
+    assert "mlip doctor --json" in str(form)
