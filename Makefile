@@ -30,7 +30,12 @@ demo: $(READY) ## Prepare OpenMoji, pretrain CLIP and MLIP, compare and report b
 		$(MLIP) pretrain recipes/openmoji_clip.yaml --out runs/openmoji_clip --resume && \
 		$(MLIP) pretrain recipes/openmoji.yaml --out runs/openmoji --resume && \
 		$(MLIP) eval-zeroshot runs/openmoji_clip runs/openmoji --dataset openmoji --merge-rate 0,0.3,0.5 && \
-		echo "the demo took $$(($$(date +%s) - start)) s, installation not counted" >&2
+		{ ls runs/openmoji/evals/merge_sweep_* >/dev/null 2>&1 || \
+			$(MLIP) merge-sweep runs/openmoji --rates 0.3,0.5; } && \
+		{ ls runs/openmoji/evals/profile_* >/dev/null 2>&1 || $(MLIP) profile runs/openmoji; } && \
+		report=$$($(MLIP) report runs/openmoji_clip runs/openmoji) && \
+		echo "the demo took $$(($$(date +%s) - start)) s, installation not counted; open in a browser:" >&2 && \
+		echo "$$report"
 
 test: $(READY) ## Run all tests
 	@$(RUN) -m pytest -q -n 2 --dist loadfile

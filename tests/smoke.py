@@ -16,6 +16,7 @@ COMMANDS = (
     ("eval-zeroshot", "runs/smoke", "--dataset", "openmoji", "--merge-rate", "0,0.5"),
     ("merge-sweep", "--rates", "0.3,0.5", "--rounds", "3", "--batch-size", "16"),
     ("profile", "--rounds", "3", "--batch-size", "8"),
+    ("report", "runs/smoke"),
 )
 
 
