@@ -209,6 +209,7 @@ def merge_sweep(
     data_root: DataRoot = None,
     batch_size: BatchSize = 64,
     rounds: Annotated[int, typer.Option(min=3, help="Timed rounds, each through all rates in turn.")] = 9,
+    pictures: Annotated[int, typer.Option(min=0, help="Pictures on which the merges are drawn; 0 for none.")] = 8,
     device: Device = "auto",
     json: Json = False,
 ) -> None:
@@ -224,6 +225,7 @@ def merge_sweep(
         data_root=data_root,
         batch_size=batch_size,
         rounds=rounds,
+        num_pictures=pictures,
         device=device,
         as_json=json,
     )

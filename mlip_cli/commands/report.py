@@ -27,6 +27,8 @@ def report(targets: Sequence[str], *, out: Path | None, as_json: bool) -> None:
     twice = [folder for folder, count in Counter(run.folder.resolve() for run in runs).items() if count > 1]
     if twice:
         raise UsageError(f"{twice[0]}: named twice; name each run once")
+    if out is not None and not out.absolute().parent.is_dir():
+        raise UsageError(f"--out {out}: no folder {out.parent}; make it, or name another")
     records = [_named(run, runs) for run in runs]
     pages = [_write(record, record.run.report) for record in records]
     if len(records) > 1:
@@ -103,8 +105,6 @@ def _charts(record: RunRecord) -> dict[str, str]:
 
 
 def _write_page(path: Path, content: str) -> None:
-    if not path.parent.is_dir():
-        raise UsageError(f"{path}: no folder {path.parent}; make it, or name another --out")
     with full_disk_named(path, "make room and call mlip report again"):
         write_text(path, content)
 

@@ -1,0 +1,207 @@
+"""The report of real runs, in a real browser where there is one."""
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from browser_for_tests import Browser, browser, find_browser
+from models_for_tests import small_recipe
+from PIL import Image
+from shards_for_tests import make_dataset
+
+from mlip_cli.commands.report import report
+from mlip_cli.errors import UsageError
+from mlip_cli.recipe import recipe_yaml
+
+EVIL = ('<script>alert("1")</script> disc', '"><img src=x onerror=alert(2)> & $x^2$ square', "a bar", "日本 é 🙂")
+TITLES = ("Zero-shot", "Curves", "Retrieval", "Merging", "Merge sweep", "Profile", "Data", "Recipe and stamp")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs of CLIP and of MLIP, the second with all that a report can show, on captions of markup and formulas."""
+    from mlip_cli.commands.eval_zeroshot import eval_zeroshot
+    from mlip_cli.commands.merge_sweep import merge_sweep
+    from mlip_cli.commands.pretrain import pretrain
+    from mlip_cli.commands.profile import profile
+
+    folder = tmp_path_factory.mktemp("report")
+    train = make_dataset(folder / "train", n=32, captions=EVIL)
+    validation = make_dataset(folder / "validation", n=12, captions=EVIL, seed=1)
+    for name in ("red", "<i>blue"):
+        (folder / "classes" / name).mkdir(parents=True)
+        for number in range(4):
+            Image.new("RGB", (32, 32), name.removeprefix("<i>")).save(folder / "classes" / name / f"{number}.png")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for name in ("clip", "mlip"):
+            recipe = small_recipe(
+                mlip=name == "mlip",
+                train=str(train),
+                data={"validation": str(validation), "num_workers": 0},
+                log={"every_steps": 1},
+                evaluate={"every_steps": 4},
+            )
+            Path(f"{name}.yaml").write_text(recipe_yaml(recipe))
+            pretrain(f"{name}.yaml", [], out=Path("runs", name), resume=False, dry_run=False, as_json=True)
+        common: dict[str, Any] = {"data_root": None, "device": "cpu", "as_json": True, "batch_size": 4}
+        datasets = ["folder:classes"]
+        eval_zeroshot(["runs/clip", "runs/mlip"], datasets=datasets, merge_rates=[0.0, 0.5], **common)
+        merge_sweep(
+            "runs/mlip", rates=[0.5], methods=["guided", "tome"], datasets=datasets, rounds=3, num_pictures=2, **common
+        )
+        profile("runs/mlip", batch_size=4, rounds=3, device="cpu", as_json=True)
+        report(["runs/clip", "runs/mlip"], out=None, as_json=True)
+    return folder / "runs"
+
+
+@pytest.fixture
+def runs(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy to write into, below the current folder."""
+    monkeypatch.chdir(tmp_path)
+    return shutil.copytree(made, tmp_path / "runs")
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Browser]:
+    path = find_browser()
+    if path is None:
+        pytest.skip("no Chromium on this machine: the report was not opened in a browser")
+    with browser(path) as opened:
+        yield opened
+
+
+PAGES = ("mlip/report.html", "clip/report.html", "comparison.html")
+UNREADABLE = """
+(() => {
+  const luminance = color => {
+    const [r, g, b] = color.match(/[\\d.]+/g).slice(0, 3).map(v => v / 255)
+      .map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  const ground = node => {
+    for (; node; node = node.parentElement) {
+      const color = getComputedStyle(node).backgroundColor;
+      if (!color.endsWith(', 0)')) return color;
+    }
+  };
+  const kinds = 'h1,h2,h3,p,a,td,th,dt,dd,li,code,pre,summary,figcaption,span,.note,svg text';
+  const texts = [...document.querySelectorAll(kinds)];
+  return texts.filter(node => node.textContent.trim() && node.getClientRects().length).filter(node => {
+    const style = getComputedStyle(node);
+    const [a, b] = [luminance(node instanceof SVGElement ? style.fill : style.color), luminance(ground(node))];
+    return (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05) < 4.5;
+  }).map(node => node.tagName + ': ' + node.textContent.trim().slice(0, 60)).slice(0, 5);
+})()
+"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [400, 1280])
+@pytest.mark.parametrize("name", PAGES)
+def test_a_browser_draws_all_of_it_and_fetches_nothing(
+    made: Path, chromium: Browser, name: str, width: int, scheme: str
+) -> None:
+    chromium.open(made / name, width=width, scheme=scheme)
+    chromium.evaluate("document.querySelectorAll('details').forEach(part => { part.open = true; })")
+    chromium.evaluate("Promise.all([...document.images].map(image => image.decode())).then(() => 0)")
+    asked = [address for address in chromium.requested() if not address.startswith("data:image/")]
+    assert asked == [(made / name).resolve().as_uri()]
+    assert chromium.complaints() == []
+    assert chromium.evaluate("document.scripts.length") == 0
+    assert chromium.evaluate("document.querySelectorAll('[onerror]').length") == 0
+    blank = "[...document.images].filter(i => !(i.naturalWidth > 0 && i.getBoundingClientRect().width >= 16)).length"
+    assert chromium.evaluate(blank) == 0
+    empty = "[...document.querySelectorAll('svg')].filter(s => s.getBoundingClientRect().height < 80).length"
+    assert chromium.evaluate(empty) == 0
+    assert chromium.evaluate("document.documentElement.scrollWidth") <= width, "the page scrolls sideways"
+    assert chromium.evaluate(UNREADABLE) == []
+
+
+def test_the_browser_test_sees_what_is_wrong(chromium: Browser, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    page.write_text(
+        "<body style='background:#fff'><p style='color:#ddd'>pale</p><div style='width:900px'>wide</div>"
+        "<img src='missing.png'><script>console.error('loud')</script></body>"
+    )
+    chromium.open(page, width=400, scheme="light")
+    assert any(address.endswith("missing.png") for address in chromium.requested())
+    assert any("loud" in complaint for complaint in chromium.complaints())
+    assert chromium.evaluate(UNREADABLE) == ["P: pale"]
+    assert chromium.evaluate("document.documentElement.scrollWidth") > 400
+
+
+def test_the_page_shows_what_the_files_say(made: Path) -> None:
+    page = (made / "mlip" / "report.html").read_text("utf-8")
+    assert [title for title in TITLES if f"<h2>{title}</h2>" not in page] == []
+    lines = [json.loads(line) for line in (made / "mlip" / "metrics.jsonl").read_text().splitlines()]
+    assert f"{[line for line in lines if 'loss' in line][-1]['loss']:.3f}" in page
+    for name in ("loss (weighted sum)", "spatial_token", "frequency_global", "validation: image to text %"):
+        assert f'aria-label="{name}"' in page
+    gallery = json.loads(next((made / "mlip" / "evals").glob("gallery_*.json")).read_text())
+    assert {query["text"] for query in gallery["text_to_image"]} <= set(EVIL)
+    assert page.count('class="right"') + page.count("words right") > 0
+    sweep = json.loads(next((made / "mlip" / "evals").glob("merge_sweep_*.json")).read_text())
+    for point in sweep["points"]:
+        assert f"{point['speedup']:.2f}" in page
+    assert "mlip pretrain" not in re.sub("<[^>]*>", "", page).split("Sessions")[0]
+    assert sorted(path.name for path in (made / "mlip" / "pictures").glob("*.svg")) == ["pareto.svg", "profile.svg"]
+
+
+def test_a_new_run_says_what_is_missing_and_how_to_get_it(made: Path) -> None:
+    page = (made / "clip" / "report.html").read_text("utf-8")
+    for command in ("mlip merge-sweep runs/clip", "mlip profile runs/clip"):
+        assert f"<code>{command}</code>" in page
+
+
+def test_the_comparison_has_both_runs_their_differences_and_links(made: Path) -> None:
+    page = (made / "comparison.html").read_text("utf-8")
+    assert '<a href="clip/report.html">clip</a>' in page
+    assert "model.frequency" in page
+    assert "won / lost" in page
+    assert page.count(">mlip</text>") > 5, "curves overlaid"
+
+
+def test_it_is_made_of_files_alone_and_the_same_each_time(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.rmtree(runs / "mlip" / "checkpoints")
+    before = (runs / "mlip" / "report.html").read_text("utf-8")
+    report(["runs/mlip"], out=None, as_json=False)
+    assert capsys.readouterr().out == "runs/mlip/report.html\n"
+    after = (runs / "mlip" / "report.html").read_text("utf-8")
+    when = re.compile(r"at \d{4}-\d\d-\d\d \d\d:\d\d UTC")
+    assert when.sub("", before) == when.sub("", after)
+
+
+def test_damaged_files_are_named_and_left_out(runs: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (runs / "mlip" / "evals" / "broken.json").write_text('{"kind": "zero')
+    with open(runs / "mlip" / "metrics.jsonl", "a") as file:
+        file.write('nonsense\n{"step": 9, "lo')
+    report(["runs/mlip"], out=None, as_json=False)
+    page = (runs / "mlip" / "report.html").read_text("utf-8")
+    assert "broken.json: cannot be read (Unterminated string" in page
+    assert re.search(r"metrics\.jsonl:\d+: not a line of metrics; left out of the report", page)
+
+
+def test_mistakes(runs: Path) -> None:
+    with pytest.raises(UsageError, match="runs/none: no such run; runs lie in runs/"):
+        report(["runs/none"], out=None, as_json=False)
+    with pytest.raises(UsageError, match=r"runs: not a run folder \(no recipe.yaml\)"):
+        report(["runs"], out=None, as_json=False)
+    with pytest.raises(UsageError, match="named twice"):
+        report(["runs/mlip", "runs/../runs/mlip"], out=None, as_json=False)
+    with pytest.raises(UsageError, match="no folder nowhere; make it"):
+        report(["runs/mlip"], out=Path("nowhere/page.html"), as_json=False)
+
+
+def test_a_run_without_anything_but_its_recipe_has_a_page(runs: Path) -> None:
+    for name in ("evals", "pictures", "checkpoints"):
+        shutil.rmtree(runs / "clip" / name)
+    for name in ("metrics.jsonl", "run.json", "data.json"):
+        (runs / "clip" / name).unlink()
+    report(["runs/clip", "runs/mlip"], out=Path("both.html"), as_json=False)
+    assert "Nothing logged yet." in (runs / "clip" / "report.html").read_text("utf-8")
+    assert '<a href="runs/clip/report.html">' in Path("both.html").read_text("utf-8")
