@@ -222,7 +222,7 @@ def measures_of_step(subject: Subject, batch: Batch, rounds: int, num_tokens: in
 
 
 def extra_share(longer: Timing, shorter: Timing) -> float:
-    """How much longer one function takes than another: 0.1 for a tenth; the median over rounds of their ratio, less 1."""
+    """How much longer one function takes than another, 0.1 for a tenth: median over rounds of their ratio, less 1."""
     return float(np.median(np.array(longer.seconds) / np.array(shorter.seconds))) - 1
 
 

@@ -94,8 +94,8 @@ def _facts(result: Result) -> list[str]:
     micro = result["micro_batch_size"]
     return [
         *textwrap.wrap(f"limit: {limit['part']}, {limit['why']}", WIDTH, subsequent_indent="  "),
-        f"unaccounted: {1000 * result['unaccounted']['outside_s']:,.2f} ms of a single step, "
-        "and that medians do not add up",
+        f"unaccounted: {1000 * result['unaccounted']['outside_s']:,.2f} ms lie outside of all parts, "
+        "the rest between medians",
         f"cost of the clocks: {100 * result['clocks_cost']:.1f} %; without them the step takes "
         f"{1000 * result['step_s']:,.1f} ms",
         *([f"micro-batches of {micro}: the first forward pass has no graph"] if micro is not None else []),

@@ -4,7 +4,7 @@ The clocks are hooks on modules and wrappers around functions. They are there on
 change nothing in what is computed; what they cost is measured against the same step without them.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -196,11 +196,12 @@ def breakdown(
     loader_s: Mapping[str, float] | None,
     loader_is_apart: bool,
 ) -> dict[str, Any]:
-    """Median seconds of each part and its share of the whole step, and what no part accounts for.
+    """Seconds of each part, its share of the whole step, and what no part accounts for.
 
-    With `unaccounted` the parts add up exactly. It holds what is outside of all parts (the calls between them, freeing
-    what the step held: `outside_s`, the median over steps), and that medians of parts do not add up to the median of
-    the whole, for which it can be negative on a noisy machine.
+    The whole is the median over steps, a part its median share of a step times the whole: what slows a step down as a
+    whole (a busy machine) then moves no part against the others. With `unaccounted` the parts add up exactly. It holds
+    what is outside of all parts (the calls between them, freeing what the step held: `outside_s`, by its median share
+    too), and that medians do not add up, for which it can be negative.
 
     Args:
         groups: the parts of the step, in order, and the group of each.
@@ -211,11 +212,15 @@ def breakdown(
     compute_s = median(step.whole_s for step in steps)
     whole_s = compute_s + (0.0 if loader_is_apart else sum((loader_s or {}).values()))
 
+    def typical(seconds: Iterable[float]) -> float:
+        """Median share of a step, in seconds of the median step; one value a step comes in."""
+        return compute_s * median(value / step.whole_s for value, step in zip(seconds, steps, strict=True))
+
     def row(part: str, group: str, seconds: float, in_step: bool) -> dict[str, Any]:
         return {"part": part, "group": group, "seconds": seconds, "share": seconds / whole_s, "in_step": in_step}
 
     rows = [row(part, "data", seconds, not loader_is_apart) for part, seconds in (loader_s or {}).items()]
-    rows += [row(part, group, median(s.parts.get(part, 0.0) for s in steps), True) for part, group in groups.items()]
+    rows += [row(part, group, typical(s.parts.get(part, 0.0) for s in steps), True) for part, group in groups.items()]
     left_s = whole_s - sum(line["seconds"] for line in rows if line["in_step"])
     return {
         "whole_s": whole_s,
@@ -223,7 +228,7 @@ def breakdown(
         "unaccounted": {
             "seconds": left_s,
             "share": left_s / whole_s,
-            "outside_s": median(step.whole_s - sum(step.parts.values()) for step in steps),
+            "outside_s": typical(step.whole_s - sum(step.parts.values()) for step in steps),
         },
     }
 
