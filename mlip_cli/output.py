@@ -127,7 +127,7 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], *, title:
         least_width += width if one_word else min(width, NARROWEST_TEXT)
     for row in rows:
         table.add_row(*[Text("-" if cell is None else str(cell)) for cell in row])
-    console = Console(file=sys.stdout, highlight=False)
+    console = Console(file=sys.stdout, highlight=False, force_terminal=sys.stdout.isatty())
     terminal_width = console.width
     console.width = 1_000_000  # to measure without a limit
     fits = console.file.isatty() and least_width <= terminal_width

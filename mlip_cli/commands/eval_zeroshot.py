@@ -209,8 +209,7 @@ def _complete(
     num_missing = sum(map(len, missing.values()))
     num_stored = sum(map(len, rows.values())) - num_missing
     if num_stored:
-        were = "was" if num_stored == 1 else "were"
-        say(f"{plural(num_stored, 'row')} {were} there already, in evals/ of the runs; {num_missing} to measure")
+        say(f"measured already, in evals/ of the runs: {plural(num_stored, 'row')}; to measure: {num_missing}")
     loaded = _load([entry for entries in missing.values() for entry in entries], device)
     results: dict[str, list[dict[str, Any]]] = {}
     failures: dict[str, Exception] = {}
