@@ -175,8 +175,10 @@ def test_merge_pictures_of_every_setting(place: Path, capsys: pytest.CaptureFixt
 
 
 def pictures_of(place: Path) -> set[str]:
-    """Files in the pictures folder, as paths from the run folder."""
-    return {path.relative_to(place / "runs/mlip").as_posix() for path in (place / "runs/mlip/pictures").rglob("*.*")}
+    """Files in the folder of merge pictures, as paths from the run folder."""
+    return {
+        path.relative_to(place / "runs/mlip").as_posix() for path in (place / "runs/mlip/pictures").glob("merging_*/*")
+    }
 
 
 def test_panels_show_the_groups_of_the_model(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -32,7 +32,7 @@ def merge_sweep(
     data_root: Path | None,
     batch_size: int,
     rounds: int,
-    num_pictures: int = 8,
+    num_pictures: int,
     device: str,
     as_json: bool,
 ) -> None:

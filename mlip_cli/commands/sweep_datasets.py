@@ -12,8 +12,7 @@ from torch import Tensor
 from mlip_cli.commands.evaluators import READERS, measure_runs
 from mlip_cli.commands.loading import LoadedRun
 from mlip_cli.commands.sweep_points import Point
-from mlip_cli.commands.validation import ValidationPairs
-from mlip_cli.config import Source
+from mlip_cli.commands.validation import ValidationPairs, validation_pairs
 from mlip_cli.errors import RunError, UsageError
 from mlip_cli.evaluate.benchmarks import Benchmark, data_root, find_benchmark
 from mlip_cli.evaluate.retrieval import Ranks, image_text_ranks
@@ -145,10 +144,9 @@ def all_paired(unmerged: dict[str, str], merged: dict[str, str]) -> dict[str, An
 
 
 def _validation(loaded: LoadedRun) -> SweepDataset:
-    sources: Sequence[Source] | None = loaded.recipe.data.validation
-    if sources is None:
+    pairs = validation_pairs(loaded.recipe, loaded.tokenizer, device=loaded.device)
+    if pairs is None:
         raise UsageError(f"{VALIDATION}: the recipe of {loaded.label} has no data.validation; name another data set")
-    pairs = ValidationPairs(sources, loaded.tokenizer, image_size=loaded.model.image_size, device=loaded.device)
     fingerprint = " ".join(dataset.fingerprint for dataset in pairs.datasets)
     return SweepDataset(
         name=VALIDATION,
