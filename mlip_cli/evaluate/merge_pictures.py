@@ -112,7 +112,8 @@ def group_sums(values: Tensor, groups: Tensor) -> Tensor:
 
 def grey_of(pictures: Tensor) -> Tensor:
     """Luma of Rec. 601: (B, 3, H, W) uint8 -> (B, 1, H, W) float in [0, 255]."""
-    return (pictures.float() * torch.tensor([0.299, 0.587, 0.114])[:, None, None]).sum(1, keepdim=True)
+    red, green, blue = pictures.unbind(1)
+    return (0.299 * red).add_(green, alpha=0.587).add_(blue, alpha=0.114)[:, None]
 
 
 def near_another(numbers: Tensor, grid: tuple[int, int], size: tuple[int, int], *, distance: int) -> Tensor:
