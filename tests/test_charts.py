@@ -5,14 +5,14 @@ import re
 
 import pytest
 
-from mlip_cli.evaluate.report import charts
+from mlip_cli.evaluate.report import canvas, charts
 from mlip_cli.evaluate.report.charts import Bar, Dot, Line, bars_chart, dots_chart, lines_chart
 from mlip_cli.evaluate.report.page import STYLE, Html, element, facts, page, section, table
 
 LINES = [Line("a", [1, 2, 3], [0.5, None, 0.25]), Line("b", [1, 2, 3], [0.1, 0.2, 0.3], series=1)]
 
 
-def drawings() -> list[charts.Picture]:
+def drawings() -> list[canvas.Picture]:
     return [
         lines_chart("loss of $x$ & <y>", LINES, x_label="step", levels={"chance": 0.1}),
         dots_chart(
@@ -30,7 +30,7 @@ def drawings() -> list[charts.Picture]:
 def test_a_chart_takes_the_colours_of_its_place(number: int) -> None:
     picture = drawings()[number]
     placed, file = picture.in_page(), picture.as_file()
-    stand_ins = set(charts.VARIABLES)
+    stand_ins = set(canvas.VARIABLES)
     assert stand_ins & set(re.findall("#[0-9a-f]{6}", picture.svg)), "drawn without a colour of the page"
     for text in (placed, file):
         assert not stand_ins & set(re.findall("#[0-9a-f]{6}", text))
@@ -54,12 +54,12 @@ def test_text_of_users_is_neither_a_formula_nor_markup() -> None:
 def test_the_page_defines_every_colour_of_the_charts_for_light_and_dark() -> None:
     style = STYLE.read_text()
     light, dark = style.split("@media (prefers-color-scheme: dark)")
-    for variable in charts.VARIABLES.values():
+    for variable in canvas.VARIABLES.values():
         name = variable.removeprefix("var(").removesuffix(")")
         assert f"{name}:" in light.split("}")[0]
         assert f"{name}:" in dark.split("}")[0] + dark.split("}")[1]
-    for stand_in, colour in charts.LIGHT.items():
-        name = charts.VARIABLES[stand_in].removeprefix("var(").removesuffix(")")
+    for stand_in, colour in canvas.LIGHT.items():
+        name = canvas.VARIABLES[stand_in].removeprefix("var(").removesuffix(")")
         assert f"{name}: {colour};" in light, "a file looks like the page by day"
 
 
