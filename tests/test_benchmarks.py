@@ -156,9 +156,14 @@ def test_bad_folders_get_one_line(tmp_path: Path) -> None:
     assert usage_error(f"folder:{tmp_path}", tmp_path) == message
 
 
-def test_truncated_picture_is_named(tmp_path: Path) -> None:
+PPM = b"P6 2 2 255 " + bytes(12)
+"""Pillow could read it; that it does not is how we know that PostScript, say, is never run."""
+
+
+@pytest.mark.parametrize("content", [picture()[:300], PPM, b""])
+def test_a_picture_that_cannot_be_read_is_named(content: bytes, tmp_path: Path) -> None:
     write(tmp_path / "cat" / "a.jpg", picture())
-    broken = write(tmp_path / "cat" / "b.jpg", picture()[:300])
+    broken = write(tmp_path / "cat" / "b.jpg", content)
     with pytest.raises(RunError) as error:
         labels(opened(f"folder:{tmp_path}", tmp_path))
     assert str(error.value) == f"{broken}: not a readable picture; mend it or take it away"

@@ -15,6 +15,7 @@ from mlip_cli.commands.loading import LoadedRun, MergedEncoder
 from mlip_cli.commands.validation import BATCH_SIZE, Kept, OnBatch, ValidationPairs, interruptible, tokenize
 from mlip_cli.commands.zeroshot_tables import percent
 from mlip_cli.config import Recipe
+from mlip_cli.data import pixels
 from mlip_cli.data.dataset import ShardDataset
 from mlip_cli.data.tar import read_members
 from mlip_cli.data.tokenizer import Tokenizer
@@ -35,6 +36,7 @@ READERS = Readers(
     decode=decode,
     from_pil=pil_to_uint8,
     fit=lambda image, size: evaluation_transform(image, size=size),
+    formats=pixels.FORMATS,
 )
 
 

@@ -21,6 +21,9 @@ try:
 except ImportError:
     torchvision_decode = None
 
+STORED_FORMATS = ("JPEG", "PNG", "WEBP")
+"""Pillow's names for what shards hold; its other decoders never see a file."""
+
 CROP_RATIO = (3 / 4, 4 / 3)
 CROP_ATTEMPTS = 10
 
@@ -48,7 +51,7 @@ def _torchvision_decode(image: bytes) -> Tensor | None:
 
 
 def _pillow_decode(image: bytes) -> Tensor | None:
-    picture = Image.open(io.BytesIO(image))
+    picture = Image.open(io.BytesIO(image), formats=STORED_FORMATS)
     return F.pil_to_tensor(picture.convert("RGB")) if not picture.mode.startswith(("I", "F")) else None
 
 

@@ -64,6 +64,8 @@ class Readers:
     """A Pillow picture -> uint8 (3, H, W)."""
     fit: Callable[[Tensor, int], Tensor]
     """uint8 (3, H, W), size -> (3, size, size)."""
+    formats: tuple[str, ...]
+    """Pillow's names of the formats that are read; its other decoders never see a file."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +144,7 @@ def decode_any(readers: Readers, content: bytes, *, is_jpeg: bool, where: str) -
         except ValueError:
             pass  # CMYK, or another format under a JPEG's name: Pillow's turn, which has the last word
     try:
-        with Image.open(io.BytesIO(content)) as image:
+        with Image.open(io.BytesIO(content), formats=readers.formats) as image:
             return readers.from_pil(image)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise RunError(f"{where}: not a readable picture; mend it or take it away") from error
