@@ -8,10 +8,10 @@ def main() -> None:
     is_listening = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # not under nohup
     if is_listening:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-    from mlip_cli import cli
+    from mlip_cli import cli, endings
 
     if is_listening:
-        signal.signal(signal.SIGINT, cli.interrupt)
+        signal.signal(signal.SIGINT, endings.interrupt)
     cli.main()
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mlip_cli import __version__
-from mlip_cli.cli import interrupt
+from mlip_cli.endings import interrupt
 
 ROOT = Path(__file__).parents[1]
 HEAVY = ["torch", "torchvision", "timm", "webdataset", "open_clip", "clip_benchmark", "numpy", "pyarrow"]
@@ -163,7 +163,7 @@ def test_ctrl_c_inside_an_import_is_not_swallowed(tmp_path: Path) -> None:
         "import os, signal\ntry:\n    os.kill(os.getpid(), signal.SIGINT)\nexcept KeyboardInterrupt:\n    pass\n"
     )
     program = (
-        "import signal; from mlip_cli.cli import interrupt; signal.signal(signal.SIGINT, interrupt)\n"
+        "import signal; from mlip_cli.endings import interrupt; signal.signal(signal.SIGINT, interrupt)\n"
         "import swallower; print('went on')"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)

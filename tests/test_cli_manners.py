@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import mlip_cli.cli
+from mlip_cli.endings import exit_code
 
 COMMANDS = ("prepare-data", "pretrain", "merge-sweep", "eval-zeroshot", "profile", "report", "doctor")
 
@@ -98,12 +99,9 @@ def test_a_reader_that_leaves_is_no_error() -> None:
     assert (done.returncode, done.stderr) == (141, "")
 
 
-def test_operating_system_errors_name_the_file_first(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_operating_system_errors_name_the_file_first(capsys: pytest.CaptureFixture[str]) -> None:
     def app(**_: object) -> None:
         open("/nowhere/at/all").close()
 
-    monkeypatch.setattr(mlip_cli.cli, "app", app)
-    assert mlip_cli.cli._exit_code() == 1
+    assert exit_code(app) == 1
     assert capsys.readouterr().err == "error: /nowhere/at/all: No such file or directory\n"

@@ -23,6 +23,7 @@ from mlip_cli.commands.sweep_points import METHODS
 from mlip_cli.commands.validation import validation_pairs
 from mlip_cli.data.dataset import ShardDataset
 from mlip_cli.data.transforms import decode, pil_to_uint8
+from mlip_cli.endings import exit_code
 from mlip_cli.errors import RunError, UsageError
 from mlip_cli.evaluate.merge_pictures import draw_groups, draw_guidance, panel_pictures
 
@@ -86,6 +87,16 @@ def test_the_newest_run_is_named(place: Path, caplog: pytest.LogCaptureFixture) 
         loaded = load_run(None, device="cpu")
         load_run("runs/mlip", device="cpu")
     assert caplog.messages == [f"run {loaded.run.folder}, the newest with a checkpoint"]
+
+
+def test_the_result_is_kept_where_nobody_reads_it(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def leave(_: object) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr(merge_sweep, "print_json", leave)
+    with pytest.raises(BrokenPipeError):
+        sweep("runs/clip")
+    assert (place / "runs/clip/evals/merge_sweep_step_0000008.json").is_file()
 
 
 def test_a_plain_clip_is_swept_at_the_default_places(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -277,7 +288,7 @@ def test_from_the_command_line_with_its_default_rates(
     monkeypatch.setattr(
         sys, "argv", ["mlip", "merge-sweep", "runs/clip", "--rounds", "3", "--batch-size", "2", "--json"]
     )
-    assert cli._exit_code() == 0
+    assert exit_code(cli.app) == 0
     assert [p["rate"] for p in printed(capsys)["points"]] == [0, 0.3, 0.5]
 
 

@@ -87,7 +87,7 @@ def test_ctrl_c_ends_the_workers_and_leaves_nothing_half_written(tmp_path: Path)
     write_sidecars(tmp_path / "in", 20)
     done = disturbed_run(tmp_path, "os.killpg(0, signal.SIGINT)", "--workers", "2")
     assert done.returncode == 130, done.stderr
-    assert done.stderr.splitlines()[-1] == "error: out: interrupted; run the same command again: it goes on"
+    assert done.stderr.splitlines()[-1] == "out: interrupted; run the same command again: it goes on"
     assert "Traceback" not in done.stderr
     assert visible(tmp_path / "out") == []
     assert list((tmp_path / "out" / ".prepare" / "parts").glob(".*")) == []
