@@ -70,13 +70,15 @@ def merge_sweep(
         "datasets": scores,
         "failed": [{"dataset": name, "error": str(error)} for name, error in failures.items()],
     }
-    if as_json:
-        print_json(result)
-    else:
-        show(result)
     path = loaded.run.evals / f"merge_sweep_{loaded.checkpoint.name}.json"
     path.parent.mkdir(exist_ok=True)
-    write_json(path, result)
+    try:
+        if as_json:
+            print_json(result)
+        else:
+            show(result)
+    finally:  # also where the reader of a pipe has left
+        write_json(path, result)
     say(f"written to {path}")
     if num_pictures and len(points) > 1:
         write_merge_pictures(loaded, points, found, num_pictures=num_pictures)
