@@ -223,7 +223,7 @@ def test_recipe_keys_in_readme_are_keys() -> None:
     assert named - {"log.txt"} <= known
 
 
-THEIRS = {"torch.OutOfMemoryError", "ChildFailedError"}
+THEIRS = {"ChildFailedError"}
 """Words of other programs in README's table of troubles."""
 
 

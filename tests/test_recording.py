@@ -14,7 +14,8 @@ from mlip_cli.commands import recording
 from mlip_cli.commands.evaluators import Evaluator, Measures
 from mlip_cli.commands.recording import recorded
 from mlip_cli.commands.run_start import command_to_resume
-from mlip_cli.commands.training import measure, training_device
+from mlip_cli.commands.training import full_memory_named, measure
+from mlip_cli.commands.training_setup import training_device
 from mlip_cli.commands.validation import OnBatch
 from mlip_cli.drawing import TrainingPanel
 from mlip_cli.errors import RunError, UsageError
@@ -37,6 +38,13 @@ def test_half_precision_without_cuda_is_refused(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(UsageError) as error:
         training_device(recipe.model_copy(update={"train": recipe.train.model_copy(update={"precision": "fp16"})}))
     assert str(error.value) == "train.precision: fp16 needs CUDA, and train.device auto is cpu here; use bf16 or fp32"
+
+
+def test_memory_that_does_not_suffice_is_one_line_with_a_cure() -> None:
+    recipe = small_recipe(train={"global_batch_size": 512})
+    message = "the device has no memory for 512 samples at once; set it to 256 or less, which gives the same gradient"
+    with pytest.raises(RunError, match=message), full_memory_named(recipe):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
 
 def test_a_full_disk_names_the_run_and_the_stamp_says_why_it_ended(tmp_path: Path) -> None:

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 
 from mlip_cli.commands.costs import frequency_gflops, image_gflops, parameters, text_gflops
-from mlip_cli.commands.training import cautions, num_workers, open_data, training_device
+from mlip_cli.commands.training_facts import cautions
+from mlip_cli.commands.training_setup import num_workers, open_data, training_device
 from mlip_cli.config import Recipe, Source
 from mlip_cli.data.dataset import open_sources
 from mlip_cli.data.loader import preflight

@@ -17,7 +17,7 @@ from mlip_cli.commands.profile_tables import ratio as ratio
 from mlip_cli.commands.profile_tables import show
 from mlip_cli.commands.report import rebuild
 from mlip_cli.commands.step_breakdown import StepRecorder, breakdown, limit, step_parts
-from mlip_cli.commands.training import num_workers
+from mlip_cli.commands.training_setup import num_workers
 from mlip_cli.commands.training_step import TrainingStep
 from mlip_cli.config import Recipe
 from mlip_cli.data.dataset import ShardDataset, open_sources

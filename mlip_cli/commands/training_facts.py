@@ -1,0 +1,48 @@
+"""What a training says of itself before its first step."""
+
+from mlip_cli.commands.run_start import Start
+from mlip_cli.commands.training_setup import num_workers
+from mlip_cli.config import Recipe
+from mlip_cli.distributed import world_size
+from mlip_cli.merge_plan import MOST_IN_ONE_MERGE, MergePlan
+from mlip_cli.model.clip import CLIP
+from mlip_cli.output import plural
+
+
+def facts(recipe: Recipe, model: CLIP, total_steps: int) -> list[str]:
+    """Lines about what was derived from the recipe."""
+    parameters = sum(p.numel() for p in model.parameters())
+    plan, loaders = model.plan, plural(num_workers(recipe), "loader process", "loader processes")
+    lines = [
+        f"{plural(parameters, 'parameter')}; {plural(total_steps, 'step')} with batches of "
+        f"{recipe.train.global_batch_size:,} on {plural(world_size(), 'rank')}, {loaders} each, "
+        f"{recipe.train.precision}"
+    ]
+    if plan.at:
+        tokens = " ".join(map(str, plan.tokens))
+        lines.append(f"merging ({plan.method}): patch tokens per block {tokens}, true rate {plan.rate:.3f}")
+    return lines
+
+
+def cautions(recipe: Recipe, plan: MergePlan, total_steps: int | None) -> list[str]:
+    """What is allowed and probably not meant; `total_steps` is None where missing data leaves it open."""
+    lines = []
+    if plan.largest_merge > MOST_IN_ONE_MERGE:
+        lines.append(
+            f"one merge removes {plan.largest_merge:.0%} of the tokens and leaves guidance little to choose; add "
+            "places to model.merging.at"
+        )
+    if total_steps is not None and recipe.optim.warmup_steps >= total_steps:
+        lines.append(
+            f"optim.warmup_steps {recipe.optim.warmup_steps} is not below the {plural(total_steps, 'step')} of the run:"
+            " the learning rate only rises; lower it"
+        )
+    return lines
+
+
+def resume_facts(start: Start, step: int) -> list[str]:
+    """Lines about what goes on, and with which permitted changes."""
+    if not start.resumes:
+        return []
+    changes = [f"changed since: {path}: {old} -> {new}" for path, old, new in start.changes]
+    return [f"going on with {start.run.folder} after step {step:,}", *changes]

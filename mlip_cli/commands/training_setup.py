@@ -1,0 +1,102 @@
+"""From a recipe to what training needs: device, data in its order, model and optimiser."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from mlip_cli.commands.loading import find_checkpoint, load_into
+from mlip_cli.config import Recipe
+from mlip_cli.data.dataset import ShardDataset, open_sources
+from mlip_cli.data.loader import default_num_workers, training_loader
+from mlip_cli.data.order import Order
+from mlip_cli.distributed import pick_device, rank, world_size, wrap
+from mlip_cli.errors import UsageError
+from mlip_cli.model.clip import build_model, set_fused_attention
+from mlip_cli.train.checkpoint import load_weights
+from mlip_cli.train.gradients import Precision
+from mlip_cli.train.optim import build_optimizer
+from mlip_cli.train.resume import Training
+from mlip_cli.types import Batch
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """The training set of a run, in its order."""
+
+    datasets: list[ShardDataset]
+    order: Order
+    total_steps: int
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """Folder -> fingerprint."""
+        return {str(dataset.folder.resolve()): dataset.fingerprint for dataset in self.datasets}
+
+
+def training_device(recipe: Recipe) -> torch.device:
+    """The device of this rank.
+
+    Raises:
+        UsageError: PyTorch sees no such device, or it cannot train in the recipe's precision.
+    """
+    device = pick_device(recipe.train.device)
+    if recipe.train.precision == "fp16" and device.type != "cuda":
+        raise UsageError(
+            f"train.precision: fp16 needs CUDA, and train.device {recipe.train.device} is {device.type} here; "
+            "use bf16 or fp32"
+        )
+    return device
+
+
+def open_data(recipe: Recipe) -> TrainingData:
+    """Open the training shards and fix their order and the number of steps."""
+    datasets = open_sources(recipe.data.train)
+    order = Order(
+        [dataset.num_samples for dataset in datasets],
+        [source.weight for source in recipe.data.train],
+        seed=recipe.seed,
+        global_batch_size=recipe.train.global_batch_size,
+    )
+    if recipe.train.steps is not None:
+        return TrainingData(datasets, order, recipe.train.steps)
+    assert recipe.train.epochs is not None
+    assert order.steps_per_epoch is not None
+    return TrainingData(datasets, order, recipe.train.epochs * order.steps_per_epoch)
+
+
+def build(recipe: Recipe, device: torch.device, *, fresh: bool) -> Training:
+    """Model and optimiser on `device`; a fresh run starts from `model.init` where the recipe names one."""
+    torch.manual_seed(recipe.seed)
+    model = build_model(recipe)
+    if fresh and recipe.model.init is not None:
+        _, checkpoint = find_checkpoint(recipe.model.init)
+        load_into(model, load_weights(checkpoint), checkpoint)
+    set_fused_attention(model, device.type != "cpu")
+    model.to(device)
+    torch.manual_seed(recipe.seed + 1 + rank())  # dropout and drop path differ between ranks
+    optimizer = build_optimizer(model, recipe.optim)
+    return Training(wrap(model, device), optimizer, Precision.named(recipe.train.precision, device), device)
+
+
+def open_batches(recipe: Recipe, data: TrainingData, device: torch.device, *, start_step: int) -> Iterator[Batch]:
+    """This rank's share of every batch after `start_step`."""
+    return training_loader(
+        data.datasets,
+        data.order,
+        data=recipe.data,
+        context_length=recipe.model.text.context_length,
+        global_batch_size=recipe.train.global_batch_size,
+        seed=recipe.seed,
+        rank=rank(),
+        world_size=world_size(),
+        start_step=start_step,
+        stop_step=data.total_steps,
+        num_workers=num_workers(recipe),
+        pin_memory=device.type == "cuda",
+    )
+
+
+def num_workers(recipe: Recipe) -> int:
+    """The recipe's number of loader processes, or one made from cores and ranks."""
+    return default_num_workers(world_size()) if recipe.data.num_workers is None else recipe.data.num_workers
