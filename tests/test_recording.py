@@ -41,9 +41,8 @@ def test_half_precision_without_cuda_is_refused(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_memory_that_does_not_suffice_is_one_line_with_a_cure() -> None:
-    recipe = small_recipe(train={"global_batch_size": 512})
-    message = "the device has no memory for 512 samples at once; set it to 256 or less, which gives the same gradient"
-    with pytest.raises(RunError, match=message), full_memory_named(recipe):
+    message = "the device has no memory for 8 samples at once; set it to 4 or less, which gives the same gradient"
+    with pytest.raises(RunError, match=message), full_memory_named(small_recipe()):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
 
