@@ -203,7 +203,7 @@ def merge_sweep(
     dataset: Datasets = None,
     data_root: DataRoot = None,
     batch_size: BatchSize = 64,
-    rounds: Annotated[int, typer.Option(min=3, help="Timed rounds, each through all rates in turn.")] = 9,
+    rounds: Annotated[int, typer.Option(min=5, help="Timed rounds, each through all rates in turn.")] = 9,
     pictures: Annotated[int, typer.Option(min=0, help="Pictures on which the merges are drawn; 0 for none.")] = 8,
     device: Device = "auto",
     json: Json = False,

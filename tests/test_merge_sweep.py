@@ -286,7 +286,7 @@ def test_from_the_command_line_with_its_default_rates(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(
-        sys, "argv", ["mlip", "merge-sweep", "runs/clip", "--rounds", "3", "--batch-size", "2", "--json"]
+        sys, "argv", ["mlip", "merge-sweep", "runs/clip", "--rounds", "5", "--batch-size", "2", "--json"]
     )
     assert exit_code(cli.app) == 0
     assert [p["rate"] for p in printed(capsys)["points"]] == [0, 0.3, 0.5]

@@ -44,7 +44,7 @@ train: {{steps: 2, epochs: null, global_batch_size: 8, micro_batch_size: null, p
 """
 """The shipped recipes under their own names, as a reader's changes to them would be: seconds instead of days."""
 
-QUICK = "--rounds 3 --batch-size 4"
+QUICK = "--rounds 5 --batch-size 4"
 SWEPT = f"{QUICK} --pictures 1"
 
 
