@@ -176,13 +176,16 @@ def test_it_is_made_of_files_alone_and_the_same_each_time(runs: Path, capsys: py
     assert when.sub("", before) == when.sub("", after)
 
 
-def test_damaged_files_are_named_and_left_out(runs: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_damaged_files_are_named_and_left_out(runs: Path) -> None:
     (runs / "mlip" / "evals" / "broken.json").write_text('{"kind": "zero')
+    (runs / "mlip" / "evals" / "strange.json").write_text("{}")
     with open(runs / "mlip" / "metrics.jsonl", "a") as file:
-        file.write('nonsense\n{"step": 9, "lo')
+        file.write('nonsense\n{"step": 9, "loss": null, "grad_norm": null}\n{"step": 10, "lo')
     report(["runs/mlip"], out=None, as_json=False)
     page = (runs / "mlip" / "report.html").read_text("utf-8")
     assert "broken.json: cannot be read (Unterminated string" in page
+    assert "strange.json: cannot be read (its kind is none of zeroshot, gallery," in page
+    assert "not finite" in page
     assert re.search(r"metrics\.jsonl:\d+: not a line of metrics; left out of the report", page)
 
 

@@ -48,7 +48,7 @@ def _runs_section(records: Sequence[RunRecord], links: Mapping[str, str]) -> Htm
                 element("a", record.name, href=links[record.name]),
                 method(record),
                 f"{record.last_step:,}",
-                f"{record.steps[-1]['loss']:.3f}" if record.steps else None,
+                record.last_loss,
                 *(with_interval(scores.get(way, {}), "r5") for way in ("image_to_text", "text_to_image")),
                 record.stamp.get("end_reason") or "not ended",
             ]

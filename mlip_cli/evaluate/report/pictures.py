@@ -125,9 +125,16 @@ def merges_section(record: RunRecord) -> Html:
             "token keeps its colour from stage to stage; untinted patches are still alone. Beside them the guidance "
             "that each merge went by: the brighter a patch, the more it matters and the less it merges.",
         ),
+        _legend(result["map_colors"]),
         *points,
         *_attribution(record),
     )
+
+
+def _legend(colors: list[str]) -> Html:
+    """From guidance 0 to 1."""
+    bar = element("span", class_="bar", style=f"background: linear-gradient(90deg, {', '.join(colors)})")
+    return element("p", "guidance: merges first ", bar, " is kept apart", class_="note")
 
 
 def _strongest_first(result: Result) -> list[Result]:

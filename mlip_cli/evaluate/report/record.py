@@ -15,6 +15,9 @@ from mlip_cli.run_folder import Run
 
 Result = dict[str, Any]
 
+KINDS = ("zeroshot", "gallery", "merge_pictures", "merge_sweep", "profile")
+"""Of results in evals/."""
+
 MEASURED = "loss"
 """Key that the lines of training steps have and the lines of evaluations have not."""
 
@@ -45,6 +48,14 @@ class RunRecord:
         """Last step that was logged; 0 before the first."""
         return int(self.steps[-1]["step"]) if self.steps else 0
 
+    @property
+    def last_loss(self) -> str | None:
+        """As people read it; None before the first step."""
+        if not self.steps:
+            return None
+        loss = self.steps[-1][MEASURED]
+        return "not finite" if loss is None else f"{loss:.3f}"
+
     @cached_property
     def attributions(self) -> list[str]:
         """What the licences of the data ask to be said."""
@@ -67,9 +78,9 @@ def read_run(folder: Path, *, name: str | None = None) -> RunRecord:
     lines = _read_metrics(run.metrics, damaged)
     results: dict[str, list[Result]] = {}
     for path in sorted(run.evals.glob("*.json")):
-        result = _attempt(path, _read_object, damaged)
+        result = _attempt(path, _read_result, damaged)
         if result is not None:
-            results.setdefault(str(result.get("kind", "unknown")), []).append(result)
+            results.setdefault(result["kind"], []).append(result)
     for found in results.values():
         found.sort(key=lambda result: (result.get("step", 0), result.get("measured_at", "")))
     record = RunRecord(
@@ -105,6 +116,13 @@ def _read_object(path: Path) -> Result:
     if not isinstance(value, dict):
         raise ValueError("no JSON object")
     return value
+
+
+def _read_result(path: Path) -> Result:
+    result = _read_object(path)
+    if result.get("kind") not in KINDS:
+        raise ValueError(f"its kind is none of {', '.join(KINDS)}: another version wrote it")
+    return result
 
 
 def _read_recipe(path: Path) -> Recipe:

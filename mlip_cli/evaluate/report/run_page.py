@@ -67,8 +67,8 @@ def _of_total(record: RunRecord) -> str:
 
 def _tiles(record: RunRecord) -> Html:
     found: list[tuple[str, str, str]] = []
-    if record.steps:
-        found.append(("loss", f"{record.steps[-1]['loss']:.3f}", f"at step {record.last_step:,}"))
+    if record.last_loss is not None:
+        found.append(("loss", record.last_loss, f"at step {record.last_step:,}"))
     for dataset, result in _newest_results(record).items():
         low, high = result["mean_per_class_recall_interval"]
         beside = f"{percent(low)}–{percent(high)}; chance {percent(result['chance'])} %; n {result['n']:,}"
