@@ -36,6 +36,13 @@ LARGEST_MATMUL = 16_384
 """Rows of the largest product that is tried for the peak: three such matrices take 3 GiB in fp32."""
 
 
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or the CPU's instruction set as PyTorch uses it; PyTorch tells no name of other devices."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return torch.backends.cpu.get_cpu_capability() if device.type == "cpu" else device.type
+
+
 @dataclass(frozen=True)
 class BlockSizes:
     """What a transformer block's cost depends on."""

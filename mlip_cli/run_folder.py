@@ -13,9 +13,13 @@ from mlip_cli.files import write_text
 
 RUNS = Path("runs")
 
-
 STATE = "state.pt"
 """Written last into a checkpoint folder; one without it is none."""
+
+
+def now() -> str:
+    """The time that results and stamps carry: UTC, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def checkpoint_name(step: int) -> str:

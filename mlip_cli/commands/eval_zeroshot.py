@@ -5,7 +5,6 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +15,7 @@ from mlip_cli.evaluate.benchmarks import Benchmark, data_root, find_benchmark
 from mlip_cli.files import write_json
 from mlip_cli.output import plural, print_json, say, warn
 from mlip_cli.recipe import load_recipe
-from mlip_cli.run_folder import Run, find_checkpoint
+from mlip_cli.run_folder import Run, find_checkpoint, now
 
 if TYPE_CHECKING:
     from mlip_cli.commands.loading import LoadedRun
@@ -264,7 +263,7 @@ def _measure(entries: Sequence[Entry], loaded: dict[Path, "LoadedRun"], *, batch
         for group in groups
         for run in [loaded[group[0].subject.checkpoint]]
     ]
-    measured_at = datetime.now(UTC).isoformat(timespec="seconds")
+    measured_at = now()
     scores = measure_runs(entries[0].benchmark, runs, batch_size=batch_size)
     results: dict[int, dict[str, Any]] = {}
     for group, (run, encoders), group_scores in zip(groups, runs, scores, strict=True):

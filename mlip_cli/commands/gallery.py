@@ -2,7 +2,6 @@
 
 import shutil
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from mlip_cli.data.transforms import decode
 from mlip_cli.evaluate.gallery import Query, random_queries
 from mlip_cli.evaluate.retrieval import image_text_retrieval
 from mlip_cli.files import write_bytes, write_json
-from mlip_cli.run_folder import Run, checkpoint_name
+from mlip_cli.run_folder import Run, checkpoint_name, now
 from mlip_cli.types import Encoder
 
 QUERIES = 8
@@ -47,7 +46,7 @@ def write_gallery(run: Run, encoder: Encoder, pairs: ValidationPairs, *, step: i
         {
             "kind": "gallery",
             "mlip_version": __version__,
-            "measured_at": datetime.now(UTC).isoformat(timespec="seconds"),
+            "measured_at": now(),
             "step": step,
             "true_merge_rate": true_rate,
             "folders": [str(dataset.folder.resolve()) for dataset in pairs.datasets],

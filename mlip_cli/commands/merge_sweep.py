@@ -10,9 +10,7 @@ from torch import Tensor
 from mlip_cli import __version__
 from mlip_cli.commands.costs import image_gflops
 from mlip_cli.commands.loading import LoadedRun, MergedEncoder, load_run
-from mlip_cli.commands.profile import device_name
 from mlip_cli.commands.report import rebuild
-from mlip_cli.commands.stamp import now
 from mlip_cli.commands.sweep_datasets import FAILURES, SweepDataset, find_datasets
 from mlip_cli.commands.sweep_pictures import write_merge_pictures
 from mlip_cli.commands.sweep_points import Point, check_methods, sweep_points
@@ -20,7 +18,8 @@ from mlip_cli.commands.sweep_tables import show
 from mlip_cli.errors import RunError
 from mlip_cli.files import write_json
 from mlip_cli.output import print_json, progress, say
-from mlip_cli.profiling import Timing, measure_interleaved, peak_memory
+from mlip_cli.profiling import Timing, device_name, measure_interleaved, peak_memory
+from mlip_cli.run_folder import now
 
 
 def merge_sweep(

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ from mlip_cli import __version__
 from mlip_cli.commands import costs
 from mlip_cli.commands.loader_breakdown import LoaderCost, measure_loader
 from mlip_cli.commands.loading import load_run
-from mlip_cli.commands.profile_tables import ratio as ratio
 from mlip_cli.commands.profile_tables import show
 from mlip_cli.commands.report import rebuild
 from mlip_cli.commands.step_breakdown import StepRecorder, breakdown, limit, step_parts
@@ -28,9 +26,9 @@ from mlip_cli.files import write_json
 from mlip_cli.merge_plan import MergePlan
 from mlip_cli.model.clip import CLIP, build_model, set_fused_attention
 from mlip_cli.output import print_json, progress, say
-from mlip_cli.profiling import SquareMatmul, Timing, measure_interleaved, peak_memory, square_matmul
+from mlip_cli.profiling import SquareMatmul, Timing, device_name, measure_interleaved, peak_memory, square_matmul
 from mlip_cli.recipe import load_recipe
-from mlip_cli.run_folder import Run, checkpoint_name
+from mlip_cli.run_folder import Run, checkpoint_name, now
 from mlip_cli.train.gradients import Precision
 from mlip_cli.types import VOCAB_SIZE, Batch
 
@@ -62,7 +60,7 @@ def profile(target: str | None, *, batch_size: int, rounds: int, device: str, as
     say(f"{subject.label}: timing {rounds} rounds; the model gets random pictures and words, the loader real ones")
     result = {
         "kind": "profile",
-        "measured_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "measured_at": now(),
         "mlip_version": __version__,
         "target": subject.label,
         "step": subject.step,
@@ -136,11 +134,6 @@ def pinned(batch: Batch, device: torch.device) -> Batch:
     if device.type != "cuda":
         return batch
     return replace(batch, images=batch.images.pin_memory(), token_ids=batch.token_ids.pin_memory())
-
-
-def device_name(device: torch.device) -> str:
-    """The GPU's name, or the CPU's instruction set as PyTorch uses it."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
 
 
 def counts(model: CLIP, num_tokens: int) -> dict[str, Any]:

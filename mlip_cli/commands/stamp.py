@@ -5,7 +5,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -18,14 +17,9 @@ from mlip_cli.config import Recipe
 from mlip_cli.distributed import world_size
 from mlip_cli.errors import Stopped
 from mlip_cli.files import write_json
-from mlip_cli.run_folder import Run
+from mlip_cli.run_folder import Run, now
 
 PACKAGES = ("torch", "torchvision", "timm", "open_clip_torch", "numpy", "pillow")
-
-
-def now() -> str:
-    """UTC, to the second."""
-    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def commit() -> str | None:

@@ -12,12 +12,11 @@ from functools import partial
 import torch
 
 from mlip_cli.commands.costs import image_gflops
-from mlip_cli.commands.profile import device_name
 from mlip_cli.config import Model, Text, Vision
 from mlip_cli.merge_plan import MergePlan
 from mlip_cli.model.clip import CLIP, set_fused_attention
 from mlip_cli.output import print_lines, print_table
-from mlip_cli.profiling import measure_interleaved
+from mlip_cli.profiling import device_name, measure_interleaved
 
 RATES = (0.0, 0.3, 0.5)
 METHODS = ("guided", "tome")
