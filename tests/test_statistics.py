@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from mlip_cli.evaluate.statistics import chance_at, mcnemar, mean_recall_interval, paired, wilson
+from mlip_cli.evaluate.statistics import chance_at, mcnemar, mean_recall_interval, metric_prefix, paired, wilson
 
 
 @pytest.mark.parametrize(("hits", "n"), [(0, 1), (0, 374), (37, 374), (25_000, 50_000), (9, 9)])
@@ -68,3 +68,10 @@ def test_mean_recall_interval_of_one_class_is_agresti_and_coulls() -> None:
 def test_paired_differences() -> None:
     assert paired("11100", "10011") == {"difference": 0.0, "won": 2, "lost": 2, "p": 1.0}
     assert paired("11110", "00000") == {"difference": -0.8, "won": 0, "lost": 4, "p": mcnemar(4, 0)}
+
+
+@pytest.mark.parametrize(
+    ("name", "prefix"), [("openmoji", "openmoji"), ("shards:data/x", "shards_data_x"), ("wds/cars", "wds_cars")]
+)
+def test_measures_are_named_after_their_data_set(name: str, prefix: str) -> None:
+    assert metric_prefix(name) == prefix

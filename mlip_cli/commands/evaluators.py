@@ -1,6 +1,5 @@
 """Where evaluation meets data and models: for `eval-zeroshot`, for `merge-sweep` and for measures during training."""
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -25,6 +24,7 @@ from mlip_cli.evaluate.measure import NAME_RECALL_AT, Candidate, measure
 from mlip_cli.evaluate.pictures import Pictures, Readers, batches
 from mlip_cli.evaluate.retrieval import RECALL_AT
 from mlip_cli.evaluate.sources import open_benchmark
+from mlip_cli.evaluate.statistics import metric_prefix
 from mlip_cli.output import progress
 from mlip_cli.types import Encoder
 
@@ -113,7 +113,7 @@ def _zeroshot_evaluator(benchmark: Benchmark, recipe: Recipe, tokenizer: Tokeniz
     size = recipe.data.image_size
     pictures = open_benchmark(benchmark, READERS)
     decoded = Kept(lambda: _batches(pictures, size, device), num_pictures=pictures.num_pictures, size=size)
-    prefix = re.sub(r"\W+", "_", benchmark.name)
+    prefix = metric_prefix(benchmark.name)
 
     def evaluate(encoder: Encoder, on_batch: OnBatch) -> Measures:
         candidate = Candidate((encoder,), interruptible(tokenizer, on_batch), device)

@@ -1,10 +1,16 @@
 """How sure a score is: intervals, chance levels and the paired test. Counts in, fractions in [0, 1] out; no torch."""
 
+import re
 from collections.abc import Sequence
 from math import comb, exp, lgamma, log, sqrt
 from typing import Any, NamedTuple
 
 Z95 = 1.959963984540054
+
+
+def metric_prefix(name: str) -> str:
+    """What the names of a data set's measures in metrics.jsonl begin with: shards:data/x -> shards_data_x."""
+    return re.sub(r"\W+", "_", name)
 
 
 class Interval(NamedTuple):
