@@ -8,7 +8,13 @@ import torch.nn.functional as F
 from clip_benchmark.metrics import zeroshot_retrieval as reference
 from torch import Tensor
 
-from mlip_cli.evaluate.retrieval import image_text_ranks, image_text_retrieval, rank_of_first_right, ranks
+from mlip_cli.evaluate.retrieval import (
+    image_text_ranks,
+    image_text_retrieval,
+    images_of_texts,
+    rank_of_first_right,
+    ranks,
+)
 
 
 class Lookup:
@@ -78,3 +84,7 @@ def test_chunks_change_nothing() -> None:
     queries, gallery = F.normalize(torch.randn(50, 6), dim=1), F.normalize(torch.randn(70, 6), dim=1)
     right = [[i, (3 * i) % 70] for i in range(50)]
     assert torch.equal(ranks(queries, gallery, right), ranks(queries, gallery, right, chunk=7))
+
+
+def test_each_text_gets_the_images_that_name_it() -> None:
+    assert images_of_texts([[0, 2], [2], []], 4) == [[0], [], [0, 1], []]

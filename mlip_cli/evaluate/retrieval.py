@@ -76,6 +76,15 @@ class Ranks:
         return {f"r{k}": "".join("01"[rank < k] for rank in self.ranks.tolist()) for k in at}
 
 
+def images_of_texts(captions: Sequence[Sequence[int]], num_texts: int) -> list[list[int]]:
+    """The numbers of each text's images, from those of each image's texts."""
+    images: list[list[int]] = [[] for _ in range(num_texts)]
+    for image, texts in enumerate(captions):
+        for text in texts:
+            images[text].append(image)
+    return images
+
+
 def image_text_ranks(
     image_features: Tensor, text_features: Tensor, captions: Sequence[Sequence[int]]
 ) -> dict[str, Ranks]:
@@ -86,17 +95,14 @@ def image_text_ranks(
         text_features: (T, E) unit vectors.
         captions: for each image the numbers of its texts. Images may share a text, which is then right for each.
     """
-    images_of_text: list[list[int]] = [[] for _ in range(len(text_features))]
-    for image, texts in enumerate(captions):
-        for text in texts:
-            images_of_text[text].append(image)
+    images = images_of_texts(captions, len(text_features))
     return {
         "image_to_text": Ranks(
             ranks(image_features, text_features, captions), [len(set(t)) for t in captions], len(text_features)
         ),
         "text_to_image": Ranks(
-            ranks(text_features, image_features, images_of_text),
-            [len(set(i)) for i in images_of_text],
+            ranks(text_features, image_features, images),
+            [len(set(i)) for i in images],
             len(image_features),
         ),
     }
