@@ -58,8 +58,8 @@ class Tower:
 
     def stages(self, plan: MergePlan) -> tuple[MergeStage, ...]:
         """Every merge of this pass, seen from the original patches."""
-        earlier = (None, *self.assign)
-        merges = zip(plan.at, self.assign, earlier, self.guidance, strict=False)  # `earlier` has the last one too
+        earlier = (None, *self.assign)[: len(self.assign)]
+        merges = zip(plan.at, self.assign, earlier, self.guidance, strict=True)
         return tuple(_stage(block, groups, before, guidance) for block, groups, before, guidance in merges)
 
 
