@@ -14,6 +14,7 @@ from mlip_cli import __version__, cli
 from mlip_cli.commands import profile, profile_tables
 from mlip_cli.commands.training_step import TrainingStep
 from mlip_cli.config import LOSS_NAMES
+from mlip_cli.endings import exit_code
 from mlip_cli.profiling import Timing
 from mlip_cli.recipe import recipe_yaml
 
@@ -31,7 +32,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def mlip(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     monkeypatch.setattr(sys, "argv", ["mlip", "profile", *arguments])
-    return cli._exit_code()
+    return exit_code(cli.app)
 
 
 def printed(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
