@@ -46,6 +46,12 @@ def test_the_same_chart_has_the_same_bytes(number: int) -> None:
     assert drawings()[number].svg == drawings()[number].svg
 
 
+def test_bars_below_zero_and_names_in_any_script_are_drawn() -> None:
+    svg = bars_chart("rest", [Bar("日本語 🙂", -1.0, "-1 %"), Bar("b", 4.0, "4 %")], x_label="ms").svg
+    assert "-1 %" in svg
+    assert "日本語 🙂" in svg
+
+
 def test_text_of_users_is_neither_a_formula_nor_markup() -> None:
     svg = drawings()[0].svg
     assert "loss of $x$ &amp; &lt;y&gt;" in svg

@@ -189,6 +189,43 @@ def test_damaged_files_are_named_and_left_out(runs: Path) -> None:
     assert re.search(r"metrics\.jsonl:\d+: not a line of metrics; left out of the report", page)
 
 
+def test_pictures_that_are_gone_or_elsewhere_are_named(runs: Path) -> None:
+    shutil.rmtree(runs / "mlip" / "pictures")
+    [path] = (runs / "mlip" / "evals").glob("gallery_*.json")
+    gallery = json.loads(path.read_text())
+    outside = runs.parent / "secret.png"
+    Image.new("RGB", (8, 8), "red").save(outside)
+    gallery["image_to_text"][0]["picture"] = str(outside)
+    path.write_text(json.dumps(gallery))
+    report(["runs/mlip"], out=None, as_json=False)
+    page = (runs / "mlip" / "report.html").read_text("utf-8")
+    assert page.count("(no picture pictures/") > 10
+    assert f"(no picture {outside})" in page
+    assert "<img" not in page
+
+
+def test_recipes_are_compared_by_what_each_holds(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(runs / "mlip", runs / "wide #1?")
+    text = (runs / "wide #1?" / "recipe.yaml").read_text()
+    (runs / "wide #1?" / "recipe.yaml").write_text(text.replace("width: 24", "width: 48"))
+    report(["runs/mlip", "runs/wide #1?", "runs/clip"], out=None, as_json=False)
+    assert capsys.readouterr().out == "runs/comparison.html\n"
+    page = (runs / "comparison.html").read_text("utf-8")
+    assert "<td>model.frequency.width</td><td>24</td><td>48</td><td>–</td>" in page
+    assert re.search(r"<td>model\.frequency</td><td>\{.*?</td><td>\{.*?</td><td>null</td>", page)
+    assert '<a href="wide%20%231%3F/report.html">wide #1?</a>' in page
+
+
+def test_results_on_data_that_has_changed_stand_apart(runs: Path) -> None:
+    path = sorted((runs / "mlip" / "evals").glob("folder_*.json"))[0]
+    result = json.loads(path.read_text()) | {"data_fingerprint": "f" * 40, "n": 1_234}
+    path.with_name("other.json").write_text(json.dumps(result))
+    report(["runs/mlip"], out=None, as_json=False)
+    page = (runs / "mlip" / "report.html").read_text("utf-8")
+    assert "<h3>folder:classes (data ffffffff)</h3>" in page
+    assert page.count("1,234 pictures") == 1
+
+
 def test_mistakes(runs: Path) -> None:
     with pytest.raises(UsageError, match="runs/none: no such run; runs lie in runs/"):
         report(["runs/none"], out=None, as_json=False)
@@ -196,6 +233,8 @@ def test_mistakes(runs: Path) -> None:
         report(["runs"], out=None, as_json=False)
     with pytest.raises(UsageError, match="named twice"):
         report(["runs/mlip", "runs/../runs/mlip"], out=None, as_json=False)
+    with pytest.raises(UsageError, match=r"--out runs: a folder; name a file, as in runs/report\.html"):
+        report(["runs/mlip"], out=Path("runs"), as_json=False)
     with pytest.raises(UsageError, match="no folder nowhere; make it"):
         report(["runs/mlip"], out=Path("nowhere/page.html"), as_json=False)
 

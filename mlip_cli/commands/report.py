@@ -5,11 +5,12 @@ from collections import Counter
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from urllib.parse import quote
 
 from mlip_cli import __version__
 from mlip_cli.errors import UsageError
 from mlip_cli.evaluate.report.comparison import comparison_page
-from mlip_cli.evaluate.report.costs import breakdown_picture, pareto_pictures
+from mlip_cli.evaluate.report.costs import PARETO, standalone_pictures
 from mlip_cli.evaluate.report.record import RunRecord, read_run
 from mlip_cli.evaluate.report.run_page import run_page
 from mlip_cli.files import full_disk_named, write_text
@@ -27,16 +28,20 @@ def report(targets: Sequence[str], *, out: Path | None, as_json: bool) -> None:
     twice = [folder for folder, count in Counter(run.folder.resolve() for run in runs).items() if count > 1]
     if twice:
         raise UsageError(f"{twice[0]}: named twice; name each run once")
+    if out is not None and out.is_dir():
+        raise UsageError(f"--out {out}: a folder; name a file, as in {out / 'report.html'}")
     if out is not None and not out.absolute().parent.is_dir():
         raise UsageError(f"--out {out}: no folder {out.parent}; make it, or name another")
     records = [_named(run, runs) for run in runs]
-    pages = [_write(record, record.run.report) for record in records]
-    if len(records) > 1:
-        path = out or Path(os.path.commonpath([run.folder.absolute().parent for run in runs])) / "comparison.html"
-        links = {record.name: os.path.relpath(page, path.parent) for record, page in zip(records, pages, strict=True)}
-        _write_page(path, comparison_page(records, links=links, written=_written()))
+    if len(records) == 1:
+        path = out or runs[0].report
+        _write(records[0], path)
     else:
-        path = _write(records[0], out) if out is not None else pages[0]
+        path = out or Path(os.path.commonpath([run.folder.absolute().parent for run in runs])) / "comparison.html"
+        for record in records:
+            _write(record, record.run.report)
+        links = {record.name: quote(os.path.relpath(record.run.report, path.parent)) for record in records}
+        _write_page(path, comparison_page(records, links=links, written=_written()))
     path = _short(path)
     if as_json:
         print_json({"report": str(path), "runs": [str(run.folder) for run in runs]})
@@ -47,7 +52,8 @@ def report(targets: Sequence[str], *, out: Path | None, as_json: bool) -> None:
 def rebuild(run: Run) -> None:
     """Write the page of a run anew, after a command has added to the run's files; rank 0 only."""
     if is_main():
-        say(f"report: {_write(read_run(run.folder), run.report)}")
+        _write(read_run(run.folder), run.report)
+        say(f"report: {run.report}")
 
 
 def rebuild_if_older(run: Run) -> None:
@@ -83,25 +89,20 @@ def _named(run: Run, runs: Sequence[Run]) -> RunRecord:
     return read_run(run.folder, name=name if names.count(name) == 1 else str(run.folder))
 
 
-def _write(record: RunRecord, path: Path) -> Path:
-    """The page, and its charts as files of their own in pictures/."""
-    _write_page(path, run_page(record, written=_written()))
-    with full_disk_named(record.run.folder, "make room and call mlip report again"):
-        for name, svg in _charts(record).items():
-            record.run.pictures.mkdir(exist_ok=True)
-            write_text(record.run.pictures / f"{name}.svg", svg)
-    return path
-
-
-def _charts(record: RunRecord) -> dict[str, str]:
-    sweep, profile = record.newest("merge_sweep"), record.newest("profile")
-    pictures = {}
-    if sweep is not None:
-        for number, picture in enumerate(pareto_pictures([(record.name, sweep)]).values()):
-            pictures["pareto" if number == 0 else f"pareto_{number + 1}"] = picture
-    if profile is not None:
-        pictures["profile"] = breakdown_picture(record.name, profile)
-    return {name: picture.as_file() for name, picture in pictures.items()}
+def _write(record: RunRecord, path: Path) -> None:
+    """The page, and its charts as files of their own in pictures/, where those of earlier results go."""
+    pictures = standalone_pictures(record)
+    _write_page(path, run_page(record, pictures, written=_written()))
+    if path != record.run.report:
+        return
+    folder = record.run.pictures
+    with full_disk_named(folder, "make room and call mlip report again"):
+        for name, picture in pictures.items():
+            folder.mkdir(exist_ok=True)
+            write_text(folder / f"{name}.svg", picture.as_file())
+    for file in folder.glob(f"{PARETO}*.svg"):
+        if file.stem not in pictures:
+            file.unlink()
 
 
 def _write_page(path: Path, content: str) -> None:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -95,11 +95,12 @@ def train_run(recipe: Recipe, start: Start) -> Run:
 
 @contextmanager
 def reported(run: Run) -> Iterator[None]:
-    """Write the run's page at its end, be it the last step or a stop."""
+    """Write the run's page at its end, be it the last step, a stop or a failure."""
     try:
         yield
-    except Stopped:
-        rebuild(run)
+    except (Stopped, RunError):
+        with suppress(OSError, RunError):  # on a full disk the first error is the one to show
+            rebuild(run)
         raise
     rebuild(run)
 

@@ -4,6 +4,7 @@ import html
 import io
 import math
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -136,9 +137,10 @@ def drawn(
         canvas = Canvas(figure, axes)
         yield canvas
         file = io.StringIO()
-        FigureCanvasSVG(figure).print_svg(
-            file, metadata={"Date": None, "Creator": None, "Format": None, "Type": None}
-        )  # savefig would draw twice
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # text stays text: the browser's
+            # savefig would draw twice
+            FigureCanvasSVG(figure).print_svg(file, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
         canvas.svg = _svg(file.getvalue(), title)
 
 

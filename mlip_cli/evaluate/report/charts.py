@@ -123,13 +123,19 @@ def bars_chart(title: str, bars: Sequence[Bar], *, x_label: str) -> Picture:
             axes.barh(own, [bars[place].value for place in own], color=colour, height=0.68, label=label)
         for place, bar in zip(places, bars, strict=True):
             axes.annotate(
-                bar.words, (bar.value, place), xytext=(4, 0), textcoords="offset points", va="center", color=INK
+                bar.words,
+                (max(0.0, bar.value), place),
+                xytext=(4, 0),
+                textcoords="offset points",
+                va="center",
+                color=INK,
             )
         axes.set_yticks(places, [literal(bar.name) for bar in bars])
         axes.tick_params(axis="y", length=0, labelcolor=INK)
         axes.grid(visible=False, axis="y")
         axes.invert_yaxis()
-        axes.set_xlim(0, 1.2 * max((bar.value for bar in bars), default=1) or 1)
+        values = [0.0, *(bar.value for bar in bars)]
+        axes.set_xlim(min(values), 1.2 * max(values) or 1)
         canvas.legend(len(groups) if len(groups) > 1 else 0)
     return Picture(canvas.svg)
 

@@ -1,13 +1,16 @@
 """One page about several runs: what differs in their recipes, their scores side by side, their curves overlaid."""
 
+import json
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from mlip_cli.evaluate.report.costs import pareto_pictures
 from mlip_cli.evaluate.report.page import Html, element, figure, joined, note, page, section, table
 from mlip_cli.evaluate.report.record import Result, RunRecord
-from mlip_cli.evaluate.report.results import curves_section, merge_rate, percent, with_interval
+from mlip_cli.evaluate.report.results import by_data, curves_section, merge_rate, percent, with_interval
 from mlip_cli.evaluate.report.run_page import known_chances, method
 from mlip_cli.evaluate.statistics import paired
+from mlip_cli.output import plural
 from mlip_cli.recipe import differences
 
 
@@ -24,7 +27,7 @@ def comparison_page(records: Sequence[RunRecord], *, links: Mapping[str, str], w
         f"{len(records)} runs · mlip",
         heading=f"{len(records)} runs compared",
         lead=[
-            element("p", f"Differences are those to {records[0].name}, the first one named."),
+            element("p", "Side by side, from the files of the runs; paired tests are those against the first run."),
             *(note(line) for record in records for line in record.damaged),
         ],
         sections=[
@@ -64,38 +67,42 @@ def _runs_section(records: Sequence[RunRecord], links: Mapping[str, str]) -> Htm
 
 def _scores_section(records: Sequence[RunRecord]) -> Html:
     """Zero-shot scores of each run's newest checkpoint, and how each differs from the first run's at the same rate."""
-    newest = {record.name: _newest(record.results.get("zeroshot", [])) for record in records}
-    datasets = list(dict.fromkeys(name for found in newest.values() for name, _ in found))
-    parts = [part for dataset in datasets for part in _dataset(dataset, newest)]
+    newest = [
+        {**result, "run": record.name}
+        for record in records
+        for result in {
+            (result["dataset"], result["data_fingerprint"], result["true_merge_rate"]): result
+            for result in record.results.get("zeroshot", [])  # in the order of their steps
+        }.values()
+    ]
+    parts = [part for name, own in by_data(newest, "data_fingerprint").items() for part in _dataset(name, own)]
     return section("scores", "Zero-shot", *(parts or [note("No run has zero-shot results yet.")]))
 
 
-Newest = dict[tuple[str, float], Result]
-
-
-def _newest(results: Sequence[Result]) -> Newest:
-    """By data set and true rate, the result of the latest step."""
-    return {(result["dataset"], result["true_merge_rate"]): result for result in results}
-
-
-def _dataset(dataset: str, newest: Mapping[str, Newest]) -> list[Html]:
-    reference = next(iter(newest.values()))
-    rows = []
-    shown: Result = {}
-    for run, found in newest.items():
-        for (name, rate), result in sorted(found.items()):
-            if name == dataset:
-                shown = result
-                first = reference.get((dataset, rate))
-                rows.append([run, f"{result['step']:,}", merge_rate(result), *_scores(result), *_versus(first, result)])
-    has_names = "names" in shown
-    columns = ["run", "step", "merge rate", "mean recall %", "top-1 %", *(["name R@5 %"] if has_names else [])]
+def _dataset(name: str, results: Sequence[Result]) -> list[Html]:
+    """Rows by run and rate; the first run's stand first."""
+    first_run = results[0]["run"]
+    reference = {result["true_merge_rate"]: result for result in results if result["run"] == first_run}
+    runs = list(dict.fromkeys(result["run"] for result in results))
+    rows = [
+        [
+            result["run"],
+            f"{result['step']:,}",
+            merge_rate(result),
+            *_scores(result),
+            *_versus(reference.get(result["true_merge_rate"]), result),
+        ]
+        for result in sorted(results, key=lambda result: (runs.index(result["run"]), result["true_merge_rate"]))
+    ]
+    shown = results[0]
+    columns = ["run", "step", "merge rate", "mean recall %", "top-1 %", *(["name R@5 %"] if "names" in shown else [])]
     return [
-        element("h3", dataset),
+        element("h3", name),
         table([*columns, "won / lost", "p"], rows, text_columns=1),
         note(
-            f"{shown['n']:,} pictures; chance {percent(shown['chance'])} %. Won / lost: pictures that only this run, "
-            "or only the first one, gets right at the same rate; p: McNemar's exact test. In brackets: 95 % intervals."
+            f"{plural(shown['n'], 'picture')}; chance {percent(shown['chance'])} %. Won / lost: pictures that only "
+            f"this run, or only {first_run}, gets right at the same rate; p: McNemar's exact test. In brackets: 95 % "
+            "intervals."
         ),
     ]
 
@@ -106,8 +113,8 @@ def _scores(result: Result) -> list[Html | None]:
 
 
 def _versus(first: Result | None, result: Result) -> list[str | None]:
-    """Only results on the same pictures compare."""
-    if first is None or first is result or first["data_fingerprint"] != result["data_fingerprint"]:
+    """Against the first run at the same rate, on the same pictures."""
+    if first is None or first is result:
         return [None, None]
     test = paired(first["right"]["acc1"], result["right"]["acc1"])
     return [f"{test['won']} / {test['lost']}", f"{test['p']:.2g}"]
@@ -120,23 +127,22 @@ def _sweeps_section(records: Sequence[RunRecord]) -> Html:
 
 
 def _recipes_section(records: Sequence[RunRecord]) -> Html:
-    """Keys whose values differ; those of the data's place and of the run itself included."""
-    readable = [record for record in records if record.recipe is not None]
-    if len(readable) < len(records) or records[0].recipe is None:
+    """Keys whose values differ between any two runs, as each recipe has them."""
+    recipes = [record.recipe for record in records if record.recipe is not None]
+    if len(recipes) < len(records):
         return section("recipes", "Recipes", note("Some recipes do not validate with this version."))
-    first = records[0].recipe
-    changes = [
-        {path: (old, new) for path, old, new in differences(first, record.recipe)}
-        for record in readable
-        if record.recipe is not None
-    ]
-    paths = list(dict.fromkeys(path for own in changes for path in own))
-    olds = {path: old for own in changes for path, (old, _) in own.items()}
-    rows = [[path, *(_shown(own[path][1] if path in own else olds[path]) for own in changes)] for path in paths]
+    paths = dict.fromkeys(path for recipe in recipes for path, _, _ in differences(recipes[0], recipe))
+    trees = [recipe.model_dump(mode="json") for recipe in recipes]
+    rows = [[path, *(_value(tree, path) for tree in trees)] for path in paths]
     columns = ["key", *(record.name for record in records)]
     empty = note("The recipes are the same.")
     return section("recipes", "Recipes", table(columns, rows, text_columns=len(columns)) if rows else empty)
 
 
-def _shown(value: object) -> str:
-    return "null" if value is None else str(value)
+def _value(tree: Any, path: str) -> str | None:
+    """As recipes write it; None where the recipe has no such key."""
+    for name in path.split("."):
+        if not isinstance(tree, dict):
+            return None
+        tree = tree[name]
+    return json.dumps(tree, ensure_ascii=False)

@@ -1,36 +1,51 @@
 """The parts of a report about speed: the sweep over merge rates, and where the time of a step goes."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from mlip_cli.evaluate.report.charts import Bar, Dot, Picture, bars_chart, dots_chart
+from mlip_cli.evaluate.report.canvas import Picture
+from mlip_cli.evaluate.report.charts import Bar, Dot, bars_chart, dots_chart
 from mlip_cli.evaluate.report.page import Html, command, element, facts, figure, note, section, table
 from mlip_cli.evaluate.report.record import Result, RunRecord
-from mlip_cli.evaluate.report.results import percent, with_interval
+from mlip_cli.evaluate.report.results import by_data, percent, with_interval
+from mlip_cli.output import plural
+
+PARETO, BREAKDOWN = "pareto", "profile"
+"""Names of picture files."""
 
 WAYS = (("image_to_text", "i→t"), ("text_to_image", "t→i"))
 """Directions of retrieval, and their columns."""
 
 
-def sweep_section(record: RunRecord) -> Html:
-    """Accuracy against measured speed, and the numbers."""
+def sweep_section(record: RunRecord, pictures: Mapping[str, Picture]) -> Html:
+    """Accuracy against measured speed, and the numbers; `pictures` are those of `standalone_pictures`."""
     sweep = record.newest("merge_sweep")
     if sweep is None:
-        return section(
-            "sweep", "Merge sweep", note("Not swept yet: ", command(f"mlip merge-sweep {record.run.folder}"))
-        )
-    charts = [figure(picture.in_page(), kind="wide") for picture in pareto_pictures([(record.name, sweep)]).values()]
+        return section("sweep", "Merge sweep", note("Not swept yet: ", command(f"mlip merge-sweep {record.place}")))
+    charts = [picture for name, picture in pictures.items() if name.startswith(PARETO)]
     return section(
         "sweep",
         "Merge sweep",
-        *charts,
+        *(figure(picture.in_page(), kind="wide") for picture in charts),
         _speed_table(sweep),
         *(part for dataset in sweep["datasets"] for part in _accuracy(dataset)),
+        *(note(f"{failed['dataset']}: not measured: {failed['error']}") for failed in sweep.get("failed", [])),
         note(
-            f"Step {sweep['step']:,}; speed: batch of {sweep['batch_size']}, fp32, {sweep['device']} "
-            f"({sweep['device_name']}), {sweep['threads']} threads, torch {sweep['torch']}, median of "
+            f"Step {sweep['step']:,}; speed: batch of {sweep['batch_size']}, fp32, on {_machine(sweep)}, median of "
             f"{sweep['rounds']} rounds with all settings in turn. In brackets: 95 % intervals."
         ),
     )
+
+
+def standalone_pictures(record: RunRecord) -> dict[str, Picture]:
+    """Charts that are also files of their own, by name: Pareto of each data set, breakdown of a step."""
+    sweep, profile = record.newest("merge_sweep"), record.newest("profile")
+    pictures = {}
+    if sweep is not None:
+        for number, picture in enumerate(pareto_pictures([(record.name, sweep)]).values(), start=1):
+            pictures[PARETO if number == 1 else f"{PARETO}_{number}"] = picture
+    if profile is not None:
+        pictures[BREAKDOWN] = breakdown_picture(record.name, profile)
+    return pictures
 
 
 def _speed_table(sweep: Result) -> Html:
@@ -61,41 +76,43 @@ def _accuracy(dataset: Result) -> list[Html]:
     first = dataset["points"][0]
     if "image_to_text" in first:
         scores = [(way, f"r{k}", f"{title} R@{k} %") for way, title in WAYS for k in (1, 5)]
-        tested, chance = "image_to_text_r1", f"chance of R@1 {percent(first['image_to_text']['r1_chance'])} %"
+        tested = [(f"{way}_r5", f"{title} R@5") for way, title in WAYS]
+        chance = ", ".join(f"{title} R@5 {percent(first[way]['r5_chance'])} %" for way, title in WAYS)
     else:
         scores = [("", "mean_per_class_recall", "mean recall %"), ("", "acc1", "top-1 %")]
         scores += [("names", "r5", "name R@5 %")] if "names" in first else []
-        tested, chance = "acc1", f"chance {percent(dataset['chance'])} %"
+        tested, chance = [("acc1", "top-1")], f"{percent(dataset['chance'])} %"
+    unmerged: list[str | None] = [None] * (2 * len(tested))
     rows = []
     for point in dataset["points"]:
-        test = point["paired"][tested]
         own = [with_interval(point[part] if part else point, key) for part, key, _ in scores]
-        versus = [f"{test['won']} / {test['lost']}", f"{test['p']:.2g}"] if point["method"] else [None, None]
-        rows.append([point["method"] or "none", f"{point['true_rate']:.3f}", *own, *versus])
-    columns = ["method", "rate", *(title for _, _, title in scores), "won / lost", "p"]
+        tests = [point["paired"][key] for key, _ in tested] if point["method"] else []
+        versus = [cell for test in tests for cell in (f"{test['won']} / {test['lost']}", f"{test['p']:.2g}")]
+        rows.append([point["method"] or "none", f"{point['true_rate']:.3f}", *own, *(versus or unmerged)])
+    tests_titles = [title for _, name in tested for title in (f"{name} won / lost", "p")]
     return [
         element("h3", dataset["dataset"]),
-        table(columns, rows),
+        table(["method", "rate", *(title for _, _, title in scores), *tests_titles], rows),
         note(
-            f"{dataset['n']:,} pictures, {chance}. Won / lost: pictures that only this setting, or only rate 0, gets "
-            "right at first place; p: McNemar's exact test."
+            f"{plural(dataset['n'], 'picture')}; chance {chance}. Won / lost: queries that only this setting, or only "
+            "rate 0, gets right; p: McNemar's exact test."
         ),
     ]
 
 
 def pareto_pictures(sweeps: Sequence[tuple[str, Result]]) -> dict[str, Picture]:
     """Accuracy against measured speed by data set, of one sweep or of several runs': (run, sweep)."""
-    names = list(dict.fromkeys(dataset["dataset"] for _, sweep in sweeps for dataset in sweep["datasets"]))
+    found = [
+        {**dataset, "run": run, "speeds": sweep["points"]} for run, sweep in sweeps for dataset in sweep["datasets"]
+    ]
     pictures = {}
-    for name in names:
-        series: dict[str, list[Dot]] = {}
-        chance, label = 0.0, ""
-        for run, sweep in sweeps:
-            for dataset in sweep["datasets"]:
-                if dataset["dataset"] == name:
-                    key, label, chance = _swept(dataset)
-                    for series_name, dots in _dots(sweep, dataset, key).items():
-                        series[series_name if len(sweeps) == 1 else f"{run}, {series_name}"] = dots
+    for name, own in by_data(found, "fingerprint").items():
+        key, label, chance = _swept(own[0])
+        series = {
+            method if len(sweeps) == 1 else f"{dataset['run']}, {method}": dots
+            for dataset in own
+            for method, dots in _dots(dataset["speeds"], dataset, key).items()
+        }
         pictures[name] = dots_chart(
             f"{name}: {label} against speed",
             series,
@@ -113,9 +130,9 @@ def _swept(dataset: Result) -> tuple[str, str, float]:
     return "mean_per_class_recall", "mean recall", dataset["chance"]
 
 
-def _dots(sweep: Result, dataset: Result, key: str) -> dict[str, list[Dot]]:
-    """By method, each beginning at the unmerged model."""
-    speeds = {(point["method"], point["rate"]): point for point in sweep["points"]}
+def _dots(points: Sequence[Result], dataset: Result, key: str) -> dict[str, list[Dot]]:
+    """By method, each beginning at the unmerged model; `points` hold the speeds."""
+    speeds = {(point["method"], point["rate"]): point for point in points}
     dots: dict[str | None, list[Dot]] = {}
     for point in dataset["points"]:
         scores, name = (point[key], "r1") if isinstance(point.get(key), dict) else (point, key)
@@ -133,17 +150,17 @@ def _dots(sweep: Result, dataset: Result, key: str) -> dict[str, list[Dot]]:
     return {str(method): [*unmerged, *own] for method, own in dots.items()} or {"unmerged": unmerged}
 
 
-def profile_section(record: RunRecord) -> Html:
+def profile_section(record: RunRecord, pictures: Mapping[str, Picture]) -> Html:
     """Where the time of a training step goes, and what the model costs."""
     profile = record.newest("profile")
     if profile is None:
-        return section("profile", "Profile", note("Not measured yet: ", command(f"mlip profile {record.run.folder}")))
+        return section("profile", "Profile", note("Not measured yet: ", command(f"mlip profile {record.place}")))
     flops = profile["gflops"]
     speeds = [[line["part"], f"{1000 * line['median_s']:,.1f}", f"{line['per_s']:,.1f}"] for line in profile["speed"]]
     return section(
         "profile",
         "Profile",
-        figure(breakdown_picture(record.name, profile).in_page(), kind="wide"),
+        figure(pictures[BREAKDOWN].in_page(), kind="wide"),
         element("p", f"The limit is {profile['limit']['part']}: {profile['limit']['why']}."),
         note(
             f"The clocks around the parts cost {percent(profile['clocks_cost'])} %; without them the step takes "
@@ -158,9 +175,15 @@ def profile_section(record: RunRecord) -> Html:
                 ("GFLOPs in training", f"frequency branch {flops['frequency_branch']:.3g}"),
                 ("peak memory", f"{profile['peak_memory']['gib']:.2f} GiB ({profile['peak_memory']['what']})"),
                 ("utilisation", _utilisation(profile)),
-                ("measured on", f"{profile['device']} ({profile['device_name']}), {profile['threads']} threads"),
+                ("measured on", _machine(profile)),
             ]
         ),
+    )
+
+
+def _machine(result: Result) -> str:
+    return (
+        f"{result['device']} ({result['device_name']}), {plural(result['threads'], 'thread')}, torch {result['torch']}"
     )
 
 

@@ -123,12 +123,11 @@ def folded(summary: Child, *children: Child, is_open: bool = False) -> Html:
     return element("details", element("summary", summary), *children, open=is_open)
 
 
-def embedded_image(path: Path, *, alt: str, class_: str | None = None) -> Html:
-    """A picture file inside the page.
-
-    Raises:
-        OSError: it cannot be read.
-    """
+def embedded_image(folder: Path, name: str, *, alt: str, class_: str | None = None) -> Html:
+    """A picture file below `folder`, inside the page; where it is gone, words that say so."""
+    path = (folder / name).resolve()
+    if not path.is_relative_to(folder.resolve()) or not path.is_file() or path.suffix not in MIME:
+        return element("span", f"{alt} (no picture {name})")
     content = base64.b64encode(path.read_bytes()).decode()
     return element("img", src=f"data:{MIME[path.suffix]};base64,{content}", alt=alt, class_=class_)
 

@@ -16,6 +16,7 @@ from mlip_cli.evaluate.report.page import (
 )
 from mlip_cli.evaluate.report.record import Result, RunRecord
 from mlip_cli.evaluate.report.results import percent, with_interval
+from mlip_cli.output import plural
 
 WAYS = (("text_to_image", "text → images"), ("image_to_text", "image → texts"))
 AT = (1, 5, 10)
@@ -27,8 +28,7 @@ def gallery_section(record: RunRecord) -> Html:
     """Queries drawn at random, what the model finds for them, and recall over the whole set."""
     gallery = record.newest("gallery")
     if gallery is None:
-        why = "The recipe has no data.validation" if _has_no_validation(record) else "Training has not ended yet"
-        return section("retrieval", "Retrieval", note(f"{why}, so nothing was looked up."))
+        return section("retrieval", "Retrieval", note(_why_no_gallery(record)))
     scores = gallery["scores"]
     rows = []
     for way, title in WAYS:
@@ -42,9 +42,9 @@ def gallery_section(record: RunRecord) -> Html:
         "Retrieval",
         element(
             "p",
-            f"{gallery['num_images']:,} pictures and {gallery['num_texts']:,} distinct texts of the validation set, "
-            f"step {gallery['step']:,}, merge rate {gallery['true_merge_rate']:.3f}. A query counts as right when any "
-            "of its own is among the first k; ties count against the model.",
+            f"{plural(gallery['num_images'], 'picture')} and {plural(gallery['num_texts'], 'distinct text')} of the "
+            f"validation set, step {gallery['step']:,}, merge rate {gallery['true_merge_rate']:.3f}. A query counts as "
+            "right when any of its own is among the first k; ties count against the model.",
         ),
         table(columns, rows),
         note(
@@ -55,12 +55,16 @@ def gallery_section(record: RunRecord) -> Html:
         _queries(_text_query(query, record.run.folder) for query in gallery["text_to_image"]),
         element("h3", "Image → texts"),
         _queries(_image_query(query, record.run.folder) for query in gallery["image_to_text"]),
-        *_attribution(record),
+        *(note(text) for text in record.attributions),
     )
 
 
-def _has_no_validation(record: RunRecord) -> bool:
-    return record.recipe is not None and record.recipe.data.validation is None
+def _why_no_gallery(record: RunRecord) -> str:
+    if record.recipe is not None and record.recipe.data.validation is None:
+        return "The recipe has no data.validation, so nothing was looked up."
+    if record.stamp.get("end_reason") == "finished":
+        return "The run has no gallery of what it finds."
+    return "Training has not come to its end, so nothing was looked up."
 
 
 def _queries(queries: Iterable[Html]) -> Html:
@@ -82,7 +86,7 @@ def _text_query(query: Result, folder: Path) -> Html:
 
 def _answer(answer: Result, words: str, is_right: bool, folder: Path) -> Html:
     kind = ("right", "hit") if is_right else ("wrong", "miss")
-    picture = embedded_image(folder / answer["picture"], alt=answer["caption"], class_=kind[1])
+    picture = embedded_image(folder, answer["picture"], alt=answer["caption"], class_=kind[1])
     return element("li", picture, element("span", words, class_=f"words {kind[0]}"))
 
 
@@ -95,23 +99,17 @@ def _image_query(query: Result, folder: Path) -> Html:
         answers.append(element("li", words, class_="right"))
     return element(
         "div",
-        element("div", embedded_image(folder / query["picture"], alt=query["captions"][0]), class_="question"),
+        element("div", embedded_image(folder, query["picture"], alt=query["captions"][0]), class_="question"),
         element("ol", *answers, class_="answers"),
         class_="query row",
     )
-
-
-def _attribution(record: RunRecord) -> list[Html]:
-    return [note(text) for text in record.attributions]
 
 
 def merges_section(record: RunRecord) -> Html:
     """What became one token, stage by stage, beside the guidance."""
     result = record.newest("merge_pictures")
     if result is None:
-        return section(
-            "merging", "Merging", note("No pictures yet: ", command(f"mlip merge-sweep {record.run.folder}"))
-        )
+        return section("merging", "Merging", note("No pictures yet: ", command(f"mlip merge-sweep {record.place}")))
     points = [
         folded(_setting(point), *_point(point, record.run.folder), is_open=i == 0)
         for i, point in enumerate(_strongest_first(result))
@@ -127,7 +125,7 @@ def merges_section(record: RunRecord) -> Html:
         ),
         _legend(result["map_colors"]),
         *points,
-        *_attribution(record),
+        *(note(text) for text in result.get("attribution", [])),
     )
 
 
@@ -164,4 +162,4 @@ def _picture(picture: Result, stages: list[Result], folder: Path) -> Html:
 
 
 def _panel(folder: Path, path: str, words: str) -> Html:
-    return figure(embedded_image(folder / path, alt=words), words, kind="panel")
+    return figure(embedded_image(folder, path, alt=words), words, kind="panel")

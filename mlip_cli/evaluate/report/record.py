@@ -1,6 +1,7 @@
 """All that a run folder says of itself, read from its files alone: no weights, no data, no torch."""
 
 import json
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -8,15 +9,21 @@ from pathlib import Path
 from typing import Any
 
 from mlip_cli.config import Recipe
-from mlip_cli.errors import RecipeError
 from mlip_cli.output import warn
 from mlip_cli.recipe import load_recipe
 from mlip_cli.run_folder import Run
 
 Result = dict[str, Any]
 
-KINDS = ("zeroshot", "gallery", "merge_pictures", "merge_sweep", "profile")
-"""Of results in evals/."""
+SHOWN = {
+    "zeroshot": "dataset data_fingerprint step merge_rate true_merge_rate n num_classes chance per_class right "
+    "images_per_s mean_per_class_recall mean_per_class_recall_interval acc1 acc1_interval",
+    "gallery": "step true_merge_rate num_images num_texts chosen scores text_to_image image_to_text",
+    "merge_pictures": "step dataset chosen map_colors points",
+    "merge_sweep": "step points datasets batch_size rounds device device_name threads torch",
+    "profile": "step breakdown unaccounted limit clocks_cost step_s speed parameters gflops mfu peak_memory torch",
+}
+"""Kinds of results in evals/, and the keys that a page shows of each: a file of another version may lack some."""
 
 MEASURED = "loss"
 """Key that the lines of training steps have and the lines of evaluations have not."""
@@ -56,6 +63,11 @@ class RunRecord:
         loss = self.steps[-1][MEASURED]
         return "not finite" if loss is None else f"{loss:.3f}"
 
+    @property
+    def place(self) -> str:
+        """The run folder as a shell wants it."""
+        return shlex.quote(str(self.run.folder))
+
     @cached_property
     def attributions(self) -> list[str]:
         """What the licences of the data ask to be said."""
@@ -87,7 +99,7 @@ def read_run(folder: Path, *, name: str | None = None) -> RunRecord:
         run=run,
         name=name or folder.resolve().name,
         recipe=_attempt(run.recipe, _read_recipe, damaged),
-        recipe_text=run.recipe.read_text("utf-8") if run.recipe.is_file() else "",
+        recipe_text=run.recipe.read_text("utf-8", errors="replace") if run.recipe.is_file() else "",
         stamp=_attempt(run.stamp, _read_object, damaged) or {},
         steps=[line for line in lines if MEASURED in line],
         evaluations=[line for line in lines if MEASURED not in line],
@@ -106,7 +118,7 @@ def _attempt(path: Path, read: Callable[[Path], Any], damaged: list[str]) -> Any
         return None
     try:
         return read(path)
-    except (ValueError, RecipeError) as error:
+    except ValueError as error:  # RecipeError too
         damaged.append(f"{path}: cannot be read ({str(error).splitlines()[0]}); left out of the report")
         return None
 
@@ -120,8 +132,12 @@ def _read_object(path: Path) -> Result:
 
 def _read_result(path: Path) -> Result:
     result = _read_object(path)
-    if result.get("kind") not in KINDS:
-        raise ValueError(f"its kind is none of {', '.join(KINDS)}: another version wrote it")
+    kind = result.get("kind")
+    if kind not in SHOWN:
+        raise ValueError(f"its kind is none of {', '.join(SHOWN)}: another version wrote it")
+    missing = [key for key in SHOWN[kind].split() if key not in result]
+    if missing:
+        raise ValueError(f"no {missing[0]} in it: another version wrote it")
     return result
 
 

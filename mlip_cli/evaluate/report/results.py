@@ -1,11 +1,13 @@
 """What a run was measured at: zero-shot tables, curves over training, and numbers as people read them."""
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from mlip_cli.evaluate.report.charts import Bar, Line, bars_chart, lines_chart
 from mlip_cli.evaluate.report.page import Html, command, element, figure, figures, folded, note, section, table
 from mlip_cli.evaluate.report.record import Result, RunRecord
+from mlip_cli.output import plural
 
 SCORES = (
     ("mean_per_class_recall", "mean recall %"),
@@ -16,6 +18,9 @@ NAME_SCORES = (("r1", "name R@1 %"), ("r5", "name R@5 %"))
 
 FEATURES = {"frequency": "frequency feature", "spatial_plus_frequency": "sum of both"}
 """Beside the spatial feature, which `encode_image` gives."""
+
+CLASSES_SHOWN = 20
+"""Best, and as many worst, where a data set has more classes than both together."""
 
 AT_K = re.compile(r"_r(\d+)$")
 FROM_ZERO = ("lr", "images_per_s", "data_wait_share", "peak_gib", "skipped_steps", "bad_samples")
@@ -43,20 +48,31 @@ def merge_rate(result: Result) -> str:
     return f"{true:.3f}".rstrip("0").rstrip(".") + (f" (asked {asked:g})" if asked and abs(asked - true) > 5e-4 else "")
 
 
+def by_data(results: Sequence[Result], fingerprint: str) -> dict[str, list[Result]]:
+    """Results by data set, in the order given; data that has changed since counts as another data set.
+
+    Args:
+        fingerprint: key of the data's fingerprint in a result.
+    """
+    groups: dict[tuple[str, str], list[Result]] = {}
+    for result in results:
+        groups.setdefault((result["dataset"], result[fingerprint]), []).append(result)
+    names = Counter(name for name, _ in groups)
+    return {name if names[name] == 1 else f"{name} (data {print[:8]})": own for (name, print), own in groups.items()}
+
+
 def results_section(record: RunRecord) -> Html:
     """Zero-shot results of every checkpoint, rate and data set, and recall by class of the newest."""
     found = record.results.get("zeroshot", [])
     if not found:
-        return section(
-            "results", "Zero-shot", note("Not measured yet: ", command(f"mlip eval-zeroshot {record.run.folder}"))
-        )
+        names = record.recipe.evaluate.zeroshot if record.recipe is not None else ()
+        dataset = "" if names else " --dataset NAME"
+        hint = command(f"mlip eval-zeroshot {record.place}{dataset}")
+        return section("results", "Zero-shot", note("Not measured yet: ", hint))
     parts: list[Html] = []
-    for dataset in dict.fromkeys(result["dataset"] for result in found):
-        own = sorted(
-            (result for result in found if result["dataset"] == dataset),
-            key=lambda result: (-result["step"], result["true_merge_rate"]),
-        )
-        parts += _dataset(dataset, own)
+    for name, own in by_data(found, "data_fingerprint").items():
+        last = {(result["step"], result["true_merge_rate"]): result for result in own}  # the last one measured
+        parts += _dataset(name, sorted(last.values(), key=lambda r: (-r["step"], r["true_merge_rate"])))
     return section("results", "Zero-shot", *parts, note("In brackets: 95 % intervals."))
 
 
@@ -68,17 +84,15 @@ def _dataset(name: str, results: Sequence[Result]) -> list[Html]:
     for result in results:
         rows.append(_row(result, result, "spatial", scores, names))
         rows += [_row(result, result[key], title, scores, names) for key, title in FEATURES.items() if key in result]
-    chance = f"{first['n']:,} pictures, {first['num_classes']:,} classes: chance {percent(first['chance'])} %"
-    if names:
-        chance += ", ".join(
-            ["", *(f"{title[:-2]} {percent(first['names'][f'{key}_chance'])} %" for key, title in names)]
-        )
+    chances = [f"{plural(first['n'], 'picture')}, {plural(first['num_classes'], 'class', 'classes')}: "]
+    chances[0] += f"chance {percent(first['chance'])} %"
+    chances += [f"{title[:-2]} {percent(first['names'][f'{key}_chance'])} %" for key, title in names]
     columns = ["step", "merge rate", "feature", *(title for _, title in (*scores, *names)), "images/s"]
     return [
         element("h3", name),
         table(columns, rows, text_columns=3),
-        note(chance + "."),
-        folded("Recall by class", figure(_by_class(first), kind="wide")),
+        note(", ".join(chances) + "."),
+        _by_class(first),
     ]
 
 
@@ -92,16 +106,17 @@ def _row(
 
 
 def _by_class(result: Result) -> Html:
-    """The twenty best and worst classes at most."""
+    """Recall of each class, or of the best and the worst where there are many."""
     classes = [entry for entry in result["per_class"] if entry["recall"] is not None]
     classes.sort(key=lambda entry: (-entry["recall"], entry["class"]))
-    shown = classes if len(classes) <= 40 else [*classes[:20], *classes[-20:]]
+    is_cut = len(classes) > 2 * CLASSES_SHOWN
     bars = [
         Bar(entry["class"][:40], 100 * entry["recall"], f"{percent(entry['recall'])} % of {entry['n']:,}")
-        for entry in shown
+        for entry in ([*classes[:CLASSES_SHOWN], *classes[-CLASSES_SHOWN:]] if is_cut else classes)
     ]
+    which = f": the {CLASSES_SHOWN} best and the {CLASSES_SHOWN} worst of {len(classes):,}" if is_cut else ""
     title = f"{result['dataset']}: recall by class, step {result['step']:,}, merge rate {merge_rate(result)}"
-    return bars_chart(title, bars, x_label="recall %").in_page()
+    return folded(f"Recall by class{which}", figure(bars_chart(title, bars, x_label="recall %").in_page(), kind="wide"))
 
 
 def curves_section(records: Sequence[RunRecord], *, chances: Mapping[str, float]) -> Html:
@@ -200,4 +215,5 @@ def _at(key: str) -> str:
 
 def _words(key: str) -> str:
     """validation_image_to_text_r1 -> validation: image to text R@1"""
-    return AT_K.sub(r" R@\1", key).replace("validation_", "validation: ").replace("_", " ").replace("acc1", "top-1")
+    words = re.sub("^validation_", "validation: ", AT_K.sub(r" R@\1", key))
+    return re.sub(" acc1$", " top-1", words.replace("_", " "))

@@ -1,5 +1,8 @@
 """report.html of one run."""
 
+from collections.abc import Mapping
+
+from mlip_cli.evaluate.report.canvas import Picture
 from mlip_cli.evaluate.report.costs import profile_section, sweep_section
 from mlip_cli.evaluate.report.page import (
     Html,
@@ -16,10 +19,20 @@ from mlip_cli.evaluate.report.page import (
 from mlip_cli.evaluate.report.pictures import gallery_section, merges_section
 from mlip_cli.evaluate.report.record import Result, RunRecord
 from mlip_cli.evaluate.report.results import curves_section, merge_rate, percent, results_section
+from mlip_cli.evaluate.statistics import metric_prefix
+from mlip_cli.output import plural
+
+TRAINING = "training"
+"""Role of the data cards that a run learned from; several are numbered."""
 
 
-def run_page(record: RunRecord, *, written: str) -> str:
-    """The whole page; `written` is the time and version that made it."""
+def run_page(record: RunRecord, pictures: Mapping[str, Picture], *, written: str) -> str:
+    """The whole page.
+
+    Args:
+        pictures: those of `standalone_pictures`.
+        written: time and version that made the page.
+    """
     return page(
         f"{record.name} · mlip",
         heading=record.name,
@@ -29,8 +42,8 @@ def run_page(record: RunRecord, *, written: str) -> str:
             curves_section([record], chances=known_chances(record)),
             gallery_section(record),
             merges_section(record),
-            sweep_section(record),
-            profile_section(record),
+            sweep_section(record, pictures),
+            profile_section(record, pictures),
             _data_section(record),
             _recipe_section(record),
         ],
@@ -41,9 +54,10 @@ def run_page(record: RunRecord, *, written: str) -> str:
 def _lead(record: RunRecord) -> str:
     """What was trained on what, and how it ended."""
     parts = [method(record)]
-    if record.cards:
-        card = record.cards.get("training", {})
-        parts.append(f"on {card.get('num_samples', 0):,} samples of {card.get('provenance', {}).get('source', 'data')}")
+    cards = [card for role, card in record.cards.items() if role.startswith(TRAINING)]
+    if cards:
+        sources = dict.fromkeys(card.get("provenance", {}).get("source") or card["folder"] for card in cards)
+        parts.append(f"on {plural(sum(card['num_samples'] for card in cards), 'sample')} of {' and '.join(sources)}")
     parts.append(f"step {record.last_step:,}{_of_total(record)}")
     return ", ".join(parts) + f": {record.stamp.get('end_reason') or 'not ended'}."
 
@@ -71,20 +85,22 @@ def _tiles(record: RunRecord) -> Html:
         found.append(("loss", record.last_loss, f"at step {record.last_step:,}"))
     for dataset, result in _newest_results(record).items():
         low, high = result["mean_per_class_recall_interval"]
-        beside = f"{percent(low)}–{percent(high)}; chance {percent(result['chance'])} %; n {result['n']:,}"
+        beside = f"95 %: {percent(low)}–{percent(high)}; chance {percent(result['chance'])} %; n {result['n']:,}"
         score = f"{percent(result['mean_per_class_recall'])} %"
         found.append((f"{dataset}: mean recall, rate {merge_rate(result)}", score, beside))
     gallery = record.newest("gallery")
     if gallery is not None:
         own = gallery["scores"]["text_to_image"]
         low, high = own["r5_interval"]
-        beside = f"{percent(low)}–{percent(high)}; chance {percent(own['r5_chance'])} %; n {own['n']:,}"
+        beside = f"95 %: {percent(low)}–{percent(high)}; chance {percent(own['r5_chance'])} %; n {own['n']:,}"
         found.append(("text → image R@5", f"{percent(own['r5'])} %", beside))
     sweep = record.newest("merge_sweep")
-    if sweep is not None:
-        best = max(sweep["points"], key=lambda point: point["speedup"])
+    merged = [point for point in sweep["points"] if point["method"]] if sweep is not None else []
+    if merged:
+        best = max(merged, key=lambda point: point["speedup"])
         low, high = best["speedup_interval"]
-        found.append((f"speed at rate {best['true_rate']:.2f}", f"{best['speedup']:.2f}×", f"{low:.2f}–{high:.2f}"))
+        name = f"speed, {best['method']} at rate {best['true_rate']:.2f}"
+        found.append((name, f"{best['speedup']:.2f}×", f"95 %: {low:.2f}–{high:.2f}"))
     return tiles(found)
 
 
@@ -113,9 +129,10 @@ def known_chances(record: RunRecord) -> dict[str, float]:
         for way, scores in gallery["scores"].items():
             chances |= {f"validation_{way}_r{k}": scores[f"r{k}_chance"] for k in (1, 5, 10)}
     for result in record.results.get("zeroshot", []):
-        chances |= {f"{result['dataset']}_{name}": result["chance"] for name in ("mean_recall", "acc1")}
+        prefix = metric_prefix(result["dataset"])
+        chances |= {f"{prefix}_{name}": result["chance"] for name in ("mean_recall", "acc1")}
         if "names" in result:
-            chances |= {f"{result['dataset']}_name_r{k}": result["names"][f"r{k}_chance"] for k in (1, 5)}
+            chances |= {f"{prefix}_name_r{k}": result["names"][f"r{k}_chance"] for k in (1, 5)}
     return chances
 
 
@@ -131,7 +148,7 @@ def _data_section(record: RunRecord) -> Html:
         ]
         classes = [f"{name} {count:,}" for name, count in statistics.get("classes", {}).items()]
         parts += [
-            element("h3", f"{role}: {card['num_samples']:,} samples"),
+            element("h3", f"{role}: {plural(card['num_samples'], 'sample')}"),
             facts(
                 [
                     ("folder", card["folder"]),
@@ -144,13 +161,19 @@ def _data_section(record: RunRecord) -> Html:
                 ]
             ),
             folded("Numbers", table(["a sample's", "min", "median", "mean", "max"], spreads)) if spreads else None,
-            folded(f"{statistics['num_classes']:,} classes", element("p", ", ".join(classes))) if classes else None,
+            folded(_how_many_classes(statistics, len(classes)), element("p", ", ".join(classes))) if classes else None,
         ]
     return section("data", "Data", *(parts or [note("The run has no cards of its data.")]))
 
 
+def _how_many_classes(statistics: Result, shown: int) -> str:
+    most = "" if statistics["num_classes"] == shown else f", the {shown} most frequent"
+    return plural(statistics["num_classes"], "class", "classes") + most
+
+
 def _recipe_section(record: RunRecord) -> Html:
     stamp = record.stamp
+    versions = stamp.get("versions", {}).items()
     sessions = [
         [
             session["started"],
@@ -167,8 +190,8 @@ def _recipe_section(record: RunRecord) -> Html:
         "Recipe and stamp",
         facts(
             [
-                ("mlip", f"{stamp.get('mlip_version')}, commit {stamp.get('commit') or 'unknown'}"),
-                ("versions", ", ".join(f"{name} {version}" for name, version in stamp.get("versions", {}).items())),
+                ("mlip", f"{stamp['mlip_version']}, commit {stamp.get('commit') or 'unknown'}" if stamp else None),
+                ("versions", ", ".join(f"{name} {version or 'not installed'}" for name, version in versions) or None),
                 ("platform", stamp.get("platform")),
                 ("seed", stamp.get("seed")),
                 ("started", stamp.get("started")),
