@@ -12,15 +12,17 @@ import torch
 from models_for_tests import make_run, small_recipe
 from PIL import Image
 from shards_for_tests import COLORS, make_dataset
+from torch import Tensor
 
 from mlip_cli import cli
 from mlip_cli.commands import merge_sweep
 from mlip_cli.commands.costs import image_gflops
 from mlip_cli.commands.evaluators import training_evaluators
 from mlip_cli.commands.loading import at_rate, load_run
-from mlip_cli.commands.sweep_datasets import agreement, numbers_at_random
+from mlip_cli.commands.sweep_datasets import FAILURES, agreement, find_datasets, numbers_at_random
 from mlip_cli.commands.sweep_points import METHODS
 from mlip_cli.commands.validation import validation_pairs
+from mlip_cli.data import loader
 from mlip_cli.data.dataset import ShardDataset
 from mlip_cli.data.transforms import decode, pil_to_uint8
 from mlip_cli.endings import exit_code
@@ -266,13 +268,49 @@ def test_a_data_set_that_fails_is_a_row_and_the_rest_is_kept(place: Path, capsys
     assert account(place)["dataset"] == "shards:data/colors"
 
 
+def attributed(folder: Path, text: str) -> None:
+    """Add what a licence asks for to the card of a data set."""
+    card = json.loads((folder / "dataset.json").read_text())
+    (folder / "dataset.json").write_text(json.dumps(card | {"provenance": {"attribution": text}}))
+
+
+@pytest.mark.parametrize("names", [["shards:data/colors"], ["validation"]])
+def test_merge_pictures_carry_what_the_licence_asks_for(
+    place: Path, capsys: pytest.CaptureFixture[str], names: list[str]
+) -> None:
+    make_run(place / "runs/mine", small_recipe(data={"validation": ["data/colors"]}))
+    path = place / "runs/mine/evals/merge_pictures_step_0000008.json"
+    for text in (None, "All colours designed by us. License: CC BY 4.0"):
+        if text:
+            attributed(place / "data/colors", text)
+        sweep("runs/mine", datasets=names, num_pictures=1)
+        assert json.loads(path.read_text())["attribution"] == ([text] if text else [])
+    [dataset] = json.loads((place / "runs/mine/evals/merge_sweep_step_0000008.json").read_text())["datasets"]
+    assert dataset["fingerprint"]
+    capsys.readouterr()
+
+
+def test_a_validation_picture_that_cannot_be_decoded_is_a_failure_with_its_place(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_run(place / "runs/pairs", small_recipe(data={"validation": ["data/colors"]}))
+    [dataset], _ = find_datasets(load_run("runs/pairs", device="cpu"), ["validation"], root=None, batch_size=4)
+
+    def broken(_: bytes) -> Tensor:
+        raise ValueError("cut off")
+
+    monkeypatch.setattr(loader, "decode", broken)
+    with pytest.raises(FAILURES, match=r"data/colors/train-00000.\.tar: sample .*: cut off"):
+        dataset.choose(1)
+
+
 def test_speeds_are_kept_where_the_recipes_only_data_set_is_gone(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     make_run(place / "runs/moved", small_recipe(evaluate={"zeroshot": ["openmoji"]}))
     with pytest.raises(RunError) as error:
         sweep("runs/moved", as_json=False, num_pictures=1)
-    assert str(error.value).startswith("1 of 1 data sets could not be measured: openmoji: no prepared data")
+    assert str(error.value).startswith("1 of 1 data set could not be measured: openmoji: no prepared data")
     out = capsys.readouterr().out
     assert "guided   0.5" in out
     assert out.endswith("\nopenmoji: not evaluated\n")

@@ -17,7 +17,7 @@ from mlip_cli.commands.sweep_points import Point, check_methods, sweep_points
 from mlip_cli.commands.sweep_tables import show
 from mlip_cli.errors import RunError
 from mlip_cli.files import write_json
-from mlip_cli.output import print_json, progress, say
+from mlip_cli.output import plural, print_json, progress, say
 from mlip_cli.profiling import Timing, device_name, measure_interleaved, peak_memory
 from mlip_cli.run_folder import now
 
@@ -46,7 +46,8 @@ def merge_sweep(
     loaded = load_run(run, device=device)
     points = sweep_points(loaded, rates, methods)
     found, failures = find_datasets(loaded, datasets, root=data_root, batch_size=batch_size)
-    say(f"{loaded.label}, step {loaded.step}: {len(points) - 1} settings beside rate 0, {rounds} timed rounds")
+    settings = plural(len(points) - 1, "setting")
+    say(f"{loaded.label}, step {loaded.step}: {settings} beside rate 0, {plural(rounds, 'timed round')}")
     measured_at = now()
     timed = speeds(loaded, points, batch_size=batch_size, rounds=rounds)
     scores, measuring_failures = all_scores(found, points)
@@ -84,7 +85,8 @@ def merge_sweep(
     rebuild(loaded.run)
     if failures:
         reasons = "; ".join(str(error) for error in failures.values())
-        raise RunError(f"{len(failures)} of {len(failures) + len(scores)} data sets could not be measured: {reasons}")
+        wanted = plural(len(failures) + len(scores), "data set")
+        raise RunError(f"{len(failures)} of {wanted} could not be measured: {reasons}")
 
 
 def all_scores(

@@ -4,7 +4,7 @@ import sys
 import textwrap
 from typing import Any
 
-from mlip_cli.output import print_lines, print_table
+from mlip_cli.output import plural, print_lines, print_table
 
 Result = dict[str, Any]
 
@@ -65,8 +65,7 @@ def _show_breakdown(result: Result) -> None:
     rows = [_row(line) for line in (*inside, left)] + [[*_row(whole)[:3], None]]
     print_table(["part of a training step", "ms", "%", "share"], rows)
     if apart:
-        processes = result["data"]["loader_processes"]
-        who = f"{processes} loader process{'es' if processes > 1 else ''}"
+        who = plural(result["data"]["loader_processes"], "loader process", "loader processes")
         print_lines("")
         print_table([f"a batch, by {who}", "ms", "%", "of the step's time"], [_row(line) for line in apart])
 
@@ -105,7 +104,8 @@ def _facts(result: Result) -> list[str]:
         "measured beside the step)",
         f"peak memory of the training step: {memory['gib']:.2f} GiB",
         f"({memory['measured']})",
-        f"on {result['device']}, {result['device_name']}, {result['threads']} threads, torch {result['torch']}",
+        f"on {result['device']}, {result['device_name']}, {plural(result['threads'], 'thread')}, "
+        f"torch {result['torch']}",
     ]
 
 

@@ -1,6 +1,7 @@
 """The data sets of a merge sweep: how each scores all settings side by side, and which pictures it shows."""
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,7 @@ from mlip_cli.commands.evaluators import READERS, measure_runs
 from mlip_cli.commands.loading import LoadedRun
 from mlip_cli.commands.sweep_points import Point
 from mlip_cli.commands.validation import ValidationPairs, validation_pairs
+from mlip_cli.data.loader import decoded
 from mlip_cli.errors import RunError, UsageError
 from mlip_cli.evaluate.benchmarks import Benchmark, data_root, find_benchmark
 from mlip_cli.evaluate.retrieval import Ranks, image_text_ranks
@@ -25,6 +27,10 @@ VALIDATION = "validation"
 
 FAILURES = (UsageError, RunError, OSError)
 """What may be wrong with one data set while the others can be measured."""
+
+
+PREPARED = frozenset({"openmoji", "shards", "imagenet_shards"})
+"""Kinds of benchmarks that `prepare-data` wrote, with a card."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,8 @@ class SweepDataset:
 
     name: str
     fingerprint: str
+    attribution: tuple[str, ...]
+    """What the licence of its pictures asks to be said beside them."""
     measure: Callable[[Sequence[Point]], dict[str, Any]]
     """Scores of all points, the unmerged first, on the same pictures; raises one of FAILURES."""
     choose: Callable[[int], list[ChosenPicture]]
@@ -87,10 +95,19 @@ def numbers_at_random(wanted: int, num_pictures: int) -> list[int]:
     return sorted(order[:wanted].tolist())
 
 
+def attributions(cards: Iterable[Mapping[str, Any]]) -> tuple[str, ...]:
+    """What the licences of prepared data ask to be said, each text once."""
+    found = [card.get("provenance", {}).get("attribution") for card in cards]
+    return tuple(dict.fromkeys(text for text in found if text))
+
+
 def _benchmark(benchmark: Benchmark, loaded: LoadedRun, *, batch_size: int) -> SweepDataset:
+    is_prepared = benchmark.kind in PREPARED
+    cards = [json.loads((benchmark.root / "dataset.json").read_bytes())] if is_prepared else []
     return SweepDataset(
         name=benchmark.name,
         fingerprint=benchmark.fingerprint,
+        attribution=attributions(cards),
         measure=partial(accuracies, benchmark, loaded, batch_size=batch_size),
         choose=partial(_choose_of_benchmark, benchmark, loaded.model.image_size),
     )
@@ -151,6 +168,7 @@ def _validation(loaded: LoadedRun) -> SweepDataset:
     return SweepDataset(
         name=VALIDATION,
         fingerprint=fingerprint,
+        attribution=attributions(dataset.card for dataset in pairs.datasets),
         measure=partial(retrieval, pairs, fingerprint),
         choose=partial(_choose_of_validation, pairs, loaded.model.image_size),
     )
@@ -160,7 +178,7 @@ def _choose_of_validation(pairs: ValidationPairs, size: int, wanted: int) -> lis
     numbers = numbers_at_random(wanted, pairs.num_pictures)
     samples = [(number, pairs.sample(number)) for number in numbers]
     return [
-        ChosenPicture(number, sample.record["captions"][0]["text"], READERS.fit(READERS.decode(sample.image), size))
+        ChosenPicture(number, sample.record["captions"][0]["text"], READERS.fit(decoded(sample), size))
         for number, sample in samples
     ]
 

@@ -15,7 +15,7 @@ from mlip_cli.commands.sweep_datasets import FAILURES, ChosenPicture, SweepDatas
 from mlip_cli.commands.sweep_points import Point
 from mlip_cli.evaluate.merge_pictures import MAP_COLORS, draw_groups, draw_guidance, encode, panel_pictures
 from mlip_cli.files import write_bytes, write_json
-from mlip_cli.output import say, warn
+from mlip_cli.output import plural, say, warn
 from mlip_cli.types import MergeStage
 
 MAPS = ("spatial", "frequency", "mixed")
@@ -75,6 +75,7 @@ def write_merge_pictures(
         "step": loaded.step,
         "dataset": dataset.name,
         "fingerprint": dataset.fingerprint,
+        "attribution": list(dataset.attribution),
         "grid": list(model.vision.grid),
         "image_size": model.image_size,
         "chosen": "at random with seed 0, the same for every setting",
@@ -84,7 +85,7 @@ def write_merge_pictures(
     loaded.run.evals.mkdir(exist_ok=True)
     write_json(loaded.run.evals / f"merge_pictures_{loaded.checkpoint.name}.json", result)
     _remove_others(folder, root, result)
-    say(f"{len(chosen)} pictures of {dataset.name} at each setting drawn in {folder}")
+    say(f"{plural(len(chosen), 'picture')} of {dataset.name} at each setting drawn in {folder}")
 
 
 def _choose(datasets: Sequence[SweepDataset], wanted: int) -> tuple[SweepDataset | None, list[ChosenPicture]]:

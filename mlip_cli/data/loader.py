@@ -19,6 +19,7 @@ from mlip_cli.data.order import MAX_ATTEMPTS, Order, Position, Positions, key
 from mlip_cli.data.tokenizer import Tokenizer, padded_length
 from mlip_cli.data.transforms import decode, evaluation_transform, training_transform
 from mlip_cli.errors import RunError, UsageError
+from mlip_cli.output import plural
 from mlip_cli.types import BadSample, Batch
 
 BAD_WINDOW = 10_000
@@ -100,10 +101,11 @@ def preflight(datasets: Sequence[ShardDataset], order: Order, global_batch_size:
     _check_divides(global_batch_size, world_size)
     lines = []
     for number, dataset in enumerate(datasets):
-        _decoded(dataset.read(0))
-        shards = f"{dataset.num_shards:,} shard{'s' if dataset.num_shards > 1 else ''}"
+        decoded(dataset.read(0))
         share = f", {float(order.shares[number]):.1%} of what is seen" if order.shares else ""
-        lines.append(f"{dataset.folder}: {dataset.num_samples:,} samples in {shards}{share}")
+        lines.append(
+            f"{dataset.folder}: {dataset.num_samples:,} samples in {plural(dataset.num_shards, 'shard')}{share}"
+        )
     if order.steps_per_epoch is not None:
         left_out = order.num_samples - order.steps_per_epoch * global_batch_size
         tail = f"; {left_out:,} samples are left out, others each epoch" if left_out else ""
@@ -124,7 +126,12 @@ def _check_divides(global_batch_size: int, world_size: int) -> None:
         )
 
 
-def _decoded(sample: RawSample) -> Tensor:
+def decoded(sample: RawSample) -> Tensor:
+    """The picture of a sample: (3, H, W) uint8.
+
+    Raises:
+        BadSampleError: it cannot be decoded.
+    """
     try:
         return decode(sample.image)
     except ValueError as error:
@@ -218,7 +225,7 @@ class _Steps(Dataset[_Step | Exception]):
 
     def _example(self, position: Position) -> _Example:
         raw = self.datasets[position.source].read(position.index)
-        image = _decoded(raw)
+        image = decoded(raw)
         seed = key(self.seed, _AUGMENTATION, position.source, position.epoch, position.index)
         draws = torch.Generator().manual_seed(seed >> 1)
         caption = _choose_caption(raw, self.data.captions == "sample", draws)
@@ -257,7 +264,7 @@ class _EvaluationBatches(Dataset[EvaluationBatch | Exception]):
             samples = [
                 self.dataset.read(id) for id in range(start, min(start + self.batch_size, self.dataset.num_samples))
             ]
-            images = torch.stack([evaluation_transform(_decoded(sample), size=self.image_size) for sample in samples])
+            images = torch.stack([evaluation_transform(decoded(sample), size=self.image_size) for sample in samples])
         except (RunError, OSError) as error:
             return error
         return EvaluationBatch(images, [sample.record for sample in samples], tuple(sample.key for sample in samples))
