@@ -24,10 +24,10 @@ PROTOCOL = 1
 """Raised when the same data and weights would give other numbers; results of other protocols are measured again."""
 
 NEEDED = frozenset(
-    {"step", "true_merge_rate", "measured_at", "n", "num_classes", "chance", "acc1", "acc1_interval", "acc5", "right"}
-    | {"mean_per_class_recall", "mean_per_class_recall_interval", "images_per_s"}
+    {"kind", "step", "true_merge_rate", "measured_at", "n", "num_classes", "chance", "right", "per_class"}
+    | {"acc1", "acc1_interval", "acc5", "mean_per_class_recall", "mean_per_class_recall_interval", "images_per_s"}
 )
-"""Keys of a stored result that the tables read."""
+"""Keys of a stored result that the tables and the run's page read."""
 
 
 @dataclass(frozen=True)
