@@ -7,11 +7,17 @@ from typing import Annotated, Literal
 import typer
 
 from mlip_cli import __version__
+from mlip_cli.cli_values import (
+    checked_measured_run,
+    checked_run,
+    complete_override,
+    complete_recipe,
+    flat,
+    split,
+    split_rates,
+)
 from mlip_cli.endings import exit_code
 from mlip_cli.output import say, start_logging
-
-DATASETS = ("openmoji", "digits", "imagenet")
-"""Names of our own data sets, which nobody means as a RUN."""
 
 app = typer.Typer(
     name="mlip",
@@ -23,58 +29,6 @@ app = typer.Typer(
 )
 
 
-def _split(text: str) -> list[str]:
-    """`a,b` -> [a, b]; an empty part is an error."""
-    parts = [part.strip() for part in text.split(",")]
-    if not all(parts):
-        raise typer.BadParameter(f"{text!r} has an empty part; lists look like a,b")
-    return parts
-
-
-def _split_rates(text: str) -> list[float]:
-    """`0,0.3` -> [0.0, 0.3]; each in [0, 1)."""
-    rates = []
-    for part in _split(text):
-        try:
-            rate = float(part)
-        except ValueError:
-            raise typer.BadParameter(f"{part!r} is not a number; rates look like 0,0.3,0.5") from None
-        if not 0 <= rate < 1:
-            raise typer.BadParameter(f"{part} is not in [0, 1); a rate is the fraction of patch tokens that merge away")
-        rates.append(rate)
-    return rates
-
-
-def _flat(lists: list[list]) -> list:
-    return [value for values in lists for value in values]
-
-
-def _checked_run(value: str) -> str:
-    """A RUN that is a number is the tail of a list that was written with spaces."""
-    if value.replace(".", "", 1).isdigit() and not Path(value).exists():
-        raise typer.BadParameter(f"{value!r} is a number, no run; lists take commas, as in 0.3,{value}")
-    return value
-
-
-def _checked_measured_run(value: str) -> str:
-    """The same for a data set's name."""
-    if (value in DATASETS or value.startswith(("folder:", "shards:"))) and not Path(value).exists():
-        raise typer.BadParameter(f"{value!r} is a data set, no run; lists take commas, as in --dataset digits,{value}")
-    return _checked_run(value)
-
-
-def _complete_recipe(incomplete: str) -> list[str]:
-    from mlip_cli.shipped import complete_recipe
-
-    return complete_recipe(incomplete)
-
-
-def _complete_override(context: typer.Context, incomplete: str) -> list[str]:
-    from mlip_cli.shipped import complete_override
-
-    return complete_override(context.params.get("overrides") or [], incomplete)
-
-
 def _show_version(value: bool) -> None:
     if value:
         print(f"mlip {__version__}")
@@ -84,7 +38,7 @@ def _show_version(value: bool) -> None:
 Run = Annotated[
     str | None,
     typer.Argument(
-        metavar="RUN", parser=_checked_measured_run, help="Run folder or checkpoint; default: the newest in runs/."
+        metavar="RUN", parser=checked_measured_run, help="Run folder or checkpoint; default: the newest in runs/."
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
@@ -96,7 +50,7 @@ DataRoot = Annotated[
 ]
 Datasets = Annotated[
     list[list] | None,
-    typer.Option("--dataset", parser=_split, metavar="NAME[,NAME]", help="Data sets; repeat or separate by commas."),
+    typer.Option("--dataset", parser=split, metavar="NAME[,NAME]", help="Data sets; repeat or separate by commas."),
 ]
 BatchSize = Annotated[int, typer.Option(min=1, help="Pictures per forward pass.")]
 
@@ -157,7 +111,7 @@ def pretrain(
         str,
         typer.Argument(
             metavar="RECIPE",
-            autocompletion=_complete_recipe,
+            autocompletion=complete_recipe,
             help="A recipe file, or the name of a shipped recipe.",
         ),
     ],
@@ -165,7 +119,7 @@ def pretrain(
         list[str] | None,
         typer.Argument(
             metavar="KEY=VALUE",
-            autocompletion=_complete_override,
+            autocompletion=complete_override,
             help="Changes to the recipe, as in optim.lr=1e-3.",
         ),
     ] = None,
@@ -190,7 +144,7 @@ def merge_sweep(
     rates: Annotated[
         list[list] | None,
         typer.Option(
-            parser=_split_rates,
+            parser=split_rates,
             metavar="R[,R]",
             help="Fractions of patch tokens to merge away; default: 0.3,0.5.",
             show_default=False,
@@ -198,7 +152,7 @@ def merge_sweep(
     ] = None,
     methods: Annotated[
         list[list] | None,
-        typer.Option(parser=_split, metavar="M[,M]", help="guided, tome; default: the recipe's.", show_default=False),
+        typer.Option(parser=split, metavar="M[,M]", help="guided, tome; default: the recipe's.", show_default=False),
     ] = None,
     dataset: Datasets = None,
     data_root: DataRoot = None,
@@ -214,9 +168,9 @@ def merge_sweep(
 
     command.merge_sweep(
         run,
-        rates=_flat(rates or [[0.3, 0.5]]),
-        methods=_flat(methods or []),
-        datasets=_flat(dataset or []),
+        rates=flat(rates or [[0.3, 0.5]]),
+        methods=flat(methods or []),
+        datasets=flat(dataset or []),
         data_root=data_root,
         batch_size=batch_size,
         rounds=rounds,
@@ -231,14 +185,14 @@ def eval_zeroshot(
     runs: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="RUN", parser=_checked_measured_run, help="Run folders or checkpoints; default: the newest."
+            metavar="RUN", parser=checked_measured_run, help="Run folders or checkpoints; default: the newest."
         ),
     ] = None,
     dataset: Datasets = None,
     merge_rate: Annotated[
         list[list] | None,
         typer.Option(
-            parser=_split_rates, metavar="R[,R]", help="Merge rates; default: the recipe's own.", show_default=False
+            parser=split_rates, metavar="R[,R]", help="Merge rates; default: the recipe's own.", show_default=False
         ),
     ] = None,
     data_root: DataRoot = None,
@@ -251,8 +205,8 @@ def eval_zeroshot(
 
     command.eval_zeroshot(
         runs or [],
-        datasets=_flat(dataset or []),
-        merge_rates=_flat(merge_rate or []),
+        datasets=flat(dataset or []),
+        merge_rates=flat(merge_rate or []),
         data_root=data_root,
         batch_size=batch_size,
         device=device,
@@ -264,10 +218,10 @@ def eval_zeroshot(
 def profile(
     target: Annotated[
         str | None,
-        typer.Argument(metavar="RUN|RECIPE", parser=_checked_run, help="What to measure; default: the newest run."),
+        typer.Argument(metavar="RUN|RECIPE", parser=checked_run, help="What to measure; default: the newest run."),
     ] = None,
     batch_size: BatchSize = 32,
-    rounds: Annotated[int, typer.Option(min=3, help="Timed rounds.")] = 5,
+    rounds: Annotated[int, typer.Option(min=5, help="Timed rounds.")] = 5,
     device: Device = "auto",
     json: Json = False,
 ) -> None:
@@ -283,7 +237,7 @@ def report(
     runs: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="RUN", parser=_checked_run, help="Run folders; several are compared; default: the newest."
+            metavar="RUN", parser=checked_run, help="Run folders; several are compared; default: the newest."
         ),
     ] = None,
     out: Annotated[

@@ -15,7 +15,7 @@ COMMANDS = (
     ("pretrain", SMOKE, "--out", "runs/smoke"),
     ("eval-zeroshot", "runs/smoke", "--dataset", "openmoji", "--merge-rate", "0,0.5"),
     ("merge-sweep", "--rates", "0.3,0.5", "--rounds", "5", "--batch-size", "16"),
-    ("profile", "--rounds", "3", "--batch-size", "8"),
+    ("profile", "--rounds", "5", "--batch-size", "8"),
     ("report", "runs/smoke"),
 )
 

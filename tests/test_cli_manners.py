@@ -62,7 +62,12 @@ def test_help_of_every_command_ends_with_an_example(command: str) -> None:
         (
             ["eval-zeroshot", "--dataset", "digits", "openmoji"],
             "mlip eval-zeroshot: RUN: 'openmoji' is a data set, no run; "
-            "lists take commas, as in --dataset digits,openmoji",
+            "name it with --dataset openmoji (lists take commas)",
+        ),
+        (
+            ["merge-sweep", "wds/cars"],
+            "mlip merge-sweep: RUN: 'wds/cars' is a data set, no run; name it with --dataset wds/cars "
+            "(lists take commas)",
         ),
         (
             ["merge-sweep", "--methods", "tome,"],
@@ -74,7 +79,7 @@ def test_help_of_every_command_ends_with_an_example(command: str) -> None:
         ),
         (
             ["profile", "--rounds", "1"],
-            "mlip profile: --rounds: 1 should be greater than or equal to 3; try mlip profile --help",
+            "mlip profile: --rounds: 1 should be greater than or equal to 5; try mlip profile --help",
         ),
         (["doctor", "a", "b"], "mlip doctor: got unexpected extra argument(s) (a b); try mlip doctor --help"),
     ],

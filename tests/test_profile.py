@@ -42,7 +42,7 @@ def printed(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
 def test_a_recipe_needs_neither_data_nor_weights(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert mlip(monkeypatch, "mlip.yaml", "--batch-size", "4", "--rounds", "3", "--json") == 0
+    assert mlip(monkeypatch, "mlip.yaml", "--batch-size", "4", "--rounds", "5", "--json") == 0
     result = printed(capsys)
     assert result["target"] == "recipe mlip, random weights"
     assert result["caption_tokens"] == 16
@@ -79,7 +79,7 @@ def test_parts_add_up_to_the_step(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     make_dataset(Path("data/colors"), n=20)
-    assert mlip(monkeypatch, "runs/small", "--batch-size", "4", "--rounds", "3", "--json") == 0
+    assert mlip(monkeypatch, "runs/small", "--batch-size", "4", "--rounds", "5", "--json") == 0
     result = printed(capsys)
     inside = [row for row in result["breakdown"] if row["in_step"]]
     left = result["unaccounted"]
@@ -95,7 +95,7 @@ def test_parts_add_up_to_the_step(
 def test_a_plain_clip_has_no_rows_for_what_it_lacks(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert mlip(monkeypatch, "clip.yaml", "--batch-size", "2", "--rounds", "3") == 0
+    assert mlip(monkeypatch, "clip.yaml", "--batch-size", "2", "--rounds", "5") == 0
     out = capsys.readouterr().out
     assert "GFLOPs an image  rate 0\n" in out
     assert "frequency" not in out
@@ -109,7 +109,7 @@ def test_the_newest_run_with_captions_as_its_data_has_them(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     make_dataset(Path("data/colors"), n=20)
-    assert mlip(monkeypatch, "--batch-size", "2", "--rounds", "3", "--json") == 0
+    assert mlip(monkeypatch, "--batch-size", "2", "--rounds", "5", "--json") == 0
     result = printed(capsys)
     assert result["target"] == "small, step 8"
     assert result["caption_tokens"] == 8
@@ -128,7 +128,7 @@ def test_a_run_keeps_what_was_printed_and_is_not_changed(
 ) -> None:
     make_dataset(Path("data/colors"), n=20)
     before = {path: path.read_bytes() for path in Path("runs").rglob("*") if path.is_file()}
-    assert mlip(monkeypatch, "runs/small/checkpoints/step_0000008", "--batch-size", "3", "--rounds", "3", "--json") == 0
+    assert mlip(monkeypatch, "runs/small/checkpoints/step_0000008", "--batch-size", "3", "--rounds", "5", "--json") == 0
     result = printed(capsys)
     kept = Path("runs/small/evals/profile_step_0000008.json")
     assert json.loads(kept.read_text()) == result
@@ -147,7 +147,7 @@ def test_the_loader_s_parts_are_in_the_step_only_where_it_waits_for_them(
     make_dataset(Path("data/colors"), n=20)
     data = {"train": "data/colors", "num_workers": num_workers}
     Path("here.yaml").write_text(recipe_yaml(small_recipe(data=data)))
-    assert mlip(monkeypatch, "here.yaml", "--batch-size", "4", "--rounds", "3", "--json") == 0
+    assert mlip(monkeypatch, "here.yaml", "--batch-size", "4", "--rounds", "5", "--json") == 0
     result = printed(capsys)
     cost = result["data"]["sample_seconds"]
     assert list(cost) == ["read", "decode", "transform", "tokenize and collate"]
@@ -162,7 +162,7 @@ def test_the_loader_s_parts_are_in_the_step_only_where_it_waits_for_them(
 def test_utilisation_equals_a_count_by_hand(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert mlip(monkeypatch, "clip.yaml", "--batch-size", "2", "--rounds", "3", "--json") == 0
+    assert mlip(monkeypatch, "clip.yaml", "--batch-size", "2", "--rounds", "5", "--json") == 0
     result = printed(capsys)
     patches, tokens, words, width, joint = 16, 17, 16, 32, 16
     image = patches * 3 * 8 * 8 * width + 4 * (tokens * 12 * width**2 + 2 * tokens**2 * width) + width * joint
@@ -188,7 +188,7 @@ def test_micro_batches_smaller_than_the_batch_are_taken_as_in_training(
     said: list[str] = []
     monkeypatch.setattr(profile, "say", said.append)
     for batch_size, size in ((4, 3), (3, None)):
-        assert mlip(monkeypatch, "micro.yaml", "--batch-size", str(batch_size), "--rounds", "3", "--json") == 0
+        assert mlip(monkeypatch, "micro.yaml", "--batch-size", str(batch_size), "--rounds", "5", "--json") == 0
         result = printed(capsys)
         assert result["micro_batch_size"] == size
         first_pass = [row for row in result["breakdown"] if row["part"] == "forward without graph"]
@@ -236,7 +236,7 @@ def test_tables_fit_80_columns(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     make_dataset(Path("data/colors"), n=20)
-    assert mlip(monkeypatch, "--batch-size", "2", "--rounds", "3") == 0
+    assert mlip(monkeypatch, "--batch-size", "2", "--rounds", "5") == 0
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80, max(lines, key=len)
     assert any(line.startswith("limit: ") for line in lines)
