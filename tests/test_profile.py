@@ -11,7 +11,7 @@ from models_for_tests import make_run, small_recipe
 from shards_for_tests import make_dataset
 
 from mlip_cli import __version__, cli
-from mlip_cli.commands import profile, profile_tables
+from mlip_cli.commands import profile, profile_subject, profile_tables
 from mlip_cli.commands.training_step import TrainingStep
 from mlip_cli.config import LOSS_NAMES
 from mlip_cli.endings import exit_code
@@ -46,7 +46,7 @@ def test_a_recipe_needs_neither_data_nor_weights(
     result = printed(capsys)
     assert result["target"] == "recipe mlip, random weights"
     assert result["caption_tokens"] == 16
-    assert result["caption_tokens_from"] == "the context length; data/colors is not there"
+    assert result["caption_tokens_from"] == "the context length, without data"
     assert result["tokens_per_block"] == [16, 11, 8, 8]
     assert result["merging"] == {"method": "guided", "rate": 0.5, "before_blocks": [2, 3]}
     total = result["parameters"].pop("total")
@@ -66,7 +66,7 @@ def test_a_recipe_needs_neither_data_nor_weights(
     ]
     for line in result["speed"]:
         assert line["per_s"] == pytest.approx(4 / line["median_s"])
-        assert len(line["seconds"]) == 3
+        assert len(line["seconds"]) == 5
     assert result["peak_memory"]["gib"] > 0
     assert result["data"] is None
     assert result["limit"]["why"].endswith("of the step; there is no data to compare with")
@@ -116,11 +116,29 @@ def test_the_newest_run_with_captions_as_its_data_has_them(
     assert result["caption_tokens_from"] == "batches of data/colors"
 
 
+@pytest.mark.parametrize(("is_open", "words"), [(True, "reading and decoding are not"), (False, "no data, so reading")])
+def test_damaged_data_is_named_and_the_rest_is_measured(
+    place: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    is_open: bool,
+    words: str,
+) -> None:
+    folder = make_dataset(Path("data/colors"), n=20)
+    for path in folder.glob("*.tar" if is_open else "*.idx"):
+        path.write_bytes(bytes(path.stat().st_size if is_open else 40))
+    with caplog.at_level("INFO", logger="mlip_cli"):
+        assert mlip(monkeypatch, "mlip.yaml", "--batch-size", "2", "--rounds", "5", "--json") == 0
+    assert printed(capsys)["data"] is None
+    assert [line for line in caplog.messages if line.startswith(words)], caplog.messages
+
+
 def test_captions_are_as_wide_as_in_typical_batches(place: Path) -> None:
     text = {"width": 32, "depth": 2, "num_heads": 2, "context_length": 77}
     recipe = small_recipe(data={"train": "data/long"}, model={"text": text})
     make_dataset(Path("data/long"), n=16, captions=["a short one", "of " * 18])  # 20 tokens, in nearly every batch of 8
-    assert profile.caption_length(recipe) == (24, "batches of data/long")
+    assert profile_subject.caption_length(recipe, profile_subject.training_data(recipe)) == (24, "batches of data/long")
 
 
 def test_a_run_keeps_what_was_printed_and_is_not_changed(
@@ -244,12 +262,12 @@ def test_tables_fit_80_columns(
 
 
 def test_timed_training_steps_make_gradients_and_leave_the_weights_alone(place: Path) -> None:
-    subject = profile.load_subject("mlip.yaml", "cpu")
+    subject = profile_subject.load_subject("mlip.yaml", "cpu")
     before = {name: value.clone() for name, value in subject.model.state_dict().items()}
     gradients: dict[str, bool] = {}
     for name, parameter in subject.model.named_parameters():
         parameter.register_hook(lambda grad, name=name: gradients.update({name: bool(grad.abs().sum() > 0)}))
-    batch = profile.random_batch(subject, batch_size=4, num_tokens=9)
+    batch = profile_subject.random_batch(subject, batch_size=4, num_tokens=9)
     TrainingStep(subject.model.train(), subject.recipe, batch, subject.device)()
     after = subject.model.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)

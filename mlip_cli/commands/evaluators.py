@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mlip_cli.commands.loading import LoadedRun, MergedEncoder
+from mlip_cli.commands.memory import batch_named
 from mlip_cli.commands.validation import BATCH_SIZE, Kept, OnBatch, ValidationPairs, interruptible, tokenize
 from mlip_cli.commands.zeroshot_tables import percent
 from mlip_cli.config import Recipe
@@ -69,7 +70,7 @@ def measure_runs(
     turn.
 
     Raises:
-        UsageError, RunError, OSError: what is wrong with the data.
+        UsageError, RunError, OSError: what is wrong with the data, or too little memory for the batch.
     """
     pictures = open_benchmark(benchmark, READERS)
     order = sorted(range(len(runs)), key=lambda i: runs[i][0].model.image_size)
@@ -82,7 +83,7 @@ def measure_runs(
         ]
         read_ahead = all(candidate.device.type == "cuda" for candidate in candidates)
         loader = batches(pictures, READERS, size=size, batch_size=batch_size, read_ahead=read_ahead)
-        with progress(pictures.num_pictures, benchmark.name) as bar:
+        with batch_named("--batch-size", batch_size), progress(pictures.num_pictures, benchmark.name) as bar:
             results = measure(pictures, loader, candidates, on_batch=lambda n: bar.advance(bar.task_ids[0], n))
         scores |= dict(zip(numbers, results, strict=True))
     return [scores[i] for i in range(len(runs))]

@@ -10,6 +10,7 @@ from torch import Tensor
 from mlip_cli import __version__
 from mlip_cli.commands.costs import image_gflops
 from mlip_cli.commands.loading import LoadedRun, MergedEncoder, load_run
+from mlip_cli.commands.memory import batch_named
 from mlip_cli.commands.report import rebuild
 from mlip_cli.commands.sweep_datasets import FAILURES, SweepDataset, find_datasets
 from mlip_cli.commands.sweep_pictures import write_merge_pictures
@@ -40,7 +41,8 @@ def merge_sweep(
     Raises:
         UsageError: an unknown method, no data set of those named, or a rate that no plan reaches, before anything is
             measured.
-        RunError: some data sets could not be measured; all else is printed and kept all the same.
+        RunError: the device has no memory for the batch; or some data sets could not be measured, and all else is
+            printed and kept all the same.
     """
     check_methods(methods)
     loaded = load_run(run, device=device)
@@ -49,7 +51,8 @@ def merge_sweep(
     settings = plural(len(points) - 1, "setting")
     say(f"{loaded.label}, step {loaded.step}: {settings} beside rate 0, {plural(rounds, 'timed round')}")
     measured_at = now()
-    timed = speeds(loaded, points, batch_size=batch_size, rounds=rounds)
+    with batch_named("--batch-size", batch_size):
+        timed = speeds(loaded, points, batch_size=batch_size, rounds=rounds)
     scores, measuring_failures = all_scores(found, points)
     failures |= measuring_failures
     result = {

@@ -1,8 +1,6 @@
 """`mlip profile`: parameters, operations, speed and memory of a run's model or a recipe's."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,41 +9,34 @@ import torch
 from mlip_cli import __version__
 from mlip_cli.commands import costs
 from mlip_cli.commands.loader_breakdown import LoaderCost, measure_loader
-from mlip_cli.commands.loading import load_run
+from mlip_cli.commands.memory import batch_named
+from mlip_cli.commands.profile_subject import (
+    Subject,
+    caption_length,
+    load_subject,
+    pinned,
+    random_batch,
+    training_data,
+)
 from mlip_cli.commands.profile_tables import show
 from mlip_cli.commands.report import rebuild
 from mlip_cli.commands.step_breakdown import StepRecorder, breakdown, limit, step_parts
 from mlip_cli.commands.training_setup import num_workers
 from mlip_cli.commands.training_step import TrainingStep
 from mlip_cli.config import Recipe
-from mlip_cli.data.dataset import ShardDataset, open_sources
-from mlip_cli.data.tokenizer import padded_length
-from mlip_cli.distributed import pick_device
-from mlip_cli.errors import UsageError
+from mlip_cli.data.dataset import ShardDataset
+from mlip_cli.errors import RunError, UsageError
 from mlip_cli.files import write_json
 from mlip_cli.merge_plan import MergePlan
-from mlip_cli.model.clip import CLIP, build_model, set_fused_attention
+from mlip_cli.model.clip import CLIP
 from mlip_cli.output import print_json, progress, say
 from mlip_cli.profiling import SquareMatmul, Timing, device_name, measure_interleaved, peak_memory, square_matmul
-from mlip_cli.recipe import load_recipe
-from mlip_cli.run_folder import Run, checkpoint_name, now
+from mlip_cli.run_folder import checkpoint_name, now
 from mlip_cli.train.gradients import Precision
-from mlip_cli.types import VOCAB_SIZE, Batch
+from mlip_cli.types import Batch
 
-
-@dataclass(frozen=True)
-class Subject:
-    """What is measured."""
-
-    label: str
-    recipe: Recipe
-    model: CLIP
-    """On `device`; training steps are timed on it, with a learning rate of 0."""
-    device: torch.device
-    run: Run | None = None
-    """Where the weights come from; None for random ones."""
-    step: int | None = None
-    """Step of the checkpoint."""
+STEP = "training step"
+CLOCKED = "with clocks"
 
 
 def profile(target: str | None, *, batch_size: int, rounds: int, device: str, as_json: bool) -> None:
@@ -53,11 +44,13 @@ def profile(target: str | None, *, batch_size: int, rounds: int, device: str, as
 
     Raises:
         UsageError: no such run or recipe.
+        RunError: the device has no memory for the batch.
     """
     subject = load_subject(target, device)
-    num_tokens, length_source = caption_length(subject.recipe)
-    batch = random_batch(subject, batch_size=batch_size, num_tokens=num_tokens)
-    say(f"{subject.label}: timing {rounds} rounds; the model gets random pictures and words, the loader real ones")
+    datasets = training_data(subject.recipe)
+    num_tokens, length_source = caption_length(subject.recipe, datasets)
+    real = ", the loader real ones" if datasets else ""
+    say(f"{subject.label}: timing {rounds} rounds; the model gets random pictures and words{real}")
     result = {
         "kind": "profile",
         "measured_at": now(),
@@ -77,8 +70,10 @@ def profile(target: str | None, *, batch_size: int, rounds: int, device: str, as
         "caption_tokens_from": length_source,
         **counts(subject.model, num_tokens),
     }
-    towers = speeds_of_towers(subject, batch, rounds)
-    measured = measures_of_step(subject, batch, rounds, num_tokens)
+    with batch_named("--batch-size", batch_size):
+        batch = random_batch(subject, batch_size=batch_size, num_tokens=num_tokens)
+        towers = speeds_of_towers(subject, batch, rounds)
+        measured = measures_of_step(subject, batch, rounds, datasets)
     result |= measured | {"speed": [*towers, *measured["speed"]]}
     if subject.run is not None and subject.step is not None:
         path = subject.run.evals / f"profile_{checkpoint_name(subject.step)}.json"
@@ -91,49 +86,6 @@ def profile(target: str | None, *, batch_size: int, rounds: int, device: str, as
         show(result)
     if subject.run is not None:
         rebuild(subject.run)
-
-
-def load_subject(target: str | None, device: str) -> Subject:
-    """A folder is a run or a checkpoint, None the newest run; everything else is a recipe with random weights."""
-    if target is None or Path(target).is_dir():
-        run = load_run(target, device=device)
-        model = run.model.requires_grad_(True)
-        return Subject(f"{run.label}, step {run.step}", run.recipe, model, run.device, run.run, run.step)
-    loaded = load_recipe(target)
-    where = pick_device(device)
-    model = build_model(loaded.recipe).to(where).eval()
-    set_fused_attention(model, where.type != "cpu")
-    return Subject(f"recipe {loaded.name}, random weights", loaded.recipe, model, where)
-
-
-def caption_length(recipe: Recipe) -> tuple[int, str]:
-    """Tokens to which a typical batch's captions are padded, and where that is known from."""
-    most, folder = recipe.model.text.context_length, Path(recipe.data.train[0].path)
-    if not (folder / "dataset.json").is_file():
-        return most, f"the context length; {folder} is not there"
-    dataset = ShardDataset(folder)
-    generator = np.random.default_rng(0)
-    size = min(recipe.train.global_batch_size, dataset.num_samples)
-    longest = [dataset.num_tokens(generator.integers(dataset.num_samples, size=size)).max() for _ in range(25)]
-    return padded_length(int(np.median(longest)), most), f"batches of {folder}"
-
-
-def random_batch(subject: Subject, *, batch_size: int, num_tokens: int) -> Batch:
-    """Pictures of noise, captions of `num_tokens` words drawn from the whole vocabulary."""
-    generator = torch.Generator().manual_seed(0)
-    size = subject.model.image_size
-    images = torch.randint(256, (batch_size, 3, size, size), dtype=torch.uint8, generator=generator)
-    token_ids = torch.randint(1, VOCAB_SIZE - 2, (batch_size, num_tokens), generator=generator)
-    token_ids[:, 0], token_ids[:, -1] = VOCAB_SIZE - 2, VOCAB_SIZE - 1
-    return Batch(images, token_ids, keys=("",) * batch_size).to(subject.device)
-
-
-def pinned(batch: Batch, device: torch.device) -> Batch:
-    """The batch as the loader leaves it for `device`: in main memory, pinned where that speeds up the copy."""
-    batch = batch.to("cpu")
-    if device.type != "cuda":
-        return batch
-    return replace(batch, images=batch.images.pin_memory(), token_ids=batch.token_ids.pin_memory())
 
 
 def counts(model: CLIP, num_tokens: int) -> dict[str, Any]:
@@ -170,47 +122,79 @@ def speeds_of_towers(subject: Subject, batch: Batch, rounds: int) -> list[dict[s
     return [speed(name, timing, n, is_image=name.startswith("image")) for name, timing in timings.items()]
 
 
-def measures_of_step(subject: Subject, batch: Batch, rounds: int, num_tokens: int) -> dict[str, Any]:
+def measures_of_step(subject: Subject, batch: Batch, rounds: int, datasets: Sequence[ShardDataset]) -> dict[str, Any]:
     """Seconds of the training step (whole, in pieces that run alone, by parts), its limit, operations and memory."""
-    model, n = subject.model, len(batch.images)
-    loader = loader_cost(subject.recipe)
-    model.train()
-    step = TrainingStep(model, subject.recipe, pinned(batch, subject.device), subject.device)
-    if subject.recipe.train.micro_batch_size is not None and step.micro_batch_size is None:
-        size = subject.recipe.train.micro_batch_size
-        say(f"the recipe's micro-batches of {size} are no smaller than this batch of {n}: it is measured at once")
+    n = len(batch.images)
+    loader = loader_cost(subject.recipe, datasets)
+    subject.model.train()
+    step = training_step(subject, batch)
     recorder = StepRecorder(step)
-    pieces: dict[str, Callable[[], object]] = {**step.parts_of_step(batch), "training step": step}
     dtypes: dict[str, torch.dtype] = {"fp32": torch.float32, subject.recipe.train.precision: step.precision.dtype}
     matmuls = {name: square_matmul(dtype, device=subject.device) for name, dtype in dtypes.items()}
+    pieces, beside = timings_of_step(subject, step, batch, recorder, matmuls, rounds=rounds)
+    memory = peak_memory(step, device=subject.device)
+    subject.model.eval()
+    whole = pieces[STEP]
+    return {
+        "speed": [speed(name, timing, n, is_image=False) for name, timing in pieces.items()],
+        "micro_batch_size": step.micro_batch_size,
+        "step_s": whole.median_s,
+        "clocks_cost": extra_share(beside[CLOCKED], whole),
+        **parts_and_limit(step, recorder, loader, step_s=whole.median_s, num_workers=num_workers(subject.recipe)),
+        **utilisation(subject, matmuls, beside, step_s=whole.median_s, batch=batch),
+        "peak_memory": {"what": f"training step of {n} pairs", **vars(memory)},
+    }
+
+
+def training_step(subject: Subject, batch: Batch) -> TrainingStep:
+    """The step on a batch, by the recipe's micro-batches where they are smaller."""
+    step = TrainingStep(subject.model, subject.recipe, pinned(batch, subject.device), subject.device)
+    size = subject.recipe.train.micro_batch_size
+    if size is not None and step.micro_batch_size is None:
+        say(
+            f"the recipe's micro-batches of {size} are no smaller than this batch of {len(batch.images)}: "
+            "it is measured at once"
+        )
+    return step
+
+
+def timings_of_step(
+    subject: Subject,
+    step: TrainingStep,
+    batch: Batch,
+    recorder: StepRecorder,
+    matmuls: Mapping[str, SquareMatmul],
+    *,
+    rounds: int,
+) -> tuple[dict[str, Timing], dict[str, Timing]]:
+    """The step's pieces and the step itself; what is timed in turn with them: the step with clocks, large products."""
+    pieces: dict[str, Callable[[], object]] = {**step.parts_of_step(batch), STEP: step}  # they hold a gradient
     beside: dict[str, Callable[[], object]] = {
-        "with clocks": recorder,
+        CLOCKED: recorder,
         **{name: matmul.run for name, matmul in matmuls.items()},
     }
     timings = timed({**pieces, **beside}, subject, rounds, "timing the step")
-    speeds = [speed(name, timings[name], n, is_image=False) for name in pieces]
-    del pieces  # they hold a gradient
-    memory = peak_memory(step, device=subject.device)
-    model.eval()
+    return {name: timings[name] for name in pieces}, {name: timings[name] for name in beside}
 
-    step_s, workers = timings["training step"].median_s, num_workers(subject.recipe)
+
+def parts_and_limit(
+    step: TrainingStep, recorder: StepRecorder, loader: LoaderCost | None, *, step_s: float, num_workers: int
+) -> dict[str, Any]:
+    """Where the time of the step goes, what the loader needs beside it, and which of them the training waits for."""
+    n = len(step.batch.images)
     parts = breakdown(
         recorder.steps[1:],  # the first one was not timed
         step_parts(step),
-        loader_s=None if loader is None else loader.batch_seconds(n, workers),
-        loader_is_apart=workers > 0,
+        loader_s=None if loader is None else loader.batch_seconds(n, num_workers),
+        loader_is_apart=num_workers > 0,
     )
-    per_s = None if loader is None else max(workers, 1) / loader.sample_s
+    per_s = None if loader is None else max(num_workers, 1) / loader.sample_s
     return {
-        "speed": speeds,
-        "micro_batch_size": step.micro_batch_size,
         **parts,
-        "step_s": step_s,
-        "clocks_cost": extra_share(timings["with clocks"], timings["training step"]),
-        "data": None if loader is None else vars(loader) | {"loader_processes": workers, "loader_images_per_s": per_s},
-        "limit": limit(parts["breakdown"], step_per_s=n / step_s, loader_per_s=per_s, num_workers=workers),
-        **utilisation(subject, matmuls, timings, batch_size=n, num_tokens=num_tokens),
-        "peak_memory": {"what": f"training step of {n} pairs", **vars(memory)},
+        "data": None
+        if loader is None
+        else vars(loader) | {"loader_processes": num_workers, "loader_images_per_s": per_s},
+        "limit": limit(parts["breakdown"], step_per_s=n / step_s, loader_per_s=per_s, num_workers=num_workers),
     }
 
 
@@ -229,14 +213,15 @@ def timed(
         )
 
 
-def loader_cost(recipe: Recipe) -> LoaderCost | None:
-    """What the loader needs for a sample; None, and a line that says why, where the training data is not there."""
-    try:
-        datasets = open_sources(recipe.data.train)
-    except UsageError as error:
-        say(f"no data, so reading and decoding are not timed: {error}")
+def loader_cost(recipe: Recipe, datasets: Sequence[ShardDataset]) -> LoaderCost | None:
+    """What the loader needs for a sample; None without data, and with a line that says why where it is damaged."""
+    if not datasets:
         return None
-    return measure_loader(recipe, datasets)
+    try:
+        return measure_loader(recipe, datasets)
+    except (UsageError, RunError) as error:
+        say(f"reading and decoding are not timed: {error}")
+        return None
 
 
 def utilisation(
@@ -244,13 +229,18 @@ def utilisation(
     matmuls: Mapping[str, SquareMatmul],
     timings: Mapping[str, Timing],
     *,
-    batch_size: int,
-    num_tokens: int,
+    step_s: float,
+    batch: Batch,
 ) -> dict[str, Any]:
-    """Operations a second of the step, by formula, beside those of large products in the same precision."""
+    """Operations a second of the step, by formula, beside those of large products in the same precision.
+
+    Args:
+        timings: of the products, by their precision.
+    """
     model = subject.model
+    batch_size, num_tokens = batch.token_ids.shape
     gflops = costs.step_gflops(model, model.plan, batch_size=batch_size, num_text_tokens=num_tokens)
-    step_tflops = gflops / 1000 / timings["training step"].median_s
+    step_tflops = gflops / 1000 / step_s
     measured = {name: matmul.flops / 1e12 / timings[name].median_s for name, matmul in matmuls.items()}
     peak = measured[subject.recipe.train.precision]
     return {
