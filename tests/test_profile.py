@@ -291,6 +291,16 @@ def test_what_is_not_there(
     assert capsys.readouterr().err.startswith(f"error: {message}")
 
 
+def test_a_batch_that_does_not_fit(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert mlip(monkeypatch, "mlip.yaml", "--batch-size", "1000000000000", "--device", "cpu") == 1
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "error: --batch-size: the device has no memory for 1,000,000,000,000 samples at once; "
+        "set it to 500,000,000,000 or less"
+    )
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_a_device_that_is_not_there(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

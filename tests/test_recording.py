@@ -3,27 +3,36 @@
 import errno
 import json
 import os
-from contextlib import AbstractContextManager
+import signal
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import pytest
 import torch
-from models_for_tests import small_model, small_recipe
+from models_for_tests import small_batch, small_model, small_recipe
 
 from mlip_cli.commands import recording
 from mlip_cli.commands.evaluators import Evaluator, Measures
+from mlip_cli.commands.memory import batch_named, full_memory_named
 from mlip_cli.commands.recording import recorded
 from mlip_cli.commands.run_start import command_to_resume
-from mlip_cli.commands.training import full_memory_named, measure
+from mlip_cli.commands.training import measure
 from mlip_cli.commands.training_setup import training_device
 from mlip_cli.commands.validation import OnBatch
 from mlip_cli.drawing import TrainingPanel
-from mlip_cli.errors import RunError, UsageError
+from mlip_cli.errors import RunError, Stopped, UsageError
+from mlip_cli.losses.objective import Objective
 from mlip_cli.output import warn
 from mlip_cli.run_folder import Run, claimed
+from mlip_cli.train.gradients import Precision
+from mlip_cli.train.loop import Progress, train
+from mlip_cli.train.metrics import MetricsFile
+from mlip_cli.train.optim import build_optimizer
 from mlip_cli.types import Encoder
 
 CPU = torch.device("cpu")
+FULL_DEVICE = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
@@ -40,10 +49,78 @@ def test_half_precision_without_cuda_is_refused(monkeypatch: pytest.MonkeyPatch)
     assert str(error.value) == "train.precision: fp16 needs CUDA, and train.device auto is cpu here; use bf16 or fp32"
 
 
-def test_memory_that_does_not_suffice_is_one_line_with_a_cure() -> None:
-    message = "the device has no memory for 8 samples at once; set it to 4 or less, which gives the same gradient"
-    with pytest.raises(RunError, match=message), full_memory_named(small_recipe()):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        (8, "--batch-size: the device has no memory for 8 samples at once; set it to 4 or less"),
+        (1, "--batch-size: the device has no memory for one sample alone; take a smaller model or smaller pictures"),
+    ],
+)
+def test_memory_that_does_not_suffice_is_one_line_with_a_cure(size: int, message: str) -> None:
+    with pytest.raises(RunError) as error, batch_named("--batch-size", size):
+        raise FULL_DEVICE
+    assert str(error.value) == message
+
+
+def test_a_cpu_without_memory_says_the_same_and_other_errors_stay_what_they_are() -> None:
+    with pytest.raises(RunError, match="x: the device has no memory for y; z"), full_memory_named("x", "y", "z"):
+        torch.empty(2**55)
+    with pytest.raises(RuntimeError, match="mat1 and mat2") as error, full_memory_named("x", "y", "z"):
+        torch.ones(2, 3) @ torch.ones(2, 3)
+    assert not isinstance(error.value, RunError)
+
+
+def test_an_evaluation_that_does_not_fit_is_not_cured_by_smaller_batches_of_training() -> None:
+    def evaluate(encoder: Encoder, on_batch: OnBatch) -> Measures:
+        raise FULL_DEVICE
+
+    with pytest.raises(RunError) as error, batch_named("train.micro_batch_size", 8):
+        measure(small_model(), [Evaluator("a", 6, evaluate)], TrainingPanel(9, is_live=False), 4, lambda: False)
+    assert str(error.value) == (
+        "step 4: evaluating a: the device has no memory for 128 pictures at once beside the training; take a smaller "
+        "model, or leave it out of evaluate.zeroshot or data.validation and measure it afterwards"
+    )
+
+
+@pytest.mark.parametrize(
+    ("number", "at", "is_left"),
+    [(signal.SIGINT, 1, True), (signal.SIGINT, 2, False), (signal.SIGTERM, 2, True)],
+)
+def test_ctrl_c_does_not_end_the_evaluation_of_the_last_step(
+    tmp_path: Path, number: int, at: int, is_left: bool
+) -> None:
+    recipe, model = small_recipe(evaluate={"every_steps": 1}, log={"every_steps": 1}), small_model(dtype=torch.float32)
+    left: dict[int, bool] = {}
+    saved: list[int] = []
+
+    def evaluate(step: int, is_leaving: Callable[[], bool]) -> dict[str, float]:
+        if step == at:
+            os.kill(os.getpid(), number)
+        left[step] = is_leaving()
+        return {} if left[step] else {"a_acc1": 0.5}
+
+    with nullcontext() if at == 2 else pytest.raises(Stopped):
+        train(
+            model,
+            Objective(recipe.losses),
+            build_optimizer(model, recipe.optim),
+            iter([small_batch(), small_batch()]),
+            recipe=recipe,
+            total_steps=2,
+            progress=Progress(),
+            device=CPU,
+            precision=Precision.named("fp32", CPU),
+            metrics=MetricsFile(tmp_path / "metrics.jsonl"),
+            show=lambda _: None,
+            on_step=lambda _: None,
+            evaluate=evaluate,
+            save=lambda progress: saved.append(progress.step),
+            is_save_due=lambda _: False,
+        )
+    assert left[at] == is_left
+    assert saved == [at]
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "a_acc1" in line] == [step for step in left if not left[step]]
 
 
 def test_a_full_disk_names_the_run_and_the_stamp_says_why_it_ended(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -10,12 +10,13 @@ import torch
 
 from mlip_cli.commands.evaluators import Evaluator, training_evaluators
 from mlip_cli.commands.gallery import write_gallery
+from mlip_cli.commands.memory import batch_named, full_memory_named
 from mlip_cli.commands.recording import data_cards, recorded
 from mlip_cli.commands.report import rebuild
 from mlip_cli.commands.run_start import Start
 from mlip_cli.commands.training_facts import cautions, facts, resume_facts
-from mlip_cli.commands.training_setup import build, open_batches, open_data, training_device
-from mlip_cli.commands.validation import validation_pairs
+from mlip_cli.commands.training_setup import TrainingData, build, open_batches, open_data, training_device
+from mlip_cli.commands.validation import BATCH_SIZE, validation_pairs
 from mlip_cli.config import Recipe
 from mlip_cli.data.loader import preflight
 from mlip_cli.data.tokenizer import Tokenizer
@@ -27,9 +28,10 @@ from mlip_cli.losses.objective import Objective
 from mlip_cli.model.clip import CLIP
 from mlip_cli.output import is_main, say, warn
 from mlip_cli.run_folder import Run, claimed
+from mlip_cli.train.gradients import RandomState
 from mlip_cli.train.loop import Progress, train
 from mlip_cli.train.metrics import MetricsFile
-from mlip_cli.train.resume import Saver, restore
+from mlip_cli.train.resume import Saver, Training, restore
 
 
 def train_run(recipe: Recipe, start: Start) -> Run:
@@ -53,7 +55,6 @@ def train_run(recipe: Recipe, start: Start) -> Run:
         with (
             reported(run),
             place_named(run),
-            full_memory_named(recipe),
             recorded(run, recipe, device=device, fingerprints=data.fingerprints, step=progress.step),
         ):
             say(f"run folder: {run.folder}")
@@ -63,34 +64,62 @@ def train_run(recipe: Recipe, start: Start) -> Run:
                 write_json(run.data_cards, data_cards(data.datasets, pairs.datasets if pairs is not None else []))
             for line in cautions(recipe, training.plain.plan, data.total_steps):
                 warn(line)
-            metrics = MetricsFile(run.metrics if is_main() else None)
-            metrics.cut_back(progress.step)
-            saver = Saver(run.checkpoints, recipe.train, training, data=data.fingerprints)
-            batches = open_batches(recipe, data, device, start_step=progress.step)
-            with closing(batches), training_panel(data.total_steps, step=progress.step) as panel:  # type: ignore[type-var]
-                eta_s = steady_eta(data.total_steps, progress.step)
-                if random is not None:
-                    random.restore(device)
-                train(
-                    training.model,
-                    Objective(recipe.losses),
-                    training.optimizer,
-                    batches,
-                    recipe=recipe,
-                    total_steps=data.total_steps,
-                    progress=progress,
-                    device=device,
-                    precision=training.precision,
-                    metrics=metrics,
-                    show=lambda line: panel.update(line, eta_s=eta_s(int(line["step"]))),
-                    on_step=lambda step: panel.move(step, eta_s=eta_s(step)),
-                    evaluate=partial(measure, training.plain, evaluators, panel),
-                    save=partial(save, saver, panel),
-                    is_save_due=saver.is_due,
-                )
+            run_loop(run, recipe, data, training, progress, evaluators=evaluators, random=random)
             if pairs is not None:
-                write_gallery(run, training.plain.eval(), pairs, step=progress.step, true_rate=training.plain.plan.rate)
+                with evaluation_memory_named("the gallery"):
+                    write_gallery(
+                        run, training.plain.eval(), pairs, step=progress.step, true_rate=training.plain.plan.rate
+                    )
     return run
+
+
+def run_loop(
+    run: Run,
+    recipe: Recipe,
+    data: TrainingData,
+    training: Training,
+    progress: Progress,
+    *,
+    evaluators: list[Evaluator],
+    random: RandomState | None,
+) -> None:
+    """Train from where `progress` stands to the last step, with metrics, checkpoints and a panel.
+
+    Args:
+        random: the state of the generators that a resumed run goes on with.
+    """
+    device = training.device
+    metrics = MetricsFile(run.metrics if is_main() else None)
+    metrics.cut_back(progress.step)
+    saver = Saver(run.checkpoints, recipe.train, training, data=data.fingerprints)
+    batches = open_batches(recipe, data, device, start_step=progress.step)
+    share = recipe.train.global_batch_size // world_size()
+    at_once = min(share, recipe.train.micro_batch_size or share)
+    with (
+        closing(batches),  # type: ignore[type-var]
+        training_panel(data.total_steps, step=progress.step) as panel,
+        batch_named("train.micro_batch_size", at_once, note=", which gives the same gradient"),
+    ):
+        eta_s = steady_eta(data.total_steps, progress.step)
+        if random is not None:
+            random.restore(device)
+        train(
+            training.model,
+            Objective(recipe.losses),
+            training.optimizer,
+            batches,
+            recipe=recipe,
+            total_steps=data.total_steps,
+            progress=progress,
+            device=device,
+            precision=training.precision,
+            metrics=metrics,
+            show=lambda line: panel.update(line, eta_s=eta_s(int(line["step"]))),
+            on_step=lambda step: panel.move(step, eta_s=eta_s(step)),
+            evaluate=partial(measure, training.plain, evaluators, panel),
+            save=partial(save, saver, panel),
+            is_save_due=saver.is_due,
+        )
 
 
 @contextmanager
@@ -114,21 +143,13 @@ def place_named(run: Run) -> Iterator[None]:
         raise Stopped(f"{stop}, saved in {run.folder}", exit_code=stop.exit_code) from None
 
 
-@contextmanager
-def full_memory_named(recipe: Recipe) -> Iterator[None]:
-    """Say what makes a training fit that the device has no memory for.
-
-    Raises:
-        RunError: a step needed more memory than there is.
-    """
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        size = recipe.train.micro_batch_size or recipe.train.global_batch_size // world_size()
-        raise RunError(
-            f"train.micro_batch_size: the device has no memory for {size:,} samples at once; set it to "
-            f"{max(1, size // 2):,} or less, which gives the same gradient"
-        ) from error
+def evaluation_memory_named(work: str) -> AbstractContextManager[None]:
+    """Say what helps where an evaluation does not fit beside the training."""
+    return full_memory_named(
+        work,
+        f"{BATCH_SIZE} pictures at once beside the training",
+        "take a smaller model, or leave it out of evaluate.zeroshot or data.validation and measure it afterwards",
+    )
 
 
 def steady_eta(total_steps: int, first_step: int) -> Callable[[int], float | None]:
@@ -174,7 +195,7 @@ def measure(
                 panel.doing(f"evaluating {evaluator.name}: texts")
 
         try:
-            with torch.no_grad():
+            with torch.no_grad(), evaluation_memory_named(f"step {step}: evaluating {evaluator.name}"):
                 found = evaluator.measure(model, on_batch)
         except _EvaluationLeft:
             warn(f"step {step}: the evaluation was left before its end; none of its numbers are written")

@@ -57,7 +57,7 @@ def train(
         model: on `device`, wrapped for several ranks; gives `Encoded` for a `Batch`.
         batches: one rank's share of each step, beginning with step `progress.step + 1`.
         show: gets every logged line. on_step: is told of every step. save: writes a checkpoint.
-        evaluate: measures at a step; it may leave, with {}, when its second argument says that a signal came.
+        evaluate: measures at a step; it may leave, with {}, when its second argument says so.
         is_save_due: asked after every step; one rank's yes is enough.
 
     Raises:
@@ -109,7 +109,8 @@ def train(
             on_step(step)
             every = recipe.evaluate.every_steps
             if last or (every and step % every == 0):
-                measures = evaluate(step, stop.is_asked_for)
+                # nothing measures the last step later: one Ctrl-C does not end its evaluation, another one leaves
+                measures = evaluate(step, stop.is_urgent if last else stop.is_asked_for)
                 if measures:
                     metrics.append({"step": step, "samples_seen": step * config.global_batch_size, **measures})
                 model.train()

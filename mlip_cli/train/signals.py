@@ -43,6 +43,10 @@ class StopRequest:
         """True once a signal came to this rank."""
         return self.exit_code != 0
 
+    def is_urgent(self) -> bool:
+        """True once a signal came that a machine sent, which soon ends what goes on; Ctrl-C can be repeated."""
+        return self.exit_code not in (0, EXIT_CODES[signal.SIGINT])
+
     def agree(self, *, save: bool) -> tuple[int, bool]:
         """(exit code if any rank was asked to stop, else 0; whether any rank wants to save), the same on all ranks."""
         if world_size() == 1:
