@@ -15,9 +15,10 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from mlip_cli.config import LOSS_NAMES
 from mlip_cli.output import clock, draws, error_console, logger, say
 
-LOSS_KEYS = ("loss", "spatial_global", "spatial_token", "frequency_global", "frequency_token")
+LOSS_KEYS = ("loss", *LOSS_NAMES)
 """Metrics that the training panel shows as losses, when they are there: the total first."""
 
 LINE_EVERY_S = 10.0

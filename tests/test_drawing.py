@@ -6,9 +6,6 @@ import re
 import pytest
 from terminals_for_tests import in_pipe, on_terminal, screen
 
-from mlip_cli import drawing
-from mlip_cli.config import LOSS_NAMES
-
 TRAIN = """
 with drawing.training_panel(240) as panel:
     for step in (10, 20, 240):
@@ -39,10 +36,6 @@ with drawing.training_panel(240) as panel:
     panel.doing("saving the checkpoint of step 11")
     panel.move(11, eta_s=99)
 """
-
-
-def test_losses_on_the_panel_are_the_recipe_s() -> None:
-    assert ("loss", *LOSS_NAMES) == drawing.LOSS_KEYS
 
 
 def test_panel_in_a_pipe_is_one_plain_line_a_step() -> None:
