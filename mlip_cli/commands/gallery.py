@@ -8,9 +8,9 @@ from typing import Any
 
 from mlip_cli import __version__
 from mlip_cli.commands.validation import ValidationPairs
-from mlip_cli.data.transforms import decode
+from mlip_cli.data.loader import decoded
 from mlip_cli.evaluate.gallery import Query, random_queries
-from mlip_cli.evaluate.retrieval import image_text_retrieval
+from mlip_cli.evaluate.retrieval import image_text_retrieval, images_of_texts
 from mlip_cli.files import write_bytes, write_json
 from mlip_cli.run_folder import Run, checkpoint_name, now
 from mlip_cli.types import Encoder
@@ -29,11 +29,8 @@ def write_gallery(run: Run, encoder: Encoder, pairs: ValidationPairs, *, step: i
         RunError: features that are not finite, or a picture that cannot be read.
     """
     images, texts = pairs.features(encoder)
-    images_of_text: list[list[int]] = [[] for _ in pairs.texts]
-    for image, own in enumerate(pairs.own_texts):
-        for text in own:
-            images_of_text[text].append(image)
-    by_text = random_queries(texts, images, images_of_text, n=QUERIES, k=ANSWERS)
+    own_images = images_of_texts(pairs.own_texts, len(pairs.texts))
+    by_text = random_queries(texts, images, own_images, n=QUERIES, k=ANSWERS)
     by_image = random_queries(images, texts, pairs.own_texts, n=QUERIES, k=ANSWERS)
     folder = run.pictures / f"gallery_{checkpoint_name(step)}"
     seen = {image for query in by_text for image in (*query.found, query.first_right)}
@@ -100,7 +97,7 @@ def _write_thumbnails(pairs: ValidationPairs, numbers: set[int], folder: Path) -
     folder.mkdir(parents=True, exist_ok=True)
     paths = {}
     for number in sorted(numbers):
-        picture = Image.fromarray(decode(pairs.sample(number).image).permute(1, 2, 0).numpy())
+        picture = Image.fromarray(decoded(pairs.sample(number)).permute(1, 2, 0).numpy())
         picture.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
         buffer = BytesIO()
         picture.save(buffer, "webp", quality=85)
