@@ -13,7 +13,6 @@ from torch import Tensor
 from mlip_cli.commands.loading import LoadedRun, MergedEncoder
 from mlip_cli.commands.memory import batch_named
 from mlip_cli.commands.validation import BATCH_SIZE, Kept, OnBatch, ValidationPairs, interruptible, tokenize
-from mlip_cli.commands.zeroshot_tables import percent
 from mlip_cli.config import Recipe
 from mlip_cli.data import pixels
 from mlip_cli.data.dataset import ShardDataset
@@ -26,6 +25,7 @@ from mlip_cli.evaluate.pictures import Pictures, Readers, batches
 from mlip_cli.evaluate.retrieval import RECALL_AT
 from mlip_cli.evaluate.sources import open_benchmark
 from mlip_cli.evaluate.statistics import metric_prefix
+from mlip_cli.evaluate.words import percent
 from mlip_cli.output import progress
 from mlip_cli.types import Encoder
 

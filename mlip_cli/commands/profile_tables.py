@@ -4,6 +4,7 @@ import sys
 import textwrap
 from typing import Any
 
+from mlip_cli.evaluate.words import per_second
 from mlip_cli.output import plural, print_lines, print_table
 
 Result = dict[str, Any]
@@ -98,8 +99,8 @@ def _facts(result: Result) -> list[str]:
         f"cost of the clocks: {100 * result['clocks_cost']:.1f} %; without them the step takes "
         f"{1000 * result['step_s']:,.1f} ms",
         *([f"micro-batches of {micro}: the first forward pass has no graph"] if micro is not None else []),
-        f"model FLOPs utilisation {100 * result['mfu']:.1f} %: {_tflops(result['step_tflops'])} of "
-        f"{_tflops(result['matmul_peak_tflops'])}",
+        f"model FLOPs utilisation {100 * result['mfu']:.1f} %: {per_second(result['step_tflops'])} of "
+        f"{per_second(result['matmul_peak_tflops'])}",
         f"(the peak: {result['precision']} products of {matmul['shape'][0]:,} x {matmul['shape'][1]:,} matrices, "
         "measured beside the step)",
         f"peak memory of the training step: {memory['gib']:.2f} GiB",
@@ -107,11 +108,6 @@ def _facts(result: Result) -> list[str]:
         f"on {result['device']}, {result['device_name']}, {plural(result['threads'], 'thread')}, "
         f"torch {result['torch']}",
     ]
-
-
-def _tflops(tflops: float) -> str:
-    """0.0512 -> 51.2 GFLOP/s, 512.3 -> 512 TFLOP/s."""
-    return f"{1000 * tflops:.3g} GFLOP/s" if tflops < 1 else f"{tflops:.3g} TFLOP/s"
 
 
 def ratio(line: Result) -> str | None:

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from mlip_cli.commands.profile_tables import ratio
-from mlip_cli.commands.zeroshot_tables import INTERVALS, percent, score
+from mlip_cli.commands.zeroshot_tables import INTERVALS, score
+from mlip_cli.evaluate.words import percent
 from mlip_cli.output import plural, print_lines, print_prose, print_table
 
 BESIDE = "beside rate 0"

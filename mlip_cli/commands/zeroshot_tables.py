@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mlip_cli.evaluate.statistics import paired
+from mlip_cli.evaluate.words import percent
 from mlip_cli.output import plural, print_lines, print_prose, print_table
 
 Result = dict[str, Any]
@@ -114,11 +115,6 @@ def _run(result: Result, numbers: Mapping[str, int]) -> list[int]:
 
 def _rate(result: Result) -> str:
     return f"{result['true_merge_rate']:.3f}"
-
-
-def percent(share: float | None) -> str | None:
-    """0.316 -> 31.6"""
-    return None if share is None else f"{100 * share:.1f}"
 
 
 def score(scores: Result, name: str) -> str:

@@ -7,9 +7,10 @@ from typing import Any
 from mlip_cli.evaluate.report.costs import pareto_pictures
 from mlip_cli.evaluate.report.page import Html, element, figure, joined, note, page, section, table
 from mlip_cli.evaluate.report.record import Result, RunRecord
-from mlip_cli.evaluate.report.results import by_data, curves_section, merge_rate, percent, with_interval
+from mlip_cli.evaluate.report.results import by_data, curves_section, merge_rate, with_interval
 from mlip_cli.evaluate.report.run_page import known_chances, method
 from mlip_cli.evaluate.statistics import paired
+from mlip_cli.evaluate.words import percent
 from mlip_cli.output import plural
 from mlip_cli.recipe import differences
 

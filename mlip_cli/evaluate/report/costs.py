@@ -6,7 +6,8 @@ from mlip_cli.evaluate.report.canvas import Picture
 from mlip_cli.evaluate.report.charts import Bar, Dot, bars_chart, dots_chart
 from mlip_cli.evaluate.report.page import Html, command, element, facts, figure, note, section, table
 from mlip_cli.evaluate.report.record import Result, RunRecord
-from mlip_cli.evaluate.report.results import by_data, percent, with_interval
+from mlip_cli.evaluate.report.results import by_data, with_interval
+from mlip_cli.evaluate.words import per_second, percent
 from mlip_cli.output import plural
 
 PARETO, BREAKDOWN = "pareto", "profile"
@@ -190,12 +191,8 @@ def _machine(result: Result) -> str:
 def _utilisation(profile: Result) -> str:
     return (
         f"{percent(profile['mfu'])} % of the matrix products that this machine was measured to do "
-        f"({_per_second(profile['step_tflops'])} of {_per_second(profile['matmul_peak_tflops'])})"
+        f"({per_second(profile['step_tflops'])} of {per_second(profile['matmul_peak_tflops'])})"
     )
-
-
-def _per_second(tflops: float) -> str:
-    return f"{tflops:.3g} TFLOP/s" if tflops >= 1 else f"{1000 * tflops:.3g} GFLOP/s"
 
 
 def breakdown_picture(name: str, profile: Result) -> Picture:

@@ -15,7 +15,8 @@ from mlip_cli.evaluate.report.page import (
     table,
 )
 from mlip_cli.evaluate.report.record import Result, RunRecord
-from mlip_cli.evaluate.report.results import percent, with_interval
+from mlip_cli.evaluate.report.results import with_interval
+from mlip_cli.evaluate.words import percent
 from mlip_cli.output import plural
 
 WAYS = (("text_to_image", "text → images"), ("image_to_text", "image → texts"))

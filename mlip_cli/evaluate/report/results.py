@@ -4,9 +4,11 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
+from mlip_cli.config import LOSS_NAMES
 from mlip_cli.evaluate.report.charts import Bar, Line, bars_chart, lines_chart
 from mlip_cli.evaluate.report.page import Html, command, element, figure, figures, folded, note, section, table
 from mlip_cli.evaluate.report.record import Result, RunRecord
+from mlip_cli.evaluate.words import percent
 from mlip_cli.output import plural
 
 SCORES = (
@@ -25,12 +27,7 @@ CLASSES_SHOWN = 20
 AT_K = re.compile(r"_r(\d+)$")
 FROM_ZERO = ("lr", "images_per_s", "data_wait_share", "peak_gib", "skipped_steps", "bad_samples")
 COUNTS = ("step", "samples_seen")
-LOSSES = ("loss", "spatial_global", "spatial_token", "frequency_global", "frequency_token")
-
-
-def percent(share: float | None) -> str | None:
-    """0.316 -> 31.6"""
-    return None if share is None else f"{100 * share:.1f}"
+LOSSES = ("loss", *LOSS_NAMES)
 
 
 def with_interval(scores: Result, name: str) -> Html | None:

@@ -18,8 +18,9 @@ from mlip_cli.evaluate.report.page import (
 )
 from mlip_cli.evaluate.report.pictures import gallery_section, merges_section
 from mlip_cli.evaluate.report.record import Result, RunRecord
-from mlip_cli.evaluate.report.results import curves_section, merge_rate, percent, results_section
+from mlip_cli.evaluate.report.results import curves_section, merge_rate, results_section
 from mlip_cli.evaluate.statistics import metric_prefix
+from mlip_cli.evaluate.words import percent
 from mlip_cli.output import plural
 
 TRAINING = "training"
