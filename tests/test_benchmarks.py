@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from shards_for_tests import make_dataset
 
-from mlip_cli.cli import DATASETS
+from mlip_cli.cli_values import DATASETS
 from mlip_cli.commands.evaluators import READERS
 from mlip_cli.errors import RunError, UsageError
 from mlip_cli.evaluate import imagenet
