@@ -1,11 +1,13 @@
 """Checkpoint folders: whole or absent, the right ones kept, damage named with what to do."""
 
+import resource
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from mlip_cli.errors import UsageError
+from mlip_cli.errors import RunError, UsageError
 from mlip_cli.train.checkpoint import (
     load_state,
     load_weights,
@@ -54,3 +56,24 @@ def test_damage_is_named_with_what_to_do(tmp_path: Path) -> None:
         assert str(error.value) == (
             f"{checkpoint}: not a checkpoint (no {name} inside); name a run folder or a checkpoint"
         )
+
+
+@pytest.fixture
+def _small_files_only() -> Iterator[None]:
+    """Files end at 64 KiB, as on a disk that is full then."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.usefixtures("_small_files_only")
+@pytest.mark.parametrize("part", ["weights", "state"])
+def test_without_room_for_either_file_the_cure_is_named_and_nothing_stays(tmp_path: Path, part: str) -> None:
+    save(tmp_path, 5)
+    parts = {"weights": {"a": torch.ones(3)}, "state": {"a": torch.ones(3)}}
+    parts[part] = {"a": torch.ones(1 << 16)}
+    with pytest.raises(RunError) as error:
+        save_checkpoint(tmp_path, step=6, **parts)
+    assert str(error.value) == f"{tmp_path / 'step_0000006'}: File too large; make room and go on with --resume"
+    assert [path.name for path in tmp_path.iterdir()] == ["step_0000005"]

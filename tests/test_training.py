@@ -296,7 +296,9 @@ def test_a_disk_that_is_full_ends_the_run_with_one_line_and_keeps_the_last_check
         before=small_files_only,
     )
     assert full.returncode == 1, full.stderr
-    assert full.stderr.splitlines()[-1].startswith(f"error: {folder}/checkpoints/step_0000004: ")
+    assert full.stderr.splitlines()[-1] == (
+        f"error: {folder}/checkpoints/step_0000004: File too large; make room and go on with --resume"
+    )
     assert "Traceback" not in full.stderr
     assert [p.name for p in (folder / "checkpoints").iterdir()] == ["step_0000002"]
     assert (

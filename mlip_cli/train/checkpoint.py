@@ -1,6 +1,7 @@
 """Checkpoints: a folder that is whole or absent. Weights as safetensors, the rest loadable with `weights_only=True`."""
 
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,40 +12,59 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mlip_cli.errors import UsageError
-from mlip_cli.files import sync_folder
+from mlip_cli.files import full_disk_named, sync_folder
 from mlip_cli.run_folder import STATE, checkpoint_folders, checkpoint_name, step_of
 
 WEIGHTS = "model.safetensors"
 
 
 def save_checkpoint(folder: Path, *, step: int, weights: dict[str, Tensor], state: dict[str, Any]) -> None:
-    """Write folder/step_NNNNNNN: temporary name, sync, rename.
+    """Write folder/step_NNNNNNN: temporary name, sync, rename. What fails leaves earlier checkpoints and no half one.
 
     Raises:
-        OSError: the disk is full, say; nothing half-written stays and earlier checkpoints are untouched.
+        RunError: the disk is full.
+        OSError: it could not be written for another reason.
     """
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / checkpoint_name(step)
     temporary = folder / f".{final.name}.{os.getpid()}.tmp"
     try:
-        temporary.mkdir()
+        with full_disk_named(final, "make room and go on with --resume"):
+            temporary.mkdir()
+            _write_parts(temporary, final, weights=weights, state=state)
+            sync_folder(temporary)
+            aside = folder / f".{final.name}.old.tmp"
+            if final.exists():
+                os.replace(final, aside)
+            os.replace(temporary, final)
+            sync_folder(folder)
+            shutil.rmtree(aside, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write_parts(temporary: Path, final: Path, *, weights: dict[str, Tensor], state: dict[str, Any]) -> None:
+    """Write and sync both files; what torch and safetensors say of it becomes the system's own error again."""
+    try:
         save_file({name: tensor.detach().contiguous() for name, tensor in weights.items()}, temporary / WEIGHTS)
-        torch.save(state, temporary / STATE)
+        with open(temporary / STATE, "wb") as file:  # a path would hide from us why it cannot be written
+            torch.save(state, file)
         for path in temporary.iterdir():
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
-        sync_folder(temporary)
-        aside = folder / f".{final.name}.old.tmp"
-        if final.exists():
-            os.replace(final, aside)
-        os.replace(temporary, final)
-        sync_folder(folder)
-        shutil.rmtree(aside, ignore_errors=True)
     except (RuntimeError, SafetensorError) as error:
-        # torch and safetensors do not say ENOSPC in one way; what they say is passed on with the place
+        number = _system_error(error)
+        if number is not None:
+            raise OSError(number, os.strerror(number), str(final)) from error
         raise OSError(f"{final}: the checkpoint could not be written: {str(error).splitlines()[0]}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _system_error(error: BaseException) -> int | None:
+    """The system's number for what lies behind an error: torch fails on its way out of it, safetensors names it."""
+    if isinstance(error.__context__, OSError):
+        return error.__context__.errno
+    named = re.search(r"\(os error (\d+)\)", str(error))
+    return int(named[1]) if named else None
 
 
 def remove_old_checkpoints(folder: Path, *, last: int, every_steps: int | None) -> None:

@@ -65,7 +65,7 @@ class Saver:
         """Write a checkpoint and remove the ones that are not kept; all ranks take part.
 
         Raises:
-            OSError: it could not be written; earlier checkpoints are untouched.
+            RunError, OSError: it could not be written; earlier checkpoints are untouched.
         """
         training = self.training
         random = asdict(RandomState.read(training.device))
