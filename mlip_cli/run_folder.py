@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import count
@@ -157,7 +158,8 @@ def find_checkpoint(target: str | None) -> tuple[Run, Path]:
         run = Run(path)
         newest = run.latest_checkpoint()
         if newest is None:
-            raise UsageError(f"{path}: this run has no checkpoint yet; go on with it: mlip pretrain --resume")
+            go_on = f"mlip pretrain RECIPE --out {shlex.quote(str(path))} --resume"
+            raise UsageError(f"{path}: no whole checkpoint in it; go on with {go_on}")
         return run, newest
     run = Run(path.parent.parent)
     if not run.recipe.is_file() or not path.is_dir() or not _is_checkpoint_name(path.name):

@@ -251,6 +251,13 @@ def test_nothing_but_wrong_usage_is_wrong_usage(place: Path) -> None:
             f"{target}: not a run folder (no recipe.yaml) and not a checkpoint of one; "
             "name RUN, or RUN/checkpoints/step_NUMBER"
         )
+    Path("runs/a b").mkdir()
+    Path("runs/a b/recipe.yaml").write_bytes(Path("runs/clip/recipe.yaml").read_bytes())
+    with pytest.raises(UsageError) as error:
+        evaluate("runs/a b", datasets=["openmoji"])
+    assert str(error.value) == (
+        "runs/a b: no whole checkpoint in it; go on with mlip pretrain RECIPE --out 'runs/a b' --resume"
+    )
     with pytest.raises(UsageError, match=r"merge rate 0\.9"):
         evaluate("runs/clip", datasets=["openmoji"], rates=(0.9,))
     Path("runs/clip/checkpoints/step_0000008/model.safetensors").write_text("no weights")
