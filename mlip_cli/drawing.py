@@ -65,8 +65,11 @@ class TrainingPanel:
     is_drawn = False
     """True while a panel holds the terminal; there is one terminal."""
 
-    def __init__(self, total_steps: int, *, step: int = 0, is_live: bool) -> None:
+    def __init__(self, total_steps: int, *, step: int = 0, line_every: int = 1, is_live: bool) -> None:
         self.total_steps = total_steps
+        self._line_every = line_every
+        self._started_s = time.monotonic()
+        self._has_begun = False
         self._step = step
         self._eta_s: float | None = None
         self._metrics: Mapping[str, float] = {}
@@ -82,6 +85,7 @@ class TrainingPanel:
 
         The plain line reaches the other handlers of the logger (log.txt) in both cases.
         """
+        self._has_begun = True
         step = f"step {int(metrics['step'])}/{self.total_steps}"
         losses = [f"{name} {value}" for name, value in _losses(metrics)]
         self._log("  ".join([step, *losses, *_rates(metrics), f"ETA {clock(eta_s)}"]))
@@ -89,7 +93,12 @@ class TrainingPanel:
         self._draw()
 
     def move(self, step: int, *, eta_s: float | None) -> None:
-        """A step is done; the plain lines have only those of `update`."""
+        """A step is done; the plain lines have those of `update`, and before them the first one as a sign of life."""
+        if not self._has_begun and not self._is_live:
+            after_s = time.monotonic() - self._started_s
+            lines = f"a line every {self._line_every:,} steps"
+            say(f"step {step}/{self.total_steps}: first step after {after_s:.1f} s; {lines}")
+        self._has_begun = True
         self._step, self._eta_s, self._activity = step, eta_s, None
         self._draw(is_small=True)
 
@@ -153,9 +162,13 @@ class TrainingPanel:
 
 
 @contextmanager
-def training_panel(total_steps: int, *, step: int = 0) -> Iterator[TrainingPanel]:
-    """Open the panel that a training loop feeds from `step` on; its last state stays on the screen."""
-    panel = TrainingPanel(total_steps, step=step, is_live=draws())
+def training_panel(total_steps: int, *, step: int = 0, line_every: int = 1) -> Iterator[TrainingPanel]:
+    """Open the panel that a training loop feeds from `step` on; its last state stays on the screen.
+
+    Args:
+        line_every: steps from one `update` to the next.
+    """
+    panel = TrainingPanel(total_steps, step=step, line_every=line_every, is_live=draws())
     if not draws():
         yield panel
         return

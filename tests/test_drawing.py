@@ -136,6 +136,18 @@ def test_long_work_in_a_pipe_says_now_and_then_how_far_it_is() -> None:
     assert in_pipe(code.replace("drawing.LINE_EVERY_S = 0", "")).stderr == ""
 
 
+def test_the_first_step_in_a_pipe_is_a_sign_of_life() -> None:
+    code = """
+    with drawing.training_panel(200, step=4, line_every=10) as panel:
+        for step in (5, 6):
+            panel.move(step, eta_s=None)
+    """
+    assert re.fullmatch(r"step 5/200: first step after 0\.\d s; a line every 10 steps\n", in_pipe(code).stderr)
+    assert "first step" not in on_terminal(code)[0]
+    logged = code.replace("panel.move(step", 'panel.update({"step": 5}, eta_s=None); panel.move(step')
+    assert "first step" not in in_pipe(logged).stderr
+
+
 def test_only_colours_that_show_on_white_and_on_black() -> None:
     received = on_terminal(FOUR_LOSSES)[0] + on_terminal("with output.progress(3, 'x') as bar:\n    bar.advance(0)")[0]
     codes = {code for codes in re.findall(r"\x1b\[([\d;]*)m", received) for code in codes.split(";")}

@@ -97,7 +97,7 @@ def run_loop(
     at_once = min(share, recipe.train.micro_batch_size or share)
     with (
         closing(batches),  # type: ignore[type-var]
-        training_panel(data.total_steps, step=progress.step) as panel,
+        training_panel(data.total_steps, step=progress.step, line_every=recipe.log.every_steps) as panel,
         batch_named("train.micro_batch_size", at_once, note=", which gives the same gradient"),
     ):
         eta_s = steady_eta(data.total_steps, progress.step)
