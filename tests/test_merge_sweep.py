@@ -21,6 +21,7 @@ from mlip_cli.commands.evaluators import training_evaluators
 from mlip_cli.commands.loading import at_rate, load_run
 from mlip_cli.commands.sweep_datasets import FAILURES, agreement, find_datasets, numbers_at_random
 from mlip_cli.commands.sweep_points import METHODS
+from mlip_cli.commands.sweep_tables import show
 from mlip_cli.commands.validation import validation_pairs
 from mlip_cli.data import loader
 from mlip_cli.data.dataset import ShardDataset
@@ -111,7 +112,7 @@ def test_a_plain_clip_is_swept_at_the_default_places(place: Path, capsys: pytest
 
 def test_tables(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sweep("runs/mlip", as_json=False)
-    lines = capsys.readouterr().out.splitlines()
+    lines = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("the rounds of ")]
     assert " ".join(lines[0].split()) == "method rate true rate GFLOPs images/s x rate 0 (95 %) by FLOPs"
     assert lines[1].startswith("none       0      0.000  ")
     assert lines[2].startswith("guided   0.5      0.500  ")
@@ -119,6 +120,20 @@ def test_tables(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "shards:data/colors: 24 pictures, chance 12.5 %; in brackets: 95 % intervals" in lines
     assert any(line.startswith("method  rate  same top-1 as rate 0 %  won  lost") for line in lines)
     assert max(len(line) for line in lines if line.startswith(("method", "none", "guided"))) <= 80
+
+
+def test_rounds_that_scatter_are_named_below_the_speeds(capsys: pytest.CaptureFixture[str]) -> None:
+    numbers = dict.fromkeys(("true_rate", "gflops", "images_per_s", "speedup", "expected_speedup"), 1.0)
+    intervals = {"none": (1.0, 1.0), "guided": (0.8, 1.21), "tome": (0.9, 1.35)}
+    points = [
+        {"method": method, "rate": 0.5, **numbers, "speedup_interval": interval, "tokens_per_block": [4]}
+        for method, interval in intervals.items()
+    ]
+    machine = {"batch_size": 4, "device": "cpu", "device_name": "x", "threads": 1, "torch": "2"}
+    show({**machine, "points": points, "datasets": [], "failed": []})
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[5] == ("the rounds of guided 0.5 differ much: the machine had other work; repeat, or raise --rounds")
+    assert lines[6] == ""
 
 
 def test_tables_of_retrieval(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

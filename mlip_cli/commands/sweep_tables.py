@@ -34,6 +34,11 @@ def show(result: dict[str, Any]) -> None:
         f"batch of {result['batch_size']}, fp32, on {result['device']}, {result['device_name']}, "
         f"{plural(result['threads'], 'thread')}, torch {result['torch']}"
     )
+    scattered = [" ".join(names(point)) for point in points if scatters(*point["speedup_interval"])]
+    if scattered:
+        print_prose(
+            f"the rounds of {', '.join(scattered)} differ much: the machine had other work; repeat, or raise --rounds"
+        )
     print_lines("\ntokens in each block:")
     for point in points:
         print_prose(f"  {' '.join(names(point))}: {' '.join(map(str, point['tokens_per_block']))}")
@@ -103,6 +108,11 @@ def _show_retrieval(dataset: dict[str, Any], merged: Sequence[dict[str, Any]]) -
             title=BESIDE,
         )
         print_prose(f"{WON} has a right one among the first 5; {TEST}")
+
+
+def scatters(low: float, high: float) -> bool:
+    """Whether the interval of a speed-up is so wide that it says little."""
+    return high > 1.5 * low
 
 
 def names(point: dict[str, Any]) -> list[str]:
