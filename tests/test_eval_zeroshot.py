@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,10 +15,10 @@ from PIL import Image
 from shards_for_tests import index_shard, make_dataset
 
 from mlip_cli.commands.eval_zeroshot import eval_zeroshot
-from mlip_cli.commands.evaluators import READERS, training_evaluators
+from mlip_cli.commands.evaluators import READERS, retrieval_words, training_evaluators, zeroshot_words
 from mlip_cli.commands.loading import at_rate, load_run
 from mlip_cli.commands.validation import validation_pairs
-from mlip_cli.commands.zeroshot_tables import compared
+from mlip_cli.commands.zeroshot_tables import compared, print_results
 from mlip_cli.data.shards import sample_parts, tar_writer
 from mlip_cli.data.tokenizer import Tokenizer
 from mlip_cli.errors import RunError, UsageError
@@ -150,8 +151,32 @@ def test_tables_are_narrow_and_say_what_was_measured(place: Path, capsys: pytest
     assert " ".join(lines[1].split()) == "run true rate group recall % name R@1 % name R@5 % images/s"
     assert lines[3].split()[:2] == ["2", "0.500"]
     assert "shards:data/colors: 40 pictures, 8 classes, chance 12.5 %" in lines
+    assert "top-5" not in "".join(lines)  # five of eight say little
     assert any(line.startswith("chance: group recall 11.1 % (9 groups), name R@1 3.6 %, R@5 ") for line in lines)
     assert lines[-2:] == ["run 1: clip at step 8 (last checkpoint)", "run 2: mlip at step 8 (last checkpoint)"]
+
+
+def test_top_5_stands_beside_its_chance_where_there_are_many_classes(capsys: pytest.CaptureFixture[str]) -> None:
+    shared = {"run": "a", "step": 8, "is_last_checkpoint": True, "n": 40, "true_merge_rate": 0.0, "measured_at": "now"}
+    scores = {"acc1": 0.5, "acc5": 0.75, "acc1_interval": (0.4, 0.6), "mean_per_class_recall": 0.5, "images_per_s": 9.0}
+    many = shared | scores | {"dataset": "many", "num_classes": 20, "chance": 0.05}
+    few = shared | scores | {"dataset": "few", "num_classes": 19, "chance": 1 / 19, "measured_at": "later"}
+    print_results([[many], [few]], failed=[])
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert lines[0] == "data set rate top-1 % top-5 % recall % images/s"
+    assert lines[1:3] == ["many 0.000 50.0 (40.0-60.0) 75.0 50.0 9", "few 0.000 50.0 (40.0-60.0) - 50.0 9"]
+    assert lines[3:5] == [
+        "many: 40 pictures, 20 classes, chance 5.0 %, of top-5 25.0 %",
+        "few: 40 pictures, 19 classes, chance 5.3 %",
+    ]
+
+
+def test_words_of_evaluators_name_what_they_count() -> None:
+    scores = {"mean_per_class_recall": 0.5, "chance": 0.25, "acc1": 0.5, "n": 1234}
+    assert zeroshot_words(scores) == "mean recall 50.0 % (chance 25.0), top-1 50.0 %; 1,234 pictures"
+    way = {f"r{k}{of}": 0.1 for k in (1, 5, 10) for of in ("", "_chance")}
+    words = retrieval_words({"image_to_text": {**way, "n": 161}, "text_to_image": {**way, "n": 1}})
+    assert re.findall(r"; (.*?)\)", words) == ["161 pictures", "1 caption"]
 
 
 def test_one_run_needs_no_number_and_shows_the_true_rate(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -26,7 +26,7 @@ from mlip_cli.evaluate.retrieval import RECALL_AT
 from mlip_cli.evaluate.sources import open_benchmark
 from mlip_cli.evaluate.statistics import metric_prefix
 from mlip_cli.evaluate.words import percent
-from mlip_cli.output import progress
+from mlip_cli.output import plural, progress
 from mlip_cli.types import Encoder
 
 WAYS = {"image_to_text": "image to text", "text_to_image": "text to image"}
@@ -136,7 +136,7 @@ def zeroshot_words(scores: Mapping[str, Any]) -> str:
     if names := scores.get("names"):
         recalls = [f"R@{k} {percent(names[f'r{k}'])} % ({percent(names[f'r{k}_chance'])})" for k in NAME_RECALL_AT]
         words += f", name {', '.join(recalls)}"
-    return f"{words}; n {scores['n']:,}"
+    return f"{words}; {plural(scores['n'], 'picture')}"
 
 
 def _batches(pictures: Pictures, size: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
@@ -156,9 +156,9 @@ def _retrieval_evaluator(pairs: ValidationPairs) -> Evaluator:
 
 
 def retrieval_words(scores: Mapping[str, Mapping[str, Any]]) -> str:
-    """Recalls both ways in a line; n counts the queries: pictures the one way, captions the other."""
+    """Recalls both ways in a line, each with its number of queries."""
     ways = []
-    for way, name in WAYS.items():
+    for (way, name), query in zip(WAYS.items(), ("picture", "caption"), strict=True):
         found, chance = ("/".join(f"{percent(scores[way][f'r{k}{of}'])}" for k in RECALL_AT) for of in ("", "_chance"))
-        ways.append(f"{name} {found} % (chance {chance}; n {scores[way]['n']:,})")
+        ways.append(f"{name} {found} % (chance {chance}; {plural(scores[way]['n'], query)})")
     return f"R@{'/'.join(map(str, RECALL_AT))} {', '.join(ways)}"

@@ -10,6 +10,8 @@ from mlip_cli.output import plural, print_lines, print_prose, print_table
 Result = dict[str, Any]
 
 INTERVALS = "in brackets: 95 % intervals"
+MANY_CLASSES = 20
+"""With fewer, the right class is among five too often by chance to tell anything."""
 
 
 def compared(results: Sequence[Result]) -> list[Result]:
@@ -78,31 +80,38 @@ def _print_named(group: Sequence[Result], numbers: Mapping[str, int]) -> None:
 
 
 def _print_plain(groups: Sequence[Sequence[Result]], numbers: Mapping[str, int], *, failed: Sequence[str]) -> None:
+    shows_top5 = any(_has_top5(first) for first, *_ in groups)
     rows: list[list[Any]] = [
         [
             result["dataset"],
             *_run(result, numbers),
             _rate(result),
             score(result, "acc1"),
-            percent(result["acc5"]),
+            *([percent(result["acc5"]) if _has_top5(result) else None] if shows_top5 else []),
             percent(result["mean_per_class_recall"]),
             f"{result['images_per_s']:,.0f}",
         ]
         for group in groups
         for result in group
     ]
-    columns = ("data set", *_run_column(numbers), "rate", "top-1 %", "top-5 %", "recall %", "images/s")
+    top5 = ("top-5 %",) if shows_top5 else ()
+    columns = ("data set", *_run_column(numbers), "rate", "top-1 %", *top5, "recall %", "images/s")
     rows += [[name, *[None] * (len(columns) - 1)] for name in failed]
     print_table(columns, rows)
     for first, *_ in groups:
         print_prose(
             f"{first['dataset']}: {plural(first['n'], 'picture')}, {plural(first['num_classes'], 'class', 'classes')}, "
             f"chance {percent(first['chance'])} %"
+            + (f", of top-5 {percent(min(1, 5 / first['num_classes']))} %" if _has_top5(first) else "")
         )
     for name in failed:
         print_prose(f"{name}: not evaluated")
     print_prose(f"rate: the true merge rate; recall: mean over the classes; {INTERVALS}")
     print_lines("")
+
+
+def _has_top5(result: Result) -> bool:
+    return result["num_classes"] >= MANY_CLASSES
 
 
 def _run_column(numbers: Mapping[str, int]) -> tuple[str, ...]:
