@@ -69,6 +69,15 @@ def test_unknown_name_gets_a_guess_or_the_list(tmp_path: Path) -> None:
     assert "\n" not in message
 
 
+def test_the_name_of_a_folder_here_is_told_how_folders_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_classes").mkdir()
+    folder = "unknown data set 'my_classes'; for the folder of this name write folder:my_classes"
+    assert usage_error("my_classes", tmp_path) == folder
+
+
 def test_the_command_line_knows_our_names(tmp_path: Path) -> None:
     assert all(usage_error(name, tmp_path).startswith(f"{name}: ") for name in DATASETS if name != "digits")
     assert usage_error("thing", tmp_path).partition("there are ")[2].startswith(", ".join(DATASETS))

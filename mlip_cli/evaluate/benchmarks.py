@@ -90,7 +90,10 @@ def find_benchmark(name: str, *, root: Path) -> Benchmark:
     if name.startswith("wds/"):
         return _web_shards(name, root)
     close = difflib.get_close_matches(name, ("openmoji", "digits", "imagenet", *CLIP_BENCHMARK), n=1)
-    guess = f"did you mean {close[0]}?" if close else f"there are {FAMILIES}"
+    if Path(name).is_dir():
+        guess = f"for the folder of this name write folder:{name}"
+    else:
+        guess = f"did you mean {close[0]}?" if close else f"there are {FAMILIES}"
     raise UnknownDataSetError(f"unknown data set {name!r}; {guess}")
 
 
