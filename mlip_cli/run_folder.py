@@ -13,6 +13,7 @@ from mlip_cli.errors import UsageError
 from mlip_cli.files import write_text
 
 RUNS = Path("runs")
+MOST_RUNS_NAMED = 3
 
 STATE = "state.pt"
 """Written last into a checkpoint folder; one without it is none."""
@@ -140,6 +141,14 @@ def newest_run(root: Path = RUNS) -> Run:
     return runs[-1]
 
 
+def newest_in_words(root: Path = RUNS) -> str:
+    """The newest few runs under `root`, or where runs come from: the cure for the name of one that is not there."""
+    runs = [run.folder.name for run in reversed(all_runs(root)) if run.latest_checkpoint()]
+    if not runs:
+        return f"runs lie in {root}/, mlip pretrain makes them"
+    return f"the newest in {root}/: {', '.join(runs[:MOST_RUNS_NAMED])}"
+
+
 def find_checkpoint(target: str | None) -> tuple[Run, Path]:
     """The run and the checkpoint that `target` names: a run folder, a checkpoint folder, or None for the newest run.
 
@@ -153,7 +162,7 @@ def find_checkpoint(target: str | None) -> tuple[Run, Path]:
         return run, checkpoint
     path = Path(target)
     if not path.exists():
-        raise UsageError(f"{path}: no such run or checkpoint; runs lie in runs/, mlip pretrain makes them")
+        raise UsageError(f"{path}: no such run or checkpoint; {newest_in_words()}")
     if (path / "recipe.yaml").is_file():
         run = Run(path)
         newest = run.latest_checkpoint()

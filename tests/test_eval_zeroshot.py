@@ -263,8 +263,11 @@ def test_nothing_but_wrong_usage_is_wrong_usage(place: Path) -> None:
         evaluate("runs/clip", datasets=["imagenet", "cifar10"])
     assert [line.split(":")[0] for line in str(error.value).splitlines()] == ["imagenet", "cifar10"]
     Path("runs/clip/checkpoints/other").mkdir()
-    with pytest.raises(UsageError, match=r"runs/none: no such run or checkpoint"):
+    for name in ("newer", "newest"):
+        make_run(Path("runs") / name, small_recipe(mlip=False))
+    with pytest.raises(UsageError) as error:
         evaluate("runs/none", datasets=["openmoji"])
+    assert str(error.value) == "runs/none: no such run or checkpoint; the newest in runs/: newest, newer, mlip"
     for target in (
         "data",
         "runs/clip/checkpoints/other",

@@ -288,7 +288,9 @@ def test_what_is_not_there(
 ) -> None:
     Path("empty").mkdir()
     assert mlip(monkeypatch, target) == 2
-    assert capsys.readouterr().err.startswith(f"error: {message}")
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {message}")
+    assert said.endswith("; no run lies there either: the newest in runs/: small\n") == (target != "empty")
 
 
 def test_a_batch_that_does_not_fit(

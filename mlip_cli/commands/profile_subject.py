@@ -16,7 +16,8 @@ from mlip_cli.errors import RunError, UsageError
 from mlip_cli.model.clip import CLIP, build_model, set_fused_attention
 from mlip_cli.output import say
 from mlip_cli.recipe import load_recipe
-from mlip_cli.run_folder import Run
+from mlip_cli.run_folder import Run, newest_in_words
+from mlip_cli.shipped import find_recipe
 from mlip_cli.types import VOCAB_SIZE, Batch
 
 
@@ -41,11 +42,24 @@ def load_subject(target: str | None, device: str) -> Subject:
         run = load_run(target, device=device)
         model = run.model.requires_grad_(True)
         return Subject(f"{run.label}, step {run.step}", run.recipe, model, run.device, run.run, run.step)
+    _check_named(target)
     loaded = load_recipe(target)
     where = pick_device(device)
     model = build_model(loaded.recipe).to(where).eval()
     set_fused_attention(model, where.type != "cpu")
     return Subject(f"recipe {loaded.name}, random weights", loaded.recipe, model, where)
+
+
+def _check_named(target: str) -> None:
+    """Where nothing has the name of a recipe, say of runs too that there is none.
+
+    Raises:
+        UsageError: there is no such recipe.
+    """
+    try:
+        find_recipe(target)
+    except UsageError as error:
+        raise UsageError(f"{error}; no run lies there either: {newest_in_words()}") from None
 
 
 def training_data(recipe: Recipe) -> list[ShardDataset]:
