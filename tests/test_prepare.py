@@ -48,9 +48,7 @@ def test_in_is_out_plus_rejects_and_a_truncated_jpeg_stops_nothing(
         "  1 x damaged picture",
         "  1 x not a picture",
         f"each reject with file, row and reason: {tmp_path / 'out' / 'rejects.parquet'}",
-        "next:",
-        f"mlip pretrain single_gpu data.train={tmp_path}/out/train data.validation=null"
-        " train.global_batch_size=4 train.micro_batch_size=null",
+        "fewer than 32 samples to train on: too few for a contrastive loss",
     ]
 
 
@@ -94,7 +92,13 @@ def test_holdout_is_by_pixels_and_stable(tmp_path: Path) -> None:
     assert 5 <= len(held) <= 25
     assert ("a copy" in held) == ("picture number 3" in held)
     folders = f"data.train={tmp_path}/out/train data.validation={tmp_path}/out/validation"
-    assert summary["next"].endswith(f"{folders} train.global_batch_size=32 train.micro_batch_size=null")
+    batch_size = 4 if len(kept) < 64 else 8
+    steps = 32 * (len(kept) // batch_size)
+    assert summary["next"] == {
+        "no GPU": f"mlip pretrain laptop {folders} train.global_batch_size={batch_size}",
+        "one GPU": f"mlip pretrain single_gpu {folders} train.global_batch_size={batch_size} "
+        f"train.micro_batch_size=null optim.warmup_steps={steps // 10}",
+    }
     for i in range(40, 60):
         (source / f"{i:05d}.png").unlink()
     prepare(source, tmp_path / "fewer", holdout=0.25)
@@ -152,7 +156,7 @@ def test_a_second_run_does_nothing_and_other_wishes_are_refused(
         assert prepare(source, tmp_path / "out", workers=2) == summary
     assert json.loads(capsys.readouterr().out) == summary
     out = tmp_path / "out"
-    assert caplog.messages[0] == f"{out}: prepared already, from the same files with the same options; nothing to do"
+    assert f"{out}: prepared already, from the same files with the same options; nothing to do" in caplog.messages
 
     def refused(**options: Any) -> str:
         with pytest.raises(UsageError) as error:
@@ -186,7 +190,7 @@ def test_a_finished_folder_that_is_not_whole_is_not_called_prepared(tmp_path: Pa
 def test_a_finished_folder_that_moved_says_where_it_is_now_and_loses_what_a_kill_left(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    source = write_sidecars(tmp_path / "in", 4)
+    source = write_sidecars(tmp_path / "in", 40)
     prepare(source, tmp_path / "out")
     moved = (tmp_path / "out").rename(tmp_path / "moved")
     write_files(moved / ".prepare" / "parts", {"part-000000.tar": "left by a kill between the last two steps"})
@@ -194,7 +198,7 @@ def test_a_finished_folder_that_moved_says_where_it_is_now_and_loses_what_a_kill
     prepare(source, moved)
     said = json.loads(capsys.readouterr().out)
     assert said["out"] == str(moved)
-    assert said["next"].startswith(f"mlip pretrain single_gpu data.train={moved}/train data.validation=null")
+    assert said["next"]["no GPU"].startswith(f"mlip pretrain laptop data.train={moved}/train data.validation=null")
     assert not (moved / ".prepare").exists()
 
 
@@ -266,8 +270,8 @@ def test_openmoji_small(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> Non
     assert all(sample["class"] == sample["meta"]["group"] for sample in train)
     assert "CC BY-SA 4.0" in caplog.messages[-3]
     assert caplog.messages[-1] == (
-        f"mlip pretrain recipes/openmoji.yaml data.train={tmp_path}/out/train data.validation={tmp_path}/out/test"
-        " train.global_batch_size=32"
+        f"mlip pretrain openmoji data.train={tmp_path}/out/train data.validation={tmp_path}/out/test"
+        " train.global_batch_size=4"
     )
     card = ShardDataset(tmp_path / "out" / "test").card
     assert card["provenance"]["license"] == "CC BY-SA 4.0"

@@ -119,20 +119,25 @@ LINES: dict[str, Smaller | Callable[[str], None]] = {
     "mlip profile": Smaller(more=QUICK),
     "mlip doctor": Smaller(),
     "mlip prepare-data my_pictures data/mine": Smaller(more="--holdout 0.2 --workers 1"),
+    "mlip pretrain recipes/laptop.yaml --out runs/mine": Smaller(),
+    "mlip eval-zeroshot runs/mine --dataset folder:my_classes": Smaller(),
+    "mlip merge-sweep runs/mine --rates 0.3,0.5 --dataset folder:my_classes": Smaller(more=SWEPT),
+    "mlip profile runs/mine": Smaller(more=QUICK),
+    "mlip report runs/mine": Smaller(),
     "mlip prepare-data photos.csv data/photos --image-column path --caption-column title": Smaller(more="--workers 1"),
     "mlip prepare-data my_classes data/classes": Smaller(more="--workers 1"),
     "mlip pretrain recipes/single_gpu.yaml": Smaller(),
-    "mlip pretrain recipes/single_gpu.yaml train.micro_batch_size=64 --out runs/mine": Smaller(
+    "mlip pretrain recipes/single_gpu.yaml train.micro_batch_size=64 --out runs/small_batches": Smaller(
         {"train.micro_batch_size=64": "train.micro_batch_size=4"}
     ),
-    "torchrun --nproc-per-node 8 -m mlip_cli pretrain recipes/cc12m.yaml --out runs/cc12m": Smaller({"8": "2"}),
-    "sbatch recipes/slurm.sbatch recipes/cc12m.yaml runs/cc12m": script_is_there,
     "mlip pretrain recipes/openmoji.yaml --out runs/openmoji --resume": Smaller(),
     "mlip pretrain recipes/openmoji.yaml --resume": Smaller(),
     "mlip pretrain recipes/openmoji.yaml model.init=runs/openmoji train.steps=500 --out runs/longer": Smaller(
         {"train.steps=500": "train.steps=3"}
     ),
-    "mlip eval-zeroshot runs/cc12m --dataset imagenet --data-root /data": Smaller({"/data": "elsewhere"}),
+    "mlip eval-zeroshot runs/cc12m --dataset imagenet --data-root /data": Smaller(
+        {"runs/cc12m": "runs/mine", "/data": "elsewhere"}
+    ),
     "mlip eval-zeroshot runs/mine runs/longer --dataset folder:my_classes --merge-rate 0,0.5": Smaller(),
     "mlip merge-sweep runs/mine --rates 0.2,0.3,0.4,0.5 --methods guided,tome --dataset folder:my_classes": Smaller(
         more=SWEPT
@@ -140,6 +145,8 @@ LINES: dict[str, Smaller | Callable[[str], None]] = {
     "mlip report runs/mine runs/longer --out compared.html": Smaller(),
     "mlip pretrain recipes/cc12m.yaml --dry-run": Smaller(),
     "mlip profile recipes/cc12m.yaml": Smaller(more=QUICK),
+    "torchrun --nproc-per-node 8 -m mlip_cli pretrain recipes/cc12m.yaml --out runs/cc12m": Smaller({"8": "2"}),
+    "sbatch recipes/slurm.sbatch recipes/cc12m.yaml runs/cc12m": script_is_there,
     "mlip prepare-data openmoji data/openmoji": Smaller(more="--limit 60 --size 32 --workers 1"),
     "mlip pretrain recipes/openmoji.yaml": Smaller(),
     "mlip eval-zeroshot --dataset openmoji": Smaller(),
@@ -158,7 +165,7 @@ def readme_lines() -> list[str]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A reader's folder: pictures, data sets and smaller recipes. The tests work in it one after another."""
     folder = tmp_path_factory.mktemp("readme")
-    for name in ("openmoji", "openmoji_clip", "single_gpu", "cc12m"):
+    for name in ("openmoji", "openmoji_clip", "laptop", "single_gpu", "cc12m"):
         write_files(folder, {f"recipes/{name}.yaml": SMALL.format(shipped=ROOT / "recipes" / f"{name}.yaml")})
     write_sidecars(folder / "my_pictures", 24)
     write_files(folder, {f"photos/{i}.png": picture(100 + i) for i in range(8)})

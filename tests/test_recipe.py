@@ -45,7 +45,7 @@ def test_a_shipped_recipe_loads_and_comes_back_equal(name: str) -> None:
 
 
 def test_these_recipes_are_shipped() -> None:
-    expected = "cc12m cc3m openmoji openmoji_clip single_gpu smoke yfcc15m_v1 yfcc15m_v2"
+    expected = "cc12m cc3m laptop openmoji openmoji_clip single_gpu smoke yfcc15m_v1 yfcc15m_v2"
     assert recipe_names() == expected.split()
 
 
@@ -56,7 +56,7 @@ def test_a_shipped_recipe_names_its_schema_first_and_its_command(name: str) -> N
     header = "\n".join(line for line in lines[: next(i for i, x in enumerate(lines) if x[:1] != "#")])
     assert f"pretrain recipes/{name}.yaml" in header
     assert "# Hardware: " in header
-    assert "not run by us; " in header or name in ("openmoji", "openmoji_clip", "smoke")
+    assert "not run by us; " in header or name in ("laptop", "openmoji", "openmoji_clip", "smoke")
 
 
 def test_the_clip_recipe_is_the_mlip_recipe_without_its_parts() -> None:

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from mlip_cli import __version__
+from mlip_cli.config import Recipe
 from mlip_cli.data.records import MAX_HELD_OUT, parts_of, printable
 from mlip_cli.data.sources import DataSource, ReadOptions, count_records, find_source, read_records
 from mlip_cli.data.tables import columns_in_words
 from mlip_cli.data.workspace import Workspace, finished_summary, opened
 from mlip_cli.errors import UsageError
 from mlip_cli.output import plural, print_json, print_table, progress, say, say_to_copy, warn
+from mlip_cli.recipe import load_recipe
 
 DEFAULT_SIZE = {"openmoji": 64}
 OTHER_SIZE = 256
@@ -22,6 +24,12 @@ OTHER_SIZE = 256
 
 FEW_HELD_OUT = 10
 """Fewer held-out samples are worth a warning."""
+
+STEPS_AN_EPOCH = 8
+"""Of the trainings proposed, at least."""
+
+FEWEST_TO_TRAIN = 4 * STEPS_AN_EPOCH
+"""Pairs for which a training is proposed: batches of four, at least."""
 
 DEMO_FOLDER = Path("data/openmoji")
 """Where recipes/openmoji.yaml looks."""
@@ -70,7 +78,7 @@ def prepare_data(
         summary = _prepare(found, out, read, request, num_workers=workers or os.cpu_count() or 1)
     else:
         Workspace(out).discard()  # what a kill between the last two steps may have left
-        summary |= {"out": str(out), "next": _next_command(found.format, out, _samples(summary["splits"]))}
+        summary |= {"out": str(out), "next": _next_commands(found.format, out, _samples(summary["splits"]))}
         say(f"{out}: prepared already, from the same files with the same options; nothing to do")
     _report(out, summary, as_json=as_json)
 
@@ -122,7 +130,7 @@ def _prepare(
             "held_out": done.is_held_out,
             "attribution": provenance.get("attribution"),
             "seconds": round(time.monotonic() - started, 2),
-            "next": _next_command(source.format, out, _samples(done.cards)),
+            "next": _next_commands(source.format, out, _samples(done.cards)),
         }
         work.publish(summary)
     return summary
@@ -149,23 +157,35 @@ def _samples(splits: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
     return {split: part["num_samples"] for split, part in splits.items()}
 
 
-def _next_command(format: str, out: Path, splits: Mapping[str, int]) -> str:
-    """The training to go on with; `splits` holds their samples, and a batch that they do not fill is made smaller."""
+def _next_commands(format: str, out: Path, splits: Mapping[str, int]) -> dict[str, str]:
+    """Trainings to go on with, by what they need; `splits` holds the samples of each. None for a few pictures."""
     if format == "openmoji" and out == DEMO_FOLDER:
-        return "mlip pretrain recipes/openmoji.yaml"
+        return {"no GPU": "mlip pretrain recipes/openmoji.yaml"}
     train = "train" if "train" in splits else next(iter(splits))
+    if splits[train] < FEWEST_TO_TRAIN:
+        return {}
     held_out = next((split for split in ("validation", "test") if split in splits and split != train), None)
-    validation = f"data.validation={out / held_out}" if held_out else "data.validation=null"
-    recipe, batch_size, micro = (
-        ("recipes/openmoji.yaml", 128, None) if format == "openmoji" else ("single_gpu", 1024, 128)
-    )
-    changes = [f"data.train={out / train}", validation]
-    if splits[train] < batch_size:
-        batch_size = 1 << (splits[train].bit_length() - 1)
+    changes = [f"data.train={out / train}", f"data.validation={out / held_out if held_out else 'null'}"]
+    recipes = {"no GPU": "openmoji"} if format == "openmoji" else {"no GPU": "laptop", "one GPU": "single_gpu"}
+    return {
+        need: shlex.join(["mlip", "pretrain", name, *changes, *_fitted(load_recipe(name).recipe, splits[train])])
+        for need, name in recipes.items()
+    }
+
+
+def _fitted(recipe: Recipe, num_samples: int) -> list[str]:
+    """Changes that give an epoch at least eight steps, and a warm-up of at most a tenth of all steps."""
+    train = recipe.train
+    batch_size = min(train.global_batch_size, 1 << ((num_samples // STEPS_AN_EPOCH).bit_length() - 1))
+    steps = train.steps or (train.epochs or 0) * (num_samples // batch_size)
+    changes = []
+    if batch_size < train.global_batch_size:
         changes.append(f"train.global_batch_size={batch_size}")
-        if micro and batch_size < micro:
-            changes.append("train.micro_batch_size=null")
-    return shlex.join(["mlip", "pretrain", recipe, *changes])
+    if train.micro_batch_size is not None and batch_size <= train.micro_batch_size:
+        changes.append("train.micro_batch_size=null")
+    if recipe.optim.warmup_steps > steps // 10:
+        changes.append(f"optim.warmup_steps={max(1, steps // 10)}")
+    return changes
 
 
 def _report(out: Path, summary: dict[str, Any], *, as_json: bool) -> None:
@@ -197,5 +217,8 @@ def _report(out: Path, summary: dict[str, Any], *, as_json: bool) -> None:
         say(f"each reject with file, row and reason: {out / 'rejects.parquet'}")
     if summary["attribution"]:
         say(summary["attribution"])
-    say("next:")
-    say_to_copy(summary["next"])
+    for need, command in summary["next"].items():
+        say(f"next, with {need}:")
+        say_to_copy(command)
+    if not summary["next"]:
+        warn(f"fewer than {FEWEST_TO_TRAIN} samples to train on: too few for a contrastive loss")
