@@ -87,7 +87,13 @@ def lines_chart(
 def dots_chart(
     title: str, series: Mapping[str, Sequence[Dot]], *, x_label: str, y_label: str, chance: float
 ) -> Picture:
-    """Accuracy against speed: points with both intervals, joined in the order given."""
+    """Accuracy against speed: points with both intervals, joined in the order given.
+
+    The points fill the width; an interval that is wider is cut by the frame.
+    """
+    speeds = [dot.x for dots in series.values() for dot in dots]
+    margin = max(0.08, 0.2 * (max(speeds) - min(speeds)))
+    named: set[tuple[float, float]] = set()
     with drawn(title, x_label=x_label, y_label=y_label, size=(6.4, 4.0)) as canvas:
         for number, (name, dots) in enumerate(series.items()):
             colour = SERIES[number % NUM_SERIES]
@@ -103,9 +109,14 @@ def dots_chart(
                 label=literal(name),
             )
             for dot in dots:
-                canvas.axes.annotate(dot.label, (dot.x, dot.y), xytext=(6, 7), textcoords="offset points", color=colour)
+                if (dot.x, dot.y) not in named:  # the unmerged model stands at the head of each series
+                    offset = (6, 7) if number % 2 == 0 else (6, -15)
+                    canvas.axes.annotate(
+                        dot.label, (dot.x, dot.y), xytext=offset, textcoords="offset points", color=colour
+                    )
+                named.add((dot.x, dot.y))
         canvas.axes.axhline(chance, color=MUTED, linestyle=":", linewidth=1.2, label="chance")
-        canvas.axes.margins(x=0.12)
+        canvas.axes.set_xlim(min(speeds) - margin, max(speeds) + margin)
         canvas.axes.set_ylim(0, 1.08 * canvas.axes.get_ylim()[1])
         canvas.legend(len(series) + 1)
     return Picture(canvas.svg)

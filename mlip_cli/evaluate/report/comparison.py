@@ -4,8 +4,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mlip_cli.evaluate.report.costs import pareto_pictures
-from mlip_cli.evaluate.report.page import Html, element, figure, joined, note, page, section, table
+from mlip_cli.evaluate.report.costs import CUT, pareto_pictures
+from mlip_cli.evaluate.report.page import Html, command, element, figure, joined, note, page, section, table
 from mlip_cli.evaluate.report.record import Result, RunRecord
 from mlip_cli.evaluate.report.results import by_data, curves_section, merge_rate, with_interval
 from mlip_cli.evaluate.report.run_page import known_chances, method
@@ -45,25 +45,45 @@ def comparison_page(records: Sequence[RunRecord], *, links: Mapping[str, str], w
 def _runs_section(records: Sequence[RunRecord], links: Mapping[str, str]) -> Html:
     rows = []
     for record in records:
-        gallery = record.newest("gallery")
-        scores = gallery["scores"] if gallery is not None else {}
+        batch_size = record.recipe.train.global_batch_size if record.recipe is not None else None
         rows.append(
             [
                 element("a", record.name, href=links[record.name]),
                 method(record),
+                None if batch_size is None else f"{batch_size:,}",
                 f"{record.last_step:,}",
                 record.last_loss,
-                *(with_interval(scores.get(way, {}), "r5") for way in ("image_to_text", "text_to_image")),
+                *(_recall(record, way) for way in ("image_to_text", "text_to_image")),
                 record.stamp.get("end_reason") or "not ended",
             ]
         )
-    columns = ["run", "method", "steps", "loss", "i→t R@5 %", "t→i R@5 %", "ended"]
+    columns = ["run", "method", "batch", "steps", "loss", "i→t R@5 %", "t→i R@5 %", "ended"]
     return section(
         "runs",
         "Runs",
         table(columns, rows, text_columns=2),
-        note("Losses of recipes with other terms or weights do not compare. In brackets: 95 % intervals."),
+        note(
+            "Losses of recipes with other batch sizes, terms or weights do not compare: guessing costs ln(batch). In "
+            "brackets: 95 % intervals."
+        ),
     )
+
+
+def _recall(record: RunRecord, way: str) -> Html | str | None:
+    """R@5 on the validation set at the end of training, else the last one measured during it."""
+    gallery = record.newest("gallery")
+    if gallery is not None:
+        return with_interval(gallery["scores"][way], "r5")
+    measured = [line for line in record.evaluations if f"validation_{way}_r5" in line]
+    if not measured:
+        return None
+    return f"{percent(measured[-1][f'validation_{way}_r5'])} at step {measured[-1]['step']:,}"
+
+
+def _unmeasured(records: Sequence[RunRecord], kind: str, measured_by: str) -> list[Html]:
+    """A line for each run that has no such result, and how to get it."""
+    lacking = [record for record in records if not record.results.get(kind)]
+    return [note(f"{record.name}: not measured yet: ", command(f"{measured_by} {record.place}")) for record in lacking]
 
 
 def _scores_section(records: Sequence[RunRecord]) -> Html:
@@ -77,7 +97,7 @@ def _scores_section(records: Sequence[RunRecord]) -> Html:
         }.values()
     ]
     parts = [part for name, own in by_data(newest, "data_fingerprint").items() for part in _dataset(name, own)]
-    return section("scores", "Zero-shot", *(parts or [note("No run has zero-shot results yet.")]))
+    return section("scores", "Zero-shot", *parts, *_unmeasured(records, "zeroshot", "mlip eval-zeroshot"))
 
 
 def _dataset(name: str, results: Sequence[Result]) -> list[Html]:
@@ -123,8 +143,8 @@ def _versus(first: Result | None, result: Result) -> list[str | None]:
 
 def _sweeps_section(records: Sequence[RunRecord]) -> Html:
     sweeps = [(record.name, sweep) for record in records if (sweep := record.newest("merge_sweep")) is not None]
-    charts = [figure(picture.in_page(), kind="wide") for picture in pareto_pictures(sweeps).values()]
-    return section("sweep", "Merge sweeps", *(charts or [note("No run has been swept yet.")]))
+    charts = [figure(picture.in_page(), CUT, kind="wide") for picture in pareto_pictures(sweeps).values()]
+    return section("sweep", "Merge sweeps", *charts, *_unmeasured(records, "merge_sweep", "mlip merge-sweep"))
 
 
 def _recipes_section(records: Sequence[RunRecord]) -> Html:

@@ -1,6 +1,7 @@
 """The parts of a report about speed: the sweep over merge rates, and where the time of a step goes."""
 
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 
 from mlip_cli.evaluate.report.canvas import Picture
 from mlip_cli.evaluate.report.charts import Bar, Dot, bars_chart, dots_chart
@@ -12,6 +13,9 @@ from mlip_cli.output import plural
 
 PARETO, BREAKDOWN = "pareto", "profile"
 """Names of picture files."""
+
+CUT = "Whiskers are 95 % intervals; where one leaves the picture, the table has it."
+"""Below a picture of accuracy against speed."""
 
 WAYS = (("image_to_text", "i→t"), ("text_to_image", "t→i"))
 """Directions of retrieval, and their columns."""
@@ -26,7 +30,7 @@ def sweep_section(record: RunRecord, pictures: Mapping[str, Picture]) -> Html:
     return section(
         "sweep",
         "Merge sweep",
-        *(figure(picture.in_page(), kind="wide") for picture in charts),
+        *(figure(picture.in_page(), CUT, kind="wide") for picture in charts),
         _speed_table(sweep),
         *(part for dataset in sweep["datasets"] for part in _accuracy(dataset)),
         *(note(f"{failed['dataset']}: not measured: {failed['error']}") for failed in sweep.get("failed", [])),
@@ -54,7 +58,7 @@ def _speed_table(sweep: Result) -> Html:
         [
             point["method"] or "none",
             f"{point['true_rate']:.3f}",
-            " ".join(map(str, point["tokens_per_block"])),
+            " → ".join(str(tokens) for tokens, _ in groupby(point["tokens_per_block"])),
             f"{point['gflops']:.3g}",
             f"{point['images_per_s']:,.1f}",
             _ratio(point),
@@ -63,7 +67,7 @@ def _speed_table(sweep: Result) -> Html:
         ]
         for point in sweep["points"]
     ]
-    columns = ["method", "rate", "tokens per block", "GFLOPs", "images/s", "× rate 0", "× by FLOPs", "peak GiB"]
+    columns = ["method", "rate", "tokens", "GFLOPs", "images/s", "× rate 0", "× by FLOPs", "peak GiB"]
     return table(columns, rows)
 
 

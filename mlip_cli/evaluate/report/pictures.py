@@ -50,7 +50,7 @@ def gallery_section(record: RunRecord) -> Html:
         table(columns, rows),
         note(
             f"The queries below were drawn {gallery['chosen']}, not picked: the five best answers, ✓ right and "
-            "✗ wrong, and where none of them is right, the first one that is."
+            "✗ wrong, and where none of them is right, → the one that should have come."
         ),
         element("h3", "Text → images"),
         _queries(_text_query(query, record.run.folder) for query in gallery["text_to_image"]),
@@ -65,7 +65,7 @@ def _why_no_gallery(record: RunRecord) -> str:
         return "The recipe has no data.validation, so nothing was looked up."
     if record.stamp.get("end_reason") == "finished":
         return "The run has no gallery of what it finds."
-    return "Training has not come to its end, so nothing was looked up."
+    return "Training has not come to its end, where this is looked up; mlip pretrain with --resume goes on."
 
 
 def _queries(queries: Iterable[Html]) -> Html:
@@ -76,7 +76,7 @@ def _text_query(query: Result, folder: Path) -> Html:
     found = [_answer(answer, answer["caption"], answer["is_right"], folder) for answer in query["found"]]
     if not any(answer["is_right"] for answer in query["found"]):
         own = query["first_right"]
-        found.append(_answer(own, f"place {query['rank'] + 1:,}: {own['caption']}", True, folder))
+        found.append(_answer(own, f"place {query['rank'] + 1:,}: {own['caption']}", None, folder))
     return element(
         "div",
         element("p", f"“{query['text']}”", class_="asked"),
@@ -85,10 +85,11 @@ def _text_query(query: Result, folder: Path) -> Html:
     )
 
 
-def _answer(answer: Result, words: str, is_right: bool, folder: Path) -> Html:
-    kind = ("right", "hit") if is_right else ("wrong", "miss")
-    picture = embedded_image(folder, answer["picture"], alt=answer["caption"], class_=kind[1])
-    return element("li", picture, element("span", words, class_=f"words {kind[0]}"))
+def _answer(answer: Result, words: str, is_right: bool | None, folder: Path) -> Html:
+    """A picture that was found, right or wrong, or the right one (None) that was not."""
+    kind = "owed" if is_right is None else "right" if is_right else "wrong"
+    picture = embedded_image(folder, answer["picture"], alt=answer["caption"], class_=f"is-{kind}")
+    return element("li", picture, element("span", words, class_=f"words {kind}"))
 
 
 def _image_query(query: Result, folder: Path) -> Html:
@@ -97,7 +98,7 @@ def _image_query(query: Result, folder: Path) -> Html:
     ]
     if not any(answer["is_right"] for answer in query["found"]):
         words = f"place {query['rank'] + 1:,} of {query['num_candidates']:,}: {query['first_right']['text']}"
-        answers.append(element("li", words, class_="right"))
+        answers.append(element("li", words, class_="owed"))
     return element(
         "div",
         element("div", embedded_image(folder, query["picture"], alt=query["captions"][0]), class_="question"),

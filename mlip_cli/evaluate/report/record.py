@@ -119,7 +119,8 @@ def _attempt(path: Path, read: Callable[[Path], Any], damaged: list[str]) -> Any
     try:
         return read(path)
     except ValueError as error:  # RecipeError too
-        damaged.append(f"{path}: cannot be read ({str(error).splitlines()[0]}); left out of the report")
+        cure = "; remove it, or measure again" if path.parent.name == "evals" else ""
+        damaged.append(f"{path}: cannot be read ({str(error).splitlines()[0]}); left out of the report{cure}")
         return None
 
 

@@ -24,6 +24,9 @@ FEATURES = {"frequency": "frequency feature", "spatial_plus_frequency": "sum of 
 CLASSES_SHOWN = 20
 """Best, and as many worst, where a data set has more classes than both together."""
 
+MANY_CLASSES = 20
+"""With fewer, a class among the first five says little: chance is a quarter and more."""
+
 AT_K = re.compile(r"_r(\d+)$")
 FROM_ZERO = ("lr", "images_per_s", "data_wait_share", "peak_gib", "skipped_steps", "bad_samples")
 COUNTS = ("step", "samples_seen")
@@ -75,7 +78,8 @@ def results_section(record: RunRecord) -> Html:
 
 def _dataset(name: str, results: Sequence[Result]) -> list[Html]:
     first = results[0]
-    scores = [(key, title) for key, title in SCORES if first.get(key) is not None]
+    is_coarse = first["num_classes"] < MANY_CLASSES
+    scores = [(key, title) for key, title in SCORES if first.get(key) is not None and not (key == "acc5" and is_coarse)]
     names = NAME_SCORES if "names" in first else ()
     rows = []
     for result in results:
@@ -83,6 +87,7 @@ def _dataset(name: str, results: Sequence[Result]) -> list[Html]:
         rows += [_row(result, result[key], title, scores, names) for key, title in FEATURES.items() if key in result]
     chances = [f"{plural(first['n'], 'picture')}, {plural(first['num_classes'], 'class', 'classes')}: "]
     chances[0] += f"chance {percent(first['chance'])} %"
+    chances += [] if is_coarse else [f"top-5 {percent(5 / first['num_classes'])} %"]
     chances += [f"{title[:-2]} {percent(first['names'][f'{key}_chance'])} %" for key, title in names]
     columns = ["step", "merge rate", "feature", *(title for _, title in (*scores, *names)), "images/s"]
     return [

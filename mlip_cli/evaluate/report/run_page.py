@@ -59,8 +59,10 @@ def _lead(record: RunRecord) -> str:
     if cards:
         sources = dict.fromkeys(card.get("provenance", {}).get("source") or card["folder"] for card in cards)
         parts.append(f"on {plural(sum(card['num_samples'] for card in cards), 'sample')} of {' and '.join(sources)}")
-    parts.append(f"step {record.last_step:,}{_of_total(record)}")
-    return ", ".join(parts) + f": {record.stamp.get('end_reason') or 'not ended'}."
+    end = record.stamp.get("end_reason")
+    if end is None or end == "finished":
+        parts.append(f"step {record.last_step:,}{_of_total(record)}")
+    return ", ".join(parts) + f": {end or 'not ended'}."
 
 
 def method(record: RunRecord) -> str:
