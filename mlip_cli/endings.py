@@ -9,6 +9,7 @@ from types import FrameType
 
 import typer
 
+from mlip_cli.cli_values import checked_measured_run
 from mlip_cli.errors import RunError, Stopped, UsageError
 from mlip_cli.output import is_main, say, say_to_copy
 
@@ -63,6 +64,7 @@ def _wrong_usage(error: typer.TyperException) -> str:
     option = getattr(error, "option_name", "")
     if option.startswith("--") and "." in option:
         return f"{place}: {option}: recipe keys have no dashes; write {option.removeprefix('--')}=VALUE"
+    message = _list_with_spaces(message, context) if context else message
     message = re.sub(r"\. Did you mean| \(Did you mean", "; did you mean", message)
     message = re.sub(r" \(Possible options: (.*)\)", r"; did you mean \1?", message)
     if isinstance(error.__cause__, ValueError) and hasattr(error.__cause__, "errors"):  # a bound, checked by pydantic
@@ -71,6 +73,18 @@ def _wrong_usage(error: typer.TyperException) -> str:
     cure = "" if ";" in message else f"; try {place} --help"
     is_sentence = message[1:2].islower()
     return f"{place}: {message[:1].lower() if is_sentence else message[:1]}{message[1:]}{cure}"
+
+
+def _list_with_spaces(message: str, context: typer.Context) -> str:
+    """`message`, or where words are left over beside options that are lists: how lists are written."""
+    left_over = re.search(r"unexpected extra argument.*? \((\S+?)[ )]", message)
+    if left_over is None or all(parameter.name != "dataset" for parameter in context.command.params):
+        return message
+    try:
+        checked_measured_run(left_over[1])
+    except typer.BadParameter as error:
+        return f"RUN: {error.message}"
+    return f"{message}; lists take commas, as in a,b"
 
 
 def _fail(message: str, code: int) -> int:

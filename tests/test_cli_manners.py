@@ -81,6 +81,14 @@ def test_help_of_every_command_ends_with_an_example(command: str) -> None:
             ["profile", "--rounds", "1"],
             "mlip profile: --rounds: 1 should be greater than or equal to 5; try mlip profile --help",
         ),
+        (
+            ["merge-sweep", "runs/a", "--rates", "0.2", "0.3"],
+            "mlip merge-sweep: RUN: '0.3' is a number, no run; lists take commas, as in 0.3,0.3",
+        ),
+        (
+            ["merge-sweep", "runs/a", "--methods", "guided", "tome"],
+            "mlip merge-sweep: got unexpected extra argument(s) (tome); lists take commas, as in a,b",
+        ),
         (["doctor", "a", "b"], "mlip doctor: got unexpected extra argument(s) (a b); try mlip doctor --help"),
     ],
 )
