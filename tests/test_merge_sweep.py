@@ -149,7 +149,8 @@ def test_tables_of_retrieval(place: Path, capsys: pytest.CaptureFixture[str]) ->
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"methods": ["tomme"]}, "--methods tomme: no such method; there are guided, tome"),
+        ({"methods": ["guded"]}, "--methods guded: no such method; did you mean guided?"),
+        ({"methods": ["kmeans"]}, "--methods kmeans: no such method; there are guided, tome"),
         ({"rates": [0.3, 0.9]}, "merge rate 0.9: the merge before block 2 would take 16 tokens to 5"),
         ({"datasets": ["digit"]}, "unknown data set 'digit'; did you mean digits?"),
         ({"datasets": ["validation"]}, "validation: the recipe of mlip has no data.validation"),

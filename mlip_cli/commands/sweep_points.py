@@ -1,5 +1,6 @@
 """The settings of a merge sweep: one model held at several rates and methods."""
 
+import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
@@ -31,7 +32,9 @@ def check_methods(methods: Sequence[str]) -> None:
     """Refuse a method that does not exist."""
     for method in methods:
         if method not in METHODS:
-            raise UsageError(f"--methods {method}: no such method; there are {', '.join(METHODS)}")
+            near = difflib.get_close_matches(method, METHODS, n=1)
+            cure = f"did you mean {near[0]}?" if near else f"there are {', '.join(METHODS)}"
+            raise UsageError(f"--methods {method}: no such method; {cure}")
 
 
 def sweep_points(loaded: LoadedRun, rates: Sequence[float], methods: Sequence[str]) -> list[Point]:
