@@ -16,7 +16,7 @@ from mlip_cli.commands.sweep_datasets import FAILURES, SweepDataset, find_datase
 from mlip_cli.commands.sweep_pictures import write_merge_pictures
 from mlip_cli.commands.sweep_points import Point, check_methods, sweep_points
 from mlip_cli.commands.sweep_tables import show
-from mlip_cli.errors import RunError
+from mlip_cli.errors import RunError, interrupted_as
 from mlip_cli.files import write_json
 from mlip_cli.output import plural, print_json, progress, say
 from mlip_cli.profiling import Timing, device_name, measure_interleaved, peak_memory
@@ -45,43 +45,42 @@ def merge_sweep(
             printed and kept all the same.
     """
     check_methods(methods)
-    loaded = load_run(run, device=device)
-    points = sweep_points(loaded, rates, methods)
-    found, failures = find_datasets(loaded, datasets, root=data_root, batch_size=batch_size)
-    settings = plural(len(points) - 1, "setting")
-    say(f"{loaded.label}, step {loaded.step}: {settings} beside rate 0, {plural(rounds, 'timed round')}")
-    measured_at = now()
-    with batch_named("--batch-size", batch_size):
-        timed = speeds(loaded, points, batch_size=batch_size, rounds=rounds)
-    scores, measuring_failures = all_scores(found, points)
-    failures |= measuring_failures
-    result = {
-        "kind": "merge_sweep",
-        "measured_at": measured_at,
-        "mlip_version": __version__,
-        "run": loaded.label,
-        "checkpoint": loaded.checkpoint.name,
-        "step": loaded.step,
-        "device": str(loaded.device),
-        "device_name": device_name(loaded.device),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "image_size": loaded.model.image_size,
-        "batch_size": batch_size,
-        "rounds": rounds,
-        "points": timed,
-        "datasets": scores,
-        "failed": [{"dataset": name, "error": str(error)} for name, error in failures.items()],
-    }
+    with interrupted_as("interrupted; nothing was written"):
+        loaded = load_run(run, device=device)
+        points = sweep_points(loaded, rates, methods)
+        found, failures = find_datasets(loaded, datasets, root=data_root, batch_size=batch_size)
+        settings = plural(len(points) - 1, "setting")
+        say(f"{loaded.label}, step {loaded.step}: {settings} beside rate 0, {plural(rounds, 'timed round')}")
+        measured_at = now()
+        with batch_named("--batch-size", batch_size):
+            timed = speeds(loaded, points, batch_size=batch_size, rounds=rounds)
+        scores, measuring_failures = all_scores(found, points)
+        failures |= measuring_failures
+        result = {
+            "kind": "merge_sweep",
+            "measured_at": measured_at,
+            "mlip_version": __version__,
+            "run": loaded.label,
+            "checkpoint": loaded.checkpoint.name,
+            "step": loaded.step,
+            "device": str(loaded.device),
+            "device_name": device_name(loaded.device),
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "image_size": loaded.model.image_size,
+            "batch_size": batch_size,
+            "rounds": rounds,
+            "points": timed,
+            "datasets": scores,
+            "failed": [{"dataset": name, "error": str(error)} for name, error in failures.items()],
+        }
     path = loaded.run.evals / f"merge_sweep_{loaded.checkpoint.name}.json"
     path.parent.mkdir(exist_ok=True)
-    try:
-        if as_json:
-            print_json(result)
-        else:
-            show(result)
-    finally:  # also where the reader of a pipe has left
-        write_json(path, result)
+    write_json(path, result)  # first of all: the reader of a pipe may have left
+    if as_json:
+        print_json(result)
+    else:
+        show(result)
     say(f"written to {path}")
     if num_pictures and len(points) > 1:
         write_merge_pictures(loaded, points, found, num_pictures=num_pictures)
@@ -90,6 +89,20 @@ def merge_sweep(
         reasons = "; ".join(str(error) for error in failures.values())
         wanted = plural(len(failures) + len(scores), "data set")
         raise RunError(f"{len(failures)} of {wanted} could not be measured: {reasons}")
+
+
+def what_and_where(loaded: LoadedRun) -> dict[str, Any]:
+    """The checkpoint that is measured, and the machine that measures."""
+    return {
+        "run": loaded.label,
+        "checkpoint": loaded.checkpoint.name,
+        "step": loaded.step,
+        "image_size": loaded.model.image_size,
+        "device": str(loaded.device),
+        "device_name": device_name(loaded.device),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
 
 
 def all_scores(
