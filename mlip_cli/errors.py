@@ -1,5 +1,8 @@
 """What can go wrong, by whose turn it is to act."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class UsageError(ValueError):
     """Something the user can fix before the work starts: `place: what; what to do`. Exit code 2."""
@@ -14,8 +17,21 @@ class RunError(RuntimeError):
 
 
 class Stopped(Exception):
-    """A signal asked for an end and the state is saved. `exit_code` is 128 + the signal's number."""
+    """A signal asked for an end; the words say what of the work is kept. `exit_code` is 128 + the signal's number."""
 
     def __init__(self, message: str, *, exit_code: int) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+
+@contextmanager
+def interrupted_as(words: str) -> Iterator[None]:
+    """Say of Ctrl-C in the block what it left behind.
+
+    Raises:
+        Stopped: there was one.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Stopped(words, exit_code=130) from None

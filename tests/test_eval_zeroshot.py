@@ -14,6 +14,7 @@ from models_for_tests import make_run, small_model, small_recipe
 from PIL import Image
 from shards_for_tests import index_shard, make_dataset
 
+from mlip_cli.commands import evaluators
 from mlip_cli.commands.eval_zeroshot import eval_zeroshot
 from mlip_cli.commands.evaluators import READERS, retrieval_words, training_evaluators, zeroshot_words
 from mlip_cli.commands.loading import at_rate, load_run
@@ -21,8 +22,8 @@ from mlip_cli.commands.validation import validation_pairs
 from mlip_cli.commands.zeroshot_tables import compared, print_results
 from mlip_cli.data.shards import sample_parts, tar_writer
 from mlip_cli.data.tokenizer import Tokenizer
-from mlip_cli.errors import RunError, UsageError
-from mlip_cli.evaluate.benchmarks import find_benchmark
+from mlip_cli.errors import RunError, Stopped, UsageError
+from mlip_cli.evaluate.benchmarks import Benchmark, find_benchmark
 from mlip_cli.evaluate.pictures import batches
 from mlip_cli.evaluate.sources import OPENMOJI_GROUPS, open_benchmark
 from mlip_cli.evaluate.statistics import mcnemar
@@ -250,6 +251,26 @@ def test_a_failed_data_set_is_a_row_and_not_the_end(place: Path, capsys: pytest.
     with pytest.raises(RunError, match="1 of 2"):
         evaluate("runs/clip", datasets=["shards:data/colors", "openmoji"], as_json=False)
     assert "shards:data/colors: not evaluated" in capsys.readouterr().out.splitlines()
+
+
+def test_ctrl_c_says_that_finished_data_sets_are_kept(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = evaluators.measure_runs
+
+    def interrupted(benchmark: Benchmark, *rest: Any, **more: Any) -> Any:
+        if benchmark.name == "openmoji":
+            raise KeyboardInterrupt
+        return whole(benchmark, *rest, **more)
+
+    monkeypatch.setattr(evaluators, "measure_runs", interrupted)
+    with pytest.raises(Stopped) as stop:
+        evaluate("runs/clip", datasets=["shards:data/colors", "openmoji"])
+    kept = "interrupted; results of finished data sets are kept, repeat the command to go on"
+    assert (str(stop.value), stop.value.exit_code) == (kept, 130)
+    [path] = Path("runs/clip/evals").iterdir()
+    assert path.name.startswith("shards_data_colors-")
+    assert capsys.readouterr().out == ""
 
 
 def test_a_reason_names_its_data_set_once(place: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -27,7 +27,7 @@ from mlip_cli.data import loader
 from mlip_cli.data.dataset import ShardDataset
 from mlip_cli.data.transforms import decode, pil_to_uint8
 from mlip_cli.endings import exit_code
-from mlip_cli.errors import RunError, UsageError
+from mlip_cli.errors import RunError, Stopped, UsageError
 from mlip_cli.evaluate.merge_pictures import draw_groups, draw_guidance, panel_pictures
 
 
@@ -90,6 +90,17 @@ def test_the_newest_run_is_named(place: Path, caplog: pytest.LogCaptureFixture) 
         loaded = load_run(None, device="cpu")
         load_run("runs/mlip", device="cpu")
     assert caplog.messages == [f"run {loaded.run.folder}, the newest with a checkpoint"]
+
+
+def test_ctrl_c_says_that_nothing_was_written(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(merge_sweep, "all_scores", interrupted)
+    with pytest.raises(Stopped, match=r"^interrupted; nothing was written$") as stop:
+        sweep("runs/clip")
+    assert stop.value.exit_code == 130
+    assert not (place / "runs/clip/evals").exists()
 
 
 def test_the_result_is_kept_where_nobody_reads_it(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from mlip_cli.commands import profile, profile_subject, profile_tables
 from mlip_cli.commands.training_step import TrainingStep
 from mlip_cli.config import LOSS_NAMES
 from mlip_cli.endings import exit_code
+from mlip_cli.errors import Stopped
 from mlip_cli.profiling import Timing
 from mlip_cli.recipe import recipe_yaml
 
@@ -273,6 +274,16 @@ def test_timed_training_steps_make_gradients_and_leave_the_weights_alone(place: 
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert {f"log_scales.{name}" for name in LOSS_NAMES} <= gradients.keys()
     assert sum(gradients.values()) > 0.9 * len(list(subject.model.parameters()))
+
+
+def test_ctrl_c_says_that_nothing_was_written(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(profile, "speeds_of_towers", interrupted)
+    with pytest.raises(Stopped, match=r"^interrupted; nothing was written$"):
+        profile.profile("runs/small", batch_size=2, rounds=5, device="cpu", as_json=True)
+    assert not Path("runs/small/evals").exists()
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlip_cli.commands.report import rebuild_if_older
 from mlip_cli.commands.zeroshot_tables import compared, print_results, without_answers
-from mlip_cli.errors import RunError, UsageError
+from mlip_cli.errors import RunError, UsageError, interrupted_as
 from mlip_cli.evaluate.benchmarks import Benchmark, data_root, find_benchmark
 from mlip_cli.files import write_json
 from mlip_cli.output import plural, print_json, say, warn
@@ -196,6 +196,7 @@ def _identity(
     }
 
 
+@interrupted_as("interrupted; results of finished data sets are kept, repeat the command to go on")
 def _complete(
     rows: dict[str, list[Entry]], *, batch_size: int, device: str
 ) -> tuple[dict[str, list[dict[str, Any]]], dict[str, Exception]]:

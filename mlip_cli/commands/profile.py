@@ -25,7 +25,7 @@ from mlip_cli.commands.training_setup import num_workers
 from mlip_cli.commands.training_step import TrainingStep
 from mlip_cli.config import Recipe
 from mlip_cli.data.dataset import ShardDataset
-from mlip_cli.errors import RunError, UsageError
+from mlip_cli.errors import RunError, UsageError, interrupted_as
 from mlip_cli.files import write_json
 from mlip_cli.merge_plan import MergePlan
 from mlip_cli.model.clip import CLIP
@@ -46,35 +46,36 @@ def profile(target: str | None, *, batch_size: int, rounds: int, device: str, as
         UsageError: no such run or recipe.
         RunError: the device has no memory for the batch.
     """
-    subject = load_subject(target, device)
-    datasets = training_data(subject.recipe)
-    num_tokens, length_source = caption_length(subject.recipe, datasets)
-    real = ", the loader real ones" if datasets else ""
-    say(f"{subject.label}: timing {rounds} rounds; the model gets random pictures and words{real}")
-    result = {
-        "kind": "profile",
-        "measured_at": now(),
-        "mlip_version": __version__,
-        "target": subject.label,
-        "step": subject.step,
-        "device": str(subject.device),
-        "device_name": device_name(subject.device),
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "precision": subject.recipe.train.precision,
-        "image_size": subject.model.image_size,
-        "batch_size": batch_size,
-        "rounds": rounds,
-        "context_length": subject.model.context_length,
-        "caption_tokens": num_tokens,
-        "caption_tokens_from": length_source,
-        **counts(subject.model, num_tokens),
-    }
-    with batch_named("--batch-size", batch_size):
-        batch = random_batch(subject, batch_size=batch_size, num_tokens=num_tokens)
-        towers = speeds_of_towers(subject, batch, rounds)
-        measured = measures_of_step(subject, batch, rounds, datasets)
-    result |= measured | {"speed": [*towers, *measured["speed"]]}
+    with interrupted_as("interrupted; nothing was written"):
+        subject = load_subject(target, device)
+        datasets = training_data(subject.recipe)
+        num_tokens, length_source = caption_length(subject.recipe, datasets)
+        real = ", the loader real ones" if datasets else ""
+        say(f"{subject.label}: timing {rounds} rounds; the model gets random pictures and words{real}")
+        result = {
+            "kind": "profile",
+            "measured_at": now(),
+            "mlip_version": __version__,
+            "target": subject.label,
+            "step": subject.step,
+            "device": str(subject.device),
+            "device_name": device_name(subject.device),
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+            "precision": subject.recipe.train.precision,
+            "image_size": subject.model.image_size,
+            "batch_size": batch_size,
+            "rounds": rounds,
+            "context_length": subject.model.context_length,
+            "caption_tokens": num_tokens,
+            "caption_tokens_from": length_source,
+            **counts(subject.model, num_tokens),
+        }
+        with batch_named("--batch-size", batch_size):
+            batch = random_batch(subject, batch_size=batch_size, num_tokens=num_tokens)
+            towers = speeds_of_towers(subject, batch, rounds)
+            measured = measures_of_step(subject, batch, rounds, datasets)
+        result |= measured | {"speed": [*towers, *measured["speed"]]}
     if subject.run is not None and subject.step is not None:
         path = subject.run.evals / f"profile_{checkpoint_name(subject.step)}.json"
         path.parent.mkdir(exist_ok=True)
