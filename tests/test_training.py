@@ -16,6 +16,8 @@ import torch
 from models_for_tests import small_recipe
 from shards_for_tests import make_dataset
 
+from mlip_cli.commands.pretrain import pretrain
+from mlip_cli.errors import UsageError
 from mlip_cli.recipe import recipe_yaml
 from mlip_cli.train.checkpoint import load_state, load_weights
 
@@ -379,3 +381,23 @@ def test_dry_run_shows_every_value_with_its_origin_and_what_follows(recipe: Path
     assert (too_large.returncode, too_large.stdout) == (2, "")
     assert too_large.stderr.startswith("error: train.global_batch_size: 99 is more than the 40 samples of data.train")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_refuses_what_the_start_would(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "mine").touch()
+
+    def refused(*overrides: str, out: str | None = None, resume: bool = False) -> str:
+        with pytest.raises(UsageError) as error:
+            pretrain(str(recipe), [*overrides], out=out and Path(out), resume=resume, dry_run=True, as_json=True)
+        return str(error.value)
+
+    assert refused("model.init=runs/gone").startswith("runs/gone: no such run or checkpoint")
+    assert refused(out="taken").startswith("--out taken: exists already; add --resume")
+    assert refused(out="taken", resume=True).startswith("--out taken: not a run folder")
+    assert refused(out="file/run") == f"--out file/run: {tmp_path}/file is a file; name another folder"
+    monkeypatch.setattr(os, "access", lambda path, _: path != tmp_path)
+    assert refused(out="new/run") == f"--out new/run: nothing can be written in {tmp_path}; name another folder"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "taken"]

@@ -3,11 +3,11 @@
 import json
 from pathlib import Path
 
-from mlip_cli.commands.run_start import choose_start, command_to_resume
+from mlip_cli.commands.run_start import check_can_be_made, choose_start, command_to_resume
 from mlip_cli.errors import Stopped
 from mlip_cli.output import is_main, print_json, print_lines, say
 from mlip_cli.recipe import load_recipe
-from mlip_cli.run_folder import RUNS, Run
+from mlip_cli.run_folder import RUNS, Run, find_checkpoint
 
 
 def pretrain(
@@ -15,12 +15,15 @@ def pretrain(
 ) -> None:
     """Train by a recipe; all that can be mistyped in it is found before torch is imported."""
     loaded = load_recipe(source, overrides)
+    start = choose_start(loaded.recipe, loaded.name, out=out, resume=resume)
     if dry_run:
         from mlip_cli.commands.dry_run import describe
 
+        check_can_be_made(start.run.folder)
+        if not start.resumes and loaded.recipe.model.init is not None:
+            find_checkpoint(loaded.recipe.model.init)
         describe(loaded, as_json=as_json)
         return
-    start = choose_start(loaded.recipe, loaded.name, out=out, resume=resume)
     run = start.run
     if start.resumes and run.is_finished():
         say(f"{run.folder}: finished already; nothing to do")

@@ -91,6 +91,19 @@ def _new(name: str) -> Start:
     return Start(Run(default_folder(name)), resumes=False, is_named_by_us=True)
 
 
+def check_can_be_made(folder: Path) -> None:
+    """Look whether the run folder can be made, without making it.
+
+    Raises:
+        UsageError: a file is in its way, or the folder that would hold it is read-only.
+    """
+    above = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not above.is_dir():
+        raise UsageError(f"--out {folder}: {above} is a file; name another folder")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise UsageError(f"--out {folder}: nothing can be written in {above}; name another folder")
+
+
 def command_to_resume(source: str, overrides: Sequence[str], *, out: Path | None) -> str:
     """What to type to go on with a run that was started by these arguments."""
     import shlex
