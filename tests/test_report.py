@@ -227,10 +227,12 @@ def test_results_on_data_that_has_changed_stand_apart(runs: Path) -> None:
 
 
 def test_mistakes(runs: Path) -> None:
-    with pytest.raises(UsageError, match="runs/none: no such run; runs lie in runs/"):
+    with pytest.raises(UsageError, match="runs/none: no such run; the newest in runs/: mlip, clip"):
         report(["runs/none"], out=None, as_json=False)
     with pytest.raises(UsageError, match=r"runs: not a run folder \(no recipe.yaml\)"):
         report(["runs"], out=None, as_json=False)
+    with pytest.raises(UsageError, match="a part of a run; a page is of the whole: mlip report runs/mlip"):
+        report(["runs/mlip/checkpoints/step_0000008"], out=None, as_json=False)
     with pytest.raises(UsageError, match="named twice"):
         report(["runs/mlip", "runs/../runs/mlip"], out=None, as_json=False)
     with pytest.raises(UsageError, match=r"--out runs: a folder; name a file, as in runs/report\.html"):

@@ -15,7 +15,7 @@ from mlip_cli.evaluate.report.record import RunRecord, read_run
 from mlip_cli.evaluate.report.run_page import run_page
 from mlip_cli.files import full_disk_named, write_text
 from mlip_cli.output import is_main, print_json, print_lines, say
-from mlip_cli.run_folder import Run, newest_run
+from mlip_cli.run_folder import Run, newest_in_words, newest_run
 
 
 def report(targets: Sequence[str], *, out: Path | None, as_json: bool) -> None:
@@ -70,10 +70,13 @@ def find_run(target: str) -> Run:
         UsageError: it is none.
     """
     run = Run(Path(target))
-    if not run.recipe.is_file():
-        what = "not a run folder (no recipe.yaml)" if run.folder.exists() else "no such run"
-        raise UsageError(f"{target}: {what}; runs lie in runs/, mlip pretrain makes them")
-    return run
+    if run.recipe.is_file():
+        return run
+    above = Run(run.folder.parent.parent)
+    if run.folder.is_dir() and above.recipe.is_file():
+        raise UsageError(f"{target}: a part of a run; a page is of the whole: mlip report {above.folder}")
+    what = "not a run folder (no recipe.yaml)" if run.folder.exists() else "no such run"
+    raise UsageError(f"{target}: {what}; {newest_in_words()}")
 
 
 def _newest() -> Run:

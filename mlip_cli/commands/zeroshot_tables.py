@@ -3,15 +3,13 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mlip_cli.evaluate.statistics import paired
+from mlip_cli.evaluate.statistics import MANY_CLASSES, paired
 from mlip_cli.evaluate.words import percent
 from mlip_cli.output import plural, print_lines, print_prose, print_table
 
 Result = dict[str, Any]
 
 INTERVALS = "in brackets: 95 % intervals"
-MANY_CLASSES = 20
-"""With fewer, the right class is among five too often by chance to tell anything."""
 
 
 def compared(results: Sequence[Result]) -> list[Result]:

@@ -5,6 +5,9 @@ from collections.abc import Sequence
 from math import comb, exp, lgamma, log, sqrt
 from typing import Any, NamedTuple
 
+MANY_CLASSES = 20
+"""With fewer, the right class is among five too often by chance to tell anything: once in four, and more."""
+
 Z95 = 1.959963984540054
 
 

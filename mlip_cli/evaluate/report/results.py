@@ -8,6 +8,7 @@ from mlip_cli.config import LOSS_NAMES
 from mlip_cli.evaluate.report.charts import Bar, Line, bars_chart, lines_chart
 from mlip_cli.evaluate.report.page import Html, command, element, figure, figures, folded, note, section, table
 from mlip_cli.evaluate.report.record import Result, RunRecord
+from mlip_cli.evaluate.statistics import MANY_CLASSES
 from mlip_cli.evaluate.words import percent
 from mlip_cli.output import plural
 
@@ -23,9 +24,6 @@ FEATURES = {"frequency": "frequency feature", "spatial_plus_frequency": "sum of 
 
 CLASSES_SHOWN = 20
 """Best, and as many worst, where a data set has more classes than both together."""
-
-MANY_CLASSES = 20
-"""With fewer, a class among the first five says little: chance is a quarter and more."""
 
 AT_K = re.compile(r"_r(\d+)$")
 FROM_ZERO = ("lr", "images_per_s", "data_wait_share", "peak_gib", "skipped_steps", "bad_samples")
