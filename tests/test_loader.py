@@ -20,8 +20,9 @@ from mlip_cli.config import Augment, Data, Source
 from mlip_cli.data import loader as module
 from mlip_cli.data.dataset import ShardDataset
 from mlip_cli.data.index import HEADER, RECORD, index_path
-from mlip_cli.data.loader import default_num_workers, evaluation_loader, preflight, training_loader
+from mlip_cli.data.loader import default_num_workers, evaluation_loader, training_loader
 from mlip_cli.data.order import Order
+from mlip_cli.data.preflight import preflight
 from mlip_cli.data.tokenizer import Tokenizer
 from mlip_cli.data.transforms import decode, evaluation_transform
 from mlip_cli.errors import RunError, UsageError

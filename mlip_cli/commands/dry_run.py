@@ -10,7 +10,7 @@ from mlip_cli.commands.training_facts import cautions
 from mlip_cli.commands.training_setup import num_workers, open_data, training_device
 from mlip_cli.config import Recipe, Source
 from mlip_cli.data.dataset import open_sources
-from mlip_cli.data.loader import preflight
+from mlip_cli.data.preflight import preflight
 from mlip_cli.distributed import world_size
 from mlip_cli.errors import UsageError
 from mlip_cli.evaluate.benchmarks import UnknownDataSetError, data_root, find_benchmark

@@ -18,7 +18,7 @@ from mlip_cli.commands.training_facts import cautions, facts, resume_facts
 from mlip_cli.commands.training_setup import TrainingData, build, open_batches, open_data, training_device
 from mlip_cli.commands.validation import BATCH_SIZE, validation_pairs
 from mlip_cli.config import Recipe
-from mlip_cli.data.loader import preflight
+from mlip_cli.data.preflight import preflight
 from mlip_cli.data.tokenizer import Tokenizer
 from mlip_cli.distributed import from_main, process_group, world_size
 from mlip_cli.drawing import TrainingPanel, training_panel

@@ -19,7 +19,6 @@ from mlip_cli.data.order import MAX_ATTEMPTS, Order, Position, Positions, key
 from mlip_cli.data.tokenizer import Tokenizer, padded_length
 from mlip_cli.data.transforms import decode, evaluation_transform, training_transform
 from mlip_cli.errors import RunError, UsageError
-from mlip_cli.output import plural
 from mlip_cli.types import BadSample, Batch
 
 BAD_WINDOW = 10_000
@@ -65,7 +64,7 @@ def training_loader(
         UsageError: the global batch does not divide by the ranks.
         RunError: (while iterating) too many bad samples, or a worker process that died.
     """
-    _check_divides(global_batch_size, world_size)
+    check_divides(global_batch_size, world_size)
     steps = _Steps(datasets, order, data, context_length, global_batch_size, seed, rank, world_size)
     loader = data_loader(steps, range(start_step, stop_step), num_workers, pin_memory=pin_memory)
     return _training_batches(loader, _BadSampleLimit(data.max_bad_share))
@@ -91,32 +90,7 @@ def default_num_workers(world_size: int) -> int:
     return min(MAX_WORKERS, max(0, cores // ranks_here - 1))
 
 
-def preflight(datasets: Sequence[ShardDataset], order: Order, global_batch_size: int, world_size: int) -> list[str]:
-    """Lines about what was found and what it makes of steps and epochs; the first sample of each data set is decoded.
-
-    Raises:
-        UsageError: the global batch does not divide by the ranks.
-        RunError: a first sample that cannot be read.
-    """
-    _check_divides(global_batch_size, world_size)
-    lines = []
-    for number, dataset in enumerate(datasets):
-        decoded(dataset.read(0))
-        share = f", {float(order.shares[number]):.1%} of what is seen" if order.shares else ""
-        lines.append(
-            f"{dataset.folder}: {dataset.num_samples:,} samples in {plural(dataset.num_shards, 'shard')}{share}"
-        )
-    if order.steps_per_epoch is not None:
-        left_out = order.num_samples - order.steps_per_epoch * global_batch_size
-        tail = f"; {left_out:,} samples are left out, others each epoch" if left_out else ""
-        steps = order.steps_per_epoch
-        lines.append(f"{order.num_samples:,} samples / {global_batch_size:,} = {steps:,} steps an epoch{tail}")
-    if world_size > 1:
-        lines.append(f"{global_batch_size:,} / {world_size} ranks = {global_batch_size // world_size:,} samples a rank")
-    return lines
-
-
-def _check_divides(global_batch_size: int, world_size: int) -> None:
+def check_divides(global_batch_size: int, world_size: int) -> None:
     remainder = global_batch_size % world_size
     if remainder:
         lower, upper = global_batch_size - remainder, global_batch_size - remainder + world_size
