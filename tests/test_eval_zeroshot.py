@@ -209,6 +209,7 @@ def test_a_damaged_result_is_measured_again(
     [path] = Path("runs/clip/evals").iterdir()
     without_kind = {key: value for key, value in json.loads(path.read_bytes()).items() if key != "kind"}
     path.write_bytes(json.dumps(without_kind).encode() if content is None else content)
+    caplog.clear()
     with caplog.at_level("WARNING", logger="mlip_cli"):
         evaluate("runs/clip", datasets=["openmoji"])
     assert caplog.messages == [f"{path}: damaged ({why}); measured again"]
