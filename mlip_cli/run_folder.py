@@ -1,4 +1,4 @@
-"""The run folder, all that passes between commands: names, the stamp, and how to find the newest run. Paths only."""
+"""The run folder, all that passes between commands: names, the stamp, and how to find the newest run."""
 
 import json
 import re
@@ -11,6 +11,7 @@ from typing import Any
 
 from mlip_cli.errors import UsageError
 from mlip_cli.files import write_text
+from mlip_cli.output import say
 
 RUNS = Path("runs")
 MOST_RUNS_NAMED = 3
@@ -134,10 +135,11 @@ def all_runs(root: Path = RUNS) -> list[Run]:
 
 
 def newest_run(root: Path = RUNS) -> Run:
-    """The newest run that has a checkpoint."""
+    """The newest run that has a checkpoint; which one it is, is said."""
     runs = [run for run in all_runs(root) if run.latest_checkpoint()]
     if not runs:
         raise UsageError(f"no run in {root}/; start one with mlip pretrain RECIPE or name a RUN")
+    say(f"run {runs[-1].folder}, the newest with a checkpoint")
     return runs[-1]
 
 

@@ -144,7 +144,10 @@ def test_the_page_shows_what_the_files_say(made: Path) -> None:
         assert f'aria-label="{name}"' in page
     gallery = json.loads(next((made / "mlip" / "evals").glob("gallery_*.json")).read_text())
     assert {query["text"] for query in gallery["text_to_image"]} <= set(EVIL)
-    assert page.count('class="right"') + page.count("words right") + page.count("owed") > 0
+    answers = [answer["is_right"] for query in gallery["text_to_image"] for answer in query["found"]]
+    assert page.count('class="words right"') == answers.count(True)
+    assert page.count('class="words wrong"') == answers.count(False)
+    assert answers.count(True) > 0
     sweep = json.loads(next((made / "mlip" / "evals").glob("merge_sweep_*.json")).read_text())
     for point in sweep["points"]:
         assert f"{point['speedup']:.2f}" in page

@@ -135,7 +135,7 @@ def find_subjects(targets: Sequence[str]) -> list[Subject]:
     wanted: Sequence[str | None] = targets or [None]
     found = [find_checkpoint(target) for target in wanted]
     names = [run.folder.resolve().name for run in dict(found)]
-    for target, (run, checkpoint) in zip(wanted, found, strict=True):
+    for run, checkpoint in found:
         label = run.folder.resolve().name
         if names.count(label) > 1:  # runs of one name in several folders
             label = str(run.folder)
@@ -143,8 +143,6 @@ def find_subjects(targets: Sequence[str]) -> list[Subject]:
         is_last = last is not None and last.resolve() == checkpoint.resolve()
         if not is_last:
             label = f"{label}/{checkpoint.name}"
-        if target is None:
-            say(f"run {run.folder}, the newest with a checkpoint")
         subjects.append(Subject(label, run, checkpoint, is_last, _sha256(checkpoint / "model.safetensors")))
     return subjects
 

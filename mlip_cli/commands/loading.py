@@ -12,7 +12,6 @@ from mlip_cli.distributed import pick_device
 from mlip_cli.errors import UsageError
 from mlip_cli.merge_plan import MergePlan
 from mlip_cli.model.clip import CLIP, build_model, set_fused_attention
-from mlip_cli.output import say
 from mlip_cli.recipe import load_recipe
 from mlip_cli.run_folder import Run, find_checkpoint, step_of
 from mlip_cli.train.checkpoint import load_weights
@@ -72,8 +71,6 @@ def load_run(target: str | None, *, device: str) -> LoadedRun:
         UsageError: no such run, no checkpoint in it, a damaged one, or one of another model.
     """
     run, checkpoint = find_checkpoint(target)
-    if target is None:
-        say(f"run {run.folder}, the newest with a checkpoint")
     recipe = load_recipe(str(run.recipe)).recipe
     weights = load_weights(checkpoint)
     where = pick_device(device)

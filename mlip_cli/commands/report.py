@@ -24,7 +24,7 @@ def report(targets: Sequence[str], *, out: Path | None, as_json: bool) -> None:
     Raises:
         UsageError: no such run, or the same one twice.
     """
-    runs = [find_run(target) for target in targets] or [_newest()]
+    runs = [find_run(target) for target in targets] or [newest_run()]
     twice = [folder for folder, count in Counter(run.folder.resolve() for run in runs).items() if count > 1]
     if twice:
         raise UsageError(f"{twice[0]}: named twice; name each run once")
@@ -77,12 +77,6 @@ def find_run(target: str) -> Run:
         raise UsageError(f"{target}: a part of a run; a page is of the whole: mlip report {above.folder}")
     what = "not a run folder (no recipe.yaml)" if run.folder.exists() else "no such run"
     raise UsageError(f"{target}: {what}; {newest_in_words()}")
-
-
-def _newest() -> Run:
-    run = newest_run()
-    say(f"run {run.folder}, the newest with a checkpoint")
-    return run
 
 
 def _named(run: Run, runs: Sequence[Run]) -> RunRecord:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 NUM_SERIES = 6
 
-INK, MUTED, LINE, PAPER = "#010101", "#020202", "#030303", "#040404"
+INK, MUTED, LINE = "#010101", "#020202", "#030303"
 SERIES = tuple(f"#0{number}0a0b" for number in range(1, NUM_SERIES + 1))
 """Stand-ins, drawn by matplotlib and then replaced by the page's colours or by those of a light page."""
 
@@ -26,14 +26,12 @@ VARIABLES = {
     INK: "var(--ink)",
     MUTED: "var(--muted)",
     LINE: "var(--line)",
-    PAPER: "var(--paper)",
     **{colour: f"var(--series-{number})" for number, colour in enumerate(SERIES, start=1)},
 }
 LIGHT = {
     INK: "#1b1f24",
     MUTED: "#59636e",
     LINE: "#d5dae1",
-    PAPER: "#ffffff",
     **dict(zip(SERIES, ("#0b6bb3", "#c84f00", "#00805e", "#9a4d92", "#8a6a00", "#4c5fb8"), strict=True)),
 }
 DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)))
