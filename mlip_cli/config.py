@@ -9,6 +9,7 @@ LOSS_NAMES = ("spatial_global", "spatial_token", "frequency_global", "frequency_
 Positive = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 AreaShare = Annotated[float, Field(gt=0, le=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class Section(BaseModel):
@@ -105,13 +106,18 @@ class Text(Section):
     """Attention heads per block; divides width."""
     context_length: Annotated[int, Field(ge=4, le=1024)] = 77
     """Most tokens of a caption, BOS and EOS included; longer captions are cut."""
+    activation: Literal["gelu", "quick_gelu"] = "gelu"
+    """Of the MLPs; quick_gelu is what weights of OpenAI's CLIP were trained with."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of activations that training zeroes behind the attention and the MLP of each block."""
 
 
 class Frequency(Section):
     """The frequency branch: spectral blocks (global filters) beside the spatial tower."""
 
-    placement: Literal["branch"] = "branch"
-    """branch: beside the tower, for supervision; the plain ViT that remains without it loads in every other tool."""
+    placement: Literal["branch", "stem"] = "branch"
+    """branch: beside the tower, for supervision; the plain ViT that remains without it loads in every other tool. stem:
+    the first `depth` blocks of the tower are spectral, and its attention blocks go on from their tokens."""
     input: Literal["tokens", "dct"] = "tokens"
     """tokens: the tower's patch tokens with positions. dct: an orthonormal block DCT of each patch's pixels."""
     width: Positive
@@ -125,10 +131,18 @@ class Merging(Section):
 
     rate: Annotated[float, Field(ge=0, lt=1)] = 0.5
     """Fraction of the patch tokens that is gone at the end of the tower."""
-    method: Literal["guided", "tome"] = "guided"
-    """guided: merges spare tokens that matter in both domains. tome: bipartite soft matching by similarity alone."""
+    method: Literal["guided", "tome", "random_drop"] = "guided"
+    """guided: merges spare tokens that matter. tome: bipartite soft matching by similarity alone. random_drop: training
+    drops random patches, evaluation sees all (FLIP)."""
+    guidance: Literal["mixed", "spatial", "frequency", "inverse"] = "mixed"
+    """What says which tokens matter to guided merging: both domains, one of them, or (as a control) 1 - mixed."""
+    strength: PositiveFloat = 0.25
+    """How much guidance in [0, 1] weighs against a cosine similarity in guided merging."""
     at: tuple[Positive, ...] | None = None
-    """Blocks before which tokens merge, counted from 1; null: two places in the first half of the tower."""
+    """Blocks before which tokens merge, counted from 1; null: two places in the first half of the tower, for
+    random_drop the first block."""
+    active: tuple[Share, Share] = (0.0, 1.0)
+    """Part of the training in which tokens merge, as shares of its steps; before and after it none do."""
 
 
 class Model(Section):
@@ -147,7 +161,9 @@ class Model(Section):
     merging: Merging | None = None
     """Token merging; null: none."""
     init: str | None = None
-    """Start from the weights of a run folder or a checkpoint (weights only, a new run); null: random."""
+    """Start from weights (a new run): a run folder, a checkpoint, or open_clip:ARCH:FILE; null: random."""
+    freeze: Literal["image", "text"] | None = None
+    """Tower that stays as `init` made it, with its projection into the joint space; null: none."""
 
 
 class GlobalLoss(Section):
@@ -157,13 +173,16 @@ class GlobalLoss(Section):
     """infonce: symmetric cross-entropy over the global batch (CLIP). sigmoid: every pair on its own (SigLIP)."""
     weight: PositiveFloat = 1.0
     """Factor in the total."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the target that infonce spreads evenly over the batch."""
 
 
 class TokenLoss(Section):
     """Patches against words."""
 
-    kind: Literal["sparc"] = "sparc"
-    """sparc: each word against the patches it attends to, inside each pair (Bica et al. 2024)."""
+    kind: Literal["sparc", "filip"] = "sparc"
+    """sparc: each word against the patches it attends to, inside each pair (Bica et al. 2024). filip: for all pairs of
+    the global batch, each patch's best word and each word's best patch (Yao et al. 2021)."""
     weight: PositiveFloat = 1.0
     """Factor in the total."""
 
@@ -179,6 +198,9 @@ class Losses(Section):
     """Feature of the frequency branch against the text feature."""
     frequency_token: TokenLoss | None = None
     """Tokens of the frequency branch against words."""
+    positives: Literal["pair", "concept"] = "pair"
+    """pair: a picture belongs to its own caption alone. concept: pictures of one concept (`concept` of the data's meta,
+    else an equal caption) belong to each other's captions too, in losses over the batch."""
 
 
 class Optim(Section):
@@ -194,6 +216,8 @@ class Optim(Section):
     """Decoupled weight decay; not on vectors, positions, class token, filters and scales."""
     warmup_steps: Annotated[int, Field(ge=0)] = 2000
     """Steps of linear warm-up."""
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Factor of the learning rate for each block below a tower's last one, for training on from `model.init`."""
     clip_grad_norm: PositiveFloat | None = None
     """Largest norm of the whole gradient; null: no clipping (the norm is logged either way)."""
 

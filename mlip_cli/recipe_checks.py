@@ -88,6 +88,8 @@ def _merging(recipe: Recipe) -> Found:
     if wrong:
         yield "model.merging.at", wrong
         return
+    if merging.active[0] >= merging.active[1]:
+        yield "model.merging.active", f"[{merging.active[0]:g}, {merging.active[1]:g}] does not ascend"
     if not vision.depth or not vision.patch_size or recipe.data.image_size % vision.patch_size:
         return
     try:
@@ -101,6 +103,33 @@ def _merging(recipe: Recipe) -> Found:
         )
     except UsageError as error:
         yield "model.merging.rate", str(error)
+
+
+def _frequency(recipe: Recipe) -> Found:
+    frequency, vision = recipe.model.frequency, recipe.model.vision
+    if frequency is None or frequency.placement != "stem":
+        return
+    if frequency.input == "dct":
+        yield "model.frequency.input", "dct needs placement branch; a stem reads the tower's patch tokens"
+    if vision.width and frequency.width != vision.width:
+        yield "model.frequency.width", f"{frequency.width}, but a stem's blocks are the tower's; use {vision.width}"
+    if vision.depth and frequency.depth >= vision.depth:
+        yield (
+            "model.frequency.depth",
+            f"{frequency.depth} leaves no attention block of model.vision.depth {vision.depth}; use less",
+        )
+
+
+def _freeze(recipe: Recipe) -> Found:
+    if recipe.model.freeze is not None and recipe.model.init is None:
+        yield "model.freeze", f"{recipe.model.freeze} would stay random; give model.init, or set it to null"
+
+
+def _smoothing(recipe: Recipe) -> Found:
+    for name in ("spatial_global", "frequency_global"):
+        term = getattr(recipe.losses, name)
+        if term is not None and term.kind == "sigmoid" and term.label_smoothing:
+            yield f"losses.{name}.label_smoothing", "works with kind infonce only; set it to 0"
 
 
 def _losses(recipe: Recipe) -> Found:
@@ -124,8 +153,11 @@ CHECKS: tuple[Callable[[Recipe], Found], ...] = (
     _patches,
     _vision,
     _heads,
+    _frequency,
     _merging,
+    _freeze,
     _losses,
+    _smoothing,
     _length,
     _batch,
     _precision,
