@@ -64,6 +64,7 @@ def rows(tar: Path, pictures: Path) -> Iterator[dict[str, Any]]:
             "image": names[key],
             "captions": training_captions(name, sample["tags"], key) if split == "train" else [{"text": name}],
             "split": split,
+            "name": name,
             **{column: sample[column] for column in ("concept", "source", "group")},
         }
 

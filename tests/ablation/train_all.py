@@ -1,0 +1,88 @@
+"""Train and measure what is not measured yet: train_all.py DATA OUT [--jobs N] [--stages ABCDE].
+
+One JSON a run in OUT/results, written when it is whole; a training that was interrupted goes on from its checkpoint.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from runs import RUNS, AblationRun
+
+from mlip_cli.recipe import load_recipe
+
+FOLDER = Path(__file__).resolve().parent
+RECIPES = FOLDER.parents[1] / "recipes" / "ablation"
+THREADS = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+
+
+@dataclass
+class Queue:
+    """What the workers share."""
+
+    data: Path
+    out: Path
+    stopping: threading.Event = field(default_factory=threading.Event)
+
+    def result(self, run: AblationRun) -> Path:
+        return self.out / "results" / f"{run.label}.json"
+
+    def overrides(self, run: AblationRun) -> list[str]:
+        sources = [f"data.train={self.data / 'train'}", f"data.validation={self.data / 'validation'}"]
+        return [*sources, *run.overrides, f"seed={run.seed}"]
+
+    def work(self, run: AblationRun) -> None:
+        """Train, then measure; nothing once another run has failed or been interrupted."""
+        folder = self.out / "runs" / run.label
+        train = ["-m", "mlip_cli", "pretrain", str(RECIPES / f"{run.recipe}.yaml"), *self.overrides(run)]
+        self._call(run, [*train, "--out", str(folder), "--resume"])
+        measure = [str(FOLDER / "measure.py"), str(folder), str(self.result(run))]
+        self._call(run, [*measure, "--data", str(self.data), "--split", run.split])
+        if not self.stopping.is_set():
+            print(f"{run.label}: measured", flush=True)
+
+    def _call(self, run: AblationRun, arguments: Sequence[str]) -> None:
+        if self.stopping.is_set():
+            return
+        log = self.out / "logs" / f"{run.label}.log"
+        with open(log, "a", encoding="utf-8") as file:
+            code = subprocess.call(
+                [sys.executable, *arguments], stdout=file, stderr=subprocess.STDOUT, env=os.environ | THREADS
+            )
+        if code and not self.stopping.is_set():
+            self.stopping.set()
+            raise RuntimeError(f"{run.label}: {arguments[0]} ended with {code}; see {log}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("data", type=Path, help="folder with train/, validation/ and test/, made by prepare.py")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="trainings at a time, one thread each")
+    parser.add_argument("--stages", default="ABCD", help="letters of the stages to run, see runs.py")
+    arguments = parser.parse_args()
+    queue = Queue(arguments.data.resolve(), arguments.out.resolve())
+    for name in ("results", "logs", "runs"):
+        (queue.out / name).mkdir(parents=True, exist_ok=True)
+    pending = [run for run in RUNS if run.stage in arguments.stages and not queue.result(run).exists()]
+    for run in pending:  # a mistake in a recipe shows before the first training
+        load_recipe(str(RECIPES / f"{run.recipe}.yaml"), queue.overrides(run))
+    print(f"{len(pending)} runs to do, {arguments.jobs} at a time", flush=True)
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        try:
+            for done in [pool.submit(queue.work, run) for run in pending]:
+                done.result()
+        except KeyboardInterrupt:
+            queue.stopping.set()  # the trainings got the signal too: they save and end
+            print("interrupted; the same command goes on", file=sys.stderr)
+            raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main()
