@@ -10,7 +10,7 @@ from models_for_tests import small_batch, small_model, small_recipe
 
 from mlip_cli.config import LOSS_NAMES, GlobalLoss, Losses, TokenLoss
 from mlip_cli.losses.contrastive import info_nce, sigmoid_loss
-from mlip_cli.losses.objective import TOKEN_LOSSES, Objective
+from mlip_cli.losses.objective import Objective
 from mlip_cli.losses.token_alignment import grouped_patches, sparc_sum
 from mlip_cli.types import Features, features_of
 
@@ -146,8 +146,13 @@ def test_logits_are_fp32_even_under_autocast() -> None:
 
 
 def test_every_kind_in_the_recipe_has_its_function() -> None:
-    assert set(TokenLoss.model_fields["kind"].annotation.__args__) == set(TOKEN_LOSSES)  # type: ignore[union-attr]
-    for kind in GlobalLoss.model_fields["kind"].annotation.__args__:  # type: ignore[union-attr]
-        recipe = small_recipe(mlip=False, losses={"spatial_global": {"kind": kind}})
-        encoded = small_model(recipe)(small_batch())
-        assert list(Objective(recipe.losses).batch_terms(features_of(encoded))) == ["spatial_global"]
+    batch = small_batch()
+    for model, loss, found_in in ((GlobalLoss, "spatial_global", 0), (TokenLoss, "spatial_token", None)):
+        for kind in model.model_fields["kind"].annotation.__args__:  # type: ignore[union-attr]
+            recipe = small_recipe(mlip=False, losses={loss: {"kind": kind}})
+            objective, encoded = Objective(recipe.losses), small_model(recipe)(batch)
+            over_batch = objective.batch_terms(features_of(encoded, token_losses=objective.batch_token_losses))
+            inside_pairs = objective.sample_terms(encoded, objective.count_captions(encoded.text_mask))
+            expected_in = (1 if kind == "sparc" else 0) if found_in is None else found_in
+            assert loss in (over_batch, inside_pairs)[expected_in]
+            assert loss not in (over_batch, inside_pairs)[1 - expected_in]

@@ -91,7 +91,7 @@ def test_seconds_land_in_the_part_that_does_the_work(workshop: Workshop) -> None
     workshop.slow(model.frequency_projection, "forward", 6)
     workshop.slow(model.token_projections["text"], "forward", 7)
     workshop.slow(objective, "info_nce", 9)
-    workshop.slow(objective.TOKEN_LOSSES, "sparc", 11)
+    workshop.slow(objective, "sparc_sum", 11)
     workshop.slow(torch.autograd, "backward", 13)
     workshop.slow(step.optimizer, "step", 15)
     workshop.slow(torch.nn.utils, "clip_grad_norm_", 16)
@@ -120,7 +120,7 @@ def test_micro_batches_have_a_first_pass_of_its_own(monkeypatch: pytest.MonkeyPa
     workshop.slow(vision, "match", 10)  # the second pass replays the merges of the first
     workshop.slow(vision, "merge_tokens", 100)
     workshop.slow(objective, "info_nce", 5)
-    workshop.slow(objective.TOKEN_LOSSES, "sparc", 3)
+    workshop.slow(objective, "sparc_sum", 3)
     workshop.slow(torch.autograd, "grad", 1000)
     workshop.slow(torch.autograd, "backward", 2000)
     assert workshop.parts() == {

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from mlip_cli.commands.part_clock import PartClock, replaced
 from mlip_cli.commands.training_step import COPY, OPTIMIZER, TrainingStep
-from mlip_cli.config import LOSS_NAMES, GlobalLoss
-from mlip_cli.losses.objective import Objective
+from mlip_cli.config import LOSS_NAMES
+from mlip_cli.losses.objective import Objective, is_over_batch
 from mlip_cli.model.clip import CLIP
 from mlip_cli.types import Encoded, Features
 
@@ -65,12 +65,13 @@ class TimedObjective:
 
     def __init__(self, step: TrainingStep, clock: PartClock) -> None:
         self.whole, self.clock = step.objective, clock
+        self.batch_token_losses = self.whole.batch_token_losses
         terms = {name: term for name in LOSS_NAMES if (term := getattr(step.losses, name)) is not None}
         alone = {
             name: Objective(step.losses.model_copy(update={other: None for other in LOSS_NAMES if other != name}))
             for name in terms
         }
-        self.over_batch = {name: one for name, one in alone.items() if isinstance(terms[name], GlobalLoss)}
+        self.over_batch = {name: one for name, one in alone.items() if is_over_batch(terms[name])}
         self.inside_pairs = {name: one for name, one in alone.items() if name not in self.over_batch}
 
     def batch_terms(self, features: Features) -> dict[str, Tensor]:

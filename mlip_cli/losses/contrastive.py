@@ -1,15 +1,44 @@
 """Global losses: one vector a picture against one vector a caption, over the global batch.
 
-Each rank computes the rows of its own pairs; the mean over ranks is the loss over the global batch.
+Each rank computes the rows of its own pairs; the mean over ranks is the loss over the global batch. Where the arguments
+name `labels` (W*B,), those of all ranks, pairs of equal label belong to each other; without them each pair to itself.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+CHUNK_LOGITS = 2**22
+"""Logits of the sigmoid loss that exist at one time: 16 MiB of fp32."""
+
+
+def cross_entropy(logits: Tensor, *, offset: int, label_smoothing: float = 0.0, labels: Tensor | None = None) -> Tensor:
+    """Mean over rows of the cross-entropy with each row's positives, which share the target evenly: (B, W*B) -> 0-d.
+
+    With labels it is the loss of row i's own column i plus z_ii - mean of z_ij over the positives j, a term that is
+    exactly 0 for a row with one positive.
+    """
+    rows = torch.arange(len(logits), device=logits.device)
+    loss = F.cross_entropy(logits, rows + offset, label_smoothing=label_smoothing)
+    if labels is None:
+        return loss
+    shares = (labels[rows + offset, None] == labels).to(logits.dtype)
+    shares = shares / shares.sum(1, keepdim=True)
+    shares[rows, rows + offset] -= 1
+    return loss - (1 - label_smoothing) * (shares * logits).sum(1).mean()
 
 
 def info_nce(
-    images: Tensor, texts: Tensor, all_images: Tensor, all_texts: Tensor, scale: Tensor, *, offset: int
+    images: Tensor,
+    texts: Tensor,
+    all_images: Tensor,
+    all_texts: Tensor,
+    scale: Tensor,
+    *,
+    offset: int,
+    label_smoothing: float = 0.0,
+    labels: Tensor | None = None,
 ) -> Tensor:
     """Symmetric cross-entropy over cosine similarities ("CLIP", Radford et al., ICML 2021).
 
@@ -18,20 +47,46 @@ def info_nce(
         all_images, all_texts: those of all ranks (W*B, E).
         scale: factor of the similarities (1,).
         offset: place of this rank's first pair among all.
+        label_smoothing: share of the target that is spread evenly over the global batch.
     """
-    labels = torch.arange(len(images), device=images.device) + offset
-    image_to_text = F.cross_entropy(scale * images @ all_texts.T, labels)
-    text_to_image = F.cross_entropy(scale * texts @ all_images.T, labels)
+    image_to_text, text_to_image = (
+        cross_entropy(logits, offset=offset, label_smoothing=label_smoothing, labels=labels)
+        for logits in (scale * images @ all_texts.T, scale * texts @ all_images.T)
+    )
     return (image_to_text + text_to_image) / 2
 
 
-def sigmoid_loss(images: Tensor, all_texts: Tensor, scale: Tensor, bias: Tensor, *, offset: int) -> Tensor:
+def sigmoid_loss(
+    images: Tensor,
+    all_texts: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    *,
+    offset: int,
+    labels: Tensor | None = None,
+    chunk_logits: int = CHUNK_LOGITS,
+) -> Tensor:
     """Every pair a yes/no question, summed over texts, mean over images ("SigLIP", Zhai et al., ICCV 2023).
 
-    Shapes as in `info_nce`; `bias` (1,) is added to the logits.
+    Texts are taken in chunks of at most `chunk_logits` logits; of several chunks nothing of that size stays for the
+    backward pass, which computes them again. Shapes as in `info_nce`; `bias` (1,) is added to the logits.
     """
-    logits = scale * images @ all_texts.T + bias
-    rows = torch.arange(len(images), device=images.device)
-    signs = -torch.ones_like(logits)
-    signs[rows, rows + offset] = 1
-    return -F.logsigmoid(signs * logits).sum() / len(images)
+    labels = torch.arange(len(all_texts), device=images.device) if labels is None else labels
+    own = labels[offset : offset + len(images)]
+    size = max(1, chunk_logits // len(images))
+    chunks = list(zip(all_texts.split(size), labels.split(size), strict=True))
+    if len(chunks) == 1:
+        return _sigmoid_sum(images, all_texts, scale, bias, own, labels) / len(images)
+    sums = [
+        checkpoint(_sigmoid_sum, images, texts, scale, bias, own, others, use_reentrant=False, preserve_rng_state=False)
+        for texts, others in chunks
+    ]
+    return torch.stack(sums).sum() / len(images)
+
+
+def _sigmoid_sum(
+    images: Tensor, texts: Tensor, scale: Tensor, bias: Tensor, image_labels: Tensor, text_labels: Tensor
+) -> Tensor:
+    """Sum of -log sigmoid(+-logit) over all pairs of (B, E) and (C, E): 0-d."""
+    logits = scale * images @ texts.T + bias
+    return -F.logsigmoid(torch.where(image_labels[:, None] == text_labels, logits, -logits)).sum()

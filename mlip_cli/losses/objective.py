@@ -1,18 +1,20 @@
 """The weighted sum of named losses, split into what needs the whole batch and what needs single pairs."""
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mlip_cli.config import LOSS_NAMES, GlobalLoss, Losses, TokenLoss
 from mlip_cli.distributed import gather, rank, world_size
-from mlip_cli.losses.contrastive import info_nce, sigmoid_loss
+from mlip_cli.losses.contrastive import cross_entropy, info_nce, sigmoid_loss
+from mlip_cli.losses.filip import filip_scores, filip_words
 from mlip_cli.losses.token_alignment import is_valid, sparc_sum
-from mlip_cli.types import Encoded, Features
+from mlip_cli.types import Encoded, Features, image_tokens
 
-TOKEN_LOSSES: dict[str, Callable[..., Tensor]] = {"sparc": sparc_sum}
+
+def is_over_batch(term: GlobalLoss | TokenLoss) -> bool:
+    """Whether a loss compares all pairs of the global batch, and not the tokens inside each pair."""
+    return isinstance(term, GlobalLoss) or term.kind == "filip"
 
 
 class Objective:
@@ -25,47 +27,79 @@ class Objective:
         self.terms: dict[str, GlobalLoss | TokenLoss] = {
             name: term for name in LOSS_NAMES if (term := getattr(losses, name)) is not None
         }
+        self.batch_token_losses = tuple(
+            name for name, term in self.terms.items() if isinstance(term, TokenLoss) and is_over_batch(term)
+        )
+        self.shares_concepts = losses.positives == "concept"
 
     def batch_terms(self, features: Features) -> dict[str, Tensor]:
         """Losses between all pairs of the global batch: one 0-d tensor each, not weighted."""
-        names = [name for name, term in self.terms.items() if isinstance(term, GlobalLoss)]
-        if not names:
+        if not any(is_over_batch(term) for term in self.terms.values()):
             return {}
+        assert (features.labels is not None) is self.shares_concepts, "losses.positives: a batch without its labels"
+        labels = None if features.labels is None else gather(features.labels)
         with torch.autocast(features.image.device.type, enabled=False):
-            dtype = torch.promote_types(features.image.dtype, torch.float32)
-            image_side = {"spatial_global": features.image, "frequency_global": features.frequency}
-            local = [F.normalize(image_side[name].to(dtype), dim=-1) for name in names]  # type: ignore[union-attr]
-            local.append(F.normalize(features.text.to(dtype), dim=-1))
-            everyone = gather(torch.cat(local, dim=1)).split([x.shape[1] for x in local], dim=1)
-            texts, all_texts = local[-1], everyone[-1]
-            offset = rank() * len(texts)
-            terms = {}
-            for name, images, all_images in zip(names, local, everyone, strict=False):
-                scale = features.scales[name]
-                if self.terms[name].kind == "sigmoid":
-                    terms[name] = sigmoid_loss(images, all_texts, scale, features.biases[name], offset=offset)
-                else:
-                    terms[name] = info_nce(images, texts, all_images, all_texts, scale, offset=offset)
-            return terms
+            return self._global_terms(features, labels) | self._token_terms(features, labels)
+
+    def _global_terms(self, features: Features, labels: Tensor | None) -> dict[str, Tensor]:
+        on = {name: term for name, term in self.terms.items() if isinstance(term, GlobalLoss)}
+        if not on:
+            return {}
+        dtype = torch.promote_types(features.image.dtype, torch.float32)
+        image_side = {"spatial_global": features.image, "frequency_global": features.frequency}
+        local = [F.normalize(image_side[name].to(dtype), dim=-1) for name in on]  # type: ignore[union-attr]
+        local.append(F.normalize(features.text.to(dtype), dim=-1))
+        everyone = gather(torch.cat(local, dim=1)).split([x.shape[1] for x in local], dim=1)
+        texts, all_texts = local[-1], everyone[-1]
+        offset = rank() * len(texts)
+        terms = {}
+        for (name, term), images, all_images in zip(on.items(), local, everyone, strict=False):
+            scale = features.scales[name]
+            if term.kind == "sigmoid":
+                bias = features.biases[name]
+                terms[name] = sigmoid_loss(images, all_texts, scale, bias, offset=offset, labels=labels)
+            else:
+                terms[name] = info_nce(
+                    images,
+                    texts,
+                    all_images,
+                    all_texts,
+                    scale,
+                    offset=offset,
+                    label_smoothing=term.label_smoothing,
+                    labels=labels,
+                )
+        return terms
+
+    def _token_terms(self, features: Features, labels: Tensor | None) -> dict[str, Tensor]:
+        """Texts are gathered as tokens, images never: their scores with all texts are."""
+        if features.tokens is None:
+            return {}
+        words, word_weights = (gather(x) for x in filip_words(features.tokens.text, features.tokens.caption_mask))
+        offset = rank() * len(features.tokens.text)
+        terms = {}
+        for name in self.batch_token_losses:
+            image_scores, text_scores = filip_scores(
+                features.tokens.images[name], features.tokens.sizes[name], words, word_weights
+            )
+            own = slice(offset, offset + len(image_scores))
+            sides = (image_scores, gather(text_scores)[:, own].T)
+            image_to_text, text_to_image = (
+                cross_entropy(features.scales[name] * scores, offset=offset, labels=labels) for scores in sides
+            )
+            terms[name] = (image_to_text + text_to_image) / 2
+        return terms
 
     def sample_terms(self, encoded: Encoded, num_captions: Tensor) -> dict[str, Tensor]:
         """Losses inside pairs: one 0-d tensor each, not weighted; `num_captions` is
         the sum of `count_captions` over the global batch."""
-        image_side = {
-            "spatial_token": (encoded.image_tokens, encoded.token_sizes),
-            "frequency_token": (encoded.frequency_tokens, None),
-        }
         terms = {}
         with torch.autocast(encoded.image_features.device.type, enabled=False):
             for name, term in self.terms.items():
-                if isinstance(term, TokenLoss):
-                    tokens, sizes = image_side[name]
-                    assert tokens is not None
+                if not is_over_batch(term):
+                    tokens, sizes = image_tokens(encoded, name)
                     assert encoded.text_tokens is not None
-                    sizes = torch.ones_like(tokens[..., 0]) if sizes is None else sizes
-                    loss_sum = TOKEN_LOSSES[term.kind](
-                        tokens, sizes, encoded.text_tokens, encoded.text_mask, encoded.scales[name]
-                    )
+                    loss_sum = sparc_sum(tokens, sizes, encoded.text_tokens, encoded.text_mask, encoded.scales[name])
                     terms[name] = loss_sum * world_size() / num_captions.clamp(min=1)
         return terms
 

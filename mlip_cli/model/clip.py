@@ -9,7 +9,7 @@ from mlip_cli.config import LOSS_NAMES, Recipe
 from mlip_cli.config import Model as ModelConfig
 from mlip_cli.merge_plan import MergePlan
 from mlip_cli.model.frequency import FrequencyBranch
-from mlip_cli.model.text import TextTower, pool_text, word_mask
+from mlip_cli.model.text import TextTower, caption_mask, pool_text, word_mask
 from mlip_cli.model.vision import ImageTower, Tower
 from mlip_cli.types import VOCAB_SIZE, Batch, Encoded, ImageFeatures, MergeStage
 
@@ -151,6 +151,7 @@ class CLIP(nn.Module):
             text_mask=word_mask(batch.token_ids),
             scales={name: log_scale.exp() for name, log_scale in self.log_scales.items()},
             biases=dict(self.logit_biases.items()),
+            caption_mask=caption_mask(batch.token_ids),
             assign=tower.assign,
         )
 

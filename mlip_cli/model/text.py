@@ -27,6 +27,12 @@ def word_mask(token_ids: Tensor) -> Tensor:
     return inside & ~repeated
 
 
+def caption_mask(token_ids: Tensor) -> Tensor:
+    """True at every word and at EOS, also at words that stood before: (B, L) -> (B, L) bool, never an empty row."""
+    position, end = torch.arange(token_ids.shape[1], device=token_ids.device), end_of_text(token_ids)[:, None]
+    return ((position > 0) & (position < end)) | (position == end)
+
+
 class TextTower(nn.Module):
     """Token ids (B, L) -> hidden tokens (B, L, D), L up to context_length.
 

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mlip_cli.distributed import all_sum, unwrap
-from mlip_cli.types import Batch, Encoded, Features, ObjectiveLike, features_of
+from mlip_cli.merge_plan import MergePlan
+from mlip_cli.types import Batch, Encoded, Features, ObjectiveLike, TokenFeatures, features_of
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,13 @@ class RandomState:
 
 
 def add_gradients(
-    model: nn.Module, objective: ObjectiveLike, batch: Batch, *, precision: Precision, micro_batch_size: int | None
+    model: nn.Module,
+    objective: ObjectiveLike,
+    batch: Batch,
+    *,
+    precision: Precision,
+    micro_batch_size: int | None,
+    plan: MergePlan | None = None,
 ) -> dict[str, Tensor]:
     """Add the gradient of the global batch to the parameters; return the terms of this rank, detached.
 
@@ -58,38 +65,43 @@ def add_gradients(
         model: gives `Encoded` for a `Batch`; under DDP its gradients become the mean over ranks.
         batch: this rank's share, on the model's device.
         micro_batch_size: samples per forward pass, or None for the whole share.
+        plan: merges of this step; None: the model's own.
     """
     if micro_batch_size is None or micro_batch_size >= len(batch.images):
-        terms = _at_once(model, objective, batch, precision)
+        terms = _at_once(model, objective, batch, precision, plan)
     else:
-        terms = _by_micro_batches(model, objective, _split(batch, micro_batch_size), precision)
+        terms = _by_micro_batches(model, objective, _split(batch, micro_batch_size), precision, plan)
     return {name: value.detach() for name, value in terms.items()}
 
 
-def _at_once(model: nn.Module, objective: ObjectiveLike, batch: Batch, precision: Precision) -> dict[str, Tensor]:
+def _at_once(
+    model: nn.Module, objective: ObjectiveLike, batch: Batch, precision: Precision, plan: MergePlan | None
+) -> dict[str, Tensor]:
     with precision.autocast(batch.images.device):
-        encoded: Encoded = model(batch)
+        encoded: Encoded = model(batch, plan=plan)
     num_captions = all_sum(objective.count_captions(encoded.text_mask))
-    terms = {**objective.batch_terms(features_of(encoded)), **objective.sample_terms(encoded, num_captions)}
+    terms = objective.batch_terms(_features(objective, encoded, batch))
+    terms = {**terms, **objective.sample_terms(encoded, num_captions)}
     precision.scaler.scale(objective.total(terms)).backward()
     return terms
 
 
 def _by_micro_batches(
-    model: nn.Module, objective: ObjectiveLike, parts: list[Batch], precision: Precision
+    model: nn.Module, objective: ObjectiveLike, parts: list[Batch], precision: Precision, plan: MergePlan | None
 ) -> dict[str, Tensor]:
     """Batch-level losses on features cached without graph, then one pass with graph per micro-batch.
 
     The idea is GradCache's ("Scaling deep contrastive learning batch size under memory limited setup", Gao et al.,
-    2021). The second pass replays random numbers and merges of the first. Losses inside pairs need no cache.
+    2021). The second pass replays random numbers and merges of the first. Losses inside pairs need no cache;
+    those between the tokens of all pairs cache tokens too.
     """
     device = parts[0].images.device
     states, features, merges, captions = [], [], [], []
     for part in parts:
         states.append(RandomState.read(device))
         with torch.no_grad(), precision.autocast(device):
-            encoded = unwrap(model)(part)
-        features.append(features_of(encoded))
+            encoded = unwrap(model)(part, plan=plan)
+        features.append(_features(objective, encoded, part))
         merges.append(encoded.assign)
         captions.append(objective.count_captions(encoded.text_mask))
     del encoded  # its tokens are most of what a micro-batch keeps
@@ -110,9 +122,9 @@ def _by_micro_batches(
         states[i].restore(device)
         with _no_sync(model, last=i == len(parts) - 1):
             with precision.autocast(device):
-                encoded = model(part, assign=merges[i])
+                encoded = model(part, plan=plan, assign=merges[i])
             sample_terms = objective.sample_terms(encoded, num_captions)
-            surrogate = _surrogate(_leaves(features_of(encoded)), gradients, rows, share=1 / len(parts))
+            surrogate = _surrogate(_leaves(_features(objective, encoded, part)), gradients, rows, share=1 / len(parts))
             if sample_terms:
                 surrogate = surrogate + precision.scaler.scale(objective.total(sample_terms))
             surrogate.backward()
@@ -121,28 +133,50 @@ def _by_micro_batches(
     return terms
 
 
+def _features(objective: ObjectiveLike, encoded: Encoded, batch: Batch) -> Features:
+    return features_of(encoded, token_losses=objective.batch_token_losses, labels=batch.labels)
+
+
 def _split(batch: Batch, size: int) -> list[Batch]:
     images, token_ids = batch.images.split(size), batch.token_ids.split(size)
-    return [replace(batch, images=i, token_ids=t) for i, t in zip(images, token_ids, strict=True)]
+    labels = [None] * len(images) if batch.labels is None else batch.labels.split(size)
+    return [
+        replace(batch, images=i, token_ids=t, labels=own) for i, t, own in zip(images, token_ids, labels, strict=True)
+    ]
 
 
 def _cache(parts: list[Features]) -> Features:
     """One `Features` of leaves over the whole share."""
-
-    def leaf(tensors: list[Tensor]) -> Tensor:
-        return torch.cat(tensors).detach().requires_grad_()
-
+    first = parts[0]
     return Features(
-        image=leaf([p.image for p in parts]),
-        text=leaf([p.text for p in parts]),
-        frequency=None if parts[0].frequency is None else leaf([p.frequency for p in parts if p.frequency is not None]),
-        scales={name: leaf([value]) for name, value in parts[0].scales.items()},
-        biases={name: leaf([value]) for name, value in parts[0].biases.items()},
+        image=_leaf([p.image for p in parts]),
+        text=_leaf([p.text for p in parts]),
+        frequency=None if first.frequency is None else _leaf([p.frequency for p in parts if p.frequency is not None]),
+        scales={name: _leaf([value]) for name, value in first.scales.items()},
+        biases={name: _leaf([value]) for name, value in first.biases.items()},
+        labels=None if first.labels is None else torch.cat([p.labels for p in parts if p.labels is not None]),
+        tokens=None if first.tokens is None else _cache_tokens([p.tokens for p in parts if p.tokens is not None]),
     )
+
+
+def _cache_tokens(parts: list[TokenFeatures]) -> TokenFeatures:
+    names = list(parts[0].images)
+    return TokenFeatures(
+        images={name: _leaf([p.images[name] for p in parts]) for name in names},
+        sizes={name: torch.cat([p.sizes[name] for p in parts]) for name in names},
+        text=_leaf([p.text for p in parts]),
+        caption_mask=torch.cat([p.caption_mask for p in parts]),
+    )
+
+
+def _leaf(tensors: list[Tensor]) -> Tensor:
+    return torch.cat(tensors).detach().requires_grad_()
 
 
 def _leaves(features: Features) -> list[Tensor]:
     rows = [features.image, features.text] + ([features.frequency] if features.frequency is not None else [])
+    if features.tokens is not None:
+        rows += [*features.tokens.images.values(), features.tokens.text]
     return [*rows, *features.scales.values(), *features.biases.values()]
 
 

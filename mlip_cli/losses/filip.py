@@ -1,0 +1,104 @@
+"""Token losses over the batch: each patch's best word and each word's best patch, for all pairs of the global batch.
+
+Source: "FILIP: Fine-grained Interactive Language-Image Pre-Training" (Yao et al., ICLR 2022), extended here to tokens
+that stand for several patches.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+CHUNK_SIMILARITIES = {"cuda": 2**26}
+"""By device, similarities of patches and words that exist at one time: 256 MiB of fp32 where a chunk costs launches."""
+CHUNK_SIMILARITIES_ELSEWHERE = 2**22
+"""16 MiB: what a core finds again in its cache."""
+
+
+def filip_words(words: Tensor, caption_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Words as `filip_scores` takes them, and the weight of each: (B, L, T), (B, L) bool -> (B, L, T), (B, L).
+
+    Words are normalised. What the mask hides becomes a copy of the caption's first word that counts, so that it changes
+    no maximum, and weighs nothing in means. A caption without any word becomes zeros: all of its scores are 0.
+    """
+    words = F.normalize(words.to(torch.promote_types(words.dtype, torch.float32)), dim=-1)
+    first = words[torch.arange(len(words), device=words.device), caption_mask.int().argmax(1)]
+    words = torch.where(caption_mask[..., None], words, first[:, None])
+    words = torch.where(caption_mask.any(1)[:, None, None], words, 0.0)
+    return words, caption_mask.to(words.dtype) / caption_mask.sum(1, keepdim=True).clamp(min=1)
+
+
+def filip_scores(
+    patches: Tensor, sizes: Tensor, words: Tensor, word_weights: Tensor, *, chunk_similarities: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """How well images and texts fit, seen from both sides: two times (B, C), for B images and C texts.
+
+    First the mean over patches, by size, of the best word's similarity; then the mean over words of the best patch's.
+
+    Args:
+        patches: (B, K, T), not normalised. sizes: (B, K) patches per token, without gradient.
+        words: (C, L, T) and word_weights: (C, L), as `filip_words` gives them.
+        chunk_similarities: most similarities at one time; None: what suits the device.
+    """
+    dtype = torch.promote_types(patches.dtype, torch.float32)
+    most = chunk_similarities or CHUNK_SIMILARITIES.get(patches.device.type, CHUNK_SIMILARITIES_ELSEWHERE)
+    sizes = sizes.to(dtype)
+    num_texts = max(1, most // (patches.shape[0] * patches.shape[1] * words.shape[1]))
+    return _Scores.apply(
+        F.normalize(patches.to(dtype), dim=-1), words, sizes / sizes.sum(1, keepdim=True), word_weights, num_texts
+    )
+
+
+def index_dtype(size: int) -> torch.dtype:
+    """The smallest type that counts to `size` - 1."""
+    return next(
+        dtype for dtype in (torch.uint8, torch.int16, torch.int32, torch.int64) if size - 1 <= torch.iinfo(dtype).max
+    )
+
+
+class _Scores(torch.autograd.Function):
+    """Scores by chunks of texts; of B x K x C x L similarities only the places of the maxima are kept.
+
+    The gradient of a maximum goes to one place, the one that was found. The backward pass writes these coefficients
+    into a matrix as large as a chunk's similarities, whose products with words and patches are the gradients.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, patches: Tensor, words: Tensor, patch_weights: Tensor, word_weights: Tensor, num_texts: int
+    ) -> tuple[Tensor, Tensor]:
+        (b, k, _), (c, length, _) = patches.shape, words.shape
+        image_scores, text_scores = patches.new_empty(2, c, b)
+        best_words = torch.empty(c, b, k, dtype=index_dtype(length), device=words.device)
+        best_patches = torch.empty(c, length, b, dtype=index_dtype(k), device=words.device)
+        for start in range(0, c, num_texts):
+            some = slice(start, start + num_texts)
+            similarity = (words[some].flatten(0, 1) @ patches.flatten(0, 1).T).view(-1, length, b, k)
+            values, best_words[some] = similarity.max(1)
+            image_scores[some] = (values * patch_weights).sum(-1)
+            values, best_patches[some] = similarity.max(3)
+            text_scores[some] = (values * word_weights[some, :, None]).sum(1)
+        ctx.save_for_backward(patches, words, patch_weights, word_weights, best_words, best_patches)
+        ctx.num_texts = num_texts
+        return image_scores.T, text_scores.T
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, image_grads: Tensor, text_grads: Tensor) -> tuple[Tensor | None, ...]:
+        patches, words, patch_weights, word_weights, best_words, best_patches = ctx.saved_tensors
+        (b, k, _), length = patches.shape, words.shape[1]
+        patch_grads, word_grads = torch.zeros_like(patches), torch.empty_like(words)
+        for start in range(0, len(words), ctx.num_texts):
+            some = slice(start, start + ctx.num_texts)
+            chunk = words[some]
+            to_words = image_grads.T[some, :, None] * patch_weights
+            to_patches = text_grads.T[some, None] * word_weights[some, :, None]
+            coefficients = words.new_zeros(len(chunk), length, b, k)
+            coefficients.scatter_(1, best_words[some, None].long(), to_words[:, None])
+            coefficients.scatter_add_(3, best_patches[some, ..., None].long(), to_patches[..., None])
+            coefficients = coefficients.view(-1, b * k)
+            patch_grads += (coefficients.T @ chunk.flatten(0, 1)).view_as(patches)
+            word_grads[some] = (coefficients @ patches.flatten(0, 1)).view_as(chunk)
+        return patch_grads, word_grads, None, None, None
