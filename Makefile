@@ -7,7 +7,7 @@ READY := $(VENV)/.installed
 
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help demo test smoke check format bench schema clean
+.PHONY: help demo test smoke check format bench ablation schema clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' Makefile
@@ -54,6 +54,12 @@ format: $(READY) ## Format the code and mend what can be mended
 
 bench: $(READY) ## Run the measurements of tests/benchmarks, minutes; nothing else should run beside them
 	@$(RUN) -m pytest -q -s -o python_files='bench_*.py' -o timeout=0 tests/benchmarks
+
+ablation: $(READY) ## Train and compare the recipes of recipes/ablation, hours: DATA=FOLDER_OF_TARS (goes on where it stopped)
+	@test -n "$(DATA)" || { echo "error: name the data: make ablation DATA=FOLDER_OF_TARS" >&2; exit 2; }
+	@test -f data/ablation/prepared.json || PYTHONPATH=tests $(RUN) -m ablation.prepare $(DATA) data/ablation
+	@PYTHONPATH=tests $(RUN) -m ablation.train_all data/ablation runs/ablation
+	@PYTHONPATH=tests $(RUN) -m ablation.verdict runs/ablation
 
 schema: $(READY) ## Write recipes/schema.json from the models of config.py
 	@$(RUN) -c 'from pathlib import Path; from mlip_cli.recipe import schema_text; Path("recipes/schema.json").write_text(schema_text())'

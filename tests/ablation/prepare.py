@@ -1,4 +1,4 @@
-"""From pictures with names and tags to the ablation's train/, validation/ and test/: prepare.py SOURCE OUT.
+"""Pictures with names and tags become the ablation's train/, validation/, test/: ablation.prepare SOURCE OUT.
 
 SOURCE holds tars named train-*.tar and test-*.tar; a sample is a picture and KEY.json with `caption` (its name),
 `tags`, `concept`, `source` and `group`. A tenth of the training concepts becomes validation/, so that no choice looks

@@ -25,11 +25,13 @@ class AblationRun:
 
 
 def _choices() -> Iterator[AblationRun]:
-    """A, B: one seed each, on validation, to choose learning rate, placement and token loss."""
+    """A, B: one seed each, on validation, to choose learning rate, placement, token loss, strength and phases."""
     for lr in ("5e-4", "1e-3", "2e-3"):
         yield AblationRun("A", f"clip_lr_{lr}", 0, "validation", "clip", (f"optim.lr={lr}",))
     for recipe in ("branch_tokens", "branch_dct", "stem", "sparc", "filip"):
         yield AblationRun("B", recipe, 0, "validation", recipe)
+    for recipe in ("mlip_half", "mlip_half_firm", "mlip_half_end"):
+        yield AblationRun("B", f"{recipe}_validation", 0, "validation", recipe)
 
 
 def _verdicts() -> Iterator[AblationRun]:
@@ -41,7 +43,9 @@ def _verdicts() -> Iterator[AblationRun]:
         yield AblationRun("D", "mlip_half_time", seed, "test", "mlip_half_time")
         if seed < 3:
             yield AblationRun("D", "mlip_time", seed, "test", "mlip_time")
-    for recipe in ("branch", "mlip_half_inverse", "mlip_half_drop", "mlip_third", "clip_strong", "mlip_strong"):
+    for seed in SEEDS:
+        yield AblationRun("E", "branch", seed, "test", "branch")
+    for recipe in ("mlip_half_inverse", "mlip_half_drop", "mlip_third", "clip_strong", "mlip_strong"):
         for seed in SEEDS[:3]:
             yield AblationRun("E", recipe, seed, "test", recipe)
 

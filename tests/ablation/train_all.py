@@ -1,4 +1,4 @@
-"""Train and measure what is not measured yet: train_all.py DATA OUT [--jobs N] [--stages ABCDE].
+"""Train and measure what is not measured yet: python -m ablation.train_all DATA OUT [--jobs N] [--stages ABCDE].
 
 One JSON a run in OUT/results, written when it is whole; a training that was interrupted goes on from its checkpoint.
 """
@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from runs import RUNS, AblationRun
+from ablation.runs import RUNS, AblationRun
 
 from mlip_cli.recipe import load_recipe
 
@@ -57,31 +57,43 @@ class Queue:
             )
         if code and not self.stopping.is_set():
             self.stopping.set()
-            raise RuntimeError(f"{run.label}: {arguments[0]} ended with {code}; see {log}")
+            raise RuntimeError(f"{run.label}: ended with {code}; see {log}")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("data", type=Path, help="folder with train/, validation/ and test/, made by prepare.py")
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="trainings at a time, one thread each")
-    parser.add_argument("--stages", default="ABCD", help="letters of the stages to run, see runs.py")
-    arguments = parser.parse_args()
-    queue = Queue(arguments.data.resolve(), arguments.out.resolve())
+def train_all(runs: Sequence[AblationRun], queue: Queue, *, jobs: int) -> None:
+    """Do every run that has no result yet, `jobs` at a time; a mistake in a recipe shows before the first training.
+
+    Raises:
+        RuntimeError: a training or its measure failed; those that were at work have ended, no other was begun.
+    """
     for name in ("results", "logs", "runs"):
         (queue.out / name).mkdir(parents=True, exist_ok=True)
-    pending = [run for run in RUNS if run.stage in arguments.stages and not queue.result(run).exists()]
-    for run in pending:  # a mistake in a recipe shows before the first training
+    pending = [run for run in runs if not queue.result(run).exists()]
+    for run in pending:
         load_recipe(str(RECIPES / f"{run.recipe}.yaml"), queue.overrides(run))
-    print(f"{len(pending)} runs to do, {arguments.jobs} at a time", flush=True)
-    with ThreadPoolExecutor(arguments.jobs) as pool:
+    print(f"{len(pending)} of {len(runs)} runs to do, {jobs} at a time", flush=True)
+    with ThreadPoolExecutor(jobs) as pool:
         try:
             for done in [pool.submit(queue.work, run) for run in pending]:
                 done.result()
         except KeyboardInterrupt:
             queue.stopping.set()  # the trainings got the signal too: they save and end
-            print("interrupted; the same command goes on", file=sys.stderr)
-            raise SystemExit(130) from None
+            raise
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="ablation.train_all", description=__doc__)
+    parser.add_argument("data", type=Path, help="folder with train/, validation/ and test/, made by ablation.prepare")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="trainings at a time, one thread each")
+    parser.add_argument("--stages", default="ABCD", help="letters of the stages to run, see runs.py")
+    arguments = parser.parse_args()
+    runs = [run for run in RUNS if run.stage in arguments.stages]
+    try:
+        train_all(runs, Queue(arguments.data.resolve(), arguments.out.resolve()), jobs=arguments.jobs)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

@@ -1,0 +1,162 @@
+"""The ablation's own arithmetic against plain loops, and its queue on real, tiny trainings."""
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from ablation.prepare import main as prepare
+from ablation.prepare import training_captions
+from ablation.runs import RUNS, AblationRun
+from ablation.scores import Rows, bootstrap, contrast, holm, macro, numbered
+from ablation.train_all import RECIPES, Queue, train_all
+from ablation.verdict import read, table
+from PIL import Image
+
+from mlip_cli.recipe import load_recipe
+
+TINY = (
+    "train.steps=2",
+    "train.global_batch_size=8",
+    "optim.warmup_steps=1",
+    "model.embed_dim=16",
+    "model.vision.width=16",
+    "model.vision.depth=1",
+    "model.text.width=16",
+    "model.text.depth=1",
+    "data.image_size=16",
+)
+
+
+def write_tar(path: Path, samples: list[dict[str, object]]) -> None:
+    with tarfile.open(path, "w") as archive:
+        for number, sample in enumerate(samples):
+            picture = io.BytesIO()
+            Image.new("RGB", (64, 64), (number * 5 % 256, 80, 160)).save(picture, "WEBP")
+            for suffix, content in ((".webp", picture.getvalue()), (".json", json.dumps(sample).encode())):
+                member = tarfile.TarInfo(f"{path.stem}_{number}{suffix}")
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+
+
+def sample(number: int, prefix: str) -> dict[str, object]:
+    return {
+        "caption": f"{prefix} {number // 2}",
+        "tags": ["round", "red", "old"][: number % 4],
+        "concept": f"{prefix}{number // 2}",
+        "source": "ab"[number % 2],
+        "group": ["food", "tools"][number // 2 % 2],
+    }
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tars")
+    write_tar(folder / "train-000.tar", [sample(i, "dish") for i in range(60)])
+    write_tar(folder / "test-000.tar", [sample(i, "bowl") for i in range(12)])
+    prepare(folder, folder / "data")
+    return folder / "data"
+
+
+def test_captions_have_up_to_three_tags_in_equal_shares() -> None:
+    captions = [c for key in range(200) for c in training_captions("cup", ["a", "b", "c", "d"], str(key))]
+    weights = np.zeros(4)
+    for caption in captions:
+        name, _, tags = caption["text"].partition(": ")
+        assert name == "cup"
+        weights[len(tags.split(", ")) if tags else 0] += caption["weight"]
+    assert np.allclose(weights / weights.sum(), 0.25, atol=0.02)
+
+
+def test_a_concept_is_in_one_split(data: Path) -> None:
+    from ablation.measure import samples
+
+    concepts = {split: {s["concept"] for s in samples(data / split)} for split in ("train", "validation", "test")}
+    assert all(concepts.values())
+    assert concepts["test"] == {f"bowl{i}" for i in range(6)}
+    assert not concepts["train"] & concepts["validation"]
+    assert len(concepts["train"] | concepts["validation"]) == 30
+
+
+def test_every_recipe_of_the_ablation_loads() -> None:
+    for run in RUNS:
+        load_recipe(str(RECIPES / f"{run.recipe}.yaml"), run.overrides)
+    assert len({run.label for run in RUNS}) == len(RUNS)
+
+
+def test_the_queue_trains_measures_and_skips(data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    runs = [AblationRun("A", "clip", seed, "test", "clip", TINY) for seed in (0, 1)]
+    queue = Queue(data, tmp_path)
+    train_all(runs, queue, jobs=2)
+    assert "2 of 2 runs to do" in capfd.readouterr().out
+    result = json.loads(queue.result(runs[0]).read_bytes())
+    assert result["step"] == 2
+    assert len(result["concepts"]) == 12  # every name of test is new
+    assert sorted(result["at"]) == ["own"]
+    ranks = result["at"]["own"]["spatial"]["image_to_text"]
+    assert len(ranks) == 12
+    assert all(1 <= rank <= 6 for rank in ranks)
+    assert set(result["at"]["own"]["group_hits"]) <= {0, 1}
+    train_all(runs, queue, jobs=2)
+    assert "0 of 2 runs to do" in capfd.readouterr().out
+    (line,) = table(read(tmp_path / "results"))
+    assert line[:3] == ["clip", "rate 0.00", "2"]
+
+
+def test_a_failed_training_ends_the_queue_with_the_place_of_its_log(data: Path, tmp_path: Path) -> None:
+    queue = Queue(data, tmp_path)
+    run = AblationRun("A", "clip", 0, "test", "clip", (*TINY, "model.vision.timm=no_such", "train.micro_batch_size=2"))
+    broken = [AblationRun("A", "clip", 0, "test", "clip", (*TINY, "model.init=nowhere")), run]
+    with pytest.raises(Exception, match=r"model\.vision\.timm"):  # before any training
+        train_all(broken, queue, jobs=1)
+    with pytest.raises(RuntimeError, match=r"clip-0: ended with 2; see .*clip-0.log"):
+        train_all(broken[:1], queue, jobs=1)
+    assert "nowhere" in (tmp_path / "logs" / "clip-0.log").read_text()
+    assert not queue.result(run).exists()
+
+
+def slow_macro(values: list[float], sources: list[int]) -> float:
+    by_source: dict[int, list[float]] = {}
+    for value, source in zip(values, sources, strict=True):
+        by_source.setdefault(source, []).append(value)
+    return float(np.mean([np.mean(v) for v in by_source.values()]))
+
+
+def test_macro_and_bootstrap_equal_plain_loops() -> None:
+    random = np.random.default_rng(3)
+    concepts = random.integers(0, 7, size=40)
+    concepts[:7] = range(7)
+    sources = concepts % 3
+    values = random.random((4, 40))
+    assert macro(values[0], sources) == pytest.approx(slow_macro(list(values[0]), list(sources)))
+
+    found = bootstrap(Rows(values, concepts, sources), resamples=50, seed=5)
+    draws = np.random.default_rng(5)
+    for mean in found:
+        drawn = draws.integers(7, size=7)
+        seeds = draws.integers(4, size=4)
+        pictures = [i for concept in drawn for i in np.flatnonzero(concepts == concept)]
+        assert mean == pytest.approx(
+            slow_macro([float(values[seeds, i].mean()) for i in pictures], [int(sources[i]) for i in pictures])
+        )
+
+
+def test_a_contrast_covers_a_known_difference_and_none() -> None:
+    random = np.random.default_rng(0)
+    concepts, sources = numbered([str(i // 2) for i in range(600)]), numbered(["ab"[i % 2] for i in range(600)])
+    base = random.random((5, 600))
+    noise = 0.02 * random.standard_normal((5, 600))
+    better = contrast("x", Rows(base + 0.01 + noise, concepts, sources), Rows(base, concepts, sources))
+    assert better.low < 0.01 < better.high
+    assert better.is_better(better.p)
+    same = contrast("x", Rows(base + noise, concepts, sources), Rows(base, concepts, sources))
+    assert same.low < 0 < same.high
+    assert not same.is_better(same.p)
+    assert not better.is_better(0.06)
+
+
+def test_holm_adjusts_as_by_hand() -> None:
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.5, 0.6]) == [1.0, 1.0]
