@@ -3,29 +3,44 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Self, get_args
 
+from mlip_cli.config import Merging
 from mlip_cli.errors import UsageError
 
 MOST_IN_ONE_MERGE = 0.35
 """Above this share a single merge leaves guidance little to decide."""
 
 
-def default_places(depth: int) -> tuple[int, ...]:
-    """Two places in the first half of the tower: 4 -> (2, 4), 6 -> (2, 4), 12 -> (3, 5), 24 -> (6, 10)."""
+DEFAULT = Merging()
+"""What a recipe leaves open."""
+
+METHODS: tuple[str, ...] = get_args(Merging.model_fields["method"].annotation)
+GUIDANCE: tuple[str, ...] = get_args(Merging.model_fields["guidance"].annotation)
+
+
+def default_places(depth: int, method: str = DEFAULT.method) -> tuple[int, ...]:
+    """Two places in the first half of the tower: 4 -> (2, 4), 6 -> (2, 4), 12 -> (3, 5), 24 -> (6, 10).
+
+    `random_drop` needs no features and drops before the first block.
+    """
+    if method == "random_drop":
+        return (1,)
     first = max(2, depth // 4)
     second = first + max(2, depth // 6)
     return (first, second) if second <= depth else (first,)
 
 
-def wrong_places(places: Sequence[int], *, depth: int | None) -> str | None:
+def wrong_places(places: Sequence[int], *, depth: int | None, method: str = DEFAULT.method) -> str | None:
     """What is wrong with merges before these blocks, and what to do; None for nothing. `depth` None is not known."""
     shown = "[" + ", ".join(map(str, places)) + "]"
     if not places:
         return "no block given; name some, or set model.merging to null"
     if list(places) != sorted(set(places)):
         return f"{shown} does not ascend; name each block once, the first one first"
-    if places[0] < 2:
+    if places[0] < 1:
+        return f"{shown} starts before block 1; blocks count from 1"
+    if places[0] < 2 and method != "random_drop":
         return f"{shown} starts at block 1, which no attention precedes to guide a merge; start at 2"
     if depth is not None and places[-1] > depth:
         cure = f"the last block is {depth}" if depth >= 2 else "set model.merging to null"
@@ -52,9 +67,13 @@ class MergePlan:
     num_prefix: int
     """Class and register tokens; they never merge."""
     method: str
-    """`guided` or `tome`."""
+    """`guided`, `tome` or `random_drop`."""
     at: tuple[int, ...]
-    """Blocks before which tokens merge, counted from 1."""
+    """Blocks before which tokens merge or drop, counted from 1."""
+    guidance: str = DEFAULT.guidance
+    """Of `guided`: `mixed`, `spatial`, `frequency` or `inverse`."""
+    strength: float = DEFAULT.strength
+    """Of `guided`: how much guidance in [0, 1] weighs against a cosine similarity."""
 
     @property
     def rate(self) -> float:
@@ -67,8 +86,25 @@ class MergePlan:
         return {block: self.tokens[block - 1] for block in self.at}
 
     @property
+    def drops(self) -> bool:
+        """Tokens vanish and do not merge."""
+        return bool(self.at) and self.method == "random_drop"
+
+    @property
+    def asks_space(self) -> bool:
+        """The guidance of the spatial domain is needed."""
+        return bool(self.at) and self.method == "guided" and self.guidance != "frequency"
+
+    @property
+    def asks_frequency(self) -> bool:
+        """The guidance of the frequency domain is needed."""
+        return bool(self.at) and self.method == "guided" and self.guidance != "spatial"
+
+    @property
     def largest_merge(self) -> float:
-        """Largest share of tokens that one merge removes."""
+        """Largest share of tokens that one merge removes; a drop merges nothing."""
+        if self.drops:
+            return 0.0
         before = (self.num_patches, *self.tokens)
         return max((1 - self.tokens[b - 1] / before[b - 1] for b in self.at), default=0.0)
 
@@ -82,6 +118,8 @@ class MergePlan:
         rate: float,
         at: Sequence[int] | None,
         method: str,
+        guidance: str = DEFAULT.guidance,
+        strength: float = DEFAULT.strength,
         multiple_of: int = 8,
     ) -> Self:
         """Spread `rate` evenly (geometrically) over the merges before the blocks `at`.
@@ -90,34 +128,43 @@ class MergePlan:
         by less than 0.02.
 
         Raises:
-            UsageError: places outside the tower, or a rate that needs a merge to remove more than half of the tokens.
+            UsageError: an unknown method, a rate that is none, places outside the tower, or a rate that needs a merge
+                to remove more than half of the tokens; drops have no such limit.
         """
-        places = tuple(at) if at is not None else default_places(depth)
+        for name, value, known in (("method", method, METHODS), ("guidance", guidance, GUIDANCE)):
+            if value not in known:
+                raise UsageError(f"model.merging.{name}: {value} is none; there are {', '.join(known)}")
+        if not 0 <= rate < 1:
+            raise UsageError(f"merge rate {rate:g}: not in [0, 1); it is the fraction of the patch tokens that goes")
         if rate == 0:
-            return cls((num_patches,) * depth, num_patches, num_prefix, method, ())
-        wrong = wrong_places(places, depth=depth)
+            return cls((num_patches,) * depth, num_patches, num_prefix, method, (), guidance, strength)
+        places = tuple(at) if at is not None else default_places(depth, method)
+        wrong = wrong_places(places, depth=depth, method=method)
         if wrong:
             raise UsageError(f"model.merging.at: {wrong}")
-        blocks = f"block{'s' if len(places) > 1 else ''} {', '.join(map(str, places))}"
         counts: list[int] = []
         before = num_patches
         for i, place in enumerate(places, start=1):
-            wanted = round(num_patches * (1 - rate) ** (i / len(places)))
+            wanted = max(1, round(num_patches * (1 - rate) ** (i / len(places))))
             rounded = round((wanted + num_prefix) / multiple_of) * multiple_of - num_prefix
-            least = max(1, before - before // 2)
+            least = 1 if method == "random_drop" else before - before // 2
             fits = least <= rounded <= before and abs(rounded - wanted) < 0.02 * num_patches
             count = rounded if fits else wanted
             if count < least:
-                raise UsageError(
-                    f"merge rate {rate:g}: the merge before block {place} would take {before} tokens to {count}, and "
-                    f"one merge removes at most half; with merges before {blocks} the "
-                    f"largest rate is {largest_rate(num_patches, len(places)):g}; lower the rate or add places to "
-                    "model.merging.at"
-                )
+                raise UsageError(_beyond_half(rate, places, place, before, count, num_patches))
             counts.append(count)
             before = count
         tokens = tuple(
             next((c for p, c in zip(reversed(places), reversed(counts), strict=True) if p <= block), num_patches)
             for block in range(1, depth + 1)
         )
-        return cls(tokens, num_patches, num_prefix, method, places)
+        return cls(tokens, num_patches, num_prefix, method, places, guidance, strength)
+
+
+def _beyond_half(rate: float, places: Sequence[int], place: int, before: int, count: int, num_patches: int) -> str:
+    blocks = f"block{'s' if len(places) > 1 else ''} {', '.join(map(str, places))}"
+    return (
+        f"merge rate {rate:g}: the merge before block {place} would take {before} tokens to {count}, and one merge "
+        f"removes at most half; with merges before {blocks} the largest rate is "
+        f"{largest_rate(num_patches, len(places)):g}; lower the rate or add places to model.merging.at"
+    )

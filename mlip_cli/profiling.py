@@ -7,9 +7,8 @@ prefix tokens, width D and MLP width M, an image tower takes, in multiply-adds a
     patch embedding       N * 3p^2 * D
     attention of a block  t * 4D^2 + 2 * t^2 * D      t = P + tokens in the block; a merge stands before its block,
     MLP of a block        t * 2 * D * M               so the block before the merge still runs on all of them
-    a merge n -> k        ceil(n/2) * floor(n/2) * d  matching on keys of width d
-                          + k * n * D                 weighted means
-    guidance              N * 2p^3                    DCT of the grey picture, once
+    a merge of n tokens   ceil(n/2) * floor(n/2) * d  matching on keys of width d; the means are sums, not products
+    guidance              N * 2p^3                    DCT of the grey picture, once, for the frequency domain
     head                  D * E
 
 ViT-B/16 at 224 px (N = 196, P = 1, D = 768, M = 3072, E = 512): 17.56 G multiply-adds, 35.1 GFLOPs.
@@ -83,26 +82,27 @@ def gflops(macs: float) -> float:
     return 2e-9 * macs
 
 
-def merge_macs(before: int, after: int, *, width: int, metric_width: int) -> int:
-    """Multiply-adds of one merge: similarities between two halves, then a (K, N) matrix of weights times (N, D)."""
-    return math.ceil(before / 2) * (before // 2) * metric_width + after * before * width
+def merge_macs(before: int, *, metric_width: int) -> int:
+    """Multiply-adds of one merge: similarities between two halves of the tokens before it."""
+    return math.ceil(before / 2) * (before // 2) * metric_width
 
 
 def image_tower_gflops(
-    sizes: ImageTowerSizes, *, tokens: Sequence[int], merges: Mapping[int, int], guided: bool
+    sizes: ImageTowerSizes, *, tokens: Sequence[int], merges: Mapping[int, int], asks_frequency: bool
 ) -> dict[str, float]:
     """GFLOPs of one image by part.
 
     Args:
         tokens: patch tokens inside each block.
-        merges: block (counted from 1) -> patch tokens after the merge before it.
-        guided: the merges use the frequency guidance.
+        merges: block (counted from 1) -> patch tokens after the merge before it; none where tokens drop.
+        asks_frequency: the merges use the frequency guidance.
     """
     merging, before = 0, sizes.num_patches
     for _, after in sorted(merges.items()):
-        merging += merge_macs(before, after, width=sizes.width, metric_width=sizes.metric_width)
+        if after < before:
+            merging += merge_macs(before, metric_width=sizes.metric_width)
         before = after
-    if guided and merges:
+    if asks_frequency:
         merging += sizes.num_patches * 2 * sizes.patch_size**3
     seen = [(block, count + sizes.num_prefix) for block, count in zip(sizes.blocks, tokens, strict=True)]
     return {

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 
 from mlip_cli.config import LOSS_NAMES, Recipe
 from mlip_cli.errors import UsageError
+from mlip_cli.init_source import open_clip_file
 from mlip_cli.merge_plan import MergePlan, default_places, wrong_places
 
 Found = Iterator[tuple[str, str]]
@@ -83,8 +84,9 @@ def _merging(recipe: Recipe) -> Found:
     merging, vision = recipe.model.merging, recipe.model.vision
     if merging is None:
         return
-    places = default_places(vision.depth) if merging.at is None and vision.depth else merging.at
-    wrong = wrong_places(places, depth=vision.depth) if places is not None else None
+    method = merging.method
+    places = default_places(vision.depth, method) if merging.at is None and vision.depth else merging.at
+    wrong = wrong_places(places, depth=vision.depth, method=method) if places is not None else None
     if wrong:
         yield "model.merging.at", wrong
         return
@@ -99,7 +101,7 @@ def _merging(recipe: Recipe) -> Found:
             num_prefix=NUM_PREFIX,
             rate=merging.rate,
             at=merging.at,
-            method=merging.method,
+            method=method,
         )
     except UsageError as error:
         yield "model.merging.rate", str(error)
@@ -118,6 +120,13 @@ def _frequency(recipe: Recipe) -> Found:
             "model.frequency.depth",
             f"{frequency.depth} leaves no attention block of model.vision.depth {vision.depth}; use less",
         )
+
+
+def _init(recipe: Recipe) -> Found:
+    try:
+        open_clip_file(recipe.model.init or "")
+    except UsageError as error:
+        yield "model.init", str(error)
 
 
 def _freeze(recipe: Recipe) -> Found:
@@ -155,6 +164,7 @@ CHECKS: tuple[Callable[[Recipe], Found], ...] = (
     _heads,
     _frequency,
     _merging,
+    _init,
     _freeze,
     _losses,
     _smoothing,

@@ -55,11 +55,11 @@ def test_groups_grow_from_stage_to_stage() -> None:
 def test_maps_are_what_the_matching_received(monkeypatch: pytest.MonkeyPatch) -> None:
     received: list[Tensor] = []
 
-    def spy(metric: Tensor, guidance: Tensor, parity: Tensor, num_groups: int) -> Tensor:
+    def spy(metric: Tensor, guidance: Tensor, parity: Tensor, num_groups: int, *, strength: float) -> Tensor:
         received.append(guidance)
-        return match(metric, guidance, parity, num_groups)
+        return match(metric, guidance, parity, num_groups, strength=strength)
 
-    monkeypatch.setattr("mlip_cli.model.vision.match", spy)
+    monkeypatch.setattr("mlip_cli.model.merge_pass.match", spy)
     images, (first, second) = stages_of(0.5, "guided")
     for stage in (first, second):
         assert stage.spatial is not None

@@ -15,7 +15,6 @@ from timm.models.vision_transformer import Block
 from mlip_cli.errors import UsageError
 from mlip_cli.merge_plan import MergePlan, default_places
 from mlip_cli.model.merging import (
-    GUIDANCE_STRENGTH,
     compose,
     distinctness,
     frequency_guidance,
@@ -32,6 +31,8 @@ from mlip_cli.model.merging import (
     unmerge_tokens,
 )
 from mlip_cli.model.vision import ObservedBlock, attend
+
+STRENGTH = 0.25
 
 
 def resolve(rate: float, **changes: object) -> MergePlan:
@@ -52,7 +53,7 @@ def loop_match(metric: np.ndarray, guidance: np.ndarray | None, odd: np.ndarray,
             if odd[j]:
                 edge = unit[i] @ unit[j]
                 if guidance is not None:
-                    edge -= GUIDANCE_STRENGTH * max(guidance[i], guidance[j])
+                    edge -= STRENGTH * max(guidance[i], guidance[j])
                 if edge > best:
                     best, partner = edge, j
         proposals.append((-best, i, partner))
@@ -71,7 +72,7 @@ def test_match_equals_loops(h: int, w: int, num_groups: int, guided: bool) -> No
     metric = torch.randn(3, h * w, 6, generator=generator, dtype=torch.float64)
     guidance = torch.rand(3, h * w, generator=generator, dtype=torch.float64) if guided else None
     parity = grid_parity(h, w)
-    found = match(metric, guidance, parity, num_groups)
+    found = match(metric, guidance, parity, num_groups, strength=STRENGTH)
     for i in range(3):
         expected = loop_match(
             metric[i].numpy(), None if guidance is None else guidance[i].numpy(), parity.numpy(), num_groups
@@ -89,21 +90,21 @@ def test_strong_guidance_keeps_a_token_out_of_every_merge() -> None:
     metric = torch.ones(1, 16, 4) + 0.01 * torch.randn(1, 16, 4, generator=torch.Generator().manual_seed(0))
     guidance = torch.zeros(1, 16)
     guidance[0, 5] = 1.0
-    assign = match(metric, guidance, grid_parity(4, 4), 9)
+    assign = match(metric, guidance, grid_parity(4, 4), 9, strength=STRENGTH)
     assert (assign == assign[0, 5]).sum() == 1
-    assert (match(metric, None, grid_parity(4, 4), 8)[0].bincount() > 1).any()
+    assert (match(metric, None, grid_parity(4, 4), 8, strength=STRENGTH)[0].bincount() > 1).any()
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, 1e30])
 def test_ties_zero_keys_and_blank_tokens_give_groups_without_nan(value: float) -> None:
     x = torch.full((2, 16, 4), value)
-    assign = match(x, torch.zeros(2, 16), grid_parity(4, 4), 8)
+    assign = match(x, torch.zeros(2, 16), grid_parity(4, 4), 8, strength=STRENGTH)
     assert sorted(set(assign[0].tolist())) == list(range(8))
     assert torch.isfinite(merge_tokens(x, torch.ones(2, 16), assign, 8)).all()
 
 
 def test_groups_are_numbered_by_their_smallest_patch() -> None:
-    assign = match(torch.randn(4, 36, 5), None, grid_parity(6, 6), 20)
+    assign = match(torch.randn(4, 36, 5), None, grid_parity(6, 6), 20, strength=STRENGTH)
     for row in assign.tolist():
         firsts = [row.index(g) for g in range(20)]
         assert firsts == sorted(firsts)
@@ -113,7 +114,7 @@ def test_merge_is_the_weighted_mean_and_sizes_are_exact() -> None:
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(2, 10, 3, generator=generator, dtype=torch.float64)
     sizes = torch.randint(1, 5, (2, 10), generator=generator).double()
-    assign = match(x, None, index_parity(10), 6)
+    assign = match(x, None, index_parity(10), 6, strength=STRENGTH)
     merged, merged_sizes = merge_tokens(x, sizes, assign, 6), group_sizes(sizes, assign, 6)
     for b in range(2):
         for g in range(6):
@@ -140,9 +141,9 @@ def test_sizes_of_577_tokens_stay_exact_under_bf16_autocast() -> None:
 
 def test_compose_unmerge_and_last_step_agree() -> None:
     x = torch.randn(2, 16, 3)
-    first = match(x, None, grid_parity(4, 4), 10)
+    first = match(x, None, grid_parity(4, 4), 10, strength=STRENGTH)
     y = merge_tokens(x, torch.ones(2, 16), first, 10)
-    second = match(y, None, index_parity(10), 6)
+    second = match(y, None, index_parity(10), 6, strength=STRENGTH)
     both = compose(first, second)
     z = merge_tokens(y, group_sizes(torch.ones(2, 16), first, 10), second, 6)
     assert torch.equal(unmerge_tokens(z, both), unmerge_tokens(unmerge_tokens(z, second), first))

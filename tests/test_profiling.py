@@ -100,7 +100,7 @@ def test_the_block_before_a_merge_runs_on_all_tokens(tiny: CLIP) -> None:
 
 
 def test_a_merge_of_an_odd_number_compares_two_unequal_halves() -> None:
-    assert merge_macs(49, 30, width=8, metric_width=4) == 25 * 24 * 4 + 30 * 49 * 8
+    assert merge_macs(49, metric_width=4) == 25 * 24 * 4
 
 
 def test_parts_of_the_parameters_add_up(tiny: CLIP) -> None:

@@ -48,7 +48,8 @@ def image_tower_sizes(model: CLIP) -> ImageTowerSizes:
 def image_gflops(model: CLIP, plan: MergePlan) -> dict[str, float]:
     """GFLOPs of `encode_image` for one image at `plan`, by part."""
     sizes = image_tower_sizes(model)
-    parts = image_tower_gflops(sizes, tokens=plan.tokens, merges=plan.merges, guided=plan.method == "guided")
+    merges = {} if plan.drops else plan.merges
+    parts = image_tower_gflops(sizes, tokens=plan.tokens, merges=merges, asks_frequency=plan.asks_frequency)
     pool = model.vision.trunk.attn_pool
     if pool is not None:  # one query against all tokens
         num_tokens = plan.tokens[-1] + (plan.num_prefix if model.vision.trunk.pool_include_prefix else 0)

@@ -55,7 +55,7 @@ class MergedEncoder:
 
 
 def at_rate(model: CLIP, rate: float | None, method: str | None = None) -> MergedEncoder:
-    """`model` at a merge rate, None being the recipe's own rate and method; `method` None is the recipe's.
+    """`model` at a merge rate, None being what the recipe evaluates at; `method` None is `merge_plan`'s choice.
 
     Raises:
         UsageError: no plan reaches the rate.

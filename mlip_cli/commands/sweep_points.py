@@ -3,13 +3,13 @@
 import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
 from mlip_cli.commands.loading import LoadedRun, MergedEncoder, at_rate
-from mlip_cli.config import Merging
 from mlip_cli.errors import UsageError
 
-METHODS: tuple[str, ...] = get_args(Merging.model_fields["method"].annotation)
+METHODS = ("guided", "tome")
+"""Those that merge. `random_drop` is for training: a run that trained by it is swept as guided."""
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,12 @@ def check_methods(methods: Sequence[str]) -> None:
         if method not in METHODS:
             near = difflib.get_close_matches(method, METHODS, n=1)
             cure = f"did you mean {near[0]}?" if near else f"there are {', '.join(METHODS)}"
-            raise UsageError(f"--methods {method}: no such method; {cure}")
+            fault = "drops patches in training only" if method == "random_drop" else "no such method"
+            raise UsageError(f"--methods {method}: {fault}; {cure}")
 
 
 def sweep_points(loaded: LoadedRun, rates: Sequence[float], methods: Sequence[str]) -> list[Point]:
-    """Rate 0 once, then each method at each other rate, ascending; no method named: the recipe's.
+    """Rate 0 once, then each method at each other rate, ascending; no method named: `merge_plan`'s choice.
 
     Raises:
         UsageError: no plan reaches a rate.

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from mlip_cli.config import LOSS_NAMES, Recipe
+from mlip_cli.config import LOSS_NAMES, Merging, Recipe
 from mlip_cli.config import Model as ModelConfig
 from mlip_cli.merge_plan import MergePlan
 from mlip_cli.model.frequency import FrequencyBranch
@@ -78,22 +78,36 @@ class CLIP(nn.Module):
 
         self.register_buffer("pixel_mean", torch.tensor(PIXEL_MEAN)[:, None, None], persistent=False)
         self.register_buffer("pixel_std", torch.tensor(PIXEL_STD)[:, None, None], persistent=False)
-        self.plan = self.merge_plan(config.merging.rate if config.merging else 0.0)
+        rate = config.merging.rate if config.merging else 0.0
+        self.training_plan = self.merge_plan(rate, config.merging.method if config.merging else None)
+        """What the losses see; dropping random patches is for them alone."""
+        self.plan = self.merge_plan(0.0) if self.training_plan.drops else self.training_plan
+        """What evaluation sees."""
 
     def merge_plan(self, rate: float, method: str | None = None) -> MergePlan:
-        """Plan for `rate`; method and places are the recipe's, or guided and the default places where it has none.
+        """Plan for `rate`, with the recipe's places, guidance and strength, or the defaults where it has none.
+
+        `method` None is the recipe's; where that drops patches, which only training does, it is guided.
 
         Raises:
-            UsageError: no plan reaches the rate.
+            UsageError: no plan reaches the rate, or the tower cannot merge.
         """
-        return MergePlan.resolve(
+        own = self.merging or Merging()
+        dropping = own.method == "random_drop"
+        method = method or ("guided" if dropping else own.method)
+        plan = MergePlan.resolve(
             depth=self.vision.depth,
             num_patches=self.vision.num_patches,
             num_prefix=self.vision.num_prefix,
             rate=rate,
-            at=self.merging.at if self.merging else None,
-            method=method or (self.merging.method if self.merging else "guided"),
+            at=own.at if dropping == (method == "random_drop") else None,
+            method=method,
+            guidance=own.guidance,
+            strength=own.strength,
         )
+        if plan.at and not plan.drops:
+            self.vision.check_merging()
+        return plan
 
     def normalize(self, images: Tensor) -> Tensor:
         """uint8 pixels -> normalised floats; floats are taken as normalised already: (B, 3, H, W) -> the same."""
@@ -129,10 +143,10 @@ class CLIP(nn.Module):
         return self.text_projection(pool_text(self.text(token_ids), token_ids))
 
     def forward(self, batch: Batch, plan: MergePlan | None = None, assign: tuple[Tensor, ...] | None = None) -> Encoded:
-        """All that the losses need; `assign` replays the merges of an earlier pass over the same batch."""
+        """All that the losses need; `plan` None is training's, `assign` replays an earlier pass over the same batch."""
         images = self.normalize(batch.images)
         embedded = self.vision.embed(images)
-        tower: Tower = self.vision(images, embedded, plan or self.plan, assign)
+        tower: Tower = self.vision(images, embedded, plan or self.training_plan, assign)
         hidden = self.text(batch.token_ids)
         frequency_features = frequency_tokens = None
         if self.frequency is not None:

@@ -1,7 +1,10 @@
 """Token merging as pure functions: a matching, a weighted mean, guidance. No state lives in modules.
 
 Sources: bipartite soft matching and proportional attention, "Token Merging: Your ViT But Faster" (Bolya et al., ICLR
-2023); guidance by the spatial and the frequency domain, our reading of MLIP (Zhang et al., ICML 2024).
+2023); guidance by the spatial and the frequency domain, our reading of MLIP (Zhang et al., ICML 2024); dropping random
+patches, "Scaling Language-Image Pre-training via Masking" (FLIP, Li et al., CVPR 2023).
+
+Groups: `assign` (B, N) has the group of each token, -1 for a token that was dropped.
 """
 
 import math
@@ -9,9 +12,6 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-GUIDANCE_STRENGTH = 0.25
-"""How much a patch's guidance in [0, 1] weighs against a cosine similarity; our choice."""
 
 SPATIAL_SHARE = 0.5
 """Share of the spatial guidance in the mix of both domains; our choice."""
@@ -29,28 +29,30 @@ def index_parity(n: int, *, device: torch.device | None = None) -> Tensor:
 
 
 @torch.no_grad()
-def match(metric: Tensor, guidance: Tensor | None, parity: Tensor, num_groups: int) -> Tensor:
+def match(metric: Tensor, guidance: Tensor | None, parity: Tensor, num_groups: int, *, strength: float) -> Tensor:
     """Group N tokens into K: (B, N, d), (B, N) in [0, 1] or None, (N,) bool, K -> (B, N) int64 in [0, K).
 
     Each token of the even set proposes its best edge to a token of the odd set; the N-K best edges merge. An edge is
-    the cosine similarity, less GUIDANCE_STRENGTH times the larger guidance of its two ends. Groups are numbered by
-    their smallest token. Stable: equal edges merge in token order.
+    the cosine similarity, less `strength` times the larger guidance of its two ends. Groups are numbered by their
+    smallest token. Stable: equal edges merge in token order. `parity` is that of `grid_parity` or `index_parity`, whose
+    odd tokens are floor(N/2): counting them would stop compilation.
     """
     batch, n, _ = metric.shape
     removed = n - num_groups
-    odd = parity.nonzero()[:, 0]
-    even = (~parity).nonzero()[:, 0]
-    assert 0 <= removed <= len(even), (n, num_groups)
+    assert 0 <= removed <= n // 2, (n, num_groups)
+    index = torch.arange(n, device=metric.device).expand(batch, n)
+    if removed == 0:
+        return index.clone()
+    even, odd = parity.int().argsort(stable=True).split([n - n // 2, n // 2])
     metric = F.normalize(metric.to(torch.promote_types(metric.dtype, torch.float32)), dim=-1, eps=1e-6)
     with torch.autocast(metric.device.type, enabled=False):
         edges = metric[:, even] @ metric[:, odd].transpose(1, 2)
     if guidance is not None:
         guidance = guidance.to(edges.dtype)
-        edges = edges - GUIDANCE_STRENGTH * torch.maximum(guidance[:, even, None], guidance[:, None, odd])
+        edges = edges - strength * torch.maximum(guidance[:, even, None], guidance[:, None, odd])
     best, partner = edges.max(dim=-1)
     proposers = best.argsort(dim=-1, descending=True, stable=True)[:, :removed]
 
-    index = torch.arange(n, device=metric.device).expand(batch, n)
     target = index.clone()
     target.scatter_(1, even[proposers], odd[partner.gather(1, proposers)])
     smallest = index.scatter_reduce(1, target, index, "amin", include_self=True).gather(1, target)
@@ -71,29 +73,49 @@ def group_mean(values: Tensor, sizes: Tensor, assign: Tensor, num_groups: int) -
 def merge_tokens(x: Tensor, sizes: Tensor, assign: Tensor, num_groups: int) -> Tensor:
     """Merge N tokens into K groups, weighted by size: (B, N, D), (B, N), (B, N) -> (B, K, D).
 
-    A token alone in its group keeps its bits.
+    A token alone in its group has the whole weight of it and keeps its bits. Sums are at least fp32.
     """
-    with torch.autocast(x.device.type, enabled=False):
-        weights = F.one_hot(assign, num_groups).transpose(1, 2) * sizes[:, None]
-        weights = weights / weights.sum(-1, keepdim=True)
-        return weights.to(x.dtype) @ x
+    batch, _, width = x.shape
+    weights = sizes / group_sizes(sizes, assign, num_groups).gather(1, assign)
+    rows = assign + num_groups * torch.arange(batch, device=x.device)[:, None]
+    weighted = (x * weights[..., None]).flatten(0, 1)
+    merged = weighted.new_zeros(batch * num_groups, width).index_add(0, rows.flatten(), weighted)
+    return merged.unflatten(0, (batch, num_groups)).to(x.dtype)
 
 
 def unmerge_tokens(x: Tensor, assign: Tensor) -> Tensor:
-    """Give every original patch the token of its group: (B, K, D), (B, N) -> (B, N, D)."""
-    return x.gather(1, assign[..., None].expand(-1, -1, x.shape[-1]))
+    """Give every original patch the token of its group, zeros to dropped ones: (B, K, D), (B, N) -> (B, N, D)."""
+    tokens = x.gather(1, assign.clamp(min=0)[..., None].expand(-1, -1, x.shape[-1]))
+    return tokens.masked_fill((assign < 0)[..., None], 0)
 
 
 def compose(earlier: Tensor | None, later: Tensor) -> Tensor:
-    """Groups of original patches after one more merge: (B, N0) in [0, N), (B, N) -> (B, N0)."""
-    return later if earlier is None else later.gather(1, earlier)
+    """Groups of original patches after one more merge: (B, N0) in [-1, N), (B, N) -> (B, N0)."""
+    if earlier is None:
+        return later
+    return later.gather(1, earlier.clamp(min=0)).masked_fill(earlier < 0, -1)
 
 
 def last_step(earlier: Tensor | None, composed: Tensor, num_tokens: int) -> Tensor:
     """Undo `compose`: the merge that turned groups `earlier` into groups `composed`: (B, N0), (B, N0) -> (B, N)."""
     if earlier is None:
         return composed
-    return composed.new_zeros(composed.shape[0], num_tokens).scatter(1, earlier, composed)
+    rows = composed.new_zeros(composed.shape[0], num_tokens + 1)  # the last one for patches dropped before
+    return rows.scatter(1, earlier.remainder(num_tokens + 1), composed)[:, :num_tokens]
+
+
+@torch.no_grad()
+def drop(draws: Tensor, num_kept: int) -> Tensor:
+    """Keep the K tokens of the largest draws, numbered in their order, and drop the others: (B, N) -> (B, N)."""
+    kept = draws.topk(num_kept, dim=1).indices.sort(dim=1).values
+    numbers = torch.arange(num_kept, device=draws.device).expand_as(kept)
+    return torch.full_like(draws, -1, dtype=torch.int64).scatter(1, kept, numbers)
+
+
+def kept_tokens(x: Tensor, assign: Tensor, num_kept: int) -> Tensor:
+    """The K tokens that `drop` kept, to the bit: (B, N, D), (B, N) -> (B, K, D)."""
+    places = (assign < 0).int().argsort(dim=1, stable=True)[:, :num_kept]
+    return x.gather(1, places[..., None].expand(-1, -1, x.shape[-1]))
 
 
 def size_mask(sizes: Tensor, num_prefix: int) -> Tensor:
@@ -111,7 +133,7 @@ def mid_ranks(values: Tensor) -> Tensor:
     below = torch.searchsorted(ordered, values)
     not_above = torch.searchsorted(ordered, values, right=True)
     ranks = (below + not_above - 1).to(torch.promote_types(values.dtype, torch.float32)) / 2
-    return ranks / max(values.shape[-1] - 1, 1)
+    return (ranks / max(values.shape[-1] - 1, 1)).clamp(max=1)  # NaN is below and above nothing
 
 
 def dct_matrix(n: int, *, device: torch.device | None = None, dtype: torch.dtype = torch.float32) -> Tensor:

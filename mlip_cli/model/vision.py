@@ -2,6 +2,7 @@
 
 import difflib
 from dataclasses import dataclass
+from typing import Any
 
 import timm
 import torch
@@ -9,36 +10,13 @@ from timm.layers import Attention
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mlip_cli.config import Vision
 from mlip_cli.errors import UsageError
 from mlip_cli.merge_plan import MergePlan
-from mlip_cli.model.merging import (
-    compose,
-    distinctness,
-    frequency_guidance,
-    grid_parity,
-    group_mean,
-    group_sizes,
-    index_parity,
-    last_step,
-    match,
-    merge_tokens,
-    mid_ranks,
-    mix_guidance,
-    size_mask,
-    unmerge_tokens,
-)
+from mlip_cli.model.merge_pass import Guidance, MergePass, Patches
 from mlip_cli.types import MergeStage
-
-
-@dataclass(frozen=True)
-class Guidance:
-    """What guides one merge, for the K tokens before it: (B, K) in [0, 1] each."""
-
-    spatial: Tensor
-    frequency: Tensor
-    mixed: Tensor
 
 
 @dataclass(frozen=True)
@@ -60,15 +38,10 @@ class Tower:
         """Every merge of this pass, seen from the original patches."""
         earlier = (None, *self.assign)[: len(self.assign)]
         merges = zip(plan.at, self.assign, earlier, self.guidance, strict=True)
-        return tuple(_stage(block, groups, before, guidance) for block, groups, before, guidance in merges)
-
-
-def _stage(block: int, groups: Tensor, before: Tensor | None, guidance: Guidance | None) -> MergeStage:
-    if guidance is None:
-        return MergeStage(block, groups, None, None, None)
-    maps = torch.stack([guidance.spatial, guidance.frequency, guidance.mixed], dim=-1)
-    spatial, frequency, mixed = (maps if before is None else unmerge_tokens(maps, before)).unbind(-1)
-    return MergeStage(block, groups, spatial, frequency, mixed)
+        return tuple(
+            MergeStage(block, groups, None, None, None) if guidance is None else guidance.stage(block, groups, before)
+            for block, groups, before, guidance in merges
+        )
 
 
 class ObservedBlock(Block):
@@ -78,39 +51,49 @@ class ObservedBlock(Block):
     """
 
     def forward(
-        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, *, observe: bool = False
-    ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        *,
+        observe: bool = False,
+        with_row: bool = True,
+    ) -> Tensor | tuple[Tensor, Tensor, Tensor | None]:
         if not observe:
             return super().forward(x, attn_mask, is_causal)
-        attended, keys, first_row = attend(self.attn, self.norm1(x), attn_mask)
+        attended, keys, first_row = attend(self.attn, self.norm1(x), attn_mask, with_row=with_row)
         x = x + self.drop_path1(self.ls1(attended))
         x = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
         return x, keys, first_row
 
 
-def attend(attention: Attention, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def attend(
+    attention: Attention, x: Tensor, mask: Tensor | None, *, with_row: bool = True
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Self-attention that also returns what merging needs, without gradient.
 
     (B, P+N, D), additive mask (B, 1, 1, P+N) -> output (B, P+N, D), keys averaged over heads (B, P+N, d), attention of
-    the first token averaged over heads (B, P+N).
+    the first token averaged over heads (B, P+N), or None where nobody asks for it.
     """
     q, k, v = (
         attention.qkv(x).unflatten(2, (3, attention.num_heads, attention.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
     )
     q, k = attention.q_norm(q), attention.k_norm(k)
+    first_row: Tensor | None = None
     if attention.fused_attn:
         dropout = attention.attn_drop.p if attention.training else 0.0
         out = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
-        with torch.no_grad():
-            logits = (q[:, :, :1] * attention.scale) @ k.transpose(-2, -1)
-            first_row = (logits if mask is None else logits + mask).softmax(-1)[:, :, 0]
+        if with_row:
+            with torch.no_grad():
+                logits = (q[:, :, :1] * attention.scale) @ k.transpose(-2, -1)
+                first_row = (logits if mask is None else logits + mask).softmax(-1)[:, :, 0].mean(1)
     else:
         logits = (q * attention.scale) @ k.transpose(-2, -1)
         weights = (logits if mask is None else logits + mask).softmax(-1)
-        first_row = weights[:, :, 0].detach()
+        first_row = weights[:, :, 0].detach().mean(1) if with_row else None
         out = attention.attn_drop(weights) @ v
     out = attention.proj_drop(attention.proj(out.transpose(1, 2).flatten(2)))
-    return out, k.detach().mean(1), first_row.mean(1)
+    return out, k.detach().mean(1), first_row
 
 
 def is_observable(block: nn.Module) -> bool:
@@ -174,20 +157,33 @@ class ImageTower(nn.Module):
         """Prefix and patch tokens with positions: (B, 3, H, W) -> (B, P+N, D)."""
         return self.trunk._pos_embed(self.trunk.patch_embed(images))
 
+    def check_merging(self) -> None:
+        """Refuse merges in a tower whose pooling cannot weigh tokens by the patches they stand for.
+
+        Raises:
+            UsageError: it is such a tower.
+        """
+        if self.trunk.global_pool not in ("token", "max", "avg", "avgmax", "map"):
+            raise UsageError(
+                f"model.merging: towers that pool by {self.trunk.global_pool!r} cannot merge; set model.merging to null"
+            )
+
     def forward(
         self, images: Tensor, embedded: Tensor, plan: MergePlan, assign: tuple[Tensor, ...] | None = None
     ) -> Tower:
         """Run the blocks on `embed(images)`, merging by `plan`; `assign` replays the groups of an earlier pass."""
         x = self.trunk.norm_pre(self.trunk.patch_drop(embedded))
-        merging = Merging(self, images, plan, assign)
+        patches = Patches(self.grid, self.patch_size, self.num_prefix, self.trunk.cls_token is not None)
+        merging = MergePass(images, plan, patches=patches, replay=assign)
         merges = plan.merges
         for number, block in enumerate(self.trunk.blocks, start=1):
             if number in merges:
                 x = merging.merge(x, merges[number])
-            if number + 1 in merges and assign is None and isinstance(block, ObservedBlock):
-                x, merging.keys, merging.first_row = block(x, attn_mask=merging.mask, observe=True)
+            if merging.wants_keys(number + 1) and isinstance(block, ObservedBlock):
+                asked = {"observe": True, "with_row": merging.wants_row}
+                x, merging.keys, merging.first_row = self._run(block, x, attn_mask=merging.mask, **asked)
             else:
-                x = block(x, attn_mask=merging.mask)
+                x = self._run(block, x, attn_mask=merging.mask)
         x = self.trunk.norm(x)
         return Tower(
             self._pool(x, merging),
@@ -197,81 +193,29 @@ class ImageTower(nn.Module):
             tuple(merging.guidance),
         )
 
-    def _pool(self, x: Tensor, merging: "Merging") -> Tensor:
+    def _run(self, block: nn.Module, x: Tensor, **named: Any) -> Any:
+        """One block; where timm's `set_grad_checkpointing` was called, its activations are computed again backwards."""
+        if self.trunk.grad_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, x, use_reentrant=False, **named)
+        return block(x, **named)
+
+    def _pool(self, x: Tensor, merging: MergePass) -> Tensor:
         """timm's pooling; means count every patch once, whatever it merged into."""
         trunk, kind = self.trunk, self.trunk.global_pool
         if merging.mask is None or kind in ("token", "max"):
             return trunk.forward_head(x, pre_logits=True)
-        return trunk.fc_norm(self._weighted_pool(x, merging, merging.mask))
+        return trunk.head_drop(trunk.fc_norm(self._weighted_pool(x, merging, merging.mask)))
 
-    def _weighted_pool(self, x: Tensor, merging: "Merging", mask: Tensor) -> Tensor:
+    def _weighted_pool(self, x: Tensor, merging: MergePass, mask: Tensor) -> Tensor:
         trunk, kind = self.trunk, self.trunk.global_pool
-        if trunk.attn_pool is not None and kind == "map":
+        if kind == "map":
             start = 0 if trunk.pool_include_prefix else self.num_prefix
             return trunk.attn_pool(x[:, start:], attn_mask=mask[..., start:])
-        if kind not in ("avg", "avgmax"):
-            raise UsageError(f"model.merging: towers that pool by {kind!r} cannot merge; set model.merging=null")
-        sizes = merging.sizes.to(x.dtype)
+        assert kind in ("avg", "avgmax"), kind
+        sizes = merging.sizes
         if trunk.pool_include_prefix:
             sizes = nn.functional.pad(sizes, (self.num_prefix, 0), value=1)
         else:
             x = x[:, self.num_prefix :]
-        mean = (x * sizes[..., None]).sum(1) / sizes.sum(1, keepdim=True)
+        mean = ((x * sizes[..., None]).sum(1) / sizes.sum(1, keepdim=True)).to(x.dtype)
         return mean if kind == "avg" else 0.5 * (x.amax(1) + mean)
-
-
-class Merging:
-    """The state of one forward pass: sizes, groups, mask, and what the last block showed."""
-
-    def __init__(self, tower: ImageTower, images: Tensor, plan: MergePlan, replay: tuple[Tensor, ...] | None) -> None:
-        dtype = torch.promote_types(images.dtype, torch.float32)
-        self.tower = tower
-        self.plan = plan
-        self.replay = replay
-        self.sizes = torch.ones(len(images), tower.num_patches, dtype=dtype, device=images.device)
-        self.assigns: list[Tensor] = []
-        self.guidance: list[Guidance | None] = []
-        self.mask: Tensor | None = None
-        self.keys: Tensor | None = None
-        self.first_row: Tensor | None = None
-        guided = plan.at and plan.method == "guided" and replay is None
-        self.frequency = frequency_guidance(images, tower.patch_size) if guided else None
-
-    def merge(self, x: Tensor, num_groups: int) -> Tensor:
-        """Merge the patch tokens of (B, P+N, D) into `num_groups`; prefix tokens stay."""
-        prefix, patches = x.split([self.tower.num_prefix, x.shape[1] - self.tower.num_prefix], dim=1)
-        earlier = self.assigns[-1] if self.assigns else None
-        if self.replay is not None:
-            composed = self.replay[len(self.assigns)]
-            assign = last_step(earlier, composed, patches.shape[1])
-            guidance = None
-        else:
-            guidance = self._guide(patches.detach())
-            assign = self._match(patches, None if guidance is None else guidance.mixed, num_groups)
-            composed = compose(earlier, assign)
-        patches = merge_tokens(patches, self.sizes, assign, num_groups)
-        if self.frequency is not None:
-            self.frequency = group_mean(self.frequency, self.sizes, assign, num_groups)
-        self.sizes = group_sizes(self.sizes, assign, num_groups)
-        self.assigns.append(composed)
-        self.guidance.append(guidance)
-        self.mask = size_mask(self.sizes, self.tower.num_prefix).to(x.dtype)
-        return torch.cat([prefix, patches], dim=1)
-
-    def _match(self, patches: Tensor, guidance: Tensor | None, num_groups: int) -> Tensor:
-        tower, device = self.tower, patches.device
-        parity = (
-            index_parity(patches.shape[1], device=device) if self.assigns else grid_parity(*tower.grid, device=device)
-        )
-        metric = patches.detach() if self.keys is None else self.keys[:, tower.num_prefix :]
-        return match(metric, guidance, parity, num_groups)
-
-    def _guide(self, patches: Tensor) -> Guidance | None:
-        if self.frequency is None:
-            return None
-        if self.first_row is not None and self.tower.trunk.cls_token is not None:
-            spatial = self.first_row[:, self.tower.num_prefix :]
-        else:
-            spatial = distinctness(nn.functional.layer_norm(patches, patches.shape[-1:]), self.sizes)
-        ranks = mid_ranks(spatial)
-        return Guidance(ranks, self.frequency, mix_guidance(ranks, self.frequency))

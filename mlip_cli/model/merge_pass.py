@@ -1,0 +1,149 @@
+"""The merges of one forward pass through the image tower: what each saw, and what it did."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from mlip_cli.merge_plan import MergePlan
+from mlip_cli.model.merging import (
+    compose,
+    distinctness,
+    drop,
+    frequency_guidance,
+    grid_parity,
+    group_mean,
+    group_sizes,
+    index_parity,
+    kept_tokens,
+    last_step,
+    match,
+    merge_tokens,
+    mid_ranks,
+    mix_guidance,
+    size_mask,
+    unmerge_tokens,
+)
+from mlip_cli.types import MergeStage
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """What guides one merge, for the K tokens before it: (B, K) in [0, 1] each."""
+
+    spatial: Tensor | None
+    """None where the plan asks for the frequency domain alone."""
+    frequency: Tensor | None
+    """None where the plan asks for the spatial domain alone."""
+    used: Tensor
+    """What the matching receives."""
+
+    def stage(self, block: int, groups: Tensor, before: Tensor | None) -> MergeStage:
+        """As the original patches see it; `before` are their groups before this merge."""
+        maps = [
+            values if values is None or before is None else unmerge_tokens(values[..., None], before)[..., 0]
+            for values in (self.spatial, self.frequency, self.used)
+        ]
+        return MergeStage(block, groups, *maps)
+
+
+@dataclass(frozen=True)
+class Patches:
+    """What merging has to know of an image tower's tokens."""
+
+    grid: tuple[int, int]
+    patch_size: int
+    num_prefix: int
+    has_class_token: bool
+
+
+class MergePass:
+    """The state of one forward pass: sizes, groups, mask, and what the last block showed.
+
+    `replay` are the groups of an earlier pass over the same images, which are taken as they are.
+    """
+
+    def __init__(
+        self, images: Tensor, plan: MergePlan, *, patches: Patches, replay: tuple[Tensor, ...] | None = None
+    ) -> None:
+        dtype = torch.promote_types(images.dtype, torch.float32)
+        self.plan = plan
+        self.patches = patches
+        self.replay = replay
+        self.sizes = torch.ones(len(images), plan.num_patches, dtype=dtype, device=images.device)
+        self.assigns: list[Tensor] = []
+        self.guidance: list[Guidance | None] = []
+        self.mask: Tensor | None = None
+        """What proportional attention adds to its logits; None while every token is one patch."""
+        self.keys: Tensor | None = None
+        """(B, P+N, d) of the block before a merge, where it shows them."""
+        self.first_row: Tensor | None = None
+        """(B, P+N): attention of the class token there."""
+        asks = plan.asks_frequency and replay is None
+        self.frequency = frequency_guidance(images, patches.patch_size) if asks else None
+
+    def wants_keys(self, next_block: int) -> bool:
+        """The block before `next_block` has to show its keys, for a matching."""
+        return next_block in self.plan.at and self.replay is None and not self.plan.drops
+
+    @property
+    def wants_row(self) -> bool:
+        """It has to show the class token's attention too, for guidance."""
+        return self.plan.asks_space and self.patches.has_class_token
+
+    def merge(self, x: Tensor, num_groups: int) -> Tensor:
+        """Merge the patch tokens of (B, P+N, D) into `num_groups`, or drop all others; prefix tokens stay."""
+        num_prefix = self.patches.num_prefix
+        prefix, tokens = x.split([num_prefix, x.shape[1] - num_prefix], dim=1)
+        earlier = self.assigns[-1] if self.assigns else None
+        assign, guidance = self._groups(tokens, earlier, num_groups)
+        replayed = None if self.replay is None else self.replay[len(self.assigns)]
+        self.assigns.append(compose(earlier, assign) if replayed is None else replayed)
+        self.guidance.append(guidance)
+        self.keys = self.first_row = None
+        if self.plan.drops:
+            self.sizes = self.sizes[:, :num_groups]
+            return torch.cat([prefix, kept_tokens(tokens, assign, num_groups)], dim=1)
+        tokens = merge_tokens(tokens, self.sizes, assign, num_groups)
+        if self.frequency is not None:
+            self.frequency = group_mean(self.frequency, self.sizes, assign, num_groups)
+        self.sizes = group_sizes(self.sizes, assign, num_groups)
+        self.mask = size_mask(self.sizes, num_prefix).to(x.dtype)
+        return torch.cat([prefix, tokens], dim=1)
+
+    def _groups(self, tokens: Tensor, earlier: Tensor | None, num_groups: int) -> tuple[Tensor, Guidance | None]:
+        """Of the tokens (B, N, D), the groups of this merge and what guided it."""
+        draws = None
+        if self.plan.drops:  # also where they are replayed: what draws after them must see the same generator
+            draws = torch.rand(tokens.shape[:2], device=tokens.device)
+        if self.replay is not None:
+            return last_step(earlier, self.replay[len(self.assigns)], tokens.shape[1]), None
+        if draws is not None:
+            return drop(draws, num_groups), None
+        guidance = self._guide(tokens.detach())
+        return self._match(tokens.detach(), guidance, num_groups), guidance
+
+    def _match(self, tokens: Tensor, guidance: Guidance | None, num_groups: int) -> Tensor:
+        device = tokens.device
+        first = not self.assigns
+        parity = grid_parity(*self.patches.grid, device=device) if first else None
+        if parity is None:
+            parity = index_parity(tokens.shape[1], device=device)
+        metric = tokens if self.keys is None else self.keys[:, self.patches.num_prefix :]
+        used = None if guidance is None else guidance.used
+        return match(metric, used, parity, num_groups, strength=self.plan.strength)
+
+    def _guide(self, tokens: Tensor) -> Guidance | None:
+        """What the plan's `guidance` asks for, and no more."""
+        spatial = mid_ranks(self._spatial(tokens)) if self.plan.asks_space else None
+        frequency = self.frequency
+        if spatial is None or frequency is None:
+            alone = frequency if spatial is None else spatial
+            return None if alone is None else Guidance(spatial, frequency, alone)
+        mixed = mix_guidance(spatial, frequency)
+        return Guidance(spatial, frequency, 1 - mixed if self.plan.guidance == "inverse" else mixed)
+
+    def _spatial(self, tokens: Tensor) -> Tensor:
+        if self.first_row is not None:
+            return self.first_row[:, self.patches.num_prefix :]
+        return distinctness(nn.functional.layer_norm(tokens, tokens.shape[-1:]), self.sizes)
