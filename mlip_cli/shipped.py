@@ -18,12 +18,14 @@ def recipes_folder() -> Path:
 
 
 def recipe_names() -> list[str]:
-    """Names of the shipped recipes, sorted."""
-    return sorted(path.stem for path in recipes_folder().glob("*.yaml"))
+    """Names of the shipped recipes, sorted; those of the ablation, which belong to one small data set, go unnamed."""
+    folder = recipes_folder()
+    found = [*folder.glob("*.yaml"), *folder.glob("baselines/*.yaml")]
+    return sorted(path.relative_to(folder).with_suffix("").as_posix() for path in found)
 
 
 def find_recipe(source: str) -> Path:
-    """A path to a recipe, else a shipped recipe by name: `openmoji`, `openmoji.yaml`, `recipes/openmoji.yaml`.
+    """A path to a recipe, else a shipped one by name: `openmoji`, `recipes/openmoji.yaml`, `baselines/clip`.
 
     Raises:
         UsageError: there is no such file; names the nearest shipped recipe and lists them all.
@@ -35,11 +37,11 @@ def find_recipe(source: str) -> Path:
         inside = path / "recipe.yaml"
         hint = f"did you mean {inside}?" if inside.is_file() else "name a recipe file"
         raise UsageError(f"{source}: a folder, not a recipe; {hint}")
-    name = path.name.removesuffix(".yaml")
-    if path.parent in (Path(), Path("recipes")) and name in recipe_names():
+    name = source.removeprefix("recipes/").removesuffix(".yaml")
+    if name in recipe_names():
         shipped, here = recipes_folder() / f"{name}.yaml", Path.cwd()
         return shipped.relative_to(here) if shipped.is_relative_to(here) else shipped
-    near = closest(name, recipe_names(), 0.6)
+    near = closest(path.name.removesuffix(".yaml"), recipe_names(), 0.6)
     hint = f"did you mean {near}? " if near else ""
     raise UsageError(f"{source}: no such file and no shipped recipe; {hint}shipped: {', '.join(recipe_names())}")
 

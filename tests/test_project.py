@@ -36,9 +36,10 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_wheel_holds_all_recipes_and_nothing_beside_the_package(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
-    assert {
-        Path(name).stem for name in names if name.startswith("mlip_cli/recipes/") and name.endswith(".yaml")
-    } == set(recipe_names())
+    shipped = {name.removeprefix("mlip_cli/recipes/") for name in names if name.startswith("mlip_cli/recipes/")}
+    recipes = {path.relative_to(ROOT / "recipes").as_posix() for path in (ROOT / "recipes").rglob("*.yaml")}
+    assert {name for name in shipped if name.endswith(".yaml")} == recipes
+    assert {f"{name}.yaml" for name in recipe_names()} <= recipes
     beside = {"mlip_cli/recipes/schema.json", "mlip_cli/recipes/slurm.sbatch", "mlip_cli/py.typed"}
     assert beside | {"mlip_cli/data/index.py"} <= set(names)
     assert {name.split("/")[0].split("-")[0] for name in names} == {"mlip_cli"}

@@ -32,11 +32,13 @@ def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 # Shipped recipes
 
+TOKEN_AND_FREQUENCY = ("spatial_token", "frequency_global", "frequency_token")
+
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_a_shipped_recipe_loads_and_comes_back_equal(name: str) -> None:
     loaded = load_recipe(name)
-    assert loaded.name == name
+    assert loaded.name == name.rpartition("/")[2]
     assert loaded.recipe.extends is None
     again = load_recipe(write("again.yaml", recipe_yaml(loaded.recipe)))
     assert again.recipe == loaded.recipe
@@ -45,18 +47,40 @@ def test_a_shipped_recipe_loads_and_comes_back_equal(name: str) -> None:
 
 
 def test_these_recipes_are_shipped() -> None:
-    expected = "cc12m cc3m laptop openmoji openmoji_clip single_gpu smoke yfcc15m_v1 yfcc15m_v2"
-    assert recipe_names() == expected.split()
+    baselines = [f"baselines/{name}" for name in ["clip", "clip_strong", "clip_tome", "filip", "flip", "siglip"]]
+    others = "cc12m cc3m laptop openmoji openmoji_clip single_gpu smoke yfcc15m_v1 yfcc15m_v2"
+    assert recipe_names() == [*baselines, *others.split()]
 
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_a_shipped_recipe_names_its_schema_first_and_its_command(name: str) -> None:
     lines = (recipes_folder() / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
-    assert lines[0] == "# yaml-language-server: $schema=schema.json"
+    schema = "../schema.json" if "/" in name else "schema.json"
+    assert lines[0] == f"# yaml-language-server: $schema={schema}"
     header = "\n".join(line for line in lines[: next(i for i, x in enumerate(lines) if x[:1] != "#")])
     assert f"pretrain recipes/{name}.yaml" in header
     assert "# Hardware: " in header
     assert "not run by us; " in header or name in ("laptop", "openmoji", "openmoji_clip", "smoke")
+
+
+def test_a_baseline_differs_from_the_clip_baseline_in_its_own_idea_alone() -> None:
+    clip = load_recipe("baselines/clip").recipe
+
+    def changed(name: str) -> list[str]:
+        return [path for path, _, _ in differences(clip, load_recipe(f"baselines/{name}").recipe)]
+
+    assert changed("siglip") == ["losses.spatial_global.kind"]
+    assert changed("filip") == ["losses.spatial_token"]
+    assert changed("flip") == changed("clip_tome") == ["model.merging"]
+    assert changed("clip_strong") == [
+        "data.augment.crop_scale",
+        "data.augment.color_jitter",
+        "model.text.dropout",
+        "losses.spatial_global.label_smoothing",
+    ]
+    mlip = load_recipe("cc12m").recipe
+    parts = ["model.frequency", "model.merging", *(f"losses.{x}" for x in TOKEN_AND_FREQUENCY)]
+    assert [path for path, _, _ in differences(clip, mlip)] == parts
 
 
 def test_the_clip_recipe_is_the_mlip_recipe_without_its_parts() -> None:
@@ -81,7 +105,7 @@ def test_the_schema_documents_every_key() -> None:
 
 
 def test_the_losses_are_those_of_the_table() -> None:
-    assert tuple(Losses.model_fields) == LOSS_NAMES
+    assert tuple(Losses.model_fields) == (*LOSS_NAMES, "positives")
 
 
 def test_loading_a_recipe_loads_no_torch() -> None:
@@ -215,7 +239,11 @@ def test_differences_name_leaves_and_whole_sections() -> None:
     old = load_recipe("x.yaml").recipe
     new = load_recipe("x.yaml", ["optim.lr=0.1", "model.merging={at: [2]}"]).recipe
     assert differences(old, new) == [
-        ("model.merging", None, {"rate": 0.5, "method": "guided", "at": [2]}),
+        (
+            "model.merging",
+            None,
+            load_recipe("x.yaml", ["model.merging={at: [2]}"]).recipe.model.merging.model_dump(mode="json"),
+        ),
         ("optim.lr", 5e-4, 0.1),
     ]
 
@@ -224,4 +252,6 @@ def test_a_recipe_is_found_by_path_then_by_name() -> None:
     write("smoke", SMALL)
     assert find_recipe("smoke") == Path("smoke")
     assert find_recipe("recipes/smoke.yaml") == recipes_folder() / "smoke.yaml"
+    assert find_recipe("baselines/flip") == find_recipe("recipes/baselines/flip.yaml")
+    assert find_recipe("baselines/flip") == recipes_folder() / "baselines" / "flip.yaml"
     assert find_recipe("smoke.yaml") == recipes_folder() / "smoke.yaml"
