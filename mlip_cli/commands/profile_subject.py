@@ -90,7 +90,8 @@ def random_batch(subject: Subject, *, batch_size: int, num_tokens: int) -> Batch
     images = torch.randint(256, (batch_size, 3, size, size), dtype=torch.uint8, generator=generator)
     token_ids = torch.randint(1, VOCAB_SIZE - 2, (batch_size, num_tokens), generator=generator)
     token_ids[:, 0], token_ids[:, -1] = VOCAB_SIZE - 2, VOCAB_SIZE - 1
-    return Batch(images, token_ids, keys=("",) * batch_size).to(subject.device)
+    labels = torch.arange(batch_size) if subject.recipe.losses.positives == "concept" else None
+    return Batch(images, token_ids, keys=("",) * batch_size, labels=labels).to(subject.device)
 
 
 def pinned(batch: Batch, device: torch.device) -> Batch:

@@ -94,6 +94,7 @@ def open_batches(recipe: Recipe, data: TrainingData, device: torch.device, *, st
         stop_step=data.total_steps,
         num_workers=num_workers(recipe),
         pin_memory=device.type == "cuda",
+        with_labels=recipe.losses.positives == "concept",
     )
 
 

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from mlip_cli.config import Data
 from mlip_cli.data.dataset import BadSampleError, RawSample, ShardDataset
+from mlip_cli.data.labels import label_of
 from mlip_cli.data.loader_processes import data_loader, items_of
 from mlip_cli.data.order import MAX_ATTEMPTS, Order, Position, Positions, key
 from mlip_cli.data.tokenizer import Tokenizer, padded_length
@@ -53,19 +54,21 @@ def training_loader(
     stop_step: int,
     num_workers: int,
     pin_memory: bool = False,
+    with_labels: bool = False,
 ) -> Iterator[Batch]:
     """This rank's share of the batches of steps start_step .. stop_step - 1; closing the iterator ends the workers.
 
     The batches are the same for any number of workers, and those of all ranks put together are the same for any number
     of ranks. Text is as wide as the longest caption of the global batch needs (`padded_length`), equal on all ranks.
-    A bad sample is replaced by another of its source and named in `Batch.bad_samples`.
+    A bad sample is replaced by another of its source and named in `Batch.bad_samples`. With labels, samples of one
+    concept (see `label_of`) have one label.
 
     Raises:
         UsageError: the global batch does not divide by the ranks.
         RunError: (while iterating) too many bad samples, or a worker process that died.
     """
     check_divides(global_batch_size, world_size)
-    steps = _Steps(datasets, order, data, context_length, global_batch_size, seed, rank, world_size)
+    steps = _Steps(datasets, order, data, context_length, global_batch_size, seed, rank, world_size, with_labels)
     loader = data_loader(steps, range(start_step, stop_step), num_workers, pin_memory=pin_memory)
     return _training_batches(loader, _BadSampleLimit(data.max_bad_share))
 
@@ -123,7 +126,8 @@ class _Step:
     def pin_memory(self) -> "_Step":
         """Called by torch's DataLoader when `pin_memory` was asked for."""
         images, token_ids = self.batch.images.pin_memory(), self.batch.token_ids.pin_memory()
-        return replace(self, batch=replace(self.batch, images=images, token_ids=token_ids))
+        labels = None if self.batch.labels is None else self.batch.labels.pin_memory()
+        return replace(self, batch=replace(self.batch, images=images, token_ids=token_ids, labels=labels))
 
 
 @dataclass(frozen=True)
@@ -131,6 +135,7 @@ class _Example:
     image: Tensor
     caption: str
     key: str
+    label: int
 
 
 class _Steps(Dataset[_Step | Exception]):
@@ -146,7 +151,9 @@ class _Steps(Dataset[_Step | Exception]):
         seed: int,
         rank: int,
         world_size: int,
+        with_labels: bool,
     ) -> None:
+        self.with_labels = with_labels
         self.datasets, self.order, self.data, self.seed = datasets, order, data, seed
         self.tokenizer = Tokenizer(context_length)
         self.global_batch_size = global_batch_size
@@ -175,6 +182,7 @@ class _Steps(Dataset[_Step | Exception]):
             token_ids=self.tokenizer.encode([example.caption for example in examples], length=length),
             keys=tuple(example.key for example in examples),
             bad_samples=tuple(bad_samples),
+            labels=torch.tensor([example.label for example in examples]) if self.with_labels else None,
         )
         return _Step(batch, tuple(replaced))
 
@@ -204,7 +212,7 @@ class _Steps(Dataset[_Step | Exception]):
         draws = torch.Generator().manual_seed(seed >> 1)
         caption = _choose_caption(raw, self.data.captions == "sample", draws)
         image = training_transform(image, size=self.data.image_size, augment=self.data.augment, generator=draws)
-        return _Example(image, caption, raw.key)
+        return _Example(image, caption, raw.key, label_of(raw.record, caption))
 
 
 def _position(positions: Positions, place: int) -> Position:
