@@ -41,7 +41,7 @@ model:
   vision: {width: 1.0, patch_size: -8}
   frequency: {depth: a}
 optim:
-losses: {spatial_token: {kind: filip}, spatial_globl: null}
+losses: {spatial_token: {kind: flip}, spatial_globl: null}
 train: {lr: 3, precision: fp8}
 merging: {rate: 1}
 optim.lr: 4
@@ -61,8 +61,8 @@ optim.lr: 4
         "bad.yaml:10: model.vision.width: expected a whole number above 0 or null, not 1.0",
         "bad.yaml:11: model.frequency.width is missing",
         "bad.yaml:11: model.frequency.depth: expected a whole number above 0, not 'a'",
-        "bad.yaml:12: optim: cannot be null or empty; its keys: lr, betas, eps, weight_decay, warmup_steps, clip_grad_norm",
-        "bad.yaml:13: losses.spatial_token.kind: expected sparc, not 'filip'",
+        "bad.yaml:12: optim: cannot be null or empty; its keys: lr, betas, eps, weight_decay, warmup_steps, layer_decay, clip_grad_norm",
+        "bad.yaml:13: losses.spatial_token.kind: expected one of sparc, filip, not 'flip'",
         "bad.yaml:13: unknown key losses.spatial_globl; did you mean losses.spatial_global?",
         "bad.yaml:14: train.global_batch_size is missing",
         "bad.yaml:14: train.precision: expected one of bf16, fp32, fp16, not 'fp8'",
@@ -89,10 +89,10 @@ optim.lr: 4
         (["extends=x.yaml"], ["extends=x.yaml: extends works in a recipe file only"]),
         (["data.train=[a"], ["data.train=[a: not YAML: expected ',' or ']', but got '<stream end>'"]),
         (["seed=!!int 3"], ["seed=!!int 3: tags (!) are not part of recipes"]),
-        (["model=null"], ["model=null: cannot be null or empty; its keys: embed_dim, token_dim, vision, text, frequency, merging, init"]),
+        (["model=null"], ["model=null: cannot be null or empty; its keys: embed_dim, token_dim, vision, text, frequency, merging, init, freeze"]),
         (["data.augment={flip: 3}"], ["data.augment={flip: 3}: data.augment.flip: expected true or false, not 3"]),
         (["data.train=null"], ["data.train=null: expected a folder, a list of folders or a list of {path, weight}, not null"]),
-        (["optim.learning_rate=1"], ["optim.learning_rate=1: unknown key optim.learning_rate; known here: lr, betas, eps, weight_decay, warmup_steps, clip_grad_norm"]),
+        (["optim.learning_rate=1"], ["optim.learning_rate=1: unknown key optim.learning_rate; known here: lr, betas, eps, weight_decay, warmup_steps, layer_decay, clip_grad_norm"]),
         (["use_merging=true"], ["use_merging=true: unknown key use_merging; did you mean model.merging?"]),
         (["seed.x=1"], ["seed.x=1: seed: expected a whole number of at least 0 and below 4294967296, not a section"]),
     ],
