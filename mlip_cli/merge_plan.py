@@ -56,6 +56,12 @@ def largest_rate(num_patches: int, num_merges: int) -> float:
     return math.floor(1000 * (1 - left / num_patches)) / 1000
 
 
+def merges_in(step: int, *, total_steps: int, active: tuple[float, float]) -> bool:
+    """Whether tokens merge in a step of a training, counted from 1: those behind one share of it up to another."""
+    first, last = (round(share * total_steps) for share in active)
+    return first < step <= last
+
+
 @dataclass(frozen=True)
 class MergePlan:
     """How many patch tokens each block sees: Python integers, so shapes are static."""

@@ -25,6 +25,7 @@ from mlip_cli.drawing import TrainingPanel, training_panel
 from mlip_cli.errors import RunError, Stopped
 from mlip_cli.files import write_json
 from mlip_cli.losses.objective import Objective
+from mlip_cli.merge_plan import MergePlan, merges_in
 from mlip_cli.model.clip import CLIP
 from mlip_cli.output import is_main, say, warn
 from mlip_cli.run_folder import Run, claimed
@@ -42,7 +43,7 @@ def train_run(recipe: Recipe, start: Start) -> Run:
         data = open_data(recipe)
         lines = preflight(data.datasets, data.order, recipe.train.global_batch_size, world_size())
         checkpoint = run.latest_checkpoint() if start.resumes else None
-        training = build(recipe, device, fresh=checkpoint is None)
+        training, init = build(recipe, device, fresh=checkpoint is None)
         progress, random = Progress(), None
         if checkpoint is not None:
             progress, random = restore(checkpoint, training, data=data.fingerprints)
@@ -58,11 +59,12 @@ def train_run(recipe: Recipe, start: Start) -> Run:
             recorded(run, recipe, device=device, fingerprints=data.fingerprints, step=progress.step),
         ):
             say(f"run folder: {run.folder}")
-            for line in [*lines, *facts(recipe, training.plain, data.total_steps), *resume_facts(start, progress.step)]:
+            of_model = facts(recipe, training.plain, data.total_steps)
+            for line in [*lines, *init.facts, *of_model, *resume_facts(start, progress.step)]:
                 say(line)
             if is_main():
                 write_json(run.data_cards, data_cards(data.datasets, pairs.datasets if pairs is not None else []))
-            for line in cautions(recipe, training.plain.plan, data.total_steps):
+            for line in [*init.cautions, *cautions(recipe, training.plain.plan, data.total_steps)]:
                 warn(line)
             run_loop(run, recipe, data, training, progress, evaluators=evaluators, random=random)
             if pairs is not None:
@@ -113,6 +115,7 @@ def run_loop(
             progress=progress,
             device=device,
             precision=training.precision,
+            plan=partial(plan_of_step, recipe, training.plain, data.total_steps),
             metrics=metrics,
             show=lambda line: panel.update(line, eta_s=eta_s(int(line["step"]))),
             on_step=lambda step: panel.move(step, eta_s=eta_s(step)),
@@ -120,6 +123,14 @@ def run_loop(
             save=partial(save, saver, panel),
             is_save_due=saver.is_due,
         )
+
+
+def plan_of_step(recipe: Recipe, model: CLIP, total_steps: int, step: int) -> MergePlan:
+    """The merges of a training step, counted from 1: none outside of `model.merging.active`."""
+    merging = recipe.model.merging
+    if merging is None or merges_in(step, total_steps=total_steps, active=merging.active):
+        return model.training_plan
+    return model.merge_plan(0.0)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from mlip_cli.config import Recipe
 from mlip_cli.distributed import all_mean, all_sum, unwrap, world_size
 from mlip_cli.errors import RunError, Stopped
+from mlip_cli.merge_plan import MergePlan
 from mlip_cli.output import warn
 from mlip_cli.train.gradients import Precision, RandomState, add_gradients
 from mlip_cli.train.metrics import MetricsFile, Stopwatch, peak_gib
@@ -44,6 +45,7 @@ def train(
     progress: Progress,
     device: torch.device,
     precision: Precision,
+    plan: Callable[[int], MergePlan | None],
     metrics: MetricsFile,
     show: Callable[[dict[str, float]], None],
     on_step: Callable[[int], None],
@@ -56,6 +58,7 @@ def train(
     Args:
         model: on `device`, wrapped for several ranks; gives `Encoded` for a `Batch`.
         batches: one rank's share of each step, beginning with step `progress.step + 1`.
+        plan: merges of a step; None: the model's own.
         show: gets every logged line. on_step: is told of every step. save: writes a checkpoint.
         evaluate: measures at a step; it may leave, with {}, when its second argument says so.
         is_save_due: asked after every step; one rank's yes is enough.
@@ -73,12 +76,17 @@ def train(
             batch = watch.next_batch().to(device, non_blocking=True)
             report_bad_samples(batch, progress, watch)
             if world_size() > 1 and step == progress.step + 1:
-                settle_buckets(model, objective, batch, precision, config.micro_batch_size)
+                settle_buckets(model, objective, batch, precision, config.micro_batch_size, plan(step))
 
             lr = learning_rate(step, peak=optim.lr, warmup_steps=optim.warmup_steps, total_steps=total_steps)
             set_learning_rate(optimizer, lr)
             terms = add_gradients(
-                model, objective, batch, precision=precision, micro_batch_size=config.micro_batch_size
+                model,
+                objective,
+                batch,
+                precision=precision,
+                micro_batch_size=config.micro_batch_size,
+                plan=plan(step),
             )
             precision.scaler.unscale_(optimizer)
             grad_norm = clip_gradients(model, optim.clip_grad_norm)
@@ -178,7 +186,12 @@ def clip_gradients(model: nn.Module, most: float | None) -> Tensor:
 
 
 def settle_buckets(
-    model: nn.Module, objective: ObjectiveLike, batch: Batch, precision: Precision, micro_batch_size: int | None
+    model: nn.Module,
+    objective: ObjectiveLike,
+    batch: Batch,
+    precision: Precision,
+    micro_batch_size: int | None,
+    plan: MergePlan | None,
 ) -> None:
     """One backward that is thrown away, before the first step and before a resumed one.
 
@@ -186,7 +199,7 @@ def settle_buckets(
     with it settled beforehand a resumed run adds in the same order as one that never stopped.
     """
     random = RandomState.read(batch.images.device)
-    add_gradients(model, objective, batch, precision=precision, micro_batch_size=micro_batch_size)
+    add_gradients(model, objective, batch, precision=precision, micro_batch_size=micro_batch_size, plan=plan)
     model.zero_grad(set_to_none=True)
     random.restore(batch.images.device)
 
