@@ -13,22 +13,35 @@ import torch
 from models_for_tests import small_batch, small_model, small_recipe
 from torch import nn
 
-from mlip_cli.config import Recipe
+from mlip_cli.config import LOSS_NAMES, Recipe
 from mlip_cli.errors import RunError
 from mlip_cli.losses.objective import Objective
 from mlip_cli.train.gradients import Precision, RandomState, add_gradients
 from mlip_cli.train.loop import MOST_SKIPPED_IN_A_ROW, FiniteGuard, Progress
 from mlip_cli.train.optim import build_optimizer, clamp_scales, is_decayed, learning_rate
-from mlip_cli.types import features_of
+from mlip_cli.types import Batch, features_of
 
 CPU = torch.device("cpu")
 SIGMOID = {"spatial_global": {"kind": "sigmoid"}}
+FILIP = {"spatial_token": {"kind": "filip"}, "frequency_token": {"kind": "filip", "weight": 0.25}}
+SMOOTH = {"spatial_global": {"label_smoothing": 0.1}}
+CONCEPT = {"positives": "concept"}
 RECIPES = {
     "clip": small_recipe(mlip=False),
-    "sigmoid": small_recipe(mlip=False, losses=SIGMOID),
+    "sigmoid": small_recipe(mlip=False, losses=SIGMOID | CONCEPT),
     "mlip": small_recipe(),
     "mlip_sigmoid": small_recipe(losses=SIGMOID),
+    "filip": small_recipe(losses=FILIP),
+    "filip_sparc": small_recipe(losses=SMOOTH | CONCEPT | {"spatial_token": {"kind": "filip"}}),
 }
+WORDS = [1, 2, 3, 4, 1, 6, 1, 1]
+"""Of each caption: two ranks have 3 and 1 captions that losses inside pairs can use, and different numbers of words."""
+
+
+def batch_for(recipe: Recipe) -> Batch:
+    """With concepts that two ranks, and several micro-batches, have in common."""
+    labels = torch.tensor([4, 1, 2, 4, 1, 1, 7, 4]) if recipe.losses.positives == "concept" else None
+    return replace(small_batch(words=WORDS), labels=labels)
 
 
 def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -44,7 +57,7 @@ def one_process(recipe: Recipe, micro_batch_size: int | None) -> dict[str, torch
     model = small_model(recipe).train()
     precision = Precision.named("fp32", CPU)
     add_gradients(
-        model, Objective(recipe.losses), small_batch(), precision=precision, micro_batch_size=micro_batch_size
+        model, Objective(recipe.losses), batch_for(recipe), precision=precision, micro_batch_size=micro_batch_size
     )
     return gradients(model)
 
@@ -57,16 +70,46 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(name: str, micro_bat
     assert any("log_scales" in n for n in whole)
 
 
-def test_micro_batches_report_the_same_terms() -> None:
-    recipe = RECIPES["mlip"]
+@pytest.mark.parametrize("name", ["mlip", "filip_sparc"])
+def test_micro_batches_report_the_same_terms(name: str) -> None:
+    recipe = RECIPES[name]
     terms = [
         add_gradients(
-            small_model(recipe), Objective(recipe.losses), small_batch(),
+            small_model(recipe), Objective(recipe.losses), batch_for(recipe),
             precision=Precision.named("fp32", CPU), micro_batch_size=size,
         ) for size in (None, 3)
     ]  # fmt: skip
+    assert terms[0].keys() == terms[1].keys() == set(LOSS_NAMES)
     for name, value in terms[0].items():
         torch.testing.assert_close(terms[1][name], value, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("micro_batch_size", [None, 3])
+def test_a_step_follows_the_merge_plan_that_it_is_given(micro_batch_size: int | None) -> None:
+    recipe = RECIPES["filip"]
+    given = small_model(recipe)
+    own = small_model(small_recipe(losses=FILIP, model={"merging": {"rate": 0.25, "at": [2, 3]}}))
+    for model, named in ((given, {"plan": own.merge_plan(0.25)}), (own, {})):
+        add_gradients(
+            model, Objective(recipe.losses), batch_for(recipe),
+            precision=Precision.named("fp32", CPU), micro_batch_size=micro_batch_size, **named,
+        )  # fmt: skip
+    assert relative_error(gradients(given), gradients(own)) == 0
+    assert relative_error(gradients(given), one_process(recipe, micro_batch_size)) > 1e-3
+
+
+def test_tokens_are_cached_only_where_a_loss_compares_them_over_the_batch() -> None:
+    for name, expected in (("mlip", ()), ("filip_sparc", ("spatial_token",))):
+        recipe = RECIPES[name]
+        seen = []
+        objective = Objective(recipe.losses)
+        batch_terms = objective.batch_terms
+        objective.batch_terms = lambda f, seen=seen, terms=batch_terms: seen.append(f.tokens) or terms(f)  # type: ignore
+        add_gradients(
+            small_model(recipe), objective, batch_for(recipe),
+            precision=Precision.named("fp32", CPU), micro_batch_size=2,
+        )  # fmt: skip
+        assert tuple(seen[0].images if seen[0] is not None else ()) == expected
 
 
 def test_no_micro_batch_keeps_the_tokens_of_another() -> None:
@@ -108,15 +151,16 @@ def test_micro_batches_replay_dropout() -> None:
 
 
 def small_part(batch, start, stop):  # type: ignore[no-untyped-def]
-    return type(batch)(batch.images[start:stop], batch.token_ids[start:stop], batch.keys[start:stop])
+    labels = None if batch.labels is None else batch.labels[start:stop]
+    return replace(batch, images=batch.images[start:stop], token_ids=batch.token_ids[start:stop], labels=labels)
 
 
 WORKER = """
 import os, sys, torch
 sys.path.insert(0, {tests!r})
 torch.set_num_threads(1)
-from models_for_tests import small_batch, small_model
-from test_gradients import CPU, RECIPES, gradients, small_part
+from models_for_tests import small_model
+from test_gradients import CPU, RECIPES, batch_for, gradients, small_part
 from mlip_cli.distributed import process_group, rank, unwrap, world_size, wrap
 from mlip_cli.losses.objective import Objective
 from mlip_cli.train.gradients import Precision, add_gradients
@@ -127,7 +171,7 @@ with process_group(CPU):
         for micro in (None, 2):
             model = wrap(small_model(recipe).train(), CPU)
             share = 8 // world_size()
-            batch = small_part(small_batch(), rank() * share, (rank() + 1) * share)
+            batch = small_part(batch_for(recipe), rank() * share, (rank() + 1) * share)
             objective, precision = Objective(recipe.losses), Precision.named("fp32", CPU)
             add_gradients(model, objective, batch, precision=precision, micro_batch_size=micro)
             results[name, micro] = gradients(unwrap(model))
@@ -137,7 +181,7 @@ with process_group(CPU):
 
 
 def test_two_gloo_processes_give_the_one_process_gradient(tmp_path: Path) -> None:
-    """Captions have 1 to 6 words, so the ranks have different numbers of usable ones."""
+    """Captions have 1 to 6 words, and the ranks different numbers of usable ones."""
     script, out = tmp_path / "worker.py", tmp_path / "gradients.pt"
     script.write_text(WORKER.format(tests=str(Path(__file__).parent), out=str(out)))
     environment = os.environ | {"OMP_NUM_THREADS": "1"}

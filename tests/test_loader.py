@@ -20,6 +20,7 @@ from mlip_cli.config import Augment, Data, Source
 from mlip_cli.data import loader as module
 from mlip_cli.data.dataset import ShardDataset
 from mlip_cli.data.index import HEADER, RECORD, index_path
+from mlip_cli.data.labels import label_of
 from mlip_cli.data.loader import default_num_workers, evaluation_loader, training_loader
 from mlip_cli.data.order import Order
 from mlip_cli.data.preflight import preflight
@@ -48,6 +49,7 @@ def batches(
     world_size: int = 1,
     num_workers: int = 0,
     context_length: int = 24,
+    with_labels: bool = False,
     **data: Any,
 ) -> Iterator[Batch]:
     settings = {"augment": AUGMENT, "image_size": 16} | data
@@ -64,6 +66,7 @@ def batches(
         start_step=start,
         stop_step=stop,
         num_workers=num_workers,
+        with_labels=with_labels,
     )
 
 
@@ -110,6 +113,23 @@ def test_resuming_is_the_tail_of_an_uninterrupted_run(folder: Path) -> None:
     whole = list(batches([ShardDataset(folder)], 0, 12))
     for a, b in zip(whole[7:], batches([ShardDataset(folder)], 7, 12), strict=True):
         assert_equal(a, b)
+
+
+def test_labels_are_those_of_the_chosen_captions_on_every_rank(folder: Path) -> None:
+    dataset = ShardDataset(folder)
+    records = {sample.key: sample.record for sample in map(dataset.read, range(dataset.num_samples))}
+    one = batches([dataset], with_labels=True, captions="first", num_workers=1)
+    ranks = [batches([dataset], with_labels=True, captions="first", rank=rank, world_size=2) for rank in range(2)]
+    for whole, *parts in zip(one, *ranks, strict=True):
+        assert whole.labels is not None
+        texts = [records[key]["captions"][0]["text"] for key in whole.keys]
+        assert whole.labels.tolist() == [label_of({}, text) for text in texts]
+        assert torch.equal(whole.labels, torch.cat([part.labels for part in parts]))
+    drawn = next(batches([dataset], with_labels=True))
+    assert drawn.labels is not None
+    among = [{label_of({}, c["text"]) for c in records[key]["captions"]} for key in drawn.keys]
+    assert all(label in labels for label, labels in zip(drawn.labels.tolist(), among, strict=True))
+    assert next(batches([dataset])).labels is None
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
