@@ -4,7 +4,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from mlip_cli import __version__
 from mlip_cli.config import Recipe, Source
 from mlip_cli.errors import RecipeError
+from mlip_cli.init_source import open_clip_file
 from mlip_cli.recipe_checks import check
 from mlip_cli.recipe_schema import Node, dotted
 from mlip_cli.recipe_tree import Key, Mistake, Place, Tree, merge, parse
@@ -80,7 +81,10 @@ def absolute_paths(recipe: Recipe) -> Recipe:
         return sources and tuple(s.model_copy(update={"path": os.path.abspath(s.path)}) for s in sources)
 
     data = {"train": absolute(recipe.data.train), "validation": absolute(recipe.data.validation)}
-    init = recipe.model.init and os.path.abspath(recipe.model.init)
+    init = recipe.model.init
+    foreign = open_clip_file(init) if init else None
+    if init:
+        init = str(replace(foreign, file=os.path.abspath(foreign.file))) if foreign else os.path.abspath(init)
     return recipe.model_copy(
         update={
             "data": recipe.data.model_copy(update=data),

@@ -15,6 +15,7 @@ BASE = {
     "drawing",
     "errors",
     "files",
+    "init_source",
     "merge_plan",
     "output",
     "run_folder",

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from mlip_cli.commands.costs import frequency_gflops, image_gflops, parameters, text_gflops
+from mlip_cli.commands.initial_weights import check_initial
 from mlip_cli.commands.training_facts import cautions
 from mlip_cli.commands.training_setup import num_workers, open_data, training_device
 from mlip_cli.config import Recipe, Source
@@ -19,9 +20,9 @@ from mlip_cli.output import plural, print_json, print_lines, print_prose
 from mlip_cli.recipe import LoadedRecipe, recipe_yaml
 
 
-def describe(loaded: LoadedRecipe, *, as_json: bool) -> None:
+def describe(loaded: LoadedRecipe, *, resumes: bool, as_json: bool) -> None:
     """Print the resolved recipe with the origin of every value, and what follows from it."""
-    facts = derived(loaded.recipe)
+    facts = derived(loaded.recipe, resumes=resumes)
     if as_json:
         print_json({"recipe": loaded.recipe.model_dump(mode="json"), "origins": loaded.origins, **facts})
         return
@@ -34,15 +35,19 @@ def describe(loaded: LoadedRecipe, *, as_json: bool) -> None:
         print_prose(f"caution: {line}")
 
 
-def derived(recipe: Recipe) -> dict[str, Any]:
+def derived(recipe: Recipe, *, resumes: bool) -> dict[str, Any]:
     """Model, costs, batch and data as plain data; missing data is an entry with its cure, not an error.
 
     Raises:
-        UsageError: a batch that the ranks cannot share or the data cannot fill, a model that cannot be built, or an
-            evaluation data set that nobody knows.
+        UsageError: a batch that the ranks cannot share or the data cannot fill, a model that cannot be built or that
+            `model.init` does not fit, or an evaluation data set that nobody knows.
     """
     with torch.device("meta"):
         model = build_model(recipe)
+    if recipe.model.init is not None and not resumes:
+        check_initial(model, recipe)
+    if recipe.model.freeze is not None:
+        model.freeze(recipe.model.freeze)
     plan, ranks = model.plan, world_size()
     facts: dict[str, Any] = {
         "device": str(training_device(recipe)),
@@ -50,6 +55,7 @@ def derived(recipe: Recipe) -> dict[str, Any]:
         "samples_per_rank": recipe.train.global_batch_size / ranks,
         "num_workers": num_workers(recipe),
         "parameters": parameters(model),
+        "parameters_that_train": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "patch_tokens_per_block": list(plan.tokens),
         "true_merge_rate": plan.rate,
         "gflops_per_image": sum(image_gflops(model, plan).values()),
@@ -95,12 +101,13 @@ def _lines(recipe: Recipe, facts: dict[str, Any]) -> list[str]:
     counted = ", ".join(f"{name} {count:,}" for name, count in facts["parameters"].items())
     length = plural(facts["steps"], "step") if facts["steps"] else plural(recipe.train.epochs or 0, "epoch")
     loaders = plural(facts["num_workers"], "loader process", "loader processes")
+    frozen = f"; {facts['parameters_that_train']:,} train (model.freeze: {recipe.model.freeze})"
     return [
         f"device: {facts['device']}, {recipe.train.precision}, {loaders} a rank",
         f"batch: {batch:,} / {plural(ranks, 'rank')} = {facts['samples_per_rank']:g} a rank"
         + (f", {micro:,} at a time" if micro else ""),
         f"length: {length}",
-        f"parameters: {sum(facts['parameters'].values()):,} ({counted})",
+        f"parameters: {sum(facts['parameters'].values()):,} ({counted})" + (frozen if recipe.model.freeze else ""),
         f"patch tokens per block: {' '.join(map(str, facts['patch_tokens_per_block']))}"
         f" (true merge rate {facts['true_merge_rate']:.3f})",
         f"GFLOPs per image: {facts['gflops_per_image']:.3g} (unmerged {facts['gflops_per_image_unmerged']:.3g}, "

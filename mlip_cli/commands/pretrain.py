@@ -5,9 +5,10 @@ from pathlib import Path
 
 from mlip_cli.commands.run_start import check_can_be_made, choose_start, command_to_resume
 from mlip_cli.errors import Stopped
+from mlip_cli.init_source import find_init
 from mlip_cli.output import is_main, print_json, print_lines, say
 from mlip_cli.recipe import load_recipe
-from mlip_cli.run_folder import RUNS, Run, find_checkpoint
+from mlip_cli.run_folder import RUNS, Run
 
 
 def pretrain(
@@ -16,13 +17,13 @@ def pretrain(
     """Train by a recipe; all that can be mistyped in it is found before torch is imported."""
     loaded = load_recipe(source, overrides)
     start = choose_start(loaded.recipe, loaded.name, out=out, resume=resume)
+    if not start.resumes and loaded.recipe.model.init is not None:
+        find_init(loaded.recipe.model.init)
     if dry_run:
         from mlip_cli.commands.dry_run import describe
 
         check_can_be_made(start.run.folder)
-        if not start.resumes and loaded.recipe.model.init is not None:
-            find_checkpoint(loaded.recipe.model.init)
-        describe(loaded, as_json=as_json)
+        describe(loaded, resumes=start.resumes, as_json=as_json)
         return
     run = start.run
     if start.resumes and run.is_finished():

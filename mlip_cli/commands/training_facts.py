@@ -12,9 +12,11 @@ from mlip_cli.output import plural
 def facts(recipe: Recipe, model: CLIP, total_steps: int) -> list[str]:
     """Lines about what was derived from the recipe."""
     parameters = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = f", {trained:,} of them train (model.freeze: {model.frozen})" if model.frozen else ""
     plan, loaders = model.plan, plural(num_workers(recipe), "loader process", "loader processes")
     lines = [
-        f"{plural(parameters, 'parameter')}; {plural(total_steps, 'step')} with batches of "
+        f"{plural(parameters, 'parameter')}{frozen}; {plural(total_steps, 'step')} with batches of "
         f"{recipe.train.global_batch_size:,} on {plural(world_size(), 'rank')}, {loaders} each, "
         f"{recipe.train.precision}"
     ]

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mlip_cli.commands.loading import find_checkpoint, load_into
+from mlip_cli.commands.initial_weights import InitNotes, load_initial
 from mlip_cli.config import Recipe
 from mlip_cli.data.dataset import ShardDataset, open_sources
 from mlip_cli.data.loader import default_num_workers, training_loader
@@ -13,7 +13,6 @@ from mlip_cli.data.order import Order
 from mlip_cli.distributed import pick_device, rank, world_size, wrap
 from mlip_cli.errors import UsageError
 from mlip_cli.model.clip import build_model, set_fused_attention
-from mlip_cli.train.checkpoint import load_weights
 from mlip_cli.train.gradients import Precision
 from mlip_cli.train.optim import build_optimizer
 from mlip_cli.train.resume import Training
@@ -65,18 +64,20 @@ def open_data(recipe: Recipe) -> TrainingData:
     return TrainingData(datasets, order, recipe.train.epochs * order.steps_per_epoch)
 
 
-def build(recipe: Recipe, device: torch.device, *, fresh: bool) -> Training:
+def build(recipe: Recipe, device: torch.device, *, fresh: bool) -> tuple[Training, InitNotes]:
     """Model and optimiser on `device`; a fresh run starts from `model.init` where the recipe names one."""
     torch.manual_seed(recipe.seed)
     model = build_model(recipe)
-    if fresh and recipe.model.init is not None:
-        _, checkpoint = find_checkpoint(recipe.model.init)
-        load_into(model, load_weights(checkpoint), checkpoint)
+    starts_from_weights = fresh and recipe.model.init is not None
+    notes = load_initial(model, recipe) if starts_from_weights else InitNotes()
+    if recipe.model.freeze is not None:
+        model.freeze(recipe.model.freeze)
     set_fused_attention(model, device.type != "cpu")
     model.to(device)
     torch.manual_seed(recipe.seed + 1 + rank())  # dropout and drop path differ between ranks
     optimizer = build_optimizer(model, recipe.optim)
-    return Training(wrap(model, device), optimizer, Precision.named(recipe.train.precision, device), device)
+    precision = Precision.named(recipe.train.precision, device)
+    return Training(wrap(model, device), optimizer, precision, device), notes
 
 
 def open_batches(recipe: Recipe, data: TrainingData, device: torch.device, *, start_step: int) -> Iterator[Batch]:

@@ -1,6 +1,7 @@
 """The whole model: two towers, the frequency branch, projections into the joint spaces, logit scales."""
 
 import math
+from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +38,7 @@ class CLIP(nn.Module):
     def __init__(self, config: ModelConfig, *, image_size: int, losses: dict[str, str], global_batch_size: int) -> None:
         super().__init__()
         self.image_size = image_size
+        self.frozen: Literal["image", "text"] | None = None
         self.context_length = config.text.context_length
         self.merging = config.merging
         self.vision = ImageTower(config.vision, image_size=image_size)
@@ -83,6 +85,38 @@ class CLIP(nn.Module):
         """What the losses see; dropping random patches is for them alone."""
         self.plan = self.merge_plan(0.0) if self.training_plan.drops else self.training_plan
         """What evaluation sees."""
+
+    def freeze(self, tower: Literal["image", "text"]) -> None:
+        """Leave a tower with its projection as it is: no gradients, and no dropout in training."""
+        trunk, projection = {
+            "image": (self.vision, self.image_projection),
+            "text": (self.text, self.text_projection),
+        }[tower]
+        trunk.requires_grad_(False)
+        projection.requires_grad_(False)
+        self.frozen = tower
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Self:
+        """Training mode for all but the blocks of a frozen tower, which drop nothing."""
+        super().train(mode)
+        if self.frozen == "image":
+            self.vision.trunk.eval()  # not the tower itself: merging may depend on whether it trains
+        elif self.frozen == "text":
+            self.text.eval()
+        return self
+
+    def blocks_above(self) -> dict[str, int]:
+        """Number of blocks between each parameter of the towers and its tower's top, by name.
+
+        0 in the last block and above it (norms, pooling), the tower's depth below the first block (embeddings).
+        """
+        trunk = self.vision.trunk
+        top = (trunk.norm, trunk.fc_norm, trunk.attn_pool)
+        return {
+            **_blocks_above("vision.", self.vision, list(trunk.blocks), top),
+            **_blocks_above("text.", self.text, list(self.text.blocks), (self.text.norm,)),
+        }
 
     def merge_plan(self, rate: float, method: str | None = None) -> MergePlan:
         """Plan for `rate`, with the recipe's places, guidance and strength, or the defaults where it has none.
@@ -175,6 +209,14 @@ class CLIP(nn.Module):
 
     def _project(self, name: str, tokens: Tensor) -> Tensor | None:
         return self.token_projections[name](tokens) if name in self.token_projections else None
+
+
+def _blocks_above(
+    prefix: str, tower: nn.Module, blocks: list[nn.Module], top: tuple[nn.Module | None, ...]
+) -> dict[str, int]:
+    above = {id(p): len(blocks) - number for number, block in enumerate(blocks, 1) for p in block.parameters()}
+    above |= {id(p): 0 for module in top if module is not None for p in module.parameters()}
+    return {prefix + name: above.get(id(p), len(blocks)) for name, p in tower.named_parameters()}
 
 
 def build_model(recipe: Recipe) -> CLIP:

@@ -3,10 +3,14 @@
 from functools import partial
 
 import torch
+from timm.layers.activations import QuickGELU
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from mlip_cli.config import Text
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": nn.GELU, "quick_gelu": QuickGELU}
+"""Of the MLPs, by the recipe's word; quick_gelu is x * sigmoid(1.702 x), an approximation of the other."""
 
 
 def end_of_text(token_ids: Tensor) -> Tensor:
@@ -47,7 +51,15 @@ class TextTower(nn.Module):
         self.token_embedding = nn.Embedding(vocab_size, width)
         self.positional_embedding = nn.Parameter(torch.empty(config.context_length, width))
         norm = partial(nn.LayerNorm, eps=1e-5)  # timm's own default, 1e-6, misses other CLIPs' text features by 4e-3
-        blocks = [Block(width, config.num_heads, qkv_bias=True, norm_layer=norm) for _ in range(config.depth)]
+        activation = ACTIVATIONS[config.activation]
+        blocks = [
+            Block(
+                width, config.num_heads, qkv_bias=True, proj_drop=config.dropout, norm_layer=norm, act_layer=activation
+            )
+            for _ in range(config.depth)
+        ]
+        for block in blocks:
+            block.mlp.drop1.p = 0.0  # timm drops inside the MLP too; the recipe's dropout is behind it
         self.blocks = nn.ModuleList(blocks)
         self.norm = norm(width)
         self._init_weights(blocks)

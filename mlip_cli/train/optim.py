@@ -27,20 +27,38 @@ def is_decayed(name: str, parameter: nn.Parameter) -> bool:
     return parameter.ndim > 1 and name.rsplit(".", 1)[-1] not in NOT_DECAYED
 
 
+def layer_scale(blocks_above: int, decay: float) -> float:
+    """Factor of the learning rate of a layer with so many blocks between it and the top of its tower.
+
+    decay^blocks_above: 1 in the last of d blocks, decay^(d-1) in the first one, decay^d in the embeddings below it. Our
+    count begins one later than that of "BEiT" (Bao et al., ICLR 2022), where the last block has a factor too.
+    """
+    return decay**blocks_above
+
+
 def build_optimizer(model: nn.Module, optim: Optim) -> torch.optim.AdamW:
-    """Fused AdamW with two groups: decayed and not decayed; the caller sets `lr` each step."""
+    """Fused AdamW over what trains, decayed and not decayed apart; the caller sets `lr` each step.
+
+    Without layer decay these are the two groups. With it each distance from a tower's top (`model.blocks_above()`, 0
+    outside the towers) has its own, and a group's `lr_scale` says how its learning rate relates to the others.
+    """
+    above: dict[str, int] = model.blocks_above() if optim.layer_decay != 1 else {}  # type: ignore[operator]
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for name, p in named if is_decayed(name, p)], "weight_decay": optim.weight_decay},
-        {"params": [p for name, p in named if not is_decayed(name, p)], "weight_decay": 0.0},
-    ]
+    groups = []
+    for distance in sorted({above.get(name, 0) for name, _ in named}):
+        layer = [(name, p) for name, p in named if above.get(name, 0) == distance]
+        scale = layer_scale(distance, optim.layer_decay)
+        for weight_decay, decayed in ((optim.weight_decay, True), (0.0, False)):
+            parameters = [p for name, p in layer if is_decayed(name, p) == decayed]
+            if parameters:
+                groups.append({"params": parameters, "weight_decay": weight_decay, "lr_scale": scale})
     return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """The same rate for all groups."""
+    """The rate `lr` for all groups, each times its own `lr_scale` where it has one."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_scale", 1.0)
 
 
 @torch.no_grad()

@@ -1,0 +1,58 @@
+"""Files of weights that others wrote: safetensors, or what torch saved; nothing in them is run."""
+
+import pickle
+import shlex
+import zipfile
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from mlip_cli.errors import UsageError
+
+
+def read_weights(file: Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors file, or of a state dict that torch saved, alone or inside a checkpoint.
+
+    Raises:
+        UsageError: a damaged file, a TorchScript archive, or one that holds more than tensors; with the way out.
+    """
+    if file.suffix == ".safetensors":
+        try:
+            return load_file(file)
+        except SafetensorError as error:
+            raise UsageError(f"{file}: not a whole safetensors file ({error}); fetch it again") from None
+    if _is_torchscript(file):
+        raise UsageError(
+            f"{file}: a TorchScript archive, which is a program; where you trust it, take its weights out:\n"
+            + _save_command(file, "torch.jit.load({}, map_location='cpu').state_dict()")
+        )
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise UsageError(
+            f"{file}: holds more than tensors and plain values, which could run anything; where you trust it, take its "
+            "weights out:\n"
+            + _save_command(file, "(lambda c: c.get('state_dict', c))(torch.load({}, 'cpu', weights_only=False))")
+        ) from None
+    except (RuntimeError, EOFError, OSError) as error:
+        raise UsageError(f"{file}: not a whole file of torch ({type(error).__name__}); fetch it again") from error
+    weights = content.get("state_dict", content) if isinstance(content, dict) else content
+    if not isinstance(weights, dict) or not all(isinstance(tensor, Tensor) for tensor in weights.values()):
+        raise UsageError(f"{file}: no state dict (names and tensors), neither alone nor as `state_dict`; save one")
+    return weights
+
+
+def _is_torchscript(file: Path) -> bool:
+    if not zipfile.is_zipfile(file):
+        return False
+    with zipfile.ZipFile(file) as archive:
+        return any(name.endswith("/constants.pkl") for name in archive.namelist())
+
+
+def _save_command(file: Path, weights: str) -> str:
+    """What to type to write `weights`, an expression with a place for the file, beside `file`."""
+    program = f"import torch; torch.save({weights.format(repr(str(file)))}, {str(file.with_suffix('.weights.pt'))!r})"
+    return f"python -c {shlex.quote(program)}"
