@@ -78,13 +78,19 @@ def measure_runs(
     for size, group in groupby(order, key=lambda i: runs[i][0].model.image_size):
         numbers = list(group)
         candidates = [
-            Candidate(tuple(encoders), partial(tokenize, loaded.tokenizer), loaded.device)
+            Candidate(tuple(encoders), partial(tokenize, loaded.tokenizer), loaded.device, loaded.label)
             for loaded, encoders in (runs[i] for i in numbers)
         ]
         read_ahead = all(candidate.device.type == "cuda" for candidate in candidates)
         loader = batches(pictures, READERS, size=size, batch_size=batch_size, read_ahead=read_ahead)
         with batch_named("--batch-size", batch_size), progress(pictures.num_pictures, benchmark.name) as bar:
-            results = measure(pictures, loader, candidates, on_batch=lambda n: bar.advance(bar.task_ids[0], n))
+            results = measure(
+                pictures,
+                loader,
+                candidates,
+                dataset=benchmark.name,
+                on_batch=lambda n: bar.advance(bar.task_ids[0], n),
+            )
         scores |= dict(zip(numbers, results, strict=True))
     return [scores[i] for i in range(len(runs))]
 
@@ -118,7 +124,7 @@ def _zeroshot_evaluator(benchmark: Benchmark, recipe: Recipe, tokenizer: Tokeniz
 
     def evaluate(encoder: Encoder, on_batch: OnBatch) -> Measures:
         candidate = Candidate((encoder,), interruptible(tokenizer, on_batch), device)
-        [[scores]] = measure(pictures, decoded, [candidate], is_timed=False, on_batch=on_batch)
+        [[scores]] = measure(pictures, decoded, [candidate], dataset=benchmark.name, is_timed=False, on_batch=on_batch)
         fractions = {f"{prefix}_mean_recall": scores["mean_per_class_recall"], f"{prefix}_acc1": scores["acc1"]}
         if "names" in scores:
             fractions |= {f"{prefix}_name_r{k}": scores["names"][f"r{k}"] for k in NAME_RECALL_AT}

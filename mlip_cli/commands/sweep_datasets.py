@@ -13,7 +13,7 @@ from torch import Tensor
 from mlip_cli.commands.evaluators import READERS, measure_runs
 from mlip_cli.commands.loading import LoadedRun
 from mlip_cli.commands.sweep_points import Point
-from mlip_cli.commands.validation import ValidationPairs, validation_pairs
+from mlip_cli.commands.validation import VALIDATION, ValidationPairs, validation_pairs
 from mlip_cli.data.loader import decoded
 from mlip_cli.errors import RunError, UsageError
 from mlip_cli.evaluate.benchmarks import Benchmark, data_root, find_benchmark
@@ -21,9 +21,6 @@ from mlip_cli.evaluate.retrieval import Ranks, image_text_ranks
 from mlip_cli.evaluate.sources import open_benchmark
 from mlip_cli.evaluate.statistics import paired
 from mlip_cli.output import progress, say
-
-VALIDATION = "validation"
-"""Name of the run's own validation set."""
 
 FAILURES = (UsageError, RunError, OSError)
 """What may be wrong with one data set while the others can be measured."""

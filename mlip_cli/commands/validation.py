@@ -18,6 +18,9 @@ T = TypeVar("T")
 OnBatch = Callable[[int], None]
 """Told of the number of pictures that are done now, of 0 before texts. It may raise, to end an evaluation."""
 
+VALIDATION = "validation"
+"""Name of the run's own validation set."""
+
 BATCH_SIZE = 128
 KEPT_BYTES = 1 << 30
 """Decoded pictures up to this many bytes a data set stay in memory between evaluations; more are decoded each time."""
@@ -89,15 +92,25 @@ class ValidationPairs:
         raise IndexError(number)
 
     def features(self, encoder: Encoder, *, on_batch: OnBatch = lambda _: None) -> tuple[Tensor, Tensor]:
-        """Unit vectors of all pictures and of all texts: (I, E), (T, E) fp32."""
+        """Unit vectors of all pictures and of all texts: (I, E), (T, E) fp32.
+
+        Raises:
+            RunError: some features are not finite; says how many.
+        """
         parts = []
         for images in self._decoded:
             with torch.no_grad():
-                parts.append(normalized(encoder.encode_image(images.to(self.device)), "image"))
+                parts.append(encoder.encode_image(images.to(self.device)))
             on_batch(len(images))
         tokenize_batch = interruptible(self._tokenizer, on_batch)
-        texts = text_features(self.texts, tokenize=tokenize_batch, encode_text=encoder.encode_text, device=self.device)
-        return torch.cat(parts), texts
+        texts = text_features(
+            self.texts,
+            tokenize=tokenize_batch,
+            encode_text=encoder.encode_text,
+            device=self.device,
+            place=VALIDATION,
+        )
+        return normalized(torch.cat(parts), "image", place=VALIDATION), texts
 
     def scores(self, encoder: Encoder, *, on_batch: OnBatch = lambda _: None) -> Mapping[str, dict[str, Any]]:
         """Recall both ways (see `image_text_retrieval`)."""

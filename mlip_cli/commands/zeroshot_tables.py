@@ -27,7 +27,7 @@ def _comparison(first: Result, other: Result) -> Result:
 
 def without_answers(result: Result) -> Result:
     """`result` without the line of single answers, which only its file needs."""
-    return {key: value for key, value in result.items() if key not in ("right", "predicted")}
+    return {key: value for key, value in result.items() if key not in ("right", "predicted", "mosaic")}
 
 
 def print_results(groups: Sequence[Sequence[Result]], *, failed: Sequence[str]) -> None:
@@ -38,7 +38,7 @@ def print_results(groups: Sequence[Sequence[Result]], *, failed: Sequence[str]) 
     named = [group for group in groups if "names" in group[0]]
     plain = [group for group in groups if "names" not in group[0]]
     results = [result for group in groups for result in group]
-    checkpoints = _checkpoints(results)
+    checkpoints = checkpoint_words(results)
     numbers = {run: number for number, run in enumerate(checkpoints, start=1)} if len(checkpoints) > 1 else {}
     for group in named:
         _print_named(group, numbers)
@@ -55,8 +55,8 @@ def _print_named(group: Sequence[Result], numbers: Mapping[str, int]) -> None:
     names = first["names"]
     rows = [
         [
-            *_run(result, numbers),
-            _rate(result),
+            *run_cell(result, numbers),
+            merge_rate(result),
             score(result, "mean_per_class_recall"),
             score(result["names"], "r1"),
             score(result["names"], "r5"),
@@ -65,7 +65,7 @@ def _print_named(group: Sequence[Result], numbers: Mapping[str, int]) -> None:
         for result in group
     ]
     print_table(
-        (*_run_column(numbers), "true rate", "group recall %", "name R@1 %", "name R@5 %", "images/s"),
+        (*run_column(numbers), "true rate", "group recall %", "name R@1 %", "name R@5 %", "images/s"),
         rows,
         title=f"{first['dataset']}: {plural(first['n'], 'picture')} of concepts that training did not see",
     )
@@ -82,8 +82,8 @@ def _print_plain(groups: Sequence[Sequence[Result]], numbers: Mapping[str, int],
     rows: list[list[Any]] = [
         [
             result["dataset"],
-            *_run(result, numbers),
-            _rate(result),
+            *run_cell(result, numbers),
+            merge_rate(result),
             score(result, "acc1"),
             *([percent(result["acc5"]) if _has_top5(result) else None] if shows_top5 else []),
             percent(result["mean_per_class_recall"]),
@@ -93,7 +93,7 @@ def _print_plain(groups: Sequence[Sequence[Result]], numbers: Mapping[str, int],
         for result in group
     ]
     top5 = ("top-5 %",) if shows_top5 else ()
-    columns = ("data set", *_run_column(numbers), "rate", "top-1 %", *top5, "recall %", "images/s")
+    columns = ("data set", *run_column(numbers), "rate", "top-1 %", *top5, "recall %", "images/s")
     rows += [[name, *[None] * (len(columns) - 1)] for name in failed]
     print_table(columns, rows)
     for first, *_ in groups:
@@ -112,15 +112,18 @@ def _has_top5(result: Result) -> bool:
     return result["num_classes"] >= MANY_CLASSES
 
 
-def _run_column(numbers: Mapping[str, int]) -> tuple[str, ...]:
+def run_column(numbers: Mapping[str, int]) -> tuple[str, ...]:
+    """The title of the column of runs, where there are several."""
     return ("run",) if numbers else ()
 
 
-def _run(result: Result, numbers: Mapping[str, int]) -> list[int]:
+def run_cell(result: Result, numbers: Mapping[str, int]) -> list[int]:
+    """The number of a result's run in that column."""
     return [numbers[result["run"]]] if numbers else []
 
 
-def _rate(result: Result) -> str:
+def merge_rate(result: Result) -> str:
+    """The true one."""
     return f"{result['true_merge_rate']:.3f}"
 
 
@@ -130,7 +133,7 @@ def score(scores: Result, name: str) -> str:
     return f"{percent(scores[name])} ({percent(low)}-{percent(high)})"
 
 
-def _checkpoints(results: Sequence[Result]) -> dict[str, str]:
+def checkpoint_words(results: Sequence[Result]) -> dict[str, str]:
     """What was measured: run -> its checkpoint in words."""
     which = {True: "last", False: "earlier"}
     return {

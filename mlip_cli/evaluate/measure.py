@@ -13,7 +13,14 @@ from torch import Tensor
 from mlip_cli.distributed import synchronize
 from mlip_cli.evaluate.pictures import Pictures
 from mlip_cli.evaluate.retrieval import ranks, recalls
-from mlip_cli.evaluate.zeroshot import class_embeddings, classification, normalized, top_classes
+from mlip_cli.evaluate.zeroshot import (
+    class_embeddings,
+    classification,
+    finite_rows,
+    require_finite,
+    top_classes,
+    unit,
+)
 from mlip_cli.types import Encoder, ImageFeatures
 
 NAME_RECALL_AT = (1, 5)
@@ -27,6 +34,12 @@ class Candidate:
     tokenize: Callable[[Sequence[str]], Tensor]
     """Texts -> token ids (B, L)."""
     device: torch.device
+    label: str | None = None
+    """Of the run, for messages, where there may be several."""
+
+    def place(self, dataset: str) -> str:
+        """What messages begin with."""
+        return f"{dataset}: {self.label}" if self.label else dataset
 
 
 @dataclass
@@ -46,6 +59,7 @@ class _Contestant:
         self.device, self.encoder, self.classes, self.names = candidate.device, encoder, classes, names
         self.is_timed = is_timed
         self.answers: dict[str, _Answers] = {"spatial": _Answers()}
+        self.is_finite: dict[str, list[Tensor]] = {}
         self.seconds: list[tuple[int, float]] = []
         self.has_frequency: bool | None = None
 
@@ -53,12 +67,15 @@ class _Contestant:
         """Encode a batch (B, 3, H, W) uint8 on the CPU and note the answers."""
         images = images.to(self.device)
         features = self._timed_features(images) if self.is_timed else self.encoder.image_features(images)
-        spatial = normalized(features.spatial, "image")
+        for what, own in (("image", features.spatial), ("frequency", features.frequency)):
+            if own is not None:
+                self.is_finite.setdefault(what, []).append(finite_rows(own).cpu())
+        spatial = unit(features.spatial)
         self._note("spatial", spatial, accepted)
         if features.frequency is not None:
-            frequency = normalized(features.frequency, "frequency")
+            frequency = unit(features.frequency)
             self._note("frequency", frequency, accepted)
-            self._note("spatial_plus_frequency", normalized(spatial + frequency, "image"), accepted)
+            self._note("spatial_plus_frequency", unit(spatial + frequency), accepted)
 
     def _timed_features(self, images: Tensor) -> ImageFeatures:
         """`encode_image` on the clock; the frequency feature, which it does not give, in a pass off the clock."""
@@ -78,6 +95,11 @@ class _Contestant:
         if self.names is not None:
             answers.name_ranks.append(ranks(features, self.names, accepted))
 
+    def require_finite(self, place: str) -> None:
+        """Refuse what was seen if some features were not finite."""
+        for what, is_finite in self.is_finite.items():
+            require_finite(torch.cat(is_finite), what, place=place)
+
     def images_per_s(self) -> float:
         """Batch size over the median time of a full batch."""
         full = max(size for size, _ in self.seconds)
@@ -90,6 +112,7 @@ def measure(
     batches: Iterable[tuple[Tensor, Tensor]],
     candidates: Sequence[Candidate],
     *,
+    dataset: str,
     is_timed: bool = True,
     on_batch: Callable[[int], None] = lambda _: None,
 ) -> list[list[dict[str, Any]]]:
@@ -101,6 +124,7 @@ def measure(
 
     Args:
         batches: uint8 images (B, 3, S, S) and classes (B,), on the CPU.
+        dataset: name of the data set, for messages.
         is_timed: also measure `images_per_s`, which takes a pass more where there is a frequency branch.
         on_batch: called with the number of pictures of each batch.
 
@@ -109,7 +133,7 @@ def measure(
     """
     contestants = [
         [_Contestant(c, encoder, *texts, is_timed=is_timed) for encoder in c.encoders]
-        for c, texts in _texts(pictures, candidates)
+        for c, texts in _texts(pictures, candidates, dataset)
     ]
     labels: list[Tensor] = []
     start = 0
@@ -121,12 +145,15 @@ def measure(
         labels.append(classes)
         start += len(images)
         on_batch(len(images))
+    for candidate, group in zip(candidates, contestants, strict=True):
+        for contestant in group:
+            contestant.require_finite(candidate.place(dataset))
     truth = torch.cat(labels)
     return [[_scores(contestant, pictures, truth) for contestant in group] for group in contestants]
 
 
 def _texts(
-    pictures: Pictures, candidates: Sequence[Candidate]
+    pictures: Pictures, candidates: Sequence[Candidate], dataset: str
 ) -> Iterable[tuple[Candidate, tuple[Tensor, Tensor | None]]]:
     """Class and name embeddings, once a candidate: merging does not touch the texts."""
     for candidate in candidates:
@@ -136,6 +163,7 @@ def _texts(
             tokenize=candidate.tokenize,
             encode_text=candidate.encoders[0].encode_text,
             device=candidate.device,
+            place=candidate.place(dataset),
         )
         yield candidate, (embed(pictures.class_names), embed(pictures.names.texts) if pictures.names else None)
 

@@ -18,9 +18,10 @@ def rank_of_first_right(scores: Tensor, right: Tensor) -> Tensor:
     """How many wrong candidates come before the best right one: (Q, G) scores, (Q, G) bool -> (Q,).
 
     A wrong candidate with the same score comes before it: a model that gives everything the same feature finds nothing.
+    So does one whose score is NaN, and a right one's NaN comes last.
     """
     best = scores.masked_fill(~right, -torch.inf).amax(dim=1, keepdim=True)
-    return ((scores >= best) & ~right).sum(dim=1)
+    return (~(scores < best) & ~right).sum(dim=1)
 
 
 def ranks(queries: Tensor, gallery: Tensor, right: Sequence[Sequence[int]], *, chunk: int = CHUNK) -> Tensor:

@@ -1,4 +1,7 @@
-"""Numbers as tables and pages write them; no torch."""
+"""Numbers and names as tables and pages write them; no torch."""
+
+READINGS = {"feature": "feature", "tokens": "tokens", "frequency_tokens": "frequency tokens"}
+"""How pointing reads a picture's patches: projected like the image feature, or by a token head of either domain."""
 
 
 def percent(share: float | None) -> str | None:

@@ -13,16 +13,42 @@ from mlip_cli.evaluate.statistics import mean_recall_interval, wilson
 TOP_K = 5
 
 
-def normalized(features: Tensor, what: str) -> Tensor:
+def finite_rows(features: Tensor) -> Tensor:
+    """Which vectors have a length, and so a direction: (B, E) -> (B,) bool."""
+    return features.float().norm(dim=-1).isfinite()
+
+
+def require_finite(is_finite: Tensor, what: str, *, place: str | None = None) -> None:
+    """Refuse features that are not finite: scores of them would count as hits or misses at random.
+
+    Args:
+        is_finite: (n,) bool, of all features that were made.
+        what: whose features, such as `image`.
+        place: the data set, and of several runs which; None where a message needs no place.
+
+    Raises:
+        RunError: says how many of them are not.
+    """
+    n, num_wrong = is_finite.numel(), int((~is_finite).sum())
+    if num_wrong:
+        start = f"{place}: " if place else ""
+        cure = "the weights of this checkpoint are damaged; name an earlier one"
+        raise RunError(f"{start}{num_wrong:,} of {n:,} {what} features are not finite; {cure}")
+
+
+def unit(features: Tensor) -> Tensor:
+    """Unit vectors in fp32, for features that are known to be finite or will be checked: (B, E) -> (B, E)."""
+    return F.normalize(features.float(), dim=-1)
+
+
+def normalized(features: Tensor, what: str, *, place: str | None = None) -> Tensor:
     """Unit vectors in fp32: (B, E) -> (B, E).
 
     Raises:
-        RunError: a feature is not finite; scores of such features would count as hits or misses at random.
+        RunError: some are not finite (see `require_finite`).
     """
-    features = features.float()
-    if not bool(torch.isfinite(features).all()):
-        raise RunError(f"{what} features are not finite; the weights of this checkpoint are damaged")
-    return F.normalize(features, dim=-1)
+    require_finite(finite_rows(features), what, place=place)
+    return unit(features)
 
 
 @torch.no_grad()
@@ -33,13 +59,18 @@ def text_features(
     encode_text: Callable[[Tensor], Tensor],
     device: torch.device | str,
     batch_size: int = 256,
+    place: str | None = None,
 ) -> Tensor:
-    """Unit features of texts, in batches: -> (len(texts), E) fp32."""
+    """Unit features of texts, in batches: -> (len(texts), E) fp32.
+
+    Raises:
+        RunError: some are not finite (see `require_finite`).
+    """
     parts = [
-        normalized(encode_text(tokenize(texts[start : start + batch_size]).to(device)), "text")
+        encode_text(tokenize(texts[start : start + batch_size]).to(device))
         for start in range(0, len(texts), batch_size)
     ]
-    return torch.cat(parts)
+    return normalized(torch.cat(parts), "text", place=place)
 
 
 def class_embeddings(
@@ -49,13 +80,17 @@ def class_embeddings(
     tokenize: Callable[[Sequence[str]], Tensor],
     encode_text: Callable[[Tensor], Tensor],
     device: torch.device | str,
+    place: str | None = None,
 ) -> Tensor:
     """One unit vector a class: -> (C, E) fp32.
 
     The normalised mean of the normalised features of all templates with the name put for `{c}` (Radford et al. 2021).
+
+    Raises:
+        RunError: some are not finite (see `require_finite`).
     """
     texts = [template.replace("{c}", name) for name in class_names for template in templates]
-    features = text_features(texts, tokenize=tokenize, encode_text=encode_text, device=device)
+    features = text_features(texts, tokenize=tokenize, encode_text=encode_text, device=device, place=place)
     return F.normalize(features.unflatten(0, (len(class_names), len(templates))).mean(dim=1), dim=-1)
 
 
