@@ -14,7 +14,7 @@ from PIL import Image
 from shards_for_tests import COLORS, make_dataset
 from torch import Tensor
 
-from mlip_cli import cli
+from mlip_cli import cli, merge_plan
 from mlip_cli.commands import merge_sweep
 from mlip_cli.commands.costs import image_gflops
 from mlip_cli.commands.evaluators import training_evaluators
@@ -162,6 +162,10 @@ def test_tables_of_retrieval(place: Path, capsys: pytest.CaptureFixture[str]) ->
     [
         ({"methods": ["guded"]}, "--methods guded: no such method; did you mean guided?"),
         ({"methods": ["kmeans"]}, "--methods kmeans: no such method; there are guided, tome"),
+        (
+            {"methods": ["random_drop"]},
+            "--methods random_drop: drops patches in training only; there are guided, tome",
+        ),
         ({"rates": [0.3, 0.9]}, "merge rate 0.9: the merge before block 2 would take 16 tokens to 5"),
         ({"datasets": ["digit"]}, "unknown data set 'digit'; did you mean digits?"),
         ({"datasets": ["validation"]}, "validation: the recipe of mlip has no data.validation"),
@@ -361,5 +365,17 @@ def test_agreement_is_of_whole_class_numbers() -> None:
     assert agreement("3 11 0 2", "3 1 0 2") == 0.75
 
 
-def test_methods_are_those_of_the_recipe() -> None:
-    assert METHODS == ("guided", "tome")
+def test_methods_are_those_of_the_recipe_that_merge() -> None:
+    assert set(METHODS) == set(merge_plan.METHODS) - {"random_drop"}
+
+
+def test_a_run_that_dropped_patches_is_swept_as_guided(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    merging = {"method": "random_drop", "guidance": "spatial", "strength": 1.0, "at": [1]}
+    make_run(place / "runs" / "flip", small_recipe(mlip=False, model={"merging": merging}))
+    sweep("runs/flip")
+    points = printed(capsys)["points"]
+    assert [(p["method"], p["rate"]) for p in points] == [(None, 0.0), ("guided", 0.5)]
+    assert points[1]["tokens_per_block"] == [16, 11, 11, 8]
+    model = load_run("runs/flip", device="cpu").model
+    assert at_rate(model, None).plan == at_rate(model, 0.0).plan
+    assert (at_rate(model, 0.5).plan.guidance, at_rate(model, 0.5).plan.strength) == ("spatial", 1.0)

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mlip_cli import config, profiling
 from mlip_cli.commands import costs
-from mlip_cli.merge_plan import MergePlan
+from mlip_cli.merge_plan import GUIDANCE, MergePlan
 from mlip_cli.model.clip import CLIP, set_fused_attention
 from mlip_cli.profiling import BlockSizes, global_filter_gflops, measure_interleaved, merge_macs, square_matmul
 
@@ -42,10 +43,11 @@ def counted_gflops(function: Any, *arguments: Any) -> float:
     return counter.get_total_flops() / 1e9
 
 
-@pytest.mark.parametrize("method", ["guided", "tome"])
+@pytest.mark.parametrize("method", ["mixed", "spatial", "frequency", "inverse", "tome", "random_drop"])
 @pytest.mark.parametrize("rate", [0.0, 0.3, 0.5])
 def test_image_tower_equals_a_count_of_its_products(tiny: CLIP, rate: float, method: str) -> None:
-    plan = tiny.merge_plan(rate, method)
+    plan = tiny.merge_plan(rate, "guided" if method in GUIDANCE else method)
+    plan = replace(plan, guidance=method if method in GUIDANCE else "mixed")
     images = torch.rand(3, 3, 32, 32)
     counted = counted_gflops(tiny.encode_image, images, plan) / 3
     assert sum(costs.image_gflops(tiny, plan).values()) == pytest.approx(counted, rel=1e-9)

@@ -12,9 +12,10 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mlip_cli.config import Vision
+from mlip_cli.config import Frequency, Vision
 from mlip_cli.errors import UsageError
-from mlip_cli.merge_plan import MergePlan
+from mlip_cli.merge_plan import MergePlan, stem_depth
+from mlip_cli.model.frequency import place_stem
 from mlip_cli.model.merge_pass import Guidance, MergePass, Patches
 from mlip_cli.types import MergeStage
 
@@ -33,6 +34,8 @@ class Tower:
     """Of each merge, the group (B, N) of every original patch."""
     guidance: tuple[Guidance | None, ...]
     """Of each merge, what guided it; None where nothing did."""
+    stem_tokens: Tensor | None = None
+    """(B, N, D): patch tokens behind the spectral blocks of a stem; None without one."""
 
     def stages(self, plan: MergePlan) -> tuple[MergeStage, ...]:
         """Every merge of this pass, seen from the original patches."""
@@ -141,11 +144,17 @@ def build_trunk(config: Vision, *, image_size: int) -> VisionTransformer:
 
 
 class ImageTower(nn.Module):
-    """A ViT with token merging: images -> pooled feature and patch tokens."""
+    """A ViT with token merging: images -> pooled feature and patch tokens.
 
-    def __init__(self, config: Vision, *, image_size: int) -> None:
+    With placement `stem` the first blocks of the trunk are spectral; blocks keep their numbers.
+    """
+
+    def __init__(self, config: Vision, *, image_size: int, frequency: Frequency | None = None) -> None:
         super().__init__()
         self.trunk = build_trunk(config, image_size=image_size)
+        self.stem_depth = stem_depth(frequency)
+        if frequency is not None and self.stem_depth:
+            place_stem(self.trunk, frequency)
         self.width: int = self.trunk.embed_dim
         self.depth = len(self.trunk.blocks)
         self.num_prefix: int = self.trunk.num_prefix_tokens
@@ -154,7 +163,14 @@ class ImageTower(nn.Module):
         self.patch_size = image_size // self.grid[0]  # hybrids embed patches of a smaller feature map
 
     def embed(self, images: Tensor) -> Tensor:
-        """Prefix and patch tokens with positions: (B, 3, H, W) -> (B, P+N, D)."""
+        """Prefix and patch tokens with positions: (B, 3, H, W) -> (B, P+N, D).
+
+        Raises:
+            UsageError: pictures of another size than the tower's.
+        """
+        given, own = tuple(images.shape[-2:]), tuple(self.trunk.patch_embed.img_size)
+        if given != own:
+            raise UsageError(f"images: {given[0]} x {given[1]} pixels, but the model reads {own[0]} x {own[1]}")
         return self.trunk._pos_embed(self.trunk.patch_embed(images))
 
     def check_merging(self) -> None:
@@ -175,7 +191,7 @@ class ImageTower(nn.Module):
         x = self.trunk.norm_pre(self.trunk.patch_drop(embedded))
         patches = Patches(self.grid, self.patch_size, self.num_prefix, self.trunk.cls_token is not None)
         merging = MergePass(images, plan, patches=patches, replay=assign)
-        merges = plan.merges
+        merges, stem_tokens = plan.merges, None
         for number, block in enumerate(self.trunk.blocks, start=1):
             if number in merges:
                 x = merging.merge(x, merges[number])
@@ -184,6 +200,8 @@ class ImageTower(nn.Module):
                 x, merging.keys, merging.first_row = self._run(block, x, attn_mask=merging.mask, **asked)
             else:
                 x = self._run(block, x, attn_mask=merging.mask)
+            if number == self.stem_depth:
+                stem_tokens = x[:, self.num_prefix :]
         x = self.trunk.norm(x)
         return Tower(
             self._pool(x, merging),
@@ -191,6 +209,7 @@ class ImageTower(nn.Module):
             merging.sizes,
             tuple(merging.assigns),
             tuple(merging.guidance),
+            stem_tokens,
         )
 
     def _run(self, block: nn.Module, x: Tensor, **named: Any) -> Any:
