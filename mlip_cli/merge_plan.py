@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self, get_args
 
-from mlip_cli.config import Merging
+from mlip_cli.config import Frequency, Merging
 from mlip_cli.errors import UsageError
 
 MOST_IN_ONE_MERGE = 0.35
@@ -19,20 +19,35 @@ METHODS: tuple[str, ...] = get_args(Merging.model_fields["method"].annotation)
 GUIDANCE: tuple[str, ...] = get_args(Merging.model_fields["guidance"].annotation)
 
 
-def default_places(depth: int, method: str = DEFAULT.method) -> tuple[int, ...]:
+def stem_depth(frequency: Frequency | None) -> int:
+    """Blocks at the start of the image tower that are spectral and see the whole grid."""
+    return frequency.depth if frequency is not None and frequency.placement == "stem" else 0
+
+
+def earliest_place(method: str, stem: int) -> int:
+    """The first block before which tokens can merge, behind an attention block, or drop, behind the stem at once."""
+    return stem + 1 if method == "random_drop" else stem + 2
+
+
+def default_places(depth: int, method: str = DEFAULT.method, *, stem: int = 0) -> tuple[int, ...]:
     """Two places in the first half of the tower: 4 -> (2, 4), 6 -> (2, 4), 12 -> (3, 5), 24 -> (6, 10).
 
-    `random_drop` needs no features and drops before the first block.
+    `random_drop` needs no features and drops before the first block. Behind a stem of so many blocks no place is too
+    early: 12 with a stem of 2 -> (4, 6).
     """
+    earliest = earliest_place(method, stem)
     if method == "random_drop":
-        return (1,)
-    first = max(2, depth // 4)
+        return (earliest,)
+    first = max(earliest, depth // 4)
     second = first + max(2, depth // 6)
     return (first, second) if second <= depth else (first,)
 
 
-def wrong_places(places: Sequence[int], *, depth: int | None, method: str = DEFAULT.method) -> str | None:
+def wrong_places(
+    places: Sequence[int], *, depth: int | None, method: str = DEFAULT.method, stem: int = 0
+) -> str | None:
     """What is wrong with merges before these blocks, and what to do; None for nothing. `depth` None is not known."""
+    earliest = earliest_place(method, stem)
     shown = "[" + ", ".join(map(str, places)) + "]"
     if not places:
         return "no block given; name some, or set model.merging to null"
@@ -40,10 +55,13 @@ def wrong_places(places: Sequence[int], *, depth: int | None, method: str = DEFA
         return f"{shown} does not ascend; name each block once, the first one first"
     if places[0] < 1:
         return f"{shown} starts before block 1; blocks count from 1"
-    if places[0] < 2 and method != "random_drop":
+    if places[0] < earliest and not stem:
         return f"{shown} starts at block 1, which no attention precedes to guide a merge; start at 2"
+    if places[0] < earliest:
+        behind = "the stem" if method == "random_drop" else "the first attention block"
+        return f"{shown} starts too early for a stem of {stem} spectral blocks; start at {earliest}, behind {behind}"
     if depth is not None and places[-1] > depth:
-        cure = f"the last block is {depth}" if depth >= 2 else "set model.merging to null"
+        cure = f"the last block is {depth}" if depth >= earliest else "set model.merging to null"
         return f"{shown} goes beyond the tower's depth {depth}; {cure}"
     return None
 
@@ -126,6 +144,7 @@ class MergePlan:
         method: str,
         guidance: str = DEFAULT.guidance,
         strength: float = DEFAULT.strength,
+        stem: int = 0,
         multiple_of: int = 8,
     ) -> Self:
         """Spread `rate` evenly (geometrically) over the merges before the blocks `at`.
@@ -144,8 +163,8 @@ class MergePlan:
             raise UsageError(f"merge rate {rate:g}: not in [0, 1); it is the fraction of the patch tokens that goes")
         if rate == 0:
             return cls((num_patches,) * depth, num_patches, num_prefix, method, (), guidance, strength)
-        places = tuple(at) if at is not None else default_places(depth, method)
-        wrong = wrong_places(places, depth=depth, method=method)
+        places = tuple(at) if at is not None else default_places(depth, method, stem=stem)
+        wrong = wrong_places(places, depth=depth, method=method, stem=stem)
         if wrong:
             raise UsageError(f"model.merging.at: {wrong}")
         counts: list[int] = []

@@ -10,6 +10,7 @@ prefix tokens, width D and MLP width M, an image tower takes, in multiply-adds a
     a merge of n tokens   ceil(n/2) * floor(n/2) * d  matching on keys of width d; the means are sums, not products
     guidance              N * 2p^3                    DCT of the grey picture, once, for the frequency domain
     head                  D * E
+    a block of a stem     a global filter, and N * 2 * D * M for its MLP, on patches alone
 
 ViT-B/16 at 224 px (N = 196, P = 1, D = 768, M = 3072, E = 512): 17.56 G multiply-adds, 35.1 GFLOPs.
 """
@@ -63,6 +64,24 @@ class BlockSizes:
 
 
 @dataclass(frozen=True)
+class SpectralSizes:
+    """What a spectral block's cost depends on; it runs on patches alone, before any merge."""
+
+    grid: tuple[int, int]
+    width: int
+    mlp_weights: int
+    """Entries of the matrices of its MLP: 2DM."""
+
+    def filter_gflops(self) -> float:
+        """GFLOPs of the global filter."""
+        return global_filter_gflops(*self.grid, self.width)
+
+    def mlp_gflops(self) -> float:
+        """GFLOPs of the MLP."""
+        return gflops(self.grid[0] * self.grid[1] * self.mlp_weights)
+
+
+@dataclass(frozen=True)
 class ImageTowerSizes:
     """What an image tower's cost depends on."""
 
@@ -75,6 +94,8 @@ class ImageTowerSizes:
     """Width of what matching compares: one head's keys, or the whole token where keys cannot be read."""
     head_weights: int
     """Entries of the matrices that only the pooled feature passes: DE."""
+    stem: tuple[SpectralSizes, ...] = ()
+    """Spectral blocks before `blocks`."""
 
 
 def gflops(macs: float) -> float:
@@ -104,11 +125,16 @@ def image_tower_gflops(
         before = after
     if asks_frequency:
         merging += sizes.num_patches * 2 * sizes.patch_size**3
-    seen = [(block, count + sizes.num_prefix) for block, count in zip(sizes.blocks, tokens, strict=True)]
+    seen = [
+        (block, count + sizes.num_prefix) for block, count in zip(sizes.blocks, tokens[len(sizes.stem) :], strict=True)
+    ]
+    filters = {"global filters": sum(block.filter_gflops() for block in sizes.stem)} if sizes.stem else {}
     return {
         "patch embedding": gflops(sizes.num_patches * 3 * sizes.patch_size**2 * sizes.width),
+        **filters,
         "attention": gflops(sum(block.attention_macs(count) for block, count in seen)),
-        "MLP": gflops(sum(block.mlp_macs(count) for block, count in seen)),
+        "MLP": gflops(sum(block.mlp_macs(count) for block, count in seen))
+        + sum(block.mlp_gflops() for block in sizes.stem),
         "merging": gflops(merging),
         "head": gflops(sizes.head_weights),
     }
@@ -121,7 +147,10 @@ def text_tower_gflops(blocks: Sequence[BlockSizes], *, num_tokens: int, head_wei
 
 
 def global_filter_gflops(h: int, w: int, width: int) -> float:
-    """GFLOPs of a global filter: two real FFTs of h*w points a channel, 2.5 n log2 n each, and a complex product."""
+    """GFLOPs of a global filter: two real FFTs of h*w points a channel, 2.5 n log2 n each, and a complex product.
+
+    Products of matrices, which stand in for the FFTs where they are faster, take more operations; they do not count.
+    """
     return 1e-9 * width * (2 * 2.5 * h * w * math.log2(h * w) + 6 * h * (w // 2 + 1))
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from mlip_cli.config import LOSS_NAMES, Recipe
 from mlip_cli.errors import UsageError
 from mlip_cli.init_source import open_clip_file
-from mlip_cli.merge_plan import MergePlan, default_places, wrong_places
+from mlip_cli.merge_plan import MergePlan, default_places, stem_depth, wrong_places
 
 Found = Iterator[tuple[str, str]]
 
@@ -84,9 +84,11 @@ def _merging(recipe: Recipe) -> Found:
     merging, vision = recipe.model.merging, recipe.model.vision
     if merging is None:
         return
-    method = merging.method
-    places = default_places(vision.depth, method) if merging.at is None and vision.depth else merging.at
-    wrong = wrong_places(places, depth=vision.depth, method=method) if places is not None else None
+    method, stem = merging.method, stem_depth(recipe.model.frequency)
+    if vision.depth and stem >= vision.depth:
+        return  # no attention blocks are left, which is a mistake of its own
+    places = default_places(vision.depth, method, stem=stem) if merging.at is None and vision.depth else merging.at
+    wrong = wrong_places(places, depth=vision.depth, method=method, stem=stem) if places is not None else None
     if wrong:
         yield "model.merging.at", wrong
         return
@@ -102,6 +104,7 @@ def _merging(recipe: Recipe) -> Found:
             rate=merging.rate,
             at=merging.at,
             method=method,
+            stem=stem,
         )
     except UsageError as error:
         yield "model.merging.rate", str(error)

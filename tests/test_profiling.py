@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mlip_cli import config, profiling
 from mlip_cli.commands import costs
 from mlip_cli.merge_plan import GUIDANCE, MergePlan
+from mlip_cli.model import frequency
 from mlip_cli.model.clip import CLIP, set_fused_attention
 from mlip_cli.profiling import BlockSizes, global_filter_gflops, measure_interleaved, merge_macs, square_matmul
 
@@ -75,13 +76,31 @@ def test_text_tower_equals_a_count_of_its_products(tiny: CLIP) -> None:
 
 
 @pytest.mark.parametrize("input", ["tokens", "dct"])
-def test_frequency_branch_is_products_as_counted_and_filters_by_formula(input: str) -> None:
+def test_frequency_branch_is_products_as_counted_and_filters_by_formula(
+    input: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(frequency, "takes_products", lambda device: False)  # the formula is that of the FFT
     model = build(TINY, image_size=32, frequency=config.Frequency(input=input, width=16, depth=2))
     plan, images = model.merge_plan(0.0), torch.rand(1, 3, 32, 32)
     both = counted_gflops(model.image_features, images, plan)
     alone = counted_gflops(model.encode_image, images, plan)
     filters = 2 * global_filter_gflops(8, 8, 16)
     assert costs.frequency_gflops(model) - filters == pytest.approx(both - alone, rel=1e-9)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.4])
+def test_a_stem_is_products_as_counted_and_filters_by_formula(rate: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(frequency, "takes_products", lambda device: False)
+    stem = config.Frequency(placement="stem", width=32, depth=2)
+    model = build(TINY, image_size=32, frequency=stem)
+    plan, images = model.merge_plan(rate), torch.rand(1, 3, 32, 32)
+    parts = costs.image_gflops(model, plan)
+    assert parts.pop("global filters") == pytest.approx(2 * global_filter_gflops(8, 8, 32))
+    counted = counted_gflops(model.encode_image, images, plan)
+    assert sum(parts.values()) == pytest.approx(counted, rel=1e-9)
+    both = counted_gflops(model.image_features, images, plan)
+    assert costs.frequency_gflops(model) == pytest.approx(both - counted, rel=1e-9)
+    assert costs.parameters(model)["frequency branch"] == 2 * 32 + 32 * 20
 
 
 def test_vit_b_16_takes_the_published_number_of_operations() -> None:

@@ -1,18 +1,19 @@
 """Parameters and GFLOPs of a model, for the commands that print them."""
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
 from mlip_cli.merge_plan import MergePlan
 from mlip_cli.model.clip import CLIP
+from mlip_cli.model.frequency import FrequencyBranch, SpectralBlock, StemBlock
 from mlip_cli.model.vision import ObservedBlock
 from mlip_cli.profiling import (
     BlockSizes,
     ImageTowerSizes,
+    SpectralSizes,
     gflops,
-    global_filter_gflops,
     image_tower_gflops,
     text_tower_gflops,
 )
@@ -30,18 +31,26 @@ def block_sizes(block: Any) -> BlockSizes:
     return BlockSizes(width, attention, linear_weights([block]) - attention)
 
 
+def spectral_sizes(block: SpectralBlock) -> SpectralSizes:
+    """Sizes of a spectral block."""
+    h, w, width = block.filter.kernel.shape
+    return SpectralSizes((h, w), width, linear_weights([block]))
+
+
 def image_tower_sizes(model: CLIP) -> ImageTowerSizes:
     """Sizes of the image tower with its projection into the joint space."""
     tower = model.vision
-    block = tower.trunk.blocks[0]
+    stem = [block for block in tower.trunk.blocks if isinstance(block, StemBlock)]
+    blocks: list[Any] = list(tower.trunk.blocks)[len(stem) :]
     return ImageTowerSizes(
         num_patches=tower.num_patches,
         num_prefix=tower.num_prefix,
         patch_size=tower.patch_size,
         width=tower.width,
-        blocks=tuple(block_sizes(block) for block in tower.trunk.blocks),
-        metric_width=block.attn.head_dim if isinstance(block, ObservedBlock) else tower.width,
+        blocks=tuple(block_sizes(block) for block in blocks),
+        metric_width=blocks[0].attn.head_dim if isinstance(blocks[0], ObservedBlock) else tower.width,
         head_weights=model.image_projection.weight.numel(),
+        stem=tuple(spectral_sizes(block) for block in stem),
     )
 
 
@@ -60,15 +69,16 @@ def image_gflops(model: CLIP, plan: MergePlan) -> dict[str, float]:
 
 
 def frequency_gflops(model: CLIP) -> float:
-    """GFLOPs of the frequency branch for one image: its blocks and its projection, not its token head."""
-    branch = model.frequency
-    if branch is None:
-        return 0.0
-    (h, w), n = branch.grid, model.vision.num_patches
-    filters = len(branch.blocks) * global_filter_gflops(h, w, branch.norm.normalized_shape[0])
-    macs = n * linear_weights([branch])
-    if branch.reads_pixels:
-        macs += n * 3 * 2 * branch.patch_size**3
+    """GFLOPs of the frequency branch for one image: its blocks and its projection, not its token head.
+
+    Of a stem the projection alone: its blocks are the image tower's.
+    """
+    branch, macs, filters = model.frequency, 0, 0.0
+    if isinstance(branch, FrequencyBranch):
+        filters = sum(spectral_sizes(cast(SpectralBlock, block)).filter_gflops() for block in branch.blocks)
+        macs = model.vision.num_patches * linear_weights([branch])
+        if branch.reads_pixels:
+            macs += model.vision.num_patches * 3 * 2 * branch.patch_size**3
     if model.frequency_projection is not None:
         macs += model.frequency_projection.weight.numel()
     return gflops(macs) + filters

@@ -41,22 +41,24 @@ class CLIP(nn.Module):
         self.frozen: Literal["image", "text"] | None = None
         self.context_length = config.text.context_length
         self.merging = config.merging
-        self.vision = ImageTower(config.vision, image_size=image_size)
+        self.vision = ImageTower(config.vision, image_size=image_size, frequency=config.frequency)
         self.text = TextTower(config.text, vocab_size=VOCAB_SIZE)
         self.image_projection = linear(self.vision.width, config.embed_dim)
         self.text_projection = linear(self.text.width, config.embed_dim)
 
-        self.frequency: FrequencyBranch | None = None
+        self.frequency: FrequencyBranch | nn.LayerNorm | None = None
         self.frequency_projection: nn.Linear | None = None
-        if config.frequency is not None:
+        if config.frequency is not None and self.vision.stem_depth:
+            self.frequency = nn.LayerNorm(self.vision.width)
+        elif config.frequency is not None:
             self.frequency = FrequencyBranch(
                 config.frequency,
                 grid=self.vision.grid,
                 patch_size=self.vision.patch_size,
                 tower_width=self.vision.width,
             )
-            if "frequency_global" in losses:
-                self.frequency_projection = linear(config.frequency.width, config.embed_dim)
+        if config.frequency is not None and "frequency_global" in losses:
+            self.frequency_projection = linear(config.frequency.width, config.embed_dim)
 
         token_heads = {}
         if "spatial_token" in losses:
@@ -138,6 +140,7 @@ class CLIP(nn.Module):
             method=method,
             guidance=own.guidance,
             strength=own.strength,
+            stem=self.vision.stem_depth,
         )
         if plan.at and not plan.drops:
             self.vision.check_merging()
@@ -162,7 +165,7 @@ class CLIP(nn.Module):
         tower = self.vision(images, embedded, plan or self.plan)
         frequency = None
         if self.frequency_projection is not None:
-            frequency = self.frequency_projection(self._frequency_tokens(images, embedded).mean(1))
+            frequency = self.frequency_projection(self.frequency_tokens(images, embedded, tower).mean(1))
         return ImageFeatures(self.image_projection(tower.pooled), frequency)
 
     def merge_stages(self, images: Tensor, plan: MergePlan | None = None) -> tuple[MergeStage, ...]:
@@ -184,7 +187,7 @@ class CLIP(nn.Module):
         hidden = self.text(batch.token_ids)
         frequency_features = frequency_tokens = None
         if self.frequency is not None:
-            tokens = self._frequency_tokens(images, embedded)
+            tokens = self.frequency_tokens(images, embedded, tower)
             if self.frequency_projection is not None:
                 frequency_features = self.frequency_projection(tokens.mean(1))
             frequency_tokens = self._project("frequency", tokens)
@@ -203,8 +206,14 @@ class CLIP(nn.Module):
             assign=tower.assign,
         )
 
-    def _frequency_tokens(self, images: Tensor, embedded: Tensor) -> Tensor:
+    def frequency_tokens(self, images: Tensor, embedded: Tensor, tower: Tower) -> Tensor:
+        """Tokens (B, N, width) of the branch, or of the stem that `tower` went through; they never merge.
+
+        `images` are normalised, `embedded` is what the tower embeds them to.
+        """
         assert self.frequency is not None
+        if tower.stem_tokens is not None:
+            return self.frequency(tower.stem_tokens)
         return self.frequency(images, embedded[:, self.vision.num_prefix :])
 
     def _project(self, name: str, tokens: Tensor) -> Tensor | None:

@@ -1,14 +1,18 @@
-"""The frequency branch: spectral blocks over the patch grid.
+"""The frequency domain of the image side: spectral blocks over the patch grid, beside the tower or as its stem.
 
 Sources: global filters, "Global Filter Networks for Image Classification" (Rao et al., NeurIPS 2021); that MLIP (Zhang
-et al., ICML 2024) supervises in the frequency domain. Where the branch stands and what it reads is our reading.
+et al., ICML 2024) supervises in the frequency domain. Where the blocks stand and what they read is our reading.
 """
+
+import math
 
 import torch
 from timm.layers.mlp import Mlp
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from mlip_cli.config import Frequency
+from mlip_cli.errors import UsageError
 from mlip_cli.model.merging import patch_dct
 
 
@@ -18,6 +22,99 @@ def local_kernel(h: int, w: int, width: int) -> Tensor:
     rows, columns = torch.minimum(rows, h - rows), torch.minimum(columns, w - columns)
     squared_distance = rows[:, None] ** 2 + columns[None] ** 2
     return 0.02 * torch.randn(h, w, width) * torch.exp(-squared_distance / 2)[..., None]
+
+
+def convolve_by_fft(x: Tensor, kernel: Tensor) -> Tensor:
+    """Depthwise circular convolution over the whole grid: (B, h, w, D), (h, w, D), fp32 or fp64 -> (B, h, w, D)."""
+    spectrum = torch.fft.rfft2(x, dim=(1, 2)) * torch.fft.rfft2(kernel, dim=(0, 1))
+    return torch.fft.irfft2(spectrum, s=x.shape[1:3], dim=(1, 2))
+
+
+def convolve_by_products(x: Tensor, kernel: Tensor) -> Tensor:
+    """The same as `convolve_by_fft` by products of real matrices alone, the DFT of one axis after the other's.
+
+    No axis ever moves: the spectrum is (B, 2, h, m, D), real and imaginary parts of m = w//2 + 1 columns.
+    """
+    h, w, width = kernel.shape
+    along_row, back_along_row = real_dft(w, like=x)
+    along_column = complex_dft(h, like=x)
+
+    def spectrum(values: Tensor) -> tuple[Tensor, ...]:
+        rows = (along_row @ values).view(-1, 2 * h, (w // 2 + 1) * width)
+        return (along_column @ rows).view(-1, 2, h, w // 2 + 1, width).unbind(1)
+
+    (x_real, x_imag), (k_real, k_imag) = spectrum(x), spectrum(kernel[None])
+    product = torch.stack([x_real * k_real - x_imag * k_imag, x_real * k_imag + x_imag * k_real], dim=1)
+    rows = (along_column.T / h) @ product.flatten(1, 2).flatten(2)
+    return back_along_row @ rows.view(-1, h, 2 * (w // 2 + 1), width)
+
+
+def real_dft(n: int, *, like: Tensor) -> tuple[Tensor, Tensor]:
+    """DFT of n real numbers as a real matrix (2m, n), m = n//2 + 1: real parts, then imaginary; and back, (n, 2m)."""
+    cos, sin = _waves(n, n // 2 + 1, device=like.device)
+    forward = torch.cat([cos, -sin])
+    times = torch.full_like(cos[:, :1], 2)  # all but the first, and of an even n the last, stand for their mirror too
+    times[0] = 1
+    if n % 2 == 0:
+        times[-1] = 1
+    return forward.to(like.dtype), (forward * times.repeat(2, 1) / n).T.to(like.dtype)
+
+
+def complex_dft(n: int, *, like: Tensor) -> Tensor:
+    """DFT of n complex numbers as a real matrix (2n, 2n), n times orthogonal: (number, part) -> (part, frequency)."""
+    cos, sin = _waves(n, n, device=like.device)
+    return (
+        torch.stack([cos, sin, -sin, cos], dim=-1)
+        .unflatten(-1, (2, 2))
+        .permute(2, 0, 1, 3)
+        .reshape(2 * n, -1)
+        .to(like.dtype)
+    )
+
+
+def _waves(n: int, num_frequencies: int, *, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the angles 2 pi u y / n: (num_frequencies, n), fp64."""
+    turns = torch.arange(num_frequencies, device=device)[:, None] * torch.arange(n, device=device) % n
+    angles = turns.double() * (2 * math.pi / n)
+    return angles.cos(), angles.sin()
+
+
+def takes_products(device: torch.device) -> bool:
+    """Whether products of matrices are the better way to convolve.
+
+    On CPUs they are faster forward and backward on every grid we measured (tests/benchmarks/bench_frequency.py), and
+    compilers generate code for them but none for complex numbers. Elsewhere the FFT needs the fewest operations.
+    """
+    return device.type == "cpu" or torch.compiler.is_compiling()
+
+
+@torch.no_grad()
+def regrid_kernel(kernel: Tensor, grid: tuple[int, int]) -> tuple[Tensor, float]:
+    """Carry a kernel to another grid: (h, w, D) -> (h2, w2, D), and the share of its energy that was lost.
+
+    Every tap keeps its offset in patches: the centre is moved to the middle, the margin padded with zeros or cropped,
+    and the centre moved back. On an even grid the offsets n/2 and -n/2 are one tap: padding leaves half of it at either
+    end, so that a symmetric kernel stays symmetric, and cropping to an even grid adds both ends up. Padded kernels
+    therefore filter repeated pictures exactly as before, and cropping takes back what padding did. What is lost are the
+    taps further away than the new grid reaches (0 when nothing is cropped).
+    """
+    rows, columns = (_moved_taps(n, to, like=kernel) for n, to in zip(kernel.shape[:2], grid, strict=True))
+    kept = rows.sum(0)[:, None] * columns.sum(0)
+    energy = kernel.double().square().sum(-1)
+    whole = energy.sum().item()
+    lost_share = (energy * (1 - kept)).sum().item() / whole if whole else 0.0
+    return torch.einsum("ya,xb,abd->yxd", rows, columns, kernel), lost_share
+
+
+def _moved_taps(n: int, to: int, *, like: Tensor) -> Tensor:
+    """Where the taps of one axis go: (to, n), columns that sum to 1, or to 0 for taps out of reach."""
+    taps = torch.zeros(to, n, dtype=like.dtype, device=like.device)
+    for tap in range(n):
+        offsets = {tap, tap - n} if 2 * tap == n else {tap if 2 * tap < n else tap - n}
+        for offset in offsets:
+            if 2 * abs(offset) <= to:
+                taps[offset % to, tap] += 1 / len(offsets)
+    return taps
 
 
 class GlobalFilter(nn.Module):
@@ -32,11 +129,11 @@ class GlobalFilter(nn.Module):
         self.kernel = nn.Parameter(local_kernel(h, w, width))
 
     def forward(self, x: Tensor) -> Tensor:
+        convolve = convolve_by_products if takes_products(x.device) else convolve_by_fft
         with torch.autocast(x.device.type, enabled=False):
-            # half precision has no FFT for sizes that are no power of two
-            values = x.to(torch.promote_types(x.dtype, torch.float32))
-            spectrum = torch.fft.rfft2(values, dim=(1, 2)) * torch.fft.rfft2(self.kernel, dim=(0, 1))
-            return torch.fft.irfft2(spectrum, s=x.shape[1:3], dim=(1, 2)).to(x.dtype)
+            # half precision has no FFT for sizes that are no power of two, and too few digits for sums over the grid
+            dtype = torch.promote_types(x.dtype, torch.float32)
+            return convolve(x.to(dtype), self.kernel.to(dtype)).to(x.dtype)
 
 
 class SpectralBlock(nn.Module):
@@ -54,6 +151,35 @@ class SpectralBlock(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
+class StemBlock(SpectralBlock):
+    """A spectral block in the place of a tower's attention block; prefix tokens pass through unchanged."""
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+        """Prefix and patch tokens (B, P+N, D) -> the same; there is no mask before the first merge."""
+        assert attn_mask is None, "a spectral block needs the whole grid"
+        h, w, _ = self.filter.kernel.shape
+        prefix, patches = x.split([x.shape[1] - h * w, h * w], dim=1)
+        return torch.cat([prefix, super().forward(patches.unflatten(1, (h, w))).flatten(1, 2)], dim=1)
+
+
+def place_stem(trunk: VisionTransformer, config: Frequency) -> None:
+    """Put spectral blocks in the place of a trunk's first attention blocks.
+
+    Raises:
+        UsageError: blocks of another width than the trunk's, or so many that no attention block is left.
+    """
+    width, depth = trunk.embed_dim, len(trunk.blocks)
+    if config.width != width:
+        raise UsageError(f"model.frequency.width: {config.width}, but a stem's blocks are the tower's; use {width}")
+    if config.depth >= depth:
+        raise UsageError(
+            f"model.frequency.depth: {config.depth} leaves no attention block of the tower's {depth}; use less"
+        )
+    h, w = trunk.patch_embed.grid_size
+    for place in range(config.depth):
+        trunk.blocks[place] = StemBlock(h, w, width)
+
+
 class FrequencyBranch(nn.Module):
     """Frequency tokens of an image, one a patch, beside the spatial tower."""
 
@@ -69,7 +195,7 @@ class FrequencyBranch(nn.Module):
 
     def forward(self, images: Tensor, patch_tokens: Tensor) -> Tensor:
         """Normalised pixels (B, 3, H, W) and embedded patches (B, N, D) -> normalised tokens (B, N, width)."""
-        x = patch_dct(images, self.patch_size).flatten(2) if self.reads_pixels else patch_tokens
+        x = patch_dct(images, self.patch_size).flatten(2).to(images.dtype) if self.reads_pixels else patch_tokens
         x = self.input(x).unflatten(1, self.grid)
         for block in self.blocks:
             x = block(x)
