@@ -32,7 +32,7 @@ def open_clip_file(init: str) -> OpenClipFile | None:
     architecture, _, file = init.removeprefix(OPEN_CLIP).partition(":")
     if not architecture or not file:
         raise UsageError(
-            f"{init}: expected open_clip:ARCH:FILE, as in open_clip:ViT-B-32-quickgelu:weights.safetensors"
+            f"expected open_clip:ARCH:FILE, as in open_clip:ViT-B-32-quickgelu:weights.safetensors, not {init}"
         )
     return OpenClipFile(architecture, file)
 

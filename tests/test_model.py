@@ -206,3 +206,36 @@ def test_plain_blocks_without_keys_merge_by_their_tokens() -> None:
     model.vision.trunk.blocks = nn.Sequential(*[Block(32, 2, qkv_bias=True).double() for _ in range(4)])
     encoded = model(small_batch(), model.merge_plan(0.5))
     assert (encoded.token_sizes.sum(1) == 16).all()
+
+
+@pytest.mark.parametrize("activation", ["gelu", "quick_gelu"])
+def test_text_dropout_is_behind_attention_and_mlp_and_activations_are_what_they_say(activation: str) -> None:
+    torch.manual_seed(0)
+    config = Text(width=32, depth=2, num_heads=2, context_length=8, activation=activation, dropout=0.5)
+    tower = TextTower(config, vocab_size=100).train()
+    ids = torch.arange(16).view(2, 8)
+
+    def mlp(block: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        x = block.mlp.fc1(x)
+        x = x * torch.sigmoid(1.702 * x) if activation == "quick_gelu" else nn.functional.gelu(x)
+        return block.mlp.fc2(x)
+
+    torch.manual_seed(1)
+    found = tower(ids)
+    torch.manual_seed(1)
+    x = tower.token_embedding(ids) + tower.positional_embedding
+    for block in tower.blocks:
+        block.attn.eval()
+        x = x + nn.functional.dropout(block.attn(block.norm1(x), is_causal=True), 0.5)
+        x = x + nn.functional.dropout(mlp(block, block.norm2(x)), 0.5)
+    torch.testing.assert_close(found, tower.norm(x))
+    assert not torch.allclose(found, tower.eval()(ids))
+    plain = TextTower(Text(width=32, depth=2, num_heads=2, context_length=8), vocab_size=100)
+    assert tower.state_dict().keys() == plain.state_dict().keys()
+
+
+def test_without_dropout_training_draws_no_random_numbers_in_the_text_tower() -> None:
+    tower = TextTower(Text(width=32, depth=2, num_heads=2, context_length=8), vocab_size=100)
+    state, ids = torch.get_rng_state(), torch.arange(16).view(2, 8)
+    assert torch.equal(tower.train()(ids), tower.eval()(ids))
+    assert torch.equal(torch.get_rng_state(), state)

@@ -232,6 +232,9 @@ def test_paths_become_absolute(tmp_path: Path) -> None:
     assert moved.model.init == str(tmp_path / "runs" / "c")
     assert absolute_paths(moved) == moved
     assert absolute_paths(load_recipe("x.yaml").recipe).model.init is None
+    foreign = absolute_paths(load_recipe("x.yaml", ["model.init=open_clip:ViT-B-32:w/a:b.pt"]).recipe)
+    assert foreign.model.init == f"open_clip:ViT-B-32:{tmp_path}/w/a:b.pt"
+    assert absolute_paths(foreign) == foreign
 
 
 def test_differences_name_leaves_and_whole_sections() -> None:

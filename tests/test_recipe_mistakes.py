@@ -89,6 +89,7 @@ optim.lr: 4
         (["extends=x.yaml"], ["extends=x.yaml: extends works in a recipe file only"]),
         (["data.train=[a"], ["data.train=[a: not YAML: expected ',' or ']', but got '<stream end>'"]),
         (["seed=!!int 3"], ["seed=!!int 3: tags (!) are not part of recipes"]),
+        (["model.init=open_clip:B"], ["model.init=open_clip:B: expected open_clip:ARCH:FILE, as in open_clip:ViT-B-32-quickgelu:weights.safetensors, not open_clip:B"]),
         (["model=null"], ["model=null: cannot be null or empty; its keys: embed_dim, token_dim, vision, text, frequency, merging, init, freeze"]),
         (["data.augment={flip: 3}"], ["data.augment={flip: 3}: data.augment.flip: expected true or false, not 3"]),
         (["data.train=null"], ["data.train=null: expected a folder, a list of folders or a list of {path, weight}, not null"]),

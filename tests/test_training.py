@@ -246,9 +246,16 @@ def test_resume_without_out_takes_the_newest_unfinished_run_or_starts_one(recipe
 
 
 def test_init_starts_a_new_run_from_weights(recipe: Path, whole: Path, tmp_path: Path) -> None:
-    fresh = run(recipe, "--out", str(tmp_path / "new"), f"model.init={whole}", "train.steps=1")
+    frozen = ("model.freeze=text", "optim.layer_decay=0.5")
+    fresh = run(recipe, "--out", str(tmp_path / "new"), f"model.init={whole}", "train.steps=2", *frozen, ranks=2)
     assert fresh.returncode == 0, fresh.stderr
+    assert f"model.init: weights of {whole}/checkpoints/step_0000012" in (tmp_path / "new" / "log.txt").read_text()
+    assert "of them train (model.freeze: text); 2 steps" in fresh.stderr
     assert metrics(tmp_path / "new")[0]["spatial_global"] < metrics(whole)[0]["spatial_global"]
+    before = load_weights(whole / "checkpoints" / "step_0000012")
+    after = load_weights(tmp_path / "new" / "checkpoints" / "step_0000002")
+    unchanged = {name for name in before if torch.equal(before[name], after[name])}
+    assert unchanged == {name for name in before if name.startswith(("text.", "text_projection."))}
     other = run(recipe, "--out", str(tmp_path / "other"), f"model.init={whole}", "model.embed_dim=24", "train.steps=1")
     assert other.returncode == 2
     assert "weights of another model" in other.stderr

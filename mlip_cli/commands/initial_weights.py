@@ -109,17 +109,19 @@ def _check_architecture(model: CLIP, source: OpenClipFile) -> None:
         theirs = architecture.of_open_clip(open_clip_configuration(source.architecture))
     except UsageError as error:
         raise UsageError(str(error) if str(error).startswith("model.init") else f"{place}: {error}") from None
-    try:
-        different = [
-            f"{key} {mine} (there {other})"
-            for key, mine, other in architecture.differences(architecture.of_model(model), theirs)
-        ]
-    except UsageError as error:
-        different = [str(error)]
-    if different:
+    wrong = _misfits(model, theirs)
+    if wrong:
         fit = architecture.fitting_recipe(theirs)
         cure = f"a recipe that fits has\n{fit}" if fit else "no tower of ours has its form; take another architecture"
-        raise UsageError(f"{place} differs from the recipe in {'; '.join(different)}; {cure}")
+        raise UsageError(f"{place} does not fit the recipe: {'; '.join(wrong)}; {cure}")
+
+
+def _misfits(model: CLIP, theirs: architecture.Architecture) -> list[str]:
+    try:
+        ours = architecture.of_model(model)
+    except UsageError as error:
+        return [str(error)]
+    return [f"{key} {mine} (there {other})" for key, mine, other in architecture.differences(ours, theirs)]
 
 
 def _check_run(model: CLIP, checkpoint: Path) -> None:
@@ -156,6 +158,8 @@ def _regridded(weights: dict[str, Tensor], model: CLIP) -> Iterator[tuple[str, s
         if name == POSITIONS:
             num_prefix = own[name].shape[1] - model.vision.num_patches
             side = math.isqrt(tensor.shape[1] - num_prefix)
+            if side**2 + num_prefix != tensor.shape[1]:
+                continue  # a tower with other prefix tokens, which is no start
             weights[name] = resample_abs_pos_embed(tensor, list(grid), [side, side], num_prefix)
             yield name, f"resampled from {side} x {side} to {grid[0]} x {grid[1]} patches", False
         elif name.endswith(".kernel"):

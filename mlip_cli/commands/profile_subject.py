@@ -40,14 +40,22 @@ def load_subject(target: str | None, device: str) -> Subject:
     """A folder is a run or a checkpoint, None the newest run; everything else is a recipe with random weights."""
     if target is None or Path(target).is_dir():
         run = load_run(target, device=device)
-        model = run.model.requires_grad_(True)
+        model = _as_trained(run.model, run.recipe)
         return Subject(f"{run.label}, step {run.step}", run.recipe, model, run.device, run.run, run.step)
     _check_named(target)
     loaded = load_recipe(target)
     where = pick_device(device)
-    model = build_model(loaded.recipe).to(where).eval()
+    model = _as_trained(build_model(loaded.recipe), loaded.recipe).to(where).eval()
     set_fused_attention(model, where.type != "cpu")
     return Subject(f"recipe {loaded.name}, random weights", loaded.recipe, model, where)
+
+
+def _as_trained(model: CLIP, recipe: Recipe) -> CLIP:
+    """The model with gradients for what the recipe trains."""
+    model.requires_grad_(True)
+    if recipe.model.freeze is not None:
+        model.freeze(recipe.model.freeze)
+    return model
 
 
 def _check_named(target: str) -> None:

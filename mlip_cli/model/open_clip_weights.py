@@ -74,7 +74,7 @@ def from_open_clip(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     unknown = [name for name, our_name in ours.items() if our_name is None]
     if unknown:
         raise UsageError(
-            f"{_some(unknown)} here has no counterpart; what is read are ViTs that pool by a class token, with causal "
+            f"{_some(unknown)}: no counterpart here; what is read are ViTs that pool by a class token, with causal "
             "text transformers"
         )
     return {our_name: _reshaped_to_ours(name, given[name]) for name, our_name in ours.items() if our_name is not None}
@@ -92,7 +92,7 @@ def to_open_clip(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     names = {name: _open_clip_name(name) for name in weights if name not in dropped}
     unknown = [name for name, their_name in names.items() if their_name is None]
     if unknown:
-        raise UsageError(f"{_some(unknown)} has no counterpart in OpenCLIP's ViT, so this model cannot be given to it")
+        raise UsageError(f"{_some(unknown)}: no counterpart in OpenCLIP's ViT")
     theirs = {t: _reshaped_to_theirs(t, weights[name]) for name, t in names.items() if t is not None}
     if PATCH_BIAS in weights:
         positions = theirs["visual.positional_embedding"].clone()
