@@ -58,8 +58,8 @@ def wrong_places(
     if places[0] < earliest and not stem:
         return f"{shown} starts at block 1, which no attention precedes to guide a merge; start at 2"
     if places[0] < earliest:
-        behind = "the stem" if method == "random_drop" else "the first attention block"
-        return f"{shown} starts too early for a stem of {stem} spectral blocks; start at {earliest}, behind {behind}"
+        behind = "the stem" if method == "random_drop" else "an attention block"
+        return f"{shown} starts too early for a stem of depth {stem}; start at {earliest}, behind {behind}"
     if depth is not None and places[-1] > depth:
         cure = f"the last block is {depth}" if depth >= earliest else "set model.merging to null"
         return f"{shown} goes beyond the tower's depth {depth}; {cure}"

@@ -1,0 +1,266 @@
+"""The frequency domain: convolutions against loops, kernels on other grids, the block DCT, the branch and the stem."""
+
+import copy
+import pickle
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mlip_cli.config import Frequency
+from mlip_cli.model import frequency
+from mlip_cli.model.frequency import (
+    FrequencyBranch,
+    GlobalFilter,
+    StemBlock,
+    convolve_by_fft,
+    convolve_by_products,
+    regrid_kernel,
+)
+from mlip_cli.model.merging import patch_dct
+
+WAYS = {"fft": convolve_by_fft, "products": convolve_by_products}
+GRIDS = [(1, 1), (2, 2), (3, 5), (4, 4), (1, 6), (7, 4), (14, 14)]
+
+
+def direct(x: Tensor, taps: dict[tuple[int, int], Tensor]) -> Tensor:
+    """Circular convolution, each tap (D,) at its offset in rows and columns."""
+    result = torch.zeros_like(x)
+    for (rows, columns), weights in taps.items():
+        result += weights * x.roll((rows, columns), dims=(1, 2))
+    return result
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
+    return torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    return ((found - expected).norm() / expected.norm()).item()
+
+
+# the filter ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("h", "w"), GRIDS)
+def test_both_ways_are_the_circular_convolution(h: int, w: int, way: str) -> None:
+    x, kernel = random(2, h, w, 3), random(h, w, 3, seed=1)
+    expected = direct(x, {(r, c): kernel[r, c] for r, c in product(range(h), range(w))})
+    assert relative_error(WAYS[way](x, kernel), expected) < 1e-12
+
+
+@pytest.mark.parametrize(("h", "w"), [*GRIDS, (24, 24), (37, 9)])
+def test_both_ways_agree_with_their_gradients(h: int, w: int) -> None:
+    for dtype, most in ((torch.float32, 5e-7), (torch.float64, 1e-12)):
+        x, kernel = random(2, h, w, 8, dtype=dtype).requires_grad_(), random(h, w, 8, dtype=dtype).requires_grad_()
+        results = [way(x, kernel) for way in WAYS.values()]
+        assert relative_error(results[0], results[1]) < most
+        gradients = [torch.autograd.grad(result, (x, kernel), x.detach()) for result in results]
+        for one, other in zip(*gradients, strict=True):
+            assert relative_error(one, other) < most
+
+
+def test_products_on_cpus_and_in_graphs_the_fft_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert (frequency.takes_products(cpu), frequency.takes_products(cuda)) == (True, False)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert frequency.takes_products(cuda)
+
+
+@pytest.mark.parametrize("products", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_filters_grids_that_are_no_power_of_two(
+    dtype: torch.dtype, products: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(frequency, "takes_products", lambda device: products)
+    torch.manual_seed(0)
+    layer = GlobalFilter(3, 7, 8).to(dtype)
+    x = random(2, 3, 7, 8).to(dtype)
+    found = layer(x)
+    assert found.dtype == dtype
+    expected = convolve_by_fft(x.double(), layer.kernel.double())
+    torch.testing.assert_close(found, expected.to(dtype), rtol=2 * torch.finfo(dtype).eps, atol=1e-4)
+
+
+# other grids ---------------------------------------------------------------------------------------------------------
+
+
+def local_taps(radius: int, width: int) -> dict[tuple[int, int], Tensor]:
+    reach = range(-radius, radius + 1)
+    return {(r, c): random(width, seed=100 * r + c + 5000) for r, c in product(reach, reach)}
+
+
+def kernel_of(taps: dict[tuple[int, int], Tensor], h: int, w: int) -> Tensor:
+    kernel = torch.zeros(h, w, 3, dtype=torch.float64)
+    for (rows, columns), weights in taps.items():
+        kernel[rows % h, columns % w] += weights
+    return kernel
+
+
+@pytest.mark.parametrize("grid", [(14, 14), (9, 20), (5, 6), (7, 5), (16, 8), (8, 11)])
+@pytest.mark.parametrize("trained_on", [(8, 8), (7, 7), (6, 9)])
+def test_a_local_kernel_is_the_same_taps_on_every_grid(trained_on: tuple[int, int], grid: tuple[int, int]) -> None:
+    taps, x = local_taps(2, 3), random(2, *grid, 3)
+    kernel, lost_share = regrid_kernel(kernel_of(taps, *trained_on), grid)
+    assert relative_error(convolve_by_fft(x, kernel), direct(x, taps)) < 1e-12
+    assert lost_share == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize("times", [(2, 2), (3, 1), (1, 4), (2, 3)])
+@pytest.mark.parametrize(("h", "w"), [(3, 5), (4, 6), (5, 4), (2, 1)])
+def test_a_padded_kernel_filters_repeated_pictures_as_before(h: int, w: int, times: tuple[int, int]) -> None:
+    x, kernel = random(2, h, w, 3), random(h, w, 3, seed=1)
+    larger, lost_share = regrid_kernel(kernel, (h * times[0], w * times[1]))
+    found = convolve_by_fft(x.tile(1, *times, 1), larger)
+    torch.testing.assert_close(found, convolve_by_fft(x, kernel).tile(1, *times, 1), rtol=1e-10, atol=1e-10)
+    assert lost_share == 0
+
+
+@pytest.mark.parametrize("larger", [(4, 4), (5, 5), (6, 7), (11, 8), (4, 9)])
+@pytest.mark.parametrize("own", [(4, 4), (3, 4), (4, 3), (1, 2)])
+def test_cropping_takes_back_what_padding_did(own: tuple[int, int], larger: tuple[int, int]) -> None:
+    kernel = random(*own, 3)
+    padded, _ = regrid_kernel(kernel, larger)
+    back, lost_share = regrid_kernel(padded, own)
+    assert torch.equal(back, kernel)
+    assert lost_share == 0
+
+
+@pytest.mark.parametrize("grid", [(9, 9), (8, 10), (3, 4), (4, 3), (5, 12)])
+@pytest.mark.parametrize("own", [(6, 6), (5, 5), (6, 7)])
+def test_mirrored_kernels_stay_mirrored(own: tuple[int, int], grid: tuple[int, int]) -> None:
+    """A mirrored picture still gives the mirrored result, whatever the two ends of an even grid do."""
+
+    def mirrored(kernel: Tensor) -> Tensor:
+        return kernel.flip(0, 1).roll((1, 1), dims=(0, 1))
+
+    kernel = random(*own, 3)
+    torch.testing.assert_close(regrid_kernel(mirrored(kernel), grid)[0], mirrored(regrid_kernel(kernel, grid)[0]))
+
+
+def test_odd_grids_are_shifted_padded_or_cropped_and_shifted_back() -> None:
+    kernel = random(5, 7, 2)
+    centred = torch.fft.fftshift(kernel, dim=(0, 1))
+    moved = torch.fft.ifftshift(nn.functional.pad(centred[1:-1], (0, 0, 1, 1)), dim=(0, 1))
+    found, lost_share = regrid_kernel(kernel, (3, 9))
+    assert torch.equal(found, moved)
+    assert lost_share == pytest.approx((centred[[0, -1]].square().sum() / kernel.square().sum()).item())
+
+
+def test_of_an_even_grid_the_outermost_tap_is_shared_by_both_ends() -> None:
+    kernel = torch.tensor([1.0, 2.0, 8.0, 3.0])[:, None, None]  # offsets 0, 1, +-2, -1
+    assert regrid_kernel(kernel, (6, 1))[0].flatten().tolist() == [1, 2, 4, 0, 4, 3]
+    cropped, lost_share = regrid_kernel(kernel, (2, 1))
+    assert cropped.flatten().tolist() == [1, 5]  # both neighbours are one place
+    assert lost_share == pytest.approx(64 / 78)
+    assert regrid_kernel(torch.zeros(4, 4, 2), (2, 2))[1] == 0
+
+
+# the block DCT -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("patch_size", [8, 14, 16])
+def test_the_dct_keeps_energy_and_stays_inside_its_patch(patch_size: int) -> None:
+    images = random(2, 3, 2 * patch_size, 3 * patch_size)
+    spectrum = patch_dct(images, patch_size)
+    assert spectrum.shape == (2, 6, 3, patch_size, patch_size)
+    for row, column in product(range(2), range(3)):
+        rows, columns = (slice(patch_size * i, patch_size * (i + 1)) for i in (row, column))
+        patch, found = images[:, :, rows, columns], spectrum[:, 3 * row + column]
+        torch.testing.assert_close(found.square().sum((-1, -2)), patch.square().sum((-1, -2)))
+        torch.testing.assert_close(patch_dct(patch, patch_size)[:, 0], found)
+
+
+@pytest.mark.parametrize("value", [0.0, 1.5])
+def test_the_dct_of_a_constant_patch_is_its_mean_alone(value: float) -> None:
+    spectrum = patch_dct(torch.full((1, 3, 14, 14), value), 14)
+    torch.testing.assert_close(spectrum[..., 0, 0], torch.full((1, 1, 3), 14 * value))
+    spectrum[..., 0, 0] = 0
+    assert spectrum.abs().max() < 1e-5
+
+
+# the branch ----------------------------------------------------------------------------------------------------------
+
+
+def branch(kind: str, *, grid: tuple[int, int] = (3, 5), width: int = 4) -> FrequencyBranch:
+    torch.manual_seed(0)
+    config = Frequency(input=kind, width=width, depth=2)  # type: ignore[arg-type]
+    return FrequencyBranch(config, grid=grid, patch_size=2, tower_width=width)
+
+
+@pytest.mark.parametrize("kind", ["tokens", "dct"])
+def test_gradients_of_the_branch_by_differences(kind: str) -> None:
+    model = branch(kind, grid=(2, 3)).double()
+    images, tokens = random(1, 3, 4, 6), random(1, 6, 4, seed=1)
+    inputs = [images, tokens, *(p.detach() for p in model.parameters())]
+    names = [name for name, _ in model.named_parameters()]
+    read = 0 if kind == "dct" else 1
+    given = [value.requires_grad_(i == read or i > 1) for i, value in enumerate(inputs)]
+
+    def run(images: Tensor, tokens: Tensor, *parameters: Tensor) -> Tensor:
+        return torch.func.functional_call(model, dict(zip(names, parameters, strict=True)), (images, tokens))
+
+    assert torch.autograd.gradcheck(run, given, fast_mode=True)
+
+
+@pytest.mark.parametrize("kind", ["tokens", "dct"])
+def test_constant_pictures_give_equal_finite_tokens_and_gradients(kind: str) -> None:
+    model = branch(kind)
+    for value in (0.0, 1.5):
+        tokens = model(torch.full((2, 3, 6, 10), value), torch.full((2, 15, 4), value))
+        torch.testing.assert_close(tokens, tokens[:, :1].expand_as(tokens), rtol=1e-4, atol=1e-4)
+        gradients = torch.autograd.grad(tokens.square().sum(), [p for _, p in model.named_parameters()])
+        assert all(gradient.isfinite().all() for gradient in (tokens, *gradients))
+
+
+def test_a_shifted_picture_gives_shifted_tokens() -> None:
+    model, images = branch("dct").double(), random(1, 3, 6, 10)
+    shifted = model(images.roll((2, -4), dims=(2, 3)), None)
+    expected = model(images, None).unflatten(1, (3, 5)).roll((1, -2), dims=(1, 2)).flatten(1, 2)
+    torch.testing.assert_close(shifted, expected)
+
+
+@pytest.mark.parametrize("kind", ["tokens", "dct"])
+def test_the_branch_in_half_precision_copied_and_pickled(kind: str) -> None:
+    model, images, tokens = branch(kind), random(2, 3, 6, 10).float(), random(2, 15, 4).float()
+    with torch.no_grad():
+        expected = model(images, tokens)
+        names = list(model.state_dict())
+        for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):  # noqa: S301 - our own bytes
+            assert torch.equal(other(images, tokens), expected)
+            assert list(other.state_dict()) == names
+        with torch.autocast("cpu", torch.bfloat16):
+            torch.testing.assert_close(model(images, tokens).float(), expected, rtol=0.1, atol=0.1)
+        half = copy.deepcopy(model).half()(images.half(), tokens.half())
+    assert half.dtype == torch.float16
+    torch.testing.assert_close(half.float(), expected, rtol=0.02, atol=0.02)
+
+
+class Graphs:
+    """A compiler that keeps the graphs it is given, and runs them as they are."""
+
+    def __init__(self) -> None:
+        self.code: list[str] = []
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        self.code.append(graph.code)
+        return graph.forward
+
+
+@pytest.mark.parametrize("kind", ["tokens", "dct", "stem"])
+def test_it_compiles_to_one_graph_without_complex_numbers(kind: str) -> None:
+    torch.compiler.reset()
+    graphs = Graphs()
+    images, tokens = random(2, 3, 6, 10).float(), random(2, 16, 4).float()
+    torch.manual_seed(0)
+    model: nn.Module = StemBlock(3, 5, 4) if kind == "stem" else branch(kind)
+    given = (tokens,) if kind == "stem" else (images, tokens[:, 1:])
+    with torch.autocast("cpu", torch.bfloat16):
+        found = torch.compile(model, fullgraph=True, backend=graphs)(*given)
+        torch.testing.assert_close(found, model(*given))
+    [code] = graphs.code
+    assert "fft" not in code
+    assert "matmul" in code

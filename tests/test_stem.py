@@ -1,0 +1,195 @@
+"""Placement `stem`: spectral blocks in the place of a tower's first attention blocks, from recipe to commands."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models_for_tests import make_run, small_batch, small_model, small_recipe
+from shards_for_tests import make_dataset
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from mlip_cli.commands import merge_sweep
+from mlip_cli.commands.profile import profile
+from mlip_cli.config import Frequency, Recipe, Vision
+from mlip_cli.errors import UsageError
+from mlip_cli.losses.objective import Objective
+from mlip_cli.merge_plan import MergePlan, default_places, wrong_places
+from mlip_cli.model.frequency import StemBlock, convolve_by_fft
+from mlip_cli.model.vision import ImageTower
+from mlip_cli.recipe_checks import check
+from mlip_cli.train.gradients import Precision, add_gradients
+from mlip_cli.train.optim import is_decayed
+
+
+def stem_recipe(depth: int = 1, *, merging: dict[str, Any] | None = None, **changes: Any) -> Recipe:
+    """Of 4 blocks; merges before the last two."""
+    model = {
+        "frequency": {"placement": "stem", "width": 32, "depth": depth},
+        "merging": merging or {"rate": 0.5, "at": [3, 4]},
+    }
+    return small_recipe(model=model | changes)
+
+
+def test_a_stem_stands_in_for_the_first_attention_blocks() -> None:
+    model, images = small_model(stem_recipe(2, merging={"rate": 0.0})), small_batch().images
+    pixels, trunk = model.normalize(images), model.vision.trunk
+    first, second, third, fourth = trunk.blocks
+    assert (type(first), type(second)) == (StemBlock, StemBlock)
+    assert isinstance(third, Block)
+    assert model.vision.depth == len(model.merge_plan(0.0).tokens) == 4
+
+    x = model.vision.embed(pixels)
+    for block in (first, second):
+        grid = x[:, 1:].unflatten(1, (4, 4))
+        grid = grid + convolve_by_fft(block.norm1(grid), block.filter.kernel)
+        grid = grid + block.mlp(block.norm2(grid))
+        x = torch.cat([x[:, :1], grid.flatten(1, 2)], dim=1)
+    features = model.image_features(images, model.merge_plan(0.0))
+    spatial = trunk.norm(fourth(third(x)))[:, 0]
+    torch.testing.assert_close(features.spatial, model.image_projection(spatial), rtol=1e-10, atol=1e-10)
+    mean = nn.functional.layer_norm(x[:, 1:], (32,)).mean(1)
+    torch.testing.assert_close(features.frequency, model.frequency_projection(mean), rtol=1e-10, atol=1e-10)
+    assert torch.equal(model.encode_image(images, model.merge_plan(0.0)), features.spatial)
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "vit_tiny_r_s16_p8_224"])
+def test_a_named_tower_takes_a_stem(name: str) -> None:
+    torch.manual_seed(0)
+    stem = Frequency(placement="stem", width=192, depth=3)
+    tower = ImageTower(Vision(timm=name), image_size=64, frequency=stem).eval()
+    assert [isinstance(block, StemBlock) for block in tower.trunk.blocks] == [True] * 3 + [False] * 9
+    prefix = tower.num_prefix
+    plan = MergePlan.resolve(
+        depth=12, num_patches=tower.num_patches, num_prefix=prefix, rate=0.25, at=None, method="guided", stem=3
+    )
+    assert plan.at == (5, 7)
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        embedded = tower.embed(images)
+        found = tower(images, embedded, plan)
+        assert torch.equal(tower.trunk.blocks[0](embedded)[:, :prefix], embedded[:, :prefix])
+    assert found.stem_tokens is not None
+    assert found.stem_tokens.shape == (2, tower.num_patches, 192)
+    assert (found.sizes.sum(1) == tower.num_patches).all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"width": 128}, "model.frequency.width: 128, but a stem's blocks are the tower's; use 192"),
+        ({"depth": 12}, "model.frequency.depth: 12 leaves no attention block of the tower's 12; use less"),
+    ],
+)
+def test_a_stem_that_does_not_fit_a_named_tower_is_refused(changes: dict[str, int], message: str) -> None:
+    stem = Frequency(**({"placement": "stem", "width": 192, "depth": 2} | changes))  # type: ignore[arg-type]
+    with torch.device("meta"), pytest.raises(UsageError) as caught:
+        ImageTower(Vision(timm="vit_tiny_patch16_224"), image_size=64, frequency=stem)
+    assert str(caught.value) == message
+
+
+def test_all_of_a_stem_trains_and_its_kernels_do_not_decay() -> None:
+    model = small_model(stem_recipe())
+    encoded = model(small_batch())
+    assert (encoded.token_sizes.sum(1) == 16).all()
+    assert encoded.frequency_tokens is not None
+    assert encoded.frequency_tokens.shape == (8, 16, 12)
+    outputs = [v for v in vars(encoded).values() if torch.is_tensor(v) and v.requires_grad]
+    (sum(v.sum() for v in outputs) + sum(v.sum() for v in encoded.scales.values())).backward()
+    assert [n for n, p in model.named_parameters() if p.grad is None] == []
+    kernels = [n for n, p in model.named_parameters() if n.endswith("kernel") and not is_decayed(n, p)]
+    assert kernels == ["vision.trunk.blocks.0.filter.kernel"]
+    assert model.blocks_above()[kernels[0]] == 3
+
+
+def test_micro_batches_give_a_stem_the_gradient_of_the_whole_batch() -> None:
+    recipe = stem_recipe()
+
+    def gradients(micro_batch_size: int | None) -> dict[str, Tensor]:
+        model = small_model(recipe)
+        precision = Precision.named("fp32", torch.device("cpu"))
+        add_gradients(
+            model, Objective(recipe.losses), small_batch(), precision=precision, micro_batch_size=micro_batch_size
+        )
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    whole, parts = gradients(None), gradients(3)
+    assert whole.keys() == parts.keys()
+    for name, expected in whole.items():
+        torch.testing.assert_close(parts[name], expected, rtol=1e-8, atol=1e-10)
+
+
+def test_stages_of_merges_behind_a_stem_keep_the_numbers_of_blocks() -> None:
+    model = small_model(stem_recipe(2, merging={"rate": 0.25}))
+    stages = model.merge_stages(small_batch().images)
+    assert [stage.block for stage in stages] == [4]
+    assert (stages[0].groups.max(1).values == model.plan.tokens[3] - 1).all()
+    assert stages[0].spatial is not None
+
+
+def test_default_places_leave_a_stem_alone() -> None:
+    assert [default_places(12, stem=stem) for stem in (0, 1, 2, 6)] == [(3, 5), (3, 5), (4, 6), (8, 10)]
+    assert default_places(4, stem=2) == (4,)
+    assert default_places(12, "random_drop", stem=2) == (3,)
+
+
+@pytest.mark.parametrize(
+    ("places", "depth", "method", "message"),
+    [
+        ((3, 5), 12, "tome", "[3, 5] starts too early for a stem of depth 2; start at 4, behind an attention block"),
+        ((2,), None, "guided", "[2] starts too early for a stem of depth 2; start at 4, behind an attention block"),
+        ((2,), 12, "random_drop", "[2] starts too early for a stem of depth 2; start at 3, behind the stem"),
+        ((4,), 3, "guided", "[4] goes beyond the tower's depth 3; set model.merging to null"),
+        ((4,), 12, "guided", None),
+        ((3,), 12, "random_drop", None),
+    ],
+)  # fmt: skip
+def test_places_inside_a_stem_are_refused(
+    places: tuple[int, ...], depth: int | None, method: str, message: str | None
+) -> None:
+    assert wrong_places(places, depth=depth, method=method, stem=2) == message
+    if message is not None and depth is not None:
+        with pytest.raises(UsageError) as caught:
+            MergePlan.resolve(depth=depth, num_patches=64, num_prefix=1, rate=0.25, at=places, method=method, stem=2)
+        assert str(caught.value) == f"model.merging.at: {message}"
+
+
+def test_a_recipe_says_where_merges_behind_its_stem_start() -> None:
+    too_early = "[2, 3] starts too early for a stem of depth 1; start at 3, behind an attention block"
+    assert check(stem_recipe(merging={"at": [2, 3]})) == [("model.merging.at", too_early)]
+    assert check(stem_recipe(merging={"rate": 0.25})) == []
+    [(place, _)] = check(stem_recipe(4))
+    assert place == "model.frequency.depth"
+
+
+def test_random_drop_starts_behind_a_stem() -> None:
+    model = small_model(stem_recipe(2, merging={"rate": 0.5, "method": "random_drop"}))
+    assert model.training_plan.at == (3,)
+    encoded = model.train()(small_batch())
+    assert encoded.token_sizes.shape[1] == model.training_plan.tokens[-1] < 16
+    assert encoded.frequency_tokens is not None
+    assert encoded.frequency_tokens.shape[1] == 16
+
+
+def test_commands_measure_and_draw_a_run_with_a_stem(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    make_dataset(tmp_path / "data" / "colors", n=12)
+    recipe = stem_recipe(merging={"rate": 0.4, "at": [3]})
+    make_run(tmp_path / "runs" / "stem", recipe)
+    profile("runs/stem", batch_size=2, rounds=2, device="cpu", as_json=True)
+    result = json.loads(capsys.readouterr().out)
+    assert list(result["gflops"]["image_tower_by_part"])[:3] == ["patch embedding", "global filters", "attention"]
+    parts = {line["part"]: line["seconds"] for line in result["breakdown"]}
+    assert min(parts[name] for name in ("image tower, blocks 1-2", "image tower, blocks 3-4", "frequency branch")) > 0
+
+    merge_sweep.merge_sweep(
+        "runs/stem", rates=[0.25], methods=["tome", "guided"], datasets=["shards:data/colors"], data_root=None,
+        num_pictures=2, batch_size=4, rounds=2, device="cpu", as_json=True,
+    )  # fmt: skip
+    assert [point["rate"] for point in json.loads(capsys.readouterr().out)["points"]] == [0, 0.25, 0.25]
+    [account] = (tmp_path / "runs" / "stem" / "evals").glob("merge_pictures_*.json")
+    assert [point["stages"][0]["block"] for point in json.loads(account.read_text())["points"]] == [3, 3]
