@@ -180,7 +180,7 @@ def test_odd_and_oblong_grids(h: int, w: int, method: str, monkeypatch: pytest.M
 
 
 def test_pictures_of_another_size_are_refused() -> None:
-    with pytest.raises(UsageError, match="^images: 24 x 32 pixels, but the model reads 32 x 32$"):
+    with pytest.raises(UsageError, match=r"^images: 24 x 32 pixels, but the model reads 32 x 32$"):
         small_model().encode_image(torch.zeros(1, 3, 24, 32, dtype=torch.uint8))
 
 

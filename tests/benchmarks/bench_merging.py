@@ -1,26 +1,35 @@
-"""What merging gains where the image tower is large: ViT-B/16 at 224 px, forward, rates 0, 0.3 and 0.5 side by side.
+"""What merging gains where the image tower is large: ViT-B/16 at 224 px, forward, side by side.
 
     make bench                    or, alone:    python tests/benchmarks/bench_merging.py
 
-All rates run in turn in every round of one process; speed-ups are medians of ratios inside rounds. Random weights: no
-kernel is faster or slower for them.
+Three tables: speed-ups at each rate beside those of the operations (aims: 0.92 of them, and 1.5x at rate 0.5), both
+kinds of attention, and where the time of the merges goes. All settings of a table run in turn in every round of one
+process; speed-ups are medians of ratios inside rounds. Random weights: no kernel is faster or slower for them.
 """
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
+from statistics import median
 
 import torch
 
 from mlip_cli.commands.costs import image_gflops
+from mlip_cli.commands.part_clock import PartClock, replaced
 from mlip_cli.config import Model, Text, Vision
 from mlip_cli.merge_plan import MergePlan
+from mlip_cli.model import merge_pass
 from mlip_cli.model.clip import CLIP, set_fused_attention
 from mlip_cli.output import print_lines, print_table
 from mlip_cli.profiling import device_name, measure_interleaved
 
-RATES = (0.0, 0.3, 0.5)
-METHODS = ("guided", "tome")
-BATCH_SIZE, ROUNDS = 2, 7
+SETTINGS = (("guided", 0.3), ("guided", 0.5), ("tome", 0.3), ("tome", 0.5), ("random_drop", 0.5))
+BATCH_SIZE, ROUNDS = 4, 5
+PARTS = {
+    "matching": ("match",),
+    "guidance": ("frequency_guidance", "mid_ranks", "mix_guidance", "group_mean"),
+    "merging": ("merge_tokens", "group_sizes", "size_mask", "compose"),
+}
 
 
 def vit_b_16() -> CLIP:
@@ -31,29 +40,39 @@ def vit_b_16() -> CLIP:
     return model.eval().requires_grad_(False)
 
 
+def pictures() -> torch.Tensor:
+    return torch.randint(256, (BATCH_SIZE, 3, 224, 224), dtype=torch.uint8)
+
+
 def forward(model: CLIP, images: torch.Tensor, plan: MergePlan, dtype: torch.dtype) -> None:
     with torch.inference_mode(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         model.encode_image(images, plan)
 
 
-def measure(model: CLIP, dtype: torch.dtype) -> list[list[str]]:
-    """Rows of the table for one precision."""
-    images = torch.randint(256, (BATCH_SIZE, 3, 224, 224), dtype=torch.uint8)
-    plans = {"none 0.0": model.merge_plan(0.0)}
-    plans |= {f"{m} {rate}": model.merge_plan(rate, m) for m in METHODS for rate in RATES if rate}
+def fused(model: CLIP, images: torch.Tensor, plan: MergePlan, dtype: torch.dtype) -> None:
+    set_fused_attention(model, True)
+    forward(model, images, plan, dtype)
+    set_fused_attention(model, False)
+
+
+def speedups(model: CLIP, dtype: torch.dtype) -> list[list[str]]:
+    """Rows of the first table for one precision."""
+    images = pictures()
+    plans = {("none", 0.0): model.merge_plan(0.0)}
+    plans |= {(method, rate): model.merge_plan(rate, method) for method, rate in SETTINGS}
     functions: dict[str, Callable[[], None]] = {
-        name: partial(forward, model, images, plan, dtype) for name, plan in plans.items()
+        str(name): partial(forward, model, images, plan, dtype) for name, plan in plans.items()
     }
     timings = measure_interleaved(functions, ROUNDS)
-    whole = sum(image_gflops(model, plans["none 0.0"]).values())
+    whole = sum(image_gflops(model, plans["none", 0.0]).values())
     rows = []
-    for (name, plan), timing in zip(plans.items(), timings.values(), strict=True):
+    for ((name, _), plan), timing in zip(plans.items(), timings.values(), strict=True):
         cost = sum(image_gflops(model, plan).values())
         low, high = timing.speedup_interval
         rows.append(
             [
                 str(dtype).removeprefix("torch."),
-                name.split()[0],
+                name,
                 f"{plan.rate:.2f}",
                 f"{cost:.1f}",
                 f"{BATCH_SIZE / timing.median_s:.2f}",
@@ -65,12 +84,58 @@ def measure(model: CLIP, dtype: torch.dtype) -> list[list[str]]:
     return rows
 
 
+def attentions(model: CLIP, dtype: torch.dtype) -> list[list[str]]:
+    """Rows of the second table: one fused kernel against plain products."""
+    images = pictures()
+    rows = []
+    for plan in (model.merge_plan(0.0), model.merge_plan(0.5, "guided")):
+        functions = {kind.__name__: partial(kind, model, images, plan, dtype) for kind in (forward, fused)}
+        plain, one_kernel = measure_interleaved(functions, ROUNDS).values()
+        low, high = one_kernel.speedup_interval
+        rows.append(
+            [
+                str(dtype).removeprefix("torch."),
+                f"{plan.rate:.2f}",
+                f"{BATCH_SIZE / plain.median_s:.2f}",
+                f"{BATCH_SIZE / one_kernel.median_s:.2f}",
+                f"{one_kernel.speedup:.2f} ({low:.2f}-{high:.2f})",
+            ]
+        )
+    return rows
+
+
+def shares(model: CLIP, dtype: torch.dtype) -> list[list[str]]:
+    """Rows of the third table: seconds of the parts of all merges in one forward pass."""
+    images, clock = pictures(), PartClock()
+    plan = model.merge_plan(0.5, "guided")
+    taken = []
+    with ExitStack() as stack:
+        for part, names in PARTS.items():
+            for name in names:
+                timed = clock.timed(part, getattr(merge_pass, name))
+                stack.enter_context(replaced(merge_pass, name, timed))
+        for _ in range(ROUNDS + 1):
+            with clock.part("tower"):
+                forward(model, images, plan, dtype)
+            taken.append(clock.take())
+    rows = []
+    for part in PARTS:
+        share = median(seconds[part] / sum(seconds.values()) for seconds in taken[1:])
+        milliseconds = 1000 * median(seconds[part] for seconds in taken[1:]) / len(plan.at)
+        rows.append([str(dtype).removeprefix("torch."), part, f"{milliseconds:.2f}", f"{share:.2%}"])
+    return rows
+
+
 def test_speed_of_merging() -> None:
     torch.manual_seed(0)
-    model = vit_b_16()
-    rows = [row for dtype in (torch.float32, torch.bfloat16) for row in measure(model, dtype)]
+    model, dtypes = vit_b_16(), (torch.float32, torch.bfloat16)
     columns = ["precision", "method", "rate", "GFLOPs", "images/s", "x rate 0 (95 %)", "by FLOPs", "measured/FLOPs"]
-    print_table(columns, rows)
+    print_table(columns, [row for dtype in dtypes for row in speedups(model, dtype)])
+    columns = ["precision", "rate", "images/s, plain", "images/s, fused", "x plain (95 %)"]
+    print_table(columns, [row for dtype in dtypes for row in attentions(model, dtype)], title="attention")
+    columns = ["precision", "part", "ms a merge", "share of the tower"]
+    rows = [row for dtype in dtypes for row in shares(model, dtype)]
+    print_table(columns, rows, title="guided merges at rate 0.5")
     print_lines(f"batch of {BATCH_SIZE}, {device_name(torch.device('cpu'))}, {torch.get_num_threads()} threads")
 
 
