@@ -69,7 +69,7 @@ def test_an_installed_wheel_finds_its_recipes(wheel: Path, tmp_path: Path) -> No
     package, origin, merging, completed = done.stdout.splitlines()
     assert package == str(site / "mlip_cli" / "__init__.py")
     assert origin.startswith(str(site / "mlip_cli" / "recipes" / "openmoji.yaml") + ":")
-    assert (merging, completed) == ("None", "optim.lr=")
+    assert (merging, completed) == ("None", "optim.lr= optim.layer_decay=")
 
 
 def make(*arguments: str) -> subprocess.CompletedProcess[str]:

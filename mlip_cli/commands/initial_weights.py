@@ -41,7 +41,7 @@ def check_initial(model: CLIP, recipe: Recipe) -> OpenClipFile | Path:
     """Where `model.init` leads, after a look whether that model computes as this one, without reading weights.
 
     Raises:
-        UsageError: there is none, or another architecture; with the sections of a recipe that fit.
+        UsageError: there is none, or another architecture; with the section of a recipe that fits.
     """
     assert recipe.model.init is not None
     source = find_init(recipe.model.init)
@@ -112,7 +112,9 @@ def _check_architecture(model: CLIP, source: OpenClipFile) -> None:
     wrong = _misfits(model, theirs)
     if wrong:
         fit = architecture.fitting_recipe(theirs)
-        cure = f"a recipe that fits has\n{fit}" if fit else "no tower of ours has its form; take another architecture"
+        size = theirs.image_size
+        fitting = f"use {fit} (its own data.image_size is {size}; for others the positions are resampled)"
+        cure = fitting if fit else "no tower of ours has its form; take another architecture"
         raise UsageError(f"{place} does not fit the recipe: {'; '.join(wrong)}; {cure}")
 
 

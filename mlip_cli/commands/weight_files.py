@@ -26,7 +26,7 @@ def read_weights(file: Path) -> dict[str, Tensor]:
             raise UsageError(f"{file}: not a whole safetensors file ({error}); fetch it again") from None
     if _is_torchscript(file):
         raise UsageError(
-            f"{file}: a TorchScript archive, which is a program; where you trust it, take its weights out:\n"
+            f"{file}: a TorchScript archive, which is a program; where you trust it, take its weights out with: "
             + _save_command(file, "torch.jit.load({}, map_location='cpu').state_dict()")
         )
     try:
@@ -34,7 +34,7 @@ def read_weights(file: Path) -> dict[str, Tensor]:
     except pickle.UnpicklingError:
         raise UsageError(
             f"{file}: holds more than tensors and plain values, which could run anything; where you trust it, take its "
-            "weights out:\n"
+            "weights out with: "
             + _save_command(file, "(lambda c: c.get('state_dict', c))(torch.load({}, 'cpu', weights_only=False))")
         ) from None
     except (RuntimeError, EOFError, OSError) as error:

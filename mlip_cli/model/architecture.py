@@ -231,7 +231,7 @@ def differences(ours: Architecture, theirs: Architecture) -> Iterator[tuple[str,
 
 
 def fitting_recipe(architecture: Architecture) -> str | None:
-    """The sections of a recipe that give this architecture, as YAML; None where no tower of ours has its form."""
+    """The section of a recipe that gives this architecture, as YAML; None where no tower of ours has its form."""
     image, text = architecture.image, architecture.text
     by_sizes = not architecture.norm_pre and replace(image, activation="gelu", norm_eps=1e-6) == image
     if by_sizes and image.mlp_width == 4 * image.width:
@@ -245,12 +245,9 @@ def fitting_recipe(architecture: Architecture) -> str | None:
             return None
         vision = f"timm: {name}"
     return (
-        f"data: {{image_size: {architecture.image_size}}}\n"
-        "model:\n"
-        f"  embed_dim: {architecture.embed_dim}\n"
-        f"  vision: {{{vision}}}\n"
-        f"  text: {{width: {text.width}, depth: {text.depth}, num_heads: {text.num_heads}, "
-        f"context_length: {architecture.context_length}, activation: {text.activation}}}"
+        f"model: {{embed_dim: {architecture.embed_dim}, vision: {{{vision}}}, "
+        f"text: {{width: {text.width}, depth: {text.depth}, num_heads: {text.num_heads}, "
+        f"context_length: {architecture.context_length}, activation: {text.activation}}}}}"
     )
 
 
