@@ -9,10 +9,12 @@ from timm.layers import DropPath
 from torch import Tensor
 
 from mlip_cli.errors import UsageError
+from mlip_cli.losses.objective import Objective
 from mlip_cli.merge_plan import MergePlan
 from mlip_cli.model.clip import CLIP
 from mlip_cli.model.merging import compose, drop, kept_tokens, last_step, unmerge_tokens
 from mlip_cli.recipe_checks import check
+from mlip_cli.train.gradients import Precision, add_gradients
 
 
 def dropping_model(**merging: object) -> CLIP:
@@ -171,3 +173,18 @@ def test_a_model_that_drops_pickles() -> None:
     twin = pickle.loads(pickle.dumps(model))  # noqa: S301 - our own bytes
     assert twin.training_plan == model.training_plan
     assert torch.equal(twin.encode_image(small_batch().images), model.encode_image(small_batch().images))
+
+
+def test_micro_batches_drop_what_the_whole_batch_drops() -> None:
+    """The CPU's generator hands out the same numbers in one call and in several, so the gradients can be compared."""
+
+    def gradients(micro_batch_size: int | None) -> list[Tensor]:
+        model, batch = dropping_model().train(), small_batch()
+        objective = Objective(small_recipe().losses)
+        torch.manual_seed(0)
+        precision = Precision.named("fp32", torch.device("cpu"))
+        add_gradients(model, objective, batch, precision=precision, micro_batch_size=micro_batch_size)
+        return [p.grad for p in model.vision.parameters() if p.grad is not None]
+
+    for whole, parts in zip(gradients(None), gradients(2), strict=True):
+        torch.testing.assert_close(parts, whole, rtol=1e-9, atol=1e-12)
