@@ -64,10 +64,15 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def evaluate(*runs: str, datasets: list[str], rates: tuple[float, ...] = (), as_json: bool = True) -> None:
-    eval_zeroshot(
-        runs, datasets=datasets, merge_rates=rates, data_root=None, batch_size=16, device="cpu", as_json=as_json
-    )
+def evaluate(
+    *runs: str,
+    datasets: list[str],
+    rates: tuple[float, ...] = (),
+    as_json: bool = True,
+    task: str = "classification",
+) -> None:
+    common: dict[str, Any] = {"data_root": None, "batch_size": 16, "device": "cpu", "as_json": as_json}
+    eval_zeroshot(runs, task=task, datasets=datasets, merge_rates=rates, **common)
 
 
 def printed(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
@@ -214,6 +219,18 @@ def test_a_damaged_result_is_measured_again(
         evaluate("runs/clip", datasets=["openmoji"])
     assert caplog.messages == [f"{path}: damaged ({why}); measured again"]
     assert json.loads(path.read_text())["acc1"] == first["acc1"]
+
+
+def test_pointing_asks_openmoji_for_names_and_not_for_groups(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    evaluate("runs/mlip", datasets=["openmoji"], task="pointing")
+    [result] = printed(capsys)["results"]
+    assert (result["kind"], result["n"], result["num_names"], result["chance"]) == ("pointing", 30, 30, 0.25)
+    [path] = Path("runs/mlip/evals").iterdir()
+    assert path.name.startswith("pointing-openmoji-step_0000008-recipe_rate-")
+    mosaic_of = json.loads(path.read_text())["mosaic"].split()
+    assert mosaic_of[0] != mosaic_of[1]  # equal pictures
+    evaluate("runs/mlip", datasets=["openmoji"])
+    assert [result["kind"] for result in printed(capsys)["results"]] == ["zeroshot"]
 
 
 def test_an_earlier_checkpoint_and_runs_of_one_name(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -71,10 +71,10 @@ def compose(concept_of: Sequence[int], *, dataset: str, seed: int = SEED) -> Mos
             cure = f"add {more}, or name another data set"
             raise UsageError(f"{dataset}: {plural(n, what)}, and pointing needs {TILES}; {cure}")
     random = Random(seed)
-    mosaics = _first_fit(concept_of, random)
+    mosaics, everything = _first_fit(concept_of, random), list(members)
     rows, asked = [], []
     for own in mosaics:
-        fillers = _fillers(own, concept_of, members, random)
+        fillers = _fillers(own, concept_of, everything, members, random)
         tiles = [(picture, True) for picture in own] + [(picture, False) for picture in fillers]
         random.shuffle(tiles)
         rows.append([picture for picture, _ in tiles])
@@ -103,10 +103,13 @@ def _first_fit(concept_of: Sequence[int], random: Random) -> list[list[int]]:
 
 
 def _fillers(
-    own: Sequence[int], concept_of: Sequence[int], members: dict[int, list[int]], random: Random
+    own: Sequence[int],
+    concept_of: Sequence[int],
+    everything: Sequence[int],
+    members: dict[int, list[int]],
+    random: Random,
 ) -> Iterable[int]:
-    """Pictures of other concepts for the empty places of a mosaic."""
-    everything = list(members) if len(own) < TILES else []
+    """Pictures of other concepts, `everything` being all, for the empty places of a mosaic."""
     seen = {concept_of[picture] for picture in own}
     for _ in range(TILES - len(own)):
         concept = random.choice(everything)

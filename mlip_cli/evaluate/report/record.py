@@ -18,11 +18,11 @@ Result = dict[str, Any]
 SHOWN = {
     "zeroshot": "dataset data_fingerprint step merge_rate true_merge_rate n num_classes chance per_class right "
     "images_per_s mean_per_class_recall mean_per_class_recall_interval acc1 acc1_interval",
-    "pointing": "dataset data_fingerprint step merge_rate true_merge_rate n num_mosaics chance pointing",
     "gallery": "step true_merge_rate num_images num_texts chosen scores text_to_image image_to_text",
     "merge_pictures": "step dataset chosen map_colors points",
     "merge_sweep": "step points datasets batch_size rounds device device_name threads torch",
     "profile": "step breakdown unaccounted limit clocks_cost step_s speed parameters gflops mfu peak_memory torch",
+    "pointing": "dataset data_fingerprint step merge_rate true_merge_rate n num_mosaics chance pointing",
 }
 """Kinds of results in evals/, and the keys that a page shows of each: a file of another version may lack some."""
 
