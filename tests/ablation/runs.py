@@ -26,7 +26,7 @@ class AblationRun:
 
 def _choices() -> Iterator[AblationRun]:
     """A, B: one seed each, on validation, to choose learning rate, placement, token loss, strength and phases."""
-    for lr in ("5e-4", "1e-3", "2e-3"):
+    for lr in ("2.5e-4", "5e-4", "1e-3"):
         yield AblationRun("A", f"clip_lr_{lr}", 0, "validation", "clip", (f"optim.lr={lr}",))
     for recipe in ("branch_tokens", "branch_dct", "stem", "sparc", "filip"):
         yield AblationRun("B", recipe, 0, "validation", recipe)
