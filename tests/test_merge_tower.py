@@ -17,6 +17,7 @@ from mlip_cli.merge_plan import GUIDANCE, METHODS, MergePlan
 from mlip_cli.model import merge_pass, vision
 from mlip_cli.model.clip import CLIP
 from mlip_cli.model.merge_pass import MergePass, Patches
+from mlip_cli.model.merging import grid_parity
 from mlip_cli.model.vision import ImageTower, ObservedBlock
 
 TINY = {"depth": 3, "embed_dim": 48, "num_heads": 3}
@@ -327,3 +328,15 @@ def test_a_merged_model_compiles_to_one_graph(method: str) -> None:
     assert counters["stats"]["unique_graphs"] == 1
     assert not counters["graph_break"]
     found[0].square().sum().backward()
+
+
+def test_matching_alone_breaks_no_graph() -> None:
+    """Full graphs bear shapes that depend on data; without that demand they break there."""
+    metric, guidance = torch.randn(2, 15, 4), torch.rand(2, 15)
+    torch._dynamo.reset()
+    counters.clear()
+    compiled = torch.compile(merge_pass.match, backend="eager")
+    found = compiled(metric, guidance, grid_parity(3, 5), 9, strength=0.25)
+    assert torch.equal(found, merge_pass.match(metric, guidance, grid_parity(3, 5), 9, strength=0.25))
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]

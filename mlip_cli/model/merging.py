@@ -35,7 +35,7 @@ def match(metric: Tensor, guidance: Tensor | None, parity: Tensor, num_groups: i
     Each token of the even set proposes its best edge to a token of the odd set; the N-K best edges merge. An edge is
     the cosine similarity, less `strength` times the larger guidance of its two ends. Groups are numbered by their
     smallest token. Stable: equal edges merge in token order. `parity` is that of `grid_parity` or `index_parity`, whose
-    odd tokens are floor(N/2): counting them would stop compilation.
+    odd tokens are floor(N/2): counting them would break a compiled graph in two.
     """
     batch, n, _ = metric.shape
     removed = n - num_groups
