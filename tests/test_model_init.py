@@ -94,6 +94,19 @@ def test_what_differs_is_named_with_the_recipe_that_fits(tiny_file: str, monkeyp
         check_initial(small_model(small_recipe()), recipe)
 
 
+def test_a_file_in_half_precision_is_resampled_in_full(tiny_file: str) -> None:
+    file = Path(tiny_file.rpartition(":")[2])
+    half = {name: tensor.half() for name, tensor in read_weights(file).items()}
+    save_file(half, file)
+    recipe = recipe_for({"timm": TINY_QUICK}, activation="quick_gelu", data={"image_size": 48})
+    model = small_model(recipe, dtype=torch.float32)
+    notes = load_initial(model, with_init(recipe, tiny_file))
+    assert "model.init: vision.trunk.pos_embed resampled from 4 x 4 to 6 x 6 patches" in notes.facts
+    grid = half["visual.positional_embedding"][None, 1:].float().unflatten(1, (4, 4)).permute(0, 3, 1, 2)
+    expected = nn.functional.interpolate(grid, size=(6, 6), mode="bicubic", antialias=True).flatten(2).mT
+    torch.testing.assert_close(model.vision.trunk.pos_embed[:, 1:], expected, rtol=1e-6, atol=1e-6)
+
+
 def test_a_tower_with_other_parts_is_no_start(tiny_file: str) -> None:
     stem = {"frequency": {"placement": "stem", "width": 32, "depth": 2}, "merging": None}
     recipe = with_init(small_recipe(model=stem), tiny_file)

@@ -154,7 +154,8 @@ def _shapes(tower: nn.Module) -> dict[str, tuple[int, ...]]:
 def _regridded(weights: dict[str, Tensor], model: CLIP) -> Iterator[tuple[str, str, bool]]:
     """Bring positions and global filters in `weights` to the model's grid: (name, what was done, is something lost)."""
     grid, own = model.vision.grid, model.state_dict()
-    for name, tensor in weights.items():
+    for name, stored in weights.items():
+        tensor = stored.float()  # files in half precision are not to be resampled in it
         if name not in own or own[name].shape == tensor.shape or own[name].shape[-1] != tensor.shape[-1]:
             continue
         if name == POSITIONS:
