@@ -32,12 +32,17 @@ def test_info_nce_equals_open_clips_loss_and_gradient() -> None:
         torch.testing.assert_close(mine, other, rtol=1e-12, atol=1e-14)
 
 
-def test_sigmoid_loss_equals_open_clips() -> None:
+def test_sigmoid_loss_equals_open_clips_and_its_gradient() -> None:
     images, texts = random_features()
-    scale, bias = torch.tensor([10.0], dtype=torch.float64), torch.tensor([-3.0], dtype=torch.float64)
-    ours = sigmoid_loss(images, texts, scale, bias, offset=0)
+    scale, bias = (torch.tensor([x], dtype=torch.float64, requires_grad=True) for x in (10.0, -3.0))
+    inputs = (images, texts, scale, bias)
     theirs = open_clip.loss.SigLipLoss()(images, texts, scale, bias)
-    assert ours.item() == pytest.approx(theirs.item(), rel=1e-14)
+    for chunk_logits in (12, 2**22):
+        ours = sigmoid_loss(images, texts, scale, bias, offset=0, chunk_logits=chunk_logits)
+        assert ours.item() == pytest.approx(theirs.item(), rel=1e-14)
+        grads = torch.autograd.grad(ours, inputs), torch.autograd.grad(theirs, inputs, retain_graph=True)
+        for mine, other in zip(*grads, strict=True):
+            torch.testing.assert_close(mine, other, rtol=1e-12, atol=1e-14)
 
 
 def sparc_in_loops(patches, sizes, words, mask, scale):  # type: ignore[no-untyped-def]
