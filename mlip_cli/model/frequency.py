@@ -82,9 +82,9 @@ def _waves(n: int, num_frequencies: int, *, device: torch.device) -> tuple[Tenso
 def takes_products(device: torch.device) -> bool:
     """Whether products of matrices are the better way to convolve.
 
-    Forward and backward on a CPU they were 1.1 to 2 times as fast as the FFT on grids of 8 x 8 to 24 x 24, in the median
-    (tests/benchmarks/bench_frequency.py); and compilers generate code for them, but none for complex numbers. On GPUs we
-    have measured nothing, and the FFT takes the fewest operations.
+    Forward and backward on a CPU they were 1.1 to 2 times as fast as the FFT on grids of 8 x 8 to 24 x 24, by the
+    median (tests/benchmarks/bench_frequency.py), and compilers generate code for them but none for complex numbers. On
+    GPUs we have measured nothing, and the FFT takes the fewest operations.
     """
     return device.type == "cpu" or torch.compiler.is_compiling()
 
