@@ -26,7 +26,7 @@ from mlip_cli.commands.step_breakdown import (
 from mlip_cli.commands.training_step import COPY, OPTIMIZER, TrainingStep
 from mlip_cli.config import LOSS_NAMES, Recipe
 from mlip_cli.losses import objective
-from mlip_cli.model import vision
+from mlip_cli.model import merge_pass
 from mlip_cli.types import features_of
 
 STAGES = ["image tower, block 1", "image tower, block 2", "image tower, blocks 3-4"]
@@ -82,9 +82,9 @@ def test_seconds_land_in_the_part_that_does_the_work(workshop: Workshop) -> None
         workshop.slow(block, "forward", seconds)
     workshop.slow(model.vision.trunk.norm, "forward", 64)
     workshop.slow(model.image_projection, "forward", 128)
-    workshop.slow(vision, "frequency_guidance", 1000)
-    workshop.slow(vision, "match", 10)  # twice
-    workshop.slow(vision, "merge_tokens", 100)  # twice
+    workshop.slow(merge_pass, "frequency_guidance", 1000)
+    workshop.slow(merge_pass, "match", 10)  # twice
+    workshop.slow(merge_pass, "merge_tokens", 100)  # twice
     workshop.slow(model.text.blocks[0], "forward", 3)
     workshop.slow(model.text_projection, "forward", 4)
     workshop.slow(model.frequency, "forward", 5)
@@ -117,8 +117,8 @@ def test_micro_batches_have_a_first_pass_of_its_own(monkeypatch: pytest.MonkeyPa
     workshop = Workshop(make_step(recipe_of(micro_batch_size=4)), monkeypatch)  # two of them
     model = workshop.recorder.step.model
     workshop.slow(model.vision.trunk.blocks[0], "forward", 1)
-    workshop.slow(vision, "match", 10)  # the second pass replays the merges of the first
-    workshop.slow(vision, "merge_tokens", 100)
+    workshop.slow(merge_pass, "match", 10)  # the second pass replays the merges of the first
+    workshop.slow(merge_pass, "merge_tokens", 100)
     workshop.slow(objective, "info_nce", 5)
     workshop.slow(objective, "sparc_sum", 3)
     workshop.slow(torch.autograd, "grad", 1000)

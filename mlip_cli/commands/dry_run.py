@@ -48,7 +48,7 @@ def derived(recipe: Recipe, *, resumes: bool) -> dict[str, Any]:
         check_initial(model, recipe)
     if recipe.model.freeze is not None:
         model.freeze(recipe.model.freeze)
-    plan, ranks = model.plan, world_size()
+    plan, ranks = model.training_plan, world_size()
     facts: dict[str, Any] = {
         "device": str(training_device(recipe)),
         "ranks": ranks,

@@ -240,7 +240,7 @@ def utilisation(
     """
     model = subject.model
     batch_size, num_tokens = batch.token_ids.shape
-    gflops = costs.step_gflops(model, model.plan, batch_size=batch_size, num_text_tokens=num_tokens)
+    gflops = costs.step_gflops(model, model.training_plan, batch_size=batch_size, num_text_tokens=num_tokens)
     step_tflops = gflops / 1000 / step_s
     measured = {name: matmul.flops / 1e12 / timings[name].median_s for name, matmul in matmuls.items()}
     peak = measured[subject.recipe.train.precision]

@@ -101,7 +101,7 @@ class TimedObjective:
 
 def stage_names(model: CLIP) -> list[str]:
     """Of each block, the stage it is in: `image tower, blocks 1-2`; stages are the blocks between two merges."""
-    borders = [1, *model.plan.at, model.vision.depth + 1]
+    borders = [1, *model.training_plan.at, model.vision.depth + 1]
     names = []
     for first, end in pairwise(borders):
         blocks = f"blocks {first}-{end - 1}" if end - first > 1 else f"block {first}"
@@ -115,7 +115,7 @@ def step_parts(step: TrainingStep) -> dict[str, str]:
     if step.micro_batch_size is not None:
         groups[FIRST_PASS] = "forward"
     for block, name in enumerate(stage_names(model), start=1):
-        if block in model.plan.merges:
+        if block in model.training_plan.merges:
             groups[MERGING] = "forward"
         groups[name] = "forward"
     groups |= {FREQUENCY: "forward"} if model.frequency is not None else {}
@@ -171,7 +171,7 @@ def _time_image_tower(
     time_module: Callable[[nn.Module, Callable[[], None], Callable[[], None]], None],
 ) -> None:
     """Blocks by stage, and what is between them."""
-    merges = model.plan.merges
+    merges = model.training_plan.merges
 
     def after_block(block: int) -> str:
         """What comes next in the tower."""

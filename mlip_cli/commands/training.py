@@ -64,7 +64,7 @@ def train_run(recipe: Recipe, start: Start) -> Run:
                 say(line)
             if is_main():
                 write_json(run.data_cards, data_cards(data.datasets, pairs.datasets if pairs is not None else []))
-            for line in [*init.cautions, *cautions(recipe, training.plain.plan, data.total_steps)]:
+            for line in [*init.cautions, *cautions(recipe, training.plain.training_plan, data.total_steps)]:
                 warn(line)
             run_loop(run, recipe, data, training, progress, evaluators=evaluators, random=random)
             if pairs is not None:

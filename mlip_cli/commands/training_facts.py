@@ -14,7 +14,7 @@ def facts(recipe: Recipe, model: CLIP, total_steps: int) -> list[str]:
     parameters = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = f", {trained:,} of them train (model.freeze: {model.frozen})" if model.frozen else ""
-    plan, loaders = model.plan, plural(num_workers(recipe), "loader process", "loader processes")
+    plan, loaders = model.training_plan, plural(num_workers(recipe), "loader process", "loader processes")
     lines = [
         f"{plural(parameters, 'parameter')}{frozen}; {plural(total_steps, 'step')} with batches of "
         f"{recipe.train.global_batch_size:,} on {plural(world_size(), 'rank')}, {loaders} each, "
@@ -22,7 +22,8 @@ def facts(recipe: Recipe, model: CLIP, total_steps: int) -> list[str]:
     ]
     if plan.at:
         tokens = " ".join(map(str, plan.tokens))
-        lines.append(f"merging ({plan.method}): patch tokens per block {tokens}, true rate {plan.rate:.3f}")
+        word = "dropping" if plan.drops else "merging"
+        lines.append(f"{word} ({plan.method}): patch tokens per block {tokens}, true rate {plan.rate:.3f}")
     return lines
 
 
