@@ -291,6 +291,18 @@ def test_features_that_are_not_finite_are_counted() -> None:
         assert str(error.value) == message
 
 
+def test_a_stem_points_by_the_tokens_that_its_losses_see() -> None:
+    stem = {"frequency": {"placement": "stem", "width": 32, "depth": 1}, "merging": {"rate": 0.5, "at": [3, 4]}}
+    model = small_model(small_recipe(model=stem)).eval()
+    batch = small_batch(4)
+    with torch.no_grad():
+        queries = pointing_queries(model, batch.token_ids)
+        found = similarity_maps(model, batch.images, {name: vectors[:, None] for name, vectors in queries.items()})
+        tokens = model(batch).frequency_tokens
+    cosines = torch.nn.functional.normalize(tokens, dim=-1) @ queries["frequency_tokens"][:, :, None]
+    torch.testing.assert_close(found["frequency_tokens"][:, 0], cosines[..., 0], rtol=0, atol=1e-12)
+
+
 def reference_maps(model: Any, images: Tensor, token_ids: Tensor, plan: Any) -> dict[str, Tensor]:
     """One picture, one text, one word and one patch at a time: (n, N) each, text i against picture i."""
     cos = torch.nn.functional.cosine_similarity

@@ -54,8 +54,7 @@ def similarity_maps(
     if tower.assign:
         maps = {reading: unmerge_tokens(own, tower.assign[-1]) for reading, own in maps.items()}
     if "frequency_tokens" in queries:
-        assert model.frequency is not None
-        patches = model.frequency(images, embedded[:, model.vision.num_prefix :])  # they never merge
+        patches = model.frequency_tokens(images, embedded, tower)  # they never merge
         maps["frequency_tokens"] = _products(model.token_projections["frequency"](patches), queries["frequency_tokens"])
     return {reading: own.transpose(1, 2) for reading, own in maps.items()}
 
