@@ -186,3 +186,10 @@ def test_configurations_with_parts_that_are_not_ours_are_refused(change: dict[st
     with pytest.raises(UsageError) as refused:
         architecture.of_open_clip(changed)
     assert str(refused.value).startswith(words)
+
+
+@pytest.mark.parametrize(("name", "mlp_width"), [("ViT-g-14", 6144), ("ViT-bigG-14", 8192), ("ViT-e-14", 15360)])
+def test_mlps_of_odd_widths_keep_them(name: str, mlp_width: int) -> None:
+    described = architecture.of_open_clip(open_clip_configuration(name))
+    assert described.image.mlp_width == mlp_width
+    assert architecture.of_open_clip(architecture.open_clip_config(described)) == described
