@@ -143,7 +143,7 @@ LINES: dict[str, Smaller | Callable[[str], None]] = {
         more=SWEPT
     ),
     "mlip eval-zeroshot runs/openmoji --dataset openmoji --task pointing --merge-rate 0,0.5": Smaller(),
-    "mlip pretrain recipes/baselines/clip.yaml --dry-run": Smaller(),
+    "mlip pretrain recipes/baselines/clip.yaml --dry-run": Smaller(more="train.global_batch_size=8"),
     "mlip report runs/mine runs/longer --out compared.html": Smaller(),
     "mlip pretrain recipes/cc12m.yaml --dry-run": Smaller(),
     "mlip profile recipes/cc12m.yaml": Smaller(more=QUICK),

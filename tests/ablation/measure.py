@@ -10,9 +10,11 @@ import torch
 import torch.nn.functional as F
 
 from mlip_cli.commands.loading import LoadedRun, at_rate, load_run
+from mlip_cli.commands.pointing import point_runs
 from mlip_cli.commands.validation import tokenize
 from mlip_cli.data.dataset import ShardDataset
 from mlip_cli.data.loader import evaluation_loader
+from mlip_cli.evaluate.benchmarks import find_benchmark
 from mlip_cli.evaluate.retrieval import images_of_texts, ranks
 from mlip_cli.evaluate.zeroshot import normalized, text_features
 from mlip_cli.files import write_json
@@ -90,10 +92,13 @@ def measure(run: LoadedRun, data: Path, split: str, rates: Sequence[float | None
     trained_names = {sample["name"] for sample in training}
     unseen = [i for i, sample in enumerate(own) if sample["name"] not in trained_names]
     at: dict[str, Any] = {}
-    for rate in rates:
+    benchmark = find_benchmark(f"shards:{data / split}", root=data)
+    [pointing] = point_runs(benchmark, [(run, [at_rate(run.model, rate) for rate in rates])], batch_size=BATCH_SIZE)
+    for rate, pointed in zip(rates, pointing, strict=True):
         features = image_features(run, data / split, rate)
         at["own" if rate is None else f"{rate:g}"] = {
             "rate": at_rate(run.model, rate).plan.rate,
+            "pointing": {reading: scores["accuracy"] for reading, scores in pointed["pointing"].items()},
             "group_hits": group_hits(run, features["spatial"], [sample["group"] for sample in own], training),
             **{name: retrieval(run, f[unseen], [own[i]["name"] for i in unseen]) for name, f in features.items()},
         }

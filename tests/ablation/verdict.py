@@ -26,7 +26,10 @@ CONTRASTS = (
 )
 """Named before the first run of stage C."""
 
-COLUMNS = ("run", "measured at", "seeds", "MRR %", "sd", "name R@1 %", "name R@5 %", "picture R@1 %", "group %")
+COLUMNS = (
+    *("run", "measured at", "seeds", "MRR %", "sd"),
+    *("name R@1 %", "name R@5 %", "picture R@1 %", "group %", "pointing %"),
+)
 
 
 def read(folder: Path) -> dict[str, Results]:
@@ -62,6 +65,8 @@ def scores(results: Results, at: str, feature: str) -> dict[str, np.ndarray]:
             found[column].append(macro(recall(result, way, k, at, feature), sources))
         if feature == "spatial":
             found["group %"].append(group_recall(result, at))
+            if "pointing" in result["at"][at]:
+                found["pointing %"].append(max(result["at"][at]["pointing"].values()))
     return {name: 100 * np.asarray(values) for name, values in found.items()}
 
 
