@@ -131,14 +131,17 @@ def test_the_shell_completes_keys_of_recipes() -> None:
         "model.merging=",
         "model.merging.rate=",
         "model.merging.method=",
+        "model.merging.guidance=",
+        "model.merging.strength=",
         "model.merging.at=",
+        "model.merging.active=",
     ]
     assert bash("mlip", "pretrain", "smoke", "seed", "=", "3", "data.augment.f") == ["data.augment.flip="]
 
 
 def test_the_shell_completes_values() -> None:
     """bash splits words at the equals sign, the others do not."""
-    assert bash("mlip", "pretrain", "smoke", "model.merging.method", "=") == ["guided", "tome"]
+    assert bash("mlip", "pretrain", "smoke", "model.merging.method", "=") == ["guided", "tome", "random_drop"]
     assert bash("mlip", "pretrain", "smoke", "data.augment.flip", "=", "t") == ["true"]
     words = "mlip pretrain smoke seed=3 train.precision=f"
     offered = complete("fish", _TYPER_COMPLETE_ARGS=words, _TYPER_COMPLETE_FISH_ACTION="get-args")

@@ -287,7 +287,7 @@ def test_a_spawned_worker_makes_the_same_batches(folder: Path) -> None:
     dataset = ShardDataset(folder)
     order = Order([42], None, seed=0, global_batch_size=G)
     data = Data(train=(Source(path="unused"),), augment=AUGMENT, image_size=16)
-    steps = module._Steps([dataset], order, data, 24, G, 0, 0, 1)
+    steps = module._Steps([dataset], order, data, 24, G, 0, 0, 1, with_labels=False)
     here = steps[3].batch
     assert_equal(pickle.loads(pickle.dumps(steps))[3].batch, here)  # noqa: S301 - our own bytes
     spawned = DataLoader(steps, sampler=[3], batch_size=None, num_workers=1, multiprocessing_context="spawn")

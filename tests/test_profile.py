@@ -289,7 +289,7 @@ def test_ctrl_c_says_that_nothing_was_written(place: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize(
     ("target", "message"),
     [
-        ("runs/smal", "runs/smal: no such file and no shipped recipe; shipped: cc12m, "),
+        ("runs/smal", "runs/smal: no such file and no shipped recipe; shipped: baselines/clip, "),
         ("openmojy", "openmojy: no such file and no shipped recipe; did you mean openmoji? shipped: "),
         ("empty", "empty: "),
     ],

@@ -110,6 +110,7 @@ def test_ctrl_c_does_not_end_the_evaluation_of_the_last_step(
             progress=Progress(),
             device=CPU,
             precision=Precision.named("fp32", CPU),
+            plan=lambda _: None,
             metrics=MetricsFile(tmp_path / "metrics.jsonl"),
             show=lambda _: None,
             on_step=lambda _: None,
