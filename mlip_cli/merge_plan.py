@@ -74,10 +74,10 @@ def largest_rate(num_patches: int, num_merges: int) -> float:
     return math.floor(1000 * (1 - left / num_patches)) / 1000
 
 
-def merges_in(step: int, *, total_steps: int, active: tuple[float, float]) -> bool:
-    """Whether tokens merge in a step of a training, counted from 1: those behind one share of it up to another."""
-    first, last = (round(share * total_steps) for share in active)
-    return first < step <= last
+def merging_steps(total_steps: int, active: tuple[float, float]) -> range:
+    """The steps of a training, counted from 1, in which tokens merge: those behind one share of it up to another."""
+    before, last = (round(share * total_steps) for share in active)
+    return range(before + 1, last + 1)
 
 
 @dataclass(frozen=True)

@@ -9,20 +9,31 @@ from models_for_tests import small_recipe
 from shards_for_tests import make_dataset
 
 from mlip_cli.commands.pretrain import pretrain
-from mlip_cli.merge_plan import merges_in
+from mlip_cli.commands.training_facts import phase
+from mlip_cli.merge_plan import merging_steps
 from mlip_cli.recipe import recipe_yaml
 
 STEPS = 6
 
 
 def test_shares_of_the_steps() -> None:
-    def merging(*active: float, total: int = 10) -> list[int]:
-        return [s for s in range(1, total + 1) if merges_in(s, total_steps=total, active=(active[0], active[1]))]
+    assert list(merging_steps(10, (0.0, 1.0))) == list(range(1, 11))
+    assert list(merging_steps(10, (0.2, 0.9))) == list(range(3, 10))
+    assert list(merging_steps(500, (0.0, 0.95))) == list(range(1, 476))
+    assert list(merging_steps(1, (0.0, 0.3))) == []
 
-    assert merging(0.0, 1.0) == list(range(1, 11))
-    assert merging(0.2, 0.9) == list(range(3, 10))
-    assert merging(0.0, 0.95, total=500) == list(range(1, 476))
-    assert merging(0.0, 0.3, total=1) == []
+
+@pytest.mark.parametrize(
+    ("active", "words"),
+    [
+        ([0, 1], ""),
+        ([0, 0.5], ", in steps 1 to 3"),
+        ([0.5, 1], ", in steps 4 to 6"),
+        ([0, 0.05], ", in no step of so few"),
+    ],
+)
+def test_the_phase_is_told(active: list[float], words: str) -> None:
+    assert phase(small_recipe(model={"merging": {"rate": 0.3, "active": active}}), STEPS) == words
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ from mlip_cli.drawing import TrainingPanel, training_panel
 from mlip_cli.errors import RunError, Stopped
 from mlip_cli.files import write_json
 from mlip_cli.losses.objective import Objective
-from mlip_cli.merge_plan import MergePlan, merges_in
+from mlip_cli.merge_plan import MergePlan, merging_steps
 from mlip_cli.model.clip import CLIP
 from mlip_cli.output import is_main, say, warn
 from mlip_cli.run_folder import Run, claimed
@@ -128,7 +128,7 @@ def run_loop(
 def plan_of_step(recipe: Recipe, model: CLIP, total_steps: int, step: int) -> MergePlan:
     """The merges of a training step, counted from 1: none outside of `model.merging.active`."""
     merging = recipe.model.merging
-    if merging is None or merges_in(step, total_steps=total_steps, active=merging.active):
+    if merging is None or step in merging_steps(total_steps, merging.active):
         return model.training_plan
     return model.merge_plan(0.0)
 

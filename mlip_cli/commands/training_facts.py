@@ -4,7 +4,7 @@ from mlip_cli.commands.run_start import Start
 from mlip_cli.commands.training_setup import num_workers
 from mlip_cli.config import Recipe
 from mlip_cli.distributed import world_size
-from mlip_cli.merge_plan import MOST_IN_ONE_MERGE, MergePlan
+from mlip_cli.merge_plan import MOST_IN_ONE_MERGE, MergePlan, merging_steps
 from mlip_cli.model.clip import CLIP
 from mlip_cli.output import plural
 
@@ -23,8 +23,20 @@ def facts(recipe: Recipe, model: CLIP, total_steps: int) -> list[str]:
     if plan.at:
         tokens = " ".join(map(str, plan.tokens))
         word = "dropping" if plan.drops else "merging"
-        lines.append(f"{word} ({plan.method}): patch tokens per block {tokens}, true rate {plan.rate:.3f}")
+        lines.append(
+            f"{word} ({plan.method}): patch tokens per block {tokens}, true rate {plan.rate:.3f}"
+            f"{phase(recipe, total_steps)}"
+        )
     return lines
+
+
+def phase(recipe: Recipe, total_steps: int) -> str:
+    """Words for the steps in which tokens merge; none where all do."""
+    assert recipe.model.merging is not None
+    steps = merging_steps(total_steps, recipe.model.merging.active)
+    if len(steps) == total_steps:
+        return ""
+    return f", in steps {steps[0]:,} to {steps[-1]:,}" if steps else ", in no step of so few"
 
 
 def cautions(recipe: Recipe, plan: MergePlan, total_steps: int | None) -> list[str]:
