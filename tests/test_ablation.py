@@ -93,12 +93,14 @@ def test_the_queue_trains_measures_and_skips(data: Path, tmp_path: Path, capfd: 
     assert "2 of 2 runs to do" in capfd.readouterr().out
     result = json.loads(queue.result(runs[0]).read_bytes())
     assert result["step"] == 2
-    assert len(result["concepts"]) == 12  # every name of test is new
+    pictures = json.loads((tmp_path / "results" / "pictures_test.json").read_bytes())
+    assert len(pictures["concepts"]) == 12  # every name of test is new
     assert sorted(result["at"]) == ["own"]
-    ranks = result["at"]["own"]["spatial"]["image_to_text"]
+    ranks = [int(rank) for rank in result["at"]["own"]["spatial"]["image_to_text"].split()]
     assert len(ranks) == 12
     assert all(1 <= rank <= 6 for rank in ranks)
-    assert set(result["at"]["own"]["group_hits"]) <= {0, 1}
+    assert len(result["at"]["own"]["group_hits"]) == 12
+    assert set(result["at"]["own"]["group_hits"]) <= {"0", "1"}
     train_all(runs, queue, jobs=2)
     assert "0 of 2 runs to do" in capfd.readouterr().out
     (line,) = table(read(tmp_path / "results"))

@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,10 +56,10 @@ def encode_texts(run: LoadedRun, texts: Sequence[str]) -> torch.Tensor:
     )
 
 
-def retrieval(run: LoadedRun, pictures: torch.Tensor, names: Sequence[str]) -> dict[str, list[int]]:
+def retrieval(run: LoadedRun, pictures: torch.Tensor, names: Sequence[str]) -> dict[str, str]:
     """For each picture the place of its name among all names, and of the first picture of its name among all pictures.
 
-    Places count from 1; the two lists are aligned with the pictures.
+    Places count from 1, in one line each, in the order of the pictures.
     """
     candidates = sorted(set(names))
     number = {name: i for i, name in enumerate(candidates)}
@@ -68,29 +68,47 @@ def retrieval(run: LoadedRun, pictures: torch.Tensor, names: Sequence[str]) -> d
     pictures_of = images_of_texts(right, len(candidates))
     by_name = ranks(texts, pictures, pictures_of)
     return {
-        "image_to_text": (ranks(pictures, texts, right) + 1).tolist(),
-        "text_to_image": [int(by_name[number[name]]) + 1 for name in names],
+        "image_to_text": in_one_line((ranks(pictures, texts, right) + 1).tolist()),
+        "text_to_image": in_one_line(int(by_name[number[name]]) + 1 for name in names),
     }
 
 
-def group_hits(
-    run: LoadedRun, pictures: torch.Tensor, groups: Sequence[str], training: list[dict[str, Any]]
-) -> list[int | None]:
-    """Whether each picture is nearest to its own group, the mean of the group's training names; None for new groups."""
+def group_hits(run: LoadedRun, pictures: torch.Tensor, groups: Sequence[str], training: list[dict[str, Any]]) -> str:
+    """1 or 0, whether each picture is nearest to its own group, the mean of the group's training names; - for new ones."""
     words: dict[str, set[str]] = {}
     for sample in training:
         words.setdefault(sample["group"], set()).add(sample["name"])
     known = sorted(words)
     classes = torch.stack([encode_texts(run, sorted(words[group])).mean(0) for group in known])
     nearest = (pictures @ F.normalize(classes, dim=-1).T).argmax(1).tolist()
-    return [int(known[best] == group) if group in words else None for best, group in zip(nearest, groups, strict=True)]
+    return "".join(
+        "01"[known[best] == group] if group in words else "-" for best, group in zip(nearest, groups, strict=True)
+    )
 
 
-def measure(run: LoadedRun, data: Path, split: str, rates: Sequence[float | None]) -> dict[str, Any]:
+def in_one_line(numbers: Iterable[int]) -> str:
+    """As JSON that stays small and can be read."""
+    return " ".join(map(str, numbers))
+
+
+def pictures(data: Path, split: str) -> dict[str, Any]:
+    """What is the same for every run: of all pictures the group, of those whose name training never saw the rest."""
+    trained_names = {sample["name"] for sample in samples(data / "train")}
+    own = samples(data / split)
+    unseen = [i for i, sample in enumerate(own) if sample["name"] not in trained_names]
+    return {
+        "unseen": unseen,
+        "concepts": [own[i]["concept"] for i in unseen],
+        "sources": [own[i]["source"] for i in unseen],
+        "groups": [sample["group"] for sample in own],
+    }
+
+
+def measure(
+    run: LoadedRun, data: Path, split: str, unseen: Sequence[int], rates: Sequence[float | None]
+) -> dict[str, Any]:
     """Everything that the verdict reads, at each merge rate (None: as the run evaluates itself)."""
     training, own = samples(data / "train"), samples(data / split)
-    trained_names = {sample["name"] for sample in training}
-    unseen = [i for i, sample in enumerate(own) if sample["name"] not in trained_names]
     at: dict[str, Any] = {}
     benchmark = find_benchmark(f"shards:{data / split}", root=data)
     [pointing] = point_runs(benchmark, [(run, [at_rate(run.model, rate) for rate in rates])], batch_size=BATCH_SIZE)
@@ -106,9 +124,6 @@ def measure(run: LoadedRun, data: Path, split: str, rates: Sequence[float | None
         "split": split,
         "step": run.step,
         "recipe": recipe_yaml(run.recipe),
-        "concepts": [own[i]["concept"] for i in unseen],
-        "sources": [own[i]["source"] for i in unseen],
-        "groups": [sample["group"] for sample in own],
         "at": at,
     }
 
@@ -124,7 +139,9 @@ def main() -> None:
     run = load_run(str(arguments.run), device="cpu")
     merging = run.recipe.model.merging
     rates = [None, 0.0] if merging is not None and merging.rate else [None]
-    found = measure(run, arguments.data, arguments.split, rates)
+    shared = pictures(arguments.data, arguments.split)
+    found = measure(run, arguments.data, arguments.split, shared["unseen"], rates)
+    write_json(arguments.out.with_name(f"pictures_{arguments.split}.json"), shared)
     write_json(arguments.out, found)
     print(json.dumps({name: scores["rate"] for name, scores in found["at"].items()}))
 

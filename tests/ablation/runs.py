@@ -28,7 +28,7 @@ def _choices() -> Iterator[AblationRun]:
     """A, B: one seed each, on validation, to choose learning rate, placement, token loss, strength and phases."""
     for lr in ("2.5e-4", "5e-4", "1e-3"):
         yield AblationRun("A", f"clip_lr_{lr}", 0, "validation", "clip", (f"optim.lr={lr}",))
-    for recipe in ("branch_tokens", "branch_dct", "stem", "sparc", "filip"):
+    for recipe in ("branch_tokens", "branch_dct", "stem", "sparc", "filip", "sparc_light"):
         yield AblationRun("B", recipe, 0, "validation", recipe)
     for recipe in ("mlip_half", "mlip_half_firm", "mlip_half_end"):
         yield AblationRun("B", f"{recipe}_validation", 0, "validation", recipe)

@@ -28,15 +28,19 @@ def numbered(words: Sequence[str]) -> NDArray[np.int64]:
     return np.unique(np.asarray(words), return_inverse=True)[1]
 
 
+def places(result: dict[str, Any], way: str, at: str, feature: str) -> NDArray[np.int64]:
+    """Where each picture's right answer stands, from 1: (pictures,)."""
+    return np.array(result["at"][at][feature][way].split(), dtype=np.int64)
+
+
 def reciprocal_ranks(result: dict[str, Any], at: str = "own", feature: str = "spatial") -> NDArray[np.float64]:
     """Mean of both ways' reciprocal ranks: (pictures,)."""
-    ranks = result["at"][at][feature]
-    return np.mean([1 / np.asarray(ranks[way]) for way in WAYS], axis=0)
+    return np.mean([1 / places(result, way, at, feature) for way in WAYS], axis=0)
 
 
 def recall(result: dict[str, Any], way: str, k: int, at: str = "own", feature: str = "spatial") -> NDArray[np.float64]:
     """Whether the right one is among the first k: (pictures,) of 0 and 1."""
-    return (np.asarray(result["at"][at][feature][way]) <= k).astype(float)
+    return (places(result, way, at, feature) <= k).astype(float)
 
 
 def macro(values: NDArray[np.float64], sources: NDArray[np.int64]) -> float:
@@ -45,12 +49,10 @@ def macro(values: NDArray[np.float64], sources: NDArray[np.int64]) -> float:
     return float((np.bincount(sources, weights=values) / counts)[counts > 0].mean())
 
 
-def group_recall(result: dict[str, Any], at: str = "own") -> float:
-    """Mean over groups of the share of their pictures that are right."""
-    hits = result["at"][at]["group_hits"]
-    known = [(group, hit) for group, hit in zip(result["groups"], hits, strict=True) if hit is not None]
-    groups = numbered([group for group, _ in known])
-    return macro(np.asarray([hit for _, hit in known], float), groups)
+def group_recall(result: dict[str, Any], groups: Sequence[str], at: str = "own") -> float:
+    """Mean over groups of the share of their pictures that are right, groups that training did not have left out."""
+    known = [(group, hit) for group, hit in zip(groups, result["at"][at]["group_hits"], strict=True) if hit != "-"]
+    return macro(np.array([hit == "1" for _, hit in known], float), numbered([group for group, _ in known]))
 
 
 def bootstrap(rows: Rows, *, resamples: int = RESAMPLES, seed: int = 0) -> NDArray[np.float64]:

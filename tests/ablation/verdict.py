@@ -38,15 +38,14 @@ def read(folder: Path) -> dict[str, Results]:
     for run in RUNS:
         path = folder / f"{run.label}.json"
         if path.is_file():
-            found[run.name][run.seed] = json.loads(path.read_bytes())
+            pictures = json.loads((folder / f"pictures_{run.split}.json").read_bytes())
+            found[run.name][run.seed] = pictures | json.loads(path.read_bytes())
     return found
 
 
 def rows(results: Results, seeds: list[int], at: str = "own") -> Rows:
     """Reciprocal ranks of some seeds, which all have the same pictures."""
     first = results[seeds[0]]
-    for seed in seeds:
-        assert results[seed]["concepts"] == first["concepts"], "seeds were measured on different pictures"
     values = np.stack([reciprocal_ranks(results[seed], at) for seed in seeds])
     return Rows(values, numbered(first["concepts"]), numbered(first["sources"]))
 
@@ -64,7 +63,7 @@ def scores(results: Results, at: str, feature: str) -> dict[str, np.ndarray]:
         ):
             found[column].append(macro(recall(result, way, k, at, feature), sources))
         if feature == "spatial":
-            found["group %"].append(group_recall(result, at))
+            found["group %"].append(group_recall(result, result["groups"], at))
             if "pointing" in result["at"][at]:
                 found["pointing %"].append(max(result["at"][at]["pointing"].values()))
     return {name: 100 * np.asarray(values) for name, values in found.items()}
