@@ -74,7 +74,7 @@ def retrieval(run: LoadedRun, pictures: torch.Tensor, names: Sequence[str]) -> d
 
 
 def group_hits(run: LoadedRun, pictures: torch.Tensor, groups: Sequence[str], training: list[dict[str, Any]]) -> str:
-    """1 or 0, whether each picture is nearest to its own group, the mean of the group's training names; - for new ones."""
+    """1 or 0 a picture: is it nearest to its own group, the mean of the group's training names? - for new groups."""
     words: dict[str, set[str]] = {}
     for sample in training:
         words.setdefault(sample["group"], set()).add(sample["name"])
