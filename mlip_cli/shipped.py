@@ -37,11 +37,12 @@ def find_recipe(source: str) -> Path:
         inside = path / "recipe.yaml"
         hint = f"did you mean {inside}?" if inside.is_file() else "name a recipe file"
         raise UsageError(f"{source}: a folder, not a recipe; {hint}")
-    name = source.removeprefix("recipes/").removesuffix(".yaml")
+    name = path.as_posix().removeprefix("recipes/").removesuffix(".yaml")
     if name in recipe_names():
         shipped, here = recipes_folder() / f"{name}.yaml", Path.cwd()
         return shipped.relative_to(here) if shipped.is_relative_to(here) else shipped
-    near = closest(path.name.removesuffix(".yaml"), recipe_names(), 0.6)
+    last = path.name.removesuffix(".yaml")
+    near = next((known for known in recipe_names() if known.endswith(f"/{last}")), closest(last, recipe_names(), 0.6))
     hint = f"did you mean {near}? " if near else ""
     raise UsageError(f"{source}: no such file and no shipped recipe; {hint}shipped: {', '.join(recipe_names())}")
 

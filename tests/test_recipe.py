@@ -255,6 +255,7 @@ def test_a_recipe_is_found_by_path_then_by_name() -> None:
     write("smoke", SMALL)
     assert find_recipe("smoke") == Path("smoke")
     assert find_recipe("recipes/smoke.yaml") == recipes_folder() / "smoke.yaml"
+    assert find_recipe("./recipes/smoke.yaml") == recipes_folder() / "smoke.yaml"
     assert find_recipe("baselines/flip") == find_recipe("recipes/baselines/flip.yaml")
     assert find_recipe("baselines/flip") == recipes_folder() / "baselines" / "flip.yaml"
     assert find_recipe("smoke.yaml") == recipes_folder() / "smoke.yaml"

@@ -232,6 +232,7 @@ def test_a_run_of_another_version_names_it() -> None:
     [
         ("opnmoji", "opnmoji: no such file and no shipped recipe; did you mean openmoji? shipped: "),
         ("mine/a.yaml", "mine/a.yaml: no such file and no shipped recipe; shipped: "),
+        ("siglip", "siglip: no such file and no shipped recipe; did you mean baselines/siglip? shipped: "),
         ("runs/r", "runs/r: a folder, not a recipe; did you mean runs/r/recipe.yaml?"),
     ],
 )

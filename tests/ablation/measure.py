@@ -97,6 +97,7 @@ def pictures(data: Path, split: str) -> dict[str, Any]:
     own = samples(data / split)
     unseen = [i for i, sample in enumerate(own) if sample["name"] not in trained_names]
     return {
+        "data": ShardDataset(data / split).fingerprint,
         "unseen": unseen,
         "concepts": [own[i]["concept"] for i in unseen],
         "sources": [own[i]["source"] for i in unseen],
@@ -122,6 +123,7 @@ def measure(
         }
     return {
         "split": split,
+        "data": ShardDataset(data / split).fingerprint,
         "step": run.step,
         "recipe": recipe_yaml(run.recipe),
         "at": at,

@@ -22,6 +22,7 @@ DRAWS = 24
 
 MOST_TAGS = 3
 VALIDATION_SHARE = 0.1
+FIELDS = ("caption", "tags", "concept", "source", "group")
 PICTURES = (".webp", ".png", ".jpg", ".jpeg")
 
 
@@ -59,6 +60,9 @@ def rows(tar: Path, pictures: Path) -> Iterator[dict[str, Any]]:
                 names[key] = f"{key}{suffix}"
                 (pictures / names[key]).write_bytes(content.read())
     for key, sample in fields.items():
+        lacks = [name for name in FIELDS if name not in sample] + ([] if key in names else ["picture"])
+        if lacks:
+            raise SystemExit(f"{tar}: sample {key} has no {lacks[0]}; each needs a picture and {', '.join(FIELDS)}")
         split, name = split_of(tar, sample["concept"]), sample["caption"]
         yield {
             "image": names[key],

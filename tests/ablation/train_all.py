@@ -86,7 +86,7 @@ def main() -> None:
     parser.add_argument("data", type=Path, help="folder with train/, validation/ and test/, made by ablation.prepare")
     parser.add_argument("out", type=Path)
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="trainings at a time, one thread each")
-    parser.add_argument("--stages", default="ABCD", help="letters of the stages to run, see runs.py")
+    parser.add_argument("--stages", default="ABCDE", help="letters of the stages to run, see runs.py")
     arguments = parser.parse_args()
     runs = [run for run in RUNS if run.stage in arguments.stages]
     try:

@@ -28,7 +28,7 @@ CONTRASTS = (
 
 COLUMNS = (
     *("run", "measured at", "seeds", "MRR %", "sd"),
-    *("name R@1 %", "name R@5 %", "picture R@1 %", "group %", "pointing %"),
+    *("name R@1 %", "name R@5 %", "picture R@1 %", "group %", "points %", "words point %"),
 )
 
 
@@ -39,7 +39,12 @@ def read(folder: Path) -> dict[str, Results]:
         path = folder / f"{run.label}.json"
         if path.is_file():
             pictures = json.loads((folder / f"pictures_{run.split}.json").read_bytes())
-            found[run.name][run.seed] = pictures | json.loads(path.read_bytes())
+            result = json.loads(path.read_bytes())
+            if result["data"] != pictures["data"]:
+                raise SystemExit(
+                    f"{path}: measured on other data than pictures_{run.split}.json; remove it, train again"
+                )
+            found[run.name][run.seed] = pictures | result
     return found
 
 
@@ -64,8 +69,10 @@ def scores(results: Results, at: str, feature: str) -> dict[str, np.ndarray]:
             found[column].append(macro(recall(result, way, k, at, feature), sources))
         if feature == "spatial":
             found["group %"].append(group_recall(result, result["groups"], at))
-            if "pointing" in result["at"][at]:
-                found["pointing %"].append(max(result["at"][at]["pointing"].values()))
+            pointing = result["at"][at]["pointing"]
+            found["points %"].append(pointing["feature"])
+            if "tokens" in pointing:
+                found["words point %"].append(pointing["tokens"])
     return {name: 100 * np.asarray(values) for name, values in found.items()}
 
 
