@@ -10,7 +10,7 @@ Shape legend, used in every docstring:
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol, Self
 
 import torch
@@ -54,6 +54,11 @@ class Batch(_Movable):
     """Samples of this share that were replaced."""
     labels: Tensor | None = None
     """(B,) int64: samples of equal label show the same concept; None: each stands for itself."""
+
+    def pin_memory(self) -> "Batch":
+        """The same in pinned memory, from which copies to a GPU do not wait; torch's DataLoader calls it too."""
+        labels = None if self.labels is None else self.labels.pin_memory()
+        return replace(self, images=self.images.pin_memory(), token_ids=self.token_ids.pin_memory(), labels=labels)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mlip_cli.config import Losses, TokenLoss
+from mlip_cli.losses import objective
 from mlip_cli.losses.contrastive import sigmoid_loss
 from mlip_cli.losses.filip import filip_scores, filip_words, index_dtype
 from mlip_cli.losses.objective import Objective
@@ -92,6 +93,13 @@ def test_the_term_equals_the_naive_loss_with_all_its_gradients() -> None:
     assert ours.item() == pytest.approx(naive.item(), rel=1e-12)
     for mine, other in zip(torch.autograd.grad(ours, inputs), torch.autograd.grad(naive, inputs), strict=True):
         torch.testing.assert_close(mine, other, rtol=0, atol=1e-10)
+
+
+def test_an_objective_without_it_leaves_the_words_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`profile` times each loss alone, on the features that all of them need."""
+    monkeypatch.setattr(objective, "filip_words", lambda *_: pytest.fail("prepared"))
+    whole = features(token_inputs(6, 6), torch.tensor([14.0], dtype=torch.float64))
+    assert list(Objective(Losses()).batch_terms(whole)) == ["spatial_global"]
 
 
 def test_a_merged_patch_counts_as_often_as_patches_merged_into_it() -> None:

@@ -16,6 +16,7 @@ import torch
 from shards_for_tests import make_dataset
 from torch.utils.data import DataLoader
 
+from mlip_cli.commands import profile_subject
 from mlip_cli.config import Augment, Data, Source
 from mlip_cli.data import loader as module
 from mlip_cli.data.dataset import ShardDataset
@@ -129,7 +130,24 @@ def test_labels_are_those_of_the_chosen_captions_on_every_rank(folder: Path) -> 
     assert drawn.labels is not None
     among = [{label_of({}, c["text"]) for c in records[key]["captions"]} for key in drawn.keys]
     assert all(label in labels for label, labels in zip(drawn.labels.tolist(), among, strict=True))
-    assert next(batches([dataset])).labels is None
+
+
+def test_labels_are_made_only_where_they_are_asked_for(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "label_of", lambda *_: pytest.fail("made"))
+    assert next(batches([ShardDataset(folder)])).labels is None
+
+
+def test_all_tensors_of_a_batch_are_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor + 1)  # what shows without a GPU
+    zeros = torch.zeros(2, dtype=torch.int64)
+    for labels, expected in ((zeros, [1, 1]), (None, None)):
+        batch = Batch(zeros[:, None], zeros[:, None], ("a", "b"), labels=labels)
+        in_a_step = module._Step(batch, (False, False)).pin_memory().batch
+        for pinned in (in_a_step, profile_subject.pinned(batch, torch.device("cuda"))):
+            assert (pinned.images.tolist(), pinned.token_ids.tolist()) == ([[1], [1]], [[1], [1]])
+            assert (pinned.labels if pinned.labels is None else pinned.labels.tolist()) == expected
+            assert pinned.keys == ("a", "b")
+        assert profile_subject.pinned(batch, torch.device("cpu")).images.tolist() == [[0], [0]]
 
 
 @pytest.mark.parametrize("world_size", [2, 4])

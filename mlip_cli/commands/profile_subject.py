@@ -1,7 +1,7 @@
 """What `mlip profile` measures: a model with its device, its data, and batches like those of its training."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -105,6 +105,4 @@ def random_batch(subject: Subject, *, batch_size: int, num_tokens: int) -> Batch
 def pinned(batch: Batch, device: torch.device) -> Batch:
     """The batch as the loader leaves it for `device`: in main memory, pinned where that speeds up the copy."""
     batch = batch.to("cpu")
-    if device.type != "cuda":
-        return batch
-    return replace(batch, images=batch.images.pin_memory(), token_ids=batch.token_ids.pin_memory())
+    return batch.pin_memory() if device.type == "cuda" else batch

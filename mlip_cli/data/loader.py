@@ -125,9 +125,7 @@ class _Step:
 
     def pin_memory(self) -> "_Step":
         """Called by torch's DataLoader when `pin_memory` was asked for."""
-        images, token_ids = self.batch.images.pin_memory(), self.batch.token_ids.pin_memory()
-        labels = None if self.batch.labels is None else self.batch.labels.pin_memory()
-        return replace(self, batch=replace(self.batch, images=images, token_ids=token_ids, labels=labels))
+        return replace(self, batch=self.batch.pin_memory())
 
 
 @dataclass(frozen=True)
@@ -135,7 +133,8 @@ class _Example:
     image: Tensor
     caption: str
     key: str
-    label: int
+    label: int | None
+    """None where nobody asked for labels."""
 
 
 class _Steps(Dataset[_Step | Exception]):
@@ -212,7 +211,7 @@ class _Steps(Dataset[_Step | Exception]):
         draws = torch.Generator().manual_seed(seed >> 1)
         caption = _choose_caption(raw, self.data.captions == "sample", draws)
         image = training_transform(image, size=self.data.image_size, augment=self.data.augment, generator=draws)
-        return _Example(image, caption, raw.key, label_of(raw.record, caption))
+        return _Example(image, caption, raw.key, label_of(raw.record, caption) if self.with_labels else None)
 
 
 def _position(positions: Positions, place: int) -> Position:

@@ -73,8 +73,9 @@ class Objective:
 
     def _token_terms(self, features: Features, labels: Tensor | None) -> dict[str, Tensor]:
         """Texts are gathered as tokens, images never: their scores with all texts are."""
-        if features.tokens is None:
+        if not self.batch_token_losses:
             return {}
+        assert features.tokens is not None
         words, word_weights = (gather(x) for x in filip_words(features.tokens.text, features.tokens.caption_mask))
         offset = rank() * len(features.tokens.text)
         terms = {}
