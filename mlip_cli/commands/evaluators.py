@@ -61,9 +61,24 @@ class Evaluator:
     measure: Callable[[Encoder, OnBatch], Measures]
 
 
-def measure_runs(
-    benchmark: Benchmark, runs: Sequence[tuple[LoadedRun, Sequence[MergedEncoder]]], *, batch_size: int
+RunToMeasure = tuple[LoadedRun, Sequence[MergedEncoder]]
+"""A run and its merge rates."""
+
+
+def by_image_size(
+    runs: Sequence[RunToMeasure], measure_together: Callable[[int, list[RunToMeasure]], list[list[dict[str, Any]]]]
 ) -> list[list[dict[str, Any]]]:
+    """Scores of each encoder of each run, in the order given; `measure_together` finds them for the runs of one image
+    size, which share the decoded pictures."""
+    order = sorted(range(len(runs)), key=lambda i: runs[i][0].model.image_size)
+    scores: dict[int, list[dict[str, Any]]] = {}
+    for size, group in groupby(order, key=lambda i: runs[i][0].model.image_size):
+        numbers = list(group)
+        scores |= dict(zip(numbers, measure_together(size, [runs[i] for i in numbers]), strict=True))
+    return [scores[i] for i in range(len(runs))]
+
+
+def measure_runs(benchmark: Benchmark, runs: Sequence[RunToMeasure], *, batch_size: int) -> list[list[dict[str, Any]]]:
     """Scores of each encoder of each run on a data set (see `evaluate.measure.measure`), in the order given.
 
     A picture is decoded once for all runs with the same image size, and each batch goes through all their encoders in
@@ -73,26 +88,24 @@ def measure_runs(
         UsageError, RunError, OSError: what is wrong with the data, or too little memory for the batch.
     """
     pictures = open_benchmark(benchmark, READERS)
-    order = sorted(range(len(runs)), key=lambda i: runs[i][0].model.image_size)
-    scores: dict[int, list[dict[str, Any]]] = {}
-    for size, group in groupby(order, key=lambda i: runs[i][0].model.image_size):
-        numbers = list(group)
+
+    def measure_together(size: int, group: list[RunToMeasure]) -> list[list[dict[str, Any]]]:
         candidates = [
             Candidate(tuple(encoders), partial(tokenize, loaded.tokenizer), loaded.device, loaded.label)
-            for loaded, encoders in (runs[i] for i in numbers)
+            for loaded, encoders in group
         ]
         read_ahead = all(candidate.device.type == "cuda" for candidate in candidates)
         loader = batches(pictures, READERS, size=size, batch_size=batch_size, read_ahead=read_ahead)
         with batch_named("--batch-size", batch_size), progress(pictures.num_pictures, benchmark.name) as bar:
-            results = measure(
+            return measure(
                 pictures,
                 loader,
                 candidates,
                 dataset=benchmark.name,
                 on_batch=lambda n: bar.advance(bar.task_ids[0], n),
             )
-        scores |= dict(zip(numbers, results, strict=True))
-    return [scores[i] for i in range(len(runs))]
+
+    return by_image_size(runs, measure_together)
 
 
 def training_evaluators(

@@ -2,12 +2,11 @@
 
 from collections.abc import Sequence
 from functools import partial
-from itertools import groupby
 from typing import Any
 
 import torch
 
-from mlip_cli.commands.evaluators import READERS
+from mlip_cli.commands.evaluators import READERS, RunToMeasure, by_image_size
 from mlip_cli.commands.loading import LoadedRun, MergedEncoder
 from mlip_cli.commands.memory import batch_named
 from mlip_cli.commands.validation import tokenize
@@ -22,9 +21,7 @@ from mlip_cli.output import progress
 TEXTS_AT_ONCE = 256
 
 
-def point_runs(
-    benchmark: Benchmark, runs: Sequence[tuple[LoadedRun, Sequence[MergedEncoder]]], *, batch_size: int
-) -> list[list[dict[str, Any]]]:
+def point_runs(benchmark: Benchmark, runs: Sequence[RunToMeasure], *, batch_size: int) -> list[list[dict[str, Any]]]:
     """Scores of each encoder of each run on a data set (see `evaluate.pointing.measure_pointing`), in the order given.
 
     Pictures are decoded once for all runs with the same image size. All runs see the same mosaics.
@@ -33,22 +30,20 @@ def point_runs(
         UsageError, RunError, OSError: what is wrong with the data, or too little memory for the batch.
     """
     pictures = open_named(benchmark, READERS)
-    order = sorted(range(len(runs)), key=lambda i: runs[i][0].model.image_size)
-    scores: dict[int, list[dict[str, Any]]] = {}
-    for size, group in groupby(order, key=lambda i: runs[i][0].model.image_size):
-        numbers = list(group)
+
+    def measure_together(size: int, group: list[RunToMeasure]) -> list[list[dict[str, Any]]]:
         tiles = batches(pictures, READERS, size=tile_size(size), batch_size=batch_size, read_ahead=True)
         with batch_named("--batch-size", batch_size), progress(2 * pictures.num_pictures, benchmark.name) as bar:
-            results = measure_pointing(
+            return measure_pointing(
                 pictures,
                 tiles,
-                [pointer(*runs[i]) for i in numbers],
+                [pointer(*run) for run in group],
                 dataset=benchmark.name,
                 batch_size=batch_size,
                 on_batch=lambda n: bar.advance(bar.task_ids[0], n),
             )
-        scores |= dict(zip(numbers, results, strict=True))
-    return [scores[i] for i in range(len(runs))]
+
+    return by_image_size(runs, measure_together)
 
 
 def pointer(loaded: LoadedRun, encoders: Sequence[MergedEncoder]) -> Pointer:

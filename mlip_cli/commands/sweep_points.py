@@ -5,10 +5,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mlip_cli import merge_plan
 from mlip_cli.commands.loading import LoadedRun, MergedEncoder, at_rate
 from mlip_cli.errors import UsageError
 
-METHODS = ("guided", "tome")
+METHODS = tuple(method for method in merge_plan.METHODS if method != "random_drop")
 """Those that merge. `random_drop` is for training: a run that trained by it is swept as guided."""
 
 

@@ -125,10 +125,11 @@ class MergePass:
 
     def _match(self, tokens: Tensor, guidance: Guidance | None, num_groups: int) -> Tensor:
         device = tokens.device
-        first = not self.assigns
-        parity = grid_parity(*self.patches.grid, device=device) if first else None
-        if parity is None:
-            parity = index_parity(tokens.shape[1], device=device)
+        parity = (
+            index_parity(tokens.shape[1], device=device)
+            if self.assigns
+            else grid_parity(*self.patches.grid, device=device)
+        )
         metric = tokens if self.keys is None else self.keys[:, self.patches.num_prefix :]
         used = None if guidance is None else guidance.used
         return match(metric, used, parity, num_groups, strength=self.plan.strength)

@@ -11,7 +11,7 @@ from mlip_cli.model.clip import CLIP
 from mlip_cli.model.merging import unmerge_tokens
 from mlip_cli.model.text import pool_text, word_mask
 
-READINGS = {"spatial": "tokens", "frequency": "frequency_tokens"}
+HEAD_READINGS = {"spatial": "tokens", "frequency": "frequency_tokens"}
 """Token head -> the reading that it makes possible, beside `feature`."""
 
 
@@ -32,7 +32,7 @@ def pointing_queries(model: CLIP, token_ids: Tensor) -> dict[str, Tensor]:
         mask = word_mask(token_ids)[..., None]
         words = unit(model.token_projections["text"](hidden)).masked_fill(~mask, 0)
         mean = words.sum(1) / mask.sum(1).clamp(min=1)
-        queries |= {reading: mean for head, reading in READINGS.items() if head in model.token_projections}
+        queries |= {reading: mean for head, reading in HEAD_READINGS.items() if head in model.token_projections}
     return queries
 
 
