@@ -182,7 +182,7 @@ class TokenLoss(Section):
 
     kind: Literal["sparc", "filip"] = "sparc"
     """sparc: each word against the patches it attends to, inside each pair (Bica et al. 2024). filip: for all pairs of
-    the global batch, each patch's best word and each word's best patch (Yao et al. 2021)."""
+    the global batch, each patch's best word and each word's best patch (Yao et al., ICLR 2022)."""
     weight: PositiveFloat = 1.0
     """Factor in the total."""
 
@@ -250,7 +250,7 @@ class Train(Section):
     global_batch_size: Positive
     """Samples per step over all ranks."""
     micro_batch_size: Positive | None = None
-    """Samples per forward pass on a rank, with the gradient of the whole batch; null: the rank's share at once."""
+    """Samples a forward pass, gradient of the whole batch (dropout, random_drop: other draws); null: a rank's share."""
     precision: Literal["bf16", "fp32", "fp16"] = "bf16"
     """Autocast type of the towers; losses are always at least fp32. fp16 needs CUDA."""
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"

@@ -7,6 +7,7 @@ import signal
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from mlip_cli.commands import recording
 from mlip_cli.commands.evaluators import Evaluator, Measures
 from mlip_cli.commands.memory import batch_named, full_memory_named
 from mlip_cli.commands.recording import recorded
-from mlip_cli.commands.run_start import command_to_resume
+from mlip_cli.commands.run_start import choose_start, command_to_resume
 from mlip_cli.commands.training import measure
 from mlip_cli.commands.training_setup import training_device
 from mlip_cli.commands.validation import OnBatch
@@ -24,6 +25,7 @@ from mlip_cli.drawing import TrainingPanel
 from mlip_cli.errors import RunError, Stopped, UsageError
 from mlip_cli.losses.objective import Objective
 from mlip_cli.output import warn
+from mlip_cli.recipe import absolute_paths, recipe_yaml
 from mlip_cli.run_folder import Run, claimed
 from mlip_cli.train.gradients import Precision
 from mlip_cli.train.loop import Progress, train
@@ -33,6 +35,7 @@ from mlip_cli.types import Encoder
 
 CPU = torch.device("cpu")
 FULL_DEVICE = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+MICRO_BATCH = ("train.micro_batch_size", None, 4)
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
@@ -194,3 +197,35 @@ def test_a_signal_leaves_an_evaluation_and_its_numbers() -> None:
     assert measure(first, evaluators, panel, 4, lambda: asked) == {"a_acc1": 0.5}
     assert not first.training
     assert measure(second, evaluators, panel, 4, lambda: asked) == {}
+
+
+@pytest.mark.parametrize(
+    ("model", "drawn"),
+    [
+        ({}, None),
+        ({"merging": {"rate": 0.0, "method": "random_drop"}}, None),
+        ({"text": {"dropout": 0.1}}, "model.text.dropout"),
+        ({"merging": {"rate": 0.5, "method": "random_drop"}}, "random_drop"),
+    ],
+)
+def test_micro_batches_change_on_resume_only_where_forward_passes_draw_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: dict[str, Any], drawn: str | None
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    checkpoint = Path("runs/a/checkpoints/step_0000004")
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "state.pt").touch()
+    recipe = small_recipe(model=model)
+    Path("runs/a/recipe.yaml").write_text(recipe_yaml(absolute_paths(recipe)))
+    changed = recipe.model_copy(update={"train": recipe.train.model_copy(update={"micro_batch_size": 4})})
+    if drawn is None:
+        assert choose_start(changed, "x", out=Path("runs/a"), resume=True).changes == (MICRO_BATCH,)
+        assert choose_start(changed, "x", out=None, resume=True).resumes
+        return
+    with pytest.raises(UsageError) as error:
+        choose_start(changed, "x", out=Path("runs/a"), resume=True)
+    assert str(error.value) == (
+        "--resume runs/a: the recipe differs from the one this run began with (train.micro_batch_size: None -> 4, "
+        f"which changes what {drawn} draws); undo the change, or start a new run with another --out"
+    )
+    assert not choose_start(changed, "x", out=None, resume=True).resumes

@@ -12,6 +12,8 @@ from mlip_cli.errors import UsageError
 from mlip_cli.recipe import absolute_paths, differences, load_recipe
 from mlip_cli.run_folder import RUNS, Run, all_runs, default_folder
 
+MICRO_BATCHES = "train.micro_batch_size"
+
 MAY_CHANGE = (
     "extends",
     "log",
@@ -20,9 +22,10 @@ MAY_CHANGE = (
     "train.checkpoint_every",
     "train.keep",
     "train.device",
-    "train.micro_batch_size",
+    MICRO_BATCHES,
 )
-"""Parts of a recipe that may differ when a run goes on; they do not change what is learned."""
+"""Parts of a recipe that may differ when a run goes on; they do not change what is learned. Micro-batches do where
+forward passes draw."""
 
 
 @dataclass(frozen=True)
@@ -37,9 +40,18 @@ class Start:
     """Permitted differences to the recipe the run began with."""
 
 
-def forbidden_changes(changes: list[tuple[str, Any, Any]]) -> list[tuple[str, Any, Any]]:
+def drawn_by_forward_passes(recipe: Recipe) -> str | None:
+    """What draws at random in each forward pass, so that the size of micro-batches changes its draws; None: nothing."""
+    if recipe.model.text.dropout:
+        return "model.text.dropout"
+    merging = recipe.model.merging
+    return "random_drop" if merging is not None and merging.method == "random_drop" and merging.rate else None
+
+
+def forbidden_changes(changes: list[tuple[str, Any, Any]], recipe: Recipe) -> list[tuple[str, Any, Any]]:
     """Those that would make it another run."""
-    return [c for c in changes if not any(c[0] == key or c[0].startswith(key + ".") for key in MAY_CHANGE)]
+    fixed = () if drawn_by_forward_passes(recipe) is None else (MICRO_BATCHES,)
+    return [c for c in changes if c[0] in fixed or not any(c[0] == k or c[0].startswith(k + ".") for k in MAY_CHANGE)]
 
 
 def changes_since(run: Run, recipe: Recipe) -> list[tuple[str, Any, Any]]:
@@ -67,9 +79,10 @@ def choose_start(recipe: Recipe, name: str, *, out: Path | None, resume: bool) -
             raise UsageError(f"--out {out}: not a run folder (no recipe.yaml inside); name another folder")
         return Start(run, resumes=False)
     changes = changes_since(run, recipe)
-    refused = forbidden_changes(changes)
+    refused = forbidden_changes(changes, recipe)
     if refused:
-        shown = "; ".join(f"{path}: {old} -> {new}" for path, old, new in refused[:5])
+        redrawn = {MICRO_BATCHES: f", which changes what {drawn_by_forward_passes(recipe)} draws"}
+        shown = "; ".join(f"{path}: {old} -> {new}{redrawn.get(path, '')}" for path, old, new in refused[:5])
         raise UsageError(
             f"--resume {out}: the recipe differs from the one this run began with ({shown}); "
             "undo the change, or start a new run with another --out"
@@ -82,7 +95,7 @@ def _newest_unfinished(recipe: Recipe, name: str) -> Start:
         if run.latest_checkpoint() is None or run.is_finished():
             continue
         changes = changes_since(run, recipe)
-        if not forbidden_changes(changes):
+        if not forbidden_changes(changes, recipe):
             return Start(run, resumes=True, changes=tuple(changes))
     return _new(name)
 

@@ -13,7 +13,7 @@ from mlip_cli.commands.gallery import write_gallery
 from mlip_cli.commands.memory import batch_named, full_memory_named
 from mlip_cli.commands.recording import data_cards, recorded
 from mlip_cli.commands.report import rebuild
-from mlip_cli.commands.run_start import Start
+from mlip_cli.commands.run_start import MICRO_BATCHES, Start, drawn_by_forward_passes
 from mlip_cli.commands.training_facts import cautions, facts, resume_facts
 from mlip_cli.commands.training_setup import TrainingData, build, open_batches, open_data, training_device
 from mlip_cli.commands.validation import BATCH_SIZE, validation_pairs
@@ -97,10 +97,12 @@ def run_loop(
     batches = open_batches(recipe, data, device, start_step=progress.step)
     share = recipe.train.global_batch_size // world_size()
     at_once = min(share, recipe.train.micro_batch_size or share)
+    drawn = drawn_by_forward_passes(recipe)
+    note = ", which gives the same gradient" if drawn is None else f" in a new run: it changes what {drawn} draws"
     with (
         closing(batches),  # type: ignore[type-var]
         training_panel(data.total_steps, step=progress.step, line_every=recipe.log.every_steps) as panel,
-        batch_named("train.micro_batch_size", at_once, note=", which gives the same gradient"),
+        batch_named(MICRO_BATCHES, at_once, note=note),
     ):
         eta_s = steady_eta(data.total_steps, progress.step)
         if random is not None:
