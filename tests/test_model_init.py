@@ -1,7 +1,5 @@
 """`model.init`: starts from files that others wrote, from runs, at other image sizes, and what is refused."""
 
-import argparse
-import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -74,8 +72,28 @@ def test_scale_and_bias_of_another_kind_of_loss_are_not_taken(tiny_file: str) ->
     model = small_model(recipe, dtype=torch.float32)
     scale = model.log_scales["spatial_global"].clone()
     notes = load_initial(model, with_init(recipe, tiny_file))
-    assert notes.facts[1].endswith(": log_scales.spatial_global, logit_biases.spatial_global")
+    anew = "model.init: losses.spatial_global is of another kind of loss there, so its scale starts anew"
+    assert notes.facts[1:] == (anew,)
     assert torch.equal(model.log_scales["spatial_global"], scale)
+
+
+def test_a_bias_of_another_kind_of_loss_is_left_out_with_its_scale(tmp_path: Path) -> None:
+    make_run(tmp_path / "sigmoid", small_recipe(mlip=False, losses={"spatial_global": {"kind": "sigmoid"}}))
+    recipe = with_init(small_recipe(mlip=False), tmp_path / "sigmoid")
+    model = small_model(recipe, dtype=torch.float32)
+    scale = model.log_scales["spatial_global"].clone()
+    notes = load_initial(model, recipe)
+    anew = "model.init: losses.spatial_global is of another kind of loss there, so its scale starts anew"
+    assert (notes.facts[1:], notes.cautions) == ((anew,), ())
+    assert torch.equal(model.log_scales["spatial_global"], scale)
+
+
+def test_gelu_is_said_since_no_file_tells_it(tiny_file: str) -> None:
+    recipe = with_init(recipe_for({"timm": TINY}), tiny_file.replace(":tiny:", ":tiny-gelu:"))
+    assert load_initial(small_model(recipe, dtype=torch.float32), recipe).facts[1] == (
+        "model.init: tiny-gelu has GELU; weights by OpenAI need one with QuickGELU, as in ViT-B-32-quickgelu, and no "
+        "file says which it was trained with"
+    )
 
 
 def test_what_differs_is_named_with_the_recipe_that_fits(tiny_file: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,15 +125,21 @@ def test_a_file_in_half_precision_is_resampled_in_full(tiny_file: str) -> None:
     torch.testing.assert_close(model.vision.trunk.pos_embed[:, 1:], expected, rtol=1e-6, atol=1e-6)
 
 
-def test_a_tower_with_other_parts_is_no_start(tiny_file: str) -> None:
+def test_a_stem_does_not_start_from_a_foreign_file(tiny_file: str) -> None:
     stem = {"frequency": {"placement": "stem", "width": 32, "depth": 2}, "merging": None}
     recipe = with_init(small_recipe(model=stem), tiny_file)
-    with pytest.raises(UsageError, match=r"does not fit the recipe: vision.trunk.blocks.0.filter.kernel, .*: no"):
+    with pytest.raises(UsageError) as refused:
         check_initial(small_model(recipe), recipe)
+    assert str(refused.value) == (
+        "model.init: open_clip:tiny does not fit the recipe: model.frequency.placement: stem has spectral blocks where "
+        "OpenCLIP's tower has its first 2 attention blocks; set it to branch, or start from a run with such a stem"
+    )
 
 
 def test_unknown_architectures_and_missing_files_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"OpenCLIP has no architecture 'ViT-B-23'; did you mean ViT-B-32"):
+    with pytest.raises(
+        UsageError, match=r"^model.init: OpenCLIP has no architecture 'ViT-B-23'; did you mean ViT-B-32"
+    ):
         open_clip_configuration("ViT-B-23")
     recipe = with_init(small_recipe(), f"open_clip:ViT-B-32:{tmp_path}/none.pt")
     with pytest.raises(UsageError, match=r"none.pt: no such file; model.init=open_clip:ARCH:FILE reads"):
@@ -130,48 +154,21 @@ def test_a_file_of_another_architecture_than_named_is_refused(tiny_file: str, tm
         load_initial(small_model(recipe), recipe)
 
 
-def test_files_that_torch_saved_are_read_without_running_them(tmp_path: Path) -> None:
-    model = nn.Linear(2, 3)
-    of_trainer = tmp_path / "epoch.pt"
-    torch.save({"epoch": 3, "state_dict": model.state_dict()}, of_trainer)
-    assert torch.equal(read_weights(of_trainer)["weight"], model.weight)
-    program = tmp_path / "it's.pt"
-    torch.save({"state_dict": model.state_dict(), "args": argparse.Namespace(lr=1)}, program)
-    with pytest.raises(UsageError, match="holds more than tensors and plain values, which could run anything") as said:
-        read_weights(program)
-    run_cure(str(said.value))
-    assert torch.equal(read_weights(tmp_path / "it's.weights.pt")["weight"], model.weight)
-
-
-@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
-def test_a_torchscript_archive_is_refused_with_the_way_out(tmp_path: Path) -> None:
-    model = nn.Linear(2, 3)
-    archive = tmp_path / "ViT.pt"
-    torch.jit.trace(model, torch.zeros(1, 2)).save(str(archive))
-    with pytest.raises(UsageError, match="a TorchScript archive, which is a program; where you trust it") as said:
-        read_weights(archive)
-    run_cure(str(said.value))
-    assert torch.equal(read_weights(tmp_path / "ViT.weights.pt")["weight"], model.weight)
-
-
-def run_cure(message: str) -> None:
-    """Do what the command at the end of a message does."""
-    python, option, program = shlex.split(message.partition("with: ")[2])
-    assert (python, option) == ("python", "-c")
-    exec(program, {})
-
-
-@pytest.mark.parametrize(("name", "content"), [("a.pt", b"no"), ("a.safetensors", b"no"), ("b.bin", b"PK\x03\x04no")])
-def test_damaged_files_are_refused(tmp_path: Path, name: str, content: bytes) -> None:
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(UsageError, match=rf"^{tmp_path}/{name}: "):
-        read_weights(tmp_path / name)
-
-
-def test_a_file_without_a_state_dict_is_refused(tmp_path: Path) -> None:
-    torch.save([1, 2], tmp_path / "list.pt")
-    with pytest.raises(UsageError, match=r"list.pt: no state dict \(names and tensors\)"):
-        read_weights(tmp_path / "list.pt")
+def test_what_a_file_or_a_configuration_has_wrong_is_said_with_its_place_once(
+    tiny_file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = Path(tiny_file.rpartition(":")[2])
+    recipe = with_init(recipe_for({"timm": TINY_QUICK}, activation="quick_gelu"), tiny_file)
+    save_file({"visual.layer1.weight": torch.zeros(1)}, file)
+    with pytest.raises(UsageError, match=rf"^{file}: visual.layer1.weight: no counterpart here; "):
+        load_initial(small_model(recipe), recipe)
+    file.write_bytes(b"no")
+    with pytest.raises(UsageError, match=rf"^{file}: not a whole safetensors file \("):
+        load_initial(small_model(recipe), recipe)
+    pooled = config(vision={"pool_type": "avg"})
+    monkeypatch.setattr(initial_weights, "open_clip_configuration", lambda name: pooled)
+    with pytest.raises(UsageError, match=r"^model.init: open_clip:tiny: vision_cfg.pool_type avg: no such part here; "):
+        check_initial(small_model(recipe), recipe)
 
 
 def test_a_plain_run_starts_mlip_and_the_other_way_is_said(tmp_path: Path) -> None:
@@ -191,21 +188,55 @@ def test_a_plain_run_starts_mlip_and_the_other_way_is_said(tmp_path: Path) -> No
     )
 
 
-def test_half_a_branch_is_no_start(tmp_path: Path) -> None:
-    make_run(tmp_path / "run", small_recipe())
-    deeper = with_init(small_recipe(model={"frequency": {"width": 24, "depth": 2}}), tmp_path / "run")
-    with pytest.raises(UsageError, match=r"weights of another model: 9 tensors differ from the recipe's"):
-        load_initial(small_model(deeper), deeper)
+TEXT = {"width": 32, "depth": 2, "num_heads": 2, "context_length": 16}
+WIDE = {"patch_size": 8, "width": 192, "depth": 4, "num_heads": 2}
+NARROWER_BRANCH = {"width": 24, "depth": 1}
+FITTING_BRANCH = {"width": 32, "depth": 1}
+"""As wide as the tower."""
+OTHER_STEM = {"placement": "stem", "width": 32, "depth": 2}
 
 
-@pytest.mark.parametrize(("text", "place"), [({"activation": "quick_gelu"}, "text"), ({"num_heads": 4}, "text")])
-def test_a_run_that_computes_otherwise_is_refused(tmp_path: Path, text: dict[str, Any], place: str) -> None:
-    make_run(tmp_path / "run", small_recipe(mlip=False))
-    recipe = small_recipe(mlip=False)
-    changed = recipe.model.text.model_copy(update=text)
-    recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"text": changed})})
-    with pytest.raises(UsageError, match=rf"its model.{place} has the same sizes and computes otherwise"):
-        check_initial(small_model(recipe), with_init(recipe, tmp_path / "run"))
+@pytest.mark.parametrize(
+    ("theirs", "ours", "words"),
+    [
+        ({}, {"embed_dim": 24}, "model.embed_dim 24 (there 16)"),
+        ({}, {"token_dim": 8}, "model.token_dim 8 (there 12)"),
+        ({}, {"frequency": {"width": 24, "depth": 2}}, "model.frequency.depth 2 (there 1)"),
+        (
+            {"frequency": FITTING_BRANCH},
+            {"frequency": {"width": 24, "depth": 1}},
+            "model.frequency.width 24 (there 32)",
+        ),
+        (
+            # 3 * 8**2 wide, so that DCT coefficients are as many as a token's numbers: all shapes are equal
+            {"vision": WIDE, "frequency": NARROWER_BRANCH},
+            {"vision": WIDE, "frequency": NARROWER_BRANCH | {"input": "dct"}},
+            'model.frequency.input "dct" (there "tokens")',
+        ),
+        (
+            {"frequency": FITTING_BRANCH},
+            {"frequency": OTHER_STEM, "merging": None},
+            'model.frequency.placement "stem" (there "branch"); model.frequency.depth 2 (there 1)',
+        ),
+        (
+            {"vision": WIDE},
+            {"text": TEXT | {"activation": "quick_gelu", "dropout": 0.1}},
+            'model.vision.width 32 (there 192); model.text.activation "quick_gelu" (there "gelu")',
+        ),
+        ({}, {"text": TEXT | {"num_heads": 4}}, "model.text.num_heads 4 (there 2)"),
+    ],
+)
+def test_a_run_of_another_form_is_refused_by_the_keys_that_say_it(
+    tmp_path: Path, theirs: dict[str, Any], ours: dict[str, Any], words: str
+) -> None:
+    make_run(tmp_path / "run", small_recipe(model=theirs))
+    recipe = with_init(small_recipe(model=ours), tmp_path / "run")
+    with pytest.raises(UsageError) as refused:
+        check_initial(small_model(recipe), recipe)
+    assert str(refused.value) == (
+        f"model.init: {tmp_path}/run/checkpoints/step_0000008 does not fit the recipe: {words}; take these values from "
+        f"{tmp_path}/run/recipe.yaml, or set model.init to null"
+    )
 
 
 def test_another_image_size_resamples_positions_and_carries_filters_over(tmp_path: Path) -> None:

@@ -258,7 +258,7 @@ def test_init_starts_a_new_run_from_weights(recipe: Path, whole: Path, tmp_path:
     assert unchanged == {name for name in before if name.startswith(("text.", "text_projection."))}
     other = run(recipe, "--out", str(tmp_path / "other"), f"model.init={whole}", "model.embed_dim=24", "train.steps=1")
     assert other.returncode == 2
-    assert "weights of another model" in other.stderr
+    assert "does not fit the recipe: model.embed_dim 24 (there 16)" in other.stderr
     assert not (tmp_path / "other").exists()
 
 

@@ -4,14 +4,16 @@ import difflib
 import importlib.util
 import json
 import math
+from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from timm.layers import resample_abs_pos_embed
-from torch import Tensor, nn
+from torch import Tensor
 
 from mlip_cli.commands.loading import load_into
 from mlip_cli.commands.weight_files import read_weights
@@ -22,11 +24,22 @@ from mlip_cli.model import architecture
 from mlip_cli.model.clip import CLIP, build_model
 from mlip_cli.model.frequency import regrid_kernel
 from mlip_cli.model.open_clip_weights import ONLY_OURS, PATCH_BIAS, from_open_clip
-from mlip_cli.recipe import load_recipe
+from mlip_cli.recipe import differences, load_recipe
 from mlip_cli.run_folder import Run
 from mlip_cli.train.checkpoint import load_weights
 
 POSITIONS = "vision.trunk.pos_embed"
+
+DECIDED_BY = {
+    "vision": "model.vision",
+    "text": "model.text",
+    "image_projection": "model.embed_dim",
+    "text_projection": "model.embed_dim",
+    "frequency": "model.frequency",
+    "frequency_projection": "model.embed_dim",
+    "token_projections": "model.token_dim",
+}
+"""First word of a part -> the part of the recipe that says its form, besides what it says of the parts it reads."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +61,7 @@ def check_initial(model: CLIP, recipe: Recipe) -> OpenClipFile | Path:
     if isinstance(source, OpenClipFile):
         _check_architecture(model, source)
     else:
-        _check_run(model, source)
+        _check_run(model, recipe, source)
     return source
 
 
@@ -62,23 +75,28 @@ def load_initial(model: CLIP, recipe: Recipe) -> InitNotes:
         UsageError: there are none, damaged ones, or those of another architecture.
     """
     source = check_initial(model, recipe)
-    path = Path(source.file) if isinstance(source, OpenClipFile) else source
-    try:
-        weights = from_open_clip(read_weights(path)) if isinstance(source, OpenClipFile) else load_weights(path)
-    except UsageError as error:
-        if str(error).startswith(str(path)):
-            raise
-        raise UsageError(f"{path}: {error}") from None
     own = model.state_dict()
-    if isinstance(source, OpenClipFile) and PATCH_BIAS in own:
-        weights[PATCH_BIAS] = torch.zeros_like(own[PATCH_BIAS])
     facts = [f"model.init: weights of {source}"]
+    if isinstance(source, OpenClipFile):
+        path = Path(source.file)
+        weights = _read_open_clip(path, own)
+        if recipe.model.text.activation == "gelu":
+            facts.append(
+                f"model.init: {source.architecture} has GELU; weights by OpenAI need one with QuickGELU, as in "
+                "ViT-B-32-quickgelu, and no file says which it was trained with"
+            )
+    else:
+        path = source
+        weights = load_weights(path)
     cautions: list[str] = []
     for name, note, is_lossy in _regridded(weights, model):
         (cautions if is_lossy else facts).append(f"model.init: {name} {note}")
+    anew = _without_other_kinds(own, weights)
+    facts += [f"model.init: losses.{name} is of another kind of loss there, so its scale starts anew" for name in anew]
     random, left_out = _other_parts(own, weights)
-    if random:
-        facts.append(f"model.init: not in it, so as in a run without: {', '.join(random)}")
+    absent = [part for part in random if part.rpartition(".")[2] not in anew]
+    if absent:
+        facts.append(f"model.init: not in it, so as in a run without: {', '.join(absent)}")
     if left_out:
         cautions.append(f"model.init: in it, and left out as the recipe has no such part: {', '.join(left_out)}")
     matched = {name: tensor for name, tensor in weights.items() if _part(name) not in left_out}
@@ -103,12 +121,34 @@ def open_clip_configuration(name: str) -> dict[str, Any]:
     return json.loads(files[name].read_text())
 
 
+@contextmanager
+def _at(place: str | Path) -> Iterator[None]:
+    """Put the place before what is wrong there."""
+    try:
+        yield
+    except UsageError as error:
+        raise UsageError(f"{place}: {error}") from None
+
+
+def _read_open_clip(file: Path, own: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The file's weights by our names; a patch bias, which only towers of ours have, is zero."""
+    theirs = read_weights(file)
+    with _at(file):
+        weights = from_open_clip(theirs)
+    return weights | {name: torch.zeros_like(own[name]) for name in (PATCH_BIAS,) if name in own}
+
+
 def _check_architecture(model: CLIP, source: OpenClipFile) -> None:
     place = f"model.init: open_clip:{source.architecture}"
-    try:
-        theirs = architecture.of_open_clip(open_clip_configuration(source.architecture))
-    except UsageError as error:
-        raise UsageError(str(error) if str(error).startswith("model.init") else f"{place}: {error}") from None
+    configuration = open_clip_configuration(source.architecture)
+    with _at(place):
+        theirs = architecture.of_open_clip(configuration)
+    if model.vision.stem_depth:
+        raise UsageError(
+            f"{place} does not fit the recipe: model.frequency.placement: stem has spectral blocks where OpenCLIP's "
+            f"tower has its first {model.vision.stem_depth} attention blocks; set it to branch, or start from a run "
+            "with such a stem"
+        )
     wrong = _misfits(model, theirs)
     if wrong:
         fit = architecture.fitting_recipe(theirs)
@@ -126,29 +166,43 @@ def _misfits(model: CLIP, theirs: architecture.Architecture) -> list[str]:
     return [f"{key} {mine} (there {other})" for key, mine, other in architecture.differences(ours, theirs)]
 
 
-def _check_run(model: CLIP, checkpoint: Path) -> None:
-    """Compare what shapes do not show: heads, activations, epsilons, pooling."""
+def _check_run(model: CLIP, recipe: Recipe, checkpoint: Path) -> None:
+    """Compare the form of all parts that both models have; where it differs, name the recipe's keys that say it."""
     run = Run(checkpoint.parent.parent)
+    other = load_recipe(str(run.recipe)).recipe
     with torch.device("meta"):
-        theirs = build_model(load_recipe(str(run.recipe)).recipe)
-    for place, mine, other in (("vision", model.vision, theirs.vision), ("text", model.text, theirs.text)):
-        if _computation(mine) != _computation(other) and _shapes(mine) == _shapes(other):
-            raise UsageError(
-                f"model.init: {checkpoint}: its model.{place} has the same sizes and computes otherwise (heads, "
-                f"activation or norms); take model.{place} from {run.recipe}"
-            )
+        theirs = build_model(other)
+    own_forms, their_forms = _forms(model), _forms(theirs)
+    wrong = [part for part in own_forms if part in their_forms and own_forms[part] != their_forms[part]]
+    if not wrong:
+        return
+    sections = {DECIDED_BY[part.partition(".")[0]] for part in wrong}
+    if "model.vision" in sections and (model.vision.stem_depth or theirs.vision.stem_depth):
+        sections.add("model.frequency")
+    named = [
+        f"{key} {json.dumps(mine)} (there {json.dumps(value)})"
+        for key, value, mine in differences(other, recipe)
+        if key != "model.text.dropout" and any(key == s or key.startswith(f"{s}.") for s in sections)
+    ]
+    raise UsageError(
+        f"model.init: {checkpoint} does not fit the recipe: {'; '.join(named)}; take these values from {run.recipe}, "
+        "or set model.init to null"
+    )
 
 
-def _computation(tower: nn.Module) -> list[tuple[Any, ...]]:
-    """Kinds of all modules with the numbers that their weights do not show."""
-    numbers = ("num_heads", "eps", "approximate", "global_pool")
-    return [(type(module).__name__, *(getattr(module, name, None) for name in numbers)) for module in tower.modules()]
+def _forms(model: CLIP) -> dict[str, list[Any]]:
+    """Of each part: kinds of its modules, numbers that their weights do not show, and shapes.
 
-
-def _shapes(tower: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Of all weights whose shape does not follow from the image size."""
-    shapes = {name: tuple(tensor.shape) for name, tensor in tower.state_dict().items()}
-    return {name: shape for name, shape in shapes.items() if not name.endswith(("pos_embed", "kernel"))}
+    Without shapes that follow from the image size, which may be another.
+    """
+    numbers = ("num_heads", "eps", "approximate", "global_pool", "no_embed_class", "reads_pixels")
+    forms: dict[str, list[Any]] = defaultdict(list)
+    for name, module in model.named_modules():
+        forms[_part(name)].append((type(module).__name__, *(getattr(module, number, None) for number in numbers)))
+    for name, tensor in model.state_dict().items():
+        if not name.endswith(("pos_embed", "kernel")):
+            forms[_part(name)].append((name, tuple(tensor.shape)))
+    return forms
 
 
 def _regridded(weights: dict[str, Tensor], model: CLIP) -> Iterator[tuple[str, str, bool]]:
@@ -171,16 +225,21 @@ def _regridded(weights: dict[str, Tensor], model: CLIP) -> Iterator[tuple[str, s
             yield name, f"{size}, {lost:.1%} of its energy lost", lost > 0
 
 
-def _other_parts(own: dict[str, Tensor], weights: dict[str, Tensor]) -> tuple[list[str], list[str]]:
-    """Parts that the weights lack and parts that the model lacks, of those that either may lack.
+def _without_other_kinds(own: dict[str, Tensor], weights: dict[str, Tensor]) -> list[str]:
+    """Take scale and bias of losses that are of another kind in `own` out of `weights`, and name those losses.
 
-    Scale and bias of a loss come together or not at all: they are those of one kind of loss.
+    Only a sigmoid loss has a bias, and each kind has a scale of its own size.
     """
-    for name in LOSS_NAMES:
-        scale, bias = f"log_scales.{name}", f"logit_biases.{name}"
-        if scale in own and (bias in own) != (bias in weights):
-            weights.pop(scale, None)
-            weights.pop(bias, None)
+    scaled = [name for name in LOSS_NAMES if f"log_scales.{name}" in own.keys() & weights.keys()]
+    anew = [name for name in scaled if (f"logit_biases.{name}" in own) != (f"logit_biases.{name}" in weights)]
+    for name in anew:
+        weights.pop(f"log_scales.{name}")
+        weights.pop(f"logit_biases.{name}", None)
+    return anew
+
+
+def _other_parts(own: dict[str, Tensor], weights: dict[str, Tensor]) -> tuple[list[str], list[str]]:
+    """Parts that the weights lack and parts that the model lacks, of those that either may lack."""
     ours, theirs = ({_part(name): None for name in names if name.startswith(ONLY_OURS)} for names in (own, weights))
     return [part for part in ours if part not in theirs], [part for part in theirs if part not in ours]
 

@@ -92,6 +92,12 @@ def of_open_clip(config: dict[str, Any]) -> Architecture:
     vision = IN_OPEN_CLIP["vision_cfg"] | config["vision_cfg"]
     text = IN_OPEN_CLIP["text_cfg"] | config["text_cfg"]
     strange += [f"vision_cfg.{k} {vision[k]}" for k in ("layers", "image_size") if not isinstance(vision[k], int)]
+    strange += [
+        f"{section}.norm_kwargs.{key} {value}"
+        for section, tower in (("vision_cfg", vision), ("text_cfg", text))
+        for key, value in (tower["norm_kwargs"] or {}).items()
+        if key != "eps"
+    ]
     if text["vocab_size"] != VOCAB_SIZE:
         strange.append(f"text_cfg.vocab_size {text['vocab_size']}")
     if strange:
@@ -162,49 +168,6 @@ def _built(place: str, norm: nn.LayerNorm, blocks: list[Block]) -> Blocks:
         activation=words[type(mlp.act)],
         norm_eps=norm.eps,
     )
-
-
-def open_clip_config(architecture: Architecture, *, logit_bias: float | None = None) -> dict[str, Any]:
-    """OpenCLIP's configuration (`model_cfg`) of an architecture; `of_open_clip` turns it back.
-
-    Args:
-        logit_bias: of a model whose spatial_global is the sigmoid loss; its configuration must name one.
-
-    Raises:
-        UsageError: the towers have different activations, which OpenCLIP's cannot.
-    """
-    image, text = architecture.image, architecture.text
-    if image.activation != text.activation:
-        raise UsageError(
-            f"model.text.activation: {text.activation} beside an image tower with {image.activation}; OpenCLIP's "
-            "configurations have one for both"
-        )
-    config: dict[str, Any] = {
-        "embed_dim": architecture.embed_dim,
-        "quick_gelu": text.activation == "quick_gelu",
-        "vision_cfg": {
-            "image_size": architecture.image_size,
-            "patch_size": architecture.patch_size,
-            "no_ln_pre": not architecture.norm_pre,
-            "head_width": image.width // image.num_heads,
-            **_sizes(image),
-        },
-        "text_cfg": {
-            "context_length": architecture.context_length,
-            "vocab_size": VOCAB_SIZE,
-            "heads": text.num_heads,
-            **_sizes(text),
-        },
-    }
-    return config if logit_bias is None else config | {"init_logit_bias": logit_bias}
-
-
-def _sizes(blocks: Blocks) -> dict[str, Any]:
-    ratio = blocks.mlp_width / blocks.width
-    if int(blocks.width * ratio) != blocks.mlp_width:
-        ratio = (blocks.mlp_width + 0.5) / blocks.width  # OpenCLIP rounds the product down
-    norm = {} if blocks.norm_eps == NORM_EPS else {"norm_kwargs": {"eps": blocks.norm_eps}}
-    return {"width": blocks.width, "layers": blocks.depth, "mlp_ratio": ratio, **norm}
 
 
 def differences(ours: Architecture, theirs: Architecture) -> Iterator[tuple[str, Any, Any]]:

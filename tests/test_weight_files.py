@@ -1,0 +1,56 @@
+"""Files of weights that others wrote: read without running them, or refused with the way out."""
+
+import argparse
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from mlip_cli.commands.weight_files import read_weights
+from mlip_cli.errors import UsageError
+
+
+def test_files_that_torch_saved_are_read_without_running_them(tmp_path: Path) -> None:
+    model = nn.Linear(2, 3)
+    of_trainer = tmp_path / "epoch.pt"
+    torch.save({"epoch": 3, "state_dict": model.state_dict()}, of_trainer)
+    assert torch.equal(read_weights(of_trainer)["weight"], model.weight)
+    program = tmp_path / "it's.pt"
+    torch.save({"state_dict": model.state_dict(), "args": argparse.Namespace(lr=1)}, program)
+    with pytest.raises(UsageError, match="holds more than tensors and plain values, which could run anything") as said:
+        read_weights(program)
+    run_cure(str(said.value))
+    assert torch.equal(read_weights(tmp_path / "it's.weights.pt")["weight"], model.weight)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_a_torchscript_archive_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    model = nn.Linear(2, 3)
+    archive = tmp_path / "ViT.pt"
+    torch.jit.trace(model, torch.zeros(1, 2)).save(str(archive))
+    with pytest.raises(UsageError, match="a TorchScript archive, which is a program; where you trust it") as said:
+        read_weights(archive)
+    run_cure(str(said.value))
+    assert torch.equal(read_weights(tmp_path / "ViT.weights.pt")["weight"], model.weight)
+
+
+def run_cure(message: str) -> None:
+    """Do what the command at the end of a message does."""
+    python, option, program = shlex.split(message.partition("with: ")[2])
+    assert (python, option) == ("python", "-c")
+    exec(program, {})
+
+
+@pytest.mark.parametrize(("name", "content"), [("a.pt", b"no"), ("a.safetensors", b"no"), ("b.bin", b"PK\x03\x04no")])
+def test_damaged_files_are_refused(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UsageError, match=rf"^{tmp_path}/{name}: "):
+        read_weights(tmp_path / name)
+
+
+def test_a_file_without_a_state_dict_is_refused(tmp_path: Path) -> None:
+    torch.save([1, 2], tmp_path / "list.pt")
+    with pytest.raises(UsageError, match=r"list.pt: no state dict \(names and tensors\)"):
+        read_weights(tmp_path / "list.pt")
