@@ -166,4 +166,5 @@ def test_a_frozen_text_tower_drops_nothing_and_the_image_tower_goes_on_merging()
     assert model.vision.training
     assert model.frequency.training
     model.freeze("image")
+    assert not any(module.training for module in model.vision.modules())
     assert model.train()(small_batch()).image_tokens.shape[1] == model.plan.tokens[-1] < 16

@@ -100,10 +100,10 @@ class CLIP(nn.Module):
         self.train(self.training)
 
     def train(self, mode: bool = True) -> Self:
-        """Training mode for all but the blocks of a frozen tower, which drop nothing."""
+        """Training mode for all but a frozen tower, which drops nothing."""
         super().train(mode)
         if self.frozen == "image":
-            self.vision.trunk.eval()  # not the tower itself: merging may depend on whether it trains
+            self.vision.eval()
         elif self.frozen == "text":
             self.text.eval()
         return self
