@@ -24,6 +24,19 @@ def stem_depth(frequency: Frequency | None) -> int:
     return frequency.depth if frequency is not None and frequency.placement == "stem" else 0
 
 
+def wrong_stem(frequency: Frequency, *, width: int | None, depth: int | None) -> list[tuple[str, str]]:
+    """What is wrong with a stem in a tower of this width and depth: [(key of `model.frequency`, what and the cure)].
+
+    A size None is not known.
+    """
+    wrong = []
+    if width is not None and frequency.width != width:
+        wrong.append(("width", f"{frequency.width}, but a stem's blocks are the tower's; use {width}"))
+    if depth is not None and frequency.depth >= depth:
+        wrong.append(("depth", f"{frequency.depth} leaves no attention block of the tower's {depth}; use less"))
+    return wrong
+
+
 def earliest_place(method: str, stem: int) -> int:
     """The first block before which tokens can merge, behind an attention block, or drop, behind the stem at once."""
     return stem + 1 if method == "random_drop" else stem + 2
@@ -147,14 +160,14 @@ class MergePlan:
         stem: int = 0,
         multiple_of: int = 8,
     ) -> Self:
-        """Spread `rate` evenly (geometrically) over the merges before the blocks `at`.
+        """Spread `rate` evenly (geometrically) over the merges before the blocks `at`, less those that remove nothing.
 
         A token count is rounded so that patches and prefix together are a `multiple_of`, where that changes the rate
-        by less than 0.02.
+        by less than 0.02 and by less than half.
 
         Raises:
-            UsageError: an unknown method, a rate that is none, places outside the tower, or a rate that needs a merge
-                to remove more than half of the tokens; drops have no such limit.
+            UsageError: an unknown method, a rate that is none, places outside the tower, a rate that removes nothing,
+                or one that needs a merge to remove more than half of the tokens; drops have no such limit.
         """
         for name, value, known in (("method", method, METHODS), ("guidance", guidance, GUIDANCE)):
             if value not in known:
@@ -167,23 +180,27 @@ class MergePlan:
         wrong = wrong_places(places, depth=depth, method=method, stem=stem)
         if wrong:
             raise UsageError(f"model.merging.at: {wrong}")
-        counts: list[int] = []
+        counts: dict[int, int] = {}
         before = num_patches
         for i, place in enumerate(places, start=1):
             wanted = max(1, round(num_patches * (1 - rate) ** (i / len(places))))
             rounded = round((wanted + num_prefix) / multiple_of) * multiple_of - num_prefix
             least = 1 if method == "random_drop" else before - before // 2
-            fits = least <= rounded <= before and abs(rounded - wanted) < 0.02 * num_patches
+            tolerated = min(0.02 * num_patches, (num_patches - wanted) / 2)
+            fits = least <= rounded < before and abs(rounded - wanted) < tolerated
             count = rounded if fits else wanted
             if count < least:
                 raise UsageError(_beyond_half(rate, places, place, before, count, num_patches))
-            counts.append(count)
-            before = count
+            if count < before:
+                counts[place] = before = count
+        if not counts:
+            enough = math.ceil(1000 / num_patches) / 1000
+            raise UsageError(f"merge rate {rate:g}: removes none of {num_patches} tokens; use 0, or {enough:g} or more")
         tokens = tuple(
-            next((c for p, c in zip(reversed(places), reversed(counts), strict=True) if p <= block), num_patches)
+            min((count for place, count in counts.items() if place <= block), default=num_patches)
             for block in range(1, depth + 1)
         )
-        return cls(tokens, num_patches, num_prefix, method, places, guidance, strength)
+        return cls(tokens, num_patches, num_prefix, method, tuple(counts), guidance, strength)
 
 
 def _beyond_half(rate: float, places: Sequence[int], place: int, before: int, count: int, num_patches: int) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from mlip_cli.config import LOSS_NAMES, Recipe
 from mlip_cli.errors import UsageError
 from mlip_cli.init_source import open_clip_file
-from mlip_cli.merge_plan import MergePlan, default_places, stem_depth, wrong_places
+from mlip_cli.merge_plan import DEFAULT, MergePlan, default_places, stem_depth, wrong_places, wrong_stem
 
 Found = Iterator[tuple[str, str]]
 
@@ -110,19 +110,26 @@ def _merging(recipe: Recipe) -> Found:
         yield "model.merging.rate", str(error)
 
 
+def _guidance(recipe: Recipe) -> Found:
+    merging = recipe.model.merging
+    if merging is None or merging.method == "guided":
+        return
+    for name, value, default in (
+        ("guidance", merging.guidance, DEFAULT.guidance),
+        ("strength", merging.strength, DEFAULT.strength),
+    ):
+        if value != default:
+            yield f"model.merging.{name}", f"{value} is for method guided, not {merging.method}; set it to {default}"
+
+
 def _frequency(recipe: Recipe) -> Found:
     frequency, vision = recipe.model.frequency, recipe.model.vision
     if frequency is None or frequency.placement != "stem":
         return
     if frequency.input == "dct":
         yield "model.frequency.input", "dct needs placement branch; a stem reads the tower's patch tokens"
-    if vision.width and frequency.width != vision.width:
-        yield "model.frequency.width", f"{frequency.width}, but a stem's blocks are the tower's; use {vision.width}"
-    if vision.depth and frequency.depth >= vision.depth:
-        yield (
-            "model.frequency.depth",
-            f"{frequency.depth} leaves no attention block of model.vision.depth {vision.depth}; use less",
-        )
+    for key, wrong in wrong_stem(frequency, width=vision.width, depth=vision.depth):
+        yield f"model.frequency.{key}", wrong
 
 
 def _init(recipe: Recipe) -> Found:
@@ -135,6 +142,9 @@ def _init(recipe: Recipe) -> Found:
 def _freeze(recipe: Recipe) -> Found:
     if recipe.model.freeze is not None and recipe.model.init is None:
         yield "model.freeze", f"{recipe.model.freeze} would stay random; give model.init, or set it to null"
+    dropout = recipe.model.text.dropout
+    if recipe.model.freeze == "text" and dropout:
+        yield "model.text.dropout", f"{dropout:g}, but a tower that model.freeze keeps drops nothing; set it to 0"
 
 
 def _smoothing(recipe: Recipe) -> Found:
@@ -167,6 +177,7 @@ CHECKS: tuple[Callable[[Recipe], Found], ...] = (
     _heads,
     _frequency,
     _merging,
+    _guidance,
     _init,
     _freeze,
     _losses,

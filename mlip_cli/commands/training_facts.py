@@ -4,7 +4,7 @@ from mlip_cli.commands.run_start import Start
 from mlip_cli.commands.training_setup import num_workers
 from mlip_cli.config import Recipe
 from mlip_cli.distributed import world_size
-from mlip_cli.merge_plan import MOST_IN_ONE_MERGE, MergePlan, merging_steps
+from mlip_cli.merge_plan import DEFAULT, MOST_IN_ONE_MERGE, MergePlan, merging_steps
 from mlip_cli.model.clip import CLIP
 from mlip_cli.output import plural
 
@@ -41,7 +41,7 @@ def phase(recipe: Recipe, total_steps: int) -> str:
 
 def cautions(recipe: Recipe, plan: MergePlan, total_steps: int | None) -> list[str]:
     """What is allowed and probably not meant; `total_steps` is None where missing data leaves it open."""
-    lines = []
+    lines = _idle_keys(recipe, total_steps)
     if plan.largest_merge > MOST_IN_ONE_MERGE:
         lines.append(
             f"one merge removes {plan.largest_merge:.0%} of the tokens and leaves guidance little to choose; add "
@@ -51,6 +51,30 @@ def cautions(recipe: Recipe, plan: MergePlan, total_steps: int | None) -> list[s
         lines.append(
             f"optim.warmup_steps {recipe.optim.warmup_steps} is not below the {plural(total_steps, 'step')} of the run:"
             " the learning rate only rises; lower it"
+        )
+    return lines
+
+
+def _idle_keys(recipe: Recipe, total_steps: int | None) -> list[str]:
+    """Values that change nothing, or not what they are for."""
+    lines, merging, layer_decay = [], recipe.model.merging, recipe.optim.layer_decay
+    if merging is not None and merging.rate == 0:
+        changed = {"at": merging.at is not None, "active": merging.active != DEFAULT.active}
+        lines += [
+            f"model.merging.{key} changes nothing while model.merging.rate is 0; give a rate, or leave it out"
+            for key, is_given in changed.items()
+            if is_given
+        ]
+    elif merging is not None and total_steps is not None and not merging_steps(total_steps, merging.active):
+        first, last = merging.active
+        lines.append(
+            f"model.merging.active [{first:g}, {last:g}] holds none of the {plural(total_steps, 'step')} of the run: "
+            "nothing merges in training; widen it"
+        )
+    if layer_decay < 1 and recipe.model.init is None:
+        lines.append(
+            f"optim.layer_decay {layer_decay:g} is for training on, and model.init is null: it slows the lower blocks "
+            "of random weights; set it to 1"
         )
     return lines
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mlip_cli.config import Frequency
 from mlip_cli.errors import UsageError
+from mlip_cli.merge_plan import wrong_stem
 from mlip_cli.model.merging import patch_dct
 
 
@@ -169,16 +170,11 @@ def place_stem(trunk: VisionTransformer, config: Frequency) -> None:
     Raises:
         UsageError: blocks of another width than the trunk's, or so many that no attention block is left.
     """
-    width, depth = trunk.embed_dim, len(trunk.blocks)
-    if config.width != width:
-        raise UsageError(f"model.frequency.width: {config.width}, but a stem's blocks are the tower's; use {width}")
-    if config.depth >= depth:
-        raise UsageError(
-            f"model.frequency.depth: {config.depth} leaves no attention block of the tower's {depth}; use less"
-        )
+    for key, wrong in wrong_stem(config, width=trunk.embed_dim, depth=len(trunk.blocks)):
+        raise UsageError(f"model.frequency.{key}: {wrong}")
     h, w = trunk.patch_embed.grid_size
     for place in range(config.depth):
-        trunk.blocks[place] = StemBlock(h, w, width)
+        trunk.blocks[place] = StemBlock(h, w, trunk.embed_dim)
 
 
 class FrequencyBranch(nn.Module):

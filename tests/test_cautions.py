@@ -1,0 +1,56 @@
+"""What a recipe may hold and probably does not mean: lines before the first step and of `--dry-run`."""
+
+from typing import Any
+
+import pytest
+import torch
+from models_for_tests import small_model, small_recipe
+
+from mlip_cli.commands.dry_run import derived
+from mlip_cli.commands.training_facts import cautions
+from mlip_cli.config import Recipe
+
+NOTHING_MERGES = "changes nothing while model.merging.rate is 0; give a rate, or leave it out"
+NO_STEP = "model.merging.active [0, 0.01] holds none of the 8 steps of the run: nothing merges in training; widen it"
+SLOW = (
+    "optim.layer_decay 0.75 is for training on, and model.init is null: it slows the lower blocks of random weights; "
+    "set it to 1"
+)
+
+
+def recipe_with(*, layer_decay: float = 1.0, **merging: Any) -> Recipe:
+    return small_recipe(model={"merging": {"rate": 0.3} | merging}, optim={"layer_decay": layer_decay})
+
+
+@pytest.mark.parametrize(
+    ("changes", "total_steps", "expected"),
+    [
+        ({}, 8, []),
+        ({"at": [2, 3], "active": [0.5, 1.0]}, 8, []),
+        ({"rate": 0.0}, 8, []),
+        ({"rate": 0.0, "at": [2, 3]}, 8, [f"model.merging.at {NOTHING_MERGES}"]),
+        ({"rate": 0.0, "active": [0.0, 0.01]}, 8, [f"model.merging.active {NOTHING_MERGES}"]),
+        ({"active": [0.0, 0.01]}, 8, [NO_STEP]),
+        ({"active": [0.0, 0.01]}, 800, []),
+        ({"active": [0.0, 0.01]}, None, []),
+        ({"layer_decay": 0.75}, 8, [SLOW]),
+        ({"layer_decay": 0.75, "rate": 0.0, "at": [2]}, 8, [f"model.merging.at {NOTHING_MERGES}", SLOW]),
+    ],
+)  # fmt: skip
+def test_keys_that_change_nothing_are_told(
+    changes: dict[str, Any], total_steps: int | None, expected: list[str]
+) -> None:
+    recipe = recipe_with(**changes)
+    with torch.device("meta"):
+        plan = small_model(recipe).training_plan
+    assert cautions(recipe, plan, total_steps) == expected
+
+
+def test_layer_decay_is_for_weights_that_are_there() -> None:
+    recipe = recipe_with(layer_decay=0.75)
+    recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"init": "runs/a"})})
+    assert cautions(recipe, small_model(recipe).training_plan, 8) == []
+
+
+def test_a_dry_run_tells_them_too() -> None:
+    assert derived(recipe_with(layer_decay=0.75), resumes=False)["cautions"] == [SLOW]
