@@ -63,7 +63,7 @@ def test_a_named_tower_takes_a_stem(name: str) -> None:
     assert [isinstance(block, StemBlock) for block in tower.trunk.blocks] == [True] * 3 + [False] * 9
     prefix = tower.num_prefix
     plan = MergePlan.resolve(
-        depth=12, num_patches=tower.num_patches, num_prefix=prefix, rate=0.25, at=None, method="guided", stem=3
+        depth=12, num_patches=tower.num_patches, num_prefix=prefix, rate=0.5, at=None, method="guided", stem=3
     )
     assert plan.at == (5, 7)
     images = torch.randn(2, 3, 64, 64)
