@@ -1,13 +1,20 @@
 """Image-text retrieval equals clip-benchmark's where there are no ties, and counts ties against the model."""
 
 from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from clip_benchmark.metrics import zeroshot_retrieval as reference
+from shards_for_tests import make_dataset
 from torch import Tensor
 
+from mlip_cli.commands.validation import ValidationPairs
+from mlip_cli.config import Source
+from mlip_cli.data.tokenizer import Tokenizer
+from mlip_cli.errors import RunError
 from mlip_cli.evaluate.retrieval import (
     image_text_ranks,
     image_text_retrieval,
@@ -69,6 +76,29 @@ def test_rank_counts_wrong_candidates_only() -> None:
     scores = torch.tensor([[0.9, 0.8, 0.8, 0.1], [0.9, 0.8, 0.8, 0.1]])
     right = torch.tensor([[False, True, False, True], [True, True, False, False]])
     assert rank_of_first_right(scores, right).tolist() == [2, 0]
+
+
+def test_nothing_that_is_no_number_ranks_first() -> None:
+    nan = float("nan")
+    scores = torch.tensor([[nan, 0.5, 0.1], [0.9, nan, 0.1], [nan, nan, nan]])
+    right = torch.tensor([[True, False, False], [True, False, False], [False, False, True]])
+    assert rank_of_first_right(scores, right).tolist() == [2, 1, 2]
+
+
+def test_features_that_are_not_finite_are_counted(tmp_path: Path) -> None:
+    make_dataset(tmp_path / "pairs", n=6)
+    source = Source(path=str(tmp_path / "pairs"))
+    pairs = ValidationPairs([source], Tokenizer(16), image_size=32, device=torch.device("cpu"))
+    encoder = SimpleNamespace(
+        encode_image=lambda images: torch.where(torch.arange(len(images))[:, None] < 3, torch.nan, torch.ones(1, 4)),
+        encode_text=lambda ids: torch.ones(len(ids), 4),
+    )
+    with pytest.raises(RunError) as error:
+        pairs.features(encoder)  # type: ignore[arg-type]
+    assert str(error.value) == (
+        "validation: 3 of 6 image features are not finite; the weights of this checkpoint are damaged; "
+        "name an earlier one"
+    )
 
 
 def test_a_shared_text_is_right_for_each_of_its_images() -> None:

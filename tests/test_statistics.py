@@ -4,7 +4,17 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from mlip_cli.evaluate.statistics import chance_at, mcnemar, mean_recall_interval, metric_prefix, paired, wilson
+from mlip_cli.evaluate.statistics import (
+    by_cluster,
+    chance_at,
+    cluster_interval,
+    mcnemar,
+    mean_recall_interval,
+    metric_prefix,
+    paired,
+    paired_by_cluster,
+    wilson,
+)
 
 
 @pytest.mark.parametrize(("hits", "n"), [(0, 1), (0, 374), (37, 374), (25_000, 50_000), (9, 9)])
@@ -75,3 +85,18 @@ def test_paired_differences() -> None:
 )
 def test_measures_are_named_after_their_data_set(name: str, prefix: str) -> None:
     assert metric_prefix(name) == prefix
+
+
+def test_bootstrap_draws_whole_clusters() -> None:
+    assert by_cluster([1.0, 0.5, 0.0, 1.0], [2, 0, 2, 2]) == ([0.5, 2.0], [1, 3])
+    assert cluster_interval([3.0], [4]) == (0.0, 1.0)
+    assert cluster_interval([1.0] * 50, [4] * 50) == (0.25, 0.25)
+    one = np.random.default_rng(0).integers(0, 2, 400).astype(float)
+    low, high = cluster_interval(one.tolist(), [1] * 400)
+    assert high - low == pytest.approx(2 * 1.96 * 0.5 / 20, rel=0.1)
+    low, high = cluster_interval((4 * one).tolist(), [4] * 400)  # four equal answers tell no more than one
+    assert high - low == pytest.approx(2 * 1.96 * 0.5 / 20, rel=0.1)
+    same = [0.25] * 8
+    found = paired_by_cluster(same, same, [i // 4 for i in range(8)])
+    assert found == {"difference": 0.0, "difference_interval": (0.0, 0.0)}
+    assert paired_by_cluster([0.0, 1.0], [1.0, 1.0], [0, 0]) == {"difference": 0.5, "difference_interval": (-1.0, 1.0)}

@@ -80,6 +80,8 @@ def test_scores_are_keyed_by_index_when_names_repeat() -> None:
 def test_scores_are_fp32_and_features_finite() -> None:
     with pytest.raises(RunError, match="image features are not finite; the weights of this checkpoint are damaged"):
         normalized(torch.tensor([[1.0, float("nan")]]), "image")
+    with pytest.raises(RunError, match="1 of 2 image features are not finite"):
+        normalized(torch.tensor([[1e30, 1e30], [1.0, 0.0]]), "image")  # too long for fp32, though each number is finite
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert similarities(torch.eye(2), torch.eye(2)).dtype == torch.float32
     half = normalized(torch.tensor([[3.0, 4.0]], dtype=torch.bfloat16), "image")
