@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from models_for_tests import small_recipe
+from models_for_tests import small_model, small_recipe
 from shards_for_tests import make_dataset
 
 from mlip_cli.commands.pretrain import pretrain
+from mlip_cli.commands.training import plan_of_step
 from mlip_cli.commands.training_facts import phase
 from mlip_cli.merge_plan import merging_steps
 from mlip_cli.recipe import recipe_yaml
@@ -52,12 +53,20 @@ def losses(folder: Path, data: Path, **merging: Any) -> list[float]:
     return [line["loss"] for line in lines if "loss" in line]
 
 
-def test_a_training_is_unmerged_before_and_merged_within_the_phase(data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("active", "merged"), [([0, 1], [1, 2, 3, 4, 5, 6]), ([0, 0.5], [1, 2, 3]), ([0.5, 1], [4, 5, 6]), ([0, 0.05], [])]
+)
+@pytest.mark.parametrize("method", ["guided", "random_drop"])  # which has another plan in training
+def test_the_plan_of_a_step_merges_within_the_phase_alone(active: list[float], merged: list[int], method: str) -> None:
+    recipe = small_recipe(model={"merging": {"rate": 0.3, "method": method, "active": active}})
+    model = small_model(recipe)
+    for step in range(1, STEPS + 1):
+        expected = model.merge_plan(0.3, method) if step in merged else model.merge_plan(0.0)
+        assert plan_of_step(recipe, model, STEPS, step) == expected
+
+
+def test_a_training_merges_from_the_first_step_of_the_phase_on(data: Path, tmp_path: Path) -> None:
     plain = losses(tmp_path / "plain", data, rate=0.0)
-    merged = losses(tmp_path / "merged", data, rate=0.3)
     late = losses(tmp_path / "late", data, rate=0.3, active=[0.5, 1.0])
-    early = losses(tmp_path / "early", data, rate=0.3, active=[0.0, 0.5])
     assert late[:3] == plain[:3]
     assert late[3] != plain[3]
-    assert early[:3] == merged[:3] != plain[:3]
-    assert early[3] != merged[3]
