@@ -8,19 +8,17 @@ import pytest
 import torch
 from models_for_tests import make_run, small_batch, small_model, small_recipe
 from shards_for_tests import make_dataset
-from timm.models.vision_transformer import Block
-from torch import Tensor, nn
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import nn
 
 from mlip_cli.commands import merge_sweep
 from mlip_cli.commands.profile import profile
 from mlip_cli.config import Frequency, Recipe, Vision
 from mlip_cli.errors import UsageError
-from mlip_cli.losses.objective import Objective
 from mlip_cli.merge_plan import MergePlan, default_places, wrong_places
-from mlip_cli.model.frequency import StemBlock, convolve_by_fft
+from mlip_cli.model.frequency import StemBlock, convolve_by_fft, place_stem
 from mlip_cli.model.vision import ImageTower
 from mlip_cli.recipe_checks import check
-from mlip_cli.train.gradients import Precision, add_gradients
 from mlip_cli.train.optim import is_decayed
 
 
@@ -55,7 +53,7 @@ def test_a_stem_stands_in_for_the_first_attention_blocks() -> None:
     assert torch.equal(model.encode_image(images, model.merge_plan(0.0)), features.spatial)
 
 
-@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "vit_tiny_r_s16_p8_224"])
+@pytest.mark.parametrize("name", ["deit_tiny_distilled_patch16_224", "vit_tiny_r_s16_p8_224"])
 def test_a_named_tower_takes_a_stem(name: str) -> None:
     torch.manual_seed(0)
     stem = Frequency(placement="stem", width=192, depth=3)
@@ -79,14 +77,15 @@ def test_a_named_tower_takes_a_stem(name: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"width": 128}, "model.frequency.width: 128, but a stem's blocks are the tower's; use 192"),
-        ({"depth": 12}, "model.frequency.depth: 12 leaves no attention block of the tower's 12; use less"),
+        ({"width": 24}, "model.frequency.width: 24, but a stem's blocks are the tower's; use 32"),
+        ({"depth": 3}, "model.frequency.depth: 3 leaves no attention block of the tower's 3; use less"),
     ],
 )
-def test_a_stem_that_does_not_fit_a_named_tower_is_refused(changes: dict[str, int], message: str) -> None:
-    stem = Frequency(**({"placement": "stem", "width": 192, "depth": 2} | changes))  # type: ignore[arg-type]
-    with torch.device("meta"), pytest.raises(UsageError) as caught:
-        ImageTower(Vision(timm="vit_tiny_patch16_224"), image_size=64, frequency=stem)
+def test_a_stem_that_does_not_fit_its_tower_is_refused(changes: dict[str, int], message: str) -> None:
+    stem = Frequency(**({"placement": "stem", "width": 32, "depth": 2} | changes))  # type: ignore[arg-type]
+    trunk = VisionTransformer(img_size=32, patch_size=8, embed_dim=32, depth=3, num_heads=2, num_classes=0)
+    with pytest.raises(UsageError) as caught:
+        place_stem(trunk, stem)
     assert str(caught.value) == message
 
 
@@ -102,23 +101,6 @@ def test_all_of_a_stem_trains_and_its_kernels_do_not_decay() -> None:
     kernels = [n for n, p in model.named_parameters() if n.endswith("kernel") and not is_decayed(n, p)]
     assert kernels == ["vision.trunk.blocks.0.filter.kernel"]
     assert model.blocks_above()[kernels[0]] == 3
-
-
-def test_micro_batches_give_a_stem_the_gradient_of_the_whole_batch() -> None:
-    recipe = stem_recipe()
-
-    def gradients(micro_batch_size: int | None) -> dict[str, Tensor]:
-        model = small_model(recipe)
-        precision = Precision.named("fp32", torch.device("cpu"))
-        add_gradients(
-            model, Objective(recipe.losses), small_batch(), precision=precision, micro_batch_size=micro_batch_size
-        )
-        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-
-    whole, parts = gradients(None), gradients(3)
-    assert whole.keys() == parts.keys()
-    for name, expected in whole.items():
-        torch.testing.assert_close(parts[name], expected, rtol=1e-8, atol=1e-10)
 
 
 def test_stages_of_merges_behind_a_stem_keep_the_numbers_of_blocks() -> None:
@@ -164,9 +146,8 @@ def test_a_recipe_says_where_merges_behind_its_stem_start() -> None:
     assert place == "model.frequency.depth"
 
 
-def test_random_drop_starts_behind_a_stem() -> None:
+def test_what_drops_behind_a_stem_stays_in_its_own_tokens() -> None:
     model = small_model(stem_recipe(2, merging={"rate": 0.5, "method": "random_drop"}))
-    assert model.training_plan.at == (3,)
     encoded = model.train()(small_batch())
     assert encoded.token_sizes.shape[1] == model.training_plan.tokens[-1] < 16
     assert encoded.frequency_tokens is not None
@@ -180,16 +161,16 @@ def test_commands_measure_and_draw_a_run_with_a_stem(
     make_dataset(tmp_path / "data" / "colors", n=12)
     recipe = stem_recipe(merging={"rate": 0.4, "at": [3]})
     make_run(tmp_path / "runs" / "stem", recipe)
-    profile("runs/stem", batch_size=2, rounds=2, device="cpu", as_json=True)
+    profile("runs/stem", batch_size=2, rounds=1, device="cpu", as_json=True)
     result = json.loads(capsys.readouterr().out)
     assert list(result["gflops"]["image_tower_by_part"])[:3] == ["patch embedding", "global filters", "attention"]
     parts = {line["part"]: line["seconds"] for line in result["breakdown"]}
     assert min(parts[name] for name in ("image tower, blocks 1-2", "image tower, blocks 3-4", "frequency branch")) > 0
 
     merge_sweep.merge_sweep(
-        "runs/stem", rates=[0.25], methods=["tome", "guided"], datasets=["shards:data/colors"], data_root=None,
-        num_pictures=2, batch_size=4, rounds=2, device="cpu", as_json=True,
+        "runs/stem", rates=[0.25], methods=["guided"], datasets=["shards:data/colors"], data_root=None,
+        num_pictures=2, batch_size=4, rounds=1, device="cpu", as_json=True,
     )  # fmt: skip
-    assert [point["rate"] for point in json.loads(capsys.readouterr().out)["points"]] == [0, 0.25, 0.25]
+    assert [point["rate"] for point in json.loads(capsys.readouterr().out)["points"]] == [0, 0.25]
     [account] = (tmp_path / "runs" / "stem" / "evals").glob("merge_pictures_*.json")
-    assert [point["stages"][0]["block"] for point in json.loads(account.read_text())["points"]] == [3, 3]
+    assert [point["stages"][0]["block"] for point in json.loads(account.read_text())["points"]] == [3]
