@@ -1,6 +1,7 @@
 """The whole model: two towers, the frequency branch, projections into the joint spaces, logit scales."""
 
 import math
+from collections.abc import Collection, Mapping
 from typing import Literal, Self
 
 import torch
@@ -24,6 +25,35 @@ def linear(inputs: int, outputs: int) -> nn.Linear:
     layer = nn.Linear(inputs, outputs, bias=False)
     nn.init.normal_(layer.weight, std=inputs**-0.5)
     return layer
+
+
+def token_heads(config: ModelConfig, losses: Collection[str], *, vision_width: int) -> nn.ModuleDict:
+    """Projections of the tokens that these losses compare, with that of the words where there is any."""
+    widths = {}
+    if "spatial_token" in losses:
+        widths["spatial"] = vision_width
+    if "frequency_token" in losses and config.frequency is not None:
+        widths["frequency"] = config.frequency.width
+    if widths:
+        widths["text"] = config.text.width
+    return nn.ModuleDict({name: linear(width, config.token_dim) for name, width in widths.items()})
+
+
+def scales_and_biases(
+    losses: Mapping[str, str], *, global_batch_size: int
+) -> tuple[nn.ParameterDict, nn.ParameterDict]:
+    """The logs of the logit scales, and the biases of sigmoid losses: each (1,), since 0-d cannot be sharded.
+
+    They start as in CLIP and SigLIP, whose bias is the log of the odds that a pair of the batch belongs together.
+    """
+    log_scales, biases = nn.ParameterDict(), nn.ParameterDict()
+    for name in LOSS_NAMES:
+        if name in losses:
+            sigmoid = losses[name] == "sigmoid"
+            log_scales[name] = nn.Parameter(torch.tensor([math.log(10 if sigmoid else 1 / 0.07)]))
+            if sigmoid:
+                biases[name] = nn.Parameter(torch.tensor([-math.log(max(global_batch_size - 1, 1))]))
+    return log_scales, biases
 
 
 class CLIP(nn.Module):
@@ -60,25 +90,8 @@ class CLIP(nn.Module):
         if config.frequency is not None and "frequency_global" in losses:
             self.frequency_projection = linear(config.frequency.width, config.embed_dim)
 
-        token_heads = {}
-        if "spatial_token" in losses:
-            token_heads["spatial"] = linear(self.vision.width, config.token_dim)
-        if "frequency_token" in losses and config.frequency is not None:
-            token_heads["frequency"] = linear(config.frequency.width, config.token_dim)
-        if token_heads:
-            token_heads["text"] = linear(self.text.width, config.token_dim)
-        self.token_projections = nn.ModuleDict(token_heads)
-
-        # 1-d, since 0-d parameters cannot be sharded; starting values of CLIP and SigLIP, whose bias is the log of the
-        # odds that a pair of the batch belongs together
-        self.log_scales = nn.ParameterDict()
-        self.logit_biases = nn.ParameterDict()
-        for name in LOSS_NAMES:
-            if name in losses:
-                sigmoid = losses[name] == "sigmoid"
-                self.log_scales[name] = nn.Parameter(torch.tensor([math.log(10 if sigmoid else 1 / 0.07)]))
-                if sigmoid:
-                    self.logit_biases[name] = nn.Parameter(torch.tensor([-math.log(max(global_batch_size - 1, 1))]))
+        self.token_projections = token_heads(config, losses, vision_width=self.vision.width)
+        self.log_scales, self.logit_biases = scales_and_biases(losses, global_batch_size=global_batch_size)
 
         self.register_buffer("pixel_mean", torch.tensor(PIXEL_MEAN)[:, None, None], persistent=False)
         self.register_buffer("pixel_std", torch.tensor(PIXEL_STD)[:, None, None], persistent=False)
