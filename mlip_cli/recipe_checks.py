@@ -111,15 +111,16 @@ def _merging(recipe: Recipe) -> Found:
 
 
 def _guidance(recipe: Recipe) -> Found:
+    """Of `tome` alone: what trained by `random_drop` merges guided when it is measured."""
     merging = recipe.model.merging
-    if merging is None or merging.method == "guided":
+    if merging is None or merging.method != "tome":
         return
     for name, value, default in (
         ("guidance", merging.guidance, DEFAULT.guidance),
         ("strength", merging.strength, DEFAULT.strength),
     ):
         if value != default:
-            yield f"model.merging.{name}", f"{value} is for method guided, not {merging.method}; set it to {default}"
+            yield f"model.merging.{name}", f"{value} is not for method tome; set it to {default}"
 
 
 def _frequency(recipe: Recipe) -> Found:
