@@ -125,7 +125,7 @@ def measure(
         "split": split,
         "data": ShardDataset(data / split).fingerprint,
         "step": run.step,
-        "recipe": recipe_yaml(run.recipe),
+        "recipe": recipe_yaml(run.recipe).replace(f"{data.resolve()}/", ""),
         "at": at,
     }
 
