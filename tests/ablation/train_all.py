@@ -4,6 +4,7 @@ One JSON a run in OUT/results, written when it is whole; a training that was int
 """
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -12,10 +13,13 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import yaml
 from ablation.runs import RUNS, AblationRun
 
-from mlip_cli.recipe import load_recipe
+from mlip_cli.config import Recipe
+from mlip_cli.recipe import load_recipe, recipe_yaml
 
 FOLDER = Path(__file__).resolve().parent
 RECIPES = FOLDER.parents[1] / "recipes" / "ablation"
@@ -60,17 +64,43 @@ class Queue:
             raise RuntimeError(f"{run.label}: ended with {code}; see {log}")
 
 
+def changed_since(result: Path, recipe: Recipe) -> list[str]:
+    """What the recipe of a result had and the recipe of today has not; where the data lies is no matter."""
+    then = leaves(yaml.safe_load(json.loads(result.read_bytes())["recipe"]))
+    now = leaves(yaml.safe_load(recipe_yaml(recipe)))
+    began = [key for key in then if any(name.startswith(f"{key}.") for name in now)]  # sections that were null
+    return [f"{key} null -> a section" for key in began] + [
+        f"{key} {value} -> {now.get(key)}"
+        for key, value in then.items()
+        if value != now.get(key) and key not in ("data.train", "data.validation")
+    ]
+
+
+def leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values by dotted key."""
+    found: dict[str, Any] = {}
+    for name, value in tree.items():
+        found |= leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return found
+
+
 def train_all(runs: Sequence[AblationRun], queue: Queue, *, jobs: int) -> None:
     """Do every run that has no result yet, `jobs` at a time; a mistake in a recipe shows before the first training.
 
     Raises:
+        SystemExit: a result is of a recipe that has changed since.
         RuntimeError: a training or its measure failed; those that were at work have ended, no other was begun.
     """
     for name in ("results", "logs", "runs"):
         (queue.out / name).mkdir(parents=True, exist_ok=True)
     pending = [run for run in runs if not queue.result(run).exists()]
-    for run in pending:
-        load_recipe(str(RECIPES / f"{run.recipe}.yaml"), queue.overrides(run))
+    for run in runs:
+        recipe = load_recipe(str(RECIPES / f"{run.recipe}.yaml"), queue.overrides(run)).recipe
+        changes = changed_since(queue.result(run), recipe) if run not in pending else []
+        if changes:
+            folder = queue.out / "runs" / run.label
+            cure = f"to train it again remove it and {folder}"
+            raise SystemExit(f"{queue.result(run)}: the recipe has changed since ({', '.join(changes)}); {cure}")
     print(f"{len(pending)} of {len(runs)} runs to do, {jobs} at a time", flush=True)
     with ThreadPoolExecutor(jobs) as pool:
         try:
