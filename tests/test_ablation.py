@@ -104,10 +104,10 @@ def test_the_queue_trains_measures_and_skips(data: Path, tmp_path: Path, capfd: 
     assert set(result["at"]["own"]["group_hits"]) <= {"0", "1"}
     train_all(runs, queue, jobs=2)
     assert "0 of 2 runs to do" in capfd.readouterr().out
-    with pytest.raises(
-        SystemExit, match=r"clip-0.json: the recipe has changed since \(optim.lr 0.0005 -> 0.1\); to train"
-    ):
+    with pytest.raises(SystemExit, match=r"clip-0.json: the recipe has changed since \(optim.lr 0.0005 -> 0.1\); "):
         train_all([replace(runs[0], overrides=(*TINY, "optim.lr=0.1"))], queue, jobs=1)
+    with pytest.raises(SystemExit, match=r"\(model.merging null -> a section\)"):
+        train_all([replace(runs[0], overrides=(*TINY, "model.merging={method: random_drop}"))], queue, jobs=1)
     (line,) = table(read(tmp_path / "results"))
     assert line[:3] == ["clip", "rate 0.00", "2"]
 
