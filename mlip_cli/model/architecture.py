@@ -176,21 +176,18 @@ def differences(ours: Architecture, theirs: Architecture) -> Iterator[tuple[str,
         ("model.embed_dim", ours.embed_dim, theirs.embed_dim),
         ("model.vision.patch_size", ours.patch_size, theirs.patch_size),
         ("model.vision's norm before its blocks", ours.norm_pre, theirs.norm_pre),
-        ("model.vision.width", ours.image.width, theirs.image.width),
-        ("model.vision.depth", ours.image.depth, theirs.image.depth),
-        ("model.vision.num_heads", ours.image.num_heads, theirs.image.num_heads),
-        ("model.vision's MLP width", ours.image.mlp_width, theirs.image.mlp_width),
-        ("model.vision's activation", ours.image.activation, theirs.image.activation),
-        ("model.vision's norm eps", ours.image.norm_eps, theirs.image.norm_eps),
+        *_of_blocks("model.vision", "model.vision's activation", ours.image, theirs.image),
         ("model.text.context_length", ours.context_length, theirs.context_length),
-        ("model.text.width", ours.text.width, theirs.text.width),
-        ("model.text.depth", ours.text.depth, theirs.text.depth),
-        ("model.text.num_heads", ours.text.num_heads, theirs.text.num_heads),
-        ("model.text's MLP width", ours.text.mlp_width, theirs.text.mlp_width),
-        ("model.text.activation", ours.text.activation, theirs.text.activation),
-        ("model.text's norm eps", ours.text.norm_eps, theirs.text.norm_eps),
+        *_of_blocks("model.text", "model.text.activation", ours.text, theirs.text),
     ]
     return ((key, mine, other) for key, mine, other in pairs if mine != other)
+
+
+def _of_blocks(tower: str, activation: str, ours: Blocks, theirs: Blocks) -> list[tuple[str, Any, Any]]:
+    """(Key or words, our value, theirs) of everything in the transformer of the section `tower`."""
+    keys = {name: f"{tower}.{name}" for name in ("width", "depth", "num_heads")}
+    keys |= {"mlp_width": f"{tower}'s MLP width", "activation": activation, "norm_eps": f"{tower}'s norm eps"}
+    return [(key, getattr(ours, name), getattr(theirs, name)) for name, key in keys.items()]
 
 
 def fitting_recipe(architecture: Architecture) -> str | None:
