@@ -140,25 +140,30 @@ def published(name: str, tower: str) -> tuple[CLIP, open_clip.CLIP]:
     return ours, foreign
 
 
-@pytest.mark.parametrize(
-    ("name", "tower"),
-    [
-        ("ViT-B-16", "vit_base_patch16_clip_224"),
-        ("ViT-L-14-336-quickgelu", "vit_large_patch14_clip_quickgelu_336"),
-    ],
-)
-def test_published_architectures_fit_the_recipe_that_is_named(name: str, tower: str) -> None:
-    ours, foreign = published(name, tower)
+def test_another_resolution_fits_the_recipe_that_is_named() -> None:
+    ours, foreign = published("ViT-L-14-336-quickgelu", "vit_large_patch14_clip_quickgelu_336")
     mine, other = ours.state_dict(), from_open_clip(foreign.state_dict())
     assert {n: t.shape for n, t in mine.items()} == {n: t.shape for n, t in other.items()}
 
 
-def test_a_published_architecture_gives_the_same_features() -> None:
-    ours, foreign = published("ViT-B-32-quickgelu", "vit_base_patch32_clip_quickgelu_224")
+@pytest.mark.parametrize(
+    ("name", "tower"),
+    [
+        ("ViT-B-32-quickgelu", "vit_base_patch32_clip_quickgelu_224"),
+        ("ViT-B-16", "vit_base_patch16_clip_224"),
+        ("ViT-L-14-quickgelu", "vit_large_patch14_clip_quickgelu_224"),
+    ],
+)
+def test_published_architectures_give_the_same_features_and_get_every_tensor_back(name: str, tower: str) -> None:
+    ours, foreign = published(name, tower)
     foreign = randomised(foreign.to_empty(device="cpu"))
     foreign.attn_mask = torch.full((77, 77), -torch.inf).triu(1)  # a buffer that no state dict holds
-    ours.load_state_dict(from_open_clip(foreign.state_dict()), assign=True)
+    weights = foreign.state_dict()
+    ours.load_state_dict(from_open_clip(weights), assign=True)
     assert_same_features(ours, foreign, image_size=224, length=77, n=2)
+    back = to_open_clip(ours.state_dict())
+    assert back.keys() == weights.keys()
+    assert all(torch.equal(back[key], weights[key]) for key in weights)
 
 
 @pytest.mark.parametrize(
