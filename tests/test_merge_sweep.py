@@ -29,6 +29,7 @@ from mlip_cli.data.transforms import decode, pil_to_uint8
 from mlip_cli.endings import exit_code
 from mlip_cli.errors import RunError, Stopped, UsageError
 from mlip_cli.evaluate.merge_pictures import draw_groups, draw_guidance, panel_pictures
+from mlip_cli.evaluate.together import ALONE
 
 
 @pytest.fixture
@@ -270,7 +271,7 @@ def test_the_validation_set_is_swept_where_no_other_is_named(place: Path, capsys
         loaded.recipe, loaded.tokenizer, validation_pairs(loaded.recipe, loaded.tokenizer, device="cpu")
     )
     for point in dataset["points"]:
-        fractions = evaluator.measure(at_rate(loaded.model, point["rate"]), lambda _: None).fractions
+        fractions = evaluator.measure(at_rate(loaded.model, point["rate"]), lambda _: None, ALONE).fractions
         for way in ("image_to_text", "text_to_image"):
             for k in (1, 5, 10):
                 name = f"r{k}"

@@ -23,6 +23,7 @@ from mlip_cli.commands.training_setup import training_device
 from mlip_cli.commands.validation import OnBatch
 from mlip_cli.drawing import TrainingPanel
 from mlip_cli.errors import RunError, Stopped, UsageError
+from mlip_cli.evaluate.together import Together
 from mlip_cli.losses.objective import Objective
 from mlip_cli.output import warn
 from mlip_cli.recipe import absolute_paths, recipe_yaml
@@ -74,11 +75,11 @@ def test_a_cpu_without_memory_says_the_same_and_other_errors_stay_what_they_are(
 
 
 def test_an_evaluation_that_does_not_fit_is_not_cured_by_smaller_batches_of_training() -> None:
-    def evaluate(encoder: Encoder, on_batch: OnBatch) -> Measures:
+    def evaluate(encoder: Encoder, on_batch: OnBatch, together: Together) -> Measures:
         raise FULL_DEVICE
 
     with pytest.raises(RunError) as error, batch_named("train.micro_batch_size", 8):
-        measure(small_model(), [Evaluator("a", 6, evaluate)], TrainingPanel(9, is_live=False), 4, lambda: False)
+        measure(small_model(), [Evaluator("a", 6, evaluate)], TrainingPanel(9, is_live=False), CPU, 4, lambda: False)
     assert str(error.value) == (
         "step 4: evaluating a: the device has no memory for 128 pictures at once beside the training; take a smaller "
         "model, or leave it out of evaluate.zeroshot or data.validation and measure it afterwards"
@@ -184,19 +185,19 @@ def test_the_command_to_go_on_is_what_was_typed(monkeypatch: pytest.MonkeyPatch)
 def test_a_signal_leaves_an_evaluation_and_its_numbers() -> None:
     asked = False
 
-    def evaluate(encoder: Encoder, on_batch: OnBatch) -> Measures:
+    def evaluate(encoder: Encoder, on_batch: OnBatch, together: Together) -> Measures:
         nonlocal asked
-        on_batch(3)
-        asked = encoder is second
-        on_batch(3)
+        for _ in together.in_rounds("ab", together.part(2)):
+            asked = encoder is second
+            on_batch(3)
         return Measures({"a_acc1": 0.5}, "top-1 50.0 %; n 6")
 
     evaluators = [Evaluator(name, 6, evaluate) for name in "ab"]
     panel = TrainingPanel(9, is_live=False)
     first, second = small_model(), small_model()
-    assert measure(first, evaluators, panel, 4, lambda: asked) == {"a_acc1": 0.5}
+    assert measure(first, evaluators, panel, CPU, 4, lambda: asked) == {"a_acc1": 0.5}
     assert not first.training
-    assert measure(second, evaluators, panel, 4, lambda: asked) == {}
+    assert measure(second, evaluators, panel, CPU, 4, lambda: asked) == {}
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mlip_cli.commands.loading import LoadedRun, MergedEncoder
 from mlip_cli.commands.memory import batch_named
-from mlip_cli.commands.validation import BATCH_SIZE, Kept, OnBatch, ValidationPairs, interruptible, tokenize
+from mlip_cli.commands.validation import BATCH_SIZE, Kept, OnBatch, ValidationPairs, tokenize
 from mlip_cli.config import Recipe
 from mlip_cli.data import pixels
 from mlip_cli.data.dataset import ShardDataset
@@ -22,9 +22,10 @@ from mlip_cli.data.transforms import decode, evaluation_transform, pil_to_uint8
 from mlip_cli.evaluate.benchmarks import Benchmark, data_root, find_benchmark
 from mlip_cli.evaluate.measure import NAME_RECALL_AT, Candidate, measure
 from mlip_cli.evaluate.pictures import Pictures, Readers, batches
-from mlip_cli.evaluate.retrieval import RECALL_AT
+from mlip_cli.evaluate.retrieval import RECALL_AT, image_text_retrieval
 from mlip_cli.evaluate.sources import open_benchmark
 from mlip_cli.evaluate.statistics import metric_prefix
+from mlip_cli.evaluate.together import Together
 from mlip_cli.evaluate.words import percent
 from mlip_cli.output import plural, progress
 from mlip_cli.types import Encoder
@@ -58,7 +59,8 @@ class Evaluator:
     name: str
     """Of the data set."""
     num_pictures: int
-    measure: Callable[[Encoder, OnBatch], Measures]
+    measure: Callable[[Encoder, OnBatch, Together], Measures]
+    """All ranks take part, and all of them get the result."""
 
 
 RunToMeasure = tuple[LoadedRun, Sequence[MergedEncoder]]
@@ -132,12 +134,23 @@ def training_evaluators(
 def _zeroshot_evaluator(benchmark: Benchmark, recipe: Recipe, tokenizer: Tokenizer, device: torch.device) -> Evaluator:
     size = recipe.data.image_size
     pictures = open_benchmark(benchmark, READERS)
-    decoded = Kept(lambda: _batches(pictures, size, device), num_pictures=pictures.num_pictures, size=size)
+    decoded = Kept(partial(_batches, pictures, size, device), size=size)
     prefix = metric_prefix(benchmark.name)
 
-    def evaluate(encoder: Encoder, on_batch: OnBatch) -> Measures:
-        candidate = Candidate((encoder,), interruptible(tokenizer, on_batch), device)
-        [[scores]] = measure(pictures, decoded, [candidate], dataset=benchmark.name, is_timed=False, on_batch=on_batch)
+    def evaluate(encoder: Encoder, on_batch: OnBatch, together: Together) -> Measures:
+        part = together.part(-(-pictures.num_pictures // BATCH_SIZE))
+        on_batch(0)
+        [[scores]] = measure(
+            pictures,
+            decoded.of(part.numbers),
+            [Candidate((encoder,), partial(tokenize, tokenizer), device)],
+            dataset=benchmark.name,
+            is_timed=False,
+            on_batch=on_batch,
+            together=together,
+            part=part,
+            first=part.numbers.start * BATCH_SIZE,
+        )
         fractions = {f"{prefix}_mean_recall": scores["mean_per_class_recall"], f"{prefix}_acc1": scores["acc1"]}
         if "names" in scores:
             fractions |= {f"{prefix}_name_r{k}": scores["names"][f"r{k}"] for k in NAME_RECALL_AT}
@@ -158,16 +171,17 @@ def zeroshot_words(scores: Mapping[str, Any]) -> str:
     return f"{words}; {plural(scores['n'], 'picture')}"
 
 
-def _batches(pictures: Pictures, size: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+def _batches(pictures: Pictures, size: int, device: torch.device, numbers: range) -> Iterator[tuple[Tensor, Tensor]]:
     read_ahead = device.type == "cuda"
-    return batches(pictures, READERS, size=size, batch_size=BATCH_SIZE, read_ahead=read_ahead)
+    return batches(pictures, READERS, size=size, batch_size=BATCH_SIZE, read_ahead=read_ahead, numbers=numbers)
 
 
 def _retrieval_evaluator(pairs: ValidationPairs) -> Evaluator:
     """All pictures against all distinct captions."""
 
-    def evaluate(encoder: Encoder, on_batch: OnBatch) -> Measures:
-        scores = pairs.scores(encoder, on_batch=on_batch)
+    def evaluate(encoder: Encoder, on_batch: OnBatch, together: Together) -> Measures:
+        images, texts = pairs.features(encoder, on_batch=on_batch, together=together)
+        scores = image_text_retrieval(images, texts, pairs.own_texts, together=together)
         fractions = {f"validation_{way}_r{k}": scores[way][f"r{k}"] for way in WAYS for k in RECALL_AT}
         return Measures(fractions, retrieval_words(scores))
 

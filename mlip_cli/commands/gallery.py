@@ -1,19 +1,25 @@
 """What a trained model finds among its validation pairs, as numbers and as pictures, in the run folder."""
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from mlip_cli import __version__
 from mlip_cli.commands.validation import ValidationPairs
 from mlip_cli.data.loader import decoded
 from mlip_cli.evaluate.gallery import Query, random_queries
 from mlip_cli.evaluate.retrieval import image_text_retrieval, images_of_texts
+from mlip_cli.evaluate.together import Together
 from mlip_cli.files import write_bytes, write_json
 from mlip_cli.run_folder import Run, checkpoint_name, now
 from mlip_cli.types import Encoder
+
+FoundPairs = tuple[Tensor, Tensor, Mapping[str, dict[str, Any]]]
+"""Unit vectors of all pictures and of all texts, and the recalls between them both ways."""
 
 QUERIES = 8
 """Each way."""
@@ -22,13 +28,23 @@ THUMBNAIL = 160
 """Longest side of a stored picture in pixels."""
 
 
-def write_gallery(run: Run, encoder: Encoder, pairs: ValidationPairs, *, step: int, true_rate: float) -> None:
-    """Write RUN/evals/gallery_STEP.json and the pictures it names; an older gallery goes.
+def find_pairs(encoder: Encoder, pairs: ValidationPairs, *, together: Together) -> FoundPairs:
+    """What a gallery shows, found by all ranks.
 
     Raises:
         RunError: features that are not finite, or a picture that cannot be read.
     """
-    images, texts = pairs.features(encoder)
+    images, texts = pairs.features(encoder, together=together)
+    return images, texts, image_text_retrieval(images, texts, pairs.own_texts, together=together)
+
+
+def write_gallery(run: Run, found: FoundPairs, pairs: ValidationPairs, *, step: int, true_rate: float) -> None:
+    """Write RUN/evals/gallery_STEP.json and the pictures it names; an older gallery goes.
+
+    Raises:
+        RunError: a picture that cannot be read.
+    """
+    images, texts, scores = found
     own_images = images_of_texts(pairs.own_texts, len(pairs.texts))
     by_text = random_queries(texts, images, own_images, n=QUERIES, k=ANSWERS)
     by_image = random_queries(images, texts, pairs.own_texts, n=QUERIES, k=ANSWERS)
@@ -51,7 +67,7 @@ def write_gallery(run: Run, encoder: Encoder, pairs: ValidationPairs, *, step: i
             "num_images": pairs.num_pictures,
             "num_texts": len(pairs.texts),
             "chosen": "at random with seed 0",
-            "scores": image_text_retrieval(images, texts, pairs.own_texts),
+            "scores": scores,
             "text_to_image": [_text_query(query, pairs, named, captions) for query in by_text],
             "image_to_text": [_image_query(query, pairs, named, captions) for query in by_image],
         },

@@ -9,20 +9,21 @@ from pathlib import Path
 import torch
 
 from mlip_cli.commands.evaluators import Evaluator, training_evaluators
-from mlip_cli.commands.gallery import write_gallery
+from mlip_cli.commands.gallery import find_pairs, write_gallery
 from mlip_cli.commands.memory import batch_named, full_memory_named
 from mlip_cli.commands.recording import data_cards, recorded
 from mlip_cli.commands.report import rebuild
 from mlip_cli.commands.run_start import MICRO_BATCHES, Start, drawn_by_forward_passes
 from mlip_cli.commands.training_facts import cautions, facts, resume_facts
 from mlip_cli.commands.training_setup import TrainingData, build, open_batches, open_data, training_device
-from mlip_cli.commands.validation import BATCH_SIZE, validation_pairs
+from mlip_cli.commands.validation import BATCH_SIZE, OnBatch, validation_pairs
 from mlip_cli.config import Recipe
 from mlip_cli.data.preflight import preflight
 from mlip_cli.data.tokenizer import Tokenizer
-from mlip_cli.distributed import from_main, process_group, world_size
+from mlip_cli.distributed import from_main, process_group, rank, world_size
 from mlip_cli.drawing import TrainingPanel, training_panel
 from mlip_cli.errors import RunError, Stopped
+from mlip_cli.evaluate.together import Left, Together
 from mlip_cli.files import write_json
 from mlip_cli.losses.objective import Objective
 from mlip_cli.merge_plan import MergePlan, merging_steps
@@ -48,8 +49,8 @@ def train_run(recipe: Recipe, start: Start) -> Run:
         if checkpoint is not None:
             progress, random = restore(checkpoint, training, data=data.fingerprints)
         tokenizer = Tokenizer(recipe.model.text.context_length)
-        pairs = validation_pairs(recipe, tokenizer, device=device) if is_main() else None
-        evaluators = training_evaluators(recipe, tokenizer, pairs, device=device) if is_main() else []
+        pairs = validation_pairs(recipe, tokenizer, device=device)
+        evaluators = training_evaluators(recipe, tokenizer, pairs, device=device)
         if start.is_named_by_us:
             run = Run(Path(from_main(str(claimed(run.folder)) if is_main() else "")))
 
@@ -68,11 +69,17 @@ def train_run(recipe: Recipe, start: Start) -> Run:
                 warn(line)
             run_loop(run, recipe, data, training, progress, evaluators=evaluators, random=random)
             if pairs is not None:
-                with evaluation_memory_named("the gallery"):
-                    write_gallery(
-                        run, training.plain.eval(), pairs, step=progress.step, true_rate=training.plain.plan.rate
-                    )
+                together = everyone(device)
+                with together.as_one(), evaluation_memory_named("the gallery"):
+                    found = find_pairs(training.plain.eval(), pairs, together=together)
+                if is_main():
+                    write_gallery(run, found, pairs, step=progress.step, true_rate=training.plain.plan.rate)
     return run
+
+
+def everyone(device: torch.device, *, is_stopping: Callable[[], bool] = lambda: False) -> Together:
+    """All ranks of this training, for an evaluation."""
+    return Together(rank=rank(), world_size=world_size(), device=device, is_stopping=is_stopping)
 
 
 def run_loop(
@@ -121,7 +128,7 @@ def run_loop(
             metrics=metrics,
             show=lambda line: panel.update(line, eta_s=eta_s(int(line["step"]))),
             on_step=lambda step: panel.move(step, eta_s=eta_s(step)),
-            evaluate=partial(measure, training.plain, evaluators, panel),
+            evaluate=partial(measure, training.plain, evaluators, panel, device),
             save=partial(save, saver, panel),
             is_save_due=saver.is_due,
         )
@@ -183,37 +190,46 @@ def save(saver: Saver, panel: TrainingPanel, progress: Progress) -> None:
     panel.doing(None)
 
 
-class _EvaluationLeft(Exception):
-    """A signal came while an evaluator was at work."""
-
-
 def measure(
-    model: CLIP, evaluators: list[Evaluator], panel: TrainingPanel, step: int, is_stopping: Callable[[], bool]
+    model: CLIP,
+    evaluators: list[Evaluator],
+    panel: TrainingPanel,
+    device: torch.device,
+    step: int,
+    is_stopping: Callable[[], bool],
 ) -> dict[str, float]:
-    """All measures of the model as it is, without gradients; none when a signal asks to stop meanwhile."""
+    """All measures of the model as it is, without gradients, by all ranks and for all of them.
+
+    None when a signal to any rank asks to stop meanwhile; an error on any rank ends all of them.
+    """
     model.eval()
+    together = everyone(device, is_stopping=is_stopping)
     measures: dict[str, float] = {}
-    for evaluator in evaluators:
-        done = 0
-        panel.doing(f"evaluating {evaluator.name}")
-
-        def on_batch(n: int, evaluator: Evaluator = evaluator) -> None:
-            nonlocal done
-            if is_stopping():
-                raise _EvaluationLeft
-            done += n
-            if n:
-                panel.doing(f"evaluating {evaluator.name}", done=done, total=evaluator.num_pictures)
-            else:
-                panel.doing(f"evaluating {evaluator.name}: texts")
-
-        try:
-            with torch.no_grad(), evaluation_memory_named(f"step {step}: evaluating {evaluator.name}"):
-                found = evaluator.measure(model, on_batch)
-        except _EvaluationLeft:
-            warn(f"step {step}: the evaluation was left before its end; none of its numbers are written")
-            return {}
-        panel.measured(step, evaluator.name, found.words)
-        measures |= found.fractions
+    try:
+        with together.as_one(), torch.no_grad():
+            for evaluator in evaluators:
+                with evaluation_memory_named(f"step {step}: evaluating {evaluator.name}"):
+                    found = evaluator.measure(model, shown(evaluator, panel), together)
+                panel.measured(step, evaluator.name, found.words)
+                measures |= found.fractions
+    except Left:
+        warn(f"step {step}: the evaluation was left before its end; none of its numbers are written")
+        return {}
     panel.doing(None)
     return measures
+
+
+def shown(evaluator: Evaluator, panel: TrainingPanel) -> OnBatch:
+    """Tells the panel how far an evaluation is; the other ranks are as far as this one."""
+    done = 0
+    panel.doing(f"evaluating {evaluator.name}")
+
+    def on_batch(n: int) -> None:
+        nonlocal done
+        done = min(done + n * world_size(), evaluator.num_pictures)
+        if n:
+            panel.doing(f"evaluating {evaluator.name}", done=done, total=evaluator.num_pictures)
+        else:
+            panel.doing(f"evaluating {evaluator.name}: texts")
+
+    return on_batch

@@ -1,7 +1,8 @@
 """The pairs of `data.validation`, ready to be encoded again and again: for measures, galleries and sweeps."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Generic, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -10,20 +11,22 @@ from mlip_cli.config import Recipe, Source
 from mlip_cli.data.dataset import RawSample, open_sources
 from mlip_cli.data.loader import default_num_workers, evaluation_loader
 from mlip_cli.data.tokenizer import Tokenizer
-from mlip_cli.evaluate.retrieval import image_text_retrieval
+from mlip_cli.distributed import world_size
+from mlip_cli.evaluate.together import ALONE, Together
 from mlip_cli.evaluate.zeroshot import normalized, text_features
 from mlip_cli.types import Encoder
 
 T = TypeVar("T")
 OnBatch = Callable[[int], None]
-"""Told of the number of pictures that are done now, of 0 before texts. It may raise, to end an evaluation."""
+"""Told of the number of pictures that are done now on this rank, of 0 before texts."""
 
 VALIDATION = "validation"
 """Name of the run's own validation set."""
 
 BATCH_SIZE = 128
 KEPT_BYTES = 1 << 30
-"""Decoded pictures up to this many bytes a data set stay in memory between evaluations; more are decoded each time."""
+"""Decoded pictures up to this many bytes a data set and rank stay in memory between evaluations; more are decoded each
+time."""
 
 FEW_PICTURES = 1000
 """Below this many, starting loader processes takes longer than decoding."""
@@ -33,16 +36,6 @@ def tokenize(tokenizer: Tokenizer, texts: Sequence[str]) -> Tensor:
     """Token ids (n, L), L the length of the longest text: columns of padding change nothing but the time."""
     token_ids = tokenizer.encode(texts)
     return token_ids[:, : int(token_ids.any(dim=0).nonzero().max()) + 1]
-
-
-def interruptible(tokenizer: Tokenizer, on_batch: OnBatch) -> Callable[[Sequence[str]], Tensor]:
-    """`tokenize`, with a word to `on_batch` before each batch of texts."""
-
-    def tokenize_batch(texts: Sequence[str]) -> Tensor:
-        on_batch(0)
-        return tokenize(tokenizer, texts)
-
-    return tokenize_batch
 
 
 class ValidationPairs:
@@ -67,17 +60,24 @@ class ValidationPairs:
         self.own_texts = [[number[text] for text in own] for own in captions]
         """For each picture the numbers of its texts."""
         self._image_size = image_size
-        self._decoded = Kept(self._read, num_pictures=self.num_pictures, size=image_size)
+        self._num_batches = [-(-dataset.num_samples // BATCH_SIZE) for dataset in self.datasets]
+        self._decoded = Kept(self._read, size=image_size)
 
-    def _read(self) -> Iterator[Tensor]:
-        for dataset in self.datasets:
-            loader = evaluation_loader(
-                dataset,
-                image_size=self._image_size,
-                batch_size=BATCH_SIZE,
-                num_workers=0 if dataset.num_samples < FEW_PICTURES else default_num_workers(1),
-            )
-            yield from (batch.images for batch in loader)
+    def _read(self, numbers: range) -> Iterator[Tensor]:
+        """Batches by their numbers among those of all data sets: a batch is of one data set."""
+        first = 0
+        for dataset, num_batches in zip(self.datasets, self._num_batches, strict=True):
+            own = range(max(numbers.start - first, 0), min(numbers.stop - first, num_batches))
+            first += num_batches
+            if own:
+                loader = evaluation_loader(
+                    dataset,
+                    image_size=self._image_size,
+                    batch_size=BATCH_SIZE,
+                    num_workers=0 if len(own) * BATCH_SIZE < FEW_PICTURES else default_num_workers(world_size()),
+                    numbers=own,
+                )
+                yield from (batch.images for batch in loader)
 
     def sample(self, number: int) -> RawSample:
         """The sample of a picture, by its number among all.
@@ -91,30 +91,31 @@ class ValidationPairs:
             number -= dataset.num_samples
         raise IndexError(number)
 
-    def features(self, encoder: Encoder, *, on_batch: OnBatch = lambda _: None) -> tuple[Tensor, Tensor]:
-        """Unit vectors of all pictures and of all texts: (I, E), (T, E) fp32.
+    def features(
+        self, encoder: Encoder, *, on_batch: OnBatch = lambda _: None, together: Together = ALONE
+    ) -> tuple[Tensor, Tensor]:
+        """Unit vectors of all pictures and of all texts: (I, E), (T, E) fp32, on every rank.
 
         Raises:
             RunError: some features are not finite; says how many.
         """
+        part = together.part(sum(self._num_batches))
         parts = []
-        for images in self._decoded:
+        for images in together.in_rounds(self._decoded.of(part.numbers), part):
             with torch.no_grad():
                 parts.append(encoder.encode_image(images.to(self.device)))
             on_batch(len(images))
-        tokenize_batch = interruptible(self._tokenizer, on_batch)
+        images = together.gathered(parts, part)
+        on_batch(0)
         texts = text_features(
             self.texts,
-            tokenize=tokenize_batch,
+            tokenize=partial(tokenize, self._tokenizer),
             encode_text=encoder.encode_text,
             device=self.device,
             place=VALIDATION,
+            together=together,
         )
-        return normalized(torch.cat(parts), "image", place=VALIDATION), texts
-
-    def scores(self, encoder: Encoder, *, on_batch: OnBatch = lambda _: None) -> Mapping[str, dict[str, Any]]:
-        """Recall both ways (see `image_text_retrieval`)."""
-        return image_text_retrieval(*self.features(encoder, on_batch=on_batch), self.own_texts)
+        return normalized(images, "image", place=VALIDATION), texts
 
 
 def validation_pairs(recipe: Recipe, tokenizer: Tokenizer, *, device: torch.device | str) -> ValidationPairs | None:
@@ -128,19 +129,17 @@ def validation_pairs(recipe: Recipe, tokenizer: Tokenizer, *, device: torch.devi
 class Kept(Generic[T]):
     """Batches that are decoded the first time and kept, or decoded each time where they need too much memory."""
 
-    def __init__(self, read: Callable[[], Iterable[T]], *, num_pictures: int, size: int) -> None:
+    def __init__(self, read: Callable[[range], Iterable[T]], *, size: int) -> None:
         self._read = read
-        self._keep = num_pictures * 3 * size * size <= KEPT_BYTES
-        self._batches: list[T] | None = None
+        self._most = KEPT_BYTES // (BATCH_SIZE * 3 * size * size)
+        self._batches: dict[int, T] = {}
 
-    def __iter__(self) -> Iterator[T]:
-        if self._batches is not None:
-            yield from self._batches
-            return
-        batches = []
-        for batch in self._read():
-            if self._keep:
-                batches.append(batch)
-            yield batch
-        if self._keep:  # all of them: an evaluation that was left keeps nothing
-            self._batches = batches
+    def of(self, numbers: range) -> Iterator[T]:
+        """The batches with these numbers, in order."""
+        missing = next((number for number in numbers if number not in self._batches), numbers.stop)
+        yield from (self._batches[number] for number in range(numbers.start, missing))
+        if missing < numbers.stop:
+            for number, batch in enumerate(self._read(range(missing, numbers.stop)), start=missing):
+                if len(numbers) <= self._most:
+                    self._batches[number] = batch
+                yield batch

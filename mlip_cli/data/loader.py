@@ -74,16 +74,19 @@ def training_loader(
 
 
 def evaluation_loader(
-    dataset: ShardDataset, *, image_size: int, batch_size: int, num_workers: int
+    dataset: ShardDataset, *, image_size: int, batch_size: int, num_workers: int, numbers: range | None = None
 ) -> Iterator[EvaluationBatch]:
     """All samples of a data set once, in order, resized and centre-cropped; the last batch may be smaller.
+
+    Args:
+        numbers: of the batches to make; None: all.
 
     Raises:
         RunError: (while iterating) a sample cannot be read: a measure over the others would be another measure.
     """
     batches = _EvaluationBatches(dataset, image_size, batch_size)
-    loader = data_loader(batches, range(-(-dataset.num_samples // batch_size)), num_workers)
-    return items_of(loader)
+    everything = range(-(-dataset.num_samples // batch_size))
+    return items_of(data_loader(batches, everything if numbers is None else numbers, num_workers))
 
 
 def default_num_workers(world_size: int) -> int:

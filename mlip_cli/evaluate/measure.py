@@ -13,6 +13,7 @@ from torch import Tensor
 from mlip_cli.distributed import synchronize
 from mlip_cli.evaluate.pictures import Pictures
 from mlip_cli.evaluate.retrieval import ranks, recalls
+from mlip_cli.evaluate.together import ALONE, Part, Together
 from mlip_cli.evaluate.zeroshot import (
     class_embeddings,
     classification,
@@ -95,6 +96,14 @@ class _Contestant:
         if self.names is not None:
             answers.name_ranks.append(ranks(features, self.names, accepted))
 
+    def gather(self, together: Together, part: Part) -> None:
+        """Put the notes of all ranks in the place of this one's."""
+        self.is_finite = {what: [together.gathered(own, part)] for what, own in self.is_finite.items()}
+        for answers in self.answers.values():
+            answers.top = [together.gathered(answers.top, part)]
+            if answers.name_ranks:
+                answers.name_ranks = [together.gathered(answers.name_ranks, part)]
+
     def require_finite(self, place: str) -> None:
         """Refuse what was seen if some features were not finite."""
         for what, is_finite in self.is_finite.items():
@@ -115,6 +124,9 @@ def measure(
     dataset: str,
     is_timed: bool = True,
     on_batch: Callable[[int], None] = lambda _: None,
+    together: Together = ALONE,
+    part: Part | None = None,
+    first: int = 0,
 ) -> list[list[dict[str, Any]]]:
     """Scores of each encoder of each candidate, in their order; strict JSON, fractions in [0, 1].
 
@@ -127,17 +139,19 @@ def measure(
         dataset: name of the data set, for messages.
         is_timed: also measure `images_per_s`, which takes a pass more where there is a frequency branch.
         on_batch: called with the number of pictures of each batch.
+        part: which of all batches `batches` are, of ranks that measure `together`; None: all of them.
+        first: number of the first picture in `batches`.
 
     Raises:
         RunError: features that are not finite, or a picture that cannot be read.
     """
     contestants = [
         [_Contestant(c, encoder, *texts, is_timed=is_timed) for encoder in c.encoders]
-        for c, texts in _texts(pictures, candidates, dataset)
+        for c, texts in _texts(pictures, candidates, dataset, together)
     ]
     labels: list[Tensor] = []
-    start = 0
-    for images, classes in batches:
+    start = first
+    for images, classes in batches if part is None else together.in_rounds(batches, part):
         accepted = pictures.names.accepted[start : start + len(images)] if pictures.names else []
         for group in contestants:
             for contestant in group:
@@ -145,15 +159,17 @@ def measure(
         labels.append(classes)
         start += len(images)
         on_batch(len(images))
+    truth = torch.cat(labels) if part is None else together.gathered(labels, part)
     for candidate, group in zip(candidates, contestants, strict=True):
         for contestant in group:
+            if part is not None:
+                contestant.gather(together, part)
             contestant.require_finite(candidate.place(dataset))
-    truth = torch.cat(labels)
     return [[_scores(contestant, pictures, truth) for contestant in group] for group in contestants]
 
 
 def _texts(
-    pictures: Pictures, candidates: Sequence[Candidate], dataset: str
+    pictures: Pictures, candidates: Sequence[Candidate], dataset: str, together: Together
 ) -> Iterable[tuple[Candidate, tuple[Tensor, Tensor | None]]]:
     """Class and name embeddings, once a candidate: merging does not touch the texts."""
     for candidate in candidates:
@@ -164,6 +180,7 @@ def _texts(
             encode_text=candidate.encoders[0].encode_text,
             device=candidate.device,
             place=candidate.place(dataset),
+            together=together,
         )
         yield candidate, (embed(pictures.class_names), embed(pictures.names.texts) if pictures.names else None)
 

@@ -2,10 +2,9 @@
 
 import io
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -79,13 +78,13 @@ class Names:
 
 @dataclass(frozen=True)
 class Pictures:
-    """An opened data set. `items` begins anew at each call; one thread takes items, any thread may load them."""
+    """An opened data set. One thread takes items, which may read them; any thread may load them."""
 
     class_names: tuple[str, ...]
     """By class number; names may repeat (two of ImageNet's do)."""
     templates: tuple[str, ...]
     """Texts with `{c}` in the place of the class name."""
-    items: Callable[[], Iterable[Any]]
+    items: Callable[[], Sequence[Any]]
     load: Callable[[Any], tuple[Tensor, int]]
     """Item -> uint8 (3, H, W), class."""
     num_pictures: int
@@ -93,13 +92,20 @@ class Pictures:
 
 
 def batches(
-    pictures: Pictures, readers: Readers, *, size: int, batch_size: int, read_ahead: bool
+    pictures: Pictures,
+    readers: Readers,
+    *,
+    size: int,
+    batch_size: int,
+    read_ahead: bool,
+    numbers: range | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """uint8 (B, 3, size, size) and int64 (B,), in order; the last batch may be smaller.
 
     Args:
         read_ahead: decode the next batch while this one is used: faster on a GPU, but on a CPU it would slow down the
             encoder whose speed is being measured.
+        numbers: of the batches to make; None: all.
 
     Raises:
         RunError: a picture that cannot be read, or a label that is no class.
@@ -111,12 +117,15 @@ def batches(
             raise RunError(f"class {label} in a data set of {len(pictures.class_names)} classes; its labels are wrong")
         return readers.fit(image, size), label
 
-    items = iter(pictures.items())
+    items, chosen = pictures.items(), range(pictures.num_pictures)
+    if numbers is not None:
+        chosen = chosen[numbers.start * batch_size : numbers.stop * batch_size]
     waiting: list[list[Future[tuple[Tensor, int]]]] = []
     with ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1)) as pool:
         try:
-            while chunk := list(islice(items, batch_size)):
-                waiting.append([pool.submit(load, item) for item in chunk])
+            for start in chosen[::batch_size]:
+                end = min(start + batch_size, chosen.stop)
+                waiting.append([pool.submit(load, items[i]) for i in range(start, end)])
                 if len(waiting) > read_ahead:
                     yield _collated(waiting.pop(0))
             for futures in waiting:

@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from mlip_cli.evaluate.statistics import chance_at, wilson
+from mlip_cli.evaluate.together import ALONE, Together
 from mlip_cli.evaluate.zeroshot import similarities
 
 RECALL_AT = (1, 5, 10)
-CHUNK = 1024
+CHUNK = 256
+"""Queries compared at once; a thousand of them are enough for four ranks."""
 
 
 def rank_of_first_right(scores: Tensor, right: Tensor) -> Tensor:
@@ -24,15 +26,25 @@ def rank_of_first_right(scores: Tensor, right: Tensor) -> Tensor:
     return (~(scores < best) & ~right).sum(dim=1)
 
 
-def ranks(queries: Tensor, gallery: Tensor, right: Sequence[Sequence[int]], *, chunk: int = CHUNK) -> Tensor:
-    """`rank_of_first_right` of each query: (Q, E), (G, E) unit vectors -> (Q,) int64 on the CPU.
+def ranks(
+    queries: Tensor,
+    gallery: Tensor,
+    right: Sequence[Sequence[int]],
+    *,
+    chunk: int = CHUNK,
+    together: Together = ALONE,
+) -> Tensor:
+    """`rank_of_first_right` of each query: (Q, E), (G, E) unit vectors -> (Q,) int64 on the CPU, on every rank.
 
     Args:
         right: for each query the numbers of its right candidates, at least one.
         chunk: queries compared at once; memory is chunk x G.
+        together: ranks that all have these vectors and compare some chunks each.
     """
     found = []
-    for start in range(0, len(queries), chunk):
+    part = together.part(-(-len(queries) // chunk))
+    for number in together.in_rounds(part.numbers, part):
+        start = number * chunk
         numbers = right[start : start + chunk]
         rows = [row for row, candidates in enumerate(numbers) for _ in candidates]
         columns = [candidate for candidates in numbers for candidate in candidates]
@@ -42,7 +54,7 @@ def ranks(queries: Tensor, gallery: Tensor, right: Sequence[Sequence[int]], *, c
         found.append(
             rank_of_first_right(similarities(queries[start : start + chunk], gallery), mask.to(queries.device)).cpu()
         )
-    return torch.cat(found)
+    return together.gathered(found, part)
 
 
 def recalls(ranks: Tensor, *, num_accepted: Sequence[int], num_candidates: int, at: Sequence[int]) -> dict[str, Any]:
@@ -87,7 +99,11 @@ def images_of_texts(captions: Sequence[Sequence[int]], num_texts: int) -> list[l
 
 
 def image_text_ranks(
-    image_features: Tensor, text_features: Tensor, captions: Sequence[Sequence[int]]
+    image_features: Tensor,
+    text_features: Tensor,
+    captions: Sequence[Sequence[int]],
+    *,
+    together: Together = ALONE,
 ) -> dict[str, Ranks]:
     """Where each image finds its first text, and each text its first image: `image_to_text` and `text_to_image`.
 
@@ -95,14 +111,17 @@ def image_text_ranks(
         image_features: (I, E) unit vectors.
         text_features: (T, E) unit vectors.
         captions: for each image the numbers of its texts. Images may share a text, which is then right for each.
+        together: ranks that all have these features and divide the queries.
     """
     images = images_of_texts(captions, len(text_features))
     return {
         "image_to_text": Ranks(
-            ranks(image_features, text_features, captions), [len(set(t)) for t in captions], len(text_features)
+            ranks(image_features, text_features, captions, together=together),
+            [len(set(t)) for t in captions],
+            len(text_features),
         ),
         "text_to_image": Ranks(
-            ranks(text_features, image_features, images),
+            ranks(text_features, image_features, images, together=together),
             [len(set(i)) for i in images],
             len(image_features),
         ),
@@ -110,11 +129,16 @@ def image_text_ranks(
 
 
 def image_text_retrieval(
-    image_features: Tensor, text_features: Tensor, captions: Sequence[Sequence[int]], *, at: Sequence[int] = RECALL_AT
+    image_features: Tensor,
+    text_features: Tensor,
+    captions: Sequence[Sequence[int]],
+    *,
+    at: Sequence[int] = RECALL_AT,
+    together: Together = ALONE,
 ) -> Mapping[str, dict[str, Any]]:
     """Recall both ways (the protocol of Flickr30k and COCO): a query is right when any of its own is among the first k.
 
     The arguments are those of `image_text_ranks`.
     """
-    found = image_text_ranks(image_features, text_features, captions)
+    found = image_text_ranks(image_features, text_features, captions, together=together)
     return {way: own.recalls(at=at) for way, own in found.items()}

@@ -1,7 +1,7 @@
 """Opening an evaluation data set that was found: one function a kind."""
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -180,12 +180,23 @@ def _samples(
     class_names: tuple[str, ...],
     templates: tuple[str, ...],
 ) -> Pictures:
-    def items() -> Iterator[tuple[Sample, int]]:
-        for id in range(shards.num_samples):
-            sample = shards.read(id)
-            yield sample, class_of(name_of(sample))
+    items = _Labelled(shards, lambda sample: class_of(name_of(sample)))
+    return Pictures(class_names, templates, lambda: items, partial(_load_sample, readers), shards.num_samples)
 
-    return Pictures(class_names, templates, items, partial(_load_sample, readers), shards.num_samples)
+
+@dataclass(frozen=True)
+class _Labelled(Sequence[Any]):
+    """Samples of shards with their classes, each read when it is asked for."""
+
+    shards: Shards
+    label_of: Callable[[Sample], int]
+
+    def __len__(self) -> int:
+        return self.shards.num_samples
+
+    def __getitem__(self, number: Any) -> tuple[Sample, int]:
+        sample = self.shards.read(number)
+        return sample, self.label_of(sample)
 
 
 def _load_sample(readers: Readers, item: tuple[Sample, int]) -> tuple[Tensor, int]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mlip_cli.errors import RunError
 from mlip_cli.evaluate.statistics import mean_recall_interval, wilson
+from mlip_cli.evaluate.together import ALONE, Together
 
 TOP_K = 5
 
@@ -60,17 +61,17 @@ def text_features(
     device: torch.device | str,
     batch_size: int = 256,
     place: str | None = None,
+    together: Together = ALONE,
 ) -> Tensor:
-    """Unit features of texts, in batches: -> (len(texts), E) fp32.
+    """Unit features of texts, in batches: -> (len(texts), E) fp32, on every rank.
 
     Raises:
         RunError: some are not finite (see `require_finite`).
     """
-    parts = [
-        encode_text(tokenize(texts[start : start + batch_size]).to(device))
-        for start in range(0, len(texts), batch_size)
-    ]
-    return normalized(torch.cat(parts), "text", place=place)
+    part = together.part(-(-len(texts) // batch_size))
+    own = (texts[number * batch_size : (number + 1) * batch_size] for number in part.numbers)
+    features = [encode_text(tokenize(batch).to(device)) for batch in together.in_rounds(own, part)]
+    return normalized(together.gathered(features, part), "text", place=place)
 
 
 def class_embeddings(
@@ -81,6 +82,7 @@ def class_embeddings(
     encode_text: Callable[[Tensor], Tensor],
     device: torch.device | str,
     place: str | None = None,
+    together: Together = ALONE,
 ) -> Tensor:
     """One unit vector a class: -> (C, E) fp32.
 
@@ -90,7 +92,9 @@ def class_embeddings(
         RunError: some are not finite (see `require_finite`).
     """
     texts = [template.replace("{c}", name) for name in class_names for template in templates]
-    features = text_features(texts, tokenize=tokenize, encode_text=encode_text, device=device, place=place)
+    features = text_features(
+        texts, tokenize=tokenize, encode_text=encode_text, device=device, place=place, together=together
+    )
     return F.normalize(features.unflatten(0, (len(class_names), len(templates))).mean(dim=1), dim=-1)
 
 
