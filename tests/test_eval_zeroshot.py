@@ -351,7 +351,7 @@ def test_training_evaluators_measure_what_the_command_measures(place: Path, caps
     tokenizer = Tokenizer(16)
     evaluators = training_evaluators(recipe, tokenizer, validation_pairs(recipe, tokenizer, device="cpu"))
     found = {evaluator.name: evaluator.measure(model, lambda _: None, ALONE) for evaluator in evaluators}
-    measures = found["validation"].fractions | found["openmoji"].fractions
+    measures = found["validation"].values | found["openmoji"].values
     assert measures["openmoji_mean_recall"] == pytest.approx(result["mean_per_class_recall"])
     assert measures["openmoji_name_r5"] == pytest.approx(result["names"]["r5"])
     assert {f"validation_{way}_r{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)} < set(measures)

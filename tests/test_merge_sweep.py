@@ -271,11 +271,11 @@ def test_the_validation_set_is_swept_where_no_other_is_named(place: Path, capsys
         loaded.recipe, loaded.tokenizer, validation_pairs(loaded.recipe, loaded.tokenizer, device="cpu")
     )
     for point in dataset["points"]:
-        fractions = evaluator.measure(at_rate(loaded.model, point["rate"]), lambda _: None, ALONE).fractions
+        values = evaluator.measure(at_rate(loaded.model, point["rate"]), lambda _: None, ALONE).values
         for way in ("image_to_text", "text_to_image"):
             for k in (1, 5, 10):
                 name = f"r{k}"
-                assert point[way][name] == fractions[f"validation_{way}_{name}"]
+                assert point[way][name] == values[f"validation_{way}_{name}"]
                 gain = point[way][name] - dataset["points"][0][way][name]
                 assert point["paired"][f"{way}_{name}"]["difference"] == pytest.approx(gain)
             low, high = point[way]["r5_interval"]

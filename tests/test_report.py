@@ -140,7 +140,8 @@ def test_the_page_shows_what_the_files_say(made: Path) -> None:
     assert [title for title in TITLES if f"<h2>{title}</h2>" not in page] == []
     lines = [json.loads(line) for line in (made / "mlip" / "metrics.jsonl").read_text().splitlines()]
     assert f"{[line for line in lines if 'loss' in line][-1]['loss']:.3f}" in page
-    for name in ("loss (weighted sum)", "spatial_token", "frequency_global", "validation: image to text %"):
+    measures = ("validation: image to text %", "validation: in-batch top-1 %", "validation: modality gap")
+    for name in ("loss (weighted sum)", "spatial_token", "frequency_global", *measures):
         assert f'aria-label="{name}"' in page
     gallery = json.loads(next((made / "mlip" / "evals").glob("gallery_*.json")).read_text())
     assert {query["text"] for query in gallery["text_to_image"]} <= set(EVIL)

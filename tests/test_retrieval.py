@@ -16,9 +16,12 @@ from mlip_cli.config import Source
 from mlip_cli.data.tokenizer import Tokenizer
 from mlip_cli.errors import RunError
 from mlip_cli.evaluate.retrieval import (
+    InBatch,
     image_text_ranks,
     image_text_retrieval,
     images_of_texts,
+    in_batch,
+    modality_gap,
     rank_of_first_right,
     ranks,
 )
@@ -118,3 +121,37 @@ def test_chunks_change_nothing() -> None:
 
 def test_each_text_gets_the_images_that_name_it() -> None:
     assert images_of_texts([[0, 2], [2], []], 4) == [[0], [], [0, 1], []]
+
+
+def test_pairs_of_a_batch_find_each_other_as_a_loop_says() -> None:
+    torch.manual_seed(0)
+    images, texts = F.normalize(torch.randn(23, 6), dim=1), F.normalize(torch.randn(15, 6), dim=1)
+    texts[3] = images[4]
+    captions = [[i % 15, (i + 1) % 15] for i in range(23)]
+    found = in_batch(images, texts, captions, batch_size=5)
+    order = torch.randperm(23, generator=torch.Generator().manual_seed(0)).tolist()
+    hits, right = [], 0
+    for chosen in (order[start : start + 5] for start in (0, 5, 10, 15)):
+        own = [captions[image][0] for image in chosen]
+        for row, image in enumerate(chosen):
+            scores = [float(images[image] @ texts[text]) for text in own]
+            hits.append(own[scores.index(max(scores))] in captions[image])
+            scores = [float(images[other] @ texts[own[row]]) for other in chosen]
+            hits.append(own[row] in captions[chosen[scores.index(max(scores))]])
+            right += sum(text in captions[image] for text in own)
+    assert found.acc1 == pytest.approx(sum(hits) / len(hits))
+    assert 0.1 < found.acc1 < 0.9
+    assert found.chance == pytest.approx(right / (4 * 25))
+    assert found.batch_size == 5
+
+
+def test_a_batch_larger_than_the_pairs_is_all_of_them() -> None:
+    same = F.normalize(torch.eye(4) + 0.1, dim=1)
+    own = [[i] for i in range(4)]
+    assert in_batch(same, same, own, batch_size=64) == InBatch(acc1=1.0, chance=0.25, batch_size=4)
+
+
+def test_the_modality_gap_is_the_distance_of_the_means() -> None:
+    images, texts = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([[0.0, 1.0], [0.0, -1.0]])
+    assert modality_gap(images, texts, [[0, 1], [0]]) == pytest.approx(0.5**0.5)
+    assert modality_gap(images, texts, [[1], [1]]) == pytest.approx((0.5**2 + 1.5**2) ** 0.5)

@@ -96,8 +96,13 @@ def test_a_run_leaves_all_that_later_commands_need(whole: Path) -> None:
     assert stamp["versions"]["torch"] == torch.__version__
     lines = metrics(whole)
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 4, 5, 6, 7, 8, 8, 9, 10, 11, 12, 12]
-    assert {"loss", "spatial_global", "frequency_token", "lr", "grad_norm", "scale/spatial_global"} <= lines[0].keys()
-    assert "validation_image_to_text_r1" in lines[4]
+    terms = ("spatial_global", "spatial_token", "frequency_global", "frequency_token")
+    scales = {f"scale/{term}" for term in terms}
+    counts = {"step", "samples_seen", "skipped_steps", "bad_samples"}
+    assert lines[0].keys() == {"loss", *terms, "lr", "grad_norm", *scales, *counts}
+    recalls = {f"validation_{way}_r{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)}
+    beside = {"validation_in_batch_acc1", "validation_modality_gap"}
+    assert lines[4].keys() == {"step", "samples_seen", *recalls, *beside}
     assert lines[-2]["loss"] < lines[0]["loss"]
     checkpoint = whole / "checkpoints" / "step_0000012"
     state = load_state(checkpoint)

@@ -22,7 +22,7 @@ from mlip_cli.data.transforms import decode, evaluation_transform, pil_to_uint8
 from mlip_cli.evaluate.benchmarks import Benchmark, data_root, find_benchmark
 from mlip_cli.evaluate.measure import NAME_RECALL_AT, Candidate, measure
 from mlip_cli.evaluate.pictures import Pictures, Readers, batches
-from mlip_cli.evaluate.retrieval import RECALL_AT, image_text_retrieval
+from mlip_cli.evaluate.retrieval import RECALL_AT, InBatch, image_text_retrieval, in_batch, modality_gap
 from mlip_cli.evaluate.sources import open_benchmark
 from mlip_cli.evaluate.statistics import metric_prefix
 from mlip_cli.evaluate.together import Together
@@ -46,8 +46,8 @@ READERS = Readers(
 class Measures:
     """What an evaluator found."""
 
-    fractions: dict[str, float]
-    """In [0, 1], by their names in metrics.jsonl, such as `openmoji_mean_recall`."""
+    values: dict[str, float]
+    """By their names in metrics.jsonl: fractions such as `openmoji_mean_recall`, and the modality gap in [0, 2]."""
     words: str
     """The same for a person, in per cent, with chance and n."""
 
@@ -128,7 +128,9 @@ def training_evaluators(
         _zeroshot_evaluator(find_benchmark(name, root=data_root(root)), recipe, tokenizer, where)
         for name in recipe.evaluate.zeroshot
     ]
-    return evaluators if pairs is None else [_retrieval_evaluator(pairs), *evaluators]
+    if pairs is None:
+        return evaluators
+    return [_retrieval_evaluator(pairs, recipe.train.global_batch_size), *evaluators]
 
 
 def _zeroshot_evaluator(benchmark: Benchmark, recipe: Recipe, tokenizer: Tokenizer, device: torch.device) -> Evaluator:
@@ -151,10 +153,10 @@ def _zeroshot_evaluator(benchmark: Benchmark, recipe: Recipe, tokenizer: Tokeniz
             part=part,
             first=part.numbers.start * BATCH_SIZE,
         )
-        fractions = {f"{prefix}_mean_recall": scores["mean_per_class_recall"], f"{prefix}_acc1": scores["acc1"]}
+        values = {f"{prefix}_mean_recall": scores["mean_per_class_recall"], f"{prefix}_acc1": scores["acc1"]}
         if "names" in scores:
-            fractions |= {f"{prefix}_name_r{k}": scores["names"][f"r{k}"] for k in NAME_RECALL_AT}
-        return Measures(fractions, zeroshot_words(scores))
+            values |= {f"{prefix}_name_r{k}": scores["names"][f"r{k}"] for k in NAME_RECALL_AT}
+        return Measures(values, zeroshot_words(scores))
 
     return Evaluator(benchmark.name, pictures.num_pictures, evaluate)
 
@@ -176,14 +178,17 @@ def _batches(pictures: Pictures, size: int, device: torch.device, numbers: range
     return batches(pictures, READERS, size=size, batch_size=BATCH_SIZE, read_ahead=read_ahead, numbers=numbers)
 
 
-def _retrieval_evaluator(pairs: ValidationPairs) -> Evaluator:
-    """All pictures against all distinct captions."""
+def _retrieval_evaluator(pairs: ValidationPairs, batch_size: int) -> Evaluator:
+    """All pictures against all distinct captions, pairs in batches as large as those of training, and the gap."""
 
     def evaluate(encoder: Encoder, on_batch: OnBatch, together: Together) -> Measures:
         images, texts = pairs.features(encoder, on_batch=on_batch, together=together)
         scores = image_text_retrieval(images, texts, pairs.own_texts, together=together)
-        fractions = {f"validation_{way}_r{k}": scores[way][f"r{k}"] for way in WAYS for k in RECALL_AT}
-        return Measures(fractions, retrieval_words(scores))
+        batches = in_batch(images, texts, pairs.own_texts, batch_size=batch_size, together=together)
+        gap = modality_gap(images, texts, pairs.own_texts)
+        values = {f"validation_{way}_r{k}": scores[way][f"r{k}"] for way in WAYS for k in RECALL_AT}
+        values |= {"validation_in_batch_acc1": batches.acc1, "validation_modality_gap": gap}
+        return Measures(values, f"{retrieval_words(scores)}; {pairs_words(batches, gap)}")
 
     return Evaluator("validation", pairs.num_pictures, evaluate)
 
@@ -195,3 +200,9 @@ def retrieval_words(scores: Mapping[str, Mapping[str, Any]]) -> str:
         found, chance = ("/".join(f"{percent(scores[way][f'r{k}{of}'])}" for k in RECALL_AT) for of in ("", "_chance"))
         ways.append(f"{name} {found} % (chance {chance}; {plural(scores[way]['n'], query)})")
     return f"R@{'/'.join(map(str, RECALL_AT))} {', '.join(ways)}"
+
+
+def pairs_words(batches: InBatch, gap: float) -> str:
+    """What else is measured of the pairs."""
+    found = f"{percent(batches.acc1)} % (chance {percent(batches.chance)}; {batches.batch_size:,} pairs)"
+    return f"in-batch top-1 {found}, modality gap {gap:.3f}"

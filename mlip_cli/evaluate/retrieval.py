@@ -128,6 +128,55 @@ def image_text_ranks(
     }
 
 
+@dataclass(frozen=True)
+class InBatch:
+    """How often the two of a pair find each other first among the pairs of a batch, as a contrastive loss asks."""
+
+    acc1: float
+    """Share of right ones, mean of both ways."""
+    chance: float
+    batch_size: int
+
+
+def in_batch(
+    image_features: Tensor,
+    text_features: Tensor,
+    captions: Sequence[Sequence[int]],
+    *,
+    batch_size: int,
+    together: Together = ALONE,
+) -> InBatch:
+    """Top-1 accuracy in random batches of pictures with their first captions, the same ones each time.
+
+    Pairs that do not fill a batch are left out, where there is a whole one. The other arguments are those of
+    `image_text_ranks`; an equal caption is right for each of its pictures.
+    """
+    order = torch.randperm(len(captions), generator=torch.Generator().manual_seed(0)).tolist()
+    size = min(batch_size, len(order))
+    if size <= CHUNK:  # one rank would compare all of it
+        together = ALONE
+    hits, chances = [], []
+    for start in range(0, len(order) - size + 1, size):
+        chosen = order[start : start + size]
+        texts = [captions[image][0] for image in chosen]
+        places = images_of_texts([[text] for text in texts], len(text_features))
+        right = [[place for text in set(captions[image]) for place in places[text]] for image in chosen]
+        ways = (image_features[chosen], text_features[texts])
+        for queries, gallery, own in ((*ways, right), (*ways[::-1], images_of_texts(right, size))):
+            hits.append((ranks(queries, gallery, own, together=together) == 0).double().mean().item())
+            chances.append(sum(map(len, own)) / size**2)
+    return InBatch(sum(hits) / len(hits), sum(chances) / len(chances), size)
+
+
+def modality_gap(image_features: Tensor, text_features: Tensor, captions: Sequence[Sequence[int]]) -> float:
+    """Distance between the mean picture and the mean first caption, in [0, 2] (Liang et al., NeurIPS 2022).
+
+    The arguments are those of `image_text_ranks`.
+    """
+    own = text_features[[texts[0] for texts in captions]]
+    return (image_features.mean(dim=0) - own.mean(dim=0)).norm().item()
+
+
 def image_text_retrieval(
     image_features: Tensor,
     text_features: Tensor,

@@ -28,6 +28,8 @@ CLASSES_SHOWN = 20
 AT_K = re.compile(r"_r(\d+)$")
 FROM_ZERO = ("lr", "images_per_s", "data_wait_share", "peak_gib", "skipped_steps", "bad_samples")
 COUNTS = ("step", "samples_seen")
+DISTANCES = ("validation_modality_gap",)
+"""Measures that are no fractions."""
 LOSSES = ("loss", *LOSS_NAMES)
 
 
@@ -186,22 +188,22 @@ def _measure_charts(records: Sequence[RunRecord], keys: Sequence[str], chances: 
 
 
 def _measure_chart(records: Sequence[RunRecord], keys: Sequence[str], chances: Mapping[str, float]) -> Html:
-    """Lines by run, or those of one run by the k of its recalls, in per cent with chance."""
+    """Lines by run, or those of one run by the k of its recalls; fractions in per cent with chance."""
     lines: list[Line] = []
     for number, record in enumerate(records):
         for key in keys:
             label = _at(key) if len(keys) > 1 else record.name
             measured = [line for line in record.evaluations if key in line]
-            shares = [_times_100(line[key]) for line in measured]
+            values = [line[key] if key in DISTANCES else _times_100(line[key]) for line in measured]
             if measured:
                 lines.append(
-                    Line(label, [line["step"] for line in measured], shares, number if len(records) > 1 else len(lines))
+                    Line(label, [line["step"] for line in measured], values, number if len(records) > 1 else len(lines))
                 )
     levels = {
         f"chance {_at(key) if len(keys) > 1 else ''}".strip(): 100 * chances[key] for key in keys if key in chances
     }
-    title = _words(keys[0] if len(keys) == 1 else AT_K.sub("", keys[0]))
-    return figure(lines_chart(f"{title} %", lines, x_label="step", levels=levels, from_zero=True).in_page())
+    title = _words(keys[0] if len(keys) == 1 else AT_K.sub("", keys[0])) + ("" if keys[0] in DISTANCES else " %")
+    return figure(lines_chart(title, lines, x_label="step", levels=levels, from_zero=True).in_page())
 
 
 def _other_charts(records: Sequence[RunRecord], keys: Sequence[str]) -> list[Html]:
@@ -247,5 +249,5 @@ def _at(key: str) -> str:
 
 def _words(key: str) -> str:
     """validation_image_to_text_r1 -> validation: image to text R@1"""
-    words = re.sub("^validation_", "validation: ", AT_K.sub(r" R@\1", key))
+    words = re.sub("^validation_", "validation: ", AT_K.sub(r" R@\1", key)).replace("in_batch", "in-batch")
     return re.sub(" acc1$", " top-1", words.replace("_", " "))

@@ -131,6 +131,9 @@ def known_chances(record: RunRecord) -> dict[str, float]:
     if gallery is not None:
         for way, scores in gallery["scores"].items():
             chances |= {f"validation_{way}_r{k}": scores[f"r{k}_chance"] for k in (1, 5, 10)}
+        if record.recipe is not None:  # of batches with captions that all differ
+            size = min(record.recipe.train.global_batch_size, gallery["num_images"])
+            chances["validation_in_batch_acc1"] = 1 / size
     for result in record.results.get("zeroshot", []):
         prefix = metric_prefix(result["dataset"])
         chances |= {f"{prefix}_{name}": result["chance"] for name in ("mean_recall", "acc1")}
