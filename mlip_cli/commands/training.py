@@ -1,6 +1,5 @@
 """Where data, model, objective and loop meet."""
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from functools import partial
@@ -34,6 +33,10 @@ from mlip_cli.train.gradients import RandomState
 from mlip_cli.train.loop import Progress, train
 from mlip_cli.train.metrics import MetricsFile
 from mlip_cli.train.resume import Saver, Training, restore
+from mlip_cli.train.time_left import TimeLeft
+
+Evaluate = Callable[[int, Callable[[], bool]], dict[str, float]]
+"""Step, and whether a signal asks to stop -> measures by their names in metrics.jsonl."""
 
 
 def train_run(recipe: Recipe, start: Start) -> Run:
@@ -111,7 +114,7 @@ def run_loop(
         training_panel(data.total_steps, step=progress.step, line_every=recipe.log.every_steps) as panel,
         batch_named(MICRO_BATCHES, at_once, note=note),
     ):
-        eta_s = steady_eta(data.total_steps, progress.step)
+        left = TimeLeft(data.total_steps, step=progress.step, evaluate_every=recipe.evaluate.every_steps)
         if random is not None:
             random.restore(device)
         train(
@@ -126,10 +129,10 @@ def run_loop(
             precision=training.precision,
             plan=partial(plan_of_step, recipe, training.plain, data.total_steps),
             metrics=metrics,
-            show=lambda line: panel.update(line, eta_s=eta_s(int(line["step"]))),
-            on_step=lambda step: panel.move(step, eta_s=eta_s(step)),
-            evaluate=partial(measure, training.plain, evaluators, panel, device),
-            save=partial(save, saver, panel),
+            show=lambda line: panel.update(line, eta_s=left.logged(int(line["step"]))),
+            on_step=lambda step: panel.move(step, eta_s=left.after(step)),
+            evaluate=timed(partial(measure, training.plain, evaluators, panel, device), left),
+            save=partial(save, saver, panel, left),
             is_save_due=saver.is_due,
         )
 
@@ -172,22 +175,22 @@ def evaluation_memory_named(work: str) -> AbstractContextManager[None]:
     )
 
 
-def steady_eta(total_steps: int, first_step: int) -> Callable[[int], float | None]:
-    """Seconds left after a step by the mean speed since now, when `first_step` is done; None before the next one."""
-    started_s = time.monotonic()
-
-    def eta_s(step: int) -> float | None:
-        done = step - first_step
-        return (time.monotonic() - started_s) / done * (total_steps - step) if done > 0 else None
-
-    return eta_s
-
-
-def save(saver: Saver, panel: TrainingPanel, progress: Progress) -> None:
+def save(saver: Saver, panel: TrainingPanel, left: TimeLeft, progress: Progress) -> None:
     """Write a checkpoint, and say so meanwhile."""
     panel.doing(f"saving the checkpoint of step {progress.step}")
-    saver.save(progress)
+    with left.saving():
+        saver.save(progress)
     panel.doing(None)
+
+
+def timed(evaluate: Evaluate, left: TimeLeft) -> Evaluate:
+    """`evaluate`, whose cost `left` comes to know."""
+
+    def evaluate_timed(step: int, is_stopping: Callable[[], bool]) -> dict[str, float]:
+        with left.evaluating(step):
+            return evaluate(step, is_stopping)
+
+    return evaluate_timed
 
 
 def measure(
