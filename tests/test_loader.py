@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 
 from mlip_cli.commands import profile_subject
 from mlip_cli.config import Augment, Data, Source
+from mlip_cli.data import bad_samples, transforms
 from mlip_cli.data import loader as module
 from mlip_cli.data.dataset import ShardDataset
 from mlip_cli.data.index import HEADER, RECORD, index_path
@@ -108,6 +109,38 @@ def test_workers_change_nothing(tmp_path: Path, folder: Path, weights: tuple[flo
     with_workers = list(batches(datasets, num_workers=2, weights=weights))
     for a, b in zip(batches(datasets, weights=weights), with_workers, strict=True):
         assert_equal(a, b)
+
+
+def test_jpegs_that_are_decoded_smaller_depend_on_the_step_alone(tmp_path: Path) -> None:
+    folder = make_dataset(tmp_path / "x", n=24, size=(90, 70), image_format="jpg")
+    here = list(batches([ShardDataset(folder)], 0, 6))
+    for a, b in zip(here, batches([ShardDataset(folder)], 0, 6, num_workers=2), strict=True):
+        assert_equal(a, b)
+    for a, b in zip(here[4:], batches([ShardDataset(folder)], 4, 6), strict=True):
+        assert_equal(a, b)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_pictures_that_only_pillow_reads_are_counted_and_the_first_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_workers: int
+) -> None:
+    folder = make_dataset(tmp_path / "x", n=24, image_format="png")
+    expected = list(batches([ShardDataset(folder)], 0, 4))
+
+    def refuse(*_: object) -> None:
+        raise RuntimeError("not in the mood")
+
+    said: list[str] = []
+    monkeypatch.setattr(bad_samples, "warn", said.append)
+    monkeypatch.setattr(transforms, "torchvision_decode", refuse)
+    for a, b in zip(expected, batches([ShardDataset(folder)], 0, 4, num_workers=num_workers), strict=True):
+        assert_equal(a, b)
+    first = expected[0].keys[0]
+    assert said == [
+        f"{folder}/train-00000{int(first[-6:]) // 16}.tar: sample {first}: only Pillow, which is slower, "
+        "can decode this picture (not in the mood); later ones are only counted",
+        "only Pillow could decode 32 pictures of this rank's share, the first named above",
+    ]
 
 
 def test_resuming_is_the_tail_of_an_uninterrupted_run(folder: Path) -> None:
@@ -263,7 +296,7 @@ def test_too_many_bad_samples_end_the_run(tmp_path: Path, num_workers: int) -> N
 
 
 def test_a_row_of_bad_samples_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "MAX_BAD_IN_A_ROW", 3)
+    monkeypatch.setattr(bad_samples, "MAX_BAD_IN_A_ROW", 3)
     folder = make_dataset(tmp_path / "x", n=40)
     for row in range(0, 40, 2):
         spoil(folder, row)

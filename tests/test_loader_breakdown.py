@@ -34,9 +34,9 @@ def test_every_part_is_timed_on_one_thread_and_nothing_stays_behind(
     seen = []
     decode = loader.decode
 
-    def spied(image: bytes) -> torch.Tensor:
+    def spied(image: bytes, **options: Any) -> torch.Tensor:
         seen.append(torch.get_num_threads())
-        return decode(image)
+        return decode(image, **options)
 
     monkeypatch.setattr(loader, "decode", spied)
     functions = (ShardDataset.read, loader.decode, loader.training_transform)

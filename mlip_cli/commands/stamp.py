@@ -19,7 +19,7 @@ from mlip_cli.errors import Stopped
 from mlip_cli.files import write_json
 from mlip_cli.run_folder import Run, now
 
-PACKAGES = ("torch", "torchvision", "timm", "open_clip_torch", "numpy", "pillow")
+PACKAGES = ("torch", "torchvision", "timm", "open_clip_torch", "numpy", "pillow", "simplejpeg")
 
 
 def commit() -> str | None:

@@ -1,8 +1,8 @@
 """Batches for training and evaluation: pure functions of (seed, step), made in worker processes."""
 
 import os
-from collections import deque
 from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
@@ -13,17 +13,17 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from mlip_cli.config import Data
+from mlip_cli.data.bad_samples import BadSampleLimit, SlowPictures, place_and_reason
 from mlip_cli.data.dataset import BadSampleError, RawSample, ShardDataset
 from mlip_cli.data.labels import label_of
 from mlip_cli.data.loader_processes import data_loader, items_of
 from mlip_cli.data.order import MAX_ATTEMPTS, Order, Position, Positions, key
+from mlip_cli.data.picture_header import UndecodableError, read_header
 from mlip_cli.data.tokenizer import Tokenizer, padded_length
-from mlip_cli.data.transforms import decode, evaluation_transform, training_transform
+from mlip_cli.data.transforms import decode, evaluation_transform, least_size, training_crop, training_transform
 from mlip_cli.errors import RunError, UsageError
 from mlip_cli.types import BadSample, Batch
 
-BAD_WINDOW = 10_000
-MAX_BAD_IN_A_ROW = 100
 MAX_WORKERS = 16
 _AUGMENTATION = 4  # sets these draws apart from those of `order`
 
@@ -70,7 +70,7 @@ def training_loader(
     check_divides(global_batch_size, world_size)
     steps = _Steps(datasets, order, data, context_length, global_batch_size, seed, rank, world_size, with_labels)
     loader = data_loader(steps, range(start_step, stop_step), num_workers, pin_memory=pin_memory)
-    return _training_batches(loader, _BadSampleLimit(data.max_bad_share))
+    return _training_batches(loader, BadSampleLimit(data.max_bad_share))
 
 
 def evaluation_loader(
@@ -106,15 +106,21 @@ def check_divides(global_batch_size: int, world_size: int) -> None:
         )
 
 
-def decoded(sample: RawSample) -> Tensor:
-    """The picture of a sample: (3, H, W) uint8.
+def decoded(sample: RawSample, *, least: tuple[int, int] | None = None) -> Tensor:
+    """The picture of a sample: (3, H, W) uint8, perhaps made smaller, down to `least` (H, W).
 
     Raises:
         BadSampleError: it cannot be decoded.
     """
+    with _bad_sample_named(sample):
+        return decode(sample.image, least=least)
+
+
+@contextmanager
+def _bad_sample_named(sample: RawSample) -> Iterator[None]:
     try:
-        return decode(sample.image)
-    except ValueError as error:
+        yield
+    except UndecodableError as error:
         raise BadSampleError(sample.shard, sample.key, str(error)) from error
 
 
@@ -125,6 +131,8 @@ class _Step:
     batch: Batch
     replaced: tuple[bool, ...]
     """Of each position of the share, whether its own sample was bad."""
+    slow: tuple[BadSample, ...] = ()
+    """Pictures that only Pillow could decode, and what the fast decoder said of them."""
 
     def pin_memory(self) -> "_Step":
         """Called by torch's DataLoader when `pin_memory` was asked for."""
@@ -138,6 +146,8 @@ class _Example:
     key: str
     label: int | None
     """None where nobody asked for labels."""
+    slow: tuple[BadSample, ...]
+    """The sample itself where only Pillow could decode it."""
 
 
 class _Steps(Dataset[_Step | Exception]):
@@ -186,7 +196,7 @@ class _Steps(Dataset[_Step | Exception]):
             bad_samples=tuple(bad_samples),
             labels=torch.tensor([example.label for example in examples]) if self.with_labels else None,
         )
-        return _Step(batch, tuple(replaced))
+        return _Step(batch, tuple(replaced), sum((example.slow for example in examples), ()))
 
     def _longest(self, positions: Positions) -> int:
         """Tokens of the longest caption of the global batch, from the indexes alone."""
@@ -203,18 +213,28 @@ class _Steps(Dataset[_Step | Exception]):
             except BadSampleError as error:
                 bad.append(BadSample(error.shard, error.key, error.reason))
         raise RunError(
-            f"{_place_and_reason(bad[-1])}; it is the last of {len(bad)} in a row that could not be read; prepare the "
+            f"{place_and_reason(bad[-1])}; it is the last of {len(bad)} in a row that could not be read; prepare the "
             "data again (mlip prepare-data)"
         )
 
     def _example(self, position: Position) -> _Example:
         raw = self.datasets[position.source].read(position.index)
-        image = decoded(raw)
         seed = key(self.seed, _AUGMENTATION, position.source, position.epoch, position.index)
         draws = torch.Generator().manual_seed(seed >> 1)
         caption = _choose_caption(raw, self.data.captions == "sample", draws)
-        image = training_transform(image, size=self.data.image_size, augment=self.data.augment, generator=draws)
-        return _Example(image, caption, raw.key, label_of(raw.record, caption) if self.with_labels else None)
+        size, augment = self.data.image_size, self.data.augment
+        slow: list[BadSample] = []
+        with _bad_sample_named(raw):
+            header = read_header(raw.image)
+            crop = training_crop(header.height, header.width, augment=augment, generator=draws)
+            image = decode(
+                raw.image,
+                least=least_size(crop, size),
+                on_fallback=lambda reason: slow.append(BadSample(raw.shard, raw.key, reason)),
+            )
+        image = training_transform(image, crop=crop, size=size, augment=augment, generator=draws)
+        label = label_of(raw.record, caption) if self.with_labels else None
+        return _Example(image, caption, raw.key, label, tuple(slow))
 
 
 def _position(positions: Positions, place: int) -> Position:
@@ -248,44 +268,17 @@ class _EvaluationBatches(Dataset[EvaluationBatch | Exception]):
             samples = [
                 self.dataset.read(id) for id in range(start, min(start + self.batch_size, self.dataset.num_samples))
             ]
-            images = torch.stack([evaluation_transform(decoded(sample), size=self.image_size) for sample in samples])
+            size = self.image_size
+            pictures = [decoded(sample, least=least_size(None, size)) for sample in samples]
+            images = torch.stack([evaluation_transform(picture, size=size) for picture in pictures])
         except (RunError, OSError) as error:
             return error
         return EvaluationBatch(images, [sample.record for sample in samples], tuple(sample.key for sample in samples))
 
 
-class _BadSampleLimit:
-    """Counts bad samples and ends the run when there are too many."""
-
-    def __init__(self, max_bad_share: float) -> None:
-        self.max_bad_share = max_bad_share
-        self.allowed = round(max_bad_share * BAD_WINDOW)
-        self.recent: deque[bool] = deque(maxlen=BAD_WINDOW)
-        self.in_a_row = 0
-
-    def check(self, step: _Step) -> None:
-        for replaced in step.replaced:
-            self.recent.append(replaced)
-            self.in_a_row = self.in_a_row + 1 if replaced else 0
-            if self.in_a_row >= MAX_BAD_IN_A_ROW:
-                raise RunError(f"{_last(step)}; the last {self.in_a_row} samples were all bad; prepare the data again")
-        num_bad = sum(self.recent) if step.batch.bad_samples else 0
-        if num_bad > self.allowed:
-            raise RunError(
-                f"{_last(step)}; {num_bad} of the last {len(self.recent):,} samples were bad, data.max_bad_share "
-                f"{self.max_bad_share:g} allows {self.allowed} of {BAD_WINDOW:,}"
-            )
-
-
-def _last(step: _Step) -> str:
-    return _place_and_reason(step.batch.bad_samples[-1])
-
-
-def _place_and_reason(bad: BadSample) -> str:
-    return str(BadSampleError(bad.shard, bad.key, bad.reason))
-
-
-def _training_batches(loader: DataLoader[Any], limit: _BadSampleLimit) -> Generator[Batch, None, None]:
-    for step in items_of(loader):
-        limit.check(step)
-        yield step.batch
+def _training_batches(loader: DataLoader[Any], limit: BadSampleLimit) -> Generator[Batch, None, None]:
+    with SlowPictures() as slow:
+        for step in items_of(loader):
+            limit.check(step.replaced, step.batch.bad_samples)
+            slow.count(step.slow)
+            yield step.batch

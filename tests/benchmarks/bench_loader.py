@@ -11,8 +11,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -25,11 +27,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from shards_for_tests import make_dataset
 
 from mlip_cli.config import Augment, Data, Source
+from mlip_cli.data import transforms
 from mlip_cli.data.dataset import ShardDataset
 from mlip_cli.data.loader import training_loader
 from mlip_cli.data.order import Order
 from mlip_cli.data.tokenizer import Tokenizer
-from mlip_cli.data.transforms import decode, training_transform
+from mlip_cli.data.transforms import decode, jpeg_decoder, least_size, training_crop, training_transform
 from mlip_cli.output import print_table
 
 N, ROUNDS = 1024, 7
@@ -37,15 +40,23 @@ AUGMENT = Augment(crop_scale=(0.5, 1.0))
 
 
 def photographs(width: int, height: int) -> list[Image.Image]:
-    """As costly to decode as photographs: smooth noise and a little fine noise."""
+    """As costly to decode as photographs, whose spectrum they have: noise that falls with 1 / frequency."""
     random = np.random.default_rng(0)
+    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width))
+    frequency[0, 0] = np.inf
     pictures = []
     for _ in range(64):
-        rough = random.integers(0, 256, (height // 16, width // 16, 3), dtype=np.uint8)
-        smooth = np.array(Image.fromarray(rough).resize((width, height), Image.Resampling.BICUBIC)).astype(int)
-        fine = random.integers(-12, 13, (height, width, 3))
-        pictures.append(Image.fromarray((smooth + fine).clip(0, 255).astype(np.uint8)))
+        channels = np.fft.irfft2(np.fft.rfft2(random.normal(size=(3, height, width))) / frequency, s=(height, width))
+        levels = 128 + 48 * channels / channels.std()
+        pictures.append(Image.fromarray(levels.clip(0, 255).astype(np.uint8).transpose(1, 2, 0)))
     return pictures
+
+
+@contextmanager
+def torchvision_alone() -> Iterator[None]:
+    """Decode without simplejpeg inside the block."""
+    with patch.object(transforms, "simplejpeg_decode", None):
+        yield
 
 
 def rows(folder: Path, size: int) -> dict[str, Callable[[], object]]:
@@ -56,7 +67,8 @@ def rows(folder: Path, size: int) -> dict[str, Callable[[], object]]:
     ids = order.positions(np.arange(N)).index.tolist()
     generator, tokenizer = torch.Generator(), Tokenizer(77)
     pictures = [dataset.read(id).image for id in range(N)]
-    decoded = [decode(picture) for picture in pictures[:128]]
+    crops = [training_crop(*decode(p).shape[-2:], augment=AUGMENT, generator=generator) for p in pictures]
+    decoded = [decode(p, least=least_size(crop, size)) for p, crop in zip(pictures[:128], crops, strict=False)]
     data = Data(train=(Source(path=str(folder)),), image_size=size, augment=AUGMENT)
     pillow = T.Compose(
         [
@@ -91,14 +103,22 @@ def rows(folder: Path, size: int) -> dict[str, Callable[[], object]]:
         )
         assert sum(len(batch.keys) for batch in batches) == N
 
+    def decode_all() -> None:
+        for content, crop in zip(pictures, crops, strict=True):
+            decode(content, least=least_size(crop, size))
+
+    def transform_all() -> None:
+        for i in range(N):
+            training_transform(decoded[i % 128], crop=crops[i % 128], size=size, augment=AUGMENT, generator=generator)
+
     return {
         "read: indexed, permuted order": lambda: [dataset.read(id) for id in ids],
         "read: webdataset, in sequence": lambda: list(islice(webdataset_samples(), N)),
-        "decode": lambda: [decode(picture) for picture in pictures],
-        "transform": lambda: [
-            training_transform(decoded[i % 128], size=size, augment=AUGMENT, generator=generator) for i in range(N)
-        ],
+        f"decode: {jpeg_decoder()}": decode_all,
+        "decode: without simplejpeg": torchvision_alone()(decode_all),
+        "transform": transform_all,
         "batches: this loader": ours_whole,
+        "batches: this loader without simplejpeg": torchvision_alone()(ours_whole),
         "batches: webdataset, Pillow, ToTensor": webdataset_whole,
     }
 
@@ -110,7 +130,13 @@ def main() -> None:
         icons = make_dataset(Path(folder) / "icons", n=N, size=64, shard_size=256)
         pictures = photographs(341, 256)
         photos = make_dataset(Path(folder) / "p", n=N, shard_size=256, image_format="jpg", pictures=pictures)
-        cases = (("64 px WebP -> 64", icons, 64), ("341x256 JPEG -> 224", photos, 224))
+        large = photographs(1024, 768)
+        larger = make_dataset(Path(folder) / "l", n=N, shard_size=256, image_format="jpg", pictures=large)
+        cases = (
+            ("64 px WebP -> 64", icons, 64),
+            ("341x256 JPEG -> 224", photos, 224),
+            ("1024x768 JPEG -> 224", larger, 224),
+        )
         for name, path, size in cases:
             timed = rows(path, size)
             times: dict[str, list[float]] = {row: [] for row in timed}
