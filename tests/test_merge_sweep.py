@@ -25,6 +25,7 @@ from mlip_cli.commands.sweep_tables import show
 from mlip_cli.commands.validation import validation_pairs
 from mlip_cli.data import loader
 from mlip_cli.data.dataset import ShardDataset
+from mlip_cli.data.picture_header import UndecodableError
 from mlip_cli.data.transforms import decode, pil_to_uint8
 from mlip_cli.endings import exit_code
 from mlip_cli.errors import RunError, Stopped, UsageError
@@ -328,8 +329,8 @@ def test_a_validation_picture_that_cannot_be_decoded_is_a_failure_with_its_place
     make_run(place / "runs/pairs", small_recipe(data={"validation": ["data/colors"]}))
     [dataset], _ = find_datasets(load_run("runs/pairs", device="cpu"), ["validation"], root=None, batch_size=4)
 
-    def broken(_: bytes) -> Tensor:
-        raise ValueError("cut off")
+    def broken(_: bytes, **__: object) -> Tensor:
+        raise UndecodableError("cut off")
 
     monkeypatch.setattr(loader, "decode", broken)
     with pytest.raises(FAILURES, match=r"data/colors/train-00000.\.tar: sample .*: cut off"):
