@@ -24,7 +24,8 @@ class Source(Section):
     """A folder of shards that takes part in training."""
 
     path: Annotated[str, Field(min_length=1)]
-    """Folder with dataset.json, as written by `mlip prepare-data`; relative to the current folder."""
+    """Folder with dataset.json, as written by `mlip prepare-data`, relative to the current folder; or its URL, such as
+    s3://bucket/folder."""
     weight: PositiveFloat | None = None
     """Share of this folder in every batch, relative to the other weights; null: in proportion to its size."""
 
@@ -61,6 +62,15 @@ class Augment(Section):
     """Largest relative change of brightness, contrast and saturation; null: none."""
 
 
+class Cache(Section):
+    """Copies of the shards that lie at URLs, on this machine."""
+
+    folder: str | None = None
+    """On this machine's own disk; null: mlip in $XDG_CACHE_HOME, which is ~/.cache where it is not set."""
+    gib: PositiveFloat = 100.0
+    """Most that it holds; all data of a run must fit. Shards that were not read lately make room for others."""
+
+
 class Data(Section):
     """What is read, and how pictures and captions become a batch."""
 
@@ -78,6 +88,8 @@ class Data(Section):
     """Loader processes per rank; null: from cores and ranks, printed."""
     max_bad_share: Annotated[float, Field(ge=0, le=1)] = 0.01
     """Training stops when more than this share of the last 10,000 samples could not be read."""
+    cache: Cache = Cache()
+    """Copies of the shards that lie at URLs."""
 
 
 class Vision(Section):
@@ -93,6 +105,8 @@ class Vision(Section):
     """Number of transformer blocks."""
     num_heads: Positive | None = None
     """Attention heads per block; divides width."""
+    drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of pictures that skip the last block in training, less for each block below it, 0 for the first."""
 
 
 class Text(Section):
@@ -220,6 +234,9 @@ class Optim(Section):
     """Factor of the learning rate for each block below a tower's last one, for training on from `model.init`."""
     clip_grad_norm: PositiveFloat | None = None
     """Largest norm of the whole gradient; null: no clipping (the norm is logged either way)."""
+    ema_horizon: Positive | None = None
+    """Samples over which weights are averaged (exponentially; all of them in the beginning): the average is what is
+    evaluated and what a checkpoint's model.safetensors holds; null: no average."""
 
 
 class CheckpointEvery(Section):
@@ -236,6 +253,8 @@ class Keep(Section):
 
     last: Positive = 3
     """The newest ones."""
+    best: Positive | None = None
+    """Also the best ones by evaluate.best_metric; null: none."""
     every_steps: Positive | None = None
     """Also those whose step is a multiple of this; null: none."""
 
@@ -255,6 +274,14 @@ class Train(Section):
     """Autocast type of the towers; losses are always at least fp32. fp16 needs CUDA."""
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     """auto: cuda, mps (untested), cpu, in this order."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """With several ranks. ddp: each holds the whole model. fsdp: each holds its part of parameters, gradients and
+    optimiser state, and gathers a block when it computes it."""
+    grad_checkpointing: bool = False
+    """Keep no activations inside the towers' blocks and compute them again for the gradient: less memory, about a
+    third more time."""
+    compile: bool = False
+    """Compile the blocks with torch.compile: minutes at the start, quicker steps afterwards."""
     checkpoint_every: CheckpointEvery = CheckpointEvery()
     """When to save."""
     keep: Keep = Keep()
@@ -268,6 +295,9 @@ class Evaluate(Section):
     """Steps between evaluations (the last step is always one); null: only at the end."""
     zeroshot: tuple[str, ...] = ()
     """Data sets of `mlip eval-zeroshot` to measure each time."""
+    best_metric: str | None = None
+    """Measure by which train.keep.best compares checkpoints, by its name in metrics.jsonl, larger is better; null:
+    none."""
 
 
 class Log(Section):
@@ -275,6 +305,10 @@ class Log(Section):
 
     every_steps: Positive = 10
     """Steps between lines of metrics.jsonl."""
+    tensorboard: bool = False
+    """Write the same to RUN/tensorboard (pip install "mlip-cli[tensorboard]")."""
+    wandb: Annotated[str, Field(min_length=1)] | None = None
+    """Project of Weights & Biases that gets the same (pip install "mlip-cli[wandb]"); null: none."""
 
 
 class Recipe(Section):

@@ -1,12 +1,15 @@
 """Ranks and their devices: start and stop, a differentiable gather, means over ranks. One process pays nothing."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from mlip_cli.errors import UsageError
@@ -61,16 +64,92 @@ def process_group(device: torch.device) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def wrap(model: nn.Module, device: torch.device) -> nn.Module:
-    """DDP for several ranks: gradients become the mean over ranks. One rank gets the model itself."""
+def wrap(
+    model: nn.Module, device: torch.device, *, parallel: str = "ddp", units: Sequence[nn.Module] = ()
+) -> nn.Module:
+    """The model for several ranks: gradients become the mean over ranks. One rank gets the model itself.
+
+    Args:
+        parallel: `ddp`: every rank holds everything. `fsdp`: every rank holds its part of parameters, gradients and
+            optimiser state; the model stays the same object, its parameters become `DTensor`s.
+        units: for `fsdp`, the parts of the model that are made whole one after another.
+    """
     if world_size() == 1:
         return model
-    return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+    if parallel == "ddp":
+        return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+    mesh = dist.device_mesh.init_device_mesh(device.type, (world_size(),))
+    for unit in units:
+        fully_shard(unit, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model
 
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The model that `wrap` was given."""
     return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def parallel(model: nn.Module) -> str:
+    """How `wrap` made ranks work together: `ddp`, `fsdp`, or `none` for one rank."""
+    if isinstance(model, DistributedDataParallel):
+        return "ddp"
+    return "fsdp" if isinstance(model, FSDPModule) else "none"
+
+
+@contextmanager
+def gradients_kept_back(model: nn.Module) -> Iterator[None]:
+    """For the block, backward passes add to this rank's gradients alone; a later one exchanges their sum."""
+    if isinstance(model, DistributedDataParallel):
+        with model.no_sync():
+            yield
+    elif isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(False)
+        yield
+        model.set_requires_gradient_sync(True)
+    else:
+        yield
+
+
+@contextmanager
+def whole(model: nn.Module) -> Iterator[None]:
+    """For the block, all parameters of a sharded model lie on every rank, so that a forward pass needs no other rank.
+
+    For evaluation: the parameters must not change meanwhile. A model that is not sharded stays as it is.
+    """
+    units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for unit in units:
+        unit.set_reshard_after_forward(False)
+        unit.unshard()
+    try:
+        yield
+    finally:
+        for unit in units:
+            unit.reshard()
+            unit.set_reshard_after_forward(True)
+
+
+def full(tree: Any) -> Any:
+    """Nested dicts, lists and tuples with every sharded tensor whole; all ranks take part, in the same order."""
+    if isinstance(tree, DTensor):
+        return tree.full_tensor()
+    if isinstance(tree, dict):
+        return {key: full(value) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return type(tree)(full(value) for value in tree)
+    return tree
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a sharded tensor, sharing its memory; any other tensor itself."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def sharded_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor that every rank has, in the form of `like`: this rank's part of it, or itself."""
+    if isinstance(like, DTensor) and tensor.shape == like.shape:
+        return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+    return tensor
 
 
 def from_main(value: str) -> str:

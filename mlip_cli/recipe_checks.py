@@ -47,6 +47,16 @@ def _sources(recipe: Recipe) -> Found:
             yield name, f"{folder} is listed twice"
 
 
+def _best(recipe: Recipe) -> Found:
+    metric, best = recipe.evaluate.best_metric, recipe.train.keep.best
+    if best is not None and metric is None:
+        yield "train.keep.best", "needs evaluate.best_metric, which is null"
+    if metric is not None and best is None:
+        yield "evaluate.best_metric", "nothing keeps the best; set train.keep.best to 1, or this to null"
+    if metric is not None and recipe.data.validation is None and not recipe.evaluate.zeroshot:
+        yield "evaluate.best_metric", f"{metric}, but nothing is measured; give data.validation or evaluate.zeroshot"
+
+
 def _crop(recipe: Recipe) -> Found:
     scale = recipe.data.augment.crop_scale
     if scale is not None and scale[0] > scale[1]:
@@ -146,6 +156,9 @@ def _freeze(recipe: Recipe) -> Found:
     dropout = recipe.model.text.dropout
     if recipe.model.freeze == "text" and dropout:
         yield "model.text.dropout", f"{dropout:g}, but a tower that model.freeze keeps drops nothing; set it to 0"
+    drop_path = recipe.model.vision.drop_path
+    if recipe.model.freeze == "image" and drop_path:
+        yield "model.vision.drop_path", f"{drop_path:g}, but a tower that model.freeze keeps drops nothing; set it to 0"
 
 
 def _smoothing(recipe: Recipe) -> Found:
@@ -172,6 +185,7 @@ def _losses(recipe: Recipe) -> Found:
 
 CHECKS: tuple[Callable[[Recipe], Found], ...] = (
     _sources,
+    _best,
     _crop,
     _patches,
     _vision,

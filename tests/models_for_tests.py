@@ -10,6 +10,9 @@ from mlip_cli.config import Recipe
 from mlip_cli.model.clip import CLIP, build_model
 from mlip_cli.recipe import recipe_yaml
 from mlip_cli.train.checkpoint import save_checkpoint
+from mlip_cli.train.gradients import Precision
+from mlip_cli.train.optim import build_optimizer
+from mlip_cli.train.resume import Training
 from mlip_cli.types import Batch
 
 BOS, EOS = 49406, 49407
@@ -40,6 +43,12 @@ def small_model(recipe: Recipe | None = None, *, dtype: torch.dtype = torch.floa
     """A model with fixed random weights."""
     torch.manual_seed(seed)
     return build_model(recipe or small_recipe()).to(dtype)
+
+
+def small_training(model: CLIP) -> Training:
+    """A training of `model` on the CPU, in fp32."""
+    device = torch.device("cpu")
+    return Training(model, build_optimizer(model, small_recipe().optim), Precision.named("fp32", device), device)
 
 
 def make_run(folder: Path, recipe: Recipe, *, seed: int = 0) -> None:

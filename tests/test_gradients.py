@@ -156,39 +156,45 @@ def small_part(batch, start, stop):  # type: ignore[no-untyped-def]
 
 
 WORKER = """
-import os, sys, torch
+import sys, torch
 sys.path.insert(0, {tests!r})
 torch.set_num_threads(1)
 from models_for_tests import small_model
 from test_gradients import CPU, RECIPES, batch_for, gradients, small_part
-from mlip_cli.distributed import process_group, rank, unwrap, world_size, wrap
+from mlip_cli.distributed import full, process_group, rank, unwrap, world_size, wrap
 from mlip_cli.losses.objective import Objective
 from mlip_cli.train.gradients import Precision, add_gradients
 
 results = {{}}
 with process_group(CPU):
-    for name, recipe in RECIPES.items():
-        for micro in (None, 2):
-            model = wrap(small_model(recipe).train(), CPU)
-            share = 8 // world_size()
-            batch = small_part(batch_for(recipe), rank() * share, (rank() + 1) * share)
-            objective, precision = Objective(recipe.losses), Precision.named("fp32", CPU)
-            add_gradients(model, objective, batch, precision=precision, micro_batch_size=micro)
-            results[name, micro] = gradients(unwrap(model))
+    share = 8 // world_size()
+    for name in {names!r}:
+        recipe = RECIPES[name]
+        for parallel in ("ddp", "fsdp"):
+            for micro in (None, share // 2):
+                plain = small_model(recipe).train()
+                model = wrap(plain, CPU, parallel=parallel, units=plain.blocks())
+                batch = small_part(batch_for(recipe), rank() * share, (rank() + 1) * share)
+                objective, precision = Objective(recipe.losses), Precision.named("fp32", CPU)
+                add_gradients(model, objective, batch, precision=precision, micro_batch_size=micro)
+                results[name, parallel, micro] = full(gradients(unwrap(model)))
     if rank() == 0:
         torch.save(results, {out!r})
 """
 
 
-def test_two_gloo_processes_give_the_one_process_gradient(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("ranks", "names"), [(2, list(RECIPES)), (4, ["mlip", "filip_sparc"])])
+def test_gloo_processes_give_the_one_process_gradient(tmp_path: Path, ranks: int, names: list[str]) -> None:
     """Captions have 1 to 6 words, and the ranks different numbers of usable ones."""
     script, out = tmp_path / "worker.py", tmp_path / "gradients.pt"
-    script.write_text(WORKER.format(tests=str(Path(__file__).parent), out=str(out)))
+    script.write_text(WORKER.format(tests=str(Path(__file__).parent), out=str(out), names=names))
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    subprocess.run(command, check=True, env=environment, timeout=200, capture_output=True)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    done = subprocess.run([*command, str(script)], env=environment, timeout=250, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     found = torch.load(out, weights_only=True)
-    for (name, _micro), grads in found.items():
+    assert len(found) == 4 * len(names)
+    for (name, _parallel, _micro), grads in found.items():
         assert relative_error(grads, one_process(RECIPES[name], None)) < 1e-10
 
 

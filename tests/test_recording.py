@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from models_for_tests import small_batch, small_model, small_recipe
+from models_for_tests import small_batch, small_model, small_recipe, small_training
 
 from mlip_cli.commands import recording
 from mlip_cli.commands.evaluators import Evaluator, Measures
@@ -79,7 +79,7 @@ def test_an_evaluation_that_does_not_fit_is_not_cured_by_smaller_batches_of_trai
         raise FULL_DEVICE
 
     with pytest.raises(RunError) as error, batch_named("train.micro_batch_size", 8):
-        measure(small_model(), [Evaluator("a", 6, evaluate)], TrainingPanel(9, is_live=False), CPU, 4, lambda: False)
+        measure(small_training(small_model()), [Evaluator("a", 6, evaluate)], TrainingPanel(9, is_live=False), 4, bool)
     assert str(error.value) == (
         "step 4: evaluating a: the device has no memory for 128 pictures at once beside the training; take a smaller "
         "model, or leave it out of evaluate.zeroshot or data.validation and measure it afterwards"
@@ -195,9 +195,9 @@ def test_a_signal_leaves_an_evaluation_and_its_numbers() -> None:
     evaluators = [Evaluator(name, 6, evaluate) for name in "ab"]
     panel = TrainingPanel(9, is_live=False)
     first, second = small_model(), small_model()
-    assert measure(first, evaluators, panel, CPU, 4, lambda: asked) == {"a_acc1": 0.5}
+    assert measure(small_training(first), evaluators, panel, 4, lambda: asked) == {"a_acc1": 0.5}
     assert not first.training
-    assert measure(second, evaluators, panel, CPU, 4, lambda: asked) == {}
+    assert measure(small_training(second), evaluators, panel, 4, lambda: asked) == {}
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ WORKER = """
 import os, sys, torch
 sys.path.insert(0, {tests!r})
 torch.set_num_threads(1)
-from models_for_tests import small_model, small_recipe
+from models_for_tests import small_model, small_recipe, small_training
 from mlip_cli.commands import evaluators, validation
 from mlip_cli.commands.evaluators import training_evaluators
 from mlip_cli.commands.training import everyone, measure
@@ -68,6 +68,7 @@ def found_by_this_rank():
     start_logging()
     panel = TrainingPanel(9, is_live=False)
     model = small_model(recipe("a"), dtype=torch.float32)
+    training = small_training(model)
     pairs = validation_pairs(recipe("a", "b"), tokenizer, device=CPU)
     measured = training_evaluators(recipe("a", "b"), tokenizer, pairs, device=CPU)
     together = everyone(CPU)
@@ -88,13 +89,13 @@ def found_by_this_rank():
         "texts": texts,
         "many": many,
         **{{way: own.ranks for way, own in ways.items()}},
-        "measures": measure(model, measured, panel, CPU, 4, lambda: False),
-        "left": measure(model, measured, panel, CPU, 6, is_stopping),
-        "again": measure(model, measured, panel, CPU, 8, lambda: False),
+        "measures": measure(training, measured, panel, 4, lambda: False),
+        "left": measure(training, measured, panel, 6, is_stopping),
+        "again": measure(training, measured, panel, 8, lambda: False),
     }}
     pairs = validation_pairs(recipe("a", "damaged"), tokenizer, device=CPU)
     try:
-        measure(model, training_evaluators(recipe("a", "damaged"), tokenizer, pairs, device=CPU), panel, CPU, 9, bool)
+        measure(training, training_evaluators(recipe("a", "damaged"), tokenizer, pairs, device=CPU), panel, 9, bool)
     except RunError as error:
         found["error"] = str(error)
     return found

@@ -4,10 +4,11 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from mlip_cli.config import Recipe
+from mlip_cli.config import Log, Recipe
 from mlip_cli.errors import UsageError
 from mlip_cli.recipe import absolute_paths, differences, load_recipe
 from mlip_cli.run_folder import RUNS, Run, all_runs, default_folder
@@ -19,9 +20,13 @@ MAY_CHANGE = (
     "log",
     "evaluate",
     "data.num_workers",
+    "data.cache",
     "train.checkpoint_every",
     "train.keep",
     "train.device",
+    "train.parallel",
+    "train.grad_checkpointing",
+    "train.compile",
     MICRO_BATCHES,
 )
 """Parts of a recipe that may differ when a run goes on; they do not change what is learned. Micro-batches do where
@@ -44,6 +49,8 @@ def drawn_by_forward_passes(recipe: Recipe) -> str | None:
     """What draws at random in each forward pass, so that the size of micro-batches changes its draws; None: nothing."""
     if recipe.model.text.dropout:
         return "model.text.dropout"
+    if recipe.model.vision.drop_path:
+        return "model.vision.drop_path"
     merging = recipe.model.merging
     return "random_drop" if merging is not None and merging.method == "random_drop" and merging.rate else None
 
@@ -102,6 +109,21 @@ def _newest_unfinished(recipe: Recipe, name: str) -> Start:
 
 def _new(name: str) -> Start:
     return Start(Run(default_folder(name)), resumes=False, is_named_by_us=True)
+
+
+def check_trackers(log: Log) -> None:
+    """Look whether the packages that `log` needs are there.
+
+    Raises:
+        UsageError: one is not.
+    """
+    for name, is_asked_for in (("tensorboard", log.tensorboard), ("wandb", log.wandb is not None)):
+        if is_asked_for:
+            try:
+                version(name)
+            except PackageNotFoundError:
+                cure = f'pip install "mlip-cli[{name}]"'
+                raise UsageError(f"log.{name}: the package {name} is not installed; {cure}") from None
 
 
 def check_can_be_made(folder: Path) -> None:

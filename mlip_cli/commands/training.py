@@ -73,8 +73,8 @@ def train_run(recipe: Recipe, start: Start) -> Run:
             run_loop(run, recipe, data, training, progress, evaluators=evaluators, random=random)
             if pairs is not None:
                 together = everyone(device)
-                with together.as_one(), evaluation_memory_named("the gallery"):
-                    found = find_pairs(training.plain.eval(), pairs, together=together)
+                with together.as_one(), training.as_measured() as model, evaluation_memory_named("the gallery"):
+                    found = find_pairs(model.eval(), pairs, together=together)
                 if is_main():
                     write_gallery(run, found, pairs, step=progress.step, true_rate=training.plain.plan.rate)
     return run
@@ -127,11 +127,12 @@ def run_loop(
             progress=progress,
             device=device,
             precision=training.precision,
+            average=training.average,
             plan=partial(plan_of_step, recipe, training.plain, data.total_steps),
             metrics=metrics,
             show=lambda line: panel.update(line, eta_s=left.logged(int(line["step"]))),
             on_step=lambda step: panel.move(step, eta_s=left.after(step)),
-            evaluate=timed(partial(measure, training.plain, evaluators, panel, device), left),
+            evaluate=timed(partial(measure, training, evaluators, panel), left),
             save=partial(save, saver, panel, left),
             is_save_due=saver.is_due,
         )
@@ -194,10 +195,9 @@ def timed(evaluate: Evaluate, left: TimeLeft) -> Evaluate:
 
 
 def measure(
-    model: CLIP,
+    training: Training,
     evaluators: list[Evaluator],
     panel: TrainingPanel,
-    device: torch.device,
     step: int,
     is_stopping: Callable[[], bool],
 ) -> dict[str, float]:
@@ -205,11 +205,11 @@ def measure(
 
     None when a signal to any rank asks to stop meanwhile; an error on any rank ends all of them.
     """
-    model.eval()
-    together = everyone(device, is_stopping=is_stopping)
+    together = everyone(training.device, is_stopping=is_stopping)
     measures: dict[str, float] = {}
     try:
-        with together.as_one(), torch.no_grad():
+        with together.as_one(), torch.no_grad(), training.as_measured() as model:
+            model.eval()
             for evaluator in evaluators:
                 with evaluation_memory_named(f"step {step}: evaluating {evaluator.name}"):
                     found = evaluator.measure(model, shown(evaluator, panel), together)

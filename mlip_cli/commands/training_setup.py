@@ -12,7 +12,8 @@ from mlip_cli.data.loader import default_num_workers, training_loader
 from mlip_cli.data.order import Order
 from mlip_cli.distributed import pick_device, rank, world_size, wrap
 from mlip_cli.errors import UsageError
-from mlip_cli.model.clip import build_model, set_fused_attention
+from mlip_cli.model.clip import build_model, compile_blocks, set_fused_attention
+from mlip_cli.train.average import WeightAverage
 from mlip_cli.train.gradients import Precision
 from mlip_cli.train.optim import build_optimizer
 from mlip_cli.train.resume import Training
@@ -73,11 +74,18 @@ def build(recipe: Recipe, device: torch.device, *, fresh: bool) -> tuple[Trainin
     if recipe.model.freeze is not None:
         model.freeze(recipe.model.freeze)
     set_fused_attention(model, device.type != "cpu")
+    if recipe.train.grad_checkpointing:
+        model.set_grad_checkpointing()
+    if recipe.train.compile:
+        compile_blocks(model)
     model.to(device)
     torch.manual_seed(recipe.seed + 1 + rank())  # dropout and drop path differ between ranks
-    optimizer = build_optimizer(model, recipe.optim)
+    wrapped = wrap(model, device, parallel=recipe.train.parallel, units=model.blocks())
+    optimizer = build_optimizer(model, recipe.optim)  # of the wrapped model's parameters, which may be sharded
     precision = Precision.named(recipe.train.precision, device)
-    return Training(wrap(model, device), optimizer, precision, device), notes
+    horizon = recipe.optim.ema_horizon
+    average = WeightAverage(model, horizon=horizon) if horizon is not None else None
+    return Training(wrapped, optimizer, precision, device, average), notes
 
 
 def open_batches(recipe: Recipe, data: TrainingData, device: torch.device, *, start_step: int) -> Iterator[Batch]:

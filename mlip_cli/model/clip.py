@@ -121,6 +121,16 @@ class CLIP(nn.Module):
             self.text.eval()
         return self
 
+    def set_grad_checkpointing(self) -> None:
+        """Compute the activations inside the towers' blocks again for the gradient, in place of keeping them."""
+        self.vision.trunk.set_grad_checkpointing()
+        self.text.grad_checkpointing = True
+
+    def blocks(self) -> list[nn.Module]:
+        """Blocks of both towers and of the branch: what can be sharded or compiled one by one."""
+        branch = self.frequency.blocks if isinstance(self.frequency, FrequencyBranch) else ()
+        return [*self.vision.trunk.blocks, *self.text.blocks, *branch]
+
     def blocks_above(self) -> dict[str, int]:
         """Number of blocks between each parameter of the towers and its tower's top, by name.
 
@@ -260,3 +270,19 @@ def set_fused_attention(model: nn.Module, fused: bool) -> None:
     for module in model.modules():
         if hasattr(module, "fused_attn"):
             setattr(module, "fused_attn", fused)  # noqa: B010 - nn.Module declares no such attribute
+
+
+MOST_COMPILED_FORMS = 64
+"""Of a block's code: lengths of text, tokens after each merge, with and without gradient, batches of evaluation."""
+
+
+def compile_blocks(model: CLIP) -> None:
+    """Compile every block on its own, in place; torch.compile's work then grows with kinds of blocks, not with depth.
+
+    A form more than `MOST_COMPILED_FORMS` raises, where torch alone would run the plain code without a word.
+    """
+    torch._dynamo.config.recompile_limit = MOST_COMPILED_FORMS
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    for block in model.blocks():
+        # the method and not the module: hooks, such as those that gather a sharded block, stay outside
+        setattr(block, "forward", torch.compile(block.forward))  # noqa: B010 - mypy takes no method as a target

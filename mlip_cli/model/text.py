@@ -8,6 +8,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from mlip_cli.config import Text
+from mlip_cli.model.blocks import run_block
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": nn.GELU, "quick_gelu": QuickGELU}
 """Of the MLPs, by the recipe's word; quick_gelu is x * sigmoid(1.702 x), an approximation of the other."""
@@ -48,6 +49,7 @@ class TextTower(nn.Module):
         width = config.width
         self.width = width
         self.context_length = config.context_length
+        self.grad_checkpointing = False
         self.token_embedding = nn.Embedding(vocab_size, width)
         self.positional_embedding = nn.Parameter(torch.empty(config.context_length, width))
         norm = partial(nn.LayerNorm, eps=1e-5)  # timm's own default, 1e-6, misses other CLIPs' text features by 4e-3
@@ -81,7 +83,7 @@ class TextTower(nn.Module):
     def forward(self, token_ids: Tensor) -> Tensor:
         x = self.token_embedding(token_ids) + self.positional_embedding[: token_ids.shape[1]]
         for block in self.blocks:
-            x = block(x, is_causal=True)
+            x = run_block(block, x, again=self.grad_checkpointing, is_causal=True)
         return self.norm(x)
 
 

@@ -10,11 +10,11 @@ from timm.layers import Attention
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from mlip_cli.config import Frequency, Vision
 from mlip_cli.errors import UsageError
 from mlip_cli.merge_plan import MergePlan, stem_depth
+from mlip_cli.model.blocks import run_block
 from mlip_cli.model.frequency import place_stem
 from mlip_cli.model.merge_pass import Guidance, MergePass, Patches
 from mlip_cli.types import MergeStage
@@ -121,6 +121,7 @@ def build_trunk(config: Vision, *, image_size: int) -> VisionTransformer:
             depth=config.depth,
             num_heads=config.num_heads,
             num_classes=0,
+            drop_path_rate=config.drop_path,
             block_fn=ObservedBlock,
         )
     if not timm.is_model(config.timm):
@@ -140,7 +141,14 @@ def build_trunk(config: Vision, *, image_size: int) -> VisionTransformer:
             f"data.image_size: {image_size} is no multiple of the patch size {patch_size} of {config.timm}"
         )
     own_block = {"block_fn": ObservedBlock} if all(is_observable(b) for b in plain.blocks) else {}
-    return timm.create_model(config.timm, pretrained=False, num_classes=0, img_size=image_size, **own_block)
+    return timm.create_model(
+        config.timm,
+        pretrained=False,
+        num_classes=0,
+        img_size=image_size,
+        drop_path_rate=config.drop_path,
+        **own_block,
+    )
 
 
 class ImageTower(nn.Module):
@@ -213,10 +221,8 @@ class ImageTower(nn.Module):
         )
 
     def _run(self, block: nn.Module, x: Tensor, **named: Any) -> Any:
-        """One block; where timm's `set_grad_checkpointing` was called, its activations are computed again backwards."""
-        if self.trunk.grad_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, x, use_reentrant=False, **named)
-        return block(x, **named)
+        """One block; with timm's `grad_checkpointing` its activations are computed again for the gradient."""
+        return run_block(block, x, again=self.trunk.grad_checkpointing, **named)
 
     def _pool(self, x: Tensor, merging: MergePass) -> Tensor:
         """timm's pooling; means count every patch once, whatever it merged into."""

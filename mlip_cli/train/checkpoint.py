@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,18 @@ from mlip_cli.files import full_disk_named, sync_folder
 from mlip_cli.run_folder import STATE, checkpoint_folders, checkpoint_name, step_of
 
 WEIGHTS = "model.safetensors"
+TRAINING_WEIGHTS = "training.safetensors"
+"""With averaged weights in the other file: those that training goes on with, of the same parameters."""
 
 
-def save_checkpoint(folder: Path, *, step: int, weights: dict[str, Tensor], state: dict[str, Any]) -> None:
+def save_checkpoint(
+    folder: Path,
+    *,
+    step: int,
+    weights: dict[str, Tensor],
+    state: dict[str, Any],
+    training_weights: dict[str, Tensor] | None = None,
+) -> None:
     """Write folder/step_NNNNNNN: temporary name, sync, rename. What fails leaves earlier checkpoints and no half one.
 
     Raises:
@@ -31,7 +41,8 @@ def save_checkpoint(folder: Path, *, step: int, weights: dict[str, Tensor], stat
     try:
         with full_disk_named(final, "make room and go on with --resume"):
             temporary.mkdir()
-            _write_parts(temporary, final, weights=weights, state=state)
+            parts = {WEIGHTS: weights} | ({TRAINING_WEIGHTS: training_weights} if training_weights else {})
+            _write_parts(temporary, final, parts=parts, state=state)
             sync_folder(temporary)
             aside = folder / f".{final.name}.old.tmp"
             if final.exists():
@@ -43,10 +54,11 @@ def save_checkpoint(folder: Path, *, step: int, weights: dict[str, Tensor], stat
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _write_parts(temporary: Path, final: Path, *, weights: dict[str, Tensor], state: dict[str, Any]) -> None:
-    """Write and sync both files; what torch and safetensors say of it becomes the system's own error again."""
+def _write_parts(temporary: Path, final: Path, *, parts: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
+    """Write and sync all files; what torch and safetensors say of it becomes the system's own error again."""
     try:
-        save_file({name: tensor.detach().contiguous() for name, tensor in weights.items()}, temporary / WEIGHTS)
+        for part, weights in parts.items():
+            save_file({name: tensor.detach().contiguous() for name, tensor in weights.items()}, temporary / part)
         with open(temporary / STATE, "wb") as file:  # a path would hide from us why it cannot be written
             torch.save(state, file)
         for path in temporary.iterdir():
@@ -67,10 +79,11 @@ def _system_error(error: BaseException) -> int | None:
     return int(named[1]) if named else None
 
 
-def remove_old_checkpoints(folder: Path, *, last: int, every_steps: int | None) -> None:
-    """Keep the newest `last` checkpoints and those at multiples of `every_steps`; other names are not ours."""
+def remove_old_checkpoints(folder: Path, *, last: int, every_steps: int | None, also: Collection[int] = ()) -> None:
+    """Keep the newest `last` checkpoints, those at multiples of `every_steps` and `also` those of the steps named;
+    other names are not ours."""
     for path in checkpoint_folders(folder)[:-last]:
-        if not (every_steps and step_of(path) % every_steps == 0):
+        if not (every_steps and step_of(path) % every_steps == 0) and step_of(path) not in also:
             shutil.rmtree(path)
 
 
@@ -86,7 +99,20 @@ def load_weights(checkpoint: Path) -> dict[str, Tensor]:
     Raises:
         UsageError: this is no checkpoint of mlip, or a damaged one.
     """
-    path = _part(checkpoint, WEIGHTS)
+    return _load_part(checkpoint, WEIGHTS)
+
+
+def load_training_weights(checkpoint: Path) -> dict[str, Tensor]:
+    """Of a checkpoint with averaged weights those that training goes on with, on the CPU.
+
+    Raises:
+        UsageError: a damaged checkpoint, or one without averaged weights.
+    """
+    return _load_part(checkpoint, TRAINING_WEIGHTS)
+
+
+def _load_part(checkpoint: Path, name: str) -> dict[str, Tensor]:
+    path = _part(checkpoint, name)
     try:
         return load_file(path)
     except SafetensorError as error:

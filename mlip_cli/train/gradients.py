@@ -1,13 +1,13 @@
 """The gradient of one global batch: at once, or by micro-batches with the same result."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
-from mlip_cli.distributed import all_sum, unwrap
+from mlip_cli.distributed import all_sum, gradients_kept_back, unwrap
 from mlip_cli.merge_plan import MergePlan
 from mlip_cli.types import Batch, Encoded, Features, ObjectiveLike, TokenFeatures, features_of
 
@@ -58,28 +58,36 @@ def add_gradients(
     precision: Precision,
     micro_batch_size: int | None,
     plan: MergePlan | None = None,
+    sum_count: Callable[[Tensor], Tensor] = all_sum,
 ) -> dict[str, Tensor]:
     """Add the gradient of the global batch to the parameters; return the terms of this rank, detached.
 
     Args:
-        model: gives `Encoded` for a `Batch`; under DDP its gradients become the mean over ranks.
+        model: gives `Encoded` for a `Batch`; wrapped for several ranks its gradients become the mean over them.
         batch: this rank's share, on the model's device.
         micro_batch_size: samples per forward pass, or None for the whole share.
         plan: merges of this step; None: the model's own.
+        sum_count: sums a 0-d count over ranks.
     """
     if micro_batch_size is None or micro_batch_size >= len(batch.images):
-        terms = _at_once(model, objective, batch, precision, plan)
+        terms = _at_once(model, objective, batch, precision, plan, sum_count)
     else:
-        terms = _by_micro_batches(model, objective, _split(batch, micro_batch_size), precision, plan)
+        parts = _split(batch, micro_batch_size)
+        terms = _by_micro_batches(model, objective, parts, precision, plan, sum_count)
     return {name: value.detach() for name, value in terms.items()}
 
 
 def _at_once(
-    model: nn.Module, objective: ObjectiveLike, batch: Batch, precision: Precision, plan: MergePlan | None
+    model: nn.Module,
+    objective: ObjectiveLike,
+    batch: Batch,
+    precision: Precision,
+    plan: MergePlan | None,
+    sum_count: Callable[[Tensor], Tensor],
 ) -> dict[str, Tensor]:
     with precision.autocast(batch.images.device):
         encoded: Encoded = model(batch, plan=plan)
-    num_captions = all_sum(objective.count_captions(encoded.text_mask))
+    num_captions = sum_count(objective.count_captions(encoded.text_mask))
     terms = objective.batch_terms(_features(objective, encoded, batch))
     terms = {**terms, **objective.sample_terms(encoded, num_captions)}
     precision.scaler.scale(objective.total(terms)).backward()
@@ -87,7 +95,12 @@ def _at_once(
 
 
 def _by_micro_batches(
-    model: nn.Module, objective: ObjectiveLike, parts: list[Batch], precision: Precision, plan: MergePlan | None
+    model: nn.Module,
+    objective: ObjectiveLike,
+    parts: list[Batch],
+    precision: Precision,
+    plan: MergePlan | None,
+    sum_count: Callable[[Tensor], Tensor],
 ) -> dict[str, Tensor]:
     """Batch-level losses on features cached without graph, then one pass with graph per micro-batch.
 
@@ -105,7 +118,7 @@ def _by_micro_batches(
         merges.append(encoded.assign)
         captions.append(objective.count_captions(encoded.text_mask))
     del encoded  # its tokens are most of what a micro-batch keeps
-    num_captions = all_sum(torch.stack(captions).sum())
+    num_captions = sum_count(torch.stack(captions).sum())
 
     cached = _cache(features)
     leaves = _leaves(cached)
@@ -120,7 +133,8 @@ def _by_micro_batches(
         rows = slice(start, start + len(part.images))
         start = rows.stop
         states[i].restore(device)
-        with _no_sync(model, last=i == len(parts) - 1):
+        is_last = i == len(parts) - 1
+        with nullcontext() if is_last else gradients_kept_back(model):
             with precision.autocast(device):
                 encoded = model(part, plan=plan, assign=merges[i])
             sample_terms = objective.sample_terms(encoded, num_captions)
@@ -191,8 +205,3 @@ def _surrogate(tensors: list[Tensor], gradients: tuple[Tensor | None, ...], rows
         if gradient is not None
     ]
     return torch.stack([part.to(torch.promote_types(part.dtype, torch.float32)) for part in parts]).sum()
-
-
-def _no_sync(model: nn.Module, *, last: bool) -> AbstractContextManager:
-    """Exchange gradients between ranks only in the last backward."""
-    return nullcontext() if last or not isinstance(model, DistributedDataParallel) else model.no_sync()

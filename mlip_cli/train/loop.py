@@ -2,16 +2,17 @@
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from mlip_cli.config import Recipe
-from mlip_cli.distributed import all_mean, all_sum, unwrap, world_size
+from mlip_cli.distributed import all_mean, all_sum, full, parallel, unwrap, world_size
 from mlip_cli.errors import RunError, Stopped
 from mlip_cli.merge_plan import MergePlan
 from mlip_cli.output import warn
+from mlip_cli.train.average import WeightAverage
 from mlip_cli.train.gradients import Precision, RandomState, add_gradients
 from mlip_cli.train.metrics import MetricsFile, Stopwatch, peak_gib
 from mlip_cli.train.optim import clamp_scales, learning_rate, set_learning_rate
@@ -32,6 +33,14 @@ class Progress:
     step: int = 0
     skipped_steps: int = 0
     bad_samples: int = 0
+    best: list[tuple[float, int]] = field(default_factory=list)
+    """(measure, step) of the checkpoints that are kept as the best, the best one first."""
+
+    def is_among_best(self, value: float, *, keep: int) -> bool:
+        """Whether this step's measure is one of the `keep` best so far, and is noted then; ties go to the earlier."""
+        ranked = sorted([*self.best, (value, self.step)], key=lambda found: (-found[0], found[1]))
+        self.best = ranked[:keep]
+        return (value, self.step) in self.best
 
 
 def train(
@@ -46,6 +55,7 @@ def train(
     device: torch.device,
     precision: Precision,
     plan: Callable[[int], MergePlan | None],
+    average: WeightAverage | None,
     metrics: MetricsFile,
     show: Callable[[dict[str, float]], None],
     on_step: Callable[[int], None],
@@ -59,9 +69,10 @@ def train(
         model: on `device`, wrapped for several ranks; gives `Encoded` for a `Batch`.
         batches: one rank's share of each step, beginning with step `progress.step + 1`.
         plan: merges of a step; None: the model's own.
+        average: takes in the weights after every step.
         show: gets every logged line. on_step: is told of every step. save: writes a checkpoint.
         evaluate: measures at a step; it may leave, with {}, when its second argument says so.
-        is_save_due: asked after every step; one rank's yes is enough.
+        is_save_due: asked before every step, for after it; one rank's yes is enough.
 
     Raises:
         Stopped: a signal came; the state is saved.
@@ -75,11 +86,12 @@ def train(
         for step in range(progress.step + 1, total_steps + 1):
             batch = watch.next_batch().to(device, non_blocking=True)
             report_bad_samples(batch, progress, watch)
-            if world_size() > 1 and step == progress.step + 1:
+            if parallel(model) == "ddp" and step == progress.step + 1:
                 settle_buckets(model, objective, batch, precision, config.micro_batch_size, plan(step))
 
             lr = learning_rate(step, peak=optim.lr, warmup_steps=optim.warmup_steps, total_steps=total_steps)
             set_learning_rate(optimizer, lr)
+            stop.cast(save=is_save_due(step))
             terms = add_gradients(
                 model,
                 objective,
@@ -87,6 +99,7 @@ def train(
                 precision=precision,
                 micro_batch_size=config.micro_batch_size,
                 plan=plan(step),
+                sum_count=stop.ride,
             )
             precision.scaler.unscale_(optimizer)
             grad_norm = clip_gradients(model, optim.clip_grad_norm)
@@ -94,6 +107,8 @@ def train(
             optimizer.zero_grad(set_to_none=True)
             clamp_scales(unwrap(model))
             progress.step = step
+            if average is not None:
+                average.update(samples_seen=step * config.global_batch_size, batch_size=config.global_batch_size)
 
             last = step == total_steps
             if step % recipe.log.every_steps == 0 or last:
@@ -121,14 +136,33 @@ def train(
                 measures = evaluate(step, stop.is_urgent if last else stop.is_asked_for)
                 if measures:
                     metrics.append({"step": step, "samples_seen": step * config.global_batch_size, **measures})
+                stop.cast(save=is_save_due(step) or is_best(measures, progress, recipe))
+                stop.vote_again()
                 model.train()
                 watch.restart()
-            exit_code, save_due = stop.agree(save=is_save_due(step))
+            exit_code, save_due = stop.decision()
             if last or exit_code or save_due:
                 account(progress, guard, watch, device)
                 save(progress)
             if exit_code and not last:
                 raise Stopped(f"stopped after step {step} of {total_steps}", exit_code=exit_code)
+
+
+def is_best(measures: dict[str, float], progress: Progress, recipe: Recipe) -> bool:
+    """Whether this step is to be kept for what was measured.
+
+    Raises:
+        RunError: nothing of that name was measured.
+    """
+    metric, keep = recipe.evaluate.best_metric, recipe.train.keep.best
+    if metric is None or keep is None or not measures:
+        return False
+    if metric not in measures:
+        raise RunError(
+            f"evaluate.best_metric: step {progress.step} measured no {metric}; take one of {', '.join(measures)} and go "
+            "on with --resume"
+        )
+    return progress.is_among_best(measures[metric], keep=keep)
 
 
 class FiniteGuard:
@@ -182,7 +216,7 @@ def report_bad_samples(batch: Batch, progress: Progress, watch: Stopwatch) -> No
 
 def clip_gradients(model: nn.Module, most: float | None) -> Tensor:
     """Norm of the whole gradient before clipping it to `most`: 0-d."""
-    return nn.utils.clip_grad_norm_(model.parameters(), math.inf if most is None else most)
+    return full(nn.utils.clip_grad_norm_(model.parameters(), math.inf if most is None else most))
 
 
 def settle_buckets(
@@ -213,7 +247,7 @@ def losses(objective: ObjectiveLike, terms: dict[str, Tensor]) -> dict[str, floa
 def scales(model: nn.Module) -> dict[str, float]:
     """Logit scale of every loss, as `scale/NAME`."""
     log_scales: nn.ParameterDict = unwrap(model).log_scales  # type: ignore[assignment]
-    return {f"scale/{name}": math.exp(value.item()) for name, value in log_scales.items()}
+    return {f"scale/{name}": math.exp(full(value).item()) for name, value in log_scales.items()}
 
 
 def warn_if_stalled(line: dict[str, float], step: int, recipe: Recipe) -> None:

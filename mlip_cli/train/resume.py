@@ -1,6 +1,8 @@
 """From a running training to a checkpoint and back, to the bit."""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,10 +12,17 @@ import torch.distributed as dist
 from torch import nn
 
 from mlip_cli.config import Train
-from mlip_cli.distributed import rank, unwrap, world_size
+from mlip_cli.distributed import full, parallel, rank, sharded_like, unwrap, whole, world_size
 from mlip_cli.errors import UsageError
 from mlip_cli.output import is_main, warn
-from mlip_cli.train.checkpoint import load_state, load_weights, remove_old_checkpoints, save_checkpoint
+from mlip_cli.train.average import WeightAverage
+from mlip_cli.train.checkpoint import (
+    load_state,
+    load_training_weights,
+    load_weights,
+    remove_old_checkpoints,
+    save_checkpoint,
+)
 from mlip_cli.train.gradients import Precision, RandomState
 from mlip_cli.train.loop import Progress
 
@@ -26,21 +35,33 @@ class Training:
     optimizer: torch.optim.AdamW
     precision: Precision
     device: torch.device
+    average: WeightAverage | None = None
+    """Of the weights, where the recipe asks for one."""
 
     @property
     def plain(self) -> Any:
         """The model without the wrapper for several ranks."""
         return unwrap(self.model)
 
+    @contextmanager
+    def as_measured(self) -> Iterator[Any]:
+        """The plain model as evaluation sees it: whole on every rank, with averaged weights where there are any.
 
-def environment(device: torch.device) -> dict[str, Any]:
+        All ranks enter and leave; inside each may run it as often as it likes.
+        """
+        with self.average.applied() if self.average is not None else nullcontext(), whole(self.model):
+            yield self.plain
+
+
+def environment(training: Training) -> dict[str, Any]:
     """What bit-exact continuation also depends on."""
     return {
         "torch": str(torch.__version__),  # a subclass of str, which plain loading refuses
-        "device": device.type,
+        "device": training.device.type,
         "threads": torch.get_num_threads(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "ranks": world_size(),
+        "parallel": parallel(training.model),
     }
 
 
@@ -74,19 +95,27 @@ class Saver:
             dist.gather_object(random, everyone if is_main() else None)
         else:
             everyone = [random]
+        optimizer, weights = full(training.optimizer.state_dict()), full(training.plain.state_dict())
+        averages = {} if training.average is None else training.average.weights()
         if is_main():
             state = {
                 "progress": asdict(progress),
-                "optimizer": training.optimizer.state_dict(),
+                "optimizer": optimizer,
                 "scaler": training.precision.scaler.state_dict(),
                 "random": everyone,
                 "data": self.data,
-                "environment": environment(training.device),
+                "environment": environment(training),
             }
-            weights = training.plain.state_dict()
-            save_checkpoint(self.folder, step=progress.step, weights=weights, state=state)
+            save_checkpoint(
+                self.folder,
+                step=progress.step,
+                weights=weights | averages,
+                state=state,
+                training_weights={name: weights[name] for name in averages},
+            )
             keep = self.config.keep
-            remove_old_checkpoints(self.folder, last=keep.last, every_steps=keep.every_steps)
+            best = [step for _, step in progress.best]
+            remove_old_checkpoints(self.folder, last=keep.last, every_steps=keep.every_steps, also=best)
         self.last_saved_s = time.monotonic()
 
 
@@ -107,12 +136,26 @@ def restore(checkpoint: Path, training: Training, *, data: dict[str, str]) -> tu
             f"{checkpoint}: the data has changed since ({', '.join(changed)}); restore it, or start a new run with "
             f"model.init={checkpoint}"
         )
-    training.plain.load_state_dict(load_weights(checkpoint))
-    training.optimizer.load_state_dict(state["optimizer"])
+    weights, own = load_weights(checkpoint), training.plain.state_dict()
+    if training.average is not None:
+        training.average.load(weights)
+        weights |= load_training_weights(checkpoint)
+    training.plain.load_state_dict({name: sharded_like(weights[name], own[name]) for name in weights})
+    training.optimizer.load_state_dict(sharded_state(state["optimizer"], training.optimizer))
     training.precision.scaler.load_state_dict(state["scaler"])
-    here = environment(training.device)
+    here = environment(training)
     different = [f"{name} {old} -> {here[name]}" for name, old in state["environment"].items() if old != here[name]]
     if different:
         warn(f"going on in another environment ({', '.join(different)}): results may differ in the last bits")
     random = RandomState(**state["random"][rank()]) if len(state["random"]) == world_size() else None
     return Progress(**state["progress"]), random
+
+
+def sharded_state(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """A whole optimiser state as `optimizer` holds its own: moments of a sharded parameter sharded like it."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    moments = {
+        number: {name: sharded_like(value, parameters[number]) for name, value in values.items()}
+        for number, values in state["state"].items()
+    }
+    return {**state, "state": moments}

@@ -1,0 +1,116 @@
+"""The running average of the weights, and checkpoints by what they measure."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from models_for_tests import small_model
+from test_training import QUIET, command, lines_in, metrics, recipe, run, wait_for
+
+from mlip_cli.train.average import WeightAverage
+from mlip_cli.train.checkpoint import load_training_weights, load_weights
+from mlip_cli.train.loop import Progress
+
+__all__ = ["recipe"]
+
+
+def test_it_is_the_mean_up_to_the_horizon_and_forgets_afterwards() -> None:
+    model = small_model(dtype=torch.float64)
+    weight = model.image_projection.weight
+    average = WeightAverage(model, horizon=32)
+    values = []
+    for step in range(1, 8):
+        values.append(torch.randn_like(weight))
+        weight.data.copy_(values[-1])
+        average.update(samples_seen=8 * step, batch_size=8)
+    expected = torch.stack(values[:4]).mean(0)
+    for value in values[4:]:
+        expected = 0.75 * expected + 0.25 * value
+    torch.testing.assert_close(average.weights()["image_projection.weight"], expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_horizon_below_one_batch_is_the_newest_weights() -> None:
+    model = small_model(dtype=torch.float64)
+    average = WeightAverage(model, horizon=2)
+    for step in (1, 2, 3):
+        for parameter in model.parameters():
+            parameter.data.normal_()
+        average.update(samples_seen=8 * step, batch_size=8)
+    named = dict(model.named_parameters())
+    assert all(torch.equal(value, named[name]) for name, value in average.weights().items())
+
+
+def test_the_model_has_it_for_a_while_and_then_its_own_weights_to_the_bit() -> None:
+    model = small_model(dtype=torch.float32)
+    model.freeze("text")
+    average = WeightAverage(model, horizon=100)
+    assert not [name for name in average.weights() if name.startswith("text.")]
+    average.update(samples_seen=8, batch_size=8)
+    first = {name: value.clone() for name, value in average.weights().items()}
+    for parameter in model.parameters():
+        parameter.data.normal_()
+    own = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with average.applied():
+        applied = {name: p.detach().clone() for name, p in model.named_parameters()}
+    assert all(torch.equal(applied[name], first.get(name, own[name])) for name in own)
+    assert all(torch.equal(p, own[name]) for name, p in model.named_parameters())
+
+
+def test_the_best_are_the_largest_and_of_equal_ones_the_earlier() -> None:
+    progress = Progress()
+    kept = []
+    for step, value in enumerate((0.2, 0.5, 0.5, 0.1, 0.7), start=1):
+        progress.step = step
+        kept.append(progress.is_among_best(value, keep=2))
+    assert kept == [True, True, True, False, True]
+    assert progress.best == [(0.7, 5), (0.5, 2)]
+
+
+def test_a_run_with_an_average_keeps_its_best_and_goes_on_to_the_bit(recipe: Path, tmp_path: Path) -> None:
+    asked = [
+        "optim.ema_horizon=24",
+        "evaluate.best_metric=validation_image_to_text_r5",
+        "train.keep.best=1",
+        "train.keep.last=1",
+        "train.checkpoint_every.steps=5",
+        "evaluate.every_steps=3",
+    ]
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    done = run(recipe, "--out", str(whole), *asked)
+    assert done.returncode == 0, done.stderr
+    measured = {line["step"]: line["validation_image_to_text_r5"] for line in metrics(whole) if "loss" not in line}
+    best = max(measured, key=lambda step: (measured[step], -step))
+    steps = [int(path.name[5:]) for path in sorted((whole / "checkpoints").iterdir())]
+    assert steps == sorted({best, 12})
+    newest = whole / "checkpoints" / "step_0000012"
+    averaged, own = load_weights(newest), load_training_weights(newest)
+    assert not torch.equal(averaged["image_projection.weight"], own["image_projection.weight"])
+
+    arguments = ["--out", str(stopped), *asked]
+    process = subprocess.Popen(command(recipe, *arguments), env=QUIET, text=True, stderr=subprocess.PIPE)
+    wait_for(lambda: lines_in(stopped) >= 9, process)
+    process.kill()
+    process.communicate()
+    resumed = run(recipe, *arguments, "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    assert metrics(stopped) == metrics(whole)
+    assert sorted(p.name for p in (stopped / "checkpoints").iterdir()) == [f"step_{step:07d}" for step in steps]
+    for load in (load_weights, load_training_weights):
+        ours, theirs = (load(folder / "checkpoints" / newest.name) for folder in (stopped, whole))
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_measure_that_does_not_exist_ends_the_run_with_those_that_do(recipe: Path, tmp_path: Path) -> None:
+    wrong = run(recipe, "--out", str(tmp_path / "run"), "evaluate.best_metric=accuracy", "train.keep.best=1")
+    assert wrong.returncode == 1, wrong.stderr
+    assert "error: evaluate.best_metric: step 4 measured no accuracy; take one of validation_image_to_text_r1" in (
+        wrong.stderr
+    )
+
+
+@pytest.mark.parametrize("best", ["train.keep.best=1", "evaluate.best_metric=x"])
+def test_half_of_a_best_is_refused(recipe: Path, tmp_path: Path, best: str) -> None:
+    refused = run(recipe, "--out", str(tmp_path / "run"), best)
+    assert refused.returncode == 2
+    assert refused.stderr.count("error") == 1

@@ -1,0 +1,80 @@
+"""Training whose parameters are spread over the ranks (FSDP2), in real processes."""
+
+import json
+import os
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from test_training import QUIET, command, lines_in, metrics, recipe, run, wait_for, whole
+
+from mlip_cli.train.checkpoint import load_state, load_weights
+
+__all__ = ["recipe", "whole"]
+SHARDED = ("train.parallel=fsdp", "train.checkpoint_every.steps=6")
+
+
+@pytest.fixture(scope="module")
+def sharded(recipe: Path) -> Path:
+    """A run on two ranks that was never stopped."""
+    folder = recipe.parent / "sharded"
+    done = run(recipe, "--out", str(folder), *SHARDED, ranks=2)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def stopped_after_6(run: Path, folder: Path) -> Path:
+    """A copy of a run as it was after step 6."""
+    (folder / "checkpoints").mkdir(parents=True)
+    for name in ("recipe.yaml", "metrics.jsonl"):
+        (folder / name).write_bytes((run / name).read_bytes())
+    (folder / "run.json").write_text(json.dumps(json.loads((run / "run.json").read_text()) | {"end_reason": None}))
+    os.symlink(run / "checkpoints" / "step_0000006", folder / "checkpoints" / "step_0000006")
+    return folder
+
+
+def test_it_trains_as_one_process_does_and_its_checkpoints_are_whole(whole: Path, sharded: Path) -> None:
+    two, one = metrics(sharded), metrics(whole)
+    assert [line["step"] for line in two] == [line["step"] for line in one]
+    for mine, other in zip(two, one, strict=True):
+        for name, value in other.items():
+            assert mine[name] == pytest.approx(value, rel=2e-3, abs=1e-4), (name, mine["step"])
+    ours, theirs = (folder / "checkpoints" / "step_0000012" for folder in (sharded, whole))
+    shapes = [{n: t.shape for n, t in load_weights(checkpoint).items()} for checkpoint in (ours, theirs)]
+    assert shapes[0] == shapes[1]
+    states = [load_state(checkpoint)["optimizer"]["state"] for checkpoint in (ours, theirs)]
+    assert states[0].keys() == states[1].keys()
+    for number, moments in states[1].items():
+        assert {n: t.shape for n, t in states[0][number].items()} == {n: t.shape for n, t in moments.items()}
+
+
+def test_it_goes_on_to_the_bit_and_on_one_rank_too(recipe: Path, sharded: Path, tmp_path: Path) -> None:
+    again = stopped_after_6(sharded, tmp_path / "again")
+    resumed = run(recipe, "--out", str(again), *SHARDED, "--resume", ranks=2)
+    assert resumed.returncode == 0, resumed.stderr
+    assert metrics(again) == metrics(sharded)
+    ours, theirs = (load_weights(f / "checkpoints" / "step_0000012") for f in (again, sharded))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+    alone = stopped_after_6(sharded, tmp_path / "alone")
+    resumed = run(recipe, "--out", str(alone), "--resume", "train.checkpoint_every.steps=6")
+    assert resumed.returncode == 0, resumed.stderr
+    assert "ranks 2 -> 1, parallel fsdp -> none" in resumed.stderr
+    assert metrics(alone)[-2]["loss"] == pytest.approx(metrics(sharded)[-2]["loss"], rel=2e-3)
+
+
+def test_a_signal_to_one_rank_stops_all_after_the_same_step(recipe: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    long = ["--out", str(folder), "train.parallel=fsdp", "train.steps=2000", "evaluate.every_steps=null"]
+    launcher = subprocess.Popen(command(recipe, *long, ranks=2), env=QUIET, text=True, stderr=subprocess.PIPE)
+    wait_for(lambda: lines_in(folder) >= 2, launcher)
+    ranks = subprocess.run(["pgrep", "-P", str(launcher.pid)], capture_output=True, text=True, check=True).stdout
+    os.kill(max(map(int, ranks.split())), signal.SIGTERM)
+    _, words = launcher.communicate(timeout=60)
+    step = metrics(folder)[-1]["step"]
+    assert f"stopped after step {step} of 2000, saved in {folder}" in words
+    assert [p.name for p in (folder / "checkpoints").iterdir()] == [f"step_{step:07d}"]
+    assert launcher.returncode == 1  # of torchrun; the ranks' own is 143
+    assert "exitcode  : 143" in words
