@@ -67,6 +67,15 @@ class Run:
         return self.folder / "metrics.jsonl"
 
     @property
+    def tensorboard(self) -> Path:
+        return self.folder / "tensorboard"
+
+    @property
+    def wandb_id(self) -> Path:
+        """Id of the run on W&B."""
+        return self.folder / "wandb_id.txt"
+
+    @property
     def evals(self) -> Path:
         return self.folder / "evals"
 

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from mlip_cli.commands.run_start import check_can_be_made, choose_start, command_to_resume
+from mlip_cli.commands.run_start import check_can_be_made, check_trackers, choose_start, command_to_resume
 from mlip_cli.errors import Stopped
 from mlip_cli.init_source import find_init
 from mlip_cli.output import is_main, print_json, print_lines, say
@@ -19,6 +19,7 @@ def pretrain(
     start = choose_start(loaded.recipe, loaded.name, out=out, resume=resume)
     if not start.resumes and loaded.recipe.model.init is not None:
         find_init(loaded.recipe.model.init)
+    check_trackers(loaded.recipe.log)
     if dry_run:
         from mlip_cli.commands.dry_run import describe
 

@@ -16,7 +16,7 @@ from mlip_cli.commands.run_start import MICRO_BATCHES, Start, drawn_by_forward_p
 from mlip_cli.commands.training_facts import cautions, facts, resume_facts
 from mlip_cli.commands.training_setup import TrainingData, build, open_batches, open_data, training_device
 from mlip_cli.commands.validation import BATCH_SIZE, OnBatch, validation_pairs
-from mlip_cli.config import Recipe
+from mlip_cli.config import Log, Recipe
 from mlip_cli.data.preflight import preflight
 from mlip_cli.data.tokenizer import Tokenizer
 from mlip_cli.distributed import from_main, process_group, rank, world_size
@@ -34,6 +34,7 @@ from mlip_cli.train.loop import Progress, train
 from mlip_cli.train.metrics import MetricsFile
 from mlip_cli.train.resume import Saver, Training, restore
 from mlip_cli.train.time_left import TimeLeft
+from mlip_cli.train.trackers import opened_trackers
 
 Evaluate = Callable[[int, Callable[[], bool]], dict[str, float]]
 """Step, and whether a signal asks to stop -> measures by their names in metrics.jsonl."""
@@ -101,19 +102,21 @@ def run_loop(
         random: the state of the generators that a resumed run goes on with.
     """
     device = training.device
-    metrics = MetricsFile(run.metrics if is_main() else None)
-    metrics.cut_back(progress.step)
     saver = Saver(run.checkpoints, recipe.train, training, data=data.fingerprints)
     batches = open_batches(recipe, data, device, start_step=progress.step)
     share = recipe.train.global_batch_size // world_size()
     at_once = min(share, recipe.train.micro_batch_size or share)
     drawn = drawn_by_forward_passes(recipe)
     note = ", which gives the same gradient" if drawn is None else f" in a new run: it changes what {drawn} draws"
+    config = recipe.model_dump(mode="json")
     with (
+        opened_trackers(recipe.log if is_main() else Log(), run, config=config, step=progress.step) as trackers,
         closing(batches),  # type: ignore[type-var]
         training_panel(data.total_steps, step=progress.step, line_every=recipe.log.every_steps) as panel,
         batch_named(MICRO_BATCHES, at_once, note=note),
     ):
+        metrics = MetricsFile(run.metrics if is_main() else None, also=trackers.append)
+        metrics.cut_back(progress.step)
         left = TimeLeft(data.total_steps, step=progress.step, evaluate_every=recipe.evaluate.every_steps)
         if random is not None:
             random.restore(device)

@@ -5,7 +5,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,15 @@ from mlip_cli.types import Batch
 
 
 class MetricsFile:
-    """Appends lines, which outlive the process from then on. Without a path it keeps silent (ranks other than 0)."""
+    """Appends lines, which outlive the process from then on. Without a path it keeps silent (ranks other than 0).
 
-    def __init__(self, path: Path | None) -> None:
+    Args:
+        also: gets each line that was written.
+    """
+
+    def __init__(self, path: Path | None, *, also: Callable[[dict[str, Any]], None] = lambda _: None) -> None:
         self.path = path
+        self._also = also
 
     def append(self, line: dict[str, Any]) -> None:
         """Write one line; a value that is not finite becomes null.
@@ -35,6 +40,7 @@ class MetricsFile:
                 file.write(json.dumps(finite, allow_nan=False) + "\n")
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(self.path)) from error
+        self._also(finite)
 
     def cut_back(self, step: int) -> None:
         """Drop the lines after `step`, so that no step stands twice after a resume, and a damaged end."""
