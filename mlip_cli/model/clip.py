@@ -276,7 +276,7 @@ MOST_COMPILED_FORMS = 64
 """Of a block's code: lengths of text, tokens after each merge, with and without gradient, batches of evaluation."""
 
 
-def compile_blocks(model: CLIP) -> None:
+def compile_blocks(model: CLIP, *, backend: str = "inductor") -> None:
     """Compile every block on its own, in place; torch.compile's work then grows with kinds of blocks, not with depth.
 
     A form more than `MOST_COMPILED_FORMS` raises, where torch alone would run the plain code without a word.
@@ -285,4 +285,4 @@ def compile_blocks(model: CLIP) -> None:
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     for block in model.blocks():
         # the method and not the module: hooks, such as those that gather a sharded block, stay outside
-        setattr(block, "forward", torch.compile(block.forward))  # noqa: B010 - mypy takes no method as a target
+        setattr(block, "forward", torch.compile(block.forward, backend=backend))  # noqa: B010 - mypy takes no method as a target

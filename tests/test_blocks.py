@@ -1,0 +1,90 @@
+"""Blocks that are skipped, computed twice or compiled: the same losses and gradients as plain ones."""
+
+import pytest
+import torch
+from models_for_tests import small_batch, small_model, small_recipe
+from test_gradients import CPU, gradients, relative_error
+
+from mlip_cli.config import Recipe
+from mlip_cli.losses.objective import Objective
+from mlip_cli.model.clip import CLIP, MOST_COMPILED_FORMS, compile_blocks
+from mlip_cli.recipe_checks import check
+from mlip_cli.train.gradients import Precision, add_gradients
+
+
+def gradients_of(model: CLIP, recipe: Recipe, *, micro_batch_size: int | None = None) -> dict[str, torch.Tensor]:
+    model.train()
+    model.zero_grad()
+    torch.manual_seed(3)
+    precision, objective = Precision.named("fp32", CPU), Objective(recipe.losses)
+    add_gradients(model, objective, small_batch(), precision=precision, micro_batch_size=micro_batch_size)
+    return gradients(model)
+
+
+def dropping() -> Recipe:
+    recipe = small_recipe(model={"text": {"width": 32, "depth": 2, "num_heads": 2, "dropout": 0.2}})
+    vision = recipe.model.vision.model_copy(update={"drop_path": 0.4})
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"vision": vision})})
+
+
+def test_blocks_are_skipped_more_often_the_higher_they_stand_and_never_in_evaluation() -> None:
+    model = small_model(dropping())
+    rates = [getattr(block.drop_path1, "drop_prob", 0.0) for block in model.vision.trunk.blocks]
+    assert rates == pytest.approx([0, 0.4 / 3, 0.8 / 3, 0.4])
+    images = small_batch().images
+    assert torch.equal(model.eval().encode_image(images), model.encode_image(images))
+    assert not torch.equal(model.train().encode_image(images), model.encode_image(images))
+
+
+@pytest.mark.parametrize("micro_batch_size", [None, 3])
+def test_activations_that_are_computed_again_give_the_same_gradient(micro_batch_size: int | None) -> None:
+    """With dropout and skipped blocks, which have to be drawn again as they were."""
+    recipe = dropping()
+    plain = gradients_of(small_model(recipe), recipe, micro_batch_size=micro_batch_size)
+    model = small_model(recipe)
+    model.set_grad_checkpointing()
+    inside = 0
+
+    def count(module: torch.nn.Module, inputs: object) -> None:
+        nonlocal inside
+        inside += 1
+
+    for block in [*model.vision.trunk.blocks, *model.text.blocks]:
+        block.mlp.register_forward_pre_hook(count)
+    again = gradients_of(model, recipe, micro_batch_size=micro_batch_size)
+    assert relative_error(again, plain) < 1e-12
+    passes = {None: 2, 3: 3 * 3}[micro_batch_size]  # of each of three parts: once without graph, twice with it
+    assert inside == passes * 6
+
+
+def test_a_locked_tower_has_nothing_to_skip() -> None:
+    recipe = dropping()
+    model = recipe.model.model_copy(update={"init": "run", "freeze": "image"})
+    assert check(recipe.model_copy(update={"model": model})) == [
+        ("model.vision.drop_path", "0.4, but a tower that model.freeze keeps drops nothing; set it to 0")
+    ]
+
+
+def test_compiled_blocks_give_the_same_gradient_at_every_length_of_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By graphs and autograd as compiled code has them; what writes the machine's code is left to torch's own tests."""
+    recipe = small_recipe()
+    plain, compiled = (small_model(recipe) for _ in range(2))
+    names = list(compiled.state_dict())
+    for option in ("recompile_limit", "fail_on_recompile_limit_hit"):
+        monkeypatch.setattr(torch._dynamo.config, option, getattr(torch._dynamo.config, option))  # put back afterwards
+    torch.compiler.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    compile_blocks(compiled, backend="aot_eager")
+    assert list(compiled.state_dict()) == names
+    for micro_batch_size in (None, 3):
+        expected = gradients_of(plain, recipe, micro_batch_size=micro_batch_size)
+        assert relative_error(gradients_of(compiled, recipe, micro_batch_size=micro_batch_size), expected) < 1e-10
+    with torch.no_grad():
+        for length in (8, 9, 10, 12, 14, 16):
+            token_ids = small_batch(length=length).token_ids
+            torch.testing.assert_close(compiled.encode_text(token_ids), plain.encode_text(token_ids))
+    assert not counters["graph_break"]
+    assert 0 < counters["stats"]["unique_graphs"] < MOST_COMPILED_FORMS / 2
+    print(counters["stats"]["unique_graphs"])
+    torch.compiler.reset()
