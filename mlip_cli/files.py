@@ -10,6 +10,9 @@ from typing import Any
 
 from mlip_cli.errors import RunError
 
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What the system says where there is no room: of a disk, of a quota, of a limit on the size of files."""
+
 
 def sync_folder(folder: Path) -> None:
     """Make renames inside `folder` durable."""
@@ -44,7 +47,7 @@ def full_disk_named(place: Path, cure: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno in FULL_DISK:
             raise RunError(f"{place}: {os.strerror(error.errno)}; {cure}") from error
         raise
 

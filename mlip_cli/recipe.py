@@ -75,12 +75,17 @@ def schema_text() -> str:
 
 
 def absolute_paths(recipe: Recipe) -> Recipe:
-    """The same recipe with paths that hold in every folder: those of the data and of model.init."""
+    """The same recipe with paths that hold in every folder: those of the data, its cache and model.init."""
 
     def absolute(sources: tuple[Source, ...] | None) -> tuple[Source, ...] | None:
-        return sources and tuple(s.model_copy(update={"path": os.path.abspath(s.path)}) for s in sources)
+        return sources and tuple(
+            s if "://" in s.path else s.model_copy(update={"path": os.path.abspath(s.path)}) for s in sources
+        )
 
-    data = {"train": absolute(recipe.data.train), "validation": absolute(recipe.data.validation)}
+    cache = recipe.data.cache
+    if cache.folder is not None:
+        cache = cache.model_copy(update={"folder": os.path.abspath(os.path.expanduser(cache.folder))})
+    data = {"train": absolute(recipe.data.train), "validation": absolute(recipe.data.validation), "cache": cache}
     init = recipe.model.init
     foreign = open_clip_file(init) if init else None
     if init:

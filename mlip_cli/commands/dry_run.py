@@ -9,7 +9,7 @@ from mlip_cli.commands.costs import frequency_gflops, image_gflops, parameters, 
 from mlip_cli.commands.initial_weights import check_initial
 from mlip_cli.commands.training_facts import cautions
 from mlip_cli.commands.training_setup import num_workers, open_data, training_device
-from mlip_cli.config import Recipe, Source
+from mlip_cli.config import Cache, Recipe, Source
 from mlip_cli.data.dataset import open_sources
 from mlip_cli.data.preflight import preflight
 from mlip_cli.distributed import world_size
@@ -66,7 +66,7 @@ def derived(recipe: Recipe, *, resumes: bool) -> dict[str, Any]:
         "data": [],
         "missing": list(_missing(recipe)),
     }
-    if not any(_missing_sources(recipe.data.train)):
+    if not any(_missing_sources(recipe.data.train, recipe.data.cache)):
         data = open_data(recipe)
         facts["data"] = preflight(data.datasets, data.order, recipe.train.global_batch_size, ranks)
         facts["steps"] = data.total_steps
@@ -76,8 +76,8 @@ def derived(recipe: Recipe, *, resumes: bool) -> dict[str, Any]:
 
 def _missing(recipe: Recipe) -> Iterator[str]:
     """What training would look for and not find, each with its cure."""
-    yield from _missing_sources(recipe.data.train)
-    yield from _missing_sources(recipe.data.validation or ())
+    yield from _missing_sources(recipe.data.train, recipe.data.cache)
+    yield from _missing_sources(recipe.data.validation or (), recipe.data.cache)
     for name in recipe.evaluate.zeroshot:
         try:
             find_benchmark(name, root=data_root(None))
@@ -87,10 +87,10 @@ def _missing(recipe: Recipe) -> Iterator[str]:
             yield str(error)
 
 
-def _missing_sources(sources: tuple[Source, ...]) -> Iterator[str]:
+def _missing_sources(sources: tuple[Source, ...], cache: Cache) -> Iterator[str]:
     for source in sources:
         try:
-            open_sources([source])
+            open_sources([source], cache=cache)
         except UsageError as error:
             yield str(error)
 
@@ -98,6 +98,7 @@ def _missing_sources(sources: tuple[Source, ...]) -> Iterator[str]:
 def _lines(recipe: Recipe, facts: dict[str, Any]) -> list[str]:
     ranks, batch = facts["ranks"], recipe.train.global_batch_size
     micro = recipe.train.micro_batch_size
+    at_a_time = {None: "", "auto": ", as many at a time as fit"}.get(micro, f", {micro:,} at a time")
     counted = ", ".join(f"{name} {count:,}" for name, count in facts["parameters"].items())
     length = plural(facts["steps"], "step") if facts["steps"] else plural(recipe.train.epochs or 0, "epoch")
     loaders = plural(facts["num_workers"], "loader process", "loader processes")
@@ -105,7 +106,7 @@ def _lines(recipe: Recipe, facts: dict[str, Any]) -> list[str]:
     return [
         f"device: {facts['device']}, {recipe.train.precision}, {loaders} a rank",
         f"batch: {batch:,} / {plural(ranks, 'rank')} = {facts['samples_per_rank']:g} a rank"
-        + (f", {micro:,} at a time" if micro else ""),
+        + at_a_time,
         f"length: {length}",
         f"parameters: {sum(facts['parameters'].values()):,} ({counted})" + (frozen if recipe.model.freeze else ""),
         f"patch tokens per block: {' '.join(map(str, facts['patch_tokens_per_block']))}"

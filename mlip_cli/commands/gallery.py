@@ -62,7 +62,7 @@ def write_gallery(run: Run, found: FoundPairs, pairs: ValidationPairs, *, step: 
             "measured_at": now(),
             "step": step,
             "true_merge_rate": true_rate,
-            "folders": [str(dataset.folder.resolve()) for dataset in pairs.datasets],
+            "folders": [dataset.place for dataset in pairs.datasets],
             "fingerprints": [dataset.fingerprint for dataset in pairs.datasets],
             "num_images": pairs.num_pictures,
             "num_texts": len(pairs.texts),

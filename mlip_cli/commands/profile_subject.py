@@ -73,7 +73,7 @@ def _check_named(target: str) -> None:
 def training_data(recipe: Recipe) -> list[ShardDataset]:
     """The data sets of `data.train`; none, and a line that says why, where one of them is missing or damaged."""
     try:
-        return open_sources(recipe.data.train)
+        return open_sources(recipe.data.train, cache=recipe.data.cache)
     except (UsageError, RunError) as error:
         say(f"no data, so reading and decoding are not timed: {error}")
         return []
@@ -88,7 +88,7 @@ def caption_length(recipe: Recipe, datasets: Sequence[ShardDataset]) -> tuple[in
     generator = np.random.default_rng(0)
     size = min(recipe.train.global_batch_size, dataset.num_samples)
     longest = [dataset.num_tokens(generator.integers(dataset.num_samples, size=size)).max() for _ in range(25)]
-    return padded_length(int(np.median(longest)), most), f"batches of {dataset.folder}"
+    return padded_length(int(np.median(longest)), most), f"batches of {dataset.name}"
 
 
 def random_batch(subject: Subject, *, batch_size: int, num_tokens: int) -> Batch:

@@ -59,7 +59,7 @@ def data_cards(training: Sequence[ShardDataset], validation: Sequence[ShardDatas
     for role, datasets in (("training", training), ("validation", validation)):
         for number, dataset in enumerate(datasets, start=1):
             card = {key: value for key, value in dataset.card.items() if key != "shards"}
-            cards[role if number == 1 else f"{role} {number}"] = {"folder": str(dataset.folder.resolve()), **card}
+            cards[role if number == 1 else f"{role} {number}"] = {"folder": dataset.place, **card}
     return cards
 
 

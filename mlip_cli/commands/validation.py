@@ -7,7 +7,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-from mlip_cli.config import Recipe, Source
+from mlip_cli.config import Cache, Recipe, Source
 from mlip_cli.data.dataset import RawSample, open_sources
 from mlip_cli.data.loader import default_num_workers, evaluation_loader
 from mlip_cli.data.tokenizer import Tokenizer
@@ -42,9 +42,15 @@ class ValidationPairs:
     """All pictures of some data sets and their distinct captions; a caption of several pictures is right for each."""
 
     def __init__(
-        self, sources: Sequence[Source], tokenizer: Tokenizer, *, image_size: int, device: torch.device
+        self,
+        sources: Sequence[Source],
+        tokenizer: Tokenizer,
+        *,
+        image_size: int,
+        device: torch.device,
+        cache: Cache | None = None,
     ) -> None:
-        self.datasets = open_sources(sources)
+        self.datasets = open_sources(sources, cache=cache)
         self.device = device
         self._tokenizer = tokenizer
         captions = [
@@ -123,7 +129,13 @@ def validation_pairs(recipe: Recipe, tokenizer: Tokenizer, *, device: torch.devi
     sources = recipe.data.validation
     if sources is None:
         return None
-    return ValidationPairs(sources, tokenizer, image_size=recipe.data.image_size, device=torch.device(device))
+    return ValidationPairs(
+        sources,
+        tokenizer,
+        image_size=recipe.data.image_size,
+        device=torch.device(device),
+        cache=recipe.data.cache,
+    )
 
 
 class Kept(Generic[T]):

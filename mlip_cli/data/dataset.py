@@ -4,7 +4,7 @@ import json
 import os
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from mlip_cli.config import Source
-from mlip_cli.data.index import FORMATS, index_path, read_index
+from mlip_cli.config import Cache, Source
+from mlip_cli.data.card import parse_card
+from mlip_cli.data.index import FORMATS, index_path, read_index, read_records
+from mlip_cli.data.remote import RemoteShards, check_fit, is_url
 from mlip_cli.errors import RunError, UsageError
 
 MAX_OPEN_SHARDS = 256
@@ -63,14 +65,45 @@ class ShardDataset:
         RunError: an index is missing or does not belong to its shard.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, remote: RemoteShards | None = None) -> None:
         self.folder = folder
+        """Where the shards are read from: the cache, for data that lies elsewhere."""
+        self.remote = remote
         self.card = _read_card(folder)
         self.fingerprint: str = self.card["fingerprint"]
         self._shards: list[str] = [shard["name"] for shard in self.card["shards"]]
         self._ends = list(accumulate(shard["n"] for shard in self.card["shards"]))
         self._num_tokens = self._read_num_tokens()
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
+
+    @classmethod
+    def at_url(cls, url: str, cache: Cache) -> "ShardDataset":
+        """Data that lies elsewhere; whole shards are fetched when they are read, or before that by `fetch`."""
+        remote = RemoteShards(url, cache)
+        return cls(remote.folder, remote=remote)
+
+    @property
+    def name(self) -> str:
+        """The folder, or the URL, as the recipe names it."""
+        return str(self.folder) if self.remote is None else self.remote.url
+
+    @property
+    def place(self) -> str:
+        """The absolute folder, or the URL: the same name wherever a run goes on."""
+        return str(self.folder.resolve()) if self.remote is None else self.remote.url
+
+    def shards_of(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Which shard each sample lies in: (n,) -> (n,)."""
+        return np.searchsorted(np.array(self._ends), ids, side="right")
+
+    def fetch(self, shards: Iterable[int] | None = None) -> None:
+        """Have these shards (None: all) on this machine, where they lie elsewhere.
+
+        Raises:
+            RunError: the network failed, or they are not what dataset.json says.
+        """
+        if self.remote is not None:
+            self.remote.fetch(self._shards if shards is None else [self._shards[number] for number in shards])
 
     @property
     def num_samples(self) -> int:
@@ -134,10 +167,11 @@ class ShardDataset:
     def _read_num_tokens(self) -> NDArray[np.uint16]:
         columns = []
         for shard in self.card["shards"]:
-            records = read_index(self.folder / shard["name"])
+            path = self.folder / shard["name"]
+            records = read_index(path) if self.remote is None else read_records(index_path(path))[1]
             if len(records) != shard["n"]:
                 raise RunError(
-                    f"{index_path(self.folder / shard['name'])}: {len(records)} samples where dataset.json says "
+                    f"{index_path(path)}: {len(records)} samples where dataset.json says "
                     f"{shard['n']}; prepare the data again (mlip prepare-data)"
                 )
             columns.append(np.array(records["num_tokens"]))
@@ -156,34 +190,38 @@ class ShardDataset:
         if len(self._open) >= MAX_OPEN_SHARDS:
             os.close(self._open.popitem(last=False)[1].descriptor)
         path = self.folder / self._shards[number]
+        self.fetch([number])
         records = read_index(path)
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         self._open[number] = _OpenShard(descriptor, os.fstat(descriptor).st_size, records)
         return self._open[number]
 
 
-def open_sources(sources: Sequence[Source]) -> list[ShardDataset]:
-    """The data sets of `data.train` or `data.validation`, in order.
+def open_sources(sources: Sequence[Source], *, cache: Cache | None = None) -> list[ShardDataset]:
+    """The data sets of `data.train` or `data.validation`, in order; of those at URLs the indexes are fetched.
+
+    Args:
+        cache: for those at URLs; None: the user's own.
 
     Raises:
-        UsageError: a folder is missing, not prepared or empty.
+        UsageError: a folder is missing, not prepared or empty, or the cache cannot hold what lies elsewhere.
+        RunError: the network failed.
     """
-    return [ShardDataset(Path(source.path)) for source in sources]
+    datasets = [
+        ShardDataset(Path(source.path))
+        if not is_url(source.path)
+        else ShardDataset.at_url(source.path, cache or Cache())
+        for source in sources
+    ]
+    check_fit([dataset.remote for dataset in datasets if dataset.remote is not None])
+    return datasets
 
 
 def _read_card(folder: Path) -> dict[str, Any]:
     path = folder / "dataset.json"
     if not path.is_file():
         raise UsageError(_why_not_prepared(folder))
-    try:
-        card = json.loads(path.read_bytes())
-        shards = [(shard["name"], int(shard["n"])) for shard in card["shards"]]
-        fingerprint = card["fingerprint"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{path}: not written by mlip prepare-data ({error!r}); prepare the data again") from error
-    if not fingerprint or sum(n for _, n in shards) == 0:
-        raise UsageError(f"{folder}: the data set holds no samples; prepare it again (mlip prepare-data)")
-    return dict(card)
+    return parse_card(path.read_bytes(), place=str(path), folder=str(folder))
 
 
 def _why_not_prepared(folder: Path) -> str:

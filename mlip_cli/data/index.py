@@ -12,6 +12,7 @@ from mlip_cli.files import write_bytes
 
 MAGIC = b"MLIPIDX1"
 FORMATS = ("jpg", "png", "webp")
+CURE = "prepare the data again (mlip prepare-data)"
 
 HEADER = np.dtype([("magic", "S8"), ("n", "<u4"), ("reserved", "<u4"), ("tar_bytes", "<u8"), ("sha256", "V32")])
 RECORD = np.dtype(
@@ -54,24 +55,32 @@ def read_index(shard: Path) -> np.ndarray:
     Raises:
         RunError: no index, a damaged one, or a tar of another size than the index was made for.
     """
-    path = index_path(shard)
-    cure = "prepare the data again (mlip prepare-data)"
+    header, records = read_records(index_path(shard))
+    if not shard.is_file():
+        raise RunError(f"{shard}: the shard is missing although its index is there; {CURE}")
+    if shard.stat().st_size != int(header["tar_bytes"]):
+        raise RunError(
+            f"{shard}: {shard.stat().st_size} bytes where the index says {int(header['tar_bytes'])}; "
+            f"the shard was cut or changed: {CURE}"
+        )
+    return records
+
+
+def read_records(path: Path) -> tuple[np.void, np.ndarray]:
+    """HEADER of an index and its records, whether its shard is there or not.
+
+    Raises:
+        RunError: no index, or a damaged one.
+    """
     if not path.is_file():
-        raise RunError(f"{path}: no index for {shard.name}; {cure}")
+        raise RunError(f"{path}: no index for {path.with_suffix('.tar').name}; {CURE}")
     size = path.stat().st_size
     header = np.fromfile(path, HEADER, count=1)
     if len(header) == 0 or header["magic"][0] != MAGIC:
-        raise RunError(f"{path}: not an index of mlip; {cure}")
+        raise RunError(f"{path}: not an index of mlip; {CURE}")
     n = int(header["n"][0])
     if size != HEADER.itemsize + n * RECORD.itemsize:
-        raise RunError(f"{path}: {size} bytes where {n} samples need {HEADER.itemsize + n * RECORD.itemsize}; {cure}")
-    if not shard.is_file():
-        raise RunError(f"{shard}: the shard is missing although its index is there; {cure}")
-    if shard.stat().st_size != int(header["tar_bytes"][0]):
-        raise RunError(
-            f"{shard}: {shard.stat().st_size} bytes where the index says {int(header['tar_bytes'][0])}; "
-            f"the shard was cut or changed: {cure}"
-        )
+        raise RunError(f"{path}: {size} bytes where {n} samples need {HEADER.itemsize + n * RECORD.itemsize}; {CURE}")
     if n == 0:
-        return np.zeros(0, RECORD)
-    return np.memmap(path, RECORD, mode="r", offset=HEADER.itemsize, shape=(n,))
+        return header[0], np.zeros(0, RECORD)
+    return header[0], np.memmap(path, RECORD, mode="r", offset=HEADER.itemsize, shape=(n,))

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from mlip_cli.config import Data
 from mlip_cli.data.bad_samples import BadSampleLimit, SlowPictures, place_and_reason
 from mlip_cli.data.dataset import BadSampleError, RawSample, ShardDataset
+from mlip_cli.data.fetching import fetch_ahead
 from mlip_cli.data.labels import label_of
 from mlip_cli.data.loader_processes import data_loader, items_of
 from mlip_cli.data.order import MAX_ATTEMPTS, Order, Position, Positions, key
@@ -69,6 +70,7 @@ def training_loader(
     """
     check_divides(global_batch_size, world_size)
     steps = _Steps(datasets, order, data, context_length, global_batch_size, seed, rank, world_size, with_labels)
+    fetch_ahead(datasets, order, range(start_step * global_batch_size, stop_step * global_batch_size))
     loader = data_loader(steps, range(start_step, stop_step), num_workers, pin_memory=pin_memory)
     return _training_batches(loader, BadSampleLimit(data.max_bad_share))
 
@@ -84,6 +86,7 @@ def evaluation_loader(
     Raises:
         RunError: (while iterating) a sample cannot be read: a measure over the others would be another measure.
     """
+    dataset.fetch()
     batches = _EvaluationBatches(dataset, image_size, batch_size)
     everything = range(-(-dataset.num_samples // batch_size))
     return items_of(data_loader(batches, everything if numbers is None else numbers, num_workers))

@@ -20,9 +20,7 @@ def preflight(datasets: Sequence[ShardDataset], order: Order, global_batch_size:
     for number, dataset in enumerate(datasets):
         decoded(dataset.read(0))
         share = f", {float(order.shares[number]):.1%} of what is seen" if order.shares else ""
-        lines.append(
-            f"{dataset.folder}: {dataset.num_samples:,} samples in {plural(dataset.num_shards, 'shard')}{share}"
-        )
+        lines.append(f"{dataset.name}: {dataset.num_samples:,} samples in {plural(dataset.num_shards, 'shard')}{share}")
     if order.steps_per_epoch is not None:
         left_out = order.num_samples - order.steps_per_epoch * global_batch_size
         tail = f"; {left_out:,} samples are left out, others each epoch" if left_out else ""
