@@ -268,8 +268,11 @@ class Train(Section):
     """Length in passes over the data."""
     global_batch_size: Positive
     """Samples per step over all ranks."""
-    micro_batch_size: Positive | None = None
-    """Samples a forward pass, gradient of the whole batch (dropout, random_drop: other draws); null: a rank's share."""
+    micro_batch_size: Annotated[
+        Positive | Literal["auto"] | None, Field(json_schema_extra={"x-expected": "a number, auto or null"})
+    ] = None
+    """Samples a forward pass, gradient of the whole batch (dropout, random_drop: other draws); null: a rank's share.
+    auto: on CUDA the largest half, quarter, ... of the share that fits into memory, elsewhere the share."""
     precision: Literal["bf16", "fp32", "fp16"] = "bf16"
     """Autocast type of the towers; losses are always at least fp32. fp16 needs CUDA."""
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
@@ -286,6 +289,11 @@ class Train(Section):
     """When to save."""
     keep: Keep = Keep()
     """Which checkpoints stay."""
+
+    @property
+    def given_micro_batch_size(self) -> int | None:
+        """The number in `micro_batch_size`, if it is one."""
+        return self.micro_batch_size if isinstance(self.micro_batch_size, int) else None
 
 
 class Evaluate(Section):

@@ -188,6 +188,15 @@ def all_sum(x: Tensor) -> Tensor:
     return x
 
 
+def all_min(value: int) -> int:
+    """The smallest of all ranks' numbers."""
+    if world_size() == 1:
+        return value
+    everyone: list[int] = [0] * world_size()
+    dist.all_gather_object(everyone, value)
+    return min(everyone)
+
+
 def all_mean(x: Tensor) -> Tensor:
     """Mean over ranks, without gradient."""
     return all_sum(x) / world_size()

@@ -22,9 +22,11 @@ def _length(recipe: Recipe) -> Found:
 
 
 def _batch(recipe: Recipe) -> Found:
-    micro, whole = recipe.train.micro_batch_size, recipe.train.global_batch_size
+    micro, whole = recipe.train.given_micro_batch_size, recipe.train.global_batch_size
     if micro is not None and micro > whole:
         yield "train.micro_batch_size", f"{micro} is more than train.global_batch_size {whole}; set it to null"
+    if recipe.train.micro_batch_size == "auto" and recipe.train.parallel == "fsdp":
+        yield "train.micro_batch_size", "auto needs train.parallel ddp, where each rank can try alone; give a number"
 
 
 def _precision(recipe: Recipe) -> Found:

@@ -106,7 +106,7 @@ def test_a_run_leaves_all_that_later_commands_need(whole: Path) -> None:
     assert lines[-2]["loss"] < lines[0]["loss"]
     checkpoint = whole / "checkpoints" / "step_0000012"
     state = load_state(checkpoint)
-    assert state["progress"] == {"step": 12, "skipped_steps": 0, "bad_samples": 0, "best": []}
+    assert state["progress"] == {"step": 12, "skipped_steps": 0, "bad_samples": 0, "best": [], "micro_batch_size": None}
     assert not [name for name in load_weights(checkpoint) if name.startswith("module.")]
     assert "finished" not in (whole / "log.txt").read_text()
     assert "step 12/12" in (whole / "log.txt").read_text()

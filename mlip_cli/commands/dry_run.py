@@ -97,8 +97,8 @@ def _missing_sources(sources: tuple[Source, ...], cache: Cache) -> Iterator[str]
 
 def _lines(recipe: Recipe, facts: dict[str, Any]) -> list[str]:
     ranks, batch = facts["ranks"], recipe.train.global_batch_size
-    micro = recipe.train.micro_batch_size
-    at_a_time = {None: "", "auto": ", as many at a time as fit"}.get(micro, f", {micro:,} at a time")
+    micro = recipe.train.given_micro_batch_size
+    at_a_time = ", as many at a time as fit" if recipe.train.micro_batch_size == "auto" else ""
     counted = ", ".join(f"{name} {count:,}" for name, count in facts["parameters"].items())
     length = plural(facts["steps"], "step") if facts["steps"] else plural(recipe.train.epochs or 0, "epoch")
     loaders = plural(facts["num_workers"], "loader process", "loader processes")
@@ -106,7 +106,7 @@ def _lines(recipe: Recipe, facts: dict[str, Any]) -> list[str]:
     return [
         f"device: {facts['device']}, {recipe.train.precision}, {loaders} a rank",
         f"batch: {batch:,} / {plural(ranks, 'rank')} = {facts['samples_per_rank']:g} a rank"
-        + at_a_time,
+        + (f", {micro:,} at a time" if micro else at_a_time),
         f"length: {length}",
         f"parameters: {sum(facts['parameters'].values()):,} ({counted})" + (frozen if recipe.model.freeze else ""),
         f"patch tokens per block: {' '.join(map(str, facts['patch_tokens_per_block']))}"

@@ -181,7 +181,7 @@ def _fitted(recipe: Recipe, num_samples: int) -> list[str]:
     changes = []
     if batch_size < train.global_batch_size:
         changes.append(f"train.global_batch_size={batch_size}")
-    if train.micro_batch_size is not None and batch_size <= train.micro_batch_size:
+    if train.given_micro_batch_size is not None and batch_size <= train.given_micro_batch_size:
         changes.append("train.micro_batch_size=null")
     if recipe.optim.warmup_steps > steps // 10:
         changes.append(f"optim.warmup_steps={max(1, steps // 10)}")

@@ -150,7 +150,7 @@ def measures_of_step(subject: Subject, batch: Batch, rounds: int, datasets: Sequ
 def training_step(subject: Subject, batch: Batch) -> TrainingStep:
     """The step on a batch, by the recipe's micro-batches where they are smaller."""
     step = TrainingStep(subject.model, subject.recipe, pinned(batch, subject.device), subject.device)
-    size = subject.recipe.train.micro_batch_size
+    size = subject.recipe.train.given_micro_batch_size
     if size is not None and step.micro_batch_size is None:
         say(
             f"the recipe's micro-batches of {size} are no smaller than this batch of {len(batch.images)}: "

@@ -10,6 +10,7 @@ import torch
 from mlip_cli.commands.evaluators import Evaluator, training_evaluators
 from mlip_cli.commands.gallery import find_pairs, write_gallery
 from mlip_cli.commands.memory import batch_named, full_memory_named
+from mlip_cli.commands.micro_batches import chosen_micro_batch_size
 from mlip_cli.commands.recording import data_cards, recorded
 from mlip_cli.commands.report import rebuild
 from mlip_cli.commands.run_start import MICRO_BATCHES, Start, drawn_by_forward_passes
@@ -30,6 +31,7 @@ from mlip_cli.model.clip import CLIP
 from mlip_cli.output import is_main, say, warn
 from mlip_cli.run_folder import Run, claimed
 from mlip_cli.train.gradients import RandomState
+from mlip_cli.train.leaving import sure_to_leave
 from mlip_cli.train.loop import Progress, train
 from mlip_cli.train.metrics import MetricsFile
 from mlip_cli.train.resume import Saver, Training, restore
@@ -43,7 +45,7 @@ Evaluate = Callable[[int, Callable[[], bool]], dict[str, float]]
 def train_run(recipe: Recipe, start: Start) -> Run:
     """Train by `recipe`; everything that is wrong with it or the data shows before the run folder is touched."""
     device = training_device(recipe)
-    with process_group(device):
+    with sure_to_leave(), process_group(device):
         run = Run(Path(from_main(str(start.run.folder))))
         data = open_data(recipe)
         lines = preflight(data.datasets, data.order, recipe.train.global_batch_size, world_size())
@@ -105,7 +107,8 @@ def run_loop(
     saver = Saver(run.checkpoints, recipe.train, training, data=data.fingerprints)
     batches = open_batches(recipe, data, device, start_step=progress.step)
     share = recipe.train.global_batch_size // world_size()
-    at_once = min(share, recipe.train.micro_batch_size or share)
+    micro_batch_size = chosen_micro_batch_size(recipe, training, progress, share=share)
+    at_once = min(share, micro_batch_size or share)
     drawn = drawn_by_forward_passes(recipe)
     note = ", which gives the same gradient" if drawn is None else f" in a new run: it changes what {drawn} draws"
     config = recipe.model_dump(mode="json")
@@ -130,6 +133,7 @@ def run_loop(
             progress=progress,
             device=device,
             precision=training.precision,
+            micro_batch_size=micro_batch_size,
             average=training.average,
             plan=partial(plan_of_step, recipe, training.plain, data.total_steps),
             metrics=metrics,

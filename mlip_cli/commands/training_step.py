@@ -33,7 +33,7 @@ class TrainingStep:
         self.clip_grad_norm = recipe.optim.clip_grad_norm
         self.precision = Precision.named(recipe.train.precision, device)
         self.guard = FiniteGuard(device, Progress())
-        size = recipe.train.micro_batch_size
+        size = recipe.train.given_micro_batch_size
         self.micro_batch_size = size if size is not None and size < len(batch.images) else None
         """None too where the recipe's are no smaller than this batch."""
 

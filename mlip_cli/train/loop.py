@@ -35,6 +35,8 @@ class Progress:
     bad_samples: int = 0
     best: list[tuple[float, int]] = field(default_factory=list)
     """(measure, step) of the checkpoints that are kept as the best, the best one first."""
+    micro_batch_size: int | None = None
+    """That was found to fit, where the recipe says auto."""
 
     def is_among_best(self, value: float, *, keep: int) -> bool:
         """Whether this step's measure is one of the `keep` best so far, and is noted then; ties go to the earlier."""
@@ -54,6 +56,7 @@ def train(
     progress: Progress,
     device: torch.device,
     precision: Precision,
+    micro_batch_size: int | None,
     plan: Callable[[int], MergePlan | None],
     average: WeightAverage | None,
     metrics: MetricsFile,
@@ -68,6 +71,7 @@ def train(
     Args:
         model: on `device`, wrapped for several ranks; gives `Encoded` for a `Batch`.
         batches: one rank's share of each step, beginning with step `progress.step + 1`.
+        micro_batch_size: samples a forward pass; None: the whole share.
         plan: merges of a step; None: the model's own.
         average: takes in the weights after every step.
         show: gets every logged line. on_step: is told of every step. save: writes a checkpoint.
@@ -87,7 +91,7 @@ def train(
             batch = watch.next_batch().to(device, non_blocking=True)
             report_bad_samples(batch, progress, watch)
             if parallel(model) == "ddp" and step == progress.step + 1:
-                settle_buckets(model, objective, batch, precision, config.micro_batch_size, plan(step))
+                settle_buckets(model, objective, batch, precision, micro_batch_size, plan(step))
 
             lr = learning_rate(step, peak=optim.lr, warmup_steps=optim.warmup_steps, total_steps=total_steps)
             set_learning_rate(optimizer, lr)
@@ -97,7 +101,7 @@ def train(
                 objective,
                 batch,
                 precision=precision,
-                micro_batch_size=config.micro_batch_size,
+                micro_batch_size=micro_batch_size,
                 plan=plan(step),
                 sum_count=stop.ride,
             )
@@ -159,8 +163,8 @@ def is_best(measures: dict[str, float], progress: Progress, recipe: Recipe) -> b
         return False
     if metric not in measures:
         raise RunError(
-            f"evaluate.best_metric: step {progress.step} measured no {metric}; take one of {', '.join(measures)} and go "
-            "on with --resume"
+            f"evaluate.best_metric: step {progress.step} measured no {metric}; take one of {', '.join(measures)} "
+            "and go on with --resume"
         )
     return progress.is_among_best(measures[metric], keep=keep)
 

@@ -1,0 +1,75 @@
+"""The size of micro-batches that is found by trying."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from models_for_tests import small_model, small_recipe, small_training
+from test_training import metrics, recipe, run, whole
+
+from mlip_cli.commands.micro_batches import chosen_micro_batch_size, largest_that_fits, memory_beside, try_once
+from mlip_cli.recipe_checks import check
+from mlip_cli.train.loop import Progress
+
+__all__ = ["recipe", "whole"]
+
+
+@pytest.mark.parametrize(("room", "found"), [(100, 48), (48, 48), (47, 24), (5, 3), (2, 2), (0, 1)])
+def test_the_share_is_halved_until_it_fits(room: int, found: int) -> None:
+    tried = []
+
+    def attempt(size: int) -> None:
+        tried.append(size)
+        if size > room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    assert largest_that_fits(48, attempt) == found
+    assert tried == [size for size in (48, 24, 12, 6, 3, 2) if size >= max(found, 2)]
+
+
+def test_a_trial_leaves_the_training_as_it_was() -> None:
+    recipe = small_recipe()
+    training = small_training(small_model(recipe, dtype=torch.float32))
+    before = {name: value.clone() for name, value in training.plain.state_dict().items()}
+    try_once(recipe, training, 3)
+    assert all(p.grad is None for p in training.plain.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in training.plain.state_dict().items())
+    assert not training.optimizer.state
+
+
+def test_moments_and_logits_take_their_room_beside() -> None:
+    recipe = small_recipe()
+    training = small_training(small_model(recipe, dtype=torch.float32))
+    num_parameters = sum(p.numel() for p in training.plain.parameters())
+    assert sum(x.numel() for x in memory_beside(recipe, training, share=4)) == 2 * num_parameters + 4 * 4 * 4 * 8
+
+
+def test_what_was_found_stays_and_without_cuda_it_is_the_share() -> None:
+    recipe = small_recipe()
+    auto = recipe.model_copy(update={"train": recipe.train.model_copy(update={"micro_batch_size": "auto"})})
+    training = small_training(small_model(recipe, dtype=torch.float32))
+    progress = Progress()
+    assert chosen_micro_batch_size(auto, training, progress, share=8) == 8
+    assert progress.micro_batch_size == 8
+    found_before = Progress(micro_batch_size=3)
+    assert chosen_micro_batch_size(auto, training, found_before, share=8) == 3
+    assert chosen_micro_batch_size(auto, training, found_before, share=2) == 2
+    assert chosen_micro_batch_size(recipe, training, progress, share=8) is None
+
+
+def test_a_run_says_what_it_took(recipe: Path, whole: Path, tmp_path: Path) -> None:
+    done = run(recipe, "--out", str(tmp_path / "run"), "train.micro_batch_size=auto")
+    assert done.returncode == 0, done.stderr
+    assert "train.micro_batch_size auto: 8 of 8 samples a rank at a time" in done.stderr.splitlines()
+    assert metrics(tmp_path / "run") == metrics(whole)
+
+
+def test_sharded_models_cannot_be_tried_by_one_rank_alone() -> None:
+    recipe = small_recipe()
+    train = recipe.train.model_copy(update={"micro_batch_size": "auto", "parallel": "fsdp"})
+    assert check(recipe.model_copy(update={"train": train})) == [
+        (
+            "train.micro_batch_size",
+            "auto needs train.parallel ddp, where each rank can try alone; give a number",
+        )
+    ]
