@@ -296,28 +296,46 @@ def test_data_that_the_cache_cannot_hold_are_refused_at_once(trouble: Trouble, f
     assert copies(cache) == set()
 
 
-def test_what_was_not_read_lately_makes_room_and_what_is_read_does_not(tmp_path: Path, cache: Cache) -> None:
-    folders = [make_dataset(tmp_path / f"set{i}", n=16, shard_size=4, seed=i) for i in range(4)]
-    room = cache.model_copy(update={"gib": size_in_gib(folders[0]) * 2.6})
-    datasets: list[ShardDataset] = []
-    for i in (0, 1):
-        datasets.append(opened(f"file://{folders[i]}", room))
-        datasets[i].fetch()
-        os.utime(datasets[i].folder / "in_use", (i + 1, i + 1))
-    homes = [dataset.folder for dataset in datasets]
-    third = opened(f"file://{folders[2]}", room)
+def tars(*datasets: ShardDataset) -> list[int]:
+    return [len(list(dataset.folder.glob("*.tar"))) for dataset in datasets]
+
+
+def three_sets(tmp_path: Path, cache: Cache) -> tuple[list[str], Cache]:
+    """URLs of data sets of four shards of about the same size, and a cache that has room for ten of the shards."""
+    folders = [make_dataset(tmp_path / f"set{i}", n=16, shard_size=4, seed=i) for i in range(3)]
+    return [f"file://{folder}" for folder in folders], cache.model_copy(update={"gib": size_in_gib(folders[0]) * 2.6})
+
+
+def test_what_is_read_never_makes_room(tmp_path: Path, cache: Cache) -> None:
+    urls, room = three_sets(tmp_path, cache)
+    first, second, third = (opened(url, room) for url in urls)
+    first.fetch()
+    second.fetch()
     with pytest.raises(RunError, match=r"^data\.cache\.gib: 0\.00 GiB more do not fit into .* that this and other"):
         third.fetch()
-    del datasets[1:]
+    assert tars(first, second, third) == [4, 4, 0]
+    home = second.folder
+    del second
     third.fetch()
-    assert [len(list(home.glob("*.tar"))) for home in (*homes, third.folder)] == [4, 2, 4]
-    assert len(list(homes[1].glob("*.idx"))) == 2
-    del datasets[:]
-    os.utime(homes[1] / "in_use", (5, 5))
-    fourth = opened(f"file://{folders[3]}", room)
-    fourth.fetch()
-    assert [len(list(home.glob("*.tar"))) for home in (*homes, third.folder)] == [0, 2, 4]
-    assert opened(f"file://{folders[1]}", room.model_copy(update={"gib": 1.0})).read(15).key == "01-000015"
+    assert tars(first, third) == [4, 4]
+    assert [len(list(home.glob(pattern))) for pattern in ("*.tar", "*.idx")] == [2, 2]
+    assert opened(urls[1], room.model_copy(update={"gib": 1.0})).read(15).key == "01-000015"
+
+
+@pytest.mark.parametrize("oldest", [0, 1])
+def test_what_was_not_read_lately_makes_room(tmp_path: Path, cache: Cache, oldest: int) -> None:
+    urls, room = three_sets(tmp_path, cache)
+    homes = []
+    for i in (0, 1):
+        dataset = opened(urls[i], room)
+        dataset.fetch()
+        homes.append(dataset.folder)
+        del dataset
+    os.utime(homes[oldest] / "in_use", (1, 1))
+    third = opened(urls[2], room)
+    third.fetch()
+    assert len(list(homes[oldest].glob("*.tar"))) == 2
+    assert [len(list(folder.glob("*.tar"))) for folder in (homes[1 - oldest], third.folder)] == [4, 4]
 
 
 def read_all(url: str, cache: Cache, keys: Any, fetched: Any) -> None:
