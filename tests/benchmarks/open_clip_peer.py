@@ -116,6 +116,14 @@ def overlay(folder: Path) -> Path:
     return folder
 
 
+def peer_environment(overlay: Path | None) -> dict[str, str]:
+    """The environment of a process, with the overlay before all else where it is OpenCLIP's."""
+    if overlay is None:
+        return dict(os.environ)
+    path = [str(overlay), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(path)}
+
+
 # training ------------------------------------------------------------------------------------------------------------
 
 
@@ -187,7 +195,7 @@ def open_clip(model: str, settings: Settings, folder: Path, *, overlay: Path, ex
         "OpenCLIP",
         [sys.executable, "-m", "open_clip_train.main", *flags, *extra],
         re.compile(r"Train Epoch: \d+ \["),
-        {"PYTHONPATH": os.pathsep.join([str(overlay), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])},
+        peer_environment(overlay),
         re.compile(r"Data \(t\): ([\d.]+) Batch \(t\): ([\d.]+)"),
     )
 
