@@ -5,13 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 from models_for_tests import small_model, small_recipe, small_training
-from test_training import metrics, recipe, run, whole
+from test_training import recipe, run
 
 from mlip_cli.commands.micro_batches import chosen_micro_batch_size, largest_that_fits, memory_beside, try_once
 from mlip_cli.recipe_checks import check
+from mlip_cli.train.checkpoint import load_state
 from mlip_cli.train.loop import Progress
 
-__all__ = ["recipe", "whole"]
+__all__ = ["recipe"]
 
 
 @pytest.mark.parametrize(("room", "found"), [(100, 48), (48, 48), (47, 24), (5, 3), (2, 2), (0, 1)])
@@ -57,11 +58,12 @@ def test_what_was_found_stays_and_without_cuda_it_is_the_share() -> None:
     assert chosen_micro_batch_size(recipe, training, progress, share=8) is None
 
 
-def test_a_run_says_what_it_took(recipe: Path, whole: Path, tmp_path: Path) -> None:
-    done = run(recipe, "--out", str(tmp_path / "run"), "train.micro_batch_size=auto")
+def test_a_run_says_what_it_took_and_keeps_it(recipe: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    done = run(recipe, "--out", str(folder), "train.micro_batch_size=auto", "train.steps=2")
     assert done.returncode == 0, done.stderr
     assert "train.micro_batch_size auto: 8 of 8 samples a rank at a time" in done.stderr.splitlines()
-    assert metrics(tmp_path / "run") == metrics(whole)
+    assert load_state(folder / "checkpoints" / "step_0000002")["progress"]["micro_batch_size"] == 8
 
 
 def test_sharded_models_cannot_be_tried_by_one_rank_alone() -> None:
