@@ -210,7 +210,7 @@ def test_missing_folders(tmp_path: Path, folder: Path) -> None:
     assert message(folder) == f"{folder}: shards without dataset.json; prepare it: mlip prepare-data {folder} OUT"
     for index in folder.glob("*.idx"):
         index.unlink()
-    assert message(folder) == f"{folder}: tars without index; prepare it: mlip prepare-data {folder} OUT"
+    assert message(folder).startswith(f"{folder}: tars without index; prepare them: mlip prepare-data {folder} OUT, ")
     empty = tmp_path / "empty"
     empty.mkdir()
     assert message(empty) == f"{empty}: no dataset.json; prepare it: mlip prepare-data {empty} OUT"

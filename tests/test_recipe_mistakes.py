@@ -49,7 +49,7 @@ optim.lr: 4
     )
     assert mistakes("bad.yaml", "evaluate.zeroshot=openmoji", "model.merging.at=[2, 0]") == [
         "bad.yaml:1: seed: expected a whole number of at least 0 and below 4294967296, not 'yes'",
-        "bad.yaml:3: data.train[0]: expected text or a section with the keys path, weight, not 5",
+        "bad.yaml:3: data.train[0]: expected text or a section with the keys path, weight, format, not 5",
         "bad.yaml:3: unknown key data.train[1].wieght; did you mean data.train[1].weight?",
         "bad.yaml:4: unknown key data.batch_sise; did you mean train.global_batch_size?",
         "bad.yaml:6: duplicate key data.image_size; first in line 5",
@@ -61,7 +61,7 @@ optim.lr: 4
         "bad.yaml:10: model.vision.width: expected a whole number above 0 or null, not 1.0",
         "bad.yaml:11: model.frequency.width is missing",
         "bad.yaml:11: model.frequency.depth: expected a whole number above 0, not 'a'",
-        "bad.yaml:12: optim: cannot be null or empty; its keys: lr, betas, eps, weight_decay, warmup_steps, layer_decay, clip_grad_norm",
+        "bad.yaml:12: optim: cannot be null or empty; its keys: lr, betas, eps, weight_decay, warmup_steps, layer_decay, clip_grad_norm, ema_horizon",
         "bad.yaml:13: losses.spatial_token.kind: expected one of sparc, filip, not 'flip'",
         "bad.yaml:13: unknown key losses.spatial_globl; did you mean losses.spatial_global?",
         "bad.yaml:14: train.global_batch_size is missing",
@@ -93,7 +93,7 @@ optim.lr: 4
         (["model=null"], ["model=null: cannot be null or empty; its keys: embed_dim, token_dim, vision, text, frequency, merging, init, freeze"]),
         (["data.augment={flip: 3}"], ["data.augment={flip: 3}: data.augment.flip: expected true or false, not 3"]),
         (["data.train=null"], ["data.train=null: expected a folder, a list of folders or a list of {path, weight}, not null"]),
-        (["optim.learning_rate=1"], ["optim.learning_rate=1: unknown key optim.learning_rate; known here: lr, betas, eps, weight_decay, warmup_steps, layer_decay, clip_grad_norm"]),
+        (["optim.learning_rate=1"], ["optim.learning_rate=1: unknown key optim.learning_rate; known here: lr, betas, eps, weight_decay, warmup_steps, layer_decay, clip_grad_norm, ema_horizon"]),
         (["use_merging=true"], ["use_merging=true: unknown key use_merging; did you mean model.merging?"]),
         (["seed.x=1"], ["seed.x=1: seed: expected a whole number of at least 0 and below 4294967296, not a section"]),
     ],

@@ -69,10 +69,13 @@ class ShardDataset:
         self.folder = folder
         """Where the shards are read from: the cache, for data that lies elsewhere."""
         self.remote = remote
-        self.card = _read_card(folder)
-        self.fingerprint: str = self.card["fingerprint"]
-        self._shards: list[str] = [shard["name"] for shard in self.card["shards"]]
-        self._ends = list(accumulate(shard["n"] for shard in self.card["shards"]))
+        self._start(_read_card(folder))
+
+    def _start(self, card: dict[str, Any]) -> None:
+        self.card = card
+        self.fingerprint: str = card["fingerprint"]
+        self._shards: list[str] = [shard["name"] for shard in card["shards"]]
+        self._ends = list(accumulate(shard["n"] for shard in card["shards"]))
         self._num_tokens = self._read_num_tokens()
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
 
@@ -130,7 +133,7 @@ class ShardDataset:
         record = shard.records[row]
         image_at, image_size = int(record["image_offset"]), int(record["image_size"])
         json_at, json_size = int(record["json_offset"]), int(record["json_size"])
-        name, place = str(self.folder / self._shards[number]), f"at byte {int(record['offset'])}"
+        name, place = str(self._tar(number)), f"at byte {int(record['offset'])}"
         size = max(image_at + image_size, json_at + json_size)
         if int(record["offset"]) + size > shard.num_bytes:
             raise BadSampleError(name, place, "the index places it behind the shard's end")
@@ -166,16 +169,22 @@ class ShardDataset:
 
     def _read_num_tokens(self) -> NDArray[np.uint16]:
         columns = []
-        for shard in self.card["shards"]:
-            path = self.folder / shard["name"]
-            records = read_index(path) if self.remote is None else read_records(index_path(path))[1]
+        for number, shard in enumerate(self.card["shards"]):
+            records = self._records(number)
             if len(records) != shard["n"]:
                 raise RunError(
-                    f"{index_path(path)}: {len(records)} samples where dataset.json says "
+                    f"{index_path(self._tar(number))}: {len(records)} samples where dataset.json says "
                     f"{shard['n']}; prepare the data again (mlip prepare-data)"
                 )
             columns.append(np.array(records["num_tokens"]))
         return np.concatenate([np.zeros(0, np.uint16), *columns])
+
+    def _tar(self, number: int) -> Path:
+        return self.folder / self._shards[number]
+
+    def _records(self, number: int) -> NDArray[np.void]:
+        path = self._tar(number)
+        return read_index(path) if self.remote is None else read_records(index_path(path))[1]
 
     def _place(self, id: int) -> tuple[int, int]:
         if not 0 <= id < self.num_samples:
@@ -189,10 +198,9 @@ class ShardDataset:
             return self._open[number]
         if len(self._open) >= MAX_OPEN_SHARDS:
             os.close(self._open.popitem(last=False)[1].descriptor)
-        path = self.folder / self._shards[number]
         self.fetch([number])
-        records = read_index(path)
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        records = self._records(number)
+        descriptor = os.open(self._tar(number), os.O_RDONLY | os.O_CLOEXEC)
         self._open[number] = _OpenShard(descriptor, os.fstat(descriptor).st_size, records)
         return self._open[number]
 
@@ -207,14 +215,17 @@ def open_sources(sources: Sequence[Source], *, cache: Cache | None = None) -> li
         UsageError: a folder is missing, not prepared or empty, or the cache cannot hold what lies elsewhere.
         RunError: the network failed.
     """
-    datasets = [
-        ShardDataset(Path(source.path))
-        if not is_url(source.path)
-        else ShardDataset.at_url(source.path, cache or Cache())
-        for source in sources
-    ]
+    datasets = [_open_source(source, cache or Cache()) for source in sources]
     check_fit([dataset.remote for dataset in datasets if dataset.remote is not None])
     return datasets
+
+
+def _open_source(source: Source, cache: Cache) -> ShardDataset:
+    if source.format == "webdataset":
+        from mlip_cli.data.plain_tars import PlainTars
+
+        return PlainTars(source.path, cache)
+    return ShardDataset.at_url(source.path, cache) if is_url(source.path) else ShardDataset(Path(source.path))
 
 
 def _read_card(folder: Path) -> dict[str, Any]:
@@ -230,28 +241,38 @@ def _why_not_prepared(folder: Path) -> str:
         return f"{folder}: no such folder; make it with: mlip prepare-data {source} {folder.parent}"
     if not folder.is_dir():
         return f"{folder}: a file, not a folder of shards; prepare it: mlip prepare-data {folder} OUT"
+    as_they_are = f"data.train: [{{path: {folder}, format: webdataset}}]"
     parts = sorted(child.parent for child in folder.glob("*/dataset.json"))
     if parts:
         return f"{folder}: no dataset.json here, but in {', '.join(map(str, parts))}; name one of these"
     what = "no dataset.json"
     if any(folder.glob("*.tar")):
-        what = "shards without dataset.json" if any(folder.glob("*.idx")) else "tars without index"
+        if not any(folder.glob("*.idx")):
+            cure = f"prepare them: mlip prepare-data {folder} OUT, or read them as they are: {as_they_are}"
+            return f"{folder}: tars without index; {cure}"
+        what = "shards without dataset.json"
     return f"{folder}: {what}; prepare it: mlip prepare-data {folder} OUT"
 
 
 def _checked_key(content: bytes, at: int, size: int, extension: str) -> str:
     """Key of the tar member whose bytes start at `at`; ValueError unless its header fits extension and size."""
     header = content[at - TAR_BLOCK : at] if at >= TAR_BLOCK else b""
+    name, found_size = checked_header(header)
+    key, dot, found = name.rpartition(".")
+    if not dot or found != extension or found_size != size:
+        raise ValueError(f"{name!r} of {found_size} bytes where the index says .{extension} of {size}")
+    return key
+
+
+def checked_header(header: bytes) -> tuple[str, int]:
+    """Name and size of a tar member by its header; ValueError for what is none."""
     if len(header) != TAR_BLOCK or header[257:262] != b"ustar":
         raise ValueError("no tar header where the index says")
     name = header[:100].rstrip(b"\0").decode("ascii", "replace")
     checksum = sum(header) - sum(header[148:156]) + 8 * ord(" ")
     if checksum != _octal(header[148:156]):
         raise ValueError(f"damaged tar header of {name!r}")
-    key, dot, found = name.rpartition(".")
-    if not dot or found != extension or _octal(header[124:136]) != size:
-        raise ValueError(f"{name!r} of {_octal(header[124:136])} bytes where the index says .{extension} of {size}")
-    return key
+    return name, _octal(header[124:136])
 
 
 def _octal(field: bytes) -> int:

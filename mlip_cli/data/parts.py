@@ -49,7 +49,7 @@ def prepare_part(part: Part, options: PartOptions) -> PartResult:
                     continue
                 writer.write(sample)
                 split = SPLITS.index(record.split) if record.split else NO_SPLIT
-                rows.append((picture.pixels, split, _count_tokens(record)))
+                rows.append((picture.pixels, split, count_tokens(record)))
         columns = np.array(rows, np.uint64).reshape(-1, 3)
         verified = verify_tar(temporary, columns[:, 2].astype(np.uint16))
     table = np.zeros(len(rows), PART_ROW)
@@ -114,7 +114,7 @@ def _reject(record: Record, error: RejectedPictureError) -> dict[str, Any]:
     return {"file": printable(record.file), "row": record.row, "reason": error.reason, "detail": printable(detail)}
 
 
-def _count_tokens(record: Record) -> int:
+def count_tokens(record: Record) -> int:
     """CLIP tokens of the longest caption, as the index keeps them."""
     return min(MAX_TOKENS, max(_tokenizer().count(caption.text) for caption in record.captions))
 

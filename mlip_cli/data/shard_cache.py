@@ -41,17 +41,30 @@ class ShardCache:
         Raises:
             UsageError: it cannot be made, or the file system knows no locks.
         """
-        folder = self.folder / key
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
+        with self._made(self.folder / key) as folder:
             descriptor = os.open(folder / "in_use", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             os.utime(folder / "in_use")
+        _lock(descriptor, fcntl.LOCK_SH, self.folder)
+        return descriptor
+
+    def subfolder(self, name: str) -> Path:
+        """Make a folder in the cache for other files than shards, which nobody removes.
+
+        Raises:
+            UsageError: it cannot be made.
+        """
+        with self._made(self.folder / name) as folder:
+            return folder
+
+    @contextmanager
+    def _made(self, folder: Path) -> Iterator[Path]:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            yield folder
         except OSError as error:
             raise UsageError(
                 f"data.cache.folder: {self.folder}: {error.strerror}; name a folder of this machine's own disk"
             ) from error
-        _lock(descriptor, fcntl.LOCK_SH, self.folder)
-        return descriptor
 
     @contextmanager
     def locked(self) -> Iterator[None]:

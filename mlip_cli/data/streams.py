@@ -2,7 +2,8 @@
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -43,20 +44,21 @@ def tar_records(root: Path, tars: Sequence[str]) -> Iterator[Record]:
         split, _ = split_of_folder(Path(tar))
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            samples = groupby(read_members(path), key=lambda member: _key(member.name))
-            known = ((key, parts) for key, parts in ((k, _parts(m)) for k, m in samples) if parts)
+            samples = groupby(read_members(path), key=lambda member: key_of(member.name))
+            known = ((key, parts) for key, parts in ((k, known_members(m)) for k, m in samples) if parts)
             for row, (key, parts) in enumerate(known):
                 yield _record(path, descriptor, parts, file=tar, row=row, key=key, split=split)
         finally:
             os.close(descriptor)
 
 
-def _key(name: str) -> str:
+def key_of(name: str) -> str:
+    """`a/b.c.jpg` -> `a/b.c`: members of one key are one sample."""
     folder, slash, base = name.rpartition("/")
     return folder + slash + base.rpartition(".")[0]
 
 
-def _parts(members: Iterator[Member]) -> list[tuple[str, Member]]:
+def known_members(members: Iterator[Member]) -> list[tuple[str, Member]]:
     """(ending, member) of the members that we read; never links or folders, which have no bytes of their own."""
     named = [(member.name.rpartition(".")[2].lower(), member) for member in members if member.is_file]
     return [(ending, member) for ending, member in named if ending in (*IMAGES, *TEXTS, "json", "cls")]
@@ -73,26 +75,52 @@ def _record(
     texts = {ending: member for ending, member in parts if ending not in IMAGES}
     if large := [member.name for member in texts.values() if member.size > MAX_PART_BYTES]:
         return Record(file, row, place, (), split=split, reject="caption too long", detail=large[0])
-    contents = {ending: decode_text(os.pread(descriptor, m.size, m.offset)) for ending, m in texts.items()}
-    if None in contents.values():
-        return Record(file, row, place, (), split=split, reject="caption is not UTF-8", detail=key)
     try:
-        fields = json.loads(contents["json"] or "null") if "json" in contents else {}
-    except (json.JSONDecodeError, RecursionError):
-        return Record(file, row, place, (), split=split, reject="KEY.json is not JSON", detail=key)
-    if not isinstance(fields, dict):
-        return Record(file, row, place, (), split=split, reject="KEY.json is not a JSON object", detail=key)
-    text = next((contents[ending] for ending in TEXTS if ending in contents), None)
+        said = stated({ending: os.pread(descriptor, m.size, m.offset) for ending, m in texts.items()})
+    except UnusableTextsError as error:
+        return Record(file, row, place, (), split=split, reject=str(error), detail=key)
     return Record(
         file=file,
         row=row,
         picture=place,
-        captions=_captions(fields, text),
+        captions=said.captions,
         split=split,
-        label=_label(fields, contents.get("cls")),
-        meta=_meta(fields),
+        label=said.label,
+        meta=said.meta,
         detail=key,
     )
+
+
+class UnusableTextsError(ValueError):
+    """What stands beside a picture cannot be read; the words are those of a reject."""
+
+
+@dataclass(frozen=True)
+class Stated:
+    """What a sample says of its picture."""
+
+    captions: tuple[Caption, ...]
+    label: str | None
+    meta: dict[str, Any]
+
+
+def stated(contents: Mapping[str, bytes]) -> Stated:
+    """What the texts of a sample say, by their endings (json, cls, and those of TEXTS).
+
+    Raises:
+        UnusableTextsError: they are not UTF-8, or KEY.json is no JSON object.
+    """
+    texts = {ending: decode_text(content) for ending, content in contents.items()}
+    if None in texts.values():
+        raise UnusableTextsError("caption is not UTF-8")
+    try:
+        fields = json.loads(texts["json"] or "null") if "json" in texts else {}
+    except (json.JSONDecodeError, RecursionError):
+        raise UnusableTextsError("KEY.json is not JSON") from None
+    if not isinstance(fields, dict):
+        raise UnusableTextsError("KEY.json is not a JSON object")
+    text = next((texts[ending] for ending in TEXTS if ending in texts), None)
+    return Stated(_captions(fields, text), _label(fields, texts.get("cls")), _meta(fields))
 
 
 def _captions(fields: dict[str, Any], text: str | None) -> tuple[Caption, ...]:
