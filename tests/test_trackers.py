@@ -11,14 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from models_for_tests import small_recipe
-from shards_for_tests import make_dataset
 
 from mlip_cli.commands import run_start
 from mlip_cli.commands.run_start import check_trackers
 from mlip_cli.config import Log
 from mlip_cli.errors import Stopped, UsageError
-from mlip_cli.recipe import recipe_yaml
 from mlip_cli.run_folder import Run
 from mlip_cli.train.metrics import MetricsFile
 from mlip_cli.train.trackers import Line, Trackers, opened_trackers
@@ -134,7 +131,11 @@ def test_trackers_hear_how_a_training_ended_but_a_second_ctrl_c_does_not_wait_fo
 
 def test_a_training_feeds_them(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
+    from models_for_tests import small_recipe
+    from shards_for_tests import make_dataset
+
     from mlip_cli.commands.pretrain import pretrain
+    from mlip_cli.recipe import recipe_yaml
 
     data = str(make_dataset(tmp_path / "data", n=16))
     recipe = small_recipe(train=data, data={"validation": data, "num_workers": 0}, log={"every_steps": 2})

@@ -25,8 +25,8 @@ _DONE = 0
 def sure_to_leave() -> Iterator[None]:
     """Within the block a Ctrl-C after another stop signal ends the process within `GRACE_S`, whatever it does.
 
-    Under torchrun, which passes a second Ctrl-C on as SIGTERM, that counts too; and where torchrun itself is gone, ranks
-    get SIGTERM.
+    Under torchrun, which passes a second Ctrl-C on as SIGTERM, that counts too; where torchrun itself is gone, a rank
+    gets SIGTERM.
     """
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
