@@ -131,14 +131,12 @@ def test_a_finished_run_says_so_without_torch_and_an_existing_folder_is_refused(
     assert (whole / "metrics.jsonl").read_bytes() == before
 
 
-@pytest.mark.parametrize("kill_after", [1, 6, 9])
-def test_resume_after_kill_9_gives_the_same_losses_to_the_bit(
-    recipe: Path, whole: Path, tmp_path: Path, kill_after: int
-) -> None:
+def test_resume_after_kill_9_gives_the_same_losses_to_the_bit(recipe: Path, whole: Path, tmp_path: Path) -> None:
+    """As from the shell; at other moments, on more ranks and in bf16: test_killed.py."""
     folder = tmp_path / "run"
     arguments = ["--out", str(folder), "train.checkpoint_every.steps=2"]
     process = subprocess.Popen(command(recipe, *arguments), env=QUIET, text=True, stderr=subprocess.PIPE)
-    wait_for(lambda: lines_in(folder) >= kill_after, process)
+    wait_for(lambda: lines_in(folder) >= 6, process)
     process.kill()
     process.wait()
     process.stderr.close()  # type: ignore[union-attr]
@@ -151,25 +149,15 @@ def test_resume_after_kill_9_gives_the_same_losses_to_the_bit(
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_two_ranks_train_as_one_and_resume_to_the_bit(recipe: Path, whole: Path, tmp_path: Path) -> None:
+def test_two_ranks_train_as_one(recipe: Path, whole: Path, tmp_path: Path) -> None:
     folder = tmp_path / "two"
-    done = run(recipe, "--out", str(folder), "train.checkpoint_every.steps=6", ranks=2)
+    done = run(recipe, "--out", str(folder), ranks=2)
     assert done.returncode == 0, done.stderr
     two, one = metrics(folder), metrics(whole)
     assert [line["step"] for line in two] == [line["step"] for line in one]
     for mine, other in zip(two, one, strict=True):
         for name, value in other.items():
             assert mine[name] == pytest.approx(value, rel=2e-3, abs=1e-4), (name, mine["step"])
-    again = tmp_path / "again"
-    again.mkdir()
-    for name in ("recipe.yaml", "run.json", "metrics.jsonl"):
-        (again / name).write_bytes((folder / name).read_bytes())
-    (again / "run.json").write_text(json.dumps(json.loads((again / "run.json").read_text()) | {"end_reason": None}))
-    (again / "checkpoints").mkdir()
-    os.rename(folder / "checkpoints" / "step_0000006", again / "checkpoints" / "step_0000006")
-    resumed = run(recipe, "--out", str(again), "--resume", "train.checkpoint_every.steps=6", ranks=2)
-    assert resumed.returncode == 0, resumed.stderr
-    assert metrics(again) == two
 
 
 def test_a_run_that_goes_on_elsewhere_is_left_alone(recipe: Path, tmp_path: Path) -> None:
