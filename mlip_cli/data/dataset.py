@@ -15,12 +15,14 @@ from numpy.typing import ArrayLike, NDArray
 
 from mlip_cli.config import Cache, Source
 from mlip_cli.data.card import parse_card
-from mlip_cli.data.index import FORMATS, index_path, read_index, read_records
+from mlip_cli.data.index import FORMATS, check_records, index_path, read_index, read_records
 from mlip_cli.data.remote import RemoteShards, check_fit, is_url
 from mlip_cli.errors import RunError, UsageError
 
 MAX_OPEN_SHARDS = 256
 TAR_BLOCK = 512
+UNREADABLE = (ValueError, RecursionError, OSError)
+"""Of one sample: not what the index says, JSON of ten thousand brackets, a bad block of the disk."""
 
 
 class BadSampleError(RunError):
@@ -140,14 +142,14 @@ class ShardDataset:
         if record["format"] >= len(FORMATS):
             known = ", ".join(FORMATS)
             raise BadSampleError(name, place, f"the index names format {record['format']}, which is none of {known}")
-        content = os.pread(shard.descriptor, size, int(record["offset"]))
-        if len(content) != size:
-            raise BadSampleError(name, place, f"the shard ends {size - len(content)} bytes too early")
         try:
+            content = os.pread(shard.descriptor, size, int(record["offset"]))
+            if len(content) != size:
+                raise ValueError(f"the shard ends {size - len(content)} bytes too early")
             key = _checked_key(content, json_at, json_size, "json")
             image_key = _checked_key(content, image_at, image_size, FORMATS[record["format"]])
             fields = json.loads(content[json_at : json_at + json_size])
-        except ValueError as error:
+        except UNREADABLE as error:
             raise BadSampleError(name, place, str(error)) from error
         if image_key != key:
             raise BadSampleError(name, key, f"the picture that lies there belongs to {image_key}")
@@ -171,9 +173,10 @@ class ShardDataset:
         columns = []
         for number, shard in enumerate(self.card["shards"]):
             records = self._records(number)
+            check_records(self._index(number))
             if len(records) != shard["n"]:
                 raise RunError(
-                    f"{index_path(self._tar(number))}: {len(records)} samples where dataset.json says "
+                    f"{self._index(number)}: {len(records)} samples where dataset.json says "
                     f"{shard['n']}; prepare the data again (mlip prepare-data)"
                 )
             columns.append(np.array(records["num_tokens"]))
@@ -182,9 +185,11 @@ class ShardDataset:
     def _tar(self, number: int) -> Path:
         return self.folder / self._shards[number]
 
+    def _index(self, number: int) -> Path:
+        return index_path(self._tar(number))
+
     def _records(self, number: int) -> NDArray[np.void]:
-        path = self._tar(number)
-        return read_index(path) if self.remote is None else read_records(index_path(path))[1]
+        return read_index(self._tar(number)) if self.remote is None else read_records(self._index(number))[1]
 
     def _place(self, id: int) -> tuple[int, int]:
         if not 0 <= id < self.num_samples:

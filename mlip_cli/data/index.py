@@ -3,6 +3,7 @@
 Little endian: a header of 56 bytes, then one record of 40 bytes a sample, in the order of the tar.
 """
 
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ MAGIC = b"MLIPIDX1"
 FORMATS = ("jpg", "png", "webp")
 CURE = "prepare the data again (mlip prepare-data)"
 
-HEADER = np.dtype([("magic", "S8"), ("n", "<u4"), ("reserved", "<u4"), ("tar_bytes", "<u8"), ("sha256", "V32")])
+HEADER = np.dtype([("magic", "S8"), ("n", "<u4"), ("crc32", "<u4"), ("tar_bytes", "<u8"), ("sha256", "V32")])
 RECORD = np.dtype(
     [
         ("offset", "<u8"),  # of the sample's first tar header
@@ -45,6 +46,7 @@ def write_index(shard: Path, records: np.ndarray, *, tar_bytes: int, sha256: str
     assert records.dtype == RECORD
     header = np.zeros(1, HEADER)
     header["magic"], header["n"], header["tar_bytes"] = MAGIC, len(records), tar_bytes
+    header["crc32"] = zlib.crc32(records.tobytes())
     header["sha256"] = np.void(bytes.fromhex(sha256))
     write_bytes(index_path(shard), header.tobytes() + records.tobytes())
 
@@ -64,6 +66,18 @@ def read_index(shard: Path) -> np.ndarray:
             f"the shard was cut or changed: {CURE}"
         )
     return records
+
+
+def check_records(path: Path) -> None:
+    """See that the records of an index are those that were written.
+
+    Raises:
+        RunError: a bit of them has changed.
+    """
+    header, records = read_records(path)
+    stated = int(header["crc32"])
+    if stated and zlib.crc32(records.tobytes()) != stated:  # 0: written before there were checksums
+        raise RunError(f"{path}: damaged, its checksum is wrong; {CURE}")
 
 
 def read_records(path: Path) -> tuple[np.void, np.ndarray]:

@@ -247,12 +247,14 @@ def _position(positions: Positions, place: int) -> Position:
 def _choose_caption(raw: RawSample, sample: bool, generator: torch.Generator) -> str:
     """The first caption, or one drawn by weight."""
     try:
-        texts = [str(caption["text"]) for caption in raw.record["captions"]]
-        ends = list(accumulate(float(caption["weight"]) for caption in raw.record["captions"]))
+        captions = [caption for caption in raw.record["captions"] if str(caption["text"]).strip()]
+        texts = [str(caption["text"]) for caption in captions]
+        "".join(texts).encode()  # no tokenizer reads half of a surrogate pair
+        ends = list(accumulate(float(caption["weight"]) for caption in captions))
     except (KeyError, TypeError, ValueError) as error:
         raise BadSampleError(raw.shard, raw.key, f"{raw.key}.json has no usable captions ({error!r})") from error
     if not texts or not ends[-1] > 0:
-        raise BadSampleError(raw.shard, raw.key, f"{raw.key}.json has no caption of positive weight")
+        raise BadSampleError(raw.shard, raw.key, f"{raw.key}.json has no caption with words and a positive weight")
     if not sample:
         return texts[0]
     drawn = torch.rand((), dtype=torch.float64, generator=generator).item() * ends[-1]

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlip_cli.config import Cache
-from mlip_cli.data.dataset import TAR_BLOCK, BadSampleError, RawSample, ShardDataset, checked_header
+from mlip_cli.data.dataset import TAR_BLOCK, UNREADABLE, BadSampleError, RawSample, ShardDataset, checked_header
 from mlip_cli.data.index import RECORD, read_records, write_index
 from mlip_cli.data.parts import count_tokens
 from mlip_cli.data.records import Record, checked_captions, json_bytes, split_of_folder
@@ -107,12 +107,15 @@ class PlainTars(ShardDataset):
             if len(keys) != 1:
                 raise ValueError(f"its members belong to {' and '.join(sorted(keys))}")
             fields = _fields({part: content for part, (_, content) in members.items() if part != "image"})
-        except ValueError as error:
+        except UNREADABLE as error:
             raise BadSampleError(name, place, str(error)) from error
         return RawSample(key=keys.pop(), image=members["image"][1], record=fields, shard=name)
 
+    def _index(self, number: int) -> Path:
+        return self._indexes[number]
+
     def _records(self, number: int) -> NDArray[np.void]:
-        return read_records(self._indexes[number])[1]
+        return read_records(self._index(number))[1]
 
 
 def _find(path: str) -> DataSource:
