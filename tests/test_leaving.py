@@ -145,11 +145,10 @@ def torchrun(recipe: Path, tmp_path: Path) -> Iterator[Callable[..., subprocess.
         return started[-1]
 
     yield start
-    for process in started:
-        process.kill()
-        process.communicate()
     for found in processes_marked(str(tmp_path)):
         os.kill(found.number, signal.SIGKILL)
+    for process in started:
+        process.communicate()
 
 
 def test_a_second_ctrl_c_at_torchrun_leaves_at_once(
@@ -162,6 +161,7 @@ def test_a_second_ctrl_c_at_torchrun_leaves_at_once(
     assert process.stderr is not None
     passed_on = (line for line in process.stderr if "closing signal SIGINT" in line)
     assert len(list(islice(passed_on, 2))) == 2, "one a rank"
+    time.sleep(0.5)  # as a person does: torchrun loses a signal that comes while it logs the one before
     started = time.monotonic()
     process.send_signal(signal.SIGINT)
     said = process.communicate(timeout=60)[1]
