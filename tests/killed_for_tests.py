@@ -27,7 +27,7 @@ from mlip_cli.run_folder import Run, checkpoint_folders, step_of
 from mlip_cli.train.checkpoint import load_state, load_weights
 
 CHANGES_FROM_RUN_TO_RUN = {"images_per_s", "data_wait_share", "peak_gib"}
-PATIENCE_S = 120
+PATIENCE_S = 240
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["warm_for_tests"])

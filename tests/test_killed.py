@@ -48,6 +48,8 @@ from mlip_cli.train.checkpoint import (
 )
 from mlip_cli.types import VOCAB_SIZE
 
+pytestmark = pytest.mark.timeout(600)
+
 STEPS, EVERY = 20, Every(checkpoint=3, evaluation=4)
 
 

@@ -18,7 +18,7 @@ from killed_for_tests import assert_same_run, killed_again_and_again, moments, t
 from open_clip_peer import write_numbers
 from test_killed import EVERY, STEPS, write_recipe
 
-from mlip_cli.output import print_table
+from mlip_cli.output import print_lines, print_table
 
 DURING = ("evaluation", "checkpoint", "step", "checkpoint", "evaluation")
 RUNS = tuple((ranks, precision) for ranks in (1, 2, 3) for precision in ("fp32", "bf16"))
@@ -40,6 +40,7 @@ def test_thirty_kills() -> None:
                 every=EVERY,
             )
             assert_same_run(folder, trained_whole(recipe, ranks, precision))
+            print_lines(f"{ranks} ranks, {precision}: equal after {len(killed)} kills")
             hits = Counter(kill.hit for kill in killed)
             counts = [str(hits[kind]) for kind in ("step", "checkpoint", "evaluation")]
             steps = " ".join(str(kill.step) for kill in killed)
