@@ -18,6 +18,7 @@ from models_for_tests import small_recipe
 from shards_for_tests import make_dataset
 
 from mlip_cli.recipe import recipe_yaml
+from mlip_cli.train.leaving import sure_to_leave
 
 PLACES = ("the loader", "a step", "an evaluation", "a checkpoint")
 GRACE_S = 0.5
@@ -92,6 +93,16 @@ def interrupt(training: Forked) -> None:
     for process in training.processes:
         os.killpg(process.pid, signal.SIGINT)
     wait_until(lambda: all(arrived(process.pid) for process in training.processes), what="signals wait")
+
+
+def test_signals_of_a_forked_process_do_not_count() -> None:
+    """The terminal's Ctrl-C reaches loader processes too, and is one all the same."""
+    with sure_to_leave():
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if signal.set_wakeup_fd(-1) == -1 else 1)
+        assert os.waitpid(child, 0)[1] == 0
+    assert signal.set_wakeup_fd(-1) == -1
 
 
 @pytest.mark.parametrize(("place", "ranks"), [("the loader", 1), *((place, 2) for place in PLACES)])
