@@ -29,8 +29,8 @@ class Source(Section):
     weight: PositiveFloat | None = None
     """Share of this folder in every batch, relative to the other weights; null: in proportion to its size."""
     format: Literal["shards", "webdataset"] = "shards"
-    """webdataset: tars that mlip did not write, as a folder or a pattern like tars/{0000..0099}.tar; an index is made in
-    `data.cache` when they are read first."""
+    """webdataset: tars that mlip did not write, as a folder or a pattern like tars/{0000..0099}.tar; an index is made
+    in `data.cache` when they are read first."""
 
 
 def _as_sources(value: Any) -> Any:

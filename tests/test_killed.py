@@ -91,7 +91,6 @@ def whole(recipe: Path) -> Whole:
     [
         (1, "bf16", 2, ("evaluation", "step", "checkpoint")),
         (2, "fp32", 1, ("checkpoint", "evaluation")),
-        (3, "bf16", 0, ("checkpoint",)),
     ],
 )
 def test_killed_at_any_moment_a_run_goes_on_to_the_bit(

@@ -10,6 +10,7 @@ from mlip_cli.config import Recipe
 from mlip_cli.data.dataset import ShardDataset, open_sources
 from mlip_cli.data.loader import default_num_workers, training_loader
 from mlip_cli.data.order import Order
+from mlip_cli.data.transforms import jpeg_decoder
 from mlip_cli.distributed import pick_device, rank, world_size, wrap
 from mlip_cli.errors import UsageError
 from mlip_cli.model.clip import build_model, compile_blocks, set_fused_attention
@@ -30,8 +31,8 @@ class TrainingData:
 
     @property
     def fingerprints(self) -> dict[str, str]:
-        """Folder -> fingerprint."""
-        return {str(dataset.folder.resolve()): dataset.fingerprint for dataset in self.datasets}
+        """Folder or URL -> fingerprint."""
+        return {dataset.place: dataset.fingerprint for dataset in self.datasets}
 
 
 def training_device(recipe: Recipe) -> torch.device:
@@ -51,7 +52,7 @@ def training_device(recipe: Recipe) -> torch.device:
 
 def open_data(recipe: Recipe) -> TrainingData:
     """Open the training shards and fix their order and the number of steps."""
-    datasets = open_sources(recipe.data.train)
+    datasets = open_sources(recipe.data.train, cache=recipe.data.cache)
     order = Order(
         [dataset.num_samples for dataset in datasets],
         [source.weight for source in recipe.data.train],
@@ -85,7 +86,7 @@ def build(recipe: Recipe, device: torch.device, *, fresh: bool) -> tuple[Trainin
     precision = Precision.named(recipe.train.precision, device)
     horizon = recipe.optim.ema_horizon
     average = WeightAverage(model, horizon=horizon) if horizon is not None else None
-    return Training(wrapped, optimizer, precision, device, average), notes
+    return Training(wrapped, optimizer, precision, device, average, decoder=jpeg_decoder()), notes
 
 
 def open_batches(recipe: Recipe, data: TrainingData, device: torch.device, *, start_step: int) -> Iterator[Batch]:

@@ -37,6 +37,8 @@ class Training:
     device: torch.device
     average: WeightAverage | None = None
     """Of the weights, where the recipe asks for one."""
+    decoder: str = ""
+    """What decodes JPEGs, with its version."""
 
     @property
     def plain(self) -> Any:
@@ -62,6 +64,7 @@ def environment(training: Training) -> dict[str, Any]:
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "ranks": world_size(),
         "parallel": parallel(training.model),
+        "decoder": training.decoder,
     }
 
 
