@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from mlip_cli.errors import UsageError
+from mlip_cli.heap import keep_freed_memory
 
 
 def rank() -> int:
@@ -26,7 +28,7 @@ def world_size() -> int:
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto`, `cuda`, `mps` or `cpu` -> the device of this rank.
+    """`auto`, `cuda`, `mps` or `cpu` -> the device of this rank; on a CPU, what is freed is kept (`keep_freed_memory`).
 
     Raises:
         UsageError: PyTorch sees no such device.
@@ -36,6 +38,8 @@ def pick_device(name: str) -> torch.device:
         raise UsageError(f"device {name}: PyTorch sees none; use cpu, and ask mlip doctor why")
     if name == "auto":
         name = next((device for device, is_there in present.items() if is_there), "cpu")
+    if name == "cpu":
+        keep_freed_memory()
     if name == "cuda":
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device(name)
@@ -62,6 +66,17 @@ def process_group(device: torch.device) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
+
+
+def wait_for_ranks(most: timedelta = timedelta(days=1)) -> None:
+    """Return when all ranks are here, after work that takes some of them much longer: copying data over a network, say.
+
+    Ordinary collectives give a late rank up after minutes.
+    """
+    if world_size() > 1:
+        group = dist.new_group(backend="gloo", timeout=most)
+        dist.barrier(group)  # type: ignore[arg-type]  # a number only where a rank is left out
+        dist.destroy_process_group(group)
 
 
 def wrap(

@@ -101,12 +101,14 @@ def test_a_run_with_an_average_keeps_its_best_and_goes_on_to_the_bit(recipe: Pat
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_a_measure_that_does_not_exist_ends_the_run_with_those_that_do(recipe: Path, tmp_path: Path) -> None:
+def test_a_measure_that_does_not_exist_is_refused_before_training_with_those_that_do(
+    recipe: Path, tmp_path: Path
+) -> None:
     wrong = run(recipe, "--out", str(tmp_path / "run"), "evaluate.best_metric=accuracy", "train.keep.best=1")
-    assert wrong.returncode == 1, wrong.stderr
-    assert "error: evaluate.best_metric: step 4 measured no accuracy; take one of validation_image_to_text_r1" in (
-        wrong.stderr
-    )
+    assert wrong.returncode == 2, wrong.stderr
+    expected = "error: evaluate.best_metric: accuracy: this recipe does not measure it; take one of "
+    assert f"{expected}validation_image_to_text_r1, " in wrong.stderr
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("best", ["train.keep.best=1", "evaluate.best_metric=x"])

@@ -15,6 +15,7 @@ BASE = {
     "drawing",
     "errors",
     "files",
+    "heap",
     "init_source",
     "merge_plan",
     "output",

@@ -79,7 +79,9 @@ def test_an_evaluation_that_does_not_fit_is_not_cured_by_smaller_batches_of_trai
         raise FULL_DEVICE
 
     with pytest.raises(RunError) as error, batch_named("train.micro_batch_size", 8):
-        measure(small_training(small_model()), [Evaluator("a", 6, evaluate)], TrainingPanel(9, is_live=False), 4, bool)
+        measure(
+            small_training(small_model()), [Evaluator("a", 6, (), evaluate)], TrainingPanel(9, is_live=False), 4, bool
+        )
     assert str(error.value) == (
         "step 4: evaluating a: the device has no memory for 128 pictures at once beside the training; take a smaller "
         "model, or leave it out of evaluate.zeroshot or data.validation and measure it afterwards"
@@ -194,7 +196,7 @@ def test_a_signal_leaves_an_evaluation_and_its_numbers() -> None:
             on_batch(3)
         return Measures({"a_acc1": 0.5}, "top-1 50.0 %; n 6")
 
-    evaluators = [Evaluator(name, 6, evaluate) for name in "ab"]
+    evaluators = [Evaluator(name, 6, (), evaluate) for name in "ab"]
     panel = TrainingPanel(9, is_live=False)
     first, second = small_model(), small_model()
     assert measure(small_training(first), evaluators, panel, 4, lambda: asked) == {"a_acc1": 0.5}

@@ -19,6 +19,7 @@ from mlip_cli.data.dataset import ShardDataset
 from mlip_cli.data.tar import read_members
 from mlip_cli.data.tokenizer import Tokenizer
 from mlip_cli.data.transforms import decode, evaluation_transform, pil_to_uint8
+from mlip_cli.errors import UsageError
 from mlip_cli.evaluate.benchmarks import Benchmark, data_root, find_benchmark
 from mlip_cli.evaluate.measure import NAME_RECALL_AT, Candidate, measure
 from mlip_cli.evaluate.pictures import Pictures, Readers, batches
@@ -59,6 +60,8 @@ class Evaluator:
     name: str
     """Of the data set."""
     num_pictures: int
+    metrics: tuple[str, ...]
+    """Names of the values that it finds."""
     measure: Callable[[Encoder, OnBatch, Together], Measures]
     """All ranks take part, and all of them get the result."""
 
@@ -121,23 +124,25 @@ def training_evaluators(
     """What `pretrain` measures: retrieval among the validation pairs, and each data set of `evaluate.zeroshot`.
 
     Raises:
-        UsageError: a data set is not there, before any training.
+        UsageError: before any training: a data set is not there, or evaluate.best_metric is not measured.
     """
     where = torch.device(device)
-    evaluators = [
-        _zeroshot_evaluator(find_benchmark(name, root=data_root(root)), recipe, tokenizer, where)
-        for name in recipe.evaluate.zeroshot
-    ]
-    if pairs is None:
-        return evaluators
-    return [_retrieval_evaluator(pairs, recipe.train.global_batch_size), *evaluators]
+    of_pairs = [] if pairs is None else [_retrieval_evaluator(pairs, recipe.train.global_batch_size)]
+    benchmarks = [find_benchmark(name, root=data_root(root)) for name in recipe.evaluate.zeroshot]
+    evaluators = [*of_pairs, *(_zeroshot_evaluator(benchmark, recipe, tokenizer, where) for benchmark in benchmarks)]
+    best, metrics = recipe.evaluate.best_metric, [metric for evaluator in evaluators for metric in evaluator.metrics]
+    if best is not None and best not in metrics:
+        known = ", ".join(metrics)
+        raise UsageError(f"evaluate.best_metric: {best}: this recipe does not measure it; take one of {known}")
+    return evaluators
 
 
 def _zeroshot_evaluator(benchmark: Benchmark, recipe: Recipe, tokenizer: Tokenizer, device: torch.device) -> Evaluator:
     size = recipe.data.image_size
     pictures = open_benchmark(benchmark, READERS)
     decoded = Kept(partial(_batches, pictures, size, device), size=size)
-    prefix = metric_prefix(benchmark.name)
+    of_names = tuple(f"name_r{k}" for k in NAME_RECALL_AT) if pictures.names else ()
+    metrics = tuple(f"{metric_prefix(benchmark.name)}_{name}" for name in ("mean_recall", "acc1", *of_names))
 
     def evaluate(encoder: Encoder, on_batch: OnBatch, together: Together) -> Measures:
         part = together.part(-(-pictures.num_pictures // BATCH_SIZE))
@@ -153,12 +158,12 @@ def _zeroshot_evaluator(benchmark: Benchmark, recipe: Recipe, tokenizer: Tokeniz
             part=part,
             first=part.numbers.start * BATCH_SIZE,
         )
-        values = {f"{prefix}_mean_recall": scores["mean_per_class_recall"], f"{prefix}_acc1": scores["acc1"]}
-        if "names" in scores:
-            values |= {f"{prefix}_name_r{k}": scores["names"][f"r{k}"] for k in NAME_RECALL_AT}
-        return Measures(values, zeroshot_words(scores))
+        found = [scores["mean_per_class_recall"], scores["acc1"]]
+        if pictures.names:
+            found += [scores["names"][f"r{k}"] for k in NAME_RECALL_AT]
+        return Measures(dict(zip(metrics, found, strict=True)), zeroshot_words(scores))
 
-    return Evaluator(benchmark.name, pictures.num_pictures, evaluate)
+    return Evaluator(benchmark.name, pictures.num_pictures, metrics, evaluate)
 
 
 def zeroshot_words(scores: Mapping[str, Any]) -> str:
@@ -180,17 +185,20 @@ def _batches(pictures: Pictures, size: int, device: torch.device, numbers: range
 
 def _retrieval_evaluator(pairs: ValidationPairs, batch_size: int) -> Evaluator:
     """All pictures against all distinct captions, pairs in batches as large as those of training, and the gap."""
+    recalls = [(way, k) for way in WAYS for k in RECALL_AT]
+    names = (*(f"{way}_r{k}" for way, k in recalls), "in_batch_acc1", "modality_gap")
+    metrics = tuple(f"validation_{name}" for name in names)
 
     def evaluate(encoder: Encoder, on_batch: OnBatch, together: Together) -> Measures:
         images, texts = pairs.features(encoder, on_batch=on_batch, together=together)
         scores = image_text_retrieval(images, texts, pairs.own_texts, together=together)
         batches = in_batch(images, texts, pairs.own_texts, batch_size=batch_size, together=together)
         gap = modality_gap(images, texts, pairs.own_texts)
-        values = {f"validation_{way}_r{k}": scores[way][f"r{k}"] for way in WAYS for k in RECALL_AT}
-        values |= {"validation_in_batch_acc1": batches.acc1, "validation_modality_gap": gap}
-        return Measures(values, f"{retrieval_words(scores)}; {pairs_words(batches, gap)}")
+        found = [*(scores[way][f"r{k}"] for way, k in recalls), batches.acc1, gap]
+        words = f"{retrieval_words(scores)}; {pairs_words(batches, gap)}"
+        return Measures(dict(zip(metrics, found, strict=True)), words)
 
-    return Evaluator("validation", pairs.num_pictures, evaluate)
+    return Evaluator("validation", pairs.num_pictures, metrics, evaluate)
 
 
 def retrieval_words(scores: Mapping[str, Mapping[str, Any]]) -> str:

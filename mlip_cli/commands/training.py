@@ -1,6 +1,6 @@
 """Where data, model, objective and loop meet."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -18,9 +18,10 @@ from mlip_cli.commands.training_facts import cautions, facts, resume_facts
 from mlip_cli.commands.training_setup import TrainingData, build, open_batches, open_data, training_device
 from mlip_cli.commands.validation import BATCH_SIZE, OnBatch, validation_pairs
 from mlip_cli.config import Log, Recipe
+from mlip_cli.data.dataset import ShardDataset
 from mlip_cli.data.preflight import preflight
 from mlip_cli.data.tokenizer import Tokenizer
-from mlip_cli.distributed import from_main, process_group, rank, world_size
+from mlip_cli.distributed import from_main, process_group, rank, wait_for_ranks, world_size
 from mlip_cli.drawing import TrainingPanel, training_panel
 from mlip_cli.errors import RunError, Stopped
 from mlip_cli.evaluate.together import Left, Together
@@ -48,6 +49,7 @@ def train_run(recipe: Recipe, start: Start) -> Run:
     with sure_to_leave(), process_group(device):
         run = Run(Path(from_main(str(start.run.folder))))
         data = open_data(recipe)
+        wait_for_data(data.datasets)
         lines = preflight(data.datasets, data.order, recipe.train.global_batch_size, world_size())
         checkpoint = run.latest_checkpoint() if start.resumes else None
         training, init = build(recipe, device, fresh=checkpoint is None)
@@ -56,6 +58,7 @@ def train_run(recipe: Recipe, start: Start) -> Run:
             progress, random = restore(checkpoint, training, data=data.fingerprints)
         tokenizer = Tokenizer(recipe.model.text.context_length)
         pairs = validation_pairs(recipe, tokenizer, device=device)
+        wait_for_data(pairs.datasets if pairs is not None else [])
         evaluators = training_evaluators(recipe, tokenizer, pairs, device=device)
         if start.is_named_by_us:
             run = Run(Path(from_main(str(claimed(run.folder)) if is_main() else "")))
@@ -83,6 +86,12 @@ def train_run(recipe: Recipe, start: Start) -> Run:
     return run
 
 
+def wait_for_data(datasets: Sequence[ShardDataset]) -> None:
+    """Wait for the ranks of other machines, whose copy of data that lies elsewhere may come much later."""
+    if any(dataset.remote is not None for dataset in datasets):
+        wait_for_ranks()
+
+
 def everyone(device: torch.device, *, is_stopping: Callable[[], bool] = lambda: False) -> Together:
     """All ranks of this training, for an evaluation."""
     return Together(rank=rank(), world_size=world_size(), device=device, is_stopping=is_stopping)
@@ -106,6 +115,7 @@ def run_loop(
     device = training.device
     saver = Saver(run.checkpoints, recipe.train, training, data=data.fingerprints)
     batches = open_batches(recipe, data, device, start_step=progress.step)
+    wait_for_data(data.datasets)
     share = recipe.train.global_batch_size // world_size()
     micro_batch_size = chosen_micro_batch_size(recipe, training, progress, share=share)
     at_once = min(share, micro_batch_size or share)

@@ -40,9 +40,10 @@ class StopRequest:
             return  # a forked loader process, which ends with its parent
         if number == signal.SIGINT and self.exit_code:
             raise KeyboardInterrupt
-        self.exit_code = EXIT_CODES[signal.Signals(number)]
+        is_first, self.exit_code = not self.exit_code, EXIT_CODES[signal.Signals(number)]
         again = "; Ctrl-C again leaves without saving" if number == signal.SIGINT else ""
-        warn(f"{signal.Signals(number).name}: stopping after this step and saving{again}")
+        if is_first:
+            warn(f"{signal.Signals(number).name}: stopping after this step and saving{again}")
 
     def is_asked_for(self) -> bool:
         """True once a signal came to this rank."""
