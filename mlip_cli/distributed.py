@@ -13,7 +13,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from mlip_cli.errors import UsageError
+from mlip_cli.errors import Stopped, UsageError
 from mlip_cli.heap import keep_freed_memory
 
 
@@ -31,7 +31,7 @@ def pick_device(name: str) -> torch.device:
     """`auto`, `cuda`, `mps` or `cpu` -> the device of this rank; on a CPU, what is freed is kept (`keep_freed_memory`).
 
     Raises:
-        UsageError: PyTorch sees no such device.
+        UsageError: PyTorch sees no such device, or fewer than there are ranks.
     """
     present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not present.get(name, True):
@@ -41,7 +41,10 @@ def pick_device(name: str) -> torch.device:
     if name == "cpu":
         keep_freed_memory()
     if name == "cuda":
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        number, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if number >= count:
+            raise UsageError(f"device cuda: {number + 1} or more ranks on a machine with {count} GPUs; start {count}")
+        return torch.device("cuda", number)
     return torch.device(name)
 
 
@@ -64,8 +67,10 @@ def process_group(device: torch.device) -> Iterator[None]:
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield
-    finally:
+    except Stopped:  # of all ranks; after another error the others may wait for this one, and NCCL would for them
         dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
 
 
 def wait_for_ranks(most: timedelta = timedelta(days=1)) -> None:
@@ -134,24 +139,35 @@ def whole(model: nn.Module) -> Iterator[None]:
     """
     units = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for unit in units:
-        unit.set_reshard_after_forward(False)
+        if unit is not model:  # the outermost stays whole after a forward pass by itself
+            unit.set_reshard_after_forward(False, recurse=False)
         unit.unshard()
     try:
         yield
     finally:
         for unit in units:
             unit.reshard()
-            unit.set_reshard_after_forward(True)
+            if unit is not model:
+                unit.set_reshard_after_forward(True, recurse=False)
 
 
-def full(tree: Any) -> Any:
-    """Nested dicts, lists and tuples with every sharded tensor whole; all ranks take part, in the same order."""
+def full(tensor: Tensor) -> Tensor:
+    """A sharded tensor whole, on all ranks, which take part in the same order; any other tensor itself."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def full_on_main(tree: Any) -> Any:
+    """Nested dicts, lists and tuples with every sharded tensor whole in the main memory of rank 0, elsewhere None.
+
+    All ranks take part, in the same order. No device holds more than one whole tensor at a time.
+    """
     if isinstance(tree, DTensor):
-        return tree.full_tensor()
+        whole = tree.full_tensor()
+        return whole.cpu() if rank() == 0 else None
     if isinstance(tree, dict):
-        return {key: full(value) for key, value in tree.items()}
+        return {key: full_on_main(value) for key, value in tree.items()}
     if isinstance(tree, list | tuple):
-        return type(tree)(full(value) for value in tree)
+        return type(tree)(full_on_main(value) for value in tree)
     return tree
 
 
@@ -203,13 +219,26 @@ def all_sum(x: Tensor) -> Tensor:
     return x
 
 
+def all_max(x: Tensor) -> Tensor:
+    """Largest over ranks, without gradient."""
+    if world_size() > 1:
+        x = x.clone()
+        dist.all_reduce(x, dist.ReduceOp.MAX)
+    return x
+
+
+def from_all(value: Any) -> list[Any]:
+    """Every rank's value, in rank order, on every rank."""
+    if world_size() == 1:
+        return [value]
+    everyone: list[Any] = [None] * world_size()
+    dist.all_gather_object(everyone, value)
+    return everyone
+
+
 def all_min(value: int) -> int:
     """The smallest of all ranks' numbers."""
-    if world_size() == 1:
-        return value
-    everyone: list[int] = [0] * world_size()
-    dist.all_gather_object(everyone, value)
-    return min(everyone)
+    return min(from_all(value))
 
 
 def all_mean(x: Tensor) -> Tensor:

@@ -11,12 +11,12 @@ import pytest
 from ablation.prepare import main as prepare
 from ablation.prepare import training_captions
 from ablation.runs import RUNS, AblationRun
-from ablation.scores import Rows, bootstrap, contrast, holm, macro, numbered
+from ablation.scores import WAYS, Contrast, Rows, bootstrap, contrast, holm, macro, numbered
 from ablation.train_all import RECIPES, Queue, train_all
-from ablation.verdict import read, table
+from ablation.verdict import CONTRASTS, Results, contrasts, read, table
 from PIL import Image
 
-from mlip_cli.recipe import load_recipe
+from mlip_cli.recipe import differences, load_recipe
 
 TINY = (
     "train.steps=2",
@@ -157,13 +157,56 @@ def test_a_contrast_covers_a_known_difference_and_none() -> None:
     noise = 0.02 * random.standard_normal((5, 600))
     better = contrast("x", Rows(base + 0.01 + noise, concepts, sources), Rows(base, concepts, sources))
     assert better.low < 0.01 < better.high
-    assert better.is_better(better.p)
+    assert better.verdict(better.p) == "better"
     same = contrast("x", Rows(base + noise, concepts, sources), Rows(base, concepts, sources))
     assert same.low < 0 < same.high
-    assert not same.is_better(same.p)
-    assert not better.is_better(0.06)
+    assert same.verdict(same.p) == "not shown"
+    assert better.verdict(0.06) == "not shown"
+    worse = contrast("x", Rows(base, concepts, sources), Rows(base + 0.01 + noise, concepts, sources))
+    assert (worse.low, worse.high) == pytest.approx((-better.high, -better.low), abs=2e-4)
+    assert worse.verdict(worse.p) == "worse"
+
+
+@pytest.mark.parametrize(
+    ("agree", "seeds", "verdict"), [(5, 5, "better"), (4, 5, "better"), (3, 5, "not shown"), (4, 4, "not shown")]
+)
+def test_seeds_have_to_agree_and_to_be_five(agree: int, seeds: int, verdict: str) -> None:
+    assert Contrast("x", 0.02, 0.01, 0.03, 0.001, agree, seeds).verdict(0.004) == verdict
+
+
+def test_contrasts_pair_the_seeds_that_both_have_and_name_what_is_missing(capfd: pytest.CaptureFixture[str]) -> None:
+    def results(place: dict[int, int]) -> Results:
+        return {
+            seed: {
+                "concepts": ["a", "b", "c"],
+                "sources": ["s", "s", "s"],
+                "at": {"own": {"spatial": dict.fromkeys(WAYS, f"{number} {number} {number}")}},
+            }
+            for seed, number in place.items()
+        }
+
+    everything = {"clip": results({0: 4, 1: 4, 2: 1}), "mlip": results({1: 2, 0: 2, 7: 1}), "branch": {}}
+    (found,) = contrasts(everything)
+    assert (found.name, found.num_seeds, found.difference) == (CONTRASTS[0][0], 2, pytest.approx(0.25))
+    assert "branch - none: no seed yet of both branch and clip" in capfd.readouterr().out
+
+
+def test_contrasts_are_of_runs_with_five_seeds() -> None:
+    on_test = [run.name for run in RUNS if run.split == "test"]
+    assert all(on_test.count(name) == 5 for _, *names in CONTRASTS for name in names)
+
+
+def test_the_stronger_recipes_share_what_makes_them_stronger() -> None:
+    def changes(plain: str, strong: str) -> set[tuple[str, str]]:
+        before, after = (load_recipe(str(RECIPES / f"{name}.yaml")).recipe for name in (plain, strong))
+        return {(key, str(new)) for key, _, new in differences(before, after)}
+
+    of_clip = changes("clip", "clip_strong")
+    assert changes("mlip", "mlip_strong") == of_clip | {("losses.frequency_global.label_smoothing", "0.1")}
 
 
 def test_holm_adjusts_as_by_hand() -> None:
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm([0.5, 0.6]) == [1.0, 1.0]
+    assert holm([0.02], among=4) == [0.08]
+    assert holm([0.01, 0.005], among=4) == pytest.approx([0.03, 0.02])

@@ -93,15 +93,16 @@ def test_sparc_is_deaf_to_what_the_mask_hides() -> None:
     assert (grad[~mask] == 0).all()
 
 
-def test_constant_patches_are_weighted_by_size_and_stay_finite() -> None:
+def test_constant_patches_make_all_words_one_group_and_stay_finite() -> None:
     patches = torch.ones(1, 4, 3, dtype=torch.float64).requires_grad_()
     words = torch.randn(1, 3, 3, dtype=torch.float64)
-    group = grouped_patches(
-        F.normalize(patches, dim=-1), torch.ones(1, 4, dtype=torch.float64), F.normalize(words, dim=-1)
-    )
-    torch.testing.assert_close(group[0, 0], torch.full((3,), 3**-0.5, dtype=torch.float64))
-    loss = sparc_sum(patches, torch.ones(1, 4), words, torch.ones(1, 3, dtype=torch.bool), torch.ones(1))
-    assert loss.item() == pytest.approx(math.log(3), rel=1e-3) or loss.isfinite()
+    sizes = torch.tensor([[1.0, 5.0, 2.0, 1.0]], dtype=torch.float64)
+    group = grouped_patches(F.normalize(patches, dim=-1), sizes, F.normalize(words, dim=-1))
+    torch.testing.assert_close(group, torch.full((1, 3, 3), 3**-0.5, dtype=torch.float64))
+    loss = sparc_sum(patches, sizes, words, torch.ones(1, 3, dtype=torch.bool), torch.ones(1))
+    cosines = F.normalize(words[0], dim=-1).sum(-1) / 3**0.5  # of each word with the one group: the same for all
+    to_words = torch.logsumexp(cosines, 0) - cosines
+    assert loss.item() == pytest.approx(((to_words + math.log(3)).mean() / 2).item(), rel=1e-6)
     loss.backward()
     assert patches.grad.isfinite().all()
 

@@ -32,9 +32,9 @@ def test_a_line_that_cannot_be_written_names_its_file() -> None:
 def test_a_new_interval_forgets_no_bad_sample() -> None:
     bad = BadSample("shard", "key", "reason")
     batch = Batch(torch.zeros(2, 3, 4, 4), torch.zeros(2, 8), ("a", "b"), bad_samples=(bad,))
-    watch = Stopwatch(iter([batch, batch]))
+    watch = Stopwatch(iter([batch, batch]), torch.device("cpu"))
     watch.next_batch()
     watch.restart()  # as after an evaluation between two lines of the log
     watch.next_batch()
     assert watch.images == 2
-    assert watch.bad_samples == 2
+    assert watch.bad_samples == [bad, bad]

@@ -7,7 +7,13 @@ import torch
 from models_for_tests import small_model, small_recipe, small_training
 from test_training import recipe, run
 
-from mlip_cli.commands.micro_batches import chosen_micro_batch_size, largest_that_fits, memory_beside, try_once
+from mlip_cli.commands.micro_batches import (
+    chosen_micro_batch_size,
+    largest_that_fits,
+    least_merging,
+    memory_beside,
+    try_once,
+)
 from mlip_cli.recipe_checks import check
 from mlip_cli.train.checkpoint import load_state
 from mlip_cli.train.loop import Progress
@@ -45,13 +51,34 @@ def test_moments_and_logits_take_their_room_beside() -> None:
     assert sum(x.numel() for x in memory_beside(recipe, training, share=4)) == 2 * num_parameters + 4 * 4 * 4 * 8
 
 
+def test_filip_takes_room_for_tokens_words_and_places_too() -> None:
+    recipe = small_recipe(losses={"spatial_token": {"kind": "filip"}, "frequency_token": {"kind": "filip"}})
+    training = small_training(small_model(recipe, dtype=torch.float32))
+    plan, length, width = training.plain.training_plan, recipe.model.text.context_length, recipe.model.token_dim
+    without = small_recipe(losses={"spatial_token": {"kind": "sparc"}, "frequency_token": {"kind": "sparc"}})
+    extra = sum(x.nbytes for x in memory_beside(recipe, training, share=4)) - sum(
+        x.nbytes for x in memory_beside(without, training, share=4)
+    )
+    patches = (plan.tokens[-1], plan.num_patches)
+    expected = 4 * (4 + 4 + 8) * length * width
+    expected += sum(4 * (4 + 4) * n * width + 4 * 8 * (n + length) for n in patches)
+    assert extra == expected
+
+
+def test_a_trial_keeps_the_tokens_that_a_phase_without_merging_keeps() -> None:
+    for active, merges in (((0.0, 1.0), True), ((0.0, 0.95), False)):
+        recipe = small_recipe(model={"merging": {"rate": 0.5, "active": active}})
+        training = small_training(small_model(recipe, dtype=torch.float32))
+        assert bool(least_merging(recipe, training).merges) is merges
+
+
 def test_what_was_found_stays_and_without_cuda_it_is_the_share() -> None:
     recipe = small_recipe()
     auto = recipe.model_copy(update={"train": recipe.train.model_copy(update={"micro_batch_size": "auto"})})
     training = small_training(small_model(recipe, dtype=torch.float32))
     progress = Progress()
     assert chosen_micro_batch_size(auto, training, progress, share=8) == 8
-    assert progress.micro_batch_size == 8
+    assert progress.micro_batch_size is None  # a GPU that goes on has to try
     found_before = Progress(micro_batch_size=3)
     assert chosen_micro_batch_size(auto, training, found_before, share=8) == 3
     assert chosen_micro_batch_size(auto, training, found_before, share=2) == 2
@@ -63,7 +90,7 @@ def test_a_run_says_what_it_took_and_keeps_it(recipe: Path, tmp_path: Path) -> N
     done = run(recipe, "--out", str(folder), "train.micro_batch_size=auto", "train.steps=2")
     assert done.returncode == 0, done.stderr
     assert "train.micro_batch_size auto: 8 of 8 samples a rank at a time" in done.stderr.splitlines()
-    assert load_state(folder / "checkpoints" / "step_0000002")["progress"]["micro_batch_size"] == 8
+    assert load_state(folder / "checkpoints" / "step_0000002")["progress"]["micro_batch_size"] is None
 
 
 def test_sharded_models_cannot_be_tried_by_one_rank_alone() -> None:

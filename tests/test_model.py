@@ -1,5 +1,7 @@
 """The towers against timm and open_clip, the frequency branch against direct convolution."""
 
+from functools import partial
+
 import open_clip
 import pytest
 import timm
@@ -10,7 +12,8 @@ from torch import nn
 
 from mlip_cli.config import Text, Vision
 from mlip_cli.errors import UsageError
-from mlip_cli.model.frequency import FrequencyBranch, GlobalFilter, local_kernel
+from mlip_cli.merge_plan import MergePlan
+from mlip_cli.model.frequency import FrequencyBranch, local_kernel
 from mlip_cli.model.text import TextTower, end_of_text, pool_text, word_mask
 from mlip_cli.model.vision import ImageTower, ObservedBlock
 
@@ -72,12 +75,9 @@ def test_pooling_after_a_merge_counts_every_patch_once(pool: str) -> None:
     image = torch.randn(1, 3, 8, 8, dtype=torch.float64)
     other = torch.randn(1, 3, 8, 8, dtype=torch.float64)
     images = torch.cat([torch.cat([image] * 4, 3)] * 3 + [torch.cat([other] * 4, 3)], 2)
-    recipe = small_recipe(mlip=False)
-    plan = small_model(recipe).merge_plan(0.5, "tome")
-    plan = type(plan).resolve(depth=3, num_patches=16, num_prefix=0, rate=0.5, at=(2,), method="tome", multiple_of=1)
-    whole = tower(images, tower.embed(images), type(plan).resolve(
-        depth=3, num_patches=16, num_prefix=0, rate=0.0, at=None, method="tome"
-    ))  # fmt: skip
+    tower_of_16 = partial(MergePlan.resolve, depth=3, num_patches=16, num_prefix=0, method="tome")
+    plan = tower_of_16(rate=0.5, at=(2,), multiple_of=1)
+    whole = tower(images, tower.embed(images), tower_of_16(rate=0.0, at=None))
     merged = tower(images, tower.embed(images), plan)
     assert merged.tokens.shape[1] == 8
     torch.testing.assert_close(merged.pooled, whole.pooled, rtol=1e-10, atol=1e-10)
@@ -134,20 +134,6 @@ def test_true_text_length_equals_full_padding() -> None:
 def test_word_mask_keeps_first_real_words_and_knows_padding_by_place() -> None:
     ids = torch.tensor([[49406, 5, 0, 5, 7, 49407, 0, 0], [49406, 49407, 0, 0, 0, 0, 0, 0]])
     assert word_mask(ids).int().tolist() == [[0, 1, 1, 0, 1, 0, 0, 0], [0] * 8]
-
-
-@pytest.mark.parametrize(("h", "w"), [(4, 4), (3, 5), (7, 2)])
-def test_the_global_filter_is_a_circular_convolution(h: int, w: int) -> None:
-    torch.manual_seed(0)
-    layer = GlobalFilter(h, w, 3).double()
-    x = torch.randn(2, h, w, 3, dtype=torch.float64)
-    expected = torch.zeros_like(x)
-    for y in range(h):
-        for column in range(w):
-            for dy in range(h):
-                for dx in range(w):
-                    expected[:, y, column] += layer.kernel[dy, dx] * x[:, (y - dy) % h, (column - dx) % w]
-    torch.testing.assert_close(layer(x), expected)
 
 
 def test_initial_kernels_are_local_around_the_seam() -> None:

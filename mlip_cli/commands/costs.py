@@ -3,6 +3,8 @@
 from collections.abc import Iterable
 from typing import Any, cast
 
+from timm.layers import DiffAttention
+from timm.models.vision_transformer import DiffParallelScalingBlock
 from torch import nn
 
 from mlip_cli.merge_plan import MergePlan
@@ -18,6 +20,9 @@ from mlip_cli.profiling import (
     text_tower_gflops,
 )
 
+TWO_MAPS = (DiffAttention, DiffParallelScalingBlock)
+"""A head has two maps of attention, each with keys of half its width."""
+
 
 def linear_weights(modules: Iterable[nn.Module]) -> int:
     """Entries of the matrices of all linear maps: multiply-adds of a token that passes each once."""
@@ -25,10 +30,11 @@ def linear_weights(modules: Iterable[nn.Module]) -> int:
 
 
 def block_sizes(block: Any) -> BlockSizes:
-    """Sizes of a timm transformer block."""
-    attention = linear_weights([block.attn])
-    width = block.attn.num_heads * block.attn.head_dim
-    return BlockSizes(width, attention, linear_weights([block]) - attention)
+    """Sizes of a timm transformer block; where one matrix serves attention and MLP, all are attention's."""
+    attentions: list[Any] = [module for module in block.modules() if hasattr(module, "head_dim")]
+    width = sum(a.num_heads * a.head_dim * (2 if isinstance(a, TWO_MAPS) else 1) for a in attentions)
+    weights = linear_weights(attentions)
+    return BlockSizes(width, weights, linear_weights([block]) - weights)
 
 
 def spectral_sizes(block: SpectralBlock) -> SpectralSizes:
@@ -99,16 +105,17 @@ def text_gflops(model: CLIP, num_tokens: int) -> float:
 def step_gflops(model: CLIP, plan: MergePlan, *, batch_size: int, num_text_tokens: int) -> float:
     """GFLOPs of a training step as its definition counts them: three times those of the forward pass at `plan`.
 
-    The backward pass of a matrix product is two such products. A forward pass that is done twice, for micro-batches,
-    counts once; the matrices of the losses (B^2 * E and smaller) do not count.
+    The backward pass of a matrix product is two such products; a frozen tower has none. A forward pass that is done
+    twice, for micro-batches, counts once; the matrices of the losses (B^2 * E and smaller) do not count.
     """
-    pair = (
-        sum(image_gflops(model, plan).values())
-        + frequency_gflops(model)
-        + text_gflops(model, num_text_tokens)
-        + token_head_gflops(model, plan, num_text_tokens)
-    )
-    return 3 * batch_size * pair
+    towers = {
+        model.vision: sum(image_gflops(model, plan).values()),
+        model.text: text_gflops(model, num_text_tokens),
+    }
+    learns = {tower: any(parameter.requires_grad for parameter in tower.parameters()) for tower in towers}
+    pair = sum((3 if learns[tower] else 1) * gflops_of_tower for tower, gflops_of_tower in towers.items())
+    pair += 3 * (frequency_gflops(model) + token_head_gflops(model, plan, num_text_tokens))
+    return batch_size * pair
 
 
 def parameters(model: CLIP) -> dict[str, int]:

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.layers import resample_abs_pos_embed
-from torch import Tensor
+from timm.layers import DropPath, resample_abs_pos_embed
+from torch import Tensor, nn
 
 from mlip_cli.commands.loading import load_into
 from mlip_cli.commands.weight_files import read_weights
@@ -27,6 +27,9 @@ from mlip_cli.model.open_clip_weights import ONLY_OURS, PATCH_BIAS, from_open_cl
 from mlip_cli.recipe import differences, load_recipe
 from mlip_cli.run_folder import Run
 from mlip_cli.train.checkpoint import load_weights
+
+NO_FORM = ("model.text.dropout", "model.vision.drop_path")
+"""What training may change in a model that goes on."""
 
 POSITIONS = "vision.trunk.pos_embed"
 
@@ -182,7 +185,7 @@ def _check_run(model: CLIP, recipe: Recipe, checkpoint: Path) -> None:
     named = [
         f"{key} {json.dumps(mine)} (there {json.dumps(value)})"
         for key, value, mine in differences(other, recipe)
-        if key != "model.text.dropout" and any(key == s or key.startswith(f"{s}.") for s in sections)
+        if key not in NO_FORM and any(key == s or key.startswith(f"{s}.") for s in sections)
     ]
     raise UsageError(
         f"model.init: {checkpoint} does not fit the recipe: {'; '.join(named)}; take these values from {run.recipe}, "
@@ -193,11 +196,13 @@ def _check_run(model: CLIP, recipe: Recipe, checkpoint: Path) -> None:
 def _forms(model: CLIP) -> dict[str, list[Any]]:
     """Of each part: kinds of its modules, numbers that their weights do not show, and shapes.
 
-    Without shapes that follow from the image size, which may be another.
+    Without shapes that follow from the image size, which may be another, and what drops a part of the time.
     """
     numbers = ("num_heads", "eps", "approximate", "global_pool", "no_embed_class", "reads_pixels")
     forms: dict[str, list[Any]] = defaultdict(list)
     for name, module in model.named_modules():
+        if isinstance(module, DropPath | nn.Dropout | nn.Identity):
+            continue
         forms[_part(name)].append((type(module).__name__, *(getattr(module, number, None) for number in numbers)))
     for name, tensor in model.state_dict().items():
         if not name.endswith(("pos_embed", "kernel")):

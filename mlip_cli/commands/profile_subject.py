@@ -51,8 +51,12 @@ def load_subject(target: str | None, device: str) -> Subject:
 
 
 def _as_trained(model: CLIP, recipe: Recipe) -> CLIP:
-    """The model with gradients for what the recipe trains."""
+    """The model with gradients for what the recipe trains, recomputing what it recomputes; nothing is compiled."""
     model.requires_grad_(True)
+    if recipe.train.grad_checkpointing:
+        model.set_grad_checkpointing()
+    if recipe.train.compile:
+        say("train.compile: what follows is measured without it")
     if recipe.model.freeze is not None:
         model.freeze(recipe.model.freeze)
     return model

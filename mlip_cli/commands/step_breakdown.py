@@ -44,7 +44,7 @@ class StepRecorder:
 
     def __init__(self, step: TrainingStep) -> None:
         self.step = step
-        self.clock = PartClock(step.device, undivided=(FIRST_PASS,))
+        self.clock = PartClock(step.device, undivided=(FIRST_PASS, BACKWARD))
         self.objective = TimedObjective(step, self.clock)
         self.steps: list[TimedStep] = []
 

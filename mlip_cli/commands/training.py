@@ -1,6 +1,6 @@
 """Where data, model, objective and loop meet."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,6 @@ from mlip_cli.commands.training_facts import cautions, facts, resume_facts
 from mlip_cli.commands.training_setup import TrainingData, build, open_batches, open_data, training_device
 from mlip_cli.commands.validation import BATCH_SIZE, OnBatch, validation_pairs
 from mlip_cli.config import Log, Recipe
-from mlip_cli.data.dataset import ShardDataset
 from mlip_cli.data.preflight import preflight
 from mlip_cli.data.tokenizer import Tokenizer
 from mlip_cli.distributed import from_main, process_group, rank, wait_for_ranks, world_size
@@ -39,8 +38,8 @@ from mlip_cli.train.resume import Saver, Training, restore
 from mlip_cli.train.time_left import TimeLeft
 from mlip_cli.train.trackers import opened_trackers
 
-Evaluate = Callable[[int, Callable[[], bool]], dict[str, float]]
-"""Step, and whether a signal asks to stop -> measures by their names in metrics.jsonl."""
+Evaluate = Callable[[int, Callable[[], bool]], dict[str, float] | None]
+"""Step, and whether a signal asks to stop -> measures by their names in metrics.jsonl; None where it led out."""
 
 
 def train_run(recipe: Recipe, start: Start) -> Run:
@@ -49,7 +48,7 @@ def train_run(recipe: Recipe, start: Start) -> Run:
     with sure_to_leave(), process_group(device):
         run = Run(Path(from_main(str(start.run.folder))))
         data = open_data(recipe)
-        wait_for_data(data.datasets)
+        wait_for_ranks()  # data may have had to be copied or indexed on some machines first, here and below
         lines = preflight(data.datasets, data.order, recipe.train.global_batch_size, world_size())
         checkpoint = run.latest_checkpoint() if start.resumes else None
         training, init = build(recipe, device, fresh=checkpoint is None)
@@ -57,8 +56,8 @@ def train_run(recipe: Recipe, start: Start) -> Run:
         if checkpoint is not None:
             progress, random = restore(checkpoint, training, data=data.fingerprints)
         tokenizer = Tokenizer(recipe.model.text.context_length)
-        pairs = validation_pairs(recipe, tokenizer, device=device)
-        wait_for_data(pairs.datasets if pairs is not None else [])
+        pairs = validation_pairs(recipe, tokenizer, device=device, beside=data.datasets)
+        wait_for_ranks()
         evaluators = training_evaluators(recipe, tokenizer, pairs, device=device)
         if start.is_named_by_us:
             run = Run(Path(from_main(str(claimed(run.folder)) if is_main() else "")))
@@ -86,12 +85,6 @@ def train_run(recipe: Recipe, start: Start) -> Run:
     return run
 
 
-def wait_for_data(datasets: Sequence[ShardDataset]) -> None:
-    """Wait for the ranks of other machines, whose copy of data that lies elsewhere may come much later."""
-    if any(dataset.remote is not None for dataset in datasets):
-        wait_for_ranks()
-
-
 def everyone(device: torch.device, *, is_stopping: Callable[[], bool] = lambda: False) -> Together:
     """All ranks of this training, for an evaluation."""
     return Together(rank=rank(), world_size=world_size(), device=device, is_stopping=is_stopping)
@@ -115,7 +108,7 @@ def run_loop(
     device = training.device
     saver = Saver(run.checkpoints, recipe.train, training, data=data.fingerprints)
     batches = open_batches(recipe, data, device, start_step=progress.step)
-    wait_for_data(data.datasets)
+    wait_for_ranks()
     share = recipe.train.global_batch_size // world_size()
     micro_batch_size = chosen_micro_batch_size(recipe, training, progress, share=share)
     at_once = min(share, micro_batch_size or share)
@@ -204,7 +197,7 @@ def save(saver: Saver, panel: TrainingPanel, left: TimeLeft, progress: Progress)
 def timed(evaluate: Evaluate, left: TimeLeft) -> Evaluate:
     """`evaluate`, whose cost `left` comes to know."""
 
-    def evaluate_timed(step: int, is_stopping: Callable[[], bool]) -> dict[str, float]:
+    def evaluate_timed(step: int, is_stopping: Callable[[], bool]) -> dict[str, float] | None:
         with left.evaluating(step):
             return evaluate(step, is_stopping)
 
@@ -217,7 +210,7 @@ def measure(
     panel: TrainingPanel,
     step: int,
     is_stopping: Callable[[], bool],
-) -> dict[str, float]:
+) -> dict[str, float] | None:
     """All measures of the model as it is, without gradients, by all ranks and for all of them.
 
     None when a signal to any rank asks to stop meanwhile; an error on any rank ends all of them.
@@ -234,7 +227,7 @@ def measure(
                 measures |= found.values
     except Left:
         warn(f"step {step}: the evaluation was left before its end; none of its numbers are written")
-        return {}
+        return None
     panel.doing(None)
     return measures
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mlip_cli.config import Cache, Recipe, Source
-from mlip_cli.data.dataset import RawSample, open_sources
+from mlip_cli.data.dataset import RawSample, ShardDataset, open_sources
 from mlip_cli.data.loader import default_num_workers, evaluation_loader
 from mlip_cli.data.tokenizer import Tokenizer
 from mlip_cli.distributed import world_size
@@ -49,8 +49,9 @@ class ValidationPairs:
         image_size: int,
         device: torch.device,
         cache: Cache | None = None,
+        beside: Sequence[ShardDataset] = (),
     ) -> None:
-        self.datasets = open_sources(sources, cache=cache)
+        self.datasets = open_sources(sources, cache=cache, beside=beside)
         self.device = device
         self._tokenizer = tokenizer
         captions = [
@@ -124,8 +125,10 @@ class ValidationPairs:
         return normalized(images, "image", place=VALIDATION), texts
 
 
-def validation_pairs(recipe: Recipe, tokenizer: Tokenizer, *, device: torch.device | str) -> ValidationPairs | None:
-    """Those of the recipe's `data.validation`, or None where it names none."""
+def validation_pairs(
+    recipe: Recipe, tokenizer: Tokenizer, *, device: torch.device | str, beside: Sequence[ShardDataset] = ()
+) -> ValidationPairs | None:
+    """Those of the recipe's `data.validation`, or None where it names none; for `beside` see `open_sources`."""
     sources = recipe.data.validation
     if sources is None:
         return None
@@ -135,6 +138,7 @@ def validation_pairs(recipe: Recipe, tokenizer: Tokenizer, *, device: torch.devi
         image_size=recipe.data.image_size,
         device=torch.device(device),
         cache=recipe.data.cache,
+        beside=beside,
     )
 
 

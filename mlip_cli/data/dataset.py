@@ -210,18 +210,21 @@ class ShardDataset:
         return self._open[number]
 
 
-def open_sources(sources: Sequence[Source], *, cache: Cache | None = None) -> list[ShardDataset]:
+def open_sources(
+    sources: Sequence[Source], *, cache: Cache | None = None, beside: Sequence[ShardDataset] = ()
+) -> list[ShardDataset]:
     """The data sets of `data.train` or `data.validation`, in order; of those at URLs the indexes are fetched.
 
     Args:
         cache: for those at URLs; None: the user's own.
+        beside: data sets that are in use too, for which the cache must have room as well.
 
     Raises:
         UsageError: a folder is missing, not prepared or empty, or the cache cannot hold what lies elsewhere.
         RunError: the network failed.
     """
     datasets = [_open_source(source, cache or Cache()) for source in sources]
-    check_fit([dataset.remote for dataset in datasets if dataset.remote is not None])
+    check_fit([dataset.remote for dataset in (*beside, *datasets) if dataset.remote is not None])
     return datasets
 
 
@@ -271,7 +274,7 @@ def _checked_key(content: bytes, at: int, size: int, extension: str) -> str:
 
 def checked_header(header: bytes) -> tuple[str, int]:
     """Name and size of a tar member by its header; ValueError for what is none."""
-    if len(header) != TAR_BLOCK or header[257:262] != b"ustar":
+    if len(header) != TAR_BLOCK or header[257:262] not in (b"ustar", bytes(5)):  # nothing there in the oldest form
         raise ValueError("no tar header where the index says")
     name = header[:100].rstrip(b"\0").decode("ascii", "replace")
     checksum = sum(header) - sum(header[148:156]) + 8 * ord(" ")

@@ -61,7 +61,8 @@ def training_loader(
 
     The batches are the same for any number of workers, and those of all ranks put together are the same for any number
     of ranks. Text is as wide as the longest caption of the global batch needs (`padded_length`), equal on all ranks.
-    A bad sample is replaced by another of its source and named in `Batch.bad_samples`. With labels, samples of one
+    A bad sample is replaced by another of its source, whose caption is cut where it is longer than that, and named in
+    `Batch.bad_samples`. With labels, samples of one
     concept (see `label_of`) have one label.
 
     Raises:

@@ -1,5 +1,6 @@
 """torch's DataLoader over datasets that never raise: an error in a worker process travels as an item."""
 
+import os
 import signal
 import threading
 from collections.abc import Generator, Iterator
@@ -9,6 +10,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from mlip_cli.errors import RunError
+
+OF_DEAD_WORKERS = ("DataLoader worker", "Pin memory thread exited")
 
 
 def data_loader(batches: Dataset[Any], items: range, num_workers: int, *, pin_memory: bool = False) -> DataLoader[Any]:
@@ -20,8 +23,14 @@ def data_loader(batches: Dataset[Any], items: range, num_workers: int, *, pin_me
         num_workers=num_workers,
         prefetch_factor=None if num_workers == 0 else 4 if num_workers <= 2 else 2,
         pin_memory=pin_memory,
+        worker_init_fn=_leave_group,
         generator=torch.Generator(),  # workers' seeds, which nothing uses, must not come from the global one
     )
+
+
+def _leave_group(number: int) -> None:
+    """A signal to the whole group of processes asks the training to stop, which needs its loaders for another step."""
+    os.setpgid(0, 0)
 
 
 def items_of(loader: DataLoader[Any]) -> Generator[Any, None, None]:
@@ -37,7 +46,7 @@ def items_of(loader: DataLoader[Any]) -> Generator[Any, None, None]:
         except StopIteration:
             return
         except (RuntimeError, OSError, EOFError) as error:  # of torch's pipes; our own errors come as items
-            if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+            if isinstance(error, RuntimeError) and not any(words in str(error) for words in OF_DEAD_WORKERS):
                 raise
             raise RunError(
                 f"a loader process died: {error}; look for too little memory or /dev/shm, or use data.num_workers=0"

@@ -47,7 +47,7 @@ class IndexedTar:
     num_bytes: int
     num_samples: int
     sha256: str
-    """Of the records in the index: of names, places, sizes and lengths of captions."""
+    """Of the keys, and of the records in the index: places, sizes and lengths of captions."""
     rejects: dict[str, int]
     """Samples without use, by reason."""
     first_reject: str
@@ -165,6 +165,7 @@ def _index_one(pair: tuple[Path, Path]) -> None:
     """Write the index of a tar, and after it what `IndexedTar` says."""
     tar, index = pair
     rows: list[np.void] = []
+    digest = hashlib.sha256()
     rejects: Counter[str] = Counter()
     first_reject, damage = "", None
     descriptor = os.open(tar, os.O_RDONLY | os.O_CLOEXEC)
@@ -172,6 +173,7 @@ def _index_one(pair: tuple[Path, Path]) -> None:
         for key, members in _samples(tar):
             try:
                 rows.append(_index_record(descriptor, members))
+                digest.update(f"{key}\n".encode())
             except ValueError as error:
                 rejects[str(error)] += 1
                 first_reject = first_reject or f"{tar}: sample {key}: {error}"
@@ -182,8 +184,8 @@ def _index_one(pair: tuple[Path, Path]) -> None:
     records = np.array(rows, RECORD) if rows else np.zeros(0, RECORD)
     num_bytes = tar.stat().st_size
     write_index(index, records, tar_bytes=num_bytes, sha256="00" * 32)  # nobody read the pictures
-    sha256 = hashlib.sha256(records.tobytes()).hexdigest()
-    own = IndexedTar(num_bytes, len(rows), sha256, dict(sorted(rejects.items())), first_reject, damage)
+    digest.update(records.tobytes())
+    own = IndexedTar(num_bytes, len(rows), digest.hexdigest(), dict(sorted(rejects.items())), first_reject, damage)
     write_json(_card(index), asdict(own))
 
 
@@ -250,7 +252,8 @@ def _member(descriptor: int, at: int, size: int) -> tuple[str, bytes]:
         raise ValueError(f"{name!r} of {found} bytes where the index says {size}")
     if len(content) != TAR_BLOCK + size:
         raise ValueError(f"the shard ends {TAR_BLOCK + size - len(content)} bytes too early")
-    folder = content[345:500].split(b"\0", 1)[0].decode("ascii", "replace")
+    is_posix = content[257:263] == b"ustar\0"  # other forms keep other things there
+    folder = content[345:500].split(b"\0", 1)[0].decode("ascii", "replace") if is_posix else ""
     return key_of(f"{folder}/{name}" if folder else name), content[TAR_BLOCK:]
 
 

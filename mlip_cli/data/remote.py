@@ -67,7 +67,8 @@ class RemoteShards:
         listing = [[name, shard["n"], shard["bytes"], shard["sha256"]] for name, shard in self.shards.items()]
         self.key = hashlib.sha256(json.dumps(listing).encode()).hexdigest()[:16]
         finalize(self, os.close, self.cache.hold(self.key))
-        write_bytes(self.folder / "dataset.json", content)
+        with self.cache.locked():  # whoever holds the lock removes files that are not finished
+            write_bytes(self.folder / "dataset.json", content)
         self._fetch_indexes()
 
     @property

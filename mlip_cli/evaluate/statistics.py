@@ -98,10 +98,13 @@ def cluster_interval(sums: Sequence[float], counts: Sequence[int], *, least: flo
     """Interval of a mean whose values come in clusters: sum(sums) / sum(counts), by the percentile bootstrap.
 
     Whole clusters are drawn again (Davison and Hinkley 1997, section 3.8), since values of one cluster depend on each
-    other. Always the same draws. A single cluster says nothing of the spread: then it is `least` to 1.
+    other. Always the same draws. A single cluster says nothing of the spread: then it is `least` to 1. Shares that are
+    all 0 or all 1 leave nothing to draw: then it is Wilson's of as many samples as there are clusters.
     """
     if len(sums) < 2:
         return Interval(least, 1.0)
+    if least == 0.0 and sum(sums) in (0, sum(counts)):
+        return wilson(len(sums) if sum(sums) else 0, len(sums))
     import numpy as np
 
     totals, numbers = np.asarray(sums, dtype=np.float64), np.asarray(counts, dtype=np.float64)

@@ -138,10 +138,11 @@ def mid_ranks(values: Tensor) -> Tensor:
 
 def dct_matrix(n: int, *, device: torch.device | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
     """Orthonormal DCT-II: (n, n), rows are frequencies."""
-    k = torch.arange(n, device=device, dtype=torch.float64)
+    has_doubles = device is None or device.type != "mps"
+    k = torch.arange(n, device=device if has_doubles else None, dtype=torch.float64)
     matrix = torch.cos(math.pi / n * (k[None] + 0.5) * k[:, None]) * math.sqrt(2 / n)
     matrix[0] /= math.sqrt(2)
-    return matrix.to(dtype)
+    return matrix.to(device=device, dtype=dtype)
 
 
 def patch_dct(images: Tensor, patch_size: int) -> Tensor:

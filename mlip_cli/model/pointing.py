@@ -47,7 +47,7 @@ def similarity_maps(
     images = model.normalize(images)
     embedded = model.vision.embed(images)
     tower = model.vision(images, embedded, plan or model.plan)
-    tokens = {"feature": model.image_projection(model.vision.trunk.fc_norm(tower.tokens))}
+    tokens = {"feature": model.image_projection(model.vision.pooled_alone(tower.tokens))}
     if "tokens" in queries:
         tokens["tokens"] = model.token_projections["spatial"](tower.tokens)
     maps = {reading: _products(patches, queries[reading]) for reading, patches in tokens.items()}

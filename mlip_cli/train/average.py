@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from mlip_cli.distributed import full, local, sharded_like
+from mlip_cli.distributed import full_on_main, local, sharded_like
 
 
 class WeightAverage:
@@ -40,8 +40,8 @@ class WeightAverage:
             self._set(own)
 
     def weights(self) -> dict[str, Tensor]:
-        """The averages by the names of their parameters, whole on every rank."""
-        return full(self._averages)
+        """The averages by the names of their parameters, whole on rank 0 (see `full_on_main`)."""
+        return full_on_main(self._averages)
 
     def load(self, weights: dict[str, Tensor]) -> None:
         """Go on from `weights()`."""

@@ -88,7 +88,11 @@ def remove_old_checkpoints(folder: Path, *, last: int, every_steps: int | None, 
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete what a killed process left of a checkpoint it had not finished."""
+    """Delete what a killed process left of a checkpoint it had not finished; one that it was replacing stays."""
+    for aside in folder.glob(".step_*.old.tmp"):
+        replaced = folder / aside.name.removeprefix(".").removesuffix(".old.tmp")
+        if not replaced.exists():
+            os.replace(aside, replaced)
     for path in folder.glob(".step_*.tmp"):
         shutil.rmtree(path)
 

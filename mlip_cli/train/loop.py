@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from mlip_cli.config import Recipe
-from mlip_cli.distributed import all_mean, all_sum, full, parallel, unwrap, world_size
+from mlip_cli.distributed import all_mean, all_sum, from_all, full, parallel, unwrap, world_size
 from mlip_cli.errors import RunError, Stopped
 from mlip_cli.merge_plan import MergePlan
-from mlip_cli.output import warn
+from mlip_cli.output import plural, warn
 from mlip_cli.train.average import WeightAverage
 from mlip_cli.train.gradients import Precision, RandomState, add_gradients
 from mlip_cli.train.metrics import MetricsFile, Stopwatch, peak_gib
@@ -33,6 +33,8 @@ class Progress:
     step: int = 0
     skipped_steps: int = 0
     bad_samples: int = 0
+    measured_step: int = 0
+    """The last step after which the model was evaluated."""
     best: list[tuple[float, int]] = field(default_factory=list)
     """(measure, step) of the checkpoints that are kept as the best, the best one first."""
     micro_batch_size: int | None = None
@@ -62,7 +64,7 @@ def train(
     metrics: MetricsFile,
     show: Callable[[dict[str, float]], None],
     on_step: Callable[[int], None],
-    evaluate: Callable[[int, Callable[[], bool]], dict[str, float]],
+    evaluate: Callable[[int, Callable[[], bool]], dict[str, float] | None],
     save: Callable[[Progress], None],
     is_save_due: Callable[[int], bool],
 ) -> None:
@@ -75,7 +77,8 @@ def train(
         plan: merges of a step; None: the model's own.
         average: takes in the weights after every step.
         show: gets every logged line. on_step: is told of every step. save: writes a checkpoint.
-        evaluate: measures at a step; it may leave, with {}, when its second argument says so.
+        evaluate: measures at a step; it may leave, with None, when its second argument says so. What fails in it on one
+            rank fails on all.
         is_save_due: asked before every step, for after it; one rank's yes is enough.
 
     Raises:
@@ -84,12 +87,43 @@ def train(
     """
     config, optim = recipe.train, recipe.optim
     guard = FiniteGuard(device, progress)
-    watch = Stopwatch(batches)
+    watch = Stopwatch(batches, device)
     model.train()
     with StopRequest(device) as stop:
+
+        def conclude(step: int) -> None:
+            """Evaluate and save after a step where that is due, and end where a signal asked for it."""
+            last, every, was_left = step == total_steps, recipe.evaluate.every_steps, False
+            evaluates = last or bool(every and step % every == 0)
+            if evaluates:
+                account(progress, guard, watch, device)
+                # nothing measures the last step later: one Ctrl-C does not end its evaluation, another one leaves
+                try:
+                    measures = evaluate(step, stop.is_urgent if last else stop.is_asked_for)
+                except Exception:
+                    save(progress)  # what was learned is not lost with what could not be measured
+                    raise
+                was_left = measures is None
+                if measures:
+                    metrics.append({"step": step, "samples_seen": step * config.global_batch_size, **measures})
+                progress.measured_step = progress.measured_step if was_left else step
+                stop.cast(save=is_save_due(step) or is_best(measures or {}, progress, recipe))
+                stop.vote_again()
+                model.train()
+            exit_code, save_due = stop.decision()
+            saves = last or bool(exit_code) or save_due
+            if saves:
+                account(progress, guard, watch, device)
+                save(progress)
+            if exit_code and (was_left or not last):
+                raise Stopped(f"stopped after step {step} of {total_steps}", exit_code=exit_code)
+            if evaluates or saves:
+                watch.restart()
+
+        if progress.step == total_steps and progress.measured_step < total_steps:
+            conclude(total_steps)
         for step in range(progress.step + 1, total_steps + 1):
             batch = watch.next_batch().to(device, non_blocking=True)
-            report_bad_samples(batch, progress, watch)
             if parallel(model) == "ddp" and step == progress.step + 1:
                 settle_buckets(model, objective, batch, precision, micro_batch_size, plan(step))
 
@@ -134,22 +168,7 @@ def train(
                 warn_if_stalled(line, step, recipe)
                 watch.restart()
             on_step(step)
-            every = recipe.evaluate.every_steps
-            if last or (every and step % every == 0):
-                # nothing measures the last step later: one Ctrl-C does not end its evaluation, another one leaves
-                measures = evaluate(step, stop.is_urgent if last else stop.is_asked_for)
-                if measures:
-                    metrics.append({"step": step, "samples_seen": step * config.global_batch_size, **measures})
-                stop.cast(save=is_save_due(step) or is_best(measures, progress, recipe))
-                stop.vote_again()
-                model.train()
-                watch.restart()
-            exit_code, save_due = stop.decision()
-            if last or exit_code or save_due:
-                account(progress, guard, watch, device)
-                save(progress)
-            if exit_code and not last:
-                raise Stopped(f"stopped after step {step} of {total_steps}", exit_code=exit_code)
+            conclude(step)
 
 
 def is_best(measures: dict[str, float], progress: Progress, recipe: Recipe) -> bool:
@@ -167,12 +186,14 @@ class FiniteGuard:
         self.progress = progress
         self.in_a_row = torch.zeros((), device=device)
         self.skipped = torch.zeros((), device=device)
+        self.last_skipped = torch.zeros((), device=device)
 
     def step(self, optimizer: torch.optim.AdamW, precision: Precision, grad_norm: Tensor) -> None:
         """One optimiser step, or none; `grad_norm` is that of the reduced gradient, so all ranks agree."""
         not_finite = (~torch.isfinite(grad_norm)).float()
         self.in_a_row = (self.in_a_row + not_finite) * not_finite
         self.skipped += not_finite
+        self.last_skipped = torch.where(not_finite > 0, self.progress.step + 1, self.last_skipped)
         if not precision.scaler.is_enabled():
             optimizer.found_inf = not_finite  # type: ignore[attr-defined]  # fused AdamW reads it on the device
         precision.scaler.step(optimizer)
@@ -184,8 +205,13 @@ class FiniteGuard:
         Raises:
             RunError: too many in a row.
         """
-        self.progress.skipped_steps += int(self.skipped)
-        self.skipped.zero_()
+        if skipped := int(self.skipped):
+            self.progress.skipped_steps += skipped
+            self.skipped.zero_()
+            warn(
+                f"step {int(self.last_skipped)}: the gradient was not finite, so the step was skipped; "
+                f"{plural(self.progress.skipped_steps, 'step')} of this run so far"
+            )
         if self.in_a_row >= MOST_SKIPPED_IN_A_ROW:
             raise RunError(
                 f"step {self.progress.step}: the gradient was not finite in {int(self.in_a_row)} steps in a row; lower "
@@ -194,19 +220,16 @@ class FiniteGuard:
 
 
 def account(progress: Progress, guard: FiniteGuard, watch: Stopwatch, device: torch.device) -> None:
-    """Bring the counts of `progress` up to date, over all ranks."""
+    """Bring the counts of `progress` up to date, over all ranks, and name the first bad samples of the run."""
     guard.check()
-    progress.bad_samples += int(all_sum(torch.tensor(watch.bad_samples, device=device)))
-    watch.bad_samples = 0
-
-
-def report_bad_samples(batch: Batch, progress: Progress, watch: Stopwatch) -> None:
-    """Name the samples that were replaced: the first ten of a run, afterwards only the count goes into the metrics."""
-    seen = progress.bad_samples + watch.bad_samples - len(batch.bad_samples)
-    for number, bad in enumerate(batch.bad_samples, start=seen + 1):
-        if number <= MOST_BAD_NAMED:
+    count = int(all_sum(torch.tensor(len(watch.bad_samples), device=device)))
+    if count and progress.bad_samples < MOST_BAD_NAMED:
+        found = [bad for own in from_all(watch.bad_samples) for bad in own]
+        for number, bad in enumerate(found[: MOST_BAD_NAMED - progress.bad_samples], start=progress.bad_samples + 1):
             last = "; later ones are only counted" if number == MOST_BAD_NAMED else ""
             warn(f"{bad.shard}: sample {bad.key}: {bad.reason}; another one takes its place{last}")
+    progress.bad_samples += count
+    watch.bad_samples = []
 
 
 def clip_gradients(model: nn.Module, most: float | None) -> Tensor:

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
+from mlip_cli.distributed import all_max
 from mlip_cli.files import write_text
-from mlip_cli.types import Batch
+from mlip_cli.types import BadSample, Batch
 
 
 class MetricsFile:
@@ -65,9 +66,9 @@ def _step_of(line: str) -> float:
 class Stopwatch:
     """Where the time between two logging steps went."""
 
-    def __init__(self, batches: Iterator[Batch]) -> None:
-        self.batches = batches
-        self.bad_samples = 0
+    def __init__(self, batches: Iterator[Batch], device: torch.device) -> None:
+        self.batches, self.device = batches, device
+        self.bad_samples: list[BadSample] = []
         """Of this rank, until `account` takes them over into the progress."""
         self.restart()
 
@@ -83,13 +84,14 @@ class Stopwatch:
         batch = next(self.batches)
         self.waited_s += time.perf_counter() - before
         self.images += len(batch.images)
-        self.bad_samples += len(batch.bad_samples)
+        self.bad_samples += batch.bad_samples
         return batch
 
     def read(self, *, ranks: int) -> dict[str, float]:
-        """images_per_s over all ranks, data_wait_share of this rank."""
+        """images_per_s over all ranks, data_wait_share of the one that waited longest."""
         elapsed = max(time.perf_counter() - self.started_s, 1e-9)
-        return {"images_per_s": ranks * self.images / elapsed, "data_wait_share": self.waited_s / elapsed}
+        waited = all_max(torch.tensor(self.waited_s / elapsed, device=self.device)).item()
+        return {"images_per_s": ranks * self.images / elapsed, "data_wait_share": waited}
 
 
 def peak_gib(device: torch.device) -> float:

@@ -7,7 +7,7 @@ from torch import nn
 
 from mlip_cli.config import Optim
 
-NOT_DECAYED = ("cls_token", "reg_token", "pos_embed", "positional_embedding", "kernel", "latent")
+NOT_DECAYED = ("cls_token", "reg_token", "dist_token", "pos_embed", "positional_embedding", "kernel", "latent")
 """Last parts of parameter names that are no matrices of a linear map: tokens, positions, global filters."""
 
 LARGEST_LOG_SCALE = math.log(100)

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 from mlip_cli.config import Train
-from mlip_cli.distributed import full, parallel, rank, sharded_like, unwrap, whole, world_size
+from mlip_cli.distributed import full_on_main, parallel, rank, sharded_like, unwrap, whole, world_size
 from mlip_cli.errors import UsageError
 from mlip_cli.output import is_main, warn
 from mlip_cli.train.average import WeightAverage
@@ -98,7 +98,8 @@ class Saver:
             dist.gather_object(random, everyone if is_main() else None)
         else:
             everyone = [random]
-        optimizer, weights = full(training.optimizer.state_dict()), full(training.plain.state_dict())
+        optimizer = full_on_main(training.optimizer.state_dict())
+        weights = full_on_main(training.plain.state_dict())
         averages = {} if training.average is None else training.average.weights()
         if is_main():
             state = {

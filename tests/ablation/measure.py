@@ -125,6 +125,7 @@ def measure(
         "split": split,
         "data": ShardDataset(data / split).fingerprint,
         "step": run.step,
+        "torch": str(torch.__version__),
         "recipe": recipe_yaml(run.recipe).replace(f"{data.resolve()}/", ""),
         "at": at,
     }

@@ -25,26 +25,24 @@ class AblationRun:
 
 
 def _choices() -> Iterator[AblationRun]:
-    """A, B: one seed each, on validation, to choose learning rate, placement, token loss, strength and phases."""
+    """A, B: one seed each, on validation, to choose learning rate, placement, token loss and strength."""
     for lr in ("2.5e-4", "5e-4", "1e-3"):
         yield AblationRun("A", f"clip_lr_{lr}", 0, "validation", "clip", (f"optim.lr={lr}",))
     for recipe in ("branch_tokens", "branch_dct", "stem", "sparc", "filip", "sparc_light"):
         yield AblationRun("B", recipe, 0, "validation", recipe)
-    for recipe in ("mlip_half", "mlip_half_firm", "mlip_half_end"):
+    for recipe in ("mlip_half", "mlip_half_firm"):
         yield AblationRun("B", f"{recipe}_validation", 0, "validation", recipe)
 
 
 def _verdicts() -> Iterator[AblationRun]:
     """C: equal steps. D: equal CPU time. E: what else is worth knowing. All on test."""
     for seed in SEEDS:
-        for recipe in ("clip", "mlip", "mlip_half", "mlip_half_tome"):
+        for recipe in ("clip", "branch", "mlip", "mlip_half", "mlip_half_tome"):
             yield AblationRun("C", recipe, seed, "test", recipe)
     for seed in SEEDS:
         yield AblationRun("D", "mlip_half_time", seed, "test", "mlip_half_time")
         if seed < 3:
             yield AblationRun("D", "mlip_time", seed, "test", "mlip_time")
-    for seed in SEEDS:
-        yield AblationRun("E", "branch", seed, "test", "branch")
     for recipe in ("mlip_half_inverse", "mlip_half_drop", "mlip_third", "clip_strong", "mlip_strong"):
         for seed in SEEDS[:3]:
             yield AblationRun("E", recipe, seed, "test", recipe)

@@ -89,9 +89,12 @@ class Contrast:
     seeds_agree: int
     num_seeds: int
 
-    def is_better(self, adjusted_p: float) -> bool:
-        """The rule fixed beforehand: interval above 0, also after Holm's correction, and 4 of 5 seeds agree."""
-        return self.low > 0 and adjusted_p < 0.05 and self.seeds_agree >= 0.8 * self.num_seeds and self.num_seeds >= 5
+    def verdict(self, adjusted_p: float) -> str:
+        """The rule fixed beforehand: interval without 0, also after Holm's correction, and 4 of 5 seeds agree."""
+        agree = self.seeds_agree >= 0.8 * self.num_seeds and self.num_seeds >= 5
+        if adjusted_p >= 0.05 or not agree or self.low <= 0 <= self.high:
+            return "not shown"
+        return "better" if self.low > 0 else "worse"
 
 
 def contrast(name: str, first: Rows, second: Rows) -> Contrast:
@@ -106,10 +109,14 @@ def contrast(name: str, first: Rows, second: Rows) -> Contrast:
     return Contrast(name, difference, float(low), float(high), min(1.0, 2 * float(tail)), agree, len(each))
 
 
-def holm(p_values: Sequence[float]) -> list[float]:
-    """p values adjusted for their number (Holm 1979), in the given order."""
-    adjusted, most = [0.0] * len(p_values), 0.0
+def holm(p_values: Sequence[float], *, among: int | None = None) -> list[float]:
+    """p values adjusted for their number (Holm 1979), in the given order.
+
+    Args:
+        among: how many tests there are; those without a value yet count as the least likely ones.
+    """
+    adjusted, most, number = [0.0] * len(p_values), 0.0, len(p_values) if among is None else among
     for place, i in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
-        most = max(most, min(1.0, (len(p_values) - place) * p_values[i]))
+        most = max(most, min(1.0, (number - place) * p_values[i]))
         adjusted[i] = most
     return adjusted
