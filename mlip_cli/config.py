@@ -274,7 +274,7 @@ class Train(Section):
     micro_batch_size: Annotated[
         Positive | Literal["auto"] | None, Field(json_schema_extra={"x-expected": "a number, auto or null"})
     ] = None
-    """Samples a forward pass, gradient of the whole batch (dropout, random_drop: other draws); null: a rank's share.
+    """Samples a forward pass, gradient of the whole batch (what is dropped at random differs); null: a rank's share.
     auto: on CUDA the largest half, quarter, ... of the share that fits into memory, elsewhere the share."""
     precision: Literal["bf16", "fp32", "fp16"] = "bf16"
     """Autocast type of the towers; losses are always at least fp32. fp16 needs CUDA."""

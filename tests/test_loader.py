@@ -5,6 +5,8 @@ import os
 import pickle
 import re
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -332,6 +334,22 @@ def test_a_worker_that_dies_is_one_clear_error(folder: Path) -> None:
         os.kill(worker.pid, signal.SIGKILL)
         with pytest.raises(RunError, match=r"^a loader process died: .+ or use data.num_workers=0$"):
             list(run)
+
+
+def test_workers_outlive_a_signal_to_the_whole_group() -> None:
+    """As torchrun, timeout and service managers send it: the training has to end its step, and to save."""
+    script = """
+import os, signal
+from mlip_cli.data.loader_processes import data_loader, items_of
+os.setsid()
+signal.signal(signal.SIGTERM, lambda *_: None)
+items = items_of(data_loader(range(40), range(40), 2))
+first = [next(items), next(items)]  # one of each: both have begun
+os.killpg(0, signal.SIGTERM)
+print([*first, *items] == list(range(40)))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.stdout == "True\n", done.stderr
 
 
 def test_a_spawned_worker_makes_the_same_batches(folder: Path) -> None:

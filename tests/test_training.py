@@ -106,7 +106,8 @@ def test_a_run_leaves_all_that_later_commands_need(whole: Path) -> None:
     assert lines[-2]["loss"] < lines[0]["loss"]
     checkpoint = whole / "checkpoints" / "step_0000012"
     state = load_state(checkpoint)
-    assert state["progress"] == {"step": 12, "skipped_steps": 0, "bad_samples": 0, "best": [], "micro_batch_size": None}
+    counts = {"step": 12, "skipped_steps": 0, "bad_samples": 0, "measured_step": 12}
+    assert state["progress"] == counts | {"best": [], "micro_batch_size": None}
     assert not [name for name in load_weights(checkpoint) if name.startswith("module.")]
     assert "finished" not in (whole / "log.txt").read_text()
     assert "step 12/12" in (whole / "log.txt").read_text()
@@ -207,6 +208,56 @@ def test_a_signal_saves_and_the_run_goes_on(recipe: Path, whole: Path, tmp_path:
         trained = [line for line in metrics(whole) if "loss" in line]  # the signal may have ended an evaluation
         assert [line for line in metrics(folder) if "loss" in line] == trained
         assert metrics(folder)[-1] == metrics(whole)[-1]
+
+
+EVALUATING = """
+import os, signal, sys
+from mlip_cli.cli import main
+from mlip_cli.commands import training
+from mlip_cli.errors import RunError
+measure = training.measure
+def measured(*arguments):
+    if arguments[3] == {step}:
+        {happens}
+    return measure(*arguments)
+training.measure = measured
+main()
+"""
+
+
+def run_in_which(recipe: Path, folder: Path, *, step: int, happens: str) -> subprocess.CompletedProcess[str]:
+    """A training in the evaluation of which something happens."""
+    script = [sys.executable, "-c", EVALUATING.format(step=step, happens=happens)]
+    return subprocess.run(
+        [*script, "pretrain", str(recipe), "--out", str(folder)], env=QUIET, text=True, capture_output=True, check=False
+    )
+
+
+def test_a_signal_in_the_last_evaluation_saves_and_the_run_is_measured_when_it_goes_on(
+    recipe: Path, whole: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    stopped = run_in_which(recipe, folder, step=12, happens="os.kill(os.getpid(), signal.SIGTERM)")
+    assert stopped.returncode == 143, stopped.stderr
+    assert metrics(folder) == metrics(whole)[:-1]
+    resumed = run(recipe, "--out", str(folder), "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    assert metrics(folder) == metrics(whole)
+    assert load_state(folder / "checkpoints" / "step_0000012")["progress"]["measured_step"] == 12
+
+
+def test_what_was_learned_is_saved_before_an_evaluation_that_fails_ends_the_run(
+    recipe: Path, whole: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    failed = run_in_which(recipe, folder, step=4, happens="raise RunError('it did not fit')")
+    assert failed.returncode == 1
+    assert failed.stderr.splitlines()[-1] == "error: it did not fit"
+    assert [p.name for p in (folder / "checkpoints").iterdir()] == ["step_0000004"]
+    resumed = run(recipe, "--out", str(folder), "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    expected = metrics(whole)
+    assert metrics(folder) == expected[:4] + expected[5:]
 
 
 def test_another_recipe_or_other_data_is_refused_on_resume(recipe: Path, whole: Path, tmp_path: Path) -> None:
