@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mlip_cli.errors import Stopped, UsageError
 from mlip_cli.heap import keep_freed_memory
+from mlip_cli.output import plural
 
 
 def rank() -> int:
@@ -43,7 +44,9 @@ def pick_device(name: str) -> torch.device:
     if name == "cuda":
         number, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
         if number >= count:
-            raise UsageError(f"device cuda: {number + 1} or more ranks on a machine with {count} GPUs; start {count}")
+            raise UsageError(
+                f"device cuda: rank {number} of this machine has none of its {plural(count, 'GPU')}; start {count}"
+            )
         return torch.device("cuda", number)
     return torch.device(name)
 

@@ -40,6 +40,17 @@ def test_the_newest_and_the_named_ones_stay_and_what_is_not_ours(tmp_path: Path)
     ]  # fmt: skip
 
 
+def test_a_checkpoint_that_was_being_replaced_comes_back(tmp_path: Path) -> None:
+    save(tmp_path, 5, 10)
+    (tmp_path / "step_0000010").rename(tmp_path / ".step_0000010.old.tmp")
+    (tmp_path / ".step_0000010.123.tmp").mkdir()
+    remove_leftovers(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_0000005", "step_0000010"]
+    (tmp_path / ".step_0000010.old.tmp").mkdir()  # the new one has its place already
+    remove_leftovers(tmp_path)
+    assert load_state(tmp_path / "step_0000010") == {"step": 10}
+
+
 def test_damage_is_named_with_what_to_do(tmp_path: Path) -> None:
     save(tmp_path, 5)
     checkpoint = tmp_path / "step_0000005"

@@ -16,6 +16,7 @@ from torch import nn
 from mlip_cli.config import LOSS_NAMES, Recipe
 from mlip_cli.errors import RunError
 from mlip_cli.losses.objective import Objective
+from mlip_cli.output import start_logging
 from mlip_cli.train.gradients import Precision, RandomState, add_gradients
 from mlip_cli.train.loop import MOST_SKIPPED_IN_A_ROW, FiniteGuard, Progress
 from mlip_cli.train.optim import build_optimizer, clamp_scales, is_decayed, learning_rate
@@ -161,7 +162,7 @@ sys.path.insert(0, {tests!r})
 torch.set_num_threads(1)
 from models_for_tests import small_model
 from test_gradients import CPU, RECIPES, batch_for, gradients, small_part
-from mlip_cli.distributed import full, process_group, rank, unwrap, world_size, wrap
+from mlip_cli.distributed import full_on_main, process_group, rank, unwrap, world_size, wrap
 from mlip_cli.losses.objective import Objective
 from mlip_cli.train.gradients import Precision, add_gradients
 
@@ -177,7 +178,7 @@ with process_group(CPU):
                 batch = small_part(batch_for(recipe), rank() * share, (rank() + 1) * share)
                 objective, precision = Objective(recipe.losses), Precision.named("fp32", CPU)
                 add_gradients(model, objective, batch, precision=precision, micro_batch_size=micro)
-                results[name, parallel, micro] = full(gradients(unwrap(model)))
+                results[name, parallel, micro] = full_on_main(gradients(unwrap(model)))
     if rank() == 0:
         torch.save(results, {out!r})
 """
@@ -215,6 +216,7 @@ def test_matrices_decay_and_positions_filters_scales_do_not() -> None:
     } <= decayed
     spared = ("pos_embed", "cls_token", "positional_embedding", "kernel", "log_scales", "bias", "norm")
     assert [n for n in decayed if any(word in n for word in spared)] == []
+    assert not is_decayed("vision.trunk.dist_token", torch.nn.Parameter(torch.zeros(1, 1, 8)))
 
 
 def test_scales_are_clamped_to_100() -> None:
@@ -224,7 +226,10 @@ def test_scales_are_clamped_to_100() -> None:
     assert model.log_scales["spatial_global"].exp().item() == pytest.approx(100)
 
 
-def test_a_step_without_finite_gradient_changes_nothing_and_many_end_the_run() -> None:
+def test_a_step_without_finite_gradient_changes_nothing_and_many_end_the_run(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    start_logging()
     recipe = RECIPES["clip"]
     model = small_model(recipe, dtype=torch.float32)
     optimizer = build_optimizer(model, recipe.optim)
@@ -238,6 +243,9 @@ def test_a_step_without_finite_gradient_changes_nothing_and_many_end_the_run() -
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
     with pytest.raises(RunError, match="step 7: the gradient was not finite in 20 steps in a row"):
         guard.check()
+    assert capfd.readouterr().err == (
+        "warning: step 8: the gradient was not finite, so the step was skipped; 20 steps of this run so far\n"
+    )
     assert progress.skipped_steps == 20
     for p in model.parameters():
         p.grad = torch.ones_like(p)

@@ -239,6 +239,15 @@ def test_a_run_of_another_form_is_refused_by_the_keys_that_say_it(
     )
 
 
+def test_a_run_goes_on_with_another_drop_path_and_dropout(tmp_path: Path) -> None:
+    plain = small_recipe(mlip=False)
+    make_run(tmp_path / "run", plain)
+    vision = plain.model.vision.model_dump() | {"drop_path": 0.1}
+    text = plain.model.text.model_dump() | {"dropout": 0.1}
+    recipe = with_init(small_recipe(mlip=False, model={"vision": vision, "text": text}), tmp_path / "run")
+    check_initial(small_model(recipe), recipe)
+
+
 def test_another_image_size_resamples_positions_and_carries_filters_over(tmp_path: Path) -> None:
     make_run(tmp_path / "run", small_recipe(), seed=1)
     base = small_model(dtype=torch.float32, seed=1).state_dict()

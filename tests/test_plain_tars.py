@@ -33,15 +33,32 @@ def picture(i: int, image_format: str = "JPEG") -> bytes:
     return file.getvalue()
 
 
+SEVENTH_EDITION = -7
+
+
 def write_tar(path: Path, members: Mapping[str, bytes | str], *, format: int = tarfile.PAX_FORMAT) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w", format=format) as tar:
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT if format == SEVENTH_EDITION else format) as tar:
         for name, content in members.items():
             info = tarfile.TarInfo(name)
             info.size = len(content := content.encode() if isinstance(content, str) else content)
             info.mtime = 1.5 if format == tarfile.PAX_FORMAT else 1  # a fraction makes a PAX header, as webdataset's
             tar.addfile(info, io.BytesIO(content))
+    if format == SEVENTH_EDITION:
+        path.write_bytes(without_magic(path.read_bytes()))
     return path
+
+
+def without_magic(archive: bytes) -> bytes:
+    """Headers as tar wrote them before POSIX: nothing behind the name of the link."""
+    found = bytearray(archive)
+    at = 0
+    while found[at]:
+        found[at + 257 : at + 512] = bytes(255)
+        found[at + 148 : at + 156] = b" " * 8
+        found[at + 148 : at + 156] = b"%06o\0 " % sum(found[at : at + 512])
+        at += 512 + -(-int(found[at + 124 : at + 135], 8) // 512) * 512
+    return bytes(found)
 
 
 def plain(numbers: range) -> dict[str, bytes | str]:
@@ -81,7 +98,7 @@ def captions(dataset: ShardDataset) -> list[list[str]]:
     return [[c["text"] for c in dataset.read(id).record["captions"]] for id in range(dataset.num_samples)]
 
 
-@pytest.mark.parametrize("format", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT])
+@pytest.mark.parametrize("format", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT, SEVENTH_EDITION])
 def test_samples_are_those_of_the_tars(folder: Path, cache: Cache, format: int) -> None:
     write_tar(folder / "0003.tar", plain(range(24, 29)), format=format)
     dataset = opened(folder, cache)

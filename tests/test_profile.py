@@ -14,8 +14,9 @@ from mlip_cli import __version__, cli
 from mlip_cli.commands import profile, profile_subject, profile_tables
 from mlip_cli.commands.training_step import TrainingStep
 from mlip_cli.config import LOSS_NAMES
+from mlip_cli.distributed import pick_device
 from mlip_cli.endings import exit_code
-from mlip_cli.errors import Stopped
+from mlip_cli.errors import Stopped, UsageError
 from mlip_cli.profiling import Timing
 from mlip_cli.recipe import recipe_yaml
 
@@ -312,6 +313,16 @@ def test_a_batch_that_does_not_fit(
         "error: --batch-size: the device has no memory for 1,000,000,000,000 samples at once; "
         "set it to 500,000,000,000 or less"
     )
+
+
+def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert pick_device("auto") == torch.device("cuda", 1)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(UsageError, match=r"^device cuda: rank 2 of this machine has none of its 2 GPUs; start 2$"):
+        pick_device("cuda")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

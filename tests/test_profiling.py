@@ -4,6 +4,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -59,6 +60,8 @@ def test_image_tower_equals_a_count_of_its_products(tiny: CLIP, rate: float, met
     [
         ({"timm": "deit_tiny_distilled_patch16_224"}, 48),  # two prefix tokens, an odd number of patches
         ({"timm": "vit_base_patch16_siglip_224"}, 32),  # no class token, pooled by attention
+        ({"timm": "vit_small_patch16_18x2_224"}, 32),  # two attentions and two MLPs side by side
+        ({"timm": "vit_dlittle_patch16_reg1_gap_256"}, 32),  # two maps a head
     ],
 )
 def test_towers_of_timm_equal_a_count_of_their_products(vision: dict[str, Any], image_size: int) -> None:
@@ -155,8 +158,11 @@ def test_a_step_is_three_times_the_forward_pass_with_all_that_training_adds(tiny
     plan = tiny.merge_plan(0.5, "guided")
     forward = sum(costs.image_gflops(tiny, plan).values()) + costs.text_gflops(tiny, 10)
     added = costs.frequency_gflops(tiny) + costs.token_head_gflops(tiny, plan, 10)
-    step = costs.step_gflops(tiny, plan, batch_size=5, num_text_tokens=10)
-    assert step == pytest.approx(3 * 5 * (forward + added))
+    step = partial(costs.step_gflops, tiny, plan, batch_size=5, num_text_tokens=10)
+    tiny.requires_grad_(True)
+    assert step() == pytest.approx(3 * 5 * (forward + added))
+    tiny.freeze("text")  # forward alone
+    assert step() == pytest.approx(5 * (3 * (forward + added) - 2 * costs.text_gflops(tiny, 10)))
 
 
 class Clock:

@@ -293,6 +293,8 @@ def test_data_that_the_cache_cannot_hold_are_refused_at_once(trouble: Trouble, f
         f"data.cache.gib: {small.gib:g} is less than the 0.00 GiB of {trouble.url}, file://{folder}, which are read in "
         "random order; set it to 1 or more, or copy the data to a disk that all nodes see"
     )
+    with pytest.raises(UsageError, match=r"GiB of memory:.*, file://"):  # for validation, beside what training reads
+        open_sources([Source(path=f"file://{folder}")], cache=small, beside=[opened(trouble.url, small)])
     assert copies(cache) == set()
 
 

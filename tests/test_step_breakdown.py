@@ -147,6 +147,15 @@ def test_every_part_of_the_list_is_met_and_no_other(mlip: bool, micro_batch_size
     assert 0 < sum(recorder.steps[0].parts.values()) < recorder.steps[0].whole_s
 
 
+@pytest.mark.parametrize("micro_batch_size", [None, 3])
+def test_what_is_computed_again_for_the_gradient_is_backward(micro_batch_size: int | None) -> None:
+    step = make_step(recipe_of(mlip=True, micro_batch_size=micro_batch_size))
+    step.model.set_grad_checkpointing()
+    recorder = StepRecorder(step)
+    recorder()
+    assert recorder.steps[0].parts.keys() == step_parts(step).keys()
+
+
 def test_the_parts_of_a_plain_clip() -> None:
     assert step_parts(make_step(small_recipe(mlip=False))) == {
         COPY: "data",

@@ -141,7 +141,7 @@ def timed_parts(model: CLIP, clock: PartClock) -> Iterator[None]:
         def time_module(module: nn.Module | None, enter: Callable[[], None], leave: Callable[[], None]) -> None:
             if module is not None:
                 before = module.register_forward_pre_hook(lambda module, arguments: enter())
-                after = module.register_forward_hook(lambda module, arguments, result: leave())
+                after = module.register_forward_hook(lambda module, arguments, result: leave(), always_call=True)
                 stack.callback(before.remove)
                 stack.callback(after.remove)
 
