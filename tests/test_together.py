@@ -163,7 +163,7 @@ def test_ranks_find_what_one_process_finds_to_the_bit(found: dict[int, list[dict
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_a_signal_to_one_rank_leads_all_out(found: dict[int, list[dict[str, Any]]], ranks: int) -> None:
-    assert [own["left"] for own in found[ranks]] == [{}] * ranks
+    assert [own["left"] for own in found[ranks]] == [None] * ranks
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
