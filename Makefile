@@ -38,7 +38,7 @@ demo: $(READY) ## Prepare OpenMoji, pretrain CLIP and MLIP, compare and report b
 		echo "$$report"
 
 test: $(READY) ## Run all tests
-	@$(RUN) -m pytest -q -n 2 --dist loadfile
+	@$(RUN) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 smoke: $(READY) ## Run the commands once on real data, in a temporary folder
 	@$(RUN) tests/smoke.py
