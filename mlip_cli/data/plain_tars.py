@@ -173,7 +173,7 @@ def _index_one(pair: tuple[Path, Path]) -> None:
         for key, members in _samples(tar):
             try:
                 rows.append(_index_record(descriptor, members))
-                digest.update(f"{key}\n".encode())
+                digest.update(f"{key}\n".encode("utf-8", "surrogateescape"))  # names are bytes of any kind
             except ValueError as error:
                 rejects[str(error)] += 1
                 first_reject = first_reject or f"{tar}: sample {key}: {error}"
