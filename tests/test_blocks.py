@@ -1,5 +1,7 @@
 """Blocks that are skipped, computed twice or compiled: the same losses and gradients as plain ones."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from models_for_tests import small_batch, small_model, small_recipe
@@ -65,13 +67,18 @@ def test_a_locked_tower_has_nothing_to_skip() -> None:
     ]
 
 
-def test_compiled_blocks_give_the_same_gradient_at_every_length_of_text(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def config_of_compile() -> Iterator[None]:
+    """What compile_blocks sets for the whole process is put back."""
+    with torch._dynamo.config.patch({"recompile_limit": 8, "fail_on_recompile_limit_hit": False}):
+        yield
+
+
+def test_compiled_blocks_give_the_same_gradient_at_every_length_of_text(config_of_compile: None) -> None:
     """By graphs and autograd as compiled code has them; what writes the machine's code is left to torch's own tests."""
     recipe = small_recipe()
     plain, compiled = (small_model(recipe) for _ in range(2))
     names = list(compiled.state_dict())
-    for option in ("recompile_limit", "fail_on_recompile_limit_hit"):
-        monkeypatch.setattr(torch._dynamo.config, option, getattr(torch._dynamo.config, option))  # put back afterwards
     torch.compiler.reset()
     counters = torch._dynamo.utils.counters
     counters.clear()

@@ -6,7 +6,6 @@ And the documents beside it: what they name is there.
 import ast
 import contextlib
 import io
-import logging
 import os
 import re
 import shlex
@@ -181,12 +180,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     for number, split in enumerate(("train", "validation")):
         (folder / "data" / "cc12m").mkdir(parents=True, exist_ok=True)
         make_dataset(folder / "data" / "cc12m" / split, n=16, seed=number)
-    before, logger = Path.cwd(), logging.getLogger("mlip_cli")
-    state = logger.handlers, logger.level, logger.propagate
+    before = Path.cwd()
     os.chdir(folder)
     yield folder
     os.chdir(before)
-    logger.handlers, logger.level, logger.propagate = state
 
 
 def test_all_lines_of_readme_are_tested_and_no_others() -> None:
