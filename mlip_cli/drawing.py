@@ -103,7 +103,7 @@ class TrainingPanel:
         self._draw(is_small=True)
 
     def measured(self, step: int, name: str, words: str) -> None:
-        """Show what an evaluator called `name` found after a step; it stays until its next one."""
+        """Show what an evaluator found, or how long a save took, under its `name`; it stays until the next one."""
         self._log(f"step {step}: {name}: {words}")
         self._measures[name] = f"step {step}: {name}: {words}"
         self._draw()

@@ -145,6 +145,18 @@ def test_names_texts_and_endings_of_all_kinds(tmp_path: Path, cache: Cache, said
     assert said == [f"{tmp_path}/in: making the indexes of 1 tar, 0.00 GiB, once"]
 
 
+@pytest.mark.parametrize("format", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
+def test_names_that_are_no_text(tmp_path: Path, cache: Cache, said: list[str], format: int) -> None:
+    """Each is one sample, used once and refused never."""
+    latin = [b"caf\xe9".decode(errors="surrogateescape"), b"\xff".decode(errors="surrogateescape")]
+    members = {f"{name}.{end}": what for name in latin for end, what in (("jpg", picture(0)), ("txt", "coffee"))}
+    write_tar(tmp_path / "in" / "a.tar", members, format=format)
+    dataset = opened(tmp_path / "in", cache)
+    assert captions(dataset) == [["coffee"], ["coffee"]]
+    assert [len(dataset.read(id).key) for id in range(2)] == [4, 1]
+    assert said == [f"{tmp_path}/in: making the indexes of 1 tar, 0.00 GiB, once"]
+
+
 def test_what_webdataset_writes(tmp_path: Path, cache: Cache) -> None:
     with webdataset.TarWriter(str(tmp_path / "w.tar")) as writer:
         for i in range(5):
