@@ -136,8 +136,8 @@ class Frequency(Section):
     """branch: beside the tower, for supervision; the plain ViT that remains without it loads in every other tool. stem:
     the first `depth` blocks of the tower are spectral, and its attention blocks go on from their tokens."""
     input: Literal["tokens", "dct"] | None = None
-    """tokens: the tower's patch tokens with positions. dct: an orthonormal block DCT of each patch's pixels. null: dct for
-    a branch, tokens for a stem."""
+    """tokens: the tower's patch tokens with positions. dct: an orthonormal block DCT of each patch's pixels. null: dct
+    for a branch, tokens for a stem."""
     width: Positive
     """Width of the branch; with input `tokens` another width than the tower's costs a linear layer."""
     depth: Positive = 2
