@@ -7,11 +7,18 @@ from collections.abc import Iterator
 
 import pytest
 
+FIRST = ("test_training.py", "test_killed.py", "test_leaving.py", "test_sharded.py")
+"""The longest files; none of them shall be left over for one process at the end."""
+
 # before torch is imported, and for the processes that tests start
 os.environ["OMP_NUM_THREADS"] = "1"
 
 # in the background of a script Ctrl-C is ignored, and would be by the processes that tests start and interrupt
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: FIRST.index(item.path.name) if item.path.name in FIRST else len(FIRST))
 
 
 @pytest.fixture(autouse=True)

@@ -1,12 +1,7 @@
-"""Trainings that tests kill: real processes, forked from one that has torch imported already.
-
-Importing what `mlip pretrain` needs takes seconds of CPU, a small training less; forked like this it begins at once.
-Everything else is as from the shell: a process group of its own for each rank, its loader processes in it.
-"""
+"""Trainings that tests kill: real processes, a process group for each rank."""
 
 import ctypes
 import json
-import multiprocessing
 import os
 import random
 import shutil
@@ -21,35 +16,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from forks_for_tests import FORKS, PATIENCE_S, command, own_group
 from torch.distributed import TCPStore
 
 from mlip_cli.run_folder import Run, checkpoint_folders, step_of
 from mlip_cli.train.checkpoint import load_state, load_weights
 
 CHANGES_FROM_RUN_TO_RUN = {"images_per_s", "data_wait_share", "peak_gib"}
-PATIENCE_S = 240
-
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["warm_for_tests"])
-
-
-def own_group() -> None:
-    """What a shell does for a command; and loader processes start as they do from the shell."""
-    os.setsid()
-    multiprocessing.set_start_method(None, force=True)
 
 
 def pretrain(arguments: Sequence[str], environment: dict[str, str], words: str) -> None:
     """Body of a forked process: `mlip pretrain ARGUMENTS`, its words appended to the file `words`."""
-    own_group()
     os.environ.update(environment)
-    file = os.open(words, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    for stream in (1, 2):
-        os.dup2(file, stream)
-    sys.argv = ["mlip", "pretrain", *arguments]
-    from mlip_cli.__main__ import main
-
-    main()
+    command(["pretrain", *arguments], words, words)
 
 
 @dataclass

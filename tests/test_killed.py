@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from forks_for_tests import own_group
 from killed_for_tests import (
     FORKS,
     DiskStep,
@@ -24,7 +25,6 @@ from killed_for_tests import (
     leftovers,
     metrics,
     moments,
-    own_group,
     processes_marked,
     torchrun,
     train_on_small_disk,

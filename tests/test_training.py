@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from forks_for_tests import mlip
 from models_for_tests import small_recipe
 from shards_for_tests import make_dataset
 
@@ -55,6 +56,9 @@ def run(
     before: Callable[[], None] | None = None,
     cwd: Path | None = None,
 ) -> subprocess.CompletedProcess[str]:
+    """To its end; `before` is done in the process before it begins."""
+    if ranks == 1 and before is None:
+        return mlip(["pretrain", str(recipe), *arguments], environment=QUIET, folder=cwd)
     return subprocess.run(
         command(recipe, *arguments, ranks=ranks), env=QUIET, text=True, capture_output=True, timeout=200, check=False,
         preexec_fn=before, cwd=cwd,

@@ -1,4 +1,4 @@
-"""What the process that forks trainings imports, and reads, before the first one (see killed_for_tests.py)."""
+"""What the process that forks trainings imports, and reads, before the first one (see forks_for_tests.py)."""
 
 import mlip_cli.commands.pretrain
 import mlip_cli.commands.training  # noqa: F401
