@@ -26,6 +26,7 @@ def own_group() -> None:
 
 def command(words: Sequence[str], stdout: str, stderr: str) -> None:
     """Body of a forked process: `mlip WORDS`, what it says appended to two files."""
+    assert "mlip_cli.commands.training" in sys.modules, "what forks has imported nothing: PYTHONPATH, see conftest.py"
     own_group()
     for number, path in enumerate((stdout, stderr), start=1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)

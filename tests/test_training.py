@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -148,6 +149,7 @@ def test_resume_after_kill_9_gives_the_same_losses_to_the_bit(recipe: Path, whol
     assert lines_in(folder) < 15
     resumed = run(recipe, *arguments, "--resume")
     assert resumed.returncode == 0, resumed.stderr
+    assert re.search(r"^step 12: checkpoint: saved in \d+\.\d s$", resumed.stderr, re.MULTILINE)
     assert metrics(folder) == metrics(whole)
     assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == [f"step_00000{n}" for n in ("08", "10", "12")]
     ours, theirs = (load_weights(f / "checkpoints" / "step_0000012") for f in (folder, whole))
