@@ -4,7 +4,6 @@ import logging
 import os
 import signal
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -13,9 +12,6 @@ FIRST = ("test_training.py", "test_killed.py", "test_leaving.py", "test_sharded.
 
 # before torch is imported, and for the processes that tests start
 os.environ["OMP_NUM_THREADS"] = "1"
-
-# the process that others are forked from is told no sys.path in Python 3.11, and would import nothing before it forks
-os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
 
 # in the background of a script Ctrl-C is ignored, and would be by the processes that tests start and interrupt
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from subprocess import CompletedProcess
 
+# the process that forks is told no sys.path in Python 3.11, and would import nothing before it forks
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["warm_for_tests"])
 
@@ -26,7 +28,7 @@ def own_group() -> None:
 
 def command(words: Sequence[str], stdout: str, stderr: str) -> None:
     """Body of a forked process: `mlip WORDS`, what it says appended to two files."""
-    assert "mlip_cli.commands.training" in sys.modules, "what forks has imported nothing: PYTHONPATH, see conftest.py"
+    assert "mlip_cli.commands.training" in sys.modules, "what forks has imported nothing: see PYTHONPATH above"
     own_group()
     for number, path in enumerate((stdout, stderr), start=1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
