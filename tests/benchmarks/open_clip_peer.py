@@ -226,9 +226,9 @@ def ours(
         tree["model"]["frequency"] = {"width": width, "depth": 2}
         tree["model"]["merging"] = {"rate": 0.5, "at": [depth // 4, depth // 4 + 2]}
         tree["losses"] = {
-            "spatial_token": {"weight": 0.5},
-            "frequency_global": {"weight": 0.5},
-            "frequency_token": {"weight": 0.25},
+            "spatial_token": {"weight": 0.1},
+            "frequency_global": {"weight": 0.25},
+            "frequency_token": {"weight": 0.1},
         }
     folder.mkdir(parents=True, exist_ok=True)
     recipe = folder / f"{re.sub('[^a-z]+', '_', name.lower())}.yaml"
