@@ -1,6 +1,5 @@
 """Real gloo processes: a late one is waited for, and what each of them found is named."""
 
-import os
 import subprocess
 import sys
 
@@ -9,15 +8,18 @@ import os, time
 from datetime import timedelta
 import torch.distributed as dist
 from mlip_cli.distributed import wait_for_ranks
-os.environ |= {{"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "{port}"}}
+store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # on a port that is free, as torchrun's
+os.environ |= {{"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}}
+os.environ |= {{"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}}
 child = os.fork()
 if child == 0:
     os.environ["RANK"] = "1"
 dist.init_process_group("gloo", timeout=timedelta(seconds=4))
 {work}
 dist.destroy_process_group()
-if child:
-    assert os.waitpid(child, 0)[1] == 0
+if child == 0:
+    os._exit(0)  # the store is not its own to end
+assert os.waitpid(child, 0)[1] == 0
 """
 
 
@@ -45,7 +47,7 @@ assert progress.bad_samples == 12 and watch.bad_samples == []
 
 
 def two_ranks(work: str) -> subprocess.CompletedProcess[str]:
-    worker = TWO_RANKS.format(port=30_000 + os.getpid() % 10_000, work=work)
+    worker = TWO_RANKS.format(work=work)
     done = subprocess.run([sys.executable, "-c", worker], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done

@@ -209,7 +209,7 @@ OTHER_STEM = {"placement": "stem", "width": 32, "depth": 2}
         ),
         (
             # 3 * 8**2 wide, so that DCT coefficients are as many as a token's numbers: all shapes are equal
-            {"vision": WIDE, "frequency": NARROWER_BRANCH},
+            {"vision": WIDE, "frequency": NARROWER_BRANCH | {"input": "tokens"}},
             {"vision": WIDE, "frequency": NARROWER_BRANCH | {"input": "dct"}},
             'model.frequency.input "dct" (there "tokens")',
         ),

@@ -40,6 +40,7 @@ def test_one_process_alone_asks_before_each_batch_and_gathers_what_it_has() -> N
 
 WORKER = """
 import os, sys, torch
+from torch.distributed import TCPStore
 sys.path.insert(0, {tests!r})
 torch.set_num_threads(1)
 from models_for_tests import small_model, small_recipe, small_training
@@ -102,12 +103,14 @@ def found_by_this_rank():
 
 
 for ranks in (1, 2, 3):
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # on a port that is free, as torchrun's
+    os.environ |= {{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "WORLD_SIZE": str(ranks)}}
+    os.environ |= {{"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}}
     children = []
     for number in range(ranks):
         child = os.fork()
         if child == 0:
-            os.environ |= {{"RANK": str(number), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}}
-            os.environ["MASTER_PORT"] = str({port} + ranks)
+            os.environ["RANK"] = str(number)
             with process_group(CPU):
                 torch.save(found_by_this_rank(), f"{{ranks}}.{{number}}.pt")
             os._exit(0)
@@ -136,7 +139,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, 
         for number in range(3):
             Image.new("RGB", (40, 32 + number), name).save(folder / "classes" / name / f"{number}.png")
     script = folder / "worker.py"
-    script.write_text(WORKER.format(tests=str(Path(__file__).parent), port=20_000 + os.getpid() % 10_000))
+    script.write_text(WORKER.format(tests=str(Path(__file__).parent)))
     done = subprocess.run(
         [sys.executable, str(script)], cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=280,
         capture_output=True, text=True, check=False,

@@ -58,11 +58,13 @@ def read_index(shard: Path) -> np.ndarray:
         RunError: no index, a damaged one, or a tar of another size than the index was made for.
     """
     header, records = read_records(index_path(shard))
-    if not shard.is_file():
-        raise RunError(f"{shard}: the shard is missing although its index is there; {CURE}")
-    if shard.stat().st_size != int(header["tar_bytes"]):
+    try:
+        size = shard.stat().st_size
+    except FileNotFoundError:
+        raise RunError(f"{shard}: the shard is missing although its index is there; {CURE}") from None
+    if size != int(header["tar_bytes"]):
         raise RunError(
-            f"{shard}: {shard.stat().st_size} bytes where the index says {int(header['tar_bytes'])}; "
+            f"{shard}: {size} bytes where the index says {int(header['tar_bytes'])}; "
             f"the shard was cut or changed: {CURE}"
         )
     return records
@@ -86,8 +88,13 @@ def read_records(path: Path) -> tuple[np.void, np.ndarray]:
     Raises:
         RunError: no index, or a damaged one.
     """
-    if not path.is_file():
-        raise RunError(f"{path}: no index for {path.with_suffix('.tar').name}; {CURE}")
+    try:
+        return _read_records(path)
+    except FileNotFoundError:  # also one that goes while it is read
+        raise RunError(f"{path}: no index for {path.with_suffix('.tar').name}; {CURE}") from None
+
+
+def _read_records(path: Path) -> tuple[np.void, np.ndarray]:
     size = path.stat().st_size
     header = np.fromfile(path, HEADER, count=1)
     if len(header) == 0 or header["magic"][0] != MAGIC:
