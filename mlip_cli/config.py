@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 LOSS_NAMES = ("spatial_global", "spatial_token", "frequency_global", "frequency_token")
 
@@ -135,13 +135,19 @@ class Frequency(Section):
     placement: Literal["branch", "stem"] = "branch"
     """branch: beside the tower, for supervision; the plain ViT that remains without it loads in every other tool. stem:
     the first `depth` blocks of the tower are spectral, and its attention blocks go on from their tokens."""
-    input: Literal["tokens", "dct"] | None = None
-    """tokens: the tower's patch tokens with positions. dct: an orthonormal block DCT of each patch's pixels. null: dct
-    for a branch, tokens for a stem."""
+    input: Literal["tokens", "dct"] = "dct"
+    """tokens: the tower's patch tokens with positions, all that a stem reads. dct: an orthonormal block DCT of each
+    patch's pixels."""
     width: Positive
     """Width of the branch; with input `tokens` another width than the tower's costs a linear layer."""
     depth: Positive = 2
     """Number of spectral blocks."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _input_of_a_stem(cls, given: Any) -> Any:
+        """Nothing else is possible there, so it need not be said."""
+        return {"input": "tokens"} | given if isinstance(given, dict) and given.get("placement") == "stem" else given
 
 
 class Merging(Section):

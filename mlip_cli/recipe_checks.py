@@ -140,7 +140,10 @@ def _frequency(recipe: Recipe) -> Found:
     if frequency is None or frequency.placement != "stem":
         return
     if frequency.input == "dct":
-        yield "model.frequency.input", "dct needs placement branch; a stem reads the tower's patch tokens"
+        yield (
+            "model.frequency.input",
+            "dct needs placement branch; a stem reads patch tokens: set it to tokens",
+        )
     for key, wrong in wrong_stem(frequency, width=vision.width, depth=vision.depth):
         yield f"model.frequency.{key}", wrong
 

@@ -6,6 +6,7 @@ Everything else is as from the shell: a process group of its own, its loader pro
 
 import multiprocessing
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -53,7 +54,8 @@ def mlip(words: Sequence[str], *, environment: Mapping[str, str], folder: Path |
         process.start()
         process.join(PATIENCE_S)
         if process.exitcode is None:
-            process.kill()
+            os.killpg(process.pid, signal.SIGKILL)
+            process.join()
             raise TimeoutError(f"mlip {' '.join(words)}: not at its end after {PATIENCE_S} s")
         stdout, stderr = (Path(answer, name).read_text() for name in ("stdout", "stderr"))
     return CompletedProcess(["mlip", *words], process.exitcode, stdout, stderr)

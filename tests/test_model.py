@@ -147,7 +147,8 @@ def test_initial_kernels_are_local_around_the_seam() -> None:
 
 @pytest.mark.parametrize("kind", ["tokens", "dct", None])
 def test_the_branch_runs_under_bf16_autocast_and_reads_what_it_says(kind: str | None) -> None:
-    config = small_recipe(model={"frequency": {"width": 32, "depth": 1, "input": kind}}).model.frequency
+    chosen = {"input": kind} if kind else {}
+    config = small_recipe(model={"frequency": {"width": 32, "depth": 1, **chosen}}).model.frequency
     assert config is not None
     torch.manual_seed(0)
     branch = FrequencyBranch(config, grid=(4, 4), patch_size=8, tower_width=32)

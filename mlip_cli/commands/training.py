@@ -188,13 +188,13 @@ def evaluation_memory_named(work: str) -> AbstractContextManager[None]:
 
 
 def save(saver: Saver, panel: TrainingPanel, left: TimeLeft, progress: Progress) -> None:
-    """Write a checkpoint, say so meanwhile, and then how long it took: torchrun kills 30 s after a SIGTERM."""
+    """Write a checkpoint, say so meanwhile, and then how long it took: after a SIGTERM torchrun waits 30 s."""
     panel.doing(f"saving the checkpoint of step {progress.step}")
     start_s = time.monotonic()
     with left.saving():
         saver.save(progress)
-    panel.measured(progress.step, "checkpoint", f"saved in {time.monotonic() - start_s:.1f} s")
     panel.doing(None)
+    panel.measured(progress.step, "checkpoint", f"saved in {time.monotonic() - start_s:.1f} s")
 
 
 def timed(evaluate: Evaluate, left: TimeLeft) -> Evaluate:

@@ -60,7 +60,7 @@ def read_index(shard: Path) -> np.ndarray:
     header, records = read_records(index_path(shard))
     try:
         size = shard.stat().st_size
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise RunError(f"{shard}: the shard is missing although its index is there; {CURE}") from None
     if size != int(header["tar_bytes"]):
         raise RunError(
@@ -90,7 +90,7 @@ def read_records(path: Path) -> tuple[np.void, np.ndarray]:
     """
     try:
         return _read_records(path)
-    except FileNotFoundError:  # also one that goes while it is read
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):  # also one that goes while it is read
         raise RunError(f"{path}: no index for {path.with_suffix('.tar').name}; {CURE}") from None
 
 

@@ -184,7 +184,7 @@ class FrequencyBranch(nn.Module):
         super().__init__()
         self.grid = grid
         self.patch_size = patch_size
-        self.reads_pixels = config.input != "tokens"
+        self.reads_pixels = config.input == "dct"
         inputs = 3 * patch_size**2 if self.reads_pixels else tower_width
         self.input = nn.Linear(inputs, config.width) if inputs != config.width or self.reads_pixels else nn.Identity()
         self.blocks = nn.ModuleList(SpectralBlock(*grid, config.width) for _ in range(config.depth))
