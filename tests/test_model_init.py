@@ -216,7 +216,8 @@ OTHER_STEM = {"placement": "stem", "width": 32, "depth": 2}
         (
             {"frequency": FITTING_BRANCH},
             {"frequency": OTHER_STEM, "merging": None},
-            'model.frequency.placement "stem" (there "branch"); model.frequency.depth 2 (there 1)',
+            'model.frequency.placement "stem" (there "branch"); model.frequency.input "tokens" (there "dct"); '
+            "model.frequency.depth 2 (there 1)",
         ),
         (
             {"vision": WIDE},
