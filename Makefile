@@ -52,7 +52,7 @@ format: $(READY) ## Format the code and mend what can be mended
 	@$(RUN) -m ruff check --fix .
 	@$(RUN) -m ruff format .
 
-bench: $(READY) ## Run the measurements of tests/benchmarks, minutes; nothing else should run beside them
+bench: $(READY) ## Run the measurements of tests/benchmarks, an hour or two; nothing else should run beside them
 	@$(RUN) -m pytest -q -s -o python_files='bench_*.py' -o timeout=0 tests/benchmarks
 
 ablation: $(READY) ## Train and compare recipes/ablation, a day: DATA=FOLDER_OF_TARS [STAGES=ABCDE] (goes on where it stopped)
