@@ -89,8 +89,8 @@ def whole(recipe: Path) -> Whole:
 @pytest.mark.parametrize(
     ("ranks", "precision", "num_workers", "during"),
     [
-        (1, "bf16", 2, ("evaluation", "checkpoint")),
-        (2, "fp32", 1, ("checkpoint",)),
+        (1, "bf16", 2, ("evaluation", "step", "checkpoint")),
+        (2, "fp32", 1, ("checkpoint", "evaluation")),
     ],
 )
 def test_killed_at_any_moment_a_run_goes_on_to_the_bit(
@@ -127,7 +127,7 @@ def newest_step(folder: Path) -> int:
 
 def test_killed_at_any_moment_of_saving_there_is_a_whole_checkpoint(tmp_path: Path) -> None:
     draw, halves, newest = random.Random(0), 0, 0
-    for number in range(6):
+    for number in range(8):
         process = FORKS.Process(target=save_on_and_on, args=(str(tmp_path),))
         process.start()
         wait_until(lambda known=newest: newest_step(tmp_path) > known, what="none is saved")
@@ -144,7 +144,7 @@ def test_killed_at_any_moment_of_saving_there_is_a_whole_checkpoint(tmp_path: Pa
         assert load_state(checkpoint)["a"].unique().tolist() == [newest]
         remove_leftovers(tmp_path)
         assert leftovers(tmp_path) == []
-    assert halves >= 1, "no kill came while a checkpoint was half written"
+    assert halves >= 2, "hardly any kill came while a checkpoint was half written"
 
 
 def test_ranks_that_lose_one_end_by_themselves_and_other_numbers_of_ranks_go_on(recipe: Path, tmp_path: Path) -> None:

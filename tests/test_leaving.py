@@ -105,7 +105,7 @@ def test_signals_of_a_forked_process_do_not_count() -> None:
     assert signal.set_wakeup_fd(-1) == -1
 
 
-@pytest.mark.parametrize(("place", "ranks"), [*((place, 1) for place in PLACES), ("a step", 2)])
+@pytest.mark.parametrize(("place", "ranks"), [("the loader", 1), *((place, 2) for place in PLACES)])
 def test_a_second_ctrl_c_leaves_where_python_hears_nothing(
     recipe: Path, tmp_path: Path, place: str, ranks: int
 ) -> None:

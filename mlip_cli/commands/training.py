@@ -188,7 +188,7 @@ def evaluation_memory_named(work: str) -> AbstractContextManager[None]:
 
 
 def save(saver: Saver, panel: TrainingPanel, left: TimeLeft, progress: Progress) -> None:
-    """Write a checkpoint, say so meanwhile, and then how long it took: after a SIGTERM torchrun waits 30 s."""
+    """Write a checkpoint, say so meanwhile, and then how long it took: a SIGTERM leaves little time for it."""
     panel.doing(f"saving the checkpoint of step {progress.step}")
     start_s = time.monotonic()
     with left.saving():
