@@ -352,6 +352,30 @@ print([*first, *items] == list(range(40)))
     assert done.stdout == "True\n", done.stderr
 
 
+def test_workers_say_nothing_where_the_main_process_hangs_up() -> None:
+    """As it does when a second Ctrl-C, a kill or an error ends it just when it takes a tensor."""
+    script = """
+import socket
+from multiprocessing import resource_sharer
+import torch
+from mlip_cli.data.loader_processes import data_loader, items_of
+
+class Batches:
+    def __getitem__(self, i):
+        return torch.full((), i), resource_sharer._resource_sharer._address
+
+items = items_of(data_loader(Batches(), range(40), 1))
+first, address = next(items)
+while address is None:  # until the worker has handed a tensor over
+    first, address = next(items)
+with socket.socket(socket.AF_UNIX) as caller:
+    caller.connect(address)
+print([i.item() for i, _ in items] == list(range(int(first) + 1, 40)))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("True\n", "")
+
+
 def test_a_spawned_worker_makes_the_same_batches(folder: Path) -> None:
     dataset = ShardDataset(folder)
     order = Order([42], None, seed=0, global_batch_size=G)

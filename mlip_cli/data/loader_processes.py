@@ -2,8 +2,10 @@
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Generator, Iterator
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -23,14 +25,22 @@ def data_loader(batches: Dataset[Any], items: range, num_workers: int, *, pin_me
         num_workers=num_workers,
         prefetch_factor=None if num_workers == 0 else 4 if num_workers <= 2 else 2,
         pin_memory=pin_memory,
-        worker_init_fn=_leave_group,
+        worker_init_fn=_begin_worker,
         generator=torch.Generator(),  # workers' seeds, which nothing uses, must not come from the global one
     )
 
 
-def _leave_group(number: int) -> None:
-    """A signal to the whole group of processes asks the training to stop, which needs its loaders for another step."""
+def _begin_worker(number: int) -> None:
+    # a signal to the whole group of processes asks the training to stop, which needs its loaders for another step
     os.setpgid(0, 0)
+    report = sys.excepthook
+
+    def report_own(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        """Of the thread that hands tensors over; where the main process hung up it says why itself, or is killed."""
+        if not isinstance(error, EOFError | ConnectionError):
+            report(kind, error, trace)
+
+    sys.excepthook = report_own
 
 
 def items_of(loader: DataLoader[Any]) -> Generator[Any, None, None]:
