@@ -62,9 +62,28 @@ def test_the_best_are_the_largest_and_of_equal_ones_the_earlier() -> None:
     kept = []
     for step, value in enumerate((0.2, 0.5, 0.5, 0.1, 0.7), start=1):
         progress.step = step
-        kept.append(progress.is_among_best(value, keep=2))
+        kept.append(progress.note_best("r5", value, keep=2))
     assert kept == [True, True, True, False, True]
     assert progress.best == [(0.7, 5), (0.5, 2)]
+
+
+def test_measures_of_another_metric_are_forgotten() -> None:
+    progress = Progress(step=3, best=[(0.9, 2)], best_metric="gap")
+    assert progress.note_best("r5", 0.1, keep=1)
+    assert (progress.best, progress.best_metric) == ([(0.1, 3)], "r5")
+
+
+def test_the_best_is_kept_where_each_evaluation_is_saved_anyway(recipe: Path, tmp_path: Path) -> None:
+    asked = ["evaluate.best_metric=validation_modality_gap", "train.keep.best=1", "train.keep.last=1"]
+    every = ["evaluate.every_steps=2", "train.checkpoint_every.steps=2"]
+    done = run(recipe, "--out", str(tmp_path / "run"), *asked, *every)
+    assert done.returncode == 0, done.stderr
+    evaluations = [line for line in metrics(tmp_path / "run") if "loss" not in line]
+    measured = {line["step"]: line["validation_modality_gap"] for line in evaluations}
+    best = max(measured, key=lambda step: (measured[step], -step))
+    steps = {int(path.name[5:]) for path in (tmp_path / "run" / "checkpoints").iterdir()}
+    assert steps == {best, 12}
+    assert best != 12, "the newest is kept without being the best"
 
 
 def test_a_run_with_an_average_keeps_its_best_and_goes_on_to_the_bit(recipe: Path, tmp_path: Path) -> None:

@@ -19,8 +19,17 @@ def test_cutting_back_keeps_whole_lines_up_to_the_step(tmp_path: Path, tail: str
     whole = path.read_text()
     assert whole == '{"step": 1, "loss": 2.5}\n{"step": 2, "loss": null}\n'
     path.write_text(whole + tail)
-    metrics.cut_back(3)
+    metrics.cut_back(3, measured_step=3)
     assert path.read_text() == whole
+
+
+def test_cutting_back_forgets_an_evaluation_that_no_checkpoint_knows(tmp_path: Path) -> None:
+    metrics = MetricsFile(tmp_path / "metrics.jsonl")
+    for line in ({"step": 2, "acc1": 0.1}, {"step": 4, "loss": 1.0}, {"step": 4, "acc1": 0.2}):
+        metrics.append(line)
+    metrics.cut_back(4, measured_step=2)
+    assert metrics.path is not None
+    assert metrics.path.read_text() == '{"step": 2, "acc1": 0.1}\n{"step": 4, "loss": 1.0}\n'
 
 
 def test_a_line_that_cannot_be_written_names_its_file() -> None:

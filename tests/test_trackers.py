@@ -54,7 +54,7 @@ def session(run: Run, log: Log, *, after: int, until: int) -> None:
     """Lines of the steps between, at every other one of an evaluation too."""
     with opened_trackers(log, run, config={}, step=after) as trackers:
         metrics = MetricsFile(run.metrics, also=trackers.append)
-        metrics.cut_back(after)
+        metrics.cut_back(after, measured_step=after)
         for step in range(after + 1, until + 1):
             metrics.append({"step": step, "loss": 4 / step, "scale/x": float("nan") if step == 3 else 10.0 * until})
             if step % 2 == 0:

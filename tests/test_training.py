@@ -112,7 +112,7 @@ def test_a_run_leaves_all_that_later_commands_need(whole: Path) -> None:
     checkpoint = whole / "checkpoints" / "step_0000012"
     state = load_state(checkpoint)
     counts = {"step": 12, "skipped_steps": 0, "bad_samples": 0, "measured_step": 12}
-    assert state["progress"] == counts | {"best": [], "micro_batch_size": None}
+    assert state["progress"] == counts | {"best": [], "best_metric": None, "micro_batch_size": None}
     assert not [name for name in load_weights(checkpoint) if name.startswith("module.")]
     assert "finished" not in (whole / "log.txt").read_text()
     assert "step 12/12" in (whole / "log.txt").read_text()
@@ -211,9 +211,7 @@ def test_a_signal_saves_and_the_run_goes_on(recipe: Path, whole: Path, tmp_path:
     if number == signal.SIGINT:
         resumed = run(recipe, "--out", str(folder), "--resume")
         assert resumed.returncode == 0, resumed.stderr
-        trained = [line for line in metrics(whole) if "loss" in line]  # the signal may have ended an evaluation
-        assert [line for line in metrics(folder) if "loss" in line] == trained
-        assert metrics(folder)[-1] == metrics(whole)[-1]
+        assert metrics(folder) == metrics(whole)
 
 
 EVALUATING = """
@@ -239,13 +237,14 @@ def run_in_which(recipe: Path, folder: Path, *, step: int, happens: str) -> subp
     )
 
 
-def test_a_signal_in_the_last_evaluation_saves_and_the_run_is_measured_when_it_goes_on(
-    recipe: Path, whole: Path, tmp_path: Path
+@pytest.mark.parametrize("step", [4, 12])
+def test_a_signal_in_an_evaluation_saves_and_the_model_is_measured_when_the_run_goes_on(
+    recipe: Path, whole: Path, tmp_path: Path, step: int
 ) -> None:
     folder = tmp_path / "run"
-    stopped = run_in_which(recipe, folder, step=12, happens="os.kill(os.getpid(), signal.SIGTERM)")
+    stopped = run_in_which(recipe, folder, step=step, happens="os.kill(os.getpid(), signal.SIGTERM)")
     assert stopped.returncode == 143, stopped.stderr
-    assert metrics(folder) == metrics(whole)[:-1]
+    assert metrics(folder) == metrics(whole)[: {4: 4, 12: 14}[step]]
     resumed = run(recipe, "--out", str(folder), "--resume")
     assert resumed.returncode == 0, resumed.stderr
     assert metrics(folder) == metrics(whole)
@@ -262,8 +261,7 @@ def test_what_was_learned_is_saved_before_an_evaluation_that_fails_ends_the_run(
     assert [p.name for p in (folder / "checkpoints").iterdir()] == ["step_0000004"]
     resumed = run(recipe, "--out", str(folder), "--resume")
     assert resumed.returncode == 0, resumed.stderr
-    expected = metrics(whole)
-    assert metrics(folder) == expected[:4] + expected[5:]
+    assert metrics(folder) == metrics(whole)
 
 
 def test_another_recipe_or_other_data_is_refused_on_resume(recipe: Path, whole: Path, tmp_path: Path) -> None:
@@ -293,6 +291,46 @@ def test_resume_without_out_takes_the_newest_unfinished_run_or_starts_one(recipe
     third = run(recipe, "--resume", "train.steps=3", "optim.lr=2e-3", cwd=tmp_path)
     assert third.returncode == 0, third.stderr
     assert len([p for p in (tmp_path / "runs").iterdir() if p.is_dir()]) == 2
+
+
+def test_resume_without_out_passes_over_a_run_of_another_version(recipe: Path, tmp_path: Path) -> None:
+    old = tmp_path / "runs" / "old-20200101-000000"
+    checkpoint = old / "checkpoints" / "step_0000001"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "state.pt").touch()
+    (old / "recipe.yaml").write_text("old_key: 1\n")
+    done = run(recipe, "--resume", "train.steps=1", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    first, second = done.stderr.splitlines()[:2]
+    assert first.startswith("passing over runs/old-20200101-000000, whose recipe is none today: runs/old-")
+    assert second == "--resume: no unfinished run of this recipe in runs/; a new run starts"
+
+
+SAVED_MEANWHILE = """
+import shutil, sys
+from mlip_cli.cli import main
+from mlip_cli.commands import training
+restore = training.restore
+def restored(checkpoint, *arguments, **named):
+    shutil.copytree(checkpoint, checkpoint.with_name("step_0000009"))
+    return restore(checkpoint, *arguments, **named)
+training.restore = restored
+main()
+"""
+
+
+def test_a_checkpoint_that_another_process_saves_meanwhile_is_never_undone(recipe: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    arguments = ["pretrain", str(recipe), "--out", str(folder)]
+    script = [sys.executable, "-c", EVALUATING.format(step=4, happens="os.kill(os.getpid(), signal.SIGTERM)")]
+    subprocess.run([*script, *arguments], env=QUIET, capture_output=True, check=False)
+    before = (folder / "metrics.jsonl").read_bytes()
+    script = [sys.executable, "-c", SAVED_MEANWHILE]
+    late = subprocess.run([*script, *arguments, "--resume"], env=QUIET, text=True, capture_output=True, check=False)
+    assert late.returncode == 2, late.stderr
+    expected = f"error: {folder}/checkpoints/step_0000009: another process has saved it just now; start again with"
+    assert late.stderr.splitlines()[-1] == f"{expected} --resume"
+    assert (folder / "metrics.jsonl").read_bytes() == before
 
 
 def test_init_starts_a_new_run_from_weights(recipe: Path, whole: Path, tmp_path: Path) -> None:

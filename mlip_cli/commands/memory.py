@@ -19,7 +19,8 @@ def full_memory_named(place: str, what: str, cure: str) -> Iterator[None]:
         yield
     except RuntimeError as error:
         # a CPU has no error of its own for it
-        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+        is_of_cpu = "DefaultCPUAllocator" in str(error) and not isinstance(error, RunError)
+        if not isinstance(error, torch.OutOfMemoryError) and not is_of_cpu:
             raise
         raise RunError(f"{place}: the device has no memory for {what}; {cure}") from error
 

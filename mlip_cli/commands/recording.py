@@ -16,7 +16,7 @@ from mlip_cli.errors import UsageError
 from mlip_cli.files import full_disk_named, write_text
 from mlip_cli.output import is_main, logger
 from mlip_cli.recipe import absolute_paths, recipe_yaml
-from mlip_cli.run_folder import RUNS, Run, remember_latest
+from mlip_cli.run_folder import RUNS, Run, remember_latest, step_of
 from mlip_cli.train.checkpoint import remove_leftovers
 
 
@@ -31,7 +31,7 @@ def recorded(
         step: the one after which the run goes on, 0 for a new one.
 
     Raises:
-        UsageError: another process trains in this folder.
+        UsageError: another process trains in this folder, or has saved here since `step` was chosen.
         RunError: the disk is full.
     """
     if not is_main():
@@ -43,6 +43,9 @@ def recorded(
         if not run.recipe.is_file():  # before all else: a folder without it is no run folder
             write_text(run.recipe, text)
         with locked_log(run):
+            newest = run.latest_checkpoint()
+            if newest is not None and step_of(newest) != step:
+                raise UsageError(f"{newest}: another process has saved it just now; start again with --resume")
             write_text(run.recipe, text)
             run.checkpoints.mkdir(exist_ok=True)
             run.evals.mkdir(exist_ok=True)

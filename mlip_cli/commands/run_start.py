@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from mlip_cli.config import Log, Recipe
-from mlip_cli.errors import UsageError
+from mlip_cli.errors import RecipeError, UsageError
+from mlip_cli.output import say
 from mlip_cli.recipe import absolute_paths, differences, load_recipe
 from mlip_cli.run_folder import RUNS, Run, all_runs, default_folder
 
@@ -101,7 +102,11 @@ def _newest_unfinished(recipe: Recipe, name: str) -> Start:
     for run in reversed(all_runs(RUNS)):
         if run.latest_checkpoint() is None or run.is_finished():
             continue
-        changes = changes_since(run, recipe)
+        try:
+            changes = changes_since(run, recipe)
+        except RecipeError as error:
+            say(f"passing over {run.folder}, whose recipe is none today: {str(error).splitlines()[0]}")
+            continue
         if not forbidden_changes(changes, recipe):
             return Start(run, resumes=True, changes=tuple(changes))
     return _new(name)

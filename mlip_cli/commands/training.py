@@ -23,7 +23,7 @@ from mlip_cli.data.preflight import preflight
 from mlip_cli.data.tokenizer import Tokenizer
 from mlip_cli.distributed import from_main, process_group, rank, wait_for_ranks, world_size
 from mlip_cli.drawing import TrainingPanel, training_panel
-from mlip_cli.errors import RunError, Stopped
+from mlip_cli.errors import RunError, Stopped, UsageError
 from mlip_cli.evaluate.together import Left, Together
 from mlip_cli.files import write_json
 from mlip_cli.losses.objective import Objective
@@ -51,7 +51,7 @@ def train_run(recipe: Recipe, start: Start) -> Run:
         data = open_data(recipe)
         wait_for_ranks()  # data may have had to be copied or indexed on some machines first, here and below
         lines = preflight(data.datasets, data.order, recipe.train.global_batch_size, world_size())
-        checkpoint = run.latest_checkpoint() if start.resumes else None
+        checkpoint = checkpoint_of_all(run, start)
         training, init = build(recipe, device, fresh=checkpoint is None)
         progress, random = Progress(), None
         if checkpoint is not None:
@@ -84,6 +84,22 @@ def train_run(recipe: Recipe, start: Start) -> Run:
                 if is_main():
                     write_gallery(run, found, pairs, step=progress.step, true_rate=training.plain.plan.rate)
     return run
+
+
+def checkpoint_of_all(run: Run, start: Start) -> Path | None:
+    """The checkpoint that rank 0 goes on from, on every rank; None: a new run.
+
+    Raises:
+        UsageError: another rank does not see it.
+    """
+    newest = run.latest_checkpoint() if start.resumes else None
+    chosen = from_main(str(newest or ""))
+    if chosen and not Path(chosen).is_dir():
+        raise UsageError(
+            f"{chosen}: rank 0 goes on from there, and rank {rank()} sees no such folder; keep run folders on a disk "
+            "that all nodes share"
+        )
+    return Path(chosen) if chosen else None
 
 
 def everyone(device: torch.device, *, is_stopping: Callable[[], bool] = lambda: False) -> Together:
@@ -123,7 +139,7 @@ def run_loop(
         batch_named(MICRO_BATCHES, at_once, note=note),
     ):
         metrics = MetricsFile(run.metrics if is_main() else None, also=trackers.append)
-        metrics.cut_back(progress.step)
+        metrics.cut_back(progress.step, measured_step=progress.measured_step)
         left = TimeLeft(data.total_steps, step=progress.step, evaluate_every=recipe.evaluate.every_steps)
         if random is not None:
             random.restore(device)

@@ -56,7 +56,11 @@ def items_of(loader: DataLoader[Any]) -> Generator[Any, None, None]:
         except StopIteration:
             return
         except (RuntimeError, OSError, EOFError) as error:  # of torch's pipes; our own errors come as items
-            if isinstance(error, RuntimeError) and not any(words in str(error) for words in OF_DEAD_WORKERS):
+            if isinstance(error, RuntimeError) and not str(error).startswith(OF_DEAD_WORKERS):
+                if "DefaultCPUAllocator" in str(error):
+                    raise RunError(
+                        "a loader process found no memory for its pictures; use fewer data.num_workers"
+                    ) from error
                 raise
             raise RunError(
                 f"a loader process died: {error}; look for too little memory or /dev/shm, or use data.num_workers=0"

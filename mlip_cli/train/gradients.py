@@ -37,17 +37,24 @@ class RandomState:
 
     cpu: Tensor
     cuda: Tensor | None
+    mps: Tensor | None = None
 
     @classmethod
     def read(cls, device: torch.device) -> "RandomState":
         """The state right now."""
-        return cls(torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None)
+        return cls(
+            cpu=torch.get_rng_state(),
+            cuda=torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+            mps=torch.mps.get_rng_state() if device.type == "mps" else None,
+        )
 
     def restore(self, device: torch.device) -> None:
         """Draw again what was drawn after `read`."""
         torch.set_rng_state(self.cpu)
         if self.cuda is not None:
             torch.cuda.set_rng_state(self.cuda, device)
+        if self.mps is not None and device.type == "mps":
+            torch.mps.set_rng_state(self.mps)
 
 
 def add_gradients(

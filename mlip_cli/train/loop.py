@@ -37,11 +37,18 @@ class Progress:
     """The last step after which the model was evaluated."""
     best: list[tuple[float, int]] = field(default_factory=list)
     """(measure, step) of the checkpoints that are kept as the best, the best one first."""
+    best_metric: str | None = None
+    """Name of that measure."""
     micro_batch_size: int | None = None
     """That was found to fit, where the recipe says auto."""
 
-    def is_among_best(self, value: float, *, keep: int) -> bool:
-        """Whether this step's measure is one of the `keep` best so far, and is noted then; ties go to the earlier."""
+    def note_best(self, metric: str, value: float, *, keep: int) -> bool:
+        """Whether this step's measure is one of the `keep` best so far, and is noted then; ties go to the earlier.
+
+        Measures of another metric, which a run may change when it goes on, are forgotten.
+        """
+        if metric != self.best_metric:
+            self.best, self.best_metric = [], metric
         ranked = sorted([*self.best, (value, self.step)], key=lambda found: (-found[0], found[1]))
         self.best = ranked[:keep]
         return (value, self.step) in self.best
@@ -88,13 +95,14 @@ def train(
     config, optim = recipe.train, recipe.optim
     guard = FiniteGuard(device, progress)
     watch = Stopwatch(batches, device)
+    first = progress.step + 1
     model.train()
     with StopRequest(device) as stop:
 
         def conclude(step: int) -> None:
             """Evaluate and save after a step where that is due, and end where a signal asked for it."""
-            last, every, was_left = step == total_steps, recipe.evaluate.every_steps, False
-            evaluates = last or bool(every and step % every == 0)
+            last, was_left = step == total_steps, False
+            evaluates = is_evaluation_due(step, total_steps, recipe)
             if evaluates:
                 account(progress, guard, watch, device)
                 # nothing measures the last step later: one Ctrl-C does not end its evaluation, another one leaves
@@ -107,7 +115,8 @@ def train(
                 if measures:
                     metrics.append({"step": step, "samples_seen": step * config.global_batch_size, **measures})
                 progress.measured_step = progress.measured_step if was_left else step
-                stop.cast(save=is_save_due(step) or is_best(measures or {}, progress, recipe))
+                best = note_if_best(measures or {}, progress, recipe)
+                stop.cast(save=best or is_save_due(step) or step < first)
                 stop.vote_again()
                 model.train()
             exit_code, save_due = stop.decision()
@@ -120,11 +129,11 @@ def train(
             if evaluates or saves:
                 watch.restart()
 
-        if progress.step == total_steps and progress.measured_step < total_steps:
-            conclude(total_steps)
-        for step in range(progress.step + 1, total_steps + 1):
+        if progress.measured_step < progress.step and is_evaluation_due(progress.step, total_steps, recipe):
+            conclude(progress.step)  # an evaluation that a signal or an error had ended
+        for step in range(first, total_steps + 1):
             batch = watch.next_batch().to(device, non_blocking=True)
-            if parallel(model) == "ddp" and step == progress.step + 1:
+            if parallel(model) == "ddp" and step == first:
                 settle_buckets(model, objective, batch, precision, micro_batch_size, plan(step))
 
             lr = learning_rate(step, peak=optim.lr, warmup_steps=optim.warmup_steps, total_steps=total_steps)
@@ -171,12 +180,18 @@ def train(
             conclude(step)
 
 
-def is_best(measures: dict[str, float], progress: Progress, recipe: Recipe) -> bool:
-    """Whether this step is to be kept for what was measured."""
+def is_evaluation_due(step: int, total_steps: int, recipe: Recipe) -> bool:
+    """Whether the model is measured after this step."""
+    every = recipe.evaluate.every_steps
+    return step == total_steps or bool(every and step % every == 0)
+
+
+def note_if_best(measures: dict[str, float], progress: Progress, recipe: Recipe) -> bool:
+    """Whether this step is to be kept for what was measured; the progress then names it."""
     metric, keep = recipe.evaluate.best_metric, recipe.train.keep.best
     if metric is None or keep is None or not measures:
         return False
-    return progress.is_among_best(measures[metric], keep=keep)
+    return progress.note_best(metric, measures[metric], keep=keep)
 
 
 class FiniteGuard:

@@ -43,24 +43,28 @@ class MetricsFile:
             raise OSError(error.errno, error.strerror, str(self.path)) from error
         self._also(finite)
 
-    def cut_back(self, step: int) -> None:
-        """Drop the lines after `step`, so that no step stands twice after a resume, and a damaged end."""
+    def cut_back(self, step: int, *, measured_step: int) -> None:
+        """Drop the lines after `step`, of evaluations those after `measured_step`, and a damaged end.
+
+        A run that goes on writes them again, and no step stands twice.
+        """
         if self.path is None or not self.path.exists():
             return
         kept = []
         for line in self.path.read_text(encoding="utf-8").splitlines(keepends=True):
-            if not line.endswith("\n") or _step_of(line) > step:
+            if not line.endswith("\n") or not _is_kept(line, step, measured_step):
                 break
             kept.append(line)
         write_text(self.path, "".join(kept))
 
 
-def _step_of(line: str) -> float:
-    """Step of a line; infinity for a damaged one."""
+def _is_kept(line: str, step: int, measured_step: int) -> bool:
+    """Whether a line is of a step up to `step`, or of an evaluation up to `measured_step`; not a damaged one."""
     try:
-        return float(json.loads(line)["step"])
+        found = json.loads(line)
+        return bool(found["step"] <= (step if "loss" in found else min(step, measured_step)))
     except (ValueError, KeyError, TypeError):
-        return math.inf
+        return False
 
 
 class Stopwatch:

@@ -118,7 +118,7 @@ class Saver:
                 training_weights={name: weights[name] for name in averages},
             )
             keep = self.config.keep
-            best = [step for _, step in progress.best]
+            best = [step for _, step in progress.best[: keep.best or 0]]
             remove_old_checkpoints(self.folder, last=keep.last, every_steps=keep.every_steps, also=best)
         self.last_saved_s = time.monotonic()
 
