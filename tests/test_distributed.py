@@ -1,7 +1,18 @@
-"""Real gloo processes: a late one is waited for, and what each of them found is named."""
+"""Real gloo processes: a late one is waited for, all do the same, and what each of them found is named."""
 
+import os
+import signal
 import subprocess
 import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from killed_for_tests import Forked, pretrain
+from models_for_tests import small_recipe
+from shards_for_tests import make_dataset
+
+from mlip_cli.recipe import recipe_yaml
 
 TWO_RANKS = """
 import os, time
@@ -62,3 +73,60 @@ def test_bad_samples_of_every_rank_are_named_ten_a_run() -> None:
     words = [f"warning: far.tar: sample {n}: torn; another one takes its place" for n in (0, 1, 2, 0, 1, 2, 3, 0, 1)]
     last = "warning: far.tar: sample 2: torn; another one takes its place; later ones are only counted"
     assert named == [*words, last]
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("ranks")
+    data = str(make_dataset(folder / "train", n=24))
+    made = small_recipe(mlip=False, train=data, data={"num_workers": 0})
+    (folder / "small.yaml").write_text(recipe_yaml(made))
+    return folder / "small.yaml"
+
+
+def counted(arguments: Sequence[str], environment: dict[str, str], words: str) -> None:
+    """Body of a forked process: `mlip pretrain`, and a line in WORDS.passes for each pass over a batch."""
+    os.environ.update(environment)
+    from mlip_cli.train import loop
+
+    add_gradients = loop.add_gradients
+
+    def adding(*given: object, **named: object) -> object:
+        with open(f"{words}.passes", "a") as file:
+            file.write(f"{os.environ['RANK']}\n")
+        return add_gradients(*given, **named)  # type: ignore[arg-type]
+
+    loop.add_gradients = adding  # type: ignore[assignment]
+    pretrain(arguments, environment, words)
+
+
+def test_a_step_is_one_pass_and_a_run_has_one_that_is_thrown_away(recipe: Path, tmp_path: Path) -> None:
+    """By it DDP finds the order of its sums, which a resumed run then shares."""
+    words = tmp_path / "words"
+    with Forked([str(recipe), "--out", str(tmp_path / "run")], words, ranks=2, body=counted) as training:
+        assert training.join() == [0, 0], training.said()
+    assert sorted(Path(f"{words}.passes").read_text().split()) == ["0"] * 9 + ["1"] * 9
+
+
+def on_its_own_disk(arguments: Sequence[str], environment: dict[str, str], words: str) -> None:
+    """Body of a forked process: `mlip pretrain` in a folder that only this rank sees."""
+    os.chdir(f"{words}.{environment.get('RANK', '0')}")
+    pretrain(arguments, environment, words)
+
+
+def test_a_rank_that_does_not_see_the_checkpoint_is_refused(recipe: Path, tmp_path: Path) -> None:
+    words = tmp_path / "words"
+    for rank in (0, 1):
+        Path(f"{words}.{rank}").mkdir()
+    arguments = [str(recipe), "--out", "run", "--resume"]
+    first = [*arguments, "train.checkpoint_every.steps=2", "train.steps=100000"]
+    with Forked(first, words, body=on_its_own_disk) as training:
+        while not list(Path(f"{words}.0/run/checkpoints").glob("step_*")):
+            assert training.is_at_work(), training.said()
+        os.kill(training.processes[0].pid, signal.SIGTERM)
+        assert training.join() == [143], training.said()
+    with Forked([*arguments, "train.steps=100000"], words, ranks=2, body=on_its_own_disk) as training:
+        training.processes[1].join(60)
+        assert training.processes[1].exitcode == 2, training.said()
+    assert "rank 1: error: run/checkpoints/step_" in training.said()
+    assert "rank 0 goes on from there, and rank 1 sees no such folder; keep run folders on a disk" in training.said()
