@@ -163,7 +163,7 @@ class MergePlan:
         """Spread `rate` evenly (geometrically) over the merges before the blocks `at`, less those that remove nothing.
 
         A token count is rounded so that patches and prefix together are a `multiple_of`, where that changes the rate
-        by less than 0.02 and by less than half.
+        by less than 0.02 and by less than half, and leaves the next merge no more than half to remove.
 
         Raises:
             UsageError: an unknown method, a rate that is none, places outside the tower, a rate that removes nothing,
@@ -182,12 +182,13 @@ class MergePlan:
             raise UsageError(f"model.merging.at: {wrong}")
         counts: dict[int, int] = {}
         before = num_patches
-        for i, place in enumerate(places, start=1):
-            wanted = max(1, round(num_patches * (1 - rate) ** (i / len(places))))
+        all_wanted = [max(1, round(num_patches * (1 - rate) ** (i / len(places)))) for i in range(1, len(places) + 1)]
+        for place, wanted, then in zip(places, all_wanted, (*all_wanted[1:], None), strict=True):
             rounded = round((wanted + num_prefix) / multiple_of) * multiple_of - num_prefix
             least = 1 if method == "random_drop" else before - before // 2
             tolerated = min(0.02 * num_patches, (num_patches - wanted) / 2)
-            fits = least <= rounded < before and abs(rounded - wanted) < tolerated
+            leads_on = then is None or method == "random_drop" or rounded - rounded // 2 <= then
+            fits = least <= rounded < before and abs(rounded - wanted) < tolerated and leads_on
             count = rounded if fits else wanted
             if count < least:
                 raise UsageError(_beyond_half(rate, places, place, before, count, num_patches))

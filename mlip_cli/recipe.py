@@ -175,6 +175,11 @@ def _override(key: str, equals: str, value: str, place: Place) -> Tree:
         return Tree({}, mistakes=[Mistake(place, f"no value after =; {key}=null removes one")])
     if key == "extends":
         return Tree({}, mistakes=[Mistake(place, "extends works in a recipe file only")])
+    if value.lstrip().startswith("#"):
+        quoted = f'{key}="{value.strip()}"'
+        return Tree(
+            {}, mistakes=[Mistake(place, f"YAML reads {value.strip()} as a comment; quote it, as in '{quoted}'")]
+        )
     path = tuple(key.split("."))
     one = parse(value, place.source, root=path, first_line=0)
     for depth in range(1, len(path) + 1):

@@ -110,7 +110,8 @@ class MergeStage(_Movable):
     groups: Tensor
     """(B, N) int64: the group of each patch after this merge, groups numbered by their smallest patch."""
     spatial: Tensor | None
-    """(B, N) in [0, 1]: rank of the token that the patch was in before this merge; None without guidance."""
+    """(B, N) in [0, 1]: rank of the token that the patch was in before this merge, by the attention that the token gets
+    as a whole, so that one of several patches ranks higher; None without guidance."""
     frequency: Tensor | None
     """(B, N) in [0, 1]: the same of the frequency domain, a mean over the token's patches."""
     mixed: Tensor | None

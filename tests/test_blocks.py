@@ -9,17 +9,21 @@ from test_gradients import CPU, gradients, relative_error
 
 from mlip_cli.config import Recipe
 from mlip_cli.losses.objective import Objective
+from mlip_cli.merge_plan import MergePlan
+from mlip_cli.model import clip
 from mlip_cli.model.clip import CLIP, MOST_COMPILED_FORMS, compile_blocks
 from mlip_cli.recipe_checks import check
 from mlip_cli.train.gradients import Precision, add_gradients
 
 
-def gradients_of(model: CLIP, recipe: Recipe, *, micro_batch_size: int | None = None) -> dict[str, torch.Tensor]:
+def gradients_of(
+    model: CLIP, recipe: Recipe, *, micro_batch_size: int | None = None, plan: MergePlan | None = None
+) -> dict[str, torch.Tensor]:
     model.train()
     model.zero_grad()
     torch.manual_seed(3)
     precision, objective = Precision.named("fp32", CPU), Objective(recipe.losses)
-    add_gradients(model, objective, small_batch(), precision=precision, micro_batch_size=micro_batch_size)
+    add_gradients(model, objective, small_batch(), precision=precision, micro_batch_size=micro_batch_size, plan=plan)
     return gradients(model)
 
 
@@ -70,8 +74,25 @@ def test_a_locked_tower_has_nothing_to_skip() -> None:
 @pytest.fixture
 def config_of_compile() -> Iterator[None]:
     """What compile_blocks sets for the whole process is put back."""
-    with torch._dynamo.config.patch({"recompile_limit": 8, "fail_on_recompile_limit_hit": False}):
+    with torch._dynamo.config.patch(
+        {"recompile_limit": 8, "accumulated_recompile_limit": 256, "fail_on_recompile_limit_hit": False}
+    ):
         yield
+
+
+def test_compiled_blocks_have_forms_for_every_rate_of_drop_path(
+    config_of_compile: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a tower of 4 blocks each drops at a rate of its own; the batch is cut, and tokens merge or not."""
+    monkeypatch.setattr(clip, "MOST_COMPILED_FORMS", 5)
+    recipe = dropping()
+    model = small_model(recipe)
+    torch.compiler.reset()
+    compile_blocks(model, backend="eager")
+    model.train()
+    for plan in (model.plan, model.merge_plan(0.0)):
+        gradients_of(model, recipe, micro_batch_size=3, plan=plan)
+    torch.compiler.reset()
 
 
 def test_compiled_blocks_give_the_same_gradient_at_every_length_of_text(config_of_compile: None) -> None:

@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 import torch
 from shards_for_tests import make_dataset
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from mlip_cli.commands import profile_subject
+from mlip_cli.commands.memory import full_memory_named
 from mlip_cli.config import Augment, Data, Source
 from mlip_cli.data import bad_samples, transforms
 from mlip_cli.data import loader as module
@@ -26,6 +27,7 @@ from mlip_cli.data.dataset import ShardDataset
 from mlip_cli.data.index import HEADER, RECORD, index_path
 from mlip_cli.data.labels import label_of
 from mlip_cli.data.loader import default_num_workers, evaluation_loader, training_loader
+from mlip_cli.data.loader_processes import data_loader, items_of
 from mlip_cli.data.order import Order
 from mlip_cli.data.preflight import preflight
 from mlip_cli.data.tokenizer import Tokenizer
@@ -334,6 +336,35 @@ def test_a_worker_that_dies_is_one_clear_error(folder: Path) -> None:
         os.kill(worker.pid, signal.SIGKILL)
         with pytest.raises(RunError, match=r"^a loader process died: .+ or use data.num_workers=0$"):
             list(run)
+
+
+@pytest.mark.parametrize(
+    ("words", "kind", "expected"),
+    [
+        (
+            "a mistake of ours",
+            RuntimeError,
+            r"^Caught RuntimeError in DataLoader worker process 0.(.|\n)*a mistake of ours",
+        ),
+        ("DefaultCPUAllocator: can't allocate memory", RunError, "^a loader process found no memory for its pictures"),
+    ],
+)
+def test_an_error_inside_a_worker_is_no_death(words: str, kind: type[Exception], expected: str) -> None:
+    with pytest.raises(kind, match=expected) as error, full_memory_named("a", "b", "c"), closing(failing(words)) as run:
+        next(run)
+    assert type(error.value) is kind
+
+
+class Failing(Dataset[int]):
+    def __init__(self, words: str) -> None:
+        self.words = words
+
+    def __getitem__(self, i: int) -> int:
+        raise RuntimeError(self.words)
+
+
+def failing(words: str) -> Iterator[int]:
+    return items_of(data_loader(Failing(words), range(3), 1))
 
 
 def test_workers_outlive_a_signal_to_the_whole_group() -> None:

@@ -50,6 +50,18 @@ def test_a_positive_rate_removes_tokens_at_each_place_of_its_plan_or_is_refused(
         assert abs(plan.rate - rate) <= min(0.02, rate / 2) + 0.5 / num_patches
 
 
+@pytest.mark.parametrize("num_merges", [1, 2, 3])
+def test_rounding_refuses_no_rate_that_exact_counts_reach(num_merges: int) -> None:
+    """A first merge rounded up could leave the next one more than half to remove."""
+    for num_patches, rate in product((49, 64, 144, 196, 256, 576), (n / 1000 for n in range(400, 880, 2))):
+        settings = {"num_patches": num_patches, "rate": rate, "at": range(2, 2 + num_merges)}
+        try:
+            exact = resolve(**settings, multiple_of=1)
+        except UsageError:
+            continue
+        assert abs(resolve(**settings).rate - exact.rate) < 0.02
+
+
 def test_a_rate_that_removes_nothing_is_refused_with_one_that_does() -> None:
     with pytest.raises(UsageError) as caught:
         resolve(rate=0.005, num_patches=64)

@@ -86,6 +86,8 @@ def test_pooling_after_a_merge_counts_every_patch_once(pool: str) -> None:
 def test_towers_that_cannot_be_used_are_refused_by_name() -> None:
     with pytest.raises(UsageError) as caught:
         ImageTower(Vision(timm="beit_base_patch16_224"), image_size=224)
+    with pytest.raises(UsageError, match=r"augreg_in21k names trained weights, which are not loaded; write vit_tiny"):
+        ImageTower(Vision(timm="vit_tiny_patch16_224.augreg_in21k"), image_size=224)
     assert str(caught.value) == (
         "model.vision.timm: beit_base_patch16_224 is a Beit; only VisionTransformer and its distilled form are "
         "supported, as in vit_base_patch16_224"

@@ -82,6 +82,7 @@ optim.lr: 4
         (["train.steps=1e3"], ["train.steps=1e3: expected a whole number above 0 or null, not 1000.0"]),
         (["train.steps=true"], ["train.steps=true: expected a whole number above 0 or null, not true"]),
         (["optim.lr="], ["optim.lr=: no value after =; optim.lr=null removes one"]),
+        (["log.wandb=#a"], ["log.wandb=#a: YAML reads #a as a comment; quote it, as in 'log.wandb=\"#a\"'"]),
         (["optim.lr"], ["optim.lr: expected key=value, as in optim.lr=1e-3"]),
         (["=3"], ["=3: expected a key before =, as in optim.lr=1e-3"]),
         (["optim..lr=3"], ["optim..lr=3: expected a key before =, as in optim.lr=1e-3"]),

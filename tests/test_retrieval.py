@@ -112,6 +112,19 @@ def test_a_shared_text_is_right_for_each_of_its_images() -> None:
     assert scores["text_to_image"]["n"] == 2
 
 
+def test_captions_of_a_picture_are_drawn_together() -> None:
+    """Five captions a picture that all find it or all do not tell no more than one."""
+    torch.manual_seed(0)
+    images = F.normalize(torch.randn(40, 6), dim=1)
+    own = F.normalize(images + 0.5 * torch.randn(40, 6), dim=1)
+    alone = image_text_retrieval(images, own, [[i] for i in range(40)], at=(1,))["text_to_image"]
+    captions = [list(range(5 * i, 5 * i + 5)) for i in range(40)]
+    five = image_text_retrieval(images, own.repeat_interleave(5, 0), captions, at=(1,))["text_to_image"]
+    assert (five["r1"], five["n"]) == (alone["r1"], 200)
+    widths = [found["r1_interval"].high - found["r1_interval"].low for found in (five, alone)]
+    assert widths[0] == pytest.approx(widths[1], rel=0.1)
+
+
 def test_chunks_change_nothing() -> None:
     torch.manual_seed(0)
     queries, gallery = F.normalize(torch.randn(50, 6), dim=1), F.normalize(torch.randn(70, 6), dim=1)

@@ -1,5 +1,7 @@
 """Intervals, chance and the paired test against scipy, by hand and by simulation."""
 
+from itertools import product
+
 import numpy as np
 import pytest
 from scipy.stats import binomtest
@@ -13,6 +15,7 @@ from mlip_cli.evaluate.statistics import (
     metric_prefix,
     paired,
     paired_by_cluster,
+    sign_flips,
     wilson,
 )
 
@@ -73,6 +76,20 @@ def test_mean_recall_interval_of_one_class_is_agresti_and_coulls() -> None:
     share = 10 / 44  # 8 of 40, with two hits and two misses more
     half = 1.96 * np.sqrt(share * (1 - share) / 44)
     assert mean_recall_interval([8], [40]) == pytest.approx((share - half, share + half), abs=1e-5)
+
+
+@pytest.mark.parametrize("gains", [[1] * 7 + [-1] * 2, [3, 2, -1, 1, 1, -2, 4], [0, 0], [5], [2, -2]])
+def test_signs_are_flipped_in_every_way(gains: list[int]) -> None:
+    sums = [abs(sum(s * g for s, g in zip(signs, gains, strict=True))) for signs in product((1, -1), repeat=len(gains))]
+    expected = sum(found >= abs(sum(gains)) for found in sums) / len(sums)
+    assert sign_flips(gains) == pytest.approx(expected, rel=1e-12)
+
+
+def test_captions_of_a_picture_that_gain_together_are_no_more_than_one() -> None:
+    assert sign_flips([1] * 30 + [-1] * 12) == pytest.approx(mcnemar(30, 12), rel=1e-9)
+    alone, five_each = paired("0" * 12, "1" * 12), paired("0" * 60, "1" * 60, [i // 5 for i in range(60)])
+    assert five_each["p"] == pytest.approx(alone["p"], rel=1e-9)
+    assert (five_each["won"], five_each["lost"], five_each["difference"]) == (60, 0, 1.0)
 
 
 def test_paired_differences() -> None:

@@ -50,6 +50,15 @@ def test_damaged_files_are_refused(tmp_path: Path, name: str, content: bytes) ->
         read_weights(tmp_path / name)
 
 
+@pytest.mark.parametrize("content", [b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", b"<!doctype html>"])
+def test_what_stands_in_for_weights_is_no_reason_to_run_it(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "a.bin").write_bytes(content)
+    with pytest.raises(UsageError) as error:
+        read_weights(tmp_path / "a.bin")
+    expected = "no file of torch, but perhaps a Git LFS pointer or a web page; fetch the weights themselves"
+    assert str(error.value) == f"{tmp_path}/a.bin: {expected}"
+
+
 def test_a_file_without_a_state_dict_is_refused(tmp_path: Path) -> None:
     torch.save([1, 2], tmp_path / "list.pt")
     with pytest.raises(UsageError, match=r"list.pt: no state dict \(names and tensors\)"):

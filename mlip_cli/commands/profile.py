@@ -130,10 +130,11 @@ def measures_of_step(subject: Subject, batch: Batch, rounds: int, datasets: Sequ
     subject.model.train()
     step = training_step(subject, batch)
     recorder = StepRecorder(step)
+    step()  # the optimiser's state exists from then on
+    memory = peak_memory(step, device=subject.device)  # before the matrices below lie there too
     dtypes: dict[str, torch.dtype] = {"fp32": torch.float32, subject.recipe.train.precision: step.precision.dtype}
     matmuls = {name: square_matmul(dtype, device=subject.device) for name, dtype in dtypes.items()}
     pieces, beside = timings_of_step(subject, step, batch, recorder, matmuls, rounds=rounds)
-    memory = peak_memory(step, device=subject.device)
     subject.model.eval()
     whole = pieces[STEP]
     return {

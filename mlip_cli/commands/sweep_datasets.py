@@ -190,6 +190,7 @@ def retrieval(pairs: ValidationPairs, fingerprint: str, points: Sequence[Point])
             for point in points
         ]
     unmerged = _right(ranks[0])
+    clusters = {f"{way}_{k}": found.cluster_of for way, found in ranks[0].items() for k in found.right()}
     return {
         "dataset": VALIDATION,
         "task": "retrieval",
@@ -200,7 +201,7 @@ def retrieval(pairs: ValidationPairs, fingerprint: str, points: Sequence[Point])
             {
                 **point.setting,
                 **{way: found.recalls() for way, found in own.items()},
-                "paired": all_paired(unmerged, _right(own)),
+                "paired": {name: paired(unmerged[name], right, clusters[name]) for name, right in _right(own).items()},
             }
             for point, own in zip(points, ranks, strict=True)
         ],

@@ -107,7 +107,7 @@ def _show_retrieval(dataset: dict[str, Any], merged: Sequence[dict[str, Any]]) -
             ],
             title=BESIDE,
         )
-        print_prose(f"{WON} has a right one among the first 5; {TEST}")
+        print_prose(f"{WON} has a right one among the first 5; {TEST}, where captions of a picture count together")
 
 
 def scatters(low: float, high: float) -> bool:

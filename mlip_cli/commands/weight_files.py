@@ -32,6 +32,10 @@ def read_weights(file: Path) -> dict[str, Tensor]:
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
+        if not _is_of_torch(file):
+            raise UsageError(
+                f"{file}: no file of torch, but perhaps a Git LFS pointer or a web page; fetch the weights themselves"
+            ) from None
         raise UsageError(
             f"{file}: holds more than tensors and plain values, which could run anything; where you trust it, take its "
             "weights out with: "
@@ -43,6 +47,12 @@ def read_weights(file: Path) -> dict[str, Tensor]:
     if not isinstance(weights, dict) or not all(isinstance(tensor, Tensor) for tensor in weights.values()):
         raise UsageError(f"{file}: no state dict (names and tensors), neither alone nor as `state_dict`; save one")
     return weights
+
+
+def _is_of_torch(file: Path) -> bool:
+    """Whether it begins as an archive or a pickle does, of protocol 2 or later."""
+    with open(file, "rb") as opened:
+        return zipfile.is_zipfile(file) or opened.read(1) == b"\x80"
 
 
 def _is_torchscript(file: Path) -> bool:

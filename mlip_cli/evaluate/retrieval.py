@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mlip_cli.evaluate.statistics import chance_at, wilson
+from mlip_cli.evaluate.statistics import by_cluster, chance_at, cluster_interval, wilson
 from mlip_cli.evaluate.together import ALONE, Together
 from mlip_cli.evaluate.zeroshot import similarities
 
@@ -57,15 +57,29 @@ def ranks(
     return together.gathered(found, part)
 
 
-def recalls(ranks: Tensor, *, num_accepted: Sequence[int], num_candidates: int, at: Sequence[int]) -> dict[str, Any]:
-    """Recall at each k with its 95 % interval and its chance level, as `r1`, `r1_interval`, `r1_chance`, ..."""
+def recalls(
+    ranks: Tensor,
+    *,
+    num_accepted: Sequence[int],
+    num_candidates: int,
+    at: Sequence[int],
+    cluster_of: Sequence[int] | None = None,
+) -> dict[str, Any]:
+    """Recall at each k with its 95 % interval and its chance level, as `r1`, `r1_interval`, `r1_chance`, ...
+
+    Queries of one cluster depend on each other, and are drawn together for the interval.
+    """
     n = len(ranks)
     scores: dict[str, Any] = {"n": n, "num_candidates": num_candidates}
     for k in at:
         hits = int((ranks < k).sum())
         chances = {a: chance_at(k, accepted=a, candidates=num_candidates) for a in set(num_accepted)}
         scores[f"r{k}"] = hits / n
-        scores[f"r{k}_interval"] = wilson(hits, n)
+        scores[f"r{k}_interval"] = (
+            wilson(hits, n)
+            if cluster_of is None
+            else cluster_interval(*by_cluster((ranks < k).double().tolist(), cluster_of))
+        )
         scores[f"r{k}_chance"] = sum(chances[a] for a in num_accepted) / n
     return scores
 
@@ -79,10 +93,18 @@ class Ranks:
     num_accepted: Sequence[int]
     """Right candidates of each query."""
     num_candidates: int
+    cluster_of: Sequence[int] | None = None
+    """Of each query, where several depend on each other."""
 
     def recalls(self, *, at: Sequence[int] = RECALL_AT) -> dict[str, Any]:
         """See the function `recalls`."""
-        return recalls(self.ranks, num_accepted=self.num_accepted, num_candidates=self.num_candidates, at=at)
+        return recalls(
+            self.ranks,
+            num_accepted=self.num_accepted,
+            num_candidates=self.num_candidates,
+            at=at,
+            cluster_of=self.cluster_of,
+        )
 
     def right(self, *, at: Sequence[int] = RECALL_AT) -> dict[str, str]:
         """Which queries are right at each k, for paired tests: strings of 0 and 1 as `r1`, ..."""
@@ -107,6 +129,8 @@ def image_text_ranks(
 ) -> dict[str, Ranks]:
     """Where each image finds its first text, and each text its first image: `image_to_text` and `text_to_image`.
 
+    Texts of one image, where it has several, are a cluster; a text of several images belongs to the first.
+
     Args:
         image_features: (I, E) unit vectors.
         text_features: (T, E) unit vectors.
@@ -114,6 +138,8 @@ def image_text_ranks(
         together: ranks that all have these features and divide the queries.
     """
     images = images_of_texts(captions, len(text_features))
+    image_of = [own[0] for own in images]
+    has_clusters = len(set(image_of)) < len(image_of)
     return {
         "image_to_text": Ranks(
             ranks(image_features, text_features, captions, together=together),
@@ -124,6 +150,7 @@ def image_text_ranks(
             ranks(text_features, image_features, images, together=together),
             [len(set(i)) for i in images],
             len(image_features),
+            image_of if has_clusters else None,
         ),
     }
 

@@ -73,14 +73,37 @@ def mcnemar(only_first: int, only_second: int) -> float:
     return min(1.0, 2 * tail)
 
 
-def paired(first: str, other: str) -> dict[str, Any]:
+def sign_flips(gains: Sequence[int]) -> float:
+    """Exact two-sided p of the randomisation test that gives each gain a random sign (Fisher 1935, section 21).
+
+    With gains of 1 and -1 it is McNemar's. The distribution of the sum is built up gain by gain.
+    """
+    import numpy as np
+
+    sizes = [abs(gain) for gain in gains if gain]
+    reach = sum(sizes)
+    chances = np.zeros(2 * reach + 1)
+    chances[reach] = 1.0
+    for size in sizes:
+        chances = (np.roll(chances, size) + np.roll(chances, -size)) / 2  # what lies at the ends is still 0
+    sums = np.arange(-reach, reach + 1)
+    return min(1.0, float(chances[np.abs(sums) >= abs(sum(gains))].sum()))
+
+
+def paired(first: str, other: str, cluster_of: Sequence[int] | None = None) -> dict[str, Any]:
     """Difference of two strings of hits (`1`) and misses (`0`) on the same samples, with McNemar's exact test.
 
-    `won` counts the samples that only `other` got right, `lost` those that only `first` did.
+    `won` counts the samples that only `other` got right, `lost` those that only `first` did. Samples of one cluster
+    depend on each other: with clusters the test is `sign_flips` of what each of them gains.
     """
     pairs = list(zip(first, other, strict=True))
     won, lost = pairs.count(("0", "1")), pairs.count(("1", "0"))
-    return {"difference": (won - lost) / len(pairs), "won": won, "lost": lost, "p": mcnemar(lost, won)}
+    if cluster_of is None:
+        p = mcnemar(lost, won)
+    else:
+        gains, _ = by_cluster([int(b) - int(a) for a, b in pairs], cluster_of)
+        p = sign_flips([round(gain) for gain in gains])
+    return {"difference": (won - lost) / len(pairs), "won": won, "lost": lost, "p": p}
 
 
 def by_cluster(values: Sequence[float], cluster_of: Sequence[int]) -> tuple[list[float], list[int]]:

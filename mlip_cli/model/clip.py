@@ -277,12 +277,16 @@ MOST_COMPILED_FORMS = 64
 
 
 def compile_blocks(model: CLIP, *, backend: str = "inductor") -> None:
-    """Compile every block on its own, in place; torch.compile's work then grows with kinds of blocks, not with depth.
+    """Compile every block on its own, in place: torch.compile's work grows with kinds of blocks, not with depth.
 
-    A form more than `MOST_COMPILED_FORMS` raises, where torch alone would run the plain code without a word.
+    A form more than `MOST_COMPILED_FORMS` raises, where torch alone would run the plain code without a word. With drop
+    path every rate of it is a kind of its own: compiled code holds the rate as a number.
     """
-    torch._dynamo.config.recompile_limit = MOST_COMPILED_FORMS
-    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    kinds = {getattr(module, "drop_prob", 0.0) for module in model.modules()}
+    config = torch._dynamo.config
+    config.recompile_limit = MOST_COMPILED_FORMS * len(kinds)
+    config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, config.recompile_limit)
+    config.fail_on_recompile_limit_hit = True
     for block in model.blocks():
         # the method and not the module: hooks, such as those that gather a sharded block, stay outside
         setattr(block, "forward", torch.compile(block.forward, backend=backend))  # noqa: B010 - mypy takes no method as a target

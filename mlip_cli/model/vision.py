@@ -124,6 +124,12 @@ def build_trunk(config: Vision, *, image_size: int) -> VisionTransformer:
             drop_path_rate=config.drop_path,
             block_fn=ObservedBlock,
         )
+    name, dot, _ = config.timm.partition(".")
+    if dot:
+        raise UsageError(
+            f"model.vision.timm: {config.timm} names trained weights, which are not loaded; write {name} for its "
+            "architecture, and see model.init for weights to start from"
+        )
     if not timm.is_model(config.timm):
         close = difflib.get_close_matches(config.timm, timm.list_models(), 3)
         hint = f"did you mean {', '.join(close)}?" if close else "names look like vit_small_patch16_224"
