@@ -5,7 +5,9 @@ The formats: JPEG in ITU-T T.81, annex B; PNG in RFC 2083, section 3; WebP in RF
 
 from dataclasses import dataclass
 
-from mlip_cli.data.pixels import MAX_PIXELS
+from PIL import ExifTags, Image
+
+from mlip_cli.data.pixels import MAX_PIXELS, ORIENTATIONS, UNDECODABLE
 
 PNG = b"\x89PNG\r\n\x1a\n"
 JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
@@ -30,8 +32,18 @@ class PictureHeader:
     """jpg, png or webp."""
     height: int
     width: int
+    """Both as shown, upright."""
     is_plain: bool = True
     """False for JPEGs of other than one or three components (CMYK): decoders turn them into RGB each in its own way."""
+    orientation: int = 1
+    """By EXIF, of a JPEG: how the stored pixels are to be turned, a key of `ORIENTATIONS`, or 1."""
+    is_opaque: bool = True
+    """False where pixels may be transparent: what colour they have is then no matter."""
+
+    @property
+    def is_as_stored(self) -> bool:
+        """The pixels as they are stored are the picture."""
+        return self.orientation == 1 and self.is_opaque
 
 
 def read_header(image: bytes) -> PictureHeader:
@@ -43,9 +55,12 @@ def read_header(image: bytes) -> PictureHeader:
     if image[:2] == b"\xff\xd8":
         header = _jpeg(image)
     elif image[:8] == PNG and image[12:16] == b"IHDR" and len(image) >= 24:
-        header = PictureHeader("png", int.from_bytes(image[20:24]), int.from_bytes(image[16:20]))
+        header = PictureHeader(
+            "png", int.from_bytes(image[20:24]), int.from_bytes(image[16:20]), is_opaque=_is_opaque_png(image)
+        )
     elif image[:4] == b"RIFF" and image[8:12] == b"WEBP" and len(image) >= 30:
-        header = PictureHeader("webp", *_webp(image))
+        height, width, is_opaque = _webp(image)
+        header = PictureHeader("webp", height, width, is_opaque=is_opaque)
     else:
         raise UndecodableError("neither JPEG nor PNG nor WebP" if image else "no bytes")
     if header.height == 0 or header.width == 0:
@@ -58,12 +73,14 @@ def read_header(image: bytes) -> PictureHeader:
 
 def _jpeg(image: bytes) -> PictureHeader:
     """The first frame header; what libjpeg skips (bytes between segments, fill bytes) is skipped."""
-    at = 2
+    at, orientation = 2, 1
     while (at := image.find(b"\xff", at)) >= 0 and at + 1 < len(image):
         marker = image[at + 1]
         if marker in JPEG_FRAMES and at + 10 <= len(image):
             height, width = (int.from_bytes(image[at + i : at + i + 2]) for i in (5, 7))
-            return PictureHeader("jpg", height, width, is_plain=image[at + 9] in (1, 3))
+            if orientation >= 5:
+                height, width = width, height
+            return PictureHeader("jpg", height, width, is_plain=image[at + 9] in (1, 3), orientation=orientation)
         if marker in (0xD9, 0xDA):
             break
         if marker == 0xFF:
@@ -71,18 +88,39 @@ def _jpeg(image: bytes) -> PictureHeader:
         elif marker == 0x00 or marker in JPEG_BARE:
             at += 2
         else:
-            at += 2 + max(2, int.from_bytes(image[at + 2 : at + 4]))
+            end = at + 2 + max(2, int.from_bytes(image[at + 2 : at + 4]))
+            if marker == 0xE1 and image[at + 4 : at + 10] == b"Exif\0\0":
+                orientation = _orientation(image[at + 4 : end])
+            at = end
     raise UndecodableError("a JPEG without a frame header")
 
 
-def _webp(image: bytes) -> tuple[int, int]:
-    """(height, width) by the first chunk, one of the three that a file may begin with."""
+def _orientation(segment: bytes) -> int:
+    """What an EXIF segment says of it; 1 where it is damaged or says nothing, as viewers take it."""
+    exif = Image.Exif()
+    try:
+        exif.load(segment)
+        found = exif.get(ExifTags.Base.Orientation, 1)
+    except UNDECODABLE:
+        return 1
+    return found if found in ORIENTATIONS else 1
+
+
+def _is_opaque_png(image: bytes) -> bool:
+    """Whether no pixel can be transparent: neither by its colour type nor by a tRNS chunk ahead of the pixels."""
+    return image[25:26] not in (b"\4", b"\6") and image.find(b"tRNS", 0, image.find(b"IDAT")) < 0
+
+
+def _webp(image: bytes) -> tuple[int, int, bool]:
+    """(height, width, whether it is opaque) by the first chunk, one of the three that a file may begin with."""
     chunk = image[12:16]
     if chunk == b"VP8X":
-        return int.from_bytes(image[27:30], "little") + 1, int.from_bytes(image[24:27], "little") + 1
+        height, width = (int.from_bytes(image[at : at + 3], "little") + 1 for at in (27, 24))
+        return height, width, not image[20] & 0x10
     if chunk == b"VP8L" and image[20] == 0x2F:
         bits = int.from_bytes(image[21:25], "little")
-        return (bits >> 14 & 0x3FFF) + 1, (bits & 0x3FFF) + 1
+        return (bits >> 14 & 0x3FFF) + 1, (bits & 0x3FFF) + 1, not bits >> 28 & 1
     if chunk == b"VP8 " and image[23:26] == b"\x9d\x01\x2a":
-        return int.from_bytes(image[28:30], "little") & 0x3FFF, int.from_bytes(image[26:28], "little") & 0x3FFF
+        height, width = (int.from_bytes(image[at : at + 2], "little") & 0x3FFF for at in (28, 26))
+        return height, width, True
     raise UndecodableError("a WebP without a frame header")

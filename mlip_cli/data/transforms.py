@@ -21,7 +21,7 @@ from torchvision.transforms.v2 import functional as F
 
 from mlip_cli.config import Augment
 from mlip_cli.data.picture_header import PictureHeader, UndecodableError, read_header
-from mlip_cli.data.pixels import UNDECODABLE
+from mlip_cli.data.pixels import ORIENTATIONS, UNDECODABLE
 
 try:
     from torchvision.io import ImageReadMode
@@ -78,7 +78,7 @@ def jpeg_decoder() -> str:
 def decode(
     image: bytes, *, least: tuple[int, int] | None = None, on_fallback: Callable[[str], None] = lambda _: None
 ) -> Tensor:
-    """JPEG, PNG or WebP -> uint8 (3, H, W).
+    """JPEG, PNG or WebP -> uint8 (3, H, W), upright and with white where it is transparent, as prepared data are.
 
     Args:
         least: (H, W) that is large enough; a picture of at least twice that may come smaller, but not below it.
@@ -99,6 +99,11 @@ def decode(
 def _decode(
     image: bytes, header: PictureHeader, least: tuple[int, int] | None, on_fallback: Callable[[str], None]
 ) -> Tensor:
+    if not header.is_as_stored:
+        try:
+            return _pillow_decode(image, header)
+        except UNDECODABLE as error:
+            raise UndecodableError(_reason(error)) from error
     reason = None
     try:
         if simplejpeg_decode is not None and header.format == "jpg" and header.is_plain:
@@ -129,7 +134,10 @@ def _pillow_decode(image: bytes, header: PictureHeader) -> Tensor:
     picture = Image.open(io.BytesIO(image), formats=[STORED_FORMATS[header.format]])
     if picture.mode.startswith(("I", "F")):
         raise ValueError(MANY_BITS)
-    return F.pil_to_tensor(picture.convert("RGB"))
+    pixels = pil_to_uint8(picture)
+    if header.orientation == 1:
+        return pixels
+    return F.pil_to_tensor(F.to_pil_image(pixels).transpose(ORIENTATIONS[header.orientation]))
 
 
 def _reason(error: Exception) -> str:
