@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -71,6 +71,7 @@ def process_group(device: torch.device) -> Iterator[None]:
     try:
         yield
     except Stopped:  # of all ranks; after another error the others may wait for this one, and NCCL would for them
+        dist.barrier()  # torchrun ends the others with the first one that leaves, and rank 0 still wrote its report
         dist.destroy_process_group()
         raise
     dist.destroy_process_group()
@@ -88,7 +89,12 @@ def wait_for_ranks(most: timedelta = timedelta(days=1)) -> None:
 
 
 def wrap(
-    model: nn.Module, device: torch.device, *, parallel: str = "ddp", units: Sequence[nn.Module] = ()
+    model: nn.Module,
+    device: torch.device,
+    *,
+    parallel: str = "ddp",
+    units: Sequence[nn.Module] = (),
+    methods: Sequence[str] = (),
 ) -> nn.Module:
     """The model for several ranks: gradients become the mean over ranks. One rank gets the model itself.
 
@@ -96,6 +102,7 @@ def wrap(
         parallel: `ddp`: every rank holds everything. `fsdp`: every rank holds its part of parameters, gradients and
             optimiser state; the model stays the same object, its parameters become `DTensor`s.
         units: for `fsdp`, the parts of the model that are made whole one after another.
+        methods: for `fsdp`, what is called of the model beside its forward, perhaps before it.
     """
     if world_size() == 1:
         return model
@@ -105,6 +112,8 @@ def wrap(
     for unit in units:
         fully_shard(unit, mesh=mesh)
     fully_shard(model, mesh=mesh)
+    for name in methods:
+        register_fsdp_forward_method(model, name)
     return model
 
 

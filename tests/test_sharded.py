@@ -4,10 +4,13 @@ import json
 import os
 import signal
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from killed_for_tests import Forked, pretrain
 from test_training import QUIET, command, lines_in, metrics, recipe, run, wait_for, whole
 
 from mlip_cli.train.checkpoint import load_state, load_weights
@@ -63,6 +66,35 @@ def test_it_goes_on_to_the_bit_and_on_one_rank_too(recipe: Path, sharded: Path, 
     assert resumed.returncode == 0, resumed.stderr
     assert "ranks 2 -> 1, parallel fsdp -> none" in resumed.stderr
     assert metrics(alone)[-2]["loss"] == pytest.approx(metrics(sharded)[-2]["loss"], rel=2e-3)
+
+
+def signalled(arguments: Sequence[str], environment: dict[str, str], words: str) -> None:
+    """Body of a forked process: `mlip pretrain`, and SIGTERM to rank 0 in the evaluation after step 4."""
+    os.environ.update(environment)
+    from mlip_cli.commands import training
+
+    measure = training.measure
+
+    def measured(*given: Any) -> dict[str, float] | None:
+        if given[3] == 4 and os.environ["RANK"] == "0":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return measure(*given)
+
+    training.measure = measured
+    pretrain(arguments, environment, words)
+
+
+def test_an_evaluation_that_was_left_is_made_up_before_the_first_step(
+    recipe: Path, sharded: Path, tmp_path: Path
+) -> None:
+    folder, words = tmp_path / "run", tmp_path / "words"
+    arguments = [str(recipe), "--out", str(folder), *SHARDED]
+    with Forked(arguments, words, ranks=2, body=signalled) as training:
+        assert training.join() == [143, 143], training.said()
+    assert "the evaluation was left before its end" in training.said()
+    with Forked([*arguments, "--resume"], words, ranks=2) as training:
+        assert training.join() == [0, 0], training.said()
+    assert metrics(folder) == metrics(sharded)
 
 
 def test_a_signal_to_one_rank_stops_all_after_the_same_step(recipe: Path, tmp_path: Path) -> None:

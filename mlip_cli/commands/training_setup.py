@@ -81,7 +81,9 @@ def build(recipe: Recipe, device: torch.device, *, fresh: bool) -> tuple[Trainin
         compile_blocks(model)
     model.to(device)
     torch.manual_seed(recipe.seed + 1 + rank())  # dropout and drop path differ between ranks
-    wrapped = wrap(model, device, parallel=recipe.train.parallel, units=model.blocks())
+    wrapped = wrap(
+        model, device, parallel=recipe.train.parallel, units=model.blocks(), methods=("encode_image", "encode_text")
+    )
     optimizer = build_optimizer(model, recipe.optim)  # of the wrapped model's parameters, which may be sharded
     precision = Precision.named(recipe.train.precision, device)
     horizon = recipe.optim.ema_horizon
