@@ -40,11 +40,11 @@ def convolve_by_products(x: Tensor, kernel: Tensor) -> Tensor:
     along_row, back_along_row = real_dft(w, like=x)
     along_column = complex_dft(h, like=x)
 
-    def spectrum(values: Tensor) -> tuple[Tensor, ...]:
+    def spectrum(values: Tensor) -> Tensor:
         rows = (along_row @ values).view(-1, 2 * h, (w // 2 + 1) * width)
-        return (along_column @ rows).view(-1, 2, h, w // 2 + 1, width).unbind(1)
+        return (along_column @ rows).view(-1, 2, h, w // 2 + 1, width)
 
-    (x_real, x_imag), (k_real, k_imag) = spectrum(x), spectrum(kernel[None])
+    (x_real, x_imag), (k_real, k_imag) = spectrum(x).unbind(1), spectrum(kernel[None]).unbind(1)
     product = torch.stack([x_real * k_real - x_imag * k_imag, x_real * k_imag + x_imag * k_real], dim=1)
     rows = (along_column.T / h) @ product.flatten(1, 2).flatten(2)
     return back_along_row @ rows.view(-1, h, 2 * (w // 2 + 1), width)
