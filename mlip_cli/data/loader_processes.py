@@ -47,7 +47,7 @@ def items_of(loader: DataLoader[Any]) -> Generator[Any, None, None]:
     """What the workers made; closing the generator ends them.
 
     Raises:
-        RunError: a worker process died. Errors that the workers sent are raised here.
+        RunError: a worker process died, or found no memory. Errors that the workers sent are raised here.
     """
     items = _quiet_iter(loader)
     while True:

@@ -1,10 +1,10 @@
 """Pictures to uint8 tensors of the model's size. Normalising is the model's, on its device.
 
 JPEGs are decoded by simplejpeg where it is installed (the extra `fast`), everything else by torchvision while it has
-decoders (0.29 announces their removal), and what these cannot read by Pillow. Whole pictures are the same to the bit
-by all three for what `mlip prepare-data` writes, 8-bit RGB JPEG, PNG and WebP. What only simplejpeg does is to decode a
-JPEG at a half, a third or less of its size where that is still large enough for what is cut from it: such a picture
-differs slightly from one that was decoded whole and then made smaller.
+decoders (0.29 announces their removal), and what these cannot read, turned JPEGs and transparent pictures by Pillow.
+Whole pictures are the same to the bit by all three for what `mlip prepare-data` writes, 8-bit RGB JPEG, PNG and WebP.
+What only simplejpeg does is to decode a JPEG at a half, a third or less of its size where that is still large enough
+for what is cut from it: such a picture differs slightly from one that was decoded whole and then made smaller.
 """
 
 import io
