@@ -62,7 +62,7 @@ ablation: $(READY) ## Train and compare recipes/ablation, a day: DATA=FOLDER_OF_
 	@PYTHONPATH=tests $(RUN) -m ablation.verdict runs/ablation
 
 schema: $(READY) ## Write recipes/schema.json from the models of config.py
-	@$(RUN) -c 'from pathlib import Path; from mlip_cli.recipe import schema_text; Path("recipes/schema.json").write_text(schema_text())'
+	@$(RUN) -c 'from pathlib import Path; from mlip_cli.recipe.load import schema_text; Path("recipes/schema.json").write_text(schema_text())'
 
 clean: ## Remove caches and builds; data/, runs/ and the environment stay
 	@rm -rf build dist .pytest_cache .mypy_cache .ruff_cache

@@ -8,7 +8,8 @@ def main() -> None:
     is_listening = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # not under nohup
     if is_listening:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-    from mlip_cli import cli, endings
+    from mlip_cli import cli
+    from mlip_cli.terminal import endings
 
     if is_listening:
         signal.signal(signal.SIGINT, endings.interrupt)

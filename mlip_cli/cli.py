@@ -7,7 +7,9 @@ from typing import Annotated, Literal
 import typer
 
 from mlip_cli import __version__
-from mlip_cli.cli_values import (
+from mlip_cli.terminal.endings import exit_code
+from mlip_cli.terminal.output import say, start_logging
+from mlip_cli.terminal.values import (
     checked_measured_run,
     checked_run,
     complete_override,
@@ -16,8 +18,6 @@ from mlip_cli.cli_values import (
     split,
     split_rates,
 )
-from mlip_cli.endings import exit_code
-from mlip_cli.output import say, start_logging
 
 app = typer.Typer(
     name="mlip",

@@ -13,9 +13,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from mlip_cli.errors import Stopped, UsageError
-from mlip_cli.heap import keep_freed_memory
-from mlip_cli.output import plural
+from mlip_cli.errors import Stopped
 
 
 def rank() -> int:
@@ -26,37 +24,6 @@ def rank() -> int:
 def world_size() -> int:
     """Number of processes that train together, 1 without torchrun."""
     return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def pick_device(name: str) -> torch.device:
-    """`auto`, `cuda`, `mps` or `cpu` -> the device of this rank; on a CPU, what is freed is kept (`keep_freed_memory`).
-
-    Raises:
-        UsageError: PyTorch sees no such device, or fewer than there are ranks.
-    """
-    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not present.get(name, True):
-        raise UsageError(f"device {name}: PyTorch sees none; use cpu, and ask mlip doctor why")
-    if name == "auto":
-        name = next((device for device, is_there in present.items() if is_there), "cpu")
-    if name == "cpu":
-        keep_freed_memory()
-    if name == "cuda":
-        number, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-        if number >= count:
-            raise UsageError(
-                f"device cuda: rank {number} of this machine has none of its {plural(count, 'GPU')}; start {count}"
-            )
-        return torch.device("cuda", number)
-    return torch.device(name)
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait until `device` has done all it was given, so that a clock shows the work and not its queueing."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
 
 
 @contextmanager

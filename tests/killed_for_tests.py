@@ -19,8 +19,8 @@ import torch
 from forks_for_tests import FORKS, PATIENCE_S, command, own_group
 from torch.distributed import TCPStore
 
-from mlip_cli.run_folder import Run, checkpoint_folders, step_of
-from mlip_cli.train.checkpoint import load_state, load_weights
+from mlip_cli.runs.checkpoint import load_state, load_weights
+from mlip_cli.runs.folder import Run, checkpoint_folders, step_of
 
 CHANGES_FROM_RUN_TO_RUN = {"images_per_s", "data_wait_share", "peak_gib"}
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from mlip_cli.config import Recipe
 from mlip_cli.model.clip import CLIP, build_model
-from mlip_cli.recipe import recipe_yaml
-from mlip_cli.train.checkpoint import save_checkpoint
+from mlip_cli.recipe.config import Recipe
+from mlip_cli.recipe.load import recipe_yaml
+from mlip_cli.runs.checkpoint import save_checkpoint
 from mlip_cli.train.gradients import Precision
 from mlip_cli.train.optim import build_optimizer
 from mlip_cli.train.resume import Training

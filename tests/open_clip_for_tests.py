@@ -11,7 +11,7 @@ from models_for_tests import small_recipe
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from mlip_cli.config import Recipe
+from mlip_cli.recipe.config import Recipe
 
 TINY = "vit_tiny_patch8_clip_for_tests"
 TINY_QUICK = "vit_tiny_patch8_clip_quickgelu_for_tests"

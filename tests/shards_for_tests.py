@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from mlip_cli.data.index import write_index
-from mlip_cli.data.shards import sample_parts, tar_writer, verify_tar
+from mlip_cli.data.prepare.shards import sample_parts, tar_writer, verify_tar
 from mlip_cli.data.tokenizer import Tokenizer
 from mlip_cli.files import write_json
 

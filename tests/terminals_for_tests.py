@@ -11,7 +11,7 @@ import sys
 import termios
 import textwrap
 
-START = "from mlip_cli import drawing, output\noutput.start_logging()\n"
+START = "from mlip_cli.terminal import output, panel as drawing\noutput.start_logging()\n"
 
 
 def environment(**changes: str) -> dict[str, str]:

@@ -16,7 +16,7 @@ from ablation.train_all import RECIPES, Queue, train_all
 from ablation.verdict import CONTRASTS, Results, contrasts, read, table
 from PIL import Image
 
-from mlip_cli.recipe import differences, load_recipe
+from mlip_cli.recipe.load import differences, load_recipe
 
 TINY = (
     "train.steps=2",

@@ -8,9 +8,9 @@ import torch
 from models_for_tests import small_model
 from test_training import QUIET, command, lines_in, metrics, recipe, run, wait_for
 
+from mlip_cli.runs.checkpoint import load_training_weights, load_weights
 from mlip_cli.train.average import WeightAverage
-from mlip_cli.train.checkpoint import load_training_weights, load_weights
-from mlip_cli.train.loop import Progress
+from mlip_cli.train.step import Progress
 
 __all__ = ["recipe"]
 

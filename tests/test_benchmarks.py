@@ -10,13 +10,13 @@ import torch
 from PIL import Image
 from shards_for_tests import make_dataset
 
-from mlip_cli.cli_values import DATASETS
-from mlip_cli.commands.evaluators import READERS
 from mlip_cli.errors import RunError, UsageError
-from mlip_cli.evaluate import imagenet
-from mlip_cli.evaluate.benchmarks import CLIP_BENCHMARK, data_root, find_benchmark
-from mlip_cli.evaluate.pictures import Pictures, batches
-from mlip_cli.evaluate.sources import OPENERS, names_of, open_benchmark
+from mlip_cli.evaluate.datasets import imagenet
+from mlip_cli.evaluate.datasets.find import CLIP_BENCHMARK, data_root, find_benchmark
+from mlip_cli.evaluate.datasets.open import OPENERS, names_of, open_benchmark
+from mlip_cli.evaluate.datasets.pictures import Pictures, batches
+from mlip_cli.evaluate.evaluators import READERS
+from mlip_cli.terminal.values import DATASETS
 
 WNIDS = ("n01440764", "n01443537", "n15075141")  # classes 0, 1 and 999
 

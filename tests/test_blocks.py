@@ -7,12 +7,13 @@ import torch
 from models_for_tests import small_batch, small_model, small_recipe
 from test_gradients import CPU, gradients, relative_error
 
-from mlip_cli.config import Recipe
 from mlip_cli.losses.objective import Objective
-from mlip_cli.merge_plan import MergePlan
-from mlip_cli.model import clip
-from mlip_cli.model.clip import CLIP, MOST_COMPILED_FORMS, compile_blocks
-from mlip_cli.recipe_checks import check
+from mlip_cli.model import blocks
+from mlip_cli.model.blocks import MOST_COMPILED_FORMS, compile_blocks
+from mlip_cli.model.clip import CLIP
+from mlip_cli.recipe.checks import check
+from mlip_cli.recipe.config import Recipe
+from mlip_cli.recipe.merge_plan import MergePlan
 from mlip_cli.train.gradients import Precision, add_gradients
 
 
@@ -84,11 +85,11 @@ def test_compiled_blocks_have_forms_for_every_rate_of_drop_path(
     config_of_compile: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In a tower of 4 blocks each drops at a rate of its own; the batch is cut, and tokens merge or not."""
-    monkeypatch.setattr(clip, "MOST_COMPILED_FORMS", 5)
+    monkeypatch.setattr(blocks, "MOST_COMPILED_FORMS", 5)
     recipe = dropping()
     model = small_model(recipe)
     torch.compiler.reset()
-    compile_blocks(model, backend="eager")
+    compile_blocks(model, model.blocks(), backend="eager")
     model.train()
     for plan in (model.plan, model.merge_plan(0.0)):
         gradients_of(model, recipe, micro_batch_size=3, plan=plan)
@@ -103,7 +104,7 @@ def test_compiled_blocks_give_the_same_gradient_at_every_length_of_text(config_o
     torch.compiler.reset()
     counters = torch._dynamo.utils.counters
     counters.clear()
-    compile_blocks(compiled, backend="aot_eager")
+    compile_blocks(compiled, compiled.blocks(), backend="aot_eager")
     assert list(compiled.state_dict()) == names
     for micro_batch_size in (None, 3):
         expected = gradients_of(plain, recipe, micro_batch_size=micro_batch_size)

@@ -7,8 +7,8 @@ import torch
 from models_for_tests import small_model, small_recipe
 
 from mlip_cli.commands.dry_run import derived
-from mlip_cli.commands.training_facts import cautions
-from mlip_cli.config import Recipe
+from mlip_cli.recipe.config import Recipe
+from mlip_cli.train.facts import cautions
 
 NOTHING_MERGES = "changes nothing while model.merging.rate is 0; give a rate, or leave it out"
 NO_STEP = "model.merging.active [0, 0.01] holds none of the 8 steps of the run: nothing merges in training; widen it"

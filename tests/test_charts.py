@@ -5,9 +5,9 @@ import re
 
 import pytest
 
-from mlip_cli.evaluate.report import canvas, charts
-from mlip_cli.evaluate.report.charts import Bar, Dot, Line, bars_chart, dots_chart, lines_chart
-from mlip_cli.evaluate.report.page import STYLE, Html, element, facts, page, section, table
+from mlip_cli.report import canvas, charts
+from mlip_cli.report.charts import Bar, Dot, Line, bars_chart, dots_chart, lines_chart
+from mlip_cli.report.page import STYLE, Html, element, facts, page, section, table
 
 LINES = [Line("a", [1, 2, 3], [0.5, None, 0.25]), Line("b", [1, 2, 3], [0.1, 0.2, 0.3], series=1)]
 

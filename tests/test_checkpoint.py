@@ -8,13 +8,7 @@ import pytest
 import torch
 
 from mlip_cli.errors import RunError, UsageError
-from mlip_cli.train.checkpoint import (
-    load_state,
-    load_weights,
-    remove_leftovers,
-    remove_old_checkpoints,
-    save_checkpoint,
-)
+from mlip_cli.runs.checkpoint import load_state, load_weights, remove_leftovers, remove_old_checkpoints, save_checkpoint
 
 
 def save(folder: Path, *steps: int) -> None:

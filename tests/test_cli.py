@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mlip_cli import __version__
-from mlip_cli.endings import interrupt
+from mlip_cli.terminal.endings import interrupt
 
 ROOT = Path(__file__).parents[1]
 HEAVY = ["torch", "torchvision", "timm", "webdataset", "open_clip", "clip_benchmark", "numpy", "pyarrow"]
@@ -42,14 +42,14 @@ def loaded_modules(*arguments: str) -> tuple[int, set[str]]:
 def test_help_loads_nothing_heavy() -> None:
     code, modules = loaded_modules("--help")
     assert code == 0
-    assert modules.isdisjoint([*HEAVY, "pydantic", "yaml", "mlip_cli.config"])
+    assert modules.isdisjoint([*HEAVY, "pydantic", "yaml", "mlip_cli.recipe.config"])
 
 
 def test_help_of_a_command_loads_nothing_heavy() -> None:
     """typer itself loads pydantic for the arguments of a command; we load nothing."""
     code, modules = loaded_modules("pretrain", "--help")
     assert code == 0
-    assert modules.isdisjoint([*HEAVY, "yaml", "mlip_cli.config"])
+    assert modules.isdisjoint([*HEAVY, "yaml", "mlip_cli.recipe.config"])
 
 
 def test_a_mistake_in_a_recipe_is_found_before_torch_is_loaded() -> None:
@@ -149,7 +149,7 @@ def test_the_shell_completes_values() -> None:
 
 
 def test_completion_loads_nothing_heavy() -> None:
-    code = "import json, sys; from mlip_cli.shipped import complete_override; complete_override([], 'optim.')"
+    code = "import json, sys; from mlip_cli.recipe.shipped import complete_override; complete_override([], 'optim.')"
     done = subprocess.run(
         [sys.executable, "-c", f"{code}; print(json.dumps(sorted(sys.modules)))"],
         cwd=ROOT,
@@ -166,7 +166,7 @@ def test_ctrl_c_inside_an_import_is_not_swallowed(tmp_path: Path) -> None:
         "import os, signal\ntry:\n    os.kill(os.getpid(), signal.SIGINT)\nexcept KeyboardInterrupt:\n    pass\n"
     )
     program = (
-        "import signal; from mlip_cli.endings import interrupt; signal.signal(signal.SIGINT, interrupt)\n"
+        "import signal; from mlip_cli.terminal.endings import interrupt; signal.signal(signal.SIGINT, interrupt)\n"
         "import swallower; print('went on')"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)

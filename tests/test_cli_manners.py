@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import mlip_cli.cli
-from mlip_cli.endings import exit_code
+from mlip_cli.terminal.endings import exit_code
 
 COMMANDS = ("prepare-data", "pretrain", "merge-sweep", "eval-zeroshot", "profile", "report", "doctor")
 
@@ -99,7 +99,8 @@ def test_wrong_usage_is_one_line(arguments: list[str], message: str) -> None:
 
 def test_a_reader_that_leaves_is_no_error() -> None:
     code = (
-        "import os, sys; from mlip_cli import cli, output\n"
+        "import os, sys; from mlip_cli import cli\n"
+        "from mlip_cli.terminal import output\n"
         "cli.app = lambda **_: output.print_lines('x' * 200_000)\n"
         "sys.argv = ['mlip']; cli.main()"
     )

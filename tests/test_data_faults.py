@@ -19,15 +19,16 @@ import torch
 from PIL import Image
 from shards_for_tests import index_shard, make_dataset
 
-from mlip_cli.config import Augment, Cache, Data, Source
-from mlip_cli.data.dataset import BadSampleError, RawSample, ShardDataset, open_sources
+from mlip_cli.data.dataset import BadSampleError, RawSample, ShardDataset
 from mlip_cli.data.index import HEADER, RECORD, index_path
 from mlip_cli.data.loader import training_loader
+from mlip_cli.data.open import open_sources
 from mlip_cli.data.order import Order
-from mlip_cli.data.shards import sample_parts, tar_writer
+from mlip_cli.data.prepare.shards import sample_parts, tar_writer
 from mlip_cli.data.tokenizer import Tokenizer
 from mlip_cli.errors import RunError
 from mlip_cli.files import write_json
+from mlip_cli.recipe.config import Augment, Cache, Data, Source
 from mlip_cli.types import Batch
 
 N, G = 24, 8

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 from shards_for_tests import index_shard, make_dataset
 
-from mlip_cli.config import Source
 from mlip_cli.data import dataset as module
-from mlip_cli.data.dataset import BadSampleError, ShardDataset, open_sources
+from mlip_cli.data.dataset import BadSampleError, ShardDataset
 from mlip_cli.data.index import HEADER, RECORD, index_path
+from mlip_cli.data.open import open_sources
 from mlip_cli.data.tokenizer import Tokenizer
 from mlip_cli.errors import RunError, UsageError
+from mlip_cli.recipe.config import Source
 
 
 @pytest.fixture

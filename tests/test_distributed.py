@@ -12,7 +12,7 @@ from killed_for_tests import Forked, pretrain
 from models_for_tests import small_recipe
 from shards_for_tests import make_dataset
 
-from mlip_cli.recipe import recipe_yaml
+from mlip_cli.recipe.load import recipe_yaml
 
 TWO_RANKS = """
 import os, time
@@ -42,8 +42,9 @@ wait_for_ranks()
 
 BAD_SAMPLES = """
 import torch
-from mlip_cli.output import start_logging
-from mlip_cli.train.loop import FiniteGuard, Progress, account
+from mlip_cli.terminal.output import start_logging
+from mlip_cli.train.step import FiniteGuard, Progress
+from mlip_cli.train.loop import account
 from mlip_cli.train.metrics import Stopwatch
 from mlip_cli.types import BadSample
 start_logging()

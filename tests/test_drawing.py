@@ -124,7 +124,7 @@ def test_everything_in_a_pipe_is_a_complete_line_without_control_characters() ->
 def test_long_work_in_a_pipe_says_now_and_then_how_far_it_is() -> None:
     code = """
     drawing.LINE_EVERY_S = 0
-    with output.progress(3000, "reading [x]") as bar:
+    with drawing.progress(3000, "reading [x]") as bar:
         bar.advance(0, 1500)
     with drawing.training_panel(240) as panel:
         panel.doing("evaluating digits")
@@ -149,7 +149,7 @@ def test_the_first_step_in_a_pipe_is_a_sign_of_life() -> None:
 
 
 def test_only_colours_that_show_on_white_and_on_black() -> None:
-    received = on_terminal(FOUR_LOSSES)[0] + on_terminal("with output.progress(3, 'x') as bar:\n    bar.advance(0)")[0]
+    received = on_terminal(FOUR_LOSSES)[0] + on_terminal("with drawing.progress(3, 'x') as bar:\n    bar.advance(0)")[0]
     codes = {code for codes in re.findall(r"\x1b\[([\d;]*)m", received) for code in codes.split(";")}
     assert codes <= {"", "0", "1", "2", "31", "32", "36"}  # bold, dim, red, green, cyan
 
@@ -190,7 +190,7 @@ def test_plain_lines_reach_other_handlers_from_a_terminal_too() -> None:
 
 
 def test_progress_is_silent_under_a_panel() -> None:
-    code = TRAIN + "    with output.progress(3, 'evaluating') as bar:\n        bar.advance(0)\n"
+    code = TRAIN + "    with drawing.progress(3, 'evaluating') as bar:\n        bar.advance(0)\n"
     assert "evaluating" not in on_terminal(code)[0]
 
 

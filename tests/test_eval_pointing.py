@@ -16,15 +16,15 @@ from shards_for_tests import make_dataset
 
 from mlip_cli import cli
 from mlip_cli.commands.eval_zeroshot import eval_zeroshot
-from mlip_cli.commands.loading import at_rate, load_run
 from mlip_cli.commands.pointing_tables import compared_pointing
-from mlip_cli.commands.report import rebuild
 from mlip_cli.errors import RunError, UsageError
 from mlip_cli.evaluate.mosaics import compose, quadrants
 from mlip_cli.evaluate.pointing import right_shares
 from mlip_cli.model.pointing import pointing_queries, similarity_maps
-from mlip_cli.run_folder import Run
-from mlip_cli.train.checkpoint import save_checkpoint
+from mlip_cli.report.write import rebuild
+from mlip_cli.runs.checkpoint import save_checkpoint
+from mlip_cli.runs.folder import Run
+from mlip_cli.runs.loading import at_rate, load_run
 
 COLORS = ("red", "lime", "blue", "yellow", "cyan", "magenta")
 

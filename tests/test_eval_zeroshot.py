@@ -14,23 +14,23 @@ from models_for_tests import make_run, small_model, small_recipe
 from PIL import Image
 from shards_for_tests import index_shard, make_dataset
 
-from mlip_cli.commands import evaluators
 from mlip_cli.commands.eval_zeroshot import eval_zeroshot
-from mlip_cli.commands.evaluators import READERS, retrieval_words, training_evaluators, zeroshot_words
-from mlip_cli.commands.loading import at_rate, load_run
-from mlip_cli.commands.validation import validation_pairs
-from mlip_cli.commands.zeroshot_tables import compared, print_results
-from mlip_cli.data.shards import sample_parts, tar_writer
+from mlip_cli.data.prepare.shards import sample_parts, tar_writer
 from mlip_cli.data.tokenizer import Tokenizer
 from mlip_cli.errors import RunError, Stopped, UsageError
-from mlip_cli.evaluate.benchmarks import Benchmark, find_benchmark
-from mlip_cli.evaluate.pictures import batches
-from mlip_cli.evaluate.sources import OPENMOJI_GROUPS, open_benchmark
+from mlip_cli.evaluate import evaluators
+from mlip_cli.evaluate.datasets.find import Benchmark, find_benchmark
+from mlip_cli.evaluate.datasets.open import OPENMOJI_GROUPS, open_benchmark
+from mlip_cli.evaluate.datasets.pictures import batches
+from mlip_cli.evaluate.evaluators import READERS, retrieval_words, training_evaluators, zeroshot_words
 from mlip_cli.evaluate.statistics import mcnemar
 from mlip_cli.evaluate.together import ALONE
+from mlip_cli.evaluate.validation import validation_pairs
 from mlip_cli.evaluate.zeroshot import class_embeddings, normalized
 from mlip_cli.files import write_json
-from mlip_cli.train.checkpoint import save_checkpoint
+from mlip_cli.report.tables import compared, print_results
+from mlip_cli.runs.checkpoint import save_checkpoint
+from mlip_cli.runs.loading import at_rate, load_run
 
 
 def make_openmoji(folder: Path, n: int = 30) -> None:

@@ -10,12 +10,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mlip_cli.config import Losses, TokenLoss
 from mlip_cli.losses import objective
 from mlip_cli.losses.contrastive import sigmoid_loss
+from mlip_cli.losses.features import Features, TokenFeatures
 from mlip_cli.losses.filip import filip_scores, filip_words, index_dtype
 from mlip_cli.losses.objective import Objective
-from mlip_cli.types import Features, TokenFeatures
+from mlip_cli.recipe.config import Losses, TokenLoss
 
 OBJECTIVE = Objective(Losses(spatial_token=TokenLoss(kind="filip")))
 

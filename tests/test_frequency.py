@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from mlip_cli.config import Frequency
 from mlip_cli.model import frequency
 from mlip_cli.model.frequency import (
     FrequencyBranch,
@@ -21,6 +20,7 @@ from mlip_cli.model.frequency import (
     regrid_kernel,
 )
 from mlip_cli.model.merging import patch_dct
+from mlip_cli.recipe.config import Frequency
 
 WAYS = {"fft": convolve_by_fft, "products": convolve_by_products}
 GRIDS = [(1, 1), (2, 2), (3, 5), (4, 4), (1, 6), (7, 4), (14, 14)]

@@ -13,14 +13,15 @@ import torch
 from models_for_tests import small_batch, small_model, small_recipe
 from torch import nn
 
-from mlip_cli.config import LOSS_NAMES, Recipe
 from mlip_cli.errors import RunError
+from mlip_cli.losses.features import features_of
 from mlip_cli.losses.objective import Objective
-from mlip_cli.train import loop
+from mlip_cli.recipe.config import LOSS_NAMES, Recipe
+from mlip_cli.train import step
 from mlip_cli.train.gradients import Precision, RandomState, add_gradients
-from mlip_cli.train.loop import MOST_SKIPPED_IN_A_ROW, FiniteGuard, Progress
 from mlip_cli.train.optim import build_optimizer, clamp_scales, is_decayed, learning_rate
-from mlip_cli.types import Batch, features_of
+from mlip_cli.train.step import MOST_SKIPPED_IN_A_ROW, FiniteGuard, Progress
+from mlip_cli.types import Batch
 
 CPU = torch.device("cpu")
 SIGMOID = {"spatial_global": {"kind": "sigmoid"}}
@@ -230,7 +231,7 @@ def test_a_step_without_finite_gradient_changes_nothing_and_many_end_the_run(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     said: list[str] = []
-    monkeypatch.setattr(loop, "warn", said.append)
+    monkeypatch.setattr(step, "warn", said.append)
     recipe = RECIPES["clip"]
     model = small_model(recipe, dtype=torch.float32)
     optimizer = build_optimizer(model, recipe.optim)

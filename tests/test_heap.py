@@ -12,7 +12,7 @@ PAGES = 16 * 1024
 SCRIPT = """
 import json, resource
 import torch
-from mlip_cli.heap import keep_freed_memory
+from mlip_cli.devices import keep_freed_memory
 
 def page_faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

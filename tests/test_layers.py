@@ -1,9 +1,10 @@
-"""Imports point one way: cli -> commands -> rooms -> types, distributed -> base. Read with ast, so nothing runs."""
+"""Imports follow the order of rooms, and no files import each other in a circle. Read with ast, so nothing runs."""
 
 import ast
 import importlib
 import subprocess
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -11,26 +12,38 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "mlip_cli"
 
-BASE = {
-    "drawing",
+ORDER = (
+    {"__init__", "errors", "files", "types"},
+    {"recipe"},
+    {"terminal"},
+    {"devices", "distributed"},
+    {"data", "model"},
+    {"losses"},
+    {"runs"},
+    {"train"},
+    {"profiling"},
+    {"evaluate"},
+    {"report"},
+    {"commands"},
+    {"cli", "__main__"},
+)
+"""The rooms: each imports itself and those of earlier lines; single files that share a line may import each other."""
+
+STRANGERS = {("data", "model"), ("model", "data"), ("losses", "model"), ("losses", "data")}
+"""(room, other): never imported, whatever the order says."""
+
+LIGHT = (
     "errors",
     "files",
-    "heap",
-    "init_source",
-    "merge_plan",
-    "output",
-    "run_folder",
-    "config",
     "recipe",
-    "recipe_checks",
-    "recipe_schema",
-    "recipe_tree",
-    "recipe_words",
-    "shipped",
-}
-SHARED = {"types", "distributed"}
-ROOMS = {"data", "model", "losses", "train", "evaluate", "profiling"}
-TOP = {"cli", "cli_values", "endings", "__main__", "__init__"}
+    "terminal",
+    "report",
+    "runs.folder",
+    "runs.start",
+    "evaluate.datasets.find",
+    "cli",
+)
+"""Rooms and files that import nothing heavy: a mistake shows before torch is loaded."""
 
 HEAVY = {
     "torch",
@@ -46,69 +59,80 @@ HEAVY = {
 }
 
 
-def modules() -> list[Path]:
+def files() -> dict[str, Path]:
+    """Every module by its name without `mlip_cli.`: train.loop, cli."""
     listed = subprocess.run(
         ["git", "ls-files", "mlip_cli/*.py"], cwd=ROOT, capture_output=True, text=True, check=False
     ).stdout.split()
-    files = [ROOT / name for name in listed if (ROOT / name).exists()]
-    return files or sorted(PACKAGE.rglob("*.py"))
+    paths = [ROOT / name for name in listed if (ROOT / name).exists()] or sorted(PACKAGE.rglob("*.py"))
+    return {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in paths}
+
+
+FILES = files()
 
 
 def room(name: str) -> str:
-    """mlip_cli.train.loop -> train"""
-    return name.split(".")[1] if "." in name else "__init__"
+    """train.loop -> train"""
+    return name.partition(".")[0]
 
 
-def module_name(path: Path) -> str:
-    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
+def place(name: str) -> int:
+    """Line of `ORDER` that a module stands in."""
+    return next(line for line, rooms in enumerate(ORDER) if room(name) in rooms)
 
 
-def imports(tree: ast.AST, *, inside_functions: bool) -> Iterator[str]:
-    """Full names of what a module imports; `from a import b` gives a.b."""
+def imports(tree: ast.AST, *, at_start_only: bool = False) -> Iterator[str]:
+    """Full names of what a module imports; `from a import b` gives a.b. `at_start_only` leaves out what functions
+    import when they are called, and what only a type checker reads."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"relative import in line {node.lineno}"
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
-        elif inside_functions or not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            yield from imports(node, inside_functions=inside_functions)
+        elif at_start_only and (
+            isinstance(node, ast.FunctionDef)
+            or (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test))
+        ):
+            continue
+        else:
+            yield from imports(node, at_start_only=at_start_only)
 
 
-def allowed(importer: str) -> set[str]:
-    if importer in BASE:
-        return BASE
-    if importer in SHARED:
-        return BASE | SHARED
-    if importer in ROOMS:
-        return BASE | SHARED | {importer}
-    if importer == "commands":
-        return BASE | SHARED | ROOMS | {"commands"}
-    return BASE | {"commands", "cli", "cli_values", "endings"}
+def own_imports(path: Path) -> set[str]:
+    """Modules of this package that a file imports anywhere."""
+    found = set()
+    for name in imports(ast.parse(path.read_text(encoding="utf-8"))):
+        if name.split(".")[0] == "mlip_cli":
+            module = name.removeprefix("mlip_cli").removeprefix(".")
+            found.add(module if module in FILES else module.rpartition(".")[0] or "__init__")
+    return found
 
 
-@pytest.mark.parametrize("path", modules(), ids=module_name)
-def test_imports_point_one_way(path: Path) -> None:
-    here = room(module_name(path))
-    assert here in BASE | SHARED | ROOMS | TOP | {"commands"}, "a new room needs a place in the layers"
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    rooms = {room(name) for name in imports(tree, inside_functions=True) if name.split(".")[0] == "mlip_cli"}
-    assert rooms - {"__version__", "__init__"} <= allowed(here)
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_imports_only_rooms_that_stand_before_its_own(name: str) -> None:
+    for imported in own_imports(FILES[name]):
+        assert place(imported) <= place(name), f"{name} imports {imported}"
+        assert (room(name), room(imported)) not in STRANGERS, f"{name} imports {imported}"
 
 
-@pytest.mark.parametrize("path", [p for p in modules() if room(module_name(p)) in BASE | TOP], ids=module_name)
-def test_the_base_layer_and_the_command_line_import_nothing_heavy(path: Path) -> None:
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    assert not {name.split(".")[0] for name in imports(tree, inside_functions=True)} & HEAVY
+def test_no_files_import_each_other_in_a_circle() -> None:
+    TopologicalSorter({name: own_imports(path) for name, path in FILES.items()}).prepare()  # raises CycleError
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if f"{name}.".startswith(tuple(f"{at}." for at in LIGHT))])
+def test_rooms_that_answer_at_once_import_nothing_heavy(name: str) -> None:
+    tree = ast.parse(FILES[name].read_text(encoding="utf-8"))
+    assert not {imported.split(".")[0] for imported in imports(tree, at_start_only=True)} & HEAVY
 
 
 def test_packages_hold_no_code_but_the_version() -> None:
-    for path in modules():
+    for path in FILES.values():
         if path.name == "__init__.py":
             text = path.read_text(encoding="utf-8").strip()
             assert not text or (path.parent == PACKAGE and text.startswith("__version__ = "))
 
 
-@pytest.mark.parametrize("path", modules(), ids=module_name)
-def test_every_module_imports(path: Path) -> None:
-    importlib.import_module(module_name(path).removesuffix(".__init__"))
+@pytest.mark.parametrize("name", FILES)
+def test_every_module_imports(name: str) -> None:
+    importlib.import_module(f"mlip_cli.{name}".removesuffix(".__init__"))

@@ -17,8 +17,8 @@ from killed_for_tests import Forked, last_step, pretrain, processes_marked, wait
 from models_for_tests import small_recipe
 from shards_for_tests import make_dataset
 
-from mlip_cli.recipe import recipe_yaml
-from mlip_cli.train.leaving import sure_to_leave
+from mlip_cli.recipe.load import recipe_yaml
+from mlip_cli.train.signals import sure_to_leave
 
 PLACES = ("the loader", "a step", "an evaluation", "a checkpoint")
 GRACE_S = 0.5
@@ -45,7 +45,8 @@ def stuck(place: str, arguments: Sequence[str], environment: dict[str, str], wor
 def get_stuck(place: str, marker: str) -> None:
     from mlip_cli.commands import training
     from mlip_cli.data.loader import _Steps
-    from mlip_cli.train import leaving, loop, resume
+    from mlip_cli.train import loop, resume
+    from mlip_cli.train import signals as leaving
 
     leaving.GRACE_S = GRACE_S
     owner: Any

@@ -18,21 +18,21 @@ import torch
 from shards_for_tests import make_dataset
 from torch.utils.data import DataLoader, Dataset
 
-from mlip_cli.commands import profile_subject
-from mlip_cli.commands.memory import full_memory_named
-from mlip_cli.config import Augment, Data, Source
 from mlip_cli.data import bad_samples, transforms
 from mlip_cli.data import loader as module
 from mlip_cli.data.dataset import ShardDataset
 from mlip_cli.data.index import HEADER, RECORD, index_path
-from mlip_cli.data.labels import label_of
-from mlip_cli.data.loader import default_num_workers, evaluation_loader, training_loader
+from mlip_cli.data.loader import default_num_workers, label_of, training_loader
 from mlip_cli.data.loader_processes import data_loader, items_of
 from mlip_cli.data.order import Order
-from mlip_cli.data.preflight import preflight
 from mlip_cli.data.tokenizer import Tokenizer
 from mlip_cli.data.transforms import decode, evaluation_transform
+from mlip_cli.devices import full_memory_named
 from mlip_cli.errors import RunError, UsageError
+from mlip_cli.evaluate.validation import evaluation_loader
+from mlip_cli.profiling import subject as profile_subject
+from mlip_cli.recipe.config import Augment, Data, Source
+from mlip_cli.train.facts import preflight
 from mlip_cli.types import Batch
 
 G = 8

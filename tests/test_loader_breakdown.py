@@ -9,10 +9,10 @@ import torch
 from models_for_tests import small_recipe
 from shards_for_tests import make_dataset
 
-from mlip_cli.commands import loader_breakdown
-from mlip_cli.commands.loader_breakdown import LoaderCost, measure_loader
 from mlip_cli.data import loader
 from mlip_cli.data.dataset import ShardDataset
+from mlip_cli.profiling import loader as loader_breakdown
+from mlip_cli.profiling.loader import LoaderCost, measure_loader
 
 
 @pytest.fixture

@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from mlip_cli.config import GlobalLoss, Losses, TokenLoss
+from mlip_cli.losses.features import features_of
 from mlip_cli.losses.objective import Objective
 from mlip_cli.losses.token_alignment import sparc_sum
-from mlip_cli.types import Encoded, features_of
+from mlip_cli.recipe.config import GlobalLoss, Losses, TokenLoss
+from mlip_cli.types import Encoded
 
 LOSSES = {
     "infonce": Losses(spatial_global=GlobalLoss(), frequency_global=GlobalLoss(label_smoothing=0.1)),

@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from models_for_tests import small_batch, small_model, small_recipe
 
-from mlip_cli.config import LOSS_NAMES, GlobalLoss, Losses, TokenLoss
 from mlip_cli.losses.contrastive import info_nce, sigmoid_loss
+from mlip_cli.losses.features import Features, features_of
 from mlip_cli.losses.objective import Objective
 from mlip_cli.losses.token_alignment import grouped_patches, sparc_sum
-from mlip_cli.types import Features, features_of
+from mlip_cli.recipe.config import LOSS_NAMES, GlobalLoss, Losses, TokenLoss
 
 
 def random_features(n: int = 6, width: int = 8) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from mlip_cli.errors import UsageError
 from mlip_cli.losses.objective import Objective
-from mlip_cli.merge_plan import MergePlan
 from mlip_cli.model.clip import CLIP
 from mlip_cli.model.merge_pass import MergePass, Patches
 from mlip_cli.model.merging import compose, drop, kept_tokens, last_step, unmerge_tokens
-from mlip_cli.recipe_checks import check
+from mlip_cli.recipe.checks import check
+from mlip_cli.recipe.merge_plan import MergePlan
 from mlip_cli.train.gradients import Precision, add_gradients
 
 

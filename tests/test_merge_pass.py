@@ -10,11 +10,11 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from mlip_cli.errors import UsageError
-from mlip_cli.merge_plan import GUIDANCE, METHODS, MergePlan
 from mlip_cli.model import merge_pass, vision
 from mlip_cli.model.clip import CLIP
 from mlip_cli.model.merge_pass import MergePass, Patches
 from mlip_cli.model.merging import grid_parity
+from mlip_cli.recipe.merge_plan import GUIDANCE, METHODS, MergePlan
 
 
 def test_pictures_of_another_size_are_refused() -> None:

@@ -10,7 +10,6 @@ from models_for_tests import small_batch, small_model
 from PIL import Image
 from torch import Tensor
 
-from mlip_cli.commands.sweep_datasets import numbers_at_random
 from mlip_cli.data.transforms import pil_to_uint8
 from mlip_cli.evaluate.merge_pictures import (
     MAP_SHARE,
@@ -24,6 +23,7 @@ from mlip_cli.evaluate.merge_pictures import (
     panel_pictures,
     spread,
 )
+from mlip_cli.evaluate.sweep import numbers_at_random
 from mlip_cli.model.merging import frequency_guidance, match, mid_ranks
 from mlip_cli.types import MergeStage
 

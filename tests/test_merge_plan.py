@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from mlip_cli.errors import UsageError
-from mlip_cli.merge_plan import MergePlan
+from mlip_cli.recipe.merge_plan import MergePlan
 
 RATES = (0.001, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.06, 0.08, 0.1, 0.2, 0.3, 0.45)
 

@@ -14,23 +14,23 @@ from PIL import Image
 from shards_for_tests import COLORS, make_dataset
 from torch import Tensor
 
-from mlip_cli import cli, merge_plan
+from mlip_cli import cli
 from mlip_cli.commands import merge_sweep
-from mlip_cli.commands.costs import image_gflops
-from mlip_cli.commands.evaluators import training_evaluators
-from mlip_cli.commands.loading import at_rate, load_run
-from mlip_cli.commands.sweep_datasets import FAILURES, agreement, find_datasets, numbers_at_random
-from mlip_cli.commands.sweep_points import METHODS
-from mlip_cli.commands.sweep_tables import show
-from mlip_cli.commands.validation import validation_pairs
 from mlip_cli.data import loader
 from mlip_cli.data.dataset import ShardDataset
-from mlip_cli.data.picture_header import UndecodableError
+from mlip_cli.data.pictures import UndecodableError
 from mlip_cli.data.transforms import decode, pil_to_uint8
-from mlip_cli.endings import exit_code
 from mlip_cli.errors import RunError, Stopped, UsageError
+from mlip_cli.evaluate.evaluators import training_evaluators
 from mlip_cli.evaluate.merge_pictures import draw_groups, draw_guidance, panel_pictures
+from mlip_cli.evaluate.sweep import FAILURES, METHODS, agreement, find_datasets, numbers_at_random
 from mlip_cli.evaluate.together import ALONE
+from mlip_cli.evaluate.validation import validation_pairs
+from mlip_cli.profiling.flops import image_gflops
+from mlip_cli.recipe import merge_plan
+from mlip_cli.report.tables import show_sweep
+from mlip_cli.runs.loading import at_rate, load_run
+from mlip_cli.terminal.endings import exit_code
 
 
 @pytest.fixture
@@ -143,7 +143,7 @@ def test_rounds_that_scatter_are_named_below_the_speeds(capsys: pytest.CaptureFi
         for method, interval in intervals.items()
     ]
     machine = {"batch_size": 4, "device": "cpu", "device_name": "x", "threads": 1, "torch": "2"}
-    show({**machine, "points": points, "datasets": [], "failed": []})
+    show_sweep({**machine, "points": points, "datasets": [], "failed": []})
     lines = capsys.readouterr().out.splitlines()
     assert lines[5] == ("the rounds of guided 0.5 differ much: the machine had other work; repeat, or raise --rounds")
     assert lines[6] == ""

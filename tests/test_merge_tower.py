@@ -10,12 +10,12 @@ from models_for_tests import small_model, small_recipe
 from timm.models.vision_transformer import ParallelScalingBlock, ResPostBlock, VisionTransformer
 from torch import nn
 
-from mlip_cli.config import Vision
 from mlip_cli.errors import UsageError
-from mlip_cli.merge_plan import METHODS, MergePlan
 from mlip_cli.model import vision
 from mlip_cli.model.merge_pass import MergePass, Patches
 from mlip_cli.model.vision import ImageTower, ObservedBlock
+from mlip_cli.recipe.config import Vision
+from mlip_cli.recipe.merge_plan import METHODS, MergePlan
 
 Towers = tuple[ImageTower, VisionTransformer]
 TINY = {"depth": 3, "embed_dim": 48, "num_heads": 3}

@@ -13,7 +13,6 @@ from scipy.stats import rankdata
 from timm.models.vision_transformer import Block
 
 from mlip_cli.errors import UsageError
-from mlip_cli.merge_plan import MergePlan, default_places
 from mlip_cli.model.merging import (
     compose,
     distinctness,
@@ -31,6 +30,7 @@ from mlip_cli.model.merging import (
     unmerge_tokens,
 )
 from mlip_cli.model.vision import ObservedBlock, attend
+from mlip_cli.recipe.merge_plan import MergePlan, default_places
 
 STRENGTH = 0.25
 

@@ -7,16 +7,16 @@ import torch
 from models_for_tests import small_model, small_recipe, small_training
 from test_training import recipe, run
 
-from mlip_cli.commands.micro_batches import (
+from mlip_cli.recipe.checks import check
+from mlip_cli.runs.checkpoint import load_state
+from mlip_cli.train.micro_batches import (
     chosen_micro_batch_size,
     largest_that_fits,
     least_merging,
     memory_beside,
     try_once,
 )
-from mlip_cli.recipe_checks import check
-from mlip_cli.train.checkpoint import load_state
-from mlip_cli.train.loop import Progress
+from mlip_cli.train.step import Progress
 
 __all__ = ["recipe"]
 

@@ -10,12 +10,12 @@ from models_for_tests import small_batch, small_model, small_recipe
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
-from mlip_cli.config import Text, Vision
 from mlip_cli.errors import UsageError
-from mlip_cli.merge_plan import MergePlan
 from mlip_cli.model.frequency import FrequencyBranch, local_kernel
 from mlip_cli.model.text import TextTower, end_of_text, pool_text, word_mask
 from mlip_cli.model.vision import ImageTower, ObservedBlock
+from mlip_cli.recipe.config import Text, Vision
+from mlip_cli.recipe.merge_plan import MergePlan
 
 
 @pytest.mark.parametrize("training", [False, True])

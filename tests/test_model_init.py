@@ -13,12 +13,12 @@ from open_clip_for_tests import TINY, TINY_QUICK, assert_same_features, config, 
 from safetensors.torch import save_file
 from torch import nn
 
-from mlip_cli.commands import initial_weights
-from mlip_cli.commands.initial_weights import check_initial, load_initial, open_clip_configuration
-from mlip_cli.commands.weight_files import read_weights
-from mlip_cli.config import Recipe
 from mlip_cli.errors import UsageError
-from mlip_cli.model.open_clip_weights import without_counterpart
+from mlip_cli.model.open_clip import without_counterpart
+from mlip_cli.recipe.config import Recipe
+from mlip_cli.runs import initial_weights
+from mlip_cli.runs.initial_weights import check_initial, load_initial, open_clip_configuration
+from mlip_cli.runs.weight_files import read_weights
 
 
 @pytest.fixture(autouse=True, scope="module")

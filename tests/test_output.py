@@ -5,7 +5,7 @@ import re
 import pytest
 from terminals_for_tests import in_pipe, on_terminal, screen
 
-from mlip_cli import output
+from mlip_cli.terminal import output
 
 
 def test_a_command_to_copy_is_not_folded() -> None:
@@ -17,7 +17,7 @@ def test_a_command_to_copy_is_not_folded() -> None:
 
 def test_progress_is_drawn_on_a_terminal_only() -> None:
     code = """
-    with output.progress(3, "reading [bold]x[/bold]") as bar:
+    with drawing.progress(3, "reading [bold]x[/bold]") as bar:
         bar.advance(0)
         output.say("one [red]line")
         bar.refresh()
@@ -80,7 +80,7 @@ def test_table_too_wide_for_any_terminal_keeps_its_numbers_whole() -> None:
 
 
 SCORES = """
-from mlip_cli.commands import sweep_tables, zeroshot_tables
+from mlip_cli.report import tables
 
 def scores(*names):
     return {key: value for name in names for key, value in ((name, 0.3437), (f"{name}_interval", (0.3101, 0.3838)))}
@@ -94,7 +94,7 @@ def result(run, rate, dataset, **more):
 
 names = scores("r1", "r5") | {"r1_chance": 0.003, "r5_chance": 0.0131, "num_candidates": 383}
 runs = ("openmoji-20261122-084311", "openmoji_clip-20261122-090117/step_0000120")
-zeroshot_tables.print_results(
+tables.print_results(
     [
         [result(run, rate, "openmoji", names=names) for run in runs for rate in (0.0, 0.516)],
         [result(run, rate, "imagenet1k-unverified") for run in runs for rate in (0.0, 0.516)],
@@ -113,7 +113,7 @@ points = [
 ]
 sets = [{"dataset": "openmoji", "task": "zeroshot", "n": 383, "chance": 0.111, "points": points},
         {"dataset": "validation", "task": "retrieval", "n": 383, "num_texts": 2312, "points": points}]
-sweep_tables.show({"points": points, "batch_size": 64, "device": "cuda", "device_name": "NVIDIA H200", "threads": 8,
+tables.show_sweep({"points": points, "batch_size": 64, "device": "cuda", "device_name": "NVIDIA H200", "threads": 8,
                    "torch": "2.15.0+cu132", "datasets": sets, "failed": []})
 """
 

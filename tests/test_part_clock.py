@@ -2,7 +2,7 @@
 
 import pytest
 
-from mlip_cli.commands.part_clock import PartClock, replaced
+from mlip_cli.profiling.step import PartClock, replaced
 
 
 class Time:

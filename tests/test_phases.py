@@ -10,9 +10,9 @@ from shards_for_tests import make_dataset
 
 from mlip_cli.commands.pretrain import pretrain
 from mlip_cli.commands.training import plan_of_step
-from mlip_cli.commands.training_facts import phase
-from mlip_cli.merge_plan import merging_steps
-from mlip_cli.recipe import recipe_yaml
+from mlip_cli.recipe.load import recipe_yaml
+from mlip_cli.recipe.merge_plan import merging_steps
+from mlip_cli.train.facts import phase
 
 STEPS = 6
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image
 
-from mlip_cli.data import pixels
-from mlip_cli.data.pixels import RejectedPictureError, StoredPicture, hash_pixels, store
+from mlip_cli.data.pictures import ORIENTATIONS, RejectedPictureError
+from mlip_cli.data.prepare.pixels import StoredPicture, hash_pixels, store
 
 RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
 
@@ -41,7 +41,7 @@ def near(found: Any, wanted: tuple[int, int, int], tolerance: int = 6) -> bool:
 def test_orientation_is_applied_as_a_viewer_would(orientation: int) -> None:
     upright = Image.fromarray(np.random.default_rng(0).integers(0, 255, (20, 40, 3), dtype=np.uint8))
     inverse = {5: 5, 6: 8, 7: 7, 8: 6}.get(orientation, orientation)
-    as_stored = upright.transpose(pixels.ORIENTATIONS[inverse]) if orientation > 1 else upright
+    as_stored = upright.transpose(ORIENTATIONS[inverse]) if orientation > 1 else upright
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = orientation
     stored = store(encoded(as_stored, exif=exif), size=256)

@@ -16,13 +16,15 @@ import torch
 import webdataset
 from PIL import Image
 
-from mlip_cli.config import Augment, Cache, Data, Source
 from mlip_cli.data import plain_tars as module
-from mlip_cli.data.dataset import BadSampleError, ShardDataset, open_sources
-from mlip_cli.data.loader import evaluation_loader, training_loader
+from mlip_cli.data.dataset import BadSampleError, ShardDataset
+from mlip_cli.data.loader import training_loader
+from mlip_cli.data.open import open_sources
 from mlip_cli.data.order import Order
 from mlip_cli.data.tokenizer import Tokenizer
 from mlip_cli.errors import UsageError
+from mlip_cli.evaluate.validation import evaluation_loader
+from mlip_cli.recipe.config import Augment, Cache, Data, Source
 
 G = 4
 

@@ -12,8 +12,8 @@ from timm.layers import AttentionPoolLatent
 from torch import Tensor
 
 from mlip_cli.errors import RunError, UsageError
+from mlip_cli.evaluate.datasets.pictures import Pictures
 from mlip_cli.evaluate.mosaics import assemble, quadrants
-from mlip_cli.evaluate.pictures import Pictures
 from mlip_cli.evaluate.pointing import TIE, Maps, Pointer, Queries, measure_pointing, right_shares
 from mlip_cli.model.pointing import pointing_queries, similarity_maps
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mlip_cli.data.labels import label_of
+from mlip_cli.data.loader import label_of
 from mlip_cli.losses.contrastive import cross_entropy, info_nce, sigmoid_loss
 
 N = 8

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from sources_for_tests import contents, picture, prepare, rejects, samples, texts, write_files, write_sidecars
 
-from mlip_cli.data import prepare as prepare_module
-from mlip_cli.data import records
 from mlip_cli.data.dataset import ShardDataset
-from mlip_cli.data.parts import NO_SPLIT
-from mlip_cli.data.prepare import SourceError, assign_splits
-from mlip_cli.data.shards import PART_ROW
+from mlip_cli.data.prepare import assemble as prepare_module
+from mlip_cli.data.prepare.assemble import SourceError, assign_splits
+from mlip_cli.data.prepare.parts import NO_SPLIT
+from mlip_cli.data.prepare.shards import PART_ROW
+from mlip_cli.data.sources import records
 from mlip_cli.data.tokenizer import Tokenizer
 from mlip_cli.errors import UsageError
 

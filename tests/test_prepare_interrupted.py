@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from sources_for_tests import contents, prepare, write_sidecars
 
-from mlip_cli.data import records
-from mlip_cli.data.workspace import PartResult, Workspace, finished_summary, opened
+from mlip_cli.data.prepare.workspace import PartResult, Workspace, finished_summary, opened
+from mlip_cli.data.sources import records
 from mlip_cli.errors import UsageError
 
 ROOT = Path(__file__).parent.parent
@@ -17,8 +17,8 @@ ROOT = Path(__file__).parent.parent
 CHILD = """
 import multiprocessing, os, resource, signal, sys
 from mlip_cli.cli import main
-from mlip_cli.data import records
-from mlip_cli.data.workspace import Workspace
+from mlip_cli.data.sources import records
+from mlip_cli.data.prepare.workspace import Workspace
 
 def disturbed(work, result, remember=Workspace.remember):
     remember(work, result)

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from mlip_cli.data.workers import run_parallel
+from mlip_cli.data.prepare.workers import run_parallel
 from mlip_cli.errors import RunError
 
 

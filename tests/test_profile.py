@@ -11,14 +11,17 @@ from models_for_tests import make_run, small_recipe
 from shards_for_tests import make_dataset
 
 from mlip_cli import __version__, cli
-from mlip_cli.commands import profile, profile_subject, profile_tables
-from mlip_cli.commands.training_step import TrainingStep
-from mlip_cli.config import LOSS_NAMES
-from mlip_cli.distributed import pick_device
-from mlip_cli.endings import exit_code
+from mlip_cli.commands import profile
+from mlip_cli.devices import pick_device
 from mlip_cli.errors import Stopped, UsageError
-from mlip_cli.profiling import Timing
-from mlip_cli.recipe import recipe_yaml
+from mlip_cli.profiling import subject as profile_subject
+from mlip_cli.profiling.measures import extra_share
+from mlip_cli.profiling.timing import Timing
+from mlip_cli.recipe.config import LOSS_NAMES
+from mlip_cli.recipe.load import recipe_yaml
+from mlip_cli.report import tables as profile_tables
+from mlip_cli.terminal.endings import exit_code
+from mlip_cli.train.step import TrainingStep
 
 
 @pytest.fixture
@@ -222,7 +225,7 @@ def test_what_the_clocks_cost_is_compared_inside_rounds() -> None:
     def timing(*seconds: float) -> Timing:
         return Timing(seconds=seconds, median_s=0.0, speedup=1.0, speedup_interval=(1.0, 1.0))
 
-    assert profile.extra_share(timing(1.1, 11, 2.2, 3.3, 9), timing(1, 10, 2, 3, 1)) == pytest.approx(0.1)
+    assert extra_share(timing(1.1, 11, 2.2, 3.3, 9), timing(1, 10, 2, 3, 1)) == pytest.approx(0.1)
 
 
 class Stdout:

@@ -11,12 +11,15 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from mlip_cli import config, profiling
-from mlip_cli.commands import costs
-from mlip_cli.merge_plan import GUIDANCE, MergePlan
 from mlip_cli.model import frequency
-from mlip_cli.model.clip import CLIP, set_fused_attention
-from mlip_cli.profiling import BlockSizes, global_filter_gflops, measure_interleaved, merge_macs, square_matmul
+from mlip_cli.model.blocks import set_fused_attention
+from mlip_cli.model.clip import CLIP
+from mlip_cli.profiling import flops as costs
+from mlip_cli.profiling import timing as profiling
+from mlip_cli.profiling.flops import BlockSizes, global_filter_gflops, merge_macs
+from mlip_cli.profiling.timing import measure_interleaved, square_matmul
+from mlip_cli.recipe import config
+from mlip_cli.recipe.merge_plan import GUIDANCE, MergePlan
 
 LOSSES = {name: "infonce" if name.endswith("global") else "sparc" for name in config.LOSS_NAMES}
 
@@ -217,7 +220,7 @@ def test_peak_memory_sees_what_was_held_only_for_a_moment() -> None:
     """In a process of its own: the resident set of this one depends on the tests before."""
     program = """
 import torch
-from mlip_cli.profiling import peak_memory
+from mlip_cli.profiling.timing import peak_memory
 functions = (lambda: None, lambda: torch.ones(64 * 2**20).sum(), lambda: None)  # 256 MiB in the middle
 peaks = [peak_memory(function, device="cpu") for function in functions]
 print(*[peak.gib for peak in peaks], "since its start" in peaks[0].measured)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mlip_cli.shipped import recipe_names
+from mlip_cli.recipe.shipped import recipe_names
 
 ROOT = Path(__file__).parents[1]
 
@@ -51,8 +51,8 @@ def test_an_installed_wheel_finds_its_recipes(wheel: Path, tmp_path: Path) -> No
     work.mkdir()
     code = (
         "import mlip_cli\n"
-        "from mlip_cli.recipe import load_recipe\n"
-        "from mlip_cli.shipped import complete_override\n"
+        "from mlip_cli.recipe.load import load_recipe\n"
+        "from mlip_cli.recipe.shipped import complete_override\n"
         "print(mlip_cli.__file__)\n"
         "print(load_recipe('recipes/openmoji.yaml').origins['optim.lr'])\n"
         "print(load_recipe('openmoji_clip').recipe.model.merging)\n"

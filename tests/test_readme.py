@@ -23,9 +23,9 @@ from shards_for_tests import make_dataset
 from sources_for_tests import picture, write_files, write_sidecars
 
 from mlip_cli import cli
-from mlip_cli.evaluate import imagenet
-from mlip_cli.recipe_schema import paths
-from mlip_cli.shipped import read_schema, recipe_names
+from mlip_cli.evaluate.datasets import imagenet
+from mlip_cli.recipe.schema import paths
+from mlip_cli.recipe.shipped import read_schema, recipe_names
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -10,8 +10,8 @@ import pytest
 import yaml
 from recipes_for_tests import SMALL, write
 
-from mlip_cli.config import LOSS_NAMES, Losses, TokenLoss
-from mlip_cli.recipe import (
+from mlip_cli.recipe.config import LOSS_NAMES, Losses, TokenLoss
+from mlip_cli.recipe.load import (
     absolute_paths,
     differences,
     find_recipe,
@@ -20,9 +20,9 @@ from mlip_cli.recipe import (
     recipe_yaml,
     schema_text,
 )
-from mlip_cli.recipe_schema import paths
-from mlip_cli.recipe_tree import parse
-from mlip_cli.shipped import recipe_names, recipes_folder
+from mlip_cli.recipe.schema import paths
+from mlip_cli.recipe.shipped import recipe_names, recipes_folder
+from mlip_cli.recipe.tree import parse
 
 
 @pytest.fixture(autouse=True)
@@ -110,7 +110,7 @@ def test_the_losses_are_those_of_the_table() -> None:
 
 def test_loading_a_recipe_loads_no_torch() -> None:
     code = (
-        "import json, sys; from mlip_cli.recipe import load_recipe; "
+        "import json, sys; from mlip_cli.recipe.load import load_recipe; "
         "load_recipe('smoke'); print(json.dumps([*sys.modules]))"
     )
     done = subprocess.run(

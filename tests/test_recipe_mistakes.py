@@ -9,9 +9,9 @@ from recipes_for_tests import SMALL, write
 
 from mlip_cli import __version__
 from mlip_cli.errors import RecipeError, UsageError
-from mlip_cli.recipe import find_recipe, load_recipe, recipe_schema
-from mlip_cli.recipe_schema import is_section, node_at, paths
-from mlip_cli.shipped import recipe_names
+from mlip_cli.recipe.load import find_recipe, load_recipe, recipe_schema
+from mlip_cli.recipe.schema import is_section, node_at, paths
+from mlip_cli.recipe.shipped import recipe_names
 
 
 @pytest.fixture(autouse=True)

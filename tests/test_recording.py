@@ -13,25 +13,26 @@ import pytest
 import torch
 from models_for_tests import small_batch, small_model, small_recipe, small_training
 
-from mlip_cli.commands import recording
-from mlip_cli.commands.evaluators import Evaluator, Measures
-from mlip_cli.commands.memory import batch_named, full_memory_named
-from mlip_cli.commands.recording import recorded
-from mlip_cli.commands.run_start import choose_start, command_to_resume
 from mlip_cli.commands.training import measure
-from mlip_cli.commands.training_setup import training_device
-from mlip_cli.commands.validation import OnBatch
-from mlip_cli.drawing import TrainingPanel
+from mlip_cli.devices import batch_named, full_memory_named
 from mlip_cli.errors import RunError, Stopped, UsageError
+from mlip_cli.evaluate.evaluators import Evaluator, Measures
 from mlip_cli.evaluate.together import Together
+from mlip_cli.evaluate.validation import OnBatch
 from mlip_cli.losses.objective import Objective
-from mlip_cli.output import warn
-from mlip_cli.recipe import absolute_paths, recipe_yaml
-from mlip_cli.run_folder import Run, claimed
+from mlip_cli.recipe.load import absolute_paths, recipe_yaml
+from mlip_cli.runs import recording
+from mlip_cli.runs.folder import Run, claimed
+from mlip_cli.runs.recording import recorded
+from mlip_cli.runs.start import choose_start, command_to_resume
+from mlip_cli.terminal.output import warn
+from mlip_cli.terminal.panel import TrainingPanel
 from mlip_cli.train.gradients import Precision
-from mlip_cli.train.loop import Progress, train
+from mlip_cli.train.loop import train
 from mlip_cli.train.metrics import MetricsFile
 from mlip_cli.train.optim import build_optimizer
+from mlip_cli.train.setup import training_device
+from mlip_cli.train.step import Progress
 from mlip_cli.types import Encoder
 
 CPU = torch.device("cpu")

@@ -18,17 +18,18 @@ from fsspec.registry import known_implementations
 from models_for_tests import small_recipe
 from shards_for_tests import make_dataset
 
-from mlip_cli.config import Augment, Cache, Data, Source
 from mlip_cli.data import remote as module
-from mlip_cli.data.dataset import ShardDataset, open_sources
-from mlip_cli.data.fetching import fetch_ahead
+from mlip_cli.data.cache import GIB
+from mlip_cli.data.dataset import ShardDataset
 from mlip_cli.data.index import index_path
-from mlip_cli.data.loader import evaluation_loader, training_loader
+from mlip_cli.data.loader import training_loader
+from mlip_cli.data.open import fetch_ahead, open_sources
 from mlip_cli.data.order import Order
-from mlip_cli.data.preflight import preflight
-from mlip_cli.data.shard_cache import GIB
 from mlip_cli.errors import RunError, UsageError
-from mlip_cli.recipe import absolute_paths
+from mlip_cli.evaluate.validation import evaluation_loader
+from mlip_cli.recipe.config import Augment, Cache, Data, Source
+from mlip_cli.recipe.load import absolute_paths
+from mlip_cli.train.facts import preflight
 
 N, G = 40, 8
 CURE = "look at network and credentials, then try again"

@@ -15,7 +15,7 @@ from shards_for_tests import make_dataset
 
 from mlip_cli.commands.report import report
 from mlip_cli.errors import UsageError
-from mlip_cli.recipe import recipe_yaml
+from mlip_cli.recipe.load import recipe_yaml
 
 EVIL = ('<script>alert("1")</script> disc', '"><img src=x onerror=alert(2)> & $x^2$ square', "a bar", "日本 é 🙂")
 TITLES = ("Zero-shot", "Curves", "Retrieval", "Merging", "Merge sweep", "Profile", "Data", "Recipe and stamp")

@@ -11,8 +11,6 @@ from clip_benchmark.metrics import zeroshot_retrieval as reference
 from shards_for_tests import make_dataset
 from torch import Tensor
 
-from mlip_cli.commands.validation import ValidationPairs
-from mlip_cli.config import Source
 from mlip_cli.data.tokenizer import Tokenizer
 from mlip_cli.errors import RunError
 from mlip_cli.evaluate.retrieval import (
@@ -25,6 +23,8 @@ from mlip_cli.evaluate.retrieval import (
     rank_of_first_right,
     ranks,
 )
+from mlip_cli.evaluate.validation import ValidationPairs
+from mlip_cli.recipe.config import Source
 
 
 class Lookup:

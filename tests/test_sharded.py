@@ -13,7 +13,7 @@ import torch
 from killed_for_tests import Forked, pretrain
 from test_training import QUIET, command, lines_in, metrics, recipe, run, wait_for, whole
 
-from mlip_cli.train.checkpoint import load_state, load_weights
+from mlip_cli.runs.checkpoint import load_state, load_weights
 
 __all__ = ["recipe", "whole"]
 SHARDED = ("train.parallel=fsdp", "train.checkpoint_every.steps=6")

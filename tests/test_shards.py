@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import webdataset
 
-from mlip_cli.data import shards
 from mlip_cli.data.index import read_index
-from mlip_cli.data.pixels import encode
-from mlip_cli.data.records import json_bytes
-from mlip_cli.data.shards import StoredSamples, sample_parts, tar_writer, verify_tar, write_split
+from mlip_cli.data.prepare import shards
+from mlip_cli.data.prepare.pixels import encode
+from mlip_cli.data.prepare.shards import StoredSamples, sample_parts, tar_writer, verify_tar, write_split
+from mlip_cli.data.sources.records import json_bytes
 from mlip_cli.data.tar import DamagedTarError, read_members
 from mlip_cli.errors import RunError
 

@@ -14,7 +14,7 @@ import pytest
 from models_for_tests import small_recipe
 from shards_for_tests import make_dataset
 
-from mlip_cli.recipe import recipe_yaml
+from mlip_cli.recipe.load import recipe_yaml
 
 SCRIPT = Path(__file__).parents[1] / "recipes" / "slurm.sbatch"
 STEPS = 80

@@ -13,12 +13,12 @@ from torch import nn
 
 from mlip_cli.commands import merge_sweep
 from mlip_cli.commands.profile import profile
-from mlip_cli.config import Frequency, Recipe, Vision
 from mlip_cli.errors import UsageError
-from mlip_cli.merge_plan import MergePlan, default_places, wrong_places
 from mlip_cli.model.frequency import StemBlock, convolve_by_fft, place_stem
 from mlip_cli.model.vision import ImageTower
-from mlip_cli.recipe_checks import check
+from mlip_cli.recipe.checks import check
+from mlip_cli.recipe.config import Frequency, Recipe, Vision
+from mlip_cli.recipe.merge_plan import MergePlan, default_places, wrong_places
 from mlip_cli.train.optim import is_decayed
 
 

@@ -7,7 +7,10 @@ import torch
 from models_for_tests import small_batch, small_model, small_recipe
 from torch import nn
 
-from mlip_cli.commands.step_breakdown import (
+from mlip_cli.losses import objective
+from mlip_cli.losses.features import features_of
+from mlip_cli.model import merge_pass
+from mlip_cli.profiling.step import (
     BACKWARD,
     FIRST_PASS,
     FREQUENCY,
@@ -23,11 +26,8 @@ from mlip_cli.commands.step_breakdown import (
     stage_names,
     step_parts,
 )
-from mlip_cli.commands.training_step import COPY, OPTIMIZER, TrainingStep
-from mlip_cli.config import LOSS_NAMES, Recipe
-from mlip_cli.losses import objective
-from mlip_cli.model import merge_pass
-from mlip_cli.types import features_of
+from mlip_cli.recipe.config import LOSS_NAMES, Recipe
+from mlip_cli.train.step import COPY, OPTIMIZER, TrainingStep
 
 STAGES = ["image tower, block 1", "image tower, block 2", "image tower, blocks 3-4"]
 CPU = torch.device("cpu")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mlip_cli.train.time_left import FEWEST_STEPS, STRETCHES, TimeLeft
+from mlip_cli.terminal.panel import FEWEST_STEPS, STRETCHES, TimeLeft
 
 
 class Training:

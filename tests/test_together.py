@@ -44,17 +44,18 @@ from torch.distributed import TCPStore
 sys.path.insert(0, {tests!r})
 torch.set_num_threads(1)
 from models_for_tests import small_model, small_recipe, small_training
-from mlip_cli.commands import evaluators, validation
-from mlip_cli.commands.evaluators import training_evaluators
+from mlip_cli.evaluate import evaluators
+from mlip_cli.evaluate import validation
+from mlip_cli.evaluate.evaluators import training_evaluators
 from mlip_cli.commands.training import everyone, measure
-from mlip_cli.commands.validation import validation_pairs
+from mlip_cli.evaluate.validation import validation_pairs
 from mlip_cli.data.tokenizer import Tokenizer
 from mlip_cli.distributed import process_group, rank, world_size
-from mlip_cli.drawing import TrainingPanel
+from mlip_cli.terminal.panel import TrainingPanel
 from mlip_cli.errors import RunError
 from mlip_cli.evaluate import retrieval
 from mlip_cli.evaluate.zeroshot import text_features
-from mlip_cli.output import start_logging
+from mlip_cli.terminal.output import start_logging
 
 validation.BATCH_SIZE = evaluators.BATCH_SIZE = retrieval.CHUNK = 4
 CPU = torch.device("cpu")

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from mlip_cli.commands import run_start
-from mlip_cli.commands.run_start import check_trackers
-from mlip_cli.config import Log
 from mlip_cli.errors import Stopped, UsageError
-from mlip_cli.run_folder import Run
+from mlip_cli.recipe.config import Log
+from mlip_cli.runs import start as run_start
+from mlip_cli.runs.folder import Run
+from mlip_cli.runs.start import check_trackers
 from mlip_cli.train.metrics import MetricsFile
 from mlip_cli.train.trackers import Line, Trackers, opened_trackers
 
@@ -135,7 +135,7 @@ def test_a_training_feeds_them(tmp_path: Path) -> None:
     from shards_for_tests import make_dataset
 
     from mlip_cli.commands.pretrain import pretrain
-    from mlip_cli.recipe import recipe_yaml
+    from mlip_cli.recipe.load import recipe_yaml
 
     data = str(make_dataset(tmp_path / "data", n=16))
     recipe = small_recipe(train=data, data={"validation": data, "num_workers": 0}, log={"every_steps": 2})
@@ -168,10 +168,10 @@ import os, signal, sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 from test_trackers import session
-from mlip_cli.config import Log
+from mlip_cli.recipe.config import Log
 from mlip_cli.errors import UsageError
-from mlip_cli.output import start_logging
-from mlip_cli.run_folder import Run
+from mlip_cli.terminal.output import start_logging
+from mlip_cli.runs.folder import Run
 from mlip_cli.train.trackers import opened_trackers
 
 start_logging()

@@ -20,8 +20,8 @@ from shards_for_tests import make_dataset
 
 from mlip_cli.commands.pretrain import pretrain
 from mlip_cli.errors import UsageError
-from mlip_cli.recipe import recipe_yaml
-from mlip_cli.train.checkpoint import load_state, load_weights
+from mlip_cli.recipe.load import recipe_yaml
+from mlip_cli.runs.checkpoint import load_state, load_weights
 
 CHANGES_FROM_RUN_TO_RUN = {"images_per_s", "data_wait_share", "peak_gib"}
 QUIET = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}

@@ -11,9 +11,8 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import center_crop, resize
 from torchvision.transforms.v2 import RandomResizedCrop
 
-from mlip_cli.config import Augment
 from mlip_cli.data import transforms
-from mlip_cli.data.picture_header import read_header
+from mlip_cli.data.pictures import read_header
 from mlip_cli.data.transforms import (
     Crop,
     decode,
@@ -24,6 +23,7 @@ from mlip_cli.data.transforms import (
     training_crop,
     training_transform,
 )
+from mlip_cli.recipe.config import Augment
 
 STRONG = Augment(crop_scale=(0.2, 1.0), flip=True, color_jitter=0.4)
 

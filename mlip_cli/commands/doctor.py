@@ -15,10 +15,10 @@ from typing import Literal
 from packaging.requirements import Requirement
 
 from mlip_cli.errors import RunError, UsageError
-from mlip_cli.output import plural, print_json, print_lines, print_table, say
-from mlip_cli.recipe import load_recipe
-from mlip_cli.run_folder import RUNS
-from mlip_cli.shipped import recipe_names, recipes_folder
+from mlip_cli.recipe.load import load_recipe
+from mlip_cli.recipe.shipped import recipe_names, recipes_folder
+from mlip_cli.runs.folder import RUNS
+from mlip_cli.terminal.output import plural, print_json, print_lines, print_table, say
 
 DISTRIBUTION = "mlip-cli"
 OLDEST_PYTHON = (3, 11)

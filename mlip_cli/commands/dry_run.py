@@ -5,19 +5,18 @@ from typing import Any
 
 import torch
 
-from mlip_cli.commands.costs import frequency_gflops, image_gflops, parameters, text_gflops
-from mlip_cli.commands.initial_weights import check_initial
-from mlip_cli.commands.training_facts import cautions
-from mlip_cli.commands.training_setup import num_workers, open_data, training_device
-from mlip_cli.config import Cache, Recipe, Source
-from mlip_cli.data.dataset import open_sources
-from mlip_cli.data.preflight import preflight
+from mlip_cli.data.open import open_sources
 from mlip_cli.distributed import world_size
 from mlip_cli.errors import UsageError
-from mlip_cli.evaluate.benchmarks import UnknownDataSetError, data_root, find_benchmark
+from mlip_cli.evaluate.datasets.find import UnknownDataSetError, data_root, find_benchmark
 from mlip_cli.model.clip import build_model
-from mlip_cli.output import plural, print_json, print_lines, print_prose
-from mlip_cli.recipe import LoadedRecipe, recipe_yaml
+from mlip_cli.profiling.flops import frequency_gflops, image_gflops, parameters, text_gflops
+from mlip_cli.recipe.config import Cache, Recipe, Source
+from mlip_cli.recipe.load import LoadedRecipe, recipe_yaml
+from mlip_cli.runs.initial_weights import check_initial
+from mlip_cli.terminal.output import plural, print_json, print_lines, print_prose
+from mlip_cli.train.facts import cautions, preflight
+from mlip_cli.train.setup import num_workers, open_data, training_device
 
 
 def describe(loaded: LoadedRecipe, *, resumes: bool, as_json: bool) -> None:

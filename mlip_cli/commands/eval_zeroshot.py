@@ -8,18 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlip_cli.commands.report import rebuild_if_older
-from mlip_cli.commands.zeroshot_tables import without_answers
 from mlip_cli.commands.zeroshot_tasks import TASKS, Task
 from mlip_cli.errors import RunError, UsageError, interrupted_as
-from mlip_cli.evaluate.benchmarks import Benchmark, data_root, find_benchmark
+from mlip_cli.evaluate.datasets.find import Benchmark, data_root, find_benchmark
 from mlip_cli.files import write_json
-from mlip_cli.output import plural, print_json, say, warn
-from mlip_cli.recipe import load_recipe
-from mlip_cli.run_folder import Run, find_checkpoint, now
+from mlip_cli.recipe.load import load_recipe
+from mlip_cli.report.tables import without_answers
+from mlip_cli.report.write import rebuild_if_older
+from mlip_cli.runs.folder import Run, find_checkpoint, now
+from mlip_cli.terminal.output import plural, print_json, say, warn
 
 if TYPE_CHECKING:
-    from mlip_cli.commands.loading import LoadedRun
+    from mlip_cli.runs.loading import LoadedRun
 
 
 @dataclass(frozen=True)
@@ -234,7 +234,7 @@ def _load(entries: Sequence[Entry], device: str) -> dict[Path, "LoadedRun"]:
     if not entries:
         return {}
     say("loading PyTorch and the weights")
-    from mlip_cli.commands.loading import at_rate, load_run
+    from mlip_cli.runs.loading import at_rate, load_run
 
     loaded = {path: load_run(str(path), device=device) for path in dict.fromkeys(e.subject.checkpoint for e in entries)}
     for entry in entries:
@@ -244,7 +244,7 @@ def _load(entries: Sequence[Entry], device: str) -> dict[Path, "LoadedRun"]:
 
 def _measure(entries: Sequence[Entry], loaded: dict[Path, "LoadedRun"], *, batch_size: int) -> list[dict[str, Any]]:
     """Measure entries of one data set side by side and store each result in its run folder."""
-    from mlip_cli.commands.loading import at_rate
+    from mlip_cli.runs.loading import at_rate
 
     say(f"{entries[0].benchmark.name}: {plural(len(entries), 'row')} to measure, in turn on each batch")
     by_checkpoint: dict[Path, list[Entry]] = {}

@@ -6,17 +6,17 @@ from typing import Any
 
 import torch
 
-from mlip_cli.commands.evaluators import READERS, RunToMeasure, by_image_size
-from mlip_cli.commands.loading import LoadedRun, MergedEncoder
-from mlip_cli.commands.memory import batch_named
-from mlip_cli.commands.validation import tokenize
-from mlip_cli.evaluate.benchmarks import Benchmark
+from mlip_cli.devices import batch_named
+from mlip_cli.evaluate.datasets.find import Benchmark
+from mlip_cli.evaluate.datasets.open import open_named
+from mlip_cli.evaluate.datasets.pictures import batches
+from mlip_cli.evaluate.evaluators import READERS, RunToMeasure, by_image_size
 from mlip_cli.evaluate.mosaics import tile_size
-from mlip_cli.evaluate.pictures import batches
 from mlip_cli.evaluate.pointing import Pointer, Queries, measure_pointing
-from mlip_cli.evaluate.sources import open_named
+from mlip_cli.evaluate.validation import tokenize
 from mlip_cli.model.pointing import pointing_queries, similarity_maps
-from mlip_cli.output import progress
+from mlip_cli.runs.loading import LoadedRun, MergedEncoder
+from mlip_cli.terminal.panel import progress
 
 TEXTS_AT_ONCE = 256
 

@@ -3,10 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mlip_cli.commands.zeroshot_tables import INTERVALS, checkpoint_words, merge_rate, run_cell, run_column, score
 from mlip_cli.evaluate.statistics import paired_by_cluster
-from mlip_cli.evaluate.words import READINGS, percent
-from mlip_cli.output import plural, print_lines, print_prose, print_table
+from mlip_cli.report.tables import INTERVALS, checkpoint_words, merge_rate, run_cell, run_column, score
+from mlip_cli.terminal.output import READINGS, percent, plural, print_lines, print_prose, print_table
 
 Result = dict[str, Any]
 

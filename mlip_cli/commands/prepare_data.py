@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from mlip_cli import __version__
-from mlip_cli.config import Recipe
-from mlip_cli.data.records import MAX_HELD_OUT, parts_of, printable
-from mlip_cli.data.sources import DataSource, ReadOptions, count_records, find_source, read_records
-from mlip_cli.data.tables import columns_in_words
-from mlip_cli.data.workspace import Workspace, finished_summary, opened
+from mlip_cli.data.prepare.workspace import Workspace, finished_summary, opened
+from mlip_cli.data.sources.find import DataSource, ReadOptions, count_records, find_source, read_records
+from mlip_cli.data.sources.records import MAX_HELD_OUT, parts_of, printable
+from mlip_cli.data.sources.tables import columns_in_words
 from mlip_cli.errors import UsageError
-from mlip_cli.output import plural, print_json, print_table, progress, say, say_to_copy, warn
-from mlip_cli.recipe import load_recipe
+from mlip_cli.recipe.config import Recipe
+from mlip_cli.recipe.load import load_recipe
+from mlip_cli.terminal.output import plural, print_json, print_table, say, say_to_copy, warn
+from mlip_cli.terminal.panel import progress
 
 DEFAULT_SIZE = {"openmoji": 64}
 OTHER_SIZE = 256
@@ -86,8 +87,8 @@ def prepare_data(
 def _prepare(
     source: DataSource, out: Path, read: ReadOptions, request: dict[str, Any], *, num_workers: int
 ) -> dict[str, Any]:
-    from mlip_cli.data.parts import PartOptions
-    from mlip_cli.data.prepare import SourceError, check_disk, finish, interruptions_named, prepare_parts
+    from mlip_cli.data.prepare.assemble import SourceError, check_disk, finish, interruptions_named, prepare_parts
+    from mlip_cli.data.prepare.parts import PartOptions
 
     started = time.monotonic()
     with progress(None, "counting rows"):
@@ -139,7 +140,7 @@ def _prepare(
 def _provenance(source: DataSource, request: dict[str, Any]) -> dict[str, Any]:
     provenance = {"tool": f"mlip-cli {__version__}", "source": source.name, **request}
     if source.format == "openmoji":
-        from mlip_cli.data.openmoji import attribution
+        from mlip_cli.data.sources.openmoji import attribution
 
         provenance |= {"packages": list(source.versions), **attribution()}
     return provenance

@@ -8,35 +8,34 @@ from pathlib import Path
 
 import torch
 
-from mlip_cli.commands.evaluators import Evaluator, training_evaluators
-from mlip_cli.commands.gallery import find_pairs, write_gallery
-from mlip_cli.commands.memory import batch_named, full_memory_named
-from mlip_cli.commands.micro_batches import chosen_micro_batch_size
-from mlip_cli.commands.recording import data_cards, recorded
-from mlip_cli.commands.report import rebuild
-from mlip_cli.commands.run_start import MICRO_BATCHES, Start, drawn_by_forward_passes
-from mlip_cli.commands.training_facts import cautions, facts, resume_facts
-from mlip_cli.commands.training_setup import TrainingData, build, open_batches, open_data, training_device
-from mlip_cli.commands.validation import BATCH_SIZE, OnBatch, validation_pairs
-from mlip_cli.config import Log, Recipe
-from mlip_cli.data.preflight import preflight
 from mlip_cli.data.tokenizer import Tokenizer
+from mlip_cli.devices import batch_named, full_memory_named
 from mlip_cli.distributed import from_main, process_group, rank, wait_for_ranks, world_size
-from mlip_cli.drawing import TrainingPanel, training_panel
 from mlip_cli.errors import RunError, Stopped, UsageError
+from mlip_cli.evaluate.evaluators import Evaluator, training_evaluators
+from mlip_cli.evaluate.gallery import find_pairs, write_gallery
 from mlip_cli.evaluate.together import Left, Together
+from mlip_cli.evaluate.validation import BATCH_SIZE, OnBatch, validation_pairs
 from mlip_cli.files import write_json
 from mlip_cli.losses.objective import Objective
-from mlip_cli.merge_plan import MergePlan, merging_steps
 from mlip_cli.model.clip import CLIP
-from mlip_cli.output import is_main, say, warn
-from mlip_cli.run_folder import Run, claimed
+from mlip_cli.recipe.config import Log, Recipe
+from mlip_cli.recipe.merge_plan import MergePlan, merging_steps
+from mlip_cli.report.write import rebuild
+from mlip_cli.runs.folder import Run, claimed
+from mlip_cli.runs.recording import data_cards, recorded
+from mlip_cli.runs.start import MICRO_BATCHES, Start, drawn_by_forward_passes
+from mlip_cli.terminal.output import is_main, say, warn
+from mlip_cli.terminal.panel import TimeLeft, TrainingPanel, training_panel
+from mlip_cli.train.facts import cautions, facts, preflight, resume_facts
 from mlip_cli.train.gradients import RandomState
-from mlip_cli.train.leaving import sure_to_leave
-from mlip_cli.train.loop import Progress, train
+from mlip_cli.train.loop import train
 from mlip_cli.train.metrics import MetricsFile
+from mlip_cli.train.micro_batches import chosen_micro_batch_size
 from mlip_cli.train.resume import Saver, Training, restore
-from mlip_cli.train.time_left import TimeLeft
+from mlip_cli.train.setup import TrainingData, build, open_batches, open_data, training_device
+from mlip_cli.train.signals import sure_to_leave
+from mlip_cli.train.step import Progress
 from mlip_cli.train.trackers import opened_trackers
 
 Evaluate = Callable[[int, Callable[[], bool]], dict[str, float] | None]

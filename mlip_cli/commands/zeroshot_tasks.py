@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mlip_cli.commands.pointing_tables import compared_pointing, print_pointing
-from mlip_cli.commands.zeroshot_tables import compared, print_results
-from mlip_cli.evaluate.benchmarks import Benchmark
+from mlip_cli.evaluate.datasets.find import Benchmark
+from mlip_cli.report.tables import compared, print_results
 
 if TYPE_CHECKING:
-    from mlip_cli.commands.loading import LoadedRun, MergedEncoder
+    from mlip_cli.runs.loading import LoadedRun, MergedEncoder
+
 
 Results = Sequence[dict[str, Any]]
 
@@ -38,7 +39,7 @@ class Task:
 def _classify(
     benchmark: Benchmark, runs: "Sequence[tuple[LoadedRun, Sequence[MergedEncoder]]]", *, batch_size: int
 ) -> list[list[dict[str, Any]]]:
-    from mlip_cli.commands.evaluators import measure_runs
+    from mlip_cli.evaluate.evaluators import measure_runs
 
     return measure_runs(benchmark, runs, batch_size=batch_size)
 

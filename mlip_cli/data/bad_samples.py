@@ -6,7 +6,7 @@ from typing import Self
 
 from mlip_cli.data.dataset import BadSampleError
 from mlip_cli.errors import RunError
-from mlip_cli.output import warn
+from mlip_cli.terminal.output import warn
 from mlip_cli.types import BadSample
 
 BAD_WINDOW = 10_000

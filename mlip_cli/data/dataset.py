@@ -4,7 +4,7 @@ import json
 import os
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -13,14 +13,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from mlip_cli.config import Cache, Source
-from mlip_cli.data.card import parse_card
-from mlip_cli.data.index import FORMATS, check_records, index_path, read_index, read_records
-from mlip_cli.data.remote import RemoteShards, check_fit, is_url
+from mlip_cli.data.index import FORMATS, check_records, index_path, parse_card, read_index, read_records
+from mlip_cli.data.remote import RemoteShards
+from mlip_cli.data.tar import TAR_BLOCK, checked_header
 from mlip_cli.errors import RunError, UsageError
+from mlip_cli.recipe.config import Cache
 
 MAX_OPEN_SHARDS = 256
-TAR_BLOCK = 512
 UNREADABLE = (ValueError, RecursionError, OSError)
 """Of one sample: not what the index says, JSON of ten thousand brackets, a bad block of the disk."""
 
@@ -210,32 +209,6 @@ class ShardDataset:
         return self._open[number]
 
 
-def open_sources(
-    sources: Sequence[Source], *, cache: Cache | None = None, beside: Sequence[ShardDataset] = ()
-) -> list[ShardDataset]:
-    """The data sets of `data.train` or `data.validation`, in order; of those at URLs the indexes are fetched.
-
-    Args:
-        cache: for those at URLs; None: the user's own.
-        beside: data sets that are in use too, for which the cache must have room as well.
-
-    Raises:
-        UsageError: a folder is missing, not prepared or empty, or the cache cannot hold what lies elsewhere.
-        RunError: the network failed.
-    """
-    datasets = [_open_source(source, cache or Cache()) for source in sources]
-    check_fit([dataset.remote for dataset in (*beside, *datasets) if dataset.remote is not None])
-    return datasets
-
-
-def _open_source(source: Source, cache: Cache) -> ShardDataset:
-    if source.format == "webdataset":
-        from mlip_cli.data.plain_tars import PlainTars
-
-        return PlainTars(source.path, cache)
-    return ShardDataset.at_url(source.path, cache) if is_url(source.path) else ShardDataset(Path(source.path))
-
-
 def _read_card(folder: Path) -> dict[str, Any]:
     path = folder / "dataset.json"
     if not path.is_file():
@@ -270,19 +243,3 @@ def _checked_key(content: bytes, at: int, size: int, extension: str) -> str:
     if not dot or found != extension or found_size != size:
         raise ValueError(f"{name!r} of {found_size} bytes where the index says .{extension} of {size}")
     return key
-
-
-def checked_header(header: bytes) -> tuple[str, int]:
-    """Name and size of a tar member by its header; ValueError for what is none."""
-    if len(header) != TAR_BLOCK or header[257:262] not in (b"ustar", bytes(5)):  # nothing there in the oldest form
-        raise ValueError("no tar header where the index says")
-    name = header[:100].rstrip(b"\0").decode("ascii", "replace")
-    checksum = sum(header) - sum(header[148:156]) + 8 * ord(" ")
-    if checksum != _octal(header[148:156]):
-        raise ValueError(f"damaged tar header of {name!r}")
-    return name, _octal(header[124:136])
-
-
-def _octal(field: bytes) -> int:
-    digits = field.strip(b" \0")
-    return int(digits, 8) if digits else 0

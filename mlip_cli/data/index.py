@@ -3,12 +3,14 @@
 Little endian: a header of 56 bytes, then one record of 40 bytes a sample, in the order of the tar.
 """
 
+import json
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from mlip_cli.errors import RunError
+from mlip_cli.errors import RunError, UsageError
 from mlip_cli.files import write_bytes
 
 MAGIC = b"MLIPIDX1"
@@ -105,3 +107,20 @@ def _read_records(path: Path) -> tuple[np.void, np.ndarray]:
     if n == 0:
         return header[0], np.zeros(0, RECORD)
     return header[0], np.memmap(path, RECORD, mode="r", offset=HEADER.itemsize, shape=(n,))
+
+
+def parse_card(content: bytes, *, place: str, folder: str) -> dict[str, Any]:
+    """The card of `folder` from the bytes of its dataset.json at `place`.
+
+    Raises:
+        UsageError: it is no card, or one of no samples.
+    """
+    try:
+        card = json.loads(content)
+        shards = [(shard["name"], int(shard["n"])) for shard in card["shards"]]
+        fingerprint = card["fingerprint"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{place}: not written by mlip prepare-data ({error!r}); prepare the data again") from error
+    if not fingerprint or sum(n for _, n in shards) == 0:
+        raise UsageError(f"{folder}: the data set holds no samples; prepare it again (mlip prepare-data)")
+    return dict(card)

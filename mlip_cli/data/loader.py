@@ -1,5 +1,6 @@
 """Batches for training and evaluation: pure functions of (seed, step), made in worker processes."""
 
+import hashlib
 import os
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,33 +13,20 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from mlip_cli.config import Data
 from mlip_cli.data.bad_samples import BadSampleLimit, SlowPictures, place_and_reason
 from mlip_cli.data.dataset import BadSampleError, RawSample, ShardDataset
-from mlip_cli.data.fetching import fetch_ahead
-from mlip_cli.data.labels import label_of
 from mlip_cli.data.loader_processes import data_loader, items_of
+from mlip_cli.data.open import fetch_ahead
 from mlip_cli.data.order import MAX_ATTEMPTS, Order, Position, Positions, key
-from mlip_cli.data.picture_header import UndecodableError, read_header
+from mlip_cli.data.pictures import UndecodableError, read_header
 from mlip_cli.data.tokenizer import Tokenizer, padded_length
-from mlip_cli.data.transforms import decode, evaluation_transform, least_size, training_crop, training_transform
+from mlip_cli.data.transforms import decode, least_size, training_crop, training_transform
 from mlip_cli.errors import RunError, UsageError
+from mlip_cli.recipe.config import Data
 from mlip_cli.types import BadSample, Batch
 
 MAX_WORKERS = 16
 _AUGMENTATION = 4  # sets these draws apart from those of `order`
-
-
-@dataclass(frozen=True)
-class EvaluationBatch:
-    """Samples for evaluation, in the order of the data set."""
-
-    images: Tensor
-    """(B, 3, S, S) uint8"""
-    records: list[dict[str, Any]]
-    """KEY.json of each sample."""
-    keys: tuple[str, ...]
-    """Key of each sample."""
 
 
 def training_loader(
@@ -74,23 +62,6 @@ def training_loader(
     fetch_ahead(datasets, order, range(start_step * global_batch_size, stop_step * global_batch_size))
     loader = data_loader(steps, range(start_step, stop_step), num_workers, pin_memory=pin_memory)
     return _training_batches(loader, BadSampleLimit(data.max_bad_share))
-
-
-def evaluation_loader(
-    dataset: ShardDataset, *, image_size: int, batch_size: int, num_workers: int, numbers: range | None = None
-) -> Iterator[EvaluationBatch]:
-    """All samples of a data set once, in order, resized and centre-cropped; the last batch may be smaller.
-
-    Args:
-        numbers: of the batches to make; None: all.
-
-    Raises:
-        RunError: (while iterating) a sample cannot be read: a measure over the others would be another measure.
-    """
-    dataset.fetch()
-    batches = _EvaluationBatches(dataset, image_size, batch_size)
-    everything = range(-(-dataset.num_samples // batch_size))
-    return items_of(data_loader(batches, everything if numbers is None else numbers, num_workers))
 
 
 def default_num_workers(world_size: int) -> int:
@@ -262,29 +233,22 @@ def _choose_caption(raw: RawSample, sample: bool, generator: torch.Generator) ->
     return next((text for text, end in zip(texts, ends, strict=True) if drawn < end), texts[-1])
 
 
-class _EvaluationBatches(Dataset[EvaluationBatch | Exception]):
-    """Item i is the i-th batch, or the error that made it impossible."""
-
-    def __init__(self, dataset: ShardDataset, image_size: int, batch_size: int) -> None:
-        self.dataset, self.image_size, self.batch_size = dataset, image_size, batch_size
-
-    def __getitem__(self, i: int) -> EvaluationBatch | Exception:
-        start = i * self.batch_size
-        try:
-            samples = [
-                self.dataset.read(id) for id in range(start, min(start + self.batch_size, self.dataset.num_samples))
-            ]
-            size = self.image_size
-            pictures = [decoded(sample, least=least_size(None, size)) for sample in samples]
-            images = torch.stack([evaluation_transform(picture, size=size) for picture in pictures])
-        except (RunError, OSError) as error:
-            return error
-        return EvaluationBatch(images, [sample.record for sample in samples], tuple(sample.key for sample in samples))
-
-
 def _training_batches(loader: DataLoader[Any], limit: BadSampleLimit) -> Generator[Batch, None, None]:
     with SlowPictures() as slow:
         for step in items_of(loader):
             limit.check(step.replaced, step.batch.bad_samples)
             slow.count(step.slow)
             yield step.batch
+
+
+def label_of(record: dict[str, Any], caption: str) -> int:
+    """63 bits that stand for the record's concept (`concept` of its meta), or for the caption where it names none.
+
+    Equal for equal values in every process and version; a concept never equals a caption. Captions are compared without
+    case and spacing, which their tokens do not show either.
+    """
+    meta = record.get("meta")
+    concept = meta.get("concept") if isinstance(meta, dict) else None
+    kind, value = ("caption", " ".join(caption.lower().split())) if concept in (None, "") else ("concept", concept)
+    text = f"{kind}\0{value}".encode(errors="surrogatepass")  # JSON may hold halves of surrogate pairs
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1

@@ -18,20 +18,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mlip_cli.config import Cache
-from mlip_cli.data.dataset import TAR_BLOCK, UNREADABLE, BadSampleError, RawSample, ShardDataset, checked_header
+from mlip_cli.data.cache import GIB, ShardCache
+from mlip_cli.data.dataset import UNREADABLE, BadSampleError, RawSample, ShardDataset
 from mlip_cli.data.index import RECORD, read_records, write_index
-from mlip_cli.data.parts import count_tokens
-from mlip_cli.data.records import Record, checked_captions, json_bytes, split_of_folder
+from mlip_cli.data.prepare.workers import run_parallel
 from mlip_cli.data.remote import is_url
-from mlip_cli.data.shard_cache import GIB, ShardCache
-from mlip_cli.data.sources import DataSource, find_source
-from mlip_cli.data.streams import IMAGES, MAX_PART_BYTES, TEXTS, UnusableTextsError, key_of, known_members, stated
-from mlip_cli.data.tar import DamagedTarError, Member, read_members
-from mlip_cli.data.workers import run_parallel
+from mlip_cli.data.sources.find import DataSource, find_source
+from mlip_cli.data.sources.records import Record, checked_captions, json_bytes, split_of_folder
+from mlip_cli.data.sources.tars import IMAGES, MAX_PART_BYTES, TEXTS, UnusableTextsError, key_of, known_members, stated
+from mlip_cli.data.tar import TAR_BLOCK, DamagedTarError, Member, checked_header, read_members
+from mlip_cli.data.tokenizer import count_tokens
 from mlip_cli.errors import UsageError
 from mlip_cli.files import full_disk_named, write_json
-from mlip_cli.output import plural, progress, say, warn
+from mlip_cli.recipe.config import Cache
+from mlip_cli.terminal.output import plural, say, warn
+from mlip_cli.terminal.panel import progress
 
 FORMATS = {"jpg": 0, "jpeg": 0, "png": 1, "webp": 2}
 """Endings of pictures that training decodes -> their place in the index's formats."""

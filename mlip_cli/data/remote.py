@@ -15,13 +15,13 @@ from threading import Event
 from typing import Any, TypeVar
 from weakref import finalize
 
-from mlip_cli.config import Cache
-from mlip_cli.data.card import parse_card
-from mlip_cli.data.index import HEADER, RECORD, index_path, read_records
-from mlip_cli.data.shard_cache import GIB, ShardCache
+from mlip_cli.data.cache import GIB, ShardCache
+from mlip_cli.data.index import HEADER, RECORD, index_path, parse_card, read_records
 from mlip_cli.errors import RunError, UsageError
 from mlip_cli.files import FULL_DISK, atomic_path, full_disk_named, write_bytes
-from mlip_cli.output import plural, progress, say
+from mlip_cli.recipe.config import Cache
+from mlip_cli.terminal.output import plural, say
+from mlip_cli.terminal.panel import progress
 
 T = TypeVar("T")
 

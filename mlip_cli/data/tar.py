@@ -131,3 +131,22 @@ def _pax(path: Path, content: bytes, at: int) -> dict[str, str]:
     if not fields.get("size", "0").isdigit():
         raise DamagedTarError(f"{path}: damaged PAX header at byte {at}")
     return fields
+
+
+def checked_header(header: bytes) -> tuple[str, int]:
+    """Name and size of a tar member by its header; ValueError for what is none."""
+    if len(header) != TAR_BLOCK or header[257:262] not in (b"ustar", bytes(5)):  # nothing there in the oldest form
+        raise ValueError("no tar header where the index says")
+    name = header[:100].rstrip(b"\0").decode("ascii", "replace")
+    checksum = sum(header) - sum(header[148:156]) + 8 * ord(" ")
+    if checksum != _octal(header[148:156]):
+        raise ValueError(f"damaged tar header of {name!r}")
+    return name, _octal(header[124:136])
+
+
+def _octal(field: bytes) -> int:
+    digits = field.strip(b" \0")
+    return int(digits, 8) if digits else 0
+
+
+TAR_BLOCK = 512

@@ -14,6 +14,8 @@ from typing import Any, cast
 
 from torch import Tensor
 
+from mlip_cli.data.prepare.shards import MAX_TOKENS
+from mlip_cli.data.sources.records import Record
 from mlip_cli.errors import RunError
 from mlip_cli.types import VOCAB_SIZE
 
@@ -70,3 +72,14 @@ def _tokenizer_module() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def count_tokens(record: Record) -> int:
+    """CLIP tokens of the longest caption, as the index keeps them."""
+    return min(MAX_TOKENS, max(_tokenizer().count(caption.text) for caption in record.captions))
+
+
+@cache
+def _tokenizer() -> Any:
+
+    return Tokenizer(77)

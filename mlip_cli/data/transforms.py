@@ -19,9 +19,8 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from mlip_cli.config import Augment
-from mlip_cli.data.picture_header import PictureHeader, UndecodableError, read_header
-from mlip_cli.data.pixels import ORIENTATIONS, UNDECODABLE
+from mlip_cli.data.pictures import ORIENTATIONS, UNDECODABLE, PictureHeader, UndecodableError, read_header
+from mlip_cli.recipe.config import Augment
 
 try:
     from torchvision.io import ImageReadMode

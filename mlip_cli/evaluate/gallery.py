@@ -1,13 +1,24 @@
 """Which queries a gallery shows, and what the model finds for them."""
 
-from collections.abc import Sequence
+import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from mlip_cli.evaluate.retrieval import ranks
+from mlip_cli import __version__
+from mlip_cli.data.loader import decoded
+from mlip_cli.evaluate.retrieval import image_text_retrieval, images_of_texts, ranks
+from mlip_cli.evaluate.together import Together
+from mlip_cli.evaluate.validation import ValidationPairs
 from mlip_cli.evaluate.zeroshot import similarities
+from mlip_cli.files import write_bytes, write_json
+from mlip_cli.runs.folder import Run, checkpoint_name, now
+from mlip_cli.types import Encoder
 
 
 @dataclass(frozen=True)
@@ -44,3 +55,117 @@ def random_queries(queries: Tensor, gallery: Tensor, right: Sequence[Sequence[in
         is_right = tuple(candidate in rights for candidate in found)
         shown.append(Query(number, tuple(found), is_right, first_right, rank))
     return shown
+
+
+FoundPairs = tuple[Tensor, Tensor, Mapping[str, dict[str, Any]]]
+"""Unit vectors of all pictures and of all texts, and the recalls between them both ways."""
+
+QUERIES = 8
+"""Each way."""
+ANSWERS = 5
+THUMBNAIL = 160
+"""Longest side of a stored picture in pixels."""
+
+
+def find_pairs(encoder: Encoder, pairs: ValidationPairs, *, together: Together) -> FoundPairs:
+    """What a gallery shows, found by all ranks.
+
+    Raises:
+        RunError: features that are not finite, or a picture that cannot be read.
+    """
+    images, texts = pairs.features(encoder, together=together)
+    return images, texts, image_text_retrieval(images, texts, pairs.own_texts, together=together)
+
+
+def write_gallery(run: Run, found: FoundPairs, pairs: ValidationPairs, *, step: int, true_rate: float) -> None:
+    """Write RUN/evals/gallery_STEP.json and the pictures it names; an older gallery goes.
+
+    Raises:
+        RunError: a picture that cannot be read.
+    """
+    images, texts, scores = found
+    own_images = images_of_texts(pairs.own_texts, len(pairs.texts))
+    by_text = random_queries(texts, images, own_images, n=QUERIES, k=ANSWERS)
+    by_image = random_queries(images, texts, pairs.own_texts, n=QUERIES, k=ANSWERS)
+    folder = run.pictures / f"gallery_{checkpoint_name(step)}"
+    seen = {image for query in by_text for image in (*query.found, query.first_right)}
+    thumbnails = _write_thumbnails(pairs, seen | {query.number for query in by_image}, folder)
+    named = {number: str(path.relative_to(run.folder)) for number, path in thumbnails.items()}
+    captions = [[pairs.texts[text] for text in own] for own in pairs.own_texts]
+    run.evals.mkdir(exist_ok=True)
+    write_json(
+        run.evals / f"gallery_{checkpoint_name(step)}.json",
+        {
+            "kind": "gallery",
+            "mlip_version": __version__,
+            "measured_at": now(),
+            "step": step,
+            "true_merge_rate": true_rate,
+            "folders": [dataset.place for dataset in pairs.datasets],
+            "fingerprints": [dataset.fingerprint for dataset in pairs.datasets],
+            "num_images": pairs.num_pictures,
+            "num_texts": len(pairs.texts),
+            "chosen": "at random with seed 0",
+            "scores": scores,
+            "text_to_image": [_text_query(query, pairs, named, captions) for query in by_text],
+            "image_to_text": [_image_query(query, pairs, named, captions) for query in by_image],
+        },
+    )
+    _remove_older(run, folder)
+
+
+def _text_query(
+    query: Query, pairs: ValidationPairs, pictures: dict[int, str], captions: Sequence[Sequence[str]]
+) -> dict[str, Any]:
+    return {
+        "text": pairs.texts[query.number],
+        "rank": query.rank,
+        "num_candidates": pairs.num_pictures,
+        "first_right": {"picture": pictures[query.first_right], "caption": captions[query.first_right][0]},
+        "found": [
+            {"picture": pictures[image], "caption": captions[image][0], "is_right": is_right}
+            for image, is_right in zip(query.found, query.is_right, strict=True)
+        ],
+    }
+
+
+def _image_query(
+    query: Query, pairs: ValidationPairs, pictures: dict[int, str], captions: Sequence[Sequence[str]]
+) -> dict[str, Any]:
+    return {
+        "picture": pictures[query.number],
+        "captions": captions[query.number],
+        "rank": query.rank,
+        "num_candidates": len(pairs.texts),
+        "first_right": {"text": pairs.texts[query.first_right]},
+        "found": [
+            {"text": pairs.texts[text], "is_right": is_right}
+            for text, is_right in zip(query.found, query.is_right, strict=True)
+        ],
+    }
+
+
+def _write_thumbnails(pairs: ValidationPairs, numbers: set[int], folder: Path) -> dict[int, Path]:
+    """Pictures by number, small and without metadata, in a folder."""
+    from PIL import Image
+
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = {}
+    for number in sorted(numbers):
+        picture = Image.fromarray(decoded(pairs.sample(number)).permute(1, 2, 0).numpy())
+        picture.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
+        buffer = BytesIO()
+        picture.save(buffer, "webp", quality=85)
+        paths[number] = folder / f"{number:06d}.webp"
+        write_bytes(paths[number], buffer.getvalue())
+    return paths
+
+
+def _remove_older(run: Run, folder: Path) -> None:
+    """Galleries of earlier steps."""
+    for path in run.evals.glob("gallery_*.json"):
+        if path.stem != folder.name:
+            path.unlink()
+    for path in run.pictures.glob("gallery_*"):
+        if path != folder:
+            shutil.rmtree(path)

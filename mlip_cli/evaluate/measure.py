@@ -10,18 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mlip_cli.distributed import synchronize
-from mlip_cli.evaluate.pictures import Pictures
+from mlip_cli.devices import synchronize
+from mlip_cli.evaluate.datasets.pictures import Pictures
 from mlip_cli.evaluate.retrieval import ranks, recalls
 from mlip_cli.evaluate.together import ALONE, Part, Together
-from mlip_cli.evaluate.zeroshot import (
-    class_embeddings,
-    classification,
-    finite_rows,
-    require_finite,
-    top_classes,
-    unit,
-)
+from mlip_cli.evaluate.zeroshot import class_embeddings, classification, finite_rows, require_finite, top_classes, unit
 from mlip_cli.types import Encoder, ImageFeatures
 
 NAME_RECALL_AT = (1, 5)

@@ -4,12 +4,24 @@ All drawing is arithmetic on whole batches: pictures (B, 3, H, W) uint8 and numb
 of N = h*w patches.
 """
 
+import hashlib
 import io
 import math
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from mlip_cli.evaluate.sweep import FAILURES, ChosenPicture, Point, SweepDataset
+from mlip_cli.files import write_bytes, write_json
+from mlip_cli.runs.loading import LoadedRun
+from mlip_cli.terminal.output import plural, say, warn
+from mlip_cli.types import MergeStage
 
 PANEL_SIDES = (192, 256)
 """Smallest and largest shorter side of a panel in pixels: smaller pictures are magnified, larger ones shrunk."""
@@ -164,3 +176,139 @@ def oklch_to_rgb(lightness: Tensor, chroma: Tensor, hue: Tensor) -> Tensor:
     lab = torch.stack([lightness, chroma * hue.cos(), chroma * hue.sin()], dim=-1)
     linear = ((lab @ torch.tensor(to_lms).T) ** 3 @ torch.tensor(to_linear).T).clamp(0, 1)
     return torch.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
+
+
+MAPS = ("spatial", "frequency", "mixed")
+SUFFIX = ".webp"
+WRITERS = 8
+"""Files written at once: more than there may be cores, since each waits for the disk."""
+
+
+@dataclass(frozen=True)
+class PanelWriter:
+    """Writes panels into one folder, several at a time."""
+
+    root: Path
+    """Folder that the paths in results start from."""
+    folder: Path
+    is_magnified: bool
+    pool: ThreadPoolExecutor
+
+    def write(self, panels: Tensor, names: Sequence[str]) -> list[str]:
+        """One file a panel (B, 3, H, W); their paths from `root`.
+
+        Part of a name is a digest of the content, so that files of another sweep are not touched.
+        """
+        return list(self.pool.map(self._write, panels.unbind(), names))
+
+    def _write(self, panel: Tensor, name: str) -> str:
+        content = encode(panel, is_magnified=self.is_magnified)
+        path = self.folder / f"{name}-{hashlib.sha256(content).hexdigest()[:8]}{SUFFIX}"
+        if not path.exists():
+            write_bytes(path, content)
+        return path.relative_to(self.root).as_posix()
+
+
+def write_merge_pictures(
+    loaded: LoadedRun, points: Sequence[Point], datasets: Sequence[SweepDataset], *, num_pictures: int
+) -> None:
+    """Draw the same pictures of the first data set that can be opened at every setting beside rate 0.
+
+    Pictures of an earlier sweep of this checkpoint go once the new account stands.
+    """
+    dataset, chosen = _choose(datasets, num_pictures)
+    if dataset is None:
+        return
+    root, model = loaded.run.folder, loaded.model
+    folder = loaded.run.pictures / f"merging_{loaded.checkpoint.name}"
+    folder.mkdir(parents=True, exist_ok=True)
+    images = torch.stack([picture.image for picture in chosen])
+    panels = panel_pictures(images)
+    with ThreadPoolExecutor(WRITERS) as pool:
+        writer = PanelWriter(root, folder, panels.shape[-2] > images.shape[-2], pool)
+        paths = writer.write(panels, [f"{picture.number:06d}" for picture in chosen])
+        drawn = [_point(loaded, point, chosen, paths, panels, writer) for point in points if point.method]
+    result = {
+        "kind": "merge_pictures",
+        "run": loaded.label,
+        "checkpoint": loaded.checkpoint.name,
+        "step": loaded.step,
+        "dataset": dataset.name,
+        "fingerprint": dataset.fingerprint,
+        "attribution": list(dataset.attribution),
+        "grid": list(model.vision.grid),
+        "image_size": model.image_size,
+        "chosen": "at random with seed 0, the same for every setting",
+        "map_colors": list(MAP_COLORS),
+        "points": drawn,
+    }
+    loaded.run.evals.mkdir(exist_ok=True)
+    write_json(loaded.run.evals / f"merge_pictures_{loaded.checkpoint.name}.json", result)
+    _remove_others(folder, root, result)
+    say(f"{plural(len(chosen), 'picture')} of {dataset.name} at each setting drawn in {folder}")
+
+
+def _choose(datasets: Sequence[SweepDataset], wanted: int) -> tuple[SweepDataset | None, list[ChosenPicture]]:
+    """The first data set that can be opened, and pictures of it."""
+    for dataset in datasets:
+        try:
+            return dataset, dataset.choose(wanted)
+        except FAILURES as error:
+            warn(f"{dataset.name}: no merge pictures: {error}")
+    return None, []
+
+
+def _point(
+    loaded: LoadedRun,
+    point: Point,
+    chosen: Sequence[ChosenPicture],
+    paths: Sequence[str],
+    panels: Tensor,
+    writer: PanelWriter,
+) -> dict[str, Any]:
+    plan, images = point.encoder.plan, torch.stack([picture.image for picture in chosen])
+    with torch.inference_mode():
+        stages = [stage.to("cpu") for stage in loaded.model.merge_stages(images.to(loaded.device), plan)]
+    names = [f"{picture.number:06d}_{point.method}_{point.rate:g}" for picture in chosen]
+    written = [_write_stage(writer, panels, stage, loaded.model.vision.grid, names=names) for stage in stages]
+    return {
+        **point.setting,
+        "stages": [{"block": stage.block, "tokens": plan.merges[stage.block]} for stage in stages],
+        "pictures": [
+            {
+                "number": picture.number,
+                "label": picture.label,
+                "image": path,
+                "stages": [{kind: files and files[i] for kind, files in stage.items()} for stage in written],
+            }
+            for i, (picture, path) in enumerate(zip(chosen, paths, strict=True))
+        ],
+    }
+
+
+def _write_stage(
+    writer: PanelWriter, panels: Tensor, stage: MergeStage, grid: tuple[int, int], *, names: Sequence[str]
+) -> dict[str, list[str] | None]:
+    """Paths of all pictures' panels by kind; None for maps that the method does not have."""
+    return {
+        kind: None if drawn is None else writer.write(drawn, [f"{name}_block{stage.block}_{kind}" for name in names])
+        for kind, drawn in stage_panels(panels, stage, grid)
+    }
+
+
+def stage_panels(panels: Tensor, stage: MergeStage, grid: tuple[int, int]) -> Iterator[tuple[str, Tensor | None]]:
+    """Groups, then the three maps of a stage, drawn on (B, 3, H, W) uint8 when they are asked for."""
+    yield "groups", draw_groups(panels, stage.groups, grid)
+    for kind in MAPS:
+        values: Tensor | None = getattr(stage, kind)
+        yield kind, None if values is None else draw_guidance(panels, values, grid)
+
+
+def _remove_others(folder: Path, root: Path, result: dict[str, Any]) -> None:
+    """Remove panels that the new account does not name."""
+    pictures = [picture for point in result["points"] for picture in point["pictures"]]
+    kept = {picture["image"] for picture in pictures}
+    kept |= {path for picture in pictures for stage in picture["stages"] for path in stage.values()}
+    for path in folder.glob(f"*{SUFFIX}"):
+        if path.relative_to(root).as_posix() not in kept:
+            path.unlink()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mlip_cli.errors import UsageError
-from mlip_cli.output import plural
+from mlip_cli.terminal.output import plural
 
 SEED = 0
 TILES = 4

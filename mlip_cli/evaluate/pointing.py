@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from mlip_cli.errors import UsageError
+from mlip_cli.evaluate.datasets.pictures import Pictures
 from mlip_cli.evaluate.mosaics import Mosaics, assemble, compose, concepts, quadrants, tile_size
-from mlip_cli.evaluate.pictures import Pictures
 from mlip_cli.evaluate.statistics import by_cluster, cluster_interval
 from mlip_cli.evaluate.zeroshot import finite_rows, require_finite
 

@@ -4,12 +4,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mlip_cli.config import LOSS_NAMES, GlobalLoss, Losses, TokenLoss
 from mlip_cli.distributed import gather, rank, world_size
 from mlip_cli.losses.contrastive import cross_entropy, info_nce, sigmoid_loss
+from mlip_cli.losses.features import Features, image_tokens
 from mlip_cli.losses.filip import filip_scores, filip_words
 from mlip_cli.losses.token_alignment import is_valid, sparc_sum
-from mlip_cli.types import Encoded, Features, image_tokens
+from mlip_cli.recipe.config import LOSS_NAMES, GlobalLoss, Losses, TokenLoss
+from mlip_cli.types import Encoded
 
 
 def is_over_batch(term: GlobalLoss | TokenLoss) -> bool:

@@ -11,10 +11,10 @@ from timm.layers.mlp import Mlp
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from mlip_cli.config import Frequency
 from mlip_cli.errors import UsageError
-from mlip_cli.merge_plan import wrong_stem
 from mlip_cli.model.merging import patch_dct
+from mlip_cli.recipe.config import Frequency
+from mlip_cli.recipe.merge_plan import wrong_stem
 
 
 def local_kernel(h: int, w: int, width: int) -> Tensor:

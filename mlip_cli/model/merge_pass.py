@@ -5,7 +5,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from mlip_cli.merge_plan import MergePlan
 from mlip_cli.model.merging import (
     compose,
     distinctness,
@@ -24,6 +23,7 @@ from mlip_cli.model.merging import (
     size_mask,
     unmerge_tokens,
 )
+from mlip_cli.recipe.merge_plan import MergePlan
 from mlip_cli.types import MergeStage
 
 

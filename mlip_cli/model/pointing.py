@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mlip_cli.merge_plan import MergePlan
 from mlip_cli.model.clip import CLIP
 from mlip_cli.model.merging import unmerge_tokens
 from mlip_cli.model.text import pool_text, word_mask
+from mlip_cli.recipe.merge_plan import MergePlan
 
 HEAD_READINGS = {"spatial": "tokens", "frequency": "frequency_tokens"}
 """Token head -> the reading that it makes possible, beside `feature`."""

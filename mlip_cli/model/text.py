@@ -7,8 +7,8 @@ from timm.layers.activations import QuickGELU
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from mlip_cli.config import Text
 from mlip_cli.model.blocks import run_block
+from mlip_cli.recipe.config import Text
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": nn.GELU, "quick_gelu": QuickGELU}
 """Of the MLPs, by the recipe's word; quick_gelu is x * sigmoid(1.702 x), an approximation of the other."""

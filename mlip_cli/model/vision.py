@@ -11,12 +11,12 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from mlip_cli.config import Frequency, Vision
 from mlip_cli.errors import UsageError
-from mlip_cli.merge_plan import MergePlan, stem_depth
 from mlip_cli.model.blocks import run_block
 from mlip_cli.model.frequency import place_stem
 from mlip_cli.model.merge_pass import Guidance, MergePass, Patches
+from mlip_cli.recipe.config import Frequency, Vision
+from mlip_cli.recipe.merge_plan import MergePlan, stem_depth
 from mlip_cli.types import MergeStage
 
 

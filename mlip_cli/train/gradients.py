@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from mlip_cli.distributed import all_sum, gradients_kept_back, unwrap
-from mlip_cli.merge_plan import MergePlan
-from mlip_cli.types import Batch, Encoded, Features, ObjectiveLike, TokenFeatures, features_of
+from mlip_cli.losses.features import Features, ObjectiveLike, TokenFeatures, features_of
+from mlip_cli.recipe.merge_plan import MergePlan
+from mlip_cli.types import Batch, Encoded
 
 
 @dataclass(frozen=True)

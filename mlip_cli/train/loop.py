@@ -2,56 +2,27 @@
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from mlip_cli.config import Recipe
+from mlip_cli.devices import peak_gib
 from mlip_cli.distributed import all_mean, all_sum, from_all, full, parallel, unwrap, world_size
-from mlip_cli.errors import RunError, Stopped
-from mlip_cli.merge_plan import MergePlan
-from mlip_cli.output import plural, warn
+from mlip_cli.errors import Stopped
+from mlip_cli.losses.features import ObjectiveLike
+from mlip_cli.recipe.config import Recipe
+from mlip_cli.recipe.merge_plan import MergePlan
+from mlip_cli.terminal.output import warn
 from mlip_cli.train.average import WeightAverage
-from mlip_cli.train.gradients import Precision, RandomState, add_gradients
-from mlip_cli.train.metrics import MetricsFile, Stopwatch, peak_gib
+from mlip_cli.train.gradients import Precision, add_gradients
+from mlip_cli.train.metrics import MetricsFile, Stopwatch
 from mlip_cli.train.optim import clamp_scales, learning_rate, set_learning_rate
 from mlip_cli.train.signals import StopRequest
-from mlip_cli.types import Batch, ObjectiveLike
+from mlip_cli.train.step import FiniteGuard, Progress, clip_gradients, settle_buckets
+from mlip_cli.types import Batch
 
 MOST_BAD_NAMED = 10
 """Bad samples that are named; more are counted."""
-
-MOST_SKIPPED_IN_A_ROW = 20
-"""Steps without a finite gradient after which the run is given up."""
-
-
-@dataclass
-class Progress:
-    """Where the run stands; saved with every checkpoint."""
-
-    step: int = 0
-    skipped_steps: int = 0
-    bad_samples: int = 0
-    measured_step: int = 0
-    """The last step after which the model was evaluated."""
-    best: list[tuple[float, int]] = field(default_factory=list)
-    """(measure, step) of the checkpoints that are kept as the best, the best one first."""
-    best_metric: str | None = None
-    """Name of that measure."""
-    micro_batch_size: int | None = None
-    """That was found to fit, where the recipe says auto."""
-
-    def note_best(self, metric: str, value: float, *, keep: int) -> bool:
-        """Whether this step's measure is one of the `keep` best so far, and is noted then; ties go to the earlier.
-
-        Measures of another metric, which a run may change when it goes on, are forgotten.
-        """
-        if metric != self.best_metric:
-            self.best, self.best_metric = [], metric
-        ranked = sorted([*self.best, (value, self.step)], key=lambda found: (-found[0], found[1]))
-        self.best = ranked[:keep]
-        return (value, self.step) in self.best
 
 
 def train(
@@ -194,46 +165,6 @@ def note_if_best(measures: dict[str, float], progress: Progress, recipe: Recipe)
     return progress.note_best(metric, measures[metric], keep=keep)
 
 
-class FiniteGuard:
-    """Skips steps whose gradient is not finite, on the device and so without waiting for it."""
-
-    def __init__(self, device: torch.device, progress: Progress) -> None:
-        self.progress = progress
-        self.in_a_row = torch.zeros((), device=device)
-        self.skipped = torch.zeros((), device=device)
-        self.last_skipped = torch.zeros((), device=device)
-
-    def step(self, optimizer: torch.optim.AdamW, precision: Precision, grad_norm: Tensor) -> None:
-        """One optimiser step, or none; `grad_norm` is that of the reduced gradient, so all ranks agree."""
-        not_finite = (~torch.isfinite(grad_norm)).float()
-        self.in_a_row = (self.in_a_row + not_finite) * not_finite
-        self.skipped += not_finite
-        self.last_skipped = torch.where(not_finite > 0, self.progress.step + 1, self.last_skipped)
-        if not precision.scaler.is_enabled():
-            optimizer.found_inf = not_finite  # type: ignore[attr-defined]  # fused AdamW reads it on the device
-        precision.scaler.step(optimizer)
-        precision.scaler.update()
-
-    def check(self) -> None:
-        """Read the counts into the progress.
-
-        Raises:
-            RunError: too many in a row.
-        """
-        if skipped := int(self.skipped):
-            self.progress.skipped_steps += skipped
-            self.skipped.zero_()
-            warn(
-                f"step {int(self.last_skipped)}: the gradient was not finite, so the step was skipped; "
-                f"{plural(self.progress.skipped_steps, 'step')} of this run so far"
-            )
-        if self.in_a_row >= MOST_SKIPPED_IN_A_ROW:
-            raise RunError(
-                f"step {self.progress.step}: the gradient was not finite in {int(self.in_a_row)} steps in a row; lower "
-                "optim.lr, set optim.clip_grad_norm, or look at the data"
-            )
-
-
 def account(progress: Progress, guard: FiniteGuard, watch: Stopwatch, device: torch.device) -> None:
     """Bring the counts of `progress` up to date, over all ranks, and name the first bad samples of the run."""
     guard.check()
@@ -245,30 +176,6 @@ def account(progress: Progress, guard: FiniteGuard, watch: Stopwatch, device: to
             warn(f"{bad.shard}: sample {bad.key}: {bad.reason}; another one takes its place{last}")
     progress.bad_samples += count
     watch.bad_samples = []
-
-
-def clip_gradients(model: nn.Module, most: float | None) -> Tensor:
-    """Norm of the whole gradient before clipping it to `most`: 0-d."""
-    return full(nn.utils.clip_grad_norm_(model.parameters(), math.inf if most is None else most))
-
-
-def settle_buckets(
-    model: nn.Module,
-    objective: ObjectiveLike,
-    batch: Batch,
-    precision: Precision,
-    micro_batch_size: int | None,
-    plan: MergePlan | None,
-) -> None:
-    """One backward that is thrown away, before the first step and before a resumed one.
-
-    DDP orders its buckets anew after the first backward, and the order of summation over ranks follows the buckets;
-    with it settled beforehand a resumed run adds in the same order as one that never stopped.
-    """
-    random = RandomState.read(batch.images.device)
-    add_gradients(model, objective, batch, precision=precision, micro_batch_size=micro_batch_size, plan=plan)
-    model.zero_grad(set_to_none=True)
-    random.restore(batch.images.device)
 
 
 def losses(objective: ObjectiveLike, terms: dict[str, Tensor]) -> dict[str, float]:

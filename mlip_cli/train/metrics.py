@@ -2,8 +2,6 @@
 
 import json
 import math
-import resource
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -96,11 +94,3 @@ class Stopwatch:
         elapsed = max(time.perf_counter() - self.started_s, 1e-9)
         waited = all_max(torch.tensor(self.waited_s / elapsed, device=self.device)).item()
         return {"images_per_s": ranks * self.images / elapsed, "data_wait_share": waited}
-
-
-def peak_gib(device: torch.device) -> float:
-    """High-water mark of device memory, on a CPU of the process's resident memory, in GiB."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import nn
 
-from mlip_cli.config import Optim
+from mlip_cli.recipe.config import Optim
 
 NOT_DECAYED = ("cls_token", "reg_token", "dist_token", "pos_embed", "positional_embedding", "kernel", "latent")
 """Last parts of parameter names that are no matrices of a linear map: tokens, positions, global filters."""

@@ -11,20 +11,20 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from mlip_cli.config import Train
 from mlip_cli.distributed import full_on_main, parallel, rank, sharded_like, unwrap, whole, world_size
 from mlip_cli.errors import UsageError
-from mlip_cli.output import is_main, warn
-from mlip_cli.train.average import WeightAverage
-from mlip_cli.train.checkpoint import (
+from mlip_cli.recipe.config import Train
+from mlip_cli.runs.checkpoint import (
     load_state,
     load_training_weights,
     load_weights,
     remove_old_checkpoints,
     save_checkpoint,
 )
+from mlip_cli.terminal.output import is_main, warn
+from mlip_cli.train.average import WeightAverage
 from mlip_cli.train.gradients import Precision, RandomState
-from mlip_cli.train.loop import Progress
+from mlip_cli.train.step import Progress
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from mlip_cli.config import Log
 from mlip_cli.errors import Stopped, UsageError
 from mlip_cli.files import write_text
-from mlip_cli.output import say, warn
-from mlip_cli.run_folder import Run
+from mlip_cli.recipe.config import Log
+from mlip_cli.runs.folder import Run
+from mlip_cli.terminal.output import say, warn
 
 Line = Mapping[str, float | None]
 """Of metrics.jsonl: None where a number is not finite."""

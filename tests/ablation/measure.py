@@ -9,16 +9,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from mlip_cli.commands.loading import LoadedRun, at_rate, load_run
 from mlip_cli.commands.pointing import point_runs
-from mlip_cli.commands.validation import tokenize
 from mlip_cli.data.dataset import ShardDataset
-from mlip_cli.data.loader import evaluation_loader
-from mlip_cli.evaluate.benchmarks import find_benchmark
+from mlip_cli.evaluate.datasets.find import find_benchmark
 from mlip_cli.evaluate.retrieval import images_of_texts, ranks
+from mlip_cli.evaluate.validation import evaluation_loader, tokenize
 from mlip_cli.evaluate.zeroshot import normalized, text_features
 from mlip_cli.files import write_json
-from mlip_cli.recipe import recipe_yaml
+from mlip_cli.recipe.load import recipe_yaml
+from mlip_cli.runs.loading import LoadedRun, at_rate, load_run
 
 BATCH_SIZE = 256
 

@@ -17,11 +17,11 @@ from statistics import median
 import torch
 from ablation.train_all import RECIPES, THREADS
 
-from mlip_cli.commands.training_setup import build, open_batches, open_data, training_device
-from mlip_cli.commands.training_step import TrainingStep
 from mlip_cli.files import write_json
-from mlip_cli.output import print_table
-from mlip_cli.recipe import load_recipe
+from mlip_cli.recipe.load import load_recipe
+from mlip_cli.terminal.output import print_table
+from mlip_cli.train.setup import build, open_batches, open_data, training_device
+from mlip_cli.train.step import TrainingStep
 
 NAMES = ("clip", "mlip", "mlip_half", "mlip_half_tome")
 WARM_UP, STEPS, STEPS_OF_CLIP = 3, 15, 500

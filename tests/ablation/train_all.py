@@ -18,8 +18,8 @@ from typing import Any
 import yaml
 from ablation.runs import RUNS, AblationRun
 
-from mlip_cli.config import Recipe
-from mlip_cli.recipe import load_recipe, recipe_yaml
+from mlip_cli.recipe.config import Recipe
+from mlip_cli.recipe.load import load_recipe, recipe_yaml
 
 FOLDER = Path(__file__).resolve().parent
 RECIPES = FOLDER.parents[1] / "recipes" / "ablation"

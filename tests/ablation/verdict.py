@@ -11,7 +11,7 @@ import numpy as np
 from ablation.runs import RUNS
 from ablation.scores import Contrast, Rows, contrast, group_recall, holm, macro, numbered, recall, reciprocal_ranks
 
-from mlip_cli.output import print_lines, print_table
+from mlip_cli.terminal.output import print_lines, print_table
 
 matplotlib.use("svg")
 

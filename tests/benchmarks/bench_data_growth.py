@@ -23,12 +23,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from open_clip_peer import write_numbers
 from shards_for_tests import make_dataset
 
-from mlip_cli.config import Data, Source
 from mlip_cli.data.dataset import ShardDataset
 from mlip_cli.data.loader import training_loader
 from mlip_cli.data.order import Order
 from mlip_cli.files import write_json
-from mlip_cli.output import print_lines, print_table
+from mlip_cli.recipe.config import Data, Source
+from mlip_cli.terminal.output import print_lines, print_table
 
 SHARD_SIZE, BATCH_SIZE, ROUNDS = 1000, 256, 3
 NUM_SHARDS = (100, 1_000, 10_000)

@@ -12,15 +12,11 @@ import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from mlip_cli.commands.costs import block_sizes, spectral_sizes
+from mlip_cli.devices import device_name
 from mlip_cli.model.frequency import SpectralBlock, convolve_by_fft, convolve_by_products
-from mlip_cli.output import print_lines, print_table
-from mlip_cli.profiling import (
-    Timing,
-    device_name,
-    gflops,
-    measure_interleaved,
-)
+from mlip_cli.profiling.flops import block_sizes, gflops, spectral_sizes
+from mlip_cli.profiling.timing import Timing, measure_interleaved
+from mlip_cli.terminal.output import print_lines, print_table
 
 GRIDS = ((8, 8), (14, 14), (16, 16), (24, 24))
 WIDTHS = (128, 768)

@@ -11,9 +11,9 @@ from collections.abc import Callable
 
 from bench_losses import BATCH_SIZE, CPU, ONE, noise_batch, vit_s_16, whole_step
 
-from mlip_cli.heap import keep_freed_memory
-from mlip_cli.output import print_lines, print_table
-from mlip_cli.profiling import device_name, measure_interleaved
+from mlip_cli.devices import device_name, keep_freed_memory
+from mlip_cli.profiling.timing import measure_interleaved
+from mlip_cli.terminal.output import print_lines, print_table
 
 ROUNDS = 7
 

@@ -18,7 +18,7 @@ from killed_for_tests import assert_same_run, killed_again_and_again, moments, t
 from open_clip_peer import write_numbers
 from test_killed import EVERY, STEPS, write_recipe
 
-from mlip_cli.output import print_lines, print_table
+from mlip_cli.terminal.output import print_lines, print_table
 
 DURING = ("evaluation", "checkpoint", "step", "checkpoint", "evaluation")
 RUNS = tuple((ranks, precision) for ranks in (1, 2, 3) for precision in ("fp32", "bf16"))

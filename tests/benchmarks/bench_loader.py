@@ -26,14 +26,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from shards_for_tests import make_dataset
 
-from mlip_cli.config import Augment, Data, Source
 from mlip_cli.data import transforms
 from mlip_cli.data.dataset import ShardDataset
 from mlip_cli.data.loader import training_loader
 from mlip_cli.data.order import Order
 from mlip_cli.data.tokenizer import Tokenizer
 from mlip_cli.data.transforms import decode, jpeg_decoder, least_size, training_crop, training_transform
-from mlip_cli.output import print_table
+from mlip_cli.recipe.config import Augment, Data, Source
+from mlip_cli.terminal.output import print_table
 
 N, ROUNDS = 1024, 7
 AUGMENT = Augment(crop_scale=(0.5, 1.0))

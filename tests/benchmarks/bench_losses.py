@@ -22,15 +22,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from mlip_cli.config import Frequency, GlobalLoss, Losses, Model, Text, TokenLoss, Vision
+from mlip_cli.devices import device_name
 from mlip_cli.losses.contrastive import CHUNK_LOGITS, sigmoid_loss
+from mlip_cli.losses.features import features_of
 from mlip_cli.losses.filip import CHUNK_SIMILARITIES_ELSEWHERE, filip_scores, filip_words
 from mlip_cli.losses.objective import Objective
-from mlip_cli.model.clip import CLIP, set_fused_attention
-from mlip_cli.output import print_lines, print_table
-from mlip_cli.profiling import device_name, measure_interleaved
+from mlip_cli.model.blocks import set_fused_attention
+from mlip_cli.model.clip import CLIP
+from mlip_cli.profiling.timing import measure_interleaved
+from mlip_cli.recipe.config import Frequency, GlobalLoss, Losses, Model, Text, TokenLoss, Vision
+from mlip_cli.terminal.output import print_lines, print_table
 from mlip_cli.train.gradients import Precision, add_gradients
-from mlip_cli.types import VOCAB_SIZE, Batch, Encoded, features_of
+from mlip_cli.types import VOCAB_SIZE, Batch, Encoded
 
 CPU = torch.device("cpu")
 BATCH_SIZE, NUM_TOKENS, ROUNDS = 32, 16, 5

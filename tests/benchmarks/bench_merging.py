@@ -14,14 +14,16 @@ from statistics import median
 
 import torch
 
-from mlip_cli.commands.costs import image_gflops
-from mlip_cli.commands.part_clock import PartClock, replaced
-from mlip_cli.config import Model, Text, Vision
-from mlip_cli.merge_plan import MergePlan
+from mlip_cli.devices import device_name
 from mlip_cli.model import merge_pass
-from mlip_cli.model.clip import CLIP, set_fused_attention
-from mlip_cli.output import print_lines, print_table
-from mlip_cli.profiling import device_name, measure_interleaved
+from mlip_cli.model.blocks import set_fused_attention
+from mlip_cli.model.clip import CLIP
+from mlip_cli.profiling.flops import image_gflops
+from mlip_cli.profiling.step import PartClock, replaced
+from mlip_cli.profiling.timing import measure_interleaved
+from mlip_cli.recipe.config import Model, Text, Vision
+from mlip_cli.recipe.merge_plan import MergePlan
+from mlip_cli.terminal.output import print_lines, print_table
 
 SETTINGS = (("guided", 0.3), ("guided", 0.5), ("tome", 0.3), ("tome", 0.5), ("random_drop", 0.5))
 BATCH_SIZE, ROUNDS = 4, 5

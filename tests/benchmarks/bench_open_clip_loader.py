@@ -26,7 +26,7 @@ from open_clip_peer import (
     write_tars,
 )
 
-from mlip_cli.output import print_table
+from mlip_cli.terminal.output import print_table
 
 NUM_SAMPLES, BATCH_SIZE, ROUNDS = 1024, 64, 7
 LOADERS = {"OpenCLIP": "open_clip", "ours": "ours", "ours, normalised": "ours_normalised"}
@@ -61,10 +61,10 @@ def our_epoch(data: Path, *, is_normalised: bool) -> Callable[[], int]:
     import torch
     from models_for_tests import small_model
 
-    from mlip_cli.config import Augment, Data, Source
     from mlip_cli.data.dataset import ShardDataset
     from mlip_cli.data.loader import training_loader
     from mlip_cli.data.order import Order
+    from mlip_cli.recipe.config import Augment, Data, Source
 
     dataset = ShardDataset(data)
     order = Order([dataset.num_samples], None, seed=0, global_batch_size=BATCH_SIZE)

@@ -16,12 +16,11 @@ import torch
 from sklearn.datasets import load_sample_images
 from torch import Tensor
 
-from mlip_cli.commands.sweep_pictures import WRITERS, PanelWriter, stage_panels
-from mlip_cli.config import Model, Text, Vision
-from mlip_cli.evaluate.merge_pictures import panel_pictures
+from mlip_cli.devices import device_name
+from mlip_cli.evaluate.merge_pictures import WRITERS, PanelWriter, panel_pictures, stage_panels
 from mlip_cli.model.clip import CLIP
-from mlip_cli.output import print_lines, print_table
-from mlip_cli.profiling import device_name
+from mlip_cli.recipe.config import Model, Text, Vision
+from mlip_cli.terminal.output import print_lines, print_table
 from mlip_cli.types import MergeStage
 
 NUM_PICTURES, SIZE, GRID = 64, 224, (14, 14)

@@ -41,7 +41,7 @@ from open_clip_peer import (
     write_tars,
 )
 
-from mlip_cli.output import print_lines, print_table
+from mlip_cli.terminal.output import print_lines, print_table
 
 NUM_PICTURES = 2048
 ROUNDS, WARMUP_STEPS, STEPS = 5, 2, 5

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from shards_for_tests import make_dataset
 
-from mlip_cli.output import print_lines
+from mlip_cli.terminal.output import print_lines
 
 THREADS = int(os.environ.get("MLIP_BENCH_THREADS", max(1, (os.cpu_count() or 2) - 1)))
 """Of the process that trains, for both; the loader process has the core that is left."""

@@ -1,0 +1,115 @@
+"""One part of a source, from records to verified files: the unit of work that any worker can do."""
+
+import hashlib
+import json
+import os
+import stat
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlip_cli.data.pictures import RejectedPictureError
+from mlip_cli.data.prepare.pixels import StoredPicture, store
+from mlip_cli.data.prepare.shards import PART_ROW, sample_parts, tar_writer, verify_tar
+from mlip_cli.data.prepare.workspace import PartResult
+from mlip_cli.data.sources.records import SPLITS, Part, Picture, Record, printable
+from mlip_cli.data.tokenizer import count_tokens
+from mlip_cli.files import atomic_path, write_bytes
+
+MAX_FILE_BYTES = 512 << 20
+NO_SPLIT = 255
+
+
+@dataclass(frozen=True)
+class PartOptions:
+    """What `prepare_part` needs besides the part."""
+
+    folder: str
+    """Where the files of the part go."""
+    size: int
+    """Short side of stored pictures in pixels."""
+    render: bool = False
+    """The pictures are OpenMoji's SVGs."""
+
+
+def prepare_part(part: Part, options: PartOptions) -> PartResult:
+    """Write a part's samples and rejects to files of their own; each is whole or absent."""
+    tar = Path(options.folder, f"part-{part.number:06d}.tar")
+    rows: list[tuple[int, int, int]] = []
+    rejects: list[dict[str, Any]] = []
+    with atomic_path(tar) as temporary:
+        with tar_writer(temporary) as writer:
+            for position, record in enumerate(part.records):
+                try:
+                    sample, picture = _make_sample(record, position + part.first_row, options)
+                except RejectedPictureError as reject:
+                    rejects.append(_reject(record, reject))
+                    continue
+                writer.write(sample)
+                split = SPLITS.index(record.split) if record.split else NO_SPLIT
+                rows.append((picture.pixels, split, count_tokens(record)))
+        columns = np.array(rows, np.uint64).reshape(-1, 3)
+        verified = verify_tar(temporary, columns[:, 2].astype(np.uint16))
+    table = np.zeros(len(rows), PART_ROW)
+    table["record"], table["pixels"], table["split"] = verified.records, columns[:, 0], columns[:, 1]
+    with atomic_path(tar.with_suffix(".npy")) as temporary, open(temporary, "wb") as file:
+        np.save(file, table, allow_pickle=False)
+    lines = "".join(json.dumps(reject) + "\n" for reject in rejects)
+    write_bytes(tar.with_suffix(".rejects.jsonl"), lines.encode())
+    return PartResult(
+        number=part.number,
+        rows=len(part.records),
+        tar=tar.name,
+        tar_bytes=verified.num_bytes,
+        samples=len(rows),
+        reasons=dict(sorted(Counter(reject["reason"] for reject in rejects).items())),
+    )
+
+
+def _make_sample(record: Record, row: int, options: PartOptions) -> tuple[dict[str, Any], StoredPicture]:
+    """What the shard gets for a record; RejectedPictureError says why it gets nothing."""
+    if record.reject or record.picture is None:
+        raise RejectedPictureError(record.reject or "no picture", record.detail)
+    content = _read_picture(record.picture)
+    if options.render:
+        from mlip_cli.data.sources.openmoji import render
+
+        picture = store(render(Path(record.picture.path), size=options.size), size=options.size)
+    else:
+        picture = store(content, size=options.size)
+    fields = {
+        "captions": [asdict(caption) for caption in record.captions],
+        "class": None if record.label is None else printable(record.label),
+        "width": picture.width,
+        "height": picture.height,
+        "original_width": picture.original_width,
+        "original_height": picture.original_height,
+        "sha256": hashlib.sha256(content).hexdigest(),
+        "source": {"file": printable(record.file), "row": record.row},
+        "meta": dict(record.meta),
+    }
+    return sample_parts(f"{row:09d}", image=picture.content, format=picture.format, fields=fields), picture
+
+
+def _read_picture(picture: Picture) -> bytes:
+    try:
+        if not stat.S_ISREG(os.stat(picture.path).st_mode) and not os.path.isdir(picture.path):
+            raise RejectedPictureError("picture is not a file", "a pipe or a device")  # whose reader would wait
+        with open(picture.path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size if picture.size is None else picture.size
+            if size > MAX_FILE_BYTES:
+                raise RejectedPictureError("picture too large", f"{size} bytes")
+            file.seek(picture.offset)
+            return file.read(size)
+    except FileNotFoundError:
+        raise RejectedPictureError("picture missing", "no such file") from None
+    except (OSError, ValueError) as error:  # a folder, no permission, a bad disk block, a name with a zero byte
+        raise RejectedPictureError("picture cannot be read", getattr(error, "strerror", None) or str(error)) from None
+
+
+def _reject(record: Record, error: RejectedPictureError) -> dict[str, Any]:
+    detail = error.detail if not record.detail or record.detail == error.detail else f"{record.detail}: {error.detail}"
+    return {"file": printable(record.file), "row": record.row, "reason": error.reason, "detail": printable(detail)}

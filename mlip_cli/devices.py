@@ -1,0 +1,98 @@
+"""The device that computes: pick it, name it, wait for it, its memory."""
+
+import ctypes
+import os
+import platform
+import resource
+import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+import torch
+
+from mlip_cli.errors import RunError, UsageError
+from mlip_cli.terminal.output import plural
+
+_TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # of mallopt(3)
+
+
+def keep_freed_memory(keep: bool = True) -> None:
+    """Have glibc keep freed memory for what comes next, or treat it as at first; other C libraries stay as they are.
+
+    At first it gives every large block back at once, and when the next one is asked for, the system writes zeros into
+    all of its pages (tests/benchmarks/bench_heap.py). With it the process keeps the most that it needed.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_MMAP_MAX, 0 if keep else 65_536)
+        libc.mallopt(_TRIM_THRESHOLD, -1 if keep else 128 * 1024)
+
+
+@contextmanager
+def full_memory_named(place: str, what: str, cure: str) -> Iterator[None]:
+    """Turn what PyTorch says of a device without room into one line: `place`, what there is no memory for, the cure.
+
+    Raises:
+        RunError: the block needed more memory than there is.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        # a CPU has no error of its own for it
+        is_of_cpu = "DefaultCPUAllocator" in str(error) and not isinstance(error, RunError)
+        if not isinstance(error, torch.OutOfMemoryError) and not is_of_cpu:
+            raise
+        raise RunError(f"{place}: the device has no memory for {what}; {cure}") from error
+
+
+def batch_named(setting: str, size: int, *, note: str = "") -> AbstractContextManager[None]:
+    """`full_memory_named` where `setting` says how many samples go through the model at once, `size` at present."""
+    if size == 1:
+        return full_memory_named(setting, "one sample alone", "take a smaller model or smaller pictures")
+    return full_memory_named(setting, f"{size:,} samples at once", f"set it to {size // 2:,} or less{note}")
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto`, `cuda`, `mps` or `cpu` -> the device of this rank; on a CPU, what is freed is kept (`keep_freed_memory`).
+
+    Raises:
+        UsageError: PyTorch sees no such device, or fewer than there are ranks.
+    """
+    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not present.get(name, True):
+        raise UsageError(f"device {name}: PyTorch sees none; use cpu, and ask mlip doctor why")
+    if name == "auto":
+        name = next((device for device, is_there in present.items() if is_there), "cpu")
+    if name == "cpu":
+        keep_freed_memory()
+    if name == "cuda":
+        number, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if number >= count:
+            raise UsageError(
+                f"device cuda: rank {number} of this machine has none of its {plural(count, 'GPU')}; start {count}"
+            )
+        return torch.device("cuda", number)
+    return torch.device(name)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until `device` has done all it was given, so that a clock shows the work and not its queueing."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or the CPU's instruction set as PyTorch uses it; PyTorch tells no name of other devices."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return torch.backends.cpu.get_cpu_capability() if device.type == "cpu" else device.type
+
+
+def peak_gib(device: torch.device) -> float:
+    """High-water mark of device memory, on a CPU of the process's resident memory, in GiB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

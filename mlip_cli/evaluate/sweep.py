@@ -1,0 +1,339 @@
+"""The data sets of a merge sweep: how each scores all settings side by side, and which pictures it shows."""
+
+import difflib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mlip_cli.data.loader import decoded
+from mlip_cli.devices import device_name
+from mlip_cli.errors import RunError, UsageError
+from mlip_cli.evaluate.datasets.find import Benchmark, data_root, find_benchmark
+from mlip_cli.evaluate.datasets.open import open_benchmark
+from mlip_cli.evaluate.evaluators import READERS, measure_runs
+from mlip_cli.evaluate.retrieval import Ranks, image_text_ranks
+from mlip_cli.evaluate.statistics import paired
+from mlip_cli.evaluate.validation import VALIDATION, ValidationPairs, validation_pairs
+from mlip_cli.profiling.flops import image_gflops
+from mlip_cli.profiling.timing import Timing, measure_interleaved, peak_memory
+from mlip_cli.recipe import merge_plan
+from mlip_cli.runs.loading import LoadedRun, MergedEncoder, at_rate
+from mlip_cli.terminal.output import say
+from mlip_cli.terminal.panel import progress
+
+FAILURES = (UsageError, RunError, OSError)
+"""What may be wrong with one data set while the others can be measured."""
+
+PREPARED = frozenset({"openmoji", "shards", "imagenet_shards"})
+"""Kinds of benchmarks that `prepare-data` wrote, with a card."""
+
+
+@dataclass(frozen=True)
+class ChosenPicture:
+    """A picture for people to look at."""
+
+    number: int
+    """In the data set, from 0."""
+    label: str | None
+    """Name of its class, or its first caption."""
+    image: Tensor
+    """(3, S, S) uint8, as the model gets it."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One setting of the sweep."""
+
+    method: str | None
+    """None for the unmerged model."""
+    rate: float
+    """As asked for; the plan's is the true one."""
+    encoder: MergedEncoder
+
+    @property
+    def setting(self) -> dict[str, Any]:
+        """What names the point in results."""
+        return {"method": self.method, "rate": self.rate, "true_rate": self.encoder.plan.rate}
+
+
+@dataclass(frozen=True)
+class SweepDataset:
+    """A data set that was found."""
+
+    name: str
+    fingerprint: str
+    attribution: tuple[str, ...]
+    """What the licence of its pictures asks to be said beside them."""
+    measure: Callable[[Sequence[Point]], dict[str, Any]]
+    """Scores of all points, the unmerged first, on the same pictures; raises one of FAILURES."""
+    choose: Callable[[int], list[ChosenPicture]]
+    """So many pictures, drawn at random with seed 0, in the order of the data set; raises one of FAILURES."""
+
+
+def find_datasets(
+    loaded: LoadedRun, names: Sequence[str], *, root: Path | None, batch_size: int
+) -> tuple[list[SweepDataset], dict[str, Exception]]:
+    """The data sets named, else those that the run's recipe evaluates on, else its validation set; and what failed.
+
+    Raises:
+        UsageError, OSError: none of those that were named by hand is there.
+    """
+    recipe = loaded.recipe
+    wanted = list(dict.fromkeys(names)) or list(recipe.evaluate.zeroshot)
+    if not wanted and recipe.data.validation is not None:
+        wanted = [VALIDATION]
+    if not wanted:
+        say("no accuracy: the recipe has no evaluate.zeroshot and no data.validation; name data sets with --dataset")
+    found: list[SweepDataset] = []
+    failures: dict[str, Exception] = {}
+    for name in wanted:
+        try:
+            if name == VALIDATION:
+                found.append(_validation(loaded))
+            else:
+                benchmark = find_benchmark(name, root=data_root(root))
+                found.append(_benchmark(benchmark, loaded, batch_size=batch_size))
+        except FAILURES as error:
+            failures[name] = error
+    if names and not found:
+        raise next(iter(failures.values()))
+    return found, failures
+
+
+def numbers_at_random(wanted: int, num_pictures: int) -> list[int]:
+    """Numbers of different pictures, ascending; all of them where there are fewer than wanted."""
+    order = torch.randperm(num_pictures, generator=torch.Generator().manual_seed(0))
+    return sorted(order[:wanted].tolist())
+
+
+def attributions(cards: Iterable[Mapping[str, Any]]) -> tuple[str, ...]:
+    """What the licences of prepared data ask to be said, each text once."""
+    found = [card.get("provenance", {}).get("attribution") for card in cards]
+    return tuple(dict.fromkeys(text for text in found if text))
+
+
+def _benchmark(benchmark: Benchmark, loaded: LoadedRun, *, batch_size: int) -> SweepDataset:
+    is_prepared = benchmark.kind in PREPARED
+    cards = [json.loads((benchmark.root / "dataset.json").read_bytes())] if is_prepared else []
+    return SweepDataset(
+        name=benchmark.name,
+        fingerprint=benchmark.fingerprint,
+        attribution=attributions(cards),
+        measure=partial(accuracies, benchmark, loaded, batch_size=batch_size),
+        choose=partial(_choose_of_benchmark, benchmark, loaded.model.image_size),
+    )
+
+
+def _choose_of_benchmark(benchmark: Benchmark, size: int, wanted: int) -> list[ChosenPicture]:
+    pictures = open_benchmark(benchmark, READERS)
+    numbers = set(numbers_at_random(wanted, pictures.num_pictures))
+    chosen = []
+    for number, item in enumerate(pictures.items()):
+        if number in numbers:
+            image, label = pictures.load(item)
+            chosen.append(ChosenPicture(number, pictures.class_names[label], READERS.fit(image, size)))
+            if len(chosen) == len(numbers):
+                break
+    return chosen
+
+
+def accuracies(benchmark: Benchmark, loaded: LoadedRun, points: Sequence[Point], *, batch_size: int) -> dict[str, Any]:
+    """Zero-shot scores of all points, each beside the unmerged model on the same pictures."""
+    [scores] = measure_runs(benchmark, [(loaded, [point.encoder for point in points])], batch_size=batch_size)
+    unmerged = scores[0]
+    shared = ("n", "num_classes", "chance", "majority_share")
+    elsewhere = {*shared, "right", "predicted", "images_per_s", "timed_batches"}
+    return {
+        "dataset": benchmark.name,
+        "task": "zeroshot",
+        "fingerprint": benchmark.fingerprint,
+        **{name: unmerged[name] for name in shared},
+        "points": [
+            {
+                **point.setting,
+                **{name: value for name, value in own.items() if name not in elsewhere},
+                "agreement": agreement(unmerged["predicted"], own["predicted"]),
+                "paired": all_paired(unmerged["right"], own["right"]),
+            }
+            for point, own in zip(points, scores, strict=True)
+        ],
+    }
+
+
+def agreement(unmerged: str, merged: str) -> float:
+    """Share of pictures that get the same class from both, right or wrong."""
+    pairs = list(zip(unmerged.split(), merged.split(), strict=True))
+    return sum(a == b for a, b in pairs) / len(pairs)
+
+
+def all_paired(unmerged: dict[str, str], merged: dict[str, str]) -> dict[str, Any]:
+    """The paired test of each measure."""
+    return {measure: paired(unmerged[measure], right) for measure, right in merged.items()}
+
+
+def _validation(loaded: LoadedRun) -> SweepDataset:
+    pairs = validation_pairs(loaded.recipe, loaded.tokenizer, device=loaded.device)
+    if pairs is None:
+        raise UsageError(f"{VALIDATION}: the recipe of {loaded.label} has no data.validation; name another data set")
+    fingerprint = " ".join(dataset.fingerprint for dataset in pairs.datasets)
+    return SweepDataset(
+        name=VALIDATION,
+        fingerprint=fingerprint,
+        attribution=attributions(dataset.card for dataset in pairs.datasets),
+        measure=partial(retrieval, pairs, fingerprint),
+        choose=partial(_choose_of_validation, pairs, loaded.model.image_size),
+    )
+
+
+def _choose_of_validation(pairs: ValidationPairs, size: int, wanted: int) -> list[ChosenPicture]:
+    numbers = numbers_at_random(wanted, pairs.num_pictures)
+    samples = [(number, pairs.sample(number)) for number in numbers]
+    return [
+        ChosenPicture(number, sample.record["captions"][0]["text"], READERS.fit(decoded(sample), size))
+        for number, sample in samples
+    ]
+
+
+def retrieval(pairs: ValidationPairs, fingerprint: str, points: Sequence[Point]) -> dict[str, Any]:
+    """Retrieval both ways by all points, each beside the unmerged model on the same pairs."""
+    with progress(len(points) * pairs.num_pictures, VALIDATION) as bar:
+        ranks = [
+            image_text_ranks(
+                *pairs.features(point.encoder, on_batch=lambda n: bar.advance(bar.task_ids[0], n)), pairs.own_texts
+            )
+            for point in points
+        ]
+    unmerged = _right(ranks[0])
+    clusters = {f"{way}_{k}": found.cluster_of for way, found in ranks[0].items() for k in found.right()}
+    return {
+        "dataset": VALIDATION,
+        "task": "retrieval",
+        "fingerprint": fingerprint,
+        "n": pairs.num_pictures,
+        "num_texts": len(pairs.texts),
+        "points": [
+            {
+                **point.setting,
+                **{way: found.recalls() for way, found in own.items()},
+                "paired": {name: paired(unmerged[name], right, clusters[name]) for name, right in _right(own).items()},
+            }
+            for point, own in zip(points, ranks, strict=True)
+        ],
+    }
+
+
+def _right(ranks: dict[str, Ranks]) -> dict[str, str]:
+    """image_to_text_r1 -> 0110..., and so on."""
+    return {f"{way}_{k}": right for way, found in ranks.items() for k, right in found.right().items()}
+
+
+METHODS = tuple(method for method in merge_plan.METHODS if method != "random_drop")
+"""Those that merge. `random_drop` is for training: a run that trained by it is swept as guided."""
+
+
+def check_methods(methods: Sequence[str]) -> None:
+    """Refuse a method that does not exist."""
+    for method in methods:
+        if method not in METHODS:
+            near = difflib.get_close_matches(method, METHODS, n=1)
+            cure = f"did you mean {near[0]}?" if near else f"there are {', '.join(METHODS)}"
+            fault = "drops patches in training only" if method == "random_drop" else "no such method"
+            raise UsageError(f"--methods {method}: {fault}; {cure}")
+
+
+def sweep_points(loaded: LoadedRun, rates: Sequence[float], methods: Sequence[str]) -> list[Point]:
+    """Rate 0 once, then each method at each other rate, ascending; no method named: `merge_plan`'s choice.
+
+    Raises:
+        UsageError: no plan reaches a rate.
+    """
+    model = loaded.model
+    wanted = sorted({rate for rate in rates if rate > 0})
+    return [
+        Point(None, 0.0, at_rate(model, 0.0)),
+        *(
+            Point(method, rate, at_rate(model, rate, method))
+            for method in dict.fromkeys(methods or [model.merge_plan(0.0).method])
+            for rate in wanted
+        ),
+    ]
+
+
+def what_and_where(loaded: LoadedRun) -> dict[str, Any]:
+    """The checkpoint that is measured, and the machine that measures."""
+    return {
+        "run": loaded.label,
+        "checkpoint": loaded.checkpoint.name,
+        "step": loaded.step,
+        "image_size": loaded.model.image_size,
+        "device": str(loaded.device),
+        "device_name": device_name(loaded.device),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+
+
+def all_scores(
+    datasets: Sequence[SweepDataset], points: Sequence[Point]
+) -> tuple[list[dict[str, Any]], dict[str, Exception]]:
+    """Scores on each data set, and what went wrong with the others."""
+    scores: list[dict[str, Any]] = []
+    failures: dict[str, Exception] = {}
+    for dataset in datasets:
+        try:
+            scores.append(dataset.measure(points))
+        except FAILURES as error:
+            failures[dataset.name] = error
+    return scores, failures
+
+
+def speeds(loaded: LoadedRun, points: Sequence[Point], *, batch_size: int, rounds: int) -> list[dict[str, Any]]:
+    """Operations by formula and time side by side, on pictures of noise: no rule of merging works less for them."""
+    size = loaded.model.image_size
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (batch_size, 3, size, size), dtype=torch.uint8, generator=generator).to(loaded.device)
+    functions = {str(i): encode(point.encoder, images) for i, point in enumerate(points)}
+    with progress(rounds * len(points), "timing") as bar:
+        timings = measure_interleaved(
+            functions, rounds, device=loaded.device, after_call=lambda: bar.advance(bar.task_ids[0])
+        )
+    whole = sum(image_gflops(loaded.model, points[0].encoder.plan).values())
+    return [
+        {
+            **point.setting,
+            "tokens_per_block": point.encoder.plan.tokens,
+            **cost(sum(image_gflops(loaded.model, point.encoder.plan).values()), whole, timing),
+            "images_per_s": batch_size / timing.median_s,
+            "seconds": timing.seconds,
+            "peak_memory": vars(peak_memory(function, device=loaded.device)),
+        }
+        for point, timing, function in zip(points, timings.values(), functions.values(), strict=True)
+    ]
+
+
+def encode(encoder: MergedEncoder, images: Tensor) -> Callable[[], object]:
+    """A forward pass of the image tower."""
+
+    def forward() -> None:
+        with torch.inference_mode():
+            encoder.encode_image(images)
+
+    return forward
+
+
+def cost(gflops: float, unmerged_gflops: float, timing: Timing) -> dict[str, Any]:
+    """Speed-up as measured and as the operations promise."""
+    expected = unmerged_gflops / gflops
+    return {
+        "gflops": gflops,
+        "speedup": timing.speedup,
+        "speedup_interval": timing.speedup_interval,
+        "expected_speedup": expected,
+        "measured_over_expected": timing.speedup / expected,
+    }

@@ -1,0 +1,216 @@
+"""The pairs of `data.validation`, ready to be encoded again and again: for measures, galleries and sweeps."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from mlip_cli.data.dataset import RawSample, ShardDataset
+from mlip_cli.data.loader import decoded, default_num_workers
+from mlip_cli.data.loader_processes import data_loader, items_of
+from mlip_cli.data.open import open_sources
+from mlip_cli.data.tokenizer import Tokenizer
+from mlip_cli.data.transforms import evaluation_transform, least_size
+from mlip_cli.distributed import world_size
+from mlip_cli.errors import RunError
+from mlip_cli.evaluate.together import ALONE, Together
+from mlip_cli.evaluate.zeroshot import normalized, text_features
+from mlip_cli.recipe.config import Cache, Recipe, Source
+from mlip_cli.types import Encoder
+
+T = TypeVar("T")
+OnBatch = Callable[[int], None]
+"""Told of the number of pictures that are done now on this rank, of 0 before texts."""
+
+VALIDATION = "validation"
+"""Name of the run's own validation set."""
+
+BATCH_SIZE = 128
+KEPT_BYTES = 1 << 30
+"""Decoded pictures up to this many bytes a data set and rank stay in memory between evaluations; more are decoded each
+time."""
+
+FEW_PICTURES = 1000
+"""Below this many, starting loader processes takes longer than decoding."""
+
+
+def tokenize(tokenizer: Tokenizer, texts: Sequence[str]) -> Tensor:
+    """Token ids (n, L), L the length of the longest text: columns of padding change nothing but the time."""
+    token_ids = tokenizer.encode(texts)
+    return token_ids[:, : int(token_ids.any(dim=0).nonzero().max()) + 1]
+
+
+class ValidationPairs:
+    """All pictures of some data sets and their distinct captions; a caption of several pictures is right for each."""
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        tokenizer: Tokenizer,
+        *,
+        image_size: int,
+        device: torch.device,
+        cache: Cache | None = None,
+        beside: Sequence[ShardDataset] = (),
+    ) -> None:
+        self.datasets = open_sources(sources, cache=cache, beside=beside)
+        self.device = device
+        self._tokenizer = tokenizer
+        captions = [
+            [caption["text"] for caption in dataset.read(id).record["captions"]]
+            for dataset in self.datasets
+            for id in range(dataset.num_samples)
+        ]
+        self.num_pictures = len(captions)
+        self.texts: list[str] = sorted(
+            {text for own in captions for text in own}, key=lambda text: (len(text), text)
+        )  # texts of one length need little padding
+        number = {text: i for i, text in enumerate(self.texts)}
+        self.own_texts = [[number[text] for text in own] for own in captions]
+        """For each picture the numbers of its texts."""
+        self._image_size = image_size
+        self._num_batches = [-(-dataset.num_samples // BATCH_SIZE) for dataset in self.datasets]
+        self._decoded = Kept(self._read, size=image_size)
+
+    def _read(self, numbers: range) -> Iterator[Tensor]:
+        """Batches by their numbers among those of all data sets: a batch is of one data set."""
+        first = 0
+        for dataset, num_batches in zip(self.datasets, self._num_batches, strict=True):
+            own = range(max(numbers.start - first, 0), min(numbers.stop - first, num_batches))
+            first += num_batches
+            if own:
+                loader = evaluation_loader(
+                    dataset,
+                    image_size=self._image_size,
+                    batch_size=BATCH_SIZE,
+                    num_workers=0 if len(own) * BATCH_SIZE < FEW_PICTURES else default_num_workers(world_size()),
+                    numbers=own,
+                )
+                yield from (batch.images for batch in loader)
+
+    def sample(self, number: int) -> RawSample:
+        """The sample of a picture, by its number among all.
+
+        Raises:
+            BadSampleError: it cannot be read.
+        """
+        for dataset in self.datasets:
+            if number < dataset.num_samples:
+                return dataset.read(number)
+            number -= dataset.num_samples
+        raise IndexError(number)
+
+    def features(
+        self, encoder: Encoder, *, on_batch: OnBatch = lambda _: None, together: Together = ALONE
+    ) -> tuple[Tensor, Tensor]:
+        """Unit vectors of all pictures and of all texts: (I, E), (T, E) fp32, on every rank.
+
+        Raises:
+            RunError: some features are not finite; says how many.
+        """
+        part = together.part(sum(self._num_batches))
+        parts = []
+        for images in together.in_rounds(self._decoded.of(part.numbers), part):
+            with torch.no_grad():
+                parts.append(encoder.encode_image(images.to(self.device)))
+            on_batch(len(images))
+        images = together.gathered(parts, part)
+        on_batch(0)
+        texts = text_features(
+            self.texts,
+            tokenize=partial(tokenize, self._tokenizer),
+            encode_text=encoder.encode_text,
+            device=self.device,
+            place=VALIDATION,
+            together=together,
+        )
+        return normalized(images, "image", place=VALIDATION), texts
+
+
+def validation_pairs(
+    recipe: Recipe, tokenizer: Tokenizer, *, device: torch.device | str, beside: Sequence[ShardDataset] = ()
+) -> ValidationPairs | None:
+    """Those of the recipe's `data.validation`, or None where it names none; for `beside` see `open_sources`."""
+    sources = recipe.data.validation
+    if sources is None:
+        return None
+    return ValidationPairs(
+        sources,
+        tokenizer,
+        image_size=recipe.data.image_size,
+        device=torch.device(device),
+        cache=recipe.data.cache,
+        beside=beside,
+    )
+
+
+class Kept(Generic[T]):
+    """Batches that are decoded the first time and kept, or decoded each time where they need too much memory."""
+
+    def __init__(self, read: Callable[[range], Iterable[T]], *, size: int) -> None:
+        self._read = read
+        self._most = KEPT_BYTES // (BATCH_SIZE * 3 * size * size)
+        self._batches: dict[int, T] = {}
+
+    def of(self, numbers: range) -> Iterator[T]:
+        """The batches with these numbers, in order."""
+        missing = next((number for number in numbers if number not in self._batches), numbers.stop)
+        yield from (self._batches[number] for number in range(numbers.start, missing))
+        if missing < numbers.stop:
+            for number, batch in enumerate(self._read(range(missing, numbers.stop)), start=missing):
+                if len(numbers) <= self._most:
+                    self._batches[number] = batch
+                yield batch
+
+
+@dataclass(frozen=True)
+class EvaluationBatch:
+    """Samples for evaluation, in the order of the data set."""
+
+    images: Tensor
+    """(B, 3, S, S) uint8"""
+    records: list[dict[str, Any]]
+    """KEY.json of each sample."""
+    keys: tuple[str, ...]
+    """Key of each sample."""
+
+
+def evaluation_loader(
+    dataset: ShardDataset, *, image_size: int, batch_size: int, num_workers: int, numbers: range | None = None
+) -> Iterator[EvaluationBatch]:
+    """All samples of a data set once, in order, resized and centre-cropped; the last batch may be smaller.
+
+    Args:
+        numbers: of the batches to make; None: all.
+
+    Raises:
+        RunError: (while iterating) a sample cannot be read: a measure over the others would be another measure.
+    """
+    dataset.fetch()
+    batches = _EvaluationBatches(dataset, image_size, batch_size)
+    everything = range(-(-dataset.num_samples // batch_size))
+    return items_of(data_loader(batches, everything if numbers is None else numbers, num_workers))
+
+
+class _EvaluationBatches(Dataset[EvaluationBatch | Exception]):
+    """Item i is the i-th batch, or the error that made it impossible."""
+
+    def __init__(self, dataset: ShardDataset, image_size: int, batch_size: int) -> None:
+        self.dataset, self.image_size, self.batch_size = dataset, image_size, batch_size
+
+    def __getitem__(self, i: int) -> EvaluationBatch | Exception:
+        start = i * self.batch_size
+        try:
+            samples = [
+                self.dataset.read(id) for id in range(start, min(start + self.batch_size, self.dataset.num_samples))
+            ]
+            size = self.image_size
+            pictures = [decoded(sample, least=least_size(None, size)) for sample in samples]
+            images = torch.stack([evaluation_transform(picture, size=size) for picture in pictures])
+        except (RunError, OSError) as error:
+            return error
+        return EvaluationBatch(images, [sample.record for sample in samples], tuple(sample.key for sample in samples))

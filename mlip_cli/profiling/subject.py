@@ -1,0 +1,114 @@
+"""What `mlip profile` measures: a model with its device, its data, and batches like those of its training."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from mlip_cli.data.dataset import ShardDataset
+from mlip_cli.data.open import open_sources
+from mlip_cli.data.tokenizer import padded_length
+from mlip_cli.devices import pick_device
+from mlip_cli.errors import RunError, UsageError
+from mlip_cli.model.blocks import set_fused_attention
+from mlip_cli.model.clip import CLIP, build_model
+from mlip_cli.recipe.config import Recipe
+from mlip_cli.recipe.load import load_recipe
+from mlip_cli.recipe.shipped import find_recipe
+from mlip_cli.runs.folder import Run, newest_in_words
+from mlip_cli.runs.loading import load_run
+from mlip_cli.terminal.output import say
+from mlip_cli.types import VOCAB_SIZE, Batch
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is measured."""
+
+    label: str
+    recipe: Recipe
+    model: CLIP
+    """On `device`; training steps are timed on it, with a learning rate of 0."""
+    device: torch.device
+    run: Run | None = None
+    """Where the weights come from; None for random ones."""
+    step: int | None = None
+    """Step of the checkpoint."""
+
+
+def load_subject(target: str | None, device: str) -> Subject:
+    """A folder is a run or a checkpoint, None the newest run; everything else is a recipe with random weights."""
+    if target is None or Path(target).is_dir():
+        run = load_run(target, device=device)
+        model = _as_trained(run.model, run.recipe)
+        return Subject(f"{run.label}, step {run.step}", run.recipe, model, run.device, run.run, run.step)
+    _check_named(target)
+    loaded = load_recipe(target)
+    where = pick_device(device)
+    model = _as_trained(build_model(loaded.recipe), loaded.recipe).to(where).eval()
+    set_fused_attention(model, where.type != "cpu")
+    return Subject(f"recipe {loaded.name}, random weights", loaded.recipe, model, where)
+
+
+def _as_trained(model: CLIP, recipe: Recipe) -> CLIP:
+    """The model with gradients for what the recipe trains, recomputing what it recomputes; nothing is compiled."""
+    model.requires_grad_(True)
+    if recipe.train.grad_checkpointing:
+        model.set_grad_checkpointing()
+    if recipe.train.compile:
+        say("train.compile: what follows is measured without it")
+    if recipe.model.freeze is not None:
+        model.freeze(recipe.model.freeze)
+    return model
+
+
+def _check_named(target: str) -> None:
+    """Where nothing has the name of a recipe, say of runs too that there is none.
+
+    Raises:
+        UsageError: there is no such recipe.
+    """
+    try:
+        find_recipe(target)
+    except UsageError as error:
+        raise UsageError(f"{error}; no run lies there either: {newest_in_words()}") from None
+
+
+def training_data(recipe: Recipe) -> list[ShardDataset]:
+    """The data sets of `data.train`; none, and a line that says why, where one of them is missing or damaged."""
+    try:
+        return open_sources(recipe.data.train, cache=recipe.data.cache)
+    except (UsageError, RunError) as error:
+        say(f"no data, so reading and decoding are not timed: {error}")
+        return []
+
+
+def caption_length(recipe: Recipe, datasets: Sequence[ShardDataset]) -> tuple[int, str]:
+    """Tokens to which a typical batch's captions are padded, and where that is known from."""
+    most = recipe.model.text.context_length
+    if not datasets:
+        return most, "the context length, without data"
+    dataset = datasets[0]
+    generator = np.random.default_rng(0)
+    size = min(recipe.train.global_batch_size, dataset.num_samples)
+    longest = [dataset.num_tokens(generator.integers(dataset.num_samples, size=size)).max() for _ in range(25)]
+    return padded_length(int(np.median(longest)), most), f"batches of {dataset.name}"
+
+
+def random_batch(subject: Subject, *, batch_size: int, num_tokens: int) -> Batch:
+    """Pictures of noise, captions of `num_tokens` words drawn from the whole vocabulary."""
+    generator = torch.Generator().manual_seed(0)
+    size = subject.model.image_size
+    images = torch.randint(256, (batch_size, 3, size, size), dtype=torch.uint8, generator=generator)
+    token_ids = torch.randint(1, VOCAB_SIZE - 2, (batch_size, num_tokens), generator=generator)
+    token_ids[:, 0], token_ids[:, -1] = VOCAB_SIZE - 2, VOCAB_SIZE - 1
+    labels = torch.arange(batch_size) if subject.recipe.losses.positives == "concept" else None
+    return Batch(images, token_ids, keys=("",) * batch_size, labels=labels).to(subject.device)
+
+
+def pinned(batch: Batch, device: torch.device) -> Batch:
+    """The batch as the loader leaves it for `device`: in main memory, pinned where that speeds up the copy."""
+    batch = batch.to("cpu")
+    return batch.pin_memory() if device.type == "cuda" else batch

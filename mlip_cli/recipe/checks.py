@@ -1,0 +1,213 @@
+"""Mistakes that take more than one key to see. Each check is a function recipe -> [(dotted key, what is wrong)]."""
+
+from collections.abc import Callable, Iterator
+
+from mlip_cli.errors import UsageError
+from mlip_cli.recipe.config import LOSS_NAMES, Recipe
+from mlip_cli.recipe.init_source import open_clip_file
+from mlip_cli.recipe.merge_plan import DEFAULT, MergePlan, default_places, stem_depth, wrong_places, wrong_stem
+
+Found = Iterator[tuple[str, str]]
+
+SIZES = ("patch_size", "width", "depth", "num_heads")
+NUM_PREFIX = 1
+"""A tower that is given by its sizes has a class token and no registers."""
+
+
+def _length(recipe: Recipe) -> Found:
+    if recipe.train.steps is None and recipe.train.epochs is None:
+        yield "train.steps", "not given, nor is train.epochs; give one of them"
+    if recipe.train.steps is not None and recipe.train.epochs is not None:
+        yield "train.epochs", f"{recipe.train.epochs} excludes train.steps {recipe.train.steps}; set one to null"
+
+
+def _batch(recipe: Recipe) -> Found:
+    micro, whole = recipe.train.given_micro_batch_size, recipe.train.global_batch_size
+    if micro is not None and micro > whole:
+        yield "train.micro_batch_size", f"{micro} is more than train.global_batch_size {whole}; set it to null"
+    if recipe.train.micro_batch_size == "auto" and recipe.train.parallel == "fsdp":
+        yield "train.micro_batch_size", "auto needs train.parallel ddp, where each rank can try alone; give a number"
+
+
+def _precision(recipe: Recipe) -> Found:
+    if recipe.train.precision == "fp16" and recipe.train.device not in ("cuda", "auto"):
+        yield "train.precision", f"fp16 needs train.device cuda, not {recipe.train.device}; use bf16 or fp32"
+
+
+def _sources(recipe: Recipe) -> Found:
+    weighted = [source.weight is not None for source in recipe.data.train]
+    if any(weighted) and not all(weighted):
+        bare = recipe.data.train[weighted.index(False)].path
+        yield "data.train", f"{bare} has no weight but others have; weigh all folders or none"
+    if any(weighted) and recipe.train.epochs is not None:
+        yield "data.train", "weighted folders have no common epoch; give train.steps in place of train.epochs"
+    if any(source.weight is not None for source in recipe.data.validation or ()):
+        yield "data.validation", "weights are for training only; list the folders alone"
+    for name, sources in (("data.train", recipe.data.train), ("data.validation", recipe.data.validation or ())):
+        folders = [source.path for source in sources]
+        for folder in sorted({f for f in folders if folders.count(f) > 1}):
+            yield name, f"{folder} is listed twice"
+
+
+def _best(recipe: Recipe) -> Found:
+    metric, best = recipe.evaluate.best_metric, recipe.train.keep.best
+    if best is not None and metric is None:
+        yield "train.keep.best", "needs evaluate.best_metric, which is null"
+    if metric is not None and best is None:
+        yield "evaluate.best_metric", "nothing keeps the best; set train.keep.best to 1, or this to null"
+    if metric is not None and recipe.data.validation is None and not recipe.evaluate.zeroshot:
+        yield "evaluate.best_metric", f"{metric}, but nothing is measured; give data.validation or evaluate.zeroshot"
+
+
+def _crop(recipe: Recipe) -> Found:
+    scale = recipe.data.augment.crop_scale
+    if scale is not None and scale[0] > scale[1]:
+        yield "data.augment.crop_scale", f"[{scale[0]:g}, {scale[1]:g}] does not ascend"
+
+
+def _vision(recipe: Recipe) -> Found:
+    vision = recipe.model.vision
+    given = [name for name in SIZES if getattr(vision, name) is not None]
+    missing = [name for name in SIZES if name not in given]
+    if vision.timm is not None and given:
+        yield "model.vision.timm", f"{vision.timm} excludes {', '.join(given)}; set one side to null"
+    elif vision.timm is None and not given:
+        yield "model.vision", f"give timm, or all of {', '.join(SIZES)}"
+    elif vision.timm is None and missing:
+        yield "model.vision", f"{', '.join(missing)} missing; give all of {', '.join(SIZES)}, or timm alone"
+
+
+def _heads(recipe: Recipe) -> Found:
+    for name, tower in (("vision", recipe.model.vision), ("text", recipe.model.text)):
+        if tower.width and tower.num_heads and tower.width % tower.num_heads:
+            yield f"model.{name}.num_heads", f"{tower.num_heads} heads do not divide width {tower.width}"
+
+
+def _patches(recipe: Recipe) -> Found:
+    size, patch = recipe.data.image_size, recipe.model.vision.patch_size
+    if patch and size % patch:
+        below = size // patch * patch
+        nearby = f"{below} or {below + patch}" if below else str(patch)
+        yield "data.image_size", f"{size} is no multiple of model.vision.patch_size {patch}; use {nearby}"
+
+
+def _merging(recipe: Recipe) -> Found:
+    """Places always; the rate where the number of patches is known, which for towers of timm takes torch."""
+    merging, vision = recipe.model.merging, recipe.model.vision
+    if merging is None:
+        return
+    method, stem = merging.method, stem_depth(recipe.model.frequency)
+    if vision.depth and stem >= vision.depth:
+        return  # no attention blocks are left, which is a mistake of its own
+    places = default_places(vision.depth, method, stem=stem) if merging.at is None and vision.depth else merging.at
+    wrong = wrong_places(places, depth=vision.depth, method=method, stem=stem) if places is not None else None
+    if wrong:
+        yield "model.merging.at", wrong
+        return
+    if merging.active[0] >= merging.active[1]:
+        yield "model.merging.active", f"[{merging.active[0]:g}, {merging.active[1]:g}] does not ascend"
+    if not vision.depth or not vision.patch_size or recipe.data.image_size % vision.patch_size:
+        return
+    try:
+        MergePlan.resolve(
+            depth=vision.depth,
+            num_patches=(recipe.data.image_size // vision.patch_size) ** 2,
+            num_prefix=NUM_PREFIX,
+            rate=merging.rate,
+            at=merging.at,
+            method=method,
+            stem=stem,
+        )
+    except UsageError as error:
+        yield "model.merging.rate", str(error)
+
+
+def _guidance(recipe: Recipe) -> Found:
+    """Of `tome` alone: what trained by `random_drop` merges guided when it is measured."""
+    merging = recipe.model.merging
+    if merging is None or merging.method != "tome":
+        return
+    for name, value, default in (
+        ("guidance", merging.guidance, DEFAULT.guidance),
+        ("strength", merging.strength, DEFAULT.strength),
+    ):
+        if value != default:
+            yield f"model.merging.{name}", f"{value} is not for method tome; set it to {default}"
+
+
+def _frequency(recipe: Recipe) -> Found:
+    frequency, vision = recipe.model.frequency, recipe.model.vision
+    if frequency is None or frequency.placement != "stem":
+        return
+    if frequency.input == "dct":
+        yield (
+            "model.frequency.input",
+            "dct needs placement branch; a stem reads patch tokens: set it to tokens",
+        )
+    for key, wrong in wrong_stem(frequency, width=vision.width, depth=vision.depth):
+        yield f"model.frequency.{key}", wrong
+
+
+def _init(recipe: Recipe) -> Found:
+    try:
+        open_clip_file(recipe.model.init or "")
+    except UsageError as error:
+        yield "model.init", str(error)
+
+
+def _freeze(recipe: Recipe) -> Found:
+    if recipe.model.freeze is not None and recipe.model.init is None:
+        yield "model.freeze", f"{recipe.model.freeze} would stay random; give model.init, or set it to null"
+    dropout = recipe.model.text.dropout
+    if recipe.model.freeze == "text" and dropout:
+        yield "model.text.dropout", f"{dropout:g}, but a tower that model.freeze keeps drops nothing; set it to 0"
+    drop_path = recipe.model.vision.drop_path
+    if recipe.model.freeze == "image" and drop_path:
+        yield "model.vision.drop_path", f"{drop_path:g}, but a tower that model.freeze keeps drops nothing; set it to 0"
+
+
+def _smoothing(recipe: Recipe) -> Found:
+    for name in ("spatial_global", "frequency_global"):
+        term = getattr(recipe.losses, name)
+        if term is not None and term.kind == "sigmoid" and term.label_smoothing:
+            yield f"losses.{name}.label_smoothing", "works with kind infonce only; set it to 0"
+
+
+def _losses(recipe: Recipe) -> Found:
+    on = [name for name in LOSS_NAMES if getattr(recipe.losses, name) is not None]
+    frequency = [name for name in on if name.startswith("frequency_")]
+    if recipe.losses.spatial_global is None:
+        yield "losses.spatial_global", "null, but it alone trains the feature that evaluation uses; give it a kind"
+    if recipe.model.frequency is None:
+        for name in frequency:
+            yield f"losses.{name}", "needs model.frequency, which is null"
+    elif not frequency:
+        yield (
+            "model.frequency",
+            "nothing would train it; give losses.frequency_global or losses.frequency_token, or set it to null",
+        )
+
+
+CHECKS: tuple[Callable[[Recipe], Found], ...] = (
+    _sources,
+    _best,
+    _crop,
+    _patches,
+    _vision,
+    _heads,
+    _frequency,
+    _merging,
+    _guidance,
+    _init,
+    _freeze,
+    _losses,
+    _smoothing,
+    _length,
+    _batch,
+    _precision,
+)
+
+
+def check(recipe: Recipe) -> list[tuple[str, str]]:
+    """All mistakes between keys: [(dotted key, what is wrong and what to do)]."""
+    return [found for function in CHECKS for found in function(recipe)]

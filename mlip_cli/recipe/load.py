@@ -1,0 +1,261 @@
+"""YAML + `extends` + key=value -> Recipe, and back. Every mistake is reported at once, with its file and line."""
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from mlip_cli import __version__
+from mlip_cli.errors import RecipeError
+from mlip_cli.recipe.checks import check
+from mlip_cli.recipe.config import Recipe, Source
+from mlip_cli.recipe.init_source import open_clip_file
+from mlip_cli.recipe.schema import Node, dotted
+from mlip_cli.recipe.shipped import find_recipe as find_recipe
+from mlip_cli.recipe.tree import Key, Mistake, Place, Tree, merge, parse
+from mlip_cli.recipe.words import explain, shown
+
+COMMAND_LINE = "command line"
+
+
+@dataclass(frozen=True)
+class LoadedRecipe:
+    """A valid recipe and where its values come from."""
+
+    recipe: Recipe
+    origins: dict[str, str]
+    """Dotted key of every leaf -> `recipes/x.yaml:12`, `command line` or `default`."""
+    name: str
+    """The file's name without .yaml."""
+
+
+def load_recipe(source: str, overrides: Sequence[str] = ()) -> LoadedRecipe:
+    """Read a recipe file or a shipped recipe, and change it by `key=value`.
+
+    Raises:
+        UsageError: there is no such recipe.
+        RecipeError: all mistakes, one a line: first those of single keys; when there are none, those between keys.
+    """
+    file = find_recipe(source)
+    written = _read(file, ())
+    tree = merge(written, _overrides(overrides))
+    mistakes = list(tree.mistakes)
+    recipe = None
+    if written.value is not None:
+        try:
+            recipe = Recipe.model_validate_json(json.dumps(tree.value))
+        except ValidationError as error:
+            found = explain(error, tree.value, recipe_schema())
+            mistakes += [Mistake(_place(tree, key, file), text) for key, text in found]
+    if recipe is not None and not mistakes:
+        found = [(tuple(name.split(".")), f"{name}: {text}") for name, text in check(recipe)]
+        mistakes = [Mistake(_place(tree, key, file), text) for key, text in found]
+    if recipe is None or mistakes:
+        raise RecipeError("\n".join(_report(mistakes, file)))
+    origins = {dotted(key): _origin(tree.places.get(key)) for key, _ in _leaves(_plain(recipe))}
+    return LoadedRecipe(recipe, origins, file.stem)
+
+
+def recipe_schema() -> Node:
+    """The JSON schema of recipe files, as in recipes/schema.json. Nothing is required: `extends` may supply it."""
+    schema = _without(Recipe.model_json_schema(), {"required", "title"})
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "Recipe of mlip"} | schema
+
+
+def schema_text() -> str:
+    """The content of recipes/schema.json."""
+    return json.dumps(recipe_schema(), indent=2) + "\n"
+
+
+def absolute_paths(recipe: Recipe) -> Recipe:
+    """The same recipe with paths that hold in every folder: those of the data, its cache and model.init."""
+
+    def absolute(sources: tuple[Source, ...] | None) -> tuple[Source, ...] | None:
+        return sources and tuple(
+            s if "://" in s.path else s.model_copy(update={"path": os.path.abspath(s.path)}) for s in sources
+        )
+
+    cache = recipe.data.cache
+    if cache.folder is not None:
+        cache = cache.model_copy(update={"folder": os.path.abspath(os.path.expanduser(cache.folder))})
+    data = {"train": absolute(recipe.data.train), "validation": absolute(recipe.data.validation), "cache": cache}
+    init = recipe.model.init
+    foreign = open_clip_file(init) if init else None
+    if init:
+        init = str(replace(foreign, file=os.path.abspath(foreign.file))) if foreign else os.path.abspath(init)
+    return recipe.model_copy(
+        update={
+            "data": recipe.data.model_copy(update=data),
+            "model": recipe.model.model_copy(update={"init": init}),
+        }
+    )
+
+
+def differences(old: Recipe, new: Recipe) -> list[tuple[str, Any, Any]]:
+    """[(dotted key, old value, new value)] of the leaves that differ; a section against null is one difference."""
+    return list(_differences(_plain(old), _plain(new), ()))
+
+
+def recipe_yaml(recipe: Recipe, origins: Mapping[str, str] | None = None) -> str:
+    """The whole recipe, resolved, as YAML that loads to an equal one; with `origins` each line names its source."""
+    lines: list[tuple[str, str]] = []
+    open_section: Key = ()
+    for key, value in _leaves(_plain(recipe)):
+        section = key[:-1]
+        opened = [d for d in range(len(section)) if section[: d + 1] != open_section[: d + 1]]
+        lines += [("  " * d + f"{section[d]}:", "") for d in opened]
+        open_section = section
+        origin = f"# {origins[dotted(key)]}" if origins else ""
+        lines.append(("  " * len(section) + f"{key[-1]}: {_flow(value)}", origin))
+    width = max(len(text) for text, origin in lines if origin) if origins else 0
+    return "".join(f"{text:<{width}}  {origin}".rstrip() + "\n" for text, origin in lines)
+
+
+def _read(file: Path, children: tuple[Path, ...]) -> Tree:
+    """One file over those it extends; the value is None when one of them cannot be read. `children` led here."""
+    shown = os.path.normpath(file)
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        return Tree(mistakes=[Mistake(Place(shown, 1), "not UTF-8 text")])
+    tree = parse(text, shown)
+    if tree.value is None and not tree.mistakes:
+        tree.value = {}
+    if not isinstance(tree.value, dict):
+        return Tree(
+            mistakes=tree.mistakes or [Mistake(Place(shown, 1), "a recipe is a list of `section:` and `key: value`")]
+        )
+    parent = tree.value.pop("extends", None)
+    return tree if parent is None else _extended(tree, file, parent, (*children, file))
+
+
+def _extended(tree: Tree, file: Path, parent: Any, chain: tuple[Path, ...]) -> Tree:
+    place = tree.places[("extends",)]
+    path = file.parent / str(parent)
+    if not isinstance(parent, str):
+        problem = f"extends: expected the path of a recipe, not {shown(parent)}"
+    elif path.resolve() in [link.resolve() for link in chain]:
+        problem = "extends: a circle, " + " -> ".join(os.path.normpath(link) for link in (*chain, path))
+    elif not path.is_file():
+        problem = f"extends: no file {os.path.normpath(path)}; the path is relative to this recipe's folder"
+    else:
+        base = _read(path, chain)
+        if base.value is not None:
+            return merge(base, tree)
+        return Tree(mistakes=base.mistakes + tree.mistakes)
+    return Tree(mistakes=[*tree.mistakes, Mistake(place, problem)])
+
+
+def _overrides(overrides: Sequence[str]) -> Tree:
+    tree = Tree({})
+    seen: set[str] = set()
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        one = _override(key, equals, value, Place(f"{COMMAND_LINE}: {text}", 0))
+        if key in seen:
+            one.mistakes.append(Mistake(Place(f"{COMMAND_LINE}: {text}", 0), f"{key} is given twice"))
+        seen.add(key)
+        tree = merge(tree, one)
+    return tree
+
+
+def _override(key: str, equals: str, value: str, place: Place) -> Tree:
+    if not equals:
+        return Tree({}, mistakes=[Mistake(place, "expected key=value, as in optim.lr=1e-3")])
+    if not re.fullmatch(r"[^.\s]+(\.[^.\s]+)*", key):
+        return Tree({}, mistakes=[Mistake(place, "expected a key before =, as in optim.lr=1e-3")])
+    if not value.strip():
+        return Tree({}, mistakes=[Mistake(place, f"no value after =; {key}=null removes one")])
+    if key == "extends":
+        return Tree({}, mistakes=[Mistake(place, "extends works in a recipe file only")])
+    if value.lstrip().startswith("#"):
+        quoted = f'{key}="{value.strip()}"'
+        return Tree(
+            {}, mistakes=[Mistake(place, f"YAML reads {value.strip()} as a comment; quote it, as in '{quoted}'")]
+        )
+    path = tuple(key.split("."))
+    one = parse(value, place.source, root=path, first_line=0)
+    for depth in range(1, len(path) + 1):
+        one.places[path[:depth]] = place
+    for name in reversed(path):
+        one.value = {name: one.value}
+    return one if not one.mistakes else Tree({}, mistakes=one.mistakes)
+
+
+def _place(tree: Tree, key: Key, file: Path) -> Place:
+    return tree.place_of(key) or Place(os.path.normpath(file), 1)
+
+
+def _origin(place: Place | None) -> str:
+    return "default" if place is None else str(place) if place.line else COMMAND_LINE
+
+
+def _report(mistakes: list[Mistake], file: Path) -> Iterator[str]:
+    """The lines of a RecipeError: files first, by line, then the command line."""
+    for place, text in sorted(mistakes, key=lambda m: (not m.place.line, m.place)):
+        key = "" if place.line else place.source.removeprefix(f"{COMMAND_LINE}: ").partition("=")[0]
+        yield f"{place}: {text.removeprefix(f'{key}: ')}"
+    stamp = file.with_name("run.json")
+    made_by = json.loads(stamp.read_text()).get("mlip_version") if stamp.is_file() else None
+    if made_by not in (None, __version__) and any(m.place.line for m in mistakes):
+        yield f"{file}: made by mlip {made_by}, this is mlip {__version__}; use that version, or start a new run"
+
+
+def _plain(recipe: Recipe) -> dict[str, Any]:
+    return recipe.model_dump(mode="json", exclude={"extends"})
+
+
+def _leaves(data: dict[str, Any], key: Key = ()) -> Iterator[tuple[Key, Any]]:
+    """Keys and values of all that is no section; lists are leaves. A section's plain keys come before its sections."""
+    for name, value in data.items():
+        if not isinstance(value, dict):
+            yield (*key, name), value
+    for name, value in data.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, (*key, name))
+
+
+def _differences(old: Any, new: Any, key: Key) -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for name in old:
+            yield from _differences(old[name], new[name], (*key, name))
+    elif old != new:
+        yield dotted(key), old, new
+
+
+def _flow(value: Any) -> str:
+    """A value on one line, in YAML that versions 1.1 and 1.2 read alike."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{name}: {_flow(v)}" for name, v in value.items() if v is not None) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_flow, value)) + "]"
+    if isinstance(value, float):
+        digits, exponent, power = repr(value).partition("e")
+        return (digits if "." in digits else f"{digits}.0") + exponent + power
+    if not isinstance(value, str):
+        return json.dumps(value)
+    is_plain = re.fullmatch(r"[A-Za-z_/][\w./-]*", value, re.ASCII)
+    if is_plain and parse(value, "").value == value and yaml.safe_load(value) == value:
+        return value
+    return yaml.safe_dump(value, default_style='"', allow_unicode=True, width=2**30).removesuffix("\n")
+
+
+def _without(node: Any, names: set[str]) -> Any:
+    """A schema without these keywords (but with properties of these names)."""
+    if isinstance(node, list):
+        return [_without(child, names) for child in node]
+    if not isinstance(node, dict):
+        return node
+    return {
+        name: {k: _without(v, names) for k, v in child.items()}
+        if name in ("properties", "$defs")
+        else _without(child, names)
+        for name, child in node.items()
+        if name not in names
+    }

@@ -1,0 +1,79 @@
+"""pydantic's errors in words for people who never heard of it."""
+
+import json
+from typing import Any
+
+from pydantic import ValidationError
+
+from mlip_cli.recipe.schema import Node, dotted, expected, guess, is_section, node_at, properties
+from mlip_cli.recipe.tree import Key
+
+
+def explain(error: ValidationError, data: dict[str, Any], schema: Node) -> list[tuple[Key, str]]:
+    """pydantic's errors in our words, one a place, the innermost: [(key, text)]."""
+    found: dict[Key, str] = {}
+    for detail in error.errors(include_url=False, include_context=False):
+        key = _in_data(detail["loc"], data)
+        if detail["type"] == "extra_forbidden":
+            text = _unknown(schema, key)
+        elif detail["type"] == "missing" and isinstance(detail["loc"][-1], str):
+            key = (*key, detail["loc"][-1])
+            text = f"{dotted(key)} is missing"
+        else:
+            text = _unexpected(schema, key, _value(key, data))
+        found.setdefault(key, text)
+    return [(key, text) for key, text in found.items() if not any(_is_inside(other, key) for other in found)]
+
+
+def _is_inside(inner: Key, outer: Key) -> bool:
+    return len(inner) > len(outer) and inner[: len(outer)] == outer
+
+
+def _in_data(loc: tuple[str | int, ...], data: Any) -> Key:
+    """The part of pydantic's location that was written: a scalar that was read as a list of one has no [0]."""
+    key: Key = ()
+    for part in loc:
+        if isinstance(data, dict):
+            is_there = part in data
+        else:
+            is_there = isinstance(data, list) and isinstance(part, int) and part < len(data)
+        if is_there:
+            data = data[part]
+            key = (*key, part)
+    return key
+
+
+def _value(key: Key, data: Any) -> Any:
+    for part in key:
+        data = data[part]
+    return data
+
+
+def _unknown(schema: Node, key: Key) -> str:
+    *parent, word = key
+    text = f"unknown key {dotted(key)}"
+    if isinstance(word, str) and "." in word:
+        section, _, leaf = word.rpartition(".")
+        return f"{text}; dots are for the command line, in a file write {leaf} under {section}"
+    near = guess(schema, parent, str(word))
+    if near:
+        return f"{text}; did you mean {near}?"
+    node = node_at(schema, parent)
+    return f"{text}; known here: {', '.join(properties(schema, node or schema))}"
+
+
+def _unexpected(schema: Node, key: Key, value: Any) -> str:
+    node = node_at(schema, key)
+    assert node is not None, key
+    if value is None and is_section(schema, node):
+        keys = ", ".join(properties(schema, node))
+        return f"{dotted(key)}: cannot be null or empty; its keys: {keys}"
+    return f"{dotted(key)}: expected {expected(schema, node)}, not {shown(value)}"
+
+
+def shown(value: Any) -> str:
+    """A value as the user wrote it, roughly, in at most 60 characters."""
+    if isinstance(value, dict):
+        return "a section"
+    text = repr(value) if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,172 @@
+"""The kinds of charts: lines, points with intervals, bars."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+from mlip_cli.report.canvas import DASHES, INK, MARKERS, MUTED, NUM_SERIES, SERIES, Picture, drawn, literal
+
+MOST_POINTS = 600
+"""Points of a line; longer ones are drawn as means of equal stretches."""
+
+FEW_POINTS = 12
+"""Lines of no more points show each of them."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """One curve."""
+
+    label: str
+    """Empty for a curve that needs none."""
+    x: Sequence[float]
+    y: Sequence[float | None]
+    """None where there was no finite number: a gap."""
+    series: int = 0
+    """Number of its colour, dash and marker."""
+
+
+@dataclass(frozen=True)
+class Dot:
+    """One measured point with its 95 % intervals."""
+
+    label: str
+    x: float
+    x_interval: tuple[float, float] | None
+    y: float
+    y_interval: tuple[float, float] | None
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One horizontal bar."""
+
+    name: str
+    value: float
+    words: str
+    """At its end."""
+    group: str = ""
+
+
+def lines_chart(
+    title: str,
+    lines: Sequence[Line],
+    *,
+    x_label: str,
+    y_label: str = "",
+    levels: Mapping[str, float] | None = None,
+    from_zero: bool = False,
+) -> Picture:
+    """Curves over steps, with dotted horizontal `levels` such as chance, one a line or for all."""
+    levels = levels or {}
+    with drawn(title, x_label=x_label, y_label=y_label, layout=None) as canvas:
+        for line in lines:
+            x, y = _thinned(line)
+            canvas.axes.plot(
+                x,
+                y,
+                color=SERIES[line.series % NUM_SERIES],
+                linestyle=DASHES[line.series % len(DASHES)],
+                marker=MARKERS[line.series % len(MARKERS)] if len(x) <= FEW_POINTS else None,
+                markersize=4,
+                label=literal(line.label) or None,
+            )
+        for number, (name, level) in enumerate(levels.items()):
+            colour = SERIES[number % NUM_SERIES] if len(levels) == len(lines) > 1 else MUTED
+            canvas.axes.axhline(level, color=colour, linestyle=":", linewidth=1.2, label=name)
+        canvas.axes.set_xlim(left=0)
+        if from_zero:
+            canvas.axes.set_ylim(bottom=0)
+        num_entries = sum(bool(line.label) for line in lines) + len(levels)
+        canvas.place(num_entries)
+        canvas.legend(num_entries)
+    return Picture(canvas.svg)
+
+
+def dots_chart(
+    title: str, series: Mapping[str, Sequence[Dot]], *, x_label: str, y_label: str, chance: float
+) -> Picture:
+    """Accuracy against speed: points with both intervals, joined in the order given.
+
+    The points fill the width; an interval that is wider is cut by the frame.
+    """
+    speeds = [dot.x for dots in series.values() for dot in dots]
+    margin = max(0.08, 0.2 * (max(speeds) - min(speeds)))
+    named: set[tuple[float, float]] = set()
+    with drawn(title, x_label=x_label, y_label=y_label, size=(6.4, 4.0)) as canvas:
+        for number, (name, dots) in enumerate(series.items()):
+            colour = SERIES[number % NUM_SERIES]
+            canvas.axes.errorbar(
+                [dot.x for dot in dots],
+                [dot.y for dot in dots],
+                xerr=_lengths([(dot.x, dot.x_interval) for dot in dots]),
+                yerr=_lengths([(dot.y, dot.y_interval) for dot in dots]),
+                color=colour,
+                marker=MARKERS[number % len(MARKERS)],
+                linewidth=1.2,
+                capsize=3,
+                label=literal(name),
+            )
+            for dot in dots:
+                if (dot.x, dot.y) not in named:  # the unmerged model stands at the head of each series
+                    offset = (6, 7) if number % 2 == 0 else (6, -15)
+                    canvas.axes.annotate(
+                        dot.label, (dot.x, dot.y), xytext=offset, textcoords="offset points", color=colour
+                    )
+                named.add((dot.x, dot.y))
+        canvas.axes.axhline(chance, color=MUTED, linestyle=":", linewidth=1.2, label="chance")
+        canvas.axes.set_xlim(min(speeds) - margin, max(speeds) + margin)
+        canvas.axes.set_ylim(0, 1.08 * canvas.axes.get_ylim()[1])
+        canvas.legend(len(series) + 1)
+    return Picture(canvas.svg)
+
+
+def bars_chart(title: str, bars: Sequence[Bar], *, x_label: str) -> Picture:
+    """Horizontal bars, the first one on top, in the colours of their groups; grey beside groups if in none."""
+    groups = list(dict.fromkeys(bar.group for bar in bars if bar.group))
+    with drawn(title, x_label=x_label, size=(6.4, 1.1 + 0.3 * len(bars))) as canvas:
+        axes, places = canvas.axes, range(len(bars))
+        for number, group in enumerate([*groups, ""]):
+            own = [place for place in places if bars[place].group == group]
+            colour = SERIES[number % NUM_SERIES] if group or not groups else MUTED
+            label = literal(group) or None
+            axes.barh(own, [bars[place].value for place in own], color=colour, height=0.68, label=label)
+        for place, bar in zip(places, bars, strict=True):
+            axes.annotate(
+                bar.words,
+                (max(0.0, bar.value), place),
+                xytext=(4, 0),
+                textcoords="offset points",
+                va="center",
+                color=INK,
+            )
+        axes.set_yticks(places, [literal(bar.name) for bar in bars])
+        axes.tick_params(axis="y", length=0, labelcolor=INK)
+        axes.grid(visible=False, axis="y")
+        axes.invert_yaxis()
+        values = [0.0, *(bar.value for bar in bars)]
+        axes.set_xlim(min(values), 1.2 * max(values) or 1)
+        canvas.legend(len(groups) if len(groups) > 1 else 0)
+    return Picture(canvas.svg)
+
+
+def _lengths(values: Sequence[tuple[float, tuple[float, float] | None]]) -> list[list[float]]:
+    """Values and intervals -> lengths below and above, as error bars want them."""
+    ends = [interval or (value, value) for value, interval in values]
+    below = [max(0.0, value - low) for (value, _), (low, _) in zip(values, ends, strict=True)]
+    above = [max(0.0, high - value) for (value, _), (_, high) in zip(values, ends, strict=True)]
+    return [below, above]
+
+
+def _thinned(line: Line) -> tuple[list[float], list[float]]:
+    """The points to draw: all of them, or means of equal stretches."""
+    y = [math.nan if value is None else value for value in line.y]
+    stretch = math.ceil(len(y) / MOST_POINTS)
+    if stretch <= 1:
+        return list(line.x), y
+    starts = range(0, len(y), stretch)
+    return (
+        [fmean(line.x[start : start + stretch]) for start in starts],
+        [fmean(y[start : start + stretch]) for start in starts],
+    )

@@ -1,0 +1,147 @@
+"""Checkpoints: a folder that is whole or absent. Weights as safetensors, the rest loadable with `weights_only=True`."""
+
+import os
+import re
+import shutil
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mlip_cli.errors import UsageError
+from mlip_cli.files import full_disk_named, sync_folder
+from mlip_cli.runs.folder import STATE, checkpoint_folders, checkpoint_name, step_of
+
+WEIGHTS = "model.safetensors"
+TRAINING_WEIGHTS = "training.safetensors"
+"""With averaged weights in the other file: those that training goes on with, of the same parameters."""
+
+
+def save_checkpoint(
+    folder: Path,
+    *,
+    step: int,
+    weights: dict[str, Tensor],
+    state: dict[str, Any],
+    training_weights: dict[str, Tensor] | None = None,
+) -> None:
+    """Write folder/step_NNNNNNN: temporary name, sync, rename. What fails leaves earlier checkpoints and no half one.
+
+    Raises:
+        RunError: the disk is full.
+        OSError: it could not be written for another reason.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    final = folder / checkpoint_name(step)
+    temporary = folder / f".{final.name}.{os.getpid()}.tmp"
+    try:
+        with full_disk_named(final, "make room and go on with --resume"):
+            temporary.mkdir()
+            parts = {WEIGHTS: weights} | ({TRAINING_WEIGHTS: training_weights} if training_weights else {})
+            _write_parts(temporary, final, parts=parts, state=state)
+            sync_folder(temporary)
+            aside = folder / f".{final.name}.old.tmp"
+            if final.exists():
+                os.replace(final, aside)
+            os.replace(temporary, final)
+            sync_folder(folder)
+            shutil.rmtree(aside, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write_parts(temporary: Path, final: Path, *, parts: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
+    """Write and sync all files; what torch and safetensors say of it becomes the system's own error again."""
+    try:
+        for part, weights in parts.items():
+            save_file({name: tensor.detach().contiguous() for name, tensor in weights.items()}, temporary / part)
+        with open(temporary / STATE, "wb") as file:  # a path would hide from us why it cannot be written
+            torch.save(state, file)
+        for path in temporary.iterdir():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+    except (RuntimeError, SafetensorError) as error:
+        number = _system_error(error)
+        if number is not None:
+            raise OSError(number, os.strerror(number), str(final)) from error
+        raise OSError(f"{final}: the checkpoint could not be written: {str(error).splitlines()[0]}") from error
+
+
+def _system_error(error: BaseException) -> int | None:
+    """The system's number for what lies behind an error: torch fails on its way out of it, safetensors names it."""
+    if isinstance(error.__context__, OSError):
+        return error.__context__.errno
+    named = re.search(r"\(os error (\d+)\)", str(error))
+    return int(named[1]) if named else None
+
+
+def remove_old_checkpoints(folder: Path, *, last: int, every_steps: int | None, also: Collection[int] = ()) -> None:
+    """Keep the newest `last` checkpoints, those at multiples of `every_steps` and `also` those of the steps named;
+    other names are not ours."""
+    for path in checkpoint_folders(folder)[:-last]:
+        if not (every_steps and step_of(path) % every_steps == 0) and step_of(path) not in also:
+            shutil.rmtree(path)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what a killed process left of a checkpoint it had not finished; one that it was replacing stays."""
+    for aside in folder.glob(".step_*.old.tmp"):
+        replaced = folder / aside.name.removeprefix(".").removesuffix(".old.tmp")
+        if not replaced.exists():
+            os.replace(aside, replaced)
+    for path in folder.glob(".step_*.tmp"):
+        shutil.rmtree(path)
+
+
+def load_weights(checkpoint: Path) -> dict[str, Tensor]:
+    """Weights of a checkpoint folder, on the CPU.
+
+    Raises:
+        UsageError: this is no checkpoint of mlip, or a damaged one.
+    """
+    return _load_part(checkpoint, WEIGHTS)
+
+
+def load_training_weights(checkpoint: Path) -> dict[str, Tensor]:
+    """Of a checkpoint with averaged weights those that training goes on with, on the CPU.
+
+    Raises:
+        UsageError: a damaged checkpoint, or one without averaged weights.
+    """
+    return _load_part(checkpoint, TRAINING_WEIGHTS)
+
+
+def _load_part(checkpoint: Path, name: str) -> dict[str, Tensor]:
+    path = _part(checkpoint, name)
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise _damaged(path, f"not a whole safetensors file ({error})") from None
+
+
+def load_state(checkpoint: Path) -> dict[str, Any]:
+    """Everything but the weights, as plain data.
+
+    Raises:
+        UsageError: this is no checkpoint of mlip, or a damaged one.
+    """
+    path = _part(checkpoint, STATE)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises another type for every kind of damage
+        raise _damaged(path, f"not a whole checkpoint ({type(error).__name__})") from error
+
+
+def _part(checkpoint: Path, name: str) -> Path:
+    path = checkpoint / name
+    if not path.is_file():
+        raise UsageError(f"{checkpoint}: not a checkpoint (no {name} inside); name a run folder or a checkpoint")
+    return path
+
+
+def _damaged(path: Path, what: str) -> UsageError:
+    return UsageError(f"{path}: {what}; remove {path.parent}, and the one before it is taken")

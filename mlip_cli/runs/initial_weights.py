@@ -1,0 +1,269 @@
+"""`model.init`: the weights that a new run starts from, those of a run or those that OpenCLIP names."""
+
+import difflib
+import importlib.util
+import json
+import math
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.layers import DropPath, resample_abs_pos_embed
+from torch import Tensor, nn
+
+from mlip_cli.errors import RunError, UsageError
+from mlip_cli.model import open_clip as architecture
+from mlip_cli.model.clip import CLIP, build_model
+from mlip_cli.model.frequency import regrid_kernel
+from mlip_cli.model.open_clip import ONLY_OURS, PATCH_BIAS, from_open_clip
+from mlip_cli.recipe.config import LOSS_NAMES, Recipe
+from mlip_cli.recipe.init_source import OpenClipFile, open_clip_file
+from mlip_cli.recipe.load import differences, load_recipe
+from mlip_cli.runs.checkpoint import load_weights
+from mlip_cli.runs.folder import Run, find_checkpoint
+from mlip_cli.runs.loading import load_into
+from mlip_cli.runs.weight_files import read_weights
+
+NO_FORM = ("model.text.dropout", "model.vision.drop_path")
+"""What training may change in a model that goes on."""
+
+POSITIONS = "vision.trunk.pos_embed"
+
+DECIDED_BY = {
+    "vision": "model.vision",
+    "text": "model.text",
+    "image_projection": "model.embed_dim",
+    "text_projection": "model.embed_dim",
+    "frequency": "model.frequency",
+    "frequency_projection": "model.embed_dim",
+    "token_projections": "model.token_dim",
+}
+"""First word of a part -> the part of the recipe that says its form, besides what it says of the parts it reads."""
+
+
+@dataclass(frozen=True)
+class InitNotes:
+    """What is said of a start from weights."""
+
+    facts: tuple[str, ...] = ()
+    cautions: tuple[str, ...] = ()
+
+
+def check_initial(model: CLIP, recipe: Recipe) -> OpenClipFile | Path:
+    """Where `model.init` leads, after a look whether that model computes as this one, without reading weights.
+
+    Raises:
+        UsageError: there is none, or another architecture; with the section of a recipe that fits.
+    """
+    assert recipe.model.init is not None
+    source = find_init(recipe.model.init)
+    if isinstance(source, OpenClipFile):
+        _check_architecture(model, source)
+    else:
+        _check_run(model, recipe, source)
+    return source
+
+
+def load_initial(model: CLIP, recipe: Recipe) -> InitNotes:
+    """Load the weights that `model.init` names into `model`, and say what they do not bring.
+
+    Parts that only one side has (frequency branch, token heads, scales of losses) stay random or are left out;
+    positions and global filters are brought to the grid of the recipe's image size.
+
+    Raises:
+        UsageError: there are none, damaged ones, or those of another architecture.
+    """
+    source = check_initial(model, recipe)
+    own = model.state_dict()
+    facts = [f"model.init: weights of {source}"]
+    if isinstance(source, OpenClipFile):
+        path = Path(source.file)
+        weights = _read_open_clip(path, own)
+        if recipe.model.text.activation == "gelu":
+            facts.append(
+                f"model.init: {source.architecture} has GELU; weights by OpenAI need one with QuickGELU, as in "
+                "ViT-B-32-quickgelu, and no file says which it was trained with"
+            )
+    else:
+        path = source
+        weights = load_weights(path)
+    cautions: list[str] = []
+    for name, note, is_lossy in _regridded(weights, model):
+        (cautions if is_lossy else facts).append(f"model.init: {name} {note}")
+    anew = _without_other_kinds(own, weights)
+    facts += [f"model.init: losses.{name} is of another kind of loss there, so its scale starts anew" for name in anew]
+    random, left_out = _other_parts(own, weights)
+    absent = [part for part in random if part.rpartition(".")[2] not in anew]
+    if absent:
+        facts.append(f"model.init: not in it, so as in a run without: {', '.join(absent)}")
+    if left_out:
+        cautions.append(f"model.init: in it, and left out as the recipe has no such part: {', '.join(left_out)}")
+    matched = {name: tensor for name, tensor in weights.items() if _part(name) not in left_out}
+    load_into(model, {name: own[name] for name in own if _part(name) in random} | matched, path)
+    return InitNotes(tuple(facts), tuple(cautions))
+
+
+def open_clip_configuration(name: str) -> dict[str, Any]:
+    """A configuration of the installed OpenCLIP, read without importing it, which takes seconds.
+
+    Raises:
+        UsageError: it has none of this name.
+    """
+    package = importlib.util.find_spec("open_clip")
+    if package is None or package.origin is None:
+        raise RunError("open_clip is not installed; pip install open_clip_torch")
+    files = {path.stem: path for path in (Path(package.origin).parent / "model_configs").glob("*.json")}
+    if name not in files:
+        close = difflib.get_close_matches(name, files, 3)
+        hint = f"did you mean {', '.join(close)}?" if close else "names look like ViT-B-32-quickgelu"
+        raise UsageError(f"model.init: OpenCLIP has no architecture {name!r}; {hint}")
+    return json.loads(files[name].read_text())
+
+
+@contextmanager
+def _at(place: str | Path) -> Iterator[None]:
+    """Put the place before what is wrong there."""
+    try:
+        yield
+    except UsageError as error:
+        raise UsageError(f"{place}: {error}") from None
+
+
+def _read_open_clip(file: Path, own: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The file's weights by our names; a patch bias, which only towers of ours have, is zero."""
+    theirs = read_weights(file)
+    with _at(file):
+        weights = from_open_clip(theirs)
+    return weights | {name: torch.zeros_like(own[name]) for name in (PATCH_BIAS,) if name in own}
+
+
+def _check_architecture(model: CLIP, source: OpenClipFile) -> None:
+    place = f"model.init: open_clip:{source.architecture}"
+    configuration = open_clip_configuration(source.architecture)
+    with _at(place):
+        theirs = architecture.of_open_clip(configuration)
+    if model.vision.stem_depth:
+        raise UsageError(
+            f"{place} does not fit the recipe: model.frequency.placement: stem has spectral blocks where OpenCLIP's "
+            f"tower has its first {model.vision.stem_depth} attention blocks; set it to branch, or start from a run "
+            "with such a stem"
+        )
+    wrong = _misfits(model, theirs)
+    if wrong:
+        fit = architecture.fitting_recipe(theirs)
+        size = theirs.image_size
+        fitting = f"use {fit} (its own data.image_size is {size}; for others the positions are resampled)"
+        cure = fitting if fit else "no tower of ours has its form; take another architecture"
+        raise UsageError(f"{place} does not fit the recipe: {'; '.join(wrong)}; {cure}")
+
+
+def _misfits(model: CLIP, theirs: architecture.Architecture) -> list[str]:
+    try:
+        ours = architecture.of_model(model)
+    except UsageError as error:
+        return [str(error)]
+    return [f"{key} {mine} (there {other})" for key, mine, other in architecture.differences(ours, theirs)]
+
+
+def _check_run(model: CLIP, recipe: Recipe, checkpoint: Path) -> None:
+    """Compare the form of all parts that both models have; where it differs, name the recipe's keys that say it."""
+    run = Run(checkpoint.parent.parent)
+    other = load_recipe(str(run.recipe)).recipe
+    with torch.device("meta"):
+        theirs = build_model(other)
+    own_forms, their_forms = _forms(model), _forms(theirs)
+    wrong = [part for part in own_forms if part in their_forms and own_forms[part] != their_forms[part]]
+    if not wrong:
+        return
+    sections = {DECIDED_BY[part.partition(".")[0]] for part in wrong}
+    if "model.vision" in sections and (model.vision.stem_depth or theirs.vision.stem_depth):
+        sections.add("model.frequency")
+    named = [
+        f"{key} {json.dumps(mine)} (there {json.dumps(value)})"
+        for key, value, mine in differences(other, recipe)
+        if key not in NO_FORM and any(key == s or key.startswith(f"{s}.") for s in sections)
+    ]
+    raise UsageError(
+        f"model.init: {checkpoint} does not fit the recipe: {'; '.join(named)}; take these values from {run.recipe}, "
+        "or set model.init to null"
+    )
+
+
+def _forms(model: CLIP) -> dict[str, list[Any]]:
+    """Of each part: kinds of its modules, numbers that their weights do not show, and shapes.
+
+    Without shapes that follow from the image size, which may be another, and what drops a part of the time.
+    """
+    numbers = ("num_heads", "eps", "approximate", "global_pool", "no_embed_class", "reads_pixels")
+    forms: dict[str, list[Any]] = defaultdict(list)
+    for name, module in model.named_modules():
+        if isinstance(module, DropPath | nn.Dropout | nn.Identity):
+            continue
+        forms[_part(name)].append((type(module).__name__, *(getattr(module, number, None) for number in numbers)))
+    for name, tensor in model.state_dict().items():
+        if not name.endswith(("pos_embed", "kernel")):
+            forms[_part(name)].append((name, tuple(tensor.shape)))
+    return forms
+
+
+def _regridded(weights: dict[str, Tensor], model: CLIP) -> Iterator[tuple[str, str, bool]]:
+    """Bring positions and global filters in `weights` to the model's grid: (name, what was done, is something lost)."""
+    grid, own = model.vision.grid, model.state_dict()
+    for name, stored in weights.items():
+        tensor = stored.float()  # files in half precision are not to be resampled in it
+        if name not in own or own[name].shape == tensor.shape or own[name].shape[-1] != tensor.shape[-1]:
+            continue
+        if name == POSITIONS:
+            num_prefix = own[name].shape[1] - model.vision.num_patches
+            side = math.isqrt(tensor.shape[1] - num_prefix)
+            if side**2 + num_prefix != tensor.shape[1]:
+                continue  # a tower with other prefix tokens, which is no start
+            weights[name] = resample_abs_pos_embed(tensor, list(grid), [side, side], num_prefix)
+            yield name, f"resampled from {side} x {side} to {grid[0]} x {grid[1]} patches", False
+        elif name.endswith(".kernel"):
+            weights[name], lost = regrid_kernel(tensor, grid)
+            size = f"from {tensor.shape[0]} x {tensor.shape[1]} to {grid[0]} x {grid[1]} patches"
+            yield name, f"{size}, {lost:.1%} of its energy lost", lost > 0
+
+
+def _without_other_kinds(own: dict[str, Tensor], weights: dict[str, Tensor]) -> list[str]:
+    """Take scale and bias of losses that are of another kind in `own` out of `weights`, and name those losses.
+
+    Only a sigmoid loss has a bias, and each kind has a scale of its own size.
+    """
+    scaled = [name for name in LOSS_NAMES if f"log_scales.{name}" in own.keys() & weights.keys()]
+    anew = [name for name in scaled if (f"logit_biases.{name}" in own) != (f"logit_biases.{name}" in weights)]
+    for name in anew:
+        weights.pop(f"log_scales.{name}")
+        weights.pop(f"logit_biases.{name}", None)
+    return anew
+
+
+def _other_parts(own: dict[str, Tensor], weights: dict[str, Tensor]) -> tuple[list[str], list[str]]:
+    """Parts that the weights lack and parts that the model lacks, of those that either may lack."""
+    ours, theirs = ({_part(name): None for name in names if name.startswith(ONLY_OURS)} for names in (own, weights))
+    return [part for part in ours if part not in theirs], [part for part in theirs if part not in ours]
+
+
+def _part(name: str) -> str:
+    """frequency.blocks.0.norm1.weight -> frequency, token_projections.text.weight -> token_projections.text"""
+    words = name.split(".")
+    return ".".join(words[:2]) if words[0] in ("token_projections", "log_scales", "logit_biases") else words[0]
+
+
+def find_init(init: str) -> OpenClipFile | Path:
+    """The file, or the checkpoint's folder, that `model.init` names.
+
+    Raises:
+        UsageError: there is none.
+    """
+    foreign = open_clip_file(init)
+    if foreign is None:
+        return find_checkpoint(init)[1]
+    if not Path(foreign.file).is_file():
+        raise UsageError(f"{foreign.file}: no such file; model.init=open_clip:ARCH:FILE reads weights that lie here")
+    return foreign

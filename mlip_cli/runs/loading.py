@@ -1,0 +1,109 @@
+"""From a run folder or a checkpoint to a model that encodes, as all commands after training need it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mlip_cli.data.tokenizer import Tokenizer
+from mlip_cli.devices import pick_device
+from mlip_cli.errors import UsageError
+from mlip_cli.model.blocks import set_fused_attention
+from mlip_cli.model.clip import CLIP, build_model
+from mlip_cli.recipe.config import Recipe
+from mlip_cli.recipe.load import load_recipe
+from mlip_cli.recipe.merge_plan import MergePlan
+from mlip_cli.runs.checkpoint import load_weights
+from mlip_cli.runs.folder import Run, find_checkpoint, step_of
+from mlip_cli.types import ImageFeatures
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """A trained model and where it came from."""
+
+    label: str
+    """Name of the run folder."""
+    run: Run
+    recipe: Recipe
+    model: CLIP
+    """On `device`, in evaluation mode, without gradients."""
+    tokenizer: Tokenizer
+    checkpoint: Path
+    step: int
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class MergedEncoder:
+    """A model held at one merge plan."""
+
+    model: CLIP
+    plan: MergePlan
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) uint8 or normalised -> (B, E) spatial features."""
+        return self.model.encode_image(images, self.plan)
+
+    def encode_text(self, token_ids: Tensor) -> Tensor:
+        """(B, L) -> (B, E)"""
+        return self.model.encode_text(token_ids)
+
+    def image_features(self, images: Tensor) -> ImageFeatures:
+        """Features of both domains."""
+        return self.model.image_features(images, self.plan)
+
+
+def at_rate(model: CLIP, rate: float | None, method: str | None = None) -> MergedEncoder:
+    """`model` at a merge rate, None being what the recipe evaluates at; `method` None is `merge_plan`'s choice.
+
+    Raises:
+        UsageError: no plan reaches the rate.
+    """
+    assert rate is not None or method is None, "a method without a rate"
+    return MergedEncoder(model, model.plan if rate is None else model.merge_plan(rate, method))
+
+
+def load_run(target: str | None, *, device: str) -> LoadedRun:
+    """Build the model from the recipe inside the run and load its weights.
+
+    Raises:
+        UsageError: no such run, no checkpoint in it, a damaged one, or one of another model.
+    """
+    run, checkpoint = find_checkpoint(target)
+    recipe = load_recipe(str(run.recipe)).recipe
+    weights = load_weights(checkpoint)
+    where = pick_device(device)
+    with torch.random.fork_rng(devices=[]):
+        model = build_model(recipe)
+    load_into(model, weights, checkpoint)
+    set_fused_attention(model, where.type != "cpu")
+    model.to(where).eval().requires_grad_(False)
+    return LoadedRun(
+        label=run.folder.resolve().name,
+        run=run,
+        recipe=recipe,
+        model=model,
+        tokenizer=Tokenizer(recipe.model.text.context_length),
+        checkpoint=checkpoint,
+        step=step_of(checkpoint),
+        device=where,
+    )
+
+
+def load_into(model: CLIP, weights: dict[str, Tensor], checkpoint: Path) -> None:
+    """Load weights of the same architecture, all of them.
+
+    Raises:
+        UsageError: names or shapes differ; the first few differences are named.
+    """
+    own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    given = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    if own != given:
+        different = sorted(name for name in own.keys() | given.keys() if own.get(name) != given.get(name))
+        raise UsageError(
+            f"{checkpoint}: weights of another model: {len(different)} tensors differ from the recipe's, such as "
+            f"{', '.join(f'{n} ({given.get(n)} for {own.get(n)})' for n in different[:3])}"
+        )
+    model.load_state_dict(weights)

@@ -1,0 +1,188 @@
+"""The run folder while a training writes to it: its lock, recipe, log.txt and stamp."""
+
+import fcntl
+import logging
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import mlip_cli
+from mlip_cli.data.dataset import ShardDataset
+from mlip_cli.distributed import world_size
+from mlip_cli.errors import Stopped, UsageError
+from mlip_cli.files import full_disk_named, write_json, write_text
+from mlip_cli.recipe.config import Recipe
+from mlip_cli.recipe.load import absolute_paths, recipe_yaml
+from mlip_cli.runs.checkpoint import remove_leftovers
+from mlip_cli.runs.folder import RUNS, Run, now, remember_latest, step_of
+from mlip_cli.runs.start import command_line
+from mlip_cli.terminal.output import is_main, logger
+
+
+@contextmanager
+def recorded(
+    run: Run, recipe: Recipe, *, device: torch.device, fingerprints: dict[str, str], step: int
+) -> Iterator[None]:
+    """Rank 0 writes recipe, stamp and log.txt, and how the run ended; the others only train.
+
+    Args:
+        fingerprints: of the training data, by folder.
+        step: the one after which the run goes on, 0 for a new one.
+
+    Raises:
+        UsageError: another process trains in this folder, or has saved here since `step` was chosen.
+        RunError: the disk is full.
+    """
+    if not is_main():
+        yield
+        return
+    run.folder.mkdir(parents=True, exist_ok=True)
+    text = recipe_yaml(absolute_paths(recipe))
+    with full_disk_named(run.folder, "make room and go on with --resume"):
+        if not run.recipe.is_file():  # before all else: a folder without it is no run folder
+            write_text(run.recipe, text)
+        with locked_log(run):
+            newest = run.latest_checkpoint()
+            if newest is not None and step_of(newest) != step:
+                raise UsageError(f"{newest}: another process has saved it just now; start again with --resume")
+            write_text(run.recipe, text)
+            run.checkpoints.mkdir(exist_ok=True)
+            run.evals.mkdir(exist_ok=True)
+            remove_leftovers(run.checkpoints)
+            if run.folder.absolute().parent == RUNS.absolute():
+                remember_latest(run)
+            with stamped(run, recipe, device=device, fingerprints=fingerprints, step=step):
+                yield
+
+
+def data_cards(training: Sequence[ShardDataset], validation: Sequence[ShardDataset]) -> dict[str, dict[str, Any]]:
+    """Cards of the data by role, without their lists of shards; a second data set of a role gets a number."""
+    cards = {}
+    for role, datasets in (("training", training), ("validation", validation)):
+        for number, dataset in enumerate(datasets, start=1):
+            card = {key: value for key, value in dataset.card.items() if key != "shards"}
+            cards[role if number == 1 else f"{role} {number}"] = {"folder": dataset.place, **card}
+    return cards
+
+
+class _LogFile(logging.FileHandler):
+    """What cannot be written is an error, where logging's own handler prints a traceback and goes on."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        assert error is not None
+        raise error
+
+
+@contextmanager
+def locked_log(run: Run) -> Iterator[None]:
+    """Send the words of the block to log.txt too, which one process at a time can hold.
+
+    Raises:
+        UsageError: another one does.
+    """
+    log = _LogFile(run.log, encoding="utf-8")
+    log.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    try:
+        _lock(log, run)
+        logger.addHandler(log)
+        yield
+    finally:
+        logger.removeHandler(log)
+        with suppress(OSError):  # on a full disk the first error is the one to show
+            log.close()
+
+
+def _lock(log: logging.FileHandler, run: Run) -> None:
+    """By record, which a forked loader process does not inherit: after kill -9 the next run need not wait for it."""
+    assert log.stream is not None  # it is opened with its handler
+    try:
+        fcntl.lockf(log.stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise UsageError(
+            f"{run.folder}: another mlip pretrain is at work here; wait for it, or name another --out"
+        ) from None
+    except OSError:  # a file system without locks
+        return
+
+
+PACKAGES = ("torch", "torchvision", "timm", "open_clip_torch", "numpy", "pillow", "simplejpeg")
+
+
+def commit() -> str | None:
+    """The commit of the source tree that runs, or None where it is no checkout."""
+    root = Path(mlip_cli.__file__).parent.parent
+    if not (root / ".git").exists():
+        return None
+    try:
+        asked = subprocess.run(
+            ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+        )
+    except FileNotFoundError:  # no git on this machine
+        return None
+    return asked.stdout.strip() or None
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of Python and of the packages that results depend on."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    return found | {"torch": str(torch.__version__)}  # with the build, which the package's version leaves out
+
+
+@contextmanager
+def stamped(
+    run: Run, recipe: Recipe, *, device: torch.device, fingerprints: dict[str, str], step: int
+) -> Iterator[None]:
+    """Write when and where the block began, and at its end why it ended: finished, stopped, interrupted or failed."""
+    _write_start(run, recipe, device=device, fingerprints=fingerprints, step=step)
+    reason = "interrupted"
+    try:
+        yield
+        reason = "finished"
+    except Stopped as stop:
+        reason = str(stop)
+        raise
+    except Exception as error:
+        reason = f"failed: {error}"
+        raise
+    finally:
+        with suppress(OSError):  # on a full disk the first error is the one to show
+            write_json(run.stamp, {**run.read_stamp(), "ended": now(), "end_reason": reason})
+
+
+def _write_start(run: Run, recipe: Recipe, *, device: torch.device, fingerprints: dict[str, str], step: int) -> None:
+    """Begin the stamp, or note in it that the run went on at `step`."""
+    session = {
+        "command": command_line(),
+        "started": now(),
+        "from_step": step,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "ranks": world_size(),
+        "threads": torch.get_num_threads(),
+    }
+    earlier = run.read_stamp()
+    stamp: dict[str, Any] = {
+        "mlip_version": mlip_cli.__version__,
+        "commit": commit(),
+        "versions": versions(),
+        "platform": f"{platform.system()} {platform.machine()}, {sys.byteorder} endian",
+        "seed": recipe.seed,
+        "data": fingerprints,
+        "started": earlier.get("started", session["started"]),
+        "ended": None,
+        "end_reason": None,
+        "sessions": [*earlier.get("sessions", []), session],
+    }
+    write_json(run.stamp, stamp)

@@ -1,0 +1,97 @@
+"""How a command line ends: what went wrong as one line, and the exit code."""
+
+import os
+import re
+import signal
+import sys
+import traceback
+from types import FrameType
+
+import typer
+
+from mlip_cli.errors import RunError, Stopped, UsageError
+from mlip_cli.terminal.output import is_main, say, say_to_copy
+from mlip_cli.terminal.values import checked_measured_run
+
+
+def interrupt(number: int, frame: FrameType | None) -> None:
+    """Handler of Ctrl-C: KeyboardInterrupt, but inside an import the end at once.
+
+    Libraries swallow the exception while they are imported, or turn it into an ImportError; nothing is open then.
+    """
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            os.write(2, b"error: interrupted\n")
+            os._exit(130)
+        frame = frame.f_back
+    raise KeyboardInterrupt
+
+
+def exit_code(app: typer.Typer) -> int:
+    """Run the command that `sys.argv` names; say what went wrong in one line, and return the exit code."""
+    try:
+        code = app(args=sys.argv[1:] or ["--help"], prog_name="mlip", standalone_mode=False)
+    except typer.TyperException as error:
+        return _fail(_wrong_usage(error), 2)
+    except UsageError as error:
+        return _fail(str(error), 2)
+    except Stopped as stop:
+        words, *commands = str(stop).splitlines()
+        say(words)
+        for command in commands:
+            say_to_copy(command)
+        return stop.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        return _fail("interrupted", 130)
+    except BrokenPipeError:
+        # The reader of a pipe has left, as `head` does; what Python still holds for it has nowhere to go.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except OSError as error:
+        return _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error), 1)
+    except RunError as error:
+        return _fail(str(error), 1)
+    if code == 130:  # what typer makes of Ctrl-C outside of a command's own care
+        return _fail("interrupted", 130)
+    return code if isinstance(code, int) else 0
+
+
+def _wrong_usage(error: typer.TyperException) -> str:
+    """typer's sentences as `place: what; what to do`."""
+    context = getattr(error, "ctx", None)
+    place = context.command_path if context else "mlip"
+    message = error.format_message().strip().rstrip(".")
+    option = getattr(error, "option_name", "")
+    if option.startswith("--") and "." in option:
+        return f"{place}: {option}: recipe keys have no dashes; write {option.removeprefix('--')}=VALUE"
+    message = _list_with_spaces(message, context) if context else message
+    message = re.sub(r"\. Did you mean| \(Did you mean", "; did you mean", message)
+    message = re.sub(r" \(Possible options: (.*)\)", r"; did you mean \1?", message)
+    if isinstance(error.__cause__, ValueError) and hasattr(error.__cause__, "errors"):  # a bound, checked by pydantic
+        message = message.replace("Input should", f"{error.__cause__.errors()[0]['input']} should")
+    message = re.sub(r"^Invalid value for '([^']*)': (?:Value error, )?", r"\1: ", message)
+    cure = "" if ";" in message else f"; try {place} --help"
+    is_sentence = message[1:2].islower()
+    return f"{place}: {message[:1].lower() if is_sentence else message[:1]}{message[1:]}{cure}"
+
+
+def _list_with_spaces(message: str, context: typer.Context) -> str:
+    """`message`, or where words are left over beside options that are lists: how lists are written."""
+    left_over = re.search(r"unexpected extra argument.*? \((\S+?)[ )]", message)
+    if left_over is None or all(parameter.name != "dataset" for parameter in context.command.params):
+        return message
+    try:
+        checked_measured_run(left_over[1])
+    except typer.BadParameter as error:
+        return f"RUN: {error.message}"
+    return f"{message}; lists take commas, as in a,b"
+
+
+def _fail(message: str, code: int) -> int:
+    if os.environ.get("MLIP_DEBUG") == "1":
+        traceback.print_exc()
+    # every rank speaks up: what is wrong may be wrong on one machine only
+    who = "" if is_main() else f"rank {os.environ['RANK']}: "
+    for line in message.splitlines() or [""]:
+        print(f"{who}error: {line}", file=sys.stderr)
+    return code

@@ -1,0 +1,169 @@
+"""What people and programs see: results on stdout, words on stderr, progress only on a terminal, rank 0 only.
+
+Rich is imported where something is drawn, so that help and version need not wait for it.
+"""
+
+import json
+import logging
+import os
+import re
+import shutil
+import sys
+import textwrap
+from collections.abc import Sequence
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+logger = logging.getLogger("mlip_cli")
+
+NARROWEST_TEXT = 12
+"""A terminal with less room than this for a column of text gets the table as wide as it is."""
+
+_NUMBER = re.compile(r"[-+~<>±]?\.?\d")
+
+
+def is_main() -> bool:
+    """True in the one process that speaks: rank 0 under torchrun, or the only process."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+@cache
+def error_console() -> "Console":
+    """The console on stderr that words, bars and panels share, so that they do not overwrite each other."""
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False, markup=False, emoji=False)
+
+
+def draws() -> bool:
+    """True when stderr can redraw a line: a real terminal, whatever FORCE_COLOR says, and this process speaks."""
+    return is_main() and error_console().file.isatty() and not error_console().is_dumb_terminal
+
+
+class _Words(logging.Handler):
+    """Log records as plain lines on stderr; a panel that is being drawn shows its own lines itself."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if getattr(record, "is_on_panel", False):
+            return
+        prefix = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
+        text = prefix + self.format(record)
+        if draws() and not getattr(record, "is_to_copy", False):
+            text = folded(text, error_console().width)
+        error_console().print(text, soft_wrap=True)
+
+
+def start_logging() -> None:
+    """Send the `mlip_cli` logger to stderr; on ranks other than 0 only errors pass."""
+    logger.handlers = [_Words()]
+    logger.setLevel(logging.INFO if is_main() else logging.ERROR)
+    logger.propagate = False
+
+
+def say(text: str) -> None:
+    """One complete line for a person."""
+    logger.info("%s", text)
+
+
+def say_to_copy(text: str) -> None:
+    """A command: a terminal wraps it by itself, so that it is copied as one line."""
+    logger.info("%s", text, extra={"is_to_copy": True})
+
+
+def warn(text: str) -> None:
+    """One line about something that may surprise."""
+    logger.warning("%s", text)
+
+
+def print_json(value: Any) -> None:
+    """One strict JSON document on stdout (NaN is refused: write None)."""
+    print_lines(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def print_lines(text: str) -> None:
+    """Plain text on stdout."""
+    if is_main():
+        sys.stdout.write(text.rstrip("\n") + "\n")
+        sys.stdout.flush()
+
+
+def folded(text: str, width: int) -> str:
+    """`text` with its lines folded between words; only a longer word is wider than `width`."""
+    wrapper = textwrap.TextWrapper(width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+    return "\n".join(wrapper.fill(line) for line in text.splitlines())
+
+
+def print_prose(text: str) -> None:
+    """Sentences on stdout, folded on a terminal and as they are in a pipe."""
+    print_lines(folded(text, shutil.get_terminal_size().columns) if sys.stdout.isatty() else text)
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], *, title: str | None = None) -> None:
+    """A table on stdout, exactly as the cells say: brackets and colons are text.
+
+    Columns of numbers are right-aligned and None is a dash. A terminal folds what is too wide for it; in a pipe the
+    table is as wide as its content.
+    """
+    if not is_main():
+        return
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=Text(title) if title else None, title_justify="left", box=None, pad_edge=False)
+    least_width = 2 * (len(columns) - 1)
+    for i, column in enumerate(columns):
+        numeric = bool(rows) and all(_is_number(row[i]) for row in rows)
+        one_word = numeric and not any(" " in str(row[i]) for row in rows)
+        header = Text(column, style="bold")
+        table.add_column(header, justify="right" if numeric else "left", overflow="fold", no_wrap=one_word)
+        width = max(len(column), *(len(str(row[i])) for row in rows)) if rows else len(column)
+        least_width += width if one_word else min(width, NARROWEST_TEXT)
+    for row in rows:
+        table.add_row(*[Text("-" if cell is None else str(cell)) for cell in row])
+    console = Console(file=sys.stdout, highlight=False, force_terminal=sys.stdout.isatty())
+    terminal_width = console.width
+    console.width = 1_000_000  # to measure without a limit
+    fits = console.file.isatty() and least_width <= terminal_width
+    console.width = terminal_width if fits else console.measure(table).maximum
+    with console.capture() as drawn:
+        console.print(table)
+    print_lines("\n".join(line.rstrip() for line in drawn.get().splitlines()))
+
+
+def _is_number(cell: Any) -> bool:
+    if isinstance(cell, bool):
+        return False
+    return cell is None or isinstance(cell, int | float) or (isinstance(cell, str) and bool(_NUMBER.match(cell)))
+
+
+def plural(n: int, one: str, many: str | None = None) -> str:
+    """1, "row" -> 1 row; 2,000, "row" -> 2,000 rows; `many` where an s at the end is not the plural."""
+    return f"{n:,} {one if n == 1 else many or one + 's'}"
+
+
+def clock(seconds: float | None) -> str:
+    """130 -> 2:10, 7325 -> 2:02:05, None -> -:--."""
+    if seconds is None:
+        return "-:--"
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
+
+
+READINGS = {"feature": "feature", "tokens": "tokens", "frequency_tokens": "frequency tokens"}
+"""How pointing reads a picture's patches: projected like the image feature, or by a token head of either domain."""
+
+
+def percent(share: float | None) -> str | None:
+    """0.316 -> 31.6"""
+    return None if share is None else f"{100 * share:.1f}"
+
+
+def per_second(tflops: float) -> str:
+    """Teraflops a second: 0.0512 -> 51.2 GFLOP/s, 512.3 -> 512 TFLOP/s"""
+    return f"{tflops:.3g} TFLOP/s" if tflops >= 1 else f"{1000 * tflops:.3g} GFLOP/s"

@@ -1,0 +1,65 @@
+"""Values on the command line: how a text becomes one, what is refused, and what the shell completes. Nothing heavy."""
+
+from pathlib import Path
+
+import typer
+
+DATASETS = ("openmoji", "digits", "imagenet")
+"""Names of our own data sets, which nobody means as a RUN."""
+FAMILIES = ("folder:", "shards:", "wds/")
+"""What names of other data sets begin with."""
+
+
+def split(text: str) -> list[str]:
+    """`a,b` -> [a, b]; an empty part is an error."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(parts):
+        raise typer.BadParameter(f"{text!r} has an empty part; lists look like a,b")
+    return parts
+
+
+def split_rates(text: str) -> list[float]:
+    """`0,0.3` -> [0.0, 0.3]; each in [0, 1)."""
+    rates = []
+    for part in split(text):
+        try:
+            rate = float(part)
+        except ValueError:
+            raise typer.BadParameter(f"{part!r} is not a number; rates look like 0,0.3,0.5") from None
+        if not 0 <= rate < 1:
+            raise typer.BadParameter(f"{part} is not in [0, 1); a rate is the fraction of patch tokens that merge away")
+        rates.append(rate)
+    return rates
+
+
+def flat(lists: list[list]) -> list:
+    """What an option that repeats or is separated by commas names in all."""
+    return [value for values in lists for value in values]
+
+
+def checked_run(value: str) -> str:
+    """A RUN that is a number is the tail of a list that was written with spaces."""
+    if value.replace(".", "", 1).isdigit() and not Path(value).exists():
+        raise typer.BadParameter(f"{value!r} is a number, no run; lists take commas, as in 0.3,{value}")
+    return value
+
+
+def checked_measured_run(value: str) -> str:
+    """The same for a data set's name."""
+    if (value in DATASETS or value.startswith(FAMILIES)) and not Path(value).exists():
+        raise typer.BadParameter(f"{value!r} is a data set, no run; name it with --dataset {value} (lists take commas)")
+    return checked_run(value)
+
+
+def complete_recipe(incomplete: str) -> list[str]:
+    """Names of recipes, for the shell."""
+    from mlip_cli.recipe import shipped
+
+    return shipped.complete_recipe(incomplete)
+
+
+def complete_override(context: typer.Context, incomplete: str) -> list[str]:
+    """Keys and values of recipes, for the shell."""
+    from mlip_cli.recipe import shipped
+
+    return shipped.complete_override(context.params.get("overrides") or [], incomplete)

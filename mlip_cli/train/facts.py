@@ -1,0 +1,115 @@
+"""What a training says of itself before its first step."""
+
+from collections.abc import Sequence
+
+from mlip_cli.data.dataset import ShardDataset
+from mlip_cli.data.loader import check_divides, decoded
+from mlip_cli.data.order import Order
+from mlip_cli.distributed import world_size
+from mlip_cli.model.clip import CLIP
+from mlip_cli.recipe.config import Recipe
+from mlip_cli.recipe.merge_plan import DEFAULT, MOST_IN_ONE_MERGE, MergePlan, merging_steps
+from mlip_cli.runs.start import Start
+from mlip_cli.terminal.output import plural
+from mlip_cli.train.setup import num_workers
+
+
+def facts(recipe: Recipe, model: CLIP, total_steps: int) -> list[str]:
+    """Lines about what was derived from the recipe."""
+    parameters = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = f", {trained:,} of them train (model.freeze: {model.frozen})" if model.frozen else ""
+    plan, loaders = model.training_plan, plural(num_workers(recipe), "loader process", "loader processes")
+    lines = [
+        f"{plural(parameters, 'parameter')}{frozen}; {plural(total_steps, 'step')} with batches of "
+        f"{recipe.train.global_batch_size:,} on {plural(world_size(), 'rank')}, {loaders} each, "
+        f"{recipe.train.precision}"
+    ]
+    if plan.at:
+        tokens = " ".join(map(str, plan.tokens))
+        word = "dropping" if plan.drops else "merging"
+        lines.append(
+            f"{word} ({plan.method}): patch tokens per block {tokens}, true rate {plan.rate:.3f}"
+            f"{phase(recipe, total_steps)}"
+        )
+    return lines
+
+
+def phase(recipe: Recipe, total_steps: int) -> str:
+    """Words for the steps in which tokens merge; none where all do."""
+    assert recipe.model.merging is not None
+    steps = merging_steps(total_steps, recipe.model.merging.active)
+    if len(steps) == total_steps:
+        return ""
+    return f", in steps {steps[0]:,} to {steps[-1]:,}" if steps else ", in no step of so few"
+
+
+def cautions(recipe: Recipe, plan: MergePlan, total_steps: int | None) -> list[str]:
+    """What is allowed and probably not meant; `total_steps` is None where missing data leaves it open."""
+    lines = _idle_keys(recipe, total_steps)
+    if plan.largest_merge > MOST_IN_ONE_MERGE:
+        lines.append(
+            f"one merge removes {plan.largest_merge:.0%} of the tokens and leaves guidance little to choose; add "
+            "places to model.merging.at"
+        )
+    if total_steps is not None and recipe.optim.warmup_steps >= total_steps:
+        lines.append(
+            f"optim.warmup_steps {recipe.optim.warmup_steps} is not below the {plural(total_steps, 'step')} of the run:"
+            " the learning rate only rises; lower it"
+        )
+    return lines
+
+
+def _idle_keys(recipe: Recipe, total_steps: int | None) -> list[str]:
+    """Values that change nothing, or not what they are for."""
+    lines, merging, layer_decay = [], recipe.model.merging, recipe.optim.layer_decay
+    if merging is not None and merging.rate == 0:
+        changed = {"at": merging.at is not None, "active": merging.active != DEFAULT.active}
+        lines += [
+            f"model.merging.{key} changes nothing while model.merging.rate is 0; give a rate, or leave it out"
+            for key, is_given in changed.items()
+            if is_given
+        ]
+    elif merging is not None and total_steps is not None and not merging_steps(total_steps, merging.active):
+        first, last = merging.active
+        lines.append(
+            f"model.merging.active [{first:g}, {last:g}] holds none of the {plural(total_steps, 'step')} of the run: "
+            "nothing merges in training; widen it"
+        )
+    if layer_decay < 1 and recipe.model.init is None:
+        lines.append(
+            f"optim.layer_decay {layer_decay:g} is for training on, and model.init is null: it slows the lower blocks "
+            "of random weights; set it to 1"
+        )
+    return lines
+
+
+def resume_facts(start: Start, step: int) -> list[str]:
+    """Lines about what goes on, and with which permitted changes."""
+    if not start.resumes:
+        return []
+    changes = [f"changed since: {path}: {old} -> {new}" for path, old, new in start.changes]
+    return [f"going on with {start.run.folder} after step {step:,}", *changes]
+
+
+def preflight(datasets: Sequence[ShardDataset], order: Order, global_batch_size: int, world_size: int) -> list[str]:
+    """Lines about what was found and what it makes of steps and epochs; the first sample of each data set is decoded.
+
+    Raises:
+        UsageError: the global batch does not divide by the ranks.
+        RunError: a first sample that cannot be read.
+    """
+    check_divides(global_batch_size, world_size)
+    lines = []
+    for number, dataset in enumerate(datasets):
+        decoded(dataset.read(0))
+        share = f", {float(order.shares[number]):.1%} of what is seen" if order.shares else ""
+        lines.append(f"{dataset.name}: {dataset.num_samples:,} samples in {plural(dataset.num_shards, 'shard')}{share}")
+    if order.steps_per_epoch is not None:
+        left_out = order.num_samples - order.steps_per_epoch * global_batch_size
+        tail = f"; {left_out:,} samples are left out, others each epoch" if left_out else ""
+        steps = order.steps_per_epoch
+        lines.append(f"{order.num_samples:,} samples / {global_batch_size:,} = {steps:,} steps an epoch{tail}")
+    if world_size > 1:
+        lines.append(f"{global_batch_size:,} / {world_size} ranks = {global_batch_size // world_size:,} samples a rank")
+    return lines
