@@ -92,7 +92,7 @@ class Data(Section):
     max_bad_share: Annotated[float, Field(ge=0, le=1)] = 0.01
     """Training stops when more than this share of the last 10,000 samples cannot be read."""
     cache: Cache = Cache()
-    """Local copies of the shards that lie at URLs."""
+    """The cache for shards at URLs."""
 
 
 class Vision(Section):
@@ -170,7 +170,7 @@ class Merging(Section):
 
 
 class Model(Section):
-    """The architecture."""
+    """Towers, frequency branch, token merging, and the weights that they start from."""
 
     embed_dim: Positive = 512
     """Width of the joint space of images and texts."""
@@ -349,6 +349,6 @@ class Recipe(Section):
     train: Train
     """Length, device and memory."""
     evaluate: Evaluate = Evaluate()
-    """Measures during training."""
+    """What is measured during training."""
     log: Log = Log()
     """What is logged."""

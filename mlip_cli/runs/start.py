@@ -10,8 +10,9 @@ from typing import Any
 
 from mlip_cli.errors import RecipeError, UsageError
 from mlip_cli.recipe.config import Log, Recipe
+from mlip_cli.recipe.init_source import OpenClipFile, open_clip_file
 from mlip_cli.recipe.load import absolute_paths, differences, load_recipe
-from mlip_cli.runs.folder import RUNS, Run, all_runs, default_folder
+from mlip_cli.runs.folder import RUNS, Run, all_runs, default_folder, find_checkpoint
 from mlip_cli.terminal.output import say
 
 MICRO_BATCHES = "train.micro_batch_size"
@@ -158,3 +159,17 @@ def command_line() -> str:
     import shlex
 
     return shlex.join(["mlip", *sys.argv[1:]])
+
+
+def find_init(init: str) -> OpenClipFile | Path:
+    """The file, or the checkpoint's folder, that `model.init` names.
+
+    Raises:
+        UsageError: there is no such run, checkpoint or file.
+    """
+    foreign = open_clip_file(init)
+    if foreign is None:
+        return find_checkpoint(init)[1]
+    if not Path(foreign.file).is_file():
+        raise UsageError(f"{foreign.file}: no such file; model.init=open_clip:ARCH:FILE reads weights that lie here")
+    return foreign
