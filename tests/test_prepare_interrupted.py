@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from locks_for_tests import held_elsewhere
 from sources_for_tests import contents, prepare, write_sidecars
 
 from mlip_cli.data.prepare.workspace import PartResult, Workspace, finished_summary, opened
@@ -124,7 +125,9 @@ def test_a_second_run_loads_nothing_heavy(tmp_path: Path) -> None:
 
 def test_a_half_prepared_folder_keeps_its_request_and_its_lock(tmp_path: Path) -> None:
     request = {"size": 64, "source_fingerprint": "a"}
-    with opened(tmp_path / "out", request), pytest.raises(UsageError) as error, opened(tmp_path / "out", request):
+    with opened(tmp_path / "out", request) as work:
+        pass
+    with held_elsewhere(work.folder / "lock"), pytest.raises(UsageError) as error, opened(tmp_path / "out", request):
         pass
     assert str(error.value) == (
         f"{tmp_path / 'out'}: another mlip prepare-data is writing here; wait for it or name another folder"

@@ -96,10 +96,6 @@ class ShardDataset:
         """The absolute folder, or the URL: the same name wherever a run goes on."""
         return str(self.folder.resolve()) if self.remote is None else self.remote.url
 
-    def shards_of(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Which shard each sample lies in: (n,) -> (n,)."""
-        return np.searchsorted(np.array(self._ends), ids, side="right")
-
     def fetch(self, shards: Iterable[int] | None = None) -> None:
         """Have these shards (None: all) on this machine, where they lie elsewhere.
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mlip_cli.data.cache import GIB, ShardCache
+from mlip_cli.data.cache import ShardCache
 from mlip_cli.data.dataset import UNREADABLE, BadSampleError, RawSample, ShardDataset
 from mlip_cli.data.index import RECORD, read_records, write_index
 from mlip_cli.data.prepare.workers import run_parallel
@@ -29,7 +29,7 @@ from mlip_cli.data.sources.tars import IMAGES, MAX_PART_BYTES, TEXTS, UnusableTe
 from mlip_cli.data.tar import TAR_BLOCK, DamagedTarError, Member, checked_header, read_members
 from mlip_cli.data.tokenizer import count_tokens
 from mlip_cli.errors import UsageError
-from mlip_cli.files import full_disk_named, write_json
+from mlip_cli.files import GIB, full_disk_named, write_json
 from mlip_cli.recipe.config import Cache
 from mlip_cli.terminal.output import plural, say, warn
 from mlip_cli.terminal.panel import progress

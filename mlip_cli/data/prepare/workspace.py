@@ -8,7 +8,6 @@ OUT/.prepare/finished/      what moves to OUT at the end
 OUT/prepared.json           written last: everything is there
 """
 
-import fcntl
 import json
 import os
 import shutil
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from mlip_cli.errors import UsageError
-from mlip_cli.files import sync_folder, write_json
+from mlip_cli.files import lock, sync_folder, write_json
 
 OWN_FOLDER = ".prepare"
 DONE = "prepared.json"
@@ -144,13 +143,12 @@ def opened(out: Path, request: Mapping[str, Any]) -> Iterator[Workspace]:
     """
     work = Workspace(out)
     work.parts.mkdir(parents=True, exist_ok=True)
-    with open(work.folder / "lock", "a", encoding="utf-8") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UsageError(
-                f"{out}: another mlip prepare-data is writing here; wait for it or name another folder"
-            ) from None
+
+    def refuse() -> None:
+        raise UsageError(f"{out}: another mlip prepare-data is writing here; wait for it or name another folder")
+
+    with open(work.folder / "lock", "a", encoding="utf-8") as file:
+        lock(file, when_held=refuse)
         _remove_torn(work)
         try:
             if not (work.folder / "request.json").is_file():
