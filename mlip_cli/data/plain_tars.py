@@ -24,8 +24,8 @@ from mlip_cli.data.index import RECORD, read_records, write_index
 from mlip_cli.data.prepare.workers import run_parallel
 from mlip_cli.data.remote import is_url
 from mlip_cli.data.sources.find import DataSource, find_source
-from mlip_cli.data.sources.records import Record, checked_captions, json_bytes, split_of_folder
-from mlip_cli.data.sources.tars import IMAGES, MAX_PART_BYTES, TEXTS, UnusableTextsError, key_of, known_members, stated
+from mlip_cli.data.sources.records import PICTURE_ENDINGS, Record, checked_captions, json_bytes, split_of_folder
+from mlip_cli.data.sources.tars import MAX_PART_BYTES, TEXTS, UnusableTextsError, key_of, known_members, stated
 from mlip_cli.data.tar import TAR_BLOCK, DamagedTarError, Member, checked_header, read_members
 from mlip_cli.data.tokenizer import count_tokens
 from mlip_cli.errors import UsageError
@@ -199,13 +199,13 @@ def _samples(tar: Path) -> Iterator[tuple[str, list[tuple[str, Member]]]]:
 
 def _index_record(descriptor: int, members: Sequence[tuple[str, Member]]) -> np.void:
     """ValueError says why the sample cannot be used."""
-    pictures = [(ending, member) for ending, member in members if ending in IMAGES]
+    pictures = [(ending, member) for ending, member in members if ending in PICTURE_ENDINGS]
     if len(pictures) != 1:
         raise ValueError("several pictures" if pictures else "no picture")
     if pictures[0][0] not in FORMATS:
         raise ValueError("a picture that is neither JPEG nor PNG nor WebP; mlip prepare-data reads it")
     parts = {"image": pictures[0][1]}
-    texts = {ending: member for ending, member in members if ending not in IMAGES}
+    texts = {ending: member for ending, member in members if ending not in PICTURE_ENDINGS}
     if pictures[0][1].size == 0:
         raise ValueError("empty picture")
     for part, endings in (("txt", TEXTS), ("json", ("json",))):

@@ -22,7 +22,7 @@ from mlip_cli.data.prepare.parts import NO_SPLIT, PartOptions, prepare_part
 from mlip_cli.data.prepare.shards import StoredSamples, write_split
 from mlip_cli.data.prepare.workers import run_parallel
 from mlip_cli.data.prepare.workspace import PartResult, Workspace
-from mlip_cli.data.sources.records import MAX_HELD_OUT, SPLITS, Part
+from mlip_cli.data.sources.records import MAX_HELD_OUT, SPLITS, SourcePart
 from mlip_cli.errors import RunError, Stopped, UsageError
 from mlip_cli.files import full_disk_named
 from mlip_cli.terminal.output import plural
@@ -43,7 +43,7 @@ class SourceError(RunError):
 
 def prepare_parts(
     work: Workspace,
-    parts: Iterable[Part],
+    parts: Iterable[SourcePart],
     options: PartOptions,
     *,
     num_rows: int,

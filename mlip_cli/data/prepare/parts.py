@@ -15,7 +15,7 @@ from mlip_cli.data.pictures import RejectedPictureError
 from mlip_cli.data.prepare.pixels import StoredPicture, store
 from mlip_cli.data.prepare.shards import PART_ROW, sample_parts, tar_writer, verify_tar
 from mlip_cli.data.prepare.workspace import PartResult
-from mlip_cli.data.sources.records import SPLITS, Part, Picture, Record, printable
+from mlip_cli.data.sources.records import SPLITS, PicturePlace, Record, SourcePart, printable
 from mlip_cli.data.tokenizer import count_tokens
 from mlip_cli.files import atomic_path, write_bytes
 
@@ -35,7 +35,7 @@ class PartOptions:
     """The pictures are OpenMoji's SVGs."""
 
 
-def prepare_part(part: Part, options: PartOptions) -> PartResult:
+def prepare_part(part: SourcePart, options: PartOptions) -> PartResult:
     """Write a part's samples and rejects to files of their own; each is whole or absent."""
     tar = Path(options.folder, f"part-{part.number:06d}.tar")
     rows: list[tuple[int, int, int]] = []
@@ -94,7 +94,7 @@ def _make_sample(record: Record, row: int, options: PartOptions) -> tuple[dict[s
     return sample_parts(f"{row:09d}", image=picture.content, format=picture.format, fields=fields), picture
 
 
-def _read_picture(picture: Picture) -> bytes:
+def _read_picture(picture: PicturePlace) -> bytes:
     try:
         if not stat.S_ISREG(os.stat(picture.path).st_mode) and not os.path.isdir(picture.path):
             raise RejectedPictureError("picture is not a file", "a pipe or a device")  # whose reader would wait

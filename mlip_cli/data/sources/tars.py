@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from mlip_cli.data.sources.records import (
+    PICTURE_ENDINGS,
     Caption,
-    Picture,
+    PicturePlace,
     Record,
     captions_of,
     decode_text,
@@ -19,7 +20,6 @@ from mlip_cli.data.sources.records import (
 )
 from mlip_cli.data.tar import Member, read_members
 
-IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 TEXTS = ("txt", "caption", "text")
 CLASS_NAMES = ("class", "label")
 MAX_PART_BYTES = 1 << 20
@@ -69,18 +69,18 @@ def key_of(name: str) -> str:
 def known_members(members: Iterator[Member]) -> list[tuple[str, Member]]:
     """(ending, member) of the members that we read; never links or folders, which have no bytes of their own."""
     named = [(member.name.rpartition(".")[2].lower(), member) for member in members if member.is_file]
-    return [(ending, member) for ending, member in named if ending in (*IMAGES, *TEXTS, "json", "cls")]
+    return [(ending, member) for ending, member in named if ending in (*PICTURE_ENDINGS, *TEXTS, "json", "cls")]
 
 
 def _record(
     path: Path, descriptor: int, parts: list[tuple[str, Member]], *, file: str, row: int, key: str, split: str | None
 ) -> Record:
-    pictures = [member for ending, member in parts if ending in IMAGES]
+    pictures = [member for ending, member in parts if ending in PICTURE_ENDINGS]
     if len(pictures) != 1:
         reason = "several pictures" if pictures else "no picture"
         return Record(file, row, None, (), split=split, reject=reason, detail=key)
-    place = Picture(str(path), pictures[0].offset, pictures[0].size)
-    texts = {ending: member for ending, member in parts if ending not in IMAGES}
+    place = PicturePlace(str(path), pictures[0].offset, pictures[0].size)
+    texts = {ending: member for ending, member in parts if ending not in PICTURE_ENDINGS}
     if large := [member.name for member in texts.values() if member.size > MAX_PART_BYTES]:
         return Record(file, row, place, (), split=split, reject="caption too long", detail=large[0])
     try:
