@@ -152,7 +152,7 @@ def test_a_second_run_does_nothing_and_other_wishes_are_refused(
     before = contents(tmp_path / "out")
     capsys.readouterr()
     with monkeypatch.context() as patch, caplog.at_level("INFO", logger="mlip_cli"):
-        patch.setattr(prepare_module, "prepare_parts", None)
+        patch.setattr(prepare_module, "prepare", None)
         assert prepare(source, tmp_path / "out", workers=2) == summary
     assert json.loads(capsys.readouterr().out) == summary
     out = tmp_path / "out"

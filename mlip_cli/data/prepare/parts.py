@@ -64,7 +64,6 @@ def prepare_part(part: SourcePart, options: PartOptions) -> PartResult:
         rows=len(part.records),
         tar=tar.name,
         tar_bytes=verified.num_bytes,
-        samples=len(rows),
         reasons=dict(sorted(Counter(reject["reason"] for reject in rejects).items())),
     )
 
