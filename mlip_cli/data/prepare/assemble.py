@@ -18,11 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlip_cli import __version__
-from mlip_cli.data.prepare.parts import NO_SPLIT, PartOptions, prepare_part
+from mlip_cli.data.prepare.parts import NO_SPLIT, prepare_part
 from mlip_cli.data.prepare.shards import StoredSamples, write_split
 from mlip_cli.data.prepare.summary import SplitSummary, Summary, next_commands
 from mlip_cli.data.prepare.workers import run_parallel
-from mlip_cli.data.prepare.workspace import PartResult, Workspace, opened
+from mlip_cli.data.prepare.workspace import PartOptions, PartResult, Workspace, opened
 from mlip_cli.data.sources.find import DataSource, ReadOptions, count_records, read_records
 from mlip_cli.data.sources.openmoji import attribution
 from mlip_cli.data.sources.records import MAX_HELD_OUT, SPLITS, parts_of

@@ -5,7 +5,7 @@ import json
 import os
 import stat
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,25 +14,13 @@ import numpy as np
 from mlip_cli.data.pictures import RejectedPictureError
 from mlip_cli.data.prepare.pixels import StoredPicture, store
 from mlip_cli.data.prepare.shards import PART_ROW, sample_parts, tar_writer, verify_tar
-from mlip_cli.data.prepare.workspace import PartResult
+from mlip_cli.data.prepare.workspace import PartOptions, PartResult
 from mlip_cli.data.sources.records import SPLITS, PicturePlace, Record, SourcePart, printable
 from mlip_cli.data.tokenizer import count_tokens
 from mlip_cli.files import atomic_path, write_bytes
 
 MAX_FILE_BYTES = 512 << 20
 NO_SPLIT = 255
-
-
-@dataclass(frozen=True)
-class PartOptions:
-    """What `prepare_part` needs besides the part."""
-
-    folder: str
-    """Where the files of the part go."""
-    size: int
-    """Short side of stored pictures in pixels."""
-    render: bool = False
-    """The pictures are OpenMoji's SVGs."""
 
 
 def prepare_part(part: SourcePart, options: PartOptions) -> PartResult:

@@ -5,13 +5,14 @@ import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mlip_cli.data.sources.records import MAX_HELD_OUT
 from mlip_cli.errors import UsageError
-from mlip_cli.recipe.config import Recipe
-from mlip_cli.recipe.load import load_recipe
 from mlip_cli.terminal.output import plural, print_table, say, say_to_copy, warn
+
+if TYPE_CHECKING:
+    from mlip_cli.recipe.config import Recipe
 
 FEW_HELD_OUT = 10
 """Fewer held-out samples are worth a warning."""
@@ -98,9 +99,11 @@ class Summary:
     def _show_held_out(self) -> None:
         holdout = self.request["holdout"]
         if self.held_out:
-            num_held_out, samples = self.splits["validation"].num_samples, plural(self.rows - self.rejects, "sample")
+            num_held_out = self.splits["validation"].num_samples
+            num_samples = plural(self.rows - self.rejects, "sample")
             say(
-                f"validation/ is {num_held_out:,} of {samples}, held out by the hash of the pixels (--holdout {holdout:g}, at most {MAX_HELD_OUT:,}); the source has no splits"
+                f"validation/ is {num_held_out:,} of {num_samples}, held out by the hash of the pixels "
+                f"(--holdout {holdout:g}, at most {MAX_HELD_OUT:,}); the source has no splits"
             )
             if num_held_out < FEW_HELD_OUT:
                 few = plural(num_held_out, "sample")
@@ -111,6 +114,8 @@ class Summary:
 
 def next_commands(format: str, out: Path, splits: Mapping[str, SplitSummary]) -> dict[str, str]:
     """Trainings to go on with, by the hardware they need; none for a few pictures."""
+    from mlip_cli.recipe.load import load_recipe  # here, because each worker process imports this module
+
     if format == "openmoji" and out == DEMO_FOLDER:
         return {"no GPU": "mlip pretrain recipes/openmoji.yaml"}
     train = "train" if "train" in splits else next(iter(splits))
@@ -126,7 +131,7 @@ def next_commands(format: str, out: Path, splits: Mapping[str, SplitSummary]) ->
     }
 
 
-def _fitted(recipe: Recipe, num_samples: int) -> Iterator[str]:
+def _fitted(recipe: "Recipe", num_samples: int) -> Iterator[str]:
     """Changes that give an epoch at least eight steps, and a warm-up of at most a tenth of all steps."""
     train = recipe.train
     batch_size = min(train.global_batch_size, 1 << ((num_samples // STEPS_AN_EPOCH).bit_length() - 1))

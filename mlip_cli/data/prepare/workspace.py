@@ -26,6 +26,18 @@ DONE = "prepared.json"
 
 
 @dataclass(frozen=True)
+class PartOptions:
+    """How to prepare a part."""
+
+    folder: str
+    """That of the part's files."""
+    size: int
+    """Short side of stored pictures in pixels."""
+    render: bool = False
+    """The pictures are OpenMoji's SVGs."""
+
+
+@dataclass(frozen=True)
 class PartResult:
     """A part whose verified files are on the disk."""
 
