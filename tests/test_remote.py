@@ -21,9 +21,8 @@ from shards_for_tests import make_dataset
 from mlip_cli.data import remote as module
 from mlip_cli.data.cache import GIB
 from mlip_cli.data.dataset import ShardDataset
-from mlip_cli.data.index import index_path
 from mlip_cli.data.loader import training_loader
-from mlip_cli.data.open import fetch_ahead, open_sources
+from mlip_cli.data.open import fetch_ahead, open_prepared, open_sources
 from mlip_cli.data.order import Order
 from mlip_cli.errors import RunError, UsageError
 from mlip_cli.evaluate.validation import evaluation_loader
@@ -119,7 +118,7 @@ def batches(dataset: ShardDataset, *, start: int = 0, stop: int = 5, num_workers
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_batches_are_those_of_the_folder_itself(folder: Path, cache: Cache, num_workers: int) -> None:
-    here, there = ShardDataset(folder), opened(f"file://{folder}/", cache)
+    here, there = open_prepared(folder), opened(f"file://{folder}/", cache)
     assert (there.fingerprint, there.num_samples) == (here.fingerprint, N)
     assert (there.name, there.place, here.place) == (f"file://{folder}", f"file://{folder}", str(folder.resolve()))
     assert np.array_equal(there.num_tokens(range(N)), here.num_tokens(range(N)))
@@ -242,8 +241,8 @@ def test_a_copy_that_was_cut_is_fetched_again(trouble: Trouble, cache: Cache) ->
     dataset = opened(trouble.url, cache)
     expected = dataset.read(9)
     dataset.close()
-    os.truncate(dataset.folder / "train-000001.tar", 1000)
-    os.truncate(index_path(dataset.folder / "train-000003.tar"), 100)
+    os.truncate(dataset.tars[1], 1000)
+    os.truncate(dataset.indexes[3], 100)
     assert opened(trouble.url, cache).read(9) == expected
 
 
