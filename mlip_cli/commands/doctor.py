@@ -223,10 +223,10 @@ def data() -> Iterator[Check]:
 
 
 def _readable(name: str, folder: Path) -> Check:
-    from mlip_cli.data.dataset import ShardDataset
+    from mlip_cli.data.open import open_prepared
 
     try:
-        dataset = ShardDataset(folder)
+        dataset = open_prepared(folder)
         dataset.read(0)
     except (UsageError, RunError, OSError) as error:
         return Check(name, "fail", str(error), "prepare it again with mlip prepare-data, or take the folder away")

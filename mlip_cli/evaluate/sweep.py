@@ -195,8 +195,7 @@ def _choose_of_validation(pairs: ValidationPairs, size: int, wanted: int) -> lis
     numbers = numbers_at_random(wanted, pairs.num_pictures)
     samples = [(number, pairs.sample(number)) for number in numbers]
     return [
-        ChosenPicture(number, sample.record["captions"][0]["text"], READERS.fit(decoded(sample), size))
-        for number, sample in samples
+        ChosenPicture(number, sample.captions[0].text, READERS.fit(decoded(sample), size)) for number, sample in samples
     ]
 
 
