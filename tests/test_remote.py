@@ -20,9 +20,8 @@ from shards_for_tests import make_dataset
 
 from mlip_cli.data import remote as module
 from mlip_cli.data.dataset import ShardDataset
-from mlip_cli.data.index import index_path
 from mlip_cli.data.loader import training_loader
-from mlip_cli.data.open import open_sources
+from mlip_cli.data.open import open_prepared, open_sources
 from mlip_cli.data.order import Order
 from mlip_cli.errors import RunError, UsageError
 from mlip_cli.evaluate.validation import evaluation_loader
@@ -114,7 +113,7 @@ def batches(dataset: ShardDataset, *, start: int = 0, stop: int = 5, num_workers
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_batches_are_those_of_the_folder_itself(folder: Path, cache: Cache, num_workers: int) -> None:
-    here, there = ShardDataset(folder), opened(f"file://{folder}/", cache)
+    here, there = open_prepared(folder), opened(f"file://{folder}/", cache)
     assert (there.fingerprint, there.num_samples) == (here.fingerprint, N)
     assert (there.name, there.place, here.place) == (f"file://{folder}", f"file://{folder}", str(folder.resolve()))
     assert np.array_equal(there.num_tokens(range(N)), here.num_tokens(range(N)))
@@ -251,8 +250,8 @@ def test_a_copy_that_was_cut_is_fetched_again(trouble: Trouble, cache: Cache) ->
     dataset = opened(trouble.url, cache)
     expected = dataset.read(9)
     dataset.close()
-    os.truncate(dataset.folder / "train-000001.tar", 1000)
-    os.truncate(index_path(dataset.folder / "train-000003.tar"), 100)
+    os.truncate(dataset.tars[1], 1000)
+    os.truncate(dataset.indexes[3], 100)
     assert opened(trouble.url, cache).read(9) == expected
 
 
@@ -321,10 +320,10 @@ def test_what_exceeds_the_cache_is_refused_and_what_may_be_deleted_is_named(tmp_
         f"data.cache.gib: {cache.folder} holds 0.00 GiB of shards, and 0.00 GiB more exceed the {room.gib:g} allowed"
     )
     assert sorted(deletable.strip("()").removesuffix(" GiB").split(" GiB, ")) == sorted(
-        f"{dataset.folder.name} from {dataset.name}, 0.00" for dataset in (first, second)
+        f"{dataset.remote.folder.name} from {dataset.name}, 0.00" for dataset in (first, second)
     )
-    assert [len(list(dataset.folder.glob("*.tar"))) for dataset in (first, second, third)] == [4, 4, 0]
-    shutil.rmtree(first.folder)
+    assert [len(list(dataset.remote.folder.glob("*.tar"))) for dataset in (first, second, third)] == [4, 4, 0]
+    shutil.rmtree(first.remote.folder)
     third.fetch()
     assert third.read(15).key == "02-000015"
 
@@ -368,7 +367,7 @@ def test_a_second_process_waits_for_the_first_and_fetches_nothing(
             waiting.join(0.2)
             assert waiting.is_alive()
             for shard in dataset.card["shards"]:
-                (dataset.folder / shard["name"]).write_bytes(trouble.content(shard["name"]))
+                (dataset.remote.folder / shard["name"]).write_bytes(trouble.content(shard["name"]))
             trouble.asked.clear()
         waiting.join()
     assert caplog.messages == [f"another process writes to {cache.folder}; waiting for it"]
@@ -378,7 +377,7 @@ def test_a_second_process_waits_for_the_first_and_fetches_nothing(
 
 def test_what_a_killed_process_left_is_removed(trouble: Trouble, cache: Cache) -> None:
     dataset = opened(trouble.url, cache)
-    torn = dataset.folder / ".train-000001.tar.12345.tmp"
+    torn = dataset.remote.folder / ".train-000001.tar.12345.tmp"
     torn.write_bytes(b"half")
     dataset.read(0)
     assert not torn.exists()
@@ -406,11 +405,11 @@ def test_a_cache_that_cannot_be_made(trouble: Trouble, tmp_path: Path) -> None:
 def test_the_users_own_cache(trouble: Trouble, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "own"))
     [dataset] = open_sources([Source(path=trouble.url)])
-    assert dataset.folder.parent == tmp_path / "own" / "mlip"
+    assert dataset.remote.folder.parent == tmp_path / "own" / "mlip"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     [dataset] = open_sources([Source(path=trouble.url)], cache=Cache())
-    assert dataset.folder.parent == tmp_path / "home" / ".cache" / "mlip"
+    assert dataset.remote.folder.parent == tmp_path / "home" / ".cache" / "mlip"
 
 
 def test_urls_of_a_recipe_stay_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,7 +38,7 @@ def prepare_part(part: SourcePart, options: PartOptions) -> PartResult:
                     continue
                 writer.write(sample)
                 split = SPLITS.index(record.split) if record.split else NO_SPLIT
-                rows.append((picture.pixels, split, count_tokens(record)))
+                rows.append((picture.pixels, split, count_tokens(caption.text for caption in record.captions)))
         columns = np.array(rows, np.uint64).reshape(-1, 3)
         verified = verify_tar(temporary, columns[:, 2].astype(np.uint16))
     table = np.zeros(len(rows), PART_ROW)

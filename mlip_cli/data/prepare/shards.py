@@ -26,7 +26,6 @@ SHARD_BYTES = 512 << 20
 TAR_RECORD = 20 * BLOCK
 """Tars are padded to a multiple of this."""
 
-MAX_TOKENS = 65_535
 CONTEXT_LENGTH = 77
 """Of the published CLIP models. dataset.json says how many captions are longer."""
 

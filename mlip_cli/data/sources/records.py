@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -90,22 +90,41 @@ def checked_captions(record: Record) -> Record:
     """`record` with its captions stripped and without empty ones, or marked as a reject."""
     if record.reject:
         return record
-    captions = tuple(replace(caption, text=caption.text.strip()) for caption in record.captions)
-    captions = tuple(caption for caption in captions if caption.text)
-    if not captions:
-        return replace(record, reject="no caption", detail=record.detail or "empty")
-    if len(captions) > MAX_CAPTIONS:
-        return replace(record, reject="too many captions", detail=f"{len(captions)}, at most {MAX_CAPTIONS}")
-    for caption in captions:
+    try:
+        return replace(record, captions=usable_captions(record.captions))
+    except UnusableSampleError as error:
+        return replace(record, reject=str(error), detail=error.detail or record.detail or "empty")
+
+
+class UnusableSampleError(ValueError):
+    """A sample cannot be used; the words are those of a reject."""
+
+    def __init__(self, reason: str, *, detail: str = "") -> None:
+        super().__init__(reason)
+        self.detail = detail
+
+
+def usable_captions(captions: Sequence[Caption]) -> tuple[Caption, ...]:
+    """The captions stripped, without the empty ones.
+
+    Raises:
+        UnusableSampleError: there are none or too many, or one is too long, not UTF-8, or of a weight not above 0.
+    """
+    stripped = [(caption, text) for caption in captions if (text := caption.text.strip())]
+    if not stripped:
+        raise UnusableSampleError("no caption")
+    if len(stripped) > MAX_CAPTIONS:
+        raise UnusableSampleError("too many captions", detail=f"{len(stripped)}, at most {MAX_CAPTIONS}")
+    for caption, text in stripped:
         try:
-            num_bytes = len(caption.text.encode())
+            num_bytes = len(text.encode())
         except UnicodeEncodeError:
-            return replace(record, reject="caption is not UTF-8", detail="a lone surrogate")
+            raise UnusableSampleError("caption is not UTF-8", detail="a lone surrogate") from None
         if num_bytes > MAX_CAPTION_BYTES:
-            return replace(record, reject="caption too long", detail=f"{num_bytes} bytes, at most {MAX_CAPTION_BYTES}")
-        if not (math.isfinite(caption.weight) and caption.weight > 0):
-            return replace(record, reject="caption weight is not positive", detail=str(caption.weight))
-    return replace(record, captions=captions)
+            raise UnusableSampleError("caption too long", detail=f"{num_bytes} bytes, at most {MAX_CAPTION_BYTES}")
+        if not 0 < caption.weight < math.inf:
+            raise UnusableSampleError("caption weight is not positive", detail=str(caption.weight))
+    return tuple(caption if text == caption.text else replace(caption, text=text) for caption, text in stripped)
 
 
 def captions_of(value: Any) -> tuple[Caption, ...]:
@@ -115,13 +134,13 @@ def captions_of(value: Any) -> tuple[Caption, ...]:
     for item in values:
         if isinstance(item, str):
             captions.append(Caption(item))
-        elif isinstance(item, Mapping) and isinstance(item.get("text"), str):
+        elif isinstance(item, dict) and isinstance(item.get("text"), str):
             weight = item.get("weight", 1.0)
             captions.append(Caption(item["text"], float(weight) if isinstance(weight, int | float) else math.nan))
     return tuple(captions)
 
 
-def plain_values(row: Mapping[str, Any], *, without: Sequence[str | None] = ()) -> dict[str, Any]:
+def plain_values(row: Mapping[str, Any], *, without: Collection[str | None] = ()) -> dict[str, Any]:
     """The texts, booleans and finite numbers of `row`, which KEY.json keeps as `meta`."""
     return {
         printable(key): printable(value) if isinstance(value, str) else value

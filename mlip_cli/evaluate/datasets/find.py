@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from mlip_cli.data.sources.records import PICTURE_ENDINGS
 from mlip_cli.errors import UsageError
 from mlip_cli.evaluate.datasets import imagenet
 
@@ -46,6 +45,7 @@ CLIP_BENCHMARK = (
 FAMILIES = "openmoji, digits, imagenet, folder:PATH, shards:PATH, wds/NAME, or of clip-benchmark: " + ", ".join(
     CLIP_BENCHMARK
 )
+PICTURE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 
 
 class UnknownDataSetError(UsageError):
@@ -104,7 +104,7 @@ def class_folders(folder: Path) -> list[Path]:
 
 def pictures_in(folder: Path) -> list[Path]:
     """Picture files anywhere under `folder`, sorted."""
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower()[1:] in PICTURE_ENDINGS and path.is_file())
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURE_SUFFIXES and path.is_file())
 
 
 def tree_fingerprint(root: Path) -> str:
