@@ -11,6 +11,7 @@ from shards_for_tests import make_dataset
 
 from mlip_cli.data import loader
 from mlip_cli.data.dataset import ShardDataset
+from mlip_cli.data.open import open_prepared
 from mlip_cli.profiling import loader as loader_breakdown
 from mlip_cli.profiling.loader import LoaderCost, measure_loader
 
@@ -25,7 +26,7 @@ def two_threads() -> Iterator[None]:
 
 @pytest.fixture
 def data(tmp_path: Path) -> ShardDataset:
-    return ShardDataset(make_dataset(tmp_path / "data", n=20))
+    return open_prepared(make_dataset(tmp_path / "data", n=20))
 
 
 def test_every_part_is_timed_on_one_thread_and_nothing_stays_behind(
@@ -77,7 +78,7 @@ def test_seconds_are_those_of_one_sample(data: ShardDataset, monkeypatch: pytest
 
 def test_a_bad_sample_is_replaced_and_counted(tmp_path: Path) -> None:
     folder = make_dataset(tmp_path / "data", n=20, shard_size=20)
-    data = ShardDataset(folder)
+    data = open_prepared(folder)
     image = data.read(7).image
     data.close()
     [shard] = folder.glob("*.tar")

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from collections import namedtuple
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from sources_for_tests import contents, picture, prepare, rejects, samples, texts, write_files, write_sidecars
 
-from mlip_cli.data.dataset import ShardDataset
+from mlip_cli.data.open import open_prepared
 from mlip_cli.data.prepare import assemble as prepare_module
 from mlip_cli.data.prepare.assemble import SourceError, assign_splits
 from mlip_cli.data.prepare.parts import NO_SPLIT
@@ -54,14 +55,15 @@ def test_in_is_out_plus_rejects_and_a_truncated_jpeg_stops_nothing(
 
 def test_what_training_reads_is_what_was_prepared(tmp_path: Path) -> None:
     prepare(write_sidecars(tmp_path / "in", 5), tmp_path / "out")
-    dataset = ShardDataset(tmp_path / "out" / "train")
+    dataset = open_prepared(tmp_path / "out" / "train")
     found = samples(tmp_path / "out")
     assert dataset.num_samples == 5
     for i, sample in enumerate(found):
         raw = dataset.read(i)
         assert (raw.key, raw.image) == (sample["key"], sample["image"])
-        assert raw.record == {key: sample[key] for key in raw.record}
-        assert set(raw.record) == {
+        assert ([asdict(caption) for caption in raw.captions], raw.label) == (sample["captions"], sample["class"])
+        assert raw.meta == sample["meta"]
+        assert set(sample) - {"key", "image", "txt", "format"} == {
             *("captions", "class", "width", "height", "original_width", "original_height", "sha256", "source", "meta")
         }
     counts = [Tokenizer(77).count(f"picture number {i}") for i in range(5)]
@@ -152,7 +154,7 @@ def test_a_second_run_does_nothing_and_other_wishes_are_refused(
     before = contents(tmp_path / "out")
     capsys.readouterr()
     with monkeypatch.context() as patch, caplog.at_level("INFO", logger="mlip_cli"):
-        patch.setattr(prepare_module, "prepare_parts", None)
+        patch.setattr(prepare_module, "prepare", None)
         assert prepare(source, tmp_path / "out", workers=2) == summary
     assert json.loads(capsys.readouterr().out) == summary
     out = tmp_path / "out"
@@ -273,6 +275,6 @@ def test_openmoji_small(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> Non
         f"mlip pretrain openmoji data.train={tmp_path}/out/train data.validation={tmp_path}/out/test"
         " train.global_batch_size=4"
     )
-    card = ShardDataset(tmp_path / "out" / "test").card
+    card = open_prepared(tmp_path / "out" / "test").card
     assert card["provenance"]["license"] == "CC BY-SA 4.0"
     assert (card["split"], card["num_samples"]) == ("test", 6)

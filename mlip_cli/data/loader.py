@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -16,9 +16,9 @@ from torch.utils.data import DataLoader, Dataset
 from mlip_cli.data.bad_samples import BadSampleLimit, SlowPictures, place_and_reason
 from mlip_cli.data.dataset import BadSampleError, RawSample, ShardDataset
 from mlip_cli.data.loader_processes import data_loader, items_of
-from mlip_cli.data.open import fetch_ahead
 from mlip_cli.data.order import MAX_ATTEMPTS, Order, Position, Positions, key
 from mlip_cli.data.pictures import UndecodableError, read_header
+from mlip_cli.data.sources.records import Caption
 from mlip_cli.data.tokenizer import Tokenizer, padded_length
 from mlip_cli.data.transforms import decode, least_size, training_crop, training_transform
 from mlip_cli.errors import RunError, UsageError
@@ -59,7 +59,8 @@ def training_loader(
     """
     check_divides(global_batch_size, world_size)
     steps = _Steps(datasets, order, data, context_length, global_batch_size, seed, rank, world_size, with_labels)
-    fetch_ahead(datasets, order, range(start_step * global_batch_size, stop_step * global_batch_size))
+    for dataset in datasets:
+        dataset.fetch()
     loader = data_loader(steps, range(start_step, stop_step), num_workers, pin_memory=pin_memory)
     return _training_batches(loader, BadSampleLimit(data.max_bad_share))
 
@@ -196,7 +197,7 @@ class _Steps(Dataset[_Step | Exception]):
         raw = self.datasets[position.source].read(position.index)
         seed = key(self.seed, _AUGMENTATION, position.source, position.epoch, position.index)
         draws = torch.Generator().manual_seed(seed >> 1)
-        caption = _choose_caption(raw, self.data.captions == "sample", draws)
+        caption = _choose_caption(raw.captions, self.data.captions == "sample", draws)
         size, augment = self.data.image_size, self.data.augment
         slow: list[BadSample] = []
         with _bad_sample_named(raw):
@@ -208,7 +209,7 @@ class _Steps(Dataset[_Step | Exception]):
                 on_fallback=lambda reason: slow.append(BadSample(raw.shard, raw.key, reason)),
             )
         image = training_transform(image, crop=crop, size=size, augment=augment, generator=draws)
-        label = label_of(raw.record, caption) if self.with_labels else None
+        label = label_of(raw.meta, caption) if self.with_labels else None
         return _Example(image, caption, raw.key, label, tuple(slow))
 
 
@@ -216,21 +217,13 @@ def _position(positions: Positions, place: int) -> Position:
     return Position(int(positions.source[place]), int(positions.index[place]), int(positions.epoch[place]))
 
 
-def _choose_caption(raw: RawSample, sample: bool, generator: torch.Generator) -> str:
+def _choose_caption(captions: Sequence[Caption], sample: bool, generator: torch.Generator) -> str:
     """The first caption, or one drawn by weight."""
-    try:
-        captions = [caption for caption in raw.record["captions"] if str(caption["text"]).strip()]
-        texts = [str(caption["text"]) for caption in captions]
-        "".join(texts).encode()  # no tokenizer reads half of a surrogate pair
-        ends = list(accumulate(float(caption["weight"]) for caption in captions))
-    except (KeyError, TypeError, ValueError) as error:
-        raise BadSampleError(raw.shard, raw.key, f"{raw.key}.json has no usable captions ({error!r})") from error
-    if not texts or not ends[-1] > 0:
-        raise BadSampleError(raw.shard, raw.key, f"{raw.key}.json has no caption with words and a positive weight")
     if not sample:
-        return texts[0]
+        return captions[0].text
+    ends = list(accumulate(caption.weight for caption in captions))
     drawn = torch.rand((), dtype=torch.float64, generator=generator).item() * ends[-1]
-    return next((text for text, end in zip(texts, ends, strict=True) if drawn < end), texts[-1])
+    return next((caption.text for caption, end in zip(captions, ends, strict=True) if drawn < end), captions[-1].text)
 
 
 def _training_batches(loader: DataLoader[Any], limit: BadSampleLimit) -> Generator[Batch, None, None]:
@@ -241,14 +234,13 @@ def _training_batches(loader: DataLoader[Any], limit: BadSampleLimit) -> Generat
             yield step.batch
 
 
-def label_of(record: dict[str, Any], caption: str) -> int:
-    """63 bits that stand for the record's concept (`concept` of its meta), or for the caption where it names none.
+def label_of(meta: Mapping[str, Any], caption: str) -> int:
+    """63 bits that stand for the concept of a sample (`concept` of its meta), or for the caption if it states none.
 
     Equal for equal values in every process and version; a concept never equals a caption. Captions are compared without
-    case and spacing, which their tokens do not show either.
+    case and spacing, because their tokens do not show these either.
     """
-    meta = record.get("meta")
-    concept = meta.get("concept") if isinstance(meta, dict) else None
+    concept = meta.get("concept")
     kind, value = ("caption", " ".join(caption.lower().split())) if concept in (None, "") else ("concept", concept)
     text = f"{kind}\0{value}".encode(errors="surrogatepass")  # JSON may hold halves of surrogate pairs
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1

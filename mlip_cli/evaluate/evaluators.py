@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mlip_cli.data.dataset import ShardDataset
+from mlip_cli.data.open import open_prepared
 from mlip_cli.data.prepare import pixels
 from mlip_cli.data.tar import read_members
 from mlip_cli.data.tokenizer import Tokenizer
@@ -34,7 +34,7 @@ from mlip_cli.types import Encoder
 WAYS = {"image_to_text": "image to text", "text_to_image": "text to image"}
 
 READERS = Readers(
-    open_shards=ShardDataset,
+    open_shards=open_prepared,
     read_members=read_members,
     decode=decode,
     from_pil=pil_to_uint8,

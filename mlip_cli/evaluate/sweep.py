@@ -2,7 +2,7 @@
 
 import difflib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mlip_cli.data.loader import decoded
+from mlip_cli.data.prepare.summary import attributions
 from mlip_cli.devices import device_name
 from mlip_cli.errors import RunError, UsageError
 from mlip_cli.evaluate.datasets.find import Benchmark, data_root, find_benchmark
@@ -112,12 +113,6 @@ def numbers_at_random(wanted: int, num_pictures: int) -> list[int]:
     return sorted(order[:wanted].tolist())
 
 
-def attributions(cards: Iterable[Mapping[str, Any]]) -> tuple[str, ...]:
-    """What the licences of prepared data ask to be said, each text once."""
-    found = [card.get("provenance", {}).get("attribution") for card in cards]
-    return tuple(dict.fromkeys(text for text in found if text))
-
-
 def _benchmark(benchmark: Benchmark, loaded: LoadedRun, *, batch_size: int) -> SweepDataset:
     is_prepared = benchmark.kind in PREPARED
     cards = [json.loads((benchmark.root / "dataset.json").read_bytes())] if is_prepared else []
@@ -195,8 +190,7 @@ def _choose_of_validation(pairs: ValidationPairs, size: int, wanted: int) -> lis
     numbers = numbers_at_random(wanted, pairs.num_pictures)
     samples = [(number, pairs.sample(number)) for number in numbers]
     return [
-        ChosenPicture(number, sample.record["captions"][0]["text"], READERS.fit(decoded(sample), size))
-        for number, sample in samples
+        ChosenPicture(number, sample.captions[0].text, READERS.fit(decoded(sample), size)) for number, sample in samples
     ]
 
 

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mlip_cli.data.dataset import RawSample, ShardDataset
 from mlip_cli.errors import RunError, UsageError
 from mlip_cli.evaluate.datasets import imagenet
 from mlip_cli.evaluate.datasets.clip_benchmark import open_built, open_tars, open_web_shards
 from mlip_cli.evaluate.datasets.find import Benchmark, class_folders, pictures_in
-from mlip_cli.evaluate.datasets.pictures import Names, Pictures, Readers, Sample, Shards, decode_any
+from mlip_cli.evaluate.datasets.pictures import Names, Pictures, Readers, decode_any
 from mlip_cli.terminal.output import warn
 
 OPENMOJI_GROUPS = (
@@ -57,17 +58,17 @@ def _openmoji(benchmark: Benchmark, readers: Readers) -> Pictures:
     """The nine groups as classes, whichever of them the test part holds, and the names for retrieval."""
     shards = readers.open_shards(benchmark.root)
     samples = [shards.read(id) for id in range(shards.num_samples)]  # a few hundred small pictures
-    unknown = sorted(set(_classes(benchmark, [sample.record for sample in samples])) - set(OPENMOJI_GROUPS))
+    unknown = sorted(set(_classes(benchmark, [sample.label for sample in samples])) - set(OPENMOJI_GROUPS))
     if unknown:
         raise UsageError(f"{benchmark.root}: {unknown[0]!r} is none of OpenMoji's nine groups; prepare openmoji again")
-    items = [(sample, OPENMOJI_GROUPS.index(sample.record["class"])) for sample in samples]
+    items = [(sample, OPENMOJI_GROUPS.index(sample.label)) for sample in samples]
     return Pictures(
         class_names=OPENMOJI_GROUPS,
         templates=OPENMOJI_TEMPLATES,
         items=lambda: items,
         load=partial(_load_sample, readers),
         num_pictures=len(items),
-        names=names_of([(sample.record["meta"]["name"], sample.image) for sample in samples]),
+        names=names_of([(sample.meta["name"], sample.image) for sample in samples]),
     )
 
 
@@ -75,7 +76,7 @@ def _openmoji_by_name(benchmark: Benchmark, readers: Readers) -> Pictures:
     by_group = _openmoji(benchmark, readers)
     assert by_group.names is not None
     number = {text: i for i, text in enumerate(by_group.names.texts)}
-    items = [(sample, number[sample.record["meta"]["name"]]) for sample, _ in by_group.items()]
+    items = [(sample, number[sample.meta["name"]]) for sample, _ in by_group.items()]
     return replace(by_group, class_names=by_group.names.texts, templates=("{c}",), items=lambda: items)
 
 
@@ -139,7 +140,7 @@ def _load_file(readers: Readers, item: tuple[Path, int]) -> tuple[Tensor, int]:
 
 def _shards(benchmark: Benchmark, readers: Readers) -> Pictures:
     shards = readers.open_shards(benchmark.root)
-    names = sorted(set(_classes(benchmark, [shards.read(id).record for id in range(shards.num_samples)])))
+    names = sorted(set(_classes(benchmark, [shards.read(id).label for id in range(shards.num_samples)])))
     numbers = {name: i for i, name in enumerate(names)}
     return _samples(
         shards,
@@ -163,19 +164,19 @@ def _shards_by_caption(benchmark: Benchmark, readers: Readers) -> Pictures:
     )
 
 
-def _first_caption(sample: Sample) -> str:
-    return str(sample.record["captions"][0]["text"])
+def _first_caption(sample: RawSample) -> str:
+    return sample.captions[0].text
 
 
-def _own_class(sample: Sample) -> str:
-    return str(sample.record["class"])
+def _own_class(sample: RawSample) -> str:
+    return str(sample.label)
 
 
 def _samples(
-    shards: Shards,
+    shards: ShardDataset,
     readers: Readers,
     *,
-    name_of: Callable[[Sample], str] = _own_class,
+    name_of: Callable[[RawSample], str] = _own_class,
     class_of: Callable[[str], int],
     class_names: tuple[str, ...],
     templates: tuple[str, ...],
@@ -188,18 +189,18 @@ def _samples(
 class _Labelled(Sequence[Any]):
     """Samples of shards with their classes, each read when it is asked for."""
 
-    shards: Shards
-    label_of: Callable[[Sample], int]
+    shards: ShardDataset
+    label_of: Callable[[RawSample], int]
 
     def __len__(self) -> int:
         return self.shards.num_samples
 
-    def __getitem__(self, number: Any) -> tuple[Sample, int]:
+    def __getitem__(self, number: Any) -> tuple[RawSample, int]:
         sample = self.shards.read(number)
         return sample, self.label_of(sample)
 
 
-def _load_sample(readers: Readers, item: tuple[Sample, int]) -> tuple[Tensor, int]:
+def _load_sample(readers: Readers, item: tuple[RawSample, int]) -> tuple[Tensor, int]:
     sample, label = item
     try:
         return readers.decode(sample.image), label
@@ -207,19 +208,19 @@ def _load_sample(readers: Readers, item: tuple[Sample, int]) -> tuple[Tensor, in
         raise RunError(f"{sample.shard}: sample {sample.key}: {error}") from error
 
 
-def _classes(benchmark: Benchmark, records: Sequence[dict[str, Any]]) -> list[str]:
+def _classes(benchmark: Benchmark, labels: Sequence[str | None]) -> list[str]:
     """Class of each sample.
 
     Raises:
         UsageError: some have none.
     """
-    missing = sum(record.get("class") is None for record in records)
+    missing = labels.count(None)
     if missing:
         raise UsageError(
-            f"{benchmark.name}: {missing} of {len(records)} samples have no class in KEY.json; prepare the data from "
+            f"{benchmark.name}: {missing} of {len(labels)} samples have no class in KEY.json; prepare the data from "
             "class folders"
         )
-    return [str(record["class"]) for record in records]
+    return [str(label) for label in labels]
 
 
 def _imagenet_folders(benchmark: Benchmark, readers: Readers) -> Pictures:

@@ -11,30 +11,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from mlip_cli.data.dataset import ShardDataset
 from mlip_cli.errors import RunError
 
 MAX_THREADS = 16
-
-
-class Sample(Protocol):
-    """A sample as it lies in a shard."""
-
-    @property
-    def key(self) -> str: ...
-    @property
-    def image(self) -> bytes: ...
-    @property
-    def record(self) -> dict[str, Any]: ...
-    @property
-    def shard(self) -> str: ...
-
-
-class Shards(Protocol):
-    """A prepared data set."""
-
-    @property
-    def num_samples(self) -> int: ...
-    def read(self, id: int, /) -> Sample: ...
 
 
 class Member(Protocol):
@@ -54,7 +34,7 @@ class Member(Protocol):
 class Readers:
     """How files become pixels: the functions of `mlip_cli.data`, handed over by the command."""
 
-    open_shards: Callable[[Path], Shards]
+    open_shards: Callable[[Path], ShardDataset]
     read_members: Callable[[Path], Iterator[Member]]
     """The files in a tar."""
     decode: Callable[[bytes], Tensor]
