@@ -69,7 +69,8 @@ def prepare_data(
     source: Annotated[str, typer.Argument(metavar="SOURCE", help="A folder, a tar, a pattern of tars, or openmoji.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder that receives train/ and validation/ or test/.")],
     format: Annotated[
-        str, typer.Option(help="auto, openmoji, metadata, sidecar, classes or webdataset; auto: from what is there.")
+        str,
+        typer.Option(help="auto, openmoji, metadata, sidecar, classes or webdataset; auto: detected from the files."),
     ] = "auto",
     size: Annotated[
         int | None,
@@ -89,17 +90,15 @@ def prepare_data(
 ) -> None:
     """Turn pictures and captions into shards that training reads."""
     from mlip_cli.commands import prepare_data as command
+    from mlip_cli.data.sources.find import ReadOptions
 
     command.prepare_data(
         source,
         out,
         format=format,
+        read=ReadOptions(limit, image_column, caption_column, skin_tones),
         size=size,
         holdout=holdout,
-        limit=limit,
-        image_column=image_column,
-        caption_column=caption_column,
-        skin_tones=skin_tones,
         workers=workers,
         as_json=json,
     )

@@ -63,7 +63,7 @@ def test_what_training_reads_is_what_was_prepared(tmp_path: Path) -> None:
         assert (raw.key, raw.image) == (sample["key"], sample["image"])
         assert ([asdict(caption) for caption in raw.captions], raw.label) == (sample["captions"], sample["class"])
         assert raw.meta == sample["meta"]
-        assert set(sample) - {"key", "image", "txt"} == {
+        assert set(sample) - {"key", "image", "txt", "format"} == {
             *("captions", "class", "width", "height", "original_width", "original_height", "sha256", "source", "meta")
         }
     counts = [Tokenizer(77).count(f"picture number {i}") for i in range(5)]
@@ -154,7 +154,7 @@ def test_a_second_run_does_nothing_and_other_wishes_are_refused(
     before = contents(tmp_path / "out")
     capsys.readouterr()
     with monkeypatch.context() as patch, caplog.at_level("INFO", logger="mlip_cli"):
-        patch.setattr(prepare_module, "prepare_parts", None)
+        patch.setattr(prepare_module, "prepare", None)
         assert prepare(source, tmp_path / "out", workers=2) == summary
     assert json.loads(capsys.readouterr().out) == summary
     out = tmp_path / "out"

@@ -104,10 +104,6 @@ class ShardDataset:
         """The absolute folder, or the URL: the same name wherever a run is resumed."""
         return str(Path(self.name).resolve()) if self.remote is None else self.name
 
-    def shards_of(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Which shard each sample lies in: (n,) -> (n,)."""
-        return np.searchsorted(np.array(self._ends), ids, side="right")
-
     def fetch(self, shards: Iterable[int] | None = None) -> None:
         """Have these shards (None: all) on this machine, where they lie elsewhere.
 

@@ -16,7 +16,6 @@ from torch.utils.data import DataLoader, Dataset
 from mlip_cli.data.bad_samples import BadSampleLimit, SlowPictures, place_and_reason
 from mlip_cli.data.dataset import BadSampleError, RawSample, ShardDataset
 from mlip_cli.data.loader_processes import data_loader, items_of
-from mlip_cli.data.open import fetch_ahead
 from mlip_cli.data.order import MAX_ATTEMPTS, Order, Position, Positions, key
 from mlip_cli.data.pictures import UndecodableError, read_header
 from mlip_cli.data.sources.records import Caption
@@ -60,7 +59,8 @@ def training_loader(
     """
     check_divides(global_batch_size, world_size)
     steps = _Steps(datasets, order, data, context_length, global_batch_size, seed, rank, world_size, with_labels)
-    fetch_ahead(datasets, order, range(start_step * global_batch_size, stop_step * global_batch_size))
+    for dataset in datasets:
+        dataset.fetch()
     loader = data_loader(steps, range(start_step, stop_step), num_workers, pin_memory=pin_memory)
     return _training_batches(loader, BadSampleLimit(data.max_bad_share))
 

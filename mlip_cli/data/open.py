@@ -3,41 +3,11 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
 from mlip_cli.data.dataset import ShardDataset
 from mlip_cli.data.index import index_path, parse_card
-from mlip_cli.data.order import Order
 from mlip_cli.data.remote import RemoteShards, check_fit, is_url
 from mlip_cli.errors import UsageError
 from mlip_cli.recipe.config import Cache, Source
-
-CHUNK = 65_536
-"""Positions that are looked at in one go."""
-
-
-def fetch_ahead(datasets: Sequence[ShardDataset], order: Order, positions: range) -> None:
-    """Fetch the shards that these positions of the run read, where the data lies elsewhere.
-
-    In training these are soon all shards: the order is random over all of them. Samples that replace bad ones are not
-    looked at; if their shard is missing, it is fetched when it is read.
-
-    Raises:
-        RunError: the network failed, or a shard is missing or not what dataset.json says.
-    """
-    missing = [set(range(dataset.num_shards)) if dataset.remote is not None else set[int]() for dataset in datasets]
-    wanted: list[set[int]] = [set() for _ in datasets]
-    for start in range(positions.start, positions.stop, CHUNK):
-        if not any(missing):
-            break
-        found = order.positions(np.arange(start, min(start + CHUNK, positions.stop)))
-        for number, dataset in enumerate(datasets):
-            if missing[number]:
-                shards = set(np.unique(dataset.shards_of(found.index[found.source == number])).tolist())
-                wanted[number] |= shards
-                missing[number] -= shards
-    for dataset, shards in zip(datasets, wanted, strict=True):
-        dataset.fetch(sorted(shards))
 
 
 def open_sources(

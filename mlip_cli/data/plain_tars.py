@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from mlip_cli.data.cache import GIB, ShardCache
+from mlip_cli.data.cache import ShardCache
 from mlip_cli.data.index import FORMAT_ENDINGS, RECORD, place_parts, write_index
 from mlip_cli.data.prepare.workers import run_parallel
 from mlip_cli.data.remote import is_url
@@ -25,7 +25,7 @@ from mlip_cli.data.sources.tars import chosen_members, ending_of, stated, tar_sa
 from mlip_cli.data.tar import DamagedTarError, Member
 from mlip_cli.data.tokenizer import count_tokens
 from mlip_cli.errors import UsageError
-from mlip_cli.files import full_disk_named, write_json
+from mlip_cli.files import GIB, full_disk_named, write_json
 from mlip_cli.recipe.config import Cache
 from mlip_cli.terminal.output import plural, say, warn
 from mlip_cli.terminal.panel import progress

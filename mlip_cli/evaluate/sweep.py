@@ -2,7 +2,7 @@
 
 import difflib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mlip_cli.data.loader import decoded
+from mlip_cli.data.prepare.summary import attributions
 from mlip_cli.devices import device_name
 from mlip_cli.errors import RunError, UsageError
 from mlip_cli.evaluate.datasets.find import Benchmark, data_root, find_benchmark
@@ -110,12 +111,6 @@ def numbers_at_random(wanted: int, num_pictures: int) -> list[int]:
     """Numbers of different pictures, ascending; all of them where there are fewer than wanted."""
     order = torch.randperm(num_pictures, generator=torch.Generator().manual_seed(0))
     return sorted(order[:wanted].tolist())
-
-
-def attributions(cards: Iterable[Mapping[str, Any]]) -> tuple[str, ...]:
-    """What the licences of prepared data ask to be said, each text once."""
-    found = [card.get("provenance", {}).get("attribution") for card in cards]
-    return tuple(dict.fromkeys(text for text in found if text))
 
 
 def _benchmark(benchmark: Benchmark, loaded: LoadedRun, *, batch_size: int) -> SweepDataset:

@@ -71,7 +71,7 @@ class Cache(Section):
     folder: str | None = None
     """On this machine's own disk; null: mlip in $XDG_CACHE_HOME, which is ~/.cache where it is not set."""
     gib: PositiveFloat = 100.0
-    """Most that it holds; all data of a run must fit. Shards that were not read lately make room for others."""
+    """Most that it holds; all data of a run must fit. mlip deletes no copies: it names those that you may delete."""
 
 
 class Data(Section):

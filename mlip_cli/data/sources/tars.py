@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from mlip_cli.data.sources.records import (
+    PICTURE_ENDINGS,
     Caption,
-    Picture,
+    PicturePlace,
     Record,
     UnusableSampleError,
     captions_of,
@@ -20,10 +21,9 @@ from mlip_cli.data.sources.records import (
 )
 from mlip_cli.data.tar import Member, read_members
 
-IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 TEXT_ENDINGS = {"txt": ("txt", "caption", "text"), "json": ("json",), "cls": ("cls",)}
 """Texts of a sample -> their endings; the first ending that a sample has is read."""
-ENDINGS = frozenset((*IMAGES, *(ending for endings in TEXT_ENDINGS.values() for ending in endings)))
+ENDINGS = frozenset((*PICTURE_ENDINGS, *(ending for endings in TEXT_ENDINGS.values() for ending in endings)))
 CLASS_NAMES = ("class", "label")
 MAX_TEXT_BYTES = 1 << 20
 
@@ -91,7 +91,7 @@ def chosen_members(members: Sequence[Member]) -> dict[str, Member]:
     Raises:
         UnusableSampleError: there is not one picture, or a text is too long.
     """
-    pictures = [member for member in members if ending_of(member.name) in IMAGES]
+    pictures = [member for member in members if ending_of(member.name) in PICTURE_ENDINGS]
     if len(pictures) != 1:
         raise UnusableSampleError("several pictures" if pictures else "no picture")
     chosen = {"image": pictures[0]}
@@ -111,7 +111,7 @@ def _record(
     try:
         parts = chosen_members(members)
         image = parts.pop("image")
-        picture = Picture(str(path), image.offset, image.size)
+        picture = PicturePlace(str(path), image.offset, image.size)
         said = stated({part: os.pread(descriptor, m.size, m.offset) for part, m in parts.items()})
     except UnusableSampleError as error:
         return Record(file, row, picture, (), split=split, reject=str(error), detail=error.detail or key)
