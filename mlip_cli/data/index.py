@@ -20,8 +20,6 @@ INDEX_MAGIC = b"MLIPIDX1"
 FORMATS = ("jpg", "png", "webp")
 FORMAT_ENDINGS = (("jpg", "jpeg"), ("png",), ("webp",))
 """How the names of pictures of each of FORMATS end."""
-PARTS = ("image", "txt", "json")
-"""The parts of a sample that an index places; size 0 stands for a part that the sample does not have."""
 MAX_TOKENS = 65_535
 """The most that a record can hold; longer captions are recorded as this long."""
 CURE = "prepare the data again (mlip prepare-data)"
@@ -31,7 +29,7 @@ RECORD = np.dtype(
     [
         ("offset", "<u8"),  # of the first tar header of the sample
         ("image_offset", "<u4"),  # of the bytes, from there; likewise below
-        ("image_size", "<u4"),
+        ("image_size", "<u4"),  # 0: the sample has no such part; likewise below
         ("txt_offset", "<u4"),
         ("txt_size", "<u4"),
         ("json_offset", "<u4"),
@@ -45,9 +43,6 @@ RECORD = np.dtype(
 )
 assert HEADER.itemsize == 56
 assert RECORD.itemsize == 40
-assert RECORD.names is not None
-assert RECORD.names[1:7] == tuple(f"{part}_{what}" for part in PARTS for what in ("offset", "size"))
-assert RECORD.names[9] == "format"
 
 
 def index_path(shard: Path) -> Path:
@@ -82,9 +77,9 @@ class Place:
 
 def place_of(record: np.void) -> Place:
     """What a record says, read in one go: field by field numpy takes several times as long."""
-    start, *values = record.item()
-    places = zip(PARTS, values[0:6:2], values[1:6:2], strict=True)
-    return Place(start, {part: (start + at, size) for part, at, size in places if size}, values[8])
+    start, image, image_size, txt, txt_size, json_at, json_size, _, _, format, *_ = record.item()
+    parts = {"image": (start + image, image_size), "txt": (start + txt, txt_size), "json": (start + json_at, json_size)}
+    return Place(start, {part: place for part, place in parts.items() if place[1]}, format)
 
 
 def write_index(shard: Path, records: np.ndarray, *, tar_bytes: int, sha256: str) -> None:
