@@ -1,18 +1,19 @@
 """One gradient, however it is computed: by micro-batches, or on two processes."""
 
 import os
-import subprocess
-import sys
 import weakref
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
+from killed_for_tests import Forked
 from models_for_tests import small_batch, small_model, small_recipe
 from torch import nn
 
+from mlip_cli.distributed import full_on_main, process_group, rank, unwrap, world_size, wrap
 from mlip_cli.errors import RunError
 from mlip_cli.losses.features import features_of
 from mlip_cli.losses.objective import Objective
@@ -158,43 +159,35 @@ def small_part(batch, start, stop):  # type: ignore[no-untyped-def]
     return replace(batch, images=batch.images[start:stop], token_ids=batch.token_ids[start:stop], labels=labels)
 
 
-WORKER = """
-import sys, torch
-sys.path.insert(0, {tests!r})
-torch.set_num_threads(1)
-from models_for_tests import small_model
-from test_gradients import CPU, RECIPES, batch_for, gradients, small_part
-from mlip_cli.distributed import full_on_main, process_group, rank, unwrap, world_size, wrap
-from mlip_cli.losses.objective import Objective
-from mlip_cli.train.gradients import Precision, add_gradients
-
-results = {{}}
-with process_group(CPU):
-    share = 8 // world_size()
-    for name in {names!r}:
-        recipe = RECIPES[name]
-        for parallel in ("ddp", "fsdp"):
-            for micro in (None, share // 2):
-                plain = small_model(recipe).train()
-                model = wrap(plain, CPU, parallel=parallel, units=plain.blocks())
-                batch = small_part(batch_for(recipe), rank() * share, (rank() + 1) * share)
-                objective, precision = Objective(recipe.losses), Precision.named("fp32", CPU)
-                add_gradients(model, objective, batch, precision=precision, micro_batch_size=micro)
-                results[name, parallel, micro] = full_on_main(gradients(unwrap(model)))
-    if rank() == 0:
-        torch.save(results, {out!r})
-"""
+def save_gradients(names: Sequence[str], environment: dict[str, str], out: str) -> None:
+    """Body of a forked process: a rank, which computes the gradient of each recipe in every way; rank 0 saves them."""
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    found = {}
+    with process_group(CPU):
+        share = 8 // world_size()
+        for name in names:
+            recipe = RECIPES[name]
+            batch = small_part(batch_for(recipe), rank() * share, (rank() + 1) * share)
+            for parallel in ("ddp", "fsdp"):
+                for micro_batch_size in (None, share // 2):
+                    plain = small_model(recipe).train()
+                    model = wrap(plain, CPU, parallel=parallel, units=plain.blocks())
+                    add_gradients(
+                        model, Objective(recipe.losses), batch,
+                        precision=Precision.named("fp32", CPU), micro_batch_size=micro_batch_size,
+                    )  # fmt: skip
+                    found[name, parallel, micro_batch_size] = full_on_main(gradients(unwrap(model)))
+        if rank() == 0:
+            torch.save(found, out)
 
 
 @pytest.mark.parametrize(("ranks", "names"), [(2, list(RECIPES)), (4, ["filip_sparc"])])
 def test_gloo_processes_give_the_one_process_gradient(tmp_path: Path, ranks: int, names: list[str]) -> None:
     """Captions have 1 to 6 words, and the ranks different numbers of usable ones."""
-    script, out = tmp_path / "worker.py", tmp_path / "gradients.pt"
-    script.write_text(WORKER.format(tests=str(Path(__file__).parent), out=str(out), names=names))
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    done = subprocess.run([*command, str(script)], env=environment, timeout=250, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    out = tmp_path / "gradients.pt"
+    with Forked(names, out, ranks=ranks, body=save_gradients) as processes:
+        assert processes.join() == [0] * ranks
     found = torch.load(out, weights_only=True)
     assert len(found) == 4 * len(names)
     for (name, _parallel, _micro), grads in found.items():

@@ -30,7 +30,15 @@ from mlip_cli.train.loop import Timetable, train
 from mlip_cli.train.metrics import MetricsFile
 from mlip_cli.train.micro_batches import chosen_micro_batch_size
 from mlip_cli.train.resume import Saver, restore
-from mlip_cli.train.setup import TrainingData, build, open_batches, open_data, plan_by_step, stepper, training_device
+from mlip_cli.train.setup import (
+    TrainingData,
+    build,
+    build_stepper,
+    open_batches,
+    open_data,
+    plan_by_step,
+    training_device,
+)
 from mlip_cli.train.state import Progress, Training
 from mlip_cli.train.trackers import opened_trackers
 
@@ -122,7 +130,7 @@ def run_loop(
         if random is not None:
             random.restore(training.device)
         train(
-            stepper(training, recipe, total_steps=data.total_steps, micro_batch_size=micro_batch_size),
+            build_stepper(training, recipe, total_steps=data.total_steps, micro_batch_size=micro_batch_size),
             batches,
             progress,
             timetable=Timetable(data.total_steps, log.every_steps, recipe.evaluate.every_steps),

@@ -97,7 +97,7 @@ def build(recipe: Recipe, device: torch.device, *, fresh: bool) -> tuple[Trainin
     return Training(wrapped, optimizer, precision, device, average, decoder=jpeg_decoder()), notes
 
 
-def stepper(training: Training, recipe: Recipe, *, total_steps: int, micro_batch_size: int | None) -> Stepper:
+def build_stepper(training: Training, recipe: Recipe, *, total_steps: int, micro_batch_size: int | None) -> Stepper:
     """Takes the steps of a training by its recipe."""
     optim = recipe.optim
     settings = StepSettings(
