@@ -120,7 +120,7 @@ def test_vit_b_16_takes_the_published_number_of_operations() -> None:
 
 
 def test_the_block_before_a_merge_runs_on_all_tokens(tiny: CLIP) -> None:
-    plan = MergePlan((64, 64, 40, 40, 40), num_patches=64, num_prefix=1, method="tome", at=(3,))
+    plan = MergePlan((64, 64, 40, 40, 40), num_patches=64, method="tome", at=(3,))
     block = BlockSizes(32, 4 * 32**2, 8 * 32**2)
     expected = 2e-9 * (2 * block.mlp_macs(65) + 3 * block.mlp_macs(41))
     assert costs.image_gflops(tiny, plan)["MLP"] == pytest.approx(expected)

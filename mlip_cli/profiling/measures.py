@@ -35,7 +35,7 @@ def counts(model: CLIP, num_tokens: int) -> dict[str, Any]:
         "parameters": costs.parameters(model) | {"total": sum(p.numel() for p in model.parameters())},
         "merging": {"method": plan.method, "rate": plan.rate, "before_blocks": plan.at} if plan.at else None,
         "tokens_per_block": plan.tokens,
-        "prefix_tokens": plan.num_prefix,
+        "prefix_tokens": model.vision.num_prefix,
         "gflops": {
             "image_tower": sum(parts.values()),
             "image_tower_by_part": parts,
