@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mlip_cli.model.frequency import FrequencyBranch
+from mlip_cli.model.merging import patch_dct
 from mlip_cli.model.text import TextTower, caption_mask, pool_text, word_mask
 from mlip_cli.model.vision import ImageTower, Tower
 from mlip_cli.recipe.config import LOSS_NAMES, Merging, Recipe
@@ -174,42 +175,33 @@ class CLIP(nn.Module):
             return images
         return (images.to(self.pixel_mean.dtype) / 255 - self.pixel_mean) / self.pixel_std
 
-    def encode_image(self, images: Tensor, plan: MergePlan | None = None) -> Tensor:
-        """Spatial feature: (B, 3, H, W) -> (B, E), not normalised. `plan` None is the recipe's."""
-        images = self.normalize(images)
-        tower = self.vision(images, self.vision.embed(images), plan or self.plan)
-        return self.image_projection(tower.pooled)
+    def encode_image(self, images: Tensor, plan: MergePlan) -> Tensor:
+        """Spatial feature: (B, 3, H, W) -> (B, E), not normalised."""
+        return self.image_projection(self.image_tower(images, plan).pooled)
 
-    def image_features(self, images: Tensor, plan: MergePlan | None = None) -> ImageFeatures:
+    def image_features(self, images: Tensor, plan: MergePlan) -> ImageFeatures:
         """Features of both domains: (B, 3, H, W) -> 2 x (B, E); the frequency one is None without a trained head."""
-        images = self.normalize(images)
-        embedded = self.vision.embed(images)
-        tower = self.vision(images, embedded, plan or self.plan)
+        tower = self.image_tower(images, plan, with_branch=self.frequency_projection is not None)
         frequency = None
         if self.frequency_projection is not None:
-            frequency = self.frequency_projection(self.frequency_tokens(images, embedded, tower).mean(1))
+            frequency = self.frequency_projection(self.frequency_tokens(tower).mean(1))
         return ImageFeatures(self.image_projection(tower.pooled), frequency)
 
-    def merge_stages(self, images: Tensor, plan: MergePlan | None = None) -> tuple[MergeStage, ...]:
+    def merge_stages(self, images: Tensor, plan: MergePlan) -> tuple[MergeStage, ...]:
         """What each merge of `encode_image(images, plan)` does: (B, 3, H, W) -> one stage a merge, none at rate 0."""
-        plan = plan or self.plan
-        images = self.normalize(images)
-        tower: Tower = self.vision(images, self.vision.embed(images), plan)
-        return tower.stages(plan)
+        return self.image_tower(images, plan).stages(plan)
 
     def encode_text(self, token_ids: Tensor) -> Tensor:
         """(B, L) int64, L up to context_length -> (B, E), not normalised."""
         return self.text_projection(pool_text(self.text(token_ids), token_ids))
 
-    def forward(self, batch: Batch, plan: MergePlan | None = None, assign: tuple[Tensor, ...] | None = None) -> Encoded:
-        """All that the losses need; `plan` None is training's, `assign` replays an earlier pass over the same batch."""
-        images = self.normalize(batch.images)
-        embedded = self.vision.embed(images)
-        tower: Tower = self.vision(images, embedded, plan or self.training_plan, assign)
+    def forward(self, batch: Batch, plan: MergePlan, assign: tuple[Tensor, ...] | None = None) -> Encoded:
+        """All that the losses need of a batch; `assign` repeats the merges of an earlier pass over the same batch."""
+        tower = self.image_tower(batch.images, plan, assign=assign, with_branch=self.frequency is not None)
         hidden = self.text(batch.token_ids)
         frequency_features = frequency_tokens = None
         if self.frequency is not None:
-            tokens = self.frequency_tokens(images, embedded, tower)
+            tokens = self.frequency_tokens(tower)
             if self.frequency_projection is not None:
                 frequency_features = self.frequency_projection(tokens.mean(1))
             frequency_tokens = self._project("frequency", tokens)
@@ -228,15 +220,28 @@ class CLIP(nn.Module):
             assign=tower.assign,
         )
 
-    def frequency_tokens(self, images: Tensor, embedded: Tensor, tower: Tower) -> Tensor:
-        """Tokens (B, N, width) of the branch, or of the stem that `tower` went through; they never merge.
+    def image_tower(
+        self, images: Tensor, plan: MergePlan, *, assign: tuple[Tensor, ...] | None = None, with_branch: bool = False
+    ) -> Tower:
+        """Everything that the image tower gives for (B, 3, H, W) pixels, uint8 or normalised.
 
-        `images` are normalised, `embedded` is what the tower embeds them to.
+        With a branch on DCT coefficients, guidance reads the same coefficients. `with_branch`: `frequency_tokens` will
+        need them.
         """
+        images = self.normalize(images)
+        shares_spectrum = isinstance(self.frequency, FrequencyBranch) and self.frequency.reads_pixels
+        needs_spectrum = shares_spectrum and (with_branch or plan.asks_frequency)
+        spectrum = patch_dct(images, self.vision.patch_size) if needs_spectrum else None
+        return self.vision(images, plan, assign=assign, spectrum=spectrum)
+
+    def frequency_tokens(self, tower: Tower) -> Tensor:
+        """Tokens (B, N, width) of the branch beside the tower, or of the stem in it; they never merge."""
+        if isinstance(self.frequency, FrequencyBranch):
+            if tower.spectrum is not None:
+                return self.frequency(tower.spectrum.flatten(2).to(self.pixel_mean.dtype))
+            return self.frequency(tower.embedded[:, self.vision.num_prefix :])
         assert self.frequency is not None
-        if tower.stem_tokens is not None:
-            return self.frequency(tower.stem_tokens)
-        return self.frequency(images, embedded[:, self.vision.num_prefix :])
+        return self.frequency(tower.stem_tokens)
 
     def _project(self, name: str, tokens: Tensor) -> Tensor | None:
         return self.token_projections[name](tokens) if name in self.token_projections else None

@@ -12,7 +12,6 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from mlip_cli.errors import UsageError
-from mlip_cli.model.merging import patch_dct
 from mlip_cli.recipe.config import Frequency
 from mlip_cli.recipe.merge_plan import wrong_stem
 
@@ -183,16 +182,14 @@ class FrequencyBranch(nn.Module):
     def __init__(self, config: Frequency, *, grid: tuple[int, int], patch_size: int, tower_width: int) -> None:
         super().__init__()
         self.grid = grid
-        self.patch_size = patch_size
         self.reads_pixels = config.input == "dct"
         inputs = 3 * patch_size**2 if self.reads_pixels else tower_width
         self.input = nn.Linear(inputs, config.width) if inputs != config.width or self.reads_pixels else nn.Identity()
         self.blocks = nn.ModuleList(SpectralBlock(*grid, config.width) for _ in range(config.depth))
         self.norm = nn.LayerNorm(config.width)
 
-    def forward(self, images: Tensor, patch_tokens: Tensor) -> Tensor:
-        """Normalised pixels (B, 3, H, W) and embedded patches (B, N, D) -> normalised tokens (B, N, width)."""
-        x = patch_dct(images, self.patch_size).flatten(2).to(images.dtype) if self.reads_pixels else patch_tokens
+    def forward(self, x: Tensor) -> Tensor:
+        """DCT coefficients (B, N, 3*p*p) or embedded patches (B, N, D) -> normalised tokens (B, N, width)."""
         x = self.input(x).unflatten(1, self.grid)
         for block in self.blocks:
             x = block(x)

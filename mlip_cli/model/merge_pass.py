@@ -20,6 +20,7 @@ from mlip_cli.model.merging import (
     merge_tokens,
     mid_ranks,
     mix_guidance,
+    patch_dct,
     size_mask,
     unmerge_tokens,
 )
@@ -60,11 +61,20 @@ class Patches:
 class MergePass:
     """The state of one forward pass: sizes, groups, mask, and what the last block showed.
 
-    `replay` are the groups of an earlier pass over the same images, which are taken as they are.
+    Args:
+        images: normalised (B, 3, H, W).
+        replay: the groups of an earlier pass over the same images; the merges repeat them.
+        spectrum: the block DCT of the images, if there is one already; guidance reads it in grey.
     """
 
     def __init__(
-        self, images: Tensor, plan: MergePlan, *, patches: Patches, replay: tuple[Tensor, ...] | None = None
+        self,
+        images: Tensor,
+        plan: MergePlan,
+        *,
+        patches: Patches,
+        replay: tuple[Tensor, ...] | None = None,
+        spectrum: Tensor | None = None,
     ) -> None:
         dtype = torch.promote_types(images.dtype, torch.float32)
         self.plan = plan
@@ -79,8 +89,11 @@ class MergePass:
         """(B, P+N, d) of the block before a merge, where it shows them."""
         self.first_row: Tensor | None = None
         """(B, P+N): attention of the class token there."""
-        asks = plan.asks_frequency and replay is None
-        self.frequency = frequency_guidance(images, patches.patch_size) if asks else None
+        self.frequency: Tensor | None = None
+        if plan.asks_frequency and replay is None:
+            if spectrum is None:
+                spectrum = patch_dct(images.mean(1, keepdim=True), patches.patch_size)
+            self.frequency = frequency_guidance(spectrum)
 
     def wants_keys(self, next_block: int) -> bool:
         """The block before `next_block` has to show its keys, for a matching."""

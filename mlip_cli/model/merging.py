@@ -156,15 +156,16 @@ def patch_dct(images: Tensor, patch_size: int) -> Tensor:
 
 
 @torch.no_grad()
-def frequency_guidance(images: Tensor, patch_size: int) -> Tensor:
-    """Rank of each patch's energy in the upper half of its DCT band: normalised (B, 3, H, W) -> (B, N) in [0, 1].
+def frequency_guidance(spectrum: Tensor) -> Tensor:
+    """Rank of each patch's energy in the upper half of its DCT band: (B, N, C, p, p) -> (B, N) in [0, 1].
 
-    Energy that rounding alone explains counts as none, so that blank patches tie.
+    The spectrum is that of normalised pixels. Its mean over the channels is the spectrum of the grey picture. Energy
+    that rounding alone explains counts as 0, so that blank patches tie.
     """
-    spectrum = patch_dct(images.mean(1, keepdim=True), patch_size)[:, :, 0]
-    order = torch.arange(patch_size, device=images.device)
+    patch_size = spectrum.shape[-1]
+    order = torch.arange(patch_size, device=spectrum.device)
     high = order[:, None] + order[None] >= patch_size / 2
-    energy = (spectrum.square() * high).sum((-1, -2))
+    energy = (spectrum.mean(2).square() * high).sum((-1, -2))
     return mid_ranks(energy.masked_fill(energy < 1e-6 * patch_size**2, 0))
 
 

@@ -34,8 +34,12 @@ class Tower:
     """Of each merge, the group (B, N) of every original patch."""
     guidance: tuple[Guidance | None, ...]
     """Of each merge, what guided it; None where nothing did."""
-    stem_tokens: Tensor | None = None
-    """(B, N, D): patch tokens behind the spectral blocks of a stem; None without one."""
+    embedded: Tensor
+    """(B, P+N, D): prefix and patch tokens with positions, before the first block."""
+    stem_tokens: Tensor | None
+    """(B, N, D): patch tokens behind the spectral blocks of a stem; None without a stem."""
+    spectrum: Tensor | None
+    """(B, N, 3, p, p): the block DCT of the patches, if it was given to the tower."""
 
     def stages(self, plan: MergePlan) -> tuple[MergeStage, ...]:
         """Every merge of this pass, seen from the original patches."""
@@ -199,12 +203,26 @@ class ImageTower(nn.Module):
             )
 
     def forward(
-        self, images: Tensor, embedded: Tensor, plan: MergePlan, assign: tuple[Tensor, ...] | None = None
+        self,
+        images: Tensor,
+        plan: MergePlan,
+        *,
+        assign: tuple[Tensor, ...] | None = None,
+        spectrum: Tensor | None = None,
     ) -> Tower:
-        """Run the blocks on `embed(images)`, merging by `plan`; `assign` replays the groups of an earlier pass."""
+        """Run normalised images (B, 3, H, W) through the tower, merging by `plan`.
+
+        Args:
+            assign: the groups of an earlier pass, to merge again as it did.
+            spectrum: `patch_dct(images, patch_size)`, if it is needed elsewhere too; guidance then reads it.
+
+        Raises:
+            UsageError: images of another size than the tower's.
+        """
+        embedded = self.embed(images)
         x = self.trunk.norm_pre(self.trunk.patch_drop(embedded))
         patches = Patches(self.grid, self.patch_size, self.num_prefix, self.trunk.cls_token is not None)
-        merging = MergePass(images, plan, patches=patches, replay=assign)
+        merging = MergePass(images, plan, patches=patches, replay=assign, spectrum=spectrum)
         merges, stem_tokens = plan.merges, None
         for number, block in enumerate(self.trunk.blocks, start=1):
             if number in merges:
@@ -218,12 +236,14 @@ class ImageTower(nn.Module):
                 stem_tokens = x[:, self.num_prefix :]
         x = self.trunk.norm(x)
         return Tower(
-            self._pool(x, merging),
-            x[:, self.num_prefix :],
-            merging.sizes,
-            tuple(merging.assigns),
-            tuple(merging.guidance),
-            stem_tokens,
+            pooled=self._pool(x, merging),
+            tokens=x[:, self.num_prefix :],
+            sizes=merging.sizes,
+            assign=tuple(merging.assigns),
+            guidance=tuple(merging.guidance),
+            embedded=embedded,
+            stem_tokens=stem_tokens,
+            spectrum=spectrum,
         )
 
     def _run(self, block: nn.Module, x: Tensor, **named: Any) -> Any:
