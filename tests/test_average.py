@@ -10,7 +10,7 @@ from test_training import QUIET, command, lines_in, metrics, recipe, run, wait_f
 
 from mlip_cli.runs.checkpoint import load_training_weights, load_weights
 from mlip_cli.train.average import WeightAverage
-from mlip_cli.train.step import Progress
+from mlip_cli.train.state import Progress
 
 __all__ = ["recipe"]
 

@@ -19,8 +19,9 @@ from mlip_cli.losses.objective import Objective
 from mlip_cli.recipe.config import LOSS_NAMES, Recipe
 from mlip_cli.train import step
 from mlip_cli.train.gradients import Precision, RandomState, add_gradients
-from mlip_cli.train.optim import build_optimizer, clamp_scales, is_decayed, learning_rate
-from mlip_cli.train.step import MOST_SKIPPED_IN_A_ROW, FiniteGuard, Progress
+from mlip_cli.train.optim import Schedule, build_optimizer, clamp_scales, is_decayed
+from mlip_cli.train.state import Progress
+from mlip_cli.train.step import MOST_SKIPPED_IN_A_ROW, FiniteGuard
 from mlip_cli.types import Batch
 
 CPU = torch.device("cpu")
@@ -201,11 +202,12 @@ def test_gloo_processes_give_the_one_process_gradient(tmp_path: Path, ranks: int
 
 
 def test_learning_rate_rises_linearly_and_falls_to_almost_zero() -> None:
-    rates = [learning_rate(s, peak=1.0, warmup_steps=4, total_steps=12) for s in range(1, 13)]
+    schedule = Schedule(peak=1.0, warmup_steps=4, total_steps=12)
+    rates = [schedule.learning_rate(step) for step in range(1, 13)]
     assert rates[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
     assert all(a > b for a, b in pairwise(rates[4:]))
     assert 0 < rates[-1] < 0.05
-    assert learning_rate(1, peak=1.0, warmup_steps=0, total_steps=5) == 1.0
+    assert Schedule(peak=1.0, warmup_steps=0, total_steps=5).learning_rate(1) == 1.0
 
 
 def test_matrices_decay_and_positions_filters_scales_do_not() -> None:
@@ -236,21 +238,21 @@ def test_a_step_without_finite_gradient_changes_nothing_and_many_end_the_run(
     model = small_model(recipe, dtype=torch.float32)
     optimizer = build_optimizer(model, recipe.optim)
     progress = Progress(step=7)
-    guard = FiniteGuard(CPU, progress)
+    guard = FiniteGuard(CPU)
     before = {n: p.clone() for n, p in model.named_parameters()}
     for _ in range(MOST_SKIPPED_IN_A_ROW):
         for p in model.parameters():
             p.grad = torch.full_like(p, float("nan"))
-        guard.step(optimizer, Precision.named("fp32", CPU), torch.tensor(float("nan")))
+        guard.step(optimizer, Precision.named("fp32", CPU), torch.tensor(float("nan")), step=8)
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
     with pytest.raises(RunError, match="step 7: the gradient was not finite in 20 steps in a row"):
-        guard.check()
+        guard.count(progress)
     assert said == ["step 8: the gradient was not finite, so the step was skipped; 20 steps of this run so far"]
     assert progress.skipped_steps == 20
     for p in model.parameters():
         p.grad = torch.ones_like(p)
-    guard.step(optimizer, Precision.named("fp32", CPU), torch.tensor(1.0))
-    guard.check()
+    guard.step(optimizer, Precision.named("fp32", CPU), torch.tensor(1.0), step=9)
+    guard.count(progress)
     assert not torch.equal(model.image_projection.weight, before["image_projection.weight"])
 
 

@@ -45,14 +45,14 @@ def stuck(place: str, arguments: Sequence[str], environment: dict[str, str], wor
 def get_stuck(place: str, marker: str) -> None:
     from mlip_cli.commands import training
     from mlip_cli.data.loader import _Steps
-    from mlip_cli.train import loop, resume
+    from mlip_cli.train import resume, step
     from mlip_cli.train import signals as leaving
 
     leaving.GRACE_S = GRACE_S
     owner: Any
     owner, name = {
         "the loader": (_Steps, "__getitem__"),
-        "a step": (loop, "add_gradients"),
+        "a step": (step, "add_gradients"),
         "an evaluation": (training, "measure"),
         "a checkpoint": (resume, "save_checkpoint"),
     }[place]

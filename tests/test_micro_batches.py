@@ -16,7 +16,7 @@ from mlip_cli.train.micro_batches import (
     memory_beside,
     try_once,
 )
-from mlip_cli.train.step import Progress
+from mlip_cli.train.state import Progress
 
 __all__ = ["recipe"]
 

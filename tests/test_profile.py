@@ -16,12 +16,12 @@ from mlip_cli.devices import pick_device
 from mlip_cli.errors import Stopped, UsageError
 from mlip_cli.profiling import subject as profile_subject
 from mlip_cli.profiling.measures import extra_share
+from mlip_cli.profiling.step import RepeatedStep
 from mlip_cli.profiling.timing import Timing
 from mlip_cli.recipe.config import LOSS_NAMES
 from mlip_cli.recipe.load import recipe_yaml
 from mlip_cli.report import tables as profile_tables
 from mlip_cli.terminal.endings import exit_code
-from mlip_cli.train.step import TrainingStep
 
 
 @pytest.fixture
@@ -273,7 +273,7 @@ def test_timed_training_steps_make_gradients_and_leave_the_weights_alone(place: 
     for name, parameter in subject.model.named_parameters():
         parameter.register_hook(lambda grad, name=name: gradients.update({name: bool(grad.abs().sum() > 0)}))
     batch = profile_subject.random_batch(subject, batch_size=4, num_tokens=9)
-    TrainingStep(subject.model.train(), subject.recipe, batch, subject.device)()
+    RepeatedStep(subject.model.train(), subject.recipe, batch, subject.device)()
     after = subject.model.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert {f"log_scales.{name}" for name in LOSS_NAMES} <= gradients.keys()

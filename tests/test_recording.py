@@ -27,16 +27,19 @@ from mlip_cli.runs.recording import recorded
 from mlip_cli.runs.start import choose_start, command_to_resume
 from mlip_cli.terminal.output import warn
 from mlip_cli.terminal.panel import TrainingPanel
-from mlip_cli.train.gradients import Precision
 from mlip_cli.train.loop import train
 from mlip_cli.train.metrics import MetricsFile
-from mlip_cli.train.optim import build_optimizer
+from mlip_cli.train.optim import Schedule
 from mlip_cli.train.setup import training_device
-from mlip_cli.train.step import Progress
+from mlip_cli.train.state import Progress
+from mlip_cli.train.step import Stepper, StepSettings
 from mlip_cli.types import Encoder
 
 CPU = torch.device("cpu")
 FULL_DEVICE = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+SETTINGS = StepSettings(
+    Schedule(1e-3, warmup_steps=2, total_steps=2), clip_grad_norm=None, global_batch_size=8, micro_batch_size=None
+)
 MICRO_BATCH = ("train.micro_batch_size", None, 4)
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -108,24 +111,19 @@ def test_ctrl_c_does_not_end_the_evaluation_of_the_last_step(
 
     with nullcontext() if at == 2 else pytest.raises(Stopped):
         train(
-            model,
-            Objective(recipe.losses),
-            build_optimizer(model, recipe.optim),
+            Stepper(small_training(model), Objective(recipe.losses), SETTINGS),
             iter([small_batch(), small_batch()]),
             recipe=recipe,
             total_steps=2,
             progress=Progress(),
-            device=CPU,
-            precision=Precision.named("fp32", CPU),
-            micro_batch_size=None,
             plan=lambda _: None,
-            average=None,
             metrics=MetricsFile(tmp_path / "metrics.jsonl"),
             show=lambda _: None,
             on_step=lambda _: None,
             evaluate=evaluate,
             save=lambda progress: saved.append(progress.step),
             is_save_due=lambda _: False,
+            is_time_to_save=lambda: False,
         )
     assert left[at] == is_left
     assert saved == [at]

@@ -32,10 +32,12 @@ from mlip_cli.train.gradients import RandomState
 from mlip_cli.train.loop import train
 from mlip_cli.train.metrics import MetricsFile
 from mlip_cli.train.micro_batches import chosen_micro_batch_size
-from mlip_cli.train.resume import Saver, Training, restore
+from mlip_cli.train.optim import Schedule
+from mlip_cli.train.resume import Saver, restore
 from mlip_cli.train.setup import TrainingData, build, open_batches, open_data, training_device
 from mlip_cli.train.signals import sure_to_leave
-from mlip_cli.train.step import Progress
+from mlip_cli.train.state import Progress, Training
+from mlip_cli.train.step import Stepper, StepSettings
 from mlip_cli.train.trackers import opened_trackers
 
 Evaluate = Callable[[int, Callable[[], bool]], dict[str, float] | None]
@@ -143,17 +145,11 @@ def run_loop(
         if random is not None:
             random.restore(device)
         train(
-            training.model,
-            Objective(recipe.losses),
-            training.optimizer,
+            stepper(training, recipe, data.total_steps, micro_batch_size),
             batches,
             recipe=recipe,
             total_steps=data.total_steps,
             progress=progress,
-            device=device,
-            precision=training.precision,
-            micro_batch_size=micro_batch_size,
-            average=training.average,
             plan=partial(plan_of_step, recipe, training.plain, data.total_steps),
             metrics=metrics,
             show=lambda line: panel.update(line, eta_s=left.logged(int(line["step"]))),
@@ -161,7 +157,20 @@ def run_loop(
             evaluate=timed(partial(measure, training, evaluators, panel), left),
             save=partial(save, saver, panel, left),
             is_save_due=saver.is_due,
+            is_time_to_save=saver.is_time,
         )
+
+
+def stepper(training: Training, recipe: Recipe, total_steps: int, micro_batch_size: int | None) -> Stepper:
+    """What takes the steps of a training."""
+    optim = recipe.optim
+    settings = StepSettings(
+        Schedule(optim.lr, optim.warmup_steps, total_steps),
+        clip_grad_norm=optim.clip_grad_norm,
+        global_batch_size=recipe.train.global_batch_size,
+        micro_batch_size=micro_batch_size,
+    )
+    return Stepper(training, Objective(recipe.losses), settings)
 
 
 def plan_of_step(recipe: Recipe, model: CLIP, total_steps: int, step: int) -> MergePlan:

@@ -7,18 +7,16 @@ import torch
 from torch import Tensor, nn
 
 from mlip_cli.devices import peak_gib
-from mlip_cli.distributed import all_mean, all_sum, from_all, full, parallel, unwrap, world_size
+from mlip_cli.distributed import all_mean, all_sum, from_all, full, unwrap, world_size
 from mlip_cli.errors import Stopped
 from mlip_cli.losses.features import ObjectiveLike
 from mlip_cli.recipe.config import Recipe
 from mlip_cli.recipe.merge_plan import MergePlan
 from mlip_cli.terminal.output import warn
-from mlip_cli.train.average import WeightAverage
-from mlip_cli.train.gradients import Precision, add_gradients
 from mlip_cli.train.metrics import MetricsFile, Stopwatch
-from mlip_cli.train.optim import clamp_scales, learning_rate, set_learning_rate
 from mlip_cli.train.signals import StopRequest
-from mlip_cli.train.step import FiniteGuard, Progress, clip_gradients, settle_buckets
+from mlip_cli.train.state import Progress
+from mlip_cli.train.step import FiniteGuard, Stepper
 from mlip_cli.types import Batch
 
 MOST_BAD_NAMED = 10
@@ -26,45 +24,37 @@ MOST_BAD_NAMED = 10
 
 
 def train(
-    model: nn.Module,
-    objective: ObjectiveLike,
-    optimizer: torch.optim.AdamW,
+    stepper: Stepper,
     batches: Iterator[Batch],
     *,
     recipe: Recipe,
     total_steps: int,
     progress: Progress,
-    device: torch.device,
-    precision: Precision,
-    micro_batch_size: int | None,
     plan: Callable[[int], MergePlan | None],
-    average: WeightAverage | None,
     metrics: MetricsFile,
     show: Callable[[dict[str, float]], None],
     on_step: Callable[[int], None],
     evaluate: Callable[[int, Callable[[], bool]], dict[str, float] | None],
     save: Callable[[Progress], None],
     is_save_due: Callable[[int], bool],
+    is_time_to_save: Callable[[], bool],
 ) -> None:
     """Train from `progress.step` to `total_steps`.
 
     Args:
-        model: on `device`, wrapped for several ranks; gives `Encoded` for a `Batch`.
         batches: one rank's share of each step, beginning with step `progress.step + 1`.
-        micro_batch_size: samples a forward pass; None: the whole share.
         plan: merges of a step; None: the model's own.
-        average: takes in the weights after every step.
         show: gets every logged line. on_step: is told of every step. save: writes a checkpoint.
         evaluate: measures at a step; it may leave, with None, when its second argument says so. What fails in it on one
             rank fails on all.
-        is_save_due: asked before every step, for after it; one rank's yes is enough.
+        is_save_due: of a step, the same on all ranks. is_time_to_save: by the clock; one rank's yes is enough.
 
     Raises:
         Stopped: a signal came; the state is saved.
         RunError: too many steps in a row had no finite gradient.
     """
-    config, optim = recipe.train, recipe.optim
-    guard = FiniteGuard(device, progress)
+    config, model, objective, device = recipe.train, stepper.training.model, stepper.objective, stepper.training.device
+    guard = stepper.guard
     watch = Stopwatch(batches, device)
     first = progress.step + 1
     model.train()
@@ -87,11 +77,11 @@ def train(
                     metrics.append({"step": step, "samples_seen": step * config.global_batch_size, **measures})
                 progress.measured_step = progress.measured_step if was_left else step
                 best = note_if_best(measures or {}, progress, recipe)
-                stop.cast(save=best or is_save_due(step) or step < first)
-                stop.vote_again()
                 model.train()
-            exit_code, save_due = stop.decision()
-            saves = last or bool(exit_code) or save_due
+            saves = last or (evaluates and best) or step < first or is_save_due(step)
+            asked = stop.agreed(save=not saves and is_time_to_save(), at_once=evaluates)
+            exit_code = asked.exit_code
+            saves = saves or bool(exit_code) or asked.save
             if saves:
                 account(progress, guard, watch, device)
                 save(progress)
@@ -103,41 +93,18 @@ def train(
         if progress.measured_step < progress.step and is_evaluation_due(progress.step, total_steps, recipe):
             conclude(progress.step)  # an evaluation that a signal or an error had ended
         for step in range(first, total_steps + 1):
-            batch = watch.next_batch().to(device, non_blocking=True)
-            if parallel(model) == "ddp" and step == first:
-                settle_buckets(model, objective, batch, precision, micro_batch_size, plan(step))
-
-            lr = learning_rate(step, peak=optim.lr, warmup_steps=optim.warmup_steps, total_steps=total_steps)
-            set_learning_rate(optimizer, lr)
-            stop.cast(save=is_save_due(step))
-            terms = add_gradients(
-                model,
-                objective,
-                batch,
-                precision=precision,
-                micro_batch_size=micro_batch_size,
-                plan=plan(step),
-                sum_count=stop.ride,
-            )
-            precision.scaler.unscale_(optimizer)
-            grad_norm = clip_gradients(model, optim.clip_grad_norm)
-            guard.step(optimizer, precision, grad_norm)
-            optimizer.zero_grad(set_to_none=True)
-            clamp_scales(unwrap(model))
+            taken = stepper.take(watch.next_batch(), step, plan(step))
             progress.step = step
-            if average is not None:
-                average.update(samples_seen=step * config.global_batch_size, batch_size=config.global_batch_size)
-
             last = step == total_steps
             if step % recipe.log.every_steps == 0 or last:
                 account(progress, guard, watch, device)
                 line = {
                     "step": step,
                     "samples_seen": step * config.global_batch_size,
-                    **losses(objective, terms),
-                    "lr": lr,
+                    **losses(objective, taken.terms),
+                    "lr": taken.lr,
                     **scales(model),
-                    "grad_norm": grad_norm.item(),
+                    "grad_norm": taken.grad_norm.item(),
                     **watch.read(ranks=world_size()),
                     "peak_gib": peak_gib(device),
                     "skipped_steps": progress.skipped_steps,
@@ -167,7 +134,7 @@ def note_if_best(measures: dict[str, float], progress: Progress, recipe: Recipe)
 
 def account(progress: Progress, guard: FiniteGuard, watch: Stopwatch, device: torch.device) -> None:
     """Bring the counts of `progress` up to date, over all ranks, and name the first bad samples of the run."""
-    guard.check()
+    guard.count(progress)
     count = int(all_sum(torch.tensor(len(watch.bad_samples), device=device)))
     if count and progress.bad_samples < MOST_BAD_NAMED:
         found = [bad for own in from_all(watch.bad_samples) for bad in own]

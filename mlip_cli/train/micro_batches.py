@@ -12,8 +12,7 @@ from mlip_cli.recipe.config import LOSS_NAMES, Recipe
 from mlip_cli.recipe.merge_plan import MergePlan
 from mlip_cli.terminal.output import say
 from mlip_cli.train.gradients import RandomState
-from mlip_cli.train.resume import Training
-from mlip_cli.train.step import Progress
+from mlip_cli.train.state import Progress, Training
 from mlip_cli.types import VOCAB_SIZE, Batch, Encoded
 
 BOS, EOS = VOCAB_SIZE - 2, VOCAB_SIZE - 1

@@ -1,6 +1,7 @@
 """AdamW, its parameter groups, and the learning rate as a function of the step."""
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -14,12 +15,20 @@ LARGEST_LOG_SCALE = math.log(100)
 """Logit scales are clamped here after every step (CLIP)."""
 
 
-def learning_rate(step: int, *, peak: float, warmup_steps: int, total_steps: int) -> float:
-    """Linear warm-up, then a cosine to zero; `step` counts from 1 and the last step still moves."""
-    if step <= warmup_steps:
-        return peak * step / warmup_steps
-    progress = (step - 1 - warmup_steps) / max(1, total_steps - warmup_steps)
-    return peak * 0.5 * (1 + math.cos(math.pi * progress))
+@dataclass(frozen=True)
+class Schedule:
+    """The learning rate as a function of the step: linear warm-up, then a cosine to zero."""
+
+    peak: float
+    warmup_steps: int
+    total_steps: int
+
+    def learning_rate(self, step: int) -> float:
+        """`step` counts from 1; the last step still moves."""
+        if step <= self.warmup_steps:
+            return self.peak * step / self.warmup_steps
+        progress = (step - 1 - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
+        return self.peak * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def is_decayed(name: str, parameter: nn.Parameter) -> bool:

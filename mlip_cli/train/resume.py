@@ -1,17 +1,14 @@
 """From a running training to a checkpoint and back, to the bit."""
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
-from mlip_cli.distributed import full_on_main, parallel, rank, sharded_like, unwrap, whole, world_size
+from mlip_cli.distributed import full_on_main, parallel, rank, sharded_like, world_size
 from mlip_cli.errors import UsageError
 from mlip_cli.recipe.config import Train
 from mlip_cli.runs.checkpoint import (
@@ -22,37 +19,8 @@ from mlip_cli.runs.checkpoint import (
     save_checkpoint,
 )
 from mlip_cli.terminal.output import is_main, warn
-from mlip_cli.train.average import WeightAverage
-from mlip_cli.train.gradients import Precision, RandomState
-from mlip_cli.train.step import Progress
-
-
-@dataclass(frozen=True)
-class Training:
-    """What changes while training, apart from the progress."""
-
-    model: nn.Module
-    optimizer: torch.optim.AdamW
-    precision: Precision
-    device: torch.device
-    average: WeightAverage | None = None
-    """Of the weights, where the recipe asks for one."""
-    decoder: str = ""
-    """What decodes JPEGs, with its version."""
-
-    @property
-    def plain(self) -> Any:
-        """The model without the wrapper for several ranks."""
-        return unwrap(self.model)
-
-    @contextmanager
-    def as_measured(self) -> Iterator[Any]:
-        """The plain model as evaluation sees it: whole on every rank, with averaged weights where there are any.
-
-        All ranks enter and leave; inside each may run it as often as it likes.
-        """
-        with self.average.applied() if self.average is not None else nullcontext(), whole(self.model):
-            yield self.plain
+from mlip_cli.train.gradients import RandomState
+from mlip_cli.train.state import Progress, Training
 
 
 def environment(training: Training) -> dict[str, Any]:
@@ -79,11 +47,14 @@ class Saver:
         self.last_saved_s = time.monotonic()
 
     def is_due(self, step: int) -> bool:
-        """By steps or by minutes, whichever comes first."""
-        every = self.config.checkpoint_every
-        by_steps = every.steps is not None and step % every.steps == 0
-        by_time = every.minutes is not None and time.monotonic() - self.last_saved_s >= 60 * every.minutes
-        return by_steps or by_time
+        """Whether a checkpoint is due after this step, the same on all ranks."""
+        every = self.config.checkpoint_every.steps
+        return every is not None and step % every == 0
+
+    def is_time(self) -> bool:
+        """Whether a checkpoint is due by this rank's clock."""
+        minutes = self.config.checkpoint_every.minutes
+        return minutes is not None and time.monotonic() - self.last_saved_s >= 60 * minutes
 
     def save(self, progress: Progress) -> None:
         """Write a checkpoint and remove the ones that are not kept; all ranks take part.

@@ -20,7 +20,7 @@ from mlip_cli.runs.initial_weights import InitNotes, load_initial
 from mlip_cli.train.average import WeightAverage
 from mlip_cli.train.gradients import Precision
 from mlip_cli.train.optim import build_optimizer
-from mlip_cli.train.resume import Training
+from mlip_cli.train.state import Training
 from mlip_cli.types import Batch
 
 

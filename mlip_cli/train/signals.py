@@ -1,4 +1,4 @@
-"""Signals set a flag, which travels with what a step sums over ranks anyway: all of them stop after the same step."""
+"""Signals ask a training to end: all ranks stop after the same step."""
 
 import os
 import select
@@ -7,17 +7,32 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from multiprocessing import active_children
 from types import FrameType, TracebackType
 
 import torch
 from torch import Tensor
 
-from mlip_cli.distributed import all_sum, world_size
+from mlip_cli.distributed import all_max, world_size
 from mlip_cli.terminal.output import warn
 
 INTERRUPTED, TERMINATED = 130, 143
 EXIT_CODES = {signal.SIGINT: INTERRUPTED, signal.SIGTERM: TERMINATED, signal.SIGUSR1: TERMINATED}
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the ranks agreed on."""
+
+    exit_code: int
+    """Of the signal that ends the training; 0: it goes on."""
+    save: bool
+
+    @classmethod
+    def by(cls, code: int) -> "Asked":
+        """The largest of all ranks' numbers: 0 nothing, 1 a checkpoint, else the exit code of a signal."""
+        return cls(exit_code=code if code > 1 else 0, save=code > 0)
 
 
 class StopRequest:
@@ -26,8 +41,7 @@ class StopRequest:
     def __init__(self, device: torch.device) -> None:
         self.exit_code = 0
         self._device = device
-        self._wants_to_save = False
-        self._votes: Callable[[], list[int]] | None = None
+        self._answer: Callable[[], int] = lambda: 0
         self._process = os.getpid()
         self._previous: dict[signal.Signals, object] = {}
 
@@ -58,46 +72,36 @@ class StopRequest:
         """True once a signal came that a machine sent, which soon ends what goes on; Ctrl-C can be repeated."""
         return self.exit_code not in (0, INTERRUPTED)
 
-    def cast(self, *, save: bool) -> None:
-        """Say what this rank wants after the coming step, besides stopping."""
-        self._wants_to_save = save
+    def agreed(self, *, save: bool, at_once: bool = False) -> Asked:
+        """What the ranks ask for, the same on all of them: the end of the training, or a checkpoint.
 
-    def ride(self, count: Tensor) -> Tensor:
-        """`count` (0-d int64) summed over ranks; their votes travel with it in one all-reduce."""
-        if world_size() == 1:
-            return count
-        own = [self._wants_to_save, self.exit_code == INTERRUPTED, self.exit_code == TERMINATED]
-        summed = all_sum(torch.cat([count[None], torch.tensor(own, dtype=count.dtype, device=count.device)]))
-        self._votes = fetched(summed[1:])
-        return summed[0]
+        With one process: the current state. With several: the state at the last call, so that no rank waits for the
+        device; the answer to this call comes with the next one.
 
-    def decision(self) -> tuple[int, bool]:
-        """(exit code if any rank was asked to stop, else 0; whether any rank wants to save), the same on all ranks.
-
-        Of one process it is what holds now, of several what held when their last votes rode.
+        Args:
+            save: this rank asks for a checkpoint.
+            at_once: wait for the answer to this call.
         """
-        if self._votes is None:
-            return self.exit_code, self._wants_to_save
-        save, interrupted, terminated = self._votes()
-        return (TERMINATED if terminated else INTERRUPTED if interrupted else 0), save > 0
-
-    def vote_again(self) -> None:
-        """Votes that ride alone, for what came up after the step."""
-        self.ride(torch.zeros((), dtype=torch.int64, device=self._device))
+        own = self.exit_code or int(save)
+        if world_size() == 1:
+            return Asked.by(own)
+        asked = all_max(torch.full((), own, device=self._device))
+        earlier, self._answer = self._answer, fetched(asked)
+        return Asked.by(self._answer() if at_once else earlier())
 
 
-def fetched(x: Tensor) -> Callable[[], list[int]]:
-    """Copies a few integers from the device; what is returned waits for them, and not for later work of the device."""
+def fetched(x: Tensor) -> Callable[[], int]:
+    """Copy a 0-d integer from the device; what is returned waits for it, and not for later work of the device."""
     if x.device.type != "cuda":
-        return x.tolist
-    values = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
-    values.copy_(x, non_blocking=True)
+        return lambda: int(x)
+    value = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+    value.copy_(x, non_blocking=True)
     copied = torch.cuda.Event()
     copied.record()
 
-    def read() -> list[int]:
+    def read() -> int:
         copied.synchronize()
-        return values.tolist()
+        return int(value)
 
     return read
 
