@@ -9,6 +9,8 @@ Shape legend, used in every docstring:
     K  patch tokens that remain after merging   L  text tokens
 """
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol, Self
 
@@ -17,6 +19,9 @@ from torch import Tensor
 
 VOCAB_SIZE = 49408
 """Ids of CLIP's byte-pair vocabulary; the last two are BOS and EOS."""
+
+PartOf = Callable[[str], AbstractContextManager[object]]
+"""The name of a part of some work -> a context that is open while that part runs, for a clock."""
 
 
 class _Movable:

@@ -59,7 +59,7 @@ def derived(recipe: Recipe, *, resumes: bool) -> dict[str, Any]:
         "true_merge_rate": plan.rate,
         "gflops_per_image": sum(image_gflops(model, plan).values()),
         "gflops_per_image_unmerged": sum(image_gflops(model, model.merge_plan(0.0)).values()),
-        "gflops_per_image_frequency_branch": frequency_gflops(model),
+        "gflops_per_image_frequency_branch": frequency_gflops(model, plan),
         "gflops_per_text": text_gflops(model, model.context_length),
         "steps": recipe.train.steps,
         "data": [],

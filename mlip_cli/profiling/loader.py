@@ -2,23 +2,23 @@
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from statistics import median
 
 import torch
 
-from mlip_cli.data import loader
 from mlip_cli.data.dataset import ShardDataset
+from mlip_cli.data.loader import DECODE, READ, TRANSFORM, training_loader
 from mlip_cli.data.order import Order
-from mlip_cli.profiling.step import PartClock, replaced
+from mlip_cli.profiling.clock import PartClock
 from mlip_cli.recipe.config import Recipe
 
 SAMPLES = 256
 """How many are read: enough for medians over eight batches."""
 MOST_IN_A_BATCH = 32
 
-READ, DECODE, TRANSFORM, COLLATE = "read", "decode", "transform", "tokenize and collate"
+COLLATE = "tokenize and collate"
 PARTS = (READ, DECODE, TRANSFORM, COLLATE)
 
 
@@ -31,8 +31,8 @@ class LoaderCost:
     bad_samples: int
     """How many of them had to be replaced, as in training."""
     sample_seconds: dict[str, float]
-    """Of one sample, by part; medians over batches. Reading by the clock on the wall, so that waiting for the disk is
-    in it (what was read lately lies in memory and is not waited for); the others seconds of one CPU core."""
+    """Of one sample, by part: medians over batches. Reading counts wall-clock time and so the wait for the disk (what
+    was read lately lies in memory and needs no wait); the other parts count seconds of one CPU core."""
 
     @property
     def sample_s(self) -> float:
@@ -42,7 +42,7 @@ class LoaderCost:
     def batch_seconds(self, batch_size: int, num_workers: int) -> dict[str, float]:
         """Seconds a batch by part, for so many loader processes; 0 is the training process itself.
 
-        As if each had a core for itself: a step on a CPU that uses all of them is slowed down by its loader.
+        We assume that each has a core for itself: a loader slows a step on a CPU that uses all cores.
         """
         return {part: s * batch_size / max(num_workers, 1) for part, s in self.sample_seconds.items()}
 
@@ -50,8 +50,11 @@ class LoaderCost:
 def measure_loader(recipe: Recipe, datasets: Sequence[ShardDataset]) -> LoaderCost:
     """Time the training loader on samples at random places of the data.
 
-    What is not reading, decoding or changing pictures is counted as `tokenize and collate`: order, choice of captions,
-    tokens, stacking. Sending a batch from process to process is not in it.
+    `tokenize and collate` is all that is not reading, decoding or changing pictures: order, choice of captions,
+    tokens, stacking. Sending a batch from process to process does not count.
+
+    Raises:
+        RunError: too many bad samples.
     """
     num_samples = sum(dataset.num_samples for dataset in datasets)
     batch_size = min(MOST_IN_A_BATCH, num_samples)
@@ -62,7 +65,14 @@ def measure_loader(recipe: Recipe, datasets: Sequence[ShardDataset]) -> LoaderCo
         seed=recipe.seed,
         global_batch_size=batch_size,
     )
-    batches = loader.training_loader(
+    cpu, wall = PartClock(now=time.thread_time), PartClock(now=time.perf_counter)
+
+    @contextmanager
+    def part(name: str) -> Iterator[None]:
+        with wall.part(name), cpu.part(name):
+            yield
+
+    batches = training_loader(
         datasets,
         order,
         data=recipe.data,
@@ -74,10 +84,10 @@ def measure_loader(recipe: Recipe, datasets: Sequence[ShardDataset]) -> LoaderCo
         start_step=0,
         stop_step=rounds + 1,
         num_workers=0,
+        part=part,
     )
-    cpu, wall = PartClock(now=time.thread_time), PartClock(now=time.perf_counter)
     seconds, bad = [], 0
-    with one_thread(), closing(batches), timed_loader(cpu, wall):  # type: ignore[type-var]
+    with one_thread(), closing(batches):  # type: ignore[type-var]
         next(batches)  # loads the vocabulary and opens shards
         cpu.take()
         wall.take()
@@ -90,17 +100,6 @@ def measure_loader(recipe: Recipe, datasets: Sequence[ShardDataset]) -> LoaderCo
         bad_samples=bad,
         sample_seconds={part: median(batch.get(part, 0.0) for batch in seconds) / batch_size for part in PARTS},
     )
-
-
-@contextmanager
-def timed_loader(cpu: PartClock, wall: PartClock) -> Iterator[None]:
-    """Clocks around the loader's steps inside the block; none afterwards."""
-    read = cpu.timed(READ, wall.timed(READ, ShardDataset.read))
-    with ExitStack() as stack:
-        stack.enter_context(replaced(ShardDataset, "read", read))
-        stack.enter_context(replaced(loader, "decode", cpu.timed(DECODE, loader.decode)))
-        stack.enter_context(replaced(loader, "training_transform", cpu.timed(TRANSFORM, loader.training_transform)))
-        yield
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import torch
 from mlip_cli.data.dataset import ShardDataset
 from mlip_cli.errors import RunError, UsageError
 from mlip_cli.model.clip import CLIP
-from mlip_cli.profiling import flops as costs
+from mlip_cli.profiling import flops
 from mlip_cli.profiling.loader import LoaderCost, measure_loader
 from mlip_cli.profiling.step import RepeatedStep, StepRecorder, breakdown, limit, step_parts
 from mlip_cli.profiling.subject import Subject, pinned
@@ -29,9 +29,9 @@ CLOCKED = "with clocks"
 def counts(model: CLIP, num_tokens: int) -> dict[str, Any]:
     """What needs no clock: parameters, operations by part, tokens per block."""
     plan, unmerged = model.plan, model.merge_plan(0.0)
-    parts, whole = costs.image_gflops(model, plan), costs.image_gflops(model, unmerged)
+    parts, whole = flops.image_gflops(model, plan), flops.image_gflops(model, unmerged)
     return {
-        "parameters": costs.parameters(model) | {"total": sum(p.numel() for p in model.parameters())},
+        "parameters": flops.parameters(model) | {"total": sum(p.numel() for p in model.parameters())},
         "merging": {"method": plan.method, "rate": plan.rate, "before_blocks": plan.at} if plan.at else None,
         "tokens_per_block": plan.tokens,
         "prefix_tokens": model.vision.num_prefix,
@@ -40,10 +40,10 @@ def counts(model: CLIP, num_tokens: int) -> dict[str, Any]:
             "image_tower_by_part": parts,
             "image_tower_unmerged": sum(whole.values()),
             "image_tower_unmerged_by_part": whole,
-            "frequency_branch": costs.frequency_gflops(model),
-            "token_heads": costs.token_head_gflops(model, plan, num_tokens),
-            "text_tower": costs.text_gflops(model, num_tokens),
-            "text_tower_at_context_length": costs.text_gflops(model, model.context_length),
+            "frequency_branch": flops.frequency_gflops(model, plan),
+            "token_heads": flops.token_head_gflops(model, plan, num_tokens),
+            "text_tower": flops.text_gflops(model, num_tokens),
+            "text_tower_at_context_length": flops.text_gflops(model, model.context_length),
         },
     }
 
@@ -178,7 +178,7 @@ def utilisation(
     """
     model = subject.model
     batch_size, num_tokens = batch.token_ids.shape
-    gflops = costs.step_gflops(model, model.training_plan, batch_size=batch_size, num_text_tokens=num_tokens)
+    gflops = flops.step_gflops(model, model.training_plan, batch_size=batch_size, num_text_tokens=num_tokens)
     step_tflops = gflops / 1000 / step_s
     measured = {name: matmul.flops / 1e12 / timings[name].median_s for name, matmul in matmuls.items()}
     peak = measured[subject.recipe.train.precision]

@@ -1,19 +1,4 @@
-"""What a model costs: operations by formula, time measured side by side, memory at its peak.
-
-Operations are those of matrix products, one multiply-add counted as 2 FLOPs; norms, softmax, sums and sorting are left
-out (counters that add layer norms report 17.58 instead of 17.56 GMACs for ViT-B/16). With N patches of p x p pixels, P
-prefix tokens, width D and MLP width M, an image tower takes, in multiply-adds an image:
-
-    patch embedding       N * 3p^2 * D
-    attention of a block  t * 4D^2 + 2 * t^2 * D      t = P + tokens in the block; a merge stands before its block,
-    MLP of a block        t * 2 * D * M               so the block before the merge still runs on all of them
-    a merge of n tokens   ceil(n/2) * floor(n/2) * d  matching on keys of width d; the means are sums, not products
-    guidance              N * 2p^3                    DCT of the grey picture, once, for the frequency domain
-    head                  D * E
-    a block of a stem     a global filter, and N * 2 * D * M for its MLP, on patches alone
-
-ViT-B/16 at 224 px (N = 196, P = 1, D = 768, M = 3072, E = 512): 17.56 G multiply-adds, 35.1 GFLOPs.
-"""
+"""Time functions side by side, and measure memory at its peak."""
 
 import platform
 import resource
