@@ -347,7 +347,7 @@ def test_training_evaluators_measure_what_the_command_measures(place: Path, caps
     evaluate("runs/mlip", datasets=["openmoji"])
     [result] = printed(capsys)["results"]
     recipe = small_recipe(mlip=True, data={"validation": "data/openmoji/test"}, evaluate={"zeroshot": ["openmoji"]})
-    model = load_run("runs/mlip", device="cpu").model
+    model = at_rate(load_run("runs/mlip", device="cpu").model, None)
     tokenizer = Tokenizer(16)
     evaluators = training_evaluators(recipe, tokenizer, validation_pairs(recipe, tokenizer, device="cpu"))
     found = {evaluator.name: evaluator.measure(model, lambda _: None, ALONE) for evaluator in evaluators}

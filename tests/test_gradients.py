@@ -60,8 +60,9 @@ def one_process(recipe: Recipe, micro_batch_size: int | None) -> dict[str, torch
     model = small_model(recipe).train()
     precision = Precision.named("fp32", CPU)
     add_gradients(
-        model, Objective(recipe.losses), batch_for(recipe), precision=precision, micro_batch_size=micro_batch_size
-    )
+        model, Objective(recipe.losses), batch_for(recipe),
+        precision=precision, micro_batch_size=micro_batch_size, plan=model.training_plan,
+    )  # fmt: skip
     return gradients(model)
 
 
@@ -82,10 +83,11 @@ def test_micro_batches_need_no_loss_over_the_whole_batch() -> None:
 @pytest.mark.parametrize("name", ["mlip", "filip_sparc"])
 def test_micro_batches_report_the_same_terms(name: str) -> None:
     recipe = RECIPES[name]
+    model = small_model(recipe)
     terms = [
         add_gradients(
-            small_model(recipe), Objective(recipe.losses), batch_for(recipe),
-            precision=Precision.named("fp32", CPU), micro_batch_size=size,
+            model, Objective(recipe.losses), batch_for(recipe),
+            precision=Precision.named("fp32", CPU), micro_batch_size=size, plan=model.training_plan,
         ) for size in (None, 3)
     ]  # fmt: skip
     assert terms[0].keys() == terms[1].keys() == set(LOSS_NAMES)
@@ -98,10 +100,10 @@ def test_a_step_follows_the_merge_plan_that_it_is_given(micro_batch_size: int | 
     recipe = RECIPES["filip"]
     given = small_model(recipe)
     own = small_model(small_recipe(losses=FILIP, model={"merging": {"rate": 0.25, "at": [2, 3]}}))
-    for model, named in ((given, {"plan": own.merge_plan(0.25)}), (own, {})):
+    for model in (given, own):
         add_gradients(
             model, Objective(recipe.losses), batch_for(recipe),
-            precision=Precision.named("fp32", CPU), micro_batch_size=micro_batch_size, **named,
+            precision=Precision.named("fp32", CPU), micro_batch_size=micro_batch_size, plan=own.training_plan,
         )  # fmt: skip
     assert relative_error(gradients(given), gradients(own)) == 0
     assert relative_error(gradients(given), one_process(recipe, micro_batch_size)) > 1e-3
@@ -110,13 +112,14 @@ def test_a_step_follows_the_merge_plan_that_it_is_given(micro_batch_size: int | 
 def test_tokens_are_cached_only_where_a_loss_compares_them_over_the_batch() -> None:
     for name, expected in (("mlip", ()), ("filip_sparc", ("spatial_token",))):
         recipe = RECIPES[name]
+        model = small_model(recipe)
         seen = []
         objective = Objective(recipe.losses)
         batch_terms = objective.batch_terms
         objective.batch_terms = lambda f, seen=seen, terms=batch_terms: seen.append(f.tensors) or terms(f)  # type: ignore
         add_gradients(
-            small_model(recipe), objective, batch_for(recipe),
-            precision=Precision.named("fp32", CPU), micro_batch_size=2,
+            model, objective, batch_for(recipe),
+            precision=Precision.named("fp32", CPU), micro_batch_size=2, plan=model.training_plan,
         )  # fmt: skip
         assert tuple(loss for loss in LOSS_NAMES if f"tokens.{loss}" in seen[0]) == expected
         assert (TEXT_TOKENS in seen[0]) == bool(expected)
@@ -135,8 +138,9 @@ def test_no_micro_batch_keeps_the_tokens_of_another() -> None:
     model.register_forward_hook(lambda module, inputs, encoded: kept.append(weakref.ref(encoded.image_tokens)))
     batch = small_batch(8)
     add_gradients(
-        model, Objective(small_recipe().losses), batch, precision=Precision.named("fp32", CPU), micro_batch_size=2
-    )
+        model, Objective(small_recipe().losses), batch,
+        precision=Precision.named("fp32", CPU), micro_batch_size=2, plan=model.training_plan,
+    )  # fmt: skip
     assert len(alive) == 8
     assert max(alive) <= 1
 
@@ -149,11 +153,11 @@ def test_micro_batches_replay_dropout() -> None:
         block.mlp.drop1.p = 0.3
     batch, objective, precision = small_batch(), Objective(recipe.losses), Precision.named("fp32", CPU)
     torch.manual_seed(5)
-    add_gradients(model, objective, batch, precision=precision, micro_batch_size=4)
+    add_gradients(model, objective, batch, precision=precision, micro_batch_size=4, plan=model.plan)
     found = gradients(model)
     model.zero_grad()
     torch.manual_seed(5)
-    halves = [model(b) for b in (small_part(batch, 0, 4), small_part(batch, 4, 8))]
+    halves = [model(b, model.plan) for b in (small_part(batch, 0, 4), small_part(batch, 4, 8))]
     first, second = (features_of(half) for half in halves)
     both = {name: torch.cat([first.tensors[name], second.tensors[name]]) for name in (IMAGE, TEXT)}
     objective.total(objective.batch_terms(replace(first, tensors=first.tensors | both))).backward()
@@ -186,7 +190,9 @@ with process_group(CPU):
                 model = wrap(plain, CPU, parallel=parallel, units=plain.blocks())
                 batch = small_part(batch_for(recipe), rank() * share, (rank() + 1) * share)
                 objective, precision = Objective(recipe.losses), Precision.named("fp32", CPU)
-                add_gradients(model, objective, batch, precision=precision, micro_batch_size=micro)
+                add_gradients(
+                    model, objective, batch, precision=precision, micro_batch_size=micro, plan=plain.training_plan
+                )
                 results[name, parallel, micro] = full_on_main(gradients(unwrap(model)))
     if rank() == 0:
         torch.save(results, {out!r})

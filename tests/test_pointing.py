@@ -188,8 +188,10 @@ def test_a_stem_points_by_the_tokens_that_its_losses_see() -> None:
     batch = small_batch(4)
     with torch.no_grad():
         queries = pointing_queries(model, batch.token_ids)
-        found = similarity_maps(model, batch.images, {name: vectors[:, None] for name, vectors in queries.items()})
-        tokens = model(batch).frequency_tokens
+        found = similarity_maps(
+            model, batch.images, {name: vectors[:, None] for name, vectors in queries.items()}, model.training_plan
+        )
+        tokens = model(batch, model.training_plan).frequency_tokens
     cosines = torch.nn.functional.normalize(tokens, dim=-1) @ queries["frequency_tokens"][:, :, None]
     torch.testing.assert_close(found["frequency_tokens"][:, 0], cosines[..., 0], rtol=0, atol=1e-12)
 
@@ -200,9 +202,8 @@ def reference_maps(model: Any, images: Tensor, token_ids: Tensor, plan: Any) -> 
     maps: dict[str, list[list[Tensor]]] = {"feature": [], "tokens": [], "frequency_tokens": []}
     for image, ids in zip(images, token_ids, strict=True):
         pixels = model.normalize(image[None])
-        embedded = model.vision.embed(pixels)
-        tower = model.vision(pixels, embedded, plan)
-        frequency = model.frequency(pixels, embedded[:, model.vision.num_prefix :])[0]
+        tower = model.image_tower(pixels, plan, with_branch=True)
+        frequency = model.frequency_tokens(tower)[0]
         groups = tower.assign[-1][0].tolist() if tower.assign else range(16)
         length = int((ids == 49407).nonzero()[0])
         words = model.token_projections["text"](model.text(ids[None, : length + 1]))[0]
@@ -254,7 +255,7 @@ def test_equal_tokens_that_merge_give_the_maps_of_the_unmerged_model() -> None:
     images = assemble(colors[None, :, :, None, None].expand(1, 4, 3, 16, 16), image_size=32)
     ids = small_batch(4).token_ids
     with torch.no_grad():
-        [stage] = model.merge_stages(images)
+        [stage] = model.merge_stages(images, model.plan)
         quadrant_of = quadrants((4, 4))
         for group in range(8):
             assert len(quadrant_of[stage.groups[0] == group].unique()) == 1
@@ -277,6 +278,7 @@ def test_patches_go_through_what_the_pooled_feature_goes_through(pool: str) -> N
     images = torch.full((1, 3, 32, 32), 90, dtype=torch.uint8)
     ids = small_batch(4).token_ids
     with torch.no_grad():
-        maps = similarity_maps(model, images, {"feature": pointing_queries(model, ids)["feature"][None]})["feature"]
-        whole = torch.nn.functional.cosine_similarity(model.encode_image(images), model.encode_text(ids))
+        queries = {"feature": pointing_queries(model, ids)["feature"][None]}
+        maps = similarity_maps(model, images, queries, model.plan)["feature"]
+        whole = torch.nn.functional.cosine_similarity(model.encode_image(images, model.plan), model.encode_text(ids))
     torch.testing.assert_close(maps[0], whole[:, None].expand(4, 16), rtol=0, atol=1e-12)

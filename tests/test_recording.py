@@ -116,7 +116,7 @@ def test_ctrl_c_does_not_end_the_evaluation_of_the_last_step(
             recipe=recipe,
             total_steps=2,
             progress=Progress(),
-            plan=lambda _: None,
+            plan=lambda _: model.training_plan,
             metrics=MetricsFile(tmp_path / "metrics.jsonl"),
             show=lambda _: None,
             on_step=lambda _: None,
@@ -191,7 +191,7 @@ def test_a_signal_leaves_an_evaluation_and_its_numbers() -> None:
     def evaluate(encoder: Encoder, on_batch: OnBatch, together: Together) -> Measures:
         nonlocal asked
         for _ in together.in_rounds("ab", together.part(2)):
-            asked = encoder is second
+            asked = encoder.model is second
             on_batch(3)
         return Measures({"a_acc1": 0.5}, "top-1 50.0 %; n 6")
 

@@ -178,11 +178,11 @@ def test_nothing_stays_behind_and_nothing_is_changed() -> None:
     step = make_step()
     model, functions = step.model, (torch.autograd.backward, torch.autograd.grad)
     weights = {name: value.clone() for name, value in model.state_dict().items()}
-    before = model(step.batch)
+    before = model(step.batch, model.training_plan)
     recorder = StepRecorder(step)
     recorder()
     recorder()
-    after = model(step.batch)
+    after = model(step.batch, model.training_plan)
     assert hooks(model) == 0
     assert not {"normalize", "forward"} & vars(model).keys()
     assert "embed" not in vars(model.vision)
@@ -196,7 +196,7 @@ def test_nothing_stays_behind_and_nothing_is_changed() -> None:
 def test_losses_one_by_one_are_the_losses_and_have_their_gradient() -> None:
     step = make_step()
     one_by_one = TimedObjective(step, StepRecorder(step).clock)
-    encoded = step.model(step.batch)
+    encoded = step.model(step.batch, step.model.training_plan)
     num_captions = step.stepper.objective.count_captions(encoded.text_mask)
     terms, gradients = [], []
     for which in (step.stepper.objective, one_by_one):

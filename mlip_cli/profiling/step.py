@@ -64,7 +64,7 @@ class RepeatedStep:
         self.stepper = Stepper(training, Objective(recipe.losses), settings)
 
     def __call__(self) -> None:
-        self.stepper.take(self.batch, 1, None)
+        self.stepper.take(self.batch, 1, self.model.training_plan)
 
     def parts_of_step(self, batch: Batch) -> dict[str, Callable[[], None]]:
         """Pieces of the step that can run alone, each with all that it needs at hand; holds one gradient."""
@@ -74,17 +74,17 @@ class RepeatedStep:
             Batch(images, token_ids, keys=())
             for images, token_ids in zip(batch.images.split(size), batch.token_ids.split(size), strict=True)
         ]
-        stepper.add_gradients(batch, None)
+        stepper.add_gradients(batch, self.model.training_plan)
         gradients = [(parameter, parameter.grad) for parameter in self.model.parameters()]
         optimizer.zero_grad(set_to_none=True)
 
         def forward() -> None:
             for micro_batch in micro_batches:
                 with self.precision.autocast(self.device):
-                    self.model(micro_batch)
+                    self.model(micro_batch, self.model.training_plan)
 
         def forward_and_backward() -> None:
-            stepper.add_gradients(batch, None)
+            stepper.add_gradients(batch, self.model.training_plan)
             optimizer.zero_grad(set_to_none=True)
 
         def update() -> None:
@@ -108,7 +108,7 @@ class StepRecorder:
     def __call__(self) -> None:
         whole = PartClock(self.step.device)
         with timed_parts(self.step.model, self.clock), whole.part("step"):
-            self.stepper.take(self.step.batch, 1, None, self._part)
+            self.stepper.take(self.step.batch, 1, self.step.model.training_plan, self._part)
         self.steps.append(TimedStep(whole.take()["step"], self.clock.take()))
 
     def _part(self, name: str) -> AbstractContextManager[None]:

@@ -1,4 +1,4 @@
-"""The gradient of one global batch: at once, or by micro-batches with the same result."""
+"""The gradient of one global batch, in one pass or by micro-batches with the same result."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -22,11 +22,11 @@ PartOf = Callable[[str], AbstractContextManager[object]]
 
 @dataclass(frozen=True)
 class Precision:
-    """What the towers compute in; losses promote to at least fp32 themselves."""
+    """The number type of the towers; losses compute in at least fp32."""
 
     dtype: torch.dtype
     scaler: torch.amp.GradScaler
-    """Of the loss, for fp16; does nothing otherwise."""
+    """Scales the loss for fp16 and does nothing otherwise."""
 
     @classmethod
     def named(cls, name: str, device: torch.device) -> "Precision":
@@ -41,7 +41,7 @@ class Precision:
 
 @dataclass(frozen=True)
 class RandomState:
-    """Generators that dropout and drop path draw from."""
+    """The state of the generators that dropout and drop path draw from."""
 
     cpu: Tensor
     cuda: Tensor | None
@@ -49,7 +49,7 @@ class RandomState:
 
     @classmethod
     def read(cls, device: torch.device) -> "RandomState":
-        """The state right now."""
+        """The current state."""
         return cls(
             cpu=torch.get_rng_state(),
             cuda=torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
@@ -57,7 +57,7 @@ class RandomState:
         )
 
     def restore(self, device: torch.device) -> None:
-        """Draw again what was drawn after `read`."""
+        """Go back to the state, so that the same numbers are drawn again."""
         torch.set_rng_state(self.cpu)
         if self.cuda is not None:
             torch.cuda.set_rng_state(self.cuda, device)
@@ -72,16 +72,16 @@ def add_gradients(
     *,
     precision: Precision,
     micro_batch_size: int | None,
-    plan: MergePlan | None = None,
+    plan: MergePlan,
     part: PartOf = nullcontext,
 ) -> dict[str, Tensor]:
     """Add the gradient of the global batch to the parameters; return the terms of this rank, detached.
 
     Args:
-        model: gives `Encoded` for a `Batch`; wrapped for several ranks its gradients become the mean over them.
+        model: returns `Encoded` for a `Batch`; if it is wrapped for several ranks, gradients become the mean over them.
         batch: this rank's share, on the model's device.
-        micro_batch_size: samples per forward pass, or None for the whole share.
-        plan: merges of this step; None: the model's own.
+        micro_batch_size: samples per forward pass; None: the whole share.
+        plan: merges of this step.
         part: opens a context by name around each part of the work, for a clock.
     """
     if micro_batch_size is None or micro_batch_size >= len(batch.images):
@@ -97,7 +97,7 @@ def _at_once(
     objective: ObjectiveLike,
     batch: Batch,
     precision: Precision,
-    plan: MergePlan | None,
+    plan: MergePlan,
     part: PartOf,
 ) -> dict[str, Tensor]:
     with part(FORWARD), precision.autocast(batch.images.device):
@@ -117,14 +117,13 @@ def _by_micro_batches(
     objective: ObjectiveLike,
     micro_batches: list[Batch],
     precision: Precision,
-    plan: MergePlan | None,
+    plan: MergePlan,
     part: PartOf,
 ) -> dict[str, Tensor]:
-    """Batch-level losses on features cached without graph, then one pass with graph per micro-batch.
+    """Losses over the batch on features cached without graph, then one pass with graph per micro-batch.
 
     The idea is GradCache's ("Scaling deep contrastive learning batch size under memory limited setup", Gao et al.,
-    2021). The second pass replays random numbers and merges of the first. Losses inside pairs need no cache;
-    those between the tokens of all pairs cache tokens too.
+    2021). The second pass repeats the random numbers and merges of the first. Losses inside pairs need no cache.
     """
     device = micro_batches[0].images.device
     states, features, merges, captions = [], [], [], []
@@ -136,7 +135,7 @@ def _by_micro_batches(
             features.append(_features(objective, encoded, own))
             merges.append(encoded.assign)
             captions.append(objective.count_captions(encoded.text_mask))
-        del encoded  # its tokens are most of what a micro-batch keeps
+        del encoded  # its tokens take most of a micro-batch's memory
     with part(LOSSES):
         num_captions = all_sum(torch.stack(captions).sum())
         whole = Features.joined(features)

@@ -30,7 +30,7 @@ def train(
     recipe: Recipe,
     total_steps: int,
     progress: Progress,
-    plan: Callable[[int], MergePlan | None],
+    plan: Callable[[int], MergePlan],
     metrics: MetricsFile,
     show: Callable[[dict[str, float]], None],
     on_step: Callable[[int], None],
@@ -43,7 +43,7 @@ def train(
 
     Args:
         batches: one rank's share of each step, beginning with step `progress.step + 1`.
-        plan: merges of a step; None: the model's own.
+        plan: merges of a step.
         show: gets every logged line. on_step: is told of every step. save: writes a checkpoint.
         evaluate: measures at a step; it may leave, with None, when its second argument says so. What fails in it on one
             rank fails on all.

@@ -57,7 +57,7 @@ class Stepper:
         self,
         batch: Batch,
         step: int,
-        plan: MergePlan | None,
+        plan: MergePlan,
         part: PartOf = nullcontext,
     ) -> Taken:
         """Copy to the device, learning rate, forward, losses, backward, clip, AdamW, clamp of scales, average.
@@ -65,7 +65,7 @@ class Stepper:
         Args:
             batch: this rank's share, in main memory.
             step: counted from 1.
-            plan: merges of this step; None: the model's own.
+            plan: merges of this step.
             part: opens a context by the name of each part of the step, for a clock.
         """
         training, settings = self.training, self.settings
@@ -81,7 +81,7 @@ class Stepper:
             grad_norm = self.update(step)
         return Taken(step, lr, terms, grad_norm)
 
-    def add_gradients(self, batch: Batch, plan: MergePlan | None, part: PartOf = nullcontext) -> dict[str, Tensor]:
+    def add_gradients(self, batch: Batch, plan: MergePlan, part: PartOf = nullcontext) -> dict[str, Tensor]:
         """Forward, losses and backward of a batch that lies on the device."""
         return add_gradients(
             self.training.model,
@@ -105,7 +105,7 @@ class Stepper:
             training.average.update(samples_seen=step * batch_size, batch_size=batch_size)
         return grad_norm
 
-    def _fix_order_of_sums(self, batch: Batch, plan: MergePlan | None) -> None:
+    def _fix_order_of_sums(self, batch: Batch, plan: MergePlan) -> None:
         """One backward that is thrown away, before the first step and before a resumed one.
 
         DDP orders its buckets anew after the first backward, and the order of summation over ranks follows the
