@@ -8,18 +8,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlip_cli.commands.zeroshot_tasks import TASKS, Task
 from mlip_cli.errors import RunError, UsageError, interrupted_as
 from mlip_cli.evaluate.datasets.find import Benchmark, data_root, find_benchmark
 from mlip_cli.files import write_json
 from mlip_cli.recipe.load import load_recipe
-from mlip_cli.report.tables import without_answers
+from mlip_cli.report.tables import compared, print_results, without_answers
 from mlip_cli.report.write import rebuild_if_older
 from mlip_cli.runs.folder import Run, find_checkpoint, now
 from mlip_cli.terminal.output import plural, print_json, say, warn
 
 if TYPE_CHECKING:
     from mlip_cli.runs.loading import LoadedRun
+
+
+PROTOCOL = 1
+"""Raised when the same data and weights would give other numbers: results of other protocols are measured again."""
+
+NEEDED = frozenset(
+    {"kind", "step", "true_merge_rate", "measured_at", "n", "chance", "right", "num_classes", "per_class"}
+    | {"acc1", "acc1_interval", "acc5", "mean_per_class_recall", "mean_per_class_recall_interval", "images_per_s"}
+)
+"""Keys of a stored result that the tables and the run's page read."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +48,6 @@ class Subject:
 class Entry:
     """One row: a checkpoint at a merge rate on a data set."""
 
-    task: Task
     subject: Subject
     benchmark: Benchmark
     identity: dict[str, Any]
@@ -50,7 +58,7 @@ class Entry:
         """Where the result lies in the run folder."""
         key = hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:12]
         rate = self.identity["merge_rate"]
-        name = self.task.prefix + re.sub(r"[^\w.-]+", "_", self.benchmark.name)
+        name = re.sub(r"[^\w.-]+", "_", self.benchmark.name)
         return self.subject.run.evals / f"{name}-{self.subject.checkpoint.name}-{_shown(rate)}-{key}.json"
 
     def stored(self) -> dict[str, Any] | None:
@@ -59,7 +67,7 @@ class Entry:
             return None
         try:
             result = json.loads(self.path.read_bytes())
-            lacks = sorted(self.task.needed - result.keys()) if isinstance(result, dict) else ["JSON object in it"]
+            lacks = sorted(NEEDED - result.keys()) if isinstance(result, dict) else ["JSON object in it"]
             why = f"no {lacks[0]}" if lacks else None
         except ValueError as error:
             why = str(error)
@@ -72,7 +80,6 @@ class Entry:
 def eval_zeroshot(
     runs: Sequence[str],
     *,
-    task: str = "classification",
     datasets: Sequence[str],
     merge_rates: Sequence[float],
     data_root: Path | None,
@@ -80,20 +87,19 @@ def eval_zeroshot(
     device: str,
     as_json: bool,
 ) -> None:
-    """Measure what is not measured yet, and print all of it. `task` is a key of TASKS.
+    """Measure what is not measured yet, and print all of it.
 
     Raises:
         UsageError: no such run or data set, or a merge rate that no plan reaches.
         RunError: some data sets could not be evaluated; the others are printed all the same.
     """
-    asked = TASKS[task]
     subjects = find_subjects(runs)
     names = list(dict.fromkeys(datasets or _default_datasets(subjects)))
     benchmarks, failures = _find(names, data_root)
     rates: list[float | None] = list(dict.fromkeys(merge_rates)) or [None]
     rows = {
         benchmark.name: [
-            Entry(asked, subject, benchmark, _identity(asked, benchmark, subject, rate, batch_size, device))
+            Entry(subject, benchmark, _identity(benchmark, subject, rate, batch_size, device))
             for subject in subjects
             for rate in rates
         ]
@@ -103,13 +109,13 @@ def eval_zeroshot(
     failures |= measuring_failures
     if not results:
         raise _as_one(failures)
-    report = [asked.compared(results[name]) for name in names if name in results]
+    report = [compared(results[name]) for name in names if name in results]
     if as_json:
         flat = [without_answers(result) for group in report for result in group]
         failed = [{"dataset": name, "error": str(error)} for name, error in failures.items()]
         print_json({"results": flat, "failed": failed})
     else:
-        asked.print_results(report, failed=list(failures))
+        print_results(report, failed=list(failures))
     for run in {subject.run.folder.resolve(): subject.run for subject in subjects}.values():
         rebuild_if_older(run)
     if failures:
@@ -175,10 +181,10 @@ def _find(names: Sequence[str], root: Path | None) -> tuple[list[Benchmark], dic
 
 
 def _identity(
-    task: Task, benchmark: Benchmark, subject: Subject, rate: float | None, batch_size: int, device: str
+    benchmark: Benchmark, subject: Subject, rate: float | None, batch_size: int, device: str
 ) -> dict[str, Any]:
     return {
-        **task.identity,
+        "protocol": PROTOCOL,
         "dataset": benchmark.name,
         "data_fingerprint": benchmark.fingerprint,
         "checkpoint": subject.checkpoint.name,
@@ -244,6 +250,7 @@ def _load(entries: Sequence[Entry], device: str) -> dict[Path, "LoadedRun"]:
 
 def _measure(entries: Sequence[Entry], loaded: dict[Path, "LoadedRun"], *, batch_size: int) -> list[dict[str, Any]]:
     """Measure entries of one data set side by side and store each result in its run folder."""
+    from mlip_cli.evaluate.evaluators import measure_runs
     from mlip_cli.runs.loading import at_rate
 
     say(f"{entries[0].benchmark.name}: {plural(len(entries), 'row')} to measure, in turn on each batch")
@@ -257,12 +264,12 @@ def _measure(entries: Sequence[Entry], loaded: dict[Path, "LoadedRun"], *, batch
         for run in [loaded[group[0].subject.checkpoint]]
     ]
     measured_at = now()
-    scores = entries[0].task.measure(entries[0].benchmark, runs, batch_size=batch_size)
+    scores = measure_runs(entries[0].benchmark, runs, batch_size=batch_size)
     results: dict[int, dict[str, Any]] = {}
     for group, (run, encoders), group_scores in zip(groups, runs, scores, strict=True):
         for entry, encoder, own_scores in zip(group, encoders, group_scores, strict=True):
             result = {
-                "kind": entry.task.kind,
+                "kind": "zeroshot",
                 **entry.identity,
                 "step": run.step,
                 "true_merge_rate": encoder.plan.rate,

@@ -22,7 +22,6 @@ SHOWN = {
     "merge_pictures": "step dataset chosen map_colors points",
     "merge_sweep": "step points datasets batch_size rounds device device_name threads torch",
     "profile": "step breakdown unaccounted limit clocks_cost step_s speed parameters gflops mfu peak_memory torch",
-    "pointing": "dataset data_fingerprint step merge_rate true_merge_rate n num_mosaics chance pointing",
 }
 """Kinds of results in evals/, and the keys that a page shows of each: a file of another version may lack some."""
 

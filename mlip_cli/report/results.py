@@ -9,7 +9,7 @@ from mlip_cli.recipe.config import LOSS_NAMES
 from mlip_cli.report.charts import Bar, Line, bars_chart, lines_chart
 from mlip_cli.report.page import Html, command, element, figure, figures, folded, note, section, table
 from mlip_cli.report.record import Result, RunRecord
-from mlip_cli.terminal.output import READINGS, percent, plural
+from mlip_cli.terminal.output import percent, plural
 
 SCORES = (
     ("mean_per_class_recall", "mean recall %"),
@@ -61,8 +61,8 @@ def by_data(results: Sequence[Result], fingerprint: str) -> dict[str, list[Resul
 
 
 def results_section(record: RunRecord) -> Html:
-    """Zero-shot results of every checkpoint, rate and data set, recall by class of the newest, and pointing."""
-    classified, pointed = record.results.get("zeroshot", []), record.results.get("pointing", [])
+    """Zero-shot results of every checkpoint, rate and data set, and recall by class of the newest."""
+    classified = record.results.get("zeroshot", [])
     parts: list[Html] = []
     if not classified:
         names = record.recipe.evaluate.zeroshot if record.recipe is not None else ()
@@ -70,9 +70,7 @@ def results_section(record: RunRecord) -> Html:
         parts.append(note("Not measured yet: ", command(f"mlip eval-zeroshot {record.place}{dataset}")))
     for name, own in by_data(classified, "data_fingerprint").items():
         parts += _dataset(name, _last_measured(own))
-    for name, own in by_data(pointed, "data_fingerprint").items():
-        parts += _pointing(name, _last_measured(own))
-    if classified or pointed:
+    if classified:
         parts.append(note("In brackets: 95 % intervals."))
     return section("results", "Zero-shot", *parts)
 
@@ -81,30 +79,6 @@ def _last_measured(results: Sequence[Result]) -> list[Result]:
     """Of each step and rate the last result; later steps first."""
     last = {(result["step"], result["true_merge_rate"]): result for result in results}
     return sorted(last.values(), key=lambda result: (-result["step"], result["true_merge_rate"]))
-
-
-def _pointing(name: str, results: Sequence[Result]) -> list[Html]:
-    """Where the most similar patch of each name lies, by how patches are read."""
-    readings = {key: title for key, title in READINGS.items() if any(key in result["pointing"] for result in results)}
-    rows = [
-        [
-            f"{result['step']:,}",
-            merge_rate(result),
-            *(with_interval(result["pointing"].get(key, {}), "accuracy") for key in readings),
-        ]
-        for result in results
-    ]
-    first = results[0]
-    mosaics = plural(first["num_mosaics"], "mosaic")
-    return [
-        element("h3", f"{name}: pointing"),
-        table(["step", "merge rate", *(f"{title} %" for title in readings.values())], rows, text_columns=2),
-        note(
-            f"{plural(first['n'], 'picture')} in {mosaics} of 2 × 2: names whose most similar patch lies in their own "
-            f"picture; chance {percent(first['chance'])} %. Feature: patches projected like the image feature; tokens: "
-            "patches against the words of a name. Intervals by drawing mosaics again."
-        ),
-    ]
 
 
 def _dataset(name: str, results: Sequence[Result]) -> list[Html]:

@@ -28,7 +28,7 @@ def _comparison(first: Result, other: Result) -> Result:
 
 def without_answers(result: Result) -> Result:
     """`result` without the line of single answers, which only its file needs."""
-    return {key: value for key, value in result.items() if key not in ("right", "predicted", "mosaic")}
+    return {key: value for key, value in result.items() if key not in ("right", "predicted")}
 
 
 def print_results(groups: Sequence[Sequence[Result]], *, failed: Sequence[str]) -> None:

@@ -155,10 +155,6 @@ def clock(seconds: float | None) -> str:
     return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
 
 
-READINGS = {"feature": "feature", "tokens": "tokens", "frequency_tokens": "frequency tokens"}
-"""How pointing reads a picture's patches: projected like the image feature, or by a token head of either domain."""
-
-
 def percent(share: float | None) -> str | None:
     """0.316 -> 31.6"""
     return None if share is None else f"{100 * share:.1f}"
