@@ -70,10 +70,9 @@ def evaluate(
     datasets: list[str],
     rates: tuple[float, ...] = (),
     as_json: bool = True,
-    task: str = "classification",
 ) -> None:
     common: dict[str, Any] = {"data_root": None, "batch_size": 16, "device": "cpu", "as_json": as_json}
-    eval_zeroshot(runs, task=task, datasets=datasets, merge_rates=rates, **common)
+    eval_zeroshot(runs, datasets=datasets, merge_rates=rates, **common)
 
 
 def printed(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
@@ -222,16 +221,18 @@ def test_a_damaged_result_is_measured_again(
     assert json.loads(path.read_text())["acc1"] == first["acc1"]
 
 
-def test_pointing_asks_openmoji_for_names_and_not_for_groups(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    evaluate("runs/mlip", datasets=["openmoji"], task="pointing")
-    [result] = printed(capsys)["results"]
-    assert (result["kind"], result["n"], result["num_names"], result["chance"]) == ("pointing", 30, 30, 0.25)
-    [path] = Path("runs/mlip/evals").iterdir()
-    assert path.name.startswith("pointing-openmoji-step_0000008-recipe_rate-")
-    mosaic_of = json.loads(path.read_text())["mosaic"].split()
-    assert mosaic_of[0] != mosaic_of[1]  # equal pictures
-    evaluate("runs/mlip", datasets=["openmoji"])
-    assert [result["kind"] for result in printed(capsys)["results"]] == ["zeroshot"]
+@pytest.mark.parametrize(("tower", "n"), [("image", 30), ("text", 18)])
+def test_damaged_weights_are_one_line_and_leave_no_result(place: Path, tower: str, n: int) -> None:
+    weights = small_model(small_recipe(mlip=False), dtype=torch.float32).state_dict()
+    weights[f"{tower}_projection.weight"][0, 0] = float("nan")
+    save_checkpoint(Path("runs/clip/checkpoints"), step=8, weights=weights, state={"step": 8})
+    with pytest.raises(RunError) as error:
+        evaluate("runs/clip", datasets=["openmoji"])
+    assert str(error.value) == (
+        f"openmoji: clip: {n} of {n} {tower} features are not finite; the weights of this checkpoint are damaged; "
+        "name an earlier one"
+    )
+    assert not Path("runs/clip/evals").exists()
 
 
 def test_an_earlier_checkpoint_and_runs_of_one_name(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

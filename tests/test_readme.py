@@ -141,7 +141,6 @@ LINES: dict[str, Smaller | Callable[[str], None]] = {
     "mlip merge-sweep runs/mine --rates 0.2,0.3,0.4,0.5 --methods guided,tome --dataset folder:my_classes": Smaller(
         more=SWEPT
     ),
-    "mlip eval-zeroshot runs/openmoji --dataset openmoji --task pointing --merge-rate 0,0.5": Smaller(),
     "mlip pretrain recipes/baselines/clip.yaml --dry-run": Smaller(more="train.global_batch_size=8"),
     "mlip report runs/mine runs/longer --out compared.html": Smaller(),
     "mlip pretrain recipes/cc12m.yaml --dry-run": Smaller(),

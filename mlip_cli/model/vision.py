@@ -230,13 +230,6 @@ class ImageTower(nn.Module):
         """One block; with timm's `grad_checkpointing` its activations are computed again for the gradient."""
         return run_block(block, x, again=self.trunk.grad_checkpointing, **named)
 
-    def pooled_alone(self, tokens: Tensor) -> Tensor:
-        """What pooling makes of each token if it is the only one: (B, K, D) -> (B, K, D)."""
-        pool = self.trunk.attn_pool
-        if pool is not None:
-            tokens = pool(tokens.flatten(0, 1)[:, None]).unflatten(0, tokens.shape[:2])
-        return self.trunk.fc_norm(tokens)
-
     def _pool(self, x: Tensor, merging: MergePass) -> Tensor:
         """timm's pooling; means count every patch once, whatever it merged into."""
         trunk, kind = self.trunk, self.trunk.global_pool
