@@ -12,10 +12,10 @@ from mlip_cli.errors import RunError
 from mlip_cli.losses.features import ObjectiveLike
 from mlip_cli.recipe.merge_plan import MergePlan
 from mlip_cli.terminal.output import plural, warn
-from mlip_cli.train.gradients import PartOf, Precision, RandomState, add_gradients
+from mlip_cli.train.gradients import Precision, RandomState, add_gradients
 from mlip_cli.train.optim import Schedule, clamp_scales, set_learning_rate
 from mlip_cli.train.state import Progress, Training
-from mlip_cli.types import Batch
+from mlip_cli.types import Batch, PartOf
 
 COPY = "copy to the device"
 OPTIMIZER = "optimizer"
