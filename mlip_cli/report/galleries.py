@@ -35,8 +35,8 @@ def gallery_section(record: RunRecord) -> Html:
         ),
         table(_recalls(gallery)),
         note(
-            f"{INTERVALS}. The queries below were drawn {gallery.chosen}. Each shows its five best answers, "
-            " ✓ right and ✗ wrong. If none of them is right, → shows the right answer."
+            f"The queries below were drawn {gallery.chosen}. Each shows its five best answers, ✓ right and ✗ wrong. "
+            f"If none of them is right, → shows the right answer. {INTERVALS.capitalize()}."
         ),
         element("h3", "Text → images"),
         _queries(_text_query(query, record.run.folder) for query in gallery.text_to_image),

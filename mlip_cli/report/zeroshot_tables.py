@@ -39,36 +39,44 @@ class ZeroshotRow:
 
 
 def zeroshot_tables(dataset: str, rows: Sequence[ZeroshotRow], *, notes: Sequence[str] = ()) -> list[Table]:
-    """Scores on one data set, with a row for each kind of feature; where it has names, a second table about them."""
+    """Scores on one data set, with a row for each kind of feature.
+
+    Top-5 where there are many classes, and recall of names where there are names, stand in a second table: each fits 80
+    columns.
+    """
     first = rows[0].result
-    has_top5 = first.num_classes >= MANY_CLASSES
     lines: list[list[Cell]] = []
-    names: list[list[Cell]] = []
+    more: list[list[Cell]] = []
+    several = any(len(_features(row.result)) > 1 for row in rows)
     for row in rows:
-        result = row.result
-        others = {"frequency": result.frequency, "sum": result.spatial_plus_frequency}
-        several = any(others.values())
-        features: dict[str, ZeroshotScores] = {"spatial": result, **{key: own for key, own in others.items() if own}}
-        for name, own in features.items():
-            step = None if row.step is None else f"{row.step:,}"
-            head = [row.run, step, rate_words(result), name if several else None]
-            scores = [
-                percent_cell(own.mean_per_class_recall, own.mean_per_class_recall_interval),
-                percent_cell(own.acc1, own.acc1_interval),
-                percent_cell(own.acc5, own.acc5_interval) if has_top5 else None,
-            ]
-            beside: list[Cell] = [f"{result.images_per_s:,.0f}", *versus_cells(row.test)]
-            lines.append([*head, *scores, *(beside if own is result else [None] * 4)])
-            if own.names:
-                names.append([*head, recall_cell(own.names, 1), recall_cell(own.names, 5)])
+        step = None if row.step is None else f"{row.step:,}"
+        for feature, own in _features(row.result).items():
+            head = [row.run, step, rate_words(row.result), feature if several else None]
+            beside: list[Cell] = [f"{row.result.images_per_s:,.0f}", *versus_cells(row.test)]
+            lines.append(
+                [
+                    *head,
+                    percent_cell(own.mean_per_class_recall, own.mean_per_class_recall_interval),
+                    percent_cell(own.acc1, own.acc1_interval),
+                    *(beside if own is row.result else [None] * len(beside)),
+                ]
+            )
+            top5 = percent_cell(own.acc5, own.acc5_interval) if first.num_classes >= MANY_CLASSES else None
+            more.append([*head, top5, recall_cell(own.names, 1), recall_cell(own.names, 5)])
     heads = ("run", "step", "true rate", "feature")
-    columns = (*heads, "mean recall %", "top-1 %", "top-5 %", "images/s", *VERSUS)
+    columns = (*heads, "mean recall %", "top-1 %", "images/s", *VERSUS)
     tables = [Table(columns, lines, dataset, [data_words(first, first), *notes])]
-    if first.names:
-        tables.append(
-            Table((*heads, "name R@1 %", "name R@5 %"), names, f"{dataset}: names", [names_words(first.names)])
-        )
+    if first.names or first.num_classes >= MANY_CLASSES:
+        titles = (*heads, "top-5 %", "name R@1 %", "name R@5 %")
+        words = [names_words(first.names)] if first.names else []
+        tables.append(Table(titles, more, f"{dataset}: more scores", words))
     return [table.without_empty_columns() for table in tables]
+
+
+def _features(result: ZeroshotResult) -> dict[str, ZeroshotScores]:
+    """The scores of each kind of feature, by its name."""
+    found = {"spatial": result, "frequency": result.frequency, "sum": result.spatial_plus_frequency}
+    return {name: scores for name, scores in found.items() if scores is not None}
 
 
 def print_zeroshot(measured: Mapping[str, Sequence[Measured]], *, failed: Sequence[str]) -> None:
