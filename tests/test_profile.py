@@ -363,11 +363,11 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert pick_device("auto") == torch.device("cuda", 1)
     monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(UsageError, match=r"^device cuda: rank 2 of this machine has none of its 2 GPUs; start 2$"):
+    with pytest.raises(UsageError, match=r"^device cuda: this machine has 2 GPUs and no GPU for its rank 2; start 2$"):
         pick_device("cuda")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_a_device_that_is_not_there(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert mlip("mlip.yaml", "--device", "cuda") == 2
-    assert capsys.readouterr().err == "error: device cuda: PyTorch sees none; use cpu, and ask mlip doctor why\n"
+    assert capsys.readouterr().err == "error: device cuda: PyTorch does not see one; use cpu, and ask mlip doctor why\n"

@@ -53,6 +53,10 @@ class Stepper:
         self.guard = FiniteGuard(training.device)
         self._is_first = True
 
+    def samples_seen(self, step: int) -> int:
+        """Samples of all ranks up to the end of a step."""
+        return step * self.settings.global_batch_size
+
     def take(
         self,
         batch: Batch,
@@ -102,7 +106,7 @@ class Stepper:
         training.optimizer.zero_grad(set_to_none=True)
         clamp_scales(training.plain)
         if training.average is not None:
-            training.average.update(samples_seen=step * batch_size, batch_size=batch_size)
+            training.average.update(samples_seen=self.samples_seen(step), batch_size=batch_size)
         return grad_norm
 
     def _fix_order_of_sums(self, batch: Batch, plan: MergePlan | None) -> None:
