@@ -14,7 +14,7 @@ from models_for_tests import small_batch, small_model, small_recipe
 from torch import nn
 
 from mlip_cli.errors import RunError
-from mlip_cli.losses.features import features_of
+from mlip_cli.losses.features import IMAGE, TEXT, TEXT_TOKENS, features_of
 from mlip_cli.losses.objective import Objective
 from mlip_cli.recipe.config import LOSS_NAMES, Recipe
 from mlip_cli.train import step
@@ -73,6 +73,12 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(name: str, micro_bat
     assert any("log_scales" in n for n in whole)
 
 
+def test_micro_batches_need_no_loss_over_the_whole_batch() -> None:
+    recipe = small_recipe(mlip=False, losses={"spatial_global": None, "spatial_token": {}})
+    whole, parts = (one_process(recipe, size) for size in (None, 3))
+    assert relative_error(parts, whole) < 1e-10
+
+
 @pytest.mark.parametrize("name", ["mlip", "filip_sparc"])
 def test_micro_batches_report_the_same_terms(name: str) -> None:
     recipe = RECIPES[name]
@@ -107,12 +113,13 @@ def test_tokens_are_cached_only_where_a_loss_compares_them_over_the_batch() -> N
         seen = []
         objective = Objective(recipe.losses)
         batch_terms = objective.batch_terms
-        objective.batch_terms = lambda f, part, seen=seen, terms=batch_terms: seen.append(f.tokens) or terms(f, part)  # type: ignore
+        objective.batch_terms = lambda f, part, seen=seen, terms=batch_terms: seen.append(f.tensors) or terms(f, part)  # type: ignore
         add_gradients(
             small_model(recipe), objective, batch_for(recipe),
             precision=Precision.named("fp32", CPU), micro_batch_size=2,
         )  # fmt: skip
-        assert tuple(seen[0].images if seen[0] is not None else ()) == expected
+        assert tuple(loss for loss in LOSS_NAMES if f"tokens.{loss}" in seen[0]) == expected
+        assert (TEXT_TOKENS in seen[0]) == bool(expected)
 
 
 def test_no_micro_batch_keeps_the_tokens_of_another() -> None:
@@ -148,8 +155,8 @@ def test_micro_batches_replay_dropout() -> None:
     torch.manual_seed(5)
     halves = [model(b) for b in (small_part(batch, 0, 4), small_part(batch, 4, 8))]
     first, second = (features_of(half) for half in halves)
-    joined = replace(first, image=torch.cat([first.image, second.image]), text=torch.cat([first.text, second.text]))
-    objective.total(objective.batch_terms(joined)).backward()
+    both = {name: torch.cat([first.tensors[name], second.tensors[name]]) for name in (IMAGE, TEXT)}
+    objective.total(objective.batch_terms(replace(first, tensors=first.tensors | both))).backward()
     assert relative_error(found, gradients(model)) < 1e-10
 
 

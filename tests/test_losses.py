@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from models_for_tests import small_batch, small_model, small_recipe
 
 from mlip_cli.losses.contrastive import info_nce, sigmoid_loss
-from mlip_cli.losses.features import Features, features_of
+from mlip_cli.losses.features import IMAGE, TEXT, Features, features_of
 from mlip_cli.losses.objective import Objective
 from mlip_cli.losses.token_alignment import grouped_patches, sparc_sum
 from mlip_cli.recipe.config import LOSS_NAMES, GlobalLoss, Losses, TokenLoss
@@ -145,7 +145,8 @@ def test_token_terms_are_means_over_usable_captions() -> None:
 def test_logits_are_fp32_even_under_autocast() -> None:
     objective = Objective(Losses())
     images, texts = (x.detach() for x in random_features(width=64))
-    features = Features(images.float(), texts.float(), None, {"spatial_global": torch.tensor([50.0])}, {})
+    scale = {"scale.spatial_global": torch.tensor([50.0])}
+    features = Features({IMAGE: images.float(), TEXT: texts.float()} | scale)
     plain = objective.batch_terms(features)["spatial_global"]
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(objective.batch_terms(features)["spatial_global"], plain)

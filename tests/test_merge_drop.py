@@ -24,7 +24,7 @@ def dropping_model(**merging: object) -> CLIP:
 
 
 def plan(rate: float, **changes: object) -> MergePlan:
-    settings = {"depth": 12, "num_patches": 196, "num_prefix": 1, "at": None, "method": "random_drop"}
+    settings = {"depth": 12, "num_patches": 196, "at": None, "method": "random_drop"}
     return MergePlan.resolve(rate=rate, **(settings | changes))  # type: ignore[arg-type]
 
 
@@ -54,10 +54,10 @@ def test_groups_of_dropped_patches_compose_and_come_back() -> None:
 
 def test_plans() -> None:
     assert plan(0.5).at == (1,)
-    assert plan(0.5).tokens == (95,) * 12
-    assert plan(0.9).tokens == (23,) * 12  # merges stop at half
+    assert plan(0.5).tokens == (98,) * 12
+    assert plan(0.9).tokens == (20,) * 12  # a merge would stop at half
     assert plan(0.999).tokens == (1,) * 12
-    assert plan(0.75, at=(1, 4), multiple_of=1).tokens == (98,) * 3 + (49,) * 9
+    assert plan(0.75, at=(1, 4)).tokens == (98,) * 3 + (49,) * 9
     assert plan(0.9).largest_merge == 0
     assert (plan(0.5).drops, plan(0.0).drops, plan(0.4, method="tome").drops) == (True, False, False)
 
@@ -65,11 +65,14 @@ def test_plans() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rate": 1.0}, "merge rate 1: not in [0, 1); it is the fraction of the patch tokens that goes"),
-        ({"rate": -0.1}, "merge rate -0.1: not in [0, 1); it is the fraction of the patch tokens that goes"),
-        ({"rate": float("nan")}, "merge rate nan: not in [0, 1); it is the fraction of the patch tokens that goes"),
-        ({"method": "kmeans"}, "model.merging.method: kmeans is none; there are guided, tome, random_drop"),
-        ({"guidance": "text"}, "model.merging.guidance: text is none; there are mixed, spatial, frequency, inverse"),
+        ({"rate": 1.0}, "merge rate 1: not in [0, 1); it is the fraction of the patch tokens to remove"),
+        ({"rate": -0.1}, "merge rate -0.1: not in [0, 1); it is the fraction of the patch tokens to remove"),
+        ({"rate": float("nan")}, "merge rate nan: not in [0, 1); it is the fraction of the patch tokens to remove"),
+        ({"method": "kmeans"}, "model.merging.method: unknown method kmeans; use guided, tome or random_drop"),
+        (
+            {"guidance": "text"},
+            "model.merging.guidance: unknown guidance text; there are mixed, spatial, frequency, inverse",
+        ),
         ({"at": (0, 1)}, "model.merging.at: [0, 1] starts before block 1; blocks count from 1"),
     ],
 )

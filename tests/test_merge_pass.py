@@ -168,7 +168,7 @@ def test_a_merged_model_compiles_to_one_graph() -> None:
 def test_matching_and_drops_alone_break_no_graph() -> None:
     """Full graphs bear shapes that depend on data; without that demand they break there."""
     patches = Patches((3, 5), 8, 1, has_class_token=True)
-    drops = MergePlan.resolve(depth=2, num_patches=15, num_prefix=1, rate=0.4, at=(1,), method="random_drop")
+    drops = MergePlan.resolve(depth=2, num_patches=15, rate=0.4, at=(1,), method="random_drop")
 
     def matched(tokens: Tensor) -> Tensor:
         return merge_pass.match(tokens, tokens[..., 0].sigmoid(), grid_parity(3, 5), 9, strength=0.25)

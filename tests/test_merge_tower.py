@@ -63,10 +63,8 @@ def towers(request: pytest.FixtureRequest) -> Towers:
 
 
 def plan_of(tower: ImageTower, rate: float, **changes: Any) -> MergePlan:
-    settings = {"at": (2,), "method": "tome", "multiple_of": 1} | changes
-    return MergePlan.resolve(
-        depth=tower.depth, num_patches=tower.num_patches, num_prefix=tower.num_prefix, rate=rate, **settings
-    )
+    settings = {"at": (2,), "method": "tome"} | changes
+    return MergePlan.resolve(depth=tower.depth, num_patches=tower.num_patches, rate=rate, **settings)
 
 
 def test_at_rate_0_a_tower_is_timms_bit_for_bit(towers: Towers, request: pytest.FixtureRequest) -> None:

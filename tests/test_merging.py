@@ -36,7 +36,7 @@ STRENGTH = 0.25
 
 
 def resolve(rate: float, **changes: object) -> MergePlan:
-    settings = {"depth": 12, "num_patches": 196, "num_prefix": 1, "at": None, "method": "guided"}
+    settings = {"depth": 12, "num_patches": 196, "at": None, "method": "guided"}
     return MergePlan.resolve(rate=rate, **(settings | changes))  # type: ignore[arg-type]
 
 
@@ -221,13 +221,11 @@ def test_default_places() -> None:
 
 def test_plan_counts_tokens_and_says_its_true_rate() -> None:
     plan = resolve(0.5)
-    assert plan.tokens == (196, 196, 139, 139, *(95,) * 8)
-    assert plan.rate == pytest.approx(1 - 95 / 196)
-    assert plan.merges == {3: 139, 5: 95}
-    assert resolve(0.5, multiple_of=1).tokens[-1] == 98
+    assert plan.tokens == (196, 196, 139, 139, *(98,) * 8)
+    assert plan.rate == 0.5
+    assert plan.merges == {3: 139, 5: 98}
     assert resolve(0.0).tokens == (196,) * 12
     assert resolve(0.0).at == ()
-    # 49 + 1 tokens: a multiple of 8 would change the rate by more than 0.02 and is not taken
     assert resolve(0.3, num_patches=49, depth=4, at=(2, 3)).tokens == (49, 41, 34, 34)
 
 

@@ -75,8 +75,8 @@ def test_pooling_after_a_merge_counts_every_patch_once(pool: str) -> None:
     image = torch.randn(1, 3, 8, 8, dtype=torch.float64)
     other = torch.randn(1, 3, 8, 8, dtype=torch.float64)
     images = torch.cat([torch.cat([image] * 4, 3)] * 3 + [torch.cat([other] * 4, 3)], 2)
-    tower_of_16 = partial(MergePlan.resolve, depth=3, num_patches=16, num_prefix=0, method="tome")
-    plan = tower_of_16(rate=0.5, at=(2,), multiple_of=1)
+    tower_of_16 = partial(MergePlan.resolve, depth=3, num_patches=16, method="tome")
+    plan = tower_of_16(rate=0.5, at=(2,))
     whole = tower(images, tower.embed(images), tower_of_16(rate=0.0, at=None))
     merged = tower(images, tower.embed(images), plan)
     assert merged.tokens.shape[1] == 8

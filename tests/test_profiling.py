@@ -125,7 +125,7 @@ def test_vit_b_16_takes_the_published_number_of_operations() -> None:
 
 
 def test_the_block_before_a_merge_runs_on_all_tokens(tiny: CLIP) -> None:
-    plan = MergePlan((64, 64, 40, 40, 40), num_patches=64, num_prefix=1, method="tome", at=(3,))
+    plan = MergePlan((64, 64, 40, 40, 40), num_patches=64, method="tome", at=(3,))
     expected = 2e-9 * 8 * 32**2 * (2 * 65 + 3 * 41)
     assert flops.image_gflops(tiny, plan)["MLP"] == pytest.approx(expected)
 

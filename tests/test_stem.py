@@ -60,9 +60,7 @@ def test_a_named_tower_takes_a_stem(name: str) -> None:
     tower = ImageTower(Vision(timm=name), image_size=64, frequency=stem).eval()
     assert [isinstance(block, StemBlock) for block in tower.trunk.blocks] == [True] * 3 + [False] * 9
     prefix = tower.num_prefix
-    plan = MergePlan.resolve(
-        depth=12, num_patches=tower.num_patches, num_prefix=prefix, rate=0.5, at=None, method="guided", stem=3
-    )
+    plan = MergePlan.resolve(depth=12, num_patches=tower.num_patches, rate=0.5, at=None, method="guided", stem=3)
     assert plan.at == (5, 7)
     images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
@@ -77,8 +75,8 @@ def test_a_named_tower_takes_a_stem(name: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"width": 24}, "model.frequency.width: 24, but a stem's blocks are the tower's; use 32"),
-        ({"depth": 3}, "model.frequency.depth: 3 leaves no attention block of the tower's 3; use less"),
+        ({"width": 24}, "model.frequency.width: 24, but the blocks of a stem are as wide as the tower; use 32"),
+        ({"depth": 3}, "model.frequency.depth: 3 leaves no attention block in a tower of 3 blocks; use less"),
     ],
 )
 def test_a_stem_that_does_not_fit_its_tower_is_refused(changes: dict[str, int], message: str) -> None:
@@ -134,7 +132,7 @@ def test_places_inside_a_stem_are_refused(
     assert wrong_places(places, depth=depth, method=method, stem=2) == message
     if message is not None and depth is not None:
         with pytest.raises(UsageError) as caught:
-            MergePlan.resolve(depth=depth, num_patches=64, num_prefix=1, rate=0.25, at=places, method=method, stem=2)
+            MergePlan.resolve(depth=depth, num_patches=64, rate=0.25, at=places, method=method, stem=2)
         assert str(caught.value) == f"model.merging.at: {message}"
 
 

@@ -37,8 +37,7 @@ def make_step(recipe: Recipe | None = None) -> RepeatedStep:
     return RepeatedStep(small_model(recipe).train(), recipe, small_batch(), CPU)
 
 
-def recipe_of(*, mlip: bool = True, micro_batch_size: int | None) -> Recipe:
-    recipe = small_recipe(mlip=mlip)
+def by_micro_batches(recipe: Recipe, micro_batch_size: int | None) -> Recipe:
     return recipe.model_copy(update={"train": recipe.train.model_copy(update={"micro_batch_size": micro_batch_size})})
 
 
@@ -115,7 +114,7 @@ def test_seconds_land_in_the_part_that_does_the_work(workshop: Workshop) -> None
 
 
 def test_micro_batches_have_a_first_pass_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    workshop = Workshop(make_step(recipe_of(micro_batch_size=4)), monkeypatch)  # two of them
+    workshop = Workshop(make_step(by_micro_batches(small_recipe(), 4)), monkeypatch)  # two of them
     model = workshop.clocked.step.model
     workshop.slow(model.vision.trunk.blocks[0], "forward", 1)
     workshop.slow(merge_pass, "match", 10)  # the second pass replays the merges of the first
@@ -137,20 +136,27 @@ def test_micro_batches_have_a_first_pass_of_its_own(monkeypatch: pytest.MonkeyPa
     assert step_parts(workshop.clocked.step)[FORWARD_WITHOUT_GRAPH] == "forward"
 
 
+OTHER_LOSSES = {"spatial_global": {"kind": "sigmoid"}, "spatial_token": {"kind": "filip"}}
+
+
 @pytest.mark.parametrize("micro_batch_size", [None, 3])
-@pytest.mark.parametrize("mlip", [True, False])
-def test_every_part_of_the_list_is_met_and_no_other(mlip: bool, micro_batch_size: int | None) -> None:
-    step = make_step(recipe_of(mlip=mlip, micro_batch_size=micro_batch_size))
-    clocked = ClockedStep(step)
+@pytest.mark.parametrize(
+    ("base", "merges"),
+    [(small_recipe(), True), (small_recipe(mlip=False), False), (small_recipe(losses=OTHER_LOSSES), True)],
+    ids=["mlip", "clip", "other losses"],
+)
+def test_every_part_of_the_list_is_met_and_no_other(base: Recipe, merges: bool, micro_batch_size: int | None) -> None:
+    clocked = ClockedStep(make_step(by_micro_batches(base, micro_batch_size)))
     clocked()
-    assert clocked.seconds[0].parts.keys() == step_parts(step).keys()
-    assert (MERGING in step_parts(step)) is mlip
+    parts = step_parts(clocked.step)
+    assert clocked.seconds[0].parts.keys() == parts.keys()
+    assert (MERGING in parts) is merges
     assert 0 < sum(clocked.seconds[0].parts.values()) < clocked.seconds[0].whole_s
 
 
 @pytest.mark.parametrize("micro_batch_size", [None, 3])
 def test_what_is_computed_again_for_the_gradient_is_backward(micro_batch_size: int | None) -> None:
-    step = make_step(recipe_of(mlip=True, micro_batch_size=micro_batch_size))
+    step = make_step(by_micro_batches(small_recipe(), micro_batch_size))
     step.model.set_grad_checkpointing()
     clocked = ClockedStep(step)
     clocked()

@@ -157,7 +157,6 @@ class CLIP(nn.Module):
         plan = MergePlan.resolve(
             depth=self.vision.depth,
             num_patches=self.vision.num_patches,
-            num_prefix=self.vision.num_prefix,
             rate=rate,
             at=own.at if dropping == (method == "random_drop") else None,
             method=method,

@@ -89,7 +89,7 @@ def image_gflops(model: CLIP, plan: MergePlan) -> dict[str, float]:
     }
     pool = trunk.attn_pool
     if pool is not None:  # one query against all tokens
-        num_tokens = plan.tokens[-1] + (plan.num_prefix if trunk.pool_include_prefix else 0)
+        num_tokens = plan.tokens[-1] + (tower.num_prefix if trunk.pool_include_prefix else 0)
         keys_and_values = linear_weights([pool.kv])
         once = linear_weights([pool]) - keys_and_values
         parts["pooling"] = gflops(num_tokens * keys_and_values + once + 2 * num_tokens * tower.width)

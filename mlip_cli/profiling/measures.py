@@ -74,7 +74,7 @@ def measure(
         parameters=flops.parameters(model) | {"total": sum(p.numel() for p in model.parameters())},
         merging=ProfiledMerging(method=plan.method, rate=plan.rate, before_blocks=plan.at) if plan.at else None,
         tokens_per_block=plan.tokens,
-        prefix_tokens=plan.num_prefix,
+        prefix_tokens=model.vision.num_prefix,
         gflops=gflops_of(model, num_tokens),
         speed=(*towers, *(speed(name, timing, batch_size) for name, timing in found.timings.items())),
         micro_batch_size=found.step.micro_batch_size,

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from mlip_cli.distributed import all_sum, gradients_kept_back, unwrap
-from mlip_cli.losses.features import Features, ObjectiveLike, TokenFeatures, features_of
+from mlip_cli.losses.features import Features, ObjectiveLike, features_of
 from mlip_cli.recipe.merge_plan import MergePlan
 from mlip_cli.types import Batch, Encoded, PartOf
 
@@ -136,15 +136,16 @@ def _by_micro_batches(
         del encoded  # its tokens are most of what a micro-batch keeps
     with part(LOSSES):
         num_captions = all_sum(torch.stack(captions).sum())
-        cached = _cache(features)
-        leaves = _leaves(cached)
-        terms = objective.batch_terms(cached, part)
-    gradients: tuple[Tensor | None, ...] = (None,) * len(leaves)
+        whole = Features.joined(features)
+        leaves = whole.leaves()
+        terms = objective.batch_terms(whole, part)
+    gradients: dict[str, Tensor | None] = {}
     if terms:
         with part(LOSSES):
             loss = precision.scaler.scale(objective.total(terms))
         with part(BACKWARD):
-            gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
+            found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+        gradients = dict(zip(leaves, found, strict=True))
 
     start, share = 0, 1 / len(micro_batches)
     for i, own in enumerate(micro_batches):
@@ -157,11 +158,13 @@ def _by_micro_batches(
                 encoded = model(own, plan=plan, assign=merges[i])
             with part(LOSSES):
                 sample_terms = objective.sample_terms(encoded, num_captions, part)
-                surrogate = _surrogate(_leaves(_features(objective, encoded, own)), gradients, rows, share=share)
+                surrogates = []
+                if gradients:
+                    surrogates.append(_features(objective, encoded, own).surrogate(gradients, rows, share=share))
                 if sample_terms:
-                    surrogate = surrogate + precision.scaler.scale(objective.total(sample_terms))
+                    surrogates.append(precision.scaler.scale(objective.total(sample_terms)))
             with part(BACKWARD):
-                surrogate.backward()
+                torch.stack(surrogates).sum().backward()
         for name, value in sample_terms.items():
             terms[name] = terms.get(name, 0) + value.detach()
     return terms
@@ -177,51 +180,3 @@ def _split(batch: Batch, size: int) -> list[Batch]:
     return [
         replace(batch, images=i, token_ids=t, labels=own) for i, t, own in zip(images, token_ids, labels, strict=True)
     ]
-
-
-def _cache(parts: list[Features]) -> Features:
-    """One `Features` of leaves over the whole share."""
-    first = parts[0]
-    return Features(
-        image=_leaf([p.image for p in parts]),
-        text=_leaf([p.text for p in parts]),
-        frequency=None if first.frequency is None else _leaf([p.frequency for p in parts if p.frequency is not None]),
-        scales={name: _leaf([value]) for name, value in first.scales.items()},
-        biases={name: _leaf([value]) for name, value in first.biases.items()},
-        labels=None if first.labels is None else torch.cat([p.labels for p in parts if p.labels is not None]),
-        tokens=None if first.tokens is None else _cache_tokens([p.tokens for p in parts if p.tokens is not None]),
-    )
-
-
-def _cache_tokens(parts: list[TokenFeatures]) -> TokenFeatures:
-    names = list(parts[0].images)
-    return TokenFeatures(
-        images={name: _leaf([p.images[name] for p in parts]) for name in names},
-        sizes={name: torch.cat([p.sizes[name] for p in parts]) for name in names},
-        text=_leaf([p.text for p in parts]),
-        caption_mask=torch.cat([p.caption_mask for p in parts]),
-    )
-
-
-def _leaf(tensors: list[Tensor]) -> Tensor:
-    return torch.cat(tensors).detach().requires_grad_()
-
-
-def _leaves(features: Features) -> list[Tensor]:
-    rows = [features.image, features.text] + ([features.frequency] if features.frequency is not None else [])
-    if features.tokens is not None:
-        rows += [*features.tokens.images.values(), features.tokens.text]
-    return [*rows, *features.scales.values(), *features.biases.values()]
-
-
-def _surrogate(tensors: list[Tensor], gradients: tuple[Tensor | None, ...], rows: slice, *, share: float) -> Tensor:
-    """A scalar whose gradient is the micro-batch's part of the batch-level losses' gradient.
-
-    Features get their rows of it; scales and biases, which every micro-batch sees, an equal share.
-    """
-    parts = [
-        (tensor * (gradient * share if tensor.ndim == 1 else gradient[rows])).sum()
-        for tensor, gradient in zip(tensors, gradients, strict=True)
-        if gradient is not None
-    ]
-    return torch.stack([part.to(torch.promote_types(part.dtype, torch.float32)) for part in parts]).sum()
