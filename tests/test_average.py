@@ -62,14 +62,15 @@ def test_the_best_are_the_largest_and_of_equal_ones_the_earlier() -> None:
     kept = []
     for step, value in enumerate((0.2, 0.5, 0.5, 0.1, 0.7), start=1):
         progress.step = step
-        kept.append(progress.note_best("r5", value, keep=2))
+        progress.note_best("r5", value, keep=2)
+        kept.append(progress.is_best)
     assert kept == [True, True, True, False, True]
     assert progress.best == [(0.7, 5), (0.5, 2)]
 
 
 def test_measures_of_another_metric_are_forgotten() -> None:
     progress = Progress(step=3, best=[(0.9, 2)], best_metric="gap")
-    assert progress.note_best("r5", 0.1, keep=1)
+    progress.note_best("r5", 0.1, keep=1)
     assert (progress.best, progress.best_metric) == ([(0.1, 3)], "r5")
 
 

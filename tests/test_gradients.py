@@ -116,7 +116,7 @@ def test_tokens_are_cached_only_where_a_loss_compares_them_over_the_batch() -> N
         seen = []
         objective = Objective(recipe.losses)
         batch_terms = objective.batch_terms
-        objective.batch_terms = lambda f, seen=seen, terms=batch_terms: seen.append(f.tensors) or terms(f)  # type: ignore
+        objective.batch_terms = lambda f, part, seen=seen, terms=batch_terms: seen.append(f.tensors) or terms(f, part)  # type: ignore
         add_gradients(
             model, objective, batch_for(recipe),
             precision=Precision.named("fp32", CPU), micro_batch_size=2, plan=model.training_plan,

@@ -50,9 +50,14 @@ def test_an_undivided_part_keeps_what_is_inside_it(time: Time) -> None:
 
 def test_an_error_closes_its_part(time: Time) -> None:
     clock = PartClock(now=lambda: time.now)
-    with clock.part("outer"):
-        with pytest.raises(ZeroDivisionError), clock.part("inner"):
+
+    def fail() -> None:
+        with clock.part("inner"):
             time.pass_(2)
-            _ = 1 / 0
+            raise ZeroDivisionError
+
+    with clock.part("outer"):
+        with pytest.raises(ZeroDivisionError):
+            fail()
         time.pass_(1)
     assert clock.take() == {"inner": 2, "outer": 1}

@@ -4,7 +4,7 @@ import errno
 import json
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -27,12 +27,15 @@ from mlip_cli.runs.recording import recorded
 from mlip_cli.runs.start import choose_start, command_to_resume
 from mlip_cli.terminal.output import warn
 from mlip_cli.terminal.panel import TrainingPanel
-from mlip_cli.train.loop import train
+from mlip_cli.train.journal import Journal
+from mlip_cli.train.loop import Timetable, train
 from mlip_cli.train.metrics import MetricsFile
 from mlip_cli.train.optim import Schedule
+from mlip_cli.train.resume import Saver
 from mlip_cli.train.setup import training_device
 from mlip_cli.train.state import Progress
 from mlip_cli.train.step import Stepper, StepSettings
+from mlip_cli.train.trackers import Trackers
 from mlip_cli.types import Encoder
 
 CPU = torch.device("cpu")
@@ -92,12 +95,21 @@ def test_an_evaluation_that_does_not_fit_is_not_cured_by_smaller_batches_of_trai
     )
 
 
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """The handler of Ctrl-C comes back, which a training gives up at the first one."""
+    handler = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, handler)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.parametrize(
     ("number", "at", "is_left"),
     [(signal.SIGINT, 1, True), (signal.SIGINT, 2, False), (signal.SIGTERM, 2, True)],
 )
 def test_ctrl_c_does_not_end_the_evaluation_of_the_last_step(
-    tmp_path: Path, number: int, at: int, is_left: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, at: int, is_left: bool
 ) -> None:
     recipe, model = small_recipe(evaluate={"every_steps": 1}, log={"every_steps": 1}), small_model(dtype=torch.float32)
     left: dict[int, bool] = {}
@@ -109,21 +121,19 @@ def test_ctrl_c_does_not_end_the_evaluation_of_the_last_step(
         left[step] = is_leaving()
         return {} if left[step] else {"a_acc1": 0.5}
 
+    training = small_training(model)
+    saver = Saver(tmp_path, recipe.train, training, data={}, best_metric=None)
+    monkeypatch.setattr(saver, "save", lambda progress: saved.append(progress.step))
     with nullcontext() if at == 2 else pytest.raises(Stopped):
         train(
-            Stepper(small_training(model), Objective(recipe.losses), SETTINGS),
+            Stepper(training, Objective(recipe.losses), SETTINGS),
             iter([small_batch(), small_batch()]),
-            recipe=recipe,
-            total_steps=2,
-            progress=Progress(),
-            plan=lambda _: model.training_plan,
-            metrics=MetricsFile(tmp_path / "metrics.jsonl"),
-            show=lambda _: None,
-            on_step=lambda _: None,
+            Progress(),
+            timetable=Timetable(total_steps=2, log_every=1, evaluate_every=1),
+            plan_of=lambda _: model.training_plan,
             evaluate=evaluate,
-            save=lambda progress: saved.append(progress.step),
-            is_save_due=lambda _: False,
-            is_time_to_save=lambda: False,
+            saver=saver,
+            journal=Journal(MetricsFile(tmp_path / "metrics.jsonl"), TrainingPanel(2, is_live=False), Trackers()),
         )
     assert left[at] == is_left
     assert saved == [at]

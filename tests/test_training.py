@@ -285,7 +285,7 @@ def test_resume_without_out_takes_the_newest_unfinished_run_or_starts_one(recipe
     (folder / "run.json").write_text(json.dumps(stamp | {"end_reason": "interrupted"}))
     second = run(recipe, "--resume", "train.steps=3", cwd=tmp_path)
     assert second.returncode == 0, second.stderr
-    assert "going on with" in second.stderr
+    assert "resuming runs/" in second.stderr
     assert "a new run starts" not in second.stderr
     assert json.loads((folder / "run.json").read_text())["end_reason"] == "finished"
     third = run(recipe, "--resume", "train.steps=3", "optim.lr=2e-3", cwd=tmp_path)
@@ -455,7 +455,7 @@ def test_dry_run_shows_every_value_with_its_origin_and_what_follows(recipe: Path
     assert done.returncode == 0, done.stderr
     assert "lr: 0.002" in done.stdout
     assert "# command line" in done.stdout
-    assert "patch tokens per block: 16 11 8 8 (true merge rate 0.500)" in done.stdout
+    assert "merging (guided): patch tokens per block 16 11 8 8, true rate 0.500" in done.stdout
     assert "40 samples / 8 = 5 steps an epoch" in done.stdout
     missing = run("cc12m", "--dry-run", cwd=tmp_path)
     assert missing.returncode == 0, missing.stderr

@@ -54,7 +54,7 @@ def training_loader(
     of ranks. Text is as wide as the longest caption of the global batch needs (`padded_length`), equal on all ranks.
     A bad sample is replaced by another of its source, whose caption is cut where it is longer than that, and named in
     `Batch.bad_samples`. With labels, samples of one
-    concept (see `label_of`) have one label. `part` opens a context around each part of the work on a sample, for a clock.
+    concept (see `label_of`) have one label. `part` opens a context around each part of the work on a sample.
 
     Raises:
         UsageError: the global batch does not divide by the ranks.

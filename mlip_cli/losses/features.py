@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from mlip_cli.types import Encoded
+from mlip_cli.types import Encoded, PartOf
 
 IMAGE, TEXT, FREQUENCY = "image_features", "text_features", "frequency_features"
 TEXT_TOKENS, CAPTION_MASK = "text_tokens", "caption_mask"
@@ -91,10 +91,10 @@ class ObjectiveLike(Protocol):
     batch_token_losses: tuple[str, ...]
     """Names of the token losses between all pairs of the global batch."""
 
-    def batch_terms(self, features: Features) -> dict[str, Tensor]:
+    def batch_terms(self, features: Features, part: PartOf = ...) -> dict[str, Tensor]:
         """Losses between all pairs of the global batch."""
 
-    def sample_terms(self, encoded: Encoded, num_captions: Tensor) -> dict[str, Tensor]:
+    def sample_terms(self, encoded: Encoded, num_captions: Tensor, part: PartOf = ...) -> dict[str, Tensor]:
         """Losses inside pairs; `num_captions` counts the usable captions of the global batch."""
 
     def count_captions(self, text_mask: Tensor) -> Tensor:

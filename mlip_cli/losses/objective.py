@@ -1,5 +1,7 @@
 """The weighted sum of named losses: some compare all pairs of the global batch, others the tokens inside a pair."""
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -10,7 +12,7 @@ from mlip_cli.losses.features import CAPTION_MASK, FREQUENCY, IMAGE, TEXT, TEXT_
 from mlip_cli.losses.filip import filip_scores, filip_words
 from mlip_cli.losses.token_alignment import is_valid, sparc_sum
 from mlip_cli.recipe.config import LOSS_NAMES, GlobalLoss, Losses, TokenLoss
-from mlip_cli.types import Encoded
+from mlip_cli.types import Encoded, PartOf
 
 IMAGE_SIDE = {"spatial_global": IMAGE, "frequency_global": FREQUENCY}
 """Global loss -> the image feature that it compares with the text feature."""
@@ -24,7 +26,8 @@ def is_over_batch(term: GlobalLoss | TokenLoss) -> bool:
 class Objective:
     """Named losses and their weights; the mean over ranks of `total` is the loss of the global batch.
 
-    Logits are at least fp32, whatever precision the towers computed in.
+    Logits are at least fp32, whatever precision the towers computed in. `part` opens a context by the name of each loss
+    while that loss is computed.
     """
 
     def __init__(self, losses: Losses) -> None:
@@ -36,16 +39,16 @@ class Objective:
         )
         self.shares_concepts = losses.positives == "concept"
 
-    def batch_terms(self, features: Features) -> dict[str, Tensor]:
+    def batch_terms(self, features: Features, part: PartOf = nullcontext) -> dict[str, Tensor]:
         """Losses between all pairs of the global batch: one 0-d tensor each, not weighted."""
         if not any(is_over_batch(term) for term in self.terms.values()):
             return {}
         assert (features.labels is not None) is self.shares_concepts, "losses.positives: a batch without its labels"
         labels = None if features.labels is None else gather(features.labels)
         with torch.autocast(features.tensors[IMAGE].device.type, enabled=False):
-            return self._global_terms(features, labels) | self._token_terms(features, labels)
+            return self._global_terms(features, labels, part) | self._token_terms(features, labels, part)
 
-    def _global_terms(self, features: Features, labels: Tensor | None) -> dict[str, Tensor]:
+    def _global_terms(self, features: Features, labels: Tensor | None, part: PartOf) -> dict[str, Tensor]:
         on = {name: term for name, term in self.terms.items() if isinstance(term, GlobalLoss)}
         if not on:
             return {}
@@ -58,23 +61,24 @@ class Objective:
         terms = {}
         for (name, term), images, all_images in zip(on.items(), local, everyone, strict=False):
             scale = features.tensors[f"scale.{name}"]
-            if term.kind == "sigmoid":
-                bias = features.tensors[f"bias.{name}"]
-                terms[name] = sigmoid_loss(images, all_texts, scale, bias, offset=offset, labels=labels)
-            else:
-                terms[name] = info_nce(
-                    images,
-                    texts,
-                    all_images,
-                    all_texts,
-                    scale,
-                    offset=offset,
-                    label_smoothing=term.label_smoothing,
-                    labels=labels,
-                )
+            with part(name):
+                if term.kind == "sigmoid":
+                    bias = features.tensors[f"bias.{name}"]
+                    terms[name] = sigmoid_loss(images, all_texts, scale, bias, offset=offset, labels=labels)
+                else:
+                    terms[name] = info_nce(
+                        images,
+                        texts,
+                        all_images,
+                        all_texts,
+                        scale,
+                        offset=offset,
+                        label_smoothing=term.label_smoothing,
+                        labels=labels,
+                    )
         return terms
 
-    def _token_terms(self, features: Features, labels: Tensor | None) -> dict[str, Tensor]:
+    def _token_terms(self, features: Features, labels: Tensor | None, part: PartOf) -> dict[str, Tensor]:
         """Ranks gather the tokens of texts and the scores of images, never the tokens of images."""
         if not self.batch_token_losses:
             return {}
@@ -83,16 +87,18 @@ class Objective:
         offset = rank() * len(read[TEXT_TOKENS])
         terms = {}
         for name in self.batch_token_losses:
-            image_scores, text_scores = filip_scores(read[f"tokens.{name}"], read[f"sizes.{name}"], words, word_weights)
-            own = slice(offset, offset + len(image_scores))
-            sides = (image_scores, gather(text_scores)[:, own].T)
-            image_to_text, text_to_image = (
-                cross_entropy(read[f"scale.{name}"] * scores, offset=offset, labels=labels) for scores in sides
-            )
-            terms[name] = (image_to_text + text_to_image) / 2
+            with part(name):
+                tokens, sizes = read[f"tokens.{name}"], read[f"sizes.{name}"]
+                image_scores, text_scores = filip_scores(tokens, sizes, words, word_weights)
+                own = slice(offset, offset + len(image_scores))
+                sides = (image_scores, gather(text_scores)[:, own].T)
+                image_to_text, text_to_image = (
+                    cross_entropy(read[f"scale.{name}"] * scores, offset=offset, labels=labels) for scores in sides
+                )
+                terms[name] = (image_to_text + text_to_image) / 2
         return terms
 
-    def sample_terms(self, encoded: Encoded, num_captions: Tensor) -> dict[str, Tensor]:
+    def sample_terms(self, encoded: Encoded, num_captions: Tensor, part: PartOf = nullcontext) -> dict[str, Tensor]:
         """Losses inside pairs: one 0-d tensor each, not weighted.
 
         `num_captions` is the sum of `count_captions` over the global batch.
@@ -100,7 +106,9 @@ class Objective:
         terms = {}
         with torch.autocast(encoded.image_features.device.type, enabled=False):
             for name, term in self.terms.items():
-                if not is_over_batch(term):
+                if is_over_batch(term):
+                    continue
+                with part(name):
                     tokens, sizes = image_tokens(encoded, name)
                     assert encoded.text_tokens is not None
                     loss_sum = sparc_sum(tokens, sizes, encoded.text_tokens, encoded.text_mask, encoded.scales[name])

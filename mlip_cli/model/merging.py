@@ -100,9 +100,7 @@ def last_step(earlier: Tensor | None, composed: Tensor, num_tokens: int) -> Tens
     """The inverse of `compose`: the merge from groups `earlier` to groups `composed`: (B, N0), (B, N0) -> (B, N)."""
     if earlier is None:
         return composed
-    rows = composed.new_zeros(
-        composed.shape[0], num_tokens + 1
-    )  # the last column is for dropped patches
+    rows = composed.new_zeros(composed.shape[0], num_tokens + 1)  # the last column is for dropped patches
     return rows.scatter(1, earlier.remainder(num_tokens + 1), composed)[:, :num_tokens]
 
 

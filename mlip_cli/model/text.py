@@ -52,9 +52,7 @@ class TextTower(nn.Module):
         self.grad_checkpointing = False
         self.token_embedding = nn.Embedding(vocab_size, width)
         self.positional_embedding = nn.Parameter(torch.empty(config.context_length, width))
-        norm = partial(
-            nn.LayerNorm, eps=1e-5
-        )  # timm's default, 1e-6, changes CLIP's text features by 4e-3
+        norm = partial(nn.LayerNorm, eps=1e-5)  # timm's default, 1e-6, changes CLIP's text features by 4e-3
         activation = ACTIVATIONS[config.activation]
         blocks = [
             Block(

@@ -250,13 +250,6 @@ class ImageTower(nn.Module):
         """Run one block; with timm's `grad_checkpointing` the backward pass recomputes its activations."""
         return run_block(block, x, again=self.trunk.grad_checkpointing, **named)
 
-    def pooled_alone(self, tokens: Tensor) -> Tensor:
-        """The pooled feature of each token alone: (B, K, D) -> (B, K, D)."""
-        pool = self.trunk.attn_pool
-        if pool is not None:
-            tokens = pool(tokens.flatten(0, 1)[:, None]).unflatten(0, tokens.shape[:2])
-        return self.trunk.fc_norm(tokens)
-
     def _pool(self, x: Tensor, merging: MergePass) -> Tensor:
         """timm's pooling. Means count every patch once, also after merges."""
         trunk, kind = self.trunk, self.trunk.global_pool

@@ -1,6 +1,5 @@
 """The gradient of one global batch, in one pass or by micro-batches with the same result."""
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
@@ -10,14 +9,12 @@ from torch import Tensor, nn
 from mlip_cli.distributed import all_sum, gradients_kept_back, unwrap
 from mlip_cli.losses.features import Features, ObjectiveLike, features_of
 from mlip_cli.recipe.merge_plan import MergePlan
-from mlip_cli.types import Batch, Encoded
+from mlip_cli.types import Batch, Encoded, PartOf
 
 FORWARD = "forward"
 FORWARD_WITHOUT_GRAPH = "forward without graph"
 LOSSES = "losses"
 BACKWARD = "backward"
-PartOf = Callable[[str], AbstractContextManager[object]]
-"""Name of a part of the step -> a context that is open while it runs."""
 
 
 @dataclass(frozen=True)
@@ -104,8 +101,8 @@ def _at_once(
         encoded: Encoded = model(batch, plan=plan)
     with part(LOSSES):
         num_captions = all_sum(objective.count_captions(encoded.text_mask))
-        terms = objective.batch_terms(_features(objective, encoded, batch))
-        terms = {**terms, **objective.sample_terms(encoded, num_captions)}
+        terms = objective.batch_terms(_features(objective, encoded, batch), part)
+        terms = {**terms, **objective.sample_terms(encoded, num_captions, part)}
         loss = precision.scaler.scale(objective.total(terms))
     with part(BACKWARD):
         loss.backward()
@@ -140,10 +137,11 @@ def _by_micro_batches(
         num_captions = all_sum(torch.stack(captions).sum())
         whole = Features.joined(features)
         leaves = whole.leaves()
-        terms = objective.batch_terms(whole)
+        terms = objective.batch_terms(whole, part)
     gradients: dict[str, Tensor | None] = {}
     if terms:
-        loss = precision.scaler.scale(objective.total(terms))
+        with part(LOSSES):
+            loss = precision.scaler.scale(objective.total(terms))
         with part(BACKWARD):
             found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
         gradients = dict(zip(leaves, found, strict=True))
@@ -158,7 +156,7 @@ def _by_micro_batches(
             with part(FORWARD), precision.autocast(device):
                 encoded = model(own, plan=plan, assign=merges[i])
             with part(LOSSES):
-                sample_terms = objective.sample_terms(encoded, num_captions)
+                sample_terms = objective.sample_terms(encoded, num_captions, part)
                 surrogates = []
                 if gradients:
                     surrogates.append(_features(objective, encoded, own).surrogate(gradients, rows, share=share))

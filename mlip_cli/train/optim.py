@@ -9,7 +9,7 @@ from torch import nn
 from mlip_cli.recipe.config import Optim
 
 NOT_DECAYED = ("cls_token", "reg_token", "dist_token", "pos_embed", "positional_embedding", "kernel", "latent")
-"""Last parts of parameter names that are no matrices of a linear map: tokens, positions, global filters."""
+"""Last parts of the names of tokens, positions and global filters, which are not matrices of a linear map."""
 
 LARGEST_LOG_SCALE = math.log(100)
 """Logit scales are clamped here after every step (CLIP)."""
@@ -37,19 +37,19 @@ def is_decayed(name: str, parameter: nn.Parameter) -> bool:
 
 
 def layer_scale(blocks_above: int, decay: float) -> float:
-    """Factor of the learning rate of a layer with so many blocks between it and the top of its tower.
+    """Factor of the learning rate of a layer with `blocks_above` blocks between it and the top of its tower.
 
-    decay^blocks_above: 1 in the last of d blocks, decay^(d-1) in the first one, decay^d in the embeddings below it. Our
-    count begins one later than that of "BEiT" (Bao et al., ICLR 2022), where the last block has a factor too.
+    decay^blocks_above: 1 in the last of d blocks, decay^(d-1) in the first one, decay^d in the embeddings below it.
+    "BEiT" (Bao et al., ICLR 2022) starts one earlier: there the last block has the factor `decay`.
     """
     return decay**blocks_above
 
 
 def build_optimizer(model: nn.Module, optim: Optim) -> torch.optim.AdamW:
-    """Fused AdamW over what trains, decayed and not decayed apart; the caller sets `lr` each step.
+    """Fused AdamW over the trained parameters; the caller sets `lr` each step.
 
-    Without layer decay these are the two groups. With it each distance from a tower's top (`model.blocks_above()`, 0
-    outside the towers) has its own, and a group's `lr_scale` says how its learning rate relates to the others.
+    Without layer decay there are two groups: with and without weight decay. With layer decay each distance from a
+    tower's top (`model.blocks_above()`, 0 outside the towers) has these two, and `lr_scale` is the factor of a group.
     """
     above: dict[str, int] = model.blocks_above() if optim.layer_decay != 1 else {}  # type: ignore[operator]
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -65,7 +65,7 @@ def build_optimizer(model: nn.Module, optim: Optim) -> torch.optim.AdamW:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """The rate `lr` for all groups, each times its own `lr_scale` where it has one."""
+    """Set the learning rate `lr` in all groups, times the `lr_scale` of a group that has one."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
 

@@ -60,8 +60,13 @@ class Progress:
     micro_batch_size: int | None = None
     """The size that was found to fit, if the recipe says auto."""
 
-    def note_best(self, metric: str, value: float, *, keep: int) -> bool:
-        """Note this step's measure if it is one of the `keep` best so far; return whether it is.
+    @property
+    def is_best(self) -> bool:
+        """Whether the newest step is one of the best."""
+        return any(step == self.step for _, step in self.best)
+
+    def note_best(self, metric: str, value: float, *, keep: int) -> None:
+        """Note the newest step's measure if it is one of the `keep` best so far.
 
         Of equal measures the earlier one is kept. Another metric than before starts a new list.
         """
@@ -69,4 +74,3 @@ class Progress:
             self.best, self.best_metric = [], metric
         ranked = sorted([*self.best, (value, self.step)], key=lambda found: (-found[0], found[1]))
         self.best = ranked[:keep]
-        return (value, self.step) in self.best

@@ -12,10 +12,10 @@ from mlip_cli.errors import RunError
 from mlip_cli.losses.features import ObjectiveLike
 from mlip_cli.recipe.merge_plan import MergePlan
 from mlip_cli.terminal.output import plural, warn
-from mlip_cli.train.gradients import PartOf, Precision, RandomState, add_gradients
+from mlip_cli.train.gradients import Precision, RandomState, add_gradients
 from mlip_cli.train.optim import Schedule, clamp_scales, set_learning_rate
 from mlip_cli.train.state import Progress, Training
-from mlip_cli.types import Batch
+from mlip_cli.types import Batch, PartOf
 
 COPY = "copy to the device"
 OPTIMIZER = "optimizer"
@@ -52,6 +52,10 @@ class Stepper:
         self.training, self.objective, self.settings = training, objective, settings
         self.guard = FiniteGuard(training.device)
         self._is_first = True
+
+    def samples_seen(self, step: int) -> int:
+        """Samples of all ranks up to the end of a step."""
+        return step * self.settings.global_batch_size
 
     def take(
         self,
@@ -102,7 +106,7 @@ class Stepper:
         training.optimizer.zero_grad(set_to_none=True)
         clamp_scales(training.plain)
         if training.average is not None:
-            training.average.update(samples_seen=step * batch_size, batch_size=batch_size)
+            training.average.update(samples_seen=self.samples_seen(step), batch_size=batch_size)
         return grad_norm
 
     def _fix_order_of_sums(self, batch: Batch, plan: MergePlan) -> None:

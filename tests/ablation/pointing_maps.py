@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from mlip_cli.model.clip import CLIP
@@ -43,7 +44,7 @@ def similarity_maps(model: CLIP, images: Tensor, queries: Mapping[str, Tensor], 
     and then given to all patches of a token, so that these are equal to the bit.
     """
     tower = model.image_tower(images, plan, with_branch="frequency_tokens" in queries)
-    tokens = {"feature": model.image_projection(model.vision.pooled_alone(tower.tokens))}
+    tokens = {"feature": model.image_projection(pooled_alone(model.vision.trunk, tower.tokens))}
     if "tokens" in queries:
         tokens["tokens"] = model.token_projections["spatial"](tower.tokens)
     maps = {reading: _products(patches, queries[reading]) for reading, patches in tokens.items()}
@@ -53,6 +54,13 @@ def similarity_maps(model: CLIP, images: Tensor, queries: Mapping[str, Tensor], 
         patches = model.frequency_tokens(tower)  # they never merge
         maps["frequency_tokens"] = _products(model.token_projections["frequency"](patches), queries["frequency_tokens"])
     return {reading: own.transpose(1, 2) for reading, own in maps.items()}
+
+
+def pooled_alone(trunk: VisionTransformer, tokens: Tensor) -> Tensor:
+    """What pooling makes of each token if it is the only one: (B, K, D) -> (B, K, D)."""
+    if trunk.attn_pool is not None:
+        tokens = trunk.attn_pool(tokens.flatten(0, 1)[:, None]).unflatten(0, tokens.shape[:2])
+    return trunk.fc_norm(tokens)
 
 
 def _products(tokens: Tensor, queries: Tensor) -> Tensor:
