@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from mlip_cli.distributed import all_sum, gradients_kept_back, unwrap
-from mlip_cli.losses.features import Features, ObjectiveLike, features_of
+from mlip_cli.losses.features import Features, features_of
+from mlip_cli.losses.objective import Objective
 from mlip_cli.recipe.merge_plan import MergePlan
 from mlip_cli.types import Batch, Encoded, PartOf
 
@@ -64,7 +65,7 @@ class RandomState:
 
 def add_gradients(
     model: nn.Module,
-    objective: ObjectiveLike,
+    objective: Objective,
     batch: Batch,
     *,
     precision: Precision,
@@ -91,7 +92,7 @@ def add_gradients(
 
 def _at_once(
     model: nn.Module,
-    objective: ObjectiveLike,
+    objective: Objective,
     batch: Batch,
     precision: Precision,
     plan: MergePlan,
@@ -111,7 +112,7 @@ def _at_once(
 
 def _by_micro_batches(
     model: nn.Module,
-    objective: ObjectiveLike,
+    objective: Objective,
     micro_batches: list[Batch],
     precision: Precision,
     plan: MergePlan,
@@ -169,7 +170,7 @@ def _by_micro_batches(
     return terms
 
 
-def _features(objective: ObjectiveLike, encoded: Encoded, batch: Batch) -> Features:
+def _features(objective: Objective, encoded: Encoded, batch: Batch) -> Features:
     return features_of(encoded, token_losses=objective.batch_token_losses, labels=batch.labels)
 
 

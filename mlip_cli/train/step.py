@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from mlip_cli.distributed import full, parallel
 from mlip_cli.errors import RunError
-from mlip_cli.losses.features import ObjectiveLike
+from mlip_cli.losses.objective import Objective
 from mlip_cli.recipe.merge_plan import MergePlan
 from mlip_cli.terminal.output import plural, warn
 from mlip_cli.train.gradients import Precision, RandomState, add_gradients
@@ -48,7 +48,7 @@ class Taken:
 class Stepper:
     """Takes one step after the other of one training."""
 
-    def __init__(self, training: Training, objective: ObjectiveLike, settings: StepSettings) -> None:
+    def __init__(self, training: Training, objective: Objective, settings: StepSettings) -> None:
         self.training, self.objective, self.settings = training, objective, settings
         self.guard = FiniteGuard(training.device)
         self._is_first = True
