@@ -209,13 +209,6 @@ def eval_zeroshot(
         ),
     ] = None,
     dataset: Datasets = None,
-    task: Annotated[
-        Literal["classification", "pointing"],
-        typer.Option(
-            metavar="NAME",
-            help="classification, or pointing: where in 2 x 2 mosaics of pictures the patch nearest to each name lies.",
-        ),
-    ] = "classification",
     merge_rate: Annotated[
         list[list] | None,
         typer.Option(
@@ -232,7 +225,6 @@ def eval_zeroshot(
 
     command.eval_zeroshot(
         runs or [],
-        task=task,
         datasets=flat(dataset or []),
         merge_rates=flat(merge_rate or []),
         data_root=data_root,

@@ -3,7 +3,7 @@
 import hashlib
 import os
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
@@ -23,9 +23,11 @@ from mlip_cli.data.tokenizer import Tokenizer, padded_length
 from mlip_cli.data.transforms import decode, least_size, training_crop, training_transform
 from mlip_cli.errors import RunError, UsageError
 from mlip_cli.recipe.config import Data
-from mlip_cli.types import BadSample, Batch
+from mlip_cli.types import BadSample, Batch, PartOf
 
 MAX_WORKERS = 16
+READ, DECODE, TRANSFORM = "read", "decode", "transform"
+"""Parts of the work on a sample; the rest is captions, tokens and stacking."""
 _AUGMENTATION = 4  # sets these draws apart from those of `order`
 
 
@@ -44,6 +46,7 @@ def training_loader(
     num_workers: int,
     pin_memory: bool = False,
     with_labels: bool = False,
+    part: PartOf = nullcontext,
 ) -> Iterator[Batch]:
     """This rank's share of the batches of steps start_step .. stop_step - 1; closing the iterator ends the workers.
 
@@ -51,14 +54,14 @@ def training_loader(
     of ranks. Text is as wide as the longest caption of the global batch needs (`padded_length`), equal on all ranks.
     A bad sample is replaced by another of its source, whose caption is cut where it is longer than that, and named in
     `Batch.bad_samples`. With labels, samples of one
-    concept (see `label_of`) have one label.
+    concept (see `label_of`) have one label. `part` opens a context around each part of the work on a sample.
 
     Raises:
         UsageError: the global batch does not divide by the ranks.
         RunError: (while iterating) too many bad samples, or a worker process that died.
     """
     check_divides(global_batch_size, world_size)
-    steps = _Steps(datasets, order, data, context_length, global_batch_size, seed, rank, world_size, with_labels)
+    steps = _Steps(datasets, order, data, context_length, global_batch_size, seed, rank, world_size, with_labels, part)
     for dataset in datasets:
         dataset.fetch()
     loader = data_loader(steps, range(start_step, stop_step), num_workers, pin_memory=pin_memory)
@@ -140,8 +143,9 @@ class _Steps(Dataset[_Step | Exception]):
         rank: int,
         world_size: int,
         with_labels: bool,
+        part: PartOf,
     ) -> None:
-        self.with_labels = with_labels
+        self.with_labels, self.part = with_labels, part
         self.datasets, self.order, self.data, self.seed = datasets, order, data, seed
         self.tokenizer = Tokenizer(context_length)
         self.global_batch_size = global_batch_size
@@ -194,13 +198,14 @@ class _Steps(Dataset[_Step | Exception]):
         )
 
     def _example(self, position: Position) -> _Example:
-        raw = self.datasets[position.source].read(position.index)
+        with self.part(READ):
+            raw = self.datasets[position.source].read(position.index)
         seed = key(self.seed, _AUGMENTATION, position.source, position.epoch, position.index)
         draws = torch.Generator().manual_seed(seed >> 1)
         caption = _choose_caption(raw.captions, self.data.captions == "sample", draws)
         size, augment = self.data.image_size, self.data.augment
         slow: list[BadSample] = []
-        with _bad_sample_named(raw):
+        with self.part(DECODE), _bad_sample_named(raw):
             header = read_header(raw.image)
             crop = training_crop(header.height, header.width, augment=augment, generator=draws)
             image = decode(
@@ -208,7 +213,8 @@ class _Steps(Dataset[_Step | Exception]):
                 least=least_size(crop, size),
                 on_fallback=lambda reason: slow.append(BadSample(raw.shard, raw.key, reason)),
             )
-        image = training_transform(image, crop=crop, size=size, augment=augment, generator=draws)
+        with self.part(TRANSFORM):
+            image = training_transform(image, crop=crop, size=size, augment=augment, generator=draws)
         label = label_of(raw.meta, caption) if self.with_labels else None
         return _Example(image, caption, raw.key, label, tuple(slow))
 

@@ -117,16 +117,16 @@ def by_cluster(values: Sequence[float], cluster_of: Sequence[int]) -> tuple[list
     return [sums[cluster] for cluster in order], [counts[cluster] for cluster in order]
 
 
-def cluster_interval(sums: Sequence[float], counts: Sequence[int], *, least: float = 0.0) -> Interval:
+def cluster_interval(sums: Sequence[float], counts: Sequence[int]) -> Interval:
     """Interval of a mean whose values come in clusters: sum(sums) / sum(counts), by the percentile bootstrap.
 
     Whole clusters are drawn again (Davison and Hinkley 1997, section 3.8), since values of one cluster depend on each
-    other. Always the same draws. A single cluster says nothing of the spread: then it is `least` to 1. Shares that are
+    other. Always the same draws. A single cluster says nothing of the spread: then it is 0 to 1. Shares that are
     all 0 or all 1 leave nothing to draw: then it is Wilson's of as many samples as there are clusters.
     """
     if len(sums) < 2:
-        return Interval(least, 1.0)
-    if least == 0.0 and sum(sums) in (0, sum(counts)):
+        return Interval(0.0, 1.0)
+    if sum(sums) in (0, sum(counts)):
         return wilson(len(sums) if sum(sums) else 0, len(sums))
     import numpy as np
 
@@ -138,16 +138,3 @@ def cluster_interval(sums: Sequence[float], counts: Sequence[int], *, least: flo
         means[i] = totals[drawn].sum() / numbers[drawn].sum()
     low, high = np.quantile(means, (0.025, 0.975))
     return Interval(float(low), float(high))
-
-
-def paired_by_cluster(first: Sequence[float], other: Sequence[float], cluster_of: Sequence[int]) -> dict[str, Any]:
-    """How much larger the mean of `other` is than that of `first` on the same samples, with its 95 % interval.
-
-    Values are in [0, 1]; clusters as in `cluster_interval`.
-    """
-    gains = [b - a for a, b in zip(first, other, strict=True)]
-    sums, counts = by_cluster(gains, cluster_of)
-    return {
-        "difference": sum(sums) / sum(counts),
-        "difference_interval": cluster_interval(sums, counts, least=-1.0),
-    }

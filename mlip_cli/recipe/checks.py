@@ -10,8 +10,6 @@ from mlip_cli.recipe.merge_plan import DEFAULT, MergePlan, default_places, stem_
 Found = Iterator[tuple[str, str]]
 
 SIZES = ("patch_size", "width", "depth", "num_heads")
-NUM_PREFIX = 1
-"""Prefix tokens of a tower that is defined by its sizes: the class token, no registers."""
 
 
 def _length(recipe: Recipe) -> Found:
@@ -121,7 +119,6 @@ def _merging(recipe: Recipe) -> Found:
         MergePlan.resolve(
             depth=vision.depth,
             num_patches=(recipe.data.image_size // vision.patch_size) ** 2,
-            num_prefix=NUM_PREFIX,
             rate=merging.rate,
             at=merging.at,
             method=method,

@@ -1,7 +1,7 @@
 """Opening an evaluation data set that was found: one function a kind."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,18 +42,6 @@ def open_benchmark(benchmark: Benchmark, readers: Readers) -> Pictures:
     return OPENERS[benchmark.kind](benchmark, readers)
 
 
-def open_named(benchmark: Benchmark, readers: Readers) -> Pictures:
-    """The same data set with the most special name of each picture as its class.
-
-    OpenMoji's pictures have names besides their group, those of prepared shards their first caption; elsewhere the name
-    is the class.
-
-    Raises:
-        UsageError: it is not what it should be; says where and what to do.
-    """
-    return {**OPENERS, "openmoji": _openmoji_by_name, "shards": _shards_by_caption}[benchmark.kind](benchmark, readers)
-
-
 def _openmoji(benchmark: Benchmark, readers: Readers) -> Pictures:
     """The nine groups as classes, whichever of them the test part holds, and the names for retrieval."""
     shards = readers.open_shards(benchmark.root)
@@ -70,14 +58,6 @@ def _openmoji(benchmark: Benchmark, readers: Readers) -> Pictures:
         num_pictures=len(items),
         names=names_of([(sample.meta["name"], sample.image) for sample in samples]),
     )
-
-
-def _openmoji_by_name(benchmark: Benchmark, readers: Readers) -> Pictures:
-    by_group = _openmoji(benchmark, readers)
-    assert by_group.names is not None
-    number = {text: i for i, text in enumerate(by_group.names.texts)}
-    items = [(sample, number[sample.meta["name"]]) for sample, _ in by_group.items()]
-    return replace(by_group, class_names=by_group.names.texts, templates=("{c}",), items=lambda: items)
 
 
 def names_of(pictures: Sequence[tuple[str, bytes]]) -> Names:
@@ -151,37 +131,15 @@ def _shards(benchmark: Benchmark, readers: Readers) -> Pictures:
     )
 
 
-def _shards_by_caption(benchmark: Benchmark, readers: Readers) -> Pictures:
-    shards = readers.open_shards(benchmark.root)
-    names = sorted({_first_caption(shards.read(id)) for id in range(shards.num_samples)})
-    return _samples(
-        shards,
-        readers,
-        name_of=_first_caption,
-        class_of={name: i for i, name in enumerate(names)}.__getitem__,
-        class_names=tuple(names),
-        templates=("{c}",),
-    )
-
-
-def _first_caption(sample: RawSample) -> str:
-    return sample.captions[0].text
-
-
-def _own_class(sample: RawSample) -> str:
-    return str(sample.label)
-
-
 def _samples(
     shards: ShardDataset,
     readers: Readers,
     *,
-    name_of: Callable[[RawSample], str] = _own_class,
     class_of: Callable[[str], int],
     class_names: tuple[str, ...],
     templates: tuple[str, ...],
 ) -> Pictures:
-    items = _Labelled(shards, lambda sample: class_of(name_of(sample)))
+    items = _Labelled(shards, lambda sample: class_of(str(sample.label)))
     return Pictures(class_names, templates, lambda: items, partial(_load_sample, readers), shards.num_samples)
 
 
