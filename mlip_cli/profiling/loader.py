@@ -13,6 +13,7 @@ from mlip_cli.data.order import Order
 from mlip_cli.profiling.clock import PartClock
 from mlip_cli.profiling.result import LoaderFacts
 from mlip_cli.recipe.config import Recipe
+from mlip_cli.types import Batch, PartOf
 
 SAMPLES = 256
 """So many are read: enough for medians over eight batches."""
@@ -39,12 +40,6 @@ def measure_loader(recipe: Recipe, datasets: Sequence[ShardDataset], *, num_work
     num_samples = sum(dataset.num_samples for dataset in datasets)
     batch_size = min(MOST_IN_A_BATCH, num_samples)
     rounds = max(3, SAMPLES // batch_size)
-    order = Order(
-        [dataset.num_samples for dataset in datasets],
-        [source.weight for source in recipe.data.train],
-        seed=recipe.seed,
-        global_batch_size=batch_size,
-    )
     cpu, wall = PartClock(now=time.thread_time), PartClock(now=time.perf_counter)
 
     @contextmanager
@@ -52,20 +47,7 @@ def measure_loader(recipe: Recipe, datasets: Sequence[ShardDataset], *, num_work
         with wall.part(name), cpu.part(name):
             yield
 
-    batches = training_loader(
-        datasets,
-        order,
-        data=recipe.data,
-        context_length=recipe.model.text.context_length,
-        global_batch_size=batch_size,
-        seed=recipe.seed,
-        rank=0,
-        world_size=1,
-        start_step=0,
-        stop_step=rounds + 1,
-        num_workers=0,
-        part=part,
-    )
+    batches = _batches(recipe, datasets, batch_size=batch_size, num_steps=rounds + 1, part=part)
     seconds, bad = [], 0
     with one_thread(), closing(batches):  # type: ignore[type-var]
         next(batches)  # loads the vocabulary and opens shards
@@ -82,6 +64,32 @@ def measure_loader(recipe: Recipe, datasets: Sequence[ShardDataset], *, num_work
         sample_seconds=sample_seconds,
         loader_processes=num_workers,
         loader_images_per_s=max(num_workers, 1) / sum(sample_seconds.values()),
+    )
+
+
+def _batches(
+    recipe: Recipe, datasets: Sequence[ShardDataset], *, batch_size: int, num_steps: int, part: PartOf
+) -> Iterator[Batch]:
+    """The recipe's training batches at another size, loaded in this process."""
+    order = Order(
+        [dataset.num_samples for dataset in datasets],
+        [source.weight for source in recipe.data.train],
+        seed=recipe.seed,
+        global_batch_size=batch_size,
+    )
+    return training_loader(
+        datasets,
+        order,
+        data=recipe.data,
+        context_length=recipe.model.text.context_length,
+        global_batch_size=batch_size,
+        seed=recipe.seed,
+        rank=0,
+        world_size=1,
+        start_step=0,
+        stop_step=num_steps,
+        num_workers=0,
+        part=part,
     )
 
 

@@ -43,7 +43,7 @@ class RepeatedStep:
     """
 
     def __init__(self, model: CLIP, recipe: Recipe, batch: Batch, device: torch.device) -> None:
-        self.model, self.device, self.batch = model, device, batch
+        self.model, self.device, self.batch, self.plan = model, device, batch, model.training_plan
         size = recipe.train.given_micro_batch_size
         self.micro_batch_size = size if size is not None and size < len(batch.images) else None
         """None too if the recipe's are not smaller than this batch."""
@@ -56,7 +56,7 @@ class RepeatedStep:
         self.stepper = Stepper(training, self.objective, settings)
 
     def __call__(self) -> None:
-        self.stepper.take(self.batch, 1, self.model.training_plan)
+        self.stepper.take(self.batch, 1, self.plan)
 
     def pieces(self, batch: Batch) -> dict[str, Callable[[], None]]:
         """Functions that run a piece of the step alone, on a batch that lies on the device; they hold a gradient."""
@@ -66,17 +66,17 @@ class RepeatedStep:
             Batch(images, token_ids, keys=())
             for images, token_ids in zip(batch.images.split(size), batch.token_ids.split(size), strict=True)
         ]
-        stepper.add_gradients(batch, self.model.training_plan)
+        stepper.add_gradients(batch, self.plan)
         gradients = [(parameter, parameter.grad) for parameter in self.model.parameters()]
         optimizer.zero_grad(set_to_none=True)
 
         def forward() -> None:
             for micro_batch in micro_batches:
                 with self.precision.autocast(self.device):
-                    self.model(micro_batch, self.model.training_plan)
+                    self.model(micro_batch, self.plan)
 
         def forward_and_backward() -> None:
-            stepper.add_gradients(batch, self.model.training_plan)
+            stepper.add_gradients(batch, self.plan)
             optimizer.zero_grad(set_to_none=True)
 
         def update() -> None:
@@ -107,7 +107,7 @@ class ClockedStep:
     def __call__(self) -> None:
         with stages_marked(self.step.model, self.clock.switch):
             start = self._now()
-            self.step.stepper.take(self.step.batch, 1, self.step.model.training_plan, self._part)
+            self.step.stepper.take(self.step.batch, 1, self.step.plan, self._part)
             whole_s = self._now() - start
         self.seconds.append(ClockedSeconds(whole_s, self.clock.take()))
 
@@ -150,10 +150,10 @@ def step_parts(step: RepeatedStep) -> dict[str, str]:
 def stages_marked(model: CLIP, switch: Callable[[str], None]) -> Iterator[None]:
     """Call `switch` with the name of the part that comes next, at the borders of all stages of a forward pass.
 
-    The first stage has normalising and embedding of the pixels, the last one norm, pooling and projection. A merge is
-    what happens between two blocks, and before the first one, where the guidance is made ready; a block that shows
-    keys and attention to a merge does so in its own time. All between these (word masks, pooling of texts, logit
-    scales) is `masks and pooling`.
+    The first stage includes all work on pixels before the blocks: normalising, embedding, and the block DCT if branch
+    and guidance share it. The last one includes norm, pooling and projection. Merging is the time between two blocks,
+    and before the first one, where the guidance is made ready; a block that returns keys and attention for a merge does
+    so in its own time. `masks and pooling` is the rest: word masks, pooling of texts, logit scales.
     """
     hooks = []
     for module, own, after in _stages(model):
