@@ -17,7 +17,7 @@ from mlip_cli.commands.training import measure
 from mlip_cli.devices import batch_named, full_memory_named
 from mlip_cli.errors import RunError, Stopped, UsageError
 from mlip_cli.evaluate.evaluators import Evaluator, Measures
-from mlip_cli.evaluate.validation import OnBatch
+from mlip_cli.evaluate.together import OnBatch
 from mlip_cli.losses.objective import Objective
 from mlip_cli.recipe.load import absolute_paths, recipe_yaml
 from mlip_cli.runs import recording

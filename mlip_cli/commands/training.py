@@ -14,8 +14,8 @@ from mlip_cli.distributed import from_main, process_group, rank, wait_for_ranks,
 from mlip_cli.errors import RunError, Stopped, UsageError
 from mlip_cli.evaluate.evaluators import Evaluator, training_evaluators
 from mlip_cli.evaluate.gallery import find_pairs, write_gallery
-from mlip_cli.evaluate.together import EvaluationStopped
-from mlip_cli.evaluate.validation import BATCH_SIZE, OnBatch, validation_pairs
+from mlip_cli.evaluate.together import EvaluationStopped, OnBatch
+from mlip_cli.evaluate.validation import BATCH_SIZE, validation_pairs
 from mlip_cli.files import write_json
 from mlip_cli.losses.objective import Objective
 from mlip_cli.model.clip import CLIP

@@ -23,7 +23,8 @@ from mlip_cli.evaluate.datasets.pictures import Pictures, Readers, batches
 from mlip_cli.evaluate.measure import NAME_RECALL_AT, Candidate, measure
 from mlip_cli.evaluate.retrieval import RECALL_AT, InBatch, image_text_retrieval, in_batch, modality_gap
 from mlip_cli.evaluate.statistics import metric_prefix
-from mlip_cli.evaluate.validation import BATCH_SIZE, DecodedBatches, OnBatch, ValidationPairs, tokenize
+from mlip_cli.evaluate.together import OnBatch
+from mlip_cli.evaluate.validation import BATCH_SIZE, DecodedBatches, ValidationPairs, tokenize
 from mlip_cli.recipe.config import Recipe
 from mlip_cli.runs.loading import LoadedRun, MergedEncoder
 from mlip_cli.terminal.output import percent, plural

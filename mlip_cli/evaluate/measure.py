@@ -13,7 +13,7 @@ from torch import Tensor
 from mlip_cli.devices import synchronize
 from mlip_cli.evaluate.datasets.pictures import Pictures
 from mlip_cli.evaluate.retrieval import ranks, recalls
-from mlip_cli.evaluate.together import on_all_ranks
+from mlip_cli.evaluate.together import OnBatch, on_all_ranks
 from mlip_cli.evaluate.zeroshot import class_embeddings, classification, finite_rows, require_finite, top_classes, unit
 from mlip_cli.types import Encoder, ImageFeatures
 
@@ -104,7 +104,7 @@ def measure(
     dataset: str,
     batch_size: int,
     is_timed: bool = True,
-    on_batch: Callable[[int], None] = lambda _: None,
+    on_batch: OnBatch = lambda _: None,
 ) -> list[list[dict[str, Any]]]:
     """Scores of each encoder of each candidate, in their order; strict JSON, fractions in [0, 1].
 
@@ -117,7 +117,7 @@ def measure(
             process group read some of them each.
         dataset: name of the data set, for messages.
         is_timed: also measure `images_per_s`, which takes a pass more where there is a frequency branch.
-        on_batch: called with the number of pictures of each batch, and with 0 before each batch of texts.
+        on_batch: see `OnBatch`.
 
     Raises:
         RunError: features that are not finite, or a picture that cannot be read.
@@ -159,7 +159,7 @@ def _joined(batches: Sequence[_Answers]) -> _Answers:
 
 
 def _texts(
-    pictures: Pictures, candidates: Sequence[Candidate], dataset: str, on_batch: Callable[[int], None]
+    pictures: Pictures, candidates: Sequence[Candidate], dataset: str, on_batch: OnBatch
 ) -> Iterable[tuple[Candidate, tuple[Tensor, Tensor | None]]]:
     """Class and name embeddings, once a candidate: merging does not touch the texts."""
     for candidate in candidates:

@@ -13,6 +13,10 @@ from mlip_cli.errors import RunError
 
 T = TypeVar("T")
 
+OnBatch = Callable[[int], None]
+"""Called with the number of pictures that this rank just finished, and with 0 at the start of the texts and after each
+batch of them. It may raise EvaluationStopped."""
+
 
 class EvaluationStopped(Exception):
     """A signal asked a rank to stop while it evaluated."""

@@ -17,16 +17,12 @@ from mlip_cli.data.tokenizer import Tokenizer
 from mlip_cli.data.transforms import evaluation_transform, least_size
 from mlip_cli.distributed import world_size
 from mlip_cli.errors import RunError
-from mlip_cli.evaluate.together import on_all_ranks
+from mlip_cli.evaluate.together import OnBatch, on_all_ranks
 from mlip_cli.evaluate.zeroshot import normalized, text_features
 from mlip_cli.recipe.config import Cache, Recipe, Source
 from mlip_cli.types import Encoder
 
 T = TypeVar("T")
-OnBatch = Callable[[int], None]
-"""Called with the number of pictures that this rank just finished, and with 0 before a batch of texts. It may raise
-EvaluationStopped."""
-
 VALIDATION = "validation"
 """Name of the run's own validation set."""
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mlip_cli.errors import RunError
 from mlip_cli.evaluate.statistics import mean_recall_interval, wilson
-from mlip_cli.evaluate.together import on_all_ranks
+from mlip_cli.evaluate.together import OnBatch, on_all_ranks
 
 TOP_K = 5
 
@@ -61,22 +61,21 @@ def text_features(
     device: torch.device | str,
     batch_size: int = 256,
     place: str | None = None,
-    on_batch: Callable[[int], None] = lambda _: None,
+    on_batch: OnBatch = lambda _: None,
 ) -> Tensor:
     """Unit features of texts, in batches by all ranks: -> (len(texts), E) fp32, on every rank.
-
-    Args:
-        on_batch: called with 0 before each batch.
 
     Raises:
         RunError: some are not finite (see `require_finite`).
     """
 
     def encode(numbers: range) -> Iterator[Tensor]:
+        on_batch(0)
         for number in numbers:
-            on_batch(0)
             batch = texts[number * batch_size : (number + 1) * batch_size]
-            yield encode_text(tokenize(batch).to(device)).cpu()
+            features = encode_text(tokenize(batch).to(device)).cpu()
+            on_batch(0)
+            yield features
 
     features = on_all_ranks(encode, num_batches=-(-len(texts) // batch_size))
     return normalized(torch.cat(features).to(device), "text", place=place)
@@ -90,7 +89,7 @@ def class_embeddings(
     encode_text: Callable[[Tensor], Tensor],
     device: torch.device | str,
     place: str | None = None,
-    on_batch: Callable[[int], None] = lambda _: None,
+    on_batch: OnBatch = lambda _: None,
 ) -> Tensor:
     """One unit vector a class: -> (C, E) fp32.
 
