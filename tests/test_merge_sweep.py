@@ -11,6 +11,7 @@ import pytest
 import torch
 from models_for_tests import make_run, small_recipe
 from PIL import Image
+from results_for_tests import sweep_result
 from shards_for_tests import COLORS, make_dataset
 from torch import Tensor
 
@@ -27,7 +28,7 @@ from mlip_cli.evaluate.sweep import FAILURES, METHODS, agreement, find_datasets,
 from mlip_cli.evaluate.validation import validation_pairs
 from mlip_cli.profiling.flops import image_gflops
 from mlip_cli.recipe import merge_plan
-from mlip_cli.report.tables import show_sweep
+from mlip_cli.report.sweep_tables import print_sweep
 from mlip_cli.runs.loading import at_rate, load_run
 from mlip_cli.terminal.endings import exit_code
 
@@ -97,7 +98,7 @@ def test_ctrl_c_says_that_nothing_was_written(place: Path, monkeypatch: pytest.M
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(merge_sweep, "all_scores", interrupted)
+    monkeypatch.setattr(merge_sweep, "measure_sweep", interrupted)
     with pytest.raises(Stopped, match=r"^interrupted; nothing was written$") as stop:
         sweep("runs/clip")
     assert stop.value.exit_code == 130
@@ -125,26 +126,22 @@ def test_a_plain_clip_is_swept_at_the_default_places(place: Path, capsys: pytest
 def test_tables(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sweep("runs/mlip", as_json=False)
     lines = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("the rounds of ")]
-    assert " ".join(lines[0].split()) == "method rate true rate GFLOPs images/s x rate 0 (95 %) by FLOPs"
+    assert " ".join(lines[0].split()) == "method rate true rate GFLOPs images/s x rate 0 (95 %) by FLOPs peak GiB"
     assert lines[1].startswith("none       0      0.000  ")
     assert lines[2].startswith("guided   0.5      0.500  ")
-    assert lines[4:8] == ["", "tokens in each block:", "  none 0: 16 16 16 16", "  guided 0.5: 16 11 8 8"]
-    assert "shards:data/colors: 24 pictures, chance 12.5 %; in brackets: 95 % intervals" in lines
-    assert any(line.startswith("method  rate  same top-1 as rate 0 %  won  lost") for line in lines)
+    assert lines[3].endswith("; median of 3 rounds with all settings in turn")
+    assert [" ".join(line.split()) for line in lines[4:9]] == [
+        "", "method rate tokens in each block", "none 0 4 x 16", "guided 0.5 16, 11, 2 x 8", "",
+    ]  # fmt: skip
+    assert "24 pictures, 8 classes: chance 12.5 %; in brackets: 95 % intervals" in lines
+    assert any(line.startswith("method  rate  same class %  won  lost") for line in lines)
     assert max(len(line) for line in lines if line.startswith(("method", "none", "guided"))) <= 80
 
 
 def test_rounds_that_scatter_are_named_below_the_speeds(capsys: pytest.CaptureFixture[str]) -> None:
-    numbers = dict.fromkeys(("true_rate", "gflops", "images_per_s", "speedup", "expected_speedup"), 1.0)
-    intervals = {"none": (1.0, 1.0), "guided": (0.8, 1.21), "tome": (0.9, 1.35)}
-    points = [
-        {"method": method, "rate": 0.5, **numbers, "speedup_interval": interval, "tokens_per_block": [4]}
-        for method, interval in intervals.items()
-    ]
-    machine = {"batch_size": 4, "device": "cpu", "device_name": "x", "threads": 1, "torch": "2"}
-    show_sweep({**machine, "points": points, "datasets": [], "failed": []})
+    print_sweep(sweep_result({None: (1.0, 1.0), "guided": (0.8, 1.21), "tome": (0.9, 1.35)}))
     lines = capsys.readouterr().out.splitlines()
-    assert lines[5] == ("the rounds of guided 0.5 differ much: the machine had other work; repeat, or raise --rounds")
+    assert lines[5] == "the rounds of guided 0.5 differ much: the machine had other work; repeat, or raise --rounds"
     assert lines[6] == ""
 
 
@@ -152,9 +149,10 @@ def test_tables_of_retrieval(place: Path, capsys: pytest.CaptureFixture[str]) ->
     make_run(place / "runs/pairs", small_recipe(data={"validation": ["data/colors"]}))
     sweep("runs/pairs", as_json=False)
     lines = capsys.readouterr().out.splitlines()
-    assert "validation: 24 pictures, 48 captions; in brackets: 95 % intervals" in lines
-    assert any(re.fullmatch(r"image to text \(chance [\d.]+/[\d.]+/[\d.]+ %\)", line) for line in lines)
+    words = r"24 pictures, 48 captions: chance [\d.]+/[\d.]+/[\d.]+ %; in brackets: 95 % intervals"
+    assert sum(bool(re.fullmatch(words, line)) for line in lines) == 2
     assert sum(line.startswith("guided   0.5") for line in lines) == 4
+    assert sum(line.startswith(("image to text  guided", "text to image  guided")) for line in lines) == 2
     assert max(len(line) for line in lines if line.startswith(("method", "none", "guided"))) <= 80
 
 
@@ -176,21 +174,21 @@ def test_tables_of_retrieval(place: Path, capsys: pytest.CaptureFixture[str]) ->
 def test_mistakes_show_before_anything_is_measured(
     place: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], message: str
 ) -> None:
-    monkeypatch.setattr(merge_sweep, "speeds", lambda *_, **__: pytest.fail("measured"))
+    monkeypatch.setattr(merge_sweep, "measure_sweep", lambda *_, **__: pytest.fail("measured"))
     with pytest.raises(UsageError) as error:
         sweep("runs/mlip", **changes)
     assert str(error.value).startswith(message)
     assert not (place / "runs/mlip/evals").exists()
 
 
-def account(place: Path) -> dict[str, Any]:
+def merge_pictures(place: Path) -> dict[str, Any]:
     return json.loads((place / "runs/mlip/evals/merge_pictures_step_0000008.json").read_text())
 
 
 def test_merge_pictures_of_every_setting(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sweep("runs/mlip", methods=["tome", "guided"], rates=[0.5, 0.25], num_pictures=3)
     capsys.readouterr()
-    result = account(place)
+    result = merge_pictures(place)
     assert (result["kind"], result["dataset"], result["grid"], result["image_size"]) == (
         "merge_pictures", "shards:data/colors", [4, 4], 32,
     )  # fmt: skip
@@ -229,7 +227,7 @@ def pictures_of(place: Path) -> set[str]:
 def test_panels_show_the_groups_of_the_model(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sweep("runs/mlip", num_pictures=1)
     capsys.readouterr()
-    [point] = account(place)["points"]
+    [point] = merge_pictures(place)["points"]
     [picture] = point["pictures"]
     loaded = load_run("runs/mlip", device="cpu")
     sample = ShardDataset(place / "data/colors").read(picture["number"])
@@ -297,7 +295,7 @@ def test_a_data_set_that_fails_is_a_row_and_the_rest_is_kept(place: Path, capsys
     assert [failed["dataset"] for failed in result["failed"]] == ["openmoji", "shards:data/cut"]
     assert result["failed"][0]["error"].startswith("openmoji: no prepared data in data/openmoji/test")
     assert str(error.value).startswith("2 of 3 data sets could not be measured: openmoji: no prepared data")
-    assert account(place)["dataset"] == "shards:data/colors"
+    assert merge_pictures(place)["dataset"] == "shards:data/colors"
 
 
 def attributed(folder: Path, text: str) -> None:
@@ -345,7 +343,7 @@ def test_speeds_are_kept_where_the_recipes_only_data_set_is_gone(
     assert str(error.value).startswith("1 of 1 data set could not be measured: openmoji: no prepared data")
     out = capsys.readouterr().out
     assert "guided   0.5" in out
-    assert out.endswith("\nopenmoji: not evaluated\n")
+    assert out.splitlines()[-1].startswith("openmoji: not evaluated: no prepared data in data/openmoji/test")
     result = json.loads((place / "runs/moved/evals/merge_sweep_step_0000008.json").read_text())
     assert [len(result["points"]), result["datasets"]] == [2, []]
     assert result["kind"] == "merge_sweep"

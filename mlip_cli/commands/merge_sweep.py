@@ -3,15 +3,11 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from mlip_cli import __version__
-from mlip_cli.devices import batch_named
 from mlip_cli.errors import RunError, interrupted_as
 from mlip_cli.evaluate.merge_pictures import write_merge_pictures
-from mlip_cli.evaluate.sweep import all_scores, check_methods, find_datasets, speeds, sweep_points, what_and_where
-from mlip_cli.files import write_json
-from mlip_cli.report.tables import show_sweep
+from mlip_cli.evaluate.sweep import check_methods, find_datasets, measure_sweep, sweep_points
+from mlip_cli.report.sweep_tables import print_sweep
 from mlip_cli.report.write import rebuild
-from mlip_cli.runs.folder import now
 from mlip_cli.runs.loading import load_run
 from mlip_cli.terminal.output import plural, print_json, say
 
@@ -44,34 +40,18 @@ def merge_sweep(
         found, failures = find_datasets(loaded, datasets, root=data_root, batch_size=batch_size)
         settings = plural(len(points) - 1, "setting")
         say(f"{loaded.label}, step {loaded.step}: {settings} beside rate 0, {plural(rounds, 'timed round')}")
-        measured_at = now()
-        with batch_named("--batch-size", batch_size):
-            timed = speeds(loaded, points, batch_size=batch_size, rounds=rounds)
-        scores, measuring_failures = all_scores(found, points)
-        failures |= measuring_failures
-        result = {
-            "kind": "merge_sweep",
-            "measured_at": measured_at,
-            "mlip_version": __version__,
-            **what_and_where(loaded),
-            "batch_size": batch_size,
-            "rounds": rounds,
-            "points": timed,
-            "datasets": scores,
-            "failed": [{"dataset": name, "error": str(error)} for name, error in failures.items()],
-        }
+        result = measure_sweep(loaded, points, found, failures, batch_size=batch_size, rounds=rounds)
     path = loaded.run.evals / f"merge_sweep_{loaded.checkpoint.name}.json"
-    path.parent.mkdir(exist_ok=True)
-    write_json(path, result)  # first of all: the reader of a pipe may have left
+    result.write(path)  # first of all: the reader of a pipe may have left
     if as_json:
-        print_json(result)
+        print_json(result.to_json())
     else:
-        show_sweep(result)
+        print_sweep(result)
     say(f"written to {path}")
     if num_pictures and len(points) > 1:
         write_merge_pictures(loaded, points, found, num_pictures=num_pictures)
     rebuild(loaded.run)
-    if failures:
-        reasons = "; ".join(str(error) for error in failures.values())
-        wanted = plural(len(failures) + len(scores), "data set")
-        raise RunError(f"{len(failures)} of {wanted} could not be measured: {reasons}")
+    if result.failed:
+        reasons = "; ".join(failed.error for failed in result.failed)
+        wanted = plural(len(result.failed) + len(result.datasets), "data set")
+        raise RunError(f"{len(result.failed)} of {wanted} could not be measured: {reasons}")

@@ -5,10 +5,10 @@ import torch
 from mlip_cli import __version__
 from mlip_cli.devices import batch_named, device_name
 from mlip_cli.errors import interrupted_as
-from mlip_cli.files import write_json
 from mlip_cli.profiling.measures import counts, measures_of_step, speeds_of_towers
+from mlip_cli.profiling.result import ProfileResult
 from mlip_cli.profiling.subject import caption_length, load_subject, random_batch, training_data
-from mlip_cli.report.tables import show_profile
+from mlip_cli.report.profile_tables import print_profile
 from mlip_cli.report.write import rebuild
 from mlip_cli.runs.folder import checkpoint_name, now
 from mlip_cli.terminal.output import print_json, say
@@ -27,8 +27,8 @@ def profile(target: str | None, *, batch_size: int, rounds: int, device: str, as
         num_tokens, length_source = caption_length(subject.recipe, datasets)
         real = ", the loader real ones" if datasets else ""
         say(f"{subject.label}: timing {rounds} rounds; the model gets random pictures and words{real}")
-        result = {
-            "kind": "profile",
+        facts = {
+            "kind": ProfileResult.KIND,
             "measured_at": now(),
             "mlip_version": __version__,
             "target": subject.label,
@@ -50,15 +50,14 @@ def profile(target: str | None, *, batch_size: int, rounds: int, device: str, as
             batch = random_batch(subject, batch_size=batch_size, num_tokens=num_tokens)
             towers = speeds_of_towers(subject, batch, rounds)
             measured = measures_of_step(subject, batch, rounds, datasets)
-        result |= measured | {"speed": [*towers, *measured["speed"]]}
+        result = ProfileResult.from_json(facts | measured | {"speed": [*towers, *measured["speed"]]})
     if subject.run is not None and subject.step is not None:
         path = subject.run.evals / f"profile_{checkpoint_name(subject.step)}.json"
-        path.parent.mkdir(exist_ok=True)
-        write_json(path, result)
+        result.write(path)
         say(f"written to {path}")
     if as_json:
-        print_json(result)
+        print_json(result.to_json())
     else:
-        show_profile(result)
+        print_profile(result)
     if subject.run is not None:
         rebuild(subject.run)

@@ -9,7 +9,7 @@ from urllib.parse import quote
 from mlip_cli.errors import UsageError
 from mlip_cli.report.comparison import comparison_page
 from mlip_cli.report.record import RunRecord, read_run
-from mlip_cli.report.write import _write, _write_page, _written
+from mlip_cli.report.write import write_page, write_run_page, written_line
 from mlip_cli.runs.folder import Run, newest_in_words, newest_run
 from mlip_cli.terminal.output import print_json, print_lines
 
@@ -31,13 +31,13 @@ def report(targets: Sequence[str], *, out: Path | None, as_json: bool) -> None:
     records = [_named(run, runs) for run in runs]
     if len(records) == 1:
         path = out or runs[0].report
-        _write(records[0], path)
+        write_run_page(records[0], path)
     else:
         path = out or Path(os.path.commonpath([run.folder.absolute().parent for run in runs])) / "comparison.html"
         for record in records:
-            _write(record, record.run.report)
+            write_run_page(record, record.run.report)
         links = {record.name: quote(os.path.relpath(record.run.report, path.parent)) for record in records}
-        _write_page(path, comparison_page(records, links=links, written=_written()))
+        write_page(path, comparison_page(records, links=links, written=written_line()))
     path = _short(path)
     if as_json:
         print_json({"report": str(path), "runs": [str(run.folder) for run in runs]})

@@ -11,15 +11,16 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mlip_cli.evaluate.results import DrawnPicture, DrawnSetting, DrawnStage, MergePicturesResult, StageTokens
 from mlip_cli.evaluate.sweep import FAILURES, ChosenPicture, Point, SweepDataset
-from mlip_cli.files import write_bytes, write_json
+from mlip_cli.files import write_bytes
 from mlip_cli.runs.loading import LoadedRun
+from mlip_cli.runs.result_files import checked
 from mlip_cli.terminal.output import plural, say, warn
 from mlip_cli.types import MergeStage
 
@@ -214,7 +215,7 @@ def write_merge_pictures(
 ) -> None:
     """Draw the same pictures of the first data set that can be opened at every setting beside rate 0.
 
-    Pictures of an earlier sweep of this checkpoint go once the new account stands.
+    Pictures of an earlier sweep of this checkpoint are removed after the new result is written.
     """
     dataset, chosen = _choose(datasets, num_pictures)
     if dataset is None:
@@ -228,22 +229,20 @@ def write_merge_pictures(
         writer = PanelWriter(root, folder, panels.shape[-2] > images.shape[-2], pool)
         paths = writer.write(panels, [f"{picture.number:06d}" for picture in chosen])
         drawn = [_point(loaded, point, chosen, paths, panels, writer) for point in points if point.method]
-    result = {
-        "kind": "merge_pictures",
-        "run": loaded.label,
-        "checkpoint": loaded.checkpoint.name,
-        "step": loaded.step,
-        "dataset": dataset.name,
-        "fingerprint": dataset.fingerprint,
-        "attribution": list(dataset.attribution),
-        "grid": list(model.vision.grid),
-        "image_size": model.image_size,
-        "chosen": "at random with seed 0, the same for every setting",
-        "map_colors": list(MAP_COLORS),
-        "points": drawn,
-    }
-    loaded.run.evals.mkdir(exist_ok=True)
-    write_json(loaded.run.evals / f"merge_pictures_{loaded.checkpoint.name}.json", result)
+    result = MergePicturesResult(
+        run=loaded.label,
+        checkpoint=loaded.checkpoint.name,
+        step=loaded.step,
+        dataset=dataset.name,
+        fingerprint=dataset.fingerprint,
+        attribution=dataset.attribution,
+        grid=model.vision.grid,
+        image_size=model.image_size,
+        chosen="at random with seed 0, the same for every setting",
+        map_colors=MAP_COLORS,
+        points=drawn,
+    )
+    result.write(loaded.run.evals / f"merge_pictures_{loaded.checkpoint.name}.json")
     _remove_others(folder, root, result)
     say(f"{plural(len(chosen), 'picture')} of {dataset.name} at each setting drawn in {folder}")
 
@@ -265,35 +264,35 @@ def _point(
     paths: Sequence[str],
     panels: Tensor,
     writer: PanelWriter,
-) -> dict[str, Any]:
+) -> DrawnSetting:
     plan, images = point.encoder.plan, torch.stack([picture.image for picture in chosen])
     with torch.inference_mode():
         stages = [stage.to("cpu") for stage in loaded.model.merge_stages(images.to(loaded.device), plan)]
     names = [f"{picture.number:06d}_{point.method}_{point.rate:g}" for picture in chosen]
     written = [_write_stage(writer, panels, stage, loaded.model.vision.grid, names=names) for stage in stages]
-    return {
-        **point.setting,
-        "stages": [{"block": stage.block, "tokens": plan.merges[stage.block]} for stage in stages],
-        "pictures": [
-            {
-                "number": picture.number,
-                "label": picture.label,
-                "image": path,
-                "stages": [{kind: files and files[i] for kind, files in stage.items()} for stage in written],
-            }
+    return DrawnSetting(
+        **vars(point.setting),
+        stages=[StageTokens(stage.block, plan.merges[stage.block]) for stage in stages],
+        pictures=[
+            DrawnPicture(picture.number, picture.label, path, [panels_of_stage[i] for panels_of_stage in written])
             for i, (picture, path) in enumerate(zip(chosen, paths, strict=True))
         ],
-    }
+    )
 
 
 def _write_stage(
     writer: PanelWriter, panels: Tensor, stage: MergeStage, grid: tuple[int, int], *, names: Sequence[str]
-) -> dict[str, list[str] | None]:
-    """Paths of all pictures' panels by kind; None for maps that the method does not have."""
-    return {
+) -> list[DrawnStage]:
+    """Paths of each picture's panels."""
+
+    paths = {
         kind: None if drawn is None else writer.write(drawn, [f"{name}_block{stage.block}_{kind}" for name in names])
         for kind, drawn in stage_panels(panels, stage, grid)
     }
+    return [
+        checked(DrawnStage, {kind: None if own is None else own[i] for kind, own in paths.items()})
+        for i in range(len(names))
+    ]
 
 
 def stage_panels(panels: Tensor, stage: MergeStage, grid: tuple[int, int]) -> Iterator[tuple[str, Tensor | None]]:
@@ -304,11 +303,11 @@ def stage_panels(panels: Tensor, stage: MergeStage, grid: tuple[int, int]) -> It
         yield kind, None if values is None else draw_guidance(panels, values, grid)
 
 
-def _remove_others(folder: Path, root: Path, result: dict[str, Any]) -> None:
-    """Remove panels that the new account does not name."""
-    pictures = [picture for point in result["points"] for picture in point["pictures"]]
-    kept = {picture["image"] for picture in pictures}
-    kept |= {path for picture in pictures for stage in picture["stages"] for path in stage.values()}
+def _remove_others(folder: Path, root: Path, result: MergePicturesResult) -> None:
+    """Remove panels that the new result does not name."""
+    pictures = [picture for point in result.points for picture in point.pictures]
+    kept = {picture.image for picture in pictures}
+    kept |= {path for picture in pictures for stage in picture.stages for path in vars(stage).values()}
     for path in folder.glob(f"*{SUFFIX}"):
         if path.relative_to(root).as_posix() not in kept:
             path.unlink()

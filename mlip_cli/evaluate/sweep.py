@@ -1,4 +1,4 @@
-"""The data sets of a merge sweep: how each scores all settings side by side, and which pictures it shows."""
+"""A merge sweep: speed and scores of one model at several merge rates, beside the unmerged model."""
 
 import difflib
 import json
@@ -11,19 +11,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mlip_cli import __version__
 from mlip_cli.data.loader import decoded
-from mlip_cli.devices import device_name
+from mlip_cli.devices import batch_named, device_name
 from mlip_cli.errors import RunError, UsageError
 from mlip_cli.evaluate.datasets.find import Benchmark, data_root, find_benchmark
 from mlip_cli.evaluate.datasets.open import open_benchmark
 from mlip_cli.evaluate.evaluators import READERS, measure_runs
+from mlip_cli.evaluate.results import (
+    FailedData,
+    PairedTest,
+    Recalls,
+    RetrievalAtSetting,
+    RetrievalSweep,
+    Setting,
+    SpeedAtSetting,
+    SweepResult,
+    ZeroshotAtSetting,
+    ZeroshotSweep,
+)
 from mlip_cli.evaluate.retrieval import Ranks, image_text_ranks
-from mlip_cli.evaluate.statistics import paired
+from mlip_cli.evaluate.statistics import Interval, paired
 from mlip_cli.evaluate.validation import VALIDATION, ValidationPairs, validation_pairs
 from mlip_cli.profiling.flops import image_gflops
-from mlip_cli.profiling.timing import Timing, measure_interleaved, peak_memory
+from mlip_cli.profiling.timing import measure_interleaved, peak_memory
 from mlip_cli.recipe import merge_plan
+from mlip_cli.runs.folder import now
 from mlip_cli.runs.loading import LoadedRun, MergedEncoder, at_rate
+from mlip_cli.runs.result_files import checked
 from mlip_cli.terminal.output import say
 from mlip_cli.terminal.panel import progress
 
@@ -57,9 +72,9 @@ class Point:
     encoder: MergedEncoder
 
     @property
-    def setting(self) -> dict[str, Any]:
+    def setting(self) -> Setting:
         """What names the point in results."""
-        return {"method": self.method, "rate": self.rate, "true_rate": self.encoder.plan.rate}
+        return Setting(method=self.method, rate=self.rate, true_rate=self.encoder.plan.rate)
 
 
 @dataclass(frozen=True)
@@ -70,7 +85,7 @@ class SweepDataset:
     fingerprint: str
     attribution: tuple[str, ...]
     """What the licence of its pictures asks to be said beside them."""
-    measure: Callable[[Sequence[Point]], dict[str, Any]]
+    measure: Callable[[Sequence[Point]], ZeroshotSweep | RetrievalSweep]
     """Scores of all points, the unmerged first, on the same pictures; raises one of FAILURES."""
     choose: Callable[[int], list[ChosenPicture]]
     """So many pictures, drawn at random with seed 0, in the order of the data set; raises one of FAILURES."""
@@ -143,27 +158,30 @@ def _choose_of_benchmark(benchmark: Benchmark, size: int, wanted: int) -> list[C
     return chosen
 
 
-def accuracies(benchmark: Benchmark, loaded: LoadedRun, points: Sequence[Point], *, batch_size: int) -> dict[str, Any]:
+def accuracies(benchmark: Benchmark, loaded: LoadedRun, points: Sequence[Point], *, batch_size: int) -> ZeroshotSweep:
     """Zero-shot scores of all points, each beside the unmerged model on the same pictures."""
     [scores] = measure_runs(benchmark, [(loaded, [point.encoder for point in points])], batch_size=batch_size)
     unmerged = scores[0]
-    shared = ("n", "num_classes", "chance", "majority_share")
-    elsewhere = {*shared, "right", "predicted", "images_per_s", "timed_batches"}
-    return {
-        "dataset": benchmark.name,
-        "task": "zeroshot",
-        "fingerprint": benchmark.fingerprint,
-        **{name: unmerged[name] for name in shared},
-        "points": [
-            {
-                **point.setting,
-                **{name: value for name, value in own.items() if name not in elsewhere},
-                "agreement": agreement(unmerged["predicted"], own["predicted"]),
-                "paired": all_paired(unmerged["right"], own["right"]),
-            }
+    return ZeroshotSweep(
+        dataset=benchmark.name,
+        fingerprint=benchmark.fingerprint,
+        n=unmerged["n"],
+        num_classes=unmerged["num_classes"],
+        chance=unmerged["chance"],
+        majority_share=unmerged["majority_share"],
+        points=[
+            checked(
+                ZeroshotAtSetting,
+                {
+                    **vars(point.setting),
+                    **own,
+                    "agreement": agreement(unmerged["predicted"], own["predicted"]),
+                    "paired": all_paired(unmerged["right"], own["right"]),
+                },
+            )
             for point, own in zip(points, scores, strict=True)
         ],
-    }
+    )
 
 
 def agreement(unmerged: str, merged: str) -> float:
@@ -172,9 +190,14 @@ def agreement(unmerged: str, merged: str) -> float:
     return sum(a == b for a, b in pairs) / len(pairs)
 
 
-def all_paired(unmerged: dict[str, str], merged: dict[str, str]) -> dict[str, Any]:
-    """The paired test of each measure."""
-    return {measure: paired(unmerged[measure], right) for measure, right in merged.items()}
+def all_paired(
+    unmerged: Mapping[str, str], merged: Mapping[str, str], clusters: Mapping[str, Sequence[int] | None] | None = None
+) -> dict[str, PairedTest]:
+    """The paired test of each measure; `clusters` are those of the samples (see `statistics.paired`)."""
+    return {
+        measure: PairedTest(**paired(unmerged[measure], right, (clusters or {}).get(measure)))
+        for measure, right in merged.items()
+    }
 
 
 def _validation(loaded: LoadedRun) -> SweepDataset:
@@ -200,7 +223,7 @@ def _choose_of_validation(pairs: ValidationPairs, size: int, wanted: int) -> lis
     ]
 
 
-def retrieval(pairs: ValidationPairs, fingerprint: str, points: Sequence[Point]) -> dict[str, Any]:
+def retrieval(pairs: ValidationPairs, fingerprint: str, points: Sequence[Point]) -> RetrievalSweep:
     """Retrieval both ways by all points, each beside the unmerged model on the same pairs."""
     with progress(len(points) * pairs.num_pictures, VALIDATION) as bar:
         ranks = [
@@ -211,21 +234,21 @@ def retrieval(pairs: ValidationPairs, fingerprint: str, points: Sequence[Point])
         ]
     unmerged = _right(ranks[0])
     clusters = {f"{way}_{k}": found.cluster_of for way, found in ranks[0].items() for k in found.right()}
-    return {
-        "dataset": VALIDATION,
-        "task": "retrieval",
-        "fingerprint": fingerprint,
-        "n": pairs.num_pictures,
-        "num_texts": len(pairs.texts),
-        "points": [
-            {
-                **point.setting,
-                **{way: found.recalls() for way, found in own.items()},
-                "paired": {name: paired(unmerged[name], right, clusters[name]) for name, right in _right(own).items()},
-            }
+    return RetrievalSweep(
+        dataset=VALIDATION,
+        fingerprint=fingerprint,
+        n=pairs.num_pictures,
+        num_texts=len(pairs.texts),
+        points=[
+            RetrievalAtSetting(
+                **vars(point.setting),
+                image_to_text=Recalls(**own["image_to_text"].recalls()),
+                text_to_image=Recalls(**own["text_to_image"].recalls()),
+                paired=all_paired(unmerged, _right(own), clusters),
+            )
             for point, own in zip(points, ranks, strict=True)
         ],
-    }
+    )
 
 
 def _right(ranks: dict[str, Ranks]) -> dict[str, str]:
@@ -265,25 +288,52 @@ def sweep_points(loaded: LoadedRun, rates: Sequence[float], methods: Sequence[st
     ]
 
 
-def what_and_where(loaded: LoadedRun) -> dict[str, Any]:
-    """The checkpoint that is measured, and the machine that measures."""
-    return {
-        "run": loaded.label,
-        "checkpoint": loaded.checkpoint.name,
-        "step": loaded.step,
-        "image_size": loaded.model.image_size,
-        "device": str(loaded.device),
-        "device_name": device_name(loaded.device),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-    }
+def measure_sweep(
+    loaded: LoadedRun,
+    points: Sequence[Point],
+    datasets: Sequence[SweepDataset],
+    failures: Mapping[str, Exception],
+    *,
+    batch_size: int,
+    rounds: int,
+) -> SweepResult:
+    """Speed of all points, then their scores on each data set.
+
+    Args:
+        points: the unmerged model first.
+        failures: what was wrong with data sets before.
+
+    Raises:
+        RunError: the device has no memory for the batch.
+    """
+    measured_at = now()
+    with batch_named("--batch-size", batch_size):
+        timed = speeds(loaded, points, batch_size=batch_size, rounds=rounds)
+    scores, measuring_failures = all_scores(datasets, points)
+    return SweepResult(
+        measured_at=measured_at,
+        mlip_version=__version__,
+        run=loaded.label,
+        checkpoint=loaded.checkpoint.name,
+        step=loaded.step,
+        image_size=loaded.model.image_size,
+        device=str(loaded.device),
+        device_name=device_name(loaded.device),
+        threads=torch.get_num_threads(),
+        torch=torch.__version__,
+        batch_size=batch_size,
+        rounds=rounds,
+        points=timed,
+        datasets=scores,
+        failed=[FailedData(name, str(error)) for name, error in {**failures, **measuring_failures}.items()],
+    )
 
 
 def all_scores(
     datasets: Sequence[SweepDataset], points: Sequence[Point]
-) -> tuple[list[dict[str, Any]], dict[str, Exception]]:
+) -> tuple[list[ZeroshotSweep | RetrievalSweep], dict[str, Exception]]:
     """Scores on each data set, and what went wrong with the others."""
-    scores: list[dict[str, Any]] = []
+    scores: list[ZeroshotSweep | RetrievalSweep] = []
     failures: dict[str, Exception] = {}
     for dataset in datasets:
         try:
@@ -293,7 +343,7 @@ def all_scores(
     return scores, failures
 
 
-def speeds(loaded: LoadedRun, points: Sequence[Point], *, batch_size: int, rounds: int) -> list[dict[str, Any]]:
+def speeds(loaded: LoadedRun, points: Sequence[Point], *, batch_size: int, rounds: int) -> list[SpeedAtSetting]:
     """Operations by formula and time side by side, on pictures of noise: no rule of merging works less for them."""
     size = loaded.model.image_size
     generator = torch.Generator().manual_seed(0)
@@ -303,17 +353,21 @@ def speeds(loaded: LoadedRun, points: Sequence[Point], *, batch_size: int, round
         timings = measure_interleaved(
             functions, rounds, device=loaded.device, after_call=lambda: bar.advance(bar.task_ids[0])
         )
-    whole = sum(image_gflops(loaded.model, points[0].encoder.plan).values())
+    gflops = [sum(image_gflops(loaded.model, point.encoder.plan).values()) for point in points]
     return [
-        {
-            **point.setting,
-            "tokens_per_block": point.encoder.plan.tokens,
-            **cost(sum(image_gflops(loaded.model, point.encoder.plan).values()), whole, timing),
-            "images_per_s": batch_size / timing.median_s,
-            "seconds": timing.seconds,
-            "peak_memory": vars(peak_memory(function, device=loaded.device)),
-        }
-        for point, timing, function in zip(points, timings.values(), functions.values(), strict=True)
+        SpeedAtSetting(
+            **vars(point.setting),
+            tokens_per_block=point.encoder.plan.tokens,
+            gflops=own,
+            speedup=timing.speedup,
+            speedup_interval=Interval(*timing.speedup_interval),
+            expected_speedup=gflops[0] / own,
+            measured_over_expected=timing.speedup / (gflops[0] / own),
+            images_per_s=batch_size / timing.median_s,
+            seconds=timing.seconds,
+            peak_memory=peak_memory(function, device=loaded.device),
+        )
+        for point, own, timing, function in zip(points, gflops, timings.values(), functions.values(), strict=True)
     ]
 
 
@@ -325,15 +379,3 @@ def encode(encoder: MergedEncoder, images: Tensor) -> Callable[[], object]:
             encoder.encode_image(images)
 
     return forward
-
-
-def cost(gflops: float, unmerged_gflops: float, timing: Timing) -> dict[str, Any]:
-    """Speed-up as measured and as the operations promise."""
-    expected = unmerged_gflops / gflops
-    return {
-        "gflops": gflops,
-        "speedup": timing.speedup,
-        "speedup_interval": timing.speedup_interval,
-        "expected_speedup": expected,
-        "measured_over_expected": timing.speedup / expected,
-    }

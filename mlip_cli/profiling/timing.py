@@ -28,6 +28,7 @@ import torch
 from numpy.typing import NDArray
 
 from mlip_cli.devices import synchronize
+from mlip_cli.profiling.result import PeakMemory
 
 GIBIBYTE = 2**30
 
@@ -121,14 +122,6 @@ def square_matmul(dtype: torch.dtype, *, device: torch.device, least_s: float = 
         n *= 2
 
 
-@dataclass(frozen=True)
-class PeakMemory:
-    """Most memory held at any moment, and what exactly was measured."""
-
-    gib: float
-    measured: str
-
-
 def peak_memory(function: Callable[[], object], *, device: torch.device | str) -> PeakMemory:
     """Run `function` once and report the peak.
 
@@ -142,15 +135,15 @@ def peak_memory(function: Callable[[], object], *, device: torch.device | str) -
         torch.cuda.reset_peak_memory_stats(device)
         function()
         synchronize(device)
-        return PeakMemory(torch.cuda.max_memory_allocated(device) / GIBIBYTE, "tensors on the GPU")
+        return PeakMemory(gib=torch.cuda.max_memory_allocated(device) / GIBIBYTE, measured="tensors on the GPU")
     was_reset = _reset_high_water()
     function()
     synchronize(device)
     if was_reset:
-        return PeakMemory(_high_water_kib() / 2**20, "resident memory of the process, libraries included")
+        return PeakMemory(gib=_high_water_kib() / 2**20, measured="resident memory of the process, libraries included")
     unit = 1 if platform.system() == "Darwin" else 1024  # macOS counts bytes
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return PeakMemory(peak / GIBIBYTE, "resident memory of the process since its start")
+    return PeakMemory(gib=peak / GIBIBYTE, measured="resident memory of the process since its start")
 
 
 def _reset_high_water() -> bool:

@@ -72,7 +72,7 @@ COLUMNS = 3
 
 
 @dataclass(frozen=True)
-class Picture:
+class Chart:
     """A finished chart."""
 
     svg: str

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from mlip_cli.report.canvas import DASHES, INK, MARKERS, MUTED, NUM_SERIES, SERIES, Picture, drawn, literal
+from mlip_cli.report.canvas import DASHES, INK, MARKERS, MUTED, NUM_SERIES, SERIES, Chart, drawn, literal
 
 MOST_POINTS = 600
 """Points of a line; longer ones are drawn as means of equal stretches."""
@@ -15,7 +15,7 @@ FEW_POINTS = 12
 
 
 @dataclass(frozen=True)
-class Line:
+class Curve:
     """One curve."""
 
     label: str
@@ -39,7 +39,7 @@ class Dot:
 
 
 @dataclass(frozen=True)
-class Bar:
+class ChartBar:
     """One horizontal bar."""
 
     name: str
@@ -49,15 +49,15 @@ class Bar:
     group: str = ""
 
 
-def lines_chart(
+def curves_chart(
     title: str,
-    lines: Sequence[Line],
+    lines: Sequence[Curve],
     *,
     x_label: str,
     y_label: str = "",
     levels: Mapping[str, float] | None = None,
     from_zero: bool = False,
-) -> Picture:
+) -> Chart:
     """Curves over steps, with dotted horizontal `levels` such as chance, one a line or for all."""
     levels = levels or {}
     with drawn(title, x_label=x_label, y_label=y_label, layout=None) as canvas:
@@ -81,12 +81,10 @@ def lines_chart(
         num_entries = sum(bool(line.label) for line in lines) + len(levels)
         canvas.place(num_entries)
         canvas.legend(num_entries)
-    return Picture(canvas.svg)
+    return Chart(canvas.svg)
 
 
-def dots_chart(
-    title: str, series: Mapping[str, Sequence[Dot]], *, x_label: str, y_label: str, chance: float
-) -> Picture:
+def dots_chart(title: str, series: Mapping[str, Sequence[Dot]], *, x_label: str, y_label: str, chance: float) -> Chart:
     """Accuracy against speed: points with both intervals, joined in the order given.
 
     The points fill the width; an interval that is wider is cut by the frame.
@@ -119,10 +117,10 @@ def dots_chart(
         canvas.axes.set_xlim(min(speeds) - margin, max(speeds) + margin)
         canvas.axes.set_ylim(0, 1.08 * canvas.axes.get_ylim()[1])
         canvas.legend(len(series) + 1)
-    return Picture(canvas.svg)
+    return Chart(canvas.svg)
 
 
-def bars_chart(title: str, bars: Sequence[Bar], *, x_label: str) -> Picture:
+def bars_chart(title: str, bars: Sequence[ChartBar], *, x_label: str) -> Chart:
     """Horizontal bars, the first one on top, in the colours of their groups; grey beside groups if in none."""
     groups = list(dict.fromkeys(bar.group for bar in bars if bar.group))
     with drawn(title, x_label=x_label, size=(6.4, 1.1 + 0.3 * len(bars))) as canvas:
@@ -148,7 +146,7 @@ def bars_chart(title: str, bars: Sequence[Bar], *, x_label: str) -> Picture:
         values = [0.0, *(bar.value for bar in bars)]
         axes.set_xlim(min(values), 1.2 * max(values) or 1)
         canvas.legend(len(groups) if len(groups) > 1 else 0)
-    return Picture(canvas.svg)
+    return Chart(canvas.svg)
 
 
 def _lengths(values: Sequence[tuple[float, tuple[float, float] | None]]) -> list[list[float]]:
@@ -159,7 +157,7 @@ def _lengths(values: Sequence[tuple[float, tuple[float, float] | None]]) -> list
     return [below, above]
 
 
-def _thinned(line: Line) -> tuple[list[float], list[float]]:
+def _thinned(line: Curve) -> tuple[list[float], list[float]]:
     """The points to draw: all of them, or means of equal stretches."""
     y = [math.nan if value is None else value for value in line.y]
     stretch = math.ceil(len(y) / MOST_POINTS)

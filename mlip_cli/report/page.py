@@ -6,7 +6,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-STYLE = Path(__file__).with_name("page.css")
+from mlip_cli.report.tables import Spread, Table
+from mlip_cli.terminal.output import is_number
+
+CSS = Path(__file__).with_name("page.css")
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 """The browser itself refuses to fetch anything, and to run any script."""
@@ -67,18 +70,40 @@ def command(text: str) -> Html:
     return element("code", text)
 
 
-def table(columns: Sequence[Child], rows: Sequence[Sequence[Child]], *, text_columns: int = 1) -> Html:
-    """A table that scrolls sideways where the page is narrow; columns after the first `text_columns` hold numbers."""
+def table(shown: Table) -> Html:
+    """Columns and rows, without title and notes; it scrolls sideways where the page is narrow."""
+    is_text = [not all(_is_number(row[i]) for row in shown.rows) for i in range(len(shown.columns))]
 
     def cells(tag: str, values: Sequence[Child]) -> list[Html]:
         return [
-            element(tag, "–" if value is None else value, class_="number" if i >= text_columns else None)
-            for i, value in enumerate(values)
+            element(tag, _cell(value), class_=None if text else "number")
+            for value, text in zip(values, is_text, strict=True)
         ]
 
-    head = element("thead", element("tr", *cells("th", columns)))
-    body = element("tbody", *(element("tr", *cells("td", row)) for row in rows))
+    head = element("thead", element("tr", *cells("th", shown.columns)))
+    body = element("tbody", *(element("tr", *cells("td", row)) for row in shown.rows))
     return element("div", element("table", head, body), class_="scroll", tabindex=0)
+
+
+def _is_number(value: Child) -> bool:
+    return isinstance(value, Spread) or is_number(value)
+
+
+def _cell(value: Child) -> Child:
+    """An interval is quieter than its value; None is a dash."""
+    if isinstance(value, Spread):
+        return element("span", f"{value.value} ", element("span", f"({value.low}–{value.high})", class_="note"))
+    return "–" if value is None else value
+
+
+def tables(shown: Iterable[Table]) -> list[Html]:
+    """Tables below each other, each with its title and its notes."""
+    return [
+        part
+        for own in shown
+        for part in (element("h3", own.title) if own.title else None, table(own), *map(note, own.notes))
+        if part is not None
+    ]
 
 
 def facts(pairs: Iterable[tuple[str, Child]]) -> Html:
@@ -141,7 +166,7 @@ def page(title: str, *, heading: Child, lead: Child, sections: Sequence[Html], f
         element("meta", name="color-scheme", content="light dark"),
         element("meta", http_equiv="Content-Security-Policy", content=POLICY),
         element("title", title),
-        element("style", Html(STYLE.read_text("utf-8"))),
+        element("style", Html(CSS.read_text("utf-8"))),
     )
     body = element(
         "body",

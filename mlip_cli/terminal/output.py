@@ -117,7 +117,7 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], *, title:
     table = Table(title=Text(title) if title else None, title_justify="left", box=None, pad_edge=False)
     least_width = 2 * (len(columns) - 1)
     for i, column in enumerate(columns):
-        numeric = bool(rows) and all(_is_number(row[i]) for row in rows)
+        numeric = bool(rows) and all(is_number(row[i]) for row in rows)
         one_word = numeric and not any(" " in str(row[i]) for row in rows)
         header = Text(column, style="bold")
         table.add_column(header, justify="right" if numeric else "left", overflow="fold", no_wrap=one_word)
@@ -135,7 +135,8 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], *, title:
     print_lines("\n".join(line.rstrip() for line in drawn.get().splitlines()))
 
 
-def _is_number(cell: Any) -> bool:
+def is_number(cell: Any) -> bool:
+    """True for what tables align on the right: a number, a text that begins with one, nothing at all."""
     if isinstance(cell, bool):
         return False
     return cell is None or isinstance(cell, int | float) or (isinstance(cell, str) and bool(_NUMBER.match(cell)))
