@@ -15,8 +15,8 @@ from mlip_cli import __version__
 from mlip_cli.data.loader import decoded
 from mlip_cli.devices import batch_named, device_name
 from mlip_cli.errors import RunError, UsageError
-from mlip_cli.evaluate.datasets.find import Benchmark, data_root, find_benchmark
-from mlip_cli.evaluate.datasets.open import open_benchmark
+from mlip_cli.evaluate.datasets.benchmark import Benchmark
+from mlip_cli.evaluate.datasets.find import data_root, find_benchmark, open_benchmark
 from mlip_cli.evaluate.evaluators import READERS, measure_runs
 from mlip_cli.evaluate.results import (
     FailedData,

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from mlip_cli.errors import RunError, UsageError
-from mlip_cli.evaluate.datasets.find import Benchmark
+from mlip_cli.evaluate.datasets.benchmark import Benchmark
 from mlip_cli.evaluate.datasets.pictures import Pictures, Readers, decode_any
 
 PICTURE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")

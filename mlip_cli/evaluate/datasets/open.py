@@ -1,4 +1,4 @@
-"""Opening an evaluation data set that was found: one function a kind."""
+"""Open an evaluation set that was found: one function for each kind. `find.SETS` names them."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,8 +11,8 @@ from torch import Tensor
 
 from mlip_cli.errors import RunError, UsageError
 from mlip_cli.evaluate.datasets import imagenet
-from mlip_cli.evaluate.datasets.clip_benchmark import open_built, open_tars, open_web_shards
-from mlip_cli.evaluate.datasets.find import Benchmark, class_folders, pictures_in
+from mlip_cli.evaluate.datasets.benchmark import Benchmark, class_folders, pictures_in
+from mlip_cli.evaluate.datasets.clip_benchmark import open_tars, open_web_shards
 from mlip_cli.evaluate.datasets.pictures import Names, Pictures, Readers, Sample, Shards, decode_any
 from mlip_cli.terminal.output import warn
 
@@ -32,16 +32,7 @@ DEFAULT_TEMPLATES = ("a photo of a {c}.",)
 DIGITS_TEMPLATES = ('a photo of the number: "{c}".',)
 
 
-def open_benchmark(benchmark: Benchmark, readers: Readers) -> Pictures:
-    """Open a data set that `find_benchmark` found.
-
-    Raises:
-        UsageError: it is not what it should be; says where and what to do.
-    """
-    return OPENERS[benchmark.kind](benchmark, readers)
-
-
-def _openmoji(benchmark: Benchmark, readers: Readers) -> Pictures:
+def open_openmoji(benchmark: Benchmark, readers: Readers) -> Pictures:
     """The nine groups as classes, whichever of them the test part holds, and the names for retrieval."""
     shards = readers.open_shards(benchmark.root)
     samples = [shards.read(id) for id in range(shards.num_samples)]  # a few hundred small pictures
@@ -72,7 +63,7 @@ def names_of(pictures: Sequence[tuple[str, bytes]]) -> Names:
     return Names(tuple(texts), tuple(tuple(sorted(names_of_picture[image])) for _, image in pictures))
 
 
-def _digits(_benchmark: Benchmark, _readers: Readers) -> Pictures:
+def open_digits(_benchmark: Benchmark, _readers: Readers) -> Pictures:
     """scikit-learn's 1,797 handwritten digits (8 x 8, 17 grey levels), with the names and the template of MNIST."""
     from sklearn.datasets import load_digits
 
@@ -88,7 +79,7 @@ def _digits(_benchmark: Benchmark, _readers: Readers) -> Pictures:
     )
 
 
-def _folder(benchmark: Benchmark, readers: Readers) -> Pictures:
+def open_folder(benchmark: Benchmark, readers: Readers) -> Pictures:
     root, folders = benchmark.root, class_folders(benchmark.root)
     names, names_file = [folder.name.replace("_", " ") for folder in folders], root / "classnames.txt"
     if names_file.is_file():
@@ -117,7 +108,7 @@ def _load_file(readers: Readers, item: tuple[Path, int]) -> tuple[Tensor, int]:
     return decode_any(readers, path.read_bytes(), is_jpeg=is_jpeg, where=str(path)), label
 
 
-def _shards(benchmark: Benchmark, readers: Readers) -> Pictures:
+def open_shards(benchmark: Benchmark, readers: Readers) -> Pictures:
     shards = readers.open_shards(benchmark.root)
     names = sorted(set(_classes(benchmark, [shards.read(id).record for id in range(shards.num_samples)])))
     numbers = {name: i for i, name in enumerate(names)}
@@ -180,31 +171,27 @@ def _classes(benchmark: Benchmark, records: Sequence[dict[str, Any]]) -> list[st
     return [str(record["class"]) for record in records]
 
 
-def _imagenet_folders(benchmark: Benchmark, readers: Readers) -> Pictures:
-    folders = [(folder, imagenet.class_of(folder.name)) for folder in class_folders(benchmark.root)]
-    return _imagenet_files([(path, label) for folder, label in folders for path in pictures_in(folder)], readers)
-
-
-def _imagenet_kaggle(benchmark: Benchmark, readers: Readers) -> Pictures:
-    return _imagenet_files(imagenet.kaggle_files(benchmark.root), readers)
-
-
-def _imagenet_files(files: list[tuple[Path, int]], readers: Readers) -> Pictures:
+def open_imagenet(benchmark: Benchmark, readers: Readers) -> Pictures:
+    """ImageNet's validation pictures, whatever their layout."""
+    if benchmark.kind == "imagenet_web_shards":
+        return open_web_shards(benchmark, readers)
+    names, templates = imagenet.names_and_templates()
+    if benchmark.kind == "imagenet_tars":
+        return open_tars(imagenet.validation_tars(benchmark.root), readers, class_names=names, templates=templates)
+    if benchmark.kind == "imagenet_shards":
+        shards = readers.open_shards(benchmark.root)
+        return _samples(shards, readers, class_of=imagenet.class_of, class_names=names, templates=templates)
+    files = _imagenet_files(benchmark)
     if not files:
         raise UsageError("imagenet: class folders, but no pictures in them; unpack the validation pictures there")
-    names, templates = imagenet.names_and_templates()
     return _files(files, readers, class_names=names, templates=templates)
 
 
-def _imagenet_shards(benchmark: Benchmark, readers: Readers) -> Pictures:
-    shards = readers.open_shards(benchmark.root)
-    names, templates = imagenet.names_and_templates()
-    return _samples(shards, readers, class_of=imagenet.class_of, class_names=names, templates=templates)
-
-
-def _imagenet_tars(benchmark: Benchmark, readers: Readers) -> Pictures:
-    names, templates = imagenet.names_and_templates()
-    return open_tars(imagenet.validation_tars(benchmark.root), readers, class_names=names, templates=templates)
+def _imagenet_files(benchmark: Benchmark) -> list[tuple[Path, int]]:
+    if benchmark.kind == "imagenet_kaggle":
+        return imagenet.kaggle_files(benchmark.root)
+    folders = [(folder, imagenet.class_of(folder.name)) for folder in class_folders(benchmark.root)]
+    return [(path, label) for folder, label in folders for path in pictures_in(folder)]
 
 
 def _lines(path: Path) -> list[str]:
@@ -226,18 +213,3 @@ def _templates(folder: Path) -> tuple[str, ...]:
         what = f"{wrong[0]!r} has no {{c}}" if wrong else "no templates"
         raise UsageError(f"{path}: {what}; one template a line, with {{c}} where the class name goes")
     return tuple(templates)
-
-
-OPENERS: dict[str, Callable[[Benchmark, Readers], Pictures]] = {
-    "openmoji": _openmoji,
-    "digits": _digits,
-    "folder": _folder,
-    "shards": _shards,
-    "imagenet_folders": _imagenet_folders,
-    "imagenet_kaggle": _imagenet_kaggle,
-    "imagenet_shards": _imagenet_shards,
-    "imagenet_tars": _imagenet_tars,
-    "imagenet_web_shards": open_web_shards,
-    "clip_benchmark": open_built,
-    "web_shards": open_web_shards,
-}
