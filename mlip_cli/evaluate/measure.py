@@ -1,4 +1,4 @@
-"""Several encoders on one data set, batch by batch in turn: scores of each, and speeds measured side by side."""
+"""Scores of several encoders on one data set. They take turns on each batch, so speeds are measured side by side."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -77,7 +77,7 @@ class _Classifier:
         )
 
     def _timed_features(self, images: Tensor) -> ImageFeatures:
-        """`encode_image` on the clock; the frequency feature, which it does not give, in a pass off the clock."""
+        """Time `encode_image` alone; a pass off the clock gives the frequency feature."""
         if self.has_frequency is None:
             self.encoder.encode_image(images)  # the first call of a shape chooses kernels and allocates
             self.has_frequency = self.encoder.image_features(images[:1]).frequency is not None
@@ -109,14 +109,15 @@ def measure(
     """Scores of each encoder of each candidate, in their order; strict JSON, fractions in [0, 1].
 
     Spatial features (`encode_image`) are on the top level; with a frequency branch `frequency` and
-    `spatial_plus_frequency` (the sum of the normalised features) hold the same scores for those. `right` holds one
-    character a picture, for paired tests, and `predicted` the number of the class that each got, in one line.
+    `spatial_plus_frequency` (the sum of the normalised features) hold the same scores for those features. `right` holds
+    one character a picture, for paired tests. `predicted` holds the number of each picture's predicted class, in one
+    line.
 
     Args:
         read: numbers of batches -> those batches: uint8 images (B, 3, S, S) and classes (B,), on the CPU. Ranks of one
             process group read some of them each.
         dataset: name of the data set, for messages.
-        is_timed: also measure `images_per_s`, which takes a pass more where there is a frequency branch.
+        is_timed: also measure `images_per_s`; a frequency branch then takes one more pass.
         on_batch: see `OnBatch`.
 
     Raises:
@@ -161,7 +162,7 @@ def _joined(batches: Sequence[_Answers]) -> _Answers:
 def _texts(
     pictures: Pictures, candidates: Sequence[Candidate], dataset: str, on_batch: OnBatch
 ) -> Iterable[tuple[Candidate, tuple[Tensor, Tensor | None]]]:
-    """Class and name embeddings, once a candidate: merging does not touch the texts."""
+    """Class and name embeddings of each candidate; its merge rates share them, because texts never merge."""
     for candidate in candidates:
         embed = partial(
             class_embeddings,

@@ -1,4 +1,4 @@
-"""Retrieval between pictures and texts: exact, in chunks, ties counted against the model."""
+"""Retrieval between pictures and texts: exact, in chunks. Ties count against the model."""
 
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
@@ -13,14 +13,14 @@ from mlip_cli.evaluate.zeroshot import similarities
 
 RECALL_AT = (1, 5, 10)
 CHUNK = 256
-"""Queries compared at once; a thousand of them are enough for four ranks."""
+"""Queries that are compared at once. Ranks share the work by chunks."""
 
 
 def rank_of_first_right(scores: Tensor, right: Tensor) -> Tensor:
     """How many wrong candidates come before the best right one: (Q, G) scores, (Q, G) bool -> (Q,).
 
-    A wrong candidate with the same score comes before it: a model that gives everything the same feature finds nothing.
-    So does one whose score is NaN, and a right one's NaN comes last.
+    A wrong candidate with an equal score comes before it, so a model with one feature for everything finds nothing. A
+    wrong candidate whose score is NaN comes before it too. A right candidate whose score is NaN comes last.
     """
     best = scores.masked_fill(~right, -torch.inf).amax(dim=1, keepdim=True)
     return (~(scores < best) & ~right).sum(dim=1)
@@ -67,7 +67,7 @@ def recalls(
 ) -> dict[str, Any]:
     """Recall at each k with its 95 % interval and its chance level, as `r1`, `r1_interval`, `r1_chance`, ...
 
-    Queries of one cluster depend on each other, and are drawn together for the interval.
+    Queries of one cluster depend on each other: the interval draws them together.
     """
     n = len(ranks)
     scores: dict[str, Any] = {"n": n, "num_candidates": num_candidates}
@@ -86,7 +86,7 @@ def recalls(
 
 @dataclass(frozen=True)
 class Ranks:
-    """What a set of queries found."""
+    """The ranks that a set of queries reached."""
 
     ranks: Tensor
     """(Q,): wrong candidates before the first right one."""
@@ -94,7 +94,7 @@ class Ranks:
     """Right candidates of each query."""
     num_candidates: int
     cluster_of: Sequence[int] | None = None
-    """Of each query, where several depend on each other."""
+    """Cluster of each query; None: the queries are independent."""
 
     def recalls(self, *, at: Sequence[int] = RECALL_AT) -> dict[str, Any]:
         """See the function `recalls`."""
@@ -123,14 +123,14 @@ def images_of_texts(captions: Sequence[Sequence[int]], num_texts: int) -> list[l
 def image_text_ranks(
     image_features: Tensor, text_features: Tensor, captions: Sequence[Sequence[int]]
 ) -> dict[str, Ranks]:
-    """Where each image finds its first text, and each text its first image: `image_to_text` and `text_to_image`.
+    """Rank of each image's first right text, `image_to_text`, and of each text's first right image, `text_to_image`.
 
-    Texts of one image, where it has several, are a cluster; a text of several images belongs to the first.
+    Several texts of one image are a cluster. A text of several images belongs to the first.
 
     Args:
         image_features: (I, E) unit vectors.
         text_features: (T, E) unit vectors.
-        captions: for each image the numbers of its texts. Images may share a text, which is then right for each.
+        captions: for each image the numbers of its texts. Images may share a text; it is right for each of them.
     """
     images = images_of_texts(captions, len(text_features))
     image_of = [own[0] for own in images]
@@ -152,10 +152,10 @@ def image_text_ranks(
 
 @dataclass(frozen=True)
 class InBatch:
-    """How often the two of a pair find each other first among the pairs of a batch, as a contrastive loss asks."""
+    """How often the two halves of a pair find each other first in a batch: the question of a contrastive loss."""
 
     acc1: float
-    """Share of right ones, mean of both ways."""
+    """Share of right queries, mean of both ways."""
     chance: float
     batch_size: int
 
@@ -165,8 +165,8 @@ def in_batch(
 ) -> InBatch:
     """Top-1 accuracy in random batches of pictures with their first captions, the same ones each time.
 
-    Pairs that do not fill a batch are left out, where there is a whole one. The other arguments are those of
-    `image_text_ranks`; an equal caption is right for each of its pictures.
+    Pairs that do not fill the last batch are left out. With fewer pairs than `batch_size` one batch holds them all. An
+    equal caption is right for each of its pictures. The other arguments are those of `image_text_ranks`.
     """
     order = torch.randperm(len(captions), generator=torch.Generator().manual_seed(0)).tolist()
     size = min(batch_size, len(order))
@@ -212,7 +212,7 @@ def image_text_retrieval(
     *,
     at: Sequence[int] = RECALL_AT,
 ) -> Mapping[str, dict[str, Any]]:
-    """Recall both ways (the protocol of Flickr30k and COCO): a query is right when any of its own is among the first k.
+    """Recall both ways (the protocol of Flickr30k and COCO): a query is right if one of its own is among the first k.
 
     The arguments are those of `image_text_ranks`.
     """

@@ -1,4 +1,4 @@
-"""The pairs of `data.validation`, ready to be encoded again and again: for measures, galleries and sweeps."""
+"""The pairs of `data.validation`: for measures, galleries and sweeps."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -28,21 +28,21 @@ VALIDATION = "validation"
 
 BATCH_SIZE = 128
 KEPT_BYTES = 1 << 30
-"""Decoded pictures up to this many bytes a data set and rank stay in memory between evaluations; more are decoded each
-time."""
+"""Most bytes of decoded pictures that stay in memory between evaluations, for each data set and rank. Larger sets are
+decoded each time."""
 
 FEW_PICTURES = 1000
-"""Below this many, starting loader processes takes longer than decoding."""
+"""Fewer pictures than these are decoded sooner than loader processes start."""
 
 
 def tokenize(tokenizer: Tokenizer, texts: Sequence[str]) -> Tensor:
-    """Token ids (n, L), L the length of the longest text: columns of padding change nothing but the time."""
+    """Token ids (n, L), L the length of the longest text: more padding would change nothing but the time."""
     token_ids = tokenizer.encode(texts)
     return token_ids[:, : int(token_ids.any(dim=0).nonzero().max()) + 1]
 
 
 class ValidationPairs:
-    """All pictures of some data sets and their distinct captions; a caption of several pictures is right for each."""
+    """All pictures of some data sets, and their distinct captions. A caption of several pictures is right for each."""
 
     def __init__(
         self,
@@ -74,7 +74,7 @@ class ValidationPairs:
         self._decoded = DecodedBatches(self._read, size=image_size)
 
     def _read(self, numbers: range) -> Iterator[Tensor]:
-        """Batches by their numbers among those of all data sets: a batch is of one data set."""
+        """Batches by their numbers among the batches of all data sets. A batch holds pictures of one data set."""
         first = 0
         for dataset, num_batches in zip(self.datasets, self._num_batches, strict=True):
             own = range(max(numbers.start - first, 0), min(numbers.stop - first, num_batches))
@@ -130,7 +130,7 @@ class ValidationPairs:
 def validation_pairs(
     recipe: Recipe, tokenizer: Tokenizer, *, device: torch.device | str, beside: Sequence[ShardDataset] = ()
 ) -> ValidationPairs | None:
-    """Those of the recipe's `data.validation`, or None where it names none; for `beside` see `open_sources`."""
+    """The pairs of the recipe's `data.validation`; None if it has none. For `beside` see `open_sources`."""
     sources = recipe.data.validation
     if sources is None:
         return None
@@ -180,11 +180,15 @@ def evaluation_loader(
 ) -> Iterator[EvaluationBatch]:
     """All samples of a data set once, in order, resized and centre-cropped; the last batch may be smaller.
 
+    Loader processes read them: for 1,200 JPEGs of 400 x 300 px one process took 2.3 s of CPU time, threads (as in
+    `datasets.pictures.batches`) 3.7 s. Nothing is timed here, so reading ahead harms nothing.
+
+
     Args:
-        numbers: of the batches to make; None: all.
+        numbers: numbers of the batches to make; None: all.
 
     Raises:
-        RunError: (while iterating) a sample cannot be read: a measure over the others would be another measure.
+        RunError: (while iterating) a sample cannot be read; a measure over the others would be another measure.
     """
     dataset.fetch()
     batches = _EvaluationBatches(dataset, image_size, batch_size)
@@ -193,7 +197,7 @@ def evaluation_loader(
 
 
 class _EvaluationBatches(Dataset[EvaluationBatch | Exception]):
-    """Item i is the i-th batch, or the error that made it impossible."""
+    """Item i is the i-th batch, or the error that prevented it."""
 
     def __init__(self, dataset: ShardDataset, image_size: int, batch_size: int) -> None:
         self.dataset, self.image_size, self.batch_size = dataset, image_size, batch_size

@@ -1,4 +1,4 @@
-"""Classification of pictures by the texts of the class names. Scores are made in fp32 whatever the features are."""
+"""Zero-shot classification: pictures are compared with the texts of class names. Scores are computed in fp32."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -15,20 +15,20 @@ TOP_K = 5
 
 
 def finite_rows(features: Tensor) -> Tensor:
-    """Which vectors have a length, and so a direction: (B, E) -> (B,) bool."""
+    """Which vectors have a finite length: (B, E) -> (B,) bool."""
     return features.float().norm(dim=-1).isfinite()
 
 
 def require_finite(is_finite: Tensor, what: str, *, place: str | None = None) -> None:
-    """Refuse features that are not finite: scores of them would count as hits or misses at random.
+    """Refuse features that are not finite: their scores would be hits or misses at random.
 
     Args:
         is_finite: (n,) bool, of all features that were made.
-        what: whose features, such as `image`.
-        place: the data set, and of several runs which; None where a message needs no place.
+        what: the kind of features, such as `image`.
+        place: the data set, with the run where there are several; None: the message names no place.
 
     Raises:
-        RunError: says how many of them are not.
+        RunError: says how many are not finite.
     """
     n, num_wrong = is_finite.numel(), int((~is_finite).sum())
     if num_wrong:
@@ -38,7 +38,7 @@ def require_finite(is_finite: Tensor, what: str, *, place: str | None = None) ->
 
 
 def unit(features: Tensor) -> Tensor:
-    """Unit vectors in fp32, for features that are known to be finite or will be checked: (B, E) -> (B, E)."""
+    """Unit vectors in fp32, without a check that they are finite: (B, E) -> (B, E)."""
     return F.normalize(features.float(), dim=-1)
 
 
@@ -93,7 +93,7 @@ def class_embeddings(
 ) -> Tensor:
     """One unit vector a class: -> (C, E) fp32.
 
-    The normalised mean of the normalised features of all templates with the name put for `{c}` (Radford et al. 2021).
+    The normalised mean of the normalised features of all templates, with the name in the place of `{c}` (Radford et al. 2021).
 
     Raises:
         RunError: some are not finite (see `require_finite`).
@@ -106,21 +106,21 @@ def class_embeddings(
 
 
 def similarities(features: Tensor, others: Tensor) -> Tensor:
-    """Cosines of unit vectors: (B, E), (C, E) -> (B, C), in fp32 inside autocast too, where bf16 would make ties."""
+    """Cosines of unit vectors: (B, E), (C, E) -> (B, C), in fp32 under autocast too: bf16 would make ties."""
     with torch.autocast(features.device.type, enabled=False):
         return features @ others.T
 
 
 def top_classes(features: Tensor, classes: Tensor) -> Tensor:
-    """The best five classes (fewer where there are fewer) of each picture, best first: (B, E), (C, E) -> (B, k)."""
+    """The five most similar classes of each picture, or all if there are fewer, best first: (B, E), (C, E) -> (B, k)."""
     return similarities(features, classes).topk(min(TOP_K, len(classes)), dim=1).indices
 
 
 def classification(top: Tensor, labels: Tensor, class_names: Sequence[str]) -> dict[str, Any]:
     """Scores of the predictions `top` (n, k) for `labels` (n,), as fractions, with 95 % intervals.
 
-    `acc5` is None below five classes, where it says nothing. Classes without a picture are left out of the mean recall,
-    as in scikit-learn's balanced accuracy.
+    `acc5` is None with fewer than five classes. The mean recall leaves out classes without pictures, as scikit-learn's
+    balanced accuracy does.
     """
     n, num_classes = len(labels), len(class_names)
     hits = top == labels[:, None]
