@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from models_for_tests import small_batch, small_model
 from PIL import Image
 from torch import Tensor
+from torchvision.transforms.functional import pil_to_tensor
 
-from mlip_cli.data.transforms import pil_to_uint8
 from mlip_cli.evaluate.merge_pictures import (
     MAP_SHARE,
     draw_groups,
@@ -195,7 +195,7 @@ def test_small_pictures_are_magnified_by_whole_numbers(size: tuple[int, int], pa
 def test_magnified_panels_are_exact_and_photos_small() -> None:
     panel = panel_pictures(noise(1, 3, 32, 32))[0]
     with Image.open(io.BytesIO(encode(panel, is_magnified=True))) as image:
-        assert torch.equal(pil_to_uint8(image), panel)
+        assert torch.equal(pil_to_tensor(image), panel)
     assert len(encode(noise(1, 3, 224, 224)[0], is_magnified=False)) < 60_000 < 3 * 224 * 224
 
 

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from mlip_cli.data.dataset import ShardDataset
-from mlip_cli.data.prepare import pixels
 from mlip_cli.data.tar import read_members
 from mlip_cli.data.tokenizer import Tokenizer
-from mlip_cli.data.transforms import decode, evaluation_transform, pil_to_uint8
+from mlip_cli.data.transforms import evaluation_transform
 from mlip_cli.devices import batch_named
 from mlip_cli.errors import UsageError
 from mlip_cli.evaluate.datasets.benchmark import Benchmark
@@ -36,10 +35,7 @@ WAYS = {"image_to_text": "image to text", "text_to_image": "text to image"}
 READERS = Readers(
     open_shards=ShardDataset,
     read_members=read_members,
-    decode=decode,
-    from_pil=pil_to_uint8,
     fit=lambda image, size: evaluation_transform(image, size=size),
-    formats=pixels.FORMATS,
 )
 
 

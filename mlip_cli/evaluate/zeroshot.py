@@ -93,7 +93,8 @@ def class_embeddings(
 ) -> Tensor:
     """One unit vector a class: -> (C, E) fp32.
 
-    The normalised mean of the normalised features of all templates, with the name in the place of `{c}` (Radford et al. 2021).
+    The normalised mean of the normalised features of all templates, with the name in the place of `{c}` (Radford et al.
+    2021).
 
     Raises:
         RunError: some are not finite (see `require_finite`).
@@ -112,7 +113,7 @@ def similarities(features: Tensor, others: Tensor) -> Tensor:
 
 
 def top_classes(features: Tensor, classes: Tensor) -> Tensor:
-    """The five most similar classes of each picture, or all if there are fewer, best first: (B, E), (C, E) -> (B, k)."""
+    """The five most similar classes of each picture (or all, if fewer), best first: (B, E), (C, E) -> (B, k)."""
     return similarities(features, classes).topk(min(TOP_K, len(classes)), dim=1).indices
 
 

@@ -3,23 +3,25 @@
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from PIL import Image
 from torch import Tensor
+from torchvision.transforms.functional import pil_to_tensor
 
+from mlip_cli.data.pictures import RejectedPictureError, pillow_to_rgb
 from mlip_cli.errors import RunError, UsageError
 from mlip_cli.evaluate.datasets.benchmark import Benchmark
-from mlip_cli.evaluate.datasets.pictures import Pictures, Readers, decode_any
+from mlip_cli.evaluate.datasets.pictures import Pictures, Readers, read_picture
 
 PICTURE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 IMAGENETV2_FOLDER = "ImageNetV2-matched-frequency"
 IMAGENETV2_PICTURES = 10_000
 
-TarItem = tuple[Path, int, int, bool, int]
-"""Tar, offset and size of the picture in it, whether it is a JPEG, class."""
+TarItem = tuple[Path, int, int, int]
+"""Tar, offset and size of the picture in it, class."""
 
 
 def open_built(benchmark: Benchmark, readers: Readers) -> Pictures:
@@ -33,15 +35,21 @@ def open_built(benchmark: Benchmark, readers: Readers) -> Pictures:
         n = sum(1 for _ in root.glob(f"{IMAGENETV2_FOLDER}/**/*.jpeg"))
         if n != IMAGENETV2_PICTURES:
             raise UsageError(f"{name}: {n} pictures in {root / IMAGENETV2_FOLDER}, not all {IMAGENETV2_PICTURES:,}")
-    dataset = _build(name, root, readers.from_pil)
+    dataset = _build(name, root)
     if len(dataset) == 0:
         raise UsageError(f"{name}: no pictures in {root}; put there what clip-benchmark has below its --dataset_root")
     folders = getattr(dataset, "class_to_idx", None)
     if hasattr(dataset, "imgs") and folders is not None and len(folders) != len(dataset.classes):
         raise UsageError(f"{name}: {len(folders)} class folders in {root} for {len(dataset.classes)} classes")
 
+    if hasattr(dataset, "loader"):  # else the set opens its files itself
+        dataset.loader = lambda path: read_picture(Path(path).read_bytes(), where=str(path))
+
     def load(i: int) -> tuple[Tensor, int]:
-        image, label = dataset[i]
+        try:
+            image, label = dataset[i]
+        except RejectedPictureError as error:
+            raise RunError(f"{name}: picture {i}: {error}; mend this picture or remove it") from error
         return image, int(label)
 
     return Pictures(
@@ -53,12 +61,17 @@ def open_built(benchmark: Benchmark, readers: Readers) -> Pictures:
     )
 
 
-def _build(name: str, root: Path, from_pil: Callable[[Any], Tensor]) -> Any:
+def _to_tensor(image: Tensor | Image.Image) -> Tensor:
+    """uint8 (3, H, W) of what a data set opened: by our reader, or by Pillow."""
+    return image if isinstance(image, Tensor) else pil_to_tensor(pillow_to_rgb(image))
+
+
+def _build(name: str, root: Path) -> Any:
     from clip_benchmark.datasets.builder import build_dataset
 
     try:
         with contextlib.redirect_stdout(sys.stderr):  # it prints; stdout is the result
-            return build_dataset(name, root=str(root), transform=from_pil, split="test", download=False)
+            return build_dataset(name, root=str(root), transform=_to_tensor, split="test", download=False)
     except (RuntimeError, OSError, AssertionError, ImportError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UsageError(f"{name}: {root} does not hold what clip-benchmark expects: {reason}") from error
@@ -102,7 +115,7 @@ def open_tars(
     items = [item for tar in tars for item in _tar_items(tar, readers)]
     if not items:
         raise UsageError(f"{tars[0].parent if tars else 'no tars'}: no pictures with a .cls beside them")
-    return Pictures(class_names, templates, lambda: items, partial(_load_tar_item, readers), len(items))
+    return Pictures(class_names, templates, lambda: items, _load_tar_item, len(items))
 
 
 def _tar_items(tar: Path, readers: Readers) -> Iterator[TarItem]:
@@ -121,11 +134,11 @@ def _tar_items(tar: Path, readers: Readers) -> Iterator[TarItem]:
             label = os.pread(file.fileno(), min(size, 16), offset).strip()
             if not label.isdigit():
                 raise RunError(f"{tar}: {key}.cls is not a class number")
-            yield tar, *parts[picture], picture in ("jpg", "jpeg"), int(label)
+            yield tar, *parts[picture], int(label)
 
 
-def _load_tar_item(readers: Readers, item: TarItem) -> tuple[Tensor, int]:
-    tar, offset, size, is_jpeg, label = item
+def _load_tar_item(item: TarItem) -> tuple[Tensor, int]:
+    tar, offset, size, label = item
     with open(tar, "rb") as file:
         content = os.pread(file.fileno(), size, offset)
-    return decode_any(readers, content, is_jpeg=is_jpeg, where=f"{tar}: picture at byte {offset}"), label
+    return read_picture(content, where=f"{tar}: picture at byte {offset}"), label

@@ -2,18 +2,17 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mlip_cli.errors import RunError, UsageError
+from mlip_cli.errors import UsageError
 from mlip_cli.evaluate.datasets import imagenet
 from mlip_cli.evaluate.datasets.benchmark import Benchmark, class_folders, pictures_in
 from mlip_cli.evaluate.datasets.clip_benchmark import open_tars, open_web_shards
-from mlip_cli.evaluate.datasets.pictures import Names, Pictures, Readers, Sample, Shards, decode_any
+from mlip_cli.evaluate.datasets.pictures import Names, Pictures, Readers, Sample, Shards, read_picture
 from mlip_cli.terminal.output import warn
 
 OPENMOJI_GROUPS = (
@@ -44,7 +43,7 @@ def open_openmoji(benchmark: Benchmark, readers: Readers) -> Pictures:
         class_names=OPENMOJI_GROUPS,
         templates=OPENMOJI_TEMPLATES,
         items=lambda: items,
-        load=partial(_load_sample, readers),
+        load=_load_sample,
         num_pictures=len(items),
         names=names_of([(sample.record["meta"]["name"], sample.image) for sample in samples]),
     )
@@ -93,19 +92,16 @@ def open_folder(benchmark: Benchmark, readers: Readers) -> Pictures:
         if not paths:
             warn(f"{folder}: a class without pictures; its name takes part all the same")
     files = [(path, label) for label, paths in enumerate(found) for path in paths]
-    return _files(files, readers, class_names=tuple(names), templates=_templates(root))
+    return _files(files, class_names=tuple(names), templates=_templates(root))
 
 
-def _files(
-    files: list[tuple[Path, int]], readers: Readers, *, class_names: tuple[str, ...], templates: tuple[str, ...]
-) -> Pictures:
-    return Pictures(class_names, templates, lambda: files, partial(_load_file, readers), len(files))
+def _files(files: list[tuple[Path, int]], *, class_names: tuple[str, ...], templates: tuple[str, ...]) -> Pictures:
+    return Pictures(class_names, templates, lambda: files, _load_file, len(files))
 
 
-def _load_file(readers: Readers, item: tuple[Path, int]) -> tuple[Tensor, int]:
+def _load_file(item: tuple[Path, int]) -> tuple[Tensor, int]:
     path, label = item
-    is_jpeg = path.suffix.lower() in (".jpg", ".jpeg")
-    return decode_any(readers, path.read_bytes(), is_jpeg=is_jpeg, where=str(path)), label
+    return read_picture(path.read_bytes(), where=str(path)), label
 
 
 def open_shards(benchmark: Benchmark, readers: Readers) -> Pictures:
@@ -130,7 +126,7 @@ def _samples(
     templates: tuple[str, ...],
 ) -> Pictures:
     items = _Labelled(shards, lambda sample: class_of(str(sample.record["class"])))
-    return Pictures(class_names, templates, lambda: items, partial(_load_sample, readers), shards.num_samples)
+    return Pictures(class_names, templates, lambda: items, _load_sample, shards.num_samples)
 
 
 @dataclass(frozen=True)
@@ -148,12 +144,9 @@ class _Labelled(Sequence[Any]):
         return sample, self.label_of(sample)
 
 
-def _load_sample(readers: Readers, item: tuple[Sample, int]) -> tuple[Tensor, int]:
+def _load_sample(item: tuple[Sample, int]) -> tuple[Tensor, int]:
     sample, label = item
-    try:
-        return readers.decode(sample.image), label
-    except ValueError as error:
-        raise RunError(f"{sample.shard}: sample {sample.key}: {error}") from error
+    return read_picture(sample.image, where=f"{sample.shard}: sample {sample.key}"), label
 
 
 def _classes(benchmark: Benchmark, records: Sequence[dict[str, Any]]) -> list[str]:
@@ -184,7 +177,7 @@ def open_imagenet(benchmark: Benchmark, readers: Readers) -> Pictures:
     files = _imagenet_files(benchmark)
     if not files:
         raise UsageError("imagenet: class folders, but no pictures in them; unpack the validation pictures there")
-    return _files(files, readers, class_names=names, templates=templates)
+    return _files(files, class_names=names, templates=templates)
 
 
 def _imagenet_files(benchmark: Benchmark) -> list[tuple[Path, int]]:

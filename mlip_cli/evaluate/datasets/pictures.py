@@ -1,6 +1,5 @@
 """The pictures of an evaluation data set, one by one or in batches, with their classes and the texts that name them."""
 
-import io
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -11,6 +10,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from mlip_cli.data.pictures import RejectedPictureError, open_picture
+from mlip_cli.data.transforms import decode
 from mlip_cli.errors import RunError
 
 MAX_THREADS = 16
@@ -52,19 +53,13 @@ class Member(Protocol):
 
 @dataclass(frozen=True)
 class Readers:
-    """How files become pixels: the functions of `mlip_cli.data`, handed over by the command."""
+    """How files are read: the functions of `mlip_cli.data`, handed over by the command."""
 
     open_shards: Callable[[Path], Shards]
     read_members: Callable[[Path], Iterator[Member]]
     """The files in a tar."""
-    decode: Callable[[bytes], Tensor]
-    """JPEG, PNG or WebP without transparency -> uint8 (3, H, W); ValueError where it cannot."""
-    from_pil: Callable[[Any], Tensor]
-    """A Pillow picture -> uint8 (3, H, W)."""
     fit: Callable[[Tensor, int], Tensor]
     """uint8 (3, H, W), size -> (3, size, size)."""
-    formats: tuple[str, ...]
-    """Pillow's names of the formats that are read; its other decoders never see a file."""
 
 
 @dataclass(frozen=True)
@@ -139,21 +134,13 @@ def _collated(futures: Sequence[Future[tuple[Tensor, int]]]) -> tuple[Tensor, Te
     return torch.stack([image for image, _ in loaded]), torch.tensor([label for _, label in loaded])
 
 
-def decode_any(readers: Readers, content: bytes, *, is_jpeg: bool, where: str) -> Tensor:
-    """Pixels of a picture from anywhere: JPEG by the fast decoder, the rest by Pillow: uint8 (3, H, W).
+def read_picture(content: bytes, *, where: str) -> Tensor:
+    """Pixels of a picture: uint8 (3, H, W).
 
     Raises:
-        RunError: neither can read it; `where` says which picture.
+        RunError: it cannot be decoded; `where` says which picture it is.
     """
-    from PIL import Image
-
-    if is_jpeg:
-        try:
-            return readers.decode(content)
-        except ValueError:
-            pass  # CMYK, or another format under a JPEG's name: Pillow's turn, which has the last word
     try:
-        with Image.open(io.BytesIO(content), formats=readers.formats) as image:
-            return readers.from_pil(image)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise RunError(f"{where}: not a readable picture; mend it or take it away") from error
+        return decode(open_picture(content))
+    except RejectedPictureError as error:
+        raise RunError(f"{where}: {error}; mend this picture or remove it") from error
