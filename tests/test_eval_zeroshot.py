@@ -26,7 +26,6 @@ from mlip_cli.evaluate.datasets.pictures import batches
 from mlip_cli.evaluate.evaluators import READERS, retrieval_words, training_evaluators, zeroshot_words
 from mlip_cli.evaluate.statistics import mcnemar
 from mlip_cli.evaluate.stored import EvaluatedCheckpoint, Measured
-from mlip_cli.evaluate.together import ALONE
 from mlip_cli.evaluate.validation import validation_pairs
 from mlip_cli.evaluate.zeroshot import class_embeddings, normalized
 from mlip_cli.files import write_json
@@ -358,14 +357,14 @@ def test_training_evaluators_measure_what_the_command_measures(place: Path, caps
     model = load_run("runs/mlip", device="cpu").model
     tokenizer = Tokenizer(16)
     evaluators = training_evaluators(recipe, tokenizer, validation_pairs(recipe, tokenizer, device="cpu"))
-    found = {evaluator.name: evaluator.measure(model, lambda _: None, ALONE) for evaluator in evaluators}
+    found = {evaluator.name: evaluator.measure(model, lambda _: None) for evaluator in evaluators}
     measures = found["validation"].values | found["openmoji"].values
     assert measures["openmoji_mean_recall"] == pytest.approx(result["mean_per_class_recall"])
     assert measures["openmoji_name_r5"] == pytest.approx(result["names"]["r5"])
     assert {f"validation_{way}_r{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)} < set(measures)
     for path in Path("data/openmoji/test").glob("*.tar"):
         path.unlink()  # decoded pictures are kept: a second evaluation reads nothing
-    assert {evaluator.name: evaluator.measure(model, lambda _: None, ALONE) for evaluator in evaluators} == found
+    assert {evaluator.name: evaluator.measure(model, lambda _: None) for evaluator in evaluators} == found
     recipe = small_recipe(data={"validation": "data/none"})
     with pytest.raises(UsageError, match="data/none: no such folder"):
         validation_pairs(recipe, Tokenizer(16), device="cpu")

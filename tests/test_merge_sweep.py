@@ -25,7 +25,6 @@ from mlip_cli.errors import RunError, Stopped, UsageError
 from mlip_cli.evaluate.evaluators import training_evaluators
 from mlip_cli.evaluate.merge_pictures import draw_groups, draw_guidance, panel_pictures
 from mlip_cli.evaluate.sweep import FAILURES, METHODS, agreement, find_datasets, numbers_at_random
-from mlip_cli.evaluate.together import ALONE
 from mlip_cli.evaluate.validation import validation_pairs
 from mlip_cli.profiling.flops import image_gflops
 from mlip_cli.recipe import merge_plan
@@ -270,7 +269,7 @@ def test_the_validation_set_is_swept_where_no_other_is_named(place: Path, capsys
         loaded.recipe, loaded.tokenizer, validation_pairs(loaded.recipe, loaded.tokenizer, device="cpu")
     )
     for point in dataset["points"]:
-        values = evaluator.measure(at_rate(loaded.model, point["rate"]), lambda _: None, ALONE).values
+        values = evaluator.measure(at_rate(loaded.model, point["rate"]), lambda _: None).values
         for way in ("image_to_text", "text_to_image"):
             for k in (1, 5, 10):
                 name = f"r{k}"

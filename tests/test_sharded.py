@@ -91,7 +91,7 @@ def test_an_evaluation_that_was_left_is_made_up_before_the_first_step(
     arguments = [str(recipe), "--out", str(folder), *SHARDED]
     with Forked(arguments, words, ranks=2, body=signalled) as training:
         assert training.join() == [143, 143], training.said()
-    assert "the evaluation was left before its end" in training.said()
+    assert "the evaluation was stopped" in training.said()
     with Forked([*arguments, "--resume"], words, ranks=2) as training:
         assert training.join() == [0, 0], training.said()
     assert metrics(folder) == metrics(sharded)

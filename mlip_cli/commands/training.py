@@ -14,8 +14,8 @@ from mlip_cli.distributed import from_main, process_group, rank, wait_for_ranks,
 from mlip_cli.errors import RunError, Stopped, UsageError
 from mlip_cli.evaluate.evaluators import Evaluator, training_evaluators
 from mlip_cli.evaluate.gallery import find_pairs, write_gallery
-from mlip_cli.evaluate.together import Left, Together
-from mlip_cli.evaluate.validation import BATCH_SIZE, OnBatch, validation_pairs
+from mlip_cli.evaluate.together import EvaluationStopped, OnBatch
+from mlip_cli.evaluate.validation import BATCH_SIZE, validation_pairs
 from mlip_cli.files import write_json
 from mlip_cli.losses.objective import Objective
 from mlip_cli.model.clip import CLIP
@@ -39,7 +39,7 @@ from mlip_cli.train.step import Progress
 from mlip_cli.train.trackers import opened_trackers
 
 Evaluate = Callable[[int, Callable[[], bool]], dict[str, float] | None]
-"""Step, and whether a signal asks to stop -> measures by their names in metrics.jsonl; None where it led out."""
+"""Step, and whether a signal asks to stop -> measures by their names in metrics.jsonl; None if it was stopped."""
 
 
 def train_run(recipe: Recipe, start: Start) -> Run:
@@ -77,9 +77,8 @@ def train_run(recipe: Recipe, start: Start) -> Run:
                 warn(line)
             run_loop(run, recipe, data, training, progress, evaluators=evaluators, random=random)
             if pairs is not None:
-                together = everyone(device)
-                with together.as_one(), training.as_measured() as model, evaluation_memory_named("the gallery"):
-                    found = find_pairs(model.eval(), pairs, together=together)
+                with training.as_measured() as model, evaluation_memory_named("the gallery"):
+                    found = find_pairs(model.eval(), pairs)
                 if is_main():
                     write_gallery(run, found, pairs, step=progress.step, true_rate=training.plain.plan.rate)
     return run
@@ -99,11 +98,6 @@ def checkpoint_of_all(run: Run, start: Start) -> Path | None:
             "that all nodes share"
         )
     return Path(chosen) if chosen else None
-
-
-def everyone(device: torch.device, *, is_stopping: Callable[[], bool] = lambda: False) -> Together:
-    """All ranks of this training, for an evaluation."""
-    return Together(rank=rank(), world_size=world_size(), device=device, is_stopping=is_stopping)
 
 
 def run_loop(
@@ -231,32 +225,36 @@ def measure(
 ) -> dict[str, float] | None:
     """All measures of the model as it is, without gradients, by all ranks and for all of them.
 
-    None when a signal to any rank asks to stop meanwhile; an error on any rank ends all of them.
+    None if a signal asked any rank to stop meanwhile. An error on one rank is raised on all.
     """
-    together = everyone(training.device, is_stopping=is_stopping)
     measures: dict[str, float] = {}
     try:
-        with together.as_one(), torch.no_grad(), training.as_measured() as model:
+        with torch.no_grad(), training.as_measured() as model:
             model.eval()
             for evaluator in evaluators:
                 with evaluation_memory_named(f"step {step}: evaluating {evaluator.name}"):
-                    found = evaluator.measure(model, shown(evaluator, panel), together)
+                    found = evaluator.measure(model, on_batch_of(evaluator, panel, is_stopping))
                 panel.measured(step, evaluator.name, found.words)
                 measures |= found.values
-    except Left:
-        warn(f"step {step}: the evaluation was left before its end; none of its numbers are written")
+    except EvaluationStopped:
+        warn(f"step {step}: the evaluation was stopped; none of its numbers are written")
         return None
     panel.doing(None)
     return measures
 
 
-def shown(evaluator: Evaluator, panel: TrainingPanel) -> OnBatch:
-    """Tells the panel how far an evaluation is; the other ranks are as far as this one."""
+def on_batch_of(evaluator: Evaluator, panel: TrainingPanel, is_stopping: Callable[[], bool]) -> OnBatch:
+    """After each batch: stop if a signal asks for it, and show how far the evaluation is.
+
+    The other ranks are as far as this one.
+    """
     done = 0
     panel.doing(f"evaluating {evaluator.name}")
 
     def on_batch(n: int) -> None:
         nonlocal done
+        if is_stopping():
+            raise EvaluationStopped
         done = min(done + n * world_size(), evaluator.num_pictures)
         if n:
             panel.doing(f"evaluating {evaluator.name}", done=done, total=evaluator.num_pictures)

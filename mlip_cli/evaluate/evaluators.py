@@ -23,8 +23,8 @@ from mlip_cli.evaluate.datasets.pictures import Pictures, Readers, batches
 from mlip_cli.evaluate.measure import NAME_RECALL_AT, Candidate, measure
 from mlip_cli.evaluate.retrieval import RECALL_AT, InBatch, image_text_retrieval, in_batch, modality_gap
 from mlip_cli.evaluate.statistics import metric_prefix
-from mlip_cli.evaluate.together import Together
-from mlip_cli.evaluate.validation import BATCH_SIZE, Kept, OnBatch, ValidationPairs, tokenize
+from mlip_cli.evaluate.together import OnBatch
+from mlip_cli.evaluate.validation import BATCH_SIZE, DecodedBatches, ValidationPairs, tokenize
 from mlip_cli.recipe.config import Recipe
 from mlip_cli.runs.loading import LoadedRun, MergedEncoder
 from mlip_cli.terminal.output import percent, plural
@@ -62,8 +62,8 @@ class Evaluator:
     num_pictures: int
     metrics: tuple[str, ...]
     """Names of the values that it finds."""
-    measure: Callable[[Encoder, OnBatch, Together], Measures]
-    """All ranks take part, and all of them get the result."""
+    measure: Callable[[Encoder, OnBatch], Measures]
+    """All ranks take part, and all of them get the result. Stops when OnBatch raises EvaluationStopped."""
 
 
 RunToMeasure = tuple[LoadedRun, Sequence[MergedEncoder]]
@@ -100,13 +100,17 @@ def measure_runs(benchmark: Benchmark, runs: Sequence[RunToMeasure], *, batch_si
             for loaded, encoders in group
         ]
         read_ahead = all(candidate.device.type == "cuda" for candidate in candidates)
-        loader = batches(pictures, READERS, size=size, batch_size=batch_size, read_ahead=read_ahead)
+
+        def read(numbers: range) -> Iterator[tuple[Tensor, Tensor]]:
+            return batches(pictures, READERS, size=size, batch_size=batch_size, read_ahead=read_ahead, numbers=numbers)
+
         with batch_named("--batch-size", batch_size), progress(pictures.num_pictures, benchmark.name) as bar:
             return measure(
                 pictures,
-                loader,
+                read,
                 candidates,
                 dataset=benchmark.name,
+                batch_size=batch_size,
                 on_batch=lambda n: bar.advance(bar.task_ids[0], n),
             )
 
@@ -140,23 +144,19 @@ def training_evaluators(
 def _zeroshot_evaluator(benchmark: Benchmark, recipe: Recipe, tokenizer: Tokenizer, device: torch.device) -> Evaluator:
     size = recipe.data.image_size
     pictures = open_benchmark(benchmark, READERS)
-    decoded = Kept(partial(_batches, pictures, size, device), size=size)
+    decoded = DecodedBatches(partial(_batches, pictures, size, device), size=size)
     of_names = tuple(f"name_r{k}" for k in NAME_RECALL_AT) if pictures.names else ()
     metrics = tuple(f"{metric_prefix(benchmark.name)}_{name}" for name in ("mean_recall", "acc1", *of_names))
 
-    def evaluate(encoder: Encoder, on_batch: OnBatch, together: Together) -> Measures:
-        part = together.part(-(-pictures.num_pictures // BATCH_SIZE))
-        on_batch(0)
+    def evaluate(encoder: Encoder, on_batch: OnBatch) -> Measures:
         [[scores]] = measure(
             pictures,
-            decoded.of(part.numbers),
+            decoded.of,
             [Candidate((encoder,), partial(tokenize, tokenizer), device)],
             dataset=benchmark.name,
+            batch_size=BATCH_SIZE,
             is_timed=False,
             on_batch=on_batch,
-            together=together,
-            part=part,
-            first=part.numbers.start * BATCH_SIZE,
         )
         found = [scores["mean_per_class_recall"], scores["acc1"]]
         if pictures.names:
@@ -189,10 +189,10 @@ def _retrieval_evaluator(pairs: ValidationPairs, batch_size: int) -> Evaluator:
     names = (*(f"{way}_r{k}" for way, k in recalls), "in_batch_acc1", "modality_gap")
     metrics = tuple(f"validation_{name}" for name in names)
 
-    def evaluate(encoder: Encoder, on_batch: OnBatch, together: Together) -> Measures:
-        images, texts = pairs.features(encoder, on_batch=on_batch, together=together)
-        scores = image_text_retrieval(images, texts, pairs.own_texts, together=together)
-        batches = in_batch(images, texts, pairs.own_texts, batch_size=batch_size, together=together)
+    def evaluate(encoder: Encoder, on_batch: OnBatch) -> Measures:
+        images, texts = pairs.features(encoder, on_batch=on_batch)
+        scores = image_text_retrieval(images, texts, pairs.own_texts)
+        batches = in_batch(images, texts, pairs.own_texts, batch_size=batch_size)
         gap = modality_gap(images, texts, pairs.own_texts)
         found = [*(scores[way][f"r{k}"] for way, k in recalls), batches.acc1, gap]
         words = f"{retrieval_words(scores)}; {pairs_words(batches, gap)}"

@@ -14,7 +14,6 @@ from mlip_cli import __version__
 from mlip_cli.data.loader import decoded
 from mlip_cli.evaluate.results import FoundPicture, FoundText, GalleryResult, PictureQuery, Recalls, TextQuery
 from mlip_cli.evaluate.retrieval import image_text_retrieval, images_of_texts, ranks
-from mlip_cli.evaluate.together import Together
 from mlip_cli.evaluate.validation import ValidationPairs
 from mlip_cli.evaluate.zeroshot import similarities
 from mlip_cli.files import write_bytes
@@ -68,14 +67,14 @@ THUMBNAIL = 160
 """Longest side of a stored picture in pixels."""
 
 
-def find_pairs(encoder: Encoder, pairs: ValidationPairs, *, together: Together) -> FoundPairs:
-    """What a gallery shows, found by all ranks.
+def find_pairs(encoder: Encoder, pairs: ValidationPairs) -> FoundPairs:
+    """Features and recalls of the validation pairs, by all ranks and on every rank.
 
     Raises:
         RunError: features that are not finite, or a picture that cannot be read.
     """
-    images, texts = pairs.features(encoder, together=together)
-    return images, texts, image_text_retrieval(images, texts, pairs.own_texts, together=together)
+    images, texts = pairs.features(encoder)
+    return images, texts, image_text_retrieval(images, texts, pairs.own_texts)
 
 
 def write_gallery(run: Run, found: FoundPairs, pairs: ValidationPairs, *, step: int, true_rate: float) -> None:

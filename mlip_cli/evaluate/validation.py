@@ -17,15 +17,12 @@ from mlip_cli.data.tokenizer import Tokenizer
 from mlip_cli.data.transforms import evaluation_transform, least_size
 from mlip_cli.distributed import world_size
 from mlip_cli.errors import RunError
-from mlip_cli.evaluate.together import ALONE, Together
+from mlip_cli.evaluate.together import OnBatch, on_all_ranks
 from mlip_cli.evaluate.zeroshot import normalized, text_features
 from mlip_cli.recipe.config import Cache, Recipe, Source
 from mlip_cli.types import Encoder
 
 T = TypeVar("T")
-OnBatch = Callable[[int], None]
-"""Told of the number of pictures that are done now on this rank, of 0 before texts."""
-
 VALIDATION = "validation"
 """Name of the run's own validation set."""
 
@@ -74,7 +71,7 @@ class ValidationPairs:
         """For each picture the numbers of its texts."""
         self._image_size = image_size
         self._num_batches = [-(-dataset.num_samples // BATCH_SIZE) for dataset in self.datasets]
-        self._decoded = Kept(self._read, size=image_size)
+        self._decoded = DecodedBatches(self._read, size=image_size)
 
     def _read(self, numbers: range) -> Iterator[Tensor]:
         """Batches by their numbers among those of all data sets: a batch is of one data set."""
@@ -104,29 +101,28 @@ class ValidationPairs:
             number -= dataset.num_samples
         raise IndexError(number)
 
-    def features(
-        self, encoder: Encoder, *, on_batch: OnBatch = lambda _: None, together: Together = ALONE
-    ) -> tuple[Tensor, Tensor]:
-        """Unit vectors of all pictures and of all texts: (I, E), (T, E) fp32, on every rank.
+    @torch.no_grad()
+    def features(self, encoder: Encoder, *, on_batch: OnBatch = lambda _: None) -> tuple[Tensor, Tensor]:
+        """Unit vectors of all pictures and of all texts: (I, E), (T, E) fp32, by all ranks and on every rank.
 
         Raises:
             RunError: some features are not finite; says how many.
         """
-        part = together.part(sum(self._num_batches))
-        parts = []
-        for images in together.in_rounds(self._decoded.of(part.numbers), part):
-            with torch.no_grad():
-                parts.append(encoder.encode_image(images.to(self.device)))
-            on_batch(len(images))
-        images = together.gathered(parts, part)
-        on_batch(0)
+
+        def encode(numbers: range) -> Iterator[Tensor]:
+            for images in self._decoded.of(numbers):
+                features = encoder.encode_image(images.to(self.device)).cpu()
+                on_batch(len(images))
+                yield features
+
+        images = torch.cat(on_all_ranks(encode, num_batches=sum(self._num_batches))).to(self.device)
         texts = text_features(
             self.texts,
             tokenize=partial(tokenize, self._tokenizer),
             encode_text=encoder.encode_text,
             device=self.device,
             place=VALIDATION,
-            together=together,
+            on_batch=on_batch,
         )
         return normalized(images, "image", place=VALIDATION), texts
 
@@ -148,8 +144,8 @@ def validation_pairs(
     )
 
 
-class Kept(Generic[T]):
-    """Batches that are decoded the first time and kept, or decoded each time where they need too much memory."""
+class DecodedBatches(Generic[T]):
+    """Batches that stay in memory once they are decoded, or are decoded each time where they need too much of it."""
 
     def __init__(self, read: Callable[[range], Iterable[T]], *, size: int) -> None:
         self._read = read

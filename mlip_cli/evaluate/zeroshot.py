@@ -1,6 +1,6 @@
 """Classification of pictures by the texts of the class names. Scores are made in fp32 whatever the features are."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mlip_cli.errors import RunError
 from mlip_cli.evaluate.statistics import mean_recall_interval, wilson
-from mlip_cli.evaluate.together import ALONE, Together
+from mlip_cli.evaluate.together import OnBatch, on_all_ranks
 
 TOP_K = 5
 
@@ -61,17 +61,24 @@ def text_features(
     device: torch.device | str,
     batch_size: int = 256,
     place: str | None = None,
-    together: Together = ALONE,
+    on_batch: OnBatch = lambda _: None,
 ) -> Tensor:
-    """Unit features of texts, in batches: -> (len(texts), E) fp32, on every rank.
+    """Unit features of texts, in batches by all ranks: -> (len(texts), E) fp32, on every rank.
 
     Raises:
         RunError: some are not finite (see `require_finite`).
     """
-    part = together.part(-(-len(texts) // batch_size))
-    own = (texts[number * batch_size : (number + 1) * batch_size] for number in part.numbers)
-    features = [encode_text(tokenize(batch).to(device)) for batch in together.in_rounds(own, part)]
-    return normalized(together.gathered(features, part), "text", place=place)
+
+    def encode(numbers: range) -> Iterator[Tensor]:
+        on_batch(0)
+        for number in numbers:
+            batch = texts[number * batch_size : (number + 1) * batch_size]
+            features = encode_text(tokenize(batch).to(device)).cpu()
+            on_batch(0)
+            yield features
+
+    features = on_all_ranks(encode, num_batches=-(-len(texts) // batch_size))
+    return normalized(torch.cat(features).to(device), "text", place=place)
 
 
 def class_embeddings(
@@ -82,7 +89,7 @@ def class_embeddings(
     encode_text: Callable[[Tensor], Tensor],
     device: torch.device | str,
     place: str | None = None,
-    together: Together = ALONE,
+    on_batch: OnBatch = lambda _: None,
 ) -> Tensor:
     """One unit vector a class: -> (C, E) fp32.
 
@@ -93,7 +100,7 @@ def class_embeddings(
     """
     texts = [template.replace("{c}", name) for name in class_names for template in templates]
     features = text_features(
-        texts, tokenize=tokenize, encode_text=encode_text, device=device, place=place, together=together
+        texts, tokenize=tokenize, encode_text=encode_text, device=device, place=place, on_batch=on_batch
     )
     return F.normalize(features.unflatten(0, (len(class_names), len(templates))).mean(dim=1), dim=-1)
 
