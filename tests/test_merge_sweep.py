@@ -23,8 +23,9 @@ from mlip_cli.data.pictures import UndecodableError
 from mlip_cli.data.transforms import decode, pil_to_uint8
 from mlip_cli.errors import RunError, Stopped, UsageError
 from mlip_cli.evaluate.evaluators import training_evaluators
-from mlip_cli.evaluate.merge_pictures import draw_groups, draw_guidance, panel_pictures
-from mlip_cli.evaluate.sweep import FAILURES, METHODS, agreement, find_datasets, numbers_at_random
+from mlip_cli.evaluate.merge_points import METHODS
+from mlip_cli.evaluate.panels import draw_groups, draw_guidance, panel_pictures
+from mlip_cli.evaluate.sweep import FAILURES, agreement, find_datasets, numbers_at_random
 from mlip_cli.evaluate.validation import validation_pairs
 from mlip_cli.profiling.flops import image_gflops
 from mlip_cli.recipe import merge_plan

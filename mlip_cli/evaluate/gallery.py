@@ -12,7 +12,8 @@ from torch import Tensor
 
 from mlip_cli import __version__
 from mlip_cli.data.loader import decoded
-from mlip_cli.evaluate.results import FoundPicture, FoundText, GalleryResult, PictureQuery, Recalls, TextQuery
+from mlip_cli.evaluate.picture_results import FoundPicture, FoundText, GalleryResult, PictureQuery, TextQuery
+from mlip_cli.evaluate.results import Recalls
 from mlip_cli.evaluate.retrieval import image_text_retrieval, images_of_texts, ranks
 from mlip_cli.evaluate.validation import ValidationPairs
 from mlip_cli.evaluate.zeroshot import similarities

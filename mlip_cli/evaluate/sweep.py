@@ -1,6 +1,5 @@
 """A merge sweep: speed and scores of one model at several merge rates, beside the unmerged model."""
 
-import difflib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,26 +17,22 @@ from mlip_cli.errors import RunError, UsageError
 from mlip_cli.evaluate.datasets.find import Benchmark, data_root, find_benchmark
 from mlip_cli.evaluate.datasets.open import open_benchmark
 from mlip_cli.evaluate.evaluators import READERS, measure_runs
+from mlip_cli.evaluate.merge_points import Point, speeds
 from mlip_cli.evaluate.results import (
     FailedData,
     PairedTest,
     Recalls,
     RetrievalAtSetting,
     RetrievalSweep,
-    Setting,
-    SpeedAtSetting,
     SweepResult,
     ZeroshotAtSetting,
     ZeroshotSweep,
 )
 from mlip_cli.evaluate.retrieval import Ranks, image_text_ranks
-from mlip_cli.evaluate.statistics import Interval, paired
+from mlip_cli.evaluate.statistics import paired
 from mlip_cli.evaluate.validation import VALIDATION, ValidationPairs, validation_pairs
-from mlip_cli.profiling.flops import image_gflops
-from mlip_cli.profiling.timing import measure_interleaved, peak_memory
-from mlip_cli.recipe import merge_plan
 from mlip_cli.runs.folder import now
-from mlip_cli.runs.loading import LoadedRun, MergedEncoder, at_rate
+from mlip_cli.runs.loading import LoadedRun
 from mlip_cli.runs.result_files import checked
 from mlip_cli.terminal.output import say
 from mlip_cli.terminal.panel import progress
@@ -59,22 +54,6 @@ class ChosenPicture:
     """Name of its class, or its first caption."""
     image: Tensor
     """(3, S, S) uint8, as the model gets it."""
-
-
-@dataclass(frozen=True)
-class Point:
-    """One setting of the sweep."""
-
-    method: str | None
-    """None for the unmerged model."""
-    rate: float
-    """As asked for; the plan's is the true one."""
-    encoder: MergedEncoder
-
-    @property
-    def setting(self) -> Setting:
-        """What names the point in results."""
-        return Setting(method=self.method, rate=self.rate, true_rate=self.encoder.plan.rate)
 
 
 @dataclass(frozen=True)
@@ -256,38 +235,6 @@ def _right(ranks: dict[str, Ranks]) -> dict[str, str]:
     return {f"{way}_{k}": right for way, found in ranks.items() for k, right in found.right().items()}
 
 
-METHODS = tuple(method for method in merge_plan.METHODS if method != "random_drop")
-"""Those that merge. `random_drop` is for training: a run that trained by it is swept as guided."""
-
-
-def check_methods(methods: Sequence[str]) -> None:
-    """Refuse a method that does not exist."""
-    for method in methods:
-        if method not in METHODS:
-            near = difflib.get_close_matches(method, METHODS, n=1)
-            cure = f"did you mean {near[0]}?" if near else f"there are {', '.join(METHODS)}"
-            fault = "drops patches in training only" if method == "random_drop" else "no such method"
-            raise UsageError(f"--methods {method}: {fault}; {cure}")
-
-
-def sweep_points(loaded: LoadedRun, rates: Sequence[float], methods: Sequence[str]) -> list[Point]:
-    """Rate 0 once, then each method at each other rate, ascending; no method named: `merge_plan`'s choice.
-
-    Raises:
-        UsageError: no plan reaches a rate.
-    """
-    model = loaded.model
-    wanted = sorted({rate for rate in rates if rate > 0})
-    return [
-        Point(None, 0.0, at_rate(model, 0.0)),
-        *(
-            Point(method, rate, at_rate(model, rate, method))
-            for method in dict.fromkeys(methods or [model.merge_plan(0.0).method])
-            for rate in wanted
-        ),
-    ]
-
-
 def measure_sweep(
     loaded: LoadedRun,
     points: Sequence[Point],
@@ -341,41 +288,3 @@ def all_scores(
         except FAILURES as error:
             failures[dataset.name] = error
     return scores, failures
-
-
-def speeds(loaded: LoadedRun, points: Sequence[Point], *, batch_size: int, rounds: int) -> list[SpeedAtSetting]:
-    """Operations by formula and time side by side, on pictures of noise: no rule of merging works less for them."""
-    size = loaded.model.image_size
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randint(256, (batch_size, 3, size, size), dtype=torch.uint8, generator=generator).to(loaded.device)
-    functions = {str(i): encode(point.encoder, images) for i, point in enumerate(points)}
-    with progress(rounds * len(points), "timing") as bar:
-        timings = measure_interleaved(
-            functions, rounds, device=loaded.device, after_call=lambda: bar.advance(bar.task_ids[0])
-        )
-    gflops = [sum(image_gflops(loaded.model, point.encoder.plan).values()) for point in points]
-    return [
-        SpeedAtSetting(
-            **vars(point.setting),
-            tokens_per_block=point.encoder.plan.tokens,
-            gflops=own,
-            speedup=timing.speedup,
-            speedup_interval=Interval(*timing.speedup_interval),
-            expected_speedup=gflops[0] / own,
-            measured_over_expected=timing.speedup / (gflops[0] / own),
-            images_per_s=batch_size / timing.median_s,
-            seconds=timing.seconds,
-            peak_memory=peak_memory(function, device=loaded.device),
-        )
-        for point, own, timing, function in zip(points, gflops, timings.values(), functions.values(), strict=True)
-    ]
-
-
-def encode(encoder: MergedEncoder, images: Tensor) -> Callable[[], object]:
-    """A forward pass of the image tower."""
-
-    def forward() -> None:
-        with torch.inference_mode():
-            encoder.encode_image(images)
-
-    return forward

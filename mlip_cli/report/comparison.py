@@ -4,7 +4,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mlip_cli.evaluate.results import GalleryResult, SweepResult, ZeroshotResult
+from mlip_cli.evaluate.picture_results import GalleryResult
+from mlip_cli.evaluate.results import SweepResult, ZeroshotResult
 from mlip_cli.recipe.load import differences
 from mlip_cli.report.curves import curves_section
 from mlip_cli.report.page import Html, command, element, figure, joined, note, page, section, table

@@ -8,7 +8,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
-from mlip_cli.evaluate.results import GalleryResult, MergePicturesResult, SweepResult, ZeroshotResult
+from mlip_cli.evaluate.picture_results import GalleryResult, MergePicturesResult
+from mlip_cli.evaluate.results import SweepResult, ZeroshotResult
 from mlip_cli.profiling.result import ProfileResult
 from mlip_cli.recipe.config import Recipe
 from mlip_cli.recipe.load import load_recipe

@@ -2,7 +2,8 @@
 
 from collections.abc import Mapping
 
-from mlip_cli.evaluate.results import GalleryResult, SweepResult, ZeroshotResult
+from mlip_cli.evaluate.picture_results import GalleryResult
+from mlip_cli.evaluate.results import SweepResult, ZeroshotResult
 from mlip_cli.evaluate.statistics import metric_prefix
 from mlip_cli.report.canvas import Chart
 from mlip_cli.report.curves import curves_section
