@@ -164,7 +164,7 @@ def test_tables_of_retrieval(place: Path, capsys: pytest.CaptureFixture[str]) ->
         ({"methods": ["kmeans"]}, "--methods kmeans: no such method; there are guided, tome"),
         (
             {"methods": ["random_drop"]},
-            "--methods random_drop: drops patches in training only; there are guided, tome",
+            "--methods random_drop: is for training only; there are guided, tome",
         ),
         ({"rates": [0.3, 0.9]}, "merge rate 0.9: the merge before block 2 would take 16 tokens to 5"),
         ({"datasets": ["digit"]}, "unknown data set 'digit'; did you mean digits?"),

@@ -20,7 +20,7 @@ from mlip_cli.types import MergeStage
 
 SUFFIX = ".webp"
 WRITERS = 8
-"""Files written at once: more than there may be cores, since each waits for the disk."""
+"""Threads that write files; each waits for the disk, so there may be more of them than cores."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class PanelWriter:
     """Writes panels into one folder, several at a time."""
 
     root: Path
-    """Folder that the paths in results start from."""
+    """Paths in results start at this folder."""
     folder: Path
     is_magnified: bool
     pool: ThreadPoolExecutor
@@ -36,7 +36,7 @@ class PanelWriter:
     def write(self, panels: Tensor, names: Sequence[str]) -> list[str]:
         """One file a panel (B, 3, H, W); their paths from `root`.
 
-        Part of a name is a digest of the content, so that files of another sweep are not touched.
+        The name contains a digest of the content, so that files of another sweep are not overwritten.
         """
         return list(self.pool.map(self._write, panels.unbind(), names))
 
@@ -51,7 +51,7 @@ class PanelWriter:
 def write_merge_pictures(
     loaded: LoadedRun, points: Sequence[Point], datasets: Sequence[SweepDataset], *, num_pictures: int
 ) -> None:
-    """Draw the same pictures of the first data set that can be opened at every setting beside rate 0.
+    """Draw pictures of the first data set that can be read, the same at every setting except rate 0.
 
     Pictures of an earlier sweep of this checkpoint are removed after the new result is written.
     """
@@ -86,7 +86,7 @@ def write_merge_pictures(
 
 
 def _choose(datasets: Sequence[SweepDataset], wanted: int) -> tuple[SweepDataset | None, list[ChosenPicture]]:
-    """The first data set that can be opened, and pictures of it."""
+    """The first data set that can be read, and pictures of it."""
     for dataset in datasets:
         try:
             return dataset, dataset.choose(wanted)

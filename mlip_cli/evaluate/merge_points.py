@@ -17,7 +17,7 @@ from mlip_cli.runs.loading import LoadedRun, MergedEncoder, at_rate
 from mlip_cli.terminal.panel import progress
 
 METHODS = tuple(method for method in merge_plan.METHODS if method != "random_drop")
-"""Those that merge. `random_drop` is for training: a run that trained by it is swept as guided."""
+"""Methods that merge. `random_drop` is for training only; a run that trained with it is swept as guided."""
 
 
 @dataclass(frozen=True)
@@ -27,12 +27,12 @@ class Point:
     method: str | None
     """None for the unmerged model."""
     rate: float
-    """As asked for; the plan's is the true one."""
+    """As asked for. The plan has the true rate."""
     encoder: MergedEncoder
 
     @property
     def setting(self) -> Setting:
-        """What names the point in results."""
+        """The point in results."""
         return Setting(method=self.method, rate=self.rate, true_rate=self.encoder.plan.rate)
 
 
@@ -42,12 +42,12 @@ def check_methods(methods: Sequence[str]) -> None:
         if method not in METHODS:
             near = difflib.get_close_matches(method, METHODS, n=1)
             cure = f"did you mean {near[0]}?" if near else f"there are {', '.join(METHODS)}"
-            fault = "drops patches in training only" if method == "random_drop" else "no such method"
+            fault = "is for training only" if method == "random_drop" else "no such method"
             raise UsageError(f"--methods {method}: {fault}; {cure}")
 
 
 def sweep_points(loaded: LoadedRun, rates: Sequence[float], methods: Sequence[str]) -> list[Point]:
-    """Rate 0 once, then each method at each other rate, ascending; no method named: `merge_plan`'s choice.
+    """Rate 0 once, then each method at each other rate, ascending. Without a method, `merge_plan` chooses.
 
     Raises:
         UsageError: no plan reaches a rate.
@@ -65,7 +65,7 @@ def sweep_points(loaded: LoadedRun, rates: Sequence[float], methods: Sequence[st
 
 
 def speeds(loaded: LoadedRun, points: Sequence[Point], *, batch_size: int, rounds: int) -> list[SpeedAtSetting]:
-    """Operations by formula and time side by side, on pictures of noise: no rule of merging works less for them."""
+    """Operations by formula, and times measured side by side on noise: merging costs the same for any picture."""
     size = loaded.model.image_size
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (batch_size, 3, size, size), dtype=torch.uint8, generator=generator).to(loaded.device)

@@ -38,10 +38,10 @@ from mlip_cli.terminal.output import say
 from mlip_cli.terminal.panel import progress
 
 FAILURES = (UsageError, RunError, OSError)
-"""What may be wrong with one data set while the others can be measured."""
+"""Errors of one data set that let the others be measured."""
 
 PREPARED = frozenset({"openmoji", "shards", "imagenet_shards"})
-"""Kinds of benchmarks that `prepare-data` wrote, with a card."""
+"""Kinds of data sets that `prepare-data` writes, with a card."""
 
 
 @dataclass(frozen=True)
@@ -63,27 +63,29 @@ class SweepDataset:
     name: str
     fingerprint: str
     attribution: tuple[str, ...]
-    """What the licence of its pictures asks to be said beside them."""
+    """The attributions that the licence of its pictures asks for."""
     measure: Callable[[Sequence[Point]], ZeroshotSweep | RetrievalSweep]
-    """Scores of all points, the unmerged first, on the same pictures; raises one of FAILURES."""
+    """Scores all points, the unmerged first, on the same pictures; raises one of FAILURES."""
     choose: Callable[[int], list[ChosenPicture]]
-    """So many pictures, drawn at random with seed 0, in the order of the data set; raises one of FAILURES."""
+    """Draws so many pictures at random with seed 0, in the order of the data set; raises one of FAILURES."""
 
 
 def find_datasets(
     loaded: LoadedRun, names: Sequence[str], *, root: Path | None, batch_size: int
 ) -> tuple[list[SweepDataset], dict[str, Exception]]:
-    """The data sets named, else those that the run's recipe evaluates on, else its validation set; and what failed.
+    """The named data sets, else those of the recipe, else the validation set; and the errors of those not found.
 
     Raises:
-        UsageError, OSError: none of those that were named by hand is there.
+        UsageError, OSError: none of the named data sets is there.
     """
     recipe = loaded.recipe
     wanted = list(dict.fromkeys(names)) or list(recipe.evaluate.zeroshot)
     if not wanted and recipe.data.validation is not None:
         wanted = [VALIDATION]
     if not wanted:
-        say("no accuracy: the recipe has no evaluate.zeroshot and no data.validation; name data sets with --dataset")
+        say(
+            "scores are not measured: the recipe has no evaluate.zeroshot and no data.validation; name data sets with --dataset"
+        )
     found: list[SweepDataset] = []
     failures: dict[str, Exception] = {}
     for name in wanted:
@@ -101,13 +103,13 @@ def find_datasets(
 
 
 def numbers_at_random(wanted: int, num_pictures: int) -> list[int]:
-    """Numbers of different pictures, ascending; all of them where there are fewer than wanted."""
+    """Numbers of `wanted` pictures drawn with seed 0, ascending; all pictures if there are fewer."""
     order = torch.randperm(num_pictures, generator=torch.Generator().manual_seed(0))
     return sorted(order[:wanted].tolist())
 
 
 def attributions(cards: Iterable[Mapping[str, Any]]) -> tuple[str, ...]:
-    """What the licences of prepared data ask to be said, each text once."""
+    """The attributions that the licences of prepared data ask for, each text once."""
     found = [card.get("provenance", {}).get("attribution") for card in cards]
     return tuple(dict.fromkeys(text for text in found if text))
 
@@ -231,7 +233,7 @@ def retrieval(pairs: ValidationPairs, fingerprint: str, points: Sequence[Point])
 
 
 def _right(ranks: dict[str, Ranks]) -> dict[str, str]:
-    """image_to_text_r1 -> 0110..., and so on."""
+    """The answers by measure, such as image_to_text_r1 -> 0110..."""
     return {f"{way}_{k}": right for way, found in ranks.items() for k, right in found.right().items()}
 
 
@@ -248,7 +250,7 @@ def measure_sweep(
 
     Args:
         points: the unmerged model first.
-        failures: what was wrong with data sets before.
+        failures: errors of data sets that were not found.
 
     Raises:
         RunError: the device has no memory for the batch.
@@ -279,7 +281,7 @@ def measure_sweep(
 def all_scores(
     datasets: Sequence[SweepDataset], points: Sequence[Point]
 ) -> tuple[list[ZeroshotSweep | RetrievalSweep], dict[str, Exception]]:
-    """Scores on each data set, and what went wrong with the others."""
+    """Scores on each data set, and the errors of the others."""
     scores: list[ZeroshotSweep | RetrievalSweep] = []
     failures: dict[str, Exception] = {}
     for dataset in datasets:
