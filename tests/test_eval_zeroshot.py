@@ -192,7 +192,7 @@ def test_words_of_evaluators_name_what_they_count() -> None:
 def test_one_run_needs_no_number_and_shows_the_true_rate(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     evaluate("runs/clip", datasets=["openmoji"], rates=(0.3,), as_json=False)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[1].startswith("true rate  ")
+    assert lines[1].split()[:4] == ["true", "rate", "mean", "recall"]
     true_rate = f"{at_rate(load_run('runs/clip', device='cpu').model, 0.3).plan.rate:.3f}"
     assert lines[2].startswith(f"{true_rate} (asked 0.3)  ")
     assert lines[-1] == "measured: clip at step 8 (last checkpoint)"
@@ -207,7 +207,7 @@ def test_one_run_needs_no_number_and_shows_the_true_rate(place: Path, capsys: py
         (b'{"n": 30, ', "Expecting property name enclosed in double quotes: line 1 column 11 (char 10)"),
         (b"[1]", "not a JSON object"),
         (b"{}", "kind: None instead of 'zeroshot'"),
-        (b'{"kind": "zeroshot"}', "acc1 is missing"),
+        (b'{"kind": "zeroshot"}', "step is missing"),
         (None, "predicted is missing"),
         (b"\xff", "'utf-8' codec can't decode byte 0xff in position 0: invalid start byte"),
     ],

@@ -24,8 +24,9 @@ from mlip_cli.data.pictures import RejectedPictureError, open_picture
 from mlip_cli.data.transforms import decode
 from mlip_cli.errors import RunError, Stopped, UsageError
 from mlip_cli.evaluate.evaluators import training_evaluators
-from mlip_cli.evaluate.merge_pictures import draw_groups, draw_guidance, panel_pictures
-from mlip_cli.evaluate.sweep import FAILURES, METHODS, agreement, find_datasets, numbers_at_random
+from mlip_cli.evaluate.merge_points import METHODS
+from mlip_cli.evaluate.panels import draw_groups, draw_guidance, panel_pictures
+from mlip_cli.evaluate.sweep import FAILURES, agreement, find_datasets, numbers_at_random
 from mlip_cli.evaluate.validation import validation_pairs
 from mlip_cli.profiling.flops import image_gflops
 from mlip_cli.recipe import merge_plan
@@ -164,7 +165,7 @@ def test_tables_of_retrieval(place: Path, capsys: pytest.CaptureFixture[str]) ->
         ({"methods": ["kmeans"]}, "--methods kmeans: no such method; there are guided, tome"),
         (
             {"methods": ["random_drop"]},
-            "--methods random_drop: drops patches in training only; there are guided, tome",
+            "--methods random_drop: is for training only; there are guided, tome",
         ),
         ({"rates": [0.3, 0.9]}, "merge rate 0.9: the merge before block 2 would take 16 tokens to 5"),
         ({"datasets": ["digit"]}, "unknown data set 'digit'; did you mean digits?"),
