@@ -15,7 +15,6 @@ from mlip_cli.errors import RunError, UsageError
 from mlip_cli.evaluate.datasets.find import CLIP_BENCHMARK, SETS, data_root, find_benchmark, open_benchmark
 from mlip_cli.evaluate.datasets.open import names_of
 from mlip_cli.evaluate.datasets.pictures import Pictures, batches
-from mlip_cli.evaluate.evaluators import READERS
 from mlip_cli.terminal.values import DATASETS, FAMILIES
 
 WNIDS = ("n01440764", "n01443537", "n15075141")  # classes 0, 1 and 999
@@ -34,11 +33,11 @@ def write(path: Path, content: bytes | str) -> Path:
 
 
 def opened(name: str, root: Path) -> Pictures:
-    return open_benchmark(find_benchmark(name, root=root), READERS)
+    return open_benchmark(find_benchmark(name, root=root))
 
 
 def labels(pictures: Pictures, *, batch_size: int = 2) -> list[int]:
-    read = list(batches(pictures, READERS, size=8, batch_size=batch_size, read_ahead=False))
+    read = list(batches(pictures, range(pictures.num_pictures), size=8, batch_size=batch_size, read_ahead=False))
     assert all(images.dtype == torch.uint8 and images.shape[1:] == (3, 8, 8) for images, _ in read)
     assert sum(len(images) for images, _ in read) == pictures.num_pictures
     return torch.cat([labels for _, labels in read]).tolist()
@@ -147,11 +146,11 @@ def test_folder_with_names_and_templates(tmp_path: Path) -> None:
     assert find_benchmark(f"folder:{tmp_path}", root=tmp_path).fingerprint != before
     write(tmp_path / "templates.txt", "{c}\na class\n")
     assert usage_error(f"folder:{tmp_path}", tmp_path) == (
-        f"{tmp_path}/templates.txt: 'a class' has no {{c}}; one template a line, with {{c}} where the class name goes"
+        f"{tmp_path}/templates.txt: 'a class' has no {{c}}; write one template a line, with {{c}} for the class name"
     )
     write(tmp_path / "classnames.txt", "one\n")
     assert usage_error(f"folder:{tmp_path}", tmp_path) == (
-        f"{tmp_path}/classnames.txt: 1 names for 2 class folders; one a line, in the folders' order"
+        f"{tmp_path}/classnames.txt: 1 names for 2 class folders; write one name a line, in the order of the folders"
     )
 
 
@@ -239,7 +238,7 @@ def test_absent_imagenet_says_where_it_was_looked_for(tmp_path: Path) -> None:
     write(tmp_path / "imagenet" / "ILSVRC2012_img_val.tar", "packed")
     message = usage_error("imagenet", tmp_path)
     assert message.startswith("imagenet: not found; looked for imagenet, imagenet1k, imagenet-1k, ImageNet, ILSVRC")
-    assert f"Put the validation pictures into {tmp_path}/imagenet/val/, one folder a class" in message
+    assert f"Put the validation pictures into {tmp_path}/imagenet/val/, one folder for each class" in message
     assert f"{tmp_path}/imagenet/ILSVRC2012_img_val.tar is packed" in message
     assert "\n" not in message
 
@@ -247,7 +246,7 @@ def test_absent_imagenet_says_where_it_was_looked_for(tmp_path: Path) -> None:
 def test_imagenet_of_other_classes_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "imagenet" / "val" / "n01440764" / "a.jpg", picture())
     write(tmp_path / "imagenet" / "val" / "n99999999" / "a.jpg", picture())
-    message = "imagenet: 'n99999999' is none of the 1,000 WordNet ids and no number below 1000"
+    message = "imagenet: 'n99999999' is neither one of the 1,000 WordNet ids nor a number below 1000"
     assert usage_error("imagenet", tmp_path) == message
 
 
@@ -282,7 +281,7 @@ def test_clip_benchmark_never_downloads(tmp_path: Path) -> None:
     write(tmp_path / "imagenetv2" / "ImageNetV2-matched-frequency" / "0" / "a.jpeg", picture())
     message = usage_error("imagenetv2", tmp_path)
     folder = tmp_path / "imagenetv2" / "ImageNetV2-matched-frequency"
-    assert message == f"imagenetv2: 1 pictures in {folder}, not all 10,000"
+    assert message == f"imagenetv2: 1 of 10,000 pictures in {folder}; unpack them all"
 
 
 def test_web_shards(tmp_path: Path) -> None:
@@ -308,5 +307,5 @@ def test_web_shards(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="cut at byte 1000"):
         opened("wds/vtab/pets", tmp_path)
     write(root / "dataset_type.txt", "retrieval")
-    message = "wds/vtab/pets: a data set for retrieval; eval-zeroshot reads classification only"
+    message = "wds/vtab/pets: a data set for retrieval; eval-zeroshot needs one for classification"
     assert usage_error("wds/vtab/pets", tmp_path) == message

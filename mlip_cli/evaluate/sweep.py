@@ -12,11 +12,12 @@ from torch import Tensor
 
 from mlip_cli import __version__
 from mlip_cli.data.loader import decoded
+from mlip_cli.data.transforms import evaluation_transform
 from mlip_cli.devices import batch_named, device_name
 from mlip_cli.errors import RunError, UsageError
 from mlip_cli.evaluate.datasets.benchmark import Benchmark
 from mlip_cli.evaluate.datasets.find import data_root, find_benchmark, open_benchmark
-from mlip_cli.evaluate.evaluators import READERS, measure_runs
+from mlip_cli.evaluate.evaluators import measure_runs
 from mlip_cli.evaluate.merge_points import Point, speeds
 from mlip_cli.evaluate.results import (
     FailedData,
@@ -84,7 +85,8 @@ def find_datasets(
         wanted = [VALIDATION]
     if not wanted:
         say(
-            "scores are not measured: the recipe has no evaluate.zeroshot and no data.validation; name data sets with --dataset"
+            "scores are not measured: the recipe has no evaluate.zeroshot and no data.validation; name data sets with "
+            "--dataset"
         )
     found: list[SweepDataset] = []
     failures: dict[str, Exception] = {}
@@ -127,13 +129,13 @@ def _benchmark(benchmark: Benchmark, loaded: LoadedRun, *, batch_size: int) -> S
 
 
 def _choose_of_benchmark(benchmark: Benchmark, size: int, wanted: int) -> list[ChosenPicture]:
-    pictures = open_benchmark(benchmark, READERS)
+    pictures = open_benchmark(benchmark)
     numbers = set(numbers_at_random(wanted, pictures.num_pictures))
     chosen = []
     for number, item in enumerate(pictures.items()):
         if number in numbers:
             image, label = pictures.load(item)
-            chosen.append(ChosenPicture(number, pictures.class_names[label], READERS.fit(image, size)))
+            chosen.append(ChosenPicture(number, pictures.class_names[label], evaluation_transform(image, size=size)))
             if len(chosen) == len(numbers):
                 break
     return chosen
@@ -199,7 +201,7 @@ def _choose_of_validation(pairs: ValidationPairs, size: int, wanted: int) -> lis
     numbers = numbers_at_random(wanted, pairs.num_pictures)
     samples = [(number, pairs.sample(number)) for number in numbers]
     return [
-        ChosenPicture(number, sample.record["captions"][0]["text"], READERS.fit(decoded(sample), size))
+        ChosenPicture(number, sample.record["captions"][0]["text"], evaluation_transform(decoded(sample), size=size))
         for number, sample in samples
     ]
 

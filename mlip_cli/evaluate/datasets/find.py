@@ -19,7 +19,7 @@ from mlip_cli.evaluate.datasets import imagenet
 from mlip_cli.evaluate.datasets.benchmark import Benchmark, class_folders, pictures_in
 
 if TYPE_CHECKING:
-    from mlip_cli.evaluate.datasets.pictures import Pictures, Readers
+    from mlip_cli.evaluate.datasets.pictures import Pictures
 
 # Names of clip-benchmark with one label a picture and no TensorFlow.
 CLIP_BENCHMARK = (
@@ -66,12 +66,10 @@ class EvaluationSet:
     opener: str
     """module.function of this folder: the module imports torch."""
 
-    def open(self, benchmark: Benchmark, readers: "Readers") -> "Pictures":
+    def open(self, benchmark: Benchmark) -> "Pictures":
         """The pictures of a set that was found."""
         module, _, function = self.opener.partition(".")
-        pictures: Pictures = getattr(import_module(f"mlip_cli.evaluate.datasets.{module}"), function)(
-            benchmark, readers
-        )
+        pictures: Pictures = getattr(import_module(f"mlip_cli.evaluate.datasets.{module}"), function)(benchmark)
         return pictures
 
 
@@ -95,13 +93,13 @@ def find_benchmark(name: str, *, root: Path) -> Benchmark:
     return _set_of(name).find(name, root)
 
 
-def open_benchmark(benchmark: Benchmark, readers: "Readers") -> "Pictures":
+def open_benchmark(benchmark: Benchmark) -> "Pictures":
     """Open an evaluation set that `find_benchmark` found.
 
     Raises:
         UsageError: its files are not as they should be; says which and what to do.
     """
-    return _set_of(benchmark.name).open(benchmark, readers)
+    return _set_of(benchmark.name).open(benchmark)
 
 
 def _set_of(name: str) -> EvaluationSet:

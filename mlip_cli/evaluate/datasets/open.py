@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mlip_cli.data.dataset import RawSample, ShardDataset
 from mlip_cli.errors import UsageError
 from mlip_cli.evaluate.datasets import imagenet
 from mlip_cli.evaluate.datasets.benchmark import Benchmark, class_folders, pictures_in
 from mlip_cli.evaluate.datasets.clip_benchmark import open_tars, open_web_shards
-from mlip_cli.evaluate.datasets.pictures import Names, Pictures, Readers, Sample, Shards, read_picture
+from mlip_cli.evaluate.datasets.pictures import Names, Pictures, read_picture
 from mlip_cli.terminal.output import warn
 
 OPENMOJI_GROUPS = (
@@ -31,13 +32,15 @@ DEFAULT_TEMPLATES = ("a photo of a {c}.",)
 DIGITS_TEMPLATES = ('a photo of the number: "{c}".',)
 
 
-def open_openmoji(benchmark: Benchmark, readers: Readers) -> Pictures:
-    """The nine groups as classes, whichever of them the test part holds, and the names for retrieval."""
-    shards = readers.open_shards(benchmark.root)
+def open_openmoji(benchmark: Benchmark) -> Pictures:
+    """The nine groups as classes, also those without a test picture, and the names for retrieval."""
+    shards = ShardDataset(benchmark.root)
     samples = [shards.read(id) for id in range(shards.num_samples)]  # a few hundred small pictures
     unknown = sorted(set(_classes(benchmark, [sample.record for sample in samples])) - set(OPENMOJI_GROUPS))
     if unknown:
-        raise UsageError(f"{benchmark.root}: {unknown[0]!r} is none of OpenMoji's nine groups; prepare openmoji again")
+        raise UsageError(
+            f"{benchmark.root}: {unknown[0]!r} is not one of OpenMoji's nine groups; prepare openmoji again"
+        )
     items = [(sample, OPENMOJI_GROUPS.index(sample.record["class"])) for sample in samples]
     return Pictures(
         class_names=OPENMOJI_GROUPS,
@@ -50,7 +53,7 @@ def open_openmoji(benchmark: Benchmark, readers: Readers) -> Pictures:
 
 
 def names_of(pictures: Sequence[tuple[str, bytes]]) -> Names:
-    """Distinct names, and which of them each (name, picture) accepts: its own and those of pictures with equal bytes.
+    """Distinct names, and the right ones for each (name, picture): its own and those of pictures with equal bytes.
 
     Stored pictures are lossless and all written the same way, so equal pixels are equal bytes.
     """
@@ -62,7 +65,7 @@ def names_of(pictures: Sequence[tuple[str, bytes]]) -> Names:
     return Names(tuple(texts), tuple(tuple(sorted(names_of_picture[image])) for _, image in pictures))
 
 
-def open_digits(_benchmark: Benchmark, _readers: Readers) -> Pictures:
+def open_digits(_benchmark: Benchmark) -> Pictures:
     """scikit-learn's 1,797 handwritten digits (8 x 8, 17 grey levels), with the names and the template of MNIST."""
     from sklearn.datasets import load_digits
 
@@ -78,19 +81,20 @@ def open_digits(_benchmark: Benchmark, _readers: Readers) -> Pictures:
     )
 
 
-def open_folder(benchmark: Benchmark, readers: Readers) -> Pictures:
+def open_folder(benchmark: Benchmark) -> Pictures:
     root, folders = benchmark.root, class_folders(benchmark.root)
     names, names_file = [folder.name.replace("_", " ") for folder in folders], root / "classnames.txt"
     if names_file.is_file():
         names = _lines(names_file)
         if len(names) != len(folders):
             raise UsageError(
-                f"{names_file}: {len(names)} names for {len(folders)} class folders; one a line, in the folders' order"
+                f"{names_file}: {len(names)} names for {len(folders)} class folders; write one name a line, in the "
+                "order of the folders"
             )
     found = [pictures_in(folder) for folder in folders]
     for folder, paths in zip(folders, found, strict=True):
         if not paths:
-            warn(f"{folder}: a class without pictures; its name takes part all the same")
+            warn(f"{folder}: this class has no pictures; its name takes part all the same")
     files = [(path, label) for label, paths in enumerate(found) for path in paths]
     return _files(files, class_names=tuple(names), templates=_templates(root))
 
@@ -104,13 +108,12 @@ def _load_file(item: tuple[Path, int]) -> tuple[Tensor, int]:
     return read_picture(path.read_bytes(), where=str(path)), label
 
 
-def open_shards(benchmark: Benchmark, readers: Readers) -> Pictures:
-    shards = readers.open_shards(benchmark.root)
+def open_shards(benchmark: Benchmark) -> Pictures:
+    shards = ShardDataset(benchmark.root)
     names = sorted(set(_classes(benchmark, [shards.read(id).record for id in range(shards.num_samples)])))
     numbers = {name: i for i, name in enumerate(names)}
     return _samples(
         shards,
-        readers,
         class_of=numbers.__getitem__,
         class_names=tuple(names),
         templates=_templates(benchmark.root),
@@ -118,8 +121,7 @@ def open_shards(benchmark: Benchmark, readers: Readers) -> Pictures:
 
 
 def _samples(
-    shards: Shards,
-    readers: Readers,
+    shards: ShardDataset,
     *,
     class_of: Callable[[str], int],
     class_names: tuple[str, ...],
@@ -131,20 +133,20 @@ def _samples(
 
 @dataclass(frozen=True)
 class _Labelled(Sequence[Any]):
-    """Samples of shards with their classes, each read when it is asked for."""
+    """Samples of shards with their classes; indexing reads a sample."""
 
-    shards: Shards
-    label_of: Callable[[Sample], int]
+    shards: ShardDataset
+    label_of: Callable[[RawSample], int]
 
     def __len__(self) -> int:
         return self.shards.num_samples
 
-    def __getitem__(self, number: Any) -> tuple[Sample, int]:
+    def __getitem__(self, number: Any) -> tuple[RawSample, int]:
         sample = self.shards.read(number)
         return sample, self.label_of(sample)
 
 
-def _load_sample(item: tuple[Sample, int]) -> tuple[Tensor, int]:
+def _load_sample(item: tuple[RawSample, int]) -> tuple[Tensor, int]:
     sample, label = item
     return read_picture(sample.image, where=f"{sample.shard}: sample {sample.key}"), label
 
@@ -153,7 +155,7 @@ def _classes(benchmark: Benchmark, records: Sequence[dict[str, Any]]) -> list[st
     """Class of each sample.
 
     Raises:
-        UsageError: some have none.
+        UsageError: some samples have no class.
     """
     missing = sum(record.get("class") is None for record in records)
     if missing:
@@ -164,16 +166,16 @@ def _classes(benchmark: Benchmark, records: Sequence[dict[str, Any]]) -> list[st
     return [str(record["class"]) for record in records]
 
 
-def open_imagenet(benchmark: Benchmark, readers: Readers) -> Pictures:
+def open_imagenet(benchmark: Benchmark) -> Pictures:
     """ImageNet's validation pictures, whatever their layout."""
     if benchmark.kind == "imagenet_web_shards":
-        return open_web_shards(benchmark, readers)
+        return open_web_shards(benchmark)
     names, templates = imagenet.names_and_templates()
     if benchmark.kind == "imagenet_tars":
-        return open_tars(imagenet.validation_tars(benchmark.root), readers, class_names=names, templates=templates)
+        return open_tars(imagenet.validation_tars(benchmark.root), class_names=names, templates=templates)
     if benchmark.kind == "imagenet_shards":
-        shards = readers.open_shards(benchmark.root)
-        return _samples(shards, readers, class_of=imagenet.class_of, class_names=names, templates=templates)
+        shards = ShardDataset(benchmark.root)
+        return _samples(shards, class_of=imagenet.class_of, class_names=names, templates=templates)
     files = _imagenet_files(benchmark)
     if not files:
         raise UsageError("imagenet: class folders, but no pictures in them; unpack the validation pictures there")
@@ -196,7 +198,7 @@ def _lines(path: Path) -> list[str]:
 
 
 def _templates(folder: Path) -> tuple[str, ...]:
-    """Those of templates.txt in `folder`, else the default."""
+    """The templates of templates.txt in `folder`, else the default."""
     path = folder / "templates.txt"
     if not path.is_file():
         return DEFAULT_TEMPLATES
@@ -204,5 +206,5 @@ def _templates(folder: Path) -> tuple[str, ...]:
     wrong = [template for template in templates if "{c}" not in template]
     if wrong or not templates:
         what = f"{wrong[0]!r} has no {{c}}" if wrong else "no templates"
-        raise UsageError(f"{path}: {what}; one template a line, with {{c}} where the class name goes")
+        raise UsageError(f"{path}: {what}; write one template a line, with {{c}} for the class name")
     return tuple(templates)
