@@ -20,13 +20,13 @@ from mlip_cli.data.prepare.shards import sample_parts, tar_writer
 from mlip_cli.data.tokenizer import Tokenizer
 from mlip_cli.errors import RunError, Stopped, UsageError
 from mlip_cli.evaluate import evaluators
-from mlip_cli.evaluate.datasets.find import Benchmark, find_benchmark
-from mlip_cli.evaluate.datasets.open import OPENMOJI_GROUPS, open_benchmark
+from mlip_cli.evaluate.datasets.benchmark import Benchmark
+from mlip_cli.evaluate.datasets.find import find_benchmark, open_benchmark
+from mlip_cli.evaluate.datasets.open import OPENMOJI_GROUPS
 from mlip_cli.evaluate.datasets.pictures import batches
-from mlip_cli.evaluate.evaluators import READERS, retrieval_words, training_evaluators, zeroshot_words
+from mlip_cli.evaluate.evaluators import retrieval_words, training_evaluators, zeroshot_words
 from mlip_cli.evaluate.statistics import mcnemar
 from mlip_cli.evaluate.stored import EvaluatedCheckpoint, Measured
-from mlip_cli.evaluate.together import ALONE
 from mlip_cli.evaluate.validation import validation_pairs
 from mlip_cli.evaluate.zeroshot import class_embeddings, normalized
 from mlip_cli.files import write_json
@@ -104,8 +104,8 @@ def test_scores_are_those_of_a_plain_computation(place: Path, capsys: pytest.Cap
     [result] = printed(capsys)["results"]
     run = load_run("runs/mlip", device="cpu")
     encoder = at_rate(run.model, 0.5)
-    pictures = open_benchmark(find_benchmark("shards:data/colors", root=place), READERS)
-    [(images, labels)] = batches(pictures, READERS, size=32, batch_size=40, read_ahead=True)
+    pictures = open_benchmark(find_benchmark("shards:data/colors", root=place))
+    [(images, labels)] = batches(pictures, range(1), size=32, batch_size=40, read_ahead=True)
     with torch.no_grad():
         classes = class_embeddings(
             pictures.class_names,
@@ -192,7 +192,7 @@ def test_words_of_evaluators_name_what_they_count() -> None:
 def test_one_run_needs_no_number_and_shows_the_true_rate(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     evaluate("runs/clip", datasets=["openmoji"], rates=(0.3,), as_json=False)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[1].startswith("true rate  ")
+    assert lines[1].split()[:4] == ["true", "rate", "mean", "recall"]
     true_rate = f"{at_rate(load_run('runs/clip', device='cpu').model, 0.3).plan.rate:.3f}"
     assert lines[2].startswith(f"{true_rate} (asked 0.3)  ")
     assert lines[-1] == "measured: clip at step 8 (last checkpoint)"
@@ -207,7 +207,7 @@ def test_one_run_needs_no_number_and_shows_the_true_rate(place: Path, capsys: py
         (b'{"n": 30, ', "Expecting property name enclosed in double quotes: line 1 column 11 (char 10)"),
         (b"[1]", "not a JSON object"),
         (b"{}", "kind: None instead of 'zeroshot'"),
-        (b'{"kind": "zeroshot"}', "acc1 is missing"),
+        (b'{"kind": "zeroshot"}', "step is missing"),
         (None, "predicted is missing"),
         (b"\xff", "'utf-8' codec can't decode byte 0xff in position 0: invalid start byte"),
     ],
@@ -358,14 +358,14 @@ def test_training_evaluators_measure_what_the_command_measures(place: Path, caps
     model = at_rate(load_run("runs/mlip", device="cpu").model, None)
     tokenizer = Tokenizer(16)
     evaluators = training_evaluators(recipe, tokenizer, validation_pairs(recipe, tokenizer, device="cpu"))
-    found = {evaluator.name: evaluator.measure(model, lambda _: None, ALONE) for evaluator in evaluators}
+    found = {evaluator.name: evaluator.measure(model, lambda _: None) for evaluator in evaluators}
     measures = found["validation"].values | found["openmoji"].values
     assert measures["openmoji_mean_recall"] == pytest.approx(result["mean_per_class_recall"])
     assert measures["openmoji_name_r5"] == pytest.approx(result["names"]["r5"])
     assert {f"validation_{way}_r{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)} < set(measures)
     for path in Path("data/openmoji/test").glob("*.tar"):
         path.unlink()  # decoded pictures are kept: a second evaluation reads nothing
-    assert {evaluator.name: evaluator.measure(model, lambda _: None, ALONE) for evaluator in evaluators} == found
+    assert {evaluator.name: evaluator.measure(model, lambda _: None) for evaluator in evaluators} == found
     recipe = small_recipe(data={"validation": "data/none"})
     with pytest.raises(UsageError, match="data/none: no such folder"):
         validation_pairs(recipe, Tokenizer(16), device="cpu")

@@ -14,18 +14,19 @@ from PIL import Image
 from results_for_tests import sweep_result
 from shards_for_tests import COLORS, make_dataset
 from torch import Tensor
+from torchvision.transforms.functional import pil_to_tensor
 
 from mlip_cli import cli
 from mlip_cli.commands import merge_sweep
 from mlip_cli.data import loader
 from mlip_cli.data.open import open_prepared
-from mlip_cli.data.pictures import UndecodableError
-from mlip_cli.data.transforms import decode, pil_to_uint8
+from mlip_cli.data.pictures import RejectedPictureError, open_picture
+from mlip_cli.data.transforms import decode
 from mlip_cli.errors import RunError, Stopped, UsageError
 from mlip_cli.evaluate.evaluators import training_evaluators
-from mlip_cli.evaluate.merge_pictures import draw_groups, draw_guidance, panel_pictures
-from mlip_cli.evaluate.sweep import FAILURES, METHODS, agreement, find_datasets, numbers_at_random
-from mlip_cli.evaluate.together import ALONE
+from mlip_cli.evaluate.merge_points import METHODS
+from mlip_cli.evaluate.panels import draw_groups, draw_guidance, panel_pictures
+from mlip_cli.evaluate.sweep import FAILURES, agreement, find_datasets, numbers_at_random
 from mlip_cli.evaluate.validation import validation_pairs
 from mlip_cli.profiling.flops import image_gflops
 from mlip_cli.recipe import merge_plan
@@ -164,7 +165,7 @@ def test_tables_of_retrieval(place: Path, capsys: pytest.CaptureFixture[str]) ->
         ({"methods": ["kmeans"]}, "--methods kmeans: no such method; there are guided, tome"),
         (
             {"methods": ["random_drop"]},
-            "--methods random_drop: drops patches in training only; there are guided, tome",
+            "--methods random_drop: is for training only; there are guided, tome",
         ),
         ({"rates": [0.3, 0.9]}, "merge rate 0.9: the merge before block 2 would take 16 tokens to 5"),
         ({"datasets": ["digit"]}, "unknown data set 'digit'; did you mean digits?"),
@@ -232,15 +233,15 @@ def test_panels_show_the_groups_of_the_model(place: Path, capsys: pytest.Capture
     [picture] = point["pictures"]
     loaded = load_run("runs/mlip", device="cpu")
     sample = open_prepared(place / "data/colors").read(picture["number"])
-    panels = panel_pictures(decode(sample.image)[None])
-    stages = loaded.model.merge_stages(decode(sample.image)[None], loaded.model.merge_plan(0.5))
+    panels = panel_pictures(decode(open_picture(sample.image))[None])
+    stages = loaded.model.merge_stages(decode(open_picture(sample.image))[None], loaded.model.merge_plan(0.5))
     for drawn, stage in zip(picture["stages"], stages, strict=True):
         for path, expected in (
             (drawn["groups"], draw_groups(panels, stage.groups, (4, 4))),
             (drawn["mixed"], draw_guidance(panels, stage.mixed, (4, 4))),
         ):
             with Image.open(place / "runs/mlip" / path) as image:
-                assert torch.equal(pil_to_uint8(image)[None], expected)
+                assert torch.equal(pil_to_tensor(image)[None], expected)
 
 
 def test_a_new_sweep_replaces_the_pictures_of_the_old_one(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -270,7 +271,7 @@ def test_the_validation_set_is_swept_where_no_other_is_named(place: Path, capsys
         loaded.recipe, loaded.tokenizer, validation_pairs(loaded.recipe, loaded.tokenizer, device="cpu")
     )
     for point in dataset["points"]:
-        values = evaluator.measure(at_rate(loaded.model, point["rate"]), lambda _: None, ALONE).values
+        values = evaluator.measure(at_rate(loaded.model, point["rate"]), lambda _: None).values
         for way in ("image_to_text", "text_to_image"):
             for k in (1, 5, 10):
                 name = f"r{k}"
@@ -327,11 +328,11 @@ def test_a_validation_picture_that_cannot_be_decoded_is_a_failure_with_its_place
     make_run(place / "runs/pairs", small_recipe(data={"validation": ["data/colors"]}))
     [dataset], _ = find_datasets(load_run("runs/pairs", device="cpu"), ["validation"], root=None, batch_size=4)
 
-    def broken(_: bytes, **__: object) -> Tensor:
-        raise UndecodableError("cut off")
+    def broken(_: object, **__: object) -> Tensor:
+        raise RejectedPictureError("damaged picture", "cut off")
 
     monkeypatch.setattr(loader, "decode", broken)
-    with pytest.raises(FAILURES, match=r"data/colors/train-00000.\.tar: sample .*: cut off"):
+    with pytest.raises(FAILURES, match=r"data/colors/train-00000.\.tar: sample .*: damaged picture: cut off"):
         dataset.choose(1)
 
 

@@ -235,13 +235,13 @@ def test_mistakes(runs: Path) -> None:
         report(["runs/none"], out=None, as_json=False)
     with pytest.raises(UsageError, match=r"runs: not a run folder \(no recipe.yaml\)"):
         report(["runs"], out=None, as_json=False)
-    with pytest.raises(UsageError, match="a part of a run; a page is of the whole: mlip report runs/mlip"):
+    with pytest.raises(UsageError, match="a part of a run; name the run folder: mlip report runs/mlip"):
         report(["runs/mlip/checkpoints/step_0000008"], out=None, as_json=False)
     with pytest.raises(UsageError, match="named twice"):
         report(["runs/mlip", "runs/../runs/mlip"], out=None, as_json=False)
-    with pytest.raises(UsageError, match=r"--out runs: a folder; name a file, as in runs/report\.html"):
+    with pytest.raises(UsageError, match=r"--out runs: is a folder; name a file, as in runs/report\.html"):
         report(["runs/mlip"], out=Path("runs"), as_json=False)
-    with pytest.raises(UsageError, match="no folder nowhere; make it"):
+    with pytest.raises(UsageError, match="folder nowhere does not exist; make it"):
         report(["runs/mlip"], out=Path("nowhere/page.html"), as_json=False)
 
 

@@ -17,7 +17,7 @@ from mlip_cli.data.bad_samples import BadSampleLimit, SlowPictures, place_and_re
 from mlip_cli.data.dataset import BadSampleError, RawSample, ShardDataset
 from mlip_cli.data.loader_processes import data_loader, items_of
 from mlip_cli.data.order import MAX_ATTEMPTS, Order, Position, Positions, key
-from mlip_cli.data.pictures import UndecodableError, read_header
+from mlip_cli.data.pictures import RejectedPictureError, open_picture
 from mlip_cli.data.sources.records import Caption
 from mlip_cli.data.tokenizer import Tokenizer, padded_length
 from mlip_cli.data.transforms import decode, least_size, training_crop, training_transform
@@ -92,14 +92,14 @@ def decoded(sample: RawSample, *, least: tuple[int, int] | None = None) -> Tenso
         BadSampleError: it cannot be decoded.
     """
     with _bad_sample_named(sample):
-        return decode(sample.image, least=least)
+        return decode(open_picture(sample.image), least=least)
 
 
 @contextmanager
 def _bad_sample_named(sample: RawSample) -> Iterator[None]:
     try:
         yield
-    except UndecodableError as error:
+    except RejectedPictureError as error:
         raise BadSampleError(sample.shard, sample.key, str(error)) from error
 
 
@@ -206,10 +206,10 @@ class _Steps(Dataset[_Step | Exception]):
         size, augment = self.data.image_size, self.data.augment
         slow: list[BadSample] = []
         with self.part(DECODE), _bad_sample_named(raw):
-            header = read_header(raw.image)
-            crop = training_crop(header.height, header.width, augment=augment, generator=draws)
+            picture = open_picture(raw.image)
+            crop = training_crop(picture.height, picture.width, augment=augment, generator=draws)
             image = decode(
-                raw.image,
+                picture,
                 least=least_size(crop, size),
                 on_fallback=lambda reason: slow.append(BadSample(raw.shard, raw.key, reason)),
             )

@@ -1,4 +1,4 @@
-"""Which queries a gallery shows, and what the model finds for them."""
+"""A gallery of retrieval: queries drawn at random, and the best answers of the model."""
 
 import shutil
 from collections.abc import Mapping, Sequence
@@ -12,9 +12,9 @@ from torch import Tensor
 
 from mlip_cli import __version__
 from mlip_cli.data.loader import decoded
-from mlip_cli.evaluate.results import FoundPicture, FoundText, GalleryResult, PictureQuery, Recalls, TextQuery
+from mlip_cli.evaluate.picture_results import FoundPicture, FoundText, GalleryResult, PictureQuery, TextQuery
+from mlip_cli.evaluate.results import Recalls
 from mlip_cli.evaluate.retrieval import image_text_retrieval, images_of_texts, ranks
-from mlip_cli.evaluate.together import Together
 from mlip_cli.evaluate.validation import ValidationPairs
 from mlip_cli.evaluate.zeroshot import similarities
 from mlip_cli.files import write_bytes
@@ -68,18 +68,18 @@ THUMBNAIL = 160
 """Longest side of a stored picture in pixels."""
 
 
-def find_pairs(encoder: Encoder, pairs: ValidationPairs, *, together: Together) -> FoundPairs:
-    """What a gallery shows, found by all ranks.
+def find_pairs(encoder: Encoder, pairs: ValidationPairs) -> FoundPairs:
+    """Features and recalls of the validation pairs, by all ranks and on every rank.
 
     Raises:
         RunError: features that are not finite, or a picture that cannot be read.
     """
-    images, texts = pairs.features(encoder, together=together)
-    return images, texts, image_text_retrieval(images, texts, pairs.own_texts, together=together)
+    images, texts = pairs.features(encoder)
+    return images, texts, image_text_retrieval(images, texts, pairs.own_texts)
 
 
 def write_gallery(run: Run, found: FoundPairs, pairs: ValidationPairs, *, step: int, true_rate: float) -> None:
-    """Write RUN/evals/gallery_STEP.json and the pictures it names; an older gallery goes.
+    """Write RUN/evals/gallery_STEP.json and the pictures it names; older galleries are removed.
 
     Raises:
         RunError: a picture that cannot be read.
@@ -143,7 +143,7 @@ def _picture_query(
 
 
 def _write_thumbnails(pairs: ValidationPairs, numbers: set[int], folder: Path) -> dict[int, Path]:
-    """Pictures by number, small and without metadata, in a folder."""
+    """Write small pictures without metadata; their paths by number."""
     from PIL import Image
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -159,7 +159,7 @@ def _write_thumbnails(pairs: ValidationPairs, numbers: set[int], folder: Path) -
 
 
 def _remove_older(run: Run, folder: Path) -> None:
-    """Galleries of earlier steps."""
+    """Remove galleries of earlier steps."""
     for path in run.evals.glob("gallery_*.json"):
         if path.stem != folder.name:
             path.unlink()

@@ -10,21 +10,12 @@ import struct
 import warnings
 from dataclasses import dataclass
 
-from PIL import ExifTags, Image
+from PIL import Image
 
-from mlip_cli.data.pictures import (
-    MAX_PIXELS,
-    ORIENTATIONS,
-    SWAPPING,
-    UNDECODABLE,
-    RejectedPictureError,
-    _check_size,
-    to_rgb,
-)
+from mlip_cli.data.pictures import RejectedPictureError, open_picture, to_rgb
 
 MAX_SIDE = 16_383
 """The longest side that WebP can store."""
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 JPEG_QUALITY = 92
 
 
@@ -45,10 +36,7 @@ class StoredPicture:
 
 
 def store(content: bytes, *, size: int) -> StoredPicture:
-    """Normalise an encoded picture and encode it again with its short side at `size` pixels at most.
-
-    EXIF orientation applied, CMYK and palettes to RGB, transparency on white, 16 bits scaled to 8, first frame of
-    animations, all metadata gone.
+    """Decode a picture and encode it again with its short side at `size` pixels at most and without any metadata.
 
     Raises:
         RejectedPictureError: not one of the six formats, damaged, over 64 megapixels, or of a kind without an
@@ -56,29 +44,17 @@ def store(content: bytes, *, size: int) -> StoredPicture:
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        try:
-            with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-                _check_size(image.size)
-                is_jpeg = image.format in ("JPEG", "MPO")
-                turn = ORIENTATIONS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-                original = image.size[::-1] if turn in SWAPPING else image.size
-                image.draft("RGB", _scaled(image.size, 2 * size))
-                rgb = to_rgb(image) if turn is None else to_rgb(image).transpose(turn)
-        except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-            raise RejectedPictureError("picture too large", f"over {MAX_PIXELS // 1_000_000} megapixels") from None
-        except Image.UnidentifiedImageError:
-            raise RejectedPictureError("not a picture", f"none of {', '.join(FORMATS)}") from None
-        except UNDECODABLE as error:
-            raise RejectedPictureError("damaged picture", str(error) or type(error).__name__) from None
+        picture = open_picture(content)
+        original = picture.width, picture.height
+        rgb = to_rgb(picture, least=_scaled(original, 2 * size)[::-1])
     width, height = _scaled(original, size)
     if max(width, height) > MAX_SIDE:
         raise RejectedPictureError("picture too long", f"{original[0]} x {original[1]} pixels")
     if rgb.size != (width, height):
         rgb = rgb.resize((width, height), Image.Resampling.BICUBIC)
     return StoredPicture(
-        content=encode(rgb, is_jpeg=is_jpeg),
-        format="jpg" if is_jpeg else "webp",
+        content=encode(rgb, is_jpeg=picture.is_jpeg),
+        format="jpg" if picture.is_jpeg else "webp",
         width=width,
         height=height,
         original_width=original[0],
