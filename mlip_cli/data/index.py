@@ -128,22 +128,18 @@ def read_records(path: Path) -> tuple[np.void, np.ndarray]:
         RunError: no index, or a damaged one.
     """
     try:
-        return _read_records(path)
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):  # also one that goes while it is read
+        size, header = path.stat().st_size, np.fromfile(path, HEADER, count=1)
+        if len(header) == 0 or header["magic"][0] != INDEX_MAGIC:
+            raise RunError(f"{path}: not an index of mlip; {CURE}")
+        n = int(header["n"][0])
+        needed = HEADER.itemsize + n * RECORD.itemsize
+        if size != needed:
+            raise RunError(f"{path}: {size} bytes where {n} samples need {needed}; {CURE}")
+        if n == 0:
+            return header[0], np.zeros(0, RECORD)
+        return header[0], np.memmap(path, RECORD, mode="r", offset=HEADER.itemsize, shape=(n,))
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         raise RunError(f"{path}: no index for {path.with_suffix('.tar').name}; {CURE}") from None
-
-
-def _read_records(path: Path) -> tuple[np.void, np.ndarray]:
-    size = path.stat().st_size
-    header = np.fromfile(path, HEADER, count=1)
-    if len(header) == 0 or header["magic"][0] != INDEX_MAGIC:
-        raise RunError(f"{path}: not an index of mlip; {CURE}")
-    n = int(header["n"][0])
-    if size != HEADER.itemsize + n * RECORD.itemsize:
-        raise RunError(f"{path}: {size} bytes where {n} samples need {HEADER.itemsize + n * RECORD.itemsize}; {CURE}")
-    if n == 0:
-        return header[0], np.zeros(0, RECORD)
-    return header[0], np.memmap(path, RECORD, mode="r", offset=HEADER.itemsize, shape=(n,))
 
 
 def parse_card(content: bytes, *, place: str, folder: str) -> dict[str, Any]:
