@@ -1,4 +1,4 @@
-"""Killed, interrupted, out of space: nothing half-written looks whole, and the next run goes on."""
+"""Preparation that is killed, interrupted or out of space: no half-written file looks whole, the next run goes on."""
 
 import multiprocessing
 import os
@@ -115,7 +115,7 @@ def test_ctrl_c_ends_the_workers_and_leaves_nothing_half_written(
             os.kill(int(pid), 0)
 
 
-def test_a_full_disk_is_named_and_the_next_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_reported_and_the_next_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_sidecars(tmp_path / "in", 20)
     unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
     code, said = disturbed_run(tmp_path, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (6000, unlimited)))

@@ -1,4 +1,4 @@
-"""One part of a source, from records to verified files: the unit of work that any worker can do."""
+"""Prepare one part of a source: records in, verified files out. Any worker can do any part."""
 
 import hashlib
 import json
@@ -24,7 +24,7 @@ NO_SPLIT = 255
 
 
 def prepare_part(part: SourcePart, options: PartOptions) -> PartResult:
-    """Write a part's samples and rejects to files of their own; each is whole or absent."""
+    """Write a part's samples and rejects to files of their own. Each file is whole or absent."""
     tar = Path(options.folder, f"part-{part.number:06d}.tar")
     rows: list[tuple[int, int, int]] = []
     rejects: list[dict[str, Any]] = []
@@ -57,7 +57,7 @@ def prepare_part(part: SourcePart, options: PartOptions) -> PartResult:
 
 
 def _make_sample(record: Record, row: int, options: PartOptions) -> tuple[dict[str, Any], StoredPicture]:
-    """What the shard gets for a record; RejectedPictureError says why it gets nothing."""
+    """The sample of a record and its picture. A RejectedPictureError says why a record becomes a reject."""
     if record.reject or record.picture is None:
         raise RejectedPictureError(record.reject or "no picture", record.detail)
     content = _read_picture(record.picture)
@@ -84,7 +84,7 @@ def _make_sample(record: Record, row: int, options: PartOptions) -> tuple[dict[s
 def _read_picture(picture: PicturePlace) -> bytes:
     try:
         if not stat.S_ISREG(os.stat(picture.path).st_mode) and not os.path.isdir(picture.path):
-            raise RejectedPictureError("picture is not a file", "a pipe or a device")  # whose reader would wait
+            raise RejectedPictureError("picture is not a file", "a pipe or a device")  # reading it could wait for ever
         with open(picture.path, "rb") as file:
             size = os.fstat(file.fileno()).st_size if picture.size is None else picture.size
             if size > MAX_FILE_BYTES:
