@@ -13,7 +13,7 @@ from test_data_faults import write_shard
 
 from mlip_cli.data import pictures as module
 from mlip_cli.data.loader import decoded
-from mlip_cli.data.open import open_sources
+from mlip_cli.data.open import open_prepared, open_sources
 from mlip_cli.data.pictures import (
     ORIENTATIONS,
     RejectedPictureError,
