@@ -1,4 +1,4 @@
-"""Files that are either whole or absent."""
+"""Write files so that they are either whole or absent."""
 
 import errno
 import json
@@ -11,7 +11,7 @@ from typing import Any
 from mlip_cli.errors import RunError
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""What the system says where there is no room: of a disk, of a quota, of a limit on the size of files."""
+"""errno values for a full disk, an exceeded quota or a file-size limit."""
 
 
 def sync_folder(folder: Path) -> None:

@@ -203,7 +203,7 @@ def test_frequency_guidance_prefers_detail_and_ties_blank_patches() -> None:
     images = torch.full((1, 3, 32, 32), 1.9)
     images[:, :, 8:16, 8:16] = torch.where(torch.arange(64).view(8, 8) % 2 == 0, 1.0, -1.0)
     images[:, :, 0:8, 0:8] += torch.linspace(0, 0.5, 8)
-    guidance = frequency_guidance(images, 8)[0]
+    guidance = frequency_guidance(patch_dct(images, 8))[0]
     assert guidance.argmax() == 5
     assert len(guidance.unique()) <= 3
     assert (guidance == guidance[15]).sum() >= 14
@@ -282,8 +282,10 @@ def test_merging_leaves_no_state_behind() -> None:
     model = small_model()
     keys = list(model.state_dict())
     before = model.encode_image(small_batch().images, model.merge_plan(0.0))
-    model.encode_image(small_batch().images)
+    model.encode_image(small_batch().images, model.plan)
     assert torch.equal(model.encode_image(small_batch().images, model.merge_plan(0.0)), before)
     assert list(model.state_dict()) == keys
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):  # noqa: S301 - our own bytes
-        assert torch.equal(twin.encode_image(small_batch().images), model.encode_image(small_batch().images))
+        assert torch.equal(
+            twin.encode_image(small_batch().images, twin.plan), model.encode_image(small_batch().images, model.plan)
+        )

@@ -144,7 +144,7 @@ def test_unknown_architectures_and_missing_files_are_refused(tmp_path: Path) -> 
         open_clip_configuration("ViT-B-23")
     recipe = with_init(small_recipe(), f"open_clip:ViT-B-32:{tmp_path}/none.pt")
     with pytest.raises(
-        UsageError, match=r"none.pt: no such file; model.init=open_clip:ARCH:FILE reads a file on this machine"
+        UsageError, match=r"none.pt: no such file; model.init=open_clip:ARCH:FILE reads a local file of weights"
     ):
         check_initial(small_model(recipe), recipe)
 

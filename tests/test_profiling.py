@@ -87,17 +87,19 @@ def test_text_tower_equals_a_count_of_its_products(tiny: CLIP) -> None:
         assert flops.text_gflops(tiny, length) == pytest.approx(counted, rel=1e-9)
 
 
+@pytest.mark.parametrize("rate", [0.0, 0.4])
 @pytest.mark.parametrize("input", ["tokens", "dct"])
 def test_frequency_branch_is_products_as_counted_and_filters_by_formula(
-    input: str, monkeypatch: pytest.MonkeyPatch
+    input: str, rate: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(frequency, "takes_products", lambda device: False)  # the formula is that of the FFT
     model = build(TINY, image_size=32, frequency=config.Frequency(input=input, width=16, depth=2))
-    plan, images = model.merge_plan(0.0), torch.rand(1, 3, 32, 32)
+    plan, images = model.merge_plan(rate), torch.rand(1, 3, 32, 32)
     both = counted_gflops(model.image_features, images, plan)
     alone = counted_gflops(model.encode_image, images, plan)
     filters = 2 * filter_gflops_of(8, 8, 16)
-    assert flops.frequency_gflops(model) - filters == pytest.approx(both - alone, rel=1e-9)
+    assert flops.frequency_gflops(model, plan) - filters == pytest.approx(both - alone, rel=1e-9)
+    assert sum(flops.image_gflops(model, plan).values()) == pytest.approx(alone, rel=1e-9)
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.4])
@@ -111,7 +113,7 @@ def test_a_stem_is_products_as_counted_and_filters_by_formula(rate: float, monke
     counted = counted_gflops(model.encode_image, images, plan)
     assert sum(parts.values()) == pytest.approx(counted, rel=1e-9)
     both = counted_gflops(model.image_features, images, plan)
-    assert flops.frequency_gflops(model) == pytest.approx(both - counted, rel=1e-9)
+    assert flops.frequency_gflops(model, plan) == pytest.approx(both - counted, rel=1e-9)
     assert flops.parameters(model)["frequency branch"] == 2 * 32 + 32 * 20
 
 
@@ -164,7 +166,7 @@ def test_the_square_product_is_as_large_as_it_must_be_to_be_timed(monkeypatch: p
 def test_a_step_is_three_times_the_forward_pass_with_all_that_training_adds(tiny: CLIP) -> None:
     plan = tiny.merge_plan(0.5, "guided")
     forward = sum(flops.image_gflops(tiny, plan).values()) + flops.text_gflops(tiny, 10)
-    added = flops.frequency_gflops(tiny) + flops.token_head_gflops(tiny, plan, 10)
+    added = flops.frequency_gflops(tiny, plan) + flops.token_head_gflops(tiny, plan, 10)
     step = partial(flops.step_gflops, tiny, plan, batch_size=5, num_text_tokens=10)
     tiny.requires_grad_(True)
     assert step() == pytest.approx(3 * 5 * (forward + added))

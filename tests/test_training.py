@@ -185,7 +185,7 @@ def test_a_run_that_goes_on_elsewhere_is_left_alone(recipe: Path, tmp_path: Path
         _, words = process.communicate(timeout=60)
     assert second.returncode == 2, second.stderr
     assert second.stderr.splitlines()[-1] == (
-        f"error: {folder}: another mlip pretrain is at work here; wait for it, or name another --out"
+        f"error: {folder}: another mlip pretrain is running here; wait for it, or name another --out"
     )
     assert process.returncode == 130, words
     steps = [line["step"] for line in metrics(folder)]
@@ -302,7 +302,7 @@ def test_resume_without_out_passes_over_a_run_of_another_version(recipe: Path, t
     done = run(recipe, "--resume", "train.steps=1", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     first, second = done.stderr.splitlines()[:2]
-    assert first.startswith("passing over runs/old-20200101-000000, whose recipe is none today: runs/old-")
+    assert first.startswith("skipping runs/old-20200101-000000: its recipe does not load with this version: runs/old-")
     assert second == "--resume: no unfinished run of this recipe in runs/; a new run starts"
 
 
@@ -328,7 +328,7 @@ def test_a_checkpoint_that_another_process_saves_meanwhile_is_never_undone(recip
     script = [sys.executable, "-c", SAVED_MEANWHILE]
     late = subprocess.run([*script, *arguments, "--resume"], env=QUIET, text=True, capture_output=True, check=False)
     assert late.returncode == 2, late.stderr
-    expected = f"error: {folder}/checkpoints/step_0000009: another process has saved it just now; start again with"
+    expected = f"error: {folder}/checkpoints/step_0000009: another process saved it just now; start again with"
     assert late.stderr.splitlines()[-1] == f"{expected} --resume"
     assert (folder / "metrics.jsonl").read_bytes() == before
 

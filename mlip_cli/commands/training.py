@@ -167,8 +167,8 @@ def reported(run: Run) -> Iterator[None]:
 def show_pairs(run: Run, training: Training, pairs: ValidationPairs, *, step: int) -> None:
     """Write the gallery of validation pairs into the run folder; all ranks take part."""
     together = everyone(training.device)
-    with together.as_one(), training.as_measured() as model, evaluation_memory_named("the gallery"):
-        found = find_pairs(model.eval(), pairs, together=together)
+    with together.as_one(), training.as_measured() as encoder, evaluation_memory_named("the gallery"):
+        found = find_pairs(encoder, pairs, together=together)
     if is_main():
         write_gallery(run, found, pairs, step=step, true_rate=training.plain.plan.rate)
 
@@ -201,11 +201,10 @@ def measure(
     together = everyone(training.device, is_stopping=is_stopping)
     measures: dict[str, float] = {}
     try:
-        with together.as_one(), torch.no_grad(), training.as_measured() as model:
-            model.eval()
+        with together.as_one(), torch.no_grad(), training.as_measured() as encoder:
             for evaluator in evaluators:
                 with evaluation_memory_named(f"step {step}: evaluating {evaluator.name}"):
-                    found = evaluator.measure(model, shown(evaluator, panel), together)
+                    found = evaluator.measure(encoder, shown(evaluator, panel), together)
                 panel.measured(step, evaluator.name, found.words)
                 measures |= found.values
     except Left:

@@ -2,12 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from mlip_cli.types import Encoded, PartOf
+from mlip_cli.types import Encoded
 
 IMAGE, TEXT, FREQUENCY = "image_features", "text_features", "frequency_features"
 TEXT_TOKENS, CAPTION_MASK = "text_tokens", "caption_mask"
@@ -83,22 +82,3 @@ def features_of(encoded: Encoded, *, token_losses: Sequence[str] = (), labels: T
     tensors |= {f"scale.{loss}": scale for loss, scale in encoded.scales.items()}
     tensors |= {f"bias.{loss}": bias for loss, bias in encoded.biases.items()}
     return Features(tensors, labels)
-
-
-class ObjectiveLike(Protocol):
-    """What training needs of an objective; terms are 0-d tensors by loss name, not weighted."""
-
-    batch_token_losses: tuple[str, ...]
-    """Names of the token losses between all pairs of the global batch."""
-
-    def batch_terms(self, features: Features, part: PartOf = ...) -> dict[str, Tensor]:
-        """Losses between all pairs of the global batch."""
-
-    def sample_terms(self, encoded: Encoded, num_captions: Tensor, part: PartOf = ...) -> dict[str, Tensor]:
-        """Losses inside pairs; `num_captions` counts the usable captions of the global batch."""
-
-    def count_captions(self, text_mask: Tensor) -> Tensor:
-        """Usable captions of this share: (B, L) -> 0-d."""
-
-    def total(self, terms: dict[str, Tensor]) -> Tensor:
-        """Weighted sum."""

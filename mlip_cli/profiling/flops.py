@@ -106,10 +106,21 @@ def _merging_macs(model: CLIP, plan: MergePlan) -> int:
         if after < before and not plan.drops:
             macs += merge_macs(before, metric_width=metric_width)
         before = after
-    return macs + (tower.num_patches * 2 * tower.patch_size**3 if plan.asks_frequency else 0)
+    channels = 3 if reads_pixels(model) else 1  # guidance of one channel, unless it shares the branch's spectrum
+    return macs + (dct_macs(model, channels) if plan.asks_frequency else 0)
 
 
-def frequency_gflops(model: CLIP) -> float:
+def dct_macs(model: CLIP, channels: int) -> int:
+    """Multiply-adds of the block DCT of one image's patches."""
+    return model.vision.num_patches * channels * 2 * model.vision.patch_size**3
+
+
+def reads_pixels(model: CLIP) -> bool:
+    """Whether the model has a frequency branch on DCT coefficients."""
+    return isinstance(model.frequency, FrequencyBranch) and model.frequency.reads_pixels
+
+
+def frequency_gflops(model: CLIP, plan: MergePlan) -> float:
     """GFLOPs of the frequency branch for one image: its blocks and its projection, not its token head.
 
     A stem's blocks belong to the image tower, so only the projection counts here.
@@ -118,8 +129,8 @@ def frequency_gflops(model: CLIP) -> float:
     if isinstance(branch, FrequencyBranch):
         filters = sum(filter_gflops(cast(SpectralBlock, block)) for block in branch.blocks)
         macs = model.vision.num_patches * linear_weights([branch])
-        if branch.reads_pixels:
-            macs += model.vision.num_patches * 3 * 2 * branch.patch_size**3
+        if branch.reads_pixels and not plan.asks_frequency:  # else guidance has made the spectrum
+            macs += dct_macs(model, 3)
     if model.frequency_projection is not None:
         macs += model.frequency_projection.weight.numel()
     return gflops(macs) + filters
@@ -150,7 +161,7 @@ def step_gflops(model: CLIP, plan: MergePlan, *, batch_size: int, num_text_token
     }
     learns = {tower: any(parameter.requires_grad for parameter in tower.parameters()) for tower in towers}
     pair = sum((3 if learns[tower] else 1) * gflops_of_tower for tower, gflops_of_tower in towers.items())
-    pair += 3 * (frequency_gflops(model) + token_head_gflops(model, plan, num_text_tokens))
+    pair += 3 * (frequency_gflops(model, plan) + token_head_gflops(model, plan, num_text_tokens))
     return batch_size * pair
 
 

@@ -103,7 +103,7 @@ def gflops_of(model: CLIP, num_tokens: int) -> Gflops:
         image_tower_by_part=parts,
         image_tower_unmerged=sum(whole.values()),
         image_tower_unmerged_by_part=whole,
-        frequency_branch=flops.frequency_gflops(model),
+        frequency_branch=flops.frequency_gflops(model, model.plan),
         token_heads=flops.token_head_gflops(model, model.plan, num_tokens),
         text_tower=flops.text_gflops(model, num_tokens),
         text_tower_at_context_length=flops.text_gflops(model, model.context_length),

@@ -19,11 +19,12 @@ from mlip_cli.model.clip import CLIP, build_model
 from mlip_cli.model.frequency import regrid_kernel
 from mlip_cli.model.open_clip import ONLY_OURS, PATCH_BIAS, fitting_recipe, from_open_clip, misfits
 from mlip_cli.recipe.config import LOSS_NAMES, Recipe
-from mlip_cli.recipe.init_source import OpenClipFile, open_clip_file
+from mlip_cli.recipe.init_source import OpenClipFile
 from mlip_cli.recipe.load import differences, load_recipe
 from mlip_cli.runs.checkpoint import load_weights
-from mlip_cli.runs.folder import Run, find_checkpoint
+from mlip_cli.runs.folder import Run
 from mlip_cli.runs.loading import load_into
+from mlip_cli.runs.start import find_init
 from mlip_cli.runs.weight_files import read_weights
 
 NO_FORM = ("model.text.dropout", "model.vision.drop_path")
@@ -222,17 +223,3 @@ def _part(name: str) -> str:
     """frequency.blocks.0.norm1.weight -> frequency, token_projections.text.weight -> token_projections.text"""
     words = name.split(".")
     return ".".join(words[:2]) if words[0] in ("token_projections", "log_scales", "logit_biases") else words[0]
-
-
-def find_init(init: str) -> OpenClipFile | Path:
-    """The file, or the checkpoint's folder, that `model.init` names.
-
-    Raises:
-        UsageError: no such file, run or checkpoint.
-    """
-    foreign = open_clip_file(init)
-    if foreign is None:
-        return find_checkpoint(init)[1]
-    if not Path(foreign.file).is_file():
-        raise UsageError(f"{foreign.file}: no such file; model.init=open_clip:ARCH:FILE reads a file on this machine")
-    return foreign

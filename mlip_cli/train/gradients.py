@@ -1,4 +1,4 @@
-"""The gradient of one global batch: at once, or by micro-batches with the same result."""
+"""The gradient of one global batch, in one pass or by micro-batches with the same result."""
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from mlip_cli.distributed import all_sum, gradients_kept_back, unwrap
-from mlip_cli.losses.features import Features, ObjectiveLike, features_of
+from mlip_cli.losses.features import Features, features_of
+from mlip_cli.losses.objective import Objective
 from mlip_cli.recipe.merge_plan import MergePlan
 from mlip_cli.types import Batch, Encoded, PartOf
 
@@ -19,11 +20,11 @@ BACKWARD = "backward"
 
 @dataclass(frozen=True)
 class Precision:
-    """What the towers compute in; losses promote to at least fp32 themselves."""
+    """The number type of the towers; losses compute in at least fp32."""
 
     dtype: torch.dtype
     scaler: torch.amp.GradScaler
-    """Of the loss, for fp16; does nothing otherwise."""
+    """Scales the loss for fp16 and does nothing otherwise."""
 
     @classmethod
     def named(cls, name: str, device: torch.device) -> "Precision":
@@ -38,7 +39,7 @@ class Precision:
 
 @dataclass(frozen=True)
 class RandomState:
-    """Generators that dropout and drop path draw from."""
+    """The state of the generators that dropout and drop path draw from."""
 
     cpu: Tensor
     cuda: Tensor | None
@@ -46,7 +47,7 @@ class RandomState:
 
     @classmethod
     def read(cls, device: torch.device) -> "RandomState":
-        """The state right now."""
+        """The current state."""
         return cls(
             cpu=torch.get_rng_state(),
             cuda=torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
@@ -54,7 +55,7 @@ class RandomState:
         )
 
     def restore(self, device: torch.device) -> None:
-        """Draw again what was drawn after `read`."""
+        """Go back to the state, so that the same numbers are drawn again."""
         torch.set_rng_state(self.cpu)
         if self.cuda is not None:
             torch.cuda.set_rng_state(self.cuda, device)
@@ -64,21 +65,21 @@ class RandomState:
 
 def add_gradients(
     model: nn.Module,
-    objective: ObjectiveLike,
+    objective: Objective,
     batch: Batch,
     *,
     precision: Precision,
     micro_batch_size: int | None,
-    plan: MergePlan | None = None,
+    plan: MergePlan,
     part: PartOf = nullcontext,
 ) -> dict[str, Tensor]:
     """Add the gradient of the global batch to the parameters; return the terms of this rank, detached.
 
     Args:
-        model: gives `Encoded` for a `Batch`; wrapped for several ranks its gradients become the mean over them.
+        model: returns `Encoded` for a `Batch`; if it is wrapped for several ranks, gradients become the mean over them.
         batch: this rank's share, on the model's device.
-        micro_batch_size: samples per forward pass, or None for the whole share.
-        plan: merges of this step; None: the model's own.
+        micro_batch_size: samples per forward pass; None: the whole share.
+        plan: merges of this step.
         part: opens a context by name around each part of the work, for a clock.
     """
     if micro_batch_size is None or micro_batch_size >= len(batch.images):
@@ -91,10 +92,10 @@ def add_gradients(
 
 def _at_once(
     model: nn.Module,
-    objective: ObjectiveLike,
+    objective: Objective,
     batch: Batch,
     precision: Precision,
-    plan: MergePlan | None,
+    plan: MergePlan,
     part: PartOf,
 ) -> dict[str, Tensor]:
     with part(FORWARD), precision.autocast(batch.images.device):
@@ -111,17 +112,16 @@ def _at_once(
 
 def _by_micro_batches(
     model: nn.Module,
-    objective: ObjectiveLike,
+    objective: Objective,
     micro_batches: list[Batch],
     precision: Precision,
-    plan: MergePlan | None,
+    plan: MergePlan,
     part: PartOf,
 ) -> dict[str, Tensor]:
-    """Batch-level losses on features cached without graph, then one pass with graph per micro-batch.
+    """Losses over the batch on features cached without graph, then one pass with graph per micro-batch.
 
     The idea is GradCache's ("Scaling deep contrastive learning batch size under memory limited setup", Gao et al.,
-    2021). The second pass replays random numbers and merges of the first. Losses inside pairs need no cache;
-    those between the tokens of all pairs cache tokens too.
+    2021). The second pass repeats the random numbers and merges of the first. Losses inside pairs need no cache.
     """
     device = micro_batches[0].images.device
     states, features, merges, captions = [], [], [], []
@@ -133,7 +133,7 @@ def _by_micro_batches(
             features.append(_features(objective, encoded, own))
             merges.append(encoded.assign)
             captions.append(objective.count_captions(encoded.text_mask))
-        del encoded  # its tokens are most of what a micro-batch keeps
+        del encoded  # its tokens take most of a micro-batch's memory
     with part(LOSSES):
         num_captions = all_sum(torch.stack(captions).sum())
         whole = Features.joined(features)
@@ -170,7 +170,7 @@ def _by_micro_batches(
     return terms
 
 
-def _features(objective: ObjectiveLike, encoded: Encoded, batch: Batch) -> Features:
+def _features(objective: Objective, encoded: Encoded, batch: Batch) -> Features:
     return features_of(encoded, token_losses=objective.batch_token_losses, labels=batch.labels)
 
 
