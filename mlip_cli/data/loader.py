@@ -26,7 +26,7 @@ from mlip_cli.recipe.config import Data
 from mlip_cli.types import BadSample, Batch, PartOf
 
 MAX_WORKERS = 16
-READ, DECODE, TRANSFORM = "read", "decode", "transform"
+READ_SAMPLE, DECODE_PICTURE, TRANSFORM_PICTURE = "read", "decode", "transform"
 """Parts of the work on a sample; the rest is captions, tokens and stacking."""
 _AUGMENTATION = 4  # sets these draws apart from those of `order`
 
@@ -197,14 +197,14 @@ class _Steps(Dataset[_Step | Exception]):
         )
 
     def _example(self, position: Position) -> _Example:
-        with self.part(READ):
+        with self.part(READ_SAMPLE):
             raw = self.datasets[position.source].read(position.index)
         seed = key(self.seed, _AUGMENTATION, position.source, position.epoch, position.index)
         draws = torch.Generator().manual_seed(seed >> 1)
         caption = _choose_caption(raw, self.data.captions == "sample", draws)
         size, augment = self.data.image_size, self.data.augment
         slow: list[BadSample] = []
-        with self.part(DECODE), _bad_sample_named(raw):
+        with self.part(DECODE_PICTURE), _bad_sample_named(raw):
             header = read_header(raw.image)
             crop = training_crop(header.height, header.width, augment=augment, generator=draws)
             image = decode(
@@ -212,7 +212,7 @@ class _Steps(Dataset[_Step | Exception]):
                 least=least_size(crop, size),
                 on_fallback=lambda reason: slow.append(BadSample(raw.shard, raw.key, reason)),
             )
-        with self.part(TRANSFORM):
+        with self.part(TRANSFORM_PICTURE):
             image = training_transform(image, crop=crop, size=size, augment=augment, generator=draws)
         label = label_of(raw.record, caption) if self.with_labels else None
         return _Example(image, caption, raw.key, label, tuple(slow))
