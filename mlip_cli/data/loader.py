@@ -26,7 +26,7 @@ from mlip_cli.recipe.config import Data
 from mlip_cli.types import BadSample, Batch, PartOf
 
 MAX_WORKERS = 16
-READ, DECODE, TRANSFORM = "read", "decode", "transform"
+READ_SAMPLE, DECODE_PICTURE, TRANSFORM_PICTURE = "read", "decode", "transform"
 """Parts of the work on a sample; the rest is captions, tokens and stacking."""
 _AUGMENTATION = 4  # sets these draws apart from those of `order`
 
@@ -198,14 +198,14 @@ class _Steps(Dataset[_Step | Exception]):
         )
 
     def _example(self, position: Position) -> _Example:
-        with self.part(READ):
+        with self.part(READ_SAMPLE):
             raw = self.datasets[position.source].read(position.index)
         seed = hash_of(self.seed, _AUGMENTATION, position.source, position.epoch, position.index)
         draws = torch.Generator().manual_seed(seed >> 1)
         caption = _choose_caption(raw.captions, self.data.captions == "sample", draws)
         size, augment = self.data.image_size, self.data.augment
         slow: list[BadSample] = []
-        with self.part(DECODE), _bad_sample_named(raw):
+        with self.part(DECODE_PICTURE), _bad_sample_named(raw):
             picture = open_picture(raw.image)
             crop = training_crop(picture.height, picture.width, augment=augment, generator=draws)
             image = decode(
@@ -213,7 +213,7 @@ class _Steps(Dataset[_Step | Exception]):
                 least=least_size(crop, size),
                 on_fallback=lambda reason: slow.append(BadSample(raw.shard, raw.key, reason)),
             )
-        with self.part(TRANSFORM):
+        with self.part(TRANSFORM_PICTURE):
             image = training_transform(image, crop=crop, size=size, augment=augment, generator=draws)
         label = label_of(raw.meta, caption) if self.with_labels else None
         return _Example(image, caption, raw.key, label, tuple(slow))

@@ -8,7 +8,7 @@ from statistics import median
 import torch
 
 from mlip_cli.data.dataset import ShardDataset
-from mlip_cli.data.loader import DECODE, READ, TRANSFORM, training_loader
+from mlip_cli.data.loader import DECODE_PICTURE, READ_SAMPLE, TRANSFORM_PICTURE, training_loader
 from mlip_cli.data.order import Order
 from mlip_cli.profiling.clock import PartClock
 from mlip_cli.profiling.result import LoaderFacts
@@ -20,7 +20,7 @@ SAMPLES = 256
 MOST_IN_A_BATCH = 32
 
 COLLATE = "tokenize and collate"
-SAMPLE_PARTS = (READ, DECODE, TRANSFORM, COLLATE)
+SAMPLE_PARTS = (READ_SAMPLE, DECODE_PICTURE, TRANSFORM_PICTURE, COLLATE)
 
 
 def measure_loader(recipe: Recipe, datasets: Sequence[ShardDataset], *, num_workers: int) -> LoaderFacts:
@@ -56,7 +56,7 @@ def measure_loader(recipe: Recipe, datasets: Sequence[ShardDataset], *, num_work
         for _ in range(rounds):
             with cpu.part(COLLATE):
                 bad += len(next(batches).bad_samples)
-            seconds.append(cpu.take() | {READ: wall.take()[READ]})
+            seconds.append(cpu.take() | {READ_SAMPLE: wall.take()[READ_SAMPLE]})
     sample_seconds = {part: median(batch.get(part, 0.0) for batch in seconds) / batch_size for part in SAMPLE_PARTS}
     return LoaderFacts(
         num_samples=rounds * batch_size,

@@ -24,14 +24,14 @@ from mlip_cli.train.state import Training
 from mlip_cli.train.step import COPY, OPTIMIZER, Stepper, StepSettings
 from mlip_cli.types import Batch
 
-MERGING = "token merging"
-TEXT = "text tower"
-FREQUENCY = "frequency branch"
-HEADS = "token heads"
-REST = "masks and pooling"
-SHARED = "shared by all losses"
+TOKEN_MERGING = "token merging"
+TEXT_TOWER = "text tower"
+FREQUENCY_BRANCH = "frequency branch"
+TOKEN_HEADS = "token heads"
+OTHER_FORWARD = "masks and pooling"
+SHARED_BY_LOSSES = "shared by all losses"
 
-REMAINDERS = {FORWARD: REST, LOSSES: SHARED}
+REMAINDERS = {FORWARD: OTHER_FORWARD, LOSSES: SHARED_BY_LOSSES}
 """What is left of a part of the step when the parts inside it are taken out."""
 
 
@@ -136,13 +136,13 @@ def step_parts(step: RepeatedStep) -> dict[str, str]:
         groups[FORWARD_WITHOUT_GRAPH] = "forward"
     for block, name in enumerate(stage_names(model), start=1):
         if block in model.training_plan.merges:
-            groups[MERGING] = "forward"
+            groups[TOKEN_MERGING] = "forward"
         groups[name] = "forward"
-    groups |= {FREQUENCY: "forward"} if model.frequency is not None else {}
-    groups[TEXT] = "forward"
-    groups |= {HEADS: "forward"} if len(model.token_projections) else {}
-    groups[REST] = "forward"
-    groups |= dict.fromkeys([*step.objective.terms, SHARED], "losses")
+    groups |= {FREQUENCY_BRANCH: "forward"} if model.frequency is not None else {}
+    groups[TEXT_TOWER] = "forward"
+    groups |= {TOKEN_HEADS: "forward"} if len(model.token_projections) else {}
+    groups[OTHER_FORWARD] = "forward"
+    groups |= dict.fromkeys([*step.objective.terms, SHARED_BY_LOSSES], "losses")
     return groups | {BACKWARD: "backward", OPTIMIZER: "optimizer"}
 
 
@@ -173,14 +173,16 @@ def _switch(switch: Callable[[str], None], name: str, *_: object) -> None:
 def _stages(model: CLIP) -> list[tuple[nn.Module, str, str]]:
     """(module, the part that it belongs to, the part that comes after it), outer modules before inner ones."""
     tower, names, merges = model.vision, stage_names(model), model.training_plan.merges
-    found: list[tuple[nn.Module, str, str]] = [(model, names[0], REST), (tower, names[0], REST)]
-    found.append((tower.trunk.norm_pre, names[0], MERGING if merges else names[0]))
+    found: list[tuple[nn.Module, str, str]] = [(model, names[0], OTHER_FORWARD), (tower, names[0], OTHER_FORWARD)]
+    found.append((tower.trunk.norm_pre, names[0], TOKEN_MERGING if merges else names[0]))
     for block, (module, own) in enumerate(zip(tower.trunk.blocks, names, strict=True), start=1):
-        found.append((module, own, MERGING if block + 1 in merges else [*names, own][block]))
-    found.append((model.image_projection, names[-1], REST))
+        found.append((module, own, TOKEN_MERGING if block + 1 in merges else [*names, own][block]))
+    found.append((model.image_projection, names[-1], OTHER_FORWARD))
     rest = {
-        TEXT: (model.text, model.text_projection),
-        FREQUENCY: (model.frequency, model.frequency_projection),
-        HEADS: model.token_projections.values(),
+        TEXT_TOWER: (model.text, model.text_projection),
+        FREQUENCY_BRANCH: (model.frequency, model.frequency_projection),
+        TOKEN_HEADS: model.token_projections.values(),
     }
-    return found + [(module, own, REST) for own, modules in rest.items() for module in modules if module is not None]
+    return found + [
+        (module, own, OTHER_FORWARD) for own, modules in rest.items() for module in modules if module is not None
+    ]
