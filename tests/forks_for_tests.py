@@ -6,12 +6,14 @@ Everything else is as from the shell: a process group of its own, its loader pro
 
 import multiprocessing
 import os
+import runpy
 import signal
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from subprocess import CompletedProcess
+from typing import IO
 
 # the process that forks is told no sys.path in Python 3.11, and would import nothing before it forks
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
@@ -59,3 +61,23 @@ def mlip(words: Sequence[str], *, environment: Mapping[str, str], folder: Path |
             raise TimeoutError(f"mlip {' '.join(words)}: not at its end after {PATIENCE_S} s")
         stdout, stderr = (Path(answer, name).read_text() for name in ("stdout", "stderr"))
     return CompletedProcess(["mlip", *words], process.exitcode, stdout, stderr)
+
+
+def module(name: str, words: Sequence[str], environment: Mapping[str, str], log: str) -> None:
+    """Body of a forked process: `python -m NAME WORDS`, what it says appended to the file `log`."""
+    own_group()
+    os.environ.update(environment)
+    for number in (1, 2):
+        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    sys.argv = [name, *words]
+    runpy.run_module(name, run_name="__main__", alter_sys=True)
+
+
+def call(command: Sequence[str], *, stdout: IO[str], stderr: int, env: Mapping[str, str]) -> int:
+    """`subprocess.call` for `python -m NAME WORDS` whose two streams go to one file: its exit code."""
+    _, _, name, *words = command
+    process = FORKS.Process(target=module, args=(name, words, dict(env), stdout.name))
+    process.start()
+    process.join(PATIENCE_S)
+    assert process.exitcode is not None, f"{name}: not at its end after {PATIENCE_S} s"
+    return process.exitcode

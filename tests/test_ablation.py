@@ -2,17 +2,22 @@
 
 import io
 import json
+import os
+import subprocess
 import tarfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import forks_for_tests
 import numpy as np
 import pytest
 import torch
+from ablation import prepare as prepare_module
+from ablation import train_all as train_all_module
 from ablation.mosaics import quadrants
 from ablation.pointing import Maps, Pointer, Queries, measure_pointing, right_shares
-from ablation.prepare import main as prepare
 from ablation.prepare import training_captions
 from ablation.runs import RUNS, AblationRun
 from ablation.scores import WAYS, Contrast, Rows, bootstrap, contrast, holm, macro, numbered
@@ -62,8 +67,21 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tars")
     write_tar(folder / "train-000.tar", [sample(i, "dish") for i in range(60)])
     write_tar(folder / "test-000.tar", [sample(i, "bowl") for i in range(12)])
-    prepare(folder, folder / "data")
+    with open(folder / "log", "w") as log, pytest.MonkeyPatch.context() as patch:
+
+        def run(command: Sequence[str], *, check: bool) -> None:
+            assert forks_for_tests.call(command, stdout=log, stderr=subprocess.STDOUT, env=os.environ) == 0
+
+        patch.setattr(prepare_module, "subprocess", SimpleNamespace(run=run))
+        prepare_module.main(folder, folder / "data")
     return folder / "data"
+
+
+@pytest.fixture
+def forks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The queue's processes are forked from one that has imported torch."""
+    forked = SimpleNamespace(call=forks_for_tests.call, STDOUT=subprocess.STDOUT)
+    monkeypatch.setattr(train_all_module, "subprocess", forked)
 
 
 def test_captions_have_up_to_three_tags_in_equal_shares() -> None:
@@ -76,6 +94,7 @@ def test_captions_have_up_to_three_tags_in_equal_shares() -> None:
     assert np.allclose(weights / weights.sum(), 0.25, atol=0.02)
 
 
+@pytest.mark.slow
 def test_a_concept_is_in_one_split(data: Path) -> None:
     from ablation.measure import samples
 
@@ -86,12 +105,15 @@ def test_a_concept_is_in_one_split(data: Path) -> None:
     assert len(concepts["train"] | concepts["validation"]) == 30
 
 
+@pytest.mark.slow
 def test_every_recipe_of_the_ablation_loads() -> None:
     for run in RUNS:
         load_recipe(str(RECIPES / f"{run.recipe}.yaml"), run.overrides)
     assert len({run.label for run in RUNS}) == len(RUNS)
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("forks")
 def test_the_queue_trains_measures_and_skips(data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     runs = [AblationRun("A", "clip", seed, "test", "clip", TINY) for seed in (0, 1)]
     queue = Queue(data, tmp_path)
@@ -117,6 +139,7 @@ def test_the_queue_trains_measures_and_skips(data: Path, tmp_path: Path, capfd: 
     assert line[:3] == ["clip", "rate 0.00", "2"]
 
 
+@pytest.mark.usefixtures("forks")
 def test_a_failed_training_ends_the_queue_with_the_place_of_its_log(data: Path, tmp_path: Path) -> None:
     queue = Queue(data, tmp_path)
     run = AblationRun("A", "clip", 0, "test", "clip", (*TINY, "model.vision.timm=no_such", "train.micro_batch_size=2"))
@@ -155,7 +178,7 @@ def test_macro_and_bootstrap_equal_plain_loops() -> None:
         )
 
 
-def test_a_contrast_covers_a_known_difference_and_none() -> None:
+def test_a_contrast_covers_a_known_difference_and_no_difference() -> None:
     random = np.random.default_rng(0)
     concepts, sources = numbered([str(i // 2) for i in range(600)]), numbered(["ab"[i % 2] for i in range(600)])
     base = random.random((5, 600))
@@ -179,7 +202,7 @@ def test_seeds_have_to_agree_and_to_be_five(agree: int, seeds: int, verdict: str
     assert Contrast("x", 0.02, 0.01, 0.03, 0.001, agree, seeds).verdict(0.004) == verdict
 
 
-def test_contrasts_pair_the_seeds_that_both_have_and_name_what_is_missing(capfd: pytest.CaptureFixture[str]) -> None:
+def test_contrasts_pair_the_seeds_of_both_runs_and_name_missing_ones(capfd: pytest.CaptureFixture[str]) -> None:
     def results(place: dict[int, int]) -> Results:
         return {
             seed: {

@@ -15,7 +15,7 @@ from mlip_cli.train.state import Progress
 __all__ = ["recipe"]
 
 
-def test_it_is_the_mean_up_to_the_horizon_and_forgets_afterwards() -> None:
+def test_the_average_is_the_mean_up_to_its_horizon_and_forgets_afterwards() -> None:
     model = small_model(dtype=torch.float64)
     weight = model.image_projection.weight
     average = WeightAverage(model, horizon=32)
@@ -41,7 +41,7 @@ def test_a_horizon_below_one_batch_is_the_newest_weights() -> None:
     assert all(torch.equal(value, named[name]) for name, value in average.weights().items())
 
 
-def test_the_model_has_it_for_a_while_and_then_its_own_weights_to_the_bit() -> None:
+def test_the_model_takes_averaged_weights_and_returns_to_its_own_to_the_bit() -> None:
     model = small_model(dtype=torch.float32)
     model.freeze("text")
     average = WeightAverage(model, horizon=100)
@@ -74,6 +74,7 @@ def test_measures_of_another_metric_are_forgotten() -> None:
     assert (progress.best, progress.best_metric) == ([(0.1, 3)], "r5")
 
 
+@pytest.mark.slow
 def test_the_best_is_kept_where_each_evaluation_is_saved_anyway(recipe: Path, tmp_path: Path) -> None:
     asked = ["evaluate.best_metric=validation_modality_gap", "train.keep.best=1", "train.keep.last=1"]
     every = ["evaluate.every_steps=2", "train.checkpoint_every.steps=2"]
@@ -87,7 +88,8 @@ def test_the_best_is_kept_where_each_evaluation_is_saved_anyway(recipe: Path, tm
     assert best != 12, "the newest is kept without being the best"
 
 
-def test_a_run_with_an_average_keeps_its_best_and_goes_on_to_the_bit(recipe: Path, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_a_run_with_an_average_keeps_its_best_and_continues_to_the_bit(recipe: Path, tmp_path: Path) -> None:
     asked = [
         "optim.ema_horizon=24",
         "evaluate.best_metric=validation_image_to_text_r5",
@@ -120,9 +122,7 @@ def test_a_run_with_an_average_keeps_its_best_and_goes_on_to_the_bit(recipe: Pat
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_a_measure_that_does_not_exist_is_refused_before_training_with_those_that_do(
-    recipe: Path, tmp_path: Path
-) -> None:
+def test_an_unknown_measure_is_refused_before_training(recipe: Path, tmp_path: Path) -> None:
     wrong = run(recipe, "--out", str(tmp_path / "run"), "evaluate.best_metric=accuracy", "train.keep.best=1")
     assert wrong.returncode == 2, wrong.stderr
     expected = "error: evaluate.best_metric: accuracy: this recipe does not measure it; take one of "

@@ -50,6 +50,7 @@ def test_blocks_are_skipped_more_often_the_higher_they_stand_and_never_in_evalua
     assert not torch.equal(model.train().encode_image(images, model.plan), model.encode_image(images, model.plan))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("micro_batch_size", [None, 3])
 def test_activations_that_are_computed_again_give_the_same_gradient(micro_batch_size: int | None) -> None:
     """With dropout and skipped blocks, which have to be drawn again as they were."""
@@ -88,6 +89,7 @@ def config_of_compile() -> Iterator[None]:
         yield
 
 
+@pytest.mark.slow
 def test_compiled_blocks_have_forms_for_every_rate_of_drop_path(
     config_of_compile: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -103,6 +105,7 @@ def test_compiled_blocks_have_forms_for_every_rate_of_drop_path(
     torch.compiler.reset()
 
 
+@pytest.mark.slow
 def test_compiled_blocks_give_the_same_gradient_at_every_length_of_text(config_of_compile: None) -> None:
     """By graphs and autograd as compiled code has them; what writes the machine's code is left to torch's own tests."""
     recipe = small_recipe()

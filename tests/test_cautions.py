@@ -22,6 +22,7 @@ def recipe_with(*, layer_decay: float = 1.0, **merging: Any) -> Recipe:
     return small_recipe(model={"merging": {"rate": 0.3} | merging}, optim={"layer_decay": layer_decay})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "total_steps", "expected"),
     [

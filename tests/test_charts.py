@@ -29,6 +29,7 @@ def drawings() -> list[canvas.Chart]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", range(3))
 def test_a_chart_takes_the_colours_of_its_place(number: int) -> None:
     picture = drawings()[number]
@@ -44,6 +45,7 @@ def test_a_chart_takes_the_colours_of_its_place(number: int) -> None:
     assert "<metadata" not in placed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", range(3))
 def test_the_same_chart_has_the_same_bytes(number: int) -> None:
     assert drawings()[number].svg == drawings()[number].svg

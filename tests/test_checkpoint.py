@@ -23,7 +23,7 @@ def test_a_checkpoint_comes_back_and_replaces_one_of_its_step(tmp_path: Path) ->
     assert load_state(tmp_path / "step_0000005") == {"step": 5}
 
 
-def test_the_newest_and_the_named_ones_stay_and_what_is_not_ours(tmp_path: Path) -> None:
+def test_the_newest_the_named_and_foreign_folders_stay(tmp_path: Path) -> None:
     save(tmp_path, 5, 10, 15, 20, 25)
     (tmp_path / "step_0000005.bak").mkdir()
     (tmp_path / ".step_0000030.123.tmp").mkdir()

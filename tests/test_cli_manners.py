@@ -4,27 +4,13 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from command_for_tests import mlip
 
-import mlip_cli.cli
 from mlip_cli.terminal.endings import exit_code
 
 COMMANDS = ("prepare-data", "pretrain", "merge-sweep", "eval-zeroshot", "profile", "report", "doctor")
-
-
-def mlip(*arguments: str, folder: Path | None = None) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "COLUMNS": "80", "PYTHONPATH": str(Path(mlip_cli.cli.__file__).parents[1])}
-    return subprocess.run(
-        [sys.executable, "-m", "mlip_cli", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-        cwd=folder,
-        env=environment,
-    )
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +20,7 @@ def main_help() -> str:
     return done.stdout
 
 
-def test_help_lists_every_command_uncut(main_help: str) -> None:
+def test_help_lists_every_command_in_full(main_help: str) -> None:
     listed = main_help.split("Commands:\n")[1]
     assert tuple(re.findall(r"^  ([a-z-]+)  ", listed, re.M)) == COMMANDS
     assert "..." not in listed
@@ -47,6 +33,7 @@ def test_no_command_and_short_option_show_the_same_help(arguments: tuple[str, ..
     assert (done.returncode, done.stdout, done.stderr) == (0, main_help, "")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_of_every_command_ends_with_an_example(command: str) -> None:
     done = mlip(command, "-h")
@@ -54,6 +41,7 @@ def test_help_of_every_command_ends_with_an_example(command: str) -> None:
     assert done.stdout.splitlines()[-1].startswith(f"  Example: mlip {command}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -97,7 +85,7 @@ def test_wrong_usage_is_one_line(arguments: list[str], message: str) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (2, "", f"error: {message}\n")
 
 
-def test_a_reader_that_leaves_is_no_error() -> None:
+def test_a_reader_that_leaves_the_pipe_ends_the_command_without_an_error() -> None:
     code = (
         "import os, sys; from mlip_cli import cli\n"
         "from mlip_cli.terminal import output\n"

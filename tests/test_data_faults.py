@@ -132,6 +132,7 @@ def test_shards_cut_at_200_random_places_while_they_are_read(folder: Path, whole
         open_prepared(folder)
 
 
+@pytest.mark.slow
 def test_plain_tars_cut_at_200_random_places(whole: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """The samples before the cut, all of them but perhaps the last, and one line that names the tar and the place."""
     content = (whole / "train-000000.tar").read_bytes()
@@ -176,6 +177,7 @@ def differing(a: bytes, b: bytes) -> int:
     return sum(x != y for x, y in zip(a, b, strict=True))
 
 
+@pytest.mark.slow
 def test_bytes_flipped_at_500_random_places_of_a_shard(folder: Path, whole: Path) -> None:
     """A sample is the one it says it is, with at most that one byte of it changed, or it is bad and named."""
     shard = folder / "train-000000.tar"
@@ -303,6 +305,7 @@ def encoded(image: Image.Image, image_format: str) -> bytes:
     return file.getvalue()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("image_format", ["jpg", "png", "webp"])
 def test_decompression_bombs_cost_neither_memory_nor_time(tmp_path: Path, image_format: str) -> None:
     small = encoded(Image.new("RGB", (32, 32), "red"), {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}[image_format])
@@ -387,6 +390,7 @@ def test_a_bad_block_of_the_disk_is_a_bad_sample(folder: Path, whole: Path, monk
     assert bad == {(str(folder / "train-000000.tar"), f"at byte {broken}", "[Errno 5] Input/output error")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("ending", [".tar", ".idx"])
 def test_a_shard_that_is_removed_while_training_reads_it(tmp_path: Path, num_workers: int, ending: str) -> None:

@@ -66,11 +66,13 @@ def two_ranks(work: str) -> subprocess.CompletedProcess[str]:
     return done
 
 
-def test_a_rank_that_is_late_by_more_than_collectives_bear_is_waited_for() -> None:
+@pytest.mark.slow
+def test_ranks_wait_for_one_that_is_later_than_the_timeout() -> None:
     two_ranks(LATE)
 
 
-def test_bad_samples_of_every_rank_are_named_ten_a_run() -> None:
+@pytest.mark.slow
+def test_ten_bad_samples_of_all_ranks_are_named_in_a_run() -> None:
     named = [line for line in two_ranks(BAD_SAMPLES).stderr.splitlines() if line.startswith("warning: ")]
     words = [f"warning: far.tar: sample {n}: torn; another one takes its place" for n in (0, 1, 2, 0, 1, 2, 3, 0, 1)]
     last = "warning: far.tar: sample 2: torn; another one takes its place; later ones are only counted"
@@ -102,7 +104,8 @@ def counted(arguments: Sequence[str], environment: dict[str, str], words: str) -
     pretrain(arguments, environment, words)
 
 
-def test_a_step_is_one_pass_and_a_run_has_one_that_is_thrown_away(recipe: Path, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_a_step_is_one_pass_and_a_run_has_one_spare_pass(recipe: Path, tmp_path: Path) -> None:
     """By it DDP finds the order of its sums, which a resumed run then shares."""
     words = tmp_path / "words"
     with Forked([str(recipe), "--out", str(tmp_path / "run")], words, ranks=2, body=counted) as training:
@@ -116,6 +119,7 @@ def on_its_own_disk(arguments: Sequence[str], environment: dict[str, str], words
     pretrain(arguments, environment, words)
 
 
+@pytest.mark.slow
 def test_a_rank_that_does_not_see_the_checkpoint_is_refused(recipe: Path, tmp_path: Path) -> None:
     words = tmp_path / "words"
     for rank in (0, 1):

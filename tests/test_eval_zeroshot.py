@@ -93,6 +93,7 @@ def printed(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
     return json.loads(out, parse_constant=lambda constant: pytest.fail(f"{constant} is no JSON"))
 
 
+@pytest.mark.slow
 def test_runs_and_rates_on_openmoji(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     evaluate("runs/clip", "runs/mlip", datasets=["openmoji"], rates=(0.0, 0.5))
     results = printed(capsys)["results"]
@@ -109,6 +110,7 @@ def test_runs_and_rates_on_openmoji(place: Path, capsys: pytest.CaptureFixture[s
     assert 0 <= results[3]["compared_to_first"]["name_r1"]["p"] <= 1
 
 
+@pytest.mark.slow
 def test_scores_are_those_of_a_plain_computation(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     evaluate("runs/mlip", datasets=["shards:data/colors"], rates=(0.5,))
     [result] = printed(capsys)["results"]
@@ -150,6 +152,7 @@ def test_what_is_measured_is_on_the_page_and_read_without_torch(
     assert again.stdout == first
 
 
+@pytest.mark.slow
 def test_other_data_weights_or_rates_are_measured_anew(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = Path("runs/clip/evals")
     evaluate("runs/clip", datasets=["openmoji"], rates=(0.0,))
@@ -164,6 +167,7 @@ def test_other_data_weights_or_rates_are_measured_anew(place: Path, capsys: pyte
     capsys.readouterr()
 
 
+@pytest.mark.slow
 def test_tables_are_narrow_and_say_what_was_measured(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     evaluate("runs/clip", "runs/mlip", datasets=["openmoji", "shards:data/colors"], rates=(0.5,), as_json=False)
     lines = capsys.readouterr().out.splitlines()
@@ -215,6 +219,7 @@ def test_one_run_needs_no_number_and_shows_the_true_rate(place: Path, capsys: py
     assert stored["kind"] == "zeroshot"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("content", "why"),
     [
@@ -255,6 +260,7 @@ def test_damaged_weights_are_one_line_and_leave_no_result(place: Path, tower: st
     assert not Path("runs/clip/evals").exists()
 
 
+@pytest.mark.slow
 def test_an_earlier_checkpoint_and_runs_of_one_name(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_run(place / "more" / "clip", small_recipe(mlip=False), seed=1)
     weights = small_model(small_recipe(mlip=False), dtype=torch.float32, seed=2).state_dict()
@@ -266,6 +272,7 @@ def test_an_earlier_checkpoint_and_runs_of_one_name(place: Path, capsys: pytest.
     ]
 
 
+@pytest.mark.slow
 def test_the_recipe_names_the_data_sets(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_run(place / "runs" / "named", small_recipe(evaluate={"zeroshot": ["shards:data/colors"]}))
     evaluate("runs/named", datasets=[])
@@ -365,6 +372,7 @@ def test_comparison_is_paired() -> None:
     assert found["acc1"] == {"difference": -0.2, "won": 0, "lost": 2, "p": mcnemar(2, 0)}
 
 
+@pytest.mark.slow
 def test_training_evaluators_measure_what_the_command_measures(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     evaluate("runs/mlip", datasets=["openmoji"])
     [result] = printed(capsys)["results"]

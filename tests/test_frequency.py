@@ -73,7 +73,7 @@ def test_products_on_cpus_and_in_graphs_the_fft_elsewhere(monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("products", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_filters_grids_that_are_no_power_of_two(
+def test_half_precision_filters_grids_of_any_side(
     dtype: torch.dtype, products: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(frequency, "takes_products", lambda device: products)
@@ -255,6 +255,7 @@ class Graphs:
         return graph.forward
 
 
+@pytest.mark.slow
 def test_it_compiles_to_one_graph_without_complex_numbers() -> None:
     torch.compiler.reset()
     graphs = Graphs()
@@ -271,6 +272,7 @@ def test_it_compiles_to_one_graph_without_complex_numbers() -> None:
     assert "matmul" in code
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["tokens", "stem"])
 def test_what_was_not_compiled_takes_no_complex_numbers_either(kind: str) -> None:
     torch.manual_seed(0)

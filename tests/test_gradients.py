@@ -194,6 +194,7 @@ def gradients_on_ranks(names: Sequence[str], environment: dict[str, str], out: s
             torch.save(results, out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "names"), [(2, list(RECIPES)), (4, ["filip_sparc"])])
 def test_gloo_processes_give_the_one_process_gradient(tmp_path: Path, ranks: int, names: list[str]) -> None:
     """Captions have 1 to 6 words, and the ranks different numbers of usable ones."""

@@ -25,6 +25,7 @@ print(json.dumps([given_back[-1], [page_faults() for _ in range(8)][-1]]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries stay as they are")
 def test_freed_pages_are_kept_when_asked_for() -> None:
     """The last of eight: aligned blocks leave gaps at first, which join."""

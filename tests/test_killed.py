@@ -80,6 +80,7 @@ def whole(recipe: Path) -> Whole:
     return lambda ranks, precision: trained_whole(recipe, ranks, precision)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("ranks", "precision", "num_workers", "during"),
     [
@@ -87,7 +88,7 @@ def whole(recipe: Path) -> Whole:
         (2, "fp32", 1, ("checkpoint", "evaluation")),
     ],
 )
-def test_killed_at_any_moment_a_run_goes_on_to_the_bit(
+def test_a_run_killed_at_any_moment_continues_to_the_bit(
     recipe: Path, whole: Whole, ranks: int, precision: str, num_workers: int, during: Sequence[str], tmp_path: Path
 ) -> None:
     killed = killed_again_and_again(
@@ -119,7 +120,8 @@ def newest_step(folder: Path) -> int:
     return max((step_of(path) for path in checkpoint_folders(folder)), default=0)
 
 
-def test_killed_at_any_moment_of_saving_there_is_a_whole_checkpoint(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_a_kill_at_any_moment_of_saving_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
     draw, halves, newest = random.Random(0), 0, 0
     for number in range(8):
         process = FORKS.Process(target=save_on_and_on, args=(str(tmp_path),))
@@ -141,7 +143,8 @@ def test_killed_at_any_moment_of_saving_there_is_a_whole_checkpoint(tmp_path: Pa
     assert halves >= 2, "hardly any kill came while a checkpoint was half written"
 
 
-def test_ranks_that_lose_one_end_by_themselves_and_other_numbers_of_ranks_go_on(recipe: Path, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_ranks_end_when_one_dies_and_other_numbers_of_ranks_continue(recipe: Path, tmp_path: Path) -> None:
     """The same samples in the same order: what is logged differs by rounding alone, which small steps keep small.
 
     Dropout is off, since it draws otherwise on each rank, and merging, which turns rounding into other merges.
@@ -171,8 +174,9 @@ def test_ranks_that_lose_one_end_by_themselves_and_other_numbers_of_ranks_go_on(
             assert mine[name] == pytest.approx(value, rel=1e-4, abs=1e-5), (name, mine["step"])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds processes in /proc")
-def test_torchrun_of_which_a_rank_is_killed_leaves_nobody_and_goes_on_to_the_bit(
+def test_torchrun_ends_all_ranks_when_one_is_killed_and_the_run_continues_to_the_bit(
     recipe: Path, whole: Whole, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
@@ -198,7 +202,8 @@ def test_torchrun_of_which_a_rank_is_killed_leaves_nobody_and_goes_on_to_the_bit
     assert_same_run(folder, whole(2, "fp32"))
 
 
-def test_on_a_full_disk_the_run_ends_with_one_line_and_goes_on_once_there_is_room(
+@pytest.mark.slow
+def test_a_full_disk_ends_the_run_with_one_line_and_it_continues_when_there_is_room(
     recipe: Path, whole: Whole, tmp_path: Path
 ) -> None:
     """A real file system: one checkpoint takes 19 MB, so the third one, before the first may go, has no room."""
@@ -245,6 +250,7 @@ def run_of_damaged_word(folder: Path, recipe: Path, word: str) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_steps_whose_batch_is_not_finite_are_skipped_and_counted(recipe_of_words: Path, tmp_path: Path) -> None:
     init = run_of_damaged_word(tmp_path / "init", recipe_of_words, "zebra")
     folder, words = tmp_path / "run", tmp_path / "words"
@@ -266,7 +272,8 @@ def test_steps_whose_batch_is_not_finite_are_skipped_and_counted(recipe_of_words
     assert all(weight.isfinite().all() for weight in weights.values())
 
 
-def test_a_run_in_which_no_batch_is_finite_ends_with_what_to_do(recipe_of_words: Path, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_a_run_without_a_finite_batch_ends_with_a_cure(recipe_of_words: Path, tmp_path: Path) -> None:
     init = run_of_damaged_word(tmp_path / "init", recipe_of_words, "photo")
     folder = tmp_path / "run"
     arguments = [str(recipe_of_words), f"model.init={init}", "train.steps=30", "--out", str(folder)]

@@ -110,8 +110,9 @@ def test_signals_of_a_forked_process_do_not_count() -> None:
         assert os.waitpid(child, 0)[1] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("place", "ranks"), [("the loader", 1), ("a step", 2)])
-def test_a_second_ctrl_c_leaves_where_python_hears_nothing(
+def test_a_second_ctrl_c_ends_a_process_that_python_cannot_interrupt(
     recipe: Path, tmp_path: Path, place: str, ranks: int
 ) -> None:
     """With two ranks the other one waits in a collective for the one that hangs."""
@@ -166,6 +167,7 @@ def torchrun(recipe: Path, tmp_path: Path) -> Iterator[Callable[..., subprocess.
         process.communicate()
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_at_torchrun_leaves_at_once(
     torchrun: Callable[..., subprocess.Popen[str]], tmp_path: Path
 ) -> None:
@@ -184,6 +186,7 @@ def test_a_second_ctrl_c_at_torchrun_leaves_at_once(
     wait_until(lambda: not processes_marked(str(tmp_path)), what="processes are left", every_s=0.1)
 
 
+@pytest.mark.slow
 def test_ranks_without_torchrun_save_and_end(torchrun: Callable[..., subprocess.Popen[str]], tmp_path: Path) -> None:
     process = torchrun("", "train.steps=100000", "evaluate.every_steps=null")
     wait_until(lambda: last_step(tmp_path / "run") >= 2, what="no steps", every_s=0.01)

@@ -109,6 +109,7 @@ def test_shapes(folder: Path) -> None:
         assert batch.bad_samples == ()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights", [None, (1.0, 2.0)])
 def test_workers_change_nothing(tmp_path: Path, folder: Path, weights: tuple[float, ...] | None) -> None:
     datasets = [open_prepared(folder), open_prepared(make_dataset(tmp_path / "other", n=12, seed=1))]
@@ -117,6 +118,7 @@ def test_workers_change_nothing(tmp_path: Path, folder: Path, weights: tuple[flo
         assert_equal(a, b)
 
 
+@pytest.mark.slow
 def test_jpegs_that_are_decoded_smaller_depend_on_the_step_alone(tmp_path: Path) -> None:
     folder = make_dataset(tmp_path / "x", n=24, size=(90, 70), image_format="jpg")
     here = list(batches([open_prepared(folder)], 0, 6))
@@ -126,6 +128,7 @@ def test_jpegs_that_are_decoded_smaller_depend_on_the_step_alone(tmp_path: Path)
         assert_equal(a, b)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_pictures_that_only_pillow_reads_are_counted_and_the_first_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_workers: int
@@ -149,12 +152,14 @@ def test_pictures_that_only_pillow_reads_are_counted_and_the_first_is_named(
     ]
 
 
+@pytest.mark.slow
 def test_resuming_is_the_tail_of_an_uninterrupted_run(folder: Path) -> None:
     whole = list(batches([open_prepared(folder)], 0, 12))
     for a, b in zip(whole[7:], batches([open_prepared(folder)], 7, 12), strict=True):
         assert_equal(a, b)
 
 
+@pytest.mark.slow
 def test_labels_are_those_of_the_chosen_captions_on_every_rank(folder: Path) -> None:
     dataset = open_prepared(folder)
     captions = {sample.key: sample.captions for sample in map(dataset.read, range(dataset.num_samples))}
@@ -189,6 +194,7 @@ def test_all_tensors_of_a_batch_are_pinned(monkeypatch: pytest.MonkeyPatch) -> N
         assert profile_subject.pinned(batch, torch.device("cpu")).images.tolist() == [[0], [0]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_ranks_share_what_one_rank_would_see(folder: Path, world_size: int) -> None:
     one = batches([open_prepared(folder)])
@@ -199,6 +205,7 @@ def test_ranks_share_what_one_rank_would_see(folder: Path, world_size: int) -> N
         assert whole.keys == sum((part.keys for part in parts), ())
 
 
+@pytest.mark.slow
 def test_text_is_as_wide_as_the_global_batch_needs_on_every_rank(tmp_path: Path) -> None:
     texts = ["short"] * 15 + ["a " * 12 + "long one"]
     dataset = open_prepared(make_dataset(tmp_path / "x", n=64, captions=texts))
@@ -255,6 +262,7 @@ def test_closing_ends_the_workers(folder: Path) -> None:
     assert set(multiprocessing.active_children()) <= others
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("part", ["image", "json"])
 def test_a_spoiled_sample_is_replaced_and_named(tmp_path: Path, num_workers: int, part: str) -> None:
@@ -283,6 +291,7 @@ def test_ranks_replace_alike(tmp_path: Path) -> None:
         assert batch.bad_samples == sum((share.bad_samples for share in shares), ())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_too_many_bad_samples_end_the_run(tmp_path: Path, num_workers: int) -> None:
     folder = make_dataset(tmp_path / "x", n=40)
@@ -327,6 +336,7 @@ def test_nothing_but_bad_samples_ends_the_run_at_once(tmp_path: Path, num_worker
         preflight([dataset], Order([16], None, seed=0, global_batch_size=G), G, 1)
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_is_one_clear_error(folder: Path) -> None:
     others = set(multiprocessing.active_children())
     with closing(batches([open_prepared(folder)], 0, 1000, num_workers=1)) as run:
@@ -371,6 +381,7 @@ def failing(words: str) -> Iterator[int]:
     return items_of(data_loader(Failing(words), range(3), 1))
 
 
+@pytest.mark.slow
 def test_workers_outlive_a_signal_to_the_whole_group() -> None:
     """As torchrun, timeout and service managers send it: the training has to end its step, and to save."""
     script = """
@@ -387,6 +398,7 @@ print([*first, *items] == list(range(40)))
     assert done.stdout == "True\n", done.stderr
 
 
+@pytest.mark.slow
 def test_workers_say_nothing_where_the_main_process_hangs_up() -> None:
     """As it does when a second Ctrl-C, a kill or an error ends it just when it takes a tensor."""
     script = """
@@ -411,6 +423,7 @@ print([i.item() for i, _ in items] == list(range(int(first) + 1, 40)))
     assert (done.stdout, done.stderr) == ("True\n", "")
 
 
+@pytest.mark.slow
 def test_a_spawned_worker_makes_the_same_batches(folder: Path) -> None:
     dataset = open_prepared(folder)
     order = Order([42], None, seed=0, global_batch_size=G)

@@ -53,9 +53,10 @@ def test_blank_constant_and_single_images_are_finite(guidance: str) -> None:
     assert model.encode_image(images, guided(model, guidance)).isfinite().all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [*GUIDANCE, "tome"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_pixel_that_is_no_number_spoils_its_picture_alone(method: str, value: float) -> None:
+def test_a_nan_pixel_spoils_only_its_own_picture(method: str, value: float) -> None:
     model = small_model().eval()
     plan = model.merge_plan(0.5, "tome") if method == "tome" else guided(model, method)
     images = model.normalize(small_batch().images)
@@ -149,6 +150,7 @@ def test_checkpointed_gradients_are_the_plain_ones(method: str) -> None:
         assert runs == [1]
 
 
+@pytest.mark.slow
 def test_a_merged_model_compiles_to_one_graph() -> None:
     model, images = small_model(dtype=torch.float32), small_batch().images
     wanted = model.merge_plan(0.5, "guided")

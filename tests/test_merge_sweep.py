@@ -66,6 +66,7 @@ def printed(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
     return json.loads(out, parse_constant=lambda constant: pytest.fail(f"{constant} is no JSON"))
 
 
+@pytest.mark.slow
 def test_every_setting_stands_beside_the_unmerged_model(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sweep("runs/mlip", rates=[0.5, 0.25, 0.0, 0.5], methods=["tome", "guided"])
     result = printed(capsys)
@@ -140,6 +141,7 @@ def test_a_plain_clip_is_swept_at_the_default_places(place: Path, capsys: pytest
     assert result["points"][1]["tokens_per_block"][-1] == 8
 
 
+@pytest.mark.slow
 def test_tables(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sweep("runs/mlip", as_json=False)
     lines = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("the rounds of ")]
@@ -162,6 +164,7 @@ def test_rounds_that_scatter_are_named_below_the_speeds(capsys: pytest.CaptureFi
     assert lines[6] == ""
 
 
+@pytest.mark.slow
 def test_tables_of_retrieval(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sweep("runs/pairs", as_json=False)
     lines = capsys.readouterr().out.splitlines()
@@ -201,6 +204,7 @@ def merge_pictures(place: Path) -> dict[str, Any]:
     return json.loads((place / "runs/mlip/evals/merge_pictures_step_0000008.json").read_text())
 
 
+@pytest.mark.slow
 def test_merge_pictures_of_every_setting(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sweep("runs/mlip", methods=["tome", "guided"], rates=[0.5, 0.25], num_pictures=3)
     capsys.readouterr()
@@ -240,6 +244,7 @@ def pictures_of(place: Path) -> set[str]:
     }
 
 
+@pytest.mark.slow
 def test_panels_show_the_groups_of_the_model(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sweep("runs/mlip", num_pictures=1)
     capsys.readouterr()
@@ -258,6 +263,7 @@ def test_panels_show_the_groups_of_the_model(place: Path, capsys: pytest.Capture
                 assert torch.equal(pil_to_tensor(image)[None], expected)
 
 
+@pytest.mark.slow
 def test_a_new_sweep_replaces_the_pictures_of_the_old_one(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sweep("runs/mlip", methods=["tome"], num_pictures=2)
     before = pictures_of(place)
@@ -270,6 +276,7 @@ def test_a_new_sweep_replaces_the_pictures_of_the_old_one(place: Path, capsys: p
     capsys.readouterr()
 
 
+@pytest.mark.slow
 def test_the_validation_set_is_swept_where_no_other_is_named(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sweep("runs/pairs", num_pictures=2)
     [dataset] = printed(capsys)["datasets"]
@@ -299,6 +306,7 @@ def test_the_validation_set_is_swept_where_no_other_is_named(place: Path, capsys
     assert len(dataset["points"][1]["paired"]) == 6
 
 
+@pytest.mark.slow
 def test_a_data_set_that_fails_is_a_row_and_the_rest_is_kept(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shard = next((make_dataset(place / "data" / "cut", n=24)).glob("*.tar"))
     shard.write_bytes(shard.read_bytes()[:9000])
@@ -319,6 +327,7 @@ def attributed(folder: Path, text: str) -> None:
     (folder / "dataset.json").write_text(json.dumps(card | {"provenance": {"attribution": text}}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("names", [["shards:data/colors"], ["validation"]])
 def test_merge_pictures_carry_what_the_licence_asks_for(
     place: Path, capsys: pytest.CaptureFixture[str], names: list[str]
@@ -345,6 +354,7 @@ def test_a_validation_picture_that_cannot_be_decoded_is_a_failure_with_its_place
         dataset.choose(1)
 
 
+@pytest.mark.slow
 def test_speeds_are_kept_where_the_recipes_only_data_set_is_gone(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -379,6 +389,7 @@ def test_methods_are_those_of_the_recipe_that_merge() -> None:
     assert set(METHODS) == set(merge_plan.METHODS) - {"random_drop"}
 
 
+@pytest.mark.slow
 def test_a_run_that_dropped_patches_is_swept_as_guided(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     merging = {"method": "random_drop", "guidance": "spatial", "strength": 1.0, "at": [1]}
     make_run(place / "runs" / "flip", small_recipe(mlip=False, model={"merging": merging}))

@@ -67,6 +67,7 @@ def plan_of(tower: ImageTower, rate: float, **changes: Any) -> MergePlan:
     return MergePlan.resolve(depth=tower.depth, num_patches=tower.num_patches, rate=rate, **settings)
 
 
+@pytest.mark.slow
 def test_at_rate_0_a_tower_is_timms_bit_for_bit(towers: Towers, request: pytest.FixtureRequest) -> None:
     tower, plain = towers
     assert (
@@ -157,6 +158,7 @@ def test_a_pool_that_cannot_weigh_tokens_is_refused_by_name(monkeypatch: pytest.
         assert str(caught.value) == ("model.merging: towers that pool by 'prr' cannot merge; set model.merging to null")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "kind"),
     [

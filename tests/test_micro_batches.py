@@ -78,6 +78,7 @@ def test_what_was_found_stays_and_without_cuda_it_is_the_share() -> None:
     assert chosen_micro_batch_size(recipe, training, progress, share=8) is None
 
 
+@pytest.mark.slow
 def test_a_run_says_what_it_took_and_keeps_it(recipe: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     done = run(recipe, "--out", str(folder), "train.micro_batch_size=auto", "train.steps=2")

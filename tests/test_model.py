@@ -34,6 +34,7 @@ def test_without_branch_and_at_rate_0_the_tower_is_timm_bit_for_bit(training: bo
     assert torch.equal(model.encode_image(images, model.plan), model.image_projection(plain(images)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "block"),
     [
@@ -85,6 +86,7 @@ def test_pooling_after_a_merge_counts_every_patch_once(pool: str) -> None:
     torch.testing.assert_close(merged.pooled, whole.pooled, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_towers_that_cannot_be_used_are_refused_by_name() -> None:
     with pytest.raises(UsageError) as caught:
         ImageTower(Vision(timm="beit_base_patch16_224"), image_size=224)

@@ -39,6 +39,7 @@ def tiny_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return f"open_clip:tiny:{tmp_path / 'tiny.safetensors'}"
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_a_foreign_file(tiny_file: str) -> None:
     recipe = with_init(recipe_for({"timm": TINY_QUICK}, activation="quick_gelu"), tiny_file)
     model = small_model(recipe, dtype=torch.float32).eval()

@@ -32,6 +32,7 @@ def by_name(name: str) -> Entry:
     return next(entry for entry in entries() if entry.name == name)
 
 
+@pytest.mark.slow
 def test_1898_pictures_in_nine_groups() -> None:
     assert len(entries()) == len({entry.hexcode for entry in entries()}) == 1898
     assert Counter(entry.group for entry in entries()) == {

@@ -35,6 +35,7 @@ def scales_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, f
     return dict(listed)
 
 
+@pytest.mark.slow
 def test_without_layer_decay_a_step_is_that_of_two_groups_to_the_bit() -> None:
     recipe = small_recipe()
     model, plain = (small_model(recipe, dtype=torch.float32) for _ in range(2))

@@ -66,6 +66,7 @@ def test_the_plan_of_a_step_merges_within_the_phase_alone(active: list[float], m
         assert plan_of(step) == expected
 
 
+@pytest.mark.slow
 def test_a_training_merges_from_the_first_step_of_the_phase_on(data: Path, tmp_path: Path) -> None:
     plain = losses(tmp_path / "plain", data, rate=0.0)
     late = losses(tmp_path / "late", data, rate=0.3, active=[0.5, 1.0])

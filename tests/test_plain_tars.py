@@ -187,6 +187,7 @@ def batches(dataset: ShardDataset, start: int, stop: int, **options: Any) -> lis
     )
 
 
+@pytest.mark.slow
 def test_order_and_resume_are_exact(folder: Path, cache: Cache) -> None:
     whole = batches(opened(folder, cache), 0, 9)
     assert sorted(key for batch in whole[:6] for key in batch.keys) == [f"{i:05d}" for i in range(24)]

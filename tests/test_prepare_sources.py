@@ -259,6 +259,7 @@ def test_tars_of_img2dataset_and_of_our_own(tmp_path: Path) -> None:
         assert [sample[name] for sample in again] == [sample[name] for sample in found]
 
 
+@pytest.mark.slow
 def test_tars_by_pattern(tmp_path: Path) -> None:
     for i in range(3):
         write_tar(tmp_path / f"s-{i}.tar", {"k.png": picture(i), "k.txt": f"shard {i}"})

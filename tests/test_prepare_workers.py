@@ -8,6 +8,7 @@ from mlip_cli.data.prepare.workers import run_parallel
 from mlip_cli.errors import RunError
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_workers", [1, 3])
 def test_every_task_is_done_once(num_workers: int) -> None:
     assert sorted(run_parallel(abs, range(-7, 0), num_workers=num_workers)) == [1, 2, 3, 4, 5, 6, 7]

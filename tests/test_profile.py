@@ -111,6 +111,7 @@ def files_of(folder: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 def test_a_recipe_needs_neither_data_nor_weights(from_recipe: dict[str, Any]) -> None:
     result = from_recipe
     assert result["target"] == "recipe mlip, random weights"
@@ -145,6 +146,7 @@ def test_towers_and_pieces_of_the_step_are_timed_alone(from_recipe: dict[str, An
         assert len(line["seconds"]) == 5
 
 
+@pytest.mark.slow
 def test_parts_add_up_to_the_step(run: ProfiledRun) -> None:
     result = run.result
     inside = [row for row in result["breakdown"] if row["in_step"]]
@@ -158,6 +160,7 @@ def test_parts_add_up_to_the_step(run: ProfiledRun) -> None:
     assert result["limit"].keys() == {"part", "why"}
 
 
+@pytest.mark.slow
 def test_a_plain_clip_has_no_rows_for_what_it_lacks(
     plain_clip: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -195,6 +198,7 @@ def test_damaged_data_is_named_and_not_timed(
     assert [line for line in caplog.messages if line.startswith(words)], caplog.messages
 
 
+@pytest.mark.slow
 def test_a_run_keeps_what_was_printed_and_is_not_changed(run: ProfiledRun) -> None:
     assert run.result["target"] == "small, step 8"
     kept = run.folder / "evals" / "profile_step_0000008.json"
@@ -221,6 +225,7 @@ def test_loader_processes_share_the_work_beside_the_step(run: ProfiledRun) -> No
     assert run.result["data"]["loader_images_per_s"] == pytest.approx(2 / sum(cost.values()))
 
 
+@pytest.mark.slow
 def test_utilisation_equals_a_count_by_hand(plain_clip: dict[str, Any]) -> None:
     result = plain_clip
     patches, tokens, words, width, joint = 16, 17, 16, 32, 16
@@ -238,6 +243,7 @@ def test_utilisation_equals_a_count_by_hand(plain_clip: dict[str, Any]) -> None:
     assert result["mfu"] == pytest.approx(result["step_tflops"] / result["matmul_peak_tflops"])
 
 
+@pytest.mark.slow
 def test_micro_batches_smaller_than_the_batch_are_taken_as_in_training(
     from_recipe: dict[str, Any], plain_clip: dict[str, Any]
 ) -> None:

@@ -64,6 +64,7 @@ def test_image_tower_equals_a_count_of_its_products(tiny: CLIP, rate: float, met
     assert sum(flops.image_gflops(tiny, plan).values()) == pytest.approx(counted, rel=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("vision", "image_size"),
     [
@@ -222,6 +223,7 @@ def test_every_timed_call_is_told(tiny: CLIP) -> None:
     assert len(told) == 6
 
 
+@pytest.mark.slow
 def test_peak_memory_sees_what_was_held_only_for_a_moment() -> None:
     def hold() -> None:
         """256 MiB of the system's own pages: no allocator keeps them for later."""

@@ -1,6 +1,7 @@
 """What a stranger gets: a wheel that finds its recipes, and a Makefile that explains itself."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -34,6 +35,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return next(out.glob("*.whl"))
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_all_recipes_and_nothing_beside_the_package(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     shipped = {name.removeprefix("mlip_cli/recipes/") for name in names if name.startswith("mlip_cli/recipes/")}
@@ -45,6 +47,7 @@ def test_the_wheel_holds_all_recipes_and_nothing_beside_the_package(wheel: Path)
     assert {name.split("/")[0].split("-")[0] for name in names} == {"mlip_cli"}
 
 
+@pytest.mark.slow
 def test_an_installed_wheel_finds_its_recipes(wheel: Path, tmp_path: Path) -> None:
     site, work = tmp_path / "site", tmp_path / "work"
     zipfile.ZipFile(wheel).extractall(site)
@@ -102,3 +105,16 @@ def test_make_says_which_python_it_needs(tmp_path: Path) -> None:
         "error: python-of-long-ago: not a Python of version 3.11 or newer; name one: make PYTHON=/path/to/python3.11"
     )
     assert not (tmp_path / "venv").exists()
+
+
+def test_every_promise_of_contributing_names_tests_that_exist() -> None:
+    document = (ROOT / ".github" / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    table = document.split("| promise | test |\n")[1].split("\n\n")[0]
+    rows = [line.split("|")[1:3] for line in table.splitlines()[1:] if "**" not in line]
+    assert len(rows) > 50
+    for promise, tests in rows:
+        named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", tests)
+        assert named, f"{promise}: names no test"
+        for file, name in named:
+            source = (ROOT / "tests" / file).read_text(encoding="utf-8")
+            assert f"\ndef {name}(" in source, f"{promise}: {file} has no {name}"

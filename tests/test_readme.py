@@ -190,6 +190,7 @@ def test_all_lines_of_readme_are_tested_and_no_others() -> None:
     assert readme_lines() == list(LINES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("line", readme_lines())
 def test_a_line_of_readme_runs(line: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLIP_DATA", raising=False)
@@ -234,6 +235,7 @@ THEIRS = {"ChildFailedError"}
 """Words of other programs in README's table of troubles."""
 
 
+@pytest.mark.slow
 def test_the_troubles_in_readme_are_in_the_programs_words() -> None:
     table = README.split("| what you see |")[1].split("\n\n")[0]
     symptoms = [match[1] for match in re.finditer(r"^\| `([^`]*)`", table, re.MULTILINE)]
@@ -260,6 +262,7 @@ def code_in(document: str) -> set[str]:
     return set(re.findall(r"`([^`\n]+)`", text))
 
 
+@pytest.mark.slow
 def test_what_contributing_names_is_there() -> None:
     names = code_in("CONTRIBUTING.md")
     files = {name for name in names if re.fullmatch(r"[\w/.]+\.(py|json|md)|[\w/.]+/", name)}

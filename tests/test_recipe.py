@@ -108,6 +108,7 @@ def test_the_losses_are_those_of_the_table() -> None:
     assert tuple(Losses.model_fields) == (*LOSS_NAMES, "positives")
 
 
+@pytest.mark.slow
 def test_loading_a_recipe_loads_no_torch() -> None:
     code = (
         "import json, sys; from mlip_cli.recipe.load import load_recipe; "

@@ -255,6 +255,7 @@ def test_a_recipe_that_is_not_there(source: str, message: str) -> None:
     assert str(caught.value) in (message, message + ", ".join(recipe_names()))
 
 
+@pytest.mark.slow
 def test_every_leaf_has_words_for_what_it_expects() -> None:
     """Any wrong value at any key gives one line that names the key (a mapping is wrong at every leaf)."""
     schema = recipe_schema()

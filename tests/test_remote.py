@@ -111,6 +111,7 @@ def batches(dataset: ShardDataset, *, start: int = 0, stop: int = 5, num_workers
     return list(found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_batches_are_those_of_the_folder_itself(folder: Path, cache: Cache, num_workers: int) -> None:
     here, there = open_prepared(folder), opened(f"file://{folder}/", cache)
@@ -341,6 +342,7 @@ def read_all(url: str, cache: Cache, keys: Any, fetched: Any) -> None:
     keys.put([dataset.read(id).key for id in range(N)])
 
 
+@pytest.mark.slow
 def test_processes_fetch_a_shard_once(folder: Path, cache: Cache) -> None:
     context = multiprocessing.get_context("fork")
     keys, fetched = context.Queue(), context.Queue()

@@ -116,10 +116,11 @@ UNREADABLE = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [400, 1280])
 @pytest.mark.parametrize("name", PAGES)
-def test_a_browser_draws_all_of_it_and_fetches_nothing(
+def test_a_browser_draws_the_whole_page_and_fetches_nothing(
     made: Path, chromium: Browser, name: str, width: int, scheme: str
 ) -> None:
     chromium.open(made / name, width=width, scheme=scheme)
@@ -193,7 +194,8 @@ def test_the_comparison_has_both_runs_their_differences_and_links(made: Path) ->
     assert page.count(">mlip</text>") > 5, "curves overlaid"
 
 
-def test_it_is_made_of_files_alone_and_the_same_each_time(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.slow
+def test_a_page_is_made_of_files_alone_and_the_same_each_time(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.rmtree(runs / "mlip" / "checkpoints")
     before = (runs / "mlip" / "report.html").read_text("utf-8")
     report(["runs/mlip"], out=None, as_json=False)
@@ -203,6 +205,7 @@ def test_it_is_made_of_files_alone_and_the_same_each_time(runs: Path, capsys: py
     assert when.sub("", before) == when.sub("", after)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_curves")
 def test_damaged_files_are_named_and_left_out(runs: Path) -> None:
     (runs / "mlip" / "evals" / "broken.json").write_text('{"kind": "zero')
@@ -217,6 +220,7 @@ def test_damaged_files_are_named_and_left_out(runs: Path) -> None:
     assert re.search(r"metrics\.jsonl:\d+: not a line of metrics; left out of the report", page)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_curves")
 def test_pictures_that_are_gone_or_elsewhere_are_named(runs: Path) -> None:
     shutil.rmtree(runs / "mlip" / "pictures")
@@ -233,6 +237,7 @@ def test_pictures_that_are_gone_or_elsewhere_are_named(runs: Path) -> None:
     assert "<img" not in page
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_curves")
 def test_recipes_are_compared_by_what_each_holds(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(runs / "mlip", runs / "wide #1?")
@@ -246,6 +251,7 @@ def test_recipes_are_compared_by_what_each_holds(runs: Path, capsys: pytest.Capt
     assert '<a href="wide%20%231%3F/report.html">wide #1?</a>' in page
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_curves")
 def test_results_on_data_that_has_changed_stand_apart(runs: Path) -> None:
     path = sorted((runs / "mlip" / "evals").glob("folder_*.json"))[0]
@@ -272,7 +278,8 @@ def test_mistakes(runs: Path) -> None:
         report(["runs/mlip"], out=Path("nowhere/page.html"), as_json=False)
 
 
-def test_a_run_without_anything_but_its_recipe_has_a_page(runs: Path) -> None:
+@pytest.mark.slow
+def test_a_run_with_only_a_recipe_has_a_page(runs: Path) -> None:
     for name in ("evals", "pictures", "checkpoints"):
         shutil.rmtree(runs / "clip" / name)
     for name in ("metrics.jsonl", "run.json", "data.json"):

@@ -37,7 +37,8 @@ def stopped_after_6(run: Path, folder: Path) -> Path:
     return folder
 
 
-def test_it_trains_as_one_process_does_and_its_checkpoints_are_whole(whole: Path, sharded: Path) -> None:
+@pytest.mark.slow
+def test_sharded_ranks_train_as_one_process_and_save_whole_checkpoints(whole: Path, sharded: Path) -> None:
     two, one = metrics(sharded), metrics(whole)
     assert [line["step"] for line in two] == [line["step"] for line in one]
     for mine, other in zip(two, one, strict=True):
@@ -52,7 +53,8 @@ def test_it_trains_as_one_process_does_and_its_checkpoints_are_whole(whole: Path
         assert {n: t.shape for n, t in states[0][number].items()} == {n: t.shape for n, t in moments.items()}
 
 
-def test_it_goes_on_to_the_bit_and_on_one_rank_too(recipe: Path, sharded: Path, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_a_sharded_run_continues_to_the_bit_and_on_one_rank(recipe: Path, sharded: Path, tmp_path: Path) -> None:
     again = stopped_after_6(sharded, tmp_path / "again")
     resumed = run(recipe, "--out", str(again), *SHARDED, "--resume", ranks=2)
     assert resumed.returncode == 0, resumed.stderr
@@ -83,7 +85,8 @@ def signalled(arguments: Sequence[str], environment: dict[str, str], words: str)
     pretrain(arguments, environment, words)
 
 
-def test_an_evaluation_that_was_left_is_made_up_before_the_first_step(
+@pytest.mark.slow
+def test_an_interrupted_evaluation_is_made_up_before_the_first_step(
     recipe: Path, sharded: Path, tmp_path: Path
 ) -> None:
     folder, words = tmp_path / "run", tmp_path / "words"
@@ -96,6 +99,7 @@ def test_an_evaluation_that_was_left_is_made_up_before_the_first_step(
     assert metrics(folder) == metrics(sharded)
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_rank_stops_all_after_the_same_step(recipe: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     long = ["train.parallel=fsdp", "train.steps=2000", "evaluate.every_steps=null"]

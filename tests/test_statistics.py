@@ -43,7 +43,7 @@ def test_mean_recall_interval_covers_the_truth_in_95_percent(recalls: list[float
     assert 0.93 * rounds <= covered
 
 
-def test_mean_recall_interval_is_no_wider_than_it_must_be() -> None:
+def test_mean_recall_interval_is_not_too_wide() -> None:
     counts = [40] * 9
     low, high = mean_recall_interval([12] * 9, counts)
     normal = 2 * 1.96 * np.sqrt(9 * 0.3 * 0.7 / 40) / 9
@@ -84,7 +84,7 @@ def test_signs_are_flipped_in_every_way(gains: list[int]) -> None:
     assert sign_flips(gains) == pytest.approx(expected, rel=1e-12)
 
 
-def test_captions_of_a_picture_that_gain_together_are_no_more_than_one() -> None:
+def test_captions_of_one_picture_that_gain_together_count_once() -> None:
     assert sign_flips([1] * 30 + [-1] * 12) == pytest.approx(mcnemar(30, 12), rel=1e-9)
     alone, five_each = paired("0" * 12, "1" * 12), paired("0" * 60, "1" * 60, [i // 5 for i in range(60)])
     assert five_each["p"] == pytest.approx(alone["p"], rel=1e-9)

@@ -53,6 +53,7 @@ def test_a_stem_stands_in_for_the_first_attention_blocks() -> None:
     assert torch.equal(model.encode_image(images, model.merge_plan(0.0)), features.spatial)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["deit_tiny_distilled_patch16_224", "vit_tiny_r_s16_p8_224"])
 def test_a_named_tower_takes_a_stem(name: str) -> None:
     torch.manual_seed(0)
@@ -151,6 +152,7 @@ def test_what_drops_behind_a_stem_stays_in_its_own_tokens() -> None:
     assert encoded.frequency_tokens.shape[1] == 16
 
 
+@pytest.mark.slow
 def test_commands_measure_and_draw_a_run_with_a_stem(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -71,6 +71,7 @@ def workshop(monkeypatch: pytest.MonkeyPatch) -> Workshop:
     return Workshop(make_step(), monkeypatch)
 
 
+@pytest.mark.slow
 def test_seconds_land_in_the_part_that_does_the_work(workshop: Workshop) -> None:
     step = workshop.clocked.step
     model = step.model
@@ -113,6 +114,7 @@ def test_seconds_land_in_the_part_that_does_the_work(workshop: Workshop) -> None
     assert sum(workshop.parts().values()) == workshop.now / 2  # the same again, and nothing is lost
 
 
+@pytest.mark.slow
 def test_micro_batches_have_a_first_pass_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     workshop = Workshop(make_step(by_micro_batches(small_recipe(), 4)), monkeypatch)  # two of them
     model = workshop.clocked.step.model
@@ -154,6 +156,7 @@ def test_every_part_of_the_list_is_met_and_no_other(base: Recipe, merges: bool, 
     assert 0 < sum(clocked.seconds[0].parts.values()) < clocked.seconds[0].whole_s
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("micro_batch_size", [None, 3])
 def test_what_is_computed_again_for_the_gradient_is_backward(micro_batch_size: int | None) -> None:
     step = make_step(by_micro_batches(small_recipe(), micro_batch_size))

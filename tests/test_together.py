@@ -149,6 +149,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, 
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_ranks_find_what_one_process_finds_to_the_bit(found: dict[int, list[dict[str, Any]]], ranks: int) -> None:
     [alone] = found[1]

@@ -68,6 +68,7 @@ def test_no_room_for_a_word() -> None:
         Tokenizer(2)
 
 
+@pytest.mark.slow
 def test_the_rest_of_open_clip_stays_unloaded() -> None:
     code = (
         "import sys; from mlip_cli.data.tokenizer import Tokenizer; Tokenizer(8).encode(['a']); "

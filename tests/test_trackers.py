@@ -132,6 +132,7 @@ def test_trackers_hear_how_a_training_ended_but_a_second_ctrl_c_does_not_wait_fo
     assert recorder.exit_codes == ([] if exit_code is None else [exit_code])
 
 
+@pytest.mark.slow
 def test_a_training_feeds_them(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     from models_for_tests import small_recipe
@@ -275,6 +276,7 @@ def history(path: Path) -> tuple[str, list[dict[str, Any]]]:
     return ids[0], rows
 
 
+@pytest.mark.slow
 def test_wandb_gets_the_lines_and_a_resumed_run_is_the_same_run(with_wandb: dict[str, tuple[Path, str]]) -> None:
     folder, words = with_wandb["sessions"]
     assert words == ""

@@ -93,6 +93,7 @@ def lines_in(folder: Path) -> int:
     return len(path.read_text().splitlines()) if path.exists() else 0
 
 
+@pytest.mark.slow
 def test_a_run_leaves_all_that_later_commands_need(whole: Path) -> None:
     stamp = json.loads((whole / "run.json").read_text())
     assert stamp["end_reason"] == "finished"
@@ -117,6 +118,7 @@ def test_a_run_leaves_all_that_later_commands_need(whole: Path) -> None:
     assert "step 12/12" in (whole / "log.txt").read_text()
 
 
+@pytest.mark.slow
 def test_a_finished_run_says_so_without_torch_and_an_existing_folder_is_refused(recipe: Path, whole: Path) -> None:
     before = (whole / "metrics.jsonl").read_bytes()
     done = run(recipe, "--out", str(whole), "--resume")
@@ -136,6 +138,7 @@ def test_a_finished_run_says_so_without_torch_and_an_existing_folder_is_refused(
     assert (whole / "metrics.jsonl").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_resume_after_kill_9_gives_the_same_losses_to_the_bit(recipe: Path, whole: Path, tmp_path: Path) -> None:
     """As from the shell; at other moments, on more ranks and in bf16: test_killed.py."""
     folder = tmp_path / "run"
@@ -155,6 +158,7 @@ def test_resume_after_kill_9_gives_the_same_losses_to_the_bit(recipe: Path, whol
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+@pytest.mark.slow
 def test_two_ranks_train_as_one(recipe: Path, whole: Path, tmp_path: Path) -> None:
     folder = tmp_path / "two"
     done = run(recipe, "--out", str(folder), ranks=2)
@@ -166,7 +170,8 @@ def test_two_ranks_train_as_one(recipe: Path, whole: Path, tmp_path: Path) -> No
             assert mine[name] == pytest.approx(value, rel=2e-3, abs=1e-4), (name, mine["step"])
 
 
-def test_a_run_that_goes_on_elsewhere_is_left_alone(recipe: Path, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_a_run_that_another_process_continues_is_not_touched(recipe: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     arguments = ["train.steps=2000", "train.checkpoint_every.steps=1", "evaluate.every_steps=null"]
     with Forked([str(recipe), "--out", str(folder), *arguments], tmp_path / "words") as training:
@@ -182,8 +187,11 @@ def test_a_run_that_goes_on_elsewhere_is_left_alone(recipe: Path, tmp_path: Path
     assert steps == list(range(1, len(steps) + 1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 143)])
-def test_a_signal_saves_and_the_run_goes_on(recipe: Path, whole: Path, tmp_path: Path, number: int, code: int) -> None:
+def test_a_signal_saves_and_the_run_continues(
+    recipe: Path, whole: Path, tmp_path: Path, number: int, code: int
+) -> None:
     folder = tmp_path / "run"
     with Forked([str(recipe), "--out", str(folder)], tmp_path / "words") as training:
         wait_until(lambda: lines_in(folder) >= 2, what=training.said())
@@ -228,8 +236,9 @@ def run_disturbed(recipe: Path, folder: Path, *, step: int, error: str | None = 
         return training.join()[0], training.said()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [4, 12])
-def test_a_signal_in_an_evaluation_saves_and_the_model_is_measured_when_the_run_goes_on(
+def test_a_signal_in_an_evaluation_saves_and_the_model_is_measured_on_resume(
     recipe: Path, whole: Path, tmp_path: Path, step: int
 ) -> None:
     folder = tmp_path / "run"
@@ -242,9 +251,8 @@ def test_a_signal_in_an_evaluation_saves_and_the_model_is_measured_when_the_run_
     assert load_state(folder / "checkpoints" / "step_0000012")["progress"]["measured_step"] == 12
 
 
-def test_what_was_learned_is_saved_before_an_evaluation_that_fails_ends_the_run(
-    recipe: Path, whole: Path, tmp_path: Path
-) -> None:
+@pytest.mark.slow
+def test_a_failed_evaluation_ends_the_run_after_its_step_is_saved(recipe: Path, whole: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     code, said = run_disturbed(recipe, folder, step=4, error="it did not fit")
     assert code == 1
@@ -266,6 +274,7 @@ def test_another_recipe_or_other_data_is_refused_on_resume(recipe: Path, whole: 
     assert permitted.returncode == 0, permitted.stderr
 
 
+@pytest.mark.slow
 def test_resume_without_out_takes_the_newest_unfinished_run_or_starts_one(recipe: Path, tmp_path: Path) -> None:
     first = run(recipe, "--resume", "train.steps=3", cwd=tmp_path)
     assert first.returncode == 0, first.stderr
@@ -284,7 +293,8 @@ def test_resume_without_out_takes_the_newest_unfinished_run_or_starts_one(recipe
     assert len([p for p in (tmp_path / "runs").iterdir() if p.is_dir()]) == 2
 
 
-def test_resume_without_out_passes_over_a_run_of_another_version(recipe: Path, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_resume_without_out_skips_a_run_of_another_version(recipe: Path, tmp_path: Path) -> None:
     old = tmp_path / "runs" / "old-20200101-000000"
     checkpoint = old / "checkpoints" / "step_0000001"
     checkpoint.mkdir(parents=True)
@@ -311,6 +321,7 @@ def saved_meanwhile(arguments: Sequence[str], environment: dict[str, str], words
     run_pretrain(arguments, environment, words)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_another_process_saves_meanwhile_is_never_undone(recipe: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     run_disturbed(recipe, folder, step=4)
@@ -323,6 +334,7 @@ def test_a_checkpoint_that_another_process_saves_meanwhile_is_never_undone(recip
     assert (folder / "metrics.jsonl").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_init_starts_a_new_run_from_weights(recipe: Path, whole: Path, tmp_path: Path) -> None:
     frozen = ("model.freeze=text", "optim.layer_decay=0.5")
     fresh = run(recipe, "--out", str(tmp_path / "new"), f"model.init={whole}", "train.steps=2", *frozen, ranks=2)
@@ -340,6 +352,7 @@ def test_init_starts_a_new_run_from_weights(recipe: Path, whole: Path, tmp_path:
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.slow
 def test_micro_batches_train_alike(recipe: Path, whole: Path, tmp_path: Path) -> None:
     done = run(recipe, "--out", str(tmp_path / "run"), "train.micro_batch_size=3", "train.steps=2")
     assert done.returncode == 0, done.stderr
@@ -347,6 +360,7 @@ def test_micro_batches_train_alike(recipe: Path, whole: Path, tmp_path: Path) ->
         assert mine["spatial_global"] == pytest.approx(other["spatial_global"], rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_other_precisions_train(recipe: Path, tmp_path: Path, precision: str) -> None:
     done = run(
@@ -366,6 +380,7 @@ def on_small_files(arguments: Sequence[str], environment: dict[str, str], words:
     run_pretrain(arguments, environment, words)
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_ends_the_run_with_one_line_and_keeps_the_last_checkpoint(
     recipe: Path, tmp_path: Path
 ) -> None:
@@ -406,7 +421,7 @@ def test_a_disk_that_is_full_ends_the_run_with_one_line_and_keeps_the_last_check
         (["evaluate.zeroshot=[openmojo]"], "openmojo"),
     ],
 )
-def test_what_is_wrong_shows_before_anything_is_written(
+def test_mistakes_show_before_anything_is_written(
     recipe: Path, tmp_path: Path, arguments: list[str], message: str
 ) -> None:
     done = run(recipe, "--out", str(tmp_path / "run"), *arguments)
@@ -416,6 +431,7 @@ def test_what_is_wrong_shows_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_batch_that_does_not_divide_by_the_ranks_is_refused(recipe: Path, tmp_path: Path) -> None:
     done = run(recipe, "--out", str(tmp_path / "run"), "train.global_batch_size=7", ranks=2)
     assert done.returncode != 0
@@ -423,7 +439,7 @@ def test_a_batch_that_does_not_divide_by_the_ranks_is_refused(recipe: Path, tmp_
     assert not (tmp_path / "run").exists()
 
 
-def test_a_checkpoint_that_is_none_is_refused(recipe: Path, whole: Path, tmp_path: Path) -> None:
+def test_a_folder_that_is_not_a_checkpoint_is_refused(recipe: Path, whole: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken" / "checkpoints" / "step_0000001"
     broken.mkdir(parents=True)
     (tmp_path / "broken" / "recipe.yaml").write_bytes((whole / "recipe.yaml").read_bytes())
@@ -437,6 +453,7 @@ def test_a_checkpoint_that_is_none_is_refused(recipe: Path, whole: Path, tmp_pat
     assert f"error: {broken}/model.safetensors: not a whole safetensors file" in start.stderr
 
 
+@pytest.mark.slow
 def test_dry_run_shows_every_value_with_its_origin_and_what_follows(recipe: Path, tmp_path: Path) -> None:
     done = run(recipe, "--dry-run", "optim.lr=2e-3", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
