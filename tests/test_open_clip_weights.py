@@ -168,8 +168,9 @@ def test_towers_of_timm_have_the_numbers_of_the_table() -> None:
         assert numbers == (
             patch_size, trunk.embed_dim, len(trunk.blocks), attention.num_heads, mlp.fc1.out_features
         )  # fmt: skip
-        assert (type(trunk.norm_pre), trunk.norm.eps, trunk.global_pool) == (nn.LayerNorm, 1e-5, "token")
-        assert type(mlp.act) is nn.GELU
+        assert isinstance(trunk.norm_pre, nn.LayerNorm)
+        assert (trunk.norm.eps, trunk.global_pool) == (1e-5, "token")
+        assert isinstance(mlp.act, nn.GELU)
 
 
 def test_a_published_architecture_gives_the_same_features_and_gets_every_tensor_back() -> None:
