@@ -17,6 +17,7 @@ from mlip_cli.data.sources.openmoji import installed_versions, openmoji_records
 from mlip_cli.data.sources.records import (
     PICTURE_ENDINGS,
     SPLIT_WORDS,
+    ReadOptions,
     Record,
     checked_captions,
     json_bytes,
@@ -46,16 +47,6 @@ class SourceFile:
     def suffix(self) -> str:
         """`.jpg` of `a/B.JPG`."""
         return Path(self.name).suffix.lower()
-
-
-@dataclass(frozen=True)
-class ReadOptions:
-    """Which records of the source to read, and which columns of a table hold them."""
-
-    limit: int | None = None
-    image_column: str | None = None
-    caption_column: str | None = None
-    skin_tones: bool = False
 
 
 @dataclass(frozen=True)
@@ -100,11 +91,6 @@ def _has_sidecars(found: DataSource) -> bool:
     return found.is_folder and any(str(Path(image).with_suffix(".txt")) in names for image in found.images())
 
 
-def _table_records(source: DataSource, read: ReadOptions) -> Iterator[Record]:
-    columns = {"image_column": read.image_column, "caption_column": read.caption_column}
-    return table_records(source.root, source.tables(), **columns)
-
-
 def _described_pictures(source: DataSource, captions: str, files_per_picture: int) -> str:
     num_images = len(source.images())
     others = len(source.files) - num_images * files_per_picture
@@ -129,7 +115,7 @@ FORMATS = {
     ),
     "metadata": SourceFormat(
         fits=lambda found: bool(found.tables()),
-        records=_table_records,
+        records=lambda source, read: table_records(source.root, source.tables(), read),
         describe=lambda source: f"pictures in {', '.join(source.tables())}",
     ),
     "webdataset": SourceFormat(
