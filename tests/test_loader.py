@@ -381,7 +381,7 @@ def in_a_fork(work: Callable[[], object], folder: Path) -> tuple[str, str]:
         sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
         try:
             print(work(), flush=True)
-        except BaseException:
+        except BaseException:  # noqa: BLE001 - the child must not return into pytest
             traceback.print_exc()
         finally:
             sys.stderr.flush()
