@@ -1,9 +1,11 @@
-"""From source to shards: nothing lost, the same bytes every time, refused what does not fit."""
+"""From source to shards: no row is lost, the bytes are the same every time, and what does not fit is refused."""
 
 import json
+import multiprocessing
 import re
 import shutil
 from collections import namedtuple
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,7 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(records, "PART_ROWS", 4)
 
 
-def test_in_is_out_plus_rejects_and_a_truncated_jpeg_stops_nothing(
+def test_rows_are_samples_plus_rejects_and_a_truncated_jpeg_stops_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     source = write_sidecars(tmp_path / "in", 5)
@@ -72,13 +74,15 @@ def test_what_training_reads_is_what_was_prepared(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("small_parts")
-def test_bytes_do_not_depend_on_workers(tmp_path: Path) -> None:
+def test_bytes_do_not_depend_on_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fork = multiprocessing.get_context("fork")  # spawned workers would load torch first
+    monkeypatch.setattr(multiprocessing, "get_context", lambda _: fork)
     source = write_sidecars(tmp_path / "in", 30)
     (source / "00007.png").write_bytes(b"broken")
     prepare(source, tmp_path / "one", workers=1, holdout=0.3)
-    prepare(source, tmp_path / "two", workers=2, holdout=0.3)
+    prepare(source, tmp_path / "three", workers=3, holdout=0.3)
     one = contents(tmp_path / "one")
-    assert one == contents(tmp_path / "two")
+    assert one == contents(tmp_path / "three")
     assert {"train/train-000000.tar", "validation/validation-000000.tar", "rejects.parquet"} <= set(one)
 
 
@@ -109,7 +113,7 @@ def test_holdout_is_by_pixels_and_stable(tmp_path: Path) -> None:
     }
 
 
-def test_how_many_were_held_out_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_number_of_held_out_samples_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     source = write_sidecars(tmp_path / "in", 30)
     with caplog.at_level("INFO", logger="mlip_cli"):
         summary = prepare(source, tmp_path / "out", holdout=0.1)
@@ -211,7 +215,7 @@ def test_a_folder_with_other_files_is_left_alone(tmp_path: Path) -> None:
     assert str(error.value) == f"{out}: holds other files; name a new folder"
     with pytest.raises(UsageError) as error:
         prepare(source, out / "thesis.tex")
-    assert str(error.value) == f"{out / 'thesis.tex'}: a file; OUT is a folder"
+    assert str(error.value) == f"{out / 'thesis.tex'}: is a file; OUT must be a folder"
     assert [path.name for path in out.iterdir()] == ["thesis.tex"]
 
 
@@ -222,14 +226,15 @@ def test_a_source_that_is_not_what_it_seems_stops_early(tmp_path: Path, monkeypa
     for i in range(60):
         (source / f"{i:05d}.png").write_bytes(b"<html>")
     seen = 0
-    remember = prepare_module.Workspace.remember
+    run_parallel = prepare_module.run_parallel
 
-    def counted(work: Any, result: Any) -> None:
+    def counted(*arguments: Any, **options: Any) -> Iterator[Any]:
         nonlocal seen
-        seen += 1
-        remember(work, result)
+        for result in run_parallel(*arguments, **options):
+            seen += 1
+            yield result
 
-    monkeypatch.setattr(prepare_module.Workspace, "remember", counted)
+    monkeypatch.setattr(prepare_module, "run_parallel", counted)
     with pytest.raises(SourceError) as error:
         prepare(source, tmp_path / "out")
     assert str(error.value) == (

@@ -35,7 +35,7 @@ CURE = "check network and credentials, then try again"
 
 
 class Trouble:
-    """What goes wrong in fsspec's memory file system, and what was asked of it."""
+    """Failures of fsspec's memory file system that a test orders, and the files it was asked for."""
 
     def __init__(self) -> None:
         self.fails: Callable[[str], Exception | None] = lambda _: None
@@ -268,7 +268,7 @@ def test_names_that_lead_out_of_the_cache_are_refused(trouble: Trouble, cache: C
     assert not (tmp_path / "cache").exists()
 
 
-def test_what_is_no_data_set_there(trouble: Trouble, cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_urls_without_a_data_set_are_refused(trouble: Trouble, cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
     def message(url: str) -> str:
         with pytest.raises(UsageError) as error:
             opened(url, cache)
@@ -375,7 +375,7 @@ def test_a_second_process_waits_for_the_first_and_fetches_nothing(
     assert dataset.read(39).key == "00-000039"
 
 
-def test_what_a_killed_process_left_is_removed(trouble: Trouble, cache: Cache) -> None:
+def test_half_written_files_of_a_killed_process_are_removed(trouble: Trouble, cache: Cache) -> None:
     dataset = opened(trouble.url, cache)
     torn = dataset.remote.folder / ".train-000001.tar.12345.tmp"
     torn.write_bytes(b"half")
@@ -383,7 +383,7 @@ def test_what_a_killed_process_left_is_removed(trouble: Trouble, cache: Cache) -
     assert not torn.exists()
 
 
-def test_a_full_disk_is_said(trouble: Trouble, cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_reported(trouble: Trouble, cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = opened(trouble.url, cache)
     trouble.fails = lambda _: OSError(28, "No space left on device")
     with pytest.raises(RunError, match=r"cache: No space left on device; make room, or set data\.cache\.folder$"):

@@ -110,7 +110,7 @@ def _prepare_parts(
     num_rows: int,
     num_workers: int,
 ) -> list[PartResult]:
-    """Prepare the parts that the journal lacks. Returns all results, in the order of the source.
+    """Prepare the parts that are not finished yet. Returns all results, in the order of the source.
 
     Raises:
         SourceError: most of the first rows fail for one reason.
@@ -124,7 +124,6 @@ def _prepare_parts(
         bar.advance(bar.task_ids[0], sum(result.rows for result in results.values()))
         _check_first_rows(work, results, enough=FIRST_ROWS)
         for result in run_parallel(partial(prepare_part, options=options), todo, num_workers=num_workers):
-            work.remember(result)
             results[result.number] = result
             bar.advance(bar.task_ids[0], result.rows)
             _check_first_rows(work, results, enough=FIRST_ROWS)

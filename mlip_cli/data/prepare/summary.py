@@ -2,7 +2,7 @@
 
 import json
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -110,6 +110,12 @@ class Summary:
                 warn(f"validation/ has {few}, too few to measure by; say --holdout 0.2 for more")
         elif holdout and not self.splits.keys() & {"validation", "test"}:
             warn(f"no picture was held out: {holdout:.0%} of so few; say --holdout 0.2 for a validation split")
+
+
+def attributions(cards: Iterable[Mapping[str, Any]]) -> tuple[str, ...]:
+    """The attributions that licences of prepared data ask for, each text once. `cards` are those of dataset.json."""
+    found = [card.get("provenance", {}).get("attribution") for card in cards]
+    return tuple(dict.fromkeys(text for text in found if text))
 
 
 def next_commands(format: str, out: Path, splits: Mapping[str, SplitSummary]) -> dict[str, str]:

