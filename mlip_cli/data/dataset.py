@@ -20,7 +20,7 @@ from mlip_cli.data.index import FORMAT_ENDINGS, FORMATS, Place, check_size, plac
 from mlip_cli.data.remote import RemoteShards
 from mlip_cli.data.sources.records import Caption, UnusableSampleError, printable, usable_captions
 from mlip_cli.data.sources.tars import TEXT_ENDINGS, ending_of, key_of, stated
-from mlip_cli.data.tar import Member, Read, walk
+from mlip_cli.data.tar import BLOCK, Member, Read, walk
 from mlip_cli.errors import RunError
 
 MAX_OPEN_SHARDS = 256
@@ -140,7 +140,7 @@ class ShardDataset:
         if self._is_prepared:
             place.parts.pop("txt", None)
         try:
-            key, parts = _read_parts(shard, place)
+            key, parts = _read_parts(shard, place, one_header=self._is_prepared)
         except (ValueError, OSError) as error:  # OSError: a bad block of the disk
             raise BadSampleError(tar, f"at byte {place.start}", str(error)) from error
         image = parts.pop("image")
@@ -198,8 +198,11 @@ class ShardDataset:
         return self._open[number]
 
 
-def _read_parts(shard: _OpenShard, place: Place) -> tuple[str, dict[str, bytes]]:
+def _read_parts(shard: _OpenShard, place: Place, *, one_header: bool) -> tuple[str, dict[str, bytes]]:
     """Key of a sample and the bytes of its parts, each checked against its header in the tar.
+
+    Args:
+        one_header: no PAX or long-name headers precede the headers, so other members need not be looked at.
 
     Raises:
         ValueError: what lies there is not what the index says.
@@ -217,15 +220,19 @@ def _read_parts(shard: _OpenShard, place: Place) -> tuple[str, dict[str, bytes]]
     if end - start <= MAX_GAP_BYTES + sum(size for _, size in parts.values()):
         read = partial(_part_of, read(end - start, start), start)
     found: dict[int, Member] = {}
-    for member in walk(read, length=shard.num_bytes, start=start):
-        found[member.offset] = member
-        if member.offset + member.size >= end:
-            break
-    endings = TEXT_ENDINGS | {"image": FORMAT_ENDINGS[place.format]}
-    keys = {_checked_key(found.get(at), size, endings[part]) for part, (at, size) in parts.items()}
+    for begin in [at - BLOCK for at, _ in parts.values()] if one_header else [start]:
+        for member in walk(read, length=shard.num_bytes, start=begin):
+            found[member.offset] = member
+            if one_header or member.offset + member.size >= end:
+                break
+    keys, contents = set(), {}
+    for part, (at, size) in parts.items():
+        endings = FORMAT_ENDINGS[place.format] if part == "image" else TEXT_ENDINGS[part]
+        keys.add(_checked_key(found.get(at), size, endings))
+        contents[part] = read(size, at)
     if len(keys) != 1:
         raise ValueError(f"its parts belong to {' and '.join(sorted(map(printable, keys)))}")
-    return printable(keys.pop()), {part: read(size, at) for part, (at, size) in parts.items()}
+    return printable(keys.pop()), contents
 
 
 def _read_whole(descriptor: int, size: int, at: int) -> bytes:

@@ -20,8 +20,6 @@ INDEX_MAGIC = b"MLIPIDX1"
 FORMATS = ("jpg", "png", "webp")
 FORMAT_ENDINGS = (("jpg", "jpeg"), ("png",), ("webp",))
 """How the names of pictures of each of FORMATS end."""
-PARTS = ("image", "txt", "json")
-"""The parts of a sample that an index places; size 0 stands for a part that the sample does not have."""
 MAX_TOKENS = 65_535
 """The most that a record can hold; longer captions are recorded as this long."""
 CURE = "prepare the data again (mlip prepare-data)"
@@ -31,7 +29,7 @@ RECORD = np.dtype(
     [
         ("offset", "<u8"),  # of the first tar header of the sample
         ("image_offset", "<u4"),  # of the bytes, from there; likewise below
-        ("image_size", "<u4"),
+        ("image_size", "<u4"),  # 0: the sample has no such part; likewise below
         ("txt_offset", "<u4"),
         ("txt_size", "<u4"),
         ("json_offset", "<u4"),
@@ -45,9 +43,6 @@ RECORD = np.dtype(
 )
 assert HEADER.itemsize == 56
 assert RECORD.itemsize == 40
-assert RECORD.names is not None
-assert RECORD.names[1:7] == tuple(f"{part}_{what}" for part in PARTS for what in ("offset", "size"))
-assert RECORD.names[9] == "format"
 
 
 def index_path(shard: Path) -> Path:
@@ -82,9 +77,9 @@ class Place:
 
 def place_of(record: np.void) -> Place:
     """What a record says, read in one go: field by field numpy takes several times as long."""
-    start, *values = record.item()
-    places = zip(PARTS, values[0:6:2], values[1:6:2], strict=True)
-    return Place(start, {part: (start + at, size) for part, at, size in places if size}, values[8])
+    start, image, image_size, txt, txt_size, json_at, json_size, _, _, format, *_ = record.item()
+    parts = {"image": (start + image, image_size), "txt": (start + txt, txt_size), "json": (start + json_at, json_size)}
+    return Place(start, {part: place for part, place in parts.items() if place[1]}, format)
 
 
 def write_index(shard: Path, records: np.ndarray, *, tar_bytes: int, sha256: str) -> None:
@@ -133,22 +128,18 @@ def read_records(path: Path) -> tuple[np.void, np.ndarray]:
         RunError: no index, or a damaged one.
     """
     try:
-        return _read_records(path)
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):  # also one that goes while it is read
+        size, header = path.stat().st_size, np.fromfile(path, HEADER, count=1)
+        if len(header) == 0 or header["magic"][0] != INDEX_MAGIC:
+            raise RunError(f"{path}: not an index of mlip; {CURE}")
+        n = int(header["n"][0])
+        needed = HEADER.itemsize + n * RECORD.itemsize
+        if size != needed:
+            raise RunError(f"{path}: {size} bytes where {n} samples need {needed}; {CURE}")
+        if n == 0:
+            return header[0], np.zeros(0, RECORD)
+        return header[0], np.memmap(path, RECORD, mode="r", offset=HEADER.itemsize, shape=(n,))
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         raise RunError(f"{path}: no index for {path.with_suffix('.tar').name}; {CURE}") from None
-
-
-def _read_records(path: Path) -> tuple[np.void, np.ndarray]:
-    size = path.stat().st_size
-    header = np.fromfile(path, HEADER, count=1)
-    if len(header) == 0 or header["magic"][0] != INDEX_MAGIC:
-        raise RunError(f"{path}: not an index of mlip; {CURE}")
-    n = int(header["n"][0])
-    if size != HEADER.itemsize + n * RECORD.itemsize:
-        raise RunError(f"{path}: {size} bytes where {n} samples need {HEADER.itemsize + n * RECORD.itemsize}; {CURE}")
-    if n == 0:
-        return header[0], np.zeros(0, RECORD)
-    return header[0], np.memmap(path, RECORD, mode="r", offset=HEADER.itemsize, shape=(n,))
 
 
 def parse_card(content: bytes, *, place: str, folder: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Batches for training and evaluation: pure functions of (seed, step), made in worker processes."""
+"""Batches for training: pure functions of (seed, step), made in worker processes."""
 
 import hashlib
 import os
@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from mlip_cli.data.bad_samples import BadSampleLimit, SlowPictures, place_and_reason
 from mlip_cli.data.dataset import BadSampleError, RawSample, ShardDataset
 from mlip_cli.data.loader_processes import data_loader, items_of
-from mlip_cli.data.order import MAX_ATTEMPTS, Order, Position, Positions, key
+from mlip_cli.data.order import MAX_ATTEMPTS, Order, Position, Positions, hash_of
 from mlip_cli.data.pictures import UndecodableError, read_header
 from mlip_cli.data.sources.records import Caption
 from mlip_cli.data.tokenizer import Tokenizer, padded_length
@@ -47,15 +47,14 @@ def training_loader(
 ) -> Iterator[Batch]:
     """This rank's share of the batches of steps start_step .. stop_step - 1; closing the iterator ends the workers.
 
-    The batches are the same for any number of workers, and those of all ranks put together are the same for any number
+    The batches are the same for any number of workers, and the shares of all ranks together are the same for any number
     of ranks. Text is as wide as the longest caption of the global batch needs (`padded_length`), equal on all ranks.
-    A bad sample is replaced by another of its source, whose caption is cut where it is longer than that, and named in
-    `Batch.bad_samples`. With labels, samples of one
-    concept (see `label_of`) have one label.
+    A bad sample is named in `Batch.bad_samples` and replaced by another of its source; a longer caption of that one is
+    cut to the width. With labels, samples of one concept (see `label_of`) have one label.
 
     Raises:
         UsageError: the global batch does not divide by the ranks.
-        RunError: (while iterating) too many bad samples, or a worker process that died.
+        RunError: (while iterating) there are too many bad samples, or a worker process died.
     """
     check_divides(global_batch_size, world_size)
     steps = _Steps(datasets, order, data, context_length, global_batch_size, seed, rank, world_size, with_labels)
@@ -83,7 +82,7 @@ def check_divides(global_batch_size: int, world_size: int) -> None:
 
 
 def decoded(sample: RawSample, *, least: tuple[int, int] | None = None) -> Tensor:
-    """The picture of a sample: (3, H, W) uint8, perhaps made smaller, down to `least` (H, W).
+    """The picture of a sample: (3, H, W) uint8, possibly decoded smaller, but not below `least` (H, W).
 
     Raises:
         BadSampleError: it cannot be decoded.
@@ -102,13 +101,13 @@ def _bad_sample_named(sample: RawSample) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Step:
-    """What a worker sends for one step."""
+    """One step, as a worker sends it."""
 
     batch: Batch
     replaced: tuple[bool, ...]
-    """Of each position of the share, whether its own sample was bad."""
+    """For each position of the share, whether its own sample was bad."""
     slow: tuple[BadSample, ...] = ()
-    """Pictures that only Pillow could decode, and what the fast decoder said of them."""
+    """Pictures that only Pillow could decode, with the error of the fast decoder."""
 
     def pin_memory(self) -> "_Step":
         """Called by torch's DataLoader when `pin_memory` was asked for."""
@@ -121,13 +120,13 @@ class _Example:
     caption: str
     key: str
     label: int | None
-    """None where nobody asked for labels."""
+    """None if labels were not asked for."""
     slow: tuple[BadSample, ...]
-    """The sample itself where only Pillow could decode it."""
+    """The sample itself, if only Pillow could decode its picture."""
 
 
 class _Steps(Dataset[_Step | Exception]):
-    """Item `step` is this rank's share of that step's batch, or the error that made it impossible."""
+    """Item `step` is this rank's share of the batch of that step, or the error that prevented it."""
 
     def __init__(
         self,
@@ -189,13 +188,13 @@ class _Steps(Dataset[_Step | Exception]):
             except BadSampleError as error:
                 bad.append(BadSample(error.shard, error.key, error.reason))
         raise RunError(
-            f"{place_and_reason(bad[-1])}; it is the last of {len(bad)} in a row that could not be read; prepare the "
-            "data again (mlip prepare-data)"
+            f"{place_and_reason(bad[-1])}; {len(bad)} samples in a row could not be read; prepare the data again "
+            "(mlip prepare-data)"
         )
 
     def _example(self, position: Position) -> _Example:
         raw = self.datasets[position.source].read(position.index)
-        seed = key(self.seed, _AUGMENTATION, position.source, position.epoch, position.index)
+        seed = hash_of(self.seed, _AUGMENTATION, position.source, position.epoch, position.index)
         draws = torch.Generator().manual_seed(seed >> 1)
         caption = _choose_caption(raw.captions, self.data.captions == "sample", draws)
         size, augment = self.data.image_size, self.data.augment

@@ -32,8 +32,7 @@ def _open_source(source: Source, cache: Cache) -> ShardDataset:
     if source.format == "webdataset":
         from mlip_cli.data.plain_tars import index_tars
 
-        found = index_tars(source.path, cache)
-        return ShardDataset(found.tars, found.indexes, found.card, name=source.path, is_prepared=False)
+        return ShardDataset(*index_tars(source.path, cache), name=source.path, is_prepared=False)
     if is_url(source.path):
         remote = RemoteShards(source.path, cache)
         return _prepared(remote.folder, name=remote.url, remote=remote)

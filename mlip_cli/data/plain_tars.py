@@ -51,17 +51,10 @@ class IndexedTar:
     """Where and how the tar is damaged; the samples before that point are used."""
 
 
-@dataclass(frozen=True)
-class IndexedTars:
-    """Tars, the index of each, and a card like that of prepared data."""
+def index_tars(path: str, cache: Cache) -> tuple[list[Path], list[Path], dict[str, Any]]:
+    """Tars, the index of each, and a card like that of prepared data; indexes are made where there are none yet.
 
-    tars: list[Path]
-    indexes: list[Path]
-    card: dict[str, Any]
-
-
-def index_tars(path: str, cache: Cache) -> IndexedTars:
-    """The indexes of tars, made where there are none yet. Damaged tars are named, unusable samples counted.
+    Damaged tars are named, unusable samples counted.
 
     Args:
         path: a folder of tars, one tar, or a pattern like `tars/{0000..0099}.tar` or `tars/*.tar`.
@@ -85,7 +78,7 @@ def index_tars(path: str, cache: Cache) -> IndexedTars:
         ],
         "provenance": {"webdataset": path},
     }
-    return IndexedTars([tar.absolute() for tar in tars], indexes, card)
+    return [tar.absolute() for tar in tars], indexes, card
 
 
 def _find(path: str) -> DataSource:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mlip_cli.data.index import FORMATS, RECORD, write_index
+from mlip_cli.data.index import FORMATS, RECORD, place_parts, write_index
 from mlip_cli.data.sources.records import json_bytes
 from mlip_cli.data.tar import BLOCK, Member, read_members
 from mlip_cli.errors import RunError
@@ -104,10 +104,7 @@ def _index_sample(path: Path, descriptor: int, record: np.void, parts: Mapping[s
     format = next((known for known in FORMATS if known in parts), "")
     if set(parts) != {"json", "txt", format}:
         raise RunError(f"{path}: read again, a sample has the parts {sorted(parts)}; is the disk sound?")
-    record["offset"] = min(member.header_offset for member in parts.values())
-    for field, part in (("image", format), ("txt", "txt"), ("json", "json")):
-        record[f"{field}_offset"] = parts[part].offset - int(record["offset"])
-        record[f"{field}_size"] = parts[part].size
+    place_parts(record, {"image": parts[format], "txt": parts["txt"], "json": parts["json"]})
     at, first_bytes = FIRST_BYTES[format]
     head = os.pread(descriptor, 16, parts[format].offset)
     try:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from codecs import BOM_UTF8
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -173,7 +174,7 @@ def split_of_folder(relative: Path) -> tuple[str | None, Path]:
 def decode_text(content: bytes) -> str | None:
     """UTF-8 text without a byte order mark, or None if it is not UTF-8."""
     try:
-        return content.decode("utf-8-sig")
+        return content.removeprefix(BOM_UTF8).decode()
     except UnicodeDecodeError:
         return None
 
