@@ -5,10 +5,12 @@ import os
 import pickle
 import re
 import signal
-import subprocess
+import socket
 import sys
-from collections.abc import Iterator, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
+from multiprocessing import resource_sharer
 from pathlib import Path
 from typing import Any
 
@@ -371,44 +373,58 @@ def failing(words: str) -> Iterator[int]:
     return items_of(data_loader(Failing(words), range(3), 1))
 
 
-def test_workers_outlive_a_signal_to_the_whole_group() -> None:
+def in_a_fork(work: Callable[[], object], folder: Path) -> tuple[str, str]:
+    """What `work` prints to stdout and stderr in a process of its own that need not import torch again."""
+    pid = os.fork()
+    if pid == 0:
+        for number, name in enumerate(("stdout", "stderr"), start=1):
+            os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+        sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+        try:
+            print(work(), flush=True)
+        except BaseException:  # noqa: BLE001 - the child must not return into pytest
+            traceback.print_exc()
+        finally:
+            sys.stderr.flush()
+            os._exit(0)
+    os.waitpid(pid, 0)
+    return (folder / "stdout").read_text(), (folder / "stderr").read_text()
+
+
+def test_workers_outlive_a_signal_to_the_whole_group(tmp_path: Path) -> None:
     """As torchrun, timeout and service managers send it: the training has to end its step, and to save."""
-    script = """
-import os, signal
-from mlip_cli.data.loader_processes import data_loader, items_of
-os.setsid()
-signal.signal(signal.SIGTERM, lambda *_: None)
-items = items_of(data_loader(range(40), range(40), 2))
-first = [next(items), next(items)]  # one of each: both have begun
-os.killpg(0, signal.SIGTERM)
-print([*first, *items] == list(range(40)))
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    assert done.stdout == "True\n", done.stderr
+
+    def work() -> bool:
+        os.setsid()
+        signal.signal(signal.SIGTERM, lambda *_: None)
+        items = items_of(data_loader(range(40), range(40), 2))  # type: ignore[arg-type]
+        first = [next(items), next(items)]  # one of each: both have begun
+        os.killpg(0, signal.SIGTERM)
+        return [*first, *items] == list(range(40))
+
+    assert in_a_fork(work, tmp_path) == ("True\n", "")
 
 
-def test_workers_say_nothing_where_the_main_process_hangs_up() -> None:
+class Handed(Dataset[tuple[torch.Tensor, Any]]):
+    """Tensors, each with the address at which the worker hands its tensors over."""
+
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, Any]:
+        return torch.full((), i), resource_sharer._resource_sharer._address  # type: ignore[attr-defined]
+
+
+def test_workers_say_nothing_where_the_main_process_hangs_up(tmp_path: Path) -> None:
     """As it does when a second Ctrl-C, a kill or an error ends it just when it takes a tensor."""
-    script = """
-import socket
-from multiprocessing import resource_sharer
-import torch
-from mlip_cli.data.loader_processes import data_loader, items_of
 
-class Batches:
-    def __getitem__(self, i):
-        return torch.full((), i), resource_sharer._resource_sharer._address
+    def work() -> bool:
+        items = items_of(data_loader(Handed(), range(40), 1))
+        first, address = next(items)
+        while address is None:  # until the worker has handed a tensor over
+            first, address = next(items)
+        with socket.socket(socket.AF_UNIX) as caller:
+            caller.connect(address)
+        return [i.item() for i, _ in items] == list(range(int(first) + 1, 40))
 
-items = items_of(data_loader(Batches(), range(40), 1))
-first, address = next(items)
-while address is None:  # until the worker has handed a tensor over
-    first, address = next(items)
-with socket.socket(socket.AF_UNIX) as caller:
-    caller.connect(address)
-print([i.item() for i, _ in items] == list(range(int(first) + 1, 40)))
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    assert (done.stdout, done.stderr) == ("True\n", "")
+    assert in_a_fork(work, tmp_path) == ("True\n", "")
 
 
 def test_a_spawned_worker_makes_the_same_batches(folder: Path) -> None:
