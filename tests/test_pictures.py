@@ -271,6 +271,7 @@ def test_a_file_that_cannot_be_used_says_why(content: bytes, message: str) -> No
     assert str(error.value) == message
 
 
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.usefixtures("decoder")
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
 def test_a_picture_that_is_cut_off_is_damaged(format: str) -> None:

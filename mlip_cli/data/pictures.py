@@ -1,8 +1,8 @@
-"""From the bytes of a picture to RGB pixels: the one way in, for preparing data, training and evaluation.
+"""The bytes of a picture become RGB pixels here, and only here: for preparing data, training and evaluation.
 
-The content says the format, not the name. The picture comes upright (EXIF), on white where it is transparent, with 16
-bits scaled to 8, and as its first frame where it has several. simplejpeg decodes JPEGs where it is installed (the extra
-`fast`), Pillow everything else. Both give the same pixels of a whole JPEG, to the bit.
+The content says the format, not the name. EXIF turns the picture upright. Transparent pixels lie on white, 16 bits are
+scaled to 8, and an animation gives its first frame. simplejpeg decodes JPEGs where it is installed (the extra `fast`).
+Pillow decodes everything else, and gives the same pixels of a JPEG to the bit.
 """
 
 import io
@@ -152,7 +152,7 @@ def _array(rgb: Image.Image) -> np.ndarray:
 
 
 def jpeg_decoder() -> str:
-    """Name and version of what decodes JPEGs here. Runs that go on with another one see slightly other pictures."""
+    """Name and version of what decodes JPEGs here. A run that resumes with another one may see slightly other pixels."""
     name = "pillow" if simplejpeg_decode is None else "simplejpeg"
     return f"{name} {version(name)}"
 
@@ -189,9 +189,9 @@ def _rejected_if_damaged() -> Iterator[None]:
 
 
 def _turn(image: Image.Image, *, is_jpeg: bool) -> Image.Transpose | None:
-    """What shows a picture upright; nothing where its EXIF is damaged, as viewers do.
+    """What shows a picture upright. Damaged EXIF turns nothing, as in viewers.
 
-    A JPEG says it in its header. A PNG may say it behind its pixels, and Pillow turns a TIFF itself when it decodes it.
+    The header of a JPEG says it. A PNG may say it behind its pixels. Pillow turns a TIFF itself when it decodes it.
     """
     if not is_jpeg:
         image.load()
@@ -215,5 +215,5 @@ def _upright_rgb(image: Image.Image, turn: Image.Transpose | None) -> Image.Imag
     if turn is None:
         return rgb
     upright = rgb.transpose(turn)
-    upright.info.clear()  # nobody shall turn it again
+    upright.info.clear()  # it still says the orientation of the stored pixels
     return upright
