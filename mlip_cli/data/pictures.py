@@ -152,7 +152,7 @@ def _array(rgb: Image.Image) -> np.ndarray:
 
 
 def jpeg_decoder() -> str:
-    """Name and version of what decodes JPEGs here. A run that resumes with another one may see slightly other pixels."""
+    """Name and version of what decodes JPEGs here. A run that resumes with another may see slightly other pixels."""
     name = "pillow" if simplejpeg_decode is None else "simplejpeg"
     return f"{name} {version(name)}"
 
