@@ -283,6 +283,7 @@ def test_a_picture_that_is_cut_off_is_damaged(format: str) -> None:
 @pytest.mark.parametrize(
     "read", [lambda content: store(content, size=8), lambda content: to_array(open_picture(content))]
 )
+@pytest.mark.filterwarnings("ignore")
 def test_damage_anywhere_rejects_a_picture_and_never_crashes(read: Callable[[bytes], object]) -> None:
     random = np.random.default_rng(0)
     rejected = 0
