@@ -268,7 +268,7 @@ def test_a_spoiled_sample_is_replaced_and_named(tmp_path: Path, num_workers: int
     assert len(bad) == 2  # once an epoch
     assert {b.shard for b in bad} == {str(folder / "train-000001.tar")}
     assert {b.key for b in bad} == {"00-000021"}
-    reason = {"image": "damaged picture: ", "json": "KEY.json is not JSON"}[part]
+    reason = {"image": "not a picture: ", "json": "KEY.json is not JSON"}[part]
     assert all(b.reason.startswith(reason) for b in bad)
     assert not any("00-000021" in batch.keys for batch in found)
 
@@ -295,7 +295,7 @@ def test_too_many_bad_samples_end_the_run(tmp_path: Path, num_workers: int) -> N
         list(run)
     found = str(error.value)
     assert re.fullmatch(
-        rf"{folder}/train-00000\d.tar: sample 00-0000\d\d: damaged picture: .+; "
+        rf"{folder}/train-00000\d.tar: sample 00-0000\d\d: not a picture: .+; "
         r"(9|1\d) of the last \d\d samples were bad, data.max_bad_share 0.0008 allows 8 of 10,000",
         found,
     )
@@ -325,7 +325,7 @@ def test_nothing_but_bad_samples_ends_the_run_at_once(tmp_path: Path, num_worker
         "; 9 samples in a row could not be read; prepare the data again (mlip prepare-data)"
     )
     assert "Traceback" not in str(error.value)
-    with pytest.raises(RunError, match=r"train-000000.tar: sample 00-000000: damaged picture"):
+    with pytest.raises(RunError, match=r"train-000000.tar: sample 00-000000: not a picture"):
         preflight([dataset], Order([16], None, seed=0, global_batch_size=G), G, 1)
 
 
@@ -477,7 +477,7 @@ def test_evaluation_reads_everything_once_in_order(folder: Path, num_workers: in
 def test_evaluation_refuses_to_leave_a_sample_out(tmp_path: Path) -> None:
     folder = make_dataset(tmp_path / "x", n=16)
     spoil(folder, 5)
-    with pytest.raises(RunError, match=r"train-000000.tar: sample 00-000005: damaged picture: "):
+    with pytest.raises(RunError, match=r"train-000000.tar: sample 00-000005: not a picture: "):
         list(evaluation_loader(open_prepared(folder), image_size=16, batch_size=4, num_workers=0))
 
 
