@@ -3,11 +3,15 @@
 import io
 import json
 import tarfile
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from ablation.mosaics import quadrants
+from ablation.pointing import Maps, Pointer, Queries, measure_pointing, right_shares
 from ablation.prepare import main as prepare
 from ablation.prepare import training_captions
 from ablation.runs import RUNS, AblationRun
@@ -15,6 +19,7 @@ from ablation.scores import WAYS, Contrast, Rows, bootstrap, contrast, holm, mac
 from ablation.train_all import RECIPES, Queue, train_all
 from ablation.verdict import CONTRASTS, Results, contrasts, read, table
 from PIL import Image
+from torch import Tensor
 
 from mlip_cli.recipe.load import differences, load_recipe
 
@@ -210,3 +215,25 @@ def test_holm_adjusts_as_by_hand() -> None:
     assert holm([0.5, 0.6]) == [1.0, 1.0]
     assert holm([0.02], among=4) == [0.08]
     assert holm([0.01, 0.005], among=4) == pytest.approx([0.03, 0.02])
+
+
+def test_patches_that_carry_their_colour_point_and_equal_patches_guess() -> None:
+    colors = torch.tensor([[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 0], [0, 255, 255], [255, 0, 255]])
+    names = [str(i % 6) for i in range(38)]
+    tiles = colors[[int(name) for name in names]].to(torch.uint8)[:, :, None, None].expand(-1, 3, 10, 10)
+
+    def queries(texts: Sequence[str]) -> Queries:
+        return {"feature": colors[[int(text) for text in texts]] / 127.5 - 1}
+
+    def knows(images: Tensor, queries: Queries) -> Maps:
+        patches = torch.nn.functional.avg_pool2d(images.float() / 127.5 - 1, 4).flatten(2)
+        return {"feature": queries["feature"] @ patches}
+
+    def guesses(images: Tensor, queries: Queries) -> Maps:
+        return {"feature": torch.zeros(len(images), 4, 25)}
+
+    pointer = Pointer("colors: run", 20, (5, 5), torch.device("cpu"), queries, (knows, guesses))
+    assert measure_pointing(tiles, names, pointer, batch_size=3) == [{"feature": 1.0}, {"feature": 0.25}]
+    tied = torch.zeros(1, 4, 25)
+    tied[..., [0, 4, 12]] = 1  # the first two quadrants, and the middle, which counts for none
+    assert right_shares(tied, quadrants((5, 5))).tolist() == [[0.5, 0.5, 0.0, 0.0]]

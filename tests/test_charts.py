@@ -6,15 +6,16 @@ import re
 import pytest
 
 from mlip_cli.report import canvas, charts
-from mlip_cli.report.charts import Bar, Dot, Line, bars_chart, dots_chart, lines_chart
-from mlip_cli.report.page import STYLE, Html, element, facts, page, section, table
+from mlip_cli.report.charts import ChartBar, Curve, Dot, bars_chart, curves_chart, dots_chart
+from mlip_cli.report.page import CSS, Html, element, facts, page, section, table, tables
+from mlip_cli.report.tables import Spread, Table, print_tables
 
-LINES = [Line("a", [1, 2, 3], [0.5, None, 0.25]), Line("b", [1, 2, 3], [0.1, 0.2, 0.3], series=1)]
+LINES = [Curve("a", [1, 2, 3], [0.5, None, 0.25]), Curve("b", [1, 2, 3], [0.1, 0.2, 0.3], series=1)]
 
 
-def drawings() -> list[canvas.Picture]:
+def drawings() -> list[canvas.Chart]:
     return [
-        lines_chart("loss of $x$ & <y>", LINES, x_label="step", levels={"chance": 0.1}),
+        curves_chart("loss of $x$ & <y>", LINES, x_label="step", levels={"chance": 0.1}),
         dots_chart(
             "accuracy",
             {"guided": [Dot("0.5", 1.5, (1.4, 1.6), 34.0, (31.0, 38.0)), Dot("0", 1.0, None, 35.0, None)]},
@@ -22,7 +23,9 @@ def drawings() -> list[canvas.Picture]:
             y_label="%",
             chance=11.1,
         ),
-        bars_chart("step", [Bar("read", 1.5, "3 %", "data"), Bar("backward", 40.0, "80 %", "compute")], x_label="ms"),
+        bars_chart(
+            "step", [ChartBar("read", 1.5, "3 %", "data"), ChartBar("backward", 40.0, "80 %", "compute")], x_label="ms"
+        ),
     ]
 
 
@@ -47,7 +50,7 @@ def test_the_same_chart_has_the_same_bytes(number: int) -> None:
 
 
 def test_bars_below_zero_and_names_in_any_script_are_drawn() -> None:
-    svg = bars_chart("rest", [Bar("日本語 🙂", -1.0, "-1 %"), Bar("b", 4.0, "4 %")], x_label="ms").svg
+    svg = bars_chart("rest", [ChartBar("日本語 🙂", -1.0, "-1 %"), ChartBar("b", 4.0, "4 %")], x_label="ms").svg
     assert "-1 %" in svg
     assert "日本語 🙂" in svg
 
@@ -58,7 +61,7 @@ def test_text_of_users_is_neither_a_formula_nor_markup() -> None:
 
 
 def test_the_page_defines_every_colour_of_the_charts_for_light_and_dark() -> None:
-    style = STYLE.read_text()
+    style = CSS.read_text()
     light, dark = style.split("@media (prefers-color-scheme: dark)")
     for variable in canvas.VARIABLES.values():
         name = variable.removeprefix("var(").removesuffix(")")
@@ -71,11 +74,27 @@ def test_the_page_defines_every_colour_of_the_charts_for_light_and_dark() -> Non
 
 def test_long_lines_are_drawn_as_means_and_gaps_stay_gaps() -> None:
     n = 3 * charts.MOST_POINTS
-    x, y = charts._thinned(Line("", range(n), [float(i) for i in range(n)]))
+    x, y = charts._thinned(Curve("", range(n), [float(i) for i in range(n)]))
     assert x == y == [3 * i + 1 for i in range(charts.MOST_POINTS)]
     x, y = charts._thinned(LINES[0])
     assert x == [1, 2, 3]
     assert math.isnan(y[1])
+
+
+def test_a_table_says_the_same_on_the_page_and_on_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = Table(["method", "score %", "p"], [["tome", Spread("31.6", "28.0", "35.4"), None]], "set", ["chance 5 %"])
+    print_tables([shown])
+    lines = capsys.readouterr().out.splitlines()
+    assert [" ".join(line.split()) for line in lines] == [
+        "set",
+        "method score % p",
+        "tome 31.6 (28.0-35.4) -",
+        "chance 5 %",
+    ]
+    [title, body, note] = tables([shown])
+    assert (title, note) == ("<h3>set</h3>", '<p class="note">chance 5 %</p>')
+    score = '<td class="number"><span>31.6 <span class="note">(28.0–35.4)</span></span></td>'
+    assert f'<tr><td>tome</td>{score}<td class="number">–</td></tr>' in body
 
 
 def test_elements_escape_everything_but_markup() -> None:
@@ -90,7 +109,7 @@ def test_elements_escape_everything_but_markup() -> None:
         evil,
         heading=evil,
         lead=evil,
-        sections=[section("a", "A & B", table([evil], [[evil]]), facts([(evil, evil)]))],
+        sections=[section("a", "A & B", table(Table([evil], [[evil]])), facts([(evil, evil)]))],
         foot=evil,
     )
     assert "<script" not in written

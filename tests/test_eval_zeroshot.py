@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,24 +13,28 @@ import pytest
 import torch
 from models_for_tests import make_run, small_model, small_recipe
 from PIL import Image
+from results_for_tests import zeroshot_result
 from shards_for_tests import index_shard, make_dataset
 
-from mlip_cli.commands.eval_zeroshot import eval_zeroshot
+from mlip_cli.commands import eval_zeroshot as command
 from mlip_cli.data.prepare.shards import sample_parts, tar_writer
 from mlip_cli.data.tokenizer import Tokenizer
 from mlip_cli.errors import RunError, Stopped, UsageError
 from mlip_cli.evaluate import evaluators
-from mlip_cli.evaluate.datasets.find import Benchmark, find_benchmark
-from mlip_cli.evaluate.datasets.open import OPENMOJI_GROUPS, open_benchmark
+from mlip_cli.evaluate.datasets.benchmark import Benchmark
+from mlip_cli.evaluate.datasets.find import find_benchmark, open_benchmark
+from mlip_cli.evaluate.datasets.open import OPENMOJI_GROUPS
 from mlip_cli.evaluate.datasets.pictures import batches
-from mlip_cli.evaluate.evaluators import READERS, retrieval_words, training_evaluators, zeroshot_words
+from mlip_cli.evaluate.evaluators import retrieval_words, training_evaluators, zeroshot_words
 from mlip_cli.evaluate.statistics import mcnemar
-from mlip_cli.evaluate.together import ALONE
+from mlip_cli.evaluate.stored import EvaluatedCheckpoint, Measured
 from mlip_cli.evaluate.validation import validation_pairs
 from mlip_cli.evaluate.zeroshot import class_embeddings, normalized
 from mlip_cli.files import write_json
-from mlip_cli.report.tables import compared, print_results
+from mlip_cli.report.write import rebuild_if_older
+from mlip_cli.report.zeroshot_tables import ZeroshotRow, zeroshot_tables
 from mlip_cli.runs.checkpoint import save_checkpoint
+from mlip_cli.runs.folder import Run
 from mlip_cli.runs.loading import at_rate, load_run
 
 
@@ -53,16 +58,24 @@ def make_openmoji(folder: Path, n: int = 30) -> None:
     write_json(folder / "dataset.json", {"num_samples": n, "fingerprint": shards[0]["sha256"], "shards": shards})
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a CLIP run, an MLIP run and data."""
+    folder = tmp_path_factory.mktemp("zeroshot")
+    make_run(folder / "runs" / "clip", small_recipe(mlip=False))
+    make_run(folder / "runs" / "mlip", small_recipe())
+    make_openmoji(folder / "data" / "openmoji" / "test")
+    make_dataset(folder / "data" / "colors", n=40)
+    return folder
+
+
 @pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with a CLIP run, an MLIP run and data, as the current folder."""
-    make_run(tmp_path / "runs" / "clip", small_recipe(mlip=False))
-    make_run(tmp_path / "runs" / "mlip", small_recipe())
-    make_openmoji(tmp_path / "data" / "openmoji" / "test")
-    make_dataset(tmp_path / "data" / "colors", n=40)
+def place(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy to write into, as the current folder; no pages are drawn."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(command, "rebuild_if_older", lambda _: None)
     monkeypatch.delenv("MLIP_DATA", raising=False)
-    return tmp_path
+    return shutil.copytree(made, tmp_path, dirs_exist_ok=True)
 
 
 def evaluate(
@@ -70,10 +83,9 @@ def evaluate(
     datasets: list[str],
     rates: tuple[float, ...] = (),
     as_json: bool = True,
-    task: str = "classification",
 ) -> None:
     common: dict[str, Any] = {"data_root": None, "batch_size": 16, "device": "cpu", "as_json": as_json}
-    eval_zeroshot(runs, task=task, datasets=datasets, merge_rates=rates, **common)
+    command.eval_zeroshot(runs, datasets=datasets, merge_rates=rates, **common)
 
 
 def printed(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
@@ -102,8 +114,8 @@ def test_scores_are_those_of_a_plain_computation(place: Path, capsys: pytest.Cap
     [result] = printed(capsys)["results"]
     run = load_run("runs/mlip", device="cpu")
     encoder = at_rate(run.model, 0.5)
-    pictures = open_benchmark(find_benchmark("shards:data/colors", root=place), READERS)
-    [(images, labels)] = batches(pictures, READERS, size=32, batch_size=40, read_ahead=True)
+    pictures = open_benchmark(find_benchmark("shards:data/colors", root=place))
+    [(images, labels)] = batches(pictures, range(1), size=32, batch_size=40, read_ahead=True)
     with torch.no_grad():
         classes = class_embeddings(
             pictures.class_names,
@@ -119,8 +131,12 @@ def test_scores_are_those_of_a_plain_computation(place: Path, capsys: pytest.Cap
         assert scores["acc1"] == pytest.approx(right.float().mean().item())
 
 
-def test_what_is_measured_is_read_without_torch(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_measured_is_on_the_page_and_read_without_torch(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command, "rebuild_if_older", rebuild_if_older)
     evaluate("runs/clip", datasets=["openmoji"], as_json=False)
+    assert "<h3>openmoji</h3>" in Path("runs/clip/report.html").read_text("utf-8")
     first = capsys.readouterr().out
     code = (
         "import sys; from mlip_cli.commands.eval_zeroshot import eval_zeroshot\n"
@@ -151,31 +167,32 @@ def test_other_data_weights_or_rates_are_measured_anew(place: Path, capsys: pyte
 def test_tables_are_narrow_and_say_what_was_measured(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     evaluate("runs/clip", "runs/mlip", datasets=["openmoji", "shards:data/colors"], rates=(0.5,), as_json=False)
     lines = capsys.readouterr().out.splitlines()
-    tables = [line for line in lines if line.startswith(("run  ", "  1", "  2", "data set", "shards:data/colors  "))]
-    assert len(tables) == 6
+    tables = [line for line in lines if line.startswith(("run  ", "  1", "  2"))]
+    assert len(tables) == 3 * (1 + 1 + 3)
     assert max(map(len, tables)) <= 80
-    assert lines[0] == "openmoji: 30 pictures of concepts that training did not see"
-    assert " ".join(lines[1].split()) == "run true rate group recall % name R@1 % name R@5 % images/s"
-    assert lines[3].split()[:2] == ["2", "0.500"]
-    assert "shards:data/colors: 40 pictures, 8 classes, chance 12.5 %" in lines
+    assert lines[0] == "openmoji"
+    assert " ".join(lines[1].split()) == "run true rate feature mean recall % top-1 % images/s"
+    assert [line.split()[:3] for line in lines[2:6]] == [
+        ["1", "0.500", "spatial"], ["2", "0.500", "spatial"], ["2", "0.500", "frequency"], ["2", "0.500", "sum"],
+    ]  # fmt: skip
+    assert lines[6] == (
+        "30 pictures of concepts that training did not see, 9 classes: chance 11.1 %; in brackets: 95 % intervals"
+    )
+    assert any(line.startswith("30 names: chance R@1 3.6 %, R@5 ") for line in lines)
+    assert "40 pictures, 8 classes: chance 12.5 %; in brackets: 95 % intervals" in lines
     assert "top-5" not in "".join(lines)  # five of eight say little
-    assert any(line.startswith("chance: group recall 11.1 % (9 groups), name R@1 3.6 %, R@5 ") for line in lines)
     assert lines[-2:] == ["run 1: clip at step 8 (last checkpoint)", "run 2: mlip at step 8 (last checkpoint)"]
 
 
-def test_top_5_stands_beside_its_chance_where_there_are_many_classes(capsys: pytest.CaptureFixture[str]) -> None:
-    shared = {"run": "a", "step": 8, "is_last_checkpoint": True, "n": 40, "true_merge_rate": 0.0, "measured_at": "now"}
-    scores = {"acc1": 0.5, "acc5": 0.75, "acc1_interval": (0.4, 0.6), "mean_per_class_recall": 0.5, "images_per_s": 9.0}
-    many = shared | scores | {"dataset": "many", "num_classes": 20, "chance": 0.05}
-    few = shared | scores | {"dataset": "few", "num_classes": 19, "chance": 1 / 19, "measured_at": "later"}
-    print_results([[many], [few]], failed=[])
-    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
-    assert lines[0] == "data set rate top-1 % top-5 % recall % images/s"
-    assert lines[1:3] == ["many 0.000 50.0 (40.0-60.0) 75.0 50.0 9", "few 0.000 50.0 (40.0-60.0) - 50.0 9"]
-    assert lines[3:5] == [
-        "many: 40 pictures, 20 classes, chance 5.0 %, of top-5 25.0 %",
-        "few: 40 pictures, 19 classes, chance 5.3 %",
-    ]
+def test_top_5_stands_beside_its_chance_where_there_are_many_classes() -> None:
+    many = zeroshot_tables("many", [ZeroshotRow(zeroshot_result(num_classes=20, chance=0.05))])
+    assert [list(table.columns) for table in many] == [
+        ["true rate", "mean recall %", "top-1 %", "images/s"], ["true rate", "top-5 %"],
+    ]  # fmt: skip
+    assert many[0].notes == ["50,000 pictures, 20 classes: chance 5.0 %, of top-5 25.0 %; in brackets: 95 % intervals"]
+    assert [str(cell) for cell in many[1].rows[0]] == ["0.000", "34.4 (31.0-38.4)"]
+    [few] = zeroshot_tables("few", [ZeroshotRow(zeroshot_result(num_classes=19, chance=1 / 19))])
+    assert few.notes == ["50,000 pictures, 19 classes: chance 5.3 %; in brackets: 95 % intervals"]
 
 
 def test_words_of_evaluators_name_what_they_count() -> None:
@@ -189,8 +206,9 @@ def test_words_of_evaluators_name_what_they_count() -> None:
 def test_one_run_needs_no_number_and_shows_the_true_rate(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     evaluate("runs/clip", datasets=["openmoji"], rates=(0.3,), as_json=False)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[1].startswith("true rate  ")
-    assert lines[2].split()[0] == f"{at_rate(load_run('runs/clip', device='cpu').model, 0.3).plan.rate:.3f}" != "0.300"
+    assert lines[1].split()[:4] == ["true", "rate", "mean", "recall"]
+    true_rate = f"{at_rate(load_run('runs/clip', device='cpu').model, 0.3).plan.rate:.3f}"
+    assert lines[2].startswith(f"{true_rate} (asked 0.3)  ")
     assert lines[-1] == "measured: clip at step 8 (last checkpoint)"
     [path] = Path("runs/clip/evals").iterdir()
     stored = json.loads(path.read_text())
@@ -201,9 +219,10 @@ def test_one_run_needs_no_number_and_shows_the_true_rate(place: Path, capsys: py
     ("content", "why"),
     [
         (b'{"n": 30, ', "Expecting property name enclosed in double quotes: line 1 column 11 (char 10)"),
-        (b"[1]", "no JSON object in it"),
-        (b"{}", "no acc1"),
-        (None, "no kind"),
+        (b"[1]", "not a JSON object"),
+        (b"{}", "kind: None instead of 'zeroshot'"),
+        (b'{"kind": "zeroshot"}', "step is missing"),
+        (None, "predicted is missing"),
         (b"\xff", "'utf-8' codec can't decode byte 0xff in position 0: invalid start byte"),
     ],
 )
@@ -213,8 +232,8 @@ def test_a_damaged_result_is_measured_again(
     evaluate("runs/clip", datasets=["openmoji"])
     first = printed(capsys)["results"][0]
     [path] = Path("runs/clip/evals").iterdir()
-    without_kind = {key: value for key, value in json.loads(path.read_bytes()).items() if key != "kind"}
-    path.write_bytes(json.dumps(without_kind).encode() if content is None else content)
+    lacking = {key: value for key, value in json.loads(path.read_bytes()).items() if key != "predicted"}
+    path.write_bytes(json.dumps(lacking).encode() if content is None else content)
     caplog.clear()
     with caplog.at_level("WARNING", logger="mlip_cli"):
         evaluate("runs/clip", datasets=["openmoji"])
@@ -222,16 +241,18 @@ def test_a_damaged_result_is_measured_again(
     assert json.loads(path.read_text())["acc1"] == first["acc1"]
 
 
-def test_pointing_asks_openmoji_for_names_and_not_for_groups(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    evaluate("runs/mlip", datasets=["openmoji"], task="pointing")
-    [result] = printed(capsys)["results"]
-    assert (result["kind"], result["n"], result["num_names"], result["chance"]) == ("pointing", 30, 30, 0.25)
-    [path] = Path("runs/mlip/evals").iterdir()
-    assert path.name.startswith("pointing-openmoji-step_0000008-recipe_rate-")
-    mosaic_of = json.loads(path.read_text())["mosaic"].split()
-    assert mosaic_of[0] != mosaic_of[1]  # equal pictures
-    evaluate("runs/mlip", datasets=["openmoji"])
-    assert [result["kind"] for result in printed(capsys)["results"]] == ["zeroshot"]
+@pytest.mark.parametrize(("tower", "n"), [("image", 30), ("text", 18)])
+def test_damaged_weights_are_one_line_and_leave_no_result(place: Path, tower: str, n: int) -> None:
+    weights = small_model(small_recipe(mlip=False), dtype=torch.float32).state_dict()
+    weights[f"{tower}_projection.weight"][0, 0] = float("nan")
+    save_checkpoint(Path("runs/clip/checkpoints"), step=8, weights=weights, state={"step": 8})
+    with pytest.raises(RunError) as error:
+        evaluate("runs/clip", datasets=["openmoji"])
+    assert str(error.value) == (
+        f"openmoji: clip: {n} of {n} {tower} features are not finite; the weights of this checkpoint are damaged; "
+        "name an earlier one"
+    )
+    assert not Path("runs/clip/evals").exists()
 
 
 def test_an_earlier_checkpoint_and_runs_of_one_name(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -324,7 +345,7 @@ def test_nothing_but_wrong_usage_is_wrong_usage(place: Path) -> None:
     with pytest.raises(UsageError) as error:
         evaluate("runs/a b", datasets=["openmoji"])
     assert str(error.value) == (
-        "runs/a b: no whole checkpoint in it; go on with mlip pretrain RECIPE --out 'runs/a b' --resume"
+        "runs/a b: it holds no complete checkpoint; continue it with mlip pretrain RECIPE --out 'runs/a b' --resume"
     )
     with pytest.raises(UsageError, match=r"merge rate 0\.9"):
         evaluate("runs/clip", datasets=["openmoji"], rates=(0.9,))
@@ -335,29 +356,30 @@ def test_nothing_but_wrong_usage_is_wrong_usage(place: Path) -> None:
 
 
 def test_comparison_is_paired() -> None:
-    first = {"run": "a", "merge_rate": 0.0, "right": {"acc1": "1100110011"}}
-    other = {"run": "a", "merge_rate": 0.5, "right": {"acc1": "1000010011"}}
-    found = compared([first, other])[1]["compared_to_first"]
+    checkpoint = EvaluatedCheckpoint("a", Run(Path("runs/a")), Path("step_0000240"), is_last=True, sha256="")
+    first = Measured(checkpoint, zeroshot_result(right={"acc1": "1100110011"}))
+    other = Measured(checkpoint, zeroshot_result(rate=0.5, right={"acc1": "1000010011"}))
+    assert "compared_to_first" not in first.to_json(first)
+    found = other.to_json(first)["compared_to_first"]
     assert found["first"] == {"run": "a", "merge_rate": 0.0}
-    expected = {"difference": -0.2, "won": 0, "lost": 2, "p": mcnemar(2, 0)}
-    assert found["acc1"] == expected
+    assert found["acc1"] == {"difference": -0.2, "won": 0, "lost": 2, "p": mcnemar(2, 0)}
 
 
 def test_training_evaluators_measure_what_the_command_measures(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     evaluate("runs/mlip", datasets=["openmoji"])
     [result] = printed(capsys)["results"]
     recipe = small_recipe(mlip=True, data={"validation": "data/openmoji/test"}, evaluate={"zeroshot": ["openmoji"]})
-    model = load_run("runs/mlip", device="cpu").model
+    model = at_rate(load_run("runs/mlip", device="cpu").model, None)
     tokenizer = Tokenizer(16)
     evaluators = training_evaluators(recipe, tokenizer, validation_pairs(recipe, tokenizer, device="cpu"))
-    found = {evaluator.name: evaluator.measure(model, lambda _: None, ALONE) for evaluator in evaluators}
+    found = {evaluator.name: evaluator.measure(model, lambda _: None) for evaluator in evaluators}
     measures = found["validation"].values | found["openmoji"].values
     assert measures["openmoji_mean_recall"] == pytest.approx(result["mean_per_class_recall"])
     assert measures["openmoji_name_r5"] == pytest.approx(result["names"]["r5"])
     assert {f"validation_{way}_r{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)} < set(measures)
     for path in Path("data/openmoji/test").glob("*.tar"):
         path.unlink()  # decoded pictures are kept: a second evaluation reads nothing
-    assert {evaluator.name: evaluator.measure(model, lambda _: None, ALONE) for evaluator in evaluators} == found
+    assert {evaluator.name: evaluator.measure(model, lambda _: None) for evaluator in evaluators} == found
     recipe = small_recipe(data={"validation": "data/none"})
     with pytest.raises(UsageError, match="data/none: no such folder"):
         validation_pairs(recipe, Tokenizer(16), device="cpu")

@@ -1,26 +1,29 @@
 """One gradient, however it is computed: by micro-batches, or on two processes."""
 
 import os
-import subprocess
-import sys
 import weakref
+from collections.abc import Sequence
 from dataclasses import replace
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 
 import pytest
 import torch
+from forks_for_tests import own_group
+from killed_for_tests import Forked
 from models_for_tests import small_batch, small_model, small_recipe
 from torch import nn
 
+from mlip_cli.distributed import full_on_main, process_group, rank, unwrap, world_size, wrap
 from mlip_cli.errors import RunError
-from mlip_cli.losses.features import features_of
+from mlip_cli.losses.features import IMAGE, TEXT, TEXT_TOKENS, features_of
 from mlip_cli.losses.objective import Objective
 from mlip_cli.recipe.config import LOSS_NAMES, Recipe
 from mlip_cli.train import step
 from mlip_cli.train.gradients import Precision, RandomState, add_gradients
-from mlip_cli.train.optim import build_optimizer, clamp_scales, is_decayed, learning_rate
-from mlip_cli.train.step import MOST_SKIPPED_IN_A_ROW, FiniteGuard, Progress
+from mlip_cli.train.optim import Schedule, build_optimizer, clamp_scales, is_decayed
+from mlip_cli.train.state import Progress
+from mlip_cli.train.step import MOST_SKIPPED_IN_A_ROW, FiniteGuard
 from mlip_cli.types import Batch
 
 CPU = torch.device("cpu")
@@ -59,8 +62,9 @@ def one_process(recipe: Recipe, micro_batch_size: int | None) -> dict[str, torch
     model = small_model(recipe).train()
     precision = Precision.named("fp32", CPU)
     add_gradients(
-        model, Objective(recipe.losses), batch_for(recipe), precision=precision, micro_batch_size=micro_batch_size
-    )
+        model, Objective(recipe.losses), batch_for(recipe),
+        precision=precision, micro_batch_size=micro_batch_size, plan=model.training_plan,
+    )  # fmt: skip
     return gradients(model)
 
 
@@ -72,13 +76,20 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(name: str, micro_bat
     assert any("log_scales" in n for n in whole)
 
 
+def test_micro_batches_need_no_loss_over_the_whole_batch() -> None:
+    recipe = small_recipe(mlip=False, losses={"spatial_global": None, "spatial_token": {}})
+    whole, parts = (one_process(recipe, size) for size in (None, 3))
+    assert relative_error(parts, whole) < 1e-10
+
+
 @pytest.mark.parametrize("name", ["mlip", "filip_sparc"])
 def test_micro_batches_report_the_same_terms(name: str) -> None:
     recipe = RECIPES[name]
+    model = small_model(recipe)
     terms = [
         add_gradients(
-            small_model(recipe), Objective(recipe.losses), batch_for(recipe),
-            precision=Precision.named("fp32", CPU), micro_batch_size=size,
+            model, Objective(recipe.losses), batch_for(recipe),
+            precision=Precision.named("fp32", CPU), micro_batch_size=size, plan=model.training_plan,
         ) for size in (None, 3)
     ]  # fmt: skip
     assert terms[0].keys() == terms[1].keys() == set(LOSS_NAMES)
@@ -91,10 +102,10 @@ def test_a_step_follows_the_merge_plan_that_it_is_given(micro_batch_size: int | 
     recipe = RECIPES["filip"]
     given = small_model(recipe)
     own = small_model(small_recipe(losses=FILIP, model={"merging": {"rate": 0.25, "at": [2, 3]}}))
-    for model, named in ((given, {"plan": own.merge_plan(0.25)}), (own, {})):
+    for model in (given, own):
         add_gradients(
             model, Objective(recipe.losses), batch_for(recipe),
-            precision=Precision.named("fp32", CPU), micro_batch_size=micro_batch_size, **named,
+            precision=Precision.named("fp32", CPU), micro_batch_size=micro_batch_size, plan=own.training_plan,
         )  # fmt: skip
     assert relative_error(gradients(given), gradients(own)) == 0
     assert relative_error(gradients(given), one_process(recipe, micro_batch_size)) > 1e-3
@@ -103,15 +114,17 @@ def test_a_step_follows_the_merge_plan_that_it_is_given(micro_batch_size: int | 
 def test_tokens_are_cached_only_where_a_loss_compares_them_over_the_batch() -> None:
     for name, expected in (("mlip", ()), ("filip_sparc", ("spatial_token",))):
         recipe = RECIPES[name]
+        model = small_model(recipe)
         seen = []
         objective = Objective(recipe.losses)
         batch_terms = objective.batch_terms
-        objective.batch_terms = lambda f, seen=seen, terms=batch_terms: seen.append(f.tokens) or terms(f)  # type: ignore
+        objective.batch_terms = lambda f, part, seen=seen, terms=batch_terms: seen.append(f.tensors) or terms(f, part)  # type: ignore
         add_gradients(
-            small_model(recipe), objective, batch_for(recipe),
-            precision=Precision.named("fp32", CPU), micro_batch_size=2,
+            model, objective, batch_for(recipe),
+            precision=Precision.named("fp32", CPU), micro_batch_size=2, plan=model.training_plan,
         )  # fmt: skip
-        assert tuple(seen[0].images if seen[0] is not None else ()) == expected
+        assert tuple(loss for loss in LOSS_NAMES if f"tokens.{loss}" in seen[0]) == expected
+        assert (TEXT_TOKENS in seen[0]) == bool(expected)
 
 
 def test_no_micro_batch_keeps_the_tokens_of_another() -> None:
@@ -127,8 +140,9 @@ def test_no_micro_batch_keeps_the_tokens_of_another() -> None:
     model.register_forward_hook(lambda module, inputs, encoded: kept.append(weakref.ref(encoded.image_tokens)))
     batch = small_batch(8)
     add_gradients(
-        model, Objective(small_recipe().losses), batch, precision=Precision.named("fp32", CPU), micro_batch_size=2
-    )
+        model, Objective(small_recipe().losses), batch,
+        precision=Precision.named("fp32", CPU), micro_batch_size=2, plan=model.training_plan,
+    )  # fmt: skip
     assert len(alive) == 8
     assert max(alive) <= 1
 
@@ -141,14 +155,14 @@ def test_micro_batches_replay_dropout() -> None:
         block.mlp.drop1.p = 0.3
     batch, objective, precision = small_batch(), Objective(recipe.losses), Precision.named("fp32", CPU)
     torch.manual_seed(5)
-    add_gradients(model, objective, batch, precision=precision, micro_batch_size=4)
+    add_gradients(model, objective, batch, precision=precision, micro_batch_size=4, plan=model.plan)
     found = gradients(model)
     model.zero_grad()
     torch.manual_seed(5)
-    halves = [model(b) for b in (small_part(batch, 0, 4), small_part(batch, 4, 8))]
+    halves = [model(b, model.plan) for b in (small_part(batch, 0, 4), small_part(batch, 4, 8))]
     first, second = (features_of(half) for half in halves)
-    joined = replace(first, image=torch.cat([first.image, second.image]), text=torch.cat([first.text, second.text]))
-    objective.total(objective.batch_terms(joined)).backward()
+    both = {name: torch.cat([first.tensors[name], second.tensors[name]]) for name in (IMAGE, TEXT)}
+    objective.total(objective.batch_terms(replace(first, tensors=first.tensors | both))).backward()
     assert relative_error(found, gradients(model)) < 1e-10
 
 
@@ -157,55 +171,47 @@ def small_part(batch, start, stop):  # type: ignore[no-untyped-def]
     return replace(batch, images=batch.images[start:stop], token_ids=batch.token_ids[start:stop], labels=labels)
 
 
-WORKER = """
-import sys, torch
-sys.path.insert(0, {tests!r})
-torch.set_num_threads(1)
-from models_for_tests import small_model
-from test_gradients import CPU, RECIPES, batch_for, gradients, small_part
-from mlip_cli.distributed import full_on_main, process_group, rank, unwrap, world_size, wrap
-from mlip_cli.losses.objective import Objective
-from mlip_cli.train.gradients import Precision, add_gradients
-
-results = {{}}
-with process_group(CPU):
-    share = 8 // world_size()
-    for name in {names!r}:
-        recipe = RECIPES[name]
-        for parallel in ("ddp", "fsdp"):
-            for micro in (None, share // 2):
-                plain = small_model(recipe).train()
-                model = wrap(plain, CPU, parallel=parallel, units=plain.blocks())
-                batch = small_part(batch_for(recipe), rank() * share, (rank() + 1) * share)
-                objective, precision = Objective(recipe.losses), Precision.named("fp32", CPU)
-                add_gradients(model, objective, batch, precision=precision, micro_batch_size=micro)
-                results[name, parallel, micro] = full_on_main(gradients(unwrap(model)))
-    if rank() == 0:
-        torch.save(results, {out!r})
-"""
+def gradients_on_ranks(names: Sequence[str], environment: dict[str, str], out: str) -> None:
+    """Body of one forked rank: the gradient of each recipe for a share of the batch; rank 0 writes them to `out`."""
+    own_group()
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    results, precision = {}, Precision.named("fp32", CPU)
+    with process_group(CPU):
+        share = 8 // world_size()
+        rows = slice(rank() * share, (rank() + 1) * share)
+        for name, parallel, micro in product(names, ("ddp", "fsdp"), (None, share // 2)):
+            recipe = RECIPES[name]
+            plain = small_model(recipe).train()
+            model = wrap(plain, CPU, parallel=parallel, units=plain.blocks())
+            batch = small_part(batch_for(recipe), rows.start, rows.stop)
+            add_gradients(
+                model, Objective(recipe.losses), batch,
+                precision=precision, micro_batch_size=micro, plan=plain.training_plan,
+            )  # fmt: skip
+            results[name, parallel, micro] = full_on_main(gradients(unwrap(model)))
+        if rank() == 0:
+            torch.save(results, out)
 
 
 @pytest.mark.parametrize(("ranks", "names"), [(2, list(RECIPES)), (4, ["filip_sparc"])])
 def test_gloo_processes_give_the_one_process_gradient(tmp_path: Path, ranks: int, names: list[str]) -> None:
     """Captions have 1 to 6 words, and the ranks different numbers of usable ones."""
-    script, out = tmp_path / "worker.py", tmp_path / "gradients.pt"
-    script.write_text(WORKER.format(tests=str(Path(__file__).parent), out=str(out), names=names))
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    done = subprocess.run([*command, str(script)], env=environment, timeout=250, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    found = torch.load(out, weights_only=True)
+    with Forked(names, tmp_path / "gradients.pt", ranks=ranks, body=gradients_on_ranks) as forked:
+        assert forked.join() == [0] * ranks
+    found = torch.load(tmp_path / "gradients.pt", weights_only=True)
     assert len(found) == 4 * len(names)
     for (name, _parallel, _micro), grads in found.items():
         assert relative_error(grads, one_process(RECIPES[name], None)) < 1e-10
 
 
 def test_learning_rate_rises_linearly_and_falls_to_almost_zero() -> None:
-    rates = [learning_rate(s, peak=1.0, warmup_steps=4, total_steps=12) for s in range(1, 13)]
+    schedule = Schedule(peak=1.0, warmup_steps=4, total_steps=12)
+    rates = [schedule.learning_rate(step) for step in range(1, 13)]
     assert rates[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
     assert all(a > b for a, b in pairwise(rates[4:]))
     assert 0 < rates[-1] < 0.05
-    assert learning_rate(1, peak=1.0, warmup_steps=0, total_steps=5) == 1.0
+    assert Schedule(peak=1.0, warmup_steps=0, total_steps=5).learning_rate(1) == 1.0
 
 
 def test_matrices_decay_and_positions_filters_scales_do_not() -> None:
@@ -236,21 +242,21 @@ def test_a_step_without_finite_gradient_changes_nothing_and_many_end_the_run(
     model = small_model(recipe, dtype=torch.float32)
     optimizer = build_optimizer(model, recipe.optim)
     progress = Progress(step=7)
-    guard = FiniteGuard(CPU, progress)
+    guard = FiniteGuard(CPU)
     before = {n: p.clone() for n, p in model.named_parameters()}
     for _ in range(MOST_SKIPPED_IN_A_ROW):
         for p in model.parameters():
             p.grad = torch.full_like(p, float("nan"))
-        guard.step(optimizer, Precision.named("fp32", CPU), torch.tensor(float("nan")))
+        guard.step(optimizer, Precision.named("fp32", CPU), torch.tensor(float("nan")), step=8)
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
     with pytest.raises(RunError, match="step 7: the gradient was not finite in 20 steps in a row"):
-        guard.check()
+        guard.count(progress)
     assert said == ["step 8: the gradient was not finite, so the step was skipped; 20 steps of this run so far"]
     assert progress.skipped_steps == 20
     for p in model.parameters():
         p.grad = torch.ones_like(p)
-    guard.step(optimizer, Precision.named("fp32", CPU), torch.tensor(1.0))
-    guard.check()
+    guard.step(optimizer, Precision.named("fp32", CPU), torch.tensor(1.0), step=9)
+    guard.count(progress)
     assert not torch.equal(model.image_projection.weight, before["image_projection.weight"])
 
 

@@ -21,7 +21,7 @@ from forks_for_tests import FORKS
 from shards_for_tests import make_dataset
 from torch.utils.data import DataLoader, Dataset
 
-from mlip_cli.data import bad_samples, transforms
+from mlip_cli.data import bad_samples, pictures
 from mlip_cli.data import loader as module
 from mlip_cli.data.dataset import ShardDataset
 from mlip_cli.data.index import HEADER, RECORD, index_path
@@ -29,6 +29,7 @@ from mlip_cli.data.loader import default_num_workers, label_of, training_loader
 from mlip_cli.data.loader_processes import data_loader, items_of
 from mlip_cli.data.open import open_prepared
 from mlip_cli.data.order import Order
+from mlip_cli.data.pictures import open_picture
 from mlip_cli.data.tokenizer import Tokenizer
 from mlip_cli.data.transforms import decode, evaluation_transform
 from mlip_cli.devices import full_memory_named
@@ -132,15 +133,15 @@ def test_jpegs_that_are_decoded_smaller_depend_on_the_step_alone(tmp_path: Path)
 def test_pictures_that_only_pillow_reads_are_counted_and_the_first_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_workers: int
 ) -> None:
-    folder = make_dataset(tmp_path / "x", n=24, image_format="png")
+    folder = make_dataset(tmp_path / "x", n=24, image_format="jpg")
     expected = list(batches([open_prepared(folder)], 0, 4))
 
-    def refuse(*_: object) -> None:
+    def refuse(*_: object, **__: object) -> None:
         raise RuntimeError("not in the mood")
 
     said: list[str] = []
     monkeypatch.setattr(bad_samples, "warn", said.append)
-    monkeypatch.setattr(transforms, "torchvision_decode", refuse)
+    monkeypatch.setattr(pictures, "simplejpeg_decode", refuse)
     for a, b in zip(expected, batches([open_prepared(folder)], 0, 4, num_workers=num_workers), strict=True):
         assert_equal(a, b)
     first = expected[0].keys[0]
@@ -268,7 +269,7 @@ def test_a_spoiled_sample_is_replaced_and_named(tmp_path: Path, num_workers: int
     assert len(bad) == 2  # once an epoch
     assert {b.shard for b in bad} == {str(folder / "train-000001.tar")}
     assert {b.key for b in bad} == {"00-000021"}
-    reason = {"image": "the picture cannot be decoded: ", "json": "KEY.json is not JSON"}[part]
+    reason = {"image": "not a picture: ", "json": "KEY.json is not JSON"}[part]
     assert all(b.reason.startswith(reason) for b in bad)
     assert not any("00-000021" in batch.keys for batch in found)
 
@@ -295,7 +296,7 @@ def test_too_many_bad_samples_end_the_run(tmp_path: Path, num_workers: int) -> N
         list(run)
     found = str(error.value)
     assert re.fullmatch(
-        rf"{folder}/train-00000\d.tar: sample 00-0000\d\d: the picture cannot be decoded: .+; "
+        rf"{folder}/train-00000\d.tar: sample 00-0000\d\d: not a picture: .+; "
         r"(9|1\d) of the last \d\d samples were bad, data.max_bad_share 0.0008 allows 8 of 10,000",
         found,
     )
@@ -325,7 +326,7 @@ def test_nothing_but_bad_samples_ends_the_run_at_once(tmp_path: Path, num_worker
         "; 9 samples in a row could not be read; prepare the data again (mlip prepare-data)"
     )
     assert "Traceback" not in str(error.value)
-    with pytest.raises(RunError, match=r"train-000000.tar: sample 00-000000: the picture cannot be decoded"):
+    with pytest.raises(RunError, match=r"train-000000.tar: sample 00-000000: not a picture"):
         preflight([dataset], Order([16], None, seed=0, global_batch_size=G), G, 1)
 
 
@@ -471,14 +472,14 @@ def test_evaluation_reads_everything_once_in_order(folder: Path, num_workers: in
     assert [len(batch.images) for batch in found] == [20, 20, 2]
     samples = [dataset.read(id) for id in range(42)]
     assert [key for batch in found for key in batch.keys] == [sample.key for sample in samples]
-    expected = torch.stack([evaluation_transform(decode(sample.image), size=16) for sample in samples])
+    expected = torch.stack([evaluation_transform(decode(open_picture(sample.image)), size=16) for sample in samples])
     assert torch.equal(torch.cat([batch.images for batch in found]), expected)
 
 
 def test_evaluation_refuses_to_leave_a_sample_out(tmp_path: Path) -> None:
     folder = make_dataset(tmp_path / "x", n=16)
     spoil(folder, 5)
-    with pytest.raises(RunError, match=r"train-000000.tar: sample 00-000005: the picture cannot be decoded: "):
+    with pytest.raises(RunError, match=r"train-000000.tar: sample 00-000005: not a picture: "):
         list(evaluation_loader(open_prepared(folder), image_size=16, batch_size=4, num_workers=0))
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -11,36 +12,48 @@ import pytest
 import torch
 from models_for_tests import make_run, small_recipe
 from PIL import Image
+from results_for_tests import sweep_result
 from shards_for_tests import COLORS, make_dataset
 from torch import Tensor
+from torchvision.transforms.functional import pil_to_tensor
 
 from mlip_cli import cli
 from mlip_cli.commands import merge_sweep
 from mlip_cli.data import loader
 from mlip_cli.data.open import open_prepared
-from mlip_cli.data.pictures import UndecodableError
-from mlip_cli.data.transforms import decode, pil_to_uint8
+from mlip_cli.data.pictures import RejectedPictureError, open_picture
+from mlip_cli.data.transforms import decode
 from mlip_cli.errors import RunError, Stopped, UsageError
 from mlip_cli.evaluate.evaluators import training_evaluators
-from mlip_cli.evaluate.merge_pictures import draw_groups, draw_guidance, panel_pictures
-from mlip_cli.evaluate.sweep import FAILURES, METHODS, agreement, find_datasets, numbers_at_random
-from mlip_cli.evaluate.together import ALONE
+from mlip_cli.evaluate.merge_points import METHODS
+from mlip_cli.evaluate.panels import draw_groups, draw_guidance, panel_pictures
+from mlip_cli.evaluate.sweep import FAILURES, agreement, find_datasets, numbers_at_random
 from mlip_cli.evaluate.validation import validation_pairs
 from mlip_cli.profiling.flops import image_gflops
 from mlip_cli.recipe import merge_plan
-from mlip_cli.report.tables import show_sweep
+from mlip_cli.report.sweep_tables import print_sweep
+from mlip_cli.report.write import rebuild
 from mlip_cli.runs.loading import at_rate, load_run
 from mlip_cli.terminal.endings import exit_code
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with an MLIP run, a CLIP run, a run with validation pairs and a data set."""
+    folder = tmp_path_factory.mktemp("sweep")
+    make_dataset(folder / "data" / "colors", n=24)
+    make_run(folder / "runs" / "mlip", small_recipe(evaluate={"zeroshot": ["shards:data/colors"]}))
+    make_run(folder / "runs" / "pairs", small_recipe(data={"validation": ["data/colors"]}))
+    make_run(folder / "runs" / "clip", small_recipe(mlip=False))
+    return folder
+
+
 @pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current folder, with a CLIP run, an MLIP run and a data set."""
-    make_dataset(tmp_path / "data" / "colors", n=24)
-    make_run(tmp_path / "runs" / "mlip", small_recipe(evaluate={"zeroshot": ["shards:data/colors"]}))
-    make_run(tmp_path / "runs" / "clip", small_recipe(mlip=False))
+def place(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy to write into, as the current folder; no pages are drawn."""
     monkeypatch.chdir(tmp_path)
-    return tmp_path
+    monkeypatch.setattr(merge_sweep, "rebuild", lambda _: None)
+    return shutil.copytree(made, tmp_path, dirs_exist_ok=True)
 
 
 def sweep(run: str | None, *, as_json: bool = True, **changes: Any) -> None:
@@ -82,8 +95,12 @@ def test_every_setting_stands_beside_the_unmerged_model(place: Path, capsys: pyt
         assert test["won"] + test["lost"] <= 24 * (1 - point["agreement"]) + 1e-9
 
 
-def test_the_result_stays_in_the_run(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_result_and_a_new_page_stay_in_the_run(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(merge_sweep, "rebuild", rebuild)
     sweep("runs/mlip/checkpoints/step_0000008")
+    assert "shards:data/colors" in (place / "runs/mlip/report.html").read_text("utf-8")
     assert json.loads((place / "runs/mlip/evals/merge_sweep_step_0000008.json").read_text()) == printed(capsys)
 
 
@@ -98,7 +115,7 @@ def test_ctrl_c_says_that_nothing_was_written(place: Path, monkeypatch: pytest.M
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(merge_sweep, "all_scores", interrupted)
+    monkeypatch.setattr(merge_sweep, "measure_sweep", interrupted)
     with pytest.raises(Stopped, match=r"^interrupted; nothing was written$") as stop:
         sweep("runs/clip")
     assert stop.value.exit_code == 130
@@ -126,36 +143,32 @@ def test_a_plain_clip_is_swept_at_the_default_places(place: Path, capsys: pytest
 def test_tables(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sweep("runs/mlip", as_json=False)
     lines = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("the rounds of ")]
-    assert " ".join(lines[0].split()) == "method rate true rate GFLOPs images/s x rate 0 (95 %) by FLOPs"
+    assert " ".join(lines[0].split()) == "method rate true rate GFLOPs images/s x rate 0 (95 %) by FLOPs peak GiB"
     assert lines[1].startswith("none       0      0.000  ")
     assert lines[2].startswith("guided   0.5      0.500  ")
-    assert lines[4:8] == ["", "tokens in each block:", "  none 0: 16 16 16 16", "  guided 0.5: 16 11 8 8"]
-    assert "shards:data/colors: 24 pictures, chance 12.5 %; in brackets: 95 % intervals" in lines
-    assert any(line.startswith("method  rate  same top-1 as rate 0 %  won  lost") for line in lines)
+    assert lines[3].endswith("; median of 3 rounds with all settings in turn")
+    assert [" ".join(line.split()) for line in lines[4:9]] == [
+        "", "method rate tokens in each block", "none 0 4 x 16", "guided 0.5 16, 11, 2 x 8", "",
+    ]  # fmt: skip
+    assert "24 pictures, 8 classes: chance 12.5 %; in brackets: 95 % intervals" in lines
+    assert any(line.startswith("method  rate  same class %  won  lost") for line in lines)
     assert max(len(line) for line in lines if line.startswith(("method", "none", "guided"))) <= 80
 
 
 def test_rounds_that_scatter_are_named_below_the_speeds(capsys: pytest.CaptureFixture[str]) -> None:
-    numbers = dict.fromkeys(("true_rate", "gflops", "images_per_s", "speedup", "expected_speedup"), 1.0)
-    intervals = {"none": (1.0, 1.0), "guided": (0.8, 1.21), "tome": (0.9, 1.35)}
-    points = [
-        {"method": method, "rate": 0.5, **numbers, "speedup_interval": interval, "tokens_per_block": [4]}
-        for method, interval in intervals.items()
-    ]
-    machine = {"batch_size": 4, "device": "cpu", "device_name": "x", "threads": 1, "torch": "2"}
-    show_sweep({**machine, "points": points, "datasets": [], "failed": []})
+    print_sweep(sweep_result({None: (1.0, 1.0), "guided": (0.8, 1.21), "tome": (0.9, 1.35)}))
     lines = capsys.readouterr().out.splitlines()
-    assert lines[5] == ("the rounds of guided 0.5 differ much: the machine had other work; repeat, or raise --rounds")
+    assert lines[5] == "the rounds of guided 0.5 differ much: the machine had other work; repeat, or raise --rounds"
     assert lines[6] == ""
 
 
 def test_tables_of_retrieval(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    make_run(place / "runs/pairs", small_recipe(data={"validation": ["data/colors"]}))
     sweep("runs/pairs", as_json=False)
     lines = capsys.readouterr().out.splitlines()
-    assert "validation: 24 pictures, 48 captions; in brackets: 95 % intervals" in lines
-    assert any(re.fullmatch(r"image to text \(chance [\d.]+/[\d.]+/[\d.]+ %\)", line) for line in lines)
+    words = r"24 pictures, 48 captions: chance [\d.]+/[\d.]+/[\d.]+ %; in brackets: 95 % intervals"
+    assert sum(bool(re.fullmatch(words, line)) for line in lines) == 2
     assert sum(line.startswith("guided   0.5") for line in lines) == 4
+    assert sum(line.startswith(("image to text  guided", "text to image  guided")) for line in lines) == 2
     assert max(len(line) for line in lines if line.startswith(("method", "none", "guided"))) <= 80
 
 
@@ -166,7 +179,7 @@ def test_tables_of_retrieval(place: Path, capsys: pytest.CaptureFixture[str]) ->
         ({"methods": ["kmeans"]}, "--methods kmeans: no such method; there are guided, tome"),
         (
             {"methods": ["random_drop"]},
-            "--methods random_drop: drops patches in training only; there are guided, tome",
+            "--methods random_drop: is for training only; there are guided, tome",
         ),
         ({"rates": [0.3, 0.9]}, "merge rate 0.9: the merge before block 2 would take 16 tokens to 5"),
         ({"datasets": ["digit"]}, "unknown data set 'digit'; did you mean digits?"),
@@ -177,21 +190,21 @@ def test_tables_of_retrieval(place: Path, capsys: pytest.CaptureFixture[str]) ->
 def test_mistakes_show_before_anything_is_measured(
     place: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], message: str
 ) -> None:
-    monkeypatch.setattr(merge_sweep, "speeds", lambda *_, **__: pytest.fail("measured"))
+    monkeypatch.setattr(merge_sweep, "measure_sweep", lambda *_, **__: pytest.fail("measured"))
     with pytest.raises(UsageError) as error:
         sweep("runs/mlip", **changes)
     assert str(error.value).startswith(message)
     assert not (place / "runs/mlip/evals").exists()
 
 
-def account(place: Path) -> dict[str, Any]:
+def merge_pictures(place: Path) -> dict[str, Any]:
     return json.loads((place / "runs/mlip/evals/merge_pictures_step_0000008.json").read_text())
 
 
 def test_merge_pictures_of_every_setting(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sweep("runs/mlip", methods=["tome", "guided"], rates=[0.5, 0.25], num_pictures=3)
     capsys.readouterr()
-    result = account(place)
+    result = merge_pictures(place)
     assert (result["kind"], result["dataset"], result["grid"], result["image_size"]) == (
         "merge_pictures", "shards:data/colors", [4, 4], 32,
     )  # fmt: skip
@@ -230,19 +243,19 @@ def pictures_of(place: Path) -> set[str]:
 def test_panels_show_the_groups_of_the_model(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sweep("runs/mlip", num_pictures=1)
     capsys.readouterr()
-    [point] = account(place)["points"]
+    [point] = merge_pictures(place)["points"]
     [picture] = point["pictures"]
     loaded = load_run("runs/mlip", device="cpu")
     sample = open_prepared(place / "data/colors").read(picture["number"])
-    panels = panel_pictures(decode(sample.image)[None])
-    stages = loaded.model.merge_stages(decode(sample.image)[None], loaded.model.merge_plan(0.5))
+    panels = panel_pictures(decode(open_picture(sample.image))[None])
+    stages = loaded.model.merge_stages(decode(open_picture(sample.image))[None], loaded.model.merge_plan(0.5))
     for drawn, stage in zip(picture["stages"], stages, strict=True):
         for path, expected in (
             (drawn["groups"], draw_groups(panels, stage.groups, (4, 4))),
             (drawn["mixed"], draw_guidance(panels, stage.mixed, (4, 4))),
         ):
             with Image.open(place / "runs/mlip" / path) as image:
-                assert torch.equal(pil_to_uint8(image)[None], expected)
+                assert torch.equal(pil_to_tensor(image)[None], expected)
 
 
 def test_a_new_sweep_replaces_the_pictures_of_the_old_one(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -258,7 +271,6 @@ def test_a_new_sweep_replaces_the_pictures_of_the_old_one(place: Path, capsys: p
 
 
 def test_the_validation_set_is_swept_where_no_other_is_named(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    make_run(place / "runs/pairs", small_recipe(data={"validation": ["data/colors"]}))
     sweep("runs/pairs", num_pictures=2)
     [dataset] = printed(capsys)["datasets"]
     assert (dataset["dataset"], dataset["task"], dataset["n"], dataset["num_texts"]) == (
@@ -272,7 +284,7 @@ def test_the_validation_set_is_swept_where_no_other_is_named(place: Path, capsys
         loaded.recipe, loaded.tokenizer, validation_pairs(loaded.recipe, loaded.tokenizer, device="cpu")
     )
     for point in dataset["points"]:
-        values = evaluator.measure(at_rate(loaded.model, point["rate"]), lambda _: None, ALONE).values
+        values = evaluator.measure(at_rate(loaded.model, point["rate"]), lambda _: None).values
         for way in ("image_to_text", "text_to_image"):
             for k in (1, 5, 10):
                 name = f"r{k}"
@@ -298,7 +310,7 @@ def test_a_data_set_that_fails_is_a_row_and_the_rest_is_kept(place: Path, capsys
     assert [failed["dataset"] for failed in result["failed"]] == ["openmoji", "shards:data/cut"]
     assert result["failed"][0]["error"].startswith("openmoji: no prepared data in data/openmoji/test")
     assert str(error.value).startswith("2 of 3 data sets could not be measured: openmoji: no prepared data")
-    assert account(place)["dataset"] == "shards:data/colors"
+    assert merge_pictures(place)["dataset"] == "shards:data/colors"
 
 
 def attributed(folder: Path, text: str) -> None:
@@ -311,29 +323,25 @@ def attributed(folder: Path, text: str) -> None:
 def test_merge_pictures_carry_what_the_licence_asks_for(
     place: Path, capsys: pytest.CaptureFixture[str], names: list[str]
 ) -> None:
-    make_run(place / "runs/mine", small_recipe(data={"validation": ["data/colors"]}))
-    path = place / "runs/mine/evals/merge_pictures_step_0000008.json"
-    for text in (None, "All colours designed by us. License: CC BY 4.0"):
-        if text:
-            attributed(place / "data/colors", text)
-        sweep("runs/mine", datasets=names, num_pictures=1)
-        assert json.loads(path.read_text())["attribution"] == ([text] if text else [])
-    [dataset] = json.loads((place / "runs/mine/evals/merge_sweep_step_0000008.json").read_text())["datasets"]
-    assert dataset["fingerprint"]
-    capsys.readouterr()
+    [dataset], _ = find_datasets(load_run("runs/pairs", device="cpu"), names, root=None, batch_size=4)
+    assert dataset.attribution == ()
+    attributed(place / "data/colors", "All colours designed by us. License: CC BY 4.0")
+    sweep("runs/pairs", datasets=names, num_pictures=1)
+    result = json.loads((place / "runs/pairs/evals/merge_pictures_step_0000008.json").read_text())
+    assert result["attribution"] == ["All colours designed by us. License: CC BY 4.0"]
+    assert printed(capsys)["datasets"][0]["fingerprint"]
 
 
 def test_a_validation_picture_that_cannot_be_decoded_is_a_failure_with_its_place(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    make_run(place / "runs/pairs", small_recipe(data={"validation": ["data/colors"]}))
     [dataset], _ = find_datasets(load_run("runs/pairs", device="cpu"), ["validation"], root=None, batch_size=4)
 
-    def broken(_: bytes, **__: object) -> Tensor:
-        raise UndecodableError("cut off")
+    def broken(_: object, **__: object) -> Tensor:
+        raise RejectedPictureError("damaged picture", "cut off")
 
     monkeypatch.setattr(loader, "decode", broken)
-    with pytest.raises(FAILURES, match=r"data/colors/train-00000.\.tar: sample .*: cut off"):
+    with pytest.raises(FAILURES, match=r"data/colors/train-00000.\.tar: sample .*: damaged picture: cut off"):
         dataset.choose(1)
 
 
@@ -346,7 +354,7 @@ def test_speeds_are_kept_where_the_recipes_only_data_set_is_gone(
     assert str(error.value).startswith("1 of 1 data set could not be measured: openmoji: no prepared data")
     out = capsys.readouterr().out
     assert "guided   0.5" in out
-    assert out.endswith("\nopenmoji: not evaluated\n")
+    assert out.splitlines()[-1].startswith("openmoji: not evaluated: no prepared data in data/openmoji/test")
     result = json.loads((place / "runs/moved/evals/merge_sweep_step_0000008.json").read_text())
     assert [len(result["points"]), result["datasets"]] == [2, []]
     assert result["kind"] == "merge_sweep"

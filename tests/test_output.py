@@ -1,6 +1,7 @@
 """What people see, on real terminals and through real pipes; the training panel is in test_drawing.py."""
 
 import re
+from pathlib import Path
 
 import pytest
 from terminals_for_tests import in_pipe, on_terminal, screen
@@ -79,43 +80,35 @@ def test_table_too_wide_for_any_terminal_keeps_its_numbers_whole() -> None:
     assert received.count("1234567") == 12
 
 
-SCORES = """
-from mlip_cli.report import tables
+SCORES = (
+    f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})"
+    + """
+from pathlib import Path
+from results_for_tests import recalls, sweep_result, zeroshot_result
+from mlip_cli.evaluate.stored import EvaluatedCheckpoint, Measured
+from mlip_cli.report.sweep_tables import print_sweep
+from mlip_cli.report.zeroshot_tables import print_zeroshot
+from mlip_cli.runs.folder import Run
 
-def scores(*names):
-    return {key: value for name in names for key, value in ((name, 0.3437), (f"{name}_interval", (0.3101, 0.3838)))}
-
-def result(run, rate, dataset, **more):
-    return {
-        "run": run, "step": 240, "is_last_checkpoint": True, "dataset": dataset, "true_merge_rate": rate, "n": 50_000,
-        "num_classes": 1000, "chance": 0.001, "acc5": 0.61234, "images_per_s": 12345.6, "measured_at": rate,
-        **scores("acc1", "mean_per_class_recall"), **more,
-    }
-
-names = scores("r1", "r5") | {"r1_chance": 0.003, "r5_chance": 0.0131, "num_candidates": 383}
-runs = ("openmoji-20261122-084311", "openmoji_clip-20261122-090117/step_0000120")
-tables.print_results(
-    [
-        [result(run, rate, "openmoji", names=names) for run in runs for rate in (0.0, 0.516)],
-        [result(run, rate, "imagenet1k-unverified") for run in runs for rate in (0.0, 0.516)],
-    ],
+checkpoints = [
+    EvaluatedCheckpoint(label, Run(Path(label)), Path("step_0000240"), True, "")
+    for label in ("openmoji-20261122-084311", "openmoji_clip-20261122-090117/step_0000120")
+]
+sets = {"openmoji": {"names": recalls(1, 5)}, "imagenet1k-unverified": {"num_classes": 1000}}
+print_zeroshot(
+    {
+        dataset: [
+            Measured(own, zeroshot_result(dataset=dataset, rate=rate, features=own is checkpoints[0], **more))
+            for own in checkpoints
+            for rate in (0.0, 0.516)
+        ]
+        for dataset, more in sets.items()
+    },
     failed=["shards:data/photographs/validation"],
 )
-test = {"won": 1234, "lost": 1187, "p": 0.0000123}
-ways = {way: {f"r{k}_chance": 0.0131 for k in (1, 5, 10)} | scores("r1", "r5", "r10") for way in (
-    "image_to_text", "text_to_image")}
-points = [
-    {"method": method, "rate": rate, "true_rate": 0.516, "gflops": 17.58, "images_per_s": 12345.6, "speedup": 1.52,
-     "speedup_interval": (1.42, 1.62), "expected_speedup": 1.47, "tokens_per_block": [196] * 24, "agreement": 0.98,
-     "names": names, "paired": dict.fromkeys(("acc1", "image_to_text_r5", "text_to_image_r5"), test), **ways,
-     **scores("acc1", "mean_per_class_recall")}
-    for method, rate in ((None, 0), ("guided", 0.25))
-]
-sets = [{"dataset": "openmoji", "task": "zeroshot", "n": 383, "chance": 0.111, "points": points},
-        {"dataset": "validation", "task": "retrieval", "n": 383, "num_texts": 2312, "points": points}]
-tables.show_sweep({"points": points, "batch_size": 64, "device": "cuda", "device_name": "NVIDIA H200", "threads": 8,
-                   "torch": "2.15.0+cu132", "datasets": sets, "failed": []})
+print_sweep(sweep_result({None: (1.0, 1.0), "guided": (1.42, 1.62)}, tokens=[196] * 24))
 """
+)
 
 
 @pytest.mark.parametrize("width", [80, 120])
@@ -127,7 +120,7 @@ def test_tables_of_results_fit_the_terminal_with_whole_rows(width: int) -> None:
     piped = in_pipe(SCORES).stdout
     assert "\x1b" not in piped
     rows = [line.split() for line in piped.splitlines() if "34.4 (31.0-38.4)" in line]
-    assert len(rows) == 4 + 4 + 2 + 4
+    assert len(rows) == 8 + 8 + 8 + 8 + 2 + 4
     assert [line.split() for line in lines if "34.4 (31.0-38.4)" in line] == rows
     assert sorted("".join(piped.split())) == sorted("".join("".join(lines).split()))  # folded, and nothing is cut
 

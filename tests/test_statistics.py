@@ -14,7 +14,6 @@ from mlip_cli.evaluate.statistics import (
     mean_recall_interval,
     metric_prefix,
     paired,
-    paired_by_cluster,
     sign_flips,
     wilson,
 )
@@ -113,7 +112,3 @@ def test_bootstrap_draws_whole_clusters() -> None:
     assert high - low == pytest.approx(2 * 1.96 * 0.5 / 20, rel=0.1)
     low, high = cluster_interval((4 * one).tolist(), [4] * 400)  # four equal answers tell no more than one
     assert high - low == pytest.approx(2 * 1.96 * 0.5 / 20, rel=0.1)
-    same = [0.25] * 8
-    found = paired_by_cluster(same, same, [i // 4 for i in range(8)])
-    assert found == {"difference": 0.0, "difference_interval": (0.0, 0.0)}
-    assert paired_by_cluster([0.0, 1.0], [1.0, 1.0], [0, 0]) == {"difference": 0.5, "difference_interval": (-1.0, 1.0)}

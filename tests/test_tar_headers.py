@@ -12,7 +12,6 @@ from mlip_cli.data.open import open_sources
 from mlip_cli.data.sources.tars import tar_records
 from mlip_cli.data.tar import DamagedTarError
 from mlip_cli.evaluate.datasets import clip_benchmark
-from mlip_cli.evaluate.evaluators import READERS
 from mlip_cli.recipe.config import Cache, Source
 
 Edit = Callable[[bytearray], None]
@@ -122,7 +121,7 @@ def by_preparing(path: Path) -> list[bytes] | str:
 
 def by_evaluation(path: Path) -> list[bytes] | str:
     try:
-        pictures = clip_benchmark.open_tars([path], READERS, class_names=("x", "y"), templates=("{c}",))
+        pictures = clip_benchmark.open_tars([path], class_names=("x", "y"), templates=("{c}",))
     except DamagedTarError as error:
         return str(error)
     shades = {10: FIRST, 200: ODD}

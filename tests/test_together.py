@@ -1,8 +1,9 @@
-"""Evaluation by several ranks: real gloo processes give what one process gives, to the bit, and leave together."""
+"""Evaluation by several ranks: real gloo processes give what one process gives, to the bit, and end together."""
 
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,31 +12,26 @@ import torch
 from PIL import Image
 from shards_for_tests import make_dataset
 
-from mlip_cli.evaluate.together import ALONE, Left, Together
-
-COUNTS = (1, 2, 3, 5, 8, 100)
+from mlip_cli.evaluate.together import EvaluationStopped, on_all_ranks, slice_of
 
 
-@pytest.mark.parametrize("num_batches", COUNTS)
+@pytest.mark.parametrize("num_batches", [0, 1, 2, 3, 5, 8, 100])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])
-def test_parts_are_all_batches_once_in_order(num_batches: int, world_size: int) -> None:
-    parts = [Together(rank=rank, world_size=world_size).part(num_batches) for rank in range(world_size)]
-    own = [number for part in parts if part.num_own for number in part.numbers]
-    assert own == list(range(num_batches))
-    assert {part.num_own for part in parts} <= {num_batches // world_size, -(-num_batches // world_size)}
-    assert {part.rounds for part in parts} == {-(-num_batches // world_size)}
-    assert all(1 <= len(part.numbers) <= part.rounds for part in parts)
+def test_slices_are_all_batches_once_in_order(num_batches: int, world_size: int) -> None:
+    slices = [slice_of(num_batches, rank=rank, world_size=world_size) for rank in range(world_size)]
+    assert [number for own in slices for number in own] == list(range(num_batches))
+    assert {len(own) for own in slices} <= {num_batches // world_size, -(-num_batches // world_size)}
 
 
-def test_one_process_alone_asks_before_each_batch_and_gathers_what_it_has() -> None:
-    part = ALONE.part(3)
-    assert list(ALONE.in_rounds("abc", part)) == ["a", "b", "c"]
-    assert ALONE.gathered([torch.ones(2), torch.zeros(1)], part).tolist() == [1, 1, 0]
-    seen: list[str] = []
-    stopped = Together(is_stopping=lambda: len(seen) == 2)
-    with pytest.raises(Left):
-        seen.extend(stopped.in_rounds("abc", part))
-    assert seen == ["a", "b"]
+def test_one_process_works_on_all_batches_and_raises_its_own_errors() -> None:
+    assert on_all_ranks(lambda numbers: (10 * number for number in numbers), num_batches=3) == [0, 10, 20]
+    with pytest.raises(EvaluationStopped):
+        on_all_ranks(stopped_after_two, num_batches=3)
+
+
+def stopped_after_two(numbers: range) -> Iterator[int]:
+    yield from numbers[:2]
+    raise EvaluationStopped
 
 
 WORKER = """
@@ -47,7 +43,7 @@ from models_for_tests import small_model, small_recipe, small_training
 from mlip_cli.evaluate import evaluators
 from mlip_cli.evaluate import validation
 from mlip_cli.evaluate.evaluators import training_evaluators
-from mlip_cli.commands.training import everyone, measure
+from mlip_cli.commands.training import measure
 from mlip_cli.evaluate.validation import validation_pairs
 from mlip_cli.data.tokenizer import Tokenizer
 from mlip_cli.distributed import process_group, rank, world_size
@@ -73,18 +69,17 @@ def found_by_this_rank():
     training = small_training(model)
     pairs = validation_pairs(recipe("a", "b"), tokenizer, device=CPU)
     measured = training_evaluators(recipe("a", "b"), tokenizer, pairs, device=CPU)
-    together = everyone(CPU)
-    images, texts = pairs.features(model, together=together)
-    ways = retrieval.image_text_ranks(images, texts, pairs.own_texts, together=together)
+    images, texts = pairs.features(model)
+    ways = retrieval.image_text_ranks(images, texts, pairs.own_texts)
     many = text_features(
         [str(n) for n in range(11)], tokenize=tokenizer.encode, encode_text=model.encode_text, device="cpu",
-        batch_size=2, together=together,
+        batch_size=2,
     )
     asked = []
 
     def is_stopping():
         asked.append(rank())
-        return rank() == world_size() - 1 and len(asked) == 3
+        return rank() == world_size() - 1 and len(asked) == 2
 
     found = {{
         "images": images,
@@ -92,7 +87,7 @@ def found_by_this_rank():
         "many": many,
         **{{way: own.ranks for way, own in ways.items()}},
         "measures": measure(training, measured, panel, 4, lambda: False),
-        "left": measure(training, measured, panel, 6, is_stopping),
+        "stopped": measure(training, measured, panel, 6, is_stopping),
         "again": measure(training, measured, panel, 8, lambda: False),
     }}
     pairs = validation_pairs(recipe("a", "damaged"), tokenizer, device=CPU)
@@ -166,8 +161,8 @@ def test_ranks_find_what_one_process_finds_to_the_bit(found: dict[int, list[dict
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
-def test_a_signal_to_one_rank_leads_all_out(found: dict[int, list[dict[str, Any]]], ranks: int) -> None:
-    assert [own["left"] for own in found[ranks]] == [None] * ranks
+def test_a_signal_to_one_rank_stops_the_evaluation_on_all(found: dict[int, list[dict[str, Any]]], ranks: int) -> None:
+    assert [own["stopped"] for own in found[ranks]] == [None] * ranks
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])

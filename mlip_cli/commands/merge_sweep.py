@@ -3,15 +3,12 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from mlip_cli import __version__
-from mlip_cli.devices import batch_named
 from mlip_cli.errors import RunError, interrupted_as
 from mlip_cli.evaluate.merge_pictures import write_merge_pictures
-from mlip_cli.evaluate.sweep import all_scores, check_methods, find_datasets, speeds, sweep_points, what_and_where
-from mlip_cli.files import write_json
-from mlip_cli.report.tables import show_sweep
+from mlip_cli.evaluate.merge_points import check_methods, sweep_points
+from mlip_cli.evaluate.sweep import find_datasets, measure_sweep
+from mlip_cli.report.sweep_tables import print_sweep
 from mlip_cli.report.write import rebuild
-from mlip_cli.runs.folder import now
 from mlip_cli.runs.loading import load_run
 from mlip_cli.terminal.output import plural, print_json, say
 
@@ -29,13 +26,13 @@ def merge_sweep(
     device: str,
     as_json: bool,
 ) -> None:
-    """Sweep all methods and rates, the unmerged model first; print the result and keep it in RUN/, with merge pictures.
+    """Measure all methods and rates, the unmerged model first. Print the result and write it to RUN/, with pictures.
 
     Raises:
-        UsageError: an unknown method, no data set of those named, or a rate that no plan reaches, before anything is
-            measured.
-        RunError: the device has no memory for the batch; or some data sets could not be measured, and all else is
-            printed and kept all the same.
+        UsageError: before anything is measured: a method is unknown, none of the named data sets is there, or no plan
+            reaches a rate.
+        RunError: the device has no memory for the batch; or some data sets could not be measured; the rest is printed
+            and written all the same.
     """
     check_methods(methods)
     with interrupted_as("interrupted; nothing was written"):
@@ -44,34 +41,18 @@ def merge_sweep(
         found, failures = find_datasets(loaded, datasets, root=data_root, batch_size=batch_size)
         settings = plural(len(points) - 1, "setting")
         say(f"{loaded.label}, step {loaded.step}: {settings} beside rate 0, {plural(rounds, 'timed round')}")
-        measured_at = now()
-        with batch_named("--batch-size", batch_size):
-            timed = speeds(loaded, points, batch_size=batch_size, rounds=rounds)
-        scores, measuring_failures = all_scores(found, points)
-        failures |= measuring_failures
-        result = {
-            "kind": "merge_sweep",
-            "measured_at": measured_at,
-            "mlip_version": __version__,
-            **what_and_where(loaded),
-            "batch_size": batch_size,
-            "rounds": rounds,
-            "points": timed,
-            "datasets": scores,
-            "failed": [{"dataset": name, "error": str(error)} for name, error in failures.items()],
-        }
+        result = measure_sweep(loaded, points, found, failures, batch_size=batch_size, rounds=rounds)
     path = loaded.run.evals / f"merge_sweep_{loaded.checkpoint.name}.json"
-    path.parent.mkdir(exist_ok=True)
-    write_json(path, result)  # first of all: the reader of a pipe may have left
+    result.write(path)  # before printing: the reader of the pipe may have gone
     if as_json:
-        print_json(result)
+        print_json(result.to_json())
     else:
-        show_sweep(result)
+        print_sweep(result)
     say(f"written to {path}")
     if num_pictures and len(points) > 1:
         write_merge_pictures(loaded, points, found, num_pictures=num_pictures)
     rebuild(loaded.run)
-    if failures:
-        reasons = "; ".join(str(error) for error in failures.values())
-        wanted = plural(len(failures) + len(scores), "data set")
-        raise RunError(f"{len(failures)} of {wanted} could not be measured: {reasons}")
+    if result.failed:
+        reasons = "; ".join(failed.error for failed in result.failed)
+        wanted = plural(len(result.failed) + len(result.datasets), "data set")
+        raise RunError(f"{len(result.failed)} of {wanted} could not be measured: {reasons}")

@@ -3,7 +3,7 @@
 import hashlib
 import os
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
@@ -17,15 +17,17 @@ from mlip_cli.data.bad_samples import BadSampleLimit, SlowPictures, place_and_re
 from mlip_cli.data.dataset import BadSampleError, RawSample, ShardDataset
 from mlip_cli.data.loader_processes import data_loader, items_of
 from mlip_cli.data.order import MAX_ATTEMPTS, Order, Position, Positions, hash_of
-from mlip_cli.data.pictures import UndecodableError, read_header
+from mlip_cli.data.pictures import RejectedPictureError, open_picture
 from mlip_cli.data.sources.records import Caption
 from mlip_cli.data.tokenizer import Tokenizer, padded_length
 from mlip_cli.data.transforms import decode, least_size, training_crop, training_transform
 from mlip_cli.errors import RunError, UsageError
 from mlip_cli.recipe.config import Data
-from mlip_cli.types import BadSample, Batch
+from mlip_cli.types import BadSample, Batch, PartOf
 
 MAX_WORKERS = 16
+READ, DECODE, TRANSFORM = "read", "decode", "transform"
+"""Parts of the work on a sample; the rest is captions, tokens and stacking."""
 _AUGMENTATION = 4  # sets these draws apart from those of `order`
 
 
@@ -44,20 +46,22 @@ def training_loader(
     num_workers: int,
     pin_memory: bool = False,
     with_labels: bool = False,
+    part: PartOf = nullcontext,
 ) -> Iterator[Batch]:
     """This rank's share of the batches of steps start_step .. stop_step - 1; closing the iterator ends the workers.
 
     The batches are the same for any number of workers, and the shares of all ranks together are the same for any number
     of ranks. Text is as wide as the longest caption of the global batch needs (`padded_length`), equal on all ranks.
     A bad sample is named in `Batch.bad_samples` and replaced by another of its source; a longer caption of that one is
-    cut to the width. With labels, samples of one concept (see `label_of`) have one label.
+    cut to the width. With labels, samples of one concept (see `label_of`) have one label. `part` opens a context around
+    each part of the work on a sample.
 
     Raises:
         UsageError: the global batch does not divide by the ranks.
         RunError: (while iterating) there are too many bad samples, or a worker process died.
     """
     check_divides(global_batch_size, world_size)
-    steps = _Steps(datasets, order, data, context_length, global_batch_size, seed, rank, world_size, with_labels)
+    steps = _Steps(datasets, order, data, context_length, global_batch_size, seed, rank, world_size, with_labels, part)
     for dataset in datasets:
         dataset.fetch()
     loader = data_loader(steps, range(start_step, stop_step), num_workers, pin_memory=pin_memory)
@@ -88,14 +92,14 @@ def decoded(sample: RawSample, *, least: tuple[int, int] | None = None) -> Tenso
         BadSampleError: it cannot be decoded.
     """
     with _bad_sample_named(sample):
-        return decode(sample.image, least=least)
+        return decode(open_picture(sample.image), least=least)
 
 
 @contextmanager
 def _bad_sample_named(sample: RawSample) -> Iterator[None]:
     try:
         yield
-    except UndecodableError as error:
+    except RejectedPictureError as error:
         raise BadSampleError(sample.shard, sample.key, str(error)) from error
 
 
@@ -139,8 +143,9 @@ class _Steps(Dataset[_Step | Exception]):
         rank: int,
         world_size: int,
         with_labels: bool,
+        part: PartOf,
     ) -> None:
-        self.with_labels = with_labels
+        self.with_labels, self.part = with_labels, part
         self.datasets, self.order, self.data, self.seed = datasets, order, data, seed
         self.tokenizer = Tokenizer(context_length)
         self.global_batch_size = global_batch_size
@@ -193,21 +198,23 @@ class _Steps(Dataset[_Step | Exception]):
         )
 
     def _example(self, position: Position) -> _Example:
-        raw = self.datasets[position.source].read(position.index)
+        with self.part(READ):
+            raw = self.datasets[position.source].read(position.index)
         seed = hash_of(self.seed, _AUGMENTATION, position.source, position.epoch, position.index)
         draws = torch.Generator().manual_seed(seed >> 1)
         caption = _choose_caption(raw.captions, self.data.captions == "sample", draws)
         size, augment = self.data.image_size, self.data.augment
         slow: list[BadSample] = []
-        with _bad_sample_named(raw):
-            header = read_header(raw.image)
-            crop = training_crop(header.height, header.width, augment=augment, generator=draws)
+        with self.part(DECODE), _bad_sample_named(raw):
+            picture = open_picture(raw.image)
+            crop = training_crop(picture.height, picture.width, augment=augment, generator=draws)
             image = decode(
-                raw.image,
+                picture,
                 least=least_size(crop, size),
                 on_fallback=lambda reason: slow.append(BadSample(raw.shard, raw.key, reason)),
             )
-        image = training_transform(image, crop=crop, size=size, augment=augment, generator=draws)
+        with self.part(TRANSFORM):
+            image = training_transform(image, crop=crop, size=size, augment=augment, generator=draws)
         label = label_of(raw.meta, caption) if self.with_labels else None
         return _Example(image, caption, raw.key, label, tuple(slow))
 

@@ -1,4 +1,4 @@
-"""Which queries a gallery shows, and what the model finds for them."""
+"""A gallery of retrieval: queries drawn at random, and the best answers of the model."""
 
 import shutil
 from collections.abc import Mapping, Sequence
@@ -12,11 +12,12 @@ from torch import Tensor
 
 from mlip_cli import __version__
 from mlip_cli.data.loader import decoded
+from mlip_cli.evaluate.picture_results import FoundPicture, FoundText, GalleryResult, PictureQuery, TextQuery
+from mlip_cli.evaluate.results import Recalls
 from mlip_cli.evaluate.retrieval import image_text_retrieval, images_of_texts, ranks
-from mlip_cli.evaluate.together import Together
 from mlip_cli.evaluate.validation import ValidationPairs
 from mlip_cli.evaluate.zeroshot import similarities
-from mlip_cli.files import write_bytes, write_json
+from mlip_cli.files import write_bytes
 from mlip_cli.runs.folder import Run, checkpoint_name, now
 from mlip_cli.types import Encoder
 
@@ -67,18 +68,18 @@ THUMBNAIL = 160
 """Longest side of a stored picture in pixels."""
 
 
-def find_pairs(encoder: Encoder, pairs: ValidationPairs, *, together: Together) -> FoundPairs:
-    """What a gallery shows, found by all ranks.
+def find_pairs(encoder: Encoder, pairs: ValidationPairs) -> FoundPairs:
+    """Features and recalls of the validation pairs, by all ranks and on every rank.
 
     Raises:
         RunError: features that are not finite, or a picture that cannot be read.
     """
-    images, texts = pairs.features(encoder, together=together)
-    return images, texts, image_text_retrieval(images, texts, pairs.own_texts, together=together)
+    images, texts = pairs.features(encoder)
+    return images, texts, image_text_retrieval(images, texts, pairs.own_texts)
 
 
 def write_gallery(run: Run, found: FoundPairs, pairs: ValidationPairs, *, step: int, true_rate: float) -> None:
-    """Write RUN/evals/gallery_STEP.json and the pictures it names; an older gallery goes.
+    """Write RUN/evals/gallery_STEP.json and the pictures it names; older galleries are removed.
 
     Raises:
         RunError: a picture that cannot be read.
@@ -92,61 +93,57 @@ def write_gallery(run: Run, found: FoundPairs, pairs: ValidationPairs, *, step: 
     thumbnails = _write_thumbnails(pairs, seen | {query.number for query in by_image}, folder)
     named = {number: str(path.relative_to(run.folder)) for number, path in thumbnails.items()}
     captions = [[pairs.texts[text] for text in own] for own in pairs.own_texts]
-    run.evals.mkdir(exist_ok=True)
-    write_json(
-        run.evals / f"gallery_{checkpoint_name(step)}.json",
-        {
-            "kind": "gallery",
-            "mlip_version": __version__,
-            "measured_at": now(),
-            "step": step,
-            "true_merge_rate": true_rate,
-            "folders": [dataset.place for dataset in pairs.datasets],
-            "fingerprints": [dataset.fingerprint for dataset in pairs.datasets],
-            "num_images": pairs.num_pictures,
-            "num_texts": len(pairs.texts),
-            "chosen": "at random with seed 0",
-            "scores": scores,
-            "text_to_image": [_text_query(query, pairs, named, captions) for query in by_text],
-            "image_to_text": [_image_query(query, pairs, named, captions) for query in by_image],
-        },
+    result = GalleryResult(
+        mlip_version=__version__,
+        measured_at=now(),
+        step=step,
+        true_merge_rate=true_rate,
+        folders=[dataset.place for dataset in pairs.datasets],
+        fingerprints=[dataset.fingerprint for dataset in pairs.datasets],
+        num_images=pairs.num_pictures,
+        num_texts=len(pairs.texts),
+        chosen="at random with seed 0",
+        scores={way: Recalls(**own) for way, own in scores.items()},
+        text_to_image=[_text_query(query, pairs, named, captions) for query in by_text],
+        image_to_text=[_picture_query(query, pairs, named, captions) for query in by_image],
     )
+    result.write(run.evals / f"gallery_{checkpoint_name(step)}.json")
     _remove_older(run, folder)
 
 
 def _text_query(
     query: Query, pairs: ValidationPairs, pictures: dict[int, str], captions: Sequence[Sequence[str]]
-) -> dict[str, Any]:
-    return {
-        "text": pairs.texts[query.number],
-        "rank": query.rank,
-        "num_candidates": pairs.num_pictures,
-        "first_right": {"picture": pictures[query.first_right], "caption": captions[query.first_right][0]},
-        "found": [
-            {"picture": pictures[image], "caption": captions[image][0], "is_right": is_right}
+) -> TextQuery:
+    return TextQuery(
+        text=pairs.texts[query.number],
+        rank=query.rank,
+        num_candidates=pairs.num_pictures,
+        first_right=FoundPicture(picture=pictures[query.first_right], caption=captions[query.first_right][0]),
+        found=[
+            FoundPicture(picture=pictures[image], caption=captions[image][0], is_right=is_right)
             for image, is_right in zip(query.found, query.is_right, strict=True)
         ],
-    }
+    )
 
 
-def _image_query(
+def _picture_query(
     query: Query, pairs: ValidationPairs, pictures: dict[int, str], captions: Sequence[Sequence[str]]
-) -> dict[str, Any]:
-    return {
-        "picture": pictures[query.number],
-        "captions": captions[query.number],
-        "rank": query.rank,
-        "num_candidates": len(pairs.texts),
-        "first_right": {"text": pairs.texts[query.first_right]},
-        "found": [
-            {"text": pairs.texts[text], "is_right": is_right}
+) -> PictureQuery:
+    return PictureQuery(
+        picture=pictures[query.number],
+        captions=captions[query.number],
+        rank=query.rank,
+        num_candidates=len(pairs.texts),
+        first_right=FoundText(text=pairs.texts[query.first_right]),
+        found=[
+            FoundText(text=pairs.texts[text], is_right=is_right)
             for text, is_right in zip(query.found, query.is_right, strict=True)
         ],
-    }
+    )
 
 
 def _write_thumbnails(pairs: ValidationPairs, numbers: set[int], folder: Path) -> dict[int, Path]:
-    """Pictures by number, small and without metadata, in a folder."""
+    """Write small pictures without metadata; their paths by number."""
     from PIL import Image
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -162,7 +159,7 @@ def _write_thumbnails(pairs: ValidationPairs, numbers: set[int], folder: Path) -
 
 
 def _remove_older(run: Run, folder: Path) -> None:
-    """Galleries of earlier steps."""
+    """Remove galleries of earlier steps."""
     for path in run.evals.glob("gallery_*.json"):
         if path.stem != folder.name:
             path.unlink()

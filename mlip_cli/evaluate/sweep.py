@@ -1,38 +1,48 @@
-"""The data sets of a merge sweep: how each scores all settings side by side, and which pictures it shows."""
+"""A merge sweep: speed and scores of one model at several merge rates, beside the unmerged model."""
 
-import difflib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from mlip_cli import __version__
 from mlip_cli.data.loader import decoded
 from mlip_cli.data.prepare.summary import attributions
-from mlip_cli.devices import device_name
+from mlip_cli.data.transforms import evaluation_transform
+from mlip_cli.devices import batch_named, device_name
 from mlip_cli.errors import RunError, UsageError
-from mlip_cli.evaluate.datasets.find import Benchmark, data_root, find_benchmark
-from mlip_cli.evaluate.datasets.open import open_benchmark
-from mlip_cli.evaluate.evaluators import READERS, measure_runs
+from mlip_cli.evaluate.datasets.benchmark import Benchmark
+from mlip_cli.evaluate.datasets.find import data_root, find_benchmark, open_benchmark
+from mlip_cli.evaluate.evaluators import measure_runs
+from mlip_cli.evaluate.merge_points import Point, speeds
+from mlip_cli.evaluate.results import (
+    FailedData,
+    PairedTest,
+    Recalls,
+    RetrievalAtSetting,
+    RetrievalSweep,
+    SweepResult,
+    ZeroshotAtSetting,
+    ZeroshotSweep,
+)
 from mlip_cli.evaluate.retrieval import Ranks, image_text_ranks
 from mlip_cli.evaluate.statistics import paired
 from mlip_cli.evaluate.validation import VALIDATION, ValidationPairs, validation_pairs
-from mlip_cli.profiling.flops import image_gflops
-from mlip_cli.profiling.timing import Timing, measure_interleaved, peak_memory
-from mlip_cli.recipe import merge_plan
-from mlip_cli.runs.loading import LoadedRun, MergedEncoder, at_rate
+from mlip_cli.runs.folder import now
+from mlip_cli.runs.loading import LoadedRun
+from mlip_cli.runs.result_files import checked
 from mlip_cli.terminal.output import say
 from mlip_cli.terminal.panel import progress
 
 FAILURES = (UsageError, RunError, OSError)
-"""What may be wrong with one data set while the others can be measured."""
+"""Errors of one data set that let the others be measured."""
 
 PREPARED = frozenset({"openmoji", "shards", "imagenet_shards"})
-"""Kinds of benchmarks that `prepare-data` wrote, with a card."""
+"""Kinds of data sets that `prepare-data` writes, with a card."""
 
 
 @dataclass(frozen=True)
@@ -48,49 +58,33 @@ class ChosenPicture:
 
 
 @dataclass(frozen=True)
-class Point:
-    """One setting of the sweep."""
-
-    method: str | None
-    """None for the unmerged model."""
-    rate: float
-    """As asked for; the plan's is the true one."""
-    encoder: MergedEncoder
-
-    @property
-    def setting(self) -> dict[str, Any]:
-        """What names the point in results."""
-        return {"method": self.method, "rate": self.rate, "true_rate": self.encoder.plan.rate}
-
-
-@dataclass(frozen=True)
 class SweepDataset:
     """A data set that was found."""
 
     name: str
     fingerprint: str
     attribution: tuple[str, ...]
-    """What the licence of its pictures asks to be said beside them."""
-    measure: Callable[[Sequence[Point]], dict[str, Any]]
-    """Scores of all points, the unmerged first, on the same pictures; raises one of FAILURES."""
+    """The attributions that the licence of its pictures asks for."""
+    measure: Callable[[Sequence[Point]], ZeroshotSweep | RetrievalSweep]
+    """Scores all points, the unmerged first, on the same pictures; raises one of FAILURES."""
     choose: Callable[[int], list[ChosenPicture]]
-    """So many pictures, drawn at random with seed 0, in the order of the data set; raises one of FAILURES."""
+    """Draws so many pictures at random with seed 0, in the order of the data set; raises one of FAILURES."""
 
 
 def find_datasets(
     loaded: LoadedRun, names: Sequence[str], *, root: Path | None, batch_size: int
 ) -> tuple[list[SweepDataset], dict[str, Exception]]:
-    """The data sets named, else those that the run's recipe evaluates on, else its validation set; and what failed.
+    """The named data sets, else those of the recipe, else the validation set; and the errors of those not found.
 
     Raises:
-        UsageError, OSError: none of those that were named by hand is there.
+        UsageError, OSError: none of the named data sets is there.
     """
     recipe = loaded.recipe
     wanted = list(dict.fromkeys(names)) or list(recipe.evaluate.zeroshot)
     if not wanted and recipe.data.validation is not None:
         wanted = [VALIDATION]
     if not wanted:
-        say("no accuracy: the recipe has no evaluate.zeroshot and no data.validation; name data sets with --dataset")
+        say("no scores: the recipe has no evaluate.zeroshot and no data.validation; name data sets with --dataset")
     found: list[SweepDataset] = []
     failures: dict[str, Exception] = {}
     for name in wanted:
@@ -108,7 +102,7 @@ def find_datasets(
 
 
 def numbers_at_random(wanted: int, num_pictures: int) -> list[int]:
-    """Numbers of different pictures, ascending; all of them where there are fewer than wanted."""
+    """Numbers of `wanted` pictures drawn with seed 0, ascending; all pictures if there are fewer."""
     order = torch.randperm(num_pictures, generator=torch.Generator().manual_seed(0))
     return sorted(order[:wanted].tolist())
 
@@ -126,39 +120,42 @@ def _benchmark(benchmark: Benchmark, loaded: LoadedRun, *, batch_size: int) -> S
 
 
 def _choose_of_benchmark(benchmark: Benchmark, size: int, wanted: int) -> list[ChosenPicture]:
-    pictures = open_benchmark(benchmark, READERS)
+    pictures = open_benchmark(benchmark)
     numbers = set(numbers_at_random(wanted, pictures.num_pictures))
     chosen = []
     for number, item in enumerate(pictures.items()):
         if number in numbers:
             image, label = pictures.load(item)
-            chosen.append(ChosenPicture(number, pictures.class_names[label], READERS.fit(image, size)))
+            chosen.append(ChosenPicture(number, pictures.class_names[label], evaluation_transform(image, size=size)))
             if len(chosen) == len(numbers):
                 break
     return chosen
 
 
-def accuracies(benchmark: Benchmark, loaded: LoadedRun, points: Sequence[Point], *, batch_size: int) -> dict[str, Any]:
+def accuracies(benchmark: Benchmark, loaded: LoadedRun, points: Sequence[Point], *, batch_size: int) -> ZeroshotSweep:
     """Zero-shot scores of all points, each beside the unmerged model on the same pictures."""
     [scores] = measure_runs(benchmark, [(loaded, [point.encoder for point in points])], batch_size=batch_size)
     unmerged = scores[0]
-    shared = ("n", "num_classes", "chance", "majority_share")
-    elsewhere = {*shared, "right", "predicted", "images_per_s", "timed_batches"}
-    return {
-        "dataset": benchmark.name,
-        "task": "zeroshot",
-        "fingerprint": benchmark.fingerprint,
-        **{name: unmerged[name] for name in shared},
-        "points": [
-            {
-                **point.setting,
-                **{name: value for name, value in own.items() if name not in elsewhere},
-                "agreement": agreement(unmerged["predicted"], own["predicted"]),
-                "paired": all_paired(unmerged["right"], own["right"]),
-            }
+    return ZeroshotSweep(
+        dataset=benchmark.name,
+        fingerprint=benchmark.fingerprint,
+        n=unmerged["n"],
+        num_classes=unmerged["num_classes"],
+        chance=unmerged["chance"],
+        majority_share=unmerged["majority_share"],
+        points=[
+            checked(
+                ZeroshotAtSetting,
+                {
+                    **vars(point.setting),
+                    **own,
+                    "agreement": agreement(unmerged["predicted"], own["predicted"]),
+                    "paired": all_paired(unmerged["right"], own["right"]),
+                },
+            )
             for point, own in zip(points, scores, strict=True)
         ],
-    }
+    )
 
 
 def agreement(unmerged: str, merged: str) -> float:
@@ -167,9 +164,14 @@ def agreement(unmerged: str, merged: str) -> float:
     return sum(a == b for a, b in pairs) / len(pairs)
 
 
-def all_paired(unmerged: dict[str, str], merged: dict[str, str]) -> dict[str, Any]:
-    """The paired test of each measure."""
-    return {measure: paired(unmerged[measure], right) for measure, right in merged.items()}
+def all_paired(
+    unmerged: Mapping[str, str], merged: Mapping[str, str], clusters: Mapping[str, Sequence[int] | None] | None = None
+) -> dict[str, PairedTest]:
+    """The paired test of each measure; `clusters` are those of the samples (see `statistics.paired`)."""
+    return {
+        measure: PairedTest(**paired(unmerged[measure], right, (clusters or {}).get(measure)))
+        for measure, right in merged.items()
+    }
 
 
 def _validation(loaded: LoadedRun) -> SweepDataset:
@@ -190,11 +192,12 @@ def _choose_of_validation(pairs: ValidationPairs, size: int, wanted: int) -> lis
     numbers = numbers_at_random(wanted, pairs.num_pictures)
     samples = [(number, pairs.sample(number)) for number in numbers]
     return [
-        ChosenPicture(number, sample.captions[0].text, READERS.fit(decoded(sample), size)) for number, sample in samples
+        ChosenPicture(number, sample.captions[0].text, evaluation_transform(decoded(sample), size=size))
+        for number, sample in samples
     ]
 
 
-def retrieval(pairs: ValidationPairs, fingerprint: str, points: Sequence[Point]) -> dict[str, Any]:
+def retrieval(pairs: ValidationPairs, fingerprint: str, points: Sequence[Point]) -> RetrievalSweep:
     """Retrieval both ways by all points, each beside the unmerged model on the same pairs."""
     with progress(len(points) * pairs.num_pictures, VALIDATION) as bar:
         ranks = [
@@ -205,79 +208,74 @@ def retrieval(pairs: ValidationPairs, fingerprint: str, points: Sequence[Point])
         ]
     unmerged = _right(ranks[0])
     clusters = {f"{way}_{k}": found.cluster_of for way, found in ranks[0].items() for k in found.right()}
-    return {
-        "dataset": VALIDATION,
-        "task": "retrieval",
-        "fingerprint": fingerprint,
-        "n": pairs.num_pictures,
-        "num_texts": len(pairs.texts),
-        "points": [
-            {
-                **point.setting,
-                **{way: found.recalls() for way, found in own.items()},
-                "paired": {name: paired(unmerged[name], right, clusters[name]) for name, right in _right(own).items()},
-            }
+    return RetrievalSweep(
+        dataset=VALIDATION,
+        fingerprint=fingerprint,
+        n=pairs.num_pictures,
+        num_texts=len(pairs.texts),
+        points=[
+            RetrievalAtSetting(
+                **vars(point.setting),
+                image_to_text=Recalls(**own["image_to_text"].recalls()),
+                text_to_image=Recalls(**own["text_to_image"].recalls()),
+                paired=all_paired(unmerged, _right(own), clusters),
+            )
             for point, own in zip(points, ranks, strict=True)
         ],
-    }
+    )
 
 
 def _right(ranks: dict[str, Ranks]) -> dict[str, str]:
-    """image_to_text_r1 -> 0110..., and so on."""
+    """The answers by measure, such as image_to_text_r1 -> 0110..."""
     return {f"{way}_{k}": right for way, found in ranks.items() for k, right in found.right().items()}
 
 
-METHODS = tuple(method for method in merge_plan.METHODS if method != "random_drop")
-"""Those that merge. `random_drop` is for training: a run that trained by it is swept as guided."""
+def measure_sweep(
+    loaded: LoadedRun,
+    points: Sequence[Point],
+    datasets: Sequence[SweepDataset],
+    failures: Mapping[str, Exception],
+    *,
+    batch_size: int,
+    rounds: int,
+) -> SweepResult:
+    """Speed of all points, then their scores on each data set.
 
-
-def check_methods(methods: Sequence[str]) -> None:
-    """Refuse a method that does not exist."""
-    for method in methods:
-        if method not in METHODS:
-            near = difflib.get_close_matches(method, METHODS, n=1)
-            cure = f"did you mean {near[0]}?" if near else f"there are {', '.join(METHODS)}"
-            fault = "drops patches in training only" if method == "random_drop" else "no such method"
-            raise UsageError(f"--methods {method}: {fault}; {cure}")
-
-
-def sweep_points(loaded: LoadedRun, rates: Sequence[float], methods: Sequence[str]) -> list[Point]:
-    """Rate 0 once, then each method at each other rate, ascending; no method named: `merge_plan`'s choice.
+    Args:
+        points: the unmerged model first.
+        failures: errors of data sets that were not found.
 
     Raises:
-        UsageError: no plan reaches a rate.
+        RunError: the device has no memory for the batch.
     """
-    model = loaded.model
-    wanted = sorted({rate for rate in rates if rate > 0})
-    return [
-        Point(None, 0.0, at_rate(model, 0.0)),
-        *(
-            Point(method, rate, at_rate(model, rate, method))
-            for method in dict.fromkeys(methods or [model.merge_plan(0.0).method])
-            for rate in wanted
-        ),
-    ]
-
-
-def what_and_where(loaded: LoadedRun) -> dict[str, Any]:
-    """The checkpoint that is measured, and the machine that measures."""
-    return {
-        "run": loaded.label,
-        "checkpoint": loaded.checkpoint.name,
-        "step": loaded.step,
-        "image_size": loaded.model.image_size,
-        "device": str(loaded.device),
-        "device_name": device_name(loaded.device),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-    }
+    measured_at = now()
+    with batch_named("--batch-size", batch_size):
+        timed = speeds(loaded, points, batch_size=batch_size, rounds=rounds)
+    scores, measuring_failures = all_scores(datasets, points)
+    return SweepResult(
+        measured_at=measured_at,
+        mlip_version=__version__,
+        run=loaded.label,
+        checkpoint=loaded.checkpoint.name,
+        step=loaded.step,
+        image_size=loaded.model.image_size,
+        device=str(loaded.device),
+        device_name=device_name(loaded.device),
+        threads=torch.get_num_threads(),
+        torch=torch.__version__,
+        batch_size=batch_size,
+        rounds=rounds,
+        points=timed,
+        datasets=scores,
+        failed=[FailedData(name, str(error)) for name, error in {**failures, **measuring_failures}.items()],
+    )
 
 
 def all_scores(
     datasets: Sequence[SweepDataset], points: Sequence[Point]
-) -> tuple[list[dict[str, Any]], dict[str, Exception]]:
-    """Scores on each data set, and what went wrong with the others."""
-    scores: list[dict[str, Any]] = []
+) -> tuple[list[ZeroshotSweep | RetrievalSweep], dict[str, Exception]]:
+    """Scores on each data set, and the errors of the others."""
+    scores: list[ZeroshotSweep | RetrievalSweep] = []
     failures: dict[str, Exception] = {}
     for dataset in datasets:
         try:
@@ -285,49 +283,3 @@ def all_scores(
         except FAILURES as error:
             failures[dataset.name] = error
     return scores, failures
-
-
-def speeds(loaded: LoadedRun, points: Sequence[Point], *, batch_size: int, rounds: int) -> list[dict[str, Any]]:
-    """Operations by formula and time side by side, on pictures of noise: no rule of merging works less for them."""
-    size = loaded.model.image_size
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randint(256, (batch_size, 3, size, size), dtype=torch.uint8, generator=generator).to(loaded.device)
-    functions = {str(i): encode(point.encoder, images) for i, point in enumerate(points)}
-    with progress(rounds * len(points), "timing") as bar:
-        timings = measure_interleaved(
-            functions, rounds, device=loaded.device, after_call=lambda: bar.advance(bar.task_ids[0])
-        )
-    whole = sum(image_gflops(loaded.model, points[0].encoder.plan).values())
-    return [
-        {
-            **point.setting,
-            "tokens_per_block": point.encoder.plan.tokens,
-            **cost(sum(image_gflops(loaded.model, point.encoder.plan).values()), whole, timing),
-            "images_per_s": batch_size / timing.median_s,
-            "seconds": timing.seconds,
-            "peak_memory": vars(peak_memory(function, device=loaded.device)),
-        }
-        for point, timing, function in zip(points, timings.values(), functions.values(), strict=True)
-    ]
-
-
-def encode(encoder: MergedEncoder, images: Tensor) -> Callable[[], object]:
-    """A forward pass of the image tower."""
-
-    def forward() -> None:
-        with torch.inference_mode():
-            encoder.encode_image(images)
-
-    return forward
-
-
-def cost(gflops: float, unmerged_gflops: float, timing: Timing) -> dict[str, Any]:
-    """Speed-up as measured and as the operations promise."""
-    expected = unmerged_gflops / gflops
-    return {
-        "gflops": gflops,
-        "speedup": timing.speedup,
-        "speedup_interval": timing.speedup_interval,
-        "expected_speedup": expected,
-        "measured_over_expected": timing.speedup / expected,
-    }

@@ -1,56 +1,56 @@
-"""All that a run folder says of itself, read from its files alone: no weights, no data, no torch."""
+"""A run as its files show it: no weights, no data, no torch."""
 
 import json
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from mlip_cli.data.prepare.summary import attributions
+from mlip_cli.evaluate.picture_results import GalleryResult, MergePicturesResult
+from mlip_cli.evaluate.results import SweepResult, ZeroshotResult
+from mlip_cli.profiling.result import ProfileResult
 from mlip_cli.recipe.config import Recipe
 from mlip_cli.recipe.load import load_recipe
 from mlip_cli.runs.folder import Run
+from mlip_cli.runs.result_files import Result
 from mlip_cli.terminal.output import warn
 
-Result = dict[str, Any]
-
-SHOWN = {
-    "zeroshot": "dataset data_fingerprint step merge_rate true_merge_rate n num_classes chance per_class right "
-    "images_per_s mean_per_class_recall mean_per_class_recall_interval acc1 acc1_interval",
-    "gallery": "step true_merge_rate num_images num_texts chosen scores text_to_image image_to_text",
-    "merge_pictures": "step dataset chosen map_colors points",
-    "merge_sweep": "step points datasets batch_size rounds device device_name threads torch",
-    "profile": "step breakdown unaccounted limit clocks_cost step_s speed parameters gflops mfu peak_memory torch",
-    "pointing": "dataset data_fingerprint step merge_rate true_merge_rate n num_mosaics chance pointing",
+KINDS: dict[str, type[Result]] = {
+    kind.KIND: kind for kind in (ZeroshotResult, GalleryResult, MergePicturesResult, SweepResult, ProfileResult)
 }
-"""Kinds of results in evals/, and the keys that a page shows of each: a file of another version may lack some."""
+"""The results that RUN/evals/ may hold."""
 
 MEASURED = "loss"
-"""Key that the lines of training steps have and the lines of evaluations have not."""
+"""Only lines about training steps have this key."""
+
+JsonObject = dict[str, Any]
+Kind = TypeVar("Kind", bound=Result)
+Content = TypeVar("Content")
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """A run as its files show it."""
+    """The contents of a run's files."""
 
     run: Run
     name: str
     recipe: Recipe | None
-    """None when it does not validate with this version."""
+    """None: it does not validate with this version."""
     recipe_text: str
-    stamp: Result
-    steps: list[Result]
+    stamp: JsonObject
+    steps: list[JsonObject]
     """Lines of metrics.jsonl about training."""
-    evaluations: list[Result]
+    evaluations: list[JsonObject]
     """Lines of metrics.jsonl with measures taken during training."""
-    results: dict[str, list[Result]]
-    """evals/*.json by kind, in the order of their steps."""
-    cards: dict[str, Result]
+    results: Sequence[Result]
+    """Of evals/, in the order of their steps and times."""
+    cards: dict[str, JsonObject]
     """Data card by the role of the data, such as `training`."""
     damaged: list[str] = field(default_factory=list)
-    """What could not be read, as lines for people."""
+    """A line about each file that could not be read."""
 
     @cached_property
     def last_step(self) -> int:
@@ -59,7 +59,7 @@ class RunRecord:
 
     @property
     def last_loss(self) -> str | None:
-        """As people read it; None before the first step."""
+        """The last logged loss, rounded; None before the first step."""
         if not self.steps:
             return None
         loss = self.steps[-1][MEASURED]
@@ -67,35 +67,35 @@ class RunRecord:
 
     @property
     def place(self) -> str:
-        """The run folder as a shell wants it."""
+        """The run folder, quoted for a shell."""
         return shlex.quote(str(self.run.folder))
 
     @cached_property
     def attributions(self) -> list[str]:
-        """What the licences of the data ask to be said."""
+        """The attributions that the licences of the data ask for."""
         return list(attributions(self.cards.values()))
 
-    def newest(self, kind: str) -> Result | None:
+    def all_of(self, kind: type[Kind]) -> list[Kind]:
+        """The results of a kind, in the order of their steps and times."""
+        return [result for result in self.results if isinstance(result, kind)]
+
+    def newest(self, kind: type[Kind]) -> Kind | None:
         """The result of a kind at the latest step."""
-        return self.results[kind][-1] if self.results.get(kind) else None
+        found = self.all_of(kind)
+        return found[-1] if found else None
 
 
 def read_run(folder: Path, *, name: str | None = None) -> RunRecord:
-    """Read a run folder. What is damaged is named in `damaged`, and the rest is read all the same.
+    """Read a run folder. A damaged file is named in `damaged`; the rest is read all the same.
 
     Args:
-        name: what the page calls it; None for the folder's name.
+        name: of the run on the page; None: the folder's name.
     """
     run = Run(folder)
     damaged: list[str] = []
     lines = _read_metrics(run.metrics, damaged)
-    results: dict[str, list[Result]] = {}
-    for path in sorted(run.evals.glob("*.json")):
-        result = _attempt(path, _read_result, damaged)
-        if result is not None:
-            results.setdefault(result["kind"], []).append(result)
-    for found in results.values():
-        found.sort(key=lambda result: (result.get("step", 0), result.get("measured_at", "")))
+    found = [_attempt(path, _read_result, damaged) for path in sorted(run.evals.glob("*.json"))]
+    results = [result for result in found if result is not None]
     record = RunRecord(
         run=run,
         name=name or folder.resolve().name,
@@ -104,7 +104,7 @@ def read_run(folder: Path, *, name: str | None = None) -> RunRecord:
         stamp=_attempt(run.stamp, _read_object, damaged) or {},
         steps=[line for line in lines if MEASURED in line],
         evaluations=[line for line in lines if MEASURED not in line],
-        results=results,
+        results=sorted(results, key=lambda result: (result.step or 0, result.measured_at or "")),
         cards=_attempt(run.data_cards, _read_object, damaged) or {},
         damaged=damaged,
     )
@@ -113,8 +113,8 @@ def read_run(folder: Path, *, name: str | None = None) -> RunRecord:
     return record
 
 
-def _attempt(path: Path, read: Callable[[Path], Any], damaged: list[str]) -> Any:
-    """What `read` makes of a file; None for a missing file, and for a damaged one, which is noted."""
+def _attempt(path: Path, read: Callable[[Path], Content], damaged: list[str]) -> Content | None:
+    """The content of a file; None for a missing file, and for a damaged one, which is noted."""
     if not path.is_file():
         return None
     try:
@@ -125,33 +125,30 @@ def _attempt(path: Path, read: Callable[[Path], Any], damaged: list[str]) -> Any
         return None
 
 
-def _read_object(path: Path) -> Result:
+def _read_object(path: Path) -> JsonObject:
     value = json.loads(path.read_text("utf-8"))
     if not isinstance(value, dict):
-        raise ValueError("no JSON object")
+        raise ValueError("not a JSON object")
     return value
 
 
 def _read_result(path: Path) -> Result:
-    result = _read_object(path)
-    kind = result.get("kind")
-    if kind not in SHOWN:
-        raise ValueError(f"its kind is none of {', '.join(SHOWN)}: another version wrote it")
-    missing = [key for key in SHOWN[kind].split() if key not in result]
-    if missing:
-        raise ValueError(f"no {missing[0]} in it: another version wrote it")
-    return result
+    value = _read_object(path)
+    kind = value.get("kind")
+    if kind not in KINDS:
+        raise ValueError(f"kind: {kind!r} is not one of {', '.join(KINDS)}: another version wrote it")
+    return KINDS[kind].from_json(value)
 
 
 def _read_recipe(path: Path) -> Recipe:
     return load_recipe(str(path)).recipe
 
 
-def _read_metrics(path: Path, damaged: list[str]) -> list[Result]:
-    """Whole lines; a last one without its end is still being written."""
+def _read_metrics(path: Path, damaged: list[str]) -> list[JsonObject]:
+    """Whole lines. A last line without its end is still being written and is left out."""
     if not path.is_file():
         return []
-    lines: list[Result] = []
+    lines: list[JsonObject] = []
     for number, text in enumerate(path.read_text("utf-8", errors="replace").splitlines(keepends=True), start=1):
         if not text.endswith("\n"):
             break

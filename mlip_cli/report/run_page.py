@@ -1,38 +1,51 @@
-"""report.html of one run."""
+"""The page of one run: report.html."""
 
 from collections.abc import Mapping
 
+from mlip_cli.evaluate.picture_results import GalleryResult
+from mlip_cli.evaluate.results import SweepResult, ZeroshotResult
 from mlip_cli.evaluate.statistics import metric_prefix
-from mlip_cli.report.canvas import Picture
+from mlip_cli.report.canvas import Chart
+from mlip_cli.report.curves import curves_section
 from mlip_cli.report.galleries import gallery_section, merges_section
 from mlip_cli.report.page import Html, element, facts, folded, joined, note, page, section, table, tiles
-from mlip_cli.report.record import Result, RunRecord
-from mlip_cli.report.results import curves_section, merge_rate, results_section
+from mlip_cli.report.record import JsonObject, RunRecord
+from mlip_cli.report.scores import scores_section
 from mlip_cli.report.speed import profile_section, sweep_section
+from mlip_cli.report.tables import (
+    DIRECTIONS,
+    RECALLS_SHOWN,
+    Spread,
+    Table,
+    percent_cell,
+    recall_cell,
+    speedup_cell,
+)
+from mlip_cli.report.zeroshot_tables import rate_words
 from mlip_cli.terminal.output import percent, plural
 
 TRAINING = "training"
-"""Role of the data cards that a run learned from; several are numbered."""
+"""Role of the cards of training data; several are numbered."""
 
 
-def run_page(record: RunRecord, pictures: Mapping[str, Picture], *, written: str) -> str:
+def run_page(record: RunRecord, charts: Mapping[str, Chart], *, written: str) -> str:
     """The whole page.
 
     Args:
-        pictures: those of `standalone_pictures`.
-        written: time and version that made the page.
+        charts: those of `standalone_charts`.
+        written: the line about the page's making.
     """
     return page(
         f"{record.name} · mlip",
         heading=record.name,
         lead=[element("p", _lead(record)), *(note(line) for line in record.damaged), _tiles(record)],
         sections=[
-            results_section(record),
+            scores_section(record),
             curves_section([record], chances=known_chances(record)),
             gallery_section(record),
             merges_section(record),
-            sweep_section(record, pictures),
-            profile_section(record, pictures),
+            sweep_section(record, charts),
+            profile_section(record, charts),
             _data_section(record),
             _recipe_section(record),
         ],
@@ -41,7 +54,7 @@ def run_page(record: RunRecord, pictures: Mapping[str, Picture], *, written: str
 
 
 def _lead(record: RunRecord) -> str:
-    """What was trained on what, and how it ended."""
+    """The method, its data and how the run ended, in a sentence."""
     parts = [method(record)]
     cards = [card for role, card in record.cards.items() if role.startswith(TRAINING)]
     if cards:
@@ -54,7 +67,7 @@ def _lead(record: RunRecord) -> str:
 
 
 def method(record: RunRecord) -> str:
-    """CLIP, or MLIP and what of it the recipe switches on."""
+    """CLIP, or MLIP with the parts that the recipe switches on."""
     recipe = record.recipe
     if recipe is None:
         return "a run"
@@ -74,64 +87,58 @@ def _tiles(record: RunRecord) -> Html:
     found: list[tuple[str, str, str]] = []
     if record.last_loss is not None:
         found.append(("loss", record.last_loss, f"at step {record.last_step:,}"))
-    for dataset, result in _newest_results(record).items():
-        low, high = result["mean_per_class_recall_interval"]
-        beside = f"95 %: {percent(low)}–{percent(high)}; chance {percent(result['chance'])} %; n {result['n']:,}"
-        score = f"{percent(result['mean_per_class_recall'])} %"
-        found.append((f"{dataset}: mean recall, rate {merge_rate(result)}", score, beside))
-    gallery = record.newest("gallery")
+    for result in _newest_results(record):
+        score = percent_cell(result.mean_per_class_recall, result.mean_per_class_recall_interval)
+        beside = f"chance {percent(result.chance)} %; n {result.n:,}"
+        found.append(_tile(f"{result.dataset}: mean recall, rate {rate_words(result)}", score, " %", beside))
+    gallery = record.newest(GalleryResult)
     if gallery is not None:
-        own = gallery["scores"]["text_to_image"]
-        low, high = own["r5_interval"]
-        beside = f"95 %: {percent(low)}–{percent(high)}; chance {percent(own['r5_chance'])} %; n {own['n']:,}"
-        found.append(("text → image R@5", f"{percent(own['r5'])} %", beside))
-    sweep = record.newest("merge_sweep")
-    merged = [point for point in sweep["points"] if point["method"]] if sweep is not None else []
+        recalls = gallery.scores["text_to_image"]
+        beside = f"chance {percent(recalls.r5_chance)} %; n {recalls.n:,}"
+        found.append(_tile("text to image R@5", recall_cell(recalls, 5), " %", beside))
+    sweep = record.newest(SweepResult)
+    merged = [point for point in sweep.points if point.method] if sweep is not None else []
     if merged:
-        best = max(merged, key=lambda point: point["speedup"])
-        low, high = best["speedup_interval"]
-        name = f"speed, {best['method']} at rate {best['true_rate']:.2f}"
-        found.append((name, f"{best['speedup']:.2f}×", f"95 %: {low:.2f}–{high:.2f}"))
+        best = max(merged, key=lambda point: point.speedup)
+        name = f"speed, {best.method} at rate {best.true_rate:.2f}"
+        found.append(_tile(name, speedup_cell(best.speedup, best.speedup_interval), "×"))
     return tiles(found)
 
 
-def _newest_results(record: RunRecord) -> dict[str, Result]:
-    """Of each data set the newest checkpoint's result, at the recipe's merge rate where that was measured."""
+def _tile(name: str, number: Spread | None, unit: str, beside: str = "") -> tuple[str, str, str]:
+    assert number is not None, name
+    return name, f"{number.value}{unit}", f"95 %: {number.low}–{number.high}" + (f"; {beside}" if beside else "")
+
+
+def _newest_results(record: RunRecord) -> list[ZeroshotResult]:
+    """The newest checkpoint's result on each data set, at the recipe's merge rate where it was measured."""
     merging = record.recipe.model.merging if record.recipe is not None else None
     rate = merging.rate if merging is not None else 0.0
-    newest: dict[str, Result] = {}
-    for result in record.results.get("zeroshot", []):
-        best = newest.get(result["dataset"])
-        if best is None or _preference(result, rate) >= _preference(best, rate):
-            newest[result["dataset"]] = result
-    return newest
-
-
-def _preference(result: Result, rate: float) -> tuple[int, bool]:
-    asked = result["merge_rate"]
-    return result["step"], asked is None or asked == rate
+    results = record.all_of(ZeroshotResult)
+    results.sort(key=lambda result: (result.step, result.merge_rate is None or result.merge_rate == rate))
+    return list({result.dataset: result for result in results}.values())
 
 
 def known_chances(record: RunRecord) -> dict[str, float]:
-    """Chance level by the name of a measure in metrics.jsonl, as far as results tell it."""
+    """Chance level by the name of a measure in metrics.jsonl. Measures without a stored result are left out."""
     chances: dict[str, float] = {}
-    gallery = record.newest("gallery")
+    gallery = record.newest(GalleryResult)
     if gallery is not None:
-        for way, scores in gallery["scores"].items():
-            chances |= {f"validation_{way}_r{k}": scores[f"r{k}_chance"] for k in (1, 5, 10)}
-        if record.recipe is not None:  # of batches with captions that all differ
-            size = min(record.recipe.train.global_batch_size, gallery["num_images"])
+        for way in DIRECTIONS:
+            chances |= {f"validation_{way}_r{k}": gallery.scores[way].at(k).chance for k in RECALLS_SHOWN}
+        if record.recipe is not None:  # for batches whose captions all differ
+            size = min(record.recipe.train.global_batch_size, gallery.num_images)
             chances["validation_in_batch_acc1"] = 1 / size
-    for result in record.results.get("zeroshot", []):
-        prefix = metric_prefix(result["dataset"])
-        chances |= {f"{prefix}_{name}": result["chance"] for name in ("mean_recall", "acc1")}
-        if "names" in result:
-            chances |= {f"{prefix}_name_r{k}": result["names"][f"r{k}_chance"] for k in (1, 5)}
+    for result in record.all_of(ZeroshotResult):
+        prefix = metric_prefix(result.dataset)
+        chances |= {f"{prefix}_{name}": result.chance for name in ("mean_recall", "acc1")}
+        if result.names:
+            chances |= {f"{prefix}_name_r{k}": result.names.at(k).chance for k in (1, 5)}
     return chances
 
 
 def _data_section(record: RunRecord) -> Html:
-    """The cards, in short."""
+    """The data cards in short."""
     parts = []
     for role, card in record.cards.items():
         provenance, statistics = card.get("provenance", {}), card.get("statistics", {})
@@ -154,13 +161,15 @@ def _data_section(record: RunRecord) -> Html:
                     ("attribution", provenance.get("attribution")),
                 ]
             ),
-            folded("Numbers", table(["a sample's", "min", "median", "mean", "max"], spreads)) if spreads else None,
+            folded("Numbers", table(Table(["a sample's", "min", "median", "mean", "max"], spreads)))
+            if spreads
+            else None,
             folded(_how_many_classes(statistics, len(classes)), element("p", ", ".join(classes))) if classes else None,
         ]
-    return section("data", "Data", *(parts or [note("The run has no cards of its data.")]))
+    return section("data", "Data", *(parts or [note("The run has no data cards.")]))
 
 
-def _how_many_classes(statistics: Result, shown: int) -> str:
+def _how_many_classes(statistics: JsonObject, shown: int) -> str:
     most = "" if statistics["num_classes"] == shown else f", the {shown} most frequent"
     return plural(statistics["num_classes"], "class", "classes") + most
 
@@ -194,6 +203,6 @@ def _recipe_section(record: RunRecord) -> Html:
             ]
         ),
         element("h3", "Sessions"),
-        table(["started", "after step", "device", "ranks", "threads", "command"], sessions, text_columns=6),
+        table(Table(["started", "after step", "device", "ranks", "threads", "command"], sessions)),
         folded("Recipe, resolved", element("pre", record.recipe_text), is_open=True),
     )

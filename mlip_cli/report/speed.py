@@ -1,218 +1,142 @@
-"""The parts of a report about speed: the sweep over merge rates, and where the time of a step goes."""
+"""Speed on the pages: accuracy against speed at each merge rate, and the time of each part of a step."""
 
 from collections.abc import Mapping, Sequence
-from itertools import groupby
+from dataclasses import dataclass
 
-from mlip_cli.report.canvas import Picture
-from mlip_cli.report.charts import Bar, Dot, bars_chart, dots_chart
-from mlip_cli.report.page import Html, command, element, facts, figure, note, section, table
-from mlip_cli.report.record import Result, RunRecord
-from mlip_cli.report.results import by_data, with_interval
-from mlip_cli.terminal.output import per_second, percent, plural
+from mlip_cli.evaluate.results import RetrievalSweep, SpeedAtSetting, SweepResult, ZeroshotSweep
+from mlip_cli.evaluate.statistics import Interval
+from mlip_cli.profiling.result import ProfileResult
+from mlip_cli.report.canvas import Chart
+from mlip_cli.report.charts import ChartBar, Dot, bars_chart, dots_chart
+from mlip_cli.report.page import Html, command, figure, note, section, tables
+from mlip_cli.report.profile_tables import model_tables, profile_notes
+from mlip_cli.report.record import RunRecord
+from mlip_cli.report.scores import by_data
+from mlip_cli.report.sweep_tables import failures_words, sweep_tables
+from mlip_cli.terminal.output import percent
 
 PARETO, BREAKDOWN = "pareto", "profile"
-"""Names of picture files."""
+"""Names of chart files."""
 
-CUT = "Whiskers are 95 % intervals; where one leaves the picture, the table has it."
-"""Below a picture of accuracy against speed."""
-
-WAYS = (("image_to_text", "i→t"), ("text_to_image", "t→i"))
-"""Directions of retrieval, and their columns."""
+CUT = "Whiskers are 95 % intervals. The table has those that leave the chart."
+"""Below a chart of accuracy against speed."""
 
 
-def sweep_section(record: RunRecord, pictures: Mapping[str, Picture]) -> Html:
-    """Accuracy against measured speed, and the numbers; `pictures` are those of `standalone_pictures`."""
-    sweep = record.newest("merge_sweep")
+def sweep_section(record: RunRecord, charts: Mapping[str, Chart]) -> Html:
+    """Accuracy against measured speed, and the tables; `charts` are those of `standalone_charts`."""
+    sweep = record.newest(SweepResult)
     if sweep is None:
         return section("sweep", "Merge sweep", note("Not swept yet: ", command(f"mlip merge-sweep {record.place}")))
-    charts = [picture for name, picture in pictures.items() if name.startswith(PARETO)]
+    pareto = [chart for name, chart in charts.items() if name.startswith(PARETO)]
     return section(
         "sweep",
         "Merge sweep",
-        *(figure(picture.in_page(), CUT, kind="wide") for picture in charts),
-        _speed_table(sweep),
-        *(part for dataset in sweep["datasets"] for part in _accuracy(dataset)),
-        *(note(f"{failed['dataset']}: not measured: {failed['error']}") for failed in sweep.get("failed", [])),
-        note(
-            f"Step {sweep['step']:,}; speed: batch of {sweep['batch_size']}, fp32, on {_machine(sweep)}, median of "
-            f"{sweep['rounds']} rounds with all settings in turn. In brackets: 95 % intervals."
-        ),
+        *(figure(chart.in_page(), CUT, kind="wide") for chart in pareto),
+        note(f"Step {sweep.step:,}."),
+        *tables(sweep_tables(sweep)),
+        *map(note, failures_words(sweep)),
     )
 
 
-def standalone_pictures(record: RunRecord) -> dict[str, Picture]:
-    """Charts that are also files of their own, by name: Pareto of each data set, breakdown of a step."""
-    sweep, profile = record.newest("merge_sweep"), record.newest("profile")
-    pictures = {}
+def standalone_charts(record: RunRecord) -> dict[str, Chart]:
+    """Charts that are written as files too, by name: accuracy against speed on each data set, parts of a step."""
+    sweep, profile = record.newest(SweepResult), record.newest(ProfileResult)
+    charts = {}
     if sweep is not None:
-        for number, picture in enumerate(pareto_pictures([(record.name, sweep)]).values(), start=1):
-            pictures[PARETO if number == 1 else f"{PARETO}_{number}"] = picture
+        for number, chart in enumerate(pareto_charts([(record.name, sweep)]).values(), start=1):
+            charts[PARETO if number == 1 else f"{PARETO}_{number}"] = chart
     if profile is not None:
-        pictures[BREAKDOWN] = breakdown_picture(record.name, profile)
-    return pictures
+        charts[BREAKDOWN] = breakdown_chart(record.name, profile)
+    return charts
 
 
-def _speed_table(sweep: Result) -> Html:
-    rows = [
-        [
-            point["method"] or "none",
-            f"{point['true_rate']:.3f}",
-            " → ".join(str(tokens) for tokens, _ in groupby(point["tokens_per_block"])),
-            f"{point['gflops']:.3g}",
-            f"{point['images_per_s']:,.1f}",
-            _ratio(point),
-            f"{point['expected_speedup']:.2f}",
-            f"{point['peak_memory']['gib']:.2f}",
-        ]
-        for point in sweep["points"]
-    ]
-    columns = ["method", "rate", "tokens", "GFLOPs", "images/s", "× rate 0", "× by FLOPs", "peak GiB"]
-    return table(columns, rows)
+@dataclass(frozen=True)
+class _Swept:
+    """A data set of one run's sweep."""
+
+    run: str
+    speeds: Sequence[SpeedAtSetting]
+    scores: ZeroshotSweep | RetrievalSweep
+
+    @property
+    def data(self) -> tuple[str, str]:
+        return self.scores.data
 
 
-def _ratio(point: Result) -> Html:
-    low, high = point["speedup_interval"]
-    return element("span", f"{point['speedup']:.2f} ", element("span", f"({low:.2f}–{high:.2f})", class_="note"))
-
-
-def _accuracy(dataset: Result) -> list[Html]:
-    """Scores at each rate, each with its difference to rate 0 on the same pictures."""
-    first = dataset["points"][0]
-    if "image_to_text" in first:
-        scores = [(way, f"r{k}", f"{title} R@{k} %") for way, title in WAYS for k in (1, 5)]
-        tested = [(f"{way}_r5", f"{title} R@5") for way, title in WAYS]
-        chance = ", ".join(f"{title} R@5 {percent(first[way]['r5_chance'])} %" for way, title in WAYS)
-    else:
-        scores = [("", "mean_per_class_recall", "mean recall %"), ("", "acc1", "top-1 %")]
-        scores += [("names", "r5", "name R@5 %")] if "names" in first else []
-        tested, chance = [("acc1", "top-1")], f"{percent(dataset['chance'])} %"
-    unmerged: list[str | None] = [None] * (2 * len(tested))
-    rows = []
-    for point in dataset["points"]:
-        own = [with_interval(point[part] if part else point, key) for part, key, _ in scores]
-        tests = [point["paired"][key] for key, _ in tested] if point["method"] else []
-        versus = [cell for test in tests for cell in (f"{test['won']} / {test['lost']}", f"{test['p']:.2g}")]
-        rows.append([point["method"] or "none", f"{point['true_rate']:.3f}", *own, *(versus or unmerged)])
-    tests_titles = [title for _, name in tested for title in (f"{name} won / lost", "p")]
-    return [
-        element("h3", dataset["dataset"]),
-        table(["method", "rate", *(title for _, _, title in scores), *tests_titles], rows),
-        note(
-            f"{plural(dataset['n'], 'picture')}; chance {chance}. Won / lost: queries that only this setting, or only "
-            "rate 0, gets right; p: McNemar's exact test."
-        ),
-    ]
-
-
-def pareto_pictures(sweeps: Sequence[tuple[str, Result]]) -> dict[str, Picture]:
+def pareto_charts(sweeps: Sequence[tuple[str, SweepResult]]) -> dict[str, Chart]:
     """Accuracy against measured speed by data set, of one sweep or of several runs': (run, sweep)."""
-    found = [
-        {**dataset, "run": run, "speeds": sweep["points"]} for run, sweep in sweeps for dataset in sweep["datasets"]
-    ]
-    pictures = {}
-    for name, own in by_data(found, "fingerprint").items():
-        key, label, chance = _swept(own[0])
+    found = [_Swept(run, sweep.points, dataset) for run, sweep in sweeps for dataset in sweep.datasets]
+    charts = {}
+    for name, own in by_data(found).items():
         series = {
-            method if len(sweeps) == 1 else f"{dataset['run']}, {method}": dots
-            for dataset in own
-            for method, dots in _dots(dataset["speeds"], dataset, key).items()
+            method if len(sweeps) == 1 else f"{swept.run}, {method}": dots
+            for swept in own
+            for method, dots in _dots(swept).items()
         }
-        pictures[name] = dots_chart(
+        scores = own[0].scores
+        if isinstance(scores, RetrievalSweep):
+            label, chance = "image to text R@1", scores.points[0].image_to_text.r1_chance
+        else:
+            label, chance = "mean recall", scores.chance
+        charts[name] = dots_chart(
             f"{name}: {label} against speed",
             series,
             x_label="measured speed, × rate 0 of the same run",
             y_label=f"{label} %",
             chance=100 * chance,
         )
-    return pictures
+    return charts
 
 
-def _swept(dataset: Result) -> tuple[str, str, float]:
-    """Key of the score to show, its name, its chance level."""
-    if "image_to_text" in dataset["points"][0]:
-        return "image_to_text", "image to text R@1", dataset["points"][0]["image_to_text"]["r1_chance"]
-    return "mean_per_class_recall", "mean recall", dataset["chance"]
+def _accuracies(scores: ZeroshotSweep | RetrievalSweep) -> list[tuple[float, Interval]]:
+    """The score to show and its interval, at each setting."""
+    if isinstance(scores, RetrievalSweep):
+        return [(point.image_to_text.r1, point.image_to_text.r1_interval) for point in scores.points]
+    return [(point.mean_per_class_recall, point.mean_per_class_recall_interval) for point in scores.points]
 
 
-def _dots(points: Sequence[Result], dataset: Result, key: str) -> dict[str, list[Dot]]:
-    """By method, each beginning at the unmerged model; `points` hold the speeds."""
-    speeds = {(point["method"], point["rate"]): point for point in points}
+def _dots(swept: _Swept) -> dict[str, list[Dot]]:
+    """The settings of each method; the unmerged model comes first in each."""
+    speeds = {point.key: point for point in swept.speeds}
     dots: dict[str | None, list[Dot]] = {}
-    for point in dataset["points"]:
-        scores, name = (point[key], "r1") if isinstance(point.get(key), dict) else (point, key)
-        speed = speeds[point["method"], point["rate"]]
-        low, high = scores[f"{name}_interval"]
-        dot = Dot(
-            f"{point['true_rate']:.2f}",
-            speed["speedup"],
-            tuple(speed["speedup_interval"]),
-            100 * scores[name],
-            (100 * low, 100 * high),
-        )
-        dots.setdefault(point["method"], []).append(dot)
+    for point, (score, (low, high)) in zip(swept.scores.points, _accuracies(swept.scores), strict=True):
+        speed = speeds[point.key]
+        interval = (100 * low, 100 * high)
+        dot = Dot(f"{point.true_rate:.2f}", speed.speedup, speed.speedup_interval, 100 * score, interval)
+        dots.setdefault(point.method, []).append(dot)
     unmerged = dots.pop(None)
     return {str(method): [*unmerged, *own] for method, own in dots.items()} or {"unmerged": unmerged}
 
 
-def profile_section(record: RunRecord, pictures: Mapping[str, Picture]) -> Html:
-    """Where the time of a training step goes, and what the model costs."""
-    profile = record.newest("profile")
+def profile_section(record: RunRecord, charts: Mapping[str, Chart]) -> Html:
+    """The time of each part of a training step, and the cost of the model."""
+    profile = record.newest(ProfileResult)
     if profile is None:
         return section("profile", "Profile", note("Not measured yet: ", command(f"mlip profile {record.place}")))
-    flops = profile["gflops"]
-    speeds = [[line["part"], f"{1000 * line['median_s']:,.1f}", f"{line['per_s']:,.1f}"] for line in profile["speed"]]
     return section(
         "profile",
         "Profile",
-        figure(pictures[BREAKDOWN].in_page(), kind="wide"),
-        element("p", f"The limit is {profile['limit']['part']}: {profile['limit']['why']}."),
-        note(
-            f"The clocks around the parts cost {percent(profile['clocks_cost'])} %; without them the step takes "
-            f"{1000 * profile['step_s']:,.1f} ms."
-        ),
-        table([f"batch of {profile['batch_size']}, {profile['precision']}", "ms", "per s"], speeds),
-        facts(
-            [
-                ("parameters", ", ".join(f"{name} {count:,}" for name, count in profile["parameters"].items())),
-                ("GFLOPs an image", f"{flops['image_tower']:.3g} (rate 0: {flops['image_tower_unmerged']:.3g})"),
-                ("GFLOPs a text", f"{flops['text_tower']:.3g} at {profile['caption_tokens']} tokens"),
-                ("GFLOPs in training", f"frequency branch {flops['frequency_branch']:.3g}"),
-                ("peak memory", f"{profile['peak_memory']['gib']:.2f} GiB ({profile['peak_memory']['what']})"),
-                ("utilisation", _utilisation(profile)),
-                ("measured on", _machine(profile)),
-            ]
-        ),
+        figure(charts[BREAKDOWN].in_page(), kind="wide"),
+        *map(note, profile_notes(profile)),
+        *tables(model_tables(profile)),
     )
 
 
-def _machine(result: Result) -> str:
-    return (
-        f"{result['device']} ({result['device_name']}), {plural(result['threads'], 'thread')}, torch {result['torch']}"
-    )
-
-
-def _utilisation(profile: Result) -> str:
-    return (
-        f"{percent(profile['mfu'])} % of the matrix products that this machine was measured to do "
-        f"({per_second(profile['step_tflops'])} of {per_second(profile['matmul_peak_tflops'])})"
-    )
-
-
-def breakdown_picture(name: str, profile: Result) -> Picture:
-    """Milliseconds of each part of a training step, and of the loader processes that work beside it."""
+def breakdown_chart(name: str, profile: ProfileResult) -> Chart:
+    """Milliseconds of each part of a training step, and of each part of the loader processes' work."""
     bars = [
-        Bar(
-            part["part"],
-            1000 * part["seconds"],
-            f"{percent(part['share'])} %",
-            part["group"] if part["in_step"] else "data, in loader processes",
+        ChartBar(
+            part.part,
+            1000 * part.seconds,
+            f"{percent(part.share)} %",
+            part.group if part.in_step else "data, in loader processes",
         )
-        for part in profile["breakdown"]
+        for part in profile.breakdown
     ]
-    unaccounted = profile["unaccounted"]
-    bars.append(Bar("unaccounted", 1000 * unaccounted["seconds"], f"{percent(unaccounted['share'])} %"))
+    rest = profile.unaccounted
+    bars.append(ChartBar("unaccounted", 1000 * rest.seconds, f"{percent(rest.share)} %"))
     return bars_chart(
-        f"{name}: a training step of {profile['batch_size']} pairs, part by part",
+        f"{name}: a training step of {profile.batch_size} pairs, part by part",
         bars,
         x_label="ms (and % of the step)",
     )

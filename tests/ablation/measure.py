@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from ablation.pointing_runs import point
 
-from mlip_cli.commands.pointing import point_runs
 from mlip_cli.data.open import open_prepared
-from mlip_cli.evaluate.datasets.find import find_benchmark
 from mlip_cli.evaluate.retrieval import images_of_texts, ranks
 from mlip_cli.evaluate.validation import evaluation_loader, tokenize
 from mlip_cli.evaluate.zeroshot import normalized, text_features
@@ -110,13 +109,12 @@ def measure(
     """Everything that the verdict reads, at each merge rate (None: as the run evaluates itself)."""
     training, own = samples(data / "train"), samples(data / split)
     at: dict[str, Any] = {}
-    benchmark = find_benchmark(f"shards:{data / split}", root=data)
-    [pointing] = point_runs(benchmark, [(run, [at_rate(run.model, rate) for rate in rates])], batch_size=BATCH_SIZE)
-    for rate, pointed in zip(rates, pointing, strict=True):
+    pointing = point(run, [at_rate(run.model, rate) for rate in rates], data / split, batch_size=BATCH_SIZE)
+    for rate, accuracy in zip(rates, pointing, strict=True):
         features = image_features(run, data / split, rate)
         at["own" if rate is None else f"{rate:g}"] = {
             "rate": at_rate(run.model, rate).plan.rate,
-            "pointing": {reading: scores["accuracy"] for reading, scores in pointed["pointing"].items()},
+            "pointing": accuracy,
             "group_hits": group_hits(run, features["spatial"], [sample["group"] for sample in own], training),
             **{name: retrieval(run, f[unseen], [own[i]["name"] for i in unseen]) for name, f in features.items()},
         }

@@ -46,7 +46,7 @@ class Queue:
         folder = self.out / "runs" / run.label
         train = ["-m", "mlip_cli", "pretrain", str(RECIPES / f"{run.recipe}.yaml"), *self.overrides(run)]
         self._call(run, [*train, "--out", str(folder), "--resume"])
-        measure = [str(FOLDER / "measure.py"), str(folder), str(self.result(run))]
+        measure = ["-m", "ablation.measure", str(folder), str(self.result(run))]
         self._call(run, [*measure, "--data", str(self.data), "--split", run.split])
         if not self.stopping.is_set():
             print(f"{run.label}: measured", flush=True)
@@ -55,10 +55,10 @@ class Queue:
         if self.stopping.is_set():
             return
         log = self.out / "logs" / f"{run.label}.log"
+        paths = os.pathsep.join([str(FOLDER.parent), os.environ.get("PYTHONPATH", "")])  # for ablation.measure
+        environment = os.environ | THREADS | {"PYTHONPATH": paths}
         with open(log, "a", encoding="utf-8") as file:
-            code = subprocess.call(
-                [sys.executable, *arguments], stdout=file, stderr=subprocess.STDOUT, env=os.environ | THREADS
-            )
+            code = subprocess.call([sys.executable, *arguments], stdout=file, stderr=subprocess.STDOUT, env=environment)
         if code and not self.stopping.is_set():
             self.stopping.set()
             raise RuntimeError(f"{run.label}: ended with {code}; see {log}")

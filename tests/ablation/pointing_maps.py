@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from mlip_cli.model.clip import CLIP
@@ -36,27 +37,30 @@ def pointing_queries(model: CLIP, token_ids: Tensor) -> dict[str, Tensor]:
     return queries
 
 
-def similarity_maps(
-    model: CLIP, images: Tensor, queries: Mapping[str, Tensor], plan: MergePlan | None = None
-) -> dict[str, Tensor]:
+def similarity_maps(model: CLIP, images: Tensor, queries: Mapping[str, Tensor], plan: MergePlan) -> dict[str, Tensor]:
     """Similarity of Q texts to each original patch: (B, 3, H, W), by reading (B, Q, ·) -> by reading (B, Q, N).
 
     `feature` sends each patch token through what the pooled one goes through. Similarities are made of merged tokens
-    and then given to all patches of a token, so that these are equal to the bit. `plan` None is the recipe's.
+    and then given to all patches of a token, so that these are equal to the bit.
     """
-    images = model.normalize(images)
-    embedded = model.vision.embed(images)
-    tower = model.vision(images, embedded, plan or model.plan)
-    tokens = {"feature": model.image_projection(model.vision.pooled_alone(tower.tokens))}
+    tower = model.image_tower(images, plan, with_branch="frequency_tokens" in queries)
+    tokens = {"feature": model.image_projection(pooled_alone(model.vision.trunk, tower.tokens))}
     if "tokens" in queries:
         tokens["tokens"] = model.token_projections["spatial"](tower.tokens)
     maps = {reading: _products(patches, queries[reading]) for reading, patches in tokens.items()}
     if tower.assign:
         maps = {reading: unmerge_tokens(own, tower.assign[-1]) for reading, own in maps.items()}
     if "frequency_tokens" in queries:
-        patches = model.frequency_tokens(images, embedded, tower)  # they never merge
+        patches = model.frequency_tokens(tower)  # they never merge
         maps["frequency_tokens"] = _products(model.token_projections["frequency"](patches), queries["frequency_tokens"])
     return {reading: own.transpose(1, 2) for reading, own in maps.items()}
+
+
+def pooled_alone(trunk: VisionTransformer, tokens: Tensor) -> Tensor:
+    """What pooling makes of each token if it is the only one: (B, K, D) -> (B, K, D)."""
+    if trunk.attn_pool is not None:
+        tokens = trunk.attn_pool(tokens.flatten(0, 1)[:, None]).unflatten(0, tokens.shape[:2])
+    return trunk.fc_norm(tokens)
 
 
 def _products(tokens: Tensor, queries: Tensor) -> Tensor:

@@ -8,9 +8,6 @@ from random import Random
 import torch
 from torch import Tensor
 
-from mlip_cli.errors import UsageError
-from mlip_cli.terminal.output import plural
-
 SEED = 0
 TILES = 4
 """Pictures in a mosaic, in reading order: 2 x 2."""
@@ -26,51 +23,22 @@ class Mosaics:
     """(M, 4) bool: False for pictures that only fill a mosaic up and are asked for in another one."""
 
 
-def concepts(names: Sequence[str], labels: Sequence[int], accepted: Sequence[Sequence[int]] = ()) -> list[int]:
-    """A number for each picture; pictures of one number never meet in a mosaic.
-
-    Equal names are one concept, and so are names of which some picture accepts several (drawings with the same pixels).
-
-    Args:
-        names: by their number; they may repeat.
-        labels: number of each picture's name.
-        accepted: for each picture the numbers of all names that are right for it; empty where that is its own alone.
-    """
-    first = {name: number for number, name in reversed(list(enumerate(names)))}
-    root = [first[name] for name in names]
-
-    def find(number: int) -> int:
-        while root[number] != number:
-            number = root[number]
-        return number
-
-    for label, others in zip(labels, accepted, strict=bool(accepted)):
-        for other in others:
-            root[find(other)] = find(label)
-    return [find(label) for label in labels]
-
-
-def compose(concept_of: Sequence[int], *, dataset: str, seed: int = SEED) -> Mosaics:
+def compose(concept_of: Sequence[int]) -> Mosaics:
     """Put every picture into one mosaic at a random place, beside pictures of other concepts.
 
     In a random order each picture goes into the first mosaic that has room and not yet its concept. What is lacking in
     the last ones (and, where one concept has more than a quarter of the pictures, in its own) is drawn again: first a
-    concept, then one of its pictures. A seed always gives the same mosaics.
+    concept, then one of its pictures. The mosaics are always the same.
 
     Raises:
-        UsageError: fewer than four pictures or concepts.
+        ValueError: fewer than four concepts.
     """
     members: dict[int, list[int]] = defaultdict(list)
     for picture, concept in enumerate(concept_of):
         members[concept].append(picture)
-    for n, what, more in (
-        (len(concept_of), "picture", "pictures"),
-        (len(members), "different name", "pictures of other names"),
-    ):
-        if n < TILES:
-            cure = f"add {more}, or name another data set"
-            raise UsageError(f"{dataset}: {plural(n, what)}, and pointing needs {TILES}; {cure}")
-    random = Random(seed)
+    if len(members) < TILES:
+        raise ValueError(f"{len(members)} different names; pointing needs {TILES}")
+    random = Random(SEED)
     mosaics, everything = _first_fit(concept_of, random), list(members)
     rows, asked = [], []
     for own in mosaics:

@@ -1,0 +1,268 @@
+"""What evaluations find, as it lies in RUN/evals/: zero-shot scores and merge sweeps. No torch.
+
+Scores and shares are fractions in [0, 1]; intervals are 95 % intervals; times are seconds.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from mlip_cli.evaluate.statistics import Interval
+from mlip_cli.profiling.result import PeakMemory
+from mlip_cli.runs.result_files import Result
+
+
+@dataclass(frozen=True)
+class Share:
+    """A recall at k."""
+
+    value: float
+    interval: Interval
+    chance: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recalls:
+    """Recall at 1, 5 and (for retrieval) 10."""
+
+    n: int
+    """Queries."""
+    num_candidates: int
+    r1: float
+    r1_interval: Interval
+    r1_chance: float
+    r5: float
+    r5_interval: Interval
+    r5_chance: float
+    r10: float | None = None
+    r10_interval: Interval | None = None
+    r10_chance: float | None = None
+
+    def at(self, k: int) -> Share:
+        """Recall at `k`, one of those that were measured."""
+        return Share(*(getattr(self, f"r{k}{what}") for what in ("", "_interval", "_chance")))
+
+
+@dataclass(frozen=True)
+class ClassRecall:
+    """Recall of one class."""
+
+    class_: Annotated[str, Field(alias="class")]
+    n: int
+    recall: float | None
+    """None for a class without pictures."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZeroshotScores:
+    """How well one kind of image feature classifies."""
+
+    acc1: float
+    acc1_interval: Interval
+    acc5: float | None
+    """None where there are fewer than five classes."""
+    acc5_interval: Interval | None
+    mean_per_class_recall: float
+    mean_per_class_recall_interval: Interval
+    per_class: Sequence[ClassRecall]
+    names: Recalls | None = None
+    """Where the data set has a name for each picture."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AllFeaturesScores(ZeroshotScores):
+    """Scores of the spatial feature, which `encode_image` gives, and with a frequency branch of the others."""
+
+    frequency: ZeroshotScores | None = None
+    spatial_plus_frequency: ZeroshotScores | None = None
+    """Of the sum of the normalised features."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZeroshotResult(AllFeaturesScores, Result):
+    """One checkpoint at one merge rate on one data set."""
+
+    KIND: ClassVar[str] = "zeroshot"
+
+    protocol: int
+    dataset: str
+    data_fingerprint: str
+    checkpoint: str
+    checkpoint_sha256: str
+    """Of its weights."""
+    merge_rate: float | None
+    """As asked for; None for the recipe's."""
+    batch_size: int
+    device: str
+    """As asked for."""
+    step: int
+    true_merge_rate: float
+    merge_method: str | None
+    """None where nothing is merged."""
+    tokens: Sequence[int]
+    """Patch tokens in each block."""
+    image_size: int
+    device_type: str
+    n: int
+    """Pictures."""
+    num_classes: int
+    num_classes_seen: int
+    """Classes with a picture."""
+    chance: float
+    majority_share: float
+    """Share of the most frequent class."""
+    right: dict[str, str]
+    """For paired tests: by measure, a character (0 or 1) a picture."""
+    predicted: str
+    """Number of the class that each picture got, with spaces between them."""
+    images_per_s: float
+    timed_batches: int
+
+    @property
+    def data(self) -> tuple[str, str]:
+        """The data set, and the fingerprint of its data."""
+        return self.dataset, self.data_fingerprint
+
+
+@dataclass(frozen=True)
+class PairedTest:
+    """Two models on the same samples."""
+
+    difference: float
+    won: int
+    """Samples that only this model gets right."""
+    lost: int
+    """Samples that only the other one gets right."""
+    p: float
+    """Of McNemar's exact test, or of its counterpart for clusters (`statistics.paired`)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """One setting of a merge sweep."""
+
+    method: str | None
+    """None for the unmerged model."""
+    rate: float
+    """As asked for."""
+    true_rate: float
+
+    @property
+    def key(self) -> tuple[str | None, float]:
+        """What tells the settings of a sweep apart."""
+        return self.method, self.rate
+
+    @property
+    def words(self) -> tuple[str, str]:
+        """The method and the rate asked for, as tables show them."""
+        return self.method or "none", f"{self.rate:g}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeedAtSetting(Setting):
+    """Operations and time of the image tower."""
+
+    tokens_per_block: Sequence[int]
+    gflops: float
+    speedup: float
+    """Times as fast as the unmerged model."""
+    speedup_interval: Interval
+    expected_speedup: float
+    """By operations."""
+    measured_over_expected: float
+    images_per_s: float
+    seconds: Sequence[float]
+    """One measurement a round."""
+    peak_memory: PeakMemory
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZeroshotAtSetting(Setting, AllFeaturesScores):
+    """Zero-shot scores."""
+
+    num_classes_seen: int
+    agreement: float
+    """Share of pictures that get the same class from the unmerged model."""
+    paired: dict[str, PairedTest]
+    """Against the unmerged model, by measure."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrievalAtSetting(Setting):
+    """Retrieval scores."""
+
+    image_to_text: Recalls
+    text_to_image: Recalls
+    paired: dict[str, PairedTest]
+    """Against the unmerged model: image_to_text_r1 and so on."""
+
+    @property
+    def recalls(self) -> dict[str, Recalls]:
+        """By direction."""
+        return {"image_to_text": self.image_to_text, "text_to_image": self.text_to_image}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweptData:
+    """A data set of a sweep."""
+
+    dataset: str
+    fingerprint: str
+    n: int
+    """Pictures."""
+
+    @property
+    def data(self) -> tuple[str, str]:
+        """The data set, and the fingerprint of its data."""
+        return self.dataset, self.fingerprint
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZeroshotSweep(SweptData):
+    """Zero-shot scores at every setting, the unmerged model first."""
+
+    task: Literal["zeroshot"] = "zeroshot"
+    num_classes: int
+    chance: float
+    majority_share: float
+    points: Sequence[ZeroshotAtSetting]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrievalSweep(SweptData):
+    """Retrieval scores at every setting, the unmerged model first."""
+
+    task: Literal["retrieval"] = "retrieval"
+    num_texts: int
+    points: Sequence[RetrievalAtSetting]
+
+
+@dataclass(frozen=True)
+class FailedData:
+    """A data set that could not be measured."""
+
+    dataset: str
+    error: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepResult(Result):
+    """One checkpoint at several merge rates, the unmerged model first."""
+
+    KIND: ClassVar[str] = "merge_sweep"
+
+    run: str
+    checkpoint: str
+    step: int
+    image_size: int
+    device: str
+    device_name: str
+    threads: int
+    torch: str
+    batch_size: int
+    rounds: int
+    points: Sequence[SpeedAtSetting]
+    datasets: Sequence[Annotated[ZeroshotSweep | RetrievalSweep, Field(discriminator="task")]]
+    failed: Sequence[FailedData] = ()

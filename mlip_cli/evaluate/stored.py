@@ -1,0 +1,254 @@
+"""Zero-shot results that stay in the runs: a result in evals/ is read, and only what is missing is measured.
+
+Torch is imported where something is measured, so that stored results are shown at once.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlip_cli.errors import RunError, UsageError, interrupted_as
+from mlip_cli.evaluate.datasets.find import Benchmark, data_root, find_benchmark
+from mlip_cli.evaluate.results import ZeroshotResult
+from mlip_cli.evaluate.statistics import paired
+from mlip_cli.recipe.load import load_recipe
+from mlip_cli.runs.folder import Run, find_checkpoint, now
+from mlip_cli.terminal.output import plural, say, warn
+
+if TYPE_CHECKING:
+    from mlip_cli.runs.loading import LoadedRun
+
+PROTOCOL = 1
+"""Raised when the same data and weights would give other numbers: results of other protocols are measured again."""
+
+Failures = dict[str, Exception]
+"""What is wrong with a data set, by its name."""
+
+
+@dataclass(frozen=True)
+class EvaluatedCheckpoint:
+    """A checkpoint to evaluate."""
+
+    label: str
+    """Unique among those of one call: the run's name, or its path, with the checkpoint unless it is the last."""
+    run: Run
+    folder: Path
+    is_last: bool
+    """Whether it is the run's newest."""
+    sha256: str
+    """Of its weights."""
+
+    @property
+    def which(self) -> str:
+        """The checkpoint among those of its run, in a word."""
+        return "last" if self.is_last else "earlier"
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A checkpoint at a merge rate on a data set."""
+
+    checkpoint: EvaluatedCheckpoint
+    benchmark: Benchmark
+    merge_rate: float | None
+    """None for the recipe's."""
+    batch_size: int
+    device: str
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the numbers depend on. A stored result with the same identity is the result."""
+        return {
+            "protocol": PROTOCOL,
+            "dataset": self.benchmark.name,
+            "data_fingerprint": self.benchmark.fingerprint,
+            "checkpoint": self.checkpoint.folder.name,
+            "checkpoint_sha256": self.checkpoint.sha256,
+            "merge_rate": self.merge_rate,
+            "batch_size": self.batch_size,
+            "device": self.device,
+        }
+
+    @property
+    def path(self) -> Path:
+        """Where the result lies in the run folder."""
+        key = hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:12]
+        rate = "recipe_rate" if self.merge_rate is None else f"rate_{self.merge_rate:g}"
+        name = re.sub(r"[^\w.-]+", "_", self.benchmark.name)
+        return self.checkpoint.run.evals / f"{name}-{self.checkpoint.folder.name}-{rate}-{key}.json"
+
+    def stored(self) -> ZeroshotResult | None:
+        """The result, if it was measured already and its file is whole."""
+        if not self.path.is_file():
+            return None
+        try:
+            result = ZeroshotResult.read(self.path)
+        except ValueError as error:
+            warn(f"{self.path}: damaged ({error}); measured again")
+            return None
+        return result if all(getattr(result, key) == value for key, value in self.identity.items()) else None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The result of a checkpoint."""
+
+    checkpoint: EvaluatedCheckpoint
+    result: ZeroshotResult
+
+    def to_json(self, first: "Measured") -> dict[str, Any]:
+        """For programs: without the answers to single pictures, but compared to the first row on the data set."""
+        value = {
+            **{key: own for key, own in self.result.to_json().items() if key not in ("right", "predicted")},
+            "run": self.checkpoint.label,
+            "run_folder": str(self.checkpoint.run.folder),
+            "is_last_checkpoint": self.checkpoint.is_last,
+        }
+        return value if first is self else value | {"compared_to_first": self._compared_to(first)}
+
+    def _compared_to(self, first: "Measured") -> dict[str, Any]:
+        """A paired test of each measure."""
+        return {
+            "first": {"run": first.checkpoint.label, "merge_rate": first.result.merge_rate},
+            **{name: paired(first.result.right[name], answers) for name, answers in self.result.right.items()},
+        }
+
+
+def find_checkpoints(targets: Sequence[str]) -> list[EvaluatedCheckpoint]:
+    """The checkpoints that the targets name; the newest run's where there is no target.
+
+    Raises:
+        UsageError: a target names no checkpoint.
+    """
+    found = [find_checkpoint(target) for target in targets] or [find_checkpoint(None)]
+    names = [run.folder.resolve().name for run in dict(found)]
+    checkpoints = []
+    for run, folder in found:
+        label = run.folder.resolve().name
+        if names.count(label) > 1:  # runs of one name in several folders
+            label = str(run.folder)
+        last = run.latest_checkpoint()
+        is_last = last is not None and last.resolve() == folder.resolve()
+        if not is_last:
+            label = f"{label}/{folder.name}"
+        checkpoints.append(EvaluatedCheckpoint(label, run, folder, is_last, _sha256(folder / "model.safetensors")))
+    return checkpoints
+
+
+def _sha256(path: Path) -> str:
+    if not path.is_file():
+        folder = path.parent
+        raise UsageError(f"{folder}: not a checkpoint (no {path.name} inside); name a run folder or a checkpoint")
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def default_datasets(checkpoints: Sequence[EvaluatedCheckpoint]) -> list[str]:
+    """The data sets that the recipes of the runs evaluate on.
+
+    Raises:
+        UsageError: the recipes name no data set.
+    """
+    recipes = [load_recipe(str(checkpoint.run.recipe)).recipe for checkpoint in checkpoints]
+    names = [name for recipe in recipes for name in recipe.evaluate.zeroshot]
+    if not names:
+        raise UsageError("no data set: the recipe's evaluate.zeroshot is empty; name one, as in --dataset openmoji")
+    return names
+
+
+def find_benchmarks(names: Sequence[str], root: Path | None) -> tuple[list[Benchmark], Failures]:
+    """The data sets that are there, and what is wrong with the others."""
+    benchmarks: list[Benchmark] = []
+    failures: Failures = {}
+    for name in names:
+        try:
+            benchmarks.append(find_benchmark(name, root=data_root(root)))
+        except (UsageError, OSError) as error:
+            failures[name] = error
+    return benchmarks, failures
+
+
+@interrupted_as("interrupted; results of finished data sets are kept, repeat the command to go on")
+def complete(rows: Mapping[str, Sequence[Measurement]], *, device: str) -> tuple[dict[str, list[Measured]], Failures]:
+    """Results on each data set, stored or measured now, and what is wrong with the other data sets.
+
+    Args:
+        rows: what is wanted, by data set.
+
+    Raises:
+        UsageError: a damaged checkpoint, or a merge rate that no plan reaches, before anything is measured.
+    """
+    stored = {row: row.stored() for own in rows.values() for row in own}
+    found = {row: result for row, result in stored.items() if result is not None}
+    missing = [row for row in stored if row not in found]
+    if found:
+        say(f"measured already, in evals/ of the runs: {plural(len(found), 'row')}; to measure: {len(missing)}")
+    loaded = _load(missing, device)
+    failures: Failures = {}
+    for dataset, own in rows.items():
+        try:
+            found |= _measure([row for row in own if row not in found], loaded)
+        except (UsageError, RunError, OSError) as error:
+            failures[dataset] = error
+    results = {
+        dataset: [Measured(row.checkpoint, found[row]) for row in own]
+        for dataset, own in rows.items()
+        if dataset not in failures
+    }
+    return results, failures
+
+
+def _load(rows: Iterable[Measurement], device: str) -> dict[Path, "LoadedRun"]:
+    """The models that are needed, by checkpoint, after all merge rates were checked."""
+    folders = dict.fromkeys(row.checkpoint.folder for row in rows)
+    if not folders:
+        return {}
+    say("loading PyTorch and the weights")
+    from mlip_cli.runs.loading import at_rate, load_run
+
+    loaded = {folder: load_run(str(folder), device=device) for folder in folders}
+    for row in rows:
+        at_rate(loaded[row.checkpoint.folder].model, row.merge_rate)
+    return loaded
+
+
+def _measure(rows: Sequence[Measurement], loaded: Mapping[Path, "LoadedRun"]) -> dict[Measurement, ZeroshotResult]:
+    """Measure rows of one data set side by side and write each result into its run folder."""
+    if not rows:
+        return {}
+    from mlip_cli.evaluate.evaluators import measure_runs
+    from mlip_cli.runs.loading import at_rate
+
+    say(f"{rows[0].benchmark.name}: {plural(len(rows), 'row')} to measure, in turn on each batch")
+    groups: dict[Path, list[Measurement]] = {}
+    for row in rows:
+        groups.setdefault(row.checkpoint.folder, []).append(row)
+    runs = [
+        (loaded[folder], [at_rate(loaded[folder].model, row.merge_rate) for row in own])
+        for folder, own in groups.items()
+    ]
+    measured_at = now()
+    scores = measure_runs(rows[0].benchmark, runs, batch_size=rows[0].batch_size)
+    results = {}
+    for own, (run, encoders), scores_of_run in zip(groups.values(), runs, scores, strict=True):
+        for row, encoder, scores_of_row in zip(own, encoders, scores_of_run, strict=True):
+            results[row] = ZeroshotResult.from_json(
+                {
+                    "kind": ZeroshotResult.KIND,
+                    **row.identity,
+                    "step": run.step,
+                    "true_merge_rate": encoder.plan.rate,
+                    "merge_method": encoder.plan.method if encoder.plan.rate else None,
+                    "tokens": encoder.plan.tokens,
+                    "image_size": run.model.image_size,
+                    "device_type": run.device.type,
+                    "measured_at": measured_at,
+                    **scores_of_row,
+                }
+            )
+            results[row].write(row.path)
+    return results

@@ -1,0 +1,119 @@
+"""The result of `mlip profile` as tables and notes."""
+
+import sys
+from collections.abc import Iterable
+
+from mlip_cli.profiling.result import ProfileResult, StepPart
+from mlip_cli.report.tables import Cell, Table, machine_words, print_tables, speedup_cell, tokens_words
+from mlip_cli.terminal.output import per_second, percent, plural, print_lines, print_prose
+
+BAR_WIDTH = 24
+"""Characters of a bar over the whole step."""
+EIGHTHS = " ▏▎▍▌▋▊▉"
+
+
+def print_profile(profile: ProfileResult) -> None:
+    """Print tables and notes, with bars for the parts of the step."""
+    print_tables([*model_tables(profile), *_step_tables(profile)])
+    print_lines("")
+    for line in profile_notes(profile):
+        print_prose(line)
+
+
+def model_tables(profile: ProfileResult) -> list[Table]:
+    """Parameters, operations, speeds."""
+    parameters = Table(("part", "parameters"), [[name, f"{count:,}"] for name, count in profile.parameters.items()])
+    return [parameters, *_operations(profile), _speeds(profile)]
+
+
+def _operations(profile: ProfileResult) -> list[Table]:
+    flops = profile.gflops
+    decimals = 2 if flops.image_tower_unmerged >= 1 else 4
+
+    def row(name: str, unmerged: float, merged: float) -> list[Cell]:
+        return [name, f"{unmerged:.{decimals}f}", f"{merged:.{decimals}f}" if profile.merging else None]
+
+    unmerged, merged = flops.image_tower_unmerged_by_part, flops.image_tower_by_part
+    tower = Table(
+        ("GFLOPs an image", "rate 0", f"rate {profile.merging.rate:.2f}" if profile.merging else ""),
+        [
+            *(row(name, unmerged[name], merged[name]) for name in merged),
+            row("image tower", flops.image_tower_unmerged, flops.image_tower),
+        ],
+        notes=[f"patch tokens in each block: {tokens_words(profile.tokens_per_block)}"],
+    )
+    beside = {
+        "frequency branch, in training": flops.frequency_branch,
+        "token heads, in training": flops.token_heads,
+        f"text tower, {profile.caption_tokens} tokens": flops.text_tower,
+        f"text tower, {profile.context_length} tokens": flops.text_tower_at_context_length,
+    }
+    others = Table(
+        ("beside the image tower", "GFLOPs"),
+        [[name, f"{gflops:.{decimals}f}"] for name, gflops in beside.items() if gflops],
+        notes=[f"tokens of a caption: {profile.caption_tokens} ({profile.caption_tokens_from})"],
+    )
+    return [tower.without_empty_columns(), others]
+
+
+def _speeds(profile: ProfileResult) -> Table:
+    rows: list[list[Cell]] = [
+        [own.part, f"{own.per_s:,.1f}", _milliseconds(own.median_s, 1), speedup_cell(own.speedup, own.speedup_interval)]
+        for own in profile.speed
+    ]
+    return Table((f"batch of {profile.batch_size}, {profile.precision}", "per s", "ms", "x rate 0 (95 %)"), rows)
+
+
+def _step_tables(profile: ProfileResult) -> list[Table]:
+    """The parts of the step. Loader processes have a table of their own, since their work adds nothing to the step."""
+    rest = profile.unaccounted
+    rows = _shares(part for part in profile.breakdown if part.in_step)
+    rows.append(["unaccounted", _milliseconds(rest.seconds, 2), percent(rest.share), bar(rest.share)])
+    rows.append(["whole step", _milliseconds(profile.whole_s, 2), percent(1.0), None])
+    apart = _shares(part for part in profile.breakdown if not part.in_step)
+    tables = [Table(("part of a training step", "ms", "%", "share"), rows)]
+    if apart:
+        num_processes = profile.data.loader_processes if profile.data else 0
+        who = plural(num_processes, "loader process", "loader processes")
+        tables.append(Table((f"a batch, by {who}", "ms", "%", "of the step's time"), apart))
+    return tables
+
+
+def _shares(parts: Iterable[StepPart]) -> list[list[Cell]]:
+    return [[part.part, _milliseconds(part.seconds, 2), percent(part.share), bar(part.share)] for part in parts]
+
+
+def _milliseconds(seconds: float, decimals: int) -> str:
+    return f"{1000 * seconds:,.{decimals}f}"
+
+
+def bar(share: float) -> str:
+    """A share of the step as a bar of block characters, or of # where stdout is not UTF-8; at most the whole."""
+    width = min(max(share, 0.0), 1.0) * BAR_WIDTH
+    if not _shows_blocks():
+        return "#" * round(width)
+    full, eighth = divmod(round(8 * width), 8)
+    return ("█" * full + EIGHTHS[eighth]).rstrip()
+
+
+def _shows_blocks() -> bool:
+    return (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
+
+
+def profile_notes(profile: ProfileResult) -> list[str]:
+    """What limits the step, what the clocks cost, utilisation, memory, machine: a line each."""
+    matmul = next(own for own in profile.matmul if own.precision == profile.precision)
+    memory, micro = profile.peak_memory, profile.micro_batch_size
+    return [
+        f"limit: {profile.limit.part}, {profile.limit.why}",
+        f"unaccounted: {_milliseconds(profile.unaccounted.outside_s, 2)} ms lie outside of all parts; "
+        "the rest is there because medians do not add up",
+        f"cost of the clocks: {percent(profile.clocks_cost)} %; without them the step takes "
+        f"{_milliseconds(profile.step_s, 1)} ms",
+        *([f"micro-batches of {micro}: the first forward pass has no graph"] if micro is not None else []),
+        f"model FLOPs utilisation {percent(profile.mfu)} %: {per_second(profile.step_tflops)} of "
+        f"{per_second(profile.matmul_peak_tflops)}, measured beside the step on {profile.precision} products of "
+        f"{matmul.shape[0]:,} x {matmul.shape[1]:,} matrices",
+        f"peak memory of the training step: {memory.gib:.2f} GiB ({memory.measured})",
+        f"on {machine_words(profile)}",
+    ]
