@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from forks_for_tests import FORKS
 from shards_for_tests import make_dataset
 from torch.utils.data import DataLoader, Dataset
 
@@ -427,15 +428,16 @@ def test_workers_say_nothing_where_the_main_process_hangs_up(tmp_path: Path) -> 
     assert in_a_fork(work, tmp_path) == ("True\n", "")
 
 
-def test_a_spawned_worker_makes_the_same_batches(folder: Path) -> None:
+def test_a_worker_that_gets_its_data_pickled_makes_the_same_batches(folder: Path) -> None:
+    """As spawned workers do; the server that forks this one has imported torch, so it begins sooner than those."""
     dataset = open_prepared(folder)
     order = Order([42], None, seed=0, global_batch_size=G)
     data = Data(train=(Source(path="unused"),), augment=AUGMENT, image_size=16)
     steps = module._Steps([dataset], order, data, 24, G, 0, 0, 1, with_labels=False)
     here = steps[3].batch
     assert_equal(pickle.loads(pickle.dumps(steps))[3].batch, here)  # noqa: S301 - our own bytes
-    spawned = DataLoader(steps, sampler=[3], batch_size=None, num_workers=1, multiprocessing_context="spawn")
-    assert_equal(next(iter(spawned)).batch, here)
+    loader = DataLoader(steps, sampler=[3], batch_size=None, num_workers=1, multiprocessing_context=FORKS)
+    assert_equal(next(iter(loader)).batch, here)
 
 
 def test_a_batch_that_does_not_divide(folder: Path) -> None:
@@ -454,12 +456,12 @@ def test_preflight_says_what_was_found(tmp_path: Path, folder: Path) -> None:
     two = open_prepared(make_dataset(tmp_path / "other", n=6, seed=1))
     assert preflight([one, two], Order([42, 6], None, seed=0, global_batch_size=G), G, 1) == [
         f"{folder}: 42 samples in 3 shards",
-        f"{two.folder}: 6 samples in 1 shard",
+        f"{two.name}: 6 samples in 1 shard",
         "48 samples / 8 = 6 steps an epoch",
     ]
     assert preflight([one, two], Order([42, 6], (3.0, 1.0), seed=0, global_batch_size=G), G, 1) == [
         f"{folder}: 42 samples in 3 shards, 75.0% of what is seen",
-        f"{two.folder}: 6 samples in 1 shard, 25.0% of what is seen",
+        f"{two.name}: 6 samples in 1 shard, 25.0% of what is seen",
     ]
 
 
