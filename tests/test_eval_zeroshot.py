@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from PIL import Image
 from results_for_tests import zeroshot_result
 from shards_for_tests import index_shard, make_dataset
 
-from mlip_cli.commands.eval_zeroshot import eval_zeroshot
+from mlip_cli.commands import eval_zeroshot as command
 from mlip_cli.data.prepare.shards import sample_parts, tar_writer
 from mlip_cli.data.tokenizer import Tokenizer
 from mlip_cli.errors import RunError, Stopped, UsageError
@@ -30,6 +31,7 @@ from mlip_cli.evaluate.stored import EvaluatedCheckpoint, Measured
 from mlip_cli.evaluate.validation import validation_pairs
 from mlip_cli.evaluate.zeroshot import class_embeddings, normalized
 from mlip_cli.files import write_json
+from mlip_cli.report.write import rebuild_if_older
 from mlip_cli.report.zeroshot_tables import ZeroshotRow, zeroshot_tables
 from mlip_cli.runs.checkpoint import save_checkpoint
 from mlip_cli.runs.folder import Run
@@ -56,16 +58,24 @@ def make_openmoji(folder: Path, n: int = 30) -> None:
     write_json(folder / "dataset.json", {"num_samples": n, "fingerprint": shards[0]["sha256"], "shards": shards})
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a CLIP run, an MLIP run and data."""
+    folder = tmp_path_factory.mktemp("zeroshot")
+    make_run(folder / "runs" / "clip", small_recipe(mlip=False))
+    make_run(folder / "runs" / "mlip", small_recipe())
+    make_openmoji(folder / "data" / "openmoji" / "test")
+    make_dataset(folder / "data" / "colors", n=40)
+    return folder
+
+
 @pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with a CLIP run, an MLIP run and data, as the current folder."""
-    make_run(tmp_path / "runs" / "clip", small_recipe(mlip=False))
-    make_run(tmp_path / "runs" / "mlip", small_recipe())
-    make_openmoji(tmp_path / "data" / "openmoji" / "test")
-    make_dataset(tmp_path / "data" / "colors", n=40)
+def place(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy to write into, as the current folder; no pages are drawn."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(command, "rebuild_if_older", lambda _: None)
     monkeypatch.delenv("MLIP_DATA", raising=False)
-    return tmp_path
+    return shutil.copytree(made, tmp_path, dirs_exist_ok=True)
 
 
 def evaluate(
@@ -75,7 +85,7 @@ def evaluate(
     as_json: bool = True,
 ) -> None:
     common: dict[str, Any] = {"data_root": None, "batch_size": 16, "device": "cpu", "as_json": as_json}
-    eval_zeroshot(runs, datasets=datasets, merge_rates=rates, **common)
+    command.eval_zeroshot(runs, datasets=datasets, merge_rates=rates, **common)
 
 
 def printed(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
@@ -121,8 +131,12 @@ def test_scores_are_those_of_a_plain_computation(place: Path, capsys: pytest.Cap
         assert scores["acc1"] == pytest.approx(right.float().mean().item())
 
 
-def test_what_is_measured_is_read_without_torch(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_measured_is_on_the_page_and_read_without_torch(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command, "rebuild_if_older", rebuild_if_older)
     evaluate("runs/clip", datasets=["openmoji"], as_json=False)
+    assert "<h3>openmoji</h3>" in Path("runs/clip/report.html").read_text("utf-8")
     first = capsys.readouterr().out
     code = (
         "import sys; from mlip_cli.commands.eval_zeroshot import eval_zeroshot\n"

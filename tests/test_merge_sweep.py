@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -31,18 +32,28 @@ from mlip_cli.evaluate.validation import validation_pairs
 from mlip_cli.profiling.flops import image_gflops
 from mlip_cli.recipe import merge_plan
 from mlip_cli.report.sweep_tables import print_sweep
+from mlip_cli.report.write import rebuild
 from mlip_cli.runs.loading import at_rate, load_run
 from mlip_cli.terminal.endings import exit_code
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with an MLIP run, a CLIP run, a run with validation pairs and a data set."""
+    folder = tmp_path_factory.mktemp("sweep")
+    make_dataset(folder / "data" / "colors", n=24)
+    make_run(folder / "runs" / "mlip", small_recipe(evaluate={"zeroshot": ["shards:data/colors"]}))
+    make_run(folder / "runs" / "pairs", small_recipe(data={"validation": ["data/colors"]}))
+    make_run(folder / "runs" / "clip", small_recipe(mlip=False))
+    return folder
+
+
 @pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current folder, with a CLIP run, an MLIP run and a data set."""
-    make_dataset(tmp_path / "data" / "colors", n=24)
-    make_run(tmp_path / "runs" / "mlip", small_recipe(evaluate={"zeroshot": ["shards:data/colors"]}))
-    make_run(tmp_path / "runs" / "clip", small_recipe(mlip=False))
+def place(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy to write into, as the current folder; no pages are drawn."""
     monkeypatch.chdir(tmp_path)
-    return tmp_path
+    monkeypatch.setattr(merge_sweep, "rebuild", lambda _: None)
+    return shutil.copytree(made, tmp_path, dirs_exist_ok=True)
 
 
 def sweep(run: str | None, *, as_json: bool = True, **changes: Any) -> None:
@@ -84,8 +95,12 @@ def test_every_setting_stands_beside_the_unmerged_model(place: Path, capsys: pyt
         assert test["won"] + test["lost"] <= 24 * (1 - point["agreement"]) + 1e-9
 
 
-def test_the_result_stays_in_the_run(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_result_and_a_new_page_stay_in_the_run(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(merge_sweep, "rebuild", rebuild)
     sweep("runs/mlip/checkpoints/step_0000008")
+    assert "shards:data/colors" in (place / "runs/mlip/report.html").read_text("utf-8")
     assert json.loads((place / "runs/mlip/evals/merge_sweep_step_0000008.json").read_text()) == printed(capsys)
 
 
@@ -148,7 +163,6 @@ def test_rounds_that_scatter_are_named_below_the_speeds(capsys: pytest.CaptureFi
 
 
 def test_tables_of_retrieval(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    make_run(place / "runs/pairs", small_recipe(data={"validation": ["data/colors"]}))
     sweep("runs/pairs", as_json=False)
     lines = capsys.readouterr().out.splitlines()
     words = r"24 pictures, 48 captions: chance [\d.]+/[\d.]+/[\d.]+ %; in brackets: 95 % intervals"
@@ -257,7 +271,6 @@ def test_a_new_sweep_replaces_the_pictures_of_the_old_one(place: Path, capsys: p
 
 
 def test_the_validation_set_is_swept_where_no_other_is_named(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    make_run(place / "runs/pairs", small_recipe(data={"validation": ["data/colors"]}))
     sweep("runs/pairs", num_pictures=2)
     [dataset] = printed(capsys)["datasets"]
     assert (dataset["dataset"], dataset["task"], dataset["n"], dataset["num_texts"]) == (
@@ -310,22 +323,18 @@ def attributed(folder: Path, text: str) -> None:
 def test_merge_pictures_carry_what_the_licence_asks_for(
     place: Path, capsys: pytest.CaptureFixture[str], names: list[str]
 ) -> None:
-    make_run(place / "runs/mine", small_recipe(data={"validation": ["data/colors"]}))
-    path = place / "runs/mine/evals/merge_pictures_step_0000008.json"
-    for text in (None, "All colours designed by us. License: CC BY 4.0"):
-        if text:
-            attributed(place / "data/colors", text)
-        sweep("runs/mine", datasets=names, num_pictures=1)
-        assert json.loads(path.read_text())["attribution"] == ([text] if text else [])
-    [dataset] = json.loads((place / "runs/mine/evals/merge_sweep_step_0000008.json").read_text())["datasets"]
-    assert dataset["fingerprint"]
-    capsys.readouterr()
+    [dataset], _ = find_datasets(load_run("runs/pairs", device="cpu"), names, root=None, batch_size=4)
+    assert dataset.attribution == ()
+    attributed(place / "data/colors", "All colours designed by us. License: CC BY 4.0")
+    sweep("runs/pairs", datasets=names, num_pictures=1)
+    result = json.loads((place / "runs/pairs/evals/merge_pictures_step_0000008.json").read_text())
+    assert result["attribution"] == ["All colours designed by us. License: CC BY 4.0"]
+    assert printed(capsys)["datasets"][0]["fingerprint"]
 
 
 def test_a_validation_picture_that_cannot_be_decoded_is_a_failure_with_its_place(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    make_run(place / "runs/pairs", small_recipe(data={"validation": ["data/colors"]}))
     [dataset], _ = find_datasets(load_run("runs/pairs", device="cpu"), ["validation"], root=None, batch_size=4)
 
     def broken(_: object, **__: object) -> Tensor:

@@ -84,10 +84,7 @@ def find_datasets(
     if not wanted and recipe.data.validation is not None:
         wanted = [VALIDATION]
     if not wanted:
-        say(
-            "scores are not measured: the recipe has no evaluate.zeroshot and no data.validation; name data sets with "
-            "--dataset"
-        )
+        say("no scores: the recipe has no evaluate.zeroshot and no data.validation; name data sets with --dataset")
     found: list[SweepDataset] = []
     failures: dict[str, Exception] = {}
     for name in wanted:
