@@ -1,4 +1,4 @@
-"""The device that computes: pick it, name it, wait for it, its memory."""
+"""The device that computes: its choice, its name, its memory, and waiting for it."""
 
 import ctypes
 import os
@@ -17,10 +17,10 @@ _TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # of mallopt(3)
 
 
 def keep_freed_memory(keep: bool = True) -> None:
-    """Have glibc keep freed memory for what comes next, or treat it as at first; other C libraries stay as they are.
+    """Keep freed memory in the process, or go back to glibc's default; other C libraries stay as they are.
 
-    At first it gives every large block back at once, and when the next one is asked for, the system writes zeros into
-    all of its pages (tests/benchmarks/bench_heap.py). With it the process keeps the most that it needed.
+    By default glibc returns large blocks at once, and the kernel zeroes new pages (tests/benchmarks/bench_heap.py).
+    A process that keeps freed memory holds its peak.
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
@@ -30,7 +30,7 @@ def keep_freed_memory(keep: bool = True) -> None:
 
 @contextmanager
 def full_memory_named(place: str, what: str, cure: str) -> Iterator[None]:
-    """Turn what PyTorch says of a device without room into one line: `place`, what there is no memory for, the cure.
+    """Turn PyTorch's error about full memory into one line: `place`, what does not fit, the cure.
 
     Raises:
         RunError: the block needed more memory than there is.
@@ -38,7 +38,7 @@ def full_memory_named(place: str, what: str, cure: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        # a CPU has no error of its own for it
+        # a CPU has no error class of its own for full memory
         is_of_cpu = "DefaultCPUAllocator" in str(error) and not isinstance(error, RunError)
         if not isinstance(error, torch.OutOfMemoryError) and not is_of_cpu:
             raise
@@ -46,21 +46,21 @@ def full_memory_named(place: str, what: str, cure: str) -> Iterator[None]:
 
 
 def batch_named(setting: str, size: int, *, note: str = "") -> AbstractContextManager[None]:
-    """`full_memory_named` where `setting` says how many samples go through the model at once, `size` at present."""
+    """`full_memory_named` for `setting`, which sends `size` samples through the model at once."""
     if size == 1:
         return full_memory_named(setting, "one sample alone", "take a smaller model or smaller pictures")
     return full_memory_named(setting, f"{size:,} samples at once", f"set it to {size // 2:,} or less{note}")
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto`, `cuda`, `mps` or `cpu` -> the device of this rank; on a CPU, what is freed is kept (`keep_freed_memory`).
+    """`auto`, `cuda`, `mps` or `cpu` -> the device of this rank. For a CPU it also calls `keep_freed_memory`.
 
     Raises:
-        UsageError: PyTorch sees no such device, or fewer than there are ranks.
+        UsageError: PyTorch does not see the device, or a machine has fewer GPUs than ranks.
     """
     present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not present.get(name, True):
-        raise UsageError(f"device {name}: PyTorch sees none; use cpu, and ask mlip doctor why")
+        raise UsageError(f"device {name}: PyTorch does not see one; use cpu, and ask mlip doctor why")
     if name == "auto":
         name = next((device for device, is_there in present.items() if is_there), "cpu")
     if name == "cpu":
@@ -69,14 +69,14 @@ def pick_device(name: str) -> torch.device:
         number, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
         if number >= count:
             raise UsageError(
-                f"device cuda: rank {number} of this machine has none of its {plural(count, 'GPU')}; start {count}"
+                f"device cuda: this machine has {plural(count, 'GPU')} and no GPU for its rank {number}; start {count}"
             )
         return torch.device("cuda", number)
     return torch.device(name)
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until `device` has done all it was given, so that a clock shows the work and not its queueing."""
+    """Wait until `device` has finished its work, so that a clock measures the work and not its queueing."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
@@ -84,14 +84,14 @@ def synchronize(device: torch.device) -> None:
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's name, or the CPU's instruction set as PyTorch uses it; PyTorch tells no name of other devices."""
+    """The GPU's name, or the instruction set that PyTorch uses on the CPU; for other devices their type."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return torch.backends.cpu.get_cpu_capability() if device.type == "cpu" else device.type
 
 
 def peak_gib(device: torch.device) -> float:
-    """High-water mark of device memory, on a CPU of the process's resident memory, in GiB."""
+    """Peak of the device's memory in GiB; on a CPU the peak of the process's resident memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     unit = 1 if sys.platform == "darwin" else 1024

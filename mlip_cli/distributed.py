@@ -1,8 +1,9 @@
-"""Ranks and their devices: start and stop, a differentiable gather, means over ranks. One process pays nothing."""
+"""Several ranks: start and stop, a differentiable gather, means. One process alone communicates nothing."""
 
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from datetime import timedelta
 from typing import Any
 
@@ -37,17 +38,19 @@ def process_group(device: torch.device) -> Iterator[None]:
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield
-    except Stopped:  # of all ranks; after another error the others may wait for this one, and NCCL would for them
-        dist.barrier()  # torchrun ends the others with the first one that leaves, and rank 0 still wrote its report
+    except Stopped:
+        # Stopped is raised on every rank, so a barrier is safe: torchrun kills the rest when one exits, and rank 0 may
+        # still be writing its report. After other errors do not wait.
+        dist.barrier()
         dist.destroy_process_group()
         raise
     dist.destroy_process_group()
 
 
 def wait_for_ranks(most: timedelta = timedelta(days=1)) -> None:
-    """Return when all ranks are here, after work that takes some of them much longer: copying data over a network, say.
+    """Return when all ranks have called it. Ranks may be late by `most`: one may have copied data over a network.
 
-    Ordinary collectives give a late rank up after minutes.
+    Ordinary collectives fail after minutes without an answer.
     """
     if world_size() > 1:
         group = dist.new_group(backend="gloo", timeout=most)
@@ -68,8 +71,8 @@ def wrap(
     Args:
         parallel: `ddp`: every rank holds everything. `fsdp`: every rank holds its part of parameters, gradients and
             optimiser state; the model stays the same object, its parameters become `DTensor`s.
-        units: for `fsdp`, the parts of the model that are made whole one after another.
-        methods: for `fsdp`, what is called of the model beside its forward, perhaps before it.
+        units: for `fsdp`, the parts of the model that are gathered one after another.
+        methods: for `fsdp`, methods of the model that are called beside its forward, perhaps before it.
     """
     if world_size() == 1:
         return model
@@ -185,14 +188,29 @@ class _Gather(torch.autograd.Function):
         return own
 
 
+_exchanges: ContextVar[bool] = ContextVar("exchanges", default=True)
+
+
+@contextmanager
+def without_exchange() -> Iterator[None]:
+    """For the block, `gather` repeats this rank's rows, and `all_sum` returns them: a trial of one rank alone."""
+    token = _exchanges.set(False)
+    try:
+        yield
+    finally:
+        _exchanges.reset(token)
+
+
 def gather(x: Tensor) -> Tensor:
     """(B, ...) of every rank -> (W*B, ...), in rank order, with the sum of all ranks' gradients on the way back."""
+    if not _exchanges.get():
+        return x.repeat(world_size(), *[1] * (x.ndim - 1))
     return _Gather.apply(x) if world_size() > 1 else x
 
 
 def all_sum(x: Tensor) -> Tensor:
     """Sum over ranks, without gradient."""
-    if world_size() > 1:
+    if world_size() > 1 and _exchanges.get():
         x = x.clone()
         dist.all_reduce(x)
     return x

@@ -12,7 +12,7 @@ from mlip_cli.recipe.load import recipe_yaml
 from mlip_cli.runs.checkpoint import save_checkpoint
 from mlip_cli.train.gradients import Precision
 from mlip_cli.train.optim import build_optimizer
-from mlip_cli.train.resume import Training
+from mlip_cli.train.state import Training
 from mlip_cli.types import Batch
 
 BOS, EOS = 49406, 49407

@@ -1,16 +1,16 @@
 """The running average of the weights, and checkpoints by what they measure."""
 
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
+from killed_for_tests import Forked, wait_until
 from models_for_tests import small_model
-from test_training import QUIET, command, lines_in, metrics, recipe, run, wait_for
+from test_training import lines_in, metrics, recipe, run
 
 from mlip_cli.runs.checkpoint import load_training_weights, load_weights
 from mlip_cli.train.average import WeightAverage
-from mlip_cli.train.step import Progress
+from mlip_cli.train.state import Progress
 
 __all__ = ["recipe"]
 
@@ -62,14 +62,15 @@ def test_the_best_are_the_largest_and_of_equal_ones_the_earlier() -> None:
     kept = []
     for step, value in enumerate((0.2, 0.5, 0.5, 0.1, 0.7), start=1):
         progress.step = step
-        kept.append(progress.note_best("r5", value, keep=2))
+        progress.note_best("r5", value, keep=2)
+        kept.append(progress.is_best)
     assert kept == [True, True, True, False, True]
     assert progress.best == [(0.7, 5), (0.5, 2)]
 
 
 def test_measures_of_another_metric_are_forgotten() -> None:
     progress = Progress(step=3, best=[(0.9, 2)], best_metric="gap")
-    assert progress.note_best("r5", 0.1, keep=1)
+    progress.note_best("r5", 0.1, keep=1)
     assert (progress.best, progress.best_metric) == ([(0.1, 3)], "r5")
 
 
@@ -107,10 +108,9 @@ def test_a_run_with_an_average_keeps_its_best_and_goes_on_to_the_bit(recipe: Pat
     assert not torch.equal(averaged["image_projection.weight"], own["image_projection.weight"])
 
     arguments = ["--out", str(stopped), *asked]
-    process = subprocess.Popen(command(recipe, *arguments), env=QUIET, text=True, stderr=subprocess.PIPE)
-    wait_for(lambda: lines_in(stopped) >= 9, process)
-    process.kill()
-    process.communicate()
+    with Forked([str(recipe), *arguments], tmp_path / "words") as training:
+        wait_until(lambda: lines_in(stopped) >= 9, what=training.said())
+        training.kill()
     resumed = run(recipe, *arguments, "--resume")
     assert resumed.returncode == 0, resumed.stderr
     assert metrics(stopped) == metrics(whole)

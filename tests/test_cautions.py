@@ -6,15 +6,15 @@ import pytest
 import torch
 from models_for_tests import small_model, small_recipe
 
-from mlip_cli.commands.dry_run import derived
+from mlip_cli.commands.dry_run import plan
 from mlip_cli.recipe.config import Recipe
 from mlip_cli.train.facts import cautions
 
 NOTHING_MERGES = "changes nothing while model.merging.rate is 0; give a rate, or leave it out"
-NO_STEP = "model.merging.active [0, 0.01] holds none of the 8 steps of the run: nothing merges in training; widen it"
+NO_STEP = "model.merging.active [0, 0.01] contains none of the 8 steps of the run: nothing merges in training; widen it"
 SLOW = (
-    "optim.layer_decay 0.75 is for training on, and model.init is null: it slows the lower blocks of random weights; "
-    "set it to 1"
+    "optim.layer_decay 0.75 is for trained weights, and model.init is null: it slows the lower blocks of random "
+    "weights; set it to 1"
 )
 
 
@@ -42,8 +42,8 @@ def test_keys_that_change_nothing_are_told(
 ) -> None:
     recipe = recipe_with(**changes)
     with torch.device("meta"):
-        plan = small_model(recipe).training_plan
-    assert cautions(recipe, plan, total_steps) == expected
+        merges = small_model(recipe).training_plan
+    assert cautions(recipe, merges, total_steps) == expected
 
 
 def test_layer_decay_is_for_weights_that_are_there() -> None:
@@ -53,4 +53,4 @@ def test_layer_decay_is_for_weights_that_are_there() -> None:
 
 
 def test_a_dry_run_tells_them_too() -> None:
-    assert derived(recipe_with(layer_decay=0.75), resumes=False)["cautions"] == [SLOW]
+    assert plan(recipe_with(layer_decay=0.75), resumes=False).cautions == [SLOW]

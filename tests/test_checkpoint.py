@@ -54,7 +54,7 @@ def test_damage_is_named_with_what_to_do(tmp_path: Path) -> None:
         with pytest.raises(UsageError) as error:
             load(checkpoint)
         assert str(error.value).startswith(f"{path}: not a whole ")
-        assert str(error.value).endswith(f"); remove {checkpoint}, and the one before it is taken")
+        assert str(error.value).endswith(f"); remove {checkpoint}, and mlip takes the checkpoint before it")
         path.unlink()
         with pytest.raises(UsageError) as error:
             load(checkpoint)

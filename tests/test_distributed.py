@@ -43,17 +43,18 @@ wait_for_ranks()
 BAD_SAMPLES = """
 import torch
 from mlip_cli.terminal.output import start_logging
-from mlip_cli.train.step import FiniteGuard, Progress
-from mlip_cli.train.loop import account
+from mlip_cli.train.state import Progress
+from mlip_cli.train.step import FiniteGuard
+from mlip_cli.train.loop import count
 from mlip_cli.train.metrics import Stopwatch
 from mlip_cli.types import BadSample
 start_logging()
 CPU, progress = torch.device("cpu"), Progress()
-guard, watch = FiniteGuard(CPU, progress), Stopwatch(iter([]), CPU)
-for count in (3, 4, 0, 5):
+guard, watch = FiniteGuard(CPU), Stopwatch(iter([]), CPU)
+for number in (3, 4, 0, 5):
     if child == 0:
-        watch.bad_samples = [BadSample("far.tar", str(n), "torn") for n in range(count)]
-    account(progress, guard, watch, CPU)
+        watch.bad_samples = [BadSample("far.tar", str(n), "torn") for n in range(number)]
+    count(progress, guard, watch)
 assert progress.bad_samples == 12 and watch.bad_samples == []
 """
 
@@ -88,16 +89,16 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def counted(arguments: Sequence[str], environment: dict[str, str], words: str) -> None:
     """Body of a forked process: `mlip pretrain`, and a line in WORDS.passes for each pass over a batch."""
     os.environ.update(environment)
-    from mlip_cli.train import loop
+    from mlip_cli.train import step
 
-    add_gradients = loop.add_gradients
+    add_gradients = step.add_gradients
 
     def adding(*given: object, **named: object) -> object:
         with open(f"{words}.passes", "a") as file:
             file.write(f"{os.environ['RANK']}\n")
         return add_gradients(*given, **named)  # type: ignore[arg-type]
 
-    loop.add_gradients = adding  # type: ignore[assignment]
+    step.add_gradients = adding  # type: ignore[assignment]
     pretrain(arguments, environment, words)
 
 
@@ -130,4 +131,6 @@ def test_a_rank_that_does_not_see_the_checkpoint_is_refused(recipe: Path, tmp_pa
         training.processes[1].join(60)
         assert training.processes[1].exitcode == 2, training.said()
     assert "rank 1: error: run/checkpoints/step_" in training.said()
-    assert "rank 0 goes on from there, and rank 1 sees no such folder; keep run folders on a disk" in training.said()
+    assert (
+        "rank 0 resumes from this checkpoint, and rank 1 does not see it; keep run folders on a disk" in training.said()
+    )

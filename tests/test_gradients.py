@@ -1,26 +1,28 @@
 """One gradient, however it is computed: by micro-batches, or on two processes."""
 
 import os
-import subprocess
-import sys
 import weakref
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
+from killed_for_tests import Forked
 from models_for_tests import small_batch, small_model, small_recipe
 from torch import nn
 
+from mlip_cli.distributed import full_on_main, process_group, rank, unwrap, world_size, wrap
 from mlip_cli.errors import RunError
 from mlip_cli.losses.features import features_of
 from mlip_cli.losses.objective import Objective
 from mlip_cli.recipe.config import LOSS_NAMES, Recipe
 from mlip_cli.train import step
 from mlip_cli.train.gradients import Precision, RandomState, add_gradients
-from mlip_cli.train.optim import build_optimizer, clamp_scales, is_decayed, learning_rate
-from mlip_cli.train.step import MOST_SKIPPED_IN_A_ROW, FiniteGuard, Progress
+from mlip_cli.train.optim import Schedule, build_optimizer, clamp_scales, is_decayed
+from mlip_cli.train.state import Progress
+from mlip_cli.train.step import MOST_SKIPPED_IN_A_ROW, FiniteGuard
 from mlip_cli.types import Batch
 
 CPU = torch.device("cpu")
@@ -157,43 +159,35 @@ def small_part(batch, start, stop):  # type: ignore[no-untyped-def]
     return replace(batch, images=batch.images[start:stop], token_ids=batch.token_ids[start:stop], labels=labels)
 
 
-WORKER = """
-import sys, torch
-sys.path.insert(0, {tests!r})
-torch.set_num_threads(1)
-from models_for_tests import small_model
-from test_gradients import CPU, RECIPES, batch_for, gradients, small_part
-from mlip_cli.distributed import full_on_main, process_group, rank, unwrap, world_size, wrap
-from mlip_cli.losses.objective import Objective
-from mlip_cli.train.gradients import Precision, add_gradients
-
-results = {{}}
-with process_group(CPU):
-    share = 8 // world_size()
-    for name in {names!r}:
-        recipe = RECIPES[name]
-        for parallel in ("ddp", "fsdp"):
-            for micro in (None, share // 2):
-                plain = small_model(recipe).train()
-                model = wrap(plain, CPU, parallel=parallel, units=plain.blocks())
-                batch = small_part(batch_for(recipe), rank() * share, (rank() + 1) * share)
-                objective, precision = Objective(recipe.losses), Precision.named("fp32", CPU)
-                add_gradients(model, objective, batch, precision=precision, micro_batch_size=micro)
-                results[name, parallel, micro] = full_on_main(gradients(unwrap(model)))
-    if rank() == 0:
-        torch.save(results, {out!r})
-"""
+def save_gradients(names: Sequence[str], environment: dict[str, str], out: str) -> None:
+    """Body of a forked process: a rank, which computes the gradient of each recipe in every way; rank 0 saves them."""
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    found = {}
+    with process_group(CPU):
+        share = 8 // world_size()
+        for name in names:
+            recipe = RECIPES[name]
+            batch = small_part(batch_for(recipe), rank() * share, (rank() + 1) * share)
+            for parallel in ("ddp", "fsdp"):
+                for micro_batch_size in (None, share // 2):
+                    plain = small_model(recipe).train()
+                    model = wrap(plain, CPU, parallel=parallel, units=plain.blocks())
+                    add_gradients(
+                        model, Objective(recipe.losses), batch,
+                        precision=Precision.named("fp32", CPU), micro_batch_size=micro_batch_size,
+                    )  # fmt: skip
+                    found[name, parallel, micro_batch_size] = full_on_main(gradients(unwrap(model)))
+        if rank() == 0:
+            torch.save(found, out)
 
 
 @pytest.mark.parametrize(("ranks", "names"), [(2, list(RECIPES)), (4, ["filip_sparc"])])
 def test_gloo_processes_give_the_one_process_gradient(tmp_path: Path, ranks: int, names: list[str]) -> None:
     """Captions have 1 to 6 words, and the ranks different numbers of usable ones."""
-    script, out = tmp_path / "worker.py", tmp_path / "gradients.pt"
-    script.write_text(WORKER.format(tests=str(Path(__file__).parent), out=str(out), names=names))
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    done = subprocess.run([*command, str(script)], env=environment, timeout=250, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    out = tmp_path / "gradients.pt"
+    with Forked(names, out, ranks=ranks, body=save_gradients) as processes:
+        assert processes.join() == [0] * ranks
     found = torch.load(out, weights_only=True)
     assert len(found) == 4 * len(names)
     for (name, _parallel, _micro), grads in found.items():
@@ -201,11 +195,12 @@ def test_gloo_processes_give_the_one_process_gradient(tmp_path: Path, ranks: int
 
 
 def test_learning_rate_rises_linearly_and_falls_to_almost_zero() -> None:
-    rates = [learning_rate(s, peak=1.0, warmup_steps=4, total_steps=12) for s in range(1, 13)]
+    schedule = Schedule(peak=1.0, warmup_steps=4, total_steps=12)
+    rates = [schedule.learning_rate(step) for step in range(1, 13)]
     assert rates[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
     assert all(a > b for a, b in pairwise(rates[4:]))
     assert 0 < rates[-1] < 0.05
-    assert learning_rate(1, peak=1.0, warmup_steps=0, total_steps=5) == 1.0
+    assert Schedule(peak=1.0, warmup_steps=0, total_steps=5).learning_rate(1) == 1.0
 
 
 def test_matrices_decay_and_positions_filters_scales_do_not() -> None:
@@ -236,21 +231,21 @@ def test_a_step_without_finite_gradient_changes_nothing_and_many_end_the_run(
     model = small_model(recipe, dtype=torch.float32)
     optimizer = build_optimizer(model, recipe.optim)
     progress = Progress(step=7)
-    guard = FiniteGuard(CPU, progress)
+    guard = FiniteGuard(CPU)
     before = {n: p.clone() for n, p in model.named_parameters()}
     for _ in range(MOST_SKIPPED_IN_A_ROW):
         for p in model.parameters():
             p.grad = torch.full_like(p, float("nan"))
-        guard.step(optimizer, Precision.named("fp32", CPU), torch.tensor(float("nan")))
+        guard.step(optimizer, Precision.named("fp32", CPU), torch.tensor(float("nan")), step=8)
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
     with pytest.raises(RunError, match="step 7: the gradient was not finite in 20 steps in a row"):
-        guard.check()
+        guard.count(progress)
     assert said == ["step 8: the gradient was not finite, so the step was skipped; 20 steps of this run so far"]
     assert progress.skipped_steps == 20
     for p in model.parameters():
         p.grad = torch.ones_like(p)
-    guard.step(optimizer, Precision.named("fp32", CPU), torch.tensor(1.0))
-    guard.check()
+    guard.step(optimizer, Precision.named("fp32", CPU), torch.tensor(1.0), step=9)
+    guard.count(progress)
     assert not torch.equal(model.image_projection.weight, before["image_projection.weight"])
 
 

@@ -7,16 +7,16 @@ import torch
 from models_for_tests import small_model, small_recipe, small_training
 from test_training import recipe, run
 
+from mlip_cli.distributed import all_sum, gather, without_exchange
 from mlip_cli.recipe.checks import check
 from mlip_cli.runs.checkpoint import load_state
 from mlip_cli.train.micro_batches import (
     chosen_micro_batch_size,
     largest_that_fits,
     least_merging,
-    memory_beside,
     try_once,
 )
-from mlip_cli.train.step import Progress
+from mlip_cli.train.state import Progress
 
 __all__ = ["recipe"]
 
@@ -38,31 +38,24 @@ def test_a_trial_leaves_the_training_as_it_was() -> None:
     recipe = small_recipe()
     training = small_training(small_model(recipe, dtype=torch.float32))
     before = {name: value.clone() for name, value in training.plain.state_dict().items()}
-    try_once(recipe, training, 3)
+    try_once(recipe, training, share=8, size=3)
     assert all(p.grad is None for p in training.plain.parameters())
     assert all(torch.equal(value, before[name]) for name, value in training.plain.state_dict().items())
     assert not training.optimizer.state
 
 
-def test_moments_and_logits_take_their_room_beside() -> None:
-    recipe = small_recipe()
-    training = small_training(small_model(recipe, dtype=torch.float32))
-    num_parameters = sum(p.numel() for p in training.plain.parameters())
-    assert sum(x.numel() for x in memory_beside(recipe, training, share=4)) == 2 * num_parameters + 4 * 4 * 4 * 8
-
-
-def test_filip_takes_room_for_tokens_words_and_places_too() -> None:
-    recipe = small_recipe(losses={"spatial_token": {"kind": "filip"}, "frequency_token": {"kind": "filip"}})
-    training = small_training(small_model(recipe, dtype=torch.float32))
-    plan, length, width = training.plain.training_plan, recipe.model.text.context_length, recipe.model.token_dim
-    without = small_recipe(losses={"spatial_token": {"kind": "sparc"}, "frequency_token": {"kind": "sparc"}})
-    extra = sum(x.nbytes for x in memory_beside(recipe, training, share=4)) - sum(
-        x.nbytes for x in memory_beside(without, training, share=4)
-    )
-    patches = (plan.tokens[-1], plan.num_patches)
-    expected = 4 * (4 + 4 + 8) * length * width
-    expected += sum(4 * (4 + 4) * n * width + 4 * 8 * (n + length) for n in patches)
-    assert extra == expected
+def test_a_trial_of_one_rank_meets_pairs_of_all_ranks_and_waits_for_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So its losses need the memory that they need in training."""
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    rows = torch.randn(2, 5, requires_grad=True)
+    with without_exchange():
+        everyone = gather(rows)
+        assert all_sum(torch.tensor(4)) == 4
+    assert everyone.shape == (6, 5)
+    everyone.sum().backward()
+    assert rows.grad is not None
+    recipe = small_recipe(losses={"positives": "concept", "spatial_token": {"kind": "filip"}})
+    try_once(recipe, small_training(small_model(recipe, dtype=torch.float32)), share=4, size=2)
 
 
 def test_a_trial_keeps_the_tokens_that_a_phase_without_merging_keeps() -> None:

@@ -9,10 +9,10 @@ from models_for_tests import small_model, small_recipe
 from shards_for_tests import make_dataset
 
 from mlip_cli.commands.pretrain import pretrain
-from mlip_cli.commands.training import plan_of_step
 from mlip_cli.recipe.load import recipe_yaml
 from mlip_cli.recipe.merge_plan import merging_steps
 from mlip_cli.train.facts import phase
+from mlip_cli.train.setup import plan_by_step
 
 STEPS = 6
 
@@ -30,7 +30,7 @@ def test_shares_of_the_steps() -> None:
         ([0, 1], ""),
         ([0, 0.5], ", in steps 1 to 3"),
         ([0.5, 1], ", in steps 4 to 6"),
-        ([0, 0.05], ", in no step of so few"),
+        ([0, 0.05], ", in no step: the run has too few"),
     ],
 )
 def test_the_phase_is_told(active: list[float], words: str) -> None:
@@ -60,9 +60,10 @@ def losses(folder: Path, data: Path, **merging: Any) -> list[float]:
 def test_the_plan_of_a_step_merges_within_the_phase_alone(active: list[float], merged: list[int], method: str) -> None:
     recipe = small_recipe(model={"merging": {"rate": 0.3, "method": method, "active": active}})
     model = small_model(recipe)
+    plan_of = plan_by_step(recipe.model.merging, model, STEPS)
     for step in range(1, STEPS + 1):
         expected = model.merge_plan(0.3, method) if step in merged else model.merge_plan(0.0)
-        assert plan_of_step(recipe, model, STEPS, step) == expected
+        assert plan_of(step) == expected
 
 
 def test_a_training_merges_from_the_first_step_of_the_phase_on(data: Path, tmp_path: Path) -> None:

@@ -16,12 +16,12 @@ from mlip_cli.devices import pick_device
 from mlip_cli.errors import Stopped, UsageError
 from mlip_cli.profiling import subject as profile_subject
 from mlip_cli.profiling.measures import extra_share
+from mlip_cli.profiling.step import RepeatedStep
 from mlip_cli.profiling.timing import Timing
 from mlip_cli.recipe.config import LOSS_NAMES
 from mlip_cli.recipe.load import recipe_yaml
 from mlip_cli.report import profile_tables
 from mlip_cli.terminal.endings import exit_code
-from mlip_cli.train.step import TrainingStep
 
 
 @pytest.fixture
@@ -274,7 +274,7 @@ def test_timed_training_steps_make_gradients_and_leave_the_weights_alone(place: 
     for name, parameter in subject.model.named_parameters():
         parameter.register_hook(lambda grad, name=name: gradients.update({name: bool(grad.abs().sum() > 0)}))
     batch = profile_subject.random_batch(subject, batch_size=4, num_tokens=9)
-    TrainingStep(subject.model.train(), subject.recipe, batch, subject.device)()
+    RepeatedStep(subject.model.train(), subject.recipe, batch, subject.device)()
     after = subject.model.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert {f"log_scales.{name}" for name in LOSS_NAMES} <= gradients.keys()
@@ -325,7 +325,7 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert pick_device("auto") == torch.device("cuda", 1)
     monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(UsageError, match=r"^device cuda: rank 2 of this machine has none of its 2 GPUs; start 2$"):
+    with pytest.raises(UsageError, match=r"^device cuda: this machine has 2 GPUs and no GPU for its rank 2; start 2$"):
         pick_device("cuda")
 
 
@@ -334,4 +334,4 @@ def test_a_device_that_is_not_there(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert mlip(monkeypatch, "mlip.yaml", "--device", "cuda") == 2
-    assert capsys.readouterr().err == "error: device cuda: PyTorch sees none; use cpu, and ask mlip doctor why\n"
+    assert capsys.readouterr().err == "error: device cuda: PyTorch does not see one; use cpu, and ask mlip doctor why\n"

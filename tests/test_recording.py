@@ -4,7 +4,7 @@ import errno
 import json
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -26,16 +26,22 @@ from mlip_cli.runs.recording import recorded
 from mlip_cli.runs.start import choose_start, command_to_resume
 from mlip_cli.terminal.output import warn
 from mlip_cli.terminal.panel import TrainingPanel
-from mlip_cli.train.gradients import Precision
-from mlip_cli.train.loop import train
+from mlip_cli.train.journal import Journal
+from mlip_cli.train.loop import Timetable, train
 from mlip_cli.train.metrics import MetricsFile
-from mlip_cli.train.optim import build_optimizer
+from mlip_cli.train.optim import Schedule
+from mlip_cli.train.resume import Saver
 from mlip_cli.train.setup import training_device
-from mlip_cli.train.step import Progress
+from mlip_cli.train.state import Progress
+from mlip_cli.train.step import Stepper, StepSettings
+from mlip_cli.train.trackers import Trackers
 from mlip_cli.types import Encoder
 
 CPU = torch.device("cpu")
 FULL_DEVICE = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+SETTINGS = StepSettings(
+    Schedule(1e-3, warmup_steps=2, total_steps=2), clip_grad_norm=None, global_batch_size=8, micro_batch_size=None
+)
 MICRO_BATCH = ("train.micro_batch_size", None, 4)
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -88,12 +94,21 @@ def test_an_evaluation_that_does_not_fit_is_not_cured_by_smaller_batches_of_trai
     )
 
 
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """The handler of Ctrl-C comes back, which a training gives up at the first one."""
+    handler = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, handler)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.parametrize(
     ("number", "at", "is_left"),
     [(signal.SIGINT, 1, True), (signal.SIGINT, 2, False), (signal.SIGTERM, 2, True)],
 )
 def test_ctrl_c_does_not_end_the_evaluation_of_the_last_step(
-    tmp_path: Path, number: int, at: int, is_left: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, at: int, is_left: bool
 ) -> None:
     recipe, model = small_recipe(evaluate={"every_steps": 1}, log={"every_steps": 1}), small_model(dtype=torch.float32)
     left: dict[int, bool] = {}
@@ -105,26 +120,19 @@ def test_ctrl_c_does_not_end_the_evaluation_of_the_last_step(
         left[step] = is_leaving()
         return {} if left[step] else {"a_acc1": 0.5}
 
+    training = small_training(model)
+    saver = Saver(tmp_path, recipe.train, training, data={}, best_metric=None)
+    monkeypatch.setattr(saver, "save", lambda progress: saved.append(progress.step))
     with nullcontext() if at == 2 else pytest.raises(Stopped):
         train(
-            model,
-            Objective(recipe.losses),
-            build_optimizer(model, recipe.optim),
+            Stepper(training, Objective(recipe.losses), SETTINGS),
             iter([small_batch(), small_batch()]),
-            recipe=recipe,
-            total_steps=2,
-            progress=Progress(),
-            device=CPU,
-            precision=Precision.named("fp32", CPU),
-            micro_batch_size=None,
-            plan=lambda _: None,
-            average=None,
-            metrics=MetricsFile(tmp_path / "metrics.jsonl"),
-            show=lambda _: None,
-            on_step=lambda _: None,
+            Progress(),
+            timetable=Timetable(total_steps=2, log_every=1, evaluate_every=1),
+            plan_of=lambda _: None,
             evaluate=evaluate,
-            save=lambda progress: saved.append(progress.step),
-            is_save_due=lambda _: False,
+            saver=saver,
+            journal=Journal(MetricsFile(tmp_path / "metrics.jsonl"), TrainingPanel(2, is_live=False), Trackers()),
         )
     assert left[at] == is_left
     assert saved == [at]

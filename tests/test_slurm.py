@@ -148,7 +148,7 @@ def test_a_signal_saves_and_queues_the_job_again_and_the_next_start_finishes_it(
 
     code, words = cluster.end(cluster.start(nodes=1))  # fewer will do
     assert (code, cluster.requeued()) == (0, []), words
-    assert f"going on with run after step {len(steps)}" in words
+    assert f"resuming run after step {len(steps)}" in words
     stamp = json.loads((cluster.folder / "run" / "run.json").read_text())
     assert stamp["end_reason"] == "finished"
     assert [session["ranks"] for session in stamp["sessions"]] == [2, 1]

@@ -18,6 +18,7 @@ from mlip_cli.profiling.step import (
     MERGING,
     REST,
     TEXT,
+    RepeatedStep,
     StepRecorder,
     TimedObjective,
     TimedStep,
@@ -27,15 +28,15 @@ from mlip_cli.profiling.step import (
     step_parts,
 )
 from mlip_cli.recipe.config import LOSS_NAMES, Recipe
-from mlip_cli.train.step import COPY, OPTIMIZER, TrainingStep
+from mlip_cli.train.step import COPY, OPTIMIZER
 
 STAGES = ["image tower, block 1", "image tower, block 2", "image tower, blocks 3-4"]
 CPU = torch.device("cpu")
 
 
-def make_step(recipe: Recipe | None = None) -> TrainingStep:
+def make_step(recipe: Recipe | None = None) -> RepeatedStep:
     recipe = recipe or small_recipe()
-    return TrainingStep(small_model(recipe).train(), recipe, small_batch(), CPU)
+    return RepeatedStep(small_model(recipe).train(), recipe, small_batch(), CPU)
 
 
 def recipe_of(*, mlip: bool = True, micro_batch_size: int | None) -> Recipe:
@@ -46,7 +47,7 @@ def recipe_of(*, mlip: bool = True, micro_batch_size: int | None) -> Recipe:
 class Workshop:
     """A machine whose clock moves only where a function was given its seconds."""
 
-    def __init__(self, step: TrainingStep, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, step: RepeatedStep, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now, self.monkeypatch = 0.0, monkeypatch
         self.recorder = StepRecorder(step)
         self.recorder.clock.now = lambda: self.now
@@ -93,7 +94,7 @@ def test_seconds_land_in_the_part_that_does_the_work(workshop: Workshop) -> None
     workshop.slow(objective, "info_nce", 9)
     workshop.slow(objective, "sparc_sum", 11)
     workshop.slow(torch.autograd, "backward", 13)
-    workshop.slow(step.optimizer, "step", 15)
+    workshop.slow(step.stepper.training.optimizer, "step", 15)
     workshop.slow(torch.nn.utils, "clip_grad_norm_", 16)
     assert workshop.parts() == {
         STAGES[0]: 1 + 2 + 4,
@@ -196,9 +197,9 @@ def test_losses_one_by_one_are_the_losses_and_have_their_gradient() -> None:
     step = make_step()
     one_by_one = TimedObjective(step, StepRecorder(step).clock)
     encoded = step.model(step.batch)
-    num_captions = step.objective.count_captions(encoded.text_mask)
+    num_captions = step.stepper.objective.count_captions(encoded.text_mask)
     terms, gradients = [], []
-    for which in (step.objective, one_by_one):
+    for which in (step.stepper.objective, one_by_one):
         own = which.batch_terms(features_of(encoded)) | which.sample_terms(encoded, num_captions)
         terms.append(own)
         gradients.append(torch.autograd.grad(which.total(own), step.model.parameters(), retain_graph=True))

@@ -120,7 +120,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, 
         with Forked([str(folder)], folder / f"words_{ranks}", ranks=ranks, body=evaluated) as evaluation:
             assert evaluation.join() == [0] * ranks, evaluation.said()
         said = evaluation.said()
-        assert said.count("none of its numbers are written") == 1, "rank 0 says it"
+        assert said.count("its measures are not written") == 1, "rank 0 says it"
         assert said.count("step 8: folder:classes: mean recall") == 1
     return {
         ranks: [torch.load(folder / f"{ranks}.{rank}.pt", weights_only=True) for rank in range(ranks)]

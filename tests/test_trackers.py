@@ -17,8 +17,10 @@ from mlip_cli.recipe.config import Log
 from mlip_cli.runs import start as run_start
 from mlip_cli.runs.folder import Run
 from mlip_cli.runs.start import check_trackers
+from mlip_cli.terminal.panel import TrainingPanel
+from mlip_cli.train.journal import Journal
 from mlip_cli.train.metrics import MetricsFile
-from mlip_cli.train.trackers import Line, Trackers, opened_trackers
+from mlip_cli.train.trackers import MetricsLine, Trackers, opened_trackers
 
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -28,10 +30,10 @@ class Recorder:
 
     def __init__(self, name: str, error: Exception | None = None) -> None:
         self.name, self.error = name, error
-        self.lines: list[Line] = []
+        self.lines: list[MetricsLine] = []
         self.exit_codes: list[int] = []
 
-    def append(self, line: Line) -> None:
+    def append(self, line: MetricsLine) -> None:
         if self.error is not None:
             raise self.error
         self.lines.append(line)
@@ -53,12 +55,13 @@ def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
 def session(run: Run, log: Log, *, after: int, until: int) -> None:
     """Lines of the steps between, at every other one of an evaluation too."""
     with opened_trackers(log, run, config={}, step=after) as trackers:
-        metrics = MetricsFile(run.metrics, also=trackers.append)
+        metrics = MetricsFile(run.metrics)
         metrics.cut_back(after, measured_step=after)
+        journal = Journal(metrics, TrainingPanel(until, is_live=False), trackers)
         for step in range(after + 1, until + 1):
-            metrics.append({"step": step, "loss": 4 / step, "scale/x": float("nan") if step == 3 else 10.0 * until})
+            journal.line({"step": step, "loss": 4 / step, "scale/x": float("nan") if step == 3 else 10.0 * until})
             if step % 2 == 0:
-                metrics.append({"step": step, "a_acc1": step / 8})
+                journal.measures({"step": step, "a_acc1": step / 8})
 
 
 def test_tensorboard_shows_metrics_jsonl_and_no_step_twice_after_a_resume(tmp_path: Path) -> None:
@@ -87,7 +90,7 @@ def test_a_tracker_whose_disk_is_full_is_named_once_and_the_others_go_on(caplog:
     assert [line["step"] for line in whole.lines] == [1, 2]
     assert (broken.exit_codes, whole.exit_codes) == ([], [0])
     assert caplog.messages == [
-        "log.wandb: [Errno 28] No space left on device; it gets nothing more, metrics.jsonl has all"
+        "log.wandb: [Errno 28] No space left on device; it gets no more lines; metrics.jsonl has all of them"
     ]
 
 
@@ -290,7 +293,7 @@ def test_a_training_outlives_the_process_that_sends_to_wandb(with_wandb: dict[st
     warnings = [line for line in words.splitlines() if line.startswith("warning: ")]
     assert len(warnings) == 1
     assert warnings[0].startswith("warning: log.wandb: ")
-    assert warnings[0].endswith("; it gets nothing more, metrics.jsonl has all")
+    assert warnings[0].endswith("; it gets no more lines; metrics.jsonl has all of them")
 
 
 def test_wandb_without_a_login_says_what_to_do(with_wandb: dict[str, tuple[Path, str]]) -> None:
@@ -303,6 +306,6 @@ def test_wandb_without_a_login_says_what_to_do(with_wandb: dict[str, tuple[Path,
 def test_wandb_without_a_network_is_written_offline(with_wandb: dict[str, tuple[Path, str]]) -> None:
     folder, words = with_wandb["no network"]
     [warning] = [line for line in words.splitlines() if line.startswith("warning: ")]
-    assert warning.endswith(f"; written to {folder}/wandb for wandb sync, nothing is sent now")
+    assert warning.endswith(f"; lines go to {folder}/wandb, and wandb sync sends them later")
     [path] = folder.glob("wandb/offline-run-*/*.wandb")
     assert [row["step"] for row in history(path)[1]] == [1, 2, 2]

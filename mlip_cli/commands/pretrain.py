@@ -1,4 +1,4 @@
-"""`mlip pretrain`: what happens before torch is needed, and what stays when it is over."""
+"""`mlip pretrain`: checks without torch, then the training (commands/training.py), then the run folder on stdout."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,11 @@ from mlip_cli.terminal.output import is_main, print_json, print_lines, say
 def pretrain(
     source: str, overrides: list[str], *, out: Path | None, resume: bool, dry_run: bool, as_json: bool
 ) -> None:
-    """Train by a recipe; all that can be mistyped in it is found before torch is imported."""
+    """Train by a recipe; its mistakes show before torch is imported.
+
+    Raises:
+        Stopped: a signal came; the message ends with the command that resumes the run.
+    """
     loaded = load_recipe(source, overrides)
     start = choose_start(loaded.recipe, loaded.name, out=out, resume=resume)
     if not start.resumes and loaded.recipe.model.init is not None:
@@ -31,7 +35,8 @@ def pretrain(
         say(f"{run.folder}: finished already; nothing to do")
     else:
         if resume and not start.resumes:
-            say(f"--resume: {_why_new(out)}; a new run starts")
+            missing = f"no unfinished run of this recipe in {RUNS}/" if out is None else f"no checkpoint in {out}"
+            say(f"--resume: {missing}; a new run starts")
         say(f"{loaded.name}: opening the data and building the model")
         from mlip_cli.commands.training import train_run
 
@@ -41,15 +46,11 @@ def pretrain(
             go_on = command_to_resume(source, overrides, out=out)
             raise Stopped(f"{stop}; go on with:\n{go_on}", exit_code=stop.exit_code) from None
     if is_main():
-        _report(run, as_json=as_json)
+        print_run(run, as_json=as_json)
 
 
-def _why_new(out: Path | None) -> str:
-    return f"no unfinished run of this recipe in {RUNS}/" if out is None else f"no checkpoint in {out}"
-
-
-def _report(run: Run, *, as_json: bool) -> None:
-    """The run folder on stdout, as JSON with its last measures."""
+def print_run(run: Run, *, as_json: bool) -> None:
+    """The run folder on stdout; as JSON with its last measures."""
     if not as_json:
         print_lines(str(run.folder))
         return

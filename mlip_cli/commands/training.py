@@ -1,6 +1,5 @@
-"""Where data, model, objective and loop meet."""
+"""A training by a recipe: where data, model, steps, evaluators and the run folder meet."""
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from functools import partial
@@ -15,42 +14,44 @@ from mlip_cli.errors import RunError, Stopped, UsageError
 from mlip_cli.evaluate.evaluators import Evaluator, training_evaluators
 from mlip_cli.evaluate.gallery import find_pairs, write_gallery
 from mlip_cli.evaluate.together import EvaluationStopped, OnBatch
-from mlip_cli.evaluate.validation import BATCH_SIZE, validation_pairs
+from mlip_cli.evaluate.validation import BATCH_SIZE, ValidationPairs, validation_pairs
 from mlip_cli.files import write_json
-from mlip_cli.losses.objective import Objective
-from mlip_cli.model.clip import CLIP
 from mlip_cli.recipe.config import Log, Recipe
-from mlip_cli.recipe.merge_plan import MergePlan, merging_steps
 from mlip_cli.report.write import rebuild
 from mlip_cli.runs.folder import Run, claimed
 from mlip_cli.runs.recording import data_cards, recorded
 from mlip_cli.runs.start import MICRO_BATCHES, Start, drawn_by_forward_passes
 from mlip_cli.terminal.output import is_main, say, warn
-from mlip_cli.terminal.panel import TimeLeft, TrainingPanel, training_panel
+from mlip_cli.terminal.panel import TrainingPanel, training_panel
 from mlip_cli.train.facts import cautions, facts, preflight, resume_facts
 from mlip_cli.train.gradients import RandomState
-from mlip_cli.train.loop import train
+from mlip_cli.train.journal import Journal, StallWarning
+from mlip_cli.train.loop import Timetable, train
 from mlip_cli.train.metrics import MetricsFile
 from mlip_cli.train.micro_batches import chosen_micro_batch_size
-from mlip_cli.train.resume import Saver, Training, restore
-from mlip_cli.train.setup import TrainingData, build, open_batches, open_data, training_device
-from mlip_cli.train.signals import sure_to_leave
-from mlip_cli.train.step import Progress
+from mlip_cli.train.resume import Saver, restore
+from mlip_cli.train.setup import (
+    TrainingData,
+    build,
+    build_stepper,
+    open_batches,
+    open_data,
+    plan_by_step,
+    training_device,
+)
+from mlip_cli.train.state import Progress, Training
 from mlip_cli.train.trackers import opened_trackers
-
-Evaluate = Callable[[int, Callable[[], bool]], dict[str, float] | None]
-"""Step, and whether a signal asks to stop -> measures by their names in metrics.jsonl; None if it was stopped."""
 
 
 def train_run(recipe: Recipe, start: Start) -> Run:
-    """Train by `recipe`; everything that is wrong with it or the data shows before the run folder is touched."""
+    """Train by `recipe`. Mistakes in it or in the data show before the run folder is touched."""
     device = training_device(recipe)
-    with sure_to_leave(), process_group(device):
+    with process_group(device):
         run = Run(Path(from_main(str(start.run.folder))))
         data = open_data(recipe)
-        wait_for_ranks()  # data may have had to be copied or indexed on some machines first, here and below
+        wait_for_ranks()  # some machines may have copied or indexed data first, here and below
         lines = preflight(data.datasets, data.order, recipe.train.global_batch_size, world_size())
-        checkpoint = checkpoint_of_all(run, start)
+        checkpoint = shared_checkpoint(run, resumes=start.resumes)
         training, init = build(recipe, device, fresh=checkpoint is None)
         progress, random = Progress(), None
         if checkpoint is not None:
@@ -64,38 +65,34 @@ def train_run(recipe: Recipe, start: Start) -> Run:
 
         with (
             reported(run),
-            place_named(run),
             recorded(run, recipe, device=device, fingerprints=data.fingerprints, step=progress.step),
         ):
             say(f"run folder: {run.folder}")
             of_model = facts(recipe, training.plain, data.total_steps)
             for line in [*lines, *init.facts, *of_model, *resume_facts(start, progress.step)]:
                 say(line)
-            if is_main():
-                write_json(run.data_cards, data_cards(data.datasets, pairs.datasets if pairs is not None else []))
             for line in [*init.cautions, *cautions(recipe, training.plain.training_plan, data.total_steps)]:
                 warn(line)
+            if is_main():
+                write_json(run.data_cards, data_cards(data.datasets, pairs.datasets if pairs is not None else []))
             run_loop(run, recipe, data, training, progress, evaluators=evaluators, random=random)
             if pairs is not None:
-                with training.as_measured() as model, evaluation_memory_named("the gallery"):
-                    found = find_pairs(model.eval(), pairs)
-                if is_main():
-                    write_gallery(run, found, pairs, step=progress.step, true_rate=training.plain.plan.rate)
+                show_pairs(run, training, pairs, step=progress.step)
     return run
 
 
-def checkpoint_of_all(run: Run, start: Start) -> Path | None:
-    """The checkpoint that rank 0 goes on from, on every rank; None: a new run.
+def shared_checkpoint(run: Run, *, resumes: bool) -> Path | None:
+    """The checkpoint that rank 0 resumes from, on every rank, whatever this rank sees; None: a new run.
 
     Raises:
         UsageError: another rank does not see it.
     """
-    newest = run.latest_checkpoint() if start.resumes else None
+    newest = run.latest_checkpoint() if resumes else None
     chosen = from_main(str(newest or ""))
     if chosen and not Path(chosen).is_dir():
         raise UsageError(
-            f"{chosen}: rank 0 goes on from there, and rank {rank()} sees no such folder; keep run folders on a disk "
-            "that all nodes share"
+            f"{chosen}: rank 0 resumes from this checkpoint, and rank {rank()} does not see it; keep run folders on a "
+            "disk that all nodes share"
         )
     return Path(chosen) if chosen else None
 
@@ -115,105 +112,81 @@ def run_loop(
     Args:
         random: the state of the generators that a resumed run goes on with.
     """
-    device = training.device
-    saver = Saver(run.checkpoints, recipe.train, training, data=data.fingerprints)
-    batches = open_batches(recipe, data, device, start_step=progress.step)
+    config, log = recipe.train, recipe.log
+    batches = open_batches(recipe, data, training.device, start_step=progress.step)
     wait_for_ranks()
-    share = recipe.train.global_batch_size // world_size()
+    share = config.global_batch_size // world_size()
     micro_batch_size = chosen_micro_batch_size(recipe, training, progress, share=share)
-    at_once = min(share, micro_batch_size or share)
-    drawn = drawn_by_forward_passes(recipe)
-    note = ", which gives the same gradient" if drawn is None else f" in a new run: it changes what {drawn} draws"
-    config = recipe.model_dump(mode="json")
     with (
-        opened_trackers(recipe.log if is_main() else Log(), run, config=config, step=progress.step) as trackers,
+        opened_trackers(
+            log if is_main() else Log(), run, config=recipe.model_dump(mode="json"), step=progress.step
+        ) as trackers,
         closing(batches),  # type: ignore[type-var]
-        training_panel(data.total_steps, step=progress.step, line_every=recipe.log.every_steps) as panel,
-        batch_named(MICRO_BATCHES, at_once, note=note),
+        training_panel(data.total_steps, line_every=log.every_steps) as panel,
+        batch_named(MICRO_BATCHES, min(share, micro_batch_size or share), note=memory_note(recipe)),
     ):
-        metrics = MetricsFile(run.metrics if is_main() else None, also=trackers.append)
+        metrics = MetricsFile(run.metrics if is_main() else None)
         metrics.cut_back(progress.step, measured_step=progress.measured_step)
-        left = TimeLeft(data.total_steps, step=progress.step, evaluate_every=recipe.evaluate.every_steps)
         if random is not None:
-            random.restore(device)
+            random.restore(training.device)
         train(
-            training.model,
-            Objective(recipe.losses),
-            training.optimizer,
+            build_stepper(training, recipe, total_steps=data.total_steps, micro_batch_size=micro_batch_size),
             batches,
-            recipe=recipe,
-            total_steps=data.total_steps,
-            progress=progress,
-            device=device,
-            precision=training.precision,
-            micro_batch_size=micro_batch_size,
-            average=training.average,
-            plan=partial(plan_of_step, recipe, training.plain, data.total_steps),
-            metrics=metrics,
-            show=lambda line: panel.update(line, eta_s=left.logged(int(line["step"]))),
-            on_step=lambda step: panel.move(step, eta_s=left.after(step)),
-            evaluate=timed(partial(measure, training, evaluators, panel), left),
-            save=partial(save, saver, panel, left),
-            is_save_due=saver.is_due,
+            progress,
+            timetable=Timetable(data.total_steps, log.every_steps, recipe.evaluate.every_steps),
+            plan_of=plan_by_step(recipe.model.merging, training.plain, data.total_steps),
+            evaluate=partial(measure, training, evaluators, panel),
+            saver=Saver(
+                run.checkpoints, config, training, data=data.fingerprints, best_metric=recipe.evaluate.best_metric
+            ),
+            journal=Journal(metrics, panel, trackers, stall=stall_warning(recipe)),
         )
 
 
-def plan_of_step(recipe: Recipe, model: CLIP, total_steps: int, step: int) -> MergePlan:
-    """The merges of a training step, counted from 1: none outside of `model.merging.active`."""
-    merging = recipe.model.merging
-    if merging is None or step in merging_steps(total_steps, merging.active):
-        return model.training_plan
-    return model.merge_plan(0.0)
+def stall_warning(recipe: Recipe) -> StallWarning | None:
+    """The warning for a global contrastive loss; None: the recipe has another one."""
+    term = recipe.losses.spatial_global
+    if term is None or term.kind != "infonce":
+        return None
+    patience = 2 * max(recipe.optim.warmup_steps, 50)
+    return StallWarning(recipe.train.global_batch_size, patience, recipe.log.every_steps)
+
+
+def memory_note(recipe: Recipe) -> str:
+    """What smaller micro-batches change, for the message about full memory."""
+    drawn = drawn_by_forward_passes(recipe)
+    return ", which gives the same gradient" if drawn is None else f" in a new run: it changes what {drawn} draws"
 
 
 @contextmanager
 def reported(run: Run) -> Iterator[None]:
-    """Write the run's page at its end, be it the last step, a stop or a failure."""
+    """Write the run's page at its end, after the last step, a stop or a failure; a stop says where the run is saved."""
     try:
         yield
-    except (Stopped, RunError):
+    except (Stopped, RunError) as error:
         with suppress(OSError, RunError):  # on a full disk the first error is the one to show
             rebuild(run)
+        if isinstance(error, Stopped):
+            raise Stopped(f"{error}, saved in {run.folder}", exit_code=error.exit_code) from None
         raise
     rebuild(run)
 
 
-@contextmanager
-def place_named(run: Run) -> Iterator[None]:
-    """Add the run folder to what is said of a training that was stopped."""
-    try:
-        yield
-    except Stopped as stop:
-        raise Stopped(f"{stop}, saved in {run.folder}", exit_code=stop.exit_code) from None
+def show_pairs(run: Run, training: Training, pairs: ValidationPairs, *, step: int) -> None:
+    """Write the gallery of validation pairs into the run folder; all ranks take part."""
+    with training.as_measured() as model, evaluation_memory_named("the gallery"):
+        found = find_pairs(model.eval(), pairs)
+    if is_main():
+        write_gallery(run, found, pairs, step=step, true_rate=training.plain.plan.rate)
 
 
 def evaluation_memory_named(work: str) -> AbstractContextManager[None]:
-    """Say what helps where an evaluation does not fit beside the training."""
+    """Name the cure if an evaluation does not fit beside the training."""
     return full_memory_named(
         work,
         f"{BATCH_SIZE} pictures at once beside the training",
         "take a smaller model, or leave it out of evaluate.zeroshot or data.validation and measure it afterwards",
     )
-
-
-def save(saver: Saver, panel: TrainingPanel, left: TimeLeft, progress: Progress) -> None:
-    """Write a checkpoint, say so meanwhile, and then how long it took: a SIGTERM leaves little time for it."""
-    panel.doing(f"saving the checkpoint of step {progress.step}")
-    start_s = time.monotonic()
-    with left.saving():
-        saver.save(progress)
-    panel.doing(None)
-    panel.measured(progress.step, "checkpoint", f"saved in {time.monotonic() - start_s:.1f} s")
-
-
-def timed(evaluate: Evaluate, left: TimeLeft) -> Evaluate:
-    """`evaluate`, whose cost `left` comes to know."""
-
-    def evaluate_timed(step: int, is_stopping: Callable[[], bool]) -> dict[str, float] | None:
-        with left.evaluating(step):
-            return evaluate(step, is_stopping)
-
-    return evaluate_timed
 
 
 def measure(
@@ -223,7 +196,7 @@ def measure(
     step: int,
     is_stopping: Callable[[], bool],
 ) -> dict[str, float] | None:
-    """All measures of the model as it is, without gradients, by all ranks and for all of them.
+    """All measures of the model, without gradients; all ranks share the work and get the result.
 
     None if a signal asked any rank to stop meanwhile. An error on one rank is raised on all.
     """
@@ -237,7 +210,7 @@ def measure(
                 panel.measured(step, evaluator.name, found.words)
                 measures |= found.values
     except EvaluationStopped:
-        warn(f"step {step}: the evaluation was stopped; none of its numbers are written")
+        warn(f"step {step}: the evaluation was stopped before its end, and its measures are not written")
         return None
     panel.doing(None)
     return measures

@@ -11,7 +11,7 @@ from mlip_cli.errors import RunError, UsageError
 from mlip_cli.model.clip import CLIP
 from mlip_cli.profiling import flops as costs
 from mlip_cli.profiling.loader import LoaderCost, measure_loader
-from mlip_cli.profiling.step import StepRecorder, breakdown, limit, step_parts
+from mlip_cli.profiling.step import RepeatedStep, StepRecorder, breakdown, limit, step_parts
 from mlip_cli.profiling.subject import Subject, pinned
 from mlip_cli.profiling.timing import SquareMatmul, Timing, measure_interleaved, peak_memory, square_matmul
 from mlip_cli.recipe.config import Recipe
@@ -20,7 +20,6 @@ from mlip_cli.terminal.output import say
 from mlip_cli.terminal.panel import progress
 from mlip_cli.train.gradients import Precision
 from mlip_cli.train.setup import num_workers
-from mlip_cli.train.step import TrainingStep
 from mlip_cli.types import Batch
 
 STEP = "training step"
@@ -86,9 +85,9 @@ def measures_of_step(subject: Subject, batch: Batch, rounds: int, datasets: Sequ
     }
 
 
-def training_step(subject: Subject, batch: Batch) -> TrainingStep:
+def training_step(subject: Subject, batch: Batch) -> RepeatedStep:
     """The step on a batch, by the recipe's micro-batches where they are smaller."""
-    step = TrainingStep(subject.model, subject.recipe, pinned(batch, subject.device), subject.device)
+    step = RepeatedStep(subject.model, subject.recipe, pinned(batch, subject.device), subject.device)
     size = subject.recipe.train.given_micro_batch_size
     if size is not None and step.micro_batch_size is None:
         say(
@@ -100,7 +99,7 @@ def training_step(subject: Subject, batch: Batch) -> TrainingStep:
 
 def timings_of_step(
     subject: Subject,
-    step: TrainingStep,
+    step: RepeatedStep,
     batch: Batch,
     recorder: StepRecorder,
     matmuls: Mapping[str, SquareMatmul],
@@ -118,7 +117,7 @@ def timings_of_step(
 
 
 def parts_and_limit(
-    step: TrainingStep, recorder: StepRecorder, loader: LoaderCost | None, *, step_s: float, num_workers: int
+    step: RepeatedStep, recorder: StepRecorder, loader: LoaderCost | None, *, step_s: float, num_workers: int
 ) -> dict[str, Any]:
     """Where the time of the step goes, what the loader needs beside it, and which of them the training waits for."""
     n = len(step.batch.images)

@@ -6,7 +6,7 @@ change nothing in what is computed; what they cost is measured against the same 
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import wraps
 from itertools import pairwise
@@ -20,17 +20,19 @@ from mlip_cli.devices import synchronize
 from mlip_cli.losses.features import Features
 from mlip_cli.losses.objective import Objective, is_over_batch
 from mlip_cli.model.clip import CLIP
-from mlip_cli.recipe.config import LOSS_NAMES
-from mlip_cli.train.step import COPY, OPTIMIZER, TrainingStep
-from mlip_cli.types import Encoded
+from mlip_cli.recipe.config import LOSS_NAMES, Recipe
+from mlip_cli.train.gradients import BACKWARD, Precision
+from mlip_cli.train.gradients import FORWARD_WITHOUT_GRAPH as FIRST_PASS
+from mlip_cli.train.optim import Schedule, build_optimizer, set_learning_rate
+from mlip_cli.train.state import Training
+from mlip_cli.train.step import COPY, OPTIMIZER, Stepper, StepSettings
+from mlip_cli.types import Batch, Encoded
 
-FIRST_PASS = "forward without graph"
 MERGING = "token merging"
 TEXT = "text tower"
 FREQUENCY = "frequency branch"
 HEADS = "token heads"
 REST = "masks and pooling"
-BACKWARD = "backward"
 
 
 @dataclass(frozen=True)
@@ -42,20 +44,76 @@ class TimedStep:
     parts: dict[str, float]
 
 
+class RepeatedStep:
+    """One step as `train` takes it, on one batch again and again, with a learning rate of 0.
+
+    Args:
+        batch: where the loader leaves it: in main memory, pinned for CUDA.
+    """
+
+    def __init__(self, model: CLIP, recipe: Recipe, batch: Batch, device: torch.device) -> None:
+        self.model, self.device, self.batch, self.losses = model, device, batch, recipe.losses
+        size = recipe.train.given_micro_batch_size
+        self.micro_batch_size = size if size is not None and size < len(batch.images) else None
+        """None too where the recipe's are no smaller than this batch."""
+        self.precision = Precision.named(recipe.train.precision, device)
+        training = Training(model, build_optimizer(model, recipe.optim), self.precision, device)
+        set_learning_rate(training.optimizer, 0.0)  # for pieces that only update
+        at_rest = Schedule(peak=0.0, warmup_steps=0, total_steps=1)
+        settings = StepSettings(at_rest, recipe.optim.clip_grad_norm, len(batch.images), self.micro_batch_size)
+        self.stepper = Stepper(training, Objective(recipe.losses), settings)
+
+    def __call__(self) -> None:
+        self.stepper.take(self.batch, 1, None)
+
+    def parts_of_step(self, batch: Batch) -> dict[str, Callable[[], None]]:
+        """Pieces of the step that can run alone, each with all that it needs at hand; holds one gradient."""
+        stepper, optimizer = self.stepper, self.stepper.training.optimizer
+        size = self.micro_batch_size or len(batch.images)
+        micro_batches = [
+            Batch(images, token_ids, keys=())
+            for images, token_ids in zip(batch.images.split(size), batch.token_ids.split(size), strict=True)
+        ]
+        stepper.add_gradients(batch, None)
+        gradients = [(parameter, parameter.grad) for parameter in self.model.parameters()]
+        optimizer.zero_grad(set_to_none=True)
+
+        def forward() -> None:
+            for micro_batch in micro_batches:
+                with self.precision.autocast(self.device):
+                    self.model(micro_batch)
+
+        def forward_and_backward() -> None:
+            stepper.add_gradients(batch, None)
+            optimizer.zero_grad(set_to_none=True)
+
+        def update() -> None:
+            for parameter, gradient in gradients:
+                parameter.grad = gradient
+            stepper.update(1)
+
+        return {"training forward": forward, "training forward and backward": forward_and_backward, OPTIMIZER: update}
+
+
 class StepRecorder:
     """Takes the step with clocks around its parts, again and again."""
 
-    def __init__(self, step: TrainingStep) -> None:
+    def __init__(self, step: RepeatedStep) -> None:
         self.step = step
         self.clock = PartClock(step.device, undivided=(FIRST_PASS, BACKWARD))
-        self.objective = TimedObjective(step, self.clock)
+        stepper = step.stepper
+        self.stepper = Stepper(stepper.training, TimedObjective(step, self.clock), stepper.settings)
         self.steps: list[TimedStep] = []
 
     def __call__(self) -> None:
         whole = PartClock(self.step.device)
         with timed_parts(self.step.model, self.clock), whole.part("step"):
-            self.step(self.objective, self.clock.part)
+            self.stepper.take(self.step.batch, 1, None, self._part)
         self.steps.append(TimedStep(whole.take()["step"], self.clock.take()))
+
+    def _part(self, name: str) -> AbstractContextManager[None]:
+        """Copy and optimiser; the parts of the rest have clocks of their own."""
+        return self.clock.part(name) if name in (COPY, OPTIMIZER) else nullcontext()
 
 
 class PartClock:
@@ -138,8 +196,8 @@ class TimedObjective:
     training would take for this loss alone. Values and gradients are those of the whole objective.
     """
 
-    def __init__(self, step: TrainingStep, clock: PartClock) -> None:
-        self.whole, self.clock = step.objective, clock
+    def __init__(self, step: RepeatedStep, clock: PartClock) -> None:
+        self.whole, self.clock = step.stepper.objective, clock
         self.batch_token_losses = self.whole.batch_token_losses
         terms = {name: term for name in LOSS_NAMES if (term := getattr(step.losses, name)) is not None}
         alone = {
@@ -184,7 +242,7 @@ def stage_names(model: CLIP) -> list[str]:
     return names
 
 
-def step_parts(step: TrainingStep) -> dict[str, str]:
+def step_parts(step: RepeatedStep) -> dict[str, str]:
     """Part of the step -> its group, in the order of the step."""
     model, groups = step.model, {COPY: "data"}
     if step.micro_batch_size is not None:

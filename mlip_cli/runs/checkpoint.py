@@ -1,4 +1,4 @@
-"""Checkpoints: a folder that is whole or absent. Weights as safetensors, the rest loadable with `weights_only=True`."""
+"""Checkpoints: folders that are whole or absent. Weights are safetensors; torch loads the rest as plain data."""
 
 import os
 import re
@@ -18,7 +18,7 @@ from mlip_cli.runs.folder import STATE, checkpoint_folders, checkpoint_name, ste
 
 WEIGHTS = "model.safetensors"
 TRAINING_WEIGHTS = "training.safetensors"
-"""With averaged weights in the other file: those that training goes on with, of the same parameters."""
+"""With averaging, the raw weights that a resumed run needs; `model.safetensors` has the averaged ones."""
 
 
 def save_checkpoint(
@@ -29,11 +29,13 @@ def save_checkpoint(
     state: dict[str, Any],
     training_weights: dict[str, Tensor] | None = None,
 ) -> None:
-    """Write folder/step_NNNNNNN: temporary name, sync, rename. What fails leaves earlier checkpoints and no half one.
+    """Write folder/step_NNNNNNN under a temporary name, sync it and rename it.
+
+    A failure leaves the earlier checkpoints and no half of this one.
 
     Raises:
         RunError: the disk is full.
-        OSError: it could not be written for another reason.
+        OSError: the checkpoint could not be written for another reason.
     """
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / checkpoint_name(step)
@@ -55,11 +57,11 @@ def save_checkpoint(
 
 
 def _write_parts(temporary: Path, final: Path, *, parts: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
-    """Write and sync all files; what torch and safetensors say of it becomes the system's own error again."""
+    """Write and sync all files; errors of torch and safetensors become the system's own errors again."""
     try:
         for part, weights in parts.items():
             save_file({name: tensor.detach().contiguous() for name, tensor in weights.items()}, temporary / part)
-        with open(temporary / STATE, "wb") as file:  # a path would hide from us why it cannot be written
+        with open(temporary / STATE, "wb") as file:  # given a path, torch would hide the reason of a failure
             torch.save(state, file)
         for path in temporary.iterdir():
             with open(path, "rb") as file:
@@ -72,7 +74,7 @@ def _write_parts(temporary: Path, final: Path, *, parts: dict[str, dict[str, Ten
 
 
 def _system_error(error: BaseException) -> int | None:
-    """The system's number for what lies behind an error: torch fails on its way out of it, safetensors names it."""
+    """The errno behind an error: torch raises while it handles the system's error, safetensors names the number."""
     if isinstance(error.__context__, OSError):
         return error.__context__.errno
     named = re.search(r"\(os error (\d+)\)", str(error))
@@ -80,15 +82,17 @@ def _system_error(error: BaseException) -> int | None:
 
 
 def remove_old_checkpoints(folder: Path, *, last: int, every_steps: int | None, also: Collection[int] = ()) -> None:
-    """Keep the newest `last` checkpoints, those at multiples of `every_steps` and `also` those of the steps named;
-    other names are not ours."""
+    """Keep the newest `last` checkpoints, those at multiples of `every_steps`, and those of the steps in `also`.
+
+    Folders with other names stay.
+    """
     for path in checkpoint_folders(folder)[:-last]:
         if not (every_steps and step_of(path) % every_steps == 0) and step_of(path) not in also:
             shutil.rmtree(path)
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete what a killed process left of a checkpoint it had not finished; one that it was replacing stays."""
+    """Delete the unfinished checkpoint of a killed process; the checkpoint that it was replacing stays."""
     for aside in folder.glob(".step_*.old.tmp"):
         replaced = folder / aside.name.removeprefix(".").removesuffix(".old.tmp")
         if not replaced.exists():
@@ -101,16 +105,16 @@ def load_weights(checkpoint: Path) -> dict[str, Tensor]:
     """Weights of a checkpoint folder, on the CPU.
 
     Raises:
-        UsageError: this is no checkpoint of mlip, or a damaged one.
+        UsageError: the folder is not a checkpoint of mlip, or it is damaged.
     """
     return _load_part(checkpoint, WEIGHTS)
 
 
 def load_training_weights(checkpoint: Path) -> dict[str, Tensor]:
-    """Of a checkpoint with averaged weights those that training goes on with, on the CPU.
+    """The raw weights of a checkpoint with averaged weights, on the CPU.
 
     Raises:
-        UsageError: a damaged checkpoint, or one without averaged weights.
+        UsageError: the checkpoint is damaged, or it has no averaged weights.
     """
     return _load_part(checkpoint, TRAINING_WEIGHTS)
 
@@ -127,7 +131,7 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
     """Everything but the weights, as plain data.
 
     Raises:
-        UsageError: this is no checkpoint of mlip, or a damaged one.
+        UsageError: the folder is not a checkpoint of mlip, or it is damaged.
     """
     path = _part(checkpoint, STATE)
     try:
@@ -144,4 +148,4 @@ def _part(checkpoint: Path, name: str) -> Path:
 
 
 def _damaged(path: Path, what: str) -> UsageError:
-    return UsageError(f"{path}: {what}; remove {path.parent}, and the one before it is taken")
+    return UsageError(f"{path}: {what}; remove {path.parent}, and mlip takes the checkpoint before it")

@@ -1,4 +1,4 @@
-"""A running average of the weights, which is often better than the last weights (Polyak and Juditsky, 1992)."""
+"""A running average of the weights; it is often better than the last weights (Polyak and Juditsky, 1992)."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,10 +11,10 @@ from mlip_cli.distributed import full_on_main, local, sharded_like
 
 
 class WeightAverage:
-    """Average of what trains in `model` over the last `horizon` samples or so.
+    """Average of the trained parameters of `model` over about the last `horizon` samples.
 
-    After n samples the newest weights count with batch / min(n, horizon): until n reaches the horizon this is the mean
-    of the weights after every step, later an exponential average that forgets over `horizon` samples.
+    After n samples the newest weights have the share batch / min(n, horizon). Until n reaches the horizon this is the
+    mean of the weights after every step; later it is an exponential average over about `horizon` samples.
     """
 
     def __init__(self, model: nn.Module, *, horizon: int) -> None:
@@ -24,14 +24,14 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, *, samples_seen: int, batch_size: int) -> None:
-        """Take in the weights after a step, the last of `samples_seen`, over `batch_size`."""
+        """Add the weights after a step of `batch_size` samples, the last ones of `samples_seen`."""
         newest = batch_size / min(max(self.horizon, batch_size), samples_seen)
         averages, weights = ([local(t) for t in tensors] for tensors in (self._averages.values(), self._own()))
         get_ema_multi_avg_fn(1 - newest)(averages, weights, samples_seen)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """For the block, the model has the averaged weights; afterwards its own again, to the bit."""
+        """In the block the model has the averaged weights; afterwards it has its own again, to the bit."""
         own = [local(p).detach().clone() for p in self._own()]
         self._set([local(average) for average in self._averages.values()])
         try:
@@ -40,7 +40,7 @@ class WeightAverage:
             self._set(own)
 
     def weights(self) -> dict[str, Tensor]:
-        """The averages by the names of their parameters, whole on rank 0 (see `full_on_main`)."""
+        """The averages by the names of the parameters, whole on rank 0 (see `full_on_main`)."""
         return full_on_main(self._averages)
 
     def load(self, weights: dict[str, Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""What a training says of itself before its first step."""
+"""The lines that a training prints before its first step."""
 
 from collections.abc import Sequence
 
@@ -14,16 +14,18 @@ from mlip_cli.terminal.output import plural
 from mlip_cli.train.setup import num_workers
 
 
-def facts(recipe: Recipe, model: CLIP, total_steps: int) -> list[str]:
-    """Lines about what was derived from the recipe."""
+def facts(recipe: Recipe, model: CLIP, total_steps: int | None) -> list[str]:
+    """Lines about what follows from the recipe; `total_steps` is None if data that is missing leaves it open."""
+    train, plan = recipe.train, model.training_plan
     parameters = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = f", {trained:,} of them train (model.freeze: {model.frozen})" if model.frozen else ""
-    plan, loaders = model.training_plan, plural(num_workers(recipe), "loader process", "loader processes")
+    length = plural(train.epochs or 0, "epoch") if total_steps is None else plural(total_steps, "step")
+    loaders = plural(num_workers(recipe), "loader process", "loader processes")
+    at_a_time = f", {train.given_micro_batch_size:,} samples at a time" if train.given_micro_batch_size else ""
     lines = [
-        f"{plural(parameters, 'parameter')}{frozen}; {plural(total_steps, 'step')} with batches of "
-        f"{recipe.train.global_batch_size:,} on {plural(world_size(), 'rank')}, {loaders} each, "
-        f"{recipe.train.precision}"
+        f"{plural(parameters, 'parameter')}{frozen}; {length} with batches of {train.global_batch_size:,} on "
+        f"{plural(world_size(), 'rank')}{at_a_time}, {loaders} each, {train.precision}"
     ]
     if plan.at:
         tokens = " ".join(map(str, plan.tokens))
@@ -35,17 +37,19 @@ def facts(recipe: Recipe, model: CLIP, total_steps: int) -> list[str]:
     return lines
 
 
-def phase(recipe: Recipe, total_steps: int) -> str:
-    """Words for the steps in which tokens merge; none where all do."""
+def phase(recipe: Recipe, total_steps: int | None) -> str:
+    """Words for the steps in which tokens merge; an empty text if they merge in all of them."""
     assert recipe.model.merging is not None
+    if total_steps is None:
+        return ""
     steps = merging_steps(total_steps, recipe.model.merging.active)
     if len(steps) == total_steps:
         return ""
-    return f", in steps {steps[0]:,} to {steps[-1]:,}" if steps else ", in no step of so few"
+    return f", in steps {steps[0]:,} to {steps[-1]:,}" if steps else ", in no step: the run has too few"
 
 
 def cautions(recipe: Recipe, plan: MergePlan, total_steps: int | None) -> list[str]:
-    """What is allowed and probably not meant; `total_steps` is None where missing data leaves it open."""
+    """Lines about settings that are allowed and probably not meant; for `total_steps` see `facts`."""
     lines = _idle_keys(recipe, total_steps)
     if plan.largest_merge > MOST_IN_ONE_MERGE:
         lines.append(
@@ -61,7 +65,7 @@ def cautions(recipe: Recipe, plan: MergePlan, total_steps: int | None) -> list[s
 
 
 def _idle_keys(recipe: Recipe, total_steps: int | None) -> list[str]:
-    """Values that change nothing, or not what they are for."""
+    """Lines about values that change nothing, or that only do harm."""
     lines, merging, layer_decay = [], recipe.model.merging, recipe.optim.layer_decay
     if merging is not None and merging.rate == 0:
         changed = {"at": merging.at is not None, "active": merging.active != DEFAULT.active}
@@ -73,31 +77,31 @@ def _idle_keys(recipe: Recipe, total_steps: int | None) -> list[str]:
     elif merging is not None and total_steps is not None and not merging_steps(total_steps, merging.active):
         first, last = merging.active
         lines.append(
-            f"model.merging.active [{first:g}, {last:g}] holds none of the {plural(total_steps, 'step')} of the run: "
-            "nothing merges in training; widen it"
+            f"model.merging.active [{first:g}, {last:g}] contains none of the {plural(total_steps, 'step')} of the "
+            "run: nothing merges in training; widen it"
         )
     if layer_decay < 1 and recipe.model.init is None:
         lines.append(
-            f"optim.layer_decay {layer_decay:g} is for training on, and model.init is null: it slows the lower blocks "
-            "of random weights; set it to 1"
+            f"optim.layer_decay {layer_decay:g} is for trained weights, and model.init is null: it slows the lower "
+            "blocks of random weights; set it to 1"
         )
     return lines
 
 
 def resume_facts(start: Start, step: int) -> list[str]:
-    """Lines about what goes on, and with which permitted changes."""
+    """Lines about the run that is resumed, and the permitted changes of its recipe."""
     if not start.resumes:
         return []
-    changes = [f"changed since: {path}: {old} -> {new}" for path, old, new in start.changes]
-    return [f"going on with {start.run.folder} after step {step:,}", *changes]
+    changes = [f"changed: {path}: {old} -> {new}" for path, old, new in start.changes]
+    return [f"resuming {start.run.folder} after step {step:,}", *changes]
 
 
 def preflight(datasets: Sequence[ShardDataset], order: Order, global_batch_size: int, world_size: int) -> list[str]:
-    """Lines about what was found and what it makes of steps and epochs; the first sample of each data set is decoded.
+    """Lines about the data sets and the steps of an epoch; the first sample of each data set is decoded.
 
     Raises:
         UsageError: the global batch does not divide by the ranks.
-        RunError: a first sample that cannot be read.
+        RunError: the first sample of a data set cannot be read.
     """
     check_divides(global_batch_size, world_size)
     lines = []

@@ -12,6 +12,13 @@ from mlip_cli.losses.features import Features, ObjectiveLike, TokenFeatures, fea
 from mlip_cli.recipe.merge_plan import MergePlan
 from mlip_cli.types import Batch, Encoded
 
+FORWARD = "forward"
+FORWARD_WITHOUT_GRAPH = "forward without graph"
+LOSSES = "losses"
+BACKWARD = "backward"
+PartOf = Callable[[str], AbstractContextManager[object]]
+"""Name of a part of the step -> a context that is open while it runs."""
+
 
 @dataclass(frozen=True)
 class Precision:
@@ -66,7 +73,7 @@ def add_gradients(
     precision: Precision,
     micro_batch_size: int | None,
     plan: MergePlan | None = None,
-    sum_count: Callable[[Tensor], Tensor] = all_sum,
+    part: PartOf = nullcontext,
 ) -> dict[str, Tensor]:
     """Add the gradient of the global batch to the parameters; return the terms of this rank, detached.
 
@@ -75,13 +82,13 @@ def add_gradients(
         batch: this rank's share, on the model's device.
         micro_batch_size: samples per forward pass, or None for the whole share.
         plan: merges of this step; None: the model's own.
-        sum_count: sums a 0-d count over ranks.
+        part: opens a context by name around each part of the work, for a clock.
     """
     if micro_batch_size is None or micro_batch_size >= len(batch.images):
-        terms = _at_once(model, objective, batch, precision, plan, sum_count)
+        terms = _at_once(model, objective, batch, precision, plan, part)
     else:
-        parts = _split(batch, micro_batch_size)
-        terms = _by_micro_batches(model, objective, parts, precision, plan, sum_count)
+        micro_batches = _split(batch, micro_batch_size)
+        terms = _by_micro_batches(model, objective, micro_batches, precision, plan, part)
     return {name: value.detach() for name, value in terms.items()}
 
 
@@ -91,24 +98,27 @@ def _at_once(
     batch: Batch,
     precision: Precision,
     plan: MergePlan | None,
-    sum_count: Callable[[Tensor], Tensor],
+    part: PartOf,
 ) -> dict[str, Tensor]:
-    with precision.autocast(batch.images.device):
+    with part(FORWARD), precision.autocast(batch.images.device):
         encoded: Encoded = model(batch, plan=plan)
-    num_captions = sum_count(objective.count_captions(encoded.text_mask))
-    terms = objective.batch_terms(_features(objective, encoded, batch))
-    terms = {**terms, **objective.sample_terms(encoded, num_captions)}
-    precision.scaler.scale(objective.total(terms)).backward()
+    with part(LOSSES):
+        num_captions = all_sum(objective.count_captions(encoded.text_mask))
+        terms = objective.batch_terms(_features(objective, encoded, batch))
+        terms = {**terms, **objective.sample_terms(encoded, num_captions)}
+        loss = precision.scaler.scale(objective.total(terms))
+    with part(BACKWARD):
+        loss.backward()
     return terms
 
 
 def _by_micro_batches(
     model: nn.Module,
     objective: ObjectiveLike,
-    parts: list[Batch],
+    micro_batches: list[Batch],
     precision: Precision,
     plan: MergePlan | None,
-    sum_count: Callable[[Tensor], Tensor],
+    part: PartOf,
 ) -> dict[str, Tensor]:
     """Batch-level losses on features cached without graph, then one pass with graph per micro-batch.
 
@@ -116,40 +126,44 @@ def _by_micro_batches(
     2021). The second pass replays random numbers and merges of the first. Losses inside pairs need no cache;
     those between the tokens of all pairs cache tokens too.
     """
-    device = parts[0].images.device
+    device = micro_batches[0].images.device
     states, features, merges, captions = [], [], [], []
-    for part in parts:
-        states.append(RandomState.read(device))
-        with torch.no_grad(), precision.autocast(device):
-            encoded = unwrap(model)(part, plan=plan)
-        features.append(_features(objective, encoded, part))
-        merges.append(encoded.assign)
-        captions.append(objective.count_captions(encoded.text_mask))
-    del encoded  # its tokens are most of what a micro-batch keeps
-    num_captions = sum_count(torch.stack(captions).sum())
-
-    cached = _cache(features)
-    leaves = _leaves(cached)
-    terms = objective.batch_terms(cached)
+    with part(FORWARD_WITHOUT_GRAPH):
+        for own in micro_batches:
+            states.append(RandomState.read(device))
+            with torch.no_grad(), precision.autocast(device):
+                encoded = unwrap(model)(own, plan=plan)
+            features.append(_features(objective, encoded, own))
+            merges.append(encoded.assign)
+            captions.append(objective.count_captions(encoded.text_mask))
+        del encoded  # its tokens are most of what a micro-batch keeps
+    with part(LOSSES):
+        num_captions = all_sum(torch.stack(captions).sum())
+        cached = _cache(features)
+        leaves = _leaves(cached)
+        terms = objective.batch_terms(cached)
     gradients: tuple[Tensor | None, ...] = (None,) * len(leaves)
     if terms:
         loss = precision.scaler.scale(objective.total(terms))
-        gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
+        with part(BACKWARD):
+            gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
 
-    start = 0
-    for i, part in enumerate(parts):
-        rows = slice(start, start + len(part.images))
+    start, share = 0, 1 / len(micro_batches)
+    for i, own in enumerate(micro_batches):
+        rows = slice(start, start + len(own.images))
         start = rows.stop
         states[i].restore(device)
-        is_last = i == len(parts) - 1
+        is_last = i == len(micro_batches) - 1
         with nullcontext() if is_last else gradients_kept_back(model):
-            with precision.autocast(device):
-                encoded = model(part, plan=plan, assign=merges[i])
-            sample_terms = objective.sample_terms(encoded, num_captions)
-            surrogate = _surrogate(_leaves(_features(objective, encoded, part)), gradients, rows, share=1 / len(parts))
-            if sample_terms:
-                surrogate = surrogate + precision.scaler.scale(objective.total(sample_terms))
-            surrogate.backward()
+            with part(FORWARD), precision.autocast(device):
+                encoded = model(own, plan=plan, assign=merges[i])
+            with part(LOSSES):
+                sample_terms = objective.sample_terms(encoded, num_captions)
+                surrogate = _surrogate(_leaves(_features(objective, encoded, own)), gradients, rows, share=share)
+                if sample_terms:
+                    surrogate = surrogate + precision.scaler.scale(objective.total(sample_terms))
+            with part(BACKWARD):
+                surrogate.backward()
         for name, value in sample_terms.items():
             terms[name] = terms.get(name, 0) + value.detach()
     return terms

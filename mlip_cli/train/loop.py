@@ -2,184 +2,169 @@
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from mlip_cli.devices import peak_gib
-from mlip_cli.distributed import all_mean, all_sum, from_all, full, parallel, unwrap, world_size
+from mlip_cli.distributed import all_mean, all_sum, from_all, full, unwrap, world_size
 from mlip_cli.errors import Stopped
 from mlip_cli.losses.features import ObjectiveLike
-from mlip_cli.recipe.config import Recipe
 from mlip_cli.recipe.merge_plan import MergePlan
 from mlip_cli.terminal.output import warn
-from mlip_cli.train.average import WeightAverage
-from mlip_cli.train.gradients import Precision, add_gradients
-from mlip_cli.train.metrics import MetricsFile, Stopwatch
-from mlip_cli.train.optim import clamp_scales, learning_rate, set_learning_rate
+from mlip_cli.train.journal import Journal
+from mlip_cli.train.metrics import Stopwatch
+from mlip_cli.train.resume import Saver
 from mlip_cli.train.signals import StopRequest
-from mlip_cli.train.step import FiniteGuard, Progress, clip_gradients, settle_buckets
+from mlip_cli.train.state import Progress
+from mlip_cli.train.step import FiniteGuard, Stepper, Taken
 from mlip_cli.types import Batch
 
 MOST_BAD_NAMED = 10
-"""Bad samples that are named; more are counted."""
+"""So many bad samples are named; later ones are only counted."""
+
+Evaluate = Callable[[int, Callable[[], bool]], dict[str, float] | None]
+"""Called with a step, and with a function that says whether to stop. Returns the measures by their names in
+metrics.jsonl, or None if it was told to stop. An error on one rank is raised on all."""
+
+
+@dataclass(frozen=True)
+class Timetable:
+    """After which steps a training logs and evaluates."""
+
+    total_steps: int
+    log_every: int
+    evaluate_every: int | None
+
+    def logs(self, step: int) -> bool:
+        """Every `log_every` steps, and after the last one."""
+        return step % self.log_every == 0 or step == self.total_steps
+
+    def evaluates(self, step: int) -> bool:
+        """Every `evaluate_every` steps, and after the last one."""
+        every = self.evaluate_every
+        return step == self.total_steps or (every is not None and step % every == 0)
 
 
 def train(
-    model: nn.Module,
-    objective: ObjectiveLike,
-    optimizer: torch.optim.AdamW,
+    stepper: Stepper,
     batches: Iterator[Batch],
-    *,
-    recipe: Recipe,
-    total_steps: int,
     progress: Progress,
-    device: torch.device,
-    precision: Precision,
-    micro_batch_size: int | None,
-    plan: Callable[[int], MergePlan | None],
-    average: WeightAverage | None,
-    metrics: MetricsFile,
-    show: Callable[[dict[str, float]], None],
-    on_step: Callable[[int], None],
-    evaluate: Callable[[int, Callable[[], bool]], dict[str, float] | None],
-    save: Callable[[Progress], None],
-    is_save_due: Callable[[int], bool],
+    *,
+    timetable: Timetable,
+    plan_of: Callable[[int], MergePlan | None],
+    evaluate: Evaluate,
+    saver: Saver,
+    journal: Journal,
 ) -> None:
-    """Train from `progress.step` to `total_steps`.
+    """Train from `progress.step` to the last step.
 
     Args:
-        model: on `device`, wrapped for several ranks; gives `Encoded` for a `Batch`.
         batches: one rank's share of each step, beginning with step `progress.step + 1`.
-        micro_batch_size: samples a forward pass; None: the whole share.
-        plan: merges of a step; None: the model's own.
-        average: takes in the weights after every step.
-        show: gets every logged line. on_step: is told of every step. save: writes a checkpoint.
-        evaluate: measures at a step; it may leave, with None, when its second argument says so. What fails in it on one
-            rank fails on all.
-        is_save_due: asked before every step, for after it; one rank's yes is enough.
+        plan_of: merges of a step; None: the model's own.
 
     Raises:
         Stopped: a signal came; the state is saved.
         RunError: too many steps in a row had no finite gradient.
     """
-    config, optim = recipe.train, recipe.optim
-    guard = FiniteGuard(device, progress)
-    watch = Stopwatch(batches, device)
-    first = progress.step + 1
-    model.train()
-    with StopRequest(device) as stop:
+    total_steps = timetable.total_steps
+    watch = Stopwatch(batches, stepper.training.device)
+    # an evaluation that a signal or an error ended is made up before the next step
+    was_ended = progress.measured_step < progress.step and timetable.evaluates(progress.step)
+    stepper.training.model.train()
+    with StopRequest(stepper.training.device) as stop:
+        for step in range(progress.step if was_ended else progress.step + 1, total_steps + 1):
+            is_new, is_last = step > progress.step, step == total_steps
+            if is_new:
+                taken = stepper.take(watch.next_batch(), step, plan_of(step))
+                progress.step = step
+                if timetable.logs(step):
+                    count(progress, stepper.guard, watch)
+                    journal.line(line_of(taken, stepper=stepper, progress=progress, watch=watch))
+                    watch.restart()
+                journal.step_done(step)
 
-        def conclude(step: int) -> None:
-            """Evaluate and save after a step where that is due, and end where a signal asked for it."""
-            last, was_left = step == total_steps, False
-            evaluates = is_evaluation_due(step, total_steps, recipe)
+            evaluates = timetable.evaluates(step)
             if evaluates:
-                account(progress, guard, watch, device)
+                count(progress, stepper.guard, watch)
                 # nothing measures the last step later: one Ctrl-C does not end its evaluation, another one leaves
-                try:
-                    measures = evaluate(step, stop.is_urgent if last else stop.is_asked_for)
-                except Exception:
-                    save(progress)  # what was learned is not lost with what could not be measured
-                    raise
-                was_left = measures is None
-                if measures:
-                    metrics.append({"step": step, "samples_seen": step * config.global_batch_size, **measures})
-                progress.measured_step = progress.measured_step if was_left else step
-                best = note_if_best(measures or {}, progress, recipe)
-                stop.cast(save=best or is_save_due(step) or step < first)
-                stop.vote_again()
-                model.train()
-            exit_code, save_due = stop.decision()
-            saves = last or bool(exit_code) or save_due
-            if saves:
-                account(progress, guard, watch, device)
-                save(progress)
-            if exit_code and (was_left or not last):
-                raise Stopped(f"stopped after step {step} of {total_steps}", exit_code=exit_code)
-            if evaluates or saves:
+                is_stopping = stop.is_urgent if is_last else stop.is_asked_for
+                measure(stepper, progress, partial(evaluate, step, is_stopping), saver=saver, journal=journal)
+            was_ended = evaluates and progress.measured_step < step
+
+            saves = is_last or not is_new or saver.is_due(progress)
+            asked = stop.agreed(save=not saves and saver.is_time(), at_once=evaluates)
+            if saves or asked.save:
+                count(progress, stepper.guard, watch)
+                save(progress, saver=saver, journal=journal)
+            if asked.exit_code and (was_ended or not is_last):
+                raise Stopped(f"stopped after step {step} of {total_steps}", exit_code=asked.exit_code)
+            if evaluates or saves or asked.save:
                 watch.restart()
 
-        if progress.measured_step < progress.step and is_evaluation_due(progress.step, total_steps, recipe):
-            conclude(progress.step)  # an evaluation that a signal or an error had ended
-        for step in range(first, total_steps + 1):
-            batch = watch.next_batch().to(device, non_blocking=True)
-            if parallel(model) == "ddp" and step == first:
-                settle_buckets(model, objective, batch, precision, micro_batch_size, plan(step))
 
-            lr = learning_rate(step, peak=optim.lr, warmup_steps=optim.warmup_steps, total_steps=total_steps)
-            set_learning_rate(optimizer, lr)
-            stop.cast(save=is_save_due(step))
-            terms = add_gradients(
-                model,
-                objective,
-                batch,
-                precision=precision,
-                micro_batch_size=micro_batch_size,
-                plan=plan(step),
-                sum_count=stop.ride,
-            )
-            precision.scaler.unscale_(optimizer)
-            grad_norm = clip_gradients(model, optim.clip_grad_norm)
-            guard.step(optimizer, precision, grad_norm)
-            optimizer.zero_grad(set_to_none=True)
-            clamp_scales(unwrap(model))
-            progress.step = step
-            if average is not None:
-                average.update(samples_seen=step * config.global_batch_size, batch_size=config.global_batch_size)
-
-            last = step == total_steps
-            if step % recipe.log.every_steps == 0 or last:
-                account(progress, guard, watch, device)
-                line = {
-                    "step": step,
-                    "samples_seen": step * config.global_batch_size,
-                    **losses(objective, terms),
-                    "lr": lr,
-                    **scales(model),
-                    "grad_norm": grad_norm.item(),
-                    **watch.read(ranks=world_size()),
-                    "peak_gib": peak_gib(device),
-                    "skipped_steps": progress.skipped_steps,
-                    "bad_samples": progress.bad_samples,
-                }
-                metrics.append(line)
-                show(line)
-                warn_if_stalled(line, step, recipe)
-                watch.restart()
-            on_step(step)
-            conclude(step)
+def measure(
+    stepper: Stepper,
+    progress: Progress,
+    evaluate: Callable[[], dict[str, float] | None],
+    *,
+    saver: Saver,
+    journal: Journal,
+) -> None:
+    """Evaluate after the newest step; the progress notes it if the evaluation came to its end."""
+    try:
+        measures = evaluate()
+    except Exception:
+        save(progress, saver=saver, journal=journal)  # what was learned is kept although it could not be measured
+        raise
+    stepper.training.model.train()
+    if measures is not None:
+        progress.measured_step = progress.step
+    if measures:
+        samples_seen = stepper.samples_seen(progress.step)
+        journal.measures({"step": progress.step, "samples_seen": samples_seen, **measures})
+        saver.note_best(progress, measures)
 
 
-def is_evaluation_due(step: int, total_steps: int, recipe: Recipe) -> bool:
-    """Whether the model is measured after this step."""
-    every = recipe.evaluate.every_steps
-    return step == total_steps or bool(every and step % every == 0)
+def save(progress: Progress, *, saver: Saver, journal: Journal) -> None:
+    """Write a checkpoint, and show it."""
+    with journal.saving(progress.step):
+        saver.save(progress)
 
 
-def note_if_best(measures: dict[str, float], progress: Progress, recipe: Recipe) -> bool:
-    """Whether this step is to be kept for what was measured; the progress then names it."""
-    metric, keep = recipe.evaluate.best_metric, recipe.train.keep.best
-    if metric is None or keep is None or not measures:
-        return False
-    return progress.note_best(metric, measures[metric], keep=keep)
+def line_of(taken: Taken, *, stepper: Stepper, progress: Progress, watch: Stopwatch) -> dict[str, float]:
+    """The line of a step for metrics.jsonl; all ranks take part, and the device is waited for."""
+    return {
+        "step": taken.step,
+        "samples_seen": stepper.samples_seen(taken.step),
+        **losses(stepper.objective, taken.terms),
+        "lr": taken.lr,
+        **scales(stepper.training.model),
+        "grad_norm": taken.grad_norm.item(),
+        **watch.read(ranks=world_size()),
+        "peak_gib": peak_gib(stepper.training.device),
+        "skipped_steps": progress.skipped_steps,
+        "bad_samples": progress.bad_samples,
+    }
 
 
-def account(progress: Progress, guard: FiniteGuard, watch: Stopwatch, device: torch.device) -> None:
-    """Bring the counts of `progress` up to date, over all ranks, and name the first bad samples of the run."""
-    guard.check()
-    count = int(all_sum(torch.tensor(len(watch.bad_samples), device=device)))
-    if count and progress.bad_samples < MOST_BAD_NAMED:
+def count(progress: Progress, guard: FiniteGuard, watch: Stopwatch) -> None:
+    """Add skipped steps and the bad samples of all ranks to the progress; name the first bad samples of the run."""
+    guard.count(progress)
+    number = int(all_sum(torch.tensor(len(watch.bad_samples), device=watch.device)))
+    if number and progress.bad_samples < MOST_BAD_NAMED:
         found = [bad for own in from_all(watch.bad_samples) for bad in own]
-        for number, bad in enumerate(found[: MOST_BAD_NAMED - progress.bad_samples], start=progress.bad_samples + 1):
-            last = "; later ones are only counted" if number == MOST_BAD_NAMED else ""
+        for place, bad in enumerate(found[: MOST_BAD_NAMED - progress.bad_samples], start=progress.bad_samples + 1):
+            last = "; later ones are only counted" if place == MOST_BAD_NAMED else ""
             warn(f"{bad.shard}: sample {bad.key}: {bad.reason}; another one takes its place{last}")
-    progress.bad_samples += count
+    progress.bad_samples += number
     watch.bad_samples = []
 
 
 def losses(objective: ObjectiveLike, terms: dict[str, Tensor]) -> dict[str, float]:
-    """Total and every term, means over ranks."""
+    """The total and every term: means over ranks."""
     values = all_mean(torch.stack([objective.total(terms), *terms.values()]))
     return dict(zip(["loss", *terms], values.tolist(), strict=True))
 
@@ -188,16 +173,3 @@ def scales(model: nn.Module) -> dict[str, float]:
     """Logit scale of every loss, as `scale/NAME`."""
     log_scales: nn.ParameterDict = unwrap(model).log_scales  # type: ignore[assignment]
     return {f"scale/{name}": math.exp(full(value).item()) for name, value in log_scales.items()}
-
-
-def warn_if_stalled(line: dict[str, float], step: int, recipe: Recipe) -> None:
-    """Say once when the contrastive loss has not left its value for guessing."""
-    patience = 2 * max(recipe.optim.warmup_steps, 50)
-    guess = math.log(recipe.train.global_batch_size)
-    is_first = step >= patience > step - recipe.log.every_steps
-    term = recipe.losses.spatial_global
-    if is_first and term is not None and term.kind == "infonce" and line["spatial_global"] > 0.99 * guess:
-        warn(
-            f"step {step}: spatial_global {line['spatial_global']:.3f} is still that of guessing "
-            f"(ln {recipe.train.global_batch_size} = {guess:.3f}); look at captions, optim.lr and warm-up"
-        )

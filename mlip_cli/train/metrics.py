@@ -1,11 +1,10 @@
-"""metrics.jsonl: one complete object a line, and what goes into it."""
+"""metrics.jsonl: one complete object a line, and the clock behind its speeds."""
 
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -15,31 +14,25 @@ from mlip_cli.types import BadSample, Batch
 
 
 class MetricsFile:
-    """Appends lines, which outlive the process from then on. Without a path it keeps silent (ranks other than 0).
+    """Appends lines, which outlive the process from then on. Without a path (other ranks) it writes nothing."""
 
-    Args:
-        also: gets each line that was written.
-    """
-
-    def __init__(self, path: Path | None, *, also: Callable[[dict[str, Any]], None] = lambda _: None) -> None:
+    def __init__(self, path: Path | None) -> None:
         self.path = path
-        self._also = also
 
-    def append(self, line: dict[str, Any]) -> None:
-        """Write one line; a value that is not finite becomes null.
+    def append(self, line: Mapping[str, float]) -> dict[str, float | None]:
+        """Write one line and return it; a value that is not finite is written as null.
 
         Raises:
-            OSError: the disk is full, say; with the name of the file.
+            OSError: the disk is full, for example; with the name of the file.
         """
-        if self.path is None:
-            return
-        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
-        try:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(finite, allow_nan=False) + "\n")
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(self.path)) from error
-        self._also(finite)
+        finite = {key: value if math.isfinite(value) else None for key, value in line.items()}
+        if self.path is not None:
+            try:
+                with open(self.path, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(finite, allow_nan=False) + "\n")
+            except OSError as error:
+                raise OSError(error.errno, error.strerror, str(self.path)) from error
+        return finite
 
     def cut_back(self, step: int, *, measured_step: int) -> None:
         """Drop the lines after `step`, of evaluations those after `measured_step`, and a damaged end.
@@ -57,7 +50,7 @@ class MetricsFile:
 
 
 def _is_kept(line: str, step: int, measured_step: int) -> bool:
-    """Whether a line is of a step up to `step`, or of an evaluation up to `measured_step`; not a damaged one."""
+    """Whether a whole line belongs to a step up to `step` or to an evaluation up to `measured_step`."""
     try:
         found = json.loads(line)
         return bool(found["step"] <= (step if "loss" in found else min(step, measured_step)))
@@ -66,12 +59,12 @@ def _is_kept(line: str, step: int, measured_step: int) -> bool:
 
 
 class Stopwatch:
-    """Where the time between two logging steps went."""
+    """Measures the time from one line of the log to the next, and collects the bad samples of this rank."""
 
     def __init__(self, batches: Iterator[Batch], device: torch.device) -> None:
         self.batches, self.device = batches, device
         self.bad_samples: list[BadSample] = []
-        """Of this rank, until `account` takes them over into the progress."""
+        """Those that the progress does not count yet."""
         self.restart()
 
     def restart(self) -> None:
@@ -81,7 +74,7 @@ class Stopwatch:
         self.images = 0
 
     def next_batch(self) -> Batch:
-        """The next batch; waiting for it is counted."""
+        """The next batch; the wait for it is measured."""
         before = time.perf_counter()
         batch = next(self.batches)
         self.waited_s += time.perf_counter() - before
@@ -90,7 +83,7 @@ class Stopwatch:
         return batch
 
     def read(self, *, ranks: int) -> dict[str, float]:
-        """images_per_s over all ranks, data_wait_share of the one that waited longest."""
+        """images_per_s over all ranks, and data_wait_share of the rank that waited longest."""
         elapsed = max(time.perf_counter() - self.started_s, 1e-9)
         waited = all_max(torch.tensor(self.waited_s / elapsed, device=self.device)).item()
         return {"images_per_s": ranks * self.images / elapsed, "data_wait_share": waited}

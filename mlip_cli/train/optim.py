@@ -1,6 +1,7 @@
 """AdamW, its parameter groups, and the learning rate as a function of the step."""
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -8,18 +9,26 @@ from torch import nn
 from mlip_cli.recipe.config import Optim
 
 NOT_DECAYED = ("cls_token", "reg_token", "dist_token", "pos_embed", "positional_embedding", "kernel", "latent")
-"""Last parts of parameter names that are no matrices of a linear map: tokens, positions, global filters."""
+"""Last parts of the names of tokens, positions and global filters, which are not matrices of a linear map."""
 
 LARGEST_LOG_SCALE = math.log(100)
 """Logit scales are clamped here after every step (CLIP)."""
 
 
-def learning_rate(step: int, *, peak: float, warmup_steps: int, total_steps: int) -> float:
-    """Linear warm-up, then a cosine to zero; `step` counts from 1 and the last step still moves."""
-    if step <= warmup_steps:
-        return peak * step / warmup_steps
-    progress = (step - 1 - warmup_steps) / max(1, total_steps - warmup_steps)
-    return peak * 0.5 * (1 + math.cos(math.pi * progress))
+@dataclass(frozen=True)
+class Schedule:
+    """The learning rate as a function of the step: linear warm-up, then a cosine to zero."""
+
+    peak: float
+    warmup_steps: int
+    total_steps: int
+
+    def learning_rate(self, step: int) -> float:
+        """`step` counts from 1; the last step still moves."""
+        if step <= self.warmup_steps:
+            return self.peak * step / self.warmup_steps
+        progress = (step - 1 - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
+        return self.peak * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def is_decayed(name: str, parameter: nn.Parameter) -> bool:
@@ -28,19 +37,19 @@ def is_decayed(name: str, parameter: nn.Parameter) -> bool:
 
 
 def layer_scale(blocks_above: int, decay: float) -> float:
-    """Factor of the learning rate of a layer with so many blocks between it and the top of its tower.
+    """Factor of the learning rate of a layer with `blocks_above` blocks between it and the top of its tower.
 
-    decay^blocks_above: 1 in the last of d blocks, decay^(d-1) in the first one, decay^d in the embeddings below it. Our
-    count begins one later than that of "BEiT" (Bao et al., ICLR 2022), where the last block has a factor too.
+    decay^blocks_above: 1 in the last of d blocks, decay^(d-1) in the first one, decay^d in the embeddings below it.
+    "BEiT" (Bao et al., ICLR 2022) starts one earlier: there the last block has the factor `decay`.
     """
     return decay**blocks_above
 
 
 def build_optimizer(model: nn.Module, optim: Optim) -> torch.optim.AdamW:
-    """Fused AdamW over what trains, decayed and not decayed apart; the caller sets `lr` each step.
+    """Fused AdamW over the trained parameters; the caller sets `lr` each step.
 
-    Without layer decay these are the two groups. With it each distance from a tower's top (`model.blocks_above()`, 0
-    outside the towers) has its own, and a group's `lr_scale` says how its learning rate relates to the others.
+    Without layer decay there are two groups: with and without weight decay. With layer decay each distance from a
+    tower's top (`model.blocks_above()`, 0 outside the towers) has these two, and `lr_scale` is the factor of a group.
     """
     above: dict[str, int] = model.blocks_above() if optim.layer_decay != 1 else {}  # type: ignore[operator]
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -56,7 +65,7 @@ def build_optimizer(model: nn.Module, optim: Optim) -> torch.optim.AdamW:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """The rate `lr` for all groups, each times its own `lr_scale` where it has one."""
+    """Set the learning rate `lr` in all groups, times the `lr_scale` of a group that has one."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
 

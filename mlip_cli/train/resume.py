@@ -1,17 +1,14 @@
-"""From a running training to a checkpoint and back, to the bit."""
+"""Save a running training as a checkpoint, and restore it to the bit."""
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
-from mlip_cli.distributed import full_on_main, parallel, rank, sharded_like, unwrap, whole, world_size
+from mlip_cli.distributed import full_on_main, parallel, rank, sharded_like, world_size
 from mlip_cli.errors import UsageError
 from mlip_cli.recipe.config import Train
 from mlip_cli.runs.checkpoint import (
@@ -22,41 +19,12 @@ from mlip_cli.runs.checkpoint import (
     save_checkpoint,
 )
 from mlip_cli.terminal.output import is_main, warn
-from mlip_cli.train.average import WeightAverage
-from mlip_cli.train.gradients import Precision, RandomState
-from mlip_cli.train.step import Progress
-
-
-@dataclass(frozen=True)
-class Training:
-    """What changes while training, apart from the progress."""
-
-    model: nn.Module
-    optimizer: torch.optim.AdamW
-    precision: Precision
-    device: torch.device
-    average: WeightAverage | None = None
-    """Of the weights, where the recipe asks for one."""
-    decoder: str = ""
-    """What decodes JPEGs, with its version."""
-
-    @property
-    def plain(self) -> Any:
-        """The model without the wrapper for several ranks."""
-        return unwrap(self.model)
-
-    @contextmanager
-    def as_measured(self) -> Iterator[Any]:
-        """The plain model as evaluation sees it: whole on every rank, with averaged weights where there are any.
-
-        All ranks enter and leave; inside each may run it as often as it likes.
-        """
-        with self.average.applied() if self.average is not None else nullcontext(), whole(self.model):
-            yield self.plain
+from mlip_cli.train.gradients import RandomState
+from mlip_cli.train.state import Progress, Training
 
 
 def environment(training: Training) -> dict[str, Any]:
-    """What bit-exact continuation also depends on."""
+    """Other things that a bit-exact resume depends on."""
     return {
         "torch": str(torch.__version__),  # a subclass of str, which plain loading refuses
         "device": training.device.type,
@@ -69,27 +37,38 @@ def environment(training: Training) -> dict[str, Any]:
 
 
 class Saver:
-    """Writes checkpoints of one training into one folder, on rank 0."""
+    """Writes the checkpoints of a training, on rank 0."""
 
-    def __init__(self, folder: Path, config: Train, training: Training, *, data: dict[str, str]) -> None:
+    def __init__(
+        self, folder: Path, config: Train, training: Training, *, data: dict[str, str], best_metric: str | None
+    ) -> None:
         self.folder = folder
         self.config = config
         self.training = training
         self.data = data
+        self.best_metric = best_metric
         self.last_saved_s = time.monotonic()
 
-    def is_due(self, step: int) -> bool:
-        """By steps or by minutes, whichever comes first."""
-        every = self.config.checkpoint_every
-        by_steps = every.steps is not None and step % every.steps == 0
-        by_time = every.minutes is not None and time.monotonic() - self.last_saved_s >= 60 * every.minutes
-        return by_steps or by_time
+    def note_best(self, progress: Progress, measures: dict[str, float]) -> None:
+        """Note a measure that is one of the best, if the recipe keeps the best checkpoints."""
+        if self.best_metric is not None and self.config.keep.best is not None:
+            progress.note_best(self.best_metric, measures[self.best_metric], keep=self.config.keep.best)
+
+    def is_due(self, progress: Progress) -> bool:
+        """Whether the newest step is to be saved: by its number or its measure, so the same on all ranks."""
+        every = self.config.checkpoint_every.steps
+        return progress.is_best or (every is not None and progress.step % every == 0)
+
+    def is_time(self) -> bool:
+        """Whether this rank's clock says that a checkpoint is due."""
+        minutes = self.config.checkpoint_every.minutes
+        return minutes is not None and time.monotonic() - self.last_saved_s >= 60 * minutes
 
     def save(self, progress: Progress) -> None:
-        """Write a checkpoint and remove the ones that are not kept; all ranks take part.
+        """Write a checkpoint and remove those that the recipe does not keep; all ranks take part.
 
         Raises:
-            RunError, OSError: it could not be written; earlier checkpoints are untouched.
+            RunError, OSError: the checkpoint could not be written; earlier ones are untouched.
         """
         training = self.training
         random = asdict(RandomState.read(training.device))
@@ -124,12 +103,12 @@ class Saver:
 
 
 def restore(checkpoint: Path, training: Training, *, data: dict[str, str]) -> tuple[Progress, RandomState | None]:
-    """Load weights, optimiser and scaler of `checkpoint`; what comes back is to be used in this order.
+    """Load weights, optimiser and scaler of `checkpoint`; return the progress and the random state of this rank.
 
-    The random state is None on another number of ranks, whose streams did not exist before.
+    The random state is None with another number of ranks: their random streams did not exist before.
 
     Raises:
-        UsageError: a damaged checkpoint, or data that has changed since.
+        UsageError: the checkpoint is damaged, or the data has changed since.
     """
     state = load_state(checkpoint)
     if state["data"] != data:
@@ -150,13 +129,13 @@ def restore(checkpoint: Path, training: Training, *, data: dict[str, str]) -> tu
     here = environment(training)
     different = [f"{name} {old} -> {here[name]}" for name, old in state["environment"].items() if old != here[name]]
     if different:
-        warn(f"going on in another environment ({', '.join(different)}): results may differ in the last bits")
+        warn(f"resuming in another environment ({', '.join(different)}): results may differ in the last bits")
     random = RandomState(**state["random"][rank()]) if len(state["random"]) == world_size() else None
     return Progress(**state["progress"]), random
 
 
 def sharded_state(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """A whole optimiser state as `optimizer` holds its own: moments of a sharded parameter sharded like it."""
+    """A whole optimiser state in the form of `optimizer`: the moments of a sharded parameter are sharded like it."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     moments = {
         number: {name: sharded_like(value, parameters[number]) for name, value in values.items()}

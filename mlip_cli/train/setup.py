@@ -1,6 +1,6 @@
-"""From a recipe to what training needs: device, data in its order, model and optimiser."""
+"""Builds the parts of a training from a recipe: device, data in its order, model, optimiser, stepper."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -13,14 +13,17 @@ from mlip_cli.data.pictures import jpeg_decoder
 from mlip_cli.devices import pick_device
 from mlip_cli.distributed import rank, world_size, wrap
 from mlip_cli.errors import UsageError
+from mlip_cli.losses.objective import Objective
 from mlip_cli.model.blocks import compile_blocks, set_fused_attention
-from mlip_cli.model.clip import build_model
-from mlip_cli.recipe.config import Recipe
+from mlip_cli.model.clip import CLIP, build_model
+from mlip_cli.recipe.config import Merging, Recipe
+from mlip_cli.recipe.merge_plan import MergePlan, merging_steps
 from mlip_cli.runs.initial_weights import InitNotes, load_initial
 from mlip_cli.train.average import WeightAverage
 from mlip_cli.train.gradients import Precision
-from mlip_cli.train.optim import build_optimizer
-from mlip_cli.train.resume import Training
+from mlip_cli.train.optim import Schedule, build_optimizer
+from mlip_cli.train.state import Training
+from mlip_cli.train.step import Stepper, StepSettings
 from mlip_cli.types import Batch
 
 
@@ -42,7 +45,7 @@ def training_device(recipe: Recipe) -> torch.device:
     """The device of this rank.
 
     Raises:
-        UsageError: PyTorch sees no such device, or it cannot train in the recipe's precision.
+        UsageError: PyTorch does not see the device, or the device cannot train in the recipe's precision.
     """
     device = pick_device(recipe.train.device)
     if recipe.train.precision == "fp16" and device.type != "cuda":
@@ -70,7 +73,7 @@ def open_data(recipe: Recipe) -> TrainingData:
 
 
 def build(recipe: Recipe, device: torch.device, *, fresh: bool) -> tuple[Training, InitNotes]:
-    """Model and optimiser on `device`; a fresh run starts from `model.init` where the recipe names one."""
+    """Model and optimiser on `device`; a fresh run starts from the weights of `model.init`, if there is one."""
     torch.manual_seed(recipe.seed)
     model = build_model(recipe)
     starts_from_weights = fresh and recipe.model.init is not None
@@ -87,11 +90,30 @@ def build(recipe: Recipe, device: torch.device, *, fresh: bool) -> tuple[Trainin
     wrapped = wrap(
         model, device, parallel=recipe.train.parallel, units=model.blocks(), methods=("encode_image", "encode_text")
     )
-    optimizer = build_optimizer(model, recipe.optim)  # of the wrapped model's parameters, which may be sharded
+    optimizer = build_optimizer(model, recipe.optim)  # after wrapping: parameters may be sharded
     precision = Precision.named(recipe.train.precision, device)
     horizon = recipe.optim.ema_horizon
     average = WeightAverage(model, horizon=horizon) if horizon is not None else None
     return Training(wrapped, optimizer, precision, device, average, decoder=jpeg_decoder()), notes
+
+
+def build_stepper(training: Training, recipe: Recipe, *, total_steps: int, micro_batch_size: int | None) -> Stepper:
+    """Takes the steps of a training by its recipe."""
+    optim = recipe.optim
+    settings = StepSettings(
+        Schedule(optim.lr, optim.warmup_steps, total_steps),
+        clip_grad_norm=optim.clip_grad_norm,
+        global_batch_size=recipe.train.global_batch_size,
+        micro_batch_size=micro_batch_size,
+    )
+    return Stepper(training, Objective(recipe.losses), settings)
+
+
+def plan_by_step(merging: Merging | None, model: CLIP, total_steps: int) -> Callable[[int], MergePlan]:
+    """Step, counted from 1 -> its merges; outside of `model.merging.active` nothing merges."""
+    unmerged = model.merge_plan(0.0)
+    steps = range(1, total_steps + 1) if merging is None else merging_steps(total_steps, merging.active)
+    return lambda step: model.training_plan if step in steps else unmerged
 
 
 def open_batches(recipe: Recipe, data: TrainingData, device: torch.device, *, start_step: int) -> Iterator[Batch]:
@@ -114,5 +136,5 @@ def open_batches(recipe: Recipe, data: TrainingData, device: torch.device, *, st
 
 
 def num_workers(recipe: Recipe) -> int:
-    """The recipe's number of loader processes, or one made from cores and ranks."""
+    """The recipe's number of loader processes, or a default by cores and ranks."""
     return default_num_workers(world_size()) if recipe.data.num_workers is None else recipe.data.num_workers

@@ -1,9 +1,7 @@
-"""TensorBoard and Weights & Biases: both get the lines of metrics.jsonl. Imported only where a recipe asks for them."""
+"""TensorBoard and Weights & Biases get the lines of metrics.jsonl. They are imported if a recipe asks for them."""
 
 import os
 import secrets
-import socket
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,64 +13,53 @@ from mlip_cli.recipe.config import Log
 from mlip_cli.runs.folder import Run
 from mlip_cli.terminal.output import say, warn
 
-Line = Mapping[str, float | None]
-"""Of metrics.jsonl: None where a number is not finite."""
+MetricsLine = Mapping[str, float | None]
+"""A line of metrics.jsonl; None stands for a number that is not finite."""
 
 MOST_FINISHING_S = 20.0
-"""W&B may send what is left for so long when a training ends: machines that ask for an end wait for 30 s."""
+"""W&B may send the rest for so long when a training ends; schedulers often wait 30 s after SIGTERM."""
 
 
 class Tracker(Protocol):
-    """Where else lines go."""
+    """Another place for the lines of metrics.jsonl."""
 
     name: str
-    """Key of the recipe that asks for it."""
+    """The key of the recipe that asks for it."""
 
-    def append(self, line: Line) -> None:
+    def append(self, line: MetricsLine) -> None:
         """Take a line."""
 
     def close(self, exit_code: int) -> None:
-        """Nothing more comes; 0: the training reached its end."""
+        """No line follows; 0: the training reached its end."""
 
 
 class TensorBoard:
-    """An event file in RUN/tensorboard, in which events after `step` of earlier ones count no more."""
+    """An event file in RUN/tensorboard; TensorBoard drops the events of earlier files after `step`."""
 
     name = "log.tensorboard"
 
     def __init__(self, folder: Path, *, step: int) -> None:
-        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-        from tensorboard.compat.proto.summary_pb2 import Summary
-        from tensorboard.summary.writer.record_writer import RecordWriter
+        from torch.utils.tensorboard import SummaryWriter
 
-        folder.mkdir(exist_ok=True)
-        self._path = folder / f"events.out.tfevents.{time.time_ns():019d}.{socket.gethostname()}.{os.getpid()}"
-        self._event, self._summary, self._records = Event, Summary, RecordWriter
-        self._write(file_version="brain.Event:2")
-        self._write(step=step + 1, session_log=SessionLog(status=SessionLog.START))
+        self._writer = SummaryWriter(str(folder), purge_step=step + 1)
 
-    def append(self, line: Line) -> None:
+    def append(self, line: MetricsLine) -> None:
         """The numbers of a line at its step; one that is not finite is a gap."""
-        values = [
-            self._summary.Value(tag=name, simple_value=value)
-            for name, value in line.items()
-            if name != "step" and value is not None
-        ]
-        self._write(step=line["step"], summary=self._summary(value=values))
+        for name, value in line.items():
+            if name != "step" and value is not None:
+                self._writer.add_scalar(name, value, line["step"])
+        self._writer.flush()
 
     def close(self, exit_code: int) -> None:
-        """Nothing is open."""
-
-    def _write(self, **fields: Any) -> None:
-        with open(self._path, "ab") as file:
-            self._records(file).write(self._event(wall_time=time.time(), **fields).SerializeToString())
+        """Close the file."""
+        self._writer.close()
 
 
 class WeightsAndBiases:
     """A run of W&B, the same one after a resume; its files lie in RUN/wandb.
 
     Raises:
-        UsageError: nobody is logged in, or the project's name is none.
+        UsageError: nobody is logged in, or W&B refuses the project's name.
     """
 
     name = "log.wandb"
@@ -104,7 +91,7 @@ class WeightsAndBiases:
         except (wandb.errors.AuthenticationError, wandb.errors.UsageError) as error:
             raise UsageError(f"{self.name}: {_words(error)}; run wandb login, or set WANDB_MODE=offline") from error
         except (wandb.Error, OSError) as error:
-            warn(f"{self.name}: {_words(error)}; written to {run.folder}/wandb for wandb sync, nothing is sent now")
+            warn(f"{self.name}: {_words(error)}; lines go to {run.folder}/wandb, and wandb sync sends them later")
             wandb.teardown()  # its process still holds the id
             self._run = begin("offline")
         else:
@@ -113,7 +100,7 @@ class WeightsAndBiases:
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")  # W&B's own steps must not go back, as a resume does
 
-    def append(self, line: Line) -> None:
+    def append(self, line: MetricsLine) -> None:
         """The numbers of a line; one that is not finite is a gap."""
         self._run.log({name: value for name, value in line.items() if value is not None})
 
@@ -123,45 +110,45 @@ class WeightsAndBiases:
 
 
 class Trackers:
-    """Those that a recipe asks for. One whose disk or network fails is named once and gets nothing more."""
+    """The trackers that a recipe asks for. If the disk or network of one fails, it gets no more lines."""
 
     def __init__(self) -> None:
         self._opened: list[Tracker] = []
 
     def open(self, name: str, make: Callable[[], Tracker]) -> None:
         """Add the tracker that `make` opens."""
-        with self._spared(name):
+        with self._dropped_on_failure(name):
             self._opened.append(make())
 
-    def append(self, line: Line) -> None:
-        """A line for each."""
+    def append(self, line: MetricsLine) -> None:
+        """Give a line to each."""
         for tracker in list(self._opened):
-            with self._spared(tracker.name):
+            with self._dropped_on_failure(tracker.name):
                 tracker.append(line)
 
     def close(self, exit_code: int) -> None:
-        """The end, for each."""
+        """Tell each that the training ended."""
         for tracker in list(self._opened):
-            with self._spared(tracker.name):
+            with self._dropped_on_failure(tracker.name):
                 tracker.close(exit_code)
 
     @contextmanager
-    def _spared(self, name: str) -> Iterator[None]:
+    def _dropped_on_failure(self, name: str) -> Iterator[None]:
         try:
             yield
         except Exception as error:
             if not _is_from_outside(error):
                 raise
             self._opened = [tracker for tracker in self._opened if tracker.name != name]
-            warn(f"{name}: {_words(error)}; it gets nothing more, metrics.jsonl has all")
+            warn(f"{name}: {_words(error)}; it gets no more lines; metrics.jsonl has all of them")
 
 
 @contextmanager
 def opened_trackers(log: Log, run: Run, *, config: dict[str, Any], step: int) -> Iterator[Trackers]:
-    """What `log` asks for beside metrics.jsonl, for a run that goes on after `step`.
+    """The trackers that `log` asks for, in a run that goes on after `step`.
 
     Args:
-        config: the recipe, as W&B shows it.
+        config: the recipe, for W&B to show.
 
     Raises:
         UsageError: see `WeightsAndBiases`.
@@ -184,11 +171,11 @@ def opened_trackers(log: Log, run: Run, *, config: dict[str, Any], step: int) ->
 
 
 def _is_from_outside(error: Exception) -> bool:
-    """A full disk, a lost connection, or what W&B makes of its own troubles; mistakes of this program are neither."""
+    """Whether an error comes from a disk, a network or W&B, and not from a mistake of this program."""
     return isinstance(error, OSError) or type(error).__module__.partition(".")[0] == "wandb"
 
 
 def _words(error: Exception) -> str:
-    """The first line of an error, which needs no full stop."""
+    """The first line of an error, without its full stop."""
     lines = str(error).splitlines()
     return lines[0].rstrip(".") if lines else type(error).__name__

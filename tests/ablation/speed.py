@@ -18,10 +18,10 @@ import torch
 from ablation.train_all import RECIPES, THREADS
 
 from mlip_cli.files import write_json
+from mlip_cli.profiling.step import RepeatedStep
 from mlip_cli.recipe.load import load_recipe
 from mlip_cli.terminal.output import print_table
 from mlip_cli.train.setup import build, open_batches, open_data, training_device
-from mlip_cli.train.step import TrainingStep
 
 NAMES = ("clip", "mlip", "mlip_half", "mlip_half_tome")
 WARM_UP, STEPS, STEPS_OF_CLIP = 3, 15, 500
@@ -34,7 +34,7 @@ def seconds_a_step(name: str, data: Path) -> float:
     device = training_device(recipe)
     model = build(recipe, device, fresh=True)[0].plain.train()
     with closing(open_batches(recipe, open_data(recipe), device, start_step=0)) as batches:  # type: ignore[type-var]
-        step = TrainingStep(model, recipe, next(batches), device)
+        step = RepeatedStep(model, recipe, next(batches), device)
         for number in range(WARM_UP + STEPS):
             if number == WARM_UP:
                 began = time.process_time()
