@@ -128,7 +128,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, 
     }
 
 
-def test_ranks_find_what_one_process_finds_to_the_bit(found: dict[int, list[dict[str, Any]]]) -> None:
+def test_three_ranks_give_the_result_of_one_process_to_the_bit(found: dict[int, list[dict[str, Any]]]) -> None:
     [alone] = found[1]
     assert alone["images"].shape == (22, 16)
     assert {"validation_image_to_text_r1", "folder_classes_acc1"} <= alone["measures"].keys()
@@ -144,6 +144,6 @@ def test_a_signal_to_one_rank_stops_the_evaluation_on_all(found: dict[int, list[
 
 
 @pytest.mark.parametrize("ranks", [1, 3])
-def test_an_error_on_one_rank_ends_all_with_its_words(found: dict[int, list[dict[str, Any]]], ranks: int) -> None:
+def test_an_error_on_one_rank_ends_all_with_its_message(found: dict[int, list[dict[str, Any]]], ranks: int) -> None:
     [words] = {own["error"] for own in found[ranks]}
     assert words.startswith("damaged/train-000000.tar: sample 01-000004: ")
