@@ -7,10 +7,10 @@ READY := $(VENV)/.installed
 
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help demo test smoke check format bench ablation schema clean
+.PHONY: help demo test test-quick smoke check format bench ablation schema clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
 	@echo "  PYTHON=/path/to/python3.11 picks the Python, VENV=/path the environment (.venv)"
 
 # One recipe for all that need an environment; it is made again when the dependencies change.
@@ -39,6 +39,9 @@ demo: $(READY) ## Prepare OpenMoji, pretrain CLIP and MLIP, compare and report b
 
 test: $(READY) ## Run all tests
 	@$(RUN) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+
+test-quick: $(READY) ## Run the tests that take less than a second each, in about a minute
+	@$(RUN) -m pytest -q -n 2 -m "not slow"
 
 smoke: $(READY) ## Run the commands once on real data, in a temporary folder
 	@$(RUN) tests/smoke.py

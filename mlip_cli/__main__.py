@@ -1,4 +1,4 @@
-"""Where `mlip` and `python -m mlip_cli`, the form that torchrun starts, begin."""
+"""The start of `mlip` and of `python -m mlip_cli`, which torchrun uses."""
 
 import signal
 

@@ -1,4 +1,4 @@
-"""The command line: signatures and help. A command's body imports its command and calls it."""
+"""The command line: signatures and help. Each body imports its command and calls it."""
 
 import sys
 from pathlib import Path
@@ -21,7 +21,7 @@ from mlip_cli.terminal.values import (
 
 app = typer.Typer(
     name="mlip",
-    help="Pretrain, merge, evaluate and profile CLIP-style models by the method MLIP.",
+    help="Prepare data; pretrain, merge, evaluate and profile CLIP-style models with the method MLIP.",
     epilog="Example: mlip prepare-data openmoji data/openmoji && mlip pretrain openmoji",
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -38,7 +38,7 @@ def _show_version(value: bool) -> None:
 Run = Annotated[
     str | None,
     typer.Argument(
-        metavar="RUN", parser=checked_measured_run, help="Run folder or checkpoint; default: the newest in runs/."
+        metavar="RUN", parser=checked_measured_run, help="Run folder or checkpoint. Default: the newest run in runs/."
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
@@ -46,13 +46,18 @@ Device = Annotated[
     Literal["auto", "cuda", "mps", "cpu"], typer.Option(metavar="NAME", help="auto, cuda, mps (untested) or cpu.")
 ]
 DataRoot = Annotated[
-    Path | None, typer.Option(help="Where data sets lie; default: $MLIP_DATA, else data/.", show_default=False)
+    Path | None, typer.Option(help="Folder that holds data sets. Default: $MLIP_DATA, else data/.", show_default=False)
 ]
 Datasets = Annotated[
     list[list] | None,
-    typer.Option("--dataset", parser=split, metavar="NAME[,NAME]", help="Data sets; repeat or separate by commas."),
+    typer.Option(
+        "--dataset",
+        parser=split,
+        metavar="NAME[,NAME]",
+        help="Data sets. Repeat the option, or separate names by commas.",
+    ),
 ]
-BatchSize = Annotated[int, typer.Option(min=1, help="Pictures per forward pass.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Pictures in one forward pass.")]
 
 
 @app.callback()
@@ -66,40 +71,50 @@ def _root(
 
 @app.command(epilog="Example: mlip prepare-data openmoji data/openmoji")
 def prepare_data(
-    source: Annotated[str, typer.Argument(metavar="SOURCE", help="A folder, a tar, a pattern of tars, or openmoji.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder that receives train/ and validation/ or test/.")],
+    source: Annotated[
+        str, typer.Argument(metavar="SOURCE", help="A folder, a table, a tar, a pattern of tars, or openmoji.")
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write train/ and validation/ or test/ into.")],
     format: Annotated[
-        str, typer.Option(help="auto, openmoji, metadata, sidecar, classes or webdataset; auto: from what is there.")
+        str,
+        typer.Option(help="auto, openmoji, metadata, sidecar, classes or webdataset; auto: detected from the files."),
     ] = "auto",
     size: Annotated[
         int | None,
         typer.Option(
-            min=8, help="Short side of stored pictures in pixels; default 256, openmoji 64.", show_default=False
+            min=8, help="Short side of stored pictures, in pixels. Default: 256; openmoji: 64.", show_default=False
         ),
     ] = None,
     holdout: Annotated[
-        float, typer.Option(min=0.0, max=0.5, help="Share held out as validation/ when the source has no splits.")
+        float,
+        typer.Option(
+            min=0.0, max=0.5, help="Share of the pictures to hold out as validation/, if the source has no splits."
+        ),
     ] = 0.02,
-    limit: Annotated[int | None, typer.Option(min=1, help="Use the first N records of the source.")] = None,
-    image_column: Annotated[str | None, typer.Option(help="Column of the picture's path; default: guessed.")] = None,
-    caption_column: Annotated[str | None, typer.Option(help="Column of the caption; default: guessed.")] = None,
-    skin_tones: Annotated[bool, typer.Option("--skin-tones", help="openmoji: also the skin-tone variants.")] = False,
-    workers: Annotated[int | None, typer.Option(min=1, help="Processes; default: one a core.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use only the first N records of the source.")] = None,
+    image_column: Annotated[
+        str | None, typer.Option(help="Column that holds the picture's path. Default: found by its name.")
+    ] = None,
+    caption_column: Annotated[
+        str | None, typer.Option(help="Column that holds the caption. Default: found by its name.")
+    ] = None,
+    skin_tones: Annotated[
+        bool, typer.Option("--skin-tones", help="openmoji only: include the skin-tone variants.")
+    ] = False,
+    workers: Annotated[int | None, typer.Option(min=1, help="Number of processes. Default: one for each core.")] = None,
     json: Json = False,
 ) -> None:
     """Turn pictures and captions into shards that training reads."""
     from mlip_cli.commands import prepare_data as command
+    from mlip_cli.data.sources.find import ReadOptions
 
     command.prepare_data(
         source,
         out,
         format=format,
+        read=ReadOptions(limit, image_column, caption_column, skin_tones),
         size=size,
         holdout=holdout,
-        limit=limit,
-        image_column=image_column,
-        caption_column=caption_column,
-        skin_tones=skin_tones,
         workers=workers,
         as_json=json,
     )
@@ -120,15 +135,18 @@ def pretrain(
         typer.Argument(
             metavar="KEY=VALUE",
             autocompletion=complete_override,
-            help="Changes to the recipe, as in optim.lr=1e-3.",
+            help="Changes to the recipe, such as optim.lr=1e-3.",
         ),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Run folder; default: runs/RECIPE-TIME.", show_default=False)] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Run folder to write. Default: runs/RECIPE-TIME.", show_default=False)
+    ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the run in --out, or the newest unfinished.")
+        bool,
+        typer.Option("--resume", help="Continue the run in --out, or else the newest unfinished run of this recipe."),
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show what would run, and check it, without training.")
+        bool, typer.Option("--dry-run", help="Check the recipe and the data and show what would run, without training.")
     ] = False,
     json: Json = False,
 ) -> None:
@@ -146,19 +164,21 @@ def merge_sweep(
         typer.Option(
             parser=split_rates,
             metavar="R[,R]",
-            help="Fractions of patch tokens to merge away; default: 0.3,0.5.",
+            help="Fractions of the patch tokens to merge away. Default: 0.3,0.5.",
             show_default=False,
         ),
     ] = None,
     methods: Annotated[
         list[list] | None,
-        typer.Option(parser=split, metavar="M[,M]", help="guided, tome; default: the recipe's.", show_default=False),
+        typer.Option(
+            parser=split, metavar="M[,M]", help="guided, tome. Default: the recipe's method.", show_default=False
+        ),
     ] = None,
     dataset: Datasets = None,
     data_root: DataRoot = None,
     batch_size: BatchSize = 64,
-    rounds: Annotated[int, typer.Option(min=5, help="Timed rounds, each through all rates in turn.")] = 9,
-    pictures: Annotated[int, typer.Option(min=0, help="Pictures on which the merges are drawn; 0 for none.")] = 8,
+    rounds: Annotated[int, typer.Option(min=5, help="Timed rounds. Each round measures all rates in turn.")] = 9,
+    pictures: Annotated[int, typer.Option(min=0, help="Number of pictures to draw merges on; 0: none.")] = 8,
     device: Device = "auto",
     json: Json = False,
 ) -> None:
@@ -185,14 +205,14 @@ def eval_zeroshot(
     runs: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="RUN", parser=checked_measured_run, help="Run folders or checkpoints; default: the newest."
+            metavar="RUN", parser=checked_measured_run, help="Run folders or checkpoints. Default: the newest run."
         ),
     ] = None,
     dataset: Datasets = None,
     merge_rate: Annotated[
         list[list] | None,
         typer.Option(
-            parser=split_rates, metavar="R[,R]", help="Merge rates; default: the recipe's own.", show_default=False
+            parser=split_rates, metavar="R[,R]", help="Merge rates. Default: the recipe's rate.", show_default=False
         ),
     ] = None,
     data_root: DataRoot = None,
@@ -200,7 +220,7 @@ def eval_zeroshot(
     device: Device = "auto",
     json: Json = False,
 ) -> None:
-    """Classify pictures of named data sets by text alone."""
+    """Classify the pictures of data sets by text alone."""
     from mlip_cli.commands import eval_zeroshot as command
 
     command.eval_zeroshot(
@@ -218,14 +238,16 @@ def eval_zeroshot(
 def profile(
     target: Annotated[
         str | None,
-        typer.Argument(metavar="RUN|RECIPE", parser=checked_run, help="What to measure; default: the newest run."),
+        typer.Argument(
+            metavar="RUN|RECIPE", parser=checked_run, help="Run or recipe to measure. Default: the newest run."
+        ),
     ] = None,
     batch_size: BatchSize = 32,
     rounds: Annotated[int, typer.Option(min=5, help="Timed rounds.")] = 5,
     device: Device = "auto",
     json: Json = False,
 ) -> None:
-    """Count parameters and GFLOPs, measure throughput and memory."""
+    """Measure parameters, GFLOPs, throughput and memory."""
     say("loading PyTorch")
     from mlip_cli.commands import profile as command
 
@@ -237,18 +259,19 @@ def report(
     runs: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="RUN", parser=checked_run, help="Run folders; several are compared; default: the newest."
+            metavar="RUN", parser=checked_run, help="Run folders; several are compared. Default: the newest run."
         ),
     ] = None,
     out: Annotated[
         Path | None,
         typer.Option(
-            help="The page; default: RUN/report.html, of several comparison.html beside them.", show_default=False
+            help="File to write. Default: RUN/report.html; for several runs, comparison.html beside them.",
+            show_default=False,
         ),
     ] = None,
     json: Json = False,
 ) -> None:
-    """Make the page of a run, or one that compares runs."""
+    """Write the page of a run, or a page that compares runs."""
     from mlip_cli.commands import report as command
 
     command.report(runs or [], out=out, as_json=json)
@@ -263,6 +286,6 @@ def doctor(json: Json = False) -> None:
 
 
 def main() -> None:
-    """Run the command line and turn what went wrong into one line and an exit code."""
+    """Run the command line. An error becomes one line and an exit code."""
     start_logging()
     sys.exit(exit_code(app))

@@ -1,15 +1,15 @@
-"""What can go wrong, by whose turn it is to act."""
+"""Error types, by who has to act."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 
 class UsageError(ValueError):
-    """Something the user can fix before the work starts: `place: what; what to do`. Exit code 2."""
+    """The user can fix it before the work starts: `place: what; what to do`. Exit code 2."""
 
 
 class RecipeError(UsageError):
-    """Mistakes in a recipe, one line each."""
+    """Mistakes in a recipe, one on each line."""
 
 
 class RunError(RuntimeError):
@@ -17,7 +17,7 @@ class RunError(RuntimeError):
 
 
 class Stopped(Exception):
-    """A signal asked for an end; the words say what of the work is kept. `exit_code` is 128 + the signal's number."""
+    """A signal ended the work. The message says what is kept; `exit_code` is 128 + the signal's number."""
 
     def __init__(self, message: str, *, exit_code: int) -> None:
         super().__init__(message)

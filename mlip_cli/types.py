@@ -9,6 +9,8 @@ Shape legend, used in every docstring:
     K  patch tokens that remain after merging   L  text tokens
 """
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol, Self
 
@@ -16,11 +18,14 @@ import torch
 from torch import Tensor
 
 VOCAB_SIZE = 49408
-"""Ids of CLIP's byte-pair vocabulary; the last two are BOS and EOS."""
+"""Size of CLIP's byte-pair vocabulary; the last two ids are BOS and EOS."""
+
+PartOf = Callable[[str], AbstractContextManager[object]]
+"""The name of a part of some work -> a context that is open while that part runs, for a clock."""
 
 
 class _Movable:
-    """Dataclasses of tensors that move together."""
+    """A dataclass whose tensors move to a device together."""
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Self:
         moved: dict[str, Any] = {}
@@ -32,7 +37,7 @@ class _Movable:
 
 @dataclass(frozen=True)
 class BadSample:
-    """A sample that could not be used, and where it lies."""
+    """A sample that could not be used, with its place and the reason."""
 
     shard: str
     key: str
@@ -44,7 +49,7 @@ class Batch(_Movable):
     """One rank's share of a global batch."""
 
     images: Tensor
-    """(B, 3, H, W): uint8 pixels, or floats that are normalised already."""
+    """(B, 3, H, W): uint8 pixels, or normalised floats."""
     token_ids: Tensor
     """(B, L) int64: BOS, caption, EOS, zeros."""
     keys: tuple[str, ...]
@@ -52,27 +57,27 @@ class Batch(_Movable):
     bad_samples: tuple[BadSample, ...] = ()
     """Samples of this share that were replaced."""
     labels: Tensor | None = None
-    """(B,) int64: samples of equal label show the same concept; None: each stands for itself."""
+    """(B,) int64: samples with the same label show the same concept; None: every sample differs."""
 
     def pin_memory(self) -> "Batch":
-        """The same in pinned memory, from which copies to a GPU do not wait; torch's DataLoader calls it too."""
+        """The batch in pinned memory, so that copies to a GPU do not wait. Torch's DataLoader calls it too."""
         labels = None if self.labels is None else self.labels.pin_memory()
         return replace(self, images=self.images.pin_memory(), token_ids=self.token_ids.pin_memory(), labels=labels)
 
 
 @dataclass(frozen=True)
 class ImageFeatures:
-    """What the image side gives at the end of the tower."""
+    """The features of a picture, from both domains."""
 
     spatial: Tensor
-    """(B, E), not normalised: what `encode_image` returns."""
+    """(B, E), not normalised, as from `encode_image`."""
     frequency: Tensor | None
     """(B, E), not normalised, or None without a frequency branch."""
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """All that the losses need of a batch; features are not normalised."""
+    """Everything that the losses read of a batch. Features are not normalised."""
 
     image_features: Tensor
     """(B, E)"""
@@ -83,42 +88,42 @@ class Encoded:
     image_tokens: Tensor | None
     """(B, K, T): projected patch tokens after merging."""
     token_sizes: Tensor
-    """(B, K): how many patches each token stands for; at least fp32."""
+    """(B, K): number of patches that each token stands for; at least fp32."""
     frequency_tokens: Tensor | None
-    """(B, N, T): projected tokens of the frequency branch, one a patch."""
+    """(B, N, T): projected tokens of the frequency branch, one per patch."""
     text_tokens: Tensor | None
     """(B, L, T): projected text tokens."""
     text_mask: Tensor
-    """(B, L) bool: real words, without BOS, EOS, padding and repeated ids."""
+    """(B, L) bool: words, without BOS, EOS, padding and repeated ids."""
     scales: dict[str, Tensor]
-    """Logit scale (1,) of each loss by its name, exponentiated."""
+    """Loss -> logit scale (1,), exponentiated."""
     biases: dict[str, Tensor]
-    """Logit bias (1,) of each sigmoid loss by its name."""
+    """Sigmoid loss -> logit bias (1,)."""
     caption_mask: Tensor
     """(B, L) bool: every word and EOS, without BOS and padding."""
     assign: tuple[Tensor, ...] = ()
-    """Of each merge, the group (B, N) that every original patch is in."""
+    """One tensor (B, N) per merge: the group of every original patch."""
 
 
 @dataclass(frozen=True)
 class MergeStage(_Movable):
-    """What one merge did to the original patches, and the guidance that it followed."""
+    """One merge as the original patches see it: their groups, and the guidance of the merge."""
 
     block: int
     """The block before which the tokens merged, counted from 1."""
     groups: Tensor
     """(B, N) int64: the group of each patch after this merge, groups numbered by their smallest patch."""
     spatial: Tensor | None
-    """(B, N) in [0, 1]: rank of the token that the patch was in before this merge, by the attention that the token gets
-    as a whole, so that one of several patches ranks higher; None without guidance."""
+    """(B, N) in [0, 1]: rank of the patch's token before this merge, by the attention to the whole token, so that a
+    token of several patches ranks higher; None without guidance."""
     frequency: Tensor | None
-    """(B, N) in [0, 1]: the same of the frequency domain, a mean over the token's patches."""
+    """(B, N) in [0, 1]: the same in the frequency domain, as the mean over the token's patches."""
     mixed: Tensor | None
-    """(B, N) in [0, 1]: what the matching received."""
+    """(B, N) in [0, 1]: the guidance that the matching used."""
 
 
 class Encoder(Protocol):
-    """What evaluation needs of a model: uint8 or normalised images and token ids to features."""
+    """What evaluation needs of a model. Images are uint8 pixels or normalised floats."""
 
     def encode_image(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, E)"""

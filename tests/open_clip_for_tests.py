@@ -75,7 +75,7 @@ def assert_same_features(ours: Any, theirs: Any, *, image_size: int = 32, length
     with torch.no_grad():
         texts = theirs.encode_text(ids)
         for mine, other in (
-            (ours.encode_image(images), theirs.encode_image(images)),
+            (ours.encode_image(images, ours.plan), theirs.encode_image(images)),
             (ours.encode_text(ids), texts),
             (ours.encode_text(ids[:, : length - 2]), texts),
         ):

@@ -24,7 +24,14 @@ def gradients_of(
     model.zero_grad()
     torch.manual_seed(3)
     precision, objective = Precision.named("fp32", CPU), Objective(recipe.losses)
-    add_gradients(model, objective, small_batch(), precision=precision, micro_batch_size=micro_batch_size, plan=plan)
+    add_gradients(
+        model,
+        objective,
+        small_batch(),
+        precision=precision,
+        micro_batch_size=micro_batch_size,
+        plan=plan or model.training_plan,
+    )
     return gradients(model)
 
 
@@ -39,8 +46,8 @@ def test_blocks_are_skipped_more_often_the_higher_they_stand_and_never_in_evalua
     rates = [getattr(block.drop_path1, "drop_prob", 0.0) for block in model.vision.trunk.blocks]
     assert rates == pytest.approx([0, 0.4 / 3, 0.8 / 3, 0.4])
     images = small_batch().images
-    assert torch.equal(model.eval().encode_image(images), model.encode_image(images))
-    assert not torch.equal(model.train().encode_image(images), model.encode_image(images))
+    assert torch.equal(model.eval().encode_image(images, model.plan), model.encode_image(images, model.plan))
+    assert not torch.equal(model.train().encode_image(images, model.plan), model.encode_image(images, model.plan))
 
 
 @pytest.mark.parametrize("micro_batch_size", [None, 3])

@@ -95,7 +95,7 @@ def test_version() -> None:
         ),
         (
             ["merge-sweep", "--rates", "0.3", "0.5"],
-            "mlip merge-sweep: RUN: '0.5' is a number, no run; lists take commas, as in 0.3,0.5",
+            "mlip merge-sweep: RUN: '0.5' is a number, not a run; lists take commas, as in 0.3,0.5",
         ),
         (
             ["merge-sweep", "--rates", "0.3,x"],

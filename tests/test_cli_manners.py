@@ -61,12 +61,12 @@ def test_help_of_every_command_ends_with_an_example(command: str) -> None:
         (["profile", "--batch-siz", "3"], "mlip profile: no such option: --batch-siz; did you mean --batch-size?"),
         (
             ["eval-zeroshot", "--dataset", "digits", "openmoji"],
-            "mlip eval-zeroshot: RUN: 'openmoji' is a data set, no run; "
+            "mlip eval-zeroshot: RUN: 'openmoji' is a data set, not a run; "
             "name it with --dataset openmoji (lists take commas)",
         ),
         (
             ["merge-sweep", "wds/cars"],
-            "mlip merge-sweep: RUN: 'wds/cars' is a data set, no run; name it with --dataset wds/cars "
+            "mlip merge-sweep: RUN: 'wds/cars' is a data set, not a run; name it with --dataset wds/cars "
             "(lists take commas)",
         ),
         (
@@ -83,7 +83,7 @@ def test_help_of_every_command_ends_with_an_example(command: str) -> None:
         ),
         (
             ["merge-sweep", "runs/a", "--rates", "0.2", "0.3"],
-            "mlip merge-sweep: RUN: '0.3' is a number, no run; lists take commas, as in 0.3,0.3",
+            "mlip merge-sweep: RUN: '0.3' is a number, not a run; lists take commas, as in 0.3,0.3",
         ),
         (
             ["merge-sweep", "runs/a", "--methods", "guided", "tome"],

@@ -39,7 +39,7 @@ def test_a_healthy_machine_gets_a_json_document_and_exit_code_0(folder: Path) ->
         timeout=120,
         check=False,
     )
-    assert (done.returncode, done.stderr) == (0, "looking at this machine; PyTorch takes some seconds to load\n")
+    assert (done.returncode, done.stderr) == (0, "checking this machine; PyTorch takes some seconds to load\n")
     report = json.loads(done.stdout)
     assert report["ok"] is True
     names = [check["name"] for check in report["checks"]]
@@ -59,7 +59,7 @@ def test_it_imports_nothing_that_it_does_not_examine(folder: Path) -> None:
 
 def test_a_failure_is_said_with_its_fix(folder: Path, monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("MLIP_DATA", "nowhere/[bold]")
-    with pytest.raises(RunError, match=r"^doctor: \$MLIP_DATA failed; the fixes stand above$"):
+    with pytest.raises(RunError, match=r"^doctor: \$MLIP_DATA failed; see the fixes above$"):
         doctor.doctor(as_json=False)
     printed = capsys.readouterr().out
     assert "\nfail  $MLIP_DATA  nowhere/[bold]: no such folder\n" in printed
@@ -67,9 +67,9 @@ def test_a_failure_is_said_with_its_fix(folder: Path, monkeypatch, capsys: pytes
 
 
 def test_data_that_cannot_be_read_is_named(folder: Path) -> None:
-    assert one(doctor.data()).fix == "mlip prepare-data openmoji data/openmoji makes the demo's"
+    assert one(doctor.data()).fix == "mlip prepare-data openmoji data/openmoji makes the demo's data"
     (folder / "data/mine/train").mkdir(parents=True)
-    assert one(doctor.data()) == Check("data", "ok", "data: readable, no data set prepared by mlip")
+    assert one(doctor.data()) == Check("data", "ok", "data: readable, it holds no data set prepared by mlip")
     (folder / "data/mine/train/dataset.json").write_text("{}")
     check = one(doctor.data())
     assert check.status == "fail"
@@ -147,4 +147,4 @@ def test_damaged_and_missing_recipes_are_failures(tmp_path: Path, monkeypatch: p
     assert check.status == "fail"
     assert "no" in check.found
     monkeypatch.setattr(doctor, "recipe_names", list)
-    assert one(doctor.recipes()).found == f"none in {tmp_path}"
+    assert one(doctor.recipes()).found == f"no recipe in {tmp_path}"

@@ -345,7 +345,7 @@ def test_nothing_but_wrong_usage_is_wrong_usage(place: Path) -> None:
     with pytest.raises(UsageError) as error:
         evaluate("runs/a b", datasets=["openmoji"])
     assert str(error.value) == (
-        "runs/a b: no whole checkpoint in it; go on with mlip pretrain RECIPE --out 'runs/a b' --resume"
+        "runs/a b: it holds no complete checkpoint; continue it with mlip pretrain RECIPE --out 'runs/a b' --resume"
     )
     with pytest.raises(UsageError, match=r"merge rate 0\.9"):
         evaluate("runs/clip", datasets=["openmoji"], rates=(0.9,))
@@ -369,7 +369,7 @@ def test_training_evaluators_measure_what_the_command_measures(place: Path, caps
     evaluate("runs/mlip", datasets=["openmoji"])
     [result] = printed(capsys)["results"]
     recipe = small_recipe(mlip=True, data={"validation": "data/openmoji/test"}, evaluate={"zeroshot": ["openmoji"]})
-    model = load_run("runs/mlip", device="cpu").model
+    model = at_rate(load_run("runs/mlip", device="cpu").model, None)
     tokenizer = Tokenizer(16)
     evaluators = training_evaluators(recipe, tokenizer, validation_pairs(recipe, tokenizer, device="cpu"))
     found = {evaluator.name: evaluator.measure(model, lambda _: None) for evaluator in evaluators}

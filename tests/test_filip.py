@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from mlip_cli.losses import objective
 from mlip_cli.losses.contrastive import sigmoid_loss
-from mlip_cli.losses.features import Features, TokenFeatures
+from mlip_cli.losses.features import CAPTION_MASK, IMAGE, TEXT, TEXT_TOKENS, Features
 from mlip_cli.losses.filip import filip_scores, filip_words, index_dtype
 from mlip_cli.losses.objective import Objective
 from mlip_cli.recipe.config import Losses, TokenLoss
@@ -55,17 +55,17 @@ def our_scores(patches: Tensor, sizes: Tensor, words: Tensor, mask: Tensor, chun
 
 def features(tokens: dict[str, Tensor], scale: Tensor, **changes: Any) -> Features:
     everyone = torch.eye(len(tokens["patches"]), 8, dtype=tokens["patches"].dtype)
-    return Features(
-        everyone,
-        everyone,
-        None,
-        {"spatial_global": torch.ones_like(scale), "spatial_token": scale},
-        {},
-        tokens=TokenFeatures(
-            {"spatial_token": tokens["patches"]}, {"spatial_token": tokens["sizes"]}, tokens["words"], tokens["mask"]
-        ),
-        **changes,
-    )
+    tensors = {
+        IMAGE: everyone,
+        TEXT: everyone,
+        "scale.spatial_global": torch.ones_like(scale),
+        "scale.spatial_token": scale,
+        "tokens.spatial_token": tokens["patches"],
+        "sizes.spatial_token": tokens["sizes"],
+        TEXT_TOKENS: tokens["words"],
+        CAPTION_MASK: tokens["mask"],
+    }
+    return Features(tensors, **changes)
 
 
 @pytest.mark.parametrize("chunk", [1, 2 * 5 * 9 * 7, 4 * 5 * 9 * 7 + 1, 10**6])

@@ -192,26 +192,30 @@ def branch(kind: str, *, grid: tuple[int, int] = (3, 5), width: int = 4) -> Freq
     return FrequencyBranch(config, grid=grid, patch_size=2, tower_width=width)
 
 
+def read_by(kind: str, images: Tensor, tokens: Tensor) -> Tensor:
+    """What a branch of this kind reads, of pictures of patch size 2 and their tokens."""
+    return patch_dct(images, 2).flatten(2).to(images.dtype) if kind == "dct" else tokens
+
+
 @pytest.mark.parametrize("kind", ["tokens", "dct"])
 def test_gradients_of_the_branch_by_differences(kind: str) -> None:
     model = branch(kind, grid=(2, 3)).double()
-    images, tokens = random(1, 3, 4, 6), random(1, 6, 4, seed=1)
-    inputs = [images, tokens, *(p.detach() for p in model.parameters())]
+    inputs = [random(1, 3, 4, 6) if kind == "dct" else random(1, 6, 4), *(p.detach() for p in model.parameters())]
     names = [name for name, _ in model.named_parameters()]
-    read = 0 if kind == "dct" else 1
-    given = [value.requires_grad_(i == read or i > 1) for i, value in enumerate(inputs)]
 
-    def run(images: Tensor, tokens: Tensor, *parameters: Tensor) -> Tensor:
-        return torch.func.functional_call(model, dict(zip(names, parameters, strict=True)), (images, tokens))
+    def run(given: Tensor, *parameters: Tensor) -> Tensor:
+        return torch.func.functional_call(
+            model, dict(zip(names, parameters, strict=True)), (read_by(kind, given, given),)
+        )
 
-    assert torch.autograd.gradcheck(run, given, fast_mode=True)
+    assert torch.autograd.gradcheck(run, [value.requires_grad_() for value in inputs], fast_mode=True)
 
 
 @pytest.mark.parametrize("kind", ["tokens", "dct"])
 def test_constant_pictures_give_equal_finite_tokens_and_gradients(kind: str) -> None:
     model = branch(kind)
     for value in (0.0, 1.5):
-        tokens = model(torch.full((2, 3, 6, 10), value), torch.full((2, 15, 4), value))
+        tokens = model(read_by(kind, torch.full((2, 3, 6, 10), value), torch.full((2, 15, 4), value)))
         torch.testing.assert_close(tokens, tokens[:, :1].expand_as(tokens), rtol=1e-4, atol=1e-4)
         gradients = torch.autograd.grad(tokens.square().sum(), [p for _, p in model.named_parameters()])
         assert all(gradient.isfinite().all() for gradient in (tokens, *gradients))
@@ -219,23 +223,23 @@ def test_constant_pictures_give_equal_finite_tokens_and_gradients(kind: str) -> 
 
 def test_a_shifted_picture_gives_shifted_tokens() -> None:
     model, images = branch("dct").double(), random(1, 3, 6, 10)
-    shifted = model(images.roll((2, -4), dims=(2, 3)), None)
-    expected = model(images, None).unflatten(1, (3, 5)).roll((1, -2), dims=(1, 2)).flatten(1, 2)
+    shifted = model(patch_dct(images.roll((2, -4), dims=(2, 3)), 2).flatten(2))
+    expected = model(patch_dct(images, 2).flatten(2)).unflatten(1, (3, 5)).roll((1, -2), dims=(1, 2)).flatten(1, 2)
     torch.testing.assert_close(shifted, expected)
 
 
 @pytest.mark.parametrize("kind", ["tokens", "dct"])
 def test_the_branch_in_half_precision_copied_and_pickled(kind: str) -> None:
-    model, images, tokens = branch(kind), random(2, 3, 6, 10).float(), random(2, 15, 4).float()
+    model, given = branch(kind), read_by(kind, random(2, 3, 6, 10).float(), random(2, 15, 4).float())
     with torch.no_grad():
-        expected = model(images, tokens)
+        expected = model(given)
         names = list(model.state_dict())
         for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):  # noqa: S301 - our own bytes
-            assert torch.equal(other(images, tokens), expected)
+            assert torch.equal(other(given), expected)
             assert list(other.state_dict()) == names
         with torch.autocast("cpu", torch.bfloat16):
-            torch.testing.assert_close(model(images, tokens).float(), expected, rtol=0.1, atol=0.1)
-        half = copy.deepcopy(model).half()(images.half(), tokens.half())
+            torch.testing.assert_close(model(given).float(), expected, rtol=0.1, atol=0.1)
+        half = copy.deepcopy(model).half()(given.half())
     assert half.dtype == torch.float16
     torch.testing.assert_close(half.float(), expected, rtol=0.02, atol=0.02)
 
@@ -254,10 +258,14 @@ class Graphs:
 def test_it_compiles_to_one_graph_without_complex_numbers() -> None:
     torch.compiler.reset()
     graphs = Graphs()
-    model, given = branch("dct"), (random(2, 3, 6, 10).float(), None)
+    model, images = branch("dct"), random(2, 3, 6, 10).float()
+
+    def run(images: Tensor) -> Tensor:
+        return model(patch_dct(images, 2).flatten(2))
+
     with torch.autocast("cpu", torch.bfloat16):
-        found = torch.compile(model, fullgraph=True, backend=graphs)(*given)
-        torch.testing.assert_close(found, model(*given))
+        found = torch.compile(run, fullgraph=True, backend=graphs)(images)
+        torch.testing.assert_close(found, run(images))
     [code] = graphs.code
     assert "fft" not in code
     assert "matmul" in code
@@ -267,8 +275,8 @@ def test_it_compiles_to_one_graph_without_complex_numbers() -> None:
 def test_what_was_not_compiled_takes_no_complex_numbers_either(kind: str) -> None:
     torch.manual_seed(0)
     model: nn.Module = StemBlock(3, 5, 4) if kind == "stem" else branch(kind)
-    given = (random(2, 16, 4).float(),) if kind == "stem" else (None, random(2, 15, 4).float())
+    given = random(2, 16 if kind == "stem" else 15, 4).float()
     with torch.autocast("cpu", torch.bfloat16):
-        code = make_fx(model)(*given).code
+        code = make_fx(model)(given).code
     assert "fft" not in code
     assert "mm" in code

@@ -4,18 +4,19 @@ import os
 import weakref
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 
 import pytest
 import torch
+from forks_for_tests import own_group
 from killed_for_tests import Forked
 from models_for_tests import small_batch, small_model, small_recipe
 from torch import nn
 
 from mlip_cli.distributed import full_on_main, process_group, rank, unwrap, world_size, wrap
 from mlip_cli.errors import RunError
-from mlip_cli.losses.features import features_of
+from mlip_cli.losses.features import IMAGE, TEXT, TEXT_TOKENS, features_of
 from mlip_cli.losses.objective import Objective
 from mlip_cli.recipe.config import LOSS_NAMES, Recipe
 from mlip_cli.train import step
@@ -61,8 +62,9 @@ def one_process(recipe: Recipe, micro_batch_size: int | None) -> dict[str, torch
     model = small_model(recipe).train()
     precision = Precision.named("fp32", CPU)
     add_gradients(
-        model, Objective(recipe.losses), batch_for(recipe), precision=precision, micro_batch_size=micro_batch_size
-    )
+        model, Objective(recipe.losses), batch_for(recipe),
+        precision=precision, micro_batch_size=micro_batch_size, plan=model.training_plan,
+    )  # fmt: skip
     return gradients(model)
 
 
@@ -74,13 +76,20 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(name: str, micro_bat
     assert any("log_scales" in n for n in whole)
 
 
+def test_micro_batches_need_no_loss_over_the_whole_batch() -> None:
+    recipe = small_recipe(mlip=False, losses={"spatial_global": None, "spatial_token": {}})
+    whole, parts = (one_process(recipe, size) for size in (None, 3))
+    assert relative_error(parts, whole) < 1e-10
+
+
 @pytest.mark.parametrize("name", ["mlip", "filip_sparc"])
 def test_micro_batches_report_the_same_terms(name: str) -> None:
     recipe = RECIPES[name]
+    model = small_model(recipe)
     terms = [
         add_gradients(
-            small_model(recipe), Objective(recipe.losses), batch_for(recipe),
-            precision=Precision.named("fp32", CPU), micro_batch_size=size,
+            model, Objective(recipe.losses), batch_for(recipe),
+            precision=Precision.named("fp32", CPU), micro_batch_size=size, plan=model.training_plan,
         ) for size in (None, 3)
     ]  # fmt: skip
     assert terms[0].keys() == terms[1].keys() == set(LOSS_NAMES)
@@ -93,10 +102,10 @@ def test_a_step_follows_the_merge_plan_that_it_is_given(micro_batch_size: int | 
     recipe = RECIPES["filip"]
     given = small_model(recipe)
     own = small_model(small_recipe(losses=FILIP, model={"merging": {"rate": 0.25, "at": [2, 3]}}))
-    for model, named in ((given, {"plan": own.merge_plan(0.25)}), (own, {})):
+    for model in (given, own):
         add_gradients(
             model, Objective(recipe.losses), batch_for(recipe),
-            precision=Precision.named("fp32", CPU), micro_batch_size=micro_batch_size, **named,
+            precision=Precision.named("fp32", CPU), micro_batch_size=micro_batch_size, plan=own.training_plan,
         )  # fmt: skip
     assert relative_error(gradients(given), gradients(own)) == 0
     assert relative_error(gradients(given), one_process(recipe, micro_batch_size)) > 1e-3
@@ -105,15 +114,17 @@ def test_a_step_follows_the_merge_plan_that_it_is_given(micro_batch_size: int | 
 def test_tokens_are_cached_only_where_a_loss_compares_them_over_the_batch() -> None:
     for name, expected in (("mlip", ()), ("filip_sparc", ("spatial_token",))):
         recipe = RECIPES[name]
+        model = small_model(recipe)
         seen = []
         objective = Objective(recipe.losses)
         batch_terms = objective.batch_terms
-        objective.batch_terms = lambda f, seen=seen, terms=batch_terms: seen.append(f.tokens) or terms(f)  # type: ignore
+        objective.batch_terms = lambda f, part, seen=seen, terms=batch_terms: seen.append(f.tensors) or terms(f, part)  # type: ignore
         add_gradients(
-            small_model(recipe), objective, batch_for(recipe),
-            precision=Precision.named("fp32", CPU), micro_batch_size=2,
+            model, objective, batch_for(recipe),
+            precision=Precision.named("fp32", CPU), micro_batch_size=2, plan=model.training_plan,
         )  # fmt: skip
-        assert tuple(seen[0].images if seen[0] is not None else ()) == expected
+        assert tuple(loss for loss in LOSS_NAMES if f"tokens.{loss}" in seen[0]) == expected
+        assert (TEXT_TOKENS in seen[0]) == bool(expected)
 
 
 def test_no_micro_batch_keeps_the_tokens_of_another() -> None:
@@ -129,8 +140,9 @@ def test_no_micro_batch_keeps_the_tokens_of_another() -> None:
     model.register_forward_hook(lambda module, inputs, encoded: kept.append(weakref.ref(encoded.image_tokens)))
     batch = small_batch(8)
     add_gradients(
-        model, Objective(small_recipe().losses), batch, precision=Precision.named("fp32", CPU), micro_batch_size=2
-    )
+        model, Objective(small_recipe().losses), batch,
+        precision=Precision.named("fp32", CPU), micro_batch_size=2, plan=model.training_plan,
+    )  # fmt: skip
     assert len(alive) == 8
     assert max(alive) <= 1
 
@@ -143,14 +155,14 @@ def test_micro_batches_replay_dropout() -> None:
         block.mlp.drop1.p = 0.3
     batch, objective, precision = small_batch(), Objective(recipe.losses), Precision.named("fp32", CPU)
     torch.manual_seed(5)
-    add_gradients(model, objective, batch, precision=precision, micro_batch_size=4)
+    add_gradients(model, objective, batch, precision=precision, micro_batch_size=4, plan=model.plan)
     found = gradients(model)
     model.zero_grad()
     torch.manual_seed(5)
-    halves = [model(b) for b in (small_part(batch, 0, 4), small_part(batch, 4, 8))]
+    halves = [model(b, model.plan) for b in (small_part(batch, 0, 4), small_part(batch, 4, 8))]
     first, second = (features_of(half) for half in halves)
-    joined = replace(first, image=torch.cat([first.image, second.image]), text=torch.cat([first.text, second.text]))
-    objective.total(objective.batch_terms(joined)).backward()
+    both = {name: torch.cat([first.tensors[name], second.tensors[name]]) for name in (IMAGE, TEXT)}
+    objective.total(objective.batch_terms(replace(first, tensors=first.tensors | both))).backward()
     assert relative_error(found, gradients(model)) < 1e-10
 
 
@@ -159,36 +171,35 @@ def small_part(batch, start, stop):  # type: ignore[no-untyped-def]
     return replace(batch, images=batch.images[start:stop], token_ids=batch.token_ids[start:stop], labels=labels)
 
 
-def save_gradients(names: Sequence[str], environment: dict[str, str], out: str) -> None:
-    """Body of a forked process: a rank, which computes the gradient of each recipe in every way; rank 0 saves them."""
+def gradients_on_ranks(names: Sequence[str], environment: dict[str, str], out: str) -> None:
+    """Body of one forked rank: the gradient of each recipe for a share of the batch; rank 0 writes them to `out`."""
+    own_group()
     os.environ.update(environment)
     torch.set_num_threads(1)
-    found = {}
+    results, precision = {}, Precision.named("fp32", CPU)
     with process_group(CPU):
         share = 8 // world_size()
-        for name in names:
+        rows = slice(rank() * share, (rank() + 1) * share)
+        for name, parallel, micro in product(names, ("ddp", "fsdp"), (None, share // 2)):
             recipe = RECIPES[name]
-            batch = small_part(batch_for(recipe), rank() * share, (rank() + 1) * share)
-            for parallel in ("ddp", "fsdp"):
-                for micro_batch_size in (None, share // 2):
-                    plain = small_model(recipe).train()
-                    model = wrap(plain, CPU, parallel=parallel, units=plain.blocks())
-                    add_gradients(
-                        model, Objective(recipe.losses), batch,
-                        precision=Precision.named("fp32", CPU), micro_batch_size=micro_batch_size,
-                    )  # fmt: skip
-                    found[name, parallel, micro_batch_size] = full_on_main(gradients(unwrap(model)))
+            plain = small_model(recipe).train()
+            model = wrap(plain, CPU, parallel=parallel, units=plain.blocks())
+            batch = small_part(batch_for(recipe), rows.start, rows.stop)
+            add_gradients(
+                model, Objective(recipe.losses), batch,
+                precision=precision, micro_batch_size=micro, plan=plain.training_plan,
+            )  # fmt: skip
+            results[name, parallel, micro] = full_on_main(gradients(unwrap(model)))
         if rank() == 0:
-            torch.save(found, out)
+            torch.save(results, out)
 
 
 @pytest.mark.parametrize(("ranks", "names"), [(2, list(RECIPES)), (4, ["filip_sparc"])])
 def test_gloo_processes_give_the_one_process_gradient(tmp_path: Path, ranks: int, names: list[str]) -> None:
     """Captions have 1 to 6 words, and the ranks different numbers of usable ones."""
-    out = tmp_path / "gradients.pt"
-    with Forked(names, out, ranks=ranks, body=save_gradients) as processes:
-        assert processes.join() == [0] * ranks
-    found = torch.load(out, weights_only=True)
+    with Forked(names, tmp_path / "gradients.pt", ranks=ranks, body=gradients_on_ranks) as forked:
+        assert forked.join() == [0] * ranks
+    found = torch.load(tmp_path / "gradients.pt", weights_only=True)
     assert len(found) == 4 * len(names)
     for (name, _parallel, _micro), grads in found.items():
         assert relative_error(grads, one_process(RECIPES[name], None)) < 1e-10

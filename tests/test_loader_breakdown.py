@@ -1,4 +1,4 @@
-"""What a sample costs the loader: the training loader itself, with clocks."""
+"""What a sample costs the training loader, part by part."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,8 +11,10 @@ from shards_for_tests import make_dataset
 
 from mlip_cli.data import loader
 from mlip_cli.data.dataset import ShardDataset
+from mlip_cli.data.open import open_prepared, open_sources
 from mlip_cli.profiling import loader as loader_breakdown
-from mlip_cli.profiling.loader import LoaderCost, measure_loader
+from mlip_cli.profiling.loader import batch_seconds, measure_loader
+from mlip_cli.profiling.result import LoaderFacts
 
 
 @pytest.fixture
@@ -25,10 +27,10 @@ def two_threads() -> Iterator[None]:
 
 @pytest.fixture
 def data(tmp_path: Path) -> ShardDataset:
-    return ShardDataset(make_dataset(tmp_path / "data", n=20))
+    return open_prepared(make_dataset(tmp_path / "data", n=20))
 
 
-def test_every_part_is_timed_on_one_thread_and_nothing_stays_behind(
+def test_every_part_is_timed_on_one_thread(
     data: ShardDataset, two_threads: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = []
@@ -39,9 +41,7 @@ def test_every_part_is_timed_on_one_thread_and_nothing_stays_behind(
         return decode(image, **options)
 
     monkeypatch.setattr(loader, "decode", spied)
-    functions = (ShardDataset.read, loader.decode, loader.training_transform)
-    cost = measure_loader(small_recipe(), [data])
-    assert functions == (ShardDataset.read, loader.decode, loader.training_transform)
+    cost = measure_loader(small_recipe(), [data], num_workers=2)
     assert set(seen) == {1}
     assert torch.get_num_threads() == 2
     assert list(cost.sample_seconds) == ["read", "decode", "transform", "tokenize and collate"]
@@ -70,24 +70,38 @@ def test_seconds_are_those_of_one_sample(data: ShardDataset, monkeypatch: pytest
     monkeypatch.setattr(loader, "decode", slow(loader.decode, 2))
     monkeypatch.setattr(loader, "training_transform", slow(loader.training_transform, 4))
     monkeypatch.setattr(loader, "_choose_caption", slow(loader._choose_caption, 8))
-    cost = measure_loader(small_recipe(), [data])
+    cost = measure_loader(small_recipe(), [data], num_workers=2)
     assert cost.sample_seconds == {"read": 1, "decode": 2, "transform": 4, "tokenize and collate": 8}
-    assert cost.sample_s == 15
+    assert cost.loader_images_per_s == 2 / 15
+
+
+def test_tars_as_they_are_cost_the_same_parts(tmp_path: Path) -> None:
+    folder = make_dataset(tmp_path / "data", n=20)
+    for path in (*folder.glob("*.idx"), folder / "dataset.json"):
+        path.unlink()
+    sources = {"train": [{"path": str(folder), "format": "webdataset"}], "cache": {"folder": str(tmp_path / "cache")}}
+    recipe = small_recipe(data=sources)
+    cost = measure_loader(recipe, open_sources(recipe.data.train, cache=recipe.data.cache), num_workers=0)
+    assert cost.num_samples == 12 * 20
+    assert all(seconds > 0 for seconds in cost.sample_seconds.values())
 
 
 def test_a_bad_sample_is_replaced_and_counted(tmp_path: Path) -> None:
     folder = make_dataset(tmp_path / "data", n=20, shard_size=20)
-    data = ShardDataset(folder)
+    data = open_prepared(folder)
     image = data.read(7).image
     data.close()
     [shard] = folder.glob("*.tar")
     content = shard.read_bytes()
     shard.write_bytes(content.replace(image, bytes(len(image))))
     recipe = small_recipe(data={"train": str(folder), "max_bad_share": 1.0})
-    assert measure_loader(recipe, [data]).bad_samples >= 12  # once in every epoch that is timed
+    assert measure_loader(recipe, [data], num_workers=0).bad_samples >= 12  # once in every epoch that is timed
 
 
-def test_processes_share_a_batch() -> None:
-    cost = LoaderCost(num_samples=1, bad_samples=0, sample_seconds={"read": 1.0, "decode": 3.0})
-    assert cost.batch_seconds(6, 2) == {"read": 3.0, "decode": 9.0}
-    assert cost.batch_seconds(6, 0) == cost.batch_seconds(6, 1) == {"read": 6.0, "decode": 18.0}
+@pytest.mark.parametrize(("processes", "share"), [(0, 6), (1, 6), (2, 3)])
+def test_processes_share_a_batch(processes: int, share: float) -> None:
+    seconds = {"read": 1.0, "decode": 3.0}
+    facts = LoaderFacts(
+        num_samples=1, bad_samples=0, sample_seconds=seconds, loader_processes=processes, loader_images_per_s=1
+    )
+    assert batch_seconds(facts, 6) == {"read": share, "decode": 3 * share}

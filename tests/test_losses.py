@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from models_for_tests import small_batch, small_model, small_recipe
 
 from mlip_cli.losses.contrastive import info_nce, sigmoid_loss
-from mlip_cli.losses.features import Features, features_of
+from mlip_cli.losses.features import IMAGE, TEXT, Features, features_of
 from mlip_cli.losses.objective import Objective
 from mlip_cli.losses.token_alignment import grouped_patches, sparc_sum
 from mlip_cli.recipe.config import LOSS_NAMES, GlobalLoss, Losses, TokenLoss
@@ -109,7 +109,8 @@ def test_constant_patches_make_all_words_one_group_and_stay_finite() -> None:
 
 def test_objective_logs_every_term_and_sums_them_by_weight() -> None:
     recipe = small_recipe()
-    objective, encoded = Objective(recipe.losses), small_model(recipe)(small_batch())
+    objective, model = Objective(recipe.losses), small_model(recipe)
+    encoded = model(small_batch(), model.training_plan)
     count = objective.count_captions(encoded.text_mask)
     terms = objective.batch_terms(features_of(encoded)) | objective.sample_terms(encoded, count)
     assert sorted(terms) == sorted(LOSS_NAMES)
@@ -126,7 +127,7 @@ def test_token_terms_are_means_over_usable_captions() -> None:
     recipe = small_recipe()
     objective = Objective(recipe.losses)
     model = small_model(recipe)
-    encoded = model(small_batch(4, words=[1, 2, 5, 1]))
+    encoded = model(small_batch(4, words=[1, 2, 5, 1]), model.training_plan)
     count = objective.count_captions(encoded.text_mask)
     assert count == 2
     one_by_one = [
@@ -138,14 +139,15 @@ def test_token_terms_are_means_over_usable_captions() -> None:
     assert one_by_one[0] == one_by_one[3] == 0
     found = objective.sample_terms(encoded, count)["spatial_token"].item()
     assert found == pytest.approx(sum(one_by_one) / 2, rel=1e-12)
-    nothing = model(small_batch(4, words=[1, 1, 1, 1]))
+    nothing = model(small_batch(4, words=[1, 1, 1, 1]), model.training_plan)
     assert objective.sample_terms(nothing, objective.count_captions(nothing.text_mask))["spatial_token"].item() == 0
 
 
 def test_logits_are_fp32_even_under_autocast() -> None:
     objective = Objective(Losses())
     images, texts = (x.detach() for x in random_features(width=64))
-    features = Features(images.float(), texts.float(), None, {"spatial_global": torch.tensor([50.0])}, {})
+    scale = {"scale.spatial_global": torch.tensor([50.0])}
+    features = Features({IMAGE: images.float(), TEXT: texts.float()} | scale)
     plain = objective.batch_terms(features)["spatial_global"]
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(objective.batch_terms(features)["spatial_global"], plain)
@@ -156,7 +158,8 @@ def test_every_kind_in_the_recipe_has_its_function() -> None:
     for model, loss, found_in in ((GlobalLoss, "spatial_global", 0), (TokenLoss, "spatial_token", None)):
         for kind in model.model_fields["kind"].annotation.__args__:  # type: ignore[union-attr]
             recipe = small_recipe(mlip=False, losses={loss: {"kind": kind}})
-            objective, encoded = Objective(recipe.losses), small_model(recipe)(batch)
+            objective, clip = Objective(recipe.losses), small_model(recipe)
+            encoded = clip(batch, clip.training_plan)
             over_batch = objective.batch_terms(features_of(encoded, token_losses=objective.batch_token_losses))
             inside_pairs = objective.sample_terms(encoded, objective.count_captions(encoded.text_mask))
             expected_in = (1 if kind == "sparc" else 0) if found_in is None else found_in

@@ -24,7 +24,7 @@ def dropping_model(**merging: object) -> CLIP:
 
 
 def plan(rate: float, **changes: object) -> MergePlan:
-    settings = {"depth": 12, "num_patches": 196, "num_prefix": 1, "at": None, "method": "random_drop"}
+    settings = {"depth": 12, "num_patches": 196, "at": None, "method": "random_drop"}
     return MergePlan.resolve(rate=rate, **(settings | changes))  # type: ignore[arg-type]
 
 
@@ -54,10 +54,10 @@ def test_groups_of_dropped_patches_compose_and_come_back() -> None:
 
 def test_plans() -> None:
     assert plan(0.5).at == (1,)
-    assert plan(0.5).tokens == (95,) * 12
-    assert plan(0.9).tokens == (23,) * 12  # merges stop at half
+    assert plan(0.5).tokens == (98,) * 12
+    assert plan(0.9).tokens == (20,) * 12  # a merge would stop at half
     assert plan(0.999).tokens == (1,) * 12
-    assert plan(0.75, at=(1, 4), multiple_of=1).tokens == (98,) * 3 + (49,) * 9
+    assert plan(0.75, at=(1, 4)).tokens == (98,) * 3 + (49,) * 9
     assert plan(0.9).largest_merge == 0
     assert (plan(0.5).drops, plan(0.0).drops, plan(0.4, method="tome").drops) == (True, False, False)
 
@@ -65,11 +65,14 @@ def test_plans() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rate": 1.0}, "merge rate 1: not in [0, 1); it is the fraction of the patch tokens that goes"),
-        ({"rate": -0.1}, "merge rate -0.1: not in [0, 1); it is the fraction of the patch tokens that goes"),
-        ({"rate": float("nan")}, "merge rate nan: not in [0, 1); it is the fraction of the patch tokens that goes"),
-        ({"method": "kmeans"}, "model.merging.method: kmeans is none; there are guided, tome, random_drop"),
-        ({"guidance": "text"}, "model.merging.guidance: text is none; there are mixed, spatial, frequency, inverse"),
+        ({"rate": 1.0}, "merge rate 1: not in [0, 1); it is the fraction of the patch tokens to remove"),
+        ({"rate": -0.1}, "merge rate -0.1: not in [0, 1); it is the fraction of the patch tokens to remove"),
+        ({"rate": float("nan")}, "merge rate nan: not in [0, 1); it is the fraction of the patch tokens to remove"),
+        ({"method": "kmeans"}, "model.merging.method: unknown method kmeans; use guided, tome or random_drop"),
+        (
+            {"guidance": "text"},
+            "model.merging.guidance: unknown guidance text; there are mixed, spatial, frequency, inverse",
+        ),
         ({"at": (0, 1)}, "model.merging.at: [0, 1] starts before block 1; blocks count from 1"),
     ],
 )
@@ -95,7 +98,7 @@ def test_training_drops_and_evaluation_sees_all() -> None:
     model, batch = dropping_model(), small_batch()
     assert model.training_plan == model.merge_plan(0.5, "random_drop")
     assert model.plan == model.merge_plan(0.0)
-    encoded = model(batch)
+    encoded = model(batch, model.training_plan)
     assert encoded.image_tokens is not None
     assert encoded.image_tokens.shape[1] == encoded.token_sizes.shape[1] == 8
     assert (encoded.token_sizes == 1).all()
@@ -103,10 +106,10 @@ def test_training_drops_and_evaluation_sees_all() -> None:
     plain.load_state_dict(model.state_dict())
     for training in (False, True):
         model.train(training)
-        expected = plain.image_features(batch.images)
-        found = model.image_features(batch.images)
+        expected = plain.image_features(batch.images, plain.plan)
+        found = model.image_features(batch.images, model.plan)
         assert torch.equal(found.spatial, expected.spatial)
-        assert torch.equal(model.encode_image(batch.images), expected.spatial)
+        assert torch.equal(model.encode_image(batch.images, model.plan), expected.spatial)
     assert model.merge_plan(0.5).method == "guided"
     assert model.merge_plan(0.5).at == (2, 4)
 
@@ -114,7 +117,7 @@ def test_training_drops_and_evaluation_sees_all() -> None:
 def test_a_drop_is_the_tower_on_the_kept_patches() -> None:
     model, batch = dropping_model(), small_batch()
     torch.manual_seed(2)
-    found = model(batch)
+    found = model(batch, model.training_plan)
     images = model.normalize(batch.images)
     embedded = model.vision.embed(images)
     [assign] = found.assign
@@ -148,32 +151,31 @@ def test_a_replay_draws_what_the_first_pass_drew() -> None:
     for block in model.vision.trunk.blocks:
         block.drop_path1 = DropPath(0.5)
     torch.manual_seed(0)
-    first = model(batch)
+    first = model(batch, model.training_plan)
     after = torch.get_rng_state()
     torch.manual_seed(0)
-    again = model(batch, assign=first.assign)
+    again = model(batch, model.training_plan, assign=first.assign)
     assert torch.equal(again.image_features, first.image_features)
     assert all(torch.equal(a, b) for a, b in zip(again.assign, first.assign, strict=True))
     assert torch.equal(torch.get_rng_state(), after)
     other = [groups.flip(0) for groups in first.assign]
-    assert not torch.equal(model(batch, assign=tuple(other)).image_features, first.image_features)
+    assert not torch.equal(model(batch, model.training_plan, assign=tuple(other)).image_features, first.image_features)
 
 
 def test_gradients_reach_kept_patches_alone() -> None:
     model, batch = dropping_model(), small_batch()
-    images = model.normalize(batch.images).requires_grad_()
-    embedded = model.vision.embed(images).detach().requires_grad_()
-    tower = model.vision(images, embedded, model.training_plan)
-    tower.pooled.square().sum().backward()
-    assert embedded.grad is not None
-    assert torch.equal(embedded.grad[:, 1:].abs().sum(-1) > 0, tower.assign[0] >= 0)
+    tower = model.image_tower(batch.images, model.training_plan)
+    [gradient] = torch.autograd.grad(tower.pooled.square().sum(), tower.embedded)
+    assert torch.equal(gradient[:, 1:].abs().sum(-1) > 0, tower.assign[0] >= 0)
 
 
 def test_a_model_that_drops_pickles() -> None:
     model = dropping_model()
     twin = pickle.loads(pickle.dumps(model))  # noqa: S301 - our own bytes
     assert twin.training_plan == model.training_plan
-    assert torch.equal(twin.encode_image(small_batch().images), model.encode_image(small_batch().images))
+    assert torch.equal(
+        twin.encode_image(small_batch().images, twin.plan), model.encode_image(small_batch().images, model.plan)
+    )
 
 
 def test_micro_batches_drop_what_the_whole_batch_drops() -> None:
@@ -184,7 +186,10 @@ def test_micro_batches_drop_what_the_whole_batch_drops() -> None:
         objective = Objective(small_recipe().losses)
         torch.manual_seed(0)
         precision = Precision.named("fp32", torch.device("cpu"))
-        add_gradients(model, objective, batch, precision=precision, micro_batch_size=micro_batch_size)
+        add_gradients(
+            model, objective, batch,
+            precision=precision, micro_batch_size=micro_batch_size, plan=model.training_plan,
+        )  # fmt: skip
         return [p.grad for p in model.vision.parameters() if p.grad is not None]
 
     for whole, parts in zip(gradients(None), gradients(2), strict=True):

@@ -18,8 +18,9 @@ from mlip_cli.recipe.merge_plan import GUIDANCE, METHODS, MergePlan
 
 
 def test_pictures_of_another_size_are_refused() -> None:
+    model = small_model()
     with pytest.raises(UsageError, match=r"^images: 24 x 32 pixels, but the model reads 32 x 32$"):
-        small_model().encode_image(torch.zeros(1, 3, 24, 32, dtype=torch.uint8))
+        model.encode_image(torch.zeros(1, 3, 24, 32, dtype=torch.uint8), model.plan)
 
 
 def test_577_tokens_under_bf16_autocast_keep_their_sizes() -> None:
@@ -29,7 +30,7 @@ def test_577_tokens_under_bf16_autocast_keep_their_sizes() -> None:
     images = torch.zeros(1, 3, 96, 96, dtype=torch.uint8)
     images[..., 48:, :] = 255
     with torch.autocast("cpu", torch.bfloat16):
-        encoded = model.vision(model.normalize(images), model.vision.embed(model.normalize(images)), model.plan)
+        encoded = model.image_tower(images, model.plan)
     assert encoded.sizes.dtype == torch.float32
     assert encoded.sizes.sum() == 576
     counts = encoded.assign[-1][0].bincount()
@@ -144,7 +145,7 @@ def test_checkpointed_gradients_are_the_plain_ones(method: str) -> None:
     assert all(g is not None and torch.equal(g, p) for g, p in zip(again, plain, strict=True))
     with torch.no_grad():
         runs[0] = 0
-        model.encode_image(batch.images)
+        model.encode_image(batch.images, model.plan)
         assert runs == [1]
 
 
@@ -168,7 +169,7 @@ def test_a_merged_model_compiles_to_one_graph() -> None:
 def test_matching_and_drops_alone_break_no_graph() -> None:
     """Full graphs bear shapes that depend on data; without that demand they break there."""
     patches = Patches((3, 5), 8, 1, has_class_token=True)
-    drops = MergePlan.resolve(depth=2, num_patches=15, num_prefix=1, rate=0.4, at=(1,), method="random_drop")
+    drops = MergePlan.resolve(depth=2, num_patches=15, rate=0.4, at=(1,), method="random_drop")
 
     def matched(tokens: Tensor) -> Tensor:
         return merge_pass.match(tokens, tokens[..., 0].sigmoid(), grid_parity(3, 5), 9, strength=0.25)

@@ -24,7 +24,7 @@ from mlip_cli.evaluate.panels import (
     spread,
 )
 from mlip_cli.evaluate.sweep import numbers_at_random
-from mlip_cli.model.merging import frequency_guidance, match, mid_ranks
+from mlip_cli.model.merging import frequency_guidance, match, mid_ranks, patch_dct
 from mlip_cli.types import MergeStage
 
 
@@ -73,7 +73,7 @@ def test_maps_are_what_the_matching_received(monkeypatch: pytest.MonkeyPatch) ->
     assert torch.equal(first.mixed, received[0])
     assert torch.equal(second.mixed, received[1].gather(1, first.groups))
     assert torch.equal(first.spatial, mid_ranks(first.spatial))
-    assert torch.equal(first.frequency, frequency_guidance(model.normalize(images), 8))
+    assert torch.equal(first.frequency, frequency_guidance(patch_dct(model.normalize(images), 8)))
 
 
 def test_tome_has_no_maps() -> None:

@@ -20,7 +20,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from mlip_cli import cli
 from mlip_cli.commands import merge_sweep
 from mlip_cli.data import loader
-from mlip_cli.data.dataset import ShardDataset
+from mlip_cli.data.open import open_prepared
 from mlip_cli.data.pictures import RejectedPictureError, open_picture
 from mlip_cli.data.transforms import decode
 from mlip_cli.errors import RunError, Stopped, UsageError
@@ -246,7 +246,7 @@ def test_panels_show_the_groups_of_the_model(place: Path, capsys: pytest.Capture
     [point] = merge_pictures(place)["points"]
     [picture] = point["pictures"]
     loaded = load_run("runs/mlip", device="cpu")
-    sample = ShardDataset(place / "data/colors").read(picture["number"])
+    sample = open_prepared(place / "data/colors").read(picture["number"])
     panels = panel_pictures(decode(open_picture(sample.image))[None])
     stages = loaded.model.merge_stages(decode(open_picture(sample.image))[None], loaded.model.merge_plan(0.5))
     for drawn, stage in zip(picture["stages"], stages, strict=True):

@@ -63,10 +63,8 @@ def towers(request: pytest.FixtureRequest) -> Towers:
 
 
 def plan_of(tower: ImageTower, rate: float, **changes: Any) -> MergePlan:
-    settings = {"at": (2,), "method": "tome", "multiple_of": 1} | changes
-    return MergePlan.resolve(
-        depth=tower.depth, num_patches=tower.num_patches, num_prefix=tower.num_prefix, rate=rate, **settings
-    )
+    settings = {"at": (2,), "method": "tome"} | changes
+    return MergePlan.resolve(depth=tower.depth, num_patches=tower.num_patches, rate=rate, **settings)
 
 
 def test_at_rate_0_a_tower_is_timms_bit_for_bit(towers: Towers, request: pytest.FixtureRequest) -> None:
@@ -78,24 +76,25 @@ def test_at_rate_0_a_tower_is_timms_bit_for_bit(towers: Towers, request: pytest.
     images = torch.randn(2, 3, *tower.trunk.patch_embed.img_size, dtype=torch.float64)
     for training in (True, False):
         tower.train(training), plain.train(training)
-        ours = tower(images, tower.embed(images), plan_of(tower, 0.0))
+        ours = tower(images, plan_of(tower, 0.0))
         theirs = plain.forward_features(images)
         assert torch.equal(ours.tokens, theirs[:, plain.num_prefix_tokens :])
         assert torch.equal(ours.pooled, plain.forward_head(theirs, pre_logits=True))
 
 
-def test_merging_duplicates_changes_nothing(towers: Towers) -> None:
+def test_merging_duplicates_changes_nothing(towers: Towers, monkeypatch: pytest.MonkeyPatch) -> None:
     """A tower of which patches are copies of each other gives the same with one token for each set of copies."""
     tower, _ = towers
     source = torch.tensor([0, 1, 2, 0, 3, 4, 5, 6, 6, 7, 8, 6, 0, 2, 9, 6])
     embedded = torch.randn(2, tower.num_prefix + 16, tower.width, dtype=torch.float64)
     patches = embedded[:, tower.num_prefix :]
     embedded = torch.cat([embedded[:, : tower.num_prefix], patches[:, source]], 1)
+    monkeypatch.setattr(tower, "embed", lambda images: embedded)
     images = torch.zeros(2, 3, 8, 8, dtype=torch.float64)
     plan = plan_of(tower, 0.375)
     assert plan.tokens == (16, 10, 10)
-    whole = tower(images, embedded, plan_of(tower, 0.0))
-    merged = tower(images, embedded, plan, assign=(source.expand(2, -1),))
+    whole = tower(images, plan_of(tower, 0.0))
+    merged = tower(images, plan, assign=(source.expand(2, -1),))
     assert merged.sizes.tolist() == [[3, 1, 2, 1, 1, 1, 4, 1, 1, 1]] * 2
     torch.testing.assert_close(merged.tokens[:, source], whole.tokens, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(merged.pooled, whole.pooled, rtol=1e-9, atol=1e-9)
@@ -105,7 +104,7 @@ def test_every_tower_merges_by_every_method(towers: Towers) -> None:
     tower, _ = towers
     images = torch.randn(2, 3, *tower.trunk.patch_embed.img_size, dtype=torch.float64)
     for method in METHODS:
-        found = tower(images, tower.embed(images), plan_of(tower, 0.5, method=method, at=(2, 3)))
+        found = tower(images, plan_of(tower, 0.5, method=method, at=(2, 3)))
         assert found.tokens.shape == (2, 8, 48)
         assert found.sizes.sum(1).tolist() == [8 if method == "random_drop" else 16] * 2
         assert found.pooled.isfinite().all()
@@ -140,7 +139,7 @@ def test_odd_and_oblong_grids(h: int, w: int, method: str, monkeypatch: pytest.M
     assert tower.grid == (h, w)
     images = torch.randn(2, 3, 8 * h, 8 * w)
     plan = plan_of(tower, 0.45, method=method, at=(2, 3))
-    found = tower(images, tower.embed(images), plan)
+    found = tower(images, plan)
     assert found.tokens.shape[1] == plan.tokens[-1]
     assert found.sizes.sum(1).tolist() == [plan.tokens[-1] if method == "random_drop" else h * w] * 2
 
@@ -151,7 +150,7 @@ def test_a_pool_that_cannot_weigh_tokens_is_refused_by_name(monkeypatch: pytest.
     monkeypatch.setattr(vision.timm, "create_model", lambda name, **s: create(name, **(prr | s)))
     changes = {"data": {"image_size": 64}, "model": {"vision": {"timm": "vit_tiny_patch16_224"}}}
     model = small_model(small_recipe(mlip=False, **changes), dtype=torch.float32)
-    assert model.encode_image(torch.randn(1, 3, 64, 64)).isfinite().all()
+    assert model.encode_image(torch.randn(1, 3, 64, 64), model.plan).isfinite().all()
     for method in ("guided", "tome"):
         with pytest.raises(UsageError) as caught:
             model.merge_plan(0.5, method)
@@ -172,5 +171,5 @@ def test_a_pool_that_cannot_weigh_tokens_is_refused_by_name(monkeypatch: pytest.
     ],
 )
 def test_other_towers_are_refused_by_name(name: str, kind: str) -> None:
-    with pytest.raises(UsageError, match=rf"^model\.vision\.timm: {name} is a {kind}; only VisionTransformer and "):
+    with pytest.raises(UsageError, match=rf"^model\.vision\.timm: {name} is a {kind}; use a VisionTransformer or "):
         ImageTower(Vision(timm=name), image_size=224)

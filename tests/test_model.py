@@ -11,7 +11,9 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
 from mlip_cli.errors import UsageError
-from mlip_cli.model.frequency import FrequencyBranch, local_kernel
+from mlip_cli.model import clip, merge_pass
+from mlip_cli.model.frequency import local_kernel
+from mlip_cli.model.merging import frequency_guidance, patch_dct
 from mlip_cli.model.text import TextTower, end_of_text, pool_text, word_mask
 from mlip_cli.model.vision import ImageTower, ObservedBlock
 from mlip_cli.recipe.config import Text, Vision
@@ -26,10 +28,10 @@ def test_without_branch_and_at_rate_0_the_tower_is_timm_bit_for_bit(training: bo
     plain.load_state_dict(model.vision.trunk.state_dict())
     model.train(training), plain.train(training)
     images = torch.randn(4, 3, 32, 32)
-    tower = model.vision(images, model.vision.embed(images), model.merge_plan(0.0))
+    tower = model.vision(images, model.merge_plan(0.0))
     assert torch.equal(tower.pooled, plain(images))
     assert torch.equal(tower.tokens, plain.forward_features(images)[:, 1:])
-    assert torch.equal(model.encode_image(images), model.image_projection(plain(images)))
+    assert torch.equal(model.encode_image(images, model.plan), model.image_projection(plain(images)))
 
 
 @pytest.mark.parametrize(
@@ -55,9 +57,9 @@ def test_named_timm_towers_merge_and_equal_timm_at_rate_0(name: str, block: type
     recipe = small_recipe(mlip=False, data={"image_size": size}, model={"vision": {"timm": name}})
     with torch.no_grad():
         model = small_model(recipe, dtype=torch.float32).eval()
-        at_zero = tower(images, tower.embed(images), model.merge_plan(0.0))
+        at_zero = tower(images, model.merge_plan(0.0))
         assert torch.equal(at_zero.pooled, plain.forward_head(plain.forward_features(images), pre_logits=True))
-        merged = model.vision(images, model.vision.embed(images), model.merge_plan(0.5))
+        merged = model.vision(images, model.merge_plan(0.5))
     assert merged.tokens.shape[1] == model.merge_plan(0.5).tokens[-1] < model.vision.num_patches
     assert (merged.sizes.sum(1) == model.vision.num_patches).all()
 
@@ -75,10 +77,10 @@ def test_pooling_after_a_merge_counts_every_patch_once(pool: str) -> None:
     image = torch.randn(1, 3, 8, 8, dtype=torch.float64)
     other = torch.randn(1, 3, 8, 8, dtype=torch.float64)
     images = torch.cat([torch.cat([image] * 4, 3)] * 3 + [torch.cat([other] * 4, 3)], 2)
-    tower_of_16 = partial(MergePlan.resolve, depth=3, num_patches=16, num_prefix=0, method="tome")
-    plan = tower_of_16(rate=0.5, at=(2,), multiple_of=1)
-    whole = tower(images, tower.embed(images), tower_of_16(rate=0.0, at=None))
-    merged = tower(images, tower.embed(images), plan)
+    tower_of_16 = partial(MergePlan.resolve, depth=3, num_patches=16, method="tome")
+    plan = tower_of_16(rate=0.5, at=(2,))
+    whole = tower(images, tower_of_16(rate=0.0, at=None))
+    merged = tower(images, plan)
     assert merged.tokens.shape[1] == 8
     torch.testing.assert_close(merged.pooled, whole.pooled, rtol=1e-10, atol=1e-10)
 
@@ -86,18 +88,18 @@ def test_pooling_after_a_merge_counts_every_patch_once(pool: str) -> None:
 def test_towers_that_cannot_be_used_are_refused_by_name() -> None:
     with pytest.raises(UsageError) as caught:
         ImageTower(Vision(timm="beit_base_patch16_224"), image_size=224)
-    with pytest.raises(UsageError, match=r"augreg_in21k names trained weights, which are not loaded; write vit_tiny"):
+    with pytest.raises(UsageError, match=r"augreg_in21k names trained weights, and mlip does not load them; write vi"):
         ImageTower(Vision(timm="vit_tiny_patch16_224.augreg_in21k"), image_size=224)
     assert str(caught.value) == (
-        "model.vision.timm: beit_base_patch16_224 is a Beit; only VisionTransformer and its distilled form are "
-        "supported, as in vit_base_patch16_224"
+        "model.vision.timm: beit_base_patch16_224 is a Beit; use a VisionTransformer or its distilled form, "
+        "such as vit_base_patch16_224"
     )
     with pytest.raises(
         UsageError, match="timm has no model 'vit_smal_patch16_224'; did you mean vit_small_patch16_224"
     ):
         ImageTower(Vision(timm="vit_smal_patch16_224"), image_size=224)
     with pytest.raises(
-        UsageError, match=r"data\.image_size: 100 is no multiple of the patch size 16 of vit_tiny_patch16_224"
+        UsageError, match=r"data\.image_size: 100 is not a multiple of the patch size 16 of vit_tiny_patch16_224"
     ):
         ImageTower(Vision(timm="vit_tiny_patch16_224"), image_size=100)
 
@@ -148,30 +150,53 @@ def test_initial_kernels_are_local_around_the_seam() -> None:
 
 
 @pytest.mark.parametrize("kind", ["tokens", "dct", None])
-def test_the_branch_runs_under_bf16_autocast_and_reads_what_it_says(kind: str | None) -> None:
+def test_the_branch_runs_under_bf16_autocast_and_reads_its_input(kind: str | None) -> None:
     chosen = {"input": kind} if kind else {}
-    config = small_recipe(model={"frequency": {"width": 32, "depth": 1, **chosen}}).model.frequency
-    assert config is not None
-    torch.manual_seed(0)
-    branch = FrequencyBranch(config, grid=(4, 4), patch_size=8, tower_width=32)
-    images, tokens = torch.randn(2, 3, 32, 32), torch.randn(2, 16, 32)
-    with torch.autocast("cpu", torch.bfloat16):
-        out = branch(images, tokens)
-    assert out.shape == (2, 16, 32)
-    assert out.isfinite().all()
+    recipe = small_recipe(model={"frequency": {"width": 32, "depth": 1, **chosen}})
+    model, images = small_model(recipe, dtype=torch.float32).eval(), small_batch(2).images
+
+    def features() -> torch.Tensor:
+        found = model.image_features(images, model.merge_plan(0.0)).frequency
+        assert found is not None
+        return found
+
     with torch.no_grad():
-        assert torch.equal(branch(images, tokens), branch(images, tokens + 1)) == (kind != "tokens")
-        assert torch.equal(branch(images, tokens), branch(images + 1, tokens)) == (kind == "tokens")
+        with torch.autocast("cpu", torch.bfloat16):
+            assert features().isfinite().all()
+        before = features()
+        model.vision.trunk.pos_embed.add_(torch.randn_like(model.vision.trunk.pos_embed))  # pixels stay, tokens do not
+        assert torch.equal(features(), before) == (kind != "tokens")
+
+
+@pytest.mark.parametrize("guidance", ["mixed", "frequency"])
+def test_the_branch_and_guidance_share_one_spectrum(guidance: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guidance from it is that of the grey picture, and so is every feature, whoever asks for it."""
+    recipe = small_recipe(model={"merging": {"rate": 0.5, "at": [2, 3], "guidance": guidance}})
+    model, images = small_model(recipe).eval(), small_batch().images
+    grey = patch_dct(model.normalize(images).mean(1, keepdim=True), 8)
+    torch.testing.assert_close(patch_dct(model.normalize(images), 8).mean(2, keepdim=True), grey, rtol=0, atol=1e-6)
+    made: list[int] = []
+    for module in (clip, merge_pass):
+        monkeypatch.setattr(module, "patch_dct", lambda *given: made.append(0) or patch_dct(*given))
+    with torch.no_grad():
+        features = model.image_features(images, model.plan)
+        assert len(made) == 1
+        assert torch.equal(model.encode_image(images, model.plan), features.spatial)
+        [first, _] = model.merge_stages(images, model.plan)
+        torch.testing.assert_close(first.frequency, frequency_guidance(grey), rtol=0, atol=1e-6)
+        made.clear()
+        model.encode_image(images, model.merge_plan(0.0))
+        assert made == []
 
 
 def test_heads_exist_only_where_a_loss_trains_them() -> None:
-    clip = small_model(small_recipe(mlip=False))
-    assert clip.frequency is None
-    assert list(clip.token_projections) == []
-    assert list(clip.log_scales) == ["spatial_global"]
+    plain = small_model(small_recipe(mlip=False))
+    assert plain.frequency is None
+    assert list(plain.token_projections) == []
+    assert list(plain.log_scales) == ["spatial_global"]
     for recipe in (small_recipe(), small_recipe(mlip=False)):
         model = small_model(recipe)
-        encoded = model(small_batch())
+        encoded = model(small_batch(), model.training_plan)
         outputs = [v for v in vars(encoded).values() if torch.is_tensor(v) and v.requires_grad]
         (sum(v.sum() for v in outputs) + sum(v.sum() for v in encoded.scales.values())).backward()
         assert [n for n, p in model.named_parameters() if p.grad is None] == []
@@ -180,12 +205,14 @@ def test_heads_exist_only_where_a_loss_trains_them() -> None:
 def test_pixels_are_normalised_inside_and_floats_taken_as_normalised() -> None:
     model, images = small_model(), small_batch().images
     floats = (images / 255.0 - model.pixel_mean) / model.pixel_std
-    torch.testing.assert_close(model.encode_image(images), model.encode_image(floats), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        model.encode_image(images, model.plan), model.encode_image(floats, model.plan), rtol=1e-5, atol=1e-5
+    )
 
 
 def test_a_sigmoid_loss_has_its_own_starting_values() -> None:
     recipe = small_recipe(mlip=False, losses={"spatial_global": {"kind": "sigmoid"}})
-    encoded = small_model(recipe)(small_batch())
+    encoded = (model := small_model(recipe))(small_batch(), model.training_plan)
     assert encoded.scales["spatial_global"].item() == pytest.approx(10)
     assert encoded.biases["spatial_global"].exp().item() == pytest.approx(1 / 7)
 

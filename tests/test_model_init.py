@@ -6,7 +6,6 @@ from typing import Any
 
 import open_clip
 import pytest
-import timm
 import torch
 from models_for_tests import make_run, small_model, small_recipe
 from open_clip_for_tests import TINY, TINY_QUICK, assert_same_features, config, randomised, recipe_for, tiny_towers
@@ -14,7 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from mlip_cli.errors import UsageError
-from mlip_cli.model.open_clip import without_counterpart
+from mlip_cli.model.open_clip import TIMM_TOWERS, without_counterpart
 from mlip_cli.recipe.config import Recipe
 from mlip_cli.runs import initial_weights
 from mlip_cli.runs.initial_weights import check_initial, load_initial, open_clip_configuration
@@ -58,9 +57,9 @@ def test_a_foreign_file_starts_mlip_with_the_rest_at_random(tiny_file: str) -> N
     model, untouched = (small_model(recipe, dtype=torch.float32) for _ in range(2))
     notes = load_initial(model, recipe)
     assert notes.facts[1] == (
-        "model.init: not in it, so as in a run without: frequency, frequency_projection, token_projections.spatial, "
+        "model.init: the weights have no frequency, frequency_projection, token_projections.spatial, "
         "token_projections.frequency, token_projections.text, log_scales.spatial_token, log_scales.frequency_global, "
-        "log_scales.frequency_token"
+        "log_scales.frequency_token; these parts start from random values"
     )
     own, fresh = model.state_dict(), untouched.state_dict()
     unchanged = {name for name in own if torch.equal(own[name], fresh[name])}
@@ -72,7 +71,7 @@ def test_scale_and_bias_of_another_kind_of_loss_are_not_taken(tiny_file: str) ->
     model = small_model(recipe, dtype=torch.float32)
     scale = model.log_scales["spatial_global"].clone()
     notes = load_initial(model, with_init(recipe, tiny_file))
-    anew = "model.init: losses.spatial_global is of another kind of loss there, so its scale starts anew"
+    anew = "model.init: losses.spatial_global is another kind of loss there, so its scale starts anew"
     assert notes.facts[1:] == (anew,)
     assert torch.equal(model.log_scales["spatial_global"], scale)
 
@@ -83,22 +82,24 @@ def test_a_bias_of_another_kind_of_loss_is_left_out_with_its_scale(tmp_path: Pat
     model = small_model(recipe, dtype=torch.float32)
     scale = model.log_scales["spatial_global"].clone()
     notes = load_initial(model, recipe)
-    anew = "model.init: losses.spatial_global is of another kind of loss there, so its scale starts anew"
+    anew = "model.init: losses.spatial_global is another kind of loss there, so its scale starts anew"
     assert (notes.facts[1:], notes.cautions) == ((anew,), ())
     assert torch.equal(model.log_scales["spatial_global"], scale)
 
 
-def test_gelu_is_said_since_no_file_tells_it(tiny_file: str) -> None:
+def test_a_start_from_a_gelu_architecture_warns_of_quickgelu(tiny_file: str) -> None:
     recipe = with_init(recipe_for({"timm": TINY}), tiny_file.replace(":tiny:", ":tiny-gelu:"))
     assert load_initial(small_model(recipe, dtype=torch.float32), recipe).facts[1] == (
-        "model.init: tiny-gelu has GELU; weights by OpenAI need one with QuickGELU, as in ViT-B-32-quickgelu, and no "
-        "file says which it was trained with"
+        "model.init: tiny-gelu uses GELU; OpenAI's weights need QuickGELU, as in ViT-B-32-quickgelu; a file does not "
+        "say which one it was trained with"
     )
 
 
-def test_what_differs_is_named_with_the_recipe_that_fits(tiny_file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_architecture_that_does_not_fit_is_refused_with_the_recipe_that_fits(
+    tiny_file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     recipe = with_init(recipe_for({"timm": TINY}, model={"embed_dim": 24}), tiny_file)
-    monkeypatch.setattr(timm, "list_models", lambda pattern: [TINY, TINY_QUICK])
+    monkeypatch.setitem(TIMM_TOWERS, (8, 32, 4, 2, 128), TINY)
     with pytest.raises(UsageError) as refused:
         check_initial(small_model(recipe), recipe)
     assert str(refused.value) == (
@@ -131,8 +132,8 @@ def test_a_stem_does_not_start_from_a_foreign_file(tiny_file: str) -> None:
     with pytest.raises(UsageError) as refused:
         check_initial(small_model(recipe), recipe)
     assert str(refused.value) == (
-        "model.init: open_clip:tiny does not fit the recipe: model.frequency.placement: stem has spectral blocks where "
-        "OpenCLIP's tower has its first 2 attention blocks; set it to branch, or start from a run with such a stem"
+        "model.init: open_clip:tiny does not fit the recipe: with model.frequency.placement: stem spectral blocks "
+        "replace the first 2 attention blocks; set it to branch, or start from a run with such a stem"
     )
 
 
@@ -142,7 +143,9 @@ def test_unknown_architectures_and_missing_files_are_refused(tmp_path: Path) -> 
     ):
         open_clip_configuration("ViT-B-23")
     recipe = with_init(small_recipe(), f"open_clip:ViT-B-32:{tmp_path}/none.pt")
-    with pytest.raises(UsageError, match=r"none.pt: no such file; model.init=open_clip:ARCH:FILE reads"):
+    with pytest.raises(
+        UsageError, match=r"none.pt: no such file; model.init=open_clip:ARCH:FILE reads a local file of weights"
+    ):
         check_initial(small_model(recipe), recipe)
 
 
@@ -154,13 +157,13 @@ def test_a_file_of_another_architecture_than_named_is_refused(tiny_file: str, tm
         load_initial(small_model(recipe), recipe)
 
 
-def test_what_a_file_or_a_configuration_has_wrong_is_said_with_its_place_once(
+def test_mistakes_of_a_file_or_a_configuration_are_named_with_their_place_once(
     tiny_file: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = Path(tiny_file.rpartition(":")[2])
     recipe = with_init(recipe_for({"timm": TINY_QUICK}, activation="quick_gelu"), tiny_file)
     save_file({"visual.layer1.weight": torch.zeros(1)}, file)
-    with pytest.raises(UsageError, match=rf"^{file}: visual.layer1.weight: no counterpart here; "):
+    with pytest.raises(UsageError, match=rf"^{file}: visual.layer1.weight: no such part here; "):
         load_initial(small_model(recipe), recipe)
     file.write_bytes(b"no")
     with pytest.raises(UsageError, match=rf"^{file}: not a whole safetensors file \("):
@@ -171,18 +174,18 @@ def test_what_a_file_or_a_configuration_has_wrong_is_said_with_its_place_once(
         check_initial(small_model(recipe), recipe)
 
 
-def test_a_plain_run_starts_mlip_and_the_other_way_is_said(tmp_path: Path) -> None:
+def test_a_plain_run_starts_mlip_and_mlip_starts_a_plain_run(tmp_path: Path) -> None:
     make_run(tmp_path / "clip", small_recipe(mlip=False), seed=1)
     recipe = with_init(small_recipe(), tmp_path / "clip")
     model = small_model(recipe, dtype=torch.float32)
     notes = load_initial(model, recipe)
-    assert notes.facts[1].startswith("model.init: not in it, so as in a run without: frequency, frequency_projection, ")
+    assert notes.facts[1].startswith("model.init: the weights have no frequency, frequency_projection, ")
     base = small_model(small_recipe(mlip=False), dtype=torch.float32, seed=1).state_dict()
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in base.items())
     make_run(tmp_path / "mlip", small_recipe())
     back = with_init(small_recipe(mlip=False), tmp_path / "mlip")
     assert load_initial(small_model(back), back).cautions == (
-        "model.init: in it, and left out as the recipe has no such part: frequency, frequency_projection, "
+        "model.init: these weights are ignored, as the recipe has no such parts: frequency, frequency_projection, "
         "log_scales.frequency_global, log_scales.frequency_token, log_scales.spatial_token, "
         "token_projections.frequency, token_projections.spatial, token_projections.text",
     )
@@ -227,7 +230,7 @@ OTHER_STEM = {"placement": "stem", "width": 32, "depth": 2}
         ({}, {"text": TEXT | {"num_heads": 4}}, "model.text.num_heads 4 (there 2)"),
     ],
 )
-def test_a_run_of_another_form_is_refused_by_the_keys_that_say_it(
+def test_a_run_of_another_form_is_refused_by_the_keys_that_differ(
     tmp_path: Path, theirs: dict[str, Any], ours: dict[str, Any], words: str
 ) -> None:
     make_run(tmp_path / "run", small_recipe(model=theirs))

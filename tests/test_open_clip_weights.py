@@ -1,12 +1,12 @@
-"""Weights by OpenCLIP's names: equal features, there and back, and the architectures that have them."""
+"""Weights by OpenCLIP's names: equal features, there and back, and the architectures that have such weights."""
 
-import json
 from collections.abc import Iterator
 from typing import Any
 
 import open_clip
 import pytest
 import torch
+import yaml
 from models_for_tests import small_model, small_recipe
 from open_clip_for_tests import (
     OURS_BY_SIZES,
@@ -21,9 +21,16 @@ from open_clip_for_tests import (
 from torch import Tensor
 
 from mlip_cli.errors import UsageError
-from mlip_cli.model import open_clip as architecture
 from mlip_cli.model.clip import CLIP, build_model
-from mlip_cli.model.open_clip import from_open_clip, to_open_clip, without_counterpart
+from mlip_cli.model.open_clip import (
+    TIMM_TOWERS,
+    described_form,
+    fitting_recipe,
+    from_open_clip,
+    misfits,
+    to_open_clip,
+    without_counterpart,
+)
 from mlip_cli.recipe.config import Recipe
 from mlip_cli.runs.initial_weights import open_clip_configuration
 
@@ -56,12 +63,12 @@ def test_features_equal_open_clips_and_the_way_back_gives_every_tensor(
     foreign = randomised(open_clip.CLIP(**config(quick_gelu=quick_gelu, vision=theirs)))
     recipe = recipe_for(vision, activation="quick_gelu" if quick_gelu else "gelu")
     weights = foreign.state_dict()
-    model = loaded(recipe, from_open_clip(weights))
+    model = loaded(recipe, from_open_clip(weights, source="a"))
     assert_same_features(model, foreign)
     back = to_open_clip(model.state_dict())
     assert back.keys() == weights.keys()
     assert all(torch.equal(back[name], weights[name]) and back[name].is_contiguous() for name in weights)
-    assert architecture.of_model(model) == architecture.of_open_clip(config(quick_gelu=quick_gelu, vision=theirs))
+    assert misfits(model, config(quick_gelu=quick_gelu, vision=theirs), source="a") == []
 
 
 def test_our_own_patch_bias_goes_into_the_positions() -> None:
@@ -89,7 +96,7 @@ def test_the_way_back_from_mlip_drops_what_only_mlip_has() -> None:
 
 def test_sigmoid_models_bring_their_bias() -> None:
     foreign = randomised(open_clip.CLIP(**config(init_logit_bias=-10)))
-    ours = from_open_clip(foreign.state_dict())
+    ours = from_open_clip(foreign.state_dict(), source="a")
     assert ours["logit_biases.spatial_global"].shape == (1,)
     back = to_open_clip(ours)
     assert back.keys() == foreign.state_dict().keys()
@@ -98,7 +105,7 @@ def test_sigmoid_models_bring_their_bias() -> None:
 
 def test_other_spellings_of_the_names_are_read() -> None:
     foreign = randomised(open_clip.CLIP(**config()))
-    plain = from_open_clip(foreign.state_dict())
+    plain = from_open_clip(foreign.state_dict(), source="a")
     custom = open_clip.CustomTextCLIP(**config())
     custom.load_state_dict(open_clip.model.convert_to_custom_text_state_dict(foreign.state_dict()))
     of_jit = {"input_resolution": torch.tensor(32), "context_length": torch.tensor(16), "vocab_size": torch.tensor(9)}
@@ -107,59 +114,61 @@ def test_other_spellings_of_the_names_are_read() -> None:
         {f"module.{name}": tensor for name, tensor in foreign.state_dict().items()},
         foreign.state_dict() | of_jit,
     ):
-        found = from_open_clip(weights)
+        found = from_open_clip(weights, source="a")
         assert found.keys() == plain.keys()
         assert all(torch.equal(found[name], plain[name]) for name in plain)
 
 
 def test_foreign_parts_are_refused_by_name() -> None:
     resnet = {"visual.layer1.0.conv1.weight": torch.zeros(1), "visual.attnpool.c_proj.weight": torch.zeros(1)}
-    with pytest.raises(UsageError, match=r"^visual.layer1.0.conv1.weight, visual.attnpool.c_proj.weight: no cou"):
-        from_open_clip(resnet)
-    with pytest.raises(UsageError, match=r"^vision.trunk.reg_token: no counterpart in OpenCLIP's ViT"):
+    with pytest.raises(
+        UsageError, match=r"^a: visual.layer1.0.conv1.weight, visual.attnpool.c_proj.weight: no such part here; "
+    ):
+        from_open_clip(resnet, source="a")
+    with pytest.raises(UsageError, match=r"^vision.trunk.reg_token: OpenCLIP's ViT has no such part"):
         to_open_clip({"vision.trunk.reg_token": torch.zeros(1)})
     stem = small_recipe(model={"frequency": {"placement": "stem", "width": 32, "depth": 1}, "merging": None})
-    with pytest.raises(UsageError, match=r"^vision.trunk.blocks.0.filter.kernel: no counterpart in OpenCLIP's ViT"):
-        architecture.of_model(small_model(stem))
+    [misfit] = misfits(small_model(stem), config(), source="a")
+    assert misfit == "vision.trunk.blocks.0.filter.kernel: OpenCLIP's ViT has no such part"
 
 
-def published(name: str, tower: str) -> tuple[CLIP, open_clip.CLIP]:
-    """The model of the recipe that is named for an architecture, and OpenCLIP's, both without numbers."""
-    described = open_clip_configuration(name)
-    wanted = architecture.of_open_clip(described)
-    text = {key: getattr(wanted.text, key) for key in ("width", "depth", "num_heads", "activation")}
-    model = {"embed_dim": wanted.embed_dim, "vision": {"timm": tower}, "text": text | {"context_length": 77}}
-    train = {"steps": 1, "global_batch_size": 2}
-    recipe = Recipe.model_validate_json(
-        json.dumps({"data": {"train": "x", "image_size": wanted.image_size}, "model": model, "train": train})
-    )
-    assert f"vision: {{timm: {tower}}}" in str(architecture.fitting_recipe(wanted))
+def published(name: str) -> CLIP:
+    """The model, without numbers, of the recipe that mlip names for an architecture."""
+    configuration = open_clip_configuration(name)
+    section = fitting_recipe(configuration, source=name)
+    assert section is not None
+    tree = yaml.safe_load(section) | {"data": {"train": "x"}, "train": {"steps": 1, "global_batch_size": 2}}
+    tree["data"]["image_size"] = configuration["vision_cfg"]["image_size"]
     with torch.device("meta"):
-        ours, foreign = build_model(recipe).eval(), open_clip.CLIP(**described)
-    assert architecture.of_model(ours) == wanted
-    return ours, foreign
-
-
-def test_another_resolution_fits_the_recipe_that_is_named() -> None:
-    ours, foreign = published("ViT-L-14-336-quickgelu", "vit_large_patch14_clip_quickgelu_336")
-    mine, other = ours.state_dict(), from_open_clip(foreign.state_dict())
-    assert {n: t.shape for n, t in mine.items()} == {n: t.shape for n, t in other.items()}
+        return build_model(Recipe.model_validate(tree, strict=False)).eval()
 
 
 @pytest.mark.parametrize(
     ("name", "tower"),
     [
-        ("ViT-B-32-quickgelu", "vit_base_patch32_clip_quickgelu_224"),
-        ("ViT-B-16", "vit_base_patch16_clip_224"),
-        ("ViT-L-14-quickgelu", "vit_large_patch14_clip_quickgelu_224"),
+        *zip(
+            ("ViT-B-32", "ViT-B-16", "ViT-L-14", "ViT-H-14", "ViT-g-14", "ViT-bigG-14"),
+            TIMM_TOWERS.values(),
+            strict=True,
+        ),
+        ("ViT-L-14-336-quickgelu", "vit_large_patch14_clip_quickgelu_224"),
     ],
 )
-def test_published_architectures_give_the_same_features_and_get_every_tensor_back(name: str, tower: str) -> None:
-    ours, foreign = published(name, tower)
-    foreign = randomised(foreign.to_empty(device="cpu"))
-    foreign.attn_mask = torch.full((77, 77), -torch.inf).triu(1)  # a buffer that no state dict holds
+def test_mlip_names_a_recipe_of_the_same_form_for_published_architectures(name: str, tower: str) -> None:
+    assert f"vision: {{timm: {tower}}}" in str(fitting_recipe(open_clip_configuration(name), source=name))
+    assert misfits(published(name), open_clip_configuration(name), source=name) == []
+
+
+def test_a_published_architecture_gives_the_same_features_and_gets_every_tensor_back() -> None:
+    """With the first two blocks of both towers, since all blocks are alike."""
+    configuration = open_clip_configuration("ViT-B-32-quickgelu")
+    for section in ("vision_cfg", "text_cfg"):
+        configuration[section]["layers"] = 2
+    foreign = randomised(open_clip.CLIP(**configuration))
     weights = foreign.state_dict()
-    ours.load_state_dict(from_open_clip(weights), assign=True)
+    ours = published("ViT-B-32-quickgelu")
+    ours.vision.trunk.blocks, ours.text.blocks = ours.vision.trunk.blocks[:2], ours.text.blocks[:2]
+    ours.load_state_dict(from_open_clip(weights, source="a"), assign=True)
     assert_same_features(ours, foreign, image_size=224, length=77, n=2)
     back = to_open_clip(ours.state_dict())
     assert back.keys() == weights.keys()
@@ -181,7 +190,7 @@ def test_published_architectures_give_the_same_features_and_get_every_tensor_bac
             {"text_cfg": {"norm_kwargs": {"elementwise_affine": False}}},
             "text_cfg.norm_kwargs.elementwise_affine False: ",
         ),
-        ({"text_cfg": {"no_causal_mask": True, "vocab_size": 32000}}, "text_cfg.no_causal_mask True, text_cfg.vocab_s"),
+        ({"text_cfg": {"no_causal_mask": True, "vocab_size": 32000}}, "text_cfg.vocab_size 32000, text_cfg.no_causal"),
         ({"multimodal_cfg": {"width": 512}}, "multimodal_cfg: no such part here"),
     ],
 )
@@ -190,10 +199,10 @@ def test_configurations_with_parts_that_are_not_ours_are_refused(change: dict[st
     for key, value in change.items():
         changed[key] = changed.get(key, {}) | value
     with pytest.raises(UsageError) as refused:
-        architecture.of_open_clip(changed)
-    assert str(refused.value).startswith(words)
+        described_form(changed, source="tiny")
+    assert str(refused.value).startswith(f"tiny: {words}")
 
 
-@pytest.mark.parametrize(("name", "mlp_width"), [("ViT-g-14", 6144), ("ViT-bigG-14", 8192), ("ViT-e-14", 15360)])
-def test_mlps_of_odd_widths_keep_them(name: str, mlp_width: int) -> None:
-    assert architecture.of_open_clip(open_clip_configuration(name)).image.mlp_width == mlp_width
+def test_a_form_that_no_known_tower_has_gets_no_recipe() -> None:
+    assert fitting_recipe(open_clip_configuration("ViT-e-14"), source="a") is None
+    assert fitting_recipe(config(), source="a") is None

@@ -17,7 +17,14 @@ CPU = torch.device("cpu")
 
 def gradients_of(model: nn.Module, recipe: Recipe) -> None:
     precision = Precision.named("fp32", CPU)
-    add_gradients(model.train(), Objective(recipe.losses), small_batch(), precision=precision, micro_batch_size=None)
+    add_gradients(
+        model.train(),
+        Objective(recipe.losses),
+        small_batch(),
+        precision=precision,
+        micro_batch_size=None,
+        plan=model.plan,
+    )
 
 
 def scales_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, float]:
@@ -140,6 +147,7 @@ def test_a_frozen_tower_keeps_its_bits_and_the_rest_trains(tower: str, micro_bat
             small_batch(seed=seed),
             precision=Precision.named("fp32", CPU),
             micro_batch_size=micro_batch_size,
+            plan=model.training_plan,
         )
         assert {n for n, p in model.named_parameters() if p.grad is None} == {
             n for n in before if n.startswith(parameters_of(tower))
@@ -155,16 +163,16 @@ def test_a_frozen_text_tower_drops_nothing_and_the_image_tower_goes_on_merging()
     recipe = small_recipe(model={"text": {"width": 32, "depth": 2, "num_heads": 2, "dropout": 0.5}})
 
     def texts(model: Any, *, training: bool) -> Tensor:
-        return model.train(training)(small_batch()).text_features
+        return model.train(training)(small_batch(), model.training_plan).text_features
 
     model = small_model(recipe, dtype=torch.float32)
     kept = texts(model, training=False)
     assert not torch.equal(texts(model, training=True), kept)
     model.train().freeze("text")  # takes hold at once, and again with each train()
-    assert torch.equal(model(small_batch()).text_features, kept)
+    assert torch.equal(model(small_batch(), model.training_plan).text_features, kept)
     assert torch.equal(texts(model, training=True), kept)
     assert model.vision.training
     assert model.frequency.training
     model.freeze("image")
     assert not any(module.training for module in model.vision.modules())
-    assert model.train()(small_batch()).image_tokens.shape[1] == model.plan.tokens[-1] < 16
+    assert model.train()(small_batch(), model.training_plan).image_tokens.shape[1] == model.plan.tokens[-1] < 16

@@ -1,8 +1,8 @@
-"""The clock that gives every moment to one part, and functions that are replaced for a while."""
+"""The clock that counts every moment for one part."""
 
 import pytest
 
-from mlip_cli.profiling.step import PartClock, replaced
+from mlip_cli.profiling.clock import PartClock
 
 
 class Time:
@@ -48,29 +48,16 @@ def test_an_undivided_part_keeps_what_is_inside_it(time: Time) -> None:
     assert clock.take() == {"first pass": 7, "block": 8}
 
 
-def test_a_timed_function_returns_and_raises_as_before(time: Time) -> None:
+def test_an_error_closes_its_part(time: Time) -> None:
     clock = PartClock(now=lambda: time.now)
 
-    def half(x: float, *, seconds: float) -> float:
-        time.pass_(seconds)
-        return 1 / (2 / x)
+    def fail() -> None:
+        with clock.part("inner"):
+            time.pass_(2)
+            raise ZeroDivisionError
 
-    assert clock.timed("half", half)(6, seconds=3) == 3
-    with pytest.raises(ZeroDivisionError):
-        clock.timed("half", half)(0, seconds=2)
-    assert clock.take() == {"half": 5}
-
-
-def test_what_was_replaced_is_back_even_after_an_error() -> None:
-    class Owner:
-        def method(self) -> str:
-            return "own"
-
-    original = vars(Owner)["method"]
-    owner = Owner()
-    with replaced(owner, "method", lambda: "new"):
-        assert owner.method() == "new"
-    assert vars(owner) == {}
-    with pytest.raises(KeyError), replaced(Owner, "method", lambda self: {}["new"]):
-        owner.method()
-    assert vars(Owner)["method"] is original
+    with clock.part("outer"):
+        with pytest.raises(ZeroDivisionError):
+            fail()
+        time.pass_(1)
+    assert clock.take() == {"inner": 2, "outer": 1}

@@ -12,9 +12,8 @@ from test_benchmarks import opened, write, write_tar
 from test_data_faults import write_shard
 
 from mlip_cli.data import pictures as module
-from mlip_cli.data.dataset import ShardDataset
 from mlip_cli.data.loader import decoded
-from mlip_cli.data.open import open_sources
+from mlip_cli.data.open import open_prepared, open_sources
 from mlip_cli.data.pictures import (
     ORIENTATIONS,
     RejectedPictureError,
@@ -139,7 +138,7 @@ def shards_of(folder: Path, contents: Sequence[bytes]) -> Path:
 
 
 def as_trained_on_from_shards(folder: Path, contents: Sequence[bytes]) -> list[Any]:
-    dataset = ShardDataset(shards_of(folder, contents))
+    dataset = open_prepared(shards_of(folder, contents))
     return [hashed(decoded(dataset.read(i))) for i in range(len(contents))]
 
 

@@ -2,6 +2,10 @@
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -14,53 +18,120 @@ from mlip_cli import __version__, cli
 from mlip_cli.commands import profile
 from mlip_cli.devices import pick_device
 from mlip_cli.errors import Stopped, UsageError
+from mlip_cli.profiling import measures
 from mlip_cli.profiling import subject as profile_subject
 from mlip_cli.profiling.measures import extra_share
+from mlip_cli.profiling.result import ProfileResult
 from mlip_cli.profiling.step import RepeatedStep
 from mlip_cli.profiling.timing import Timing
-from mlip_cli.recipe.config import LOSS_NAMES
+from mlip_cli.recipe.config import LOSS_NAMES, Recipe
 from mlip_cli.recipe.load import recipe_yaml
 from mlip_cli.report import profile_tables
 from mlip_cli.terminal.endings import exit_code
 
+SMALL_DATA = {"train": "data/colors", "num_workers": 2}
+
+
+def write_recipe(path: str, recipe: Recipe) -> None:
+    Path(path).write_text(recipe_yaml(recipe))
+
+
+def by_micro_batches(size: int) -> Recipe:
+    recipe = small_recipe()
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"micro_batch_size": size})})
+
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current folder, with recipes of a CLIP and an MLIP and a run of the latter."""
+    """The current folder, with a recipe of an MLIP and a run of it."""
     monkeypatch.chdir(tmp_path)
     recipe = small_recipe(data={"train": "data/colors"})
-    Path("mlip.yaml").write_text(recipe_yaml(recipe))
-    Path("clip.yaml").write_text(recipe_yaml(small_recipe(mlip=False)))
+    write_recipe("mlip.yaml", recipe)
     make_run(Path("runs/small"), recipe)
     return tmp_path
 
 
-def mlip(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["mlip", "profile", *arguments])
-    return exit_code(cli.app)
+def mlip(*arguments: str) -> int:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["mlip", "profile", *arguments])
+        return exit_code(cli.app)
 
 
-def printed(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
-    return json.loads(capsys.readouterr().out)
+def profile_json(*arguments: str, batch_size: int) -> dict[str, Any]:
+    """What `mlip profile` prints as JSON."""
+    with redirect_stdout(StringIO()) as out:
+        assert mlip(*arguments, "--batch-size", str(batch_size), "--rounds", "5", "--json") == 0
+    result: dict[str, Any] = json.loads(out.getvalue())
+    return result
 
 
-def test_a_recipe_needs_neither_data_nor_weights(
-    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert mlip(monkeypatch, "mlip.yaml", "--batch-size", "4", "--rounds", "5", "--json") == 0
-    result = printed(capsys)
+@dataclass(frozen=True)
+class ProfiledRun:
+    """A run with data, profiled once for all tests that only look."""
+
+    folder: Path
+    before: dict[Path, bytes]
+    """Its files before."""
+    result: dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProfiledRun]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("run"))
+        folder = Path("runs/small").absolute()
+        make_run(folder, small_recipe(data=SMALL_DATA))
+        make_dataset(Path("data/colors"), n=20)
+        before = files_of(folder)
+        result = profile_json("runs/small/checkpoints/step_0000008", batch_size=4)
+        yield ProfiledRun(folder, before, result)
+
+
+@pytest.fixture(scope="module")
+def from_recipe(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The result for an MLIP recipe with micro-batches, without data and without weights."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("recipe"))
+        write_recipe("mlip.yaml", by_micro_batches(3))
+        result = profile_json("mlip.yaml", batch_size=4)
+        assert not list(Path().glob("**/profile_*.json"))
+    return result
+
+
+@pytest.fixture(scope="module")
+def plain_clip(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The result for a plain CLIP recipe."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("clip"))
+        write_recipe("clip.yaml", small_recipe(mlip=False))
+        return profile_json("clip.yaml", batch_size=2)
+
+
+def files_of(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_recipe_needs_neither_data_nor_weights(from_recipe: dict[str, Any]) -> None:
+    result = from_recipe
     assert result["target"] == "recipe mlip, random weights"
     assert result["caption_tokens"] == 16
     assert result["caption_tokens_from"] == "the context length, without data"
     assert result["tokens_per_block"] == [16, 11, 8, 8]
     assert result["merging"] == {"method": "guided", "rate": 0.5, "before_blocks": [2, 3]}
-    total = result["parameters"].pop("total")
-    assert total == sum(result["parameters"].values())
+    assert result["parameters"]["total"] == sum(n for part, n in result["parameters"].items() if part != "total")
     flops = result["gflops"]
     assert flops["image_tower"] == pytest.approx(sum(flops["image_tower_by_part"].values()))
     assert flops["image_tower"] < flops["image_tower_unmerged"]
     assert flops["frequency_branch"] > 0
-    assert [s["part"] for s in result["speed"]] == [
+    assert result["peak_memory"]["gib"] > 0
+    assert result["data"] is None
+    assert result["limit"]["why"].endswith("of the step; there is no data to compare with")
+    assert [row["part"] for row in result["breakdown"] if row["group"] == "data"] == ["copy to the device"]
+    assert result["step"] is None
+
+
+def test_towers_and_pieces_of_the_step_are_timed_alone(from_recipe: dict[str, Any]) -> None:
+    assert [line["part"] for line in from_recipe["speed"]] == [
         "image tower, rate 0",
         "image tower, rate 0.50",
         "text tower",
@@ -69,124 +140,89 @@ def test_a_recipe_needs_neither_data_nor_weights(
         "optimizer",
         "training step",
     ]
-    for line in result["speed"]:
+    for line in from_recipe["speed"]:
         assert line["per_s"] == pytest.approx(4 / line["median_s"])
         assert len(line["seconds"]) == 5
-    assert result["peak_memory"]["gib"] > 0
-    assert result["data"] is None
-    assert result["limit"]["why"].endswith("of the step; there is no data to compare with")
-    assert [row["part"] for row in result["breakdown"] if row["group"] == "data"] == ["copy to the device"]
-    assert result["step"] is None
-    assert not list(place.glob("**/profile_*.json"))
 
 
-def test_parts_add_up_to_the_step(
-    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    make_dataset(Path("data/colors"), n=20)
-    assert mlip(monkeypatch, "runs/small", "--batch-size", "4", "--rounds", "5", "--json") == 0
-    result = printed(capsys)
+def test_parts_add_up_to_the_step(run: ProfiledRun) -> None:
+    result = run.result
     inside = [row for row in result["breakdown"] if row["in_step"]]
     left = result["unaccounted"]
     assert sum(row["seconds"] for row in inside) + left["seconds"] == pytest.approx(result["whole_s"])
     assert sum(row["share"] for row in inside) + left["share"] == pytest.approx(1)
     assert {row["group"] for row in inside} == {"data", "forward", "losses", "backward", "optimizer"}
-    assert {row["part"] for row in inside if row["group"] == "losses"} == set(LOSS_NAMES)
+    assert {row["part"] for row in inside if row["group"] == "losses"} == {*LOSS_NAMES, "shared by all losses"}
     assert 0 < left["outside_s"] < result["whole_s"]
     assert result["clocks_cost"] > -1
     assert result["limit"].keys() == {"part", "why"}
 
 
 def test_a_plain_clip_has_no_rows_for_what_it_lacks(
-    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    plain_clip: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert mlip(monkeypatch, "clip.yaml", "--batch-size", "2", "--rounds", "5") == 0
+    profile_tables.print_profile(ProfileResult.from_json(plain_clip))
     out = capsys.readouterr().out
     assert "GFLOPs an image  rate 0\n" in out
     assert "frequency" not in out
     assert "merging  " not in out.split("part of a training step")[1]
     assert "image tower, blocks 1-4 " in out
-    assert "patch tokens in each block: 16 16 16 16\n" in out
+    assert "patch tokens in each block: 4 x 16\n" in out
     assert "on cpu, " in out
 
 
-def test_the_newest_run_with_captions_as_its_data_has_them(
-    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    make_dataset(Path("data/colors"), n=20)
-    assert mlip(monkeypatch, "--batch-size", "2", "--rounds", "5", "--json") == 0
-    result = printed(capsys)
-    assert result["target"] == "small, step 8"
-    assert result["caption_tokens"] == 8
-    assert result["caption_tokens_from"] == "batches of data/colors"
-
-
-@pytest.mark.parametrize(("is_open", "words"), [(True, "reading and decoding are not"), (False, "no data, so reading")])
-def test_damaged_data_is_named_and_the_rest_is_measured(
-    place: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    caplog: pytest.LogCaptureFixture,
-    is_open: bool,
-    words: str,
-) -> None:
-    folder = make_dataset(Path("data/colors"), n=20)
-    for path in folder.glob("*.tar" if is_open else "*.idx"):
-        path.write_bytes(bytes(path.stat().st_size if is_open else 40))
-    with caplog.at_level("INFO", logger="mlip_cli"):
-        assert mlip(monkeypatch, "mlip.yaml", "--batch-size", "2", "--rounds", "5", "--json") == 0
-    assert printed(capsys)["data"] is None
-    assert [line for line in caplog.messages if line.startswith(words)], caplog.messages
-
-
-def test_captions_are_as_wide_as_in_typical_batches(place: Path) -> None:
+def test_captions_are_as_wide_as_in_typical_batches(run: ProfiledRun, place: Path) -> None:
+    assert run.result["caption_tokens"] == 8
+    assert run.result["caption_tokens_from"] == "batches of data/colors"
     text = {"width": 32, "depth": 2, "num_heads": 2, "context_length": 77}
     recipe = small_recipe(data={"train": "data/long"}, model={"text": text})
     make_dataset(Path("data/long"), n=16, captions=["a short one", "of " * 18])  # 20 tokens, in nearly every batch of 8
     assert profile_subject.caption_length(recipe, profile_subject.training_data(recipe)) == (24, "batches of data/long")
 
 
-def test_a_run_keeps_what_was_printed_and_is_not_changed(
-    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("is_open", "words"), [(True, "reading and decoding are not"), (False, "no data, so reading")])
+def test_damaged_data_is_named_and_not_timed(
+    place: Path, caplog: pytest.LogCaptureFixture, is_open: bool, words: str
 ) -> None:
-    make_dataset(Path("data/colors"), n=20)
-    before = {path: path.read_bytes() for path in Path("runs").rglob("*") if path.is_file()}
-    assert mlip(monkeypatch, "runs/small/checkpoints/step_0000008", "--batch-size", "3", "--rounds", "5", "--json") == 0
-    result = printed(capsys)
-    kept = Path("runs/small/evals/profile_step_0000008.json")
-    assert json.loads(kept.read_text()) == result
-    assert {"kind": "profile", "mlip_version": __version__, "step": 8}.items() <= result.items()
-    assert result["measured_at"].endswith("+00:00")
-    after = {path: path.read_bytes() for path in Path("runs").rglob("*") if path.is_file()}
-    run = Path("runs/small")
-    assert after.keys() - before.keys() == {kept, run / "report.html", run / "pictures" / "profile.svg"}
-    assert all(after[path] == content for path, content in before.items())
+    folder = make_dataset(Path("data/colors"), n=20)
+    for path in folder.glob("*.tar" if is_open else "*.idx"):
+        path.write_bytes(bytes(path.stat().st_size if is_open else 40))
+    recipe = small_recipe(data=SMALL_DATA)
+    with caplog.at_level("INFO", logger="mlip_cli"):
+        datasets = profile_subject.training_data(recipe)
+        assert bool(datasets) is is_open
+        assert measures.loader_facts(recipe, datasets) is None
+    assert [line for line in caplog.messages if line.startswith(words)], caplog.messages
 
 
-@pytest.mark.parametrize(("num_workers", "is_apart"), [(2, True), (0, False)])
-def test_the_loader_s_parts_are_in_the_step_only_where_it_waits_for_them(
-    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], num_workers: int, is_apart: bool
-) -> None:
-    make_dataset(Path("data/colors"), n=20)
-    data = {"train": "data/colors", "num_workers": num_workers}
-    Path("here.yaml").write_text(recipe_yaml(small_recipe(data=data)))
-    assert mlip(monkeypatch, "here.yaml", "--batch-size", "4", "--rounds", "5", "--json") == 0
-    result = printed(capsys)
-    cost = result["data"]["sample_seconds"]
+def test_a_run_keeps_what_was_printed_and_is_not_changed(run: ProfiledRun) -> None:
+    assert run.result["target"] == "small, step 8"
+    kept = run.folder / "evals" / "profile_step_0000008.json"
+    assert json.loads(kept.read_text()) == run.result
+    assert {"kind": "profile", "mlip_version": __version__, "step": 8}.items() <= run.result.items()
+    assert run.result["measured_at"].endswith("+00:00")
+    after = files_of(run.folder)
+    assert after.keys() - run.before.keys() == {
+        kept,
+        run.folder / "report.html",
+        run.folder / "pictures" / "profile.svg",
+    }
+    assert all(after[path] == content for path, content in run.before.items())
+
+
+def test_loader_processes_share_the_work_beside_the_step(run: ProfiledRun) -> None:
+    cost = run.result["data"]["sample_seconds"]
     assert list(cost) == ["read", "decode", "transform", "tokenize and collate"]
-    share = 4 / max(num_workers, 1)
-    rows = result["breakdown"][:4]
+    rows = run.result["breakdown"][:4]
     assert [row["part"] for row in rows] == list(cost)
-    assert all(row["seconds"] == pytest.approx(share * cost[row["part"]]) for row in rows)
-    assert {row["in_step"] for row in rows} == {not is_apart}
-    assert result["data"]["loader_images_per_s"] == pytest.approx(max(num_workers, 1) / sum(cost.values()))
+    assert all(row["seconds"] == pytest.approx(4 / 2 * cost[row["part"]]) for row in rows)
+    assert {row["in_step"] for row in rows} == {False}
+    assert run.result["data"]["loader_processes"] == 2
+    assert run.result["data"]["loader_images_per_s"] == pytest.approx(2 / sum(cost.values()))
 
 
-def test_utilisation_equals_a_count_by_hand(
-    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert mlip(monkeypatch, "clip.yaml", "--batch-size", "2", "--rounds", "5", "--json") == 0
-    result = printed(capsys)
+def test_utilisation_equals_a_count_by_hand(plain_clip: dict[str, Any]) -> None:
+    result = plain_clip
     patches, tokens, words, width, joint = 16, 17, 16, 32, 16
     image = patches * 3 * 8 * 8 * width + 4 * (tokens * 12 * width**2 + 2 * tokens**2 * width) + width * joint
     text = 2 * (words * 12 * width**2 + 2 * words**2 * width) + width * joint
@@ -203,22 +239,25 @@ def test_utilisation_equals_a_count_by_hand(
 
 
 def test_micro_batches_smaller_than_the_batch_are_taken_as_in_training(
-    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    from_recipe: dict[str, Any], plain_clip: dict[str, Any]
 ) -> None:
-    recipe = small_recipe()
-    micro = recipe.model_copy(update={"train": recipe.train.model_copy(update={"micro_batch_size": 3})})
-    Path("micro.yaml").write_text(recipe_yaml(micro))
-    said: list[str] = []
-    monkeypatch.setattr(profile, "say", said.append)
-    for batch_size, size in ((4, 3), (3, None)):
-        assert mlip(monkeypatch, "micro.yaml", "--batch-size", str(batch_size), "--rounds", "5", "--json") == 0
-        result = printed(capsys)
+    for result, size in ((from_recipe, 3), (plain_clip, None)):
         assert result["micro_batch_size"] == size
         first_pass = [row for row in result["breakdown"] if row["part"] == "forward without graph"]
         assert len(first_pass) == (1 if size else 0)
-    assert (
-        said.count("the recipe's micro-batches of 3 are no smaller than this batch of 3: it is measured at once") == 1
-    )
+
+
+def test_micro_batches_as_large_as_the_batch_are_measured_at_once(
+    place: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_recipe("micro.yaml", by_micro_batches(4))
+    profiled = profile_subject.load_profiled("micro.yaml", "cpu")
+    batch = profile_subject.random_batch(profiled, batch_size=4, num_tokens=9)
+    with caplog.at_level("INFO", logger="mlip_cli"):
+        assert measures.repeated_step(profiled, batch).micro_batch_size is None
+    assert caplog.messages == [
+        "the recipe's micro-batches of 4 are no smaller than this batch of 4, so it is measured at once"
+    ]
 
 
 def test_what_the_clocks_cost_is_compared_inside_rounds() -> None:
@@ -255,37 +294,40 @@ def test_bars_are_of_characters_that_stdout_knows(
         assert profile_tables.bar(share) == bar
 
 
-def test_tables_fit_80_columns(
-    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_tables_of_the_newest_run_fit_80_columns(
+    place: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     make_dataset(Path("data/colors"), n=20)
-    assert mlip(monkeypatch, "--batch-size", "2", "--rounds", "5") == 0
-    lines = capsys.readouterr().out.splitlines()
-    tables = [line for line in lines if "  " in line]
-    assert max(map(len, tables)) <= 80, max(tables, key=len)
-    assert any(line.startswith("limit: ") for line in lines)
+    with caplog.at_level("INFO", logger="mlip_cli"):
+        assert mlip("--batch-size", "2", "--rounds", "5") == 0
+    said = "small, step 8: timing 5 rounds; the model gets random pictures and words, the loader real ones"
+    assert said in caplog.messages
+    tables, found, _ = capsys.readouterr().out.partition("\nlimit: ")
+    assert found
+    lines = tables.splitlines()
+    assert max(map(len, lines)) <= 80, max(lines, key=len)
     assert any(line.startswith("unaccounted ") for line in lines)
 
 
 def test_timed_training_steps_make_gradients_and_leave_the_weights_alone(place: Path) -> None:
-    subject = profile_subject.load_subject("mlip.yaml", "cpu")
-    before = {name: value.clone() for name, value in subject.model.state_dict().items()}
+    profiled = profile_subject.load_profiled("mlip.yaml", "cpu")
+    before = {name: value.clone() for name, value in profiled.model.state_dict().items()}
     gradients: dict[str, bool] = {}
-    for name, parameter in subject.model.named_parameters():
+    for name, parameter in profiled.model.named_parameters():
         parameter.register_hook(lambda grad, name=name: gradients.update({name: bool(grad.abs().sum() > 0)}))
-    batch = profile_subject.random_batch(subject, batch_size=4, num_tokens=9)
-    RepeatedStep(subject.model.train(), subject.recipe, batch, subject.device)()
-    after = subject.model.state_dict()
+    batch = profile_subject.random_batch(profiled, batch_size=4, num_tokens=9)
+    RepeatedStep(profiled.model.train(), profiled.recipe, batch, profiled.device)()
+    after = profiled.model.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert {f"log_scales.{name}" for name in LOSS_NAMES} <= gradients.keys()
-    assert sum(gradients.values()) > 0.9 * len(list(subject.model.parameters()))
+    assert sum(gradients.values()) > 0.9 * len(list(profiled.model.parameters()))
 
 
 def test_ctrl_c_says_that_nothing_was_written(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(profile, "speeds_of_towers", interrupted)
+    monkeypatch.setattr(measures, "speeds_of_towers", interrupted)
     with pytest.raises(Stopped, match=r"^interrupted; nothing was written$"):
         profile.profile("runs/small", batch_size=2, rounds=5, device="cpu", as_json=True)
     assert not Path("runs/small/evals").exists()
@@ -299,20 +341,16 @@ def test_ctrl_c_says_that_nothing_was_written(place: Path, monkeypatch: pytest.M
         ("empty", "empty: "),
     ],
 )
-def test_what_is_not_there(
-    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], target: str, message: str
-) -> None:
+def test_what_is_not_there(place: Path, capsys: pytest.CaptureFixture[str], target: str, message: str) -> None:
     Path("empty").mkdir()
-    assert mlip(monkeypatch, target) == 2
+    assert mlip(target) == 2
     said = capsys.readouterr().err
     assert said.startswith(f"error: {message}")
     assert said.endswith("; no run lies there either: the newest in runs/: small\n") == (target != "empty")
 
 
-def test_a_batch_that_does_not_fit(
-    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert mlip(monkeypatch, "mlip.yaml", "--batch-size", "1000000000000", "--device", "cpu") == 1
+def test_a_batch_that_does_not_fit(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert mlip("mlip.yaml", "--batch-size", "1000000000000", "--device", "cpu") == 1
     assert capsys.readouterr().err.splitlines()[-1] == (
         "error: --batch-size: the device has no memory for 1,000,000,000,000 samples at once; "
         "set it to 500,000,000,000 or less"
@@ -330,8 +368,6 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_a_device_that_is_not_there(
-    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert mlip(monkeypatch, "mlip.yaml", "--device", "cuda") == 2
+def test_a_device_that_is_not_there(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert mlip("mlip.yaml", "--device", "cuda") == 2
     assert capsys.readouterr().err == "error: device cuda: PyTorch does not see one; use cpu, and ask mlip doctor why\n"

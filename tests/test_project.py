@@ -79,7 +79,19 @@ def make(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_make_alone_lists_the_targets() -> None:
     listed = [line.split()[1] for line in make().stdout.splitlines() if line.startswith("  make ")]
-    assert listed == ["help", "demo", "test", "smoke", "check", "format", "bench", "ablation", "schema", "clean"]
+    assert listed == [
+        "help",
+        "demo",
+        "test",
+        "test-quick",
+        "smoke",
+        "check",
+        "format",
+        "bench",
+        "ablation",
+        "schema",
+        "clean",
+    ]
 
 
 def test_make_says_which_python_it_needs(tmp_path: Path) -> None:

@@ -112,11 +112,8 @@ def script_is_there(line: str) -> None:
 LINES: dict[str, Smaller | Callable[[str], None]] = {
     "make demo": make_demo,
     "make test": make,
+    "make test-quick": make,
     "source .venv/bin/activate": environment_is_the_makefiles,
-    "mlip report runs/openmoji_clip runs/openmoji": Smaller(),
-    "mlip merge-sweep --rates 0.3,0.5": Smaller(more=SWEPT),
-    "mlip profile": Smaller(more=QUICK),
-    "mlip doctor": Smaller(),
     "mlip prepare-data my_pictures data/mine": Smaller(more="--holdout 0.2 --workers 1"),
     "mlip pretrain recipes/laptop.yaml --out runs/mine": Smaller(),
     "mlip eval-zeroshot runs/mine --dataset folder:my_classes": Smaller(),
@@ -125,10 +122,14 @@ LINES: dict[str, Smaller | Callable[[str], None]] = {
     "mlip report runs/mine": Smaller(),
     "mlip prepare-data photos.csv data/photos --image-column path --caption-column title": Smaller(more="--workers 1"),
     "mlip prepare-data my_classes data/classes": Smaller(more="--workers 1"),
+    "mlip pretrain recipes/cc12m.yaml --dry-run": Smaller(),
+    "mlip pretrain recipes/baselines/clip.yaml --dry-run": Smaller(more="train.global_batch_size=8"),
     "mlip pretrain recipes/single_gpu.yaml": Smaller(),
     "mlip pretrain recipes/single_gpu.yaml train.micro_batch_size=64 --out runs/small_batches": Smaller(
         {"train.micro_batch_size=64": "train.micro_batch_size=4"}
     ),
+    "torchrun --nproc-per-node 8 -m mlip_cli pretrain recipes/cc12m.yaml --out runs/cc12m": Smaller({"8": "2"}),
+    "sbatch recipes/slurm.sbatch recipes/cc12m.yaml runs/cc12m": script_is_there,
     "mlip pretrain recipes/openmoji.yaml --out runs/openmoji --resume": Smaller(),
     "mlip pretrain recipes/openmoji.yaml --resume": Smaller(),
     "mlip pretrain recipes/openmoji.yaml model.init=runs/openmoji train.steps=500 --out runs/longer": Smaller(
@@ -141,15 +142,15 @@ LINES: dict[str, Smaller | Callable[[str], None]] = {
     "mlip merge-sweep runs/mine --rates 0.2,0.3,0.4,0.5 --methods guided,tome --dataset folder:my_classes": Smaller(
         more=SWEPT
     ),
-    "mlip pretrain recipes/baselines/clip.yaml --dry-run": Smaller(more="train.global_batch_size=8"),
     "mlip report runs/mine runs/longer --out compared.html": Smaller(),
-    "mlip pretrain recipes/cc12m.yaml --dry-run": Smaller(),
-    "mlip profile recipes/cc12m.yaml": Smaller(more=QUICK),
-    "torchrun --nproc-per-node 8 -m mlip_cli pretrain recipes/cc12m.yaml --out runs/cc12m": Smaller({"8": "2"}),
-    "sbatch recipes/slurm.sbatch recipes/cc12m.yaml runs/cc12m": script_is_there,
+    "mlip profile": Smaller(more=QUICK),
+    "mlip doctor": Smaller(),
     "mlip prepare-data openmoji data/openmoji": Smaller(more="--limit 60 --size 32 --workers 1"),
     "mlip pretrain recipes/openmoji.yaml": Smaller(),
+    "mlip merge-sweep --rates 0.3,0.5": Smaller(more=SWEPT),
     "mlip eval-zeroshot --dataset openmoji": Smaller(),
+    "mlip profile recipes/cc12m.yaml": Smaller(more=QUICK),
+    "mlip report runs/openmoji_clip runs/openmoji": Smaller(),
 }
 
 
@@ -225,7 +226,7 @@ def test_recipe_keys_in_readme_are_keys() -> None:
     code = " ".join(re.findall(r"`([^`\n]+)`", README) + readme_lines())
     named = {match[0] for match in re.findall(rf"(?<!\S)((?:{'|'.join(sections)})(\.[a-z_]+)+)(?=[=:]|\s|$)", code)}
     assert len(named) > 8
-    files = {name for name in named if name.endswith((".txt", ".json"))}  # of the run folder
+    files = {name for name in named if name.endswith((".txt", ".json", ".safetensors"))}  # of the run folder
     assert named - files <= known
 
 

@@ -109,7 +109,7 @@ def test_mistakes_on_the_command_line(overrides: list[str], expected: list[str])
         ("a: [1\nb: 2\n", "x.yaml:2: not YAML: expected ',' or ']', but got ':'"),
         ("a: 1\n\tb: 2\n", "x.yaml:2: not YAML: found character '\\t' that cannot start any token"),
         ("a: 1\nb: \0\n", "x.yaml:2: not YAML: special characters are not allowed"),
-        ("- a\n- b\n", "x.yaml:1: a recipe is a list of `section:` and `key: value`"),
+        ("- a\n- b\n", "x.yaml:1: expected a recipe: lines of `section:` and `key: value`"),
         ("a: &x 1\nb: *x\n", "x.yaml:1: anchors and aliases (&, *) are not part of recipes"),
         (
             "a: 1\n---\nb: 2\n",
@@ -117,7 +117,10 @@ def test_mistakes_on_the_command_line(overrides: list[str], expected: list[str])
         ),
         ("extends: no.yaml\n", "x.yaml:1: extends: no file no.yaml; the path is relative to this recipe's folder"),
         ("extends: [a]\n", 'x.yaml:1: extends: expected the path of a recipe, not ["a"]'),
-        ("seed: 1\nextends: x.yaml\n", "x.yaml:2: extends: a circle, x.yaml -> x.yaml"),
+        (
+            "seed: 1\nextends: x.yaml\n",
+            "x.yaml:2: extends: these recipes extend each other in a circle: x.yaml -> x.yaml",
+        ),
     ],
 )
 def test_mistakes_that_make_a_file_unreadable(text: str, expected: str) -> None:
@@ -147,7 +150,9 @@ def test_an_empty_recipe_says_what_is_missing() -> None:
 def test_a_circle_of_files_is_reported_where_it_closes() -> None:
     write("a.yaml", SMALL + "extends: sub/b.yaml\n")
     write("sub/b.yaml", "seed: 1\nextends: ../a.yaml\n")
-    assert mistakes("a.yaml") == ["sub/b.yaml:2: extends: a circle, a.yaml -> sub/b.yaml -> a.yaml"]
+    assert mistakes("a.yaml") == [
+        "sub/b.yaml:2: extends: these recipes extend each other in a circle: a.yaml -> sub/b.yaml -> a.yaml"
+    ]
 
 
 def test_a_mistake_in_a_parent_is_reported_in_the_parent() -> None:
@@ -161,17 +166,17 @@ def test_a_mistake_in_a_parent_is_reported_in_the_parent() -> None:
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        (["train.steps=null"], "train.steps=null: not given, nor is train.epochs; give one of them"),
-        (["train.epochs=3"], "train.epochs=3: 3 excludes train.steps 5; set one to null"),
+        (["train.steps=null"], "train.steps=null: neither train.steps nor train.epochs is given; give one of them"),
+        (["train.epochs=3"], "train.epochs=3: 3 and train.steps 5 are both given; set one of them to null"),
         (["train.micro_batch_size=8"], "train.micro_batch_size=8: 8 is more than train.global_batch_size 4; set it to null"),
         (["train={precision: fp16, device: cpu}"], "train={precision: fp16, device: cpu}: train.precision: fp16 needs train.device cuda, not cpu; use bf16 or fp32"),
-        (["data.train=[{path: a, weight: 1}, b]"], "data.train=[{path: a, weight: 1}, b]: b has no weight but others have; weigh all folders or none"),
+        (["data.train=[{path: a, weight: 1}, b]"], "data.train=[{path: a, weight: 1}, b]: b has no weight but other folders do; give all of them a weight, or none"),
         (["data.train=[a, a]"], "data.train=[a, a]: a is listed twice"),
-        (["data.validation={path: a, weight: 1}"], "data.validation={path: a, weight: 1}: weights are for training only; list the folders alone"),
-        (["data.augment.crop_scale=[0.9, 0.5]"], "data.augment.crop_scale=[0.9, 0.5]: [0.9, 0.5] does not ascend"),
-        (["data.image_size=36"], "data.image_size=36: 36 is no multiple of model.vision.patch_size 8; use 32 or 40"),
-        (["data.image_size=4"], "data.image_size=4: 4 is no multiple of model.vision.patch_size 8; use 8"),
-        (["model.vision.timm=vit_x"], "model.vision.timm=vit_x: vit_x excludes patch_size, width, depth, num_heads; set one side to null"),
+        (["data.validation={path: a, weight: 1}"], "data.validation={path: a, weight: 1}: weights work in data.train only; list the folders without weights"),
+        (["data.augment.crop_scale=[0.9, 0.5]"], "data.augment.crop_scale=[0.9, 0.5]: [0.9, 0.5] is not in ascending order"),
+        (["data.image_size=36"], "data.image_size=36: 36 is not a multiple of model.vision.patch_size 8; use 32 or 40"),
+        (["data.image_size=4"], "data.image_size=4: 4 is not a multiple of model.vision.patch_size 8; use 8"),
+        (["model.vision.timm=vit_x"], "model.vision.timm=vit_x: vit_x defines the tower, and so does patch_size, width, depth, num_heads; set one of the two to null"),
         (["model.vision.num_heads=3"], "model.vision.num_heads=3: 3 heads do not divide width 32"),
         (["model.text.num_heads=7"], "model.text.num_heads=7: 7 heads do not divide width 512"),
         (["model.merging.at=[]"], "model.merging.at=[]: no block given; name some, or set model.merging to null"),
@@ -179,15 +184,15 @@ def test_a_mistake_in_a_parent_is_reported_in_the_parent() -> None:
         (["model.merging.at=[1, 2]"], "model.merging.at=[1, 2]: [1, 2] starts at block 1, which no attention precedes to guide a merge; start at 2"),
         (["model.merging.at=[2, 3]"], "model.merging.at=[2, 3]: [2, 3] goes beyond the tower's depth 2; the last block is 2"),
         (["model.merging.rate=0.7"], "model.merging.rate=0.7: merge rate 0.7: the merge before block 2 would take 16 tokens to 5, and one merge removes at most half; with merges before block 2 the largest rate is 0.5; lower the rate or add places to model.merging.at"),
-        (["model.merging.rate=0.01"], "model.merging.rate=0.01: merge rate 0.01: removes none of 16 tokens; use 0, or 0.063 or more"),
-        (["model.merging={method: tome, guidance: inverse}"], "model.merging={method: tome, guidance: inverse}: model.merging.guidance: inverse is not for method tome; set it to mixed"),
-        (["model.merging={method: tome, strength: 1.0}"], "model.merging={method: tome, strength: 1.0}: model.merging.strength: 1.0 is not for method tome; set it to 0.25"),
-        (["model={init: runs/a, freeze: text, text: {dropout: 0.1}}"], "model={init: runs/a, freeze: text, text: {dropout: 0.1}}: model.text.dropout: 0.1, but a tower that model.freeze keeps drops nothing; set it to 0"),
-        (["model.frequency={placement: stem, width: 8, depth: 1}", "losses.frequency_token={}"], "model.frequency={placement: stem, width: 8, depth: 1}: model.frequency.width: 8, but a stem's blocks are the tower's; use 32"),
-        (["model.frequency={placement: stem, width: 32}", "losses.frequency_token={}"], "model.frequency={placement: stem, width: 32}: model.frequency.depth: 2 leaves no attention block of the tower's 2; use less"),
+        (["model.merging.rate=0.01"], "model.merging.rate=0.01: merge rate 0.01: removes none of 16 tokens; use 0, or at least 0.063"),
+        (["model.merging={method: tome, guidance: inverse}"], "model.merging={method: tome, guidance: inverse}: model.merging.guidance: inverse has no effect with method tome; set it to mixed"),
+        (["model.merging={method: tome, strength: 1.0}"], "model.merging={method: tome, strength: 1.0}: model.merging.strength: 1.0 has no effect with method tome; set it to 0.25"),
+        (["model={init: runs/a, freeze: text, text: {dropout: 0.1}}"], "model={init: runs/a, freeze: text, text: {dropout: 0.1}}: model.text.dropout: a frozen text tower applies no dropout, but this is 0.1; set it to 0"),
+        (["model.frequency={placement: stem, width: 8, depth: 1}", "losses.frequency_token={}"], "model.frequency={placement: stem, width: 8, depth: 1}: model.frequency.width: 8, but the blocks of a stem are as wide as the tower; use 32"),
+        (["model.frequency={placement: stem, width: 32}", "losses.frequency_token={}"], "model.frequency={placement: stem, width: 32}: model.frequency.depth: 2 leaves no attention block in a tower of 2 blocks; use less"),
         (["model={vision: {depth: 1}, merging: {}}"], "model={vision: {depth: 1}, merging: {}}: model.merging.at: [2] goes beyond the tower's depth 1; set model.merging to null"),
-        (["losses.frequency_token={}"], "losses.frequency_token={}: needs model.frequency, which is null"),
-        (["model.frequency={width: 8}"], "model.frequency={width: 8}: nothing would train it; give losses.frequency_global or losses.frequency_token, or set it to null"),
+        (["losses.frequency_token={}"], "losses.frequency_token={}: it needs model.frequency, which is null; give that, or set this loss to null"),
+        (["model.frequency={width: 8}"], "model.frequency={width: 8}: no loss trains it; give losses.frequency_global or losses.frequency_token, or set it to null"),
     ],
 )  # fmt: skip
 def test_mistakes_between_keys(overrides: list[str], expected: str) -> None:
@@ -211,10 +216,10 @@ train:
 """,
     )
     assert mistakes("x.yaml") == [
-        "x.yaml:2: data.train: weighted folders have no common epoch; give train.steps in place of train.epochs",
-        "x.yaml:3: data.image_size: 60 is no multiple of model.vision.patch_size 8; use 56 or 64",
+        "x.yaml:2: data.train: weighted folders have no common epoch; replace train.epochs by train.steps",
+        "x.yaml:3: data.image_size: 60 is not a multiple of model.vision.patch_size 8; use 56 or 64",
         "x.yaml:5: model.vision: depth, num_heads missing; give all of patch_size, width, depth, num_heads, or timm alone",
-        "x.yaml:7: losses.spatial_global: null, but it alone trains the feature that evaluation uses; give it a kind",
+        "x.yaml:7: losses.spatial_global: it is null, but no other loss trains the feature that evaluation uses; give it a kind",
     ]
 
 

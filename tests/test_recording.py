@@ -129,7 +129,7 @@ def test_ctrl_c_does_not_end_the_evaluation_of_the_last_step(
             iter([small_batch(), small_batch()]),
             Progress(),
             timetable=Timetable(total_steps=2, log_every=1, evaluate_every=1),
-            plan_of=lambda _: None,
+            plan_of=lambda _: model.training_plan,
             evaluate=evaluate,
             saver=saver,
             journal=Journal(MetricsFile(tmp_path / "metrics.jsonl"), TrainingPanel(2, is_live=False), Trackers()),
@@ -200,7 +200,7 @@ def test_a_signal_leaves_an_evaluation_and_its_numbers() -> None:
     def evaluate(encoder: Encoder, on_batch: OnBatch) -> Measures:
         nonlocal asked
         for _ in range(2):
-            asked = encoder is second
+            asked = encoder.model is second
             on_batch(3)
         return Measures({"a_acc1": 0.5}, "top-1 50.0 %; n 6")
 

@@ -60,15 +60,12 @@ def test_a_named_tower_takes_a_stem(name: str) -> None:
     tower = ImageTower(Vision(timm=name), image_size=64, frequency=stem).eval()
     assert [isinstance(block, StemBlock) for block in tower.trunk.blocks] == [True] * 3 + [False] * 9
     prefix = tower.num_prefix
-    plan = MergePlan.resolve(
-        depth=12, num_patches=tower.num_patches, num_prefix=prefix, rate=0.5, at=None, method="guided", stem=3
-    )
+    plan = MergePlan.resolve(depth=12, num_patches=tower.num_patches, rate=0.5, at=None, method="guided", stem=3)
     assert plan.at == (5, 7)
     images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
-        embedded = tower.embed(images)
-        found = tower(images, embedded, plan)
-        assert torch.equal(tower.trunk.blocks[0](embedded)[:, :prefix], embedded[:, :prefix])
+        found = tower(images, plan)
+        assert torch.equal(tower.trunk.blocks[0](found.embedded)[:, :prefix], found.embedded[:, :prefix])
     assert found.stem_tokens is not None
     assert found.stem_tokens.shape == (2, tower.num_patches, 192)
     assert (found.sizes.sum(1) == tower.num_patches).all()
@@ -77,8 +74,8 @@ def test_a_named_tower_takes_a_stem(name: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"width": 24}, "model.frequency.width: 24, but a stem's blocks are the tower's; use 32"),
-        ({"depth": 3}, "model.frequency.depth: 3 leaves no attention block of the tower's 3; use less"),
+        ({"width": 24}, "model.frequency.width: 24, but the blocks of a stem are as wide as the tower; use 32"),
+        ({"depth": 3}, "model.frequency.depth: 3 leaves no attention block in a tower of 3 blocks; use less"),
     ],
 )
 def test_a_stem_that_does_not_fit_its_tower_is_refused(changes: dict[str, int], message: str) -> None:
@@ -91,7 +88,7 @@ def test_a_stem_that_does_not_fit_its_tower_is_refused(changes: dict[str, int], 
 
 def test_all_of_a_stem_trains_and_its_kernels_do_not_decay() -> None:
     model = small_model(stem_recipe())
-    encoded = model(small_batch())
+    encoded = model(small_batch(), model.training_plan)
     assert (encoded.token_sizes.sum(1) == 16).all()
     assert encoded.frequency_tokens is not None
     assert encoded.frequency_tokens.shape == (8, 16, 12)
@@ -105,7 +102,7 @@ def test_all_of_a_stem_trains_and_its_kernels_do_not_decay() -> None:
 
 def test_stages_of_merges_behind_a_stem_keep_the_numbers_of_blocks() -> None:
     model = small_model(stem_recipe(2, merging={"rate": 0.25}))
-    stages = model.merge_stages(small_batch().images)
+    stages = model.merge_stages(small_batch().images, model.plan)
     assert [stage.block for stage in stages] == [4]
     assert (stages[0].groups.max(1).values == model.plan.tokens[3] - 1).all()
     assert stages[0].spatial is not None
@@ -134,7 +131,7 @@ def test_places_inside_a_stem_are_refused(
     assert wrong_places(places, depth=depth, method=method, stem=2) == message
     if message is not None and depth is not None:
         with pytest.raises(UsageError) as caught:
-            MergePlan.resolve(depth=depth, num_patches=64, num_prefix=1, rate=0.25, at=places, method=method, stem=2)
+            MergePlan.resolve(depth=depth, num_patches=64, rate=0.25, at=places, method=method, stem=2)
         assert str(caught.value) == f"model.merging.at: {message}"
 
 
@@ -148,7 +145,7 @@ def test_a_recipe_says_where_merges_behind_its_stem_start() -> None:
 
 def test_what_drops_behind_a_stem_stays_in_its_own_tokens() -> None:
     model = small_model(stem_recipe(2, merging={"rate": 0.5, "method": "random_drop"}))
-    encoded = model.train()(small_batch())
+    encoded = model.train()(small_batch(), model.training_plan)
     assert encoded.token_sizes.shape[1] == model.training_plan.tokens[-1] < 16
     assert encoded.frequency_tokens is not None
     assert encoded.frequency_tokens.shape[1] == 16

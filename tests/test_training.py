@@ -176,7 +176,7 @@ def test_a_run_that_goes_on_elsewhere_is_left_alone(recipe: Path, tmp_path: Path
         assert training.join() == [130], training.said()
     assert second.returncode == 2, second.stderr
     assert second.stderr.splitlines()[-1] == (
-        f"error: {folder}: another mlip pretrain is at work here; wait for it, or name another --out"
+        f"error: {folder}: another mlip pretrain is running here; wait for it, or name another --out"
     )
     steps = [line["step"] for line in metrics(folder)]
     assert steps == list(range(1, len(steps) + 1))
@@ -293,7 +293,7 @@ def test_resume_without_out_passes_over_a_run_of_another_version(recipe: Path, t
     done = run(recipe, "--resume", "train.steps=1", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     first, second = done.stderr.splitlines()[:2]
-    assert first.startswith("passing over runs/old-20200101-000000, whose recipe is none today: runs/old-")
+    assert first.startswith("skipping runs/old-20200101-000000: its recipe does not load with this version: runs/old-")
     assert second == "--resume: no unfinished run of this recipe in runs/; a new run starts"
 
 
@@ -318,7 +318,7 @@ def test_a_checkpoint_that_another_process_saves_meanwhile_is_never_undone(recip
     arguments = [str(recipe), "--out", str(folder), "--resume"]
     with Forked(arguments, tmp_path / "late", body=saved_meanwhile) as training:
         assert training.join() == [2], training.said()
-        expected = f"error: {folder}/checkpoints/step_0000009: another process has saved it just now; start again with"
+        expected = f"error: {folder}/checkpoints/step_0000009: another process saved it just now; start again with"
         assert training.said().splitlines()[-1] == f"{expected} --resume"
     assert (folder / "metrics.jsonl").read_bytes() == before
 

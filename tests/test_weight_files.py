@@ -1,4 +1,4 @@
-"""Files of weights that others wrote: read without running them, or refused with the way out."""
+"""Weights that others wrote: read without running them, or refused with the cure."""
 
 import argparse
 import shlex
@@ -19,18 +19,18 @@ def test_files_that_torch_saved_are_read_without_running_them(tmp_path: Path) ->
     assert torch.equal(read_weights(of_trainer)["weight"], model.weight)
     program = tmp_path / "it's.pt"
     torch.save({"state_dict": model.state_dict(), "args": argparse.Namespace(lr=1)}, program)
-    with pytest.raises(UsageError, match="holds more than tensors and plain values, which could run anything") as said:
+    with pytest.raises(UsageError, match="holds more than tensors and plain values, which could run") as said:
         read_weights(program)
     run_cure(str(said.value))
     assert torch.equal(read_weights(tmp_path / "it's.weights.pt")["weight"], model.weight)
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
-def test_a_torchscript_archive_is_refused_with_the_way_out(tmp_path: Path) -> None:
+def test_a_torchscript_archive_is_refused_with_the_command_that_extracts_its_weights(tmp_path: Path) -> None:
     model = nn.Linear(2, 3)
     archive = tmp_path / "ViT.pt"
     torch.jit.trace(model, torch.zeros(1, 2)).save(str(archive))
-    with pytest.raises(UsageError, match="a TorchScript archive, which is a program; where you trust it") as said:
+    with pytest.raises(UsageError, match="a TorchScript archive, which is a program; if you trust it") as said:
         read_weights(archive)
     run_cure(str(said.value))
     assert torch.equal(read_weights(tmp_path / "ViT.weights.pt")["weight"], model.weight)
@@ -51,11 +51,11 @@ def test_damaged_files_are_refused(tmp_path: Path, name: str, content: bytes) ->
 
 
 @pytest.mark.parametrize("content", [b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", b"<!doctype html>"])
-def test_what_stands_in_for_weights_is_no_reason_to_run_it(tmp_path: Path, content: bytes) -> None:
+def test_a_pointer_or_a_web_page_is_named_and_not_run(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.bin").write_bytes(content)
     with pytest.raises(UsageError) as error:
         read_weights(tmp_path / "a.bin")
-    expected = "no file of torch, but perhaps a Git LFS pointer or a web page; fetch the weights themselves"
+    expected = "not a PyTorch file (a Git LFS pointer or a web page?); download the weights"
     assert str(error.value) == f"{tmp_path}/a.bin: {expected}"
 
 

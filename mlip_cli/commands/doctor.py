@@ -1,4 +1,4 @@
-"""`mlip doctor`: what on this machine would stop or slow mlip, and what to do about it."""
+"""`mlip doctor`: find what would stop or slow mlip on this machine, and name a fix."""
 
 import importlib.metadata
 import os
@@ -15,6 +15,7 @@ from typing import Literal
 from packaging.requirements import Requirement
 
 from mlip_cli.errors import RunError, UsageError
+from mlip_cli.files import GIB
 from mlip_cli.recipe.load import load_recipe
 from mlip_cli.recipe.shipped import recipe_names, recipes_folder
 from mlip_cli.runs.folder import RUNS
@@ -22,11 +23,10 @@ from mlip_cli.terminal.output import plural, print_json, print_lines, print_tabl
 
 DISTRIBUTION = "mlip-cli"
 OLDEST_PYTHON = (3, 11)
-GIB = 2**30
 LOW_DISK_GIB, NO_DISK_GIB = 10, 1
 LOW_SHARED_MEMORY_GIB = 1
 FEW_FILES = 1024
-"""A process keeps at most 256 shards open, beside what Python and the loader's pipes need."""
+"""A process keeps at most 256 shards open; Python and the loader's pipes need more files."""
 SLOW_BF16 = 0.8
 
 
@@ -46,7 +46,7 @@ def doctor(*, as_json: bool) -> None:
     Raises:
         RunError: a check failed.
     """
-    say("looking at this machine; PyTorch takes some seconds to load")
+    say("checking this machine; PyTorch takes some seconds to load")
     checks = [check for examine in EXAMINATIONS for check in examine()]
     failed = [check.name for check in checks if check.status == "fail"]
     if as_json:
@@ -57,7 +57,7 @@ def doctor(*, as_json: bool) -> None:
         if fixes:
             print_lines("\n" + "\n".join(fixes))
     if failed:
-        raise RunError(f"doctor: {', '.join(failed)} failed; the fixes stand above")
+        raise RunError(f"doctor: {', '.join(failed)} failed; see the fixes above")
 
 
 def python() -> Iterator[Check]:
@@ -71,11 +71,11 @@ def python() -> Iterator[Check]:
 
 
 def packages() -> Iterator[Check]:
-    """Installed versions against what mlip asks for, and torchvision against its torch; nothing is imported."""
+    """Installed versions against the versions that mlip and torchvision require. Nothing is imported."""
     try:
         requirements = importlib.metadata.requires(DISTRIBUTION) or []
     except importlib.metadata.PackageNotFoundError:
-        yield Check("packages", "warn", f"{DISTRIBUTION} is not installed, only on the path", "pip install -e .")
+        yield Check("packages", "warn", f"{DISTRIBUTION} is on the path but not installed", "pip install -e .")
         return
     needed = [r for r in map(Requirement, requirements) if r.marker is None or r.marker.evaluate({"extra": ""})]
     pinned = [r for r in map(Requirement, _requires("torchvision")) if r.name == "torch"]
@@ -87,7 +87,7 @@ def packages() -> Iterator[Check]:
         yield Check("packages", "fail", "; ".join(problems), cure)
     else:
         shown = ", ".join(f"{r.name} {importlib.metadata.version(r.name)}" for r in needed[:4])
-        yield Check("packages", "ok", f"{len(needed)} as required, among them {shown}")
+        yield Check("packages", "ok", f"{len(needed)} as required, including {shown}")
 
 
 def _requires(name: str) -> list[str]:
@@ -108,11 +108,11 @@ def _unmet(requirement: Requirement) -> str | None:
 
 
 def torch_build() -> Iterator[Check]:
-    """PyTorch: does it start, what does it compute on, is bf16 worth it."""
+    """PyTorch: whether it starts, its devices, and the speed of bf16."""
     try:
         import torch
     except (ImportError, OSError) as error:
-        yield Check("torch", "fail", f"does not start: {error}", "install it anew for this machine: pytorch.org")
+        yield Check("torch", "fail", f"does not start: {error}", "install it again for this machine: pytorch.org")
         return
     build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build"
     cpu = torch.backends.cpu.get_cpu_capability()
@@ -134,7 +134,7 @@ def _devices() -> Check:
         fix = "install a CUDA build of torch: pytorch.org"
         return Check("devices", "warn", "an NVIDIA driver, but torch is a CPU build", fix)
     if shutil.which("nvidia-smi"):
-        fix = "see what nvidia-smi says; the driver may be older than this torch's CUDA"
+        fix = "run nvidia-smi; the driver may be too old for this torch's CUDA"
         return Check("devices", "warn", "an NVIDIA driver, but torch sees no GPU", fix)
     if torch.backends.mps.is_available():
         return Check("devices", "warn", "cpu, mps", "mps is untested; train.device=cpu is the safe choice")
@@ -142,7 +142,7 @@ def _devices() -> Check:
 
 
 def _bf16() -> Check:
-    """A product of two matrices, in both types, in turn."""
+    """Time a matrix product in fp32 and bf16, in turn."""
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -158,19 +158,19 @@ def _bf16() -> Check:
     found = f"a matrix product takes 1/{gain:.1f} of fp32's time on {device}"
     if gain < SLOW_BF16:
         found = f"a matrix product takes {1 / gain:.1f}x fp32's time on {device}"
-        return Check("bf16", "warn", found, "train.precision=fp32 is quicker here")
+        return Check("bf16", "warn", found, "train.precision=fp32 is faster here")
     return Check("bf16", "ok", found)
 
 
 def disk() -> Iterator[Check]:
-    """Room for runs and data where they are written by default, and the right to write there."""
+    """Free space and write permission in the current folder."""
     here = Path.cwd()
     free = shutil.disk_usage(here).free / GIB
     found = f"{free:.1f} GiB free in {here}"
     if not os.access(here, os.W_OK):
         yield Check("disk", "fail", f"{here} cannot be written to", "work in a folder of your own")
     elif free < NO_DISK_GIB:
-        yield Check("disk", "fail", found, "make room: checkpoints and shards do not fit")
+        yield Check("disk", "fail", found, "free some space: checkpoints and shards do not fit")
     elif free < LOW_DISK_GIB:
         yield Check("disk", "warn", found, "enough for the demo; a run of ViT-B/16 keeps several GiB of checkpoints")
     else:
@@ -178,7 +178,7 @@ def disk() -> Iterator[Check]:
 
 
 def shared_memory() -> Iterator[Check]:
-    """/dev/shm, through which loader processes hand over batches; absent on macOS."""
+    """/dev/shm, which loader processes use to hand over batches. macOS has none."""
     folder = Path("/dev/shm")
     if not folder.is_dir():
         return
@@ -192,12 +192,16 @@ def shared_memory() -> Iterator[Check]:
 
 
 def open_files() -> Iterator[Check]:
-    """The limit of files that a process may open."""
+    """The number of files that a process may open."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     shown = "unlimited" if soft == resource.RLIM_INFINITY else f"{soft:,}"
     if soft != resource.RLIM_INFINITY and soft < FEW_FILES:
         enough = hard == resource.RLIM_INFINITY or hard >= FEW_FILES
-        fix = f"ulimit -n {FEW_FILES}" if enough else f"ask for a hard limit of {FEW_FILES} (it is {hard})"
+        fix = (
+            f"ulimit -n {FEW_FILES}"
+            if enough
+            else f"ask the administrator for a hard limit of {FEW_FILES} (it is {hard})"
+        )
         yield Check("open files", "warn", f"at most {shown} a process", fix)
     else:
         yield Check("open files", "ok", f"at most {shown} a process")
@@ -211,34 +215,36 @@ def data() -> Iterator[Check]:
     for name, root in roots.items():
         if not root.is_dir():
             fix = (
-                "mlip prepare-data openmoji data/openmoji makes the demo's" if name == "data" else "set it to a folder"
+                "mlip prepare-data openmoji data/openmoji makes the demo's data"
+                if name == "data"
+                else "set it to a folder"
             )
             yield Check(name, "warn" if name == "data" else "fail", f"{root}: no such folder", fix)
             continue
         cards = sorted([*root.glob("dataset.json"), *root.glob("*/dataset.json"), *root.glob("*/*/dataset.json")])
         if not cards:
-            yield Check(name, "ok", f"{root}: readable, no data set prepared by mlip")
+            yield Check(name, "ok", f"{root}: readable, it holds no data set prepared by mlip")
         for card in cards:
             yield _readable(name, card.parent)
 
 
 def _readable(name: str, folder: Path) -> Check:
-    from mlip_cli.data.dataset import ShardDataset
+    from mlip_cli.data.open import open_prepared
 
     try:
-        dataset = ShardDataset(folder)
+        dataset = open_prepared(folder)
         dataset.read(0)
     except (UsageError, RunError, OSError) as error:
-        return Check(name, "fail", str(error), "prepare it again with mlip prepare-data, or take the folder away")
+        return Check(name, "fail", str(error), "prepare it again with mlip prepare-data, or remove the folder")
     return Check(name, "ok", f"{folder}: {plural(dataset.num_samples, 'sample')}")
 
 
 def recipes() -> Iterator[Check]:
-    """All shipped recipes are there and valid."""
+    """Whether all shipped recipes are present and valid."""
     names = recipe_names()
     if not names:
-        fix = f"install {DISTRIBUTION} anew; its recipes did not come along"
-        yield Check("recipes", "fail", f"none in {recipes_folder()}", fix)
+        fix = f"install {DISTRIBUTION} again; its recipes are missing"
+        yield Check("recipes", "fail", f"no recipe in {recipes_folder()}", fix)
         return
     try:
         for name in names:
@@ -250,7 +256,7 @@ def recipes() -> Iterator[Check]:
 
 
 def runs() -> Iterator[Check]:
-    """Runs in runs/, when there are any."""
+    """The number of runs in runs/, if there are any."""
     found = sorted(RUNS.glob("*/recipe.yaml"))
     if found:
         yield Check("runs", "ok", f"{len(found)} in {RUNS.resolve()}")

@@ -110,7 +110,7 @@ def _gflops(model: CLIP) -> dict[str, float]:
     return {
         "gflops_per_image": sum(image_gflops(model, model.training_plan).values()),
         "gflops_per_image_unmerged": sum(image_gflops(model, model.merge_plan(0.0)).values()),
-        "gflops_per_image_frequency_branch": frequency_gflops(model),
+        "gflops_per_image_frequency_branch": frequency_gflops(model, model.training_plan),
         "gflops_per_text": text_gflops(model, model.context_length),
     }
 

@@ -6,8 +6,7 @@ from pathlib import Path
 from mlip_cli.errors import Stopped
 from mlip_cli.recipe.load import load_recipe
 from mlip_cli.runs.folder import RUNS, Run
-from mlip_cli.runs.initial_weights import find_init
-from mlip_cli.runs.start import check_can_be_made, check_trackers, choose_start, command_to_resume
+from mlip_cli.runs.start import check_can_be_made, check_trackers, choose_start, command_to_resume, find_init
 from mlip_cli.terminal.output import is_main, print_json, print_lines, say
 
 

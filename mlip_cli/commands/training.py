@@ -174,8 +174,8 @@ def reported(run: Run) -> Iterator[None]:
 
 def show_pairs(run: Run, training: Training, pairs: ValidationPairs, *, step: int) -> None:
     """Write the gallery of validation pairs into the run folder; all ranks take part."""
-    with training.as_measured() as model, evaluation_memory_named("the gallery"):
-        found = find_pairs(model.eval(), pairs)
+    with training.as_measured() as encoder, evaluation_memory_named("the gallery"):
+        found = find_pairs(encoder, pairs)
     if is_main():
         write_gallery(run, found, pairs, step=step, true_rate=training.plain.plan.rate)
 
@@ -202,11 +202,10 @@ def measure(
     """
     measures: dict[str, float] = {}
     try:
-        with torch.no_grad(), training.as_measured() as model:
-            model.eval()
+        with torch.no_grad(), training.as_measured() as encoder:
             for evaluator in evaluators:
                 with evaluation_memory_named(f"step {step}: evaluating {evaluator.name}"):
-                    found = evaluator.measure(model, on_batch_of(evaluator, panel, is_stopping))
+                    found = evaluator.measure(encoder, on_batch_of(evaluator, panel, is_stopping))
                 panel.measured(step, evaluator.name, found.words)
                 measures |= found.values
     except EvaluationStopped:

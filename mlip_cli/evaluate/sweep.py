@@ -1,17 +1,17 @@
 """A merge sweep: speed and scores of one model at several merge rates, beside the unmerged model."""
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from mlip_cli import __version__
 from mlip_cli.data.loader import decoded
+from mlip_cli.data.prepare.summary import attributions
 from mlip_cli.data.transforms import evaluation_transform
 from mlip_cli.devices import batch_named, device_name
 from mlip_cli.errors import RunError, UsageError
@@ -107,12 +107,6 @@ def numbers_at_random(wanted: int, num_pictures: int) -> list[int]:
     return sorted(order[:wanted].tolist())
 
 
-def attributions(cards: Iterable[Mapping[str, Any]]) -> tuple[str, ...]:
-    """The attributions that the licences of prepared data ask for, each text once."""
-    found = [card.get("provenance", {}).get("attribution") for card in cards]
-    return tuple(dict.fromkeys(text for text in found if text))
-
-
 def _benchmark(benchmark: Benchmark, loaded: LoadedRun, *, batch_size: int) -> SweepDataset:
     is_prepared = benchmark.kind in PREPARED
     cards = [json.loads((benchmark.root / "dataset.json").read_bytes())] if is_prepared else []
@@ -198,7 +192,7 @@ def _choose_of_validation(pairs: ValidationPairs, size: int, wanted: int) -> lis
     numbers = numbers_at_random(wanted, pairs.num_pictures)
     samples = [(number, pairs.sample(number)) for number in numbers]
     return [
-        ChosenPicture(number, sample.record["captions"][0]["text"], evaluation_transform(decoded(sample), size=size))
+        ChosenPicture(number, sample.captions[0].text, evaluation_transform(decoded(sample), size=size))
         for number, sample in samples
     ]
 

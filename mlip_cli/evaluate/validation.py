@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -58,7 +58,7 @@ class ValidationPairs:
         self.device = device
         self._tokenizer = tokenizer
         captions = [
-            [caption["text"] for caption in dataset.read(id).record["captions"]]
+            [caption.text for caption in dataset.read(id).captions]
             for dataset in self.datasets
             for id in range(dataset.num_samples)
         ]
@@ -169,8 +169,6 @@ class EvaluationBatch:
 
     images: Tensor
     """(B, 3, S, S) uint8"""
-    records: list[dict[str, Any]]
-    """KEY.json of each sample."""
     keys: tuple[str, ...]
     """Key of each sample."""
 
@@ -212,4 +210,4 @@ class _EvaluationBatches(Dataset[EvaluationBatch | Exception]):
             images = torch.stack([evaluation_transform(picture, size=size) for picture in pictures])
         except (RunError, OSError) as error:
             return error
-        return EvaluationBatch(images, [sample.record for sample in samples], tuple(sample.key for sample in samples))
+        return EvaluationBatch(images, tuple(sample.key for sample in samples))

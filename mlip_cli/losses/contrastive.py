@@ -1,7 +1,7 @@
-"""Global losses: one vector a picture against one vector a caption, over the global batch.
+"""Global losses: one vector per picture against one vector per caption, over the global batch.
 
-Each rank computes the rows of its own pairs; the mean over ranks is the loss over the global batch. Where the arguments
-name `labels` (W*B,), those of all ranks, pairs of equal label belong to each other; without them each pair to itself.
+Each rank computes the rows of its own pairs; the mean over ranks is the loss over the global batch. `labels` (W*B,) are
+those of all W ranks: pairs of the same label are positives of each other. Without labels each pair has only itself.
 """
 
 import torch
@@ -10,14 +10,14 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 CHUNK_LOGITS = 2**22
-"""Logits of the sigmoid loss that exist at one time: 16 MiB of fp32."""
+"""The most logits of the sigmoid loss at one time: 16 MiB of fp32."""
 
 
 def cross_entropy(logits: Tensor, *, offset: int, label_smoothing: float = 0.0, labels: Tensor | None = None) -> Tensor:
     """Mean over rows of the cross-entropy with each row's positives, which share the target evenly: (B, W*B) -> 0-d.
 
-    With labels it is the loss of row i's own column i plus z_ii - mean of z_ij over the positives j, a term that is
-    exactly 0 for a row with one positive.
+    With labels, row i adds z_ii - mean of z_ij over its positives j to the loss of its own column. This term is exactly
+    0 for a row with one positive.
     """
     rows = torch.arange(len(logits), device=logits.device)
     loss = F.cross_entropy(logits, rows + offset, label_smoothing=label_smoothing)
@@ -46,8 +46,8 @@ def info_nce(
         images, texts: normalised features of this rank (B, E), at least fp32.
         all_images, all_texts: those of all ranks (W*B, E).
         scale: factor of the similarities (1,).
-        offset: place of this rank's first pair among all.
-        label_smoothing: share of the target that is spread evenly over the global batch.
+        offset: index of this rank's first pair in the global batch.
+        label_smoothing: share of the target to spread evenly over the global batch.
     """
     image_to_text, text_to_image = (
         cross_entropy(logits, offset=offset, label_smoothing=label_smoothing, labels=labels)
@@ -66,10 +66,10 @@ def sigmoid_loss(
     labels: Tensor | None = None,
     chunk_logits: int = CHUNK_LOGITS,
 ) -> Tensor:
-    """Every pair a yes/no question, summed over texts, mean over images ("SigLIP", Zhai et al., ICCV 2023).
+    """A yes/no question for every pair; sum over texts, mean over images ("SigLIP", Zhai et al., ICCV 2023).
 
-    Texts are taken in chunks of at most `chunk_logits` logits; of several chunks nothing of that size stays for the
-    backward pass, which computes them again. Shapes as in `info_nce`; `bias` (1,) is added to the logits.
+    Texts go in chunks of at most `chunk_logits` logits. With several chunks the backward pass recomputes each one and
+    keeps none. Shapes are those of `info_nce`; `bias` (1,) is added to the logits.
     """
     labels = torch.arange(len(all_texts), device=images.device) if labels is None else labels
     own = labels[offset : offset + len(images)]

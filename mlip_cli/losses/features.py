@@ -1,102 +1,84 @@
-"""What the losses read of a batch."""
+"""What the losses between all pairs of a batch read of it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from mlip_cli.types import Encoded
 
+IMAGE, TEXT, FREQUENCY = "image_features", "text_features", "frequency_features"
+TEXT_TOKENS, CAPTION_MASK = "text_tokens", "caption_mask"
+
 
 @dataclass(frozen=True)
 class Features:
-    """The part of `Encoded` that losses over the whole batch read; micro-batches are cached in this form."""
+    """Tensors by name; micro-batches are cached in this form.
 
-    image: Tensor
-    """(B, E)"""
-    text: Tensor
-    """(B, E)"""
-    frequency: Tensor | None
-    """(B, E)"""
-    scales: dict[str, Tensor]
-    """Logit scale (1,) of each loss by its name."""
-    biases: dict[str, Tensor]
-    """Logit bias (1,) of each sigmoid loss by its name."""
+    Rows of a batch: IMAGE, TEXT and, with a branch, FREQUENCY (B, E). For token losses over the whole batch:
+    `tokens.LOSS` (B, K, T), `sizes.LOSS` (B, K), TEXT_TOKENS (B, L, T) and CAPTION_MASK (B, L). Shared by all rows:
+    `scale.LOSS` and, of sigmoid losses, `bias.LOSS` (1,).
+    """
+
+    tensors: dict[str, Tensor]
     labels: Tensor | None = None
-    """(B,): that of `Batch`."""
-    tokens: "TokenFeatures | None" = None
-    """None where no token loss goes over the whole batch."""
+    """(B,): the labels of `Batch`."""
 
+    @classmethod
+    def joined(cls, parts: "Sequence[Features]") -> "Features":
+        """The features of micro-batches as leaves over all of their rows, so that each has a gradient of its own."""
+        tensors = {}
+        for name, first in parts[0].tensors.items():
+            whole = first if first.ndim == 1 else torch.cat([part.tensors[name] for part in parts])
+            tensors[name] = whole.detach().requires_grad_(whole.is_floating_point())
+        labels = [part.labels for part in parts if part.labels is not None]
+        return cls(tensors, torch.cat(labels) if labels else None)
 
-@dataclass(frozen=True)
-class TokenFeatures:
-    """What token losses over the whole batch read."""
+    def leaves(self) -> dict[str, Tensor]:
+        """The tensors of `joined` that a gradient can be asked for."""
+        return {name: tensor for name, tensor in self.tensors.items() if tensor.requires_grad}
 
-    images: dict[str, Tensor]
-    """(B, K, T) by the name of the loss."""
-    sizes: dict[str, Tensor]
-    """(B, K) by the name of the loss."""
-    text: Tensor
-    """(B, L, T)"""
-    caption_mask: Tensor
-    """(B, L) bool"""
+    def surrogate(self, gradients: dict[str, Tensor | None], rows: slice, *, share: float) -> Tensor:
+        """A scalar whose gradient is the part of a micro-batch in the gradient of the batch-level losses: 0-d.
+
+        Args:
+            gradients: those of `leaves`; None where no loss reads the tensor.
+            rows: the rows of this micro-batch.
+            share: the part in the gradient of scales and biases, which every micro-batch sees.
+        """
+        products = []
+        for name, gradient in gradients.items():
+            if gradient is not None:
+                own = gradient * share if gradient.ndim == 1 else gradient[rows]
+                product = (self.tensors[name] * own).sum()
+                products.append(product.to(torch.promote_types(product.dtype, torch.float32)))
+        return torch.stack(products).sum()
 
 
 def image_tokens(encoded: Encoded, loss: str) -> tuple[Tensor, Tensor]:
-    """Image tokens that a token loss reads, and how many patches each stands for: (B, K, T), (B, K)."""
+    """The image tokens that a token loss reads, and how many patches each stands for: (B, K, T), (B, K)."""
     if loss == "spatial_token":
-        tokens, sizes = encoded.image_tokens, encoded.token_sizes
-        assert tokens is not None
-        return tokens, sizes
-    tokens = encoded.frequency_tokens
-    assert tokens is not None
-    return tokens, torch.ones_like(tokens[..., 0])
+        assert encoded.image_tokens is not None
+        return encoded.image_tokens, encoded.token_sizes
+    assert encoded.frequency_tokens is not None
+    return encoded.frequency_tokens, torch.ones_like(encoded.frequency_tokens[..., 0])
 
 
 def features_of(encoded: Encoded, *, token_losses: Sequence[str] = (), labels: Tensor | None = None) -> Features:
-    """What batch-level losses need of `encoded`.
+    """The part of `encoded` that losses between all pairs of a batch read.
 
     Args:
         token_losses: names of the token losses among them.
         labels: those of the batch.
     """
-    tokens = None
-    if token_losses:
+    tensors = {IMAGE: encoded.image_features, TEXT: encoded.text_features}
+    if encoded.frequency_features is not None:
+        tensors[FREQUENCY] = encoded.frequency_features
+    for loss in token_losses:
         assert encoded.text_tokens is not None
-        images = {name: image_tokens(encoded, name) for name in token_losses}
-        tokens = TokenFeatures(
-            {name: patches for name, (patches, _) in images.items()},
-            {name: sizes for name, (_, sizes) in images.items()},
-            encoded.text_tokens,
-            encoded.caption_mask,
-        )
-    return Features(
-        encoded.image_features,
-        encoded.text_features,
-        encoded.frequency_features,
-        encoded.scales,
-        encoded.biases,
-        labels,
-        tokens,
-    )
-
-
-class ObjectiveLike(Protocol):
-    """What training needs of an objective; terms are 0-d tensors by loss name, not weighted."""
-
-    batch_token_losses: tuple[str, ...]
-    """Names of the token losses between all pairs of the global batch."""
-
-    def batch_terms(self, features: Features) -> dict[str, Tensor]:
-        """Losses between all pairs of the global batch."""
-
-    def sample_terms(self, encoded: Encoded, num_captions: Tensor) -> dict[str, Tensor]:
-        """Losses inside pairs; `num_captions` counts the usable captions of the global batch."""
-
-    def count_captions(self, text_mask: Tensor) -> Tensor:
-        """Usable captions of this share: (B, L) -> 0-d."""
-
-    def total(self, terms: dict[str, Tensor]) -> Tensor:
-        """Weighted sum."""
+        tensors[TEXT_TOKENS], tensors[CAPTION_MASK] = encoded.text_tokens, encoded.caption_mask
+        tensors[f"tokens.{loss}"], tensors[f"sizes.{loss}"] = image_tokens(encoded, loss)
+    tensors |= {f"scale.{loss}": scale for loss, scale in encoded.scales.items()}
+    tensors |= {f"bias.{loss}": bias for loss, bias in encoded.biases.items()}
+    return Features(tensors, labels)

@@ -12,16 +12,16 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 CHUNK_SIMILARITIES = {"cuda": 2**26}
-"""By device, similarities of patches and words that exist at one time: 256 MiB of fp32 where a chunk costs launches."""
+"""Device -> most similarities of patches and words at one time: 256 MiB of fp32 on GPUs, where chunks cost launches."""
 CHUNK_SIMILARITIES_ELSEWHERE = 2**22
-"""16 MiB: what a core finds again in its cache."""
+"""16 MiB, which stay in the cache of a core."""
 
 
 def filip_words(words: Tensor, caption_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Words as `filip_scores` takes them, and the weight of each: (B, L, T), (B, L) bool -> (B, L, T), (B, L).
+    """Normalised words for `filip_scores`, and their weights: (B, L, T), (B, L) bool -> (B, L, T), (B, L).
 
-    Words are normalised. What the mask hides becomes a copy of the caption's first word that counts, so that it changes
-    no maximum, and weighs nothing in means. A caption without any word becomes zeros: all of its scores are 0.
+    A masked word becomes a copy of the caption's first word and has weight 0, so it changes neither maxima nor means.
+    A caption without words becomes zeros, and all of its scores are 0.
     """
     words = F.normalize(words.to(torch.promote_types(words.dtype, torch.float32)), dim=-1)
     first = words[torch.arange(len(words), device=words.device), caption_mask.int().argmax(1)]
@@ -33,14 +33,15 @@ def filip_words(words: Tensor, caption_mask: Tensor) -> tuple[Tensor, Tensor]:
 def filip_scores(
     patches: Tensor, sizes: Tensor, words: Tensor, word_weights: Tensor, *, chunk_similarities: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """How well images and texts fit, seen from both sides: two times (B, C), for B images and C texts.
+    """How well B images and C texts fit, from both sides: 2 x (B, C).
 
-    First the mean over patches, by size, of the best word's similarity; then the mean over words of the best patch's.
+    The first is the mean over patches, by size, of the similarity of the best word. The second is the mean over words
+    of the similarity of the best patch.
 
     Args:
         patches: (B, K, T), not normalised. sizes: (B, K) patches per token, without gradient.
-        words: (C, L, T) and word_weights: (C, L), as `filip_words` gives them.
-        chunk_similarities: most similarities at one time; None: what suits the device.
+        words: (C, L, T) and word_weights: (C, L), from `filip_words`.
+        chunk_similarities: most similarities at one time; None: the number for the device.
     """
     dtype = torch.promote_types(patches.dtype, torch.float32)
     most = chunk_similarities or CHUNK_SIMILARITIES.get(patches.device.type, CHUNK_SIMILARITIES_ELSEWHERE)
@@ -52,17 +53,17 @@ def filip_scores(
 
 
 def index_dtype(size: int) -> torch.dtype:
-    """The smallest type that counts to `size` - 1."""
+    """The smallest integer type that holds `size` - 1."""
     return next(
         dtype for dtype in (torch.uint8, torch.int16, torch.int32, torch.int64) if size - 1 <= torch.iinfo(dtype).max
     )
 
 
 class _Scores(torch.autograd.Function):
-    """Scores by chunks of texts; of B x K x C x L similarities only the places of the maxima are kept.
+    """Scores by chunks of texts. Of the B x K x C x L similarities only the places of the maxima are kept.
 
-    The gradient of a maximum goes to one place, the one that was found. The backward pass writes these coefficients
-    into a matrix as large as a chunk's similarities, whose products with words and patches are the gradients.
+    The gradient of a maximum goes to the one place that was found. The backward pass writes these gradients into a
+    matrix of the size of a chunk's similarities; its products with words and patches are the gradients of both.
     """
 
     @staticmethod

@@ -10,19 +10,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 LEAST_WORDS = 2
-"""A caption of fewer words has nothing to tell apart."""
+"""A caption needs two words to have something to tell apart."""
 
 
 def is_valid(text_mask: Tensor) -> Tensor:
-    """Captions with enough words: (B, L) bool -> (B,) bool."""
+    """Whether a caption has enough words: (B, L) bool -> (B,) bool."""
     return text_mask.sum(1) >= LEAST_WORDS
 
 
 def grouped_patches(patches: Tensor, sizes: Tensor, words: Tensor) -> Tensor:
     """For each word the mean of the patches it attends to: (B, K, T), (B, K), (B, L, T) -> (B, L, T), normalised.
 
-    Similarities of a word are stretched to [0, 1] over the patches, those below 1 / number of patches are dropped, the
-    rest weighted by size. A picture whose patches are all alike is weighted by size alone.
+    A word's similarities are stretched to [0, 1] over the patches. Those below 1 / number of patches become 0, and the
+    others are weighted by size. If all patches of a picture are alike, sizes alone are the weights.
     """
     similarity = words @ patches.transpose(1, 2)
     least, most = similarity.amin(-1, keepdim=True), similarity.amax(-1, keepdim=True)
@@ -37,12 +37,12 @@ def grouped_patches(patches: Tensor, sizes: Tensor, words: Tensor) -> Tensor:
 def sparc_sum(patches: Tensor, sizes: Tensor, words: Tensor, text_mask: Tensor, scale: Tensor) -> Tensor:
     """Symmetric cross-entropy between words and their patches, mean over the words of a caption, SUM over captions.
 
-    The caller divides by the number of valid captions of the global batch: a local mean is wrong where ranks have
-    different numbers of them.
+    The caller divides by the number of valid captions of the global batch. A local mean would be wrong, because ranks
+    have different numbers of them.
 
     Args:
         patches: (B, K, T), not normalised. words: (B, L, T), likewise.
-        sizes: (B, K) patches per token. text_mask: (B, L) real words. scale: (1,).
+        sizes: (B, K) patches per token. text_mask: (B, L) words. scale: (1,).
     """
     dtype = torch.promote_types(patches.dtype, torch.float32)
     patches, words = F.normalize(patches.to(dtype), dim=-1), F.normalize(words.to(dtype), dim=-1)
@@ -57,7 +57,7 @@ def sparc_sum(patches: Tensor, sizes: Tensor, words: Tensor, text_mask: Tensor, 
         return F.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
 
     per_word = (cross_entropy(logits) + cross_entropy(logits.transpose(1, 2))) / 2
-    # where, not a product: padded rows may be huge, and 0 * inf is NaN
+    # `where` and not a product: padded rows may be huge, and 0 * inf is NaN
     per_word = torch.where(text_mask, per_word, 0.0)
     per_caption = per_word.sum(1) / text_mask.sum(1).clamp(min=1)
     return torch.where(is_valid(text_mask), per_caption, 0.0).sum()

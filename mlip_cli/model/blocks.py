@@ -1,4 +1,4 @@
-"""How a transformer block is run: at once, or with its activations computed again for the gradient."""
+"""Ways to run transformer blocks: with recomputed activations, with fused attention, compiled."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -9,17 +9,19 @@ from torch.utils.checkpoint import checkpoint
 
 
 def run_block(block: nn.Module, x: Tensor, *, again: bool, **named: Any) -> Any:
-    """block(x, **named); with `again`, what is inside is not kept for the backward pass but computed a second time
-    there, with the same random numbers ("Training deep nets with sublinear memory cost", Chen et al., 2016)."""
+    """block(x, **named). With `again` the backward pass recomputes what is inside, with the same random numbers.
+
+    Source: "Training deep nets with sublinear memory cost" (Chen et al., 2016).
+    """
     if again and torch.is_grad_enabled():
         return checkpoint(block, x, use_reentrant=False, **named)
     return block(x, **named)
 
 
 def set_fused_attention(model: nn.Module, fused: bool) -> None:
-    """Choose between one fused attention kernel and plain matrix products in every timm attention.
+    """Use one fused kernel, or plain matrix products, in every attention of timm.
 
-    On CPUs the plain form trains 1.3 to 1.8 times faster in bf16; on GPUs the fused one does.
+    On CPUs plain products train 1.3 to 1.8 times faster in bf16. On GPUs the fused kernel is faster.
     """
     for module in model.modules():
         if hasattr(module, "fused_attn"):
@@ -27,14 +29,14 @@ def set_fused_attention(model: nn.Module, fused: bool) -> None:
 
 
 MOST_COMPILED_FORMS = 64
-"""Of a block's code: lengths of text, tokens after each merge, with and without gradient, batches of evaluation."""
+"""Limit of compiled forms per kind of block: text lengths, token counts, with and without gradient, batch sizes."""
 
 
 def compile_blocks(model: nn.Module, blocks: Iterable[nn.Module], *, backend: str = "inductor") -> None:
-    """Compile every block on its own, in place: torch.compile's work grows with kinds of blocks, not with depth.
+    """Compile every block on its own, in place, so that the work grows with the kinds of blocks and not with depth.
 
-    A form more than `MOST_COMPILED_FORMS` raises, where torch alone would run the plain code without a word. With drop
-    path every rate of it is a kind of its own: compiled code holds the rate as a number.
+    More forms than `MOST_COMPILED_FORMS` raise an error; torch alone would silently run plain code. Each rate of drop
+    path makes a kind of its own, because compiled code holds the rate as a number.
     """
     kinds = {getattr(module, "drop_prob", 0.0) for module in model.modules()}
     config = torch._dynamo.config
@@ -42,5 +44,5 @@ def compile_blocks(model: nn.Module, blocks: Iterable[nn.Module], *, backend: st
     config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, config.recompile_limit)
     config.fail_on_recompile_limit_hit = True
     for block in blocks:
-        # the method and not the module: hooks, such as those that gather a sharded block, stay outside
+        # compile the method, not the module: hooks (those of a sharded block gather it) stay outside
         setattr(block, "forward", torch.compile(block.forward, backend=backend))  # noqa: B010 - mypy takes no method as a target

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mlip_cli.model.frequency import FrequencyBranch
+from mlip_cli.model.merging import patch_dct
 from mlip_cli.model.text import TextTower, caption_mask, pool_text, word_mask
 from mlip_cli.model.vision import ImageTower, Tower
 from mlip_cli.recipe.config import LOSS_NAMES, Merging, Recipe
@@ -17,18 +18,18 @@ from mlip_cli.types import VOCAB_SIZE, Batch, Encoded, ImageFeatures, MergeStage
 
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
-"""Of RGB in [0, 1], as published with CLIP."""
+"""Mean and standard deviation of RGB in [0, 1], as published with CLIP."""
 
 
 def linear(inputs: int, outputs: int) -> nn.Linear:
-    """A projection without bias, initialised as in CLIP."""
+    """A projection without bias, with CLIP's initial values."""
     layer = nn.Linear(inputs, outputs, bias=False)
     nn.init.normal_(layer.weight, std=inputs**-0.5)
     return layer
 
 
 def token_heads(config: ModelConfig, losses: Collection[str], *, vision_width: int) -> nn.ModuleDict:
-    """Projections of the tokens that these losses compare, with that of the words where there is any."""
+    """Projections of the tokens that the token losses among `losses` compare: of patches, and then of words too."""
     widths = {}
     if "spatial_token" in losses:
         widths["spatial"] = vision_width
@@ -42,9 +43,9 @@ def token_heads(config: ModelConfig, losses: Collection[str], *, vision_width: i
 def scales_and_biases(
     losses: Mapping[str, str], *, global_batch_size: int
 ) -> tuple[nn.ParameterDict, nn.ParameterDict]:
-    """The logs of the logit scales, and the biases of sigmoid losses: each (1,), since 0-d cannot be sharded.
+    """Logs of the logit scales, and biases of the sigmoid losses. Each is (1,), because 0-d cannot be sharded.
 
-    They start as in CLIP and SigLIP, whose bias is the log of the odds that a pair of the batch belongs together.
+    They start as in CLIP and SigLIP. SigLIP's bias is the log of the odds that two samples of a batch are a pair.
     """
     log_scales, biases = nn.ParameterDict(), nn.ParameterDict()
     for name in LOSS_NAMES:
@@ -57,9 +58,11 @@ def scales_and_biases(
 
 
 class CLIP(nn.Module):
-    """CLIP, and with a frequency branch, token heads and merging: MLIP.
+    """CLIP, or MLIP with a frequency branch, token heads and token merging.
 
-    A head exists only where a loss trains it. `losses` maps the names of active losses to their kind.
+    A head exists only if a loss trains it. `losses` maps the names of active losses to their kind. To use a trained
+    model, load its run with `mlip_cli.runs.loading`. To build a new one, call `build_model(recipe)`. Every call with
+    images takes a merge plan: `model.plan`, `model.training_plan` or `model.merge_plan(rate)`.
     """
 
     pixel_mean: Tensor
@@ -97,12 +100,12 @@ class CLIP(nn.Module):
         self.register_buffer("pixel_std", torch.tensor(PIXEL_STD)[:, None, None], persistent=False)
         rate = config.merging.rate if config.merging else 0.0
         self.training_plan = self.merge_plan(rate, config.merging.method if config.merging else None)
-        """What the losses see; dropping random patches is for them alone."""
+        """The merges of training; only training drops random patches."""
         self.plan = self.merge_plan(0.0) if self.training_plan.drops else self.training_plan
-        """What evaluation sees."""
+        """The merges of evaluation."""
 
     def freeze(self, tower: Literal["image", "text"]) -> None:
-        """Leave a tower with its projection as it is: no gradients, and no dropout in training."""
+        """Keep a tower and its projection as they are: no gradients, and no dropout in training."""
         trunk, projection = {
             "image": (self.vision, self.image_projection),
             "text": (self.text, self.text_projection),
@@ -113,7 +116,7 @@ class CLIP(nn.Module):
         self.train(self.training)
 
     def train(self, mode: bool = True) -> Self:
-        """Training mode for all but a frozen tower, which drops nothing."""
+        """Set training mode, except in a frozen tower, which applies no dropout."""
         super().train(mode)
         if self.frozen == "image":
             self.vision.eval()
@@ -122,19 +125,19 @@ class CLIP(nn.Module):
         return self
 
     def set_grad_checkpointing(self) -> None:
-        """Compute the activations inside the towers' blocks again for the gradient, in place of keeping them."""
+        """Recompute the activations inside the towers' blocks in the backward pass instead of keeping them."""
         self.vision.trunk.set_grad_checkpointing()
         self.text.grad_checkpointing = True
 
     def blocks(self) -> list[nn.Module]:
-        """Blocks of both towers and of the branch: what can be sharded or compiled one by one."""
+        """Blocks of both towers and of the branch, which can be sharded or compiled one by one."""
         branch = self.frequency.blocks if isinstance(self.frequency, FrequencyBranch) else ()
         return [*self.vision.trunk.blocks, *self.text.blocks, *branch]
 
     def blocks_above(self) -> dict[str, int]:
-        """Number of blocks between each parameter of the towers and its tower's top, by name.
+        """Name of a parameter of the towers -> number of blocks above it in its tower.
 
-        0 in the last block and above it (norms, pooling), the tower's depth below the first block (embeddings).
+        It is 0 in the last block and above (norms, pooling), and the tower's depth below the first block (embeddings).
         """
         trunk = self.vision.trunk
         top = (trunk.norm, trunk.fc_norm, trunk.attn_pool)
@@ -144,9 +147,9 @@ class CLIP(nn.Module):
         }
 
     def merge_plan(self, rate: float, method: str | None = None) -> MergePlan:
-        """Plan for `rate`, with the recipe's places, guidance and strength, or the defaults where it has none.
+        """The plan for `rate`, with the places, guidance and strength of the recipe, or the defaults without any.
 
-        `method` None is the recipe's; where that drops patches, which only training does, it is guided.
+        `method` None is the recipe's method, or guided if the recipe drops patches, since only training drops.
 
         Raises:
             UsageError: no plan reaches the rate, or the tower cannot merge.
@@ -157,7 +160,6 @@ class CLIP(nn.Module):
         plan = MergePlan.resolve(
             depth=self.vision.depth,
             num_patches=self.vision.num_patches,
-            num_prefix=self.vision.num_prefix,
             rate=rate,
             at=own.at if dropping == (method == "random_drop") else None,
             method=method,
@@ -170,47 +172,38 @@ class CLIP(nn.Module):
         return plan
 
     def normalize(self, images: Tensor) -> Tensor:
-        """uint8 pixels -> normalised floats; floats are taken as normalised already: (B, 3, H, W) -> the same."""
+        """uint8 pixels -> normalised floats; floats stay as they are: (B, 3, H, W) -> the same."""
         if images.dtype != torch.uint8:
             return images
         return (images.to(self.pixel_mean.dtype) / 255 - self.pixel_mean) / self.pixel_std
 
-    def encode_image(self, images: Tensor, plan: MergePlan | None = None) -> Tensor:
-        """Spatial feature: (B, 3, H, W) -> (B, E), not normalised. `plan` None is the recipe's."""
-        images = self.normalize(images)
-        tower = self.vision(images, self.vision.embed(images), plan or self.plan)
-        return self.image_projection(tower.pooled)
+    def encode_image(self, images: Tensor, plan: MergePlan) -> Tensor:
+        """Spatial feature: (B, 3, H, W) -> (B, E), not normalised."""
+        return self.image_projection(self.image_tower(images, plan).pooled)
 
-    def image_features(self, images: Tensor, plan: MergePlan | None = None) -> ImageFeatures:
+    def image_features(self, images: Tensor, plan: MergePlan) -> ImageFeatures:
         """Features of both domains: (B, 3, H, W) -> 2 x (B, E); the frequency one is None without a trained head."""
-        images = self.normalize(images)
-        embedded = self.vision.embed(images)
-        tower = self.vision(images, embedded, plan or self.plan)
+        tower = self.image_tower(images, plan, with_branch=self.frequency_projection is not None)
         frequency = None
         if self.frequency_projection is not None:
-            frequency = self.frequency_projection(self.frequency_tokens(images, embedded, tower).mean(1))
+            frequency = self.frequency_projection(self.frequency_tokens(tower).mean(1))
         return ImageFeatures(self.image_projection(tower.pooled), frequency)
 
-    def merge_stages(self, images: Tensor, plan: MergePlan | None = None) -> tuple[MergeStage, ...]:
-        """What each merge of `encode_image(images, plan)` does: (B, 3, H, W) -> one stage a merge, none at rate 0."""
-        plan = plan or self.plan
-        images = self.normalize(images)
-        tower: Tower = self.vision(images, self.vision.embed(images), plan)
-        return tower.stages(plan)
+    def merge_stages(self, images: Tensor, plan: MergePlan) -> tuple[MergeStage, ...]:
+        """The merges inside `encode_image(images, plan)`: (B, 3, H, W) -> one stage per merge."""
+        return self.image_tower(images, plan).stages(plan)
 
     def encode_text(self, token_ids: Tensor) -> Tensor:
         """(B, L) int64, L up to context_length -> (B, E), not normalised."""
         return self.text_projection(pool_text(self.text(token_ids), token_ids))
 
-    def forward(self, batch: Batch, plan: MergePlan | None = None, assign: tuple[Tensor, ...] | None = None) -> Encoded:
-        """All that the losses need; `plan` None is training's, `assign` replays an earlier pass over the same batch."""
-        images = self.normalize(batch.images)
-        embedded = self.vision.embed(images)
-        tower: Tower = self.vision(images, embedded, plan or self.training_plan, assign)
+    def forward(self, batch: Batch, plan: MergePlan, assign: tuple[Tensor, ...] | None = None) -> Encoded:
+        """Everything that the losses read of a batch; `assign` repeats the merges of an earlier pass over it."""
+        tower = self.image_tower(batch.images, plan, assign=assign, with_branch=self.frequency is not None)
         hidden = self.text(batch.token_ids)
         frequency_features = frequency_tokens = None
         if self.frequency is not None:
-            tokens = self.frequency_tokens(images, embedded, tower)
+            tokens = self.frequency_tokens(tower)
             if self.frequency_projection is not None:
                 frequency_features = self.frequency_projection(tokens.mean(1))
             frequency_tokens = self._project("frequency", tokens)
@@ -229,15 +222,27 @@ class CLIP(nn.Module):
             assign=tower.assign,
         )
 
-    def frequency_tokens(self, images: Tensor, embedded: Tensor, tower: Tower) -> Tensor:
-        """Tokens (B, N, width) of the branch, or of the stem that `tower` went through; they never merge.
+    def image_tower(
+        self, images: Tensor, plan: MergePlan, *, assign: tuple[Tensor, ...] | None = None, with_branch: bool = False
+    ) -> Tower:
+        """The results of the image tower for (B, 3, H, W) images, uint8 or normalised.
 
-        `images` are normalised, `embedded` is what the tower embeds them to.
+        A branch on DCT coefficients shares them with guidance; `with_branch` says that `frequency_tokens` follows.
         """
+        images = self.normalize(images)
+        shares_spectrum = isinstance(self.frequency, FrequencyBranch) and self.frequency.reads_pixels
+        needs_spectrum = shares_spectrum and (with_branch or plan.asks_frequency)
+        spectrum = patch_dct(images, self.vision.patch_size) if needs_spectrum else None
+        return self.vision(images, plan, assign=assign, spectrum=spectrum)
+
+    def frequency_tokens(self, tower: Tower) -> Tensor:
+        """Tokens (B, N, width) of the branch beside the tower, or of the stem in it; they never merge."""
+        if isinstance(self.frequency, FrequencyBranch):
+            if tower.spectrum is not None:
+                return self.frequency(tower.spectrum.flatten(2).to(self.pixel_mean.dtype))
+            return self.frequency(tower.embedded[:, self.vision.num_prefix :])
         assert self.frequency is not None
-        if tower.stem_tokens is not None:
-            return self.frequency(tower.stem_tokens)
-        return self.frequency(images, embedded[:, self.vision.num_prefix :])
+        return self.frequency(tower.stem_tokens)
 
     def _project(self, name: str, tokens: Tensor) -> Tensor | None:
         return self.token_projections[name](tokens) if name in self.token_projections else None

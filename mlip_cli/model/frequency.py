@@ -1,7 +1,7 @@
 """The frequency domain of the image side: spectral blocks over the patch grid, beside the tower or as its stem.
 
-Sources: global filters, "Global Filter Networks for Image Classification" (Rao et al., NeurIPS 2021); that MLIP (Zhang
-et al., ICML 2024) supervises in the frequency domain. Where the blocks stand and what they read is our reading.
+Sources: global filters, "Global Filter Networks for Image Classification" (Rao et al., NeurIPS 2021); supervision in
+the frequency domain, MLIP (Zhang et al., ICML 2024). The place of the blocks and their input are our reading of it.
 """
 
 import math
@@ -12,7 +12,6 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from mlip_cli.errors import UsageError
-from mlip_cli.model.merging import patch_dct
 from mlip_cli.recipe.config import Frequency
 from mlip_cli.recipe.merge_plan import wrong_stem
 
@@ -32,9 +31,9 @@ def convolve_by_fft(x: Tensor, kernel: Tensor) -> Tensor:
 
 
 def convolve_by_products(x: Tensor, kernel: Tensor) -> Tensor:
-    """The same as `convolve_by_fft` by products of real matrices alone, the DFT of one axis after the other's.
+    """The same as `convolve_by_fft` by products of real matrices: the DFT of one axis, then of the other.
 
-    No axis ever moves: the spectrum is (B, 2, h, m, D), real and imaginary parts of m = w//2 + 1 columns.
+    No axis moves: the spectrum is (B, 2, h, m, D), real and imaginary parts of m = w//2 + 1 columns.
     """
     h, w, width = kernel.shape
     along_row, back_along_row = real_dft(w, like=x)
@@ -54,7 +53,7 @@ def real_dft(n: int, *, like: Tensor) -> tuple[Tensor, Tensor]:
     """DFT of n real numbers as a real matrix (2m, n), m = n//2 + 1: real parts, then imaginary; and back, (n, 2m)."""
     cos, sin = _waves(n, n // 2 + 1, device=like.device)
     forward = torch.cat([cos, -sin])
-    times = torch.full_like(cos[:, :1], 2)  # all but the first, and of an even n the last, stand for their mirror too
+    times = torch.full_like(cos[:, :1], 2)  # each counts for its mirror too, but the first, and the last of an even n
     times[0] = 1
     if n % 2 == 0:
         times[-1] = 1
@@ -81,24 +80,23 @@ def _waves(n: int, num_frequencies: int, *, device: torch.device) -> tuple[Tenso
 
 
 def takes_products(device: torch.device) -> bool:
-    """Whether products of matrices are the better way to convolve.
+    """Whether to convolve by products of matrices instead of by the FFT.
 
-    Forward and backward on a CPU they were 1.1 to 2 times as fast as the FFT on grids of 8 x 8 to 24 x 24, by the
-    median (tests/benchmarks/bench_frequency.py), and compilers generate code for them but none for complex numbers. On
-    GPUs we have measured nothing, and the FFT takes the fewest operations.
+    On a CPU products were 1.1 to 2 times as fast, forward and backward, on grids of 8 x 8 to 24 x 24 (medians of
+    tests/benchmarks/bench_frequency.py). Compilers generate code for them but none for complex numbers. On GPUs we
+    have not measured, so the FFT runs there, which takes the fewest operations.
     """
     return device.type == "cpu" or torch.compiler.is_compiling()
 
 
 @torch.no_grad()
 def regrid_kernel(kernel: Tensor, grid: tuple[int, int]) -> tuple[Tensor, float]:
-    """Carry a kernel to another grid: (h, w, D) -> (h2, w2, D), and the share of its energy that was lost.
+    """Carry a kernel to another grid: (h, w, D) -> (h2, w2, D), and the share of its energy that is lost.
 
-    Every tap keeps its offset in patches: the centre is moved to the middle, the margin padded with zeros or cropped,
-    and the centre moved back. On an even grid the offsets n/2 and -n/2 are one tap: padding leaves half of it at either
-    end, so that a symmetric kernel stays symmetric, and cropping to an even grid adds both ends up. Padded kernels
-    therefore filter repeated pictures exactly as before, and cropping takes back what padding did. What is lost are the
-    taps further away than the new grid reaches (0 when nothing is cropped).
+    Every tap keeps its offset in patches. A larger grid pads the kernel with zeros, a smaller one crops it; only the
+    taps outside the new grid are lost. On an even grid the offsets n/2 and -n/2 are one tap: padding puts half of it at
+    either end, so that a symmetric kernel stays symmetric, and cropping to an even grid adds the two ends. Padded
+    kernels therefore filter repeated pictures exactly as before, and cropping undoes padding.
     """
     rows, columns = (_moved_taps(n, to, like=kernel) for n, to in zip(kernel.shape[:2], grid, strict=True))
     kept = rows.sum(0)[:, None] * columns.sum(0)
@@ -109,7 +107,7 @@ def regrid_kernel(kernel: Tensor, grid: tuple[int, int]) -> tuple[Tensor, float]
 
 
 def _moved_taps(n: int, to: int, *, like: Tensor) -> Tensor:
-    """Where the taps of one axis go: (to, n), columns that sum to 1, or to 0 for taps out of reach."""
+    """The new place of each tap of one axis: (to, n). A column sums to 1, or to 0 for a tap outside the new grid."""
     taps = torch.zeros(to, n, dtype=like.dtype, device=like.device)
     for tap in range(n):
         offsets = {tap, tap - n} if 2 * tap == n else {tap if 2 * tap < n else tap - n}
@@ -122,8 +120,8 @@ def _moved_taps(n: int, to: int, *, like: Tensor) -> Tensor:
 class GlobalFilter(nn.Module):
     """Depthwise circular convolution over the whole grid by the convolution theorem: (B, h, w, D) -> (B, h, w, D).
 
-    The parameter is the real kernel, not its spectrum: half of a complex spectrum is redundant, and real weights work
-    with fused optimisers and every storage type.
+    The parameter is the real kernel and not its spectrum. Half of a complex spectrum is redundant, and real weights
+    work with fused optimisers and every storage type.
     """
 
     def __init__(self, h: int, w: int, width: int) -> None:
@@ -133,7 +131,7 @@ class GlobalFilter(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         convolve = convolve_by_products if takes_products(x.device) else convolve_by_fft
         with torch.autocast(x.device.type, enabled=False):
-            # half precision has no FFT for sizes that are no power of two, and too few digits for sums over the grid
+            # half precision has too few digits for sums over the grid, and an FFT for powers of two only
             dtype = torch.promote_types(x.dtype, torch.float32)
             return convolve(x.to(dtype), self.kernel.to(dtype)).to(x.dtype)
 
@@ -154,10 +152,10 @@ class SpectralBlock(nn.Module):
 
 
 class StemBlock(SpectralBlock):
-    """A spectral block in the place of a tower's attention block; prefix tokens pass through unchanged."""
+    """A spectral block that replaces an attention block of a tower; prefix tokens pass through unchanged."""
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
-        """Prefix and patch tokens (B, P+N, D) -> the same; there is no mask before the first merge."""
+        """Prefix and patch tokens (B, P+N, D) -> the same. There is no mask before the first merge."""
         assert attn_mask is None, "a spectral block needs the whole grid"
         h, w, _ = self.filter.kernel.shape
         prefix, patches = x.split([x.shape[1] - h * w, h * w], dim=1)
@@ -165,7 +163,7 @@ class StemBlock(SpectralBlock):
 
 
 def place_stem(trunk: VisionTransformer, config: Frequency) -> None:
-    """Put spectral blocks in the place of a trunk's first attention blocks.
+    """Replace the first attention blocks of a trunk by spectral blocks.
 
     Raises:
         UsageError: blocks of another width than the trunk's, or so many that no attention block is left.
@@ -178,21 +176,19 @@ def place_stem(trunk: VisionTransformer, config: Frequency) -> None:
 
 
 class FrequencyBranch(nn.Module):
-    """Frequency tokens of an image, one a patch, beside the spatial tower."""
+    """Frequency tokens of an image, one per patch, beside the spatial tower."""
 
     def __init__(self, config: Frequency, *, grid: tuple[int, int], patch_size: int, tower_width: int) -> None:
         super().__init__()
         self.grid = grid
-        self.patch_size = patch_size
         self.reads_pixels = config.input == "dct"
         inputs = 3 * patch_size**2 if self.reads_pixels else tower_width
         self.input = nn.Linear(inputs, config.width) if inputs != config.width or self.reads_pixels else nn.Identity()
         self.blocks = nn.ModuleList(SpectralBlock(*grid, config.width) for _ in range(config.depth))
         self.norm = nn.LayerNorm(config.width)
 
-    def forward(self, images: Tensor, patch_tokens: Tensor) -> Tensor:
-        """Normalised pixels (B, 3, H, W) and embedded patches (B, N, D) -> normalised tokens (B, N, width)."""
-        x = patch_dct(images, self.patch_size).flatten(2).to(images.dtype) if self.reads_pixels else patch_tokens
+    def forward(self, x: Tensor) -> Tensor:
+        """DCT coefficients (B, N, 3*p*p) or embedded patches (B, N, D) -> normalised tokens (B, N, width)."""
         x = self.input(x).unflatten(1, self.grid)
         for block in self.blocks:
             x = block(x)

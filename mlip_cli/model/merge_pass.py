@@ -1,4 +1,4 @@
-"""The merges of one forward pass through the image tower: what each saw, and what it did."""
+"""The merges of one forward pass through the image tower."""
 
 from dataclasses import dataclass
 
@@ -20,6 +20,7 @@ from mlip_cli.model.merging import (
     merge_tokens,
     mid_ranks,
     mix_guidance,
+    patch_dct,
     size_mask,
     unmerge_tokens,
 )
@@ -29,17 +30,17 @@ from mlip_cli.types import MergeStage
 
 @dataclass(frozen=True)
 class Guidance:
-    """What guides one merge, for the K tokens before it: (B, K) in [0, 1] each."""
+    """The guidance of one merge, for the K tokens before it: (B, K) in [0, 1] each."""
 
     spatial: Tensor | None
-    """None where the plan asks for the frequency domain alone."""
+    """None if the plan asks for the frequency domain alone."""
     frequency: Tensor | None
-    """None where the plan asks for the spatial domain alone."""
+    """None if the plan asks for the spatial domain alone."""
     used: Tensor
-    """What the matching receives."""
+    """The guidance that the matching uses."""
 
     def stage(self, block: int, groups: Tensor, before: Tensor | None) -> MergeStage:
-        """As the original patches see it; `before` are their groups before this merge."""
+        """The merge as the original patches see it; `before` holds their groups before this merge."""
         maps = [
             values if values is None or before is None else unmerge_tokens(values[..., None], before)[..., 0]
             for values in (self.spatial, self.frequency, self.used)
@@ -49,7 +50,7 @@ class Guidance:
 
 @dataclass(frozen=True)
 class Patches:
-    """What merging has to know of an image tower's tokens."""
+    """The layout of an image tower's tokens."""
 
     grid: tuple[int, int]
     patch_size: int
@@ -58,13 +59,22 @@ class Patches:
 
 
 class MergePass:
-    """The state of one forward pass: sizes, groups, mask, and what the last block showed.
+    """The state of one forward pass: sizes, groups, mask, and the keys and attention of the last block.
 
-    `replay` are the groups of an earlier pass over the same images, which are taken as they are.
+    Args:
+        images: normalised (B, 3, H, W).
+        replay: the groups of an earlier pass over the same images; the merges repeat them.
+        spectrum: the block DCT of the images, if there is one already; guidance reads it in grey.
     """
 
     def __init__(
-        self, images: Tensor, plan: MergePlan, *, patches: Patches, replay: tuple[Tensor, ...] | None = None
+        self,
+        images: Tensor,
+        plan: MergePlan,
+        *,
+        patches: Patches,
+        replay: tuple[Tensor, ...] | None = None,
+        spectrum: Tensor | None = None,
     ) -> None:
         dtype = torch.promote_types(images.dtype, torch.float32)
         self.plan = plan
@@ -74,25 +84,28 @@ class MergePass:
         self.assigns: list[Tensor] = []
         self.guidance: list[Guidance | None] = []
         self.mask: Tensor | None = None
-        """What proportional attention adds to its logits; None while every token is one patch."""
+        """Proportional attention adds it to its logits; None while every token is one patch."""
         self.keys: Tensor | None = None
-        """(B, P+N, d) of the block before a merge, where it shows them."""
+        """(B, P+N, d): keys of the block before a merge, if it returns them."""
         self.first_row: Tensor | None = None
-        """(B, P+N): attention of the class token there."""
-        asks = plan.asks_frequency and replay is None
-        self.frequency = frequency_guidance(images, patches.patch_size) if asks else None
+        """(B, P+N): attention of the class token in that block."""
+        self.frequency: Tensor | None = None
+        if plan.asks_frequency and replay is None:
+            if spectrum is None:
+                spectrum = patch_dct(images.mean(1, keepdim=True), patches.patch_size)
+            self.frequency = frequency_guidance(spectrum)
 
     def wants_keys(self, next_block: int) -> bool:
-        """The block before `next_block` has to show its keys, for a matching."""
+        """Whether the block before `next_block` must return its keys, for a matching."""
         return next_block in self.plan.at and self.replay is None and not self.plan.drops
 
     @property
     def wants_row(self) -> bool:
-        """It has to show the class token's attention too, for guidance."""
+        """Whether it must return the class token's attention too, for guidance."""
         return self.plan.asks_space and self.patches.has_class_token
 
     def merge(self, x: Tensor, num_groups: int) -> Tensor:
-        """Merge the patch tokens of (B, P+N, D) into `num_groups`, or drop all others; prefix tokens stay."""
+        """Merge the patch tokens of (B, P+N, D) into `num_groups`, or keep only so many of them; prefix tokens stay."""
         num_prefix = self.patches.num_prefix
         prefix, tokens = x.split([num_prefix, x.shape[1] - num_prefix], dim=1)
         earlier = self.assigns[-1] if self.assigns else None
@@ -112,9 +125,9 @@ class MergePass:
         return torch.cat([prefix, tokens], dim=1)
 
     def _groups(self, tokens: Tensor, earlier: Tensor | None, num_groups: int) -> tuple[Tensor, Guidance | None]:
-        """Of the tokens (B, N, D), the groups of this merge and what guided it."""
+        """The groups of this merge of tokens (B, N, D), and its guidance."""
         draws = None
-        if self.plan.drops:  # also where they are replayed: what draws after them must see the same generator
+        if self.plan.drops:  # draw in a replay too, so that the generator moves on as in the first pass
             draws = torch.rand(tokens.shape[:2], device=tokens.device)
         if self.replay is not None:
             return last_step(earlier, self.replay[len(self.assigns)], tokens.shape[1]), None
@@ -135,7 +148,7 @@ class MergePass:
         return match(metric, used, parity, num_groups, strength=self.plan.strength)
 
     def _guide(self, tokens: Tensor) -> Guidance | None:
-        """What the plan's `guidance` asks for, and no more."""
+        """The guidance that the plan asks for."""
         spatial = mid_ranks(self._spatial(tokens)) if self.plan.asks_space else None
         frequency = self.frequency
         if spatial is None or frequency is None:

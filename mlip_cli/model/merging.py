@@ -1,10 +1,10 @@
-"""Token merging as pure functions: a matching, a weighted mean, guidance. No state lives in modules.
+"""Token merging as pure functions: a matching, a weighted mean, guidance.
 
 Sources: bipartite soft matching and proportional attention, "Token Merging: Your ViT But Faster" (Bolya et al., ICLR
-2023); guidance by the spatial and the frequency domain, our reading of MLIP (Zhang et al., ICML 2024); dropping random
+2023); guidance by the spatial and the frequency domain, our reading of MLIP (Zhang et al., ICML 2024); random drops of
 patches, "Scaling Language-Image Pre-training via Masking" (FLIP, Li et al., CVPR 2023).
 
-Groups: `assign` (B, N) has the group of each token, -1 for a token that was dropped.
+`assign` (B, N) holds the group of each token, or -1 for a dropped token.
 """
 
 import math
@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 SPATIAL_SHARE = 0.5
-"""Share of the spatial guidance in the mix of both domains; our choice."""
+"""Share of the spatial guidance in the mean of both domains; our choice."""
 
 
 def grid_parity(h: int, w: int, *, device: torch.device | None = None) -> Tensor:
-    """Chequerboard of the patch grid, flattened: (h*w,) bool. Even/odd indices would split columns on an even grid."""
+    """Chequerboard of the patch grid, flattened: (h*w,) bool. On an even grid `index_parity` would split by columns."""
     rows, columns = torch.arange(h, device=device), torch.arange(w, device=device)
     return ((rows[:, None] + columns[None]) % 2 == 1).flatten()
 
@@ -32,10 +32,10 @@ def index_parity(n: int, *, device: torch.device | None = None) -> Tensor:
 def match(metric: Tensor, guidance: Tensor | None, parity: Tensor, num_groups: int, *, strength: float) -> Tensor:
     """Group N tokens into K: (B, N, d), (B, N) in [0, 1] or None, (N,) bool, K -> (B, N) int64 in [0, K).
 
-    Each token of the even set proposes its best edge to a token of the odd set; the N-K best edges merge. An edge is
-    the cosine similarity, less `strength` times the larger guidance of its two ends. Groups are numbered by their
-    smallest token. Stable: equal edges merge in token order. `parity` is that of `grid_parity` or `index_parity`, whose
-    odd tokens are floor(N/2): counting them would break a compiled graph in two.
+    Each token of the even set proposes its best edge to a token of the odd set, and the N-K best edges merge. An edge
+    is the cosine similarity, less `strength` times the larger guidance of its two ends. Equal edges merge in token
+    order. Groups are numbered by their smallest token. `parity` comes from `grid_parity` or `index_parity`: floor(N/2)
+    of its tokens are odd. (Counting them here would break a compiled graph in two.)
     """
     batch, n, _ = metric.shape
     removed = n - num_groups
@@ -66,14 +66,14 @@ def group_sizes(sizes: Tensor, assign: Tensor, num_groups: int) -> Tensor:
 
 
 def group_mean(values: Tensor, sizes: Tensor, assign: Tensor, num_groups: int) -> Tensor:
-    """Size-weighted mean of one number a token: (B, N), (B, N), (B, N) -> (B, K)."""
+    """Size-weighted mean of one number per token: (B, N), (B, N), (B, N) -> (B, K)."""
     return group_sizes(values * sizes, assign, num_groups) / group_sizes(sizes, assign, num_groups)
 
 
 def merge_tokens(x: Tensor, sizes: Tensor, assign: Tensor, num_groups: int) -> Tensor:
     """Merge N tokens into K groups, weighted by size: (B, N, D), (B, N), (B, N) -> (B, K, D).
 
-    A token alone in its group has the whole weight of it and keeps its bits. Sums are at least fp32.
+    A token alone in its group keeps its bits. Sums are at least fp32.
     """
     batch, _, width = x.shape
     weights = sizes / group_sizes(sizes, assign, num_groups).gather(1, assign)
@@ -84,7 +84,7 @@ def merge_tokens(x: Tensor, sizes: Tensor, assign: Tensor, num_groups: int) -> T
 
 
 def unmerge_tokens(x: Tensor, assign: Tensor) -> Tensor:
-    """Give every original patch the token of its group, zeros to dropped ones: (B, K, D), (B, N) -> (B, N, D)."""
+    """The token of each original patch's group, zeros for dropped patches: (B, K, D), (B, N) -> (B, N, D)."""
     tokens = x.gather(1, assign.clamp(min=0)[..., None].expand(-1, -1, x.shape[-1]))
     return tokens.masked_fill((assign < 0)[..., None], 0)
 
@@ -97,16 +97,16 @@ def compose(earlier: Tensor | None, later: Tensor) -> Tensor:
 
 
 def last_step(earlier: Tensor | None, composed: Tensor, num_tokens: int) -> Tensor:
-    """Undo `compose`: the merge that turned groups `earlier` into groups `composed`: (B, N0), (B, N0) -> (B, N)."""
+    """The inverse of `compose`: the merge from groups `earlier` to groups `composed`: (B, N0), (B, N0) -> (B, N)."""
     if earlier is None:
         return composed
-    rows = composed.new_zeros(composed.shape[0], num_tokens + 1)  # the last one for patches dropped before
+    rows = composed.new_zeros(composed.shape[0], num_tokens + 1)  # the last column is for dropped patches
     return rows.scatter(1, earlier.remainder(num_tokens + 1), composed)[:, :num_tokens]
 
 
 @torch.no_grad()
 def drop(draws: Tensor, num_kept: int) -> Tensor:
-    """Keep the K tokens of the largest draws, numbered in their order, and drop the others: (B, N) -> (B, N)."""
+    """Keep the K tokens with the largest draws, numbered in token order, and drop the others: (B, N) -> (B, N)."""
     kept = draws.topk(num_kept, dim=1).indices.sort(dim=1).values
     numbers = torch.arange(num_kept, device=draws.device).expand_as(kept)
     return torch.full_like(draws, -1, dtype=torch.int64).scatter(1, kept, numbers)
@@ -119,21 +119,21 @@ def kept_tokens(x: Tensor, assign: Tensor, num_kept: int) -> Tensor:
 
 
 def size_mask(sizes: Tensor, num_prefix: int) -> Tensor:
-    """Log of the sizes, zero for prefix tokens, to be added to attention logits: (B, K) -> (B, 1, 1, P+K)."""
+    """Log of the sizes, 0 for prefix tokens; attention adds it to its logits: (B, K) -> (B, 1, 1, P+K)."""
     return F.pad(sizes.log(), (num_prefix, 0))[:, None, None]
 
 
 def mid_ranks(values: Tensor) -> Tensor:
-    """Rank in [0, 1] among the tokens of an image; equal values share the middle of their ranks: (B, N) -> (B, N).
+    """Rank in [0, 1] among the tokens of an image; equal values share their mean rank: (B, N) -> (B, N).
 
-    Stable ranks would turn ties, which are a third of the patches of a drawing, into raster order.
+    A third of the patches of a drawing tie. Ranks of their own would put them in raster order.
     """
     values = values.contiguous()
     ordered = values.sort(dim=-1).values
     below = torch.searchsorted(ordered, values)
     not_above = torch.searchsorted(ordered, values, right=True)
     ranks = (below + not_above - 1).to(torch.promote_types(values.dtype, torch.float32)) / 2
-    return (ranks / max(values.shape[-1] - 1, 1)).clamp(max=1)  # NaN is below and above nothing
+    return (ranks / max(values.shape[-1] - 1, 1)).clamp(max=1)  # NaN compares as neither below nor above
 
 
 def dct_matrix(n: int, *, device: torch.device | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -156,21 +156,22 @@ def patch_dct(images: Tensor, patch_size: int) -> Tensor:
 
 
 @torch.no_grad()
-def frequency_guidance(images: Tensor, patch_size: int) -> Tensor:
-    """Rank of each patch's energy in the upper half of its DCT band: normalised (B, 3, H, W) -> (B, N) in [0, 1].
+def frequency_guidance(spectrum: Tensor) -> Tensor:
+    """Rank of each patch's energy in the upper half of its DCT band: (B, N, C, p, p) -> (B, N) in [0, 1].
 
-    Energy that rounding alone explains counts as none, so that blank patches tie.
+    The spectrum is that of normalised pixels. Its mean over the channels is the spectrum of the grey picture. Energy
+    that rounding alone explains counts as 0, so that blank patches tie.
     """
-    spectrum = patch_dct(images.mean(1, keepdim=True), patch_size)[:, :, 0]
-    order = torch.arange(patch_size, device=images.device)
+    patch_size = spectrum.shape[-1]
+    order = torch.arange(patch_size, device=spectrum.device)
     high = order[:, None] + order[None] >= patch_size / 2
-    energy = (spectrum.square() * high).sum((-1, -2))
+    energy = (spectrum.mean(2).square() * high).sum((-1, -2))
     return mid_ranks(energy.masked_fill(energy < 1e-6 * patch_size**2, 0))
 
 
 @torch.no_grad()
 def distinctness(x: Tensor, sizes: Tensor) -> Tensor:
-    """1 - cosine to the size-weighted mean token, for towers without a class token: (B, N, D), (B, N) -> (B, N)."""
+    """1 - cosine to the size-weighted mean token; for towers without a class token: (B, N, D), (B, N) -> (B, N)."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     mean = (x * sizes[..., None]).sum(1, keepdim=True) / sizes.sum(1)[:, None, None]
     return 1 - F.cosine_similarity(x, mean, dim=-1, eps=1e-6)

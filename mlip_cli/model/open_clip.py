@@ -1,17 +1,15 @@
-"""Weights between OpenCLIP's names, which are OpenAI's too, and ours: state dict -> state dict, both ways.
+"""Weights by OpenCLIP's names, which are OpenAI's too: renamed to ours and back, and the models that they fit.
 
-Both name the same tensors; what differs is the names, transposed projections and axes of length one. So there and back
-gives every tensor bit for bit. What only one side has is named here.
+Both sides name the same tensors. Only names, transposed projections and axes of length one differ, so there and back
+gives every tensor bit for bit.
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import timm
-import torch
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from mlip_cli.errors import UsageError
@@ -20,20 +18,15 @@ from mlip_cli.model.text import ACTIVATIONS
 from mlip_cli.types import VOCAB_SIZE
 
 BLOCKS = {"visual.transformer.resblocks": "vision.trunk.blocks", "transformer.resblocks": "text.blocks"}
-IN_A_BLOCK = {
-    "ln_1.weight": "norm1.weight",
-    "ln_1.bias": "norm1.bias",
-    "attn.in_proj_weight": "attn.qkv.weight",
-    "attn.in_proj_bias": "attn.qkv.bias",
-    "attn.out_proj.weight": "attn.proj.weight",
-    "attn.out_proj.bias": "attn.proj.bias",
-    "ln_2.weight": "norm2.weight",
-    "ln_2.bias": "norm2.bias",
-    "mlp.c_fc.weight": "mlp.fc1.weight",
-    "mlp.c_fc.bias": "mlp.fc1.bias",
-    "mlp.c_proj.weight": "mlp.fc2.weight",
-    "mlp.c_proj.bias": "mlp.fc2.bias",
+MODULES_OF_A_BLOCK = {
+    "ln_1.": "norm1.",
+    "attn.in_proj_": "attn.qkv.",
+    "attn.out_proj.": "attn.proj.",
+    "ln_2.": "norm2.",
+    "mlp.c_fc.": "mlp.fc1.",
+    "mlp.c_proj.": "mlp.fc2.",
 }
+IN_A_BLOCK = {theirs + kind: ours + kind for theirs, ours in MODULES_OF_A_BLOCK.items() for kind in ("weight", "bias")}
 OUTSIDE_BLOCKS = {
     "visual.conv1.weight": "vision.trunk.patch_embed.proj.weight",
     "visual.class_embedding": "vision.trunk.cls_token",
@@ -52,79 +45,78 @@ OUTSIDE_BLOCKS = {
     "logit_bias": "logit_biases.spatial_global",
 }
 TRANSPOSED = ("visual.proj", "text_projection")
-"""(D, E) there, (E, D) here."""
+"""(D, E) in OpenCLIP, (E, D) here."""
 LEADING_AXES = {"visual.class_embedding": 2, "visual.positional_embedding": 1}
-"""How many axes of length one come first here and not there."""
+"""Number of axes of length one that come first here and that OpenCLIP does not have."""
 SCALARS = ("logit_scale", "logit_bias")
-"""() there, or (1,); (1,) here."""
-
+"""() or (1,) in OpenCLIP, (1,) here."""
 NO_WEIGHTS = ("attn_mask", "input_resolution", "context_length", "vocab_size")
-"""Entries of older files that say again what the shapes say."""
+"""Entries of older files that repeat what the shapes say."""
 
 PATCH_BIAS = "vision.trunk.patch_embed.proj.bias"
-"""Of towers that are given by their sizes: a bias that there is part of the positions of the patches."""
-
+"""A bias of towers that a recipe gives by their sizes. In OpenCLIP the positions of the patches include it."""
 ONLY_OURS = ("frequency.", "frequency_projection.", "token_projections.", "log_scales.", "logit_biases.")
-"""First parts of our names without a counterpart, but for the scale and the bias of spatial_global."""
+"""Beginnings of the names that OpenCLIP has no tensor for, but for the scale and the bias of spatial_global."""
+
+READ = "mlip reads plain ViTs that pool by a class token, with causal text transformers over CLIP's vocabulary"
 
 
-def from_open_clip(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """OpenCLIP's weights by our names and in our shapes, some as views.
+def from_open_clip(weights: Mapping[str, Tensor], *, source: str) -> dict[str, Tensor]:
+    """OpenCLIP's weights by our names and in our shapes, some as views; there is no patch bias in them.
 
-    Takes the prefixes that its trainer (`module.`) and its models with a text tower of their own (`text.`) put before
-    the names. There is no patch bias in the result: zero where our tower has one.
+    Names may begin with `module.`, as OpenCLIP's trainer writes them, or `text.`, as in models with a separate text
+    tower. `source` begins the message of an error.
 
     Raises:
-        UsageError: names that no plain ViT with a class token or no causal text transformer has.
+        UsageError: names of parts that our towers do not have.
     """
-    given = _without_prefixes(weights)
-    ours = {name: _our_name(name) for name in given if name not in NO_WEIGHTS}
-    unknown = [name for name, our_name in ours.items() if our_name is None]
+    found, unknown = {}, []
+    for given, tensor in weights.items():
+        name = given.removeprefix("module.").removeprefix("text.")
+        ours = _renamed(name, BLOCKS, IN_A_BLOCK, OUTSIDE_BLOCKS)
+        if ours is None and name not in NO_WEIGHTS:
+            unknown.append(name)
+        elif ours is not None:
+            tensor = tensor.T if name in TRANSPOSED else tensor[(None,) * LEADING_AXES.get(name, 0)]
+            found[ours] = tensor.reshape(1) if name in SCALARS else tensor
     if unknown:
-        raise UsageError(
-            f"{_some(unknown)}: no counterpart here; what is read are ViTs that pool by a class token, with causal "
-            "text transformers"
-        )
-    return {our_name: _reshaped_to_ours(name, given[name]) for name, our_name in ours.items() if our_name is not None}
+        raise UsageError(f"{source}: {_some(unknown)}: no such part here; {READ}")
+    return found
 
 
 def to_open_clip(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our weights by OpenCLIP's names and in its shapes, contiguous, without what `without_counterpart` names.
+    """Our weights by OpenCLIP's names and in its shapes, contiguous, without the tensors of `without_counterpart`.
 
-    A patch bias is added to the positions of the patches, where it gives the same sums but for the last bit.
+    A patch bias is added to the positions of the patches; sums then differ by rounding alone.
 
     Raises:
-        UsageError: names that OpenCLIP's plain ViT cannot have, as those of registers or of a spectral stem.
+        UsageError: names that OpenCLIP's plain ViT does not have, such as those of registers or of a spectral stem.
     """
-    dropped = {*without_counterpart(weights), PATCH_BIAS}
-    names = {name: _open_clip_name(name) for name in weights if name not in dropped}
-    unknown = [name for name, their_name in names.items() if their_name is None]
-    if unknown:
-        raise UsageError(f"{_some(unknown)}: no counterpart in OpenCLIP's ViT")
-    theirs = {t: _reshaped_to_theirs(t, weights[name]) for name, t in names.items() if t is not None}
+    found = {}
+    for theirs, name in _open_clip_names(weights).items():
+        tensor = weights[name].T if theirs in TRANSPOSED else weights[name][(0,) * LEADING_AXES.get(theirs, 0)]
+        found[theirs] = (tensor.reshape(()) if theirs in SCALARS else tensor).contiguous()
     if PATCH_BIAS in weights:
-        positions = theirs["visual.positional_embedding"].clone()
+        positions = found["visual.positional_embedding"].clone()
         positions[1:] += weights[PATCH_BIAS]
-        theirs["visual.positional_embedding"] = positions
-    return theirs
+        found["visual.positional_embedding"] = positions
+    return found
 
 
 def without_counterpart(names: Iterable[str]) -> list[str]:
-    """Those of our names that OpenCLIP's CLIP has nothing for: frequency branch, token heads, other losses' scales."""
-    kept = OUTSIDE_BLOCKS.values()
-    return [name for name in names if name.startswith(ONLY_OURS) and name not in kept]
+    """Our names that OpenCLIP's CLIP has no tensor for: frequency branch, token heads, scales of other losses."""
+    shared = OUTSIDE_BLOCKS.values()
+    return [name for name in names if name.startswith(ONLY_OURS) and name not in shared]
 
 
-def _our_name(name: str) -> str | None:
-    return _renamed(name, BLOCKS, IN_A_BLOCK, OUTSIDE_BLOCKS)
-
-
-def _open_clip_name(name: str) -> str | None:
-    return _renamed(name, _turned(BLOCKS), _turned(IN_A_BLOCK), _turned(OUTSIDE_BLOCKS))
-
-
-def _turned(names: dict[str, str]) -> dict[str, str]:
-    return {value: key for key, value in names.items()}
+def _open_clip_names(names: Iterable[str]) -> dict[str, str]:
+    """OpenCLIP's name -> ours, for the tensors that both sides have; raises UsageError for parts of neither kind."""
+    tables = [{ours: theirs for theirs, ours in table.items()} for table in (BLOCKS, IN_A_BLOCK, OUTSIDE_BLOCKS)]
+    left_out = {*without_counterpart(names), PATCH_BIAS}
+    renamed = {name: _renamed(name, *tables) for name in names if name not in left_out}
+    if unknown := [name for name, theirs in renamed.items() if theirs is None]:
+        raise UsageError(f"{_some(unknown)}: OpenCLIP's ViT has no such part")
+    return {theirs: name for name, theirs in renamed.items() if theirs is not None}
 
 
 def _renamed(name: str, blocks: dict[str, str], inside: dict[str, str], outside: dict[str, str]) -> str | None:
@@ -135,33 +127,12 @@ def _renamed(name: str, blocks: dict[str, str], inside: dict[str, str], outside:
     return rest and f"{blocks[in_block[1]]}.{in_block[2]}.{rest}"
 
 
-def _reshaped_to_ours(name: str, tensor: Tensor) -> Tensor:
-    if name in TRANSPOSED:
-        return tensor.T
-    if name in SCALARS:
-        return tensor.reshape(1)
-    return tensor[(None,) * LEADING_AXES.get(name, 0)]
-
-
-def _reshaped_to_theirs(name: str, tensor: Tensor) -> Tensor:
-    if name in TRANSPOSED:
-        return tensor.T.contiguous()
-    if name in SCALARS:
-        return tensor.reshape(())
-    return tensor[(0,) * LEADING_AXES.get(name, 0)].contiguous()
-
-
-def _without_prefixes(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    names = {name: name.removeprefix("module.") for name in weights}
-    return {short.removeprefix("text."): weights[name] for name, short in names.items()}
-
-
-def _some(names: list[str]) -> str:
+def _some(names: Sequence[str]) -> str:
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(names[:3]) + more
 
 
-IN_OPEN_CLIP: dict[str, dict[str, Any]] = {
+DEFAULTS: dict[str, dict[str, Any]] = {
     "vision_cfg": {
         "layers": 12,
         "width": 768,
@@ -182,195 +153,148 @@ IN_OPEN_CLIP: dict[str, dict[str, Any]] = {
         "norm_kwargs": None,
     },
 }
-"""Keys of OpenCLIP's configurations that are read, with its defaults."""
+"""Keys of OpenCLIP's configurations that describe a tower, with OpenCLIP's defaults."""
 NEUTRAL = {"pool_type": ("tok", "argmax"), "pos_embed_type": ("learnable",), "proj_type": ("linear",)}
-"""Values of other keys that say what we do anyway, besides null and false."""
-WITHOUT_EFFECT = ("patch_dropout", "output_tokens", "pad_id", "eos_id")
-"""Keys that change neither weights nor features where the others are as we read them."""
-NAMES_AND_STARTING_VALUES = ("custom_text", "nonscalar_logit_scale", "init_logit_scale", "init_logit_bias")
-AT_THE_TOP = ("embed_dim", "quick_gelu", *IN_OPEN_CLIP, *NAMES_AND_STARTING_VALUES)
+"""Values of other keys that describe our towers too, besides null and false."""
+NO_EFFECT = ("patch_dropout", "output_tokens", "pad_id", "eos_id")
+"""Keys that change neither weights nor features."""
+TOP_KEYS = ("embed_dim", "quick_gelu", *DEFAULTS)
+TOP_KEYS += ("custom_text", "nonscalar_logit_scale", "init_logit_scale", "init_logit_bias")
+"""The latter name tensors in another way or say how they start."""
 
 NORM_EPS = 1e-5
-"""PyTorch's default, which OpenCLIP keeps where `norm_kwargs` says nothing."""
+"""PyTorch's default, which OpenCLIP keeps unless `norm_kwargs` says otherwise."""
+
+IMAGE_KEYS, TEXT_KEYS = (
+    (*(f"{tower}.{name}" for name in ("width", "depth", "num_heads")), f"{tower}'s MLP width", f"{tower}'s norm eps")
+    for tower in ("model.vision", "model.text")
+)
+"""The recipe's key, or words where no key says it, of each number that `_described` and `_built` give."""
+
+TIMM_TOWERS = {
+    (32, 768, 12, 12, 3072): "vit_base_patch32_clip_224",
+    (16, 768, 12, 12, 3072): "vit_base_patch16_clip_224",
+    (14, 1024, 24, 16, 4096): "vit_large_patch14_clip_224",
+    (14, 1280, 32, 16, 5120): "vit_huge_patch14_clip_224",
+    (14, 1408, 40, 16, 6144): "vit_giant_patch14_clip_224",
+    (14, 1664, 48, 16, 8192): "vit_gigantic_patch14_clip_224",
+}
+"""Patch size, width, depth, number of heads and MLP width of published ViTs -> timm's name."""
 
 
-@dataclass(frozen=True)
-class Blocks:
-    """The transformer inside a tower."""
+def misfits(model: CLIP, configuration: Mapping[str, Any], *, source: str) -> list[str]:
+    """Each way in which a model of ours computes something else than a configuration of OpenCLIP (`model_cfg`) says.
 
-    width: int
-    depth: int
-    num_heads: int
-    mlp_width: int
-    activation: str
-    """`gelu` or `quick_gelu`."""
-    norm_eps: float
+    The image size is not compared: positions can be resampled. `source` begins the message of an error.
 
-
-@dataclass(frozen=True)
-class Architecture:
-    """A CLIP of a plain ViT with a class token and a causal text transformer."""
-
-    embed_dim: int
-    image_size: int
-    """That of the configuration; another one only resamples the positions."""
-    patch_size: int
-    norm_pre: bool
-    """True with a LayerNorm before the first block."""
-    image: Blocks
-    context_length: int
-    text: Blocks
+    Raises:
+        UsageError: the configuration has parts that our towers cannot have; they are named.
+    """
+    theirs = described_form(configuration, source=source)
+    try:
+        ours = built_form(model)
+    except UsageError as error:
+        return [str(error)]
+    return [f"{key} {ours[key]} (there {value})" for key, value in theirs.items() if ours[key] != value]
 
 
-def of_open_clip(config: dict[str, Any]) -> Architecture:
-    """The architecture that a configuration of OpenCLIP (`model_cfg`) describes.
+def described_form(configuration: Mapping[str, Any], *, source: str) -> dict[str, Any]:
+    """What the CLIP of a configuration computes: recipe key, or words where no key says it -> value.
 
     Raises:
         UsageError: it has parts that our towers cannot have; they are named.
     """
-    strange = [key for key in config if key not in AT_THE_TOP]
-    for section, known in IN_OPEN_CLIP.items():
-        strange += [
-            f"{section}.{key} {value}"
-            for key, value in config[section].items()
-            if key not in known and key not in WITHOUT_EFFECT and value and value not in NEUTRAL.get(key, ())
-        ]
-    vision = IN_OPEN_CLIP["vision_cfg"] | config["vision_cfg"]
-    text = IN_OPEN_CLIP["text_cfg"] | config["text_cfg"]
-    strange += [f"vision_cfg.{k} {vision[k]}" for k in ("layers", "image_size") if not isinstance(vision[k], int)]
-    strange += [
-        f"{section}.norm_kwargs.{key} {value}"
-        for section, tower in (("vision_cfg", vision), ("text_cfg", text))
-        for key, value in (tower["norm_kwargs"] or {}).items()
-        if key != "eps"
-    ]
-    if text["vocab_size"] != VOCAB_SIZE:
-        strange.append(f"text_cfg.vocab_size {text['vocab_size']}")
+    vision, text = (defaults | configuration[section] for section, defaults in DEFAULTS.items())
+    strange = [key for key in configuration if key not in TOP_KEYS]
+    strange += [*_strange("vision_cfg", vision), *_strange("text_cfg", text)]
     if strange:
-        raise UsageError(
-            f"{', '.join(strange)}: no such part here; what is read are ViTs that pool by a class token, with causal "
-            "text transformers over CLIP's vocabulary"
-        )
-    activation = "quick_gelu" if config.get("quick_gelu") else "gelu"
-    return Architecture(
-        embed_dim=config["embed_dim"],
-        image_size=vision["image_size"],
-        patch_size=vision["patch_size"],
-        norm_pre=not vision["no_ln_pre"],
-        image=_configured(vision, activation, num_heads=vision["width"] // vision["head_width"]),
-        context_length=text["context_length"],
-        text=_configured(text, activation, num_heads=text["heads"]),
-    )
+        raise UsageError(f"{source}: {', '.join(strange)}: no such part here; {READ}")
+    activation = "quick_gelu" if configuration.get("quick_gelu") else "gelu"
+    return {
+        "model.embed_dim": configuration["embed_dim"],
+        "model.vision.patch_size": vision["patch_size"],
+        "model.vision's norm before its blocks": not vision["no_ln_pre"],
+        **dict(zip(IMAGE_KEYS, _described(vision, num_heads=vision["width"] // vision["head_width"]), strict=True)),
+        "model.vision's activation": activation,
+        "model.text.context_length": text["context_length"],
+        **dict(zip(TEXT_KEYS, _described(text, num_heads=text["heads"]), strict=True)),
+        "model.text.activation": activation,
+    }
 
 
-def _configured(tower: dict[str, Any], activation: str, *, num_heads: int) -> Blocks:
-    return Blocks(
-        width=tower["width"],
-        depth=tower["layers"],
-        num_heads=num_heads,
-        mlp_width=int(tower["width"] * tower["mlp_ratio"]),
-        activation=activation,
-        norm_eps=(tower["norm_kwargs"] or {}).get("eps", NORM_EPS),
-    )
-
-
-def of_model(model: CLIP) -> Architecture:
-    """The architecture of our model, without what is only ours: frequency branch, token heads, merging.
+def built_form(model: CLIP) -> dict[str, Any]:
+    """What our model computes, by the keys of `described_form`: without the parts that OpenCLIP does not have.
 
     Raises:
-        UsageError: an image tower that is no plain ViT with a class token.
+        UsageError: an image tower that is not a plain ViT with a class token.
     """
-    to_open_clip({name: tensor.to("meta") for name, tensor in model.state_dict().items()})  # refuses other parts
+    _open_clip_names(model.state_dict())  # refuses other parts
     trunk = model.vision.trunk
     if trunk.global_pool != "token" or trunk.no_embed_class:
         raise UsageError(
-            f"model.vision: pools by {trunk.global_pool!r}, and OpenCLIP's ViT by its class token, which has a position"
+            f"model.vision: pools by {trunk.global_pool!r}; OpenCLIP's ViT pools by a class token with a position"
         )
-    return Architecture(
-        embed_dim=model.image_projection.out_features,
-        image_size=model.image_size,
-        patch_size=model.vision.patch_size,
-        norm_pre=_has_norm_pre(trunk),
-        image=_built("model.vision", trunk.norm, list(trunk.blocks)),
-        context_length=model.context_length,
-        text=_built("model.text", model.text.norm, list(model.text.blocks)),
-    )
+    image, text = list(trunk.blocks), list(model.text.blocks)
+    return {
+        "model.embed_dim": model.image_projection.out_features,
+        "model.vision.patch_size": model.vision.patch_size,
+        "model.vision's norm before its blocks": not isinstance(trunk.norm_pre, nn.Identity),
+        **dict(zip(IMAGE_KEYS, _built(trunk.norm, image), strict=True)),
+        "model.vision's activation": _activation(image[0]),
+        "model.text.context_length": model.context_length,
+        **dict(zip(TEXT_KEYS, _built(model.text.norm, text), strict=True)),
+        "model.text.activation": _activation(text[0]),
+    }
 
 
-def _has_norm_pre(trunk: VisionTransformer) -> bool:
-    return not isinstance(trunk.norm_pre, nn.Identity)
+def _described(tower: Mapping[str, Any], *, num_heads: int) -> tuple[int | float, ...]:
+    eps = (tower["norm_kwargs"] or {}).get("eps", NORM_EPS)
+    return tower["width"], tower["layers"], num_heads, int(tower["width"] * tower["mlp_ratio"]), eps
 
 
-def _built(place: str, norm: nn.LayerNorm, blocks: list[Block]) -> Blocks:
-    attention, mlp = blocks[0].attn, blocks[0].mlp
-    words = {kind: word for word, kind in ACTIVATIONS.items()}
-    if type(mlp.act) not in words:
-        raise UsageError(f"{place}: activation {type(mlp.act).__name__}; OpenCLIP has GELU and QuickGELU")
-    return Blocks(
-        width=attention.num_heads * attention.head_dim,
-        depth=len(blocks),
-        num_heads=attention.num_heads,
-        mlp_width=mlp.fc1.out_features,
-        activation=words[type(mlp.act)],
-        norm_eps=norm.eps,
-    )
+def _built(norm: nn.LayerNorm, blocks: Sequence[Block]) -> tuple[int | float, ...]:
+    attention, mlp_width = blocks[0].attn, blocks[0].mlp.fc1.out_features
+    return attention.num_heads * attention.head_dim, len(blocks), attention.num_heads, mlp_width, norm.eps
 
 
-def differences(ours: Architecture, theirs: Architecture) -> Iterator[tuple[str, Any, Any]]:
-    """(Recipe key or words for what a tower of timm brings along, our value, theirs), but for the image size."""
-    pairs = [
-        ("model.embed_dim", ours.embed_dim, theirs.embed_dim),
-        ("model.vision.patch_size", ours.patch_size, theirs.patch_size),
-        ("model.vision's norm before its blocks", ours.norm_pre, theirs.norm_pre),
-        *_of_blocks("model.vision", "model.vision's activation", ours.image, theirs.image),
-        ("model.text.context_length", ours.context_length, theirs.context_length),
-        *_of_blocks("model.text", "model.text.activation", ours.text, theirs.text),
-    ]
-    return ((key, mine, other) for key, mine, other in pairs if mine != other)
+def _activation(block: Block) -> str:
+    kind = type(block.mlp.act)
+    return next((word for word, known in ACTIVATIONS.items() if known is kind), kind.__name__)
 
 
-def _of_blocks(tower: str, activation: str, ours: Blocks, theirs: Blocks) -> list[tuple[str, Any, Any]]:
-    """(Key or words, our value, theirs) of everything in the transformer of the section `tower`."""
-    keys = {name: f"{tower}.{name}" for name in ("width", "depth", "num_heads")}
-    keys |= {"mlp_width": f"{tower}'s MLP width", "activation": activation, "norm_eps": f"{tower}'s norm eps"}
-    return [(key, getattr(ours, name), getattr(theirs, name)) for name, key in keys.items()]
+def _strange(section: str, tower: Mapping[str, Any]) -> list[str]:
+    """Keys of a section, with their values, that describe no tower of ours."""
+    found = []
+    for key, value in tower.items():
+        if key in DEFAULTS[section]:
+            is_ours = not isinstance(value, list) and (key != "vocab_size" or value == VOCAB_SIZE)
+        else:
+            is_ours = not value or key in NO_EFFECT or value in NEUTRAL.get(key, ())
+        if not is_ours:
+            found.append(f"{section}.{key} {value}")
+    norms = tower["norm_kwargs"] or {}
+    return found + [f"{section}.norm_kwargs.{key} {value}" for key, value in norms.items() if key != "eps"]
 
 
-def fitting_recipe(architecture: Architecture) -> str | None:
-    """The section of a recipe that gives this architecture, as YAML; None where no tower of ours has its form."""
-    image, text = architecture.image, architecture.text
-    by_sizes = not architecture.norm_pre and replace(image, activation="gelu", norm_eps=1e-6) == image
-    if by_sizes and image.mlp_width == 4 * image.width:
-        vision = (
-            f"patch_size: {architecture.patch_size}, width: {image.width}, depth: {image.depth}, "
-            f"num_heads: {image.num_heads}"
-        )
+def fitting_recipe(configuration: Mapping[str, Any], *, source: str) -> str | None:
+    """The recipe's section `model` that has the form of a configuration, as YAML; None if we know no such tower."""
+    form = described_form(configuration, source=source)
+    image = {name: form[f"model.vision.{name}"] for name in ("patch_size", "width", "depth", "num_heads")}
+    text = {
+        name: form[f"model.text.{name}"] for name in ("width", "depth", "num_heads", "context_length", "activation")
+    }
+    mlp_width, quick = form["model.vision's MLP width"], text["activation"] == "quick_gelu"
+    norms = form["model.vision's norm before its blocks"], form["model.vision's norm eps"]
+    if norms == (False, 1e-6) and not quick and mlp_width == 4 * image["width"]:
+        vision = _yaml(image)
     else:
-        name = timm_tower(architecture)
-        if name is None:
+        name = TIMM_TOWERS.get((*image.values(), mlp_width), "") if norms == (True, NORM_EPS) else ""
+        name = name.replace("_clip_", "_clip_quickgelu_") if quick else name
+        if not timm.is_model(name):
             return None
-        vision = f"timm: {name}"
-    return (
-        f"model: {{embed_dim: {architecture.embed_dim}, vision: {{{vision}}}, "
-        f"text: {{width: {text.width}, depth: {text.depth}, num_heads: {text.num_heads}, "
-        f"context_length: {architecture.context_length}, activation: {text.activation}}}}}"
-    )
+        vision = _yaml({"timm": name})
+    return f"model: {_yaml({'embed_dim': form['model.embed_dim'], 'vision': vision, 'text': _yaml(text)})}"
 
 
-def timm_tower(architecture: Architecture) -> str | None:
-    """Name of timm's tower of this form, one for its image size if there is one; None if timm has none."""
-    names = [
-        name
-        for name in timm.list_models(f"vit_*_patch{architecture.patch_size}_*clip*")
-        if ("quickgelu" in name) == (architecture.image.activation == "quick_gelu")
-    ]
-    names.sort(key=lambda name: not name.endswith(f"_{architecture.image_size}"))
-    return next((name for name in names if _is_tower(name, architecture)), None)
-
-
-def _is_tower(name: str, architecture: Architecture) -> bool:
-    with torch.device("meta"):
-        trunk = timm.create_model(name, num_classes=0)
-    if type(trunk) is not VisionTransformer or _has_norm_pre(trunk) != architecture.norm_pre:
-        return False
-    return _built(name, trunk.norm, list(trunk.blocks)) == architecture.image
+def _yaml(values: Mapping[str, Any]) -> str:
+    return "{" + ", ".join(f"{key}: {value}" for key, value in values.items()) + "}"

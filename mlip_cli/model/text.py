@@ -11,7 +11,7 @@ from mlip_cli.model.blocks import run_block
 from mlip_cli.recipe.config import Text
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": nn.GELU, "quick_gelu": QuickGELU}
-"""Of the MLPs, by the recipe's word; quick_gelu is x * sigmoid(1.702 x), an approximation of the other."""
+"""The recipe's word -> activation of the MLPs. quick_gelu is x * sigmoid(1.702 x), which approximates gelu."""
 
 
 def end_of_text(token_ids: Tensor) -> Tensor:
@@ -20,9 +20,9 @@ def end_of_text(token_ids: Tensor) -> Tensor:
 
 
 def word_mask(token_ids: Tensor) -> Tensor:
-    """True at real words: not BOS, EOS, padding, nor an id that stood before: (B, L) -> (B, L) bool.
+    """True at words, False at BOS, EOS, padding and repeated ids: (B, L) -> (B, L) bool.
 
-    Padding is told by its place behind EOS, never by id 0, which is a real word ("!").
+    Padding is what stands behind EOS. Id 0 does not mark it, because 0 is a word ("!").
     """
     length = token_ids.shape[1]
     position = torch.arange(length, device=token_ids.device)
@@ -33,7 +33,7 @@ def word_mask(token_ids: Tensor) -> Tensor:
 
 
 def caption_mask(token_ids: Tensor) -> Tensor:
-    """True at every word and at EOS, also at words that stood before: (B, L) -> (B, L) bool, never an empty row."""
+    """True at every word, also a repeated one, and at EOS: (B, L) -> (B, L) bool. No row is empty."""
     position, end = torch.arange(token_ids.shape[1], device=token_ids.device), end_of_text(token_ids)[:, None]
     return ((position > 0) & (position < end)) | (position == end)
 
@@ -41,7 +41,7 @@ def caption_mask(token_ids: Tensor) -> Tensor:
 class TextTower(nn.Module):
     """Token ids (B, L) -> hidden tokens (B, L, D), L up to context_length.
 
-    Sequences may be shorter than context_length: attention is causal, so what stands behind EOS changes nothing.
+    Sequences may be shorter than context_length. Attention is causal, so tokens behind EOS change nothing.
     """
 
     def __init__(self, config: Text, *, vocab_size: int) -> None:
@@ -52,7 +52,7 @@ class TextTower(nn.Module):
         self.grad_checkpointing = False
         self.token_embedding = nn.Embedding(vocab_size, width)
         self.positional_embedding = nn.Parameter(torch.empty(config.context_length, width))
-        norm = partial(nn.LayerNorm, eps=1e-5)  # timm's own default, 1e-6, misses other CLIPs' text features by 4e-3
+        norm = partial(nn.LayerNorm, eps=1e-5)  # timm's default, 1e-6, changes CLIP's text features by 4e-3
         activation = ACTIVATIONS[config.activation]
         blocks = [
             Block(
@@ -61,7 +61,7 @@ class TextTower(nn.Module):
             for _ in range(config.depth)
         ]
         for block in blocks:
-            block.mlp.drop1.p = 0.0  # timm drops inside the MLP too; the recipe's dropout is behind it
+            block.mlp.drop1.p = 0.0  # timm also drops inside the MLP; the recipe's dropout comes after it
         self.blocks = nn.ModuleList(blocks)
         self.norm = norm(width)
         self._init_weights(blocks)

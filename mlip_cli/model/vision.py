@@ -22,23 +22,27 @@ from mlip_cli.types import MergeStage
 
 @dataclass(frozen=True)
 class Tower:
-    """What the image tower gives."""
+    """The results of the image tower."""
 
     pooled: Tensor
     """(B, D)"""
     tokens: Tensor
     """(B, K, D): patch tokens after the last norm."""
     sizes: Tensor
-    """(B, K): patches per token, at least fp32."""
+    """(B, K): number of patches per token; at least fp32."""
     assign: tuple[Tensor, ...]
-    """Of each merge, the group (B, N) of every original patch."""
+    """One tensor (B, N) per merge: the group of every original patch."""
     guidance: tuple[Guidance | None, ...]
-    """Of each merge, what guided it; None where nothing did."""
-    stem_tokens: Tensor | None = None
-    """(B, N, D): patch tokens behind the spectral blocks of a stem; None without one."""
+    """The guidance of each merge; None without guidance."""
+    embedded: Tensor
+    """(B, P+N, D): prefix and patch tokens with positions, before the first block."""
+    stem_tokens: Tensor | None
+    """(B, N, D): patch tokens behind the spectral blocks of a stem; None without a stem."""
+    spectrum: Tensor | None
+    """(B, N, 3, p, p): the block DCT of the patches, if it was given to the tower."""
 
     def stages(self, plan: MergePlan) -> tuple[MergeStage, ...]:
-        """Every merge of this pass, seen from the original patches."""
+        """Every merge of this pass as the original patches see it."""
         earlier = (None, *self.assign)[: len(self.assign)]
         merges = zip(plan.at, self.assign, earlier, self.guidance, strict=True)
         return tuple(
@@ -48,9 +52,9 @@ class Tower:
 
 
 class ObservedBlock(Block):
-    """timm's block that can also show its keys and the class token's attention.
+    """timm's block, which can also return its keys and the class token's attention.
 
-    Same parameters, names and results as `Block`.
+    Parameters, names and results are those of `Block`.
     """
 
     def forward(
@@ -100,7 +104,7 @@ def attend(
 
 
 def is_observable(block: nn.Module) -> bool:
-    """True for plain timm blocks with plain attention, whose keys can be read."""
+    """True for plain timm blocks with plain attention, because their keys can be read."""
     if type(block) is not Block or type(block.attn) is not Attention:
         return False
     attention: Attention = block.attn
@@ -111,7 +115,7 @@ def build_trunk(config: Vision, *, image_size: int) -> VisionTransformer:
     """A randomly initialised timm ViT without classifier.
 
     Raises:
-        UsageError: an unknown name, a tower that is no VisionTransformer, or an image size that does not fit.
+        UsageError: an unknown name, a tower of another class, or an image size that does not fit.
     """
     if config.timm is None:
         return VisionTransformer(
@@ -127,8 +131,8 @@ def build_trunk(config: Vision, *, image_size: int) -> VisionTransformer:
     name, dot, _ = config.timm.partition(".")
     if dot:
         raise UsageError(
-            f"model.vision.timm: {config.timm} names trained weights, which are not loaded; write {name} for its "
-            "architecture, and see model.init for weights to start from"
+            f"model.vision.timm: {config.timm} names trained weights, and mlip does not load them; write {name} for "
+            "its architecture, and see model.init for weights to start from"
         )
     if not timm.is_model(config.timm):
         close = difflib.get_close_matches(config.timm, timm.list_models(), 3)
@@ -138,13 +142,13 @@ def build_trunk(config: Vision, *, image_size: int) -> VisionTransformer:
         plain = timm.create_model(config.timm, pretrained=False, num_classes=0)
     if type(plain) not in (VisionTransformer, VisionTransformerDistilled):
         raise UsageError(
-            f"model.vision.timm: {config.timm} is a {type(plain).__name__}; only VisionTransformer and its distilled "
-            "form are supported, as in vit_base_patch16_224"
+            f"model.vision.timm: {config.timm} is a {type(plain).__name__}; use a VisionTransformer or its distilled "
+            "form, such as vit_base_patch16_224"
         )
     patch_size = plain.patch_embed.feat_ratio(as_scalar=True)
     if image_size % patch_size:
         raise UsageError(
-            f"data.image_size: {image_size} is no multiple of the patch size {patch_size} of {config.timm}"
+            f"data.image_size: {image_size} is not a multiple of the patch size {patch_size} of {config.timm}"
         )
     own_block = {"block_fn": ObservedBlock} if all(is_observable(b) for b in plain.blocks) else {}
     return timm.create_model(
@@ -160,7 +164,7 @@ def build_trunk(config: Vision, *, image_size: int) -> VisionTransformer:
 class ImageTower(nn.Module):
     """A ViT with token merging: images -> pooled feature and patch tokens.
 
-    With placement `stem` the first blocks of the trunk are spectral; blocks keep their numbers.
+    With a spectral stem, spectral blocks replace the first blocks of the trunk; all blocks keep their numbers.
     """
 
     def __init__(self, config: Vision, *, image_size: int, frequency: Frequency | None = None) -> None:
@@ -174,13 +178,13 @@ class ImageTower(nn.Module):
         self.num_prefix: int = self.trunk.num_prefix_tokens
         self.grid: tuple[int, int] = self.trunk.patch_embed.grid_size
         self.num_patches = self.grid[0] * self.grid[1]
-        self.patch_size = image_size // self.grid[0]  # hybrids embed patches of a smaller feature map
+        self.patch_size = image_size // self.grid[0]  # hybrids embed the patches of a smaller feature map
 
     def embed(self, images: Tensor) -> Tensor:
         """Prefix and patch tokens with positions: (B, 3, H, W) -> (B, P+N, D).
 
         Raises:
-            UsageError: pictures of another size than the tower's.
+            UsageError: images of another size than the tower's.
         """
         given, own = tuple(images.shape[-2:]), tuple(self.trunk.patch_embed.img_size)
         if given != own:
@@ -188,10 +192,10 @@ class ImageTower(nn.Module):
         return self.trunk._pos_embed(self.trunk.patch_embed(images))
 
     def check_merging(self) -> None:
-        """Refuse merges in a tower whose pooling cannot weigh tokens by the patches they stand for.
+        """Check that the pooling can weigh each token by its number of patches.
 
         Raises:
-            UsageError: it is such a tower.
+            UsageError: it cannot, so the tower cannot merge.
         """
         if self.trunk.global_pool not in ("token", "max", "avg", "avgmax", "map"):
             raise UsageError(
@@ -199,12 +203,26 @@ class ImageTower(nn.Module):
             )
 
     def forward(
-        self, images: Tensor, embedded: Tensor, plan: MergePlan, assign: tuple[Tensor, ...] | None = None
+        self,
+        images: Tensor,
+        plan: MergePlan,
+        *,
+        assign: tuple[Tensor, ...] | None = None,
+        spectrum: Tensor | None = None,
     ) -> Tower:
-        """Run the blocks on `embed(images)`, merging by `plan`; `assign` replays the groups of an earlier pass."""
+        """Run normalised images (B, 3, H, W) through the tower, merging by `plan`.
+
+        Args:
+            assign: the groups of an earlier pass, to merge again as it did.
+            spectrum: `patch_dct(images, patch_size)`, if it is needed elsewhere too; guidance then reads it.
+
+        Raises:
+            UsageError: images of another size than the tower's.
+        """
+        embedded = self.embed(images)
         x = self.trunk.norm_pre(self.trunk.patch_drop(embedded))
         patches = Patches(self.grid, self.patch_size, self.num_prefix, self.trunk.cls_token is not None)
-        merging = MergePass(images, plan, patches=patches, replay=assign)
+        merging = MergePass(images, plan, patches=patches, replay=assign, spectrum=spectrum)
         merges, stem_tokens = plan.merges, None
         for number, block in enumerate(self.trunk.blocks, start=1):
             if number in merges:
@@ -218,20 +236,22 @@ class ImageTower(nn.Module):
                 stem_tokens = x[:, self.num_prefix :]
         x = self.trunk.norm(x)
         return Tower(
-            self._pool(x, merging),
-            x[:, self.num_prefix :],
-            merging.sizes,
-            tuple(merging.assigns),
-            tuple(merging.guidance),
-            stem_tokens,
+            pooled=self._pool(x, merging),
+            tokens=x[:, self.num_prefix :],
+            sizes=merging.sizes,
+            assign=tuple(merging.assigns),
+            guidance=tuple(merging.guidance),
+            embedded=embedded,
+            stem_tokens=stem_tokens,
+            spectrum=spectrum,
         )
 
     def _run(self, block: nn.Module, x: Tensor, **named: Any) -> Any:
-        """One block; with timm's `grad_checkpointing` its activations are computed again for the gradient."""
+        """Run one block; with timm's `grad_checkpointing` the backward pass recomputes its activations."""
         return run_block(block, x, again=self.trunk.grad_checkpointing, **named)
 
     def _pool(self, x: Tensor, merging: MergePass) -> Tensor:
-        """timm's pooling; means count every patch once, whatever it merged into."""
+        """timm's pooling. Means count every patch once, also after merges."""
         trunk, kind = self.trunk, self.trunk.global_pool
         if merging.mask is None or kind in ("token", "max"):
             return trunk.forward_head(x, pre_logits=True)

@@ -2,67 +2,82 @@
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass
+from contextlib import closing, contextmanager
 from statistics import median
 
 import torch
 
-from mlip_cli.data import loader
 from mlip_cli.data.dataset import ShardDataset
+from mlip_cli.data.loader import DECODE_PICTURE, READ_SAMPLE, TRANSFORM_PICTURE, training_loader
 from mlip_cli.data.order import Order
-from mlip_cli.profiling.step import PartClock, replaced
+from mlip_cli.profiling.clock import PartClock
+from mlip_cli.profiling.result import LoaderFacts
 from mlip_cli.recipe.config import Recipe
+from mlip_cli.types import Batch, PartOf
 
 SAMPLES = 256
-"""How many are read: enough for medians over eight batches."""
+"""So many are read: enough for medians over eight batches."""
 MOST_IN_A_BATCH = 32
 
-READ, DECODE, TRANSFORM, COLLATE = "read", "decode", "transform", "tokenize and collate"
-PARTS = (READ, DECODE, TRANSFORM, COLLATE)
+COLLATE = "tokenize and collate"
+SAMPLE_PARTS = (READ_SAMPLE, DECODE_PICTURE, TRANSFORM_PICTURE, COLLATE)
 
 
-@dataclass(frozen=True)
-class LoaderCost:
-    """What one sample costs a loader process."""
+def measure_loader(recipe: Recipe, datasets: Sequence[ShardDataset], *, num_workers: int) -> LoaderFacts:
+    """Time the training loader, in this process, on samples at random places of the data.
 
-    num_samples: int
-    """How many were timed."""
-    bad_samples: int
-    """How many of them had to be replaced, as in training."""
-    sample_seconds: dict[str, float]
-    """Of one sample, by part; medians over batches. Reading by the clock on the wall, so that waiting for the disk is
-    in it (what was read lately lies in memory and is not waited for); the others seconds of one CPU core."""
+    The seconds of a sample are medians over batches. Reading counts wall-clock time and so the wait for the disk (what
+    was read lately lies in memory and needs no wait); the other parts count seconds of one CPU core. `tokenize and
+    collate` is all that is not reading, decoding or changing pictures: order, choice of captions, tokens, stacking.
+    Sending a batch from process to process does not count.
 
-    @property
-    def sample_s(self) -> float:
-        """All parts of one sample."""
-        return sum(self.sample_seconds.values())
+    Args:
+        num_workers: loader processes of the training; 0: it loads in its own process.
 
-    def batch_seconds(self, batch_size: int, num_workers: int) -> dict[str, float]:
-        """Seconds a batch by part, for so many loader processes; 0 is the training process itself.
-
-        As if each had a core for itself: a step on a CPU that uses all of them is slowed down by its loader.
-        """
-        return {part: s * batch_size / max(num_workers, 1) for part, s in self.sample_seconds.items()}
-
-
-def measure_loader(recipe: Recipe, datasets: Sequence[ShardDataset]) -> LoaderCost:
-    """Time the training loader on samples at random places of the data.
-
-    What is not reading, decoding or changing pictures is counted as `tokenize and collate`: order, choice of captions,
-    tokens, stacking. Sending a batch from process to process is not in it.
+    Raises:
+        RunError: too many bad samples.
     """
     num_samples = sum(dataset.num_samples for dataset in datasets)
     batch_size = min(MOST_IN_A_BATCH, num_samples)
     rounds = max(3, SAMPLES // batch_size)
+    cpu, wall = PartClock(now=time.thread_time), PartClock(now=time.perf_counter)
+
+    @contextmanager
+    def part(name: str) -> Iterator[None]:
+        with wall.part(name), cpu.part(name):
+            yield
+
+    batches = _batches(recipe, datasets, batch_size=batch_size, num_steps=rounds + 1, part=part)
+    seconds, bad = [], 0
+    with one_thread(), closing(batches):  # type: ignore[type-var]
+        next(batches)  # loads the vocabulary and opens shards
+        cpu.take()
+        wall.take()
+        for _ in range(rounds):
+            with cpu.part(COLLATE):
+                bad += len(next(batches).bad_samples)
+            seconds.append(cpu.take() | {READ_SAMPLE: wall.take()[READ_SAMPLE]})
+    sample_seconds = {part: median(batch.get(part, 0.0) for batch in seconds) / batch_size for part in SAMPLE_PARTS}
+    return LoaderFacts(
+        num_samples=rounds * batch_size,
+        bad_samples=bad,
+        sample_seconds=sample_seconds,
+        loader_processes=num_workers,
+        loader_images_per_s=max(num_workers, 1) / sum(sample_seconds.values()),
+    )
+
+
+def _batches(
+    recipe: Recipe, datasets: Sequence[ShardDataset], *, batch_size: int, num_steps: int, part: PartOf
+) -> Iterator[Batch]:
+    """The recipe's training batches at another size, loaded in this process."""
     order = Order(
         [dataset.num_samples for dataset in datasets],
         [source.weight for source in recipe.data.train],
         seed=recipe.seed,
         global_batch_size=batch_size,
     )
-    batches = loader.training_loader(
+    return training_loader(
         datasets,
         order,
         data=recipe.data,
@@ -72,35 +87,19 @@ def measure_loader(recipe: Recipe, datasets: Sequence[ShardDataset]) -> LoaderCo
         rank=0,
         world_size=1,
         start_step=0,
-        stop_step=rounds + 1,
+        stop_step=num_steps,
         num_workers=0,
-    )
-    cpu, wall = PartClock(now=time.thread_time), PartClock(now=time.perf_counter)
-    seconds, bad = [], 0
-    with one_thread(), closing(batches), timed_loader(cpu, wall):  # type: ignore[type-var]
-        next(batches)  # loads the vocabulary and opens shards
-        cpu.take()
-        wall.take()
-        for _ in range(rounds):
-            with cpu.part(COLLATE):
-                bad += len(next(batches).bad_samples)
-            seconds.append(cpu.take() | {READ: wall.take()[READ]})
-    return LoaderCost(
-        num_samples=rounds * batch_size,
-        bad_samples=bad,
-        sample_seconds={part: median(batch.get(part, 0.0) for batch in seconds) / batch_size for part in PARTS},
+        part=part,
     )
 
 
-@contextmanager
-def timed_loader(cpu: PartClock, wall: PartClock) -> Iterator[None]:
-    """Clocks around the loader's steps inside the block; none afterwards."""
-    read = cpu.timed(READ, wall.timed(READ, ShardDataset.read))
-    with ExitStack() as stack:
-        stack.enter_context(replaced(ShardDataset, "read", read))
-        stack.enter_context(replaced(loader, "decode", cpu.timed(DECODE, loader.decode)))
-        stack.enter_context(replaced(loader, "training_transform", cpu.timed(TRANSFORM, loader.training_transform)))
-        yield
+def batch_seconds(loader: LoaderFacts, batch_size: int) -> dict[str, float]:
+    """Seconds a batch by part, of all loader processes together.
+
+    We assume that each process has a core for itself: a loader slows a step on a CPU that uses all cores.
+    """
+    share = batch_size / max(loader.loader_processes, 1)
+    return {part: seconds * share for part, seconds in loader.sample_seconds.items()}
 
 
 @contextmanager

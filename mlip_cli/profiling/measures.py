@@ -1,21 +1,36 @@
 """What `mlip profile` measures."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 
+from mlip_cli import __version__
 from mlip_cli.data.dataset import ShardDataset
+from mlip_cli.devices import device_name
 from mlip_cli.errors import RunError, UsageError
 from mlip_cli.model.clip import CLIP
-from mlip_cli.profiling import flops as costs
-from mlip_cli.profiling.loader import LoaderCost, measure_loader
-from mlip_cli.profiling.step import RepeatedStep, StepRecorder, breakdown, limit, step_parts
-from mlip_cli.profiling.subject import Subject, pinned
+from mlip_cli.profiling import flops
+from mlip_cli.profiling.breakdown import break_down, limit
+from mlip_cli.profiling.loader import measure_loader
+from mlip_cli.profiling.result import (
+    Gflops,
+    LoaderFacts,
+    MatmulSpeed,
+    PartSpeed,
+    PeakMemory,
+    ProfiledMerging,
+    ProfileResult,
+    StepMemory,
+)
+from mlip_cli.profiling.step import ClockedSeconds, ClockedStep, RepeatedStep, step_parts
+from mlip_cli.profiling.subject import ProfiledModel, caption_length, pinned, random_batch
 from mlip_cli.profiling.timing import SquareMatmul, Timing, measure_interleaved, peak_memory, square_matmul
 from mlip_cli.recipe.config import Recipe
 from mlip_cli.recipe.merge_plan import MergePlan
+from mlip_cli.runs.folder import now
 from mlip_cli.terminal.output import say
 from mlip_cli.terminal.panel import progress
 from mlip_cli.train.gradients import Precision
@@ -26,115 +41,173 @@ STEP = "training step"
 CLOCKED = "with clocks"
 
 
-def counts(model: CLIP, num_tokens: int) -> dict[str, Any]:
-    """What needs no clock: parameters, operations by part, tokens per block."""
-    plan, unmerged = model.plan, model.merge_plan(0.0)
-    parts, whole = costs.image_gflops(model, plan), costs.image_gflops(model, unmerged)
-    return {
-        "parameters": costs.parameters(model) | {"total": sum(p.numel() for p in model.parameters())},
-        "merging": {"method": plan.method, "rate": plan.rate, "before_blocks": plan.at} if plan.at else None,
-        "tokens_per_block": plan.tokens,
-        "prefix_tokens": plan.num_prefix,
-        "gflops": {
-            "image_tower": sum(parts.values()),
-            "image_tower_by_part": parts,
-            "image_tower_unmerged": sum(whole.values()),
-            "image_tower_unmerged_by_part": whole,
-            "frequency_branch": costs.frequency_gflops(model),
-            "token_heads": costs.token_head_gflops(model, plan, num_tokens),
-            "text_tower": costs.text_gflops(model, num_tokens),
-            "text_tower_at_context_length": costs.text_gflops(model, model.context_length),
-        },
-    }
+def measure(
+    profiled: ProfiledModel, datasets: Sequence[ShardDataset], *, batch_size: int, rounds: int
+) -> ProfileResult:
+    """Count and time everything on random pictures and words; the loader reads real ones."""
+    model, recipe, device = profiled.model, profiled.recipe, profiled.device
+    num_tokens, tokens_from = caption_length(recipe, datasets)
+    batch = random_batch(profiled, batch_size=batch_size, num_tokens=num_tokens)
+    towers = speeds_of_towers(profiled, batch, rounds)
+    loader = loader_facts(recipe, datasets)
+    found = measure_step(profiled, batch, rounds)
+    plan, step_s = model.plan, found.timings[STEP].median_s
+    parts = break_down(found.seconds, step_parts(found.step), loader=loader, batch_size=batch_size)
+    step_gflops = flops.step_gflops(model, model.training_plan, batch_size=batch_size, num_text_tokens=num_tokens)
+    peak = next(line.tflops for line in found.matmul if line.precision == recipe.train.precision)
+    return ProfileResult(
+        measured_at=now(),
+        mlip_version=__version__,
+        target=profiled.label,
+        step=profiled.step,
+        device=str(device),
+        device_name=device_name(device),
+        torch=torch.__version__,
+        threads=torch.get_num_threads(),
+        precision=recipe.train.precision,
+        image_size=model.image_size,
+        batch_size=batch_size,
+        rounds=rounds,
+        context_length=model.context_length,
+        caption_tokens=num_tokens,
+        caption_tokens_from=tokens_from,
+        parameters=flops.parameters(model) | {"total": sum(p.numel() for p in model.parameters())},
+        merging=ProfiledMerging(method=plan.method, rate=plan.rate, before_blocks=plan.at) if plan.at else None,
+        tokens_per_block=plan.tokens,
+        prefix_tokens=model.vision.num_prefix,
+        gflops=gflops_of(model, num_tokens),
+        speed=(*towers, *(speed(name, timing, batch_size) for name, timing in found.timings.items())),
+        micro_batch_size=found.step.micro_batch_size,
+        step_s=step_s,
+        clocks_cost=found.clocks_cost,
+        whole_s=parts.whole_s,
+        breakdown=parts.parts,
+        unaccounted=parts.unaccounted,
+        data=loader,
+        limit=limit(parts.parts, loader, step_per_s=batch_size / step_s),
+        step_gflops=step_gflops,
+        step_tflops=step_gflops / 1000 / step_s,
+        matmul_peak_tflops=peak,
+        mfu=step_gflops / 1000 / step_s / peak,
+        matmul=found.matmul,
+        float32_matmul_precision=torch.get_float32_matmul_precision(),
+        peak_memory=StepMemory(what=f"training step of {batch_size} pairs", **vars(found.memory)),
+    )
 
 
-def speeds_of_towers(subject: Subject, batch: Batch, rounds: int) -> list[dict[str, Any]]:
-    """Seconds of the towers side by side, without gradients."""
-    model = subject.model
-    functions = {"image tower, rate 0": encode(subject, batch, model.merge_plan(0.0))}
+def gflops_of(model: CLIP, num_tokens: int) -> Gflops:
+    """Operations of one image, with the merges of evaluation and without, and of one caption of `num_tokens`."""
+    parts, whole = flops.image_gflops(model, model.plan), flops.image_gflops(model, model.merge_plan(0.0))
+    return Gflops(
+        image_tower=sum(parts.values()),
+        image_tower_by_part=parts,
+        image_tower_unmerged=sum(whole.values()),
+        image_tower_unmerged_by_part=whole,
+        frequency_branch=flops.frequency_gflops(model, model.plan),
+        token_heads=flops.token_head_gflops(model, model.plan, num_tokens),
+        text_tower=flops.text_gflops(model, num_tokens),
+        text_tower_at_context_length=flops.text_gflops(model, model.context_length),
+    )
+
+
+def speeds_of_towers(profiled: ProfiledModel, batch: Batch, rounds: int) -> list[PartSpeed]:
+    """Seconds of the towers side by side, in the recipe's precision, without gradients."""
+    model, device = profiled.model, profiled.device
+    precision = Precision.named(profiled.recipe.train.precision, device)
+
+    def image(plan: MergePlan) -> None:
+        with torch.inference_mode(), precision.autocast(device):
+            model.encode_image(batch.images, plan)
+
+    def text() -> None:
+        with torch.inference_mode(), precision.autocast(device):
+            model.encode_text(batch.token_ids)
+
+    images: dict[str, Callable[[], None]] = {"image tower, rate 0": partial(image, model.merge_plan(0.0))}
     if model.plan.at:
-        functions[f"image tower, rate {model.plan.rate:.2f}"] = encode(subject, batch, model.plan)
-    functions["text tower"] = lambda: inference(subject, lambda: model.encode_text(batch.token_ids))
-    timings = timed(functions, subject, rounds, "timing the towers")
-    n = len(batch.images)
-    return [speed(name, timing, n, is_image=name.startswith("image")) for name, timing in timings.items()]
+        images[f"image tower, rate {model.plan.rate:.2f}"] = partial(image, model.plan)
+    timings = timed({**images, "text tower": text}, profiled, rounds, "timing the towers")
+    return [speed(name, timing, len(batch.images), is_image=name in images) for name, timing in timings.items()]
 
 
-def measures_of_step(subject: Subject, batch: Batch, rounds: int, datasets: Sequence[ShardDataset]) -> dict[str, Any]:
-    """Seconds of the training step (whole, in pieces that run alone, by parts), its limit, operations and memory."""
-    n = len(batch.images)
-    loader = loader_cost(subject.recipe, datasets)
-    subject.model.train()
-    step = training_step(subject, batch)
-    recorder = StepRecorder(step)
+def speed(name: str, timing: Timing, batch_size: int, *, is_image: bool = False) -> PartSpeed:
+    """One line of the result; only image towers compare with the first of them."""
+    return PartSpeed(
+        part=name,
+        median_s=timing.median_s,
+        per_s=batch_size / timing.median_s,
+        speedup=timing.speedup if is_image else None,
+        speedup_interval=timing.speedup_interval if is_image else None,
+        seconds=timing.seconds,
+    )
+
+
+def loader_facts(recipe: Recipe, datasets: Sequence[ShardDataset]) -> LoaderFacts | None:
+    """What the loader needs for a sample; None without data, or if the data is damaged, which a line says."""
+    if not datasets:
+        return None
+    try:
+        return measure_loader(recipe, datasets, num_workers=num_workers(recipe))
+    except (UsageError, RunError) as error:
+        say(f"reading and decoding are not timed: {error}")
+        return None
+
+
+@dataclass(frozen=True)
+class MeasuredStep:
+    """A training step, timed in turn with all that it is compared with."""
+
+    step: RepeatedStep
+    seconds: list[ClockedSeconds]
+    """Of the steps with the clock, one a round."""
+    timings: dict[str, Timing]
+    """Of the pieces of the step that run alone, and of the step."""
+    clocks_cost: float
+    """How much longer a step with the clock takes: 0.1 for a tenth."""
+    matmul: tuple[MatmulSpeed, ...]
+    memory: PeakMemory
+
+
+def measure_step(profiled: ProfiledModel, batch: Batch, rounds: int) -> MeasuredStep:
+    """Time the training step: whole, in pieces, with the clock on its parts, beside large products of matrices."""
+    device = profiled.device
+    profiled.model.train()
+    step = repeated_step(profiled, batch)
+    clocked = ClockedStep(step)
     step()  # the optimiser's state exists from then on
-    memory = peak_memory(step, device=subject.device)  # before the matrices below lie there too
-    dtypes: dict[str, torch.dtype] = {"fp32": torch.float32, subject.recipe.train.precision: step.precision.dtype}
-    matmuls = {name: square_matmul(dtype, device=subject.device) for name, dtype in dtypes.items()}
-    pieces, beside = timings_of_step(subject, step, batch, recorder, matmuls, rounds=rounds)
-    subject.model.eval()
-    whole = pieces[STEP]
-    return {
-        "speed": [speed(name, timing, n, is_image=False) for name, timing in pieces.items()],
-        "micro_batch_size": step.micro_batch_size,
-        "step_s": whole.median_s,
-        "clocks_cost": extra_share(beside[CLOCKED], whole),
-        **parts_and_limit(step, recorder, loader, step_s=whole.median_s, num_workers=num_workers(subject.recipe)),
-        **utilisation(subject, matmuls, beside, step_s=whole.median_s, batch=batch),
-        "peak_memory": {"what": f"training step of {n} pairs", **vars(memory)},
-    }
+    memory = peak_memory(step, device=device)  # before the matrices below lie there too
+    dtypes: dict[str, torch.dtype] = {"fp32": torch.float32, profiled.recipe.train.precision: step.precision.dtype}
+    matmuls = {name: square_matmul(dtype, device=device) for name, dtype in dtypes.items()}
+    functions: dict[str, Callable[[], object]] = {**step.pieces(batch), STEP: step, CLOCKED: clocked}
+    functions |= {name: matmul.run for name, matmul in matmuls.items()}
+    timings = timed(functions, profiled, rounds, "timing the step")
+    profiled.model.eval()
+    return MeasuredStep(
+        step=step,
+        seconds=clocked.seconds[1:],  # the first one was not timed
+        clocks_cost=extra_share(timings.pop(CLOCKED), timings[STEP]),
+        matmul=tuple(matmul_speed(name, matmul, timings.pop(name)) for name, matmul in matmuls.items()),
+        timings=timings,
+        memory=memory,
+    )
 
 
-def training_step(subject: Subject, batch: Batch) -> RepeatedStep:
-    """The step on a batch, by the recipe's micro-batches where they are smaller."""
-    step = RepeatedStep(subject.model, subject.recipe, pinned(batch, subject.device), subject.device)
-    size = subject.recipe.train.given_micro_batch_size
+def repeated_step(profiled: ProfiledModel, batch: Batch) -> RepeatedStep:
+    """The step on a batch, by the recipe's micro-batches if they are smaller."""
+    step = RepeatedStep(profiled.model, profiled.recipe, pinned(batch, profiled.device), profiled.device)
+    size = profiled.recipe.train.given_micro_batch_size
     if size is not None and step.micro_batch_size is None:
         say(
-            f"the recipe's micro-batches of {size} are no smaller than this batch of {len(batch.images)}: "
-            "it is measured at once"
+            f"the recipe's micro-batches of {size} are no smaller than this batch of {len(batch.images)}, so it is "
+            "measured at once"
         )
     return step
 
 
-def timings_of_step(
-    subject: Subject,
-    step: RepeatedStep,
-    batch: Batch,
-    recorder: StepRecorder,
-    matmuls: Mapping[str, SquareMatmul],
-    *,
-    rounds: int,
-) -> tuple[dict[str, Timing], dict[str, Timing]]:
-    """The step's pieces and the step itself; what is timed in turn with them: the step with clocks, large products."""
-    pieces: dict[str, Callable[[], object]] = {**step.parts_of_step(batch), STEP: step}  # they hold a gradient
-    beside: dict[str, Callable[[], object]] = {
-        CLOCKED: recorder,
-        **{name: matmul.run for name, matmul in matmuls.items()},
-    }
-    timings = timed({**pieces, **beside}, subject, rounds, "timing the step")
-    return {name: timings[name] for name in pieces}, {name: timings[name] for name in beside}
-
-
-def parts_and_limit(
-    step: RepeatedStep, recorder: StepRecorder, loader: LoaderCost | None, *, step_s: float, num_workers: int
-) -> dict[str, Any]:
-    """Where the time of the step goes, what the loader needs beside it, and which of them the training waits for."""
-    n = len(step.batch.images)
-    parts = breakdown(
-        recorder.steps[1:],  # the first one was not timed
-        step_parts(step),
-        loader_s=None if loader is None else loader.batch_seconds(n, num_workers),
-        loader_is_apart=num_workers > 0,
-    )
-    per_s = None if loader is None else max(num_workers, 1) / loader.sample_s
-    return {
-        **parts,
-        "data": None
-        if loader is None
-        else vars(loader) | {"loader_processes": num_workers, "loader_images_per_s": per_s},
-        "limit": limit(parts["breakdown"], step_per_s=n / step_s, loader_per_s=per_s, num_workers=num_workers),
-    }
+def matmul_speed(precision: str, matmul: SquareMatmul, timing: Timing) -> MatmulSpeed:
+    """Operations a second of a product."""
+    tflops = matmul.flops / 1e12 / timing.median_s
+    return MatmulSpeed(precision=precision, shape=[matmul.n] * 3, tflops=tflops, median_s=timing.median_s)
 
 
 def extra_share(longer: Timing, shorter: Timing) -> float:
@@ -143,77 +216,10 @@ def extra_share(longer: Timing, shorter: Timing) -> float:
 
 
 def timed(
-    functions: Mapping[str, Callable[[], object]], subject: Subject, rounds: int, label: str
+    functions: Mapping[str, Callable[[], object]], profiled: ProfiledModel, rounds: int, label: str
 ) -> dict[str, Timing]:
     """All functions in turn, round by round, with a progress bar."""
     with progress(rounds * len(functions), label) as bar:
         return measure_interleaved(
-            functions, rounds, device=subject.device, after_call=lambda: bar.advance(bar.task_ids[0])
+            functions, rounds, device=profiled.device, after_call=lambda: bar.advance(bar.task_ids[0])
         )
-
-
-def loader_cost(recipe: Recipe, datasets: Sequence[ShardDataset]) -> LoaderCost | None:
-    """What the loader needs for a sample; None without data, and with a line that says why where it is damaged."""
-    if not datasets:
-        return None
-    try:
-        return measure_loader(recipe, datasets)
-    except (UsageError, RunError) as error:
-        say(f"reading and decoding are not timed: {error}")
-        return None
-
-
-def utilisation(
-    subject: Subject,
-    matmuls: Mapping[str, SquareMatmul],
-    timings: Mapping[str, Timing],
-    *,
-    step_s: float,
-    batch: Batch,
-) -> dict[str, Any]:
-    """Operations a second of the step, by formula, beside those of large products in the same precision.
-
-    Args:
-        timings: of the products, by their precision.
-    """
-    model = subject.model
-    batch_size, num_tokens = batch.token_ids.shape
-    gflops = costs.step_gflops(model, model.training_plan, batch_size=batch_size, num_text_tokens=num_tokens)
-    step_tflops = gflops / 1000 / step_s
-    measured = {name: matmul.flops / 1e12 / timings[name].median_s for name, matmul in matmuls.items()}
-    peak = measured[subject.recipe.train.precision]
-    return {
-        "step_gflops": gflops,
-        "step_tflops": step_tflops,
-        "matmul_peak_tflops": peak,
-        "mfu": step_tflops / peak,
-        "matmul": [
-            {"precision": name, "shape": [matmul.n] * 3, "tflops": measured[name], "median_s": timings[name].median_s}
-            for name, matmul in matmuls.items()
-        ],
-        "float32_matmul_precision": torch.get_float32_matmul_precision(),
-    }
-
-
-def speed(name: str, timing: Timing, batch_size: int, *, is_image: bool) -> dict[str, Any]:
-    """One line of the result; only image towers compare with the first of them."""
-    return {
-        "part": name,
-        "median_s": timing.median_s,
-        "per_s": batch_size / timing.median_s,
-        "speedup": timing.speedup if is_image else None,
-        "speedup_interval": timing.speedup_interval if is_image else None,
-        "seconds": timing.seconds,
-    }
-
-
-def inference(subject: Subject, function: Callable[[], object]) -> None:
-    """Run in the recipe's precision, without gradients."""
-    precision = Precision.named(subject.recipe.train.precision, subject.device)
-    with torch.inference_mode(), precision.autocast(subject.device):
-        function()
-
-
-def encode(subject: Subject, batch: Batch, plan: MergePlan) -> Callable[[], None]:
-    """A forward pass of the image tower at `plan`."""
-    return lambda: inference(subject, lambda: subject.model.encode_image(batch.images, plan))

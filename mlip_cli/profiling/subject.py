@@ -1,4 +1,4 @@
-"""What `mlip profile` measures: a model with its device, its data, and batches like those of its training."""
+"""The model that `mlip profile` measures, its data, and batches like those of its training."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,8 +24,8 @@ from mlip_cli.types import VOCAB_SIZE, Batch
 
 
 @dataclass(frozen=True)
-class Subject:
-    """What is measured."""
+class ProfiledModel:
+    """A model to measure, and where it comes from."""
 
     label: str
     recipe: Recipe
@@ -38,34 +38,38 @@ class Subject:
     """Step of the checkpoint."""
 
 
-def load_subject(target: str | None, device: str) -> Subject:
-    """A folder is a run or a checkpoint, None the newest run; everything else is a recipe with random weights."""
+def load_profiled(target: str | None, device: str) -> ProfiledModel:
+    """The model of a run or a checkpoint (a folder), of the newest run (None), or of a recipe, with random weights.
+
+    Raises:
+        UsageError: there is no such run or recipe.
+    """
     if target is None or Path(target).is_dir():
         run = load_run(target, device=device)
         model = _as_trained(run.model, run.recipe)
-        return Subject(f"{run.label}, step {run.step}", run.recipe, model, run.device, run.run, run.step)
+        return ProfiledModel(f"{run.label}, step {run.step}", run.recipe, model, run.device, run.run, run.step)
     _check_named(target)
     loaded = load_recipe(target)
     where = pick_device(device)
     model = _as_trained(build_model(loaded.recipe), loaded.recipe).to(where).eval()
     set_fused_attention(model, where.type != "cpu")
-    return Subject(f"recipe {loaded.name}, random weights", loaded.recipe, model, where)
+    return ProfiledModel(f"recipe {loaded.name}, random weights", loaded.recipe, model, where)
 
 
 def _as_trained(model: CLIP, recipe: Recipe) -> CLIP:
-    """The model with gradients for what the recipe trains, recomputing what it recomputes; nothing is compiled."""
+    """Switch gradients and recomputation on as the recipe's training does; nothing is compiled."""
     model.requires_grad_(True)
     if recipe.train.grad_checkpointing:
         model.set_grad_checkpointing()
     if recipe.train.compile:
-        say("train.compile: what follows is measured without it")
+        say("train.compile: profile measures the model without compiling it")
     if recipe.model.freeze is not None:
         model.freeze(recipe.model.freeze)
     return model
 
 
 def _check_named(target: str) -> None:
-    """Where nothing has the name of a recipe, say of runs too that there is none.
+    """Find the recipe; a name that is unknown might have been meant as a run, so the error says which runs there are.
 
     Raises:
         UsageError: there is no such recipe.
@@ -77,7 +81,7 @@ def _check_named(target: str) -> None:
 
 
 def training_data(recipe: Recipe) -> list[ShardDataset]:
-    """The data sets of `data.train`; none, and a line that says why, where one of them is missing or damaged."""
+    """The data sets of `data.train`; if one of them is missing or damaged, a line that says why, and an empty list."""
     try:
         return open_sources(recipe.data.train, cache=recipe.data.cache)
     except (UsageError, RunError) as error:
@@ -86,7 +90,7 @@ def training_data(recipe: Recipe) -> list[ShardDataset]:
 
 
 def caption_length(recipe: Recipe, datasets: Sequence[ShardDataset]) -> tuple[int, str]:
-    """Tokens to which a typical batch's captions are padded, and where that is known from."""
+    """The number of tokens to which a typical batch pads its captions, and the source of that number."""
     most = recipe.model.text.context_length
     if not datasets:
         return most, "the context length, without data"
@@ -97,18 +101,18 @@ def caption_length(recipe: Recipe, datasets: Sequence[ShardDataset]) -> tuple[in
     return padded_length(int(np.median(longest)), most), f"batches of {dataset.name}"
 
 
-def random_batch(subject: Subject, *, batch_size: int, num_tokens: int) -> Batch:
+def random_batch(profiled: ProfiledModel, *, batch_size: int, num_tokens: int) -> Batch:
     """Pictures of noise, captions of `num_tokens` words drawn from the whole vocabulary."""
     generator = torch.Generator().manual_seed(0)
-    size = subject.model.image_size
+    size = profiled.model.image_size
     images = torch.randint(256, (batch_size, 3, size, size), dtype=torch.uint8, generator=generator)
     token_ids = torch.randint(1, VOCAB_SIZE - 2, (batch_size, num_tokens), generator=generator)
     token_ids[:, 0], token_ids[:, -1] = VOCAB_SIZE - 2, VOCAB_SIZE - 1
-    labels = torch.arange(batch_size) if subject.recipe.losses.positives == "concept" else None
-    return Batch(images, token_ids, keys=("",) * batch_size, labels=labels).to(subject.device)
+    labels = torch.arange(batch_size) if profiled.recipe.losses.positives == "concept" else None
+    return Batch(images, token_ids, keys=("",) * batch_size, labels=labels).to(profiled.device)
 
 
 def pinned(batch: Batch, device: torch.device) -> Batch:
-    """The batch as the loader leaves it for `device`: in main memory, pinned where that speeds up the copy."""
+    """The batch as the loader leaves it for `device`: in main memory, pinned for CUDA."""
     batch = batch.to("cpu")
     return batch.pin_memory() if device.type == "cuda" else batch

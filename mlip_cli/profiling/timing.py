@@ -1,22 +1,5 @@
-"""What a model costs: operations by formula, time measured side by side, memory at its peak.
+"""Time functions side by side, and measure memory at its peak."""
 
-Operations are those of matrix products, one multiply-add counted as 2 FLOPs; norms, softmax, sums and sorting are left
-out (counters that add layer norms report 17.58 instead of 17.56 GMACs for ViT-B/16). With N patches of p x p pixels, P
-prefix tokens, width D and MLP width M, an image tower takes, in multiply-adds an image:
-
-    patch embedding       N * 3p^2 * D
-    attention of a block  t * 4D^2 + 2 * t^2 * D      t = P + tokens in the block; a merge stands before its block,
-    MLP of a block        t * 2 * D * M               so the block before the merge still runs on all of them
-    a merge of n tokens   ceil(n/2) * floor(n/2) * d  matching on keys of width d; the means are sums, not products
-    guidance              N * 2p^3                    DCT of the grey picture, once, for the frequency domain
-    head                  D * E
-    a block of a stem     a global filter, and N * 2 * D * M for its MLP, on patches alone
-
-ViT-B/16 at 224 px (N = 196, P = 1, D = 768, M = 3072, E = 512): 17.56 G multiply-adds, 35.1 GFLOPs.
-"""
-
-import platform
-import resource
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -27,10 +10,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mlip_cli.devices import synchronize
+from mlip_cli.devices import peak_gib, synchronize
 from mlip_cli.profiling.result import PeakMemory
-
-GIBIBYTE = 2**30
 
 LARGEST_MATMUL = 16_384
 """Rows of the largest product that is tried for the peak: three such matrices take 3 GiB in fp32."""
@@ -58,8 +39,8 @@ def measure_interleaved(
 ) -> dict[str, Timing]:
     """Time all functions in turn inside every round, so that a noisy machine favours none.
 
-    Every second round runs backwards, which cancels a steady drift; ratios are taken inside rounds. One call of each
-    comes first, untimed. `after_call` is told of each timed call, for a progress bar.
+    Every second round runs backwards, which cancels a steady drift; ratios are taken inside rounds. Each function runs
+    once before the first round, untimed. `after_call` is called after every timed call, for a progress bar.
     """
     device = torch.device(device)
     for function in functions.values():
@@ -125,25 +106,23 @@ def square_matmul(dtype: torch.dtype, *, device: torch.device, least_s: float = 
 def peak_memory(function: Callable[[], object], *, device: torch.device | str) -> PeakMemory:
     """Run `function` once and report the peak.
 
-    CUDA: bytes of tensors at most, by PyTorch's allocator. Linux CPU: the resident set of the whole process at most
-    while the function ran (the kernel's high-water mark is reset before), so the libraries and what the allocator kept
-    from earlier work are in it. Elsewhere that mark cannot be reset, and the peak of the process since its start is
-    reported, which may be another function's.
+    On CUDA it is the most bytes of tensors, by PyTorch's allocator. On a CPU under Linux it is the largest resident set
+    of the whole process while the function ran, because we reset the kernel's high-water mark before; it includes the
+    libraries and what the allocator kept from earlier work. Elsewhere nobody can reset that mark, so it is the peak of
+    the process since its start, which may be another function's.
     """
     device = torch.device(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         function()
         synchronize(device)
-        return PeakMemory(gib=torch.cuda.max_memory_allocated(device) / GIBIBYTE, measured="tensors on the GPU")
+        return PeakMemory(gib=peak_gib(device), measured="tensors on the GPU")
     was_reset = _reset_high_water()
     function()
     synchronize(device)
     if was_reset:
         return PeakMemory(gib=_high_water_kib() / 2**20, measured="resident memory of the process, libraries included")
-    unit = 1 if platform.system() == "Darwin" else 1024  # macOS counts bytes
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return PeakMemory(gib=peak / GIBIBYTE, measured="resident memory of the process since its start")
+    return PeakMemory(gib=peak_gib(device), measured="resident memory of the process since its start")
 
 
 def _reset_high_water() -> bool:

@@ -1,4 +1,4 @@
-"""Mistakes that take more than one key to see. Each check is a function recipe -> [(dotted key, what is wrong)]."""
+"""Mistakes between several keys. Each check is a function recipe -> [(dotted key, what is wrong and what to do)]."""
 
 from collections.abc import Callable, Iterator
 
@@ -10,15 +10,16 @@ from mlip_cli.recipe.merge_plan import DEFAULT, MergePlan, default_places, stem_
 Found = Iterator[tuple[str, str]]
 
 SIZES = ("patch_size", "width", "depth", "num_heads")
-NUM_PREFIX = 1
-"""A tower that is given by its sizes has a class token and no registers."""
 
 
 def _length(recipe: Recipe) -> Found:
     if recipe.train.steps is None and recipe.train.epochs is None:
-        yield "train.steps", "not given, nor is train.epochs; give one of them"
+        yield "train.steps", "neither train.steps nor train.epochs is given; give one of them"
     if recipe.train.steps is not None and recipe.train.epochs is not None:
-        yield "train.epochs", f"{recipe.train.epochs} excludes train.steps {recipe.train.steps}; set one to null"
+        yield (
+            "train.epochs",
+            f"{recipe.train.epochs} and train.steps {recipe.train.steps} are both given; set one of them to null",
+        )
 
 
 def _batch(recipe: Recipe) -> Found:
@@ -26,7 +27,7 @@ def _batch(recipe: Recipe) -> Found:
     if micro is not None and micro > whole:
         yield "train.micro_batch_size", f"{micro} is more than train.global_batch_size {whole}; set it to null"
     if recipe.train.micro_batch_size == "auto" and recipe.train.parallel == "fsdp":
-        yield "train.micro_batch_size", "auto needs train.parallel ddp, where each rank can try alone; give a number"
+        yield "train.micro_batch_size", "auto does not work with train.parallel fsdp; give a number"
 
 
 def _precision(recipe: Recipe) -> Found:
@@ -38,11 +39,11 @@ def _sources(recipe: Recipe) -> Found:
     weighted = [source.weight is not None for source in recipe.data.train]
     if any(weighted) and not all(weighted):
         bare = recipe.data.train[weighted.index(False)].path
-        yield "data.train", f"{bare} has no weight but others have; weigh all folders or none"
+        yield "data.train", f"{bare} has no weight but other folders do; give all of them a weight, or none"
     if any(weighted) and recipe.train.epochs is not None:
-        yield "data.train", "weighted folders have no common epoch; give train.steps in place of train.epochs"
+        yield "data.train", "weighted folders have no common epoch; replace train.epochs by train.steps"
     if any(source.weight is not None for source in recipe.data.validation or ()):
-        yield "data.validation", "weights are for training only; list the folders alone"
+        yield "data.validation", "weights work in data.train only; list the folders without weights"
     for name, sources in (("data.train", recipe.data.train), ("data.validation", recipe.data.validation or ())):
         folders = [source.path for source in sources]
         for folder in sorted({f for f in folders if folders.count(f) > 1}):
@@ -52,17 +53,20 @@ def _sources(recipe: Recipe) -> Found:
 def _best(recipe: Recipe) -> Found:
     metric, best = recipe.evaluate.best_metric, recipe.train.keep.best
     if best is not None and metric is None:
-        yield "train.keep.best", "needs evaluate.best_metric, which is null"
+        yield "train.keep.best", "it needs evaluate.best_metric, which is null; give that, or set this to null"
     if metric is not None and best is None:
-        yield "evaluate.best_metric", "nothing keeps the best; set train.keep.best to 1, or this to null"
+        yield (
+            "evaluate.best_metric",
+            "train.keep.best is null, so no best checkpoint is kept; set it to 1, or set evaluate.best_metric to null",
+        )
     if metric is not None and recipe.data.validation is None and not recipe.evaluate.zeroshot:
-        yield "evaluate.best_metric", f"{metric}, but nothing is measured; give data.validation or evaluate.zeroshot"
+        yield "evaluate.best_metric", f"{metric} is never measured; give data.validation or evaluate.zeroshot"
 
 
 def _crop(recipe: Recipe) -> Found:
     scale = recipe.data.augment.crop_scale
     if scale is not None and scale[0] > scale[1]:
-        yield "data.augment.crop_scale", f"[{scale[0]:g}, {scale[1]:g}] does not ascend"
+        yield "data.augment.crop_scale", f"[{scale[0]:g}, {scale[1]:g}] is not in ascending order"
 
 
 def _vision(recipe: Recipe) -> Found:
@@ -70,7 +74,10 @@ def _vision(recipe: Recipe) -> Found:
     given = [name for name in SIZES if getattr(vision, name) is not None]
     missing = [name for name in SIZES if name not in given]
     if vision.timm is not None and given:
-        yield "model.vision.timm", f"{vision.timm} excludes {', '.join(given)}; set one side to null"
+        yield (
+            "model.vision.timm",
+            f"{vision.timm} defines the tower, and so does {', '.join(given)}; set one of the two to null",
+        )
     elif vision.timm is None and not given:
         yield "model.vision", f"give timm, or all of {', '.join(SIZES)}"
     elif vision.timm is None and missing:
@@ -88,31 +95,30 @@ def _patches(recipe: Recipe) -> Found:
     if patch and size % patch:
         below = size // patch * patch
         nearby = f"{below} or {below + patch}" if below else str(patch)
-        yield "data.image_size", f"{size} is no multiple of model.vision.patch_size {patch}; use {nearby}"
+        yield "data.image_size", f"{size} is not a multiple of model.vision.patch_size {patch}; use {nearby}"
 
 
 def _merging(recipe: Recipe) -> Found:
-    """Places always; the rate where the number of patches is known, which for towers of timm takes torch."""
+    """Checks the places, and the rate if the number of patches is known (for towers of timm only torch knows it)."""
     merging, vision = recipe.model.merging, recipe.model.vision
     if merging is None:
         return
     method, stem = merging.method, stem_depth(recipe.model.frequency)
     if vision.depth and stem >= vision.depth:
-        return  # no attention blocks are left, which is a mistake of its own
+        return  # no attention block is left; `_frequency` reports that
     places = default_places(vision.depth, method, stem=stem) if merging.at is None and vision.depth else merging.at
     wrong = wrong_places(places, depth=vision.depth, method=method, stem=stem) if places is not None else None
     if wrong:
         yield "model.merging.at", wrong
         return
     if merging.active[0] >= merging.active[1]:
-        yield "model.merging.active", f"[{merging.active[0]:g}, {merging.active[1]:g}] does not ascend"
+        yield "model.merging.active", f"[{merging.active[0]:g}, {merging.active[1]:g}] is not in ascending order"
     if not vision.depth or not vision.patch_size or recipe.data.image_size % vision.patch_size:
         return
     try:
         MergePlan.resolve(
             depth=vision.depth,
             num_patches=(recipe.data.image_size // vision.patch_size) ** 2,
-            num_prefix=NUM_PREFIX,
             rate=merging.rate,
             at=merging.at,
             method=method,
@@ -123,7 +129,7 @@ def _merging(recipe: Recipe) -> Found:
 
 
 def _guidance(recipe: Recipe) -> Found:
-    """Of `tome` alone: what trained by `random_drop` merges guided when it is measured."""
+    """Only for `tome`: a model trained with `random_drop` is evaluated with guided merging."""
     merging = recipe.model.merging
     if merging is None or merging.method != "tome":
         return
@@ -132,7 +138,7 @@ def _guidance(recipe: Recipe) -> Found:
         ("strength", merging.strength, DEFAULT.strength),
     ):
         if value != default:
-            yield f"model.merging.{name}", f"{value} is not for method tome; set it to {default}"
+            yield f"model.merging.{name}", f"{value} has no effect with method tome; set it to {default}"
 
 
 def _frequency(recipe: Recipe) -> Found:
@@ -142,7 +148,7 @@ def _frequency(recipe: Recipe) -> Found:
     if frequency.input == "dct":
         yield (
             "model.frequency.input",
-            "dct needs placement branch; a stem reads patch tokens: set it to tokens",
+            "a stem reads patch tokens and no dct; set it to tokens, or model.frequency.placement to branch",
         )
     for key, wrong in wrong_stem(frequency, width=vision.width, depth=vision.depth):
         yield f"model.frequency.{key}", wrong
@@ -157,34 +163,43 @@ def _init(recipe: Recipe) -> Found:
 
 def _freeze(recipe: Recipe) -> Found:
     if recipe.model.freeze is not None and recipe.model.init is None:
-        yield "model.freeze", f"{recipe.model.freeze} would stay random; give model.init, or set it to null"
+        yield (
+            "model.freeze",
+            f"the {recipe.model.freeze} tower would keep random weights; give model.init, or set model.freeze to null",
+        )
     dropout = recipe.model.text.dropout
     if recipe.model.freeze == "text" and dropout:
-        yield "model.text.dropout", f"{dropout:g}, but a tower that model.freeze keeps drops nothing; set it to 0"
+        yield "model.text.dropout", f"a frozen text tower applies no dropout, but this is {dropout:g}; set it to 0"
     drop_path = recipe.model.vision.drop_path
     if recipe.model.freeze == "image" and drop_path:
-        yield "model.vision.drop_path", f"{drop_path:g}, but a tower that model.freeze keeps drops nothing; set it to 0"
+        yield (
+            "model.vision.drop_path",
+            f"a frozen image tower applies no drop path, but this is {drop_path:g}; set it to 0",
+        )
 
 
 def _smoothing(recipe: Recipe) -> Found:
     for name in ("spatial_global", "frequency_global"):
         term = getattr(recipe.losses, name)
         if term is not None and term.kind == "sigmoid" and term.label_smoothing:
-            yield f"losses.{name}.label_smoothing", "works with kind infonce only; set it to 0"
+            yield f"losses.{name}.label_smoothing", "it works with kind infonce only; set it to 0"
 
 
 def _losses(recipe: Recipe) -> Found:
     on = [name for name in LOSS_NAMES if getattr(recipe.losses, name) is not None]
     frequency = [name for name in on if name.startswith("frequency_")]
     if recipe.losses.spatial_global is None:
-        yield "losses.spatial_global", "null, but it alone trains the feature that evaluation uses; give it a kind"
+        yield (
+            "losses.spatial_global",
+            "it is null, but no other loss trains the feature that evaluation uses; give it a kind",
+        )
     if recipe.model.frequency is None:
         for name in frequency:
-            yield f"losses.{name}", "needs model.frequency, which is null"
+            yield f"losses.{name}", "it needs model.frequency, which is null; give that, or set this loss to null"
     elif not frequency:
         yield (
             "model.frequency",
-            "nothing would train it; give losses.frequency_global or losses.frequency_token, or set it to null",
+            "no loss trains it; give losses.frequency_global or losses.frequency_token, or set it to null",
         )
 
 

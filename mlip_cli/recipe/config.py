@@ -1,4 +1,4 @@
-"""The recipe as a tree of frozen models. Every field documents itself; `recipe.py` fills the tree from YAML."""
+"""The recipe as a tree of frozen models. Every field documents itself; `recipe/load.py` fills the tree from YAML."""
 
 from typing import Annotated, Any, Literal
 
@@ -13,7 +13,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class Section(BaseModel):
-    """A part of the recipe: no unknown keys, no coercion, no change after loading."""
+    """A section of the recipe. It refuses unknown keys, converts no values, and never changes after loading."""
 
     model_config = ConfigDict(
         strict=True, extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
@@ -21,16 +21,16 @@ class Section(BaseModel):
 
 
 class Source(Section):
-    """A folder of shards that takes part in training."""
+    """One folder of training data."""
 
     path: Annotated[str, Field(min_length=1)]
-    """Folder with dataset.json, as written by `mlip prepare-data`, relative to the current folder; or its URL, such as
-    s3://bucket/folder."""
+    """Folder that `mlip prepare-data` wrote, relative to the current folder, or its URL, such as s3://bucket/folder."""
     weight: PositiveFloat | None = None
-    """Share of this folder in every batch, relative to the other weights; null: in proportion to its size."""
+    """Share of this folder in every batch, relative to the other weights. null: in proportion to its size."""
     format: Literal["shards", "webdataset"] = "shards"
-    """webdataset: tars that mlip did not write, as a folder or a pattern like tars/{0000..0099}.tar; an index is made
-    in `data.cache` when they are read first."""
+    """shards: what `mlip prepare-data` wrote. webdataset: tars of any origin, as a folder or a pattern like
+    tars/{0000..0099}.tar. Their pictures are JPEG, PNG or WebP; their captions are KEY.txt or `caption` in KEY.json.
+    mlip indexes each tar once, in `data.cache`."""
 
 
 def _as_sources(value: Any) -> Any:
@@ -58,48 +58,49 @@ class Augment(Section):
     """Random changes of training pictures, drawn from (seed, epoch, sample id)."""
 
     crop_scale: tuple[AreaShare, AreaShare] | None = (0.5, 1.0)
-    """Smallest and largest share of the picture's area in a random crop; null: the centre crop of evaluation."""
+    """Smallest and largest share of the picture's area in a random crop. null: the centre crop of evaluation."""
     flip: bool = False
-    """Mirror half of the pictures (not for data whose captions say left or right)."""
+    """Mirror half of the pictures. Leave it off if captions say left or right."""
     color_jitter: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Largest relative change of brightness, contrast and saturation; null: none."""
+    """Largest relative change of brightness, contrast and saturation. null: no change."""
 
 
 class Cache(Section):
-    """Copies of the shards that lie at URLs, on this machine."""
+    """Local copies of the shards that lie at URLs."""
 
     folder: str | None = None
-    """On this machine's own disk; null: mlip in $XDG_CACHE_HOME, which is ~/.cache where it is not set."""
+    """Folder on a local disk. null: `mlip` in $XDG_CACHE_HOME, or in ~/.cache if that is not set."""
     gib: PositiveFloat = 100.0
-    """Most that it holds; all data of a run must fit. Shards that were not read lately make room for others."""
+    """Most that the cache holds, in GiB. All data of a run must fit. mlip deletes no copies: it names those that you
+    may delete."""
 
 
 class Data(Section):
-    """What is read, and how pictures and captions become a batch."""
+    """The data, and how pictures and captions become a batch."""
 
     train: Sources
-    """Shards to train on: a folder, a list of folders, or a list of {path, weight}."""
+    """Data to train on: a folder, a list of folders, or a list of {path, weight, format}."""
     validation: OptionalSources = None
-    """Shards for image-text retrieval during training, given like `train`; null: none."""
+    """Data for image-text retrieval during training, in the same form as `train`. null: no retrieval."""
     image_size: Positive = 224
-    """Height and width of the model's input in pixels."""
+    """Height and width of the model's input, in pixels."""
     captions: Literal["first", "sample"] = "sample"
     """first: always the first caption. sample: drawn by weight, from (seed, epoch, id)."""
     augment: Augment = Augment()
     """Random changes of training pictures."""
     num_workers: Annotated[int, Field(ge=0)] | None = None
-    """Loader processes per rank; null: from cores and ranks, printed."""
+    """Loader processes for each rank. null: mlip chooses from cores and ranks, and prints the number."""
     max_bad_share: Annotated[float, Field(ge=0, le=1)] = 0.01
-    """Training stops when more than this share of the last 10,000 samples could not be read."""
+    """Training stops when more than this share of the last 10,000 samples cannot be read."""
     cache: Cache = Cache()
-    """Copies of the shards that lie at URLs."""
+    """The cache for shards at URLs."""
 
 
 class Vision(Section):
     """The image tower: a timm ViT, by name or by its sizes."""
 
     timm: str | None = None
-    """Name of a timm VisionTransformer (randomly initialised); null: the four sizes below."""
+    """Name of a timm VisionTransformer, with random weights. null: the four sizes below define the tower."""
     patch_size: Positive | None = None
     """Side of a square patch in pixels."""
     width: Positive | None = None
@@ -107,9 +108,9 @@ class Vision(Section):
     depth: Positive | None = None
     """Number of transformer blocks."""
     num_heads: Positive | None = None
-    """Attention heads per block; divides width."""
+    """Attention heads in each block. The number must divide `width`."""
     drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of pictures that skip the last block in training, less for each block below it, 0 for the first."""
+    """Stochastic depth: probability of skipping the last block, falling linearly to 0 at the first."""
 
 
 class Text(Section):
@@ -120,33 +121,33 @@ class Text(Section):
     depth: Positive = 12
     """Number of transformer blocks."""
     num_heads: Positive = 8
-    """Attention heads per block; divides width."""
+    """Attention heads in each block. The number must divide `width`."""
     context_length: Annotated[int, Field(ge=4, le=1024)] = 77
-    """Most tokens of a caption, BOS and EOS included; longer captions are cut."""
+    """Most tokens of a caption, BOS and EOS included. Longer captions are cut."""
     activation: Literal["gelu", "quick_gelu"] = "gelu"
-    """Of the MLPs; quick_gelu is what weights of OpenAI's CLIP were trained with."""
+    """Activation of the MLPs. OpenAI's CLIP weights were trained with quick_gelu."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of activations that training zeroes behind the attention and the MLP of each block."""
+    """Dropout probability after the attention and the MLP of each block."""
 
 
 class Frequency(Section):
-    """The frequency branch: spectral blocks (global filters) beside the spatial tower."""
+    """The frequency branch: spectral blocks (global filters) beside the image tower."""
 
     placement: Literal["branch", "stem"] = "branch"
-    """branch: beside the tower, for supervision; the plain ViT that remains without it loads in every other tool. stem:
-    the first `depth` blocks of the tower are spectral, and its attention blocks go on from their tokens."""
+    """branch: beside the tower, for supervision only; the image tower stays a plain ViT. stem: the first `depth` blocks
+    of the tower are spectral, and the attention blocks continue from their tokens."""
     input: Literal["tokens", "dct"] = "dct"
-    """tokens: the tower's patch tokens with positions, all that a stem reads. dct: an orthonormal block DCT of each
+    """tokens: the tower's patch tokens with positions; a stem always reads these. dct: an orthonormal block DCT of each
     patch's pixels."""
     width: Positive
-    """Width of the branch; with input `tokens` another width than the tower's costs a linear layer."""
+    """Width of the branch. With input `tokens`, a width other than the tower's adds a linear layer."""
     depth: Positive = 2
     """Number of spectral blocks."""
 
     @model_validator(mode="before")
     @classmethod
     def _input_of_a_stem(cls, given: Any) -> Any:
-        """Nothing else is possible there, so it need not be said."""
+        """A stem reads tokens, so a recipe need not say so."""
         return {"input": "tokens"} | given if isinstance(given, dict) and given.get("placement") == "stem" else given
 
 
@@ -154,55 +155,55 @@ class Merging(Section):
     """Token merging in the image tower."""
 
     rate: Annotated[float, Field(ge=0, lt=1)] = 0.5
-    """Fraction of the patch tokens that is gone at the end of the tower."""
+    """Fraction of the patch tokens that are gone at the end of the tower."""
     method: Literal["guided", "tome", "random_drop"] = "guided"
-    """guided: merges spare tokens that matter. tome: bipartite soft matching by similarity alone. random_drop: training
-    drops random patches, evaluation sees all (FLIP)."""
+    """guided: bipartite soft matching that spares important tokens. tome: bipartite soft matching by similarity alone.
+    random_drop: training drops random patches and evaluation sees all of them (FLIP)."""
     guidance: Literal["mixed", "spatial", "frequency", "inverse"] = "mixed"
-    """What says which tokens matter to guided merging: both domains, one of them, or (as a control) 1 - mixed."""
+    """Source of a token's importance in guided merging: both domains, one of them, or 1 - mixed as a control."""
     strength: PositiveFloat = 0.25
-    """How much guidance in [0, 1] weighs against a cosine similarity in guided merging."""
+    """Weight of the guidance, which lies in [0, 1], against the cosine similarity in guided merging."""
     at: tuple[Positive, ...] | None = None
-    """Blocks before which tokens merge, counted from 1; null: two places in the first half of the tower, for
-    random_drop the first block."""
+    """Blocks before which tokens merge, counted from 1. null: two places in the first half of the tower; for
+    random_drop, the first block."""
     active: tuple[Share, Share] = (0.0, 1.0)
-    """Part of the training in which tokens merge, as shares of its steps; before and after it none do."""
+    """First and last share of the training steps in which tokens merge. No tokens merge before or after."""
 
 
 class Model(Section):
-    """The architecture."""
+    """Towers, frequency branch, token merging, and the weights that they start from."""
 
     embed_dim: Positive = 512
     """Width of the joint space of images and texts."""
     token_dim: Positive = 128
-    """Width of the joint space of patches and words, used by the token losses."""
+    """Width of the joint space of patches and words. Token losses use it."""
     vision: Vision
     """The image tower."""
     text: Text = Text()
     """The text tower."""
     frequency: Frequency | None = None
-    """The frequency branch; null: none."""
+    """The frequency branch. null: no branch."""
     merging: Merging | None = None
-    """Token merging; null: none."""
+    """Token merging. null: no merging."""
     init: str | None = None
-    """Start from weights (a new run): a run folder, a checkpoint, or open_clip:ARCH:FILE; null: random."""
+    """Weights that a new run starts from: a run folder, a checkpoint, or open_clip:ARCH:FILE. null: random weights."""
     freeze: Literal["image", "text"] | None = None
-    """Tower that stays as `init` made it, with its projection into the joint space; null: none."""
+    """Tower that keeps the weights of `init`, with its projection into the joint space. null: both towers train."""
 
 
 class GlobalLoss(Section):
-    """One vector a picture against one vector a caption."""
+    """A loss between one vector for each picture and one for each caption."""
 
     kind: Literal["infonce", "sigmoid"] = "infonce"
-    """infonce: symmetric cross-entropy over the global batch (CLIP). sigmoid: every pair on its own (SigLIP)."""
+    """infonce: symmetric cross-entropy over the global batch (CLIP). sigmoid: a binary loss for every pair (SigLIP)."""
     weight: PositiveFloat = 1.0
     """Factor in the total."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of the target that infonce spreads evenly over the batch."""
+    """Share of infonce's target that is spread evenly over the batch."""
 
 
 class TokenLoss(Section):
-    """Patches against words."""
+    """A loss between patches and words."""
 
     kind: Literal["sparc", "filip"] = "sparc"
     """sparc: each word against the patches it attends to, inside each pair (Bica et al. 2024). filip: for all pairs of
@@ -212,7 +213,7 @@ class TokenLoss(Section):
 
 
 class Losses(Section):
-    """The weighted sum that is minimised: two domains x two levels, each term null or {kind, weight}."""
+    """The weighted sum that training minimises: two domains x two levels. Each term is null or {kind, weight}."""
 
     spatial_global: GlobalLoss | None = GlobalLoss()
     """Image feature of the spatial tower against the text feature."""
@@ -223,8 +224,8 @@ class Losses(Section):
     frequency_token: TokenLoss | None = None
     """Tokens of the frequency branch against words."""
     positives: Literal["pair", "concept"] = "pair"
-    """pair: a picture belongs to its own caption alone. concept: pictures of one concept (`concept` of the data's meta,
-    else an equal caption) belong to each other's captions too, in losses over the batch."""
+    """pair: a picture matches only its own caption. concept: in losses over the batch, pictures of one concept also
+    match each other's captions. The concept is `concept` in the sample's meta, or else the caption itself."""
 
 
 class Optim(Section):
@@ -235,66 +236,67 @@ class Optim(Section):
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.98)
     """Decay rates of the first and second moment."""
     eps: PositiveFloat = 1e-8
-    """Term that keeps the division finite."""
+    """Small term that keeps AdamW's division finite."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.2
-    """Decoupled weight decay; not on vectors, positions, class token, filters and scales."""
+    """Decoupled weight decay. It skips vectors, positions, class token, filters and scales."""
     warmup_steps: Annotated[int, Field(ge=0)] = 2000
     """Steps of linear warm-up."""
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Factor of the learning rate for each block below a tower's last one, for training on from `model.init`."""
+    """Lowers the learning rate by this factor block by block towards the input. Use it with `model.init`."""
     clip_grad_norm: PositiveFloat | None = None
-    """Largest norm of the whole gradient; null: no clipping (the norm is logged either way)."""
+    """Largest norm of the whole gradient. null: no clipping. The norm is logged either way."""
     ema_horizon: Positive | None = None
-    """Samples over which weights are averaged (exponentially; all of them in the beginning): the average is what is
-    evaluated and what a checkpoint's model.safetensors holds; null: no average."""
+    """Samples over which weights are averaged exponentially. Evaluations and model.safetensors use the averaged
+    weights; the raw weights needed to resume are saved beside them. null: no averaging."""
 
 
 class CheckpointEvery(Section):
-    """When to save, besides the last step; whichever comes first."""
+    """When to save, besides the last step: by steps or by time, whichever comes first."""
 
     steps: Positive | None = None
-    """Every so many steps; null: not by steps."""
+    """Steps between checkpoints. null: not by steps."""
     minutes: PositiveFloat | None = 15.0
-    """Every so many minutes; null: not by time."""
+    """Minutes between checkpoints. null: not by time."""
 
 
 class Keep(Section):
     """Which checkpoints stay on disk."""
 
     last: Positive = 3
-    """The newest ones."""
+    """Number of newest checkpoints to keep."""
     best: Positive | None = None
-    """Also the best ones by evaluate.best_metric; null: none."""
+    """Number of best checkpoints to keep as well, by evaluate.best_metric. null: none."""
     every_steps: Positive | None = None
-    """Also those whose step is a multiple of this; null: none."""
+    """Also keep checkpoints whose step is a multiple of this. null: none."""
 
 
 class Train(Section):
-    """How long, how large, on what."""
+    """How long training runs, on what device, and how it uses memory."""
 
     steps: Positive | None = None
-    """Length in steps; exactly one of steps and epochs."""
+    """Length in steps. Give exactly one of `steps` and `epochs`."""
     epochs: Positive | None = None
-    """Length in passes over the data."""
+    """Length in passes over the data. Give exactly one of `steps` and `epochs`."""
     global_batch_size: Positive
-    """Samples per step over all ranks."""
+    """Samples in a step, over all ranks."""
     micro_batch_size: Annotated[
         Positive | Literal["auto"] | None, Field(json_schema_extra={"x-expected": "a number, auto or null"})
     ] = None
-    """Samples a forward pass, gradient of the whole batch (what is dropped at random differs); null: a rank's share.
-    auto: on CUDA the largest half, quarter, ... of the share that fits into memory, elsewhere the share."""
+    """Samples in one forward pass. The gradient stays that of the whole batch; only dropout, drop path and random_drop
+    draw other numbers. null: the rank's share. auto: on CUDA the largest half, quarter, ... of the share that fits."""
     precision: Literal["bf16", "fp32", "fp16"] = "bf16"
     """Autocast type of the towers; losses are always at least fp32. fp16 needs CUDA."""
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
-    """auto: cuda, mps (untested), cpu, in this order."""
+    """auto: the first that is present of cuda, mps (untested) and cpu."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
-    """With several ranks. ddp: each holds the whole model. fsdp: each holds its part of parameters, gradients and
-    optimiser state, and gathers a block when it computes it."""
+    """How several ranks share the model. ddp: each rank holds all of it. fsdp: each rank holds a part of parameters,
+    gradients and optimiser state, and gathers a block when it computes it. Checkpoints are whole files either way."""
     grad_checkpointing: bool = False
-    """Keep no activations inside the towers' blocks and compute them again for the gradient: less memory, about a
-    third more time."""
+    """Compute the activations inside the blocks a second time for the gradient: less memory, about a third more
+    time."""
     compile: bool = False
-    """Compile the blocks with torch.compile: minutes at the start, quicker steps afterwards."""
+    """Compile the blocks with torch.compile. Compiling costs time at the start and at each new caption length or number
+    of tokens; steps are faster afterwards."""
     checkpoint_every: CheckpointEvery = CheckpointEvery()
     """When to save."""
     keep: Keep = Keep()
@@ -310,11 +312,11 @@ class Evaluate(Section):
     """Measures during training."""
 
     every_steps: Positive | None = None
-    """Steps between evaluations (the last step is always one); null: only at the end."""
+    """Steps between evaluations. The last step is always evaluated. null: only the last step."""
     zeroshot: tuple[str, ...] = ()
-    """Data sets of `mlip eval-zeroshot` to measure each time."""
+    """Data sets of `mlip eval-zeroshot` to measure at each evaluation."""
     best_metric: str | None = None
-    """Measure by which train.keep.best compares checkpoints, by its name in metrics.jsonl, larger is better; null:
+    """Name in metrics.jsonl of the measure by which train.keep.best compares checkpoints; larger is better. null:
     none."""
 
 
@@ -324,29 +326,30 @@ class Log(Section):
     every_steps: Positive = 10
     """Steps between lines of metrics.jsonl."""
     tensorboard: bool = False
-    """Write the same to RUN/tensorboard (pip install "mlip-cli[tensorboard]")."""
+    """Also write the metrics to RUN/tensorboard. It needs pip install "mlip-cli[tensorboard]"."""
     wandb: Annotated[str, Field(min_length=1)] | None = None
-    """Project of Weights & Biases that gets the same (pip install "mlip-cli[wandb]"); null: none."""
+    """Weights & Biases project that also receives the metrics. It needs pip install "mlip-cli[wandb]". Without a
+    network they go to RUN/wandb, for `wandb sync`. null: none."""
 
 
 class Recipe(Section):
-    """A whole run: data, model, losses, optimiser, length."""
+    """One run: data, model, losses, optimiser, length."""
 
     extends: str | None = None
-    """Another recipe that this one changes, relative to this file."""
+    """Recipe that this one changes, relative to this file."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seed of weights, order, augmentation and caption choice."""
     data: Data
-    """What is read."""
+    """The data."""
     model: Model
-    """What is trained."""
+    """The architecture."""
     losses: Losses = Losses()
-    """What is minimised."""
+    """The losses."""
     optim: Optim = Optim()
-    """How it is minimised."""
+    """The optimiser."""
     train: Train
-    """How long and on what."""
+    """Length, device and memory."""
     evaluate: Evaluate = Evaluate()
-    """What is measured meanwhile."""
+    """What is measured during training."""
     log: Log = Log()
-    """What is written."""
+    """What is logged."""

@@ -1,4 +1,4 @@
-"""What `model.init` names: a run, a checkpoint of ours, or a file of weights by OpenCLIP's names."""
+"""The value of `model.init`: a run, a checkpoint, or a file of weights by OpenCLIP's names."""
 
 from dataclasses import dataclass
 
@@ -9,10 +9,10 @@ OPEN_CLIP = "open_clip:"
 
 @dataclass(frozen=True)
 class OpenClipFile:
-    """Weights of a model that OpenCLIP has a configuration of."""
+    """A file of weights, and the configuration of OpenCLIP that describes their model."""
 
     architecture: str
-    """Name of the configuration, as in ViT-B-32-quickgelu."""
+    """Name of the configuration, such as ViT-B-32-quickgelu."""
     file: str
 
     def __str__(self) -> str:
@@ -20,10 +20,10 @@ class OpenClipFile:
 
 
 def open_clip_file(init: str) -> OpenClipFile | None:
-    """The parts of open_clip:ARCH:FILE; None where `init` is a path of ours.
+    """The parts of open_clip:ARCH:FILE; None if `init` is the path of a run or a checkpoint.
 
     Raises:
-        UsageError: it begins with open_clip: and lacks one of the parts.
+        UsageError: `init` begins with open_clip: and lacks ARCH or FILE.
     """
     if not init.startswith(OPEN_CLIP):
         return None

@@ -40,8 +40,8 @@ def load_recipe(source: str, overrides: Sequence[str] = ()) -> LoadedRecipe:
 
     Raises:
         UsageError: there is no such recipe.
-        RecipeError: all mistakes, one a line: first those of single keys; when there are none, those between keys.
-    """
+        RecipeError: all mistakes, one for each line. Mistakes between keys are looked for only when single keys are
+        right."""
     file = find_recipe(source)
     written = _read(file, ())
     tree = merge(written, _overrides(overrides))
@@ -63,7 +63,7 @@ def load_recipe(source: str, overrides: Sequence[str] = ()) -> LoadedRecipe:
 
 
 def recipe_schema() -> Node:
-    """The JSON schema of recipe files, as in recipes/schema.json. Nothing is required: `extends` may supply it."""
+    """The JSON schema of recipe files, as in recipes/schema.json. No key is required, since `extends` may supply it."""
     schema = _without(Recipe.model_json_schema(), {"required", "title"})
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "Recipe of mlip"} | schema
 
@@ -74,7 +74,7 @@ def schema_text() -> str:
 
 
 def absolute_paths(recipe: Recipe) -> Recipe:
-    """The same recipe with paths that hold in every folder: those of the data, its cache and model.init."""
+    """The same recipe with absolute paths of the data, its cache and model.init."""
 
     def absolute(sources: tuple[Source, ...] | None) -> tuple[Source, ...] | None:
         return sources and tuple(
@@ -118,7 +118,7 @@ def recipe_yaml(recipe: Recipe, origins: Mapping[str, str] | None = None) -> str
 
 
 def _read(file: Path, children: tuple[Path, ...]) -> Tree:
-    """One file over those it extends; the value is None when one of them cannot be read. `children` led here."""
+    """Read one file and the files it extends. The value is None if one cannot be read. `children` extend this file."""
     shown = os.path.normpath(file)
     try:
         text = file.read_text(encoding="utf-8-sig")
@@ -129,7 +129,8 @@ def _read(file: Path, children: tuple[Path, ...]) -> Tree:
         tree.value = {}
     if not isinstance(tree.value, dict):
         return Tree(
-            mistakes=tree.mistakes or [Mistake(Place(shown, 1), "a recipe is a list of `section:` and `key: value`")]
+            mistakes=tree.mistakes
+            or [Mistake(Place(shown, 1), "expected a recipe: lines of `section:` and `key: value`")]
         )
     parent = tree.value.pop("extends", None)
     return tree if parent is None else _extended(tree, file, parent, (*children, file))
@@ -141,7 +142,8 @@ def _extended(tree: Tree, file: Path, parent: Any, chain: tuple[Path, ...]) -> T
     if not isinstance(parent, str):
         problem = f"extends: expected the path of a recipe, not {shown(parent)}"
     elif path.resolve() in [link.resolve() for link in chain]:
-        problem = "extends: a circle, " + " -> ".join(os.path.normpath(link) for link in (*chain, path))
+        links = " -> ".join(os.path.normpath(link) for link in (*chain, path))
+        problem = f"extends: these recipes extend each other in a circle: {links}"
     elif not path.is_file():
         problem = f"extends: no file {os.path.normpath(path)}; the path is relative to this recipe's folder"
     else:
@@ -212,7 +214,7 @@ def _plain(recipe: Recipe) -> dict[str, Any]:
 
 
 def _leaves(data: dict[str, Any], key: Key = ()) -> Iterator[tuple[Key, Any]]:
-    """Keys and values of all that is no section; lists are leaves. A section's plain keys come before its sections."""
+    """Keys and values of everything that is not a section; lists are leaves. Plain keys come before sections."""
     for name, value in data.items():
         if not isinstance(value, dict):
             yield (*key, name), value

@@ -1,4 +1,4 @@
-"""How many patch tokens each block of an image tower sees: arithmetic, so that a recipe is checked without torch."""
+"""How many patch tokens each block of an image tower sees. All is arithmetic: recipes are checked without torch."""
 
 import math
 from collections.abc import Sequence
@@ -9,46 +9,73 @@ from mlip_cli.errors import UsageError
 from mlip_cli.recipe.config import Frequency, Merging
 
 MOST_IN_ONE_MERGE = 0.35
-"""Above this share a single merge leaves guidance little to decide."""
+"""A single merge of a larger share of the tokens leaves guidance little to decide."""
 
 DEFAULT = Merging()
-"""What a recipe leaves open."""
+"""The values of a recipe that names none."""
 
-METHODS: tuple[str, ...] = get_args(Merging.model_fields["method"].annotation)
+
+@dataclass(frozen=True)
+class MergeMethod:
+    """How a method reduces the number of tokens."""
+
+    is_guided: bool = False
+    """Guidance says which tokens to spare."""
+    drops: bool = False
+    """Tokens vanish; none are averaged."""
+
+
+METHODS = {"guided": MergeMethod(is_guided=True), "tome": MergeMethod(), "random_drop": MergeMethod(drops=True)}
 GUIDANCE: tuple[str, ...] = get_args(Merging.model_fields["guidance"].annotation)
 
 
+def merge_method(name: str) -> MergeMethod:
+    """The method of this name.
+
+    Raises:
+        UsageError: there is no such method; the message names those that exist.
+    """
+    if name not in METHODS:
+        *others, last = METHODS
+        raise UsageError(f"model.merging.method: unknown method {name}; use {', '.join(others)} or {last}")
+    return METHODS[name]
+
+
 def stem_depth(frequency: Frequency | None) -> int:
-    """Blocks at the start of the image tower that are spectral and see the whole grid."""
+    """Number of spectral blocks at the start of the image tower; they see the whole grid."""
     return frequency.depth if frequency is not None and frequency.placement == "stem" else 0
 
 
 def wrong_stem(frequency: Frequency, *, width: int | None, depth: int | None) -> list[tuple[str, str]]:
-    """What is wrong with a stem in a tower of this width and depth: [(key of `model.frequency`, what and the cure)].
+    """Mistakes of a stem in a tower of this width and depth: [(key of `model.frequency`, mistake and cure)].
 
-    A size None is not known.
+    A size of None is unknown and not checked.
     """
     wrong = []
     if width is not None and frequency.width != width:
-        wrong.append(("width", f"{frequency.width}, but a stem's blocks are the tower's; use {width}"))
+        wrong.append(("width", f"{frequency.width}, but the blocks of a stem are as wide as the tower; use {width}"))
     if depth is not None and frequency.depth >= depth:
-        wrong.append(("depth", f"{frequency.depth} leaves no attention block of the tower's {depth}; use less"))
+        wrong.append(("depth", f"{frequency.depth} leaves no attention block in a tower of {depth} blocks; use less"))
     return wrong
 
 
 def earliest_place(method: str, stem: int) -> int:
-    """The first block before which tokens can merge, behind an attention block, or drop, behind the stem at once."""
-    return stem + 1 if method == "random_drop" else stem + 2
+    """The first block before which the number of tokens can fall.
+
+    Tokens drop before the first block behind the stem. They merge one block later, because a merge reads the keys of an
+    attention block.
+    """
+    return stem + 1 if merge_method(method).drops else stem + 2
 
 
 def default_places(depth: int, method: str = DEFAULT.method, *, stem: int = 0) -> tuple[int, ...]:
-    """Two places in the first half of the tower: 4 -> (2, 4), 6 -> (2, 4), 12 -> (3, 5), 24 -> (6, 10).
+    """Blocks before which tokens merge or drop where the recipe names none.
 
-    `random_drop` needs no features and drops before the first block. Behind a stem of so many blocks no place is too
-    early: 12 with a stem of 2 -> (4, 6).
+    Merges: two places in the first half of the tower, 4 -> (2, 4), 6 -> (2, 4), 12 -> (3, 5), 24 -> (6, 10). A stem
+    moves them back: 12 with a stem of 2 -> (4, 6). Drops need no features: before the first block behind the stem.
     """
     earliest = earliest_place(method, stem)
-    if method == "random_drop":
+    if merge_method(method).drops:
         return (earliest,)
     first = max(earliest, depth // 4)
     second = first + max(2, depth // 6)
@@ -58,7 +85,7 @@ def default_places(depth: int, method: str = DEFAULT.method, *, stem: int = 0) -
 def wrong_places(
     places: Sequence[int], *, depth: int | None, method: str = DEFAULT.method, stem: int = 0
 ) -> str | None:
-    """What is wrong with merges before these blocks, and what to do; None for nothing. `depth` None is not known."""
+    """The mistake of merges before these blocks, with its cure; None if there is none. `depth` None is not checked."""
     earliest = earliest_place(method, stem)
     shown = "[" + ", ".join(map(str, places)) + "]"
     if not places:
@@ -70,7 +97,7 @@ def wrong_places(
     if places[0] < earliest and not stem:
         return f"{shown} starts at block 1, which no attention precedes to guide a merge; start at 2"
     if places[0] < earliest:
-        behind = "the stem" if method == "random_drop" else "an attention block"
+        behind = "the stem" if merge_method(method).drops else "an attention block"
         return f"{shown} starts too early for a stem of depth {stem}; start at {earliest}, behind {behind}"
     if depth is not None and places[-1] > depth:
         cure = f"the last block is {depth}" if depth >= earliest else "set model.merging to null"
@@ -79,7 +106,7 @@ def wrong_places(
 
 
 def largest_rate(num_patches: int, num_merges: int) -> float:
-    """Rate that merges of at most half of the tokens reach, to three digits, rounded down."""
+    """The largest rate of so many merges, each of at most half of the tokens: three digits, rounded down."""
     left = num_patches
     for _ in range(num_merges):
         left -= left // 2
@@ -87,33 +114,31 @@ def largest_rate(num_patches: int, num_merges: int) -> float:
 
 
 def merging_steps(total_steps: int, active: tuple[float, float]) -> range:
-    """The steps of a training, counted from 1, in which tokens merge: those behind one share of it up to another."""
+    """The steps in which tokens merge, counted from 1, for a part of the training given by two shares of its steps."""
     before, last = (round(share * total_steps) for share in active)
     return range(before + 1, last + 1)
 
 
 @dataclass(frozen=True)
 class MergePlan:
-    """How many patch tokens each block sees: Python integers, so shapes are static."""
+    """How many patch tokens each block sees. All numbers are Python integers, so shapes are static."""
 
     tokens: tuple[int, ...]
     """Patch tokens inside each block."""
     num_patches: int
     """Patch tokens before any merge."""
-    num_prefix: int
-    """Class and register tokens; they never merge."""
     method: str
-    """`guided`, `tome` or `random_drop`."""
+    """A name in `METHODS`."""
     at: tuple[int, ...]
     """Blocks before which tokens merge or drop, counted from 1."""
     guidance: str = DEFAULT.guidance
-    """Of `guided`: `mixed`, `spatial`, `frequency` or `inverse`."""
+    """A name in `GUIDANCE`; guided merging alone reads it."""
     strength: float = DEFAULT.strength
-    """Of `guided`: how much guidance in [0, 1] weighs against a cosine similarity."""
+    """How much guidance in [0, 1] weighs against a cosine similarity; guided merging alone reads it."""
 
     @property
     def rate(self) -> float:
-        """Fraction of the patch tokens that is gone at the end of the tower: the true one, after rounding."""
+        """Fraction of the patch tokens that is gone at the end of the tower, of whole tokens."""
         return 1 - self.tokens[-1] / self.num_patches
 
     @property
@@ -124,21 +149,26 @@ class MergePlan:
     @property
     def drops(self) -> bool:
         """Tokens vanish and do not merge."""
-        return bool(self.at) and self.method == "random_drop"
+        return bool(self.at) and merge_method(self.method).drops
+
+    @property
+    def is_guided(self) -> bool:
+        """Guidance says which tokens merge."""
+        return bool(self.at) and merge_method(self.method).is_guided
 
     @property
     def asks_space(self) -> bool:
         """The guidance of the spatial domain is needed."""
-        return bool(self.at) and self.method == "guided" and self.guidance != "frequency"
+        return self.is_guided and self.guidance != "frequency"
 
     @property
     def asks_frequency(self) -> bool:
         """The guidance of the frequency domain is needed."""
-        return bool(self.at) and self.method == "guided" and self.guidance != "spatial"
+        return self.is_guided and self.guidance != "spatial"
 
     @property
     def largest_merge(self) -> float:
-        """Largest share of tokens that one merge removes; a drop merges nothing."""
+        """Largest share of tokens that one merge removes; 0 where tokens drop."""
         if self.drops:
             return 0.0
         before = (self.num_patches, *self.tokens)
@@ -150,57 +180,50 @@ class MergePlan:
         *,
         depth: int,
         num_patches: int,
-        num_prefix: int,
         rate: float,
         at: Sequence[int] | None,
         method: str,
         guidance: str = DEFAULT.guidance,
         strength: float = DEFAULT.strength,
         stem: int = 0,
-        multiple_of: int = 8,
     ) -> Self:
-        """Spread `rate` evenly (geometrically) over the merges before the blocks `at`, less those that remove nothing.
+        """The plan that spreads `rate` evenly (geometrically) over merges before the blocks `at`.
 
-        A token count is rounded so that patches and prefix together are a `multiple_of`, where that changes the rate
-        by less than 0.02 and by less than half, and leaves the next merge no more than half to remove.
+        Token counts are rounded to whole tokens. A merge that would remove none is left out of the plan.
 
         Raises:
-            UsageError: an unknown method, a rate that is none, places outside the tower, a rate that removes nothing,
-                or one that needs a merge to remove more than half of the tokens; drops have no such limit.
+            UsageError: an unknown method or guidance, a rate outside [0, 1), places outside the tower, a rate that
+                removes no token, or a merge of more than half of the tokens; drops have no such limit.
         """
-        for name, value, known in (("method", method, METHODS), ("guidance", guidance, GUIDANCE)):
-            if value not in known:
-                raise UsageError(f"model.merging.{name}: {value} is none; there are {', '.join(known)}")
+        drops = merge_method(method).drops
+        if guidance not in GUIDANCE:
+            raise UsageError(f"model.merging.guidance: unknown guidance {guidance}; there are {', '.join(GUIDANCE)}")
         if not 0 <= rate < 1:
-            raise UsageError(f"merge rate {rate:g}: not in [0, 1); it is the fraction of the patch tokens that goes")
+            raise UsageError(f"merge rate {rate:g}: not in [0, 1); it is the fraction of the patch tokens to remove")
         if rate == 0:
-            return cls((num_patches,) * depth, num_patches, num_prefix, method, (), guidance, strength)
+            return cls((num_patches,) * depth, num_patches, method, (), guidance, strength)
         places = tuple(at) if at is not None else default_places(depth, method, stem=stem)
         wrong = wrong_places(places, depth=depth, method=method, stem=stem)
         if wrong:
             raise UsageError(f"model.merging.at: {wrong}")
         counts: dict[int, int] = {}
         before = num_patches
-        all_wanted = [max(1, round(num_patches * (1 - rate) ** (i / len(places)))) for i in range(1, len(places) + 1)]
-        for place, wanted, then in zip(places, all_wanted, (*all_wanted[1:], None), strict=True):
-            rounded = round((wanted + num_prefix) / multiple_of) * multiple_of - num_prefix
-            least = 1 if method == "random_drop" else before - before // 2
-            tolerated = min(0.02 * num_patches, (num_patches - wanted) / 2)
-            leads_on = then is None or method == "random_drop" or rounded - rounded // 2 <= then
-            fits = least <= rounded < before and abs(rounded - wanted) < tolerated and leads_on
-            count = rounded if fits else wanted
-            if count < least:
+        for number, place in enumerate(places, start=1):
+            count = max(1, round(num_patches * (1 - rate) ** (number / len(places))))
+            if not drops and count < before - before // 2:
                 raise UsageError(_beyond_half(rate, places, place, before, count, num_patches))
             if count < before:
                 counts[place] = before = count
         if not counts:
             enough = math.ceil(1000 / num_patches) / 1000
-            raise UsageError(f"merge rate {rate:g}: removes none of {num_patches} tokens; use 0, or {enough:g} or more")
+            raise UsageError(
+                f"merge rate {rate:g}: removes none of {num_patches} tokens; use 0, or at least {enough:g}"
+            )
         tokens = tuple(
             min((count for place, count in counts.items() if place <= block), default=num_patches)
             for block in range(1, depth + 1)
         )
-        return cls(tokens, num_patches, num_prefix, method, tuple(counts), guidance, strength)
+        return cls(tokens, num_patches, method, tuple(counts), guidance, strength)
 
 
 def _beyond_half(rate: float, places: Sequence[int], place: int, before: int, count: int, num_patches: int) -> str:

@@ -1,4 +1,4 @@
-"""Questions to the recipe's JSON schema: which keys are there, what is expected at a place, which key was meant.
+"""Questions to the recipe's JSON schema: which keys exist, what a place expects, which key was meant.
 
 Works on the plain schema, so that shell completion can use recipes/schema.json without loading pydantic.
 """
@@ -11,7 +11,7 @@ from typing import Any
 Node = dict[str, Any]
 
 SIBLING_CUTOFF, TREE_CUTOFF = 0.6, 0.75
-"""Least similarity of a guess: within its section a key may be further off than in the whole recipe."""
+"""Least similarity of a guess. Inside its own section a key may differ more than in the whole recipe."""
 
 
 def _options(schema: Node, node: Node) -> list[Node]:
@@ -29,7 +29,7 @@ def properties(schema: Node, node: Node) -> dict[str, Node]:
 
 
 def node_at(schema: Node, key: Sequence[str | int]) -> Node | None:
-    """The part of the schema that describes `key`, or None where nothing is known."""
+    """The part of the schema that describes `key`, or None for an unknown key."""
     node = schema
     for part in key:
         if isinstance(part, str):
@@ -62,7 +62,7 @@ def is_section(schema: Node, node: Node) -> bool:
 
 
 def choices(schema: Node, node: Node) -> list[str]:
-    """The words that can stand at `node`: of an enumeration, true and false, null."""
+    """The words that `node` accepts: those of an enumeration, true and false, null."""
     of_type = {"boolean": ["true", "false"], "null": ["null"]}
     words: list[str] = []
     for option in _options(schema, node):
@@ -72,7 +72,7 @@ def choices(schema: Node, node: Node) -> list[str]:
 
 
 def expected(schema: Node, node: Node) -> str:
-    """What may stand at `node`, in words: `a number above 0 or null`."""
+    """What `node` accepts, in words: `a number above 0 or null`."""
     if "x-expected" in node:
         return str(node["x-expected"])
     words = [_words(schema, option) for option in _options(schema, node)]
@@ -119,7 +119,7 @@ def _bounds(option: Node) -> list[str]:
 
 
 def guess(schema: Node, parent: Sequence[str | int], word: str) -> str | None:
-    """The dotted key that `word` inside `parent` was probably meant to be: a sibling, else one of the whole recipe."""
+    """The dotted key that `word` inside `parent` probably means: a sibling, else a key of the whole recipe."""
     node = node_at(schema, parent)
     siblings = list(properties(schema, node)) if node else []
     near = closest(word, siblings, SIBLING_CUTOFF)

@@ -1,6 +1,6 @@
-"""The recipes that travel with the program: where they lie, their names, and shell completion from their schema.
+"""The shipped recipes: their folder, their names, and shell completion from their schema.
 
-Light on purpose: the shell calls this at every press of the tab key.
+Nothing heavy is imported: the shell calls this at every press of the tab key.
 """
 
 import json
@@ -18,17 +18,17 @@ def recipes_folder() -> Path:
 
 
 def recipe_names() -> list[str]:
-    """Names of the shipped recipes, sorted; those of the ablation, which belong to one small data set, go unnamed."""
+    """Sorted names of the shipped recipes, without those of the ablation, which fit one small data set."""
     folder = recipes_folder()
     found = [*folder.glob("*.yaml"), *folder.glob("baselines/*.yaml")]
     return sorted(path.relative_to(folder).with_suffix("").as_posix() for path in found)
 
 
 def find_recipe(source: str) -> Path:
-    """A path to a recipe, else a shipped one by name: `openmoji`, `recipes/openmoji.yaml`, `baselines/clip`.
+    """The path `source`, or the shipped recipe of that name: `openmoji`, `recipes/openmoji.yaml`, `baselines/clip`.
 
     Raises:
-        UsageError: there is no such file; names the nearest shipped recipe and lists them all.
+        UsageError: there is no such file. It names the nearest shipped recipe and lists all of them.
     """
     path = Path(source)
     if path.is_file():
@@ -53,7 +53,7 @@ def read_schema() -> Node:
 
 
 def complete_recipe(incomplete: str) -> list[str]:
-    """Shipped recipes that start so, when the word is not a path."""
+    """Shipped recipes whose names start with `incomplete`."""
     return [name for name in recipe_names() if name.startswith(incomplete)]
 
 
@@ -79,7 +79,7 @@ def complete_override(earlier: list[str], incomplete: str) -> list[str]:
 
 
 def _settable(schema: Node, node: Node) -> bool:
-    """A leaf, or a section that null can switch off."""
+    """True for a leaf, and for a section that accepts null."""
     return not is_section(schema, node) or "null" in choices(schema, node)
 
 

@@ -1,4 +1,5 @@
-"""YAML text -> plain data, with the place of every key. YAML 1.2 scalars; no aliases, merge keys or tags.
+"""YAML text -> plain data and the place of every key. Scalars are those of YAML 1.2; aliases, merge keys and tags
+are refused.
 
 PyYAML's own resolvers are those of YAML 1.1, in which `1e-4` is text, `no` is false and `12:30` is 750.
 """
@@ -15,7 +16,7 @@ Key = tuple[str | int, ...]
 
 
 class Place(NamedTuple):
-    """Where a value was written: a file and a line from 1, or line 0 for an override on the command line."""
+    """Where a value was written: a file and a line, counted from 1. Line 0 means the command line."""
 
     source: str
     line: int
@@ -25,7 +26,7 @@ class Place(NamedTuple):
 
 
 class Mistake(NamedTuple):
-    """What is wrong, and where."""
+    """One mistake and its place."""
 
     place: Place
     message: str
@@ -40,14 +41,14 @@ class Tree:
     mistakes: list[Mistake] = field(default_factory=list)
 
     def place_of(self, key: Key) -> Place | None:
-        """The place of `key`, else of the innermost part around it that was written."""
+        """The place of `key`, or of the innermost written section around it."""
         while key and key not in self.places:
             key = key[:-1]
         return self.places.get(key)
 
 
 class _Loader(yaml.SafeLoader):
-    """Nodes only; values are made here, not by PyYAML's YAML 1.1 constructors."""
+    """Makes nodes only. `_scalar` makes the values, since PyYAML's constructors follow YAML 1.1."""
 
 
 _Loader.yaml_implicit_resolvers = {}
@@ -79,9 +80,9 @@ def _scalar(node: yaml.ScalarNode) -> Any:
 
 
 def parse(text: str, source: str, *, root: Key = (), first_line: int = 1) -> Tree:
-    """Read one YAML document; places count lines from `first_line`, 0 for text that has no lines of its own.
+    """Read one YAML document. Places count lines from `first_line`, which is 0 for a value of the command line.
 
-    Keys of the places start with `root`. What is wrong comes back as mistakes; unreadable text has the value None.
+    Keys of the places start with `root`. The tree holds the mistakes; unreadable text has the value None.
     """
 
     def at(mark: Any) -> Place:
@@ -149,7 +150,7 @@ def _mapping(node: yaml.MappingNode, key: Key, tree: Tree, at: Callable[[Any], P
 
 
 def merge(base: Tree, top: Tree) -> Tree:
-    """`top` over `base`: mappings merge (and keep their first place), all else is replaced."""
+    """`top` over `base`: mappings merge and keep their first place; everything else is replaced."""
     places = dict(base.places)
     value = _merged(base.value, top.value, (), places)
     return Tree(value, top.places | places, base.mistakes + top.mistakes)

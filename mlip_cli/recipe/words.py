@@ -1,4 +1,4 @@
-"""pydantic's errors in words for people who never heard of it."""
+"""pydantic's errors in the words of a recipe."""
 
 import json
 from typing import Any
@@ -10,7 +10,7 @@ from mlip_cli.recipe.tree import Key
 
 
 def explain(error: ValidationError, data: dict[str, Any], schema: Node) -> list[tuple[Key, str]]:
-    """pydantic's errors in our words, one a place, the innermost: [(key, text)]."""
+    """One sentence for each wrong place, the innermost ones: [(key, text)]."""
     found: dict[Key, str] = {}
     for detail in error.errors(include_url=False, include_context=False):
         key = _in_data(detail["loc"], data)
@@ -30,7 +30,7 @@ def _is_inside(inner: Key, outer: Key) -> bool:
 
 
 def _in_data(loc: tuple[str | int, ...], data: Any) -> Key:
-    """The part of pydantic's location that was written: a scalar that was read as a list of one has no [0]."""
+    """The part of pydantic's location that the file holds: a scalar that stands for a list of one has no [0]."""
     key: Key = ()
     for part in loc:
         if isinstance(data, dict):

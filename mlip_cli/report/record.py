@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
+from mlip_cli.data.prepare.summary import attributions
 from mlip_cli.evaluate.picture_results import GalleryResult, MergePicturesResult
 from mlip_cli.evaluate.results import SweepResult, ZeroshotResult
 from mlip_cli.profiling.result import ProfileResult
@@ -72,8 +73,7 @@ class RunRecord:
     @cached_property
     def attributions(self) -> list[str]:
         """The attributions that the licences of the data ask for."""
-        found = [card.get("provenance", {}).get("attribution") for card in self.cards.values()]
-        return list(dict.fromkeys(text for text in found if text))
+        return list(attributions(self.cards.values()))
 
     def all_of(self, kind: type[Kind]) -> list[Kind]:
         """The results of a kind, in the order of their steps and times."""

@@ -1,4 +1,4 @@
-"""The run folder, all that passes between commands: names, the stamp, and how to find the newest run."""
+"""The run folder, which is all that commands share: its files, its stamp, and how to find the newest run."""
 
 import json
 import re
@@ -17,11 +17,11 @@ RUNS = Path("runs")
 MOST_RUNS_NAMED = 3
 
 STATE = "state.pt"
-"""Written last into a checkpoint folder; one without it is none."""
+"""Written last: a folder without it is not a complete checkpoint."""
 
 
 def now() -> str:
-    """The time that results and stamps carry: UTC, to the second."""
+    """The time for results and stamps: UTC, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
@@ -36,7 +36,7 @@ def step_of(checkpoint: Path) -> int:
 
 
 def checkpoint_folders(folder: Path) -> list[Path]:
-    """Folders named like checkpoints, by step; other names are not ours."""
+    """Folders that are named like checkpoints, ordered by step."""
     return sorted((path for path in folder.glob("step_*") if _is_checkpoint_name(path.name)), key=step_of)
 
 
@@ -72,7 +72,7 @@ class Run:
 
     @property
     def wandb_id(self) -> Path:
-        """Id of the run on W&B."""
+        """The run's id on W&B."""
         return self.folder / "wandb_id.txt"
 
     @property
@@ -81,7 +81,7 @@ class Run:
 
     @property
     def data_cards(self) -> Path:
-        """Cards of the data by its role, so that the folder says what it learned from when the data is elsewhere."""
+        """Cards of the data by role. They describe the data even after it has moved."""
         return self.folder / "data.json"
 
     @property
@@ -97,12 +97,12 @@ class Run:
         return self.folder / "checkpoints"
 
     def latest_checkpoint(self) -> Path | None:
-        """The newest whole checkpoint, or None."""
+        """The newest complete checkpoint, or None."""
         whole = [path for path in checkpoint_folders(self.checkpoints) if (path / STATE).is_file()]
         return whole[-1] if whole else None
 
     def read_stamp(self) -> dict[str, Any]:
-        """run.json, or {} before it is written."""
+        """Content of run.json, or {} before it is written."""
         return json.loads(self.stamp.read_text()) if self.stamp.is_file() else {}
 
     def is_finished(self) -> bool:
@@ -111,12 +111,12 @@ class Run:
 
 
 def default_folder(recipe_name: str) -> Path:
-    """runs/<recipe>-<UTC time>; `claimed` finds another where two runs start within a second."""
+    """runs/<recipe>-<UTC time>. If two runs start within a second, `claimed` finds another name."""
     return RUNS / f"{recipe_name}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
 
 
 def claimed(folder: Path) -> Path:
-    """Make `folder`, or where it is taken the first of folder-2, folder-3, ... that is free; which one it is."""
+    """Make `folder`, or the first of folder-2, folder-3, ... that does not exist; return its path."""
     for number in count(1):
         path = folder if number == 1 else folder.with_name(f"{folder.name}-{number}")
         try:
@@ -133,7 +133,7 @@ def remember_latest(run: Run) -> None:
 
 
 def all_runs(root: Path = RUNS) -> list[Run]:
-    """Runs under `root`, oldest checkpoint first; those without a checkpoint come before all others."""
+    """Runs under `root`, the one with the oldest checkpoint first. Runs without a checkpoint come before all others."""
     runs = [Run(p.parent) for p in root.glob("*/recipe.yaml")]
 
     def age(run: Run) -> tuple[int, str]:
@@ -144,7 +144,7 @@ def all_runs(root: Path = RUNS) -> list[Run]:
 
 
 def newest_run(root: Path = RUNS) -> Run:
-    """The newest run that has a checkpoint; which one it is, is said."""
+    """The newest run that has a checkpoint. Its name is printed."""
     runs = [run for run in all_runs(root) if run.latest_checkpoint()]
     if not runs:
         raise UsageError(f"no run in {root}/; start one with mlip pretrain RECIPE or name a RUN")
@@ -153,10 +153,10 @@ def newest_run(root: Path = RUNS) -> Run:
 
 
 def newest_in_words(root: Path = RUNS) -> str:
-    """The newest few runs under `root`, or where runs come from: the cure for the name of one that is not there."""
+    """A hint for a RUN that does not exist: the newest runs under `root`, or how to make one."""
     runs = [run.folder.name for run in reversed(all_runs(root)) if run.latest_checkpoint()]
     if not runs:
-        return f"runs lie in {root}/, mlip pretrain makes them"
+        return f"there are no runs in {root}/ yet; mlip pretrain makes them"
     return f"the newest in {root}/: {', '.join(runs[:MOST_RUNS_NAMED])}"
 
 
@@ -179,7 +179,7 @@ def find_checkpoint(target: str | None) -> tuple[Run, Path]:
         newest = run.latest_checkpoint()
         if newest is None:
             go_on = f"mlip pretrain RECIPE --out {shlex.quote(str(path))} --resume"
-            raise UsageError(f"{path}: no whole checkpoint in it; go on with {go_on}")
+            raise UsageError(f"{path}: it holds no complete checkpoint; continue it with {go_on}")
         return run, newest
     run = Run(path.parent.parent)
     if not run.recipe.is_file() or not path.is_dir() or not _is_checkpoint_name(path.name):

@@ -1,4 +1,4 @@
-"""`model.init`: the weights that a new run starts from, those of a run or those that OpenCLIP names."""
+"""`model.init`: the weights that a new run starts from, those of another run or those of a file by OpenCLIP's names."""
 
 import difflib
 import importlib.util
@@ -6,7 +6,6 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,20 +15,20 @@ from timm.layers import DropPath, resample_abs_pos_embed
 from torch import Tensor, nn
 
 from mlip_cli.errors import RunError, UsageError
-from mlip_cli.model import open_clip as architecture
 from mlip_cli.model.clip import CLIP, build_model
 from mlip_cli.model.frequency import regrid_kernel
-from mlip_cli.model.open_clip import ONLY_OURS, PATCH_BIAS, from_open_clip
+from mlip_cli.model.open_clip import ONLY_OURS, PATCH_BIAS, fitting_recipe, from_open_clip, misfits
 from mlip_cli.recipe.config import LOSS_NAMES, Recipe
-from mlip_cli.recipe.init_source import OpenClipFile, open_clip_file
+from mlip_cli.recipe.init_source import OpenClipFile
 from mlip_cli.recipe.load import differences, load_recipe
 from mlip_cli.runs.checkpoint import load_weights
-from mlip_cli.runs.folder import Run, find_checkpoint
+from mlip_cli.runs.folder import Run
 from mlip_cli.runs.loading import load_into
+from mlip_cli.runs.start import find_init
 from mlip_cli.runs.weight_files import read_weights
 
 NO_FORM = ("model.text.dropout", "model.vision.drop_path")
-"""What training may change in a model that goes on."""
+"""Keys that a run may change although it starts from the weights of another."""
 
 POSITIONS = "vision.trunk.pos_embed"
 
@@ -42,22 +41,22 @@ DECIDED_BY = {
     "frequency_projection": "model.embed_dim",
     "token_projections": "model.token_dim",
 }
-"""First word of a part -> the part of the recipe that says its form, besides what it says of the parts it reads."""
+"""First word of a part's name -> the recipe's section or key that decides its form."""
 
 
 @dataclass(frozen=True)
 class InitNotes:
-    """What is said of a start from weights."""
+    """What a user is told of a start from weights."""
 
     facts: tuple[str, ...] = ()
     cautions: tuple[str, ...] = ()
 
 
 def check_initial(model: CLIP, recipe: Recipe) -> OpenClipFile | Path:
-    """Where `model.init` leads, after a look whether that model computes as this one, without reading weights.
+    """The weights that `model.init` names, after a check that their model computes as `model` does. Reads no weights.
 
     Raises:
-        UsageError: there is none, or another architecture; with the section of a recipe that fits.
+        UsageError: no such weights, or those of another architecture; the message names the section that fits.
     """
     assert recipe.model.init is not None
     source = find_init(recipe.model.init)
@@ -69,24 +68,25 @@ def check_initial(model: CLIP, recipe: Recipe) -> OpenClipFile | Path:
 
 
 def load_initial(model: CLIP, recipe: Recipe) -> InitNotes:
-    """Load the weights that `model.init` names into `model`, and say what they do not bring.
+    """Load the weights that `model.init` names into `model`, and say what they leave open.
 
-    Parts that only one side has (frequency branch, token heads, scales of losses) stay random or are left out;
-    positions and global filters are brought to the grid of the recipe's image size.
+    Parts that the weights lack (frequency branch, token heads, scales of losses) keep their random values, and parts
+    that the model lacks are ignored. Positions and global filters are brought to the grid of the recipe's image size.
 
     Raises:
-        UsageError: there are none, damaged ones, or those of another architecture.
+        UsageError: no such weights, damaged ones, or those of another architecture.
     """
     source = check_initial(model, recipe)
     own = model.state_dict()
     facts = [f"model.init: weights of {source}"]
     if isinstance(source, OpenClipFile):
         path = Path(source.file)
-        weights = _read_open_clip(path, own)
+        patch_bias = {name: torch.zeros_like(own[name]) for name in (PATCH_BIAS,) if name in own}
+        weights = from_open_clip(read_weights(path), source=source.file) | patch_bias
         if recipe.model.text.activation == "gelu":
             facts.append(
-                f"model.init: {source.architecture} has GELU; weights by OpenAI need one with QuickGELU, as in "
-                "ViT-B-32-quickgelu, and no file says which it was trained with"
+                f"model.init: {source.architecture} uses GELU; OpenAI's weights need QuickGELU, as in "
+                "ViT-B-32-quickgelu; a file does not say which one it was trained with"
             )
     else:
         path = source
@@ -95,23 +95,23 @@ def load_initial(model: CLIP, recipe: Recipe) -> InitNotes:
     for name, note, is_lossy in _regridded(weights, model):
         (cautions if is_lossy else facts).append(f"model.init: {name} {note}")
     anew = _without_other_kinds(own, weights)
-    facts += [f"model.init: losses.{name} is of another kind of loss there, so its scale starts anew" for name in anew]
-    random, left_out = _other_parts(own, weights)
-    absent = [part for part in random if part.rpartition(".")[2] not in anew]
-    if absent:
-        facts.append(f"model.init: not in it, so as in a run without: {', '.join(absent)}")
-    if left_out:
-        cautions.append(f"model.init: in it, and left out as the recipe has no such part: {', '.join(left_out)}")
-    matched = {name: tensor for name, tensor in weights.items() if _part(name) not in left_out}
-    load_into(model, {name: own[name] for name in own if _part(name) in random} | matched, path)
+    facts += [f"model.init: losses.{name} is another kind of loss there, so its scale starts anew" for name in anew]
+    missing, ignored = _other_parts(own, weights)
+    random = [part for part in missing if part.rpartition(".")[2] not in anew]
+    if random:
+        facts.append(f"model.init: the weights have no {', '.join(random)}; these parts start from random values")
+    if ignored:
+        cautions.append(f"model.init: these weights are ignored, as the recipe has no such parts: {', '.join(ignored)}")
+    matched = {name: tensor for name, tensor in weights.items() if _part(name) not in ignored}
+    load_into(model, {name: own[name] for name in own if _part(name) in missing} | matched, path)
     return InitNotes(tuple(facts), tuple(cautions))
 
 
 def open_clip_configuration(name: str) -> dict[str, Any]:
-    """A configuration of the installed OpenCLIP, read without importing it, which takes seconds.
+    """A configuration of the installed OpenCLIP, read from its file: importing OpenCLIP takes seconds.
 
     Raises:
-        UsageError: it has none of this name.
+        UsageError: OpenCLIP has no configuration of this name.
     """
     package = importlib.util.find_spec("open_clip")
     if package is None or package.origin is None:
@@ -124,53 +124,23 @@ def open_clip_configuration(name: str) -> dict[str, Any]:
     return json.loads(files[name].read_text())
 
 
-@contextmanager
-def _at(place: str | Path) -> Iterator[None]:
-    """Put the place before what is wrong there."""
-    try:
-        yield
-    except UsageError as error:
-        raise UsageError(f"{place}: {error}") from None
-
-
-def _read_open_clip(file: Path, own: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The file's weights by our names; a patch bias, which only towers of ours have, is zero."""
-    theirs = read_weights(file)
-    with _at(file):
-        weights = from_open_clip(theirs)
-    return weights | {name: torch.zeros_like(own[name]) for name in (PATCH_BIAS,) if name in own}
-
-
 def _check_architecture(model: CLIP, source: OpenClipFile) -> None:
     place = f"model.init: open_clip:{source.architecture}"
     configuration = open_clip_configuration(source.architecture)
-    with _at(place):
-        theirs = architecture.of_open_clip(configuration)
     if model.vision.stem_depth:
         raise UsageError(
-            f"{place} does not fit the recipe: model.frequency.placement: stem has spectral blocks where OpenCLIP's "
-            f"tower has its first {model.vision.stem_depth} attention blocks; set it to branch, or start from a run "
-            "with such a stem"
+            f"{place} does not fit the recipe: with model.frequency.placement: stem spectral blocks replace the first "
+            f"{model.vision.stem_depth} attention blocks; set it to branch, or start from a run with such a stem"
         )
-    wrong = _misfits(model, theirs)
-    if wrong:
-        fit = architecture.fitting_recipe(theirs)
-        size = theirs.image_size
+    if wrong := misfits(model, configuration, source=place):
+        fit, size = fitting_recipe(configuration, source=place), configuration["vision_cfg"].get("image_size", 224)
         fitting = f"use {fit} (its own data.image_size is {size}; for others the positions are resampled)"
-        cure = fitting if fit else "no tower of ours has its form; take another architecture"
+        cure = fitting if fit else "mlip knows no tower of this form; use another architecture"
         raise UsageError(f"{place} does not fit the recipe: {'; '.join(wrong)}; {cure}")
 
 
-def _misfits(model: CLIP, theirs: architecture.Architecture) -> list[str]:
-    try:
-        ours = architecture.of_model(model)
-    except UsageError as error:
-        return [str(error)]
-    return [f"{key} {mine} (there {other})" for key, mine, other in architecture.differences(ours, theirs)]
-
-
 def _check_run(model: CLIP, recipe: Recipe, checkpoint: Path) -> None:
-    """Compare the form of all parts that both models have; where it differs, name the recipe's keys that say it."""
+    """Compare the parts that both models have; where one differs, name the recipe's keys that decide its form."""
     run = Run(checkpoint.parent.parent)
     other = load_recipe(str(run.recipe)).recipe
     with torch.device("meta"):
@@ -194,9 +164,9 @@ def _check_run(model: CLIP, recipe: Recipe, checkpoint: Path) -> None:
 
 
 def _forms(model: CLIP) -> dict[str, list[Any]]:
-    """Of each part: kinds of its modules, numbers that their weights do not show, and shapes.
+    """Part -> kinds of its modules, numbers that their weights do not show, and shapes.
 
-    Without shapes that follow from the image size, which may be another, and what drops a part of the time.
+    Left out are shapes that follow from the image size, and modules that do nothing in evaluation.
     """
     numbers = ("num_heads", "eps", "approximate", "global_pool", "no_embed_class", "reads_pixels")
     forms: dict[str, list[Any]] = defaultdict(list)
@@ -211,17 +181,17 @@ def _forms(model: CLIP) -> dict[str, list[Any]]:
 
 
 def _regridded(weights: dict[str, Tensor], model: CLIP) -> Iterator[tuple[str, str, bool]]:
-    """Bring positions and global filters in `weights` to the model's grid: (name, what was done, is something lost)."""
+    """Bring positions and global filters in `weights` to the model's grid: (name, what was done, is it lossy)."""
     grid, own = model.vision.grid, model.state_dict()
     for name, stored in weights.items():
-        tensor = stored.float()  # files in half precision are not to be resampled in it
+        tensor = stored.float()  # resampling in half precision would lose digits
         if name not in own or own[name].shape == tensor.shape or own[name].shape[-1] != tensor.shape[-1]:
             continue
         if name == POSITIONS:
             num_prefix = own[name].shape[1] - model.vision.num_patches
             side = math.isqrt(tensor.shape[1] - num_prefix)
             if side**2 + num_prefix != tensor.shape[1]:
-                continue  # a tower with other prefix tokens, which is no start
+                continue  # a tower with other prefix tokens, which load_into refuses
             weights[name] = resample_abs_pos_embed(tensor, list(grid), [side, side], num_prefix)
             yield name, f"resampled from {side} x {side} to {grid[0]} x {grid[1]} patches", False
         elif name.endswith(".kernel"):
@@ -231,9 +201,9 @@ def _regridded(weights: dict[str, Tensor], model: CLIP) -> Iterator[tuple[str, s
 
 
 def _without_other_kinds(own: dict[str, Tensor], weights: dict[str, Tensor]) -> list[str]:
-    """Take scale and bias of losses that are of another kind in `own` out of `weights`, and name those losses.
+    """Remove scale and bias of losses of another kind than in `own` from `weights`; return the names of these losses.
 
-    Only a sigmoid loss has a bias, and each kind has a scale of its own size.
+    Only a sigmoid loss has a bias, and the scales of the two kinds differ in size.
     """
     scaled = [name for name in LOSS_NAMES if f"log_scales.{name}" in own.keys() & weights.keys()]
     anew = [name for name in scaled if (f"logit_biases.{name}" in own) != (f"logit_biases.{name}" in weights)]
@@ -244,7 +214,7 @@ def _without_other_kinds(own: dict[str, Tensor], weights: dict[str, Tensor]) -> 
 
 
 def _other_parts(own: dict[str, Tensor], weights: dict[str, Tensor]) -> tuple[list[str], list[str]]:
-    """Parts that the weights lack and parts that the model lacks, of those that either may lack."""
+    """Parts that the weights lack and parts that the model lacks, among those that OpenCLIP does not have."""
     ours, theirs = ({_part(name): None for name in names if name.startswith(ONLY_OURS)} for names in (own, weights))
     return [part for part in ours if part not in theirs], [part for part in theirs if part not in ours]
 
@@ -253,17 +223,3 @@ def _part(name: str) -> str:
     """frequency.blocks.0.norm1.weight -> frequency, token_projections.text.weight -> token_projections.text"""
     words = name.split(".")
     return ".".join(words[:2]) if words[0] in ("token_projections", "log_scales", "logit_biases") else words[0]
-
-
-def find_init(init: str) -> OpenClipFile | Path:
-    """The file, or the checkpoint's folder, that `model.init` names.
-
-    Raises:
-        UsageError: there is none.
-    """
-    foreign = open_clip_file(init)
-    if foreign is None:
-        return find_checkpoint(init)[1]
-    if not Path(foreign.file).is_file():
-        raise UsageError(f"{foreign.file}: no such file; model.init=open_clip:ARCH:FILE reads weights that lie here")
-    return foreign

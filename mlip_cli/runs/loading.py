@@ -1,4 +1,9 @@
-"""From a run folder or a checkpoint to a model that encodes, as all commands after training need it."""
+"""Load a trained run, and encode images and texts with it.
+
+loaded = load_run("runs/mlip", device="cpu")
+encoder = at_rate(loaded.model, 0.5)  # None: the recipe's own merge rate
+encoder.encode_image(images), encoder.encode_text(loaded.tokenizer.encode(captions))
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +26,7 @@ from mlip_cli.types import ImageFeatures
 
 @dataclass(frozen=True)
 class LoadedRun:
-    """A trained model and where it came from."""
+    """A trained model, with its run, recipe and checkpoint."""
 
     label: str
     """Name of the run folder."""
@@ -56,7 +61,7 @@ class MergedEncoder:
 
 
 def at_rate(model: CLIP, rate: float | None, method: str | None = None) -> MergedEncoder:
-    """`model` at a merge rate, None being what the recipe evaluates at; `method` None is `merge_plan`'s choice.
+    """`model` at a merge rate; None is the rate of the recipe's evaluation. `method` None is `merge_plan`'s choice.
 
     Raises:
         UsageError: no plan reaches the rate.
@@ -69,7 +74,7 @@ def load_run(target: str | None, *, device: str) -> LoadedRun:
     """Build the model from the recipe inside the run and load its weights.
 
     Raises:
-        UsageError: no such run, no checkpoint in it, a damaged one, or one of another model.
+        UsageError: no such run, no checkpoint in it, a damaged one, or a checkpoint of another model.
     """
     run, checkpoint = find_checkpoint(target)
     recipe = load_recipe(str(run.recipe)).recipe
@@ -93,10 +98,10 @@ def load_run(target: str | None, *, device: str) -> LoadedRun:
 
 
 def load_into(model: CLIP, weights: dict[str, Tensor], checkpoint: Path) -> None:
-    """Load weights of the same architecture, all of them.
+    """Load weights of exactly the model's names and shapes.
 
     Raises:
-        UsageError: names or shapes differ; the first few differences are named.
+        UsageError: names or shapes differ; the message names the first few.
     """
     own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     given = {name: tuple(tensor.shape) for name, tensor in weights.items()}

@@ -1,6 +1,5 @@
-"""The run folder while a training writes to it: its lock, recipe, log.txt and stamp."""
+"""The run folder during training: its lock, recipe, log.txt and stamp."""
 
-import fcntl
 import logging
 import platform
 import subprocess
@@ -17,7 +16,7 @@ import mlip_cli
 from mlip_cli.data.dataset import ShardDataset
 from mlip_cli.distributed import world_size
 from mlip_cli.errors import Stopped, UsageError
-from mlip_cli.files import full_disk_named, write_json, write_text
+from mlip_cli.files import full_disk_named, lock, write_json, write_text
 from mlip_cli.recipe.config import Recipe
 from mlip_cli.recipe.load import absolute_paths, recipe_yaml
 from mlip_cli.runs.checkpoint import remove_leftovers
@@ -30,14 +29,14 @@ from mlip_cli.terminal.output import is_main, logger
 def recorded(
     run: Run, recipe: Recipe, *, device: torch.device, fingerprints: dict[str, str], step: int
 ) -> Iterator[None]:
-    """Rank 0 writes recipe, stamp and log.txt, and how the run ended; the others only train.
+    """Write recipe, stamp and log.txt, and at the end why the run ended. Only rank 0 writes.
 
     Args:
-        fingerprints: of the training data, by folder.
-        step: the one after which the run goes on, 0 for a new one.
+        fingerprints: those of the training data, by folder.
+        step: the last step of the checkpoint that the run starts from; 0 for a new run.
 
     Raises:
-        UsageError: another process trains in this folder, or has saved here since `step` was chosen.
+        UsageError: another process trains in this folder, or saved a checkpoint here after `step` was chosen.
         RunError: the disk is full.
     """
     if not is_main():
@@ -46,12 +45,12 @@ def recorded(
     run.folder.mkdir(parents=True, exist_ok=True)
     text = recipe_yaml(absolute_paths(recipe))
     with full_disk_named(run.folder, "make room and go on with --resume"):
-        if not run.recipe.is_file():  # before all else: a folder without it is no run folder
+        if not run.recipe.is_file():  # first of all: without it the folder is not a run folder
             write_text(run.recipe, text)
         with locked_log(run):
             newest = run.latest_checkpoint()
             if newest is not None and step_of(newest) != step:
-                raise UsageError(f"{newest}: another process has saved it just now; start again with --resume")
+                raise UsageError(f"{newest}: another process saved it just now; start again with --resume")
             write_text(run.recipe, text)
             run.checkpoints.mkdir(exist_ok=True)
             run.evals.mkdir(exist_ok=True)
@@ -63,7 +62,7 @@ def recorded(
 
 
 def data_cards(training: Sequence[ShardDataset], validation: Sequence[ShardDataset]) -> dict[str, dict[str, Any]]:
-    """Cards of the data by role, without their lists of shards; a second data set of a role gets a number."""
+    """Cards of the data by role, without their lists of shards. A second data set of a role gets a number."""
     cards = {}
     for role, datasets in (("training", training), ("validation", validation)):
         for number, dataset in enumerate(datasets, start=1):
@@ -73,7 +72,7 @@ def data_cards(training: Sequence[ShardDataset], validation: Sequence[ShardDatas
 
 
 class _LogFile(logging.FileHandler):
-    """What cannot be written is an error, where logging's own handler prints a traceback and goes on."""
+    """Raises if a line cannot be written. logging's own handler prints a traceback and continues."""
 
     def handleError(self, record: logging.LogRecord) -> None:
         error = sys.exc_info()[1]
@@ -83,10 +82,10 @@ class _LogFile(logging.FileHandler):
 
 @contextmanager
 def locked_log(run: Run) -> Iterator[None]:
-    """Send the words of the block to log.txt too, which one process at a time can hold.
+    """Also log to log.txt inside the block. Only one process at a time can hold the file.
 
     Raises:
-        UsageError: another one does.
+        UsageError: another process holds it.
     """
     log = _LogFile(run.log, encoding="utf-8")
     log.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
@@ -96,28 +95,27 @@ def locked_log(run: Run) -> Iterator[None]:
         yield
     finally:
         logger.removeHandler(log)
-        with suppress(OSError):  # on a full disk the first error is the one to show
+        with suppress(OSError):  # on a full disk, the first error is the one to show
             log.close()
 
 
 def _lock(log: logging.FileHandler, run: Run) -> None:
-    """By record, which a forked loader process does not inherit: after kill -9 the next run need not wait for it."""
+    """Lock by record. Forked loader processes do not inherit such a lock, so after kill -9 the next run need not
+    wait."""
+
+    def refuse() -> None:
+        raise UsageError(f"{run.folder}: another mlip pretrain is running here; wait for it, or name another --out")
+
     assert log.stream is not None  # it is opened with its handler
-    try:
-        fcntl.lockf(log.stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        raise UsageError(
-            f"{run.folder}: another mlip pretrain is at work here; wait for it, or name another --out"
-        ) from None
-    except OSError:  # a file system without locks
-        return
+    with suppress(OSError):  # a file system without locks
+        lock(log.stream, when_held=refuse)
 
 
 PACKAGES = ("torch", "torchvision", "timm", "open_clip_torch", "numpy", "pillow", "simplejpeg")
 
 
 def commit() -> str | None:
-    """The commit of the source tree that runs, or None where it is no checkout."""
+    """The commit of the running source tree, or None if it is not a git checkout."""
     root = Path(mlip_cli.__file__).parent.parent
     if not (root / ".git").exists():
         return None
@@ -131,7 +129,7 @@ def commit() -> str | None:
 
 
 def versions() -> dict[str, str | None]:
-    """Versions of Python and of the packages that results depend on."""
+    """Versions of Python and of the packages that affect results."""
     found: dict[str, str | None] = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -145,7 +143,7 @@ def versions() -> dict[str, str | None]:
 def stamped(
     run: Run, recipe: Recipe, *, device: torch.device, fingerprints: dict[str, str], step: int
 ) -> Iterator[None]:
-    """Write when and where the block began, and at its end why it ended: finished, stopped, interrupted or failed."""
+    """Write when and where the block began, and later why it ended: finished, stopped, interrupted or failed."""
     _write_start(run, recipe, device=device, fingerprints=fingerprints, step=step)
     reason = "interrupted"
     try:
@@ -158,12 +156,12 @@ def stamped(
         reason = f"failed: {error}"
         raise
     finally:
-        with suppress(OSError):  # on a full disk the first error is the one to show
+        with suppress(OSError):  # on a full disk, the first error is the one to show
             write_json(run.stamp, {**run.read_stamp(), "ended": now(), "end_reason": reason})
 
 
 def _write_start(run: Run, recipe: Recipe, *, device: torch.device, fingerprints: dict[str, str], step: int) -> None:
-    """Begin the stamp, or note in it that the run went on at `step`."""
+    """Start the stamp, or add a session to it that continues after `step`."""
     session = {
         "command": command_line(),
         "started": now(),

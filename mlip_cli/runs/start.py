@@ -1,4 +1,4 @@
-"""Which run folder a training uses: a new one, one to go on with, or one that is finished already. No torch here."""
+"""Choose the run folder of a training: a new one, one to continue, or one that is finished. Imports no torch."""
 
 import os
 import sys
@@ -10,8 +10,9 @@ from typing import Any
 
 from mlip_cli.errors import RecipeError, UsageError
 from mlip_cli.recipe.config import Log, Recipe
+from mlip_cli.recipe.init_source import OpenClipFile, open_clip_file
 from mlip_cli.recipe.load import absolute_paths, differences, load_recipe
-from mlip_cli.runs.folder import RUNS, Run, all_runs, default_folder
+from mlip_cli.runs.folder import RUNS, Run, all_runs, default_folder, find_checkpoint
 from mlip_cli.terminal.output import say
 
 MICRO_BATCHES = "train.micro_batch_size"
@@ -30,24 +31,24 @@ MAY_CHANGE = (
     "train.compile",
     MICRO_BATCHES,
 )
-"""Parts of a recipe that may differ when a run goes on; they do not change what is learned. Micro-batches do where
-forward passes draw."""
+"""Parts of a recipe that may change on resume, since they do not change what is learned. The micro-batch size may not
+change if forward passes draw random numbers."""
 
 
 @dataclass(frozen=True)
 class Start:
-    """Where a training writes, and whether it goes on."""
+    """The folder that a training writes, and whether it continues a run."""
 
     run: Run
     resumes: bool
     is_named_by_us: bool = False
-    """A new folder, whose name may take a number where another run is quicker."""
+    """True if mlip chose the name. If another run takes it first, a number is added."""
     changes: tuple[tuple[str, Any, Any], ...] = ()
-    """Permitted differences to the recipe the run began with."""
+    """Permitted differences from the recipe that the run began with."""
 
 
 def drawn_by_forward_passes(recipe: Recipe) -> str | None:
-    """What draws at random in each forward pass, so that the size of micro-batches changes its draws; None: nothing."""
+    """Name of what draws random numbers in a forward pass, so that the micro-batch size changes its draws; or None."""
     if recipe.model.text.dropout:
         return "model.text.dropout"
     if recipe.model.vision.drop_path:
@@ -57,7 +58,7 @@ def drawn_by_forward_passes(recipe: Recipe) -> str | None:
 
 
 def forbidden_changes(changes: list[tuple[str, Any, Any]], recipe: Recipe) -> list[tuple[str, Any, Any]]:
-    """Those that would make it another run."""
+    """Those of `changes` that a resumed run may not make."""
     fixed = () if drawn_by_forward_passes(recipe) is None else (MICRO_BATCHES,)
     return [c for c in changes if c[0] in fixed or not any(c[0] == k or c[0].startswith(k + ".") for k in MAY_CHANGE)]
 
@@ -68,10 +69,10 @@ def changes_since(run: Run, recipe: Recipe) -> list[tuple[str, Any, Any]]:
 
 
 def choose_start(recipe: Recipe, name: str, *, out: Path | None, resume: bool) -> Start:
-    """Decide by --out and --resume.
+    """Choose by --out and --resume.
 
     Raises:
-        UsageError: the folder exists and --resume was not given, is no run folder, or began with another recipe.
+        UsageError: the folder exists without --resume, is not a run folder, or began with another recipe.
     """
     if not resume:
         if out is None:
@@ -105,7 +106,7 @@ def _newest_unfinished(recipe: Recipe, name: str) -> Start:
         try:
             changes = changes_since(run, recipe)
         except RecipeError as error:
-            say(f"passing over {run.folder}, whose recipe is none today: {str(error).splitlines()[0]}")
+            say(f"skipping {run.folder}: its recipe does not load with this version: {str(error).splitlines()[0]}")
             continue
         if not forbidden_changes(changes, recipe):
             return Start(run, resumes=True, changes=tuple(changes))
@@ -117,10 +118,10 @@ def _new(name: str) -> Start:
 
 
 def check_trackers(log: Log) -> None:
-    """Look whether the packages that `log` needs are there.
+    """Check that the packages that `log` needs are installed.
 
     Raises:
-        UsageError: one is not.
+        UsageError: one of them is not.
     """
     for name, is_asked_for in (("tensorboard", log.tensorboard), ("wandb", log.wandb is not None)):
         if is_asked_for:
@@ -132,10 +133,10 @@ def check_trackers(log: Log) -> None:
 
 
 def check_can_be_made(folder: Path) -> None:
-    """Look whether the run folder can be made, without making it.
+    """Check that the run folder can be made, without making it.
 
     Raises:
-        UsageError: a file is in its way, or the folder that would hold it is read-only.
+        UsageError: a file has its place, or the folder around it is read-only.
     """
     above = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not above.is_dir():
@@ -145,7 +146,7 @@ def check_can_be_made(folder: Path) -> None:
 
 
 def command_to_resume(source: str, overrides: Sequence[str], *, out: Path | None) -> str:
-    """What to type to go on with a run that was started by these arguments."""
+    """The command that continues a run that these arguments started."""
     import shlex
 
     mlip = ["torchrun", "...", "-m", "mlip_cli"] if "RANK" in os.environ else ["mlip"]
@@ -154,7 +155,21 @@ def command_to_resume(source: str, overrides: Sequence[str], *, out: Path | None
 
 
 def command_line() -> str:
-    """What was typed, for the stamp."""
+    """The command line as typed, for the stamp."""
     import shlex
 
     return shlex.join(["mlip", *sys.argv[1:]])
+
+
+def find_init(init: str) -> OpenClipFile | Path:
+    """The file, or the checkpoint's folder, that `model.init` names.
+
+    Raises:
+        UsageError: there is no such run, checkpoint or file.
+    """
+    foreign = open_clip_file(init)
+    if foreign is None:
+        return find_checkpoint(init)[1]
+    if not Path(foreign.file).is_file():
+        raise UsageError(f"{foreign.file}: no such file; model.init=open_clip:ARCH:FILE reads a local file of weights")
+    return foreign

@@ -1,4 +1,4 @@
-"""How a command line ends: what went wrong as one line, and the exit code."""
+"""How a command ends: an error as one line, and the exit code."""
 
 import os
 import re
@@ -28,7 +28,7 @@ def interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def exit_code(app: typer.Typer) -> int:
-    """Run the command that `sys.argv` names; say what went wrong in one line, and return the exit code."""
+    """Run the command in `sys.argv`, print an error as one line, and return the exit code."""
     try:
         code = app(args=sys.argv[1:] or ["--help"], prog_name="mlip", standalone_mode=False)
     except typer.TyperException as error:
@@ -44,20 +44,20 @@ def exit_code(app: typer.Typer) -> int:
     except (KeyboardInterrupt, typer.Abort):
         return _fail("interrupted", 130)
     except BrokenPipeError:
-        # The reader of a pipe has left, as `head` does; what Python still holds for it has nowhere to go.
+        # The reader of the pipe left, as `head` does. Python flushes stdout at exit, so it gets somewhere to write.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except OSError as error:
         return _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error), 1)
     except RunError as error:
         return _fail(str(error), 1)
-    if code == 130:  # what typer makes of Ctrl-C outside of a command's own care
+    if code == 130:  # typer turns Ctrl-C into this code
         return _fail("interrupted", 130)
     return code if isinstance(code, int) else 0
 
 
 def _wrong_usage(error: typer.TyperException) -> str:
-    """typer's sentences as `place: what; what to do`."""
+    """typer's sentence as `place: what; what to do`."""
     context = getattr(error, "ctx", None)
     place = context.command_path if context else "mlip"
     message = error.format_message().strip().rstrip(".")
@@ -76,7 +76,7 @@ def _wrong_usage(error: typer.TyperException) -> str:
 
 
 def _list_with_spaces(message: str, context: typer.Context) -> str:
-    """`message`, or where words are left over beside options that are lists: how lists are written."""
+    """`message`; if words are left over beside an option that is a list, also how to write a list."""
     left_over = re.search(r"unexpected extra argument.*? \((\S+?)[ )]", message)
     if left_over is None or all(parameter.name != "dataset" for parameter in context.command.params):
         return message
@@ -90,7 +90,7 @@ def _list_with_spaces(message: str, context: typer.Context) -> str:
 def _fail(message: str, code: int) -> int:
     if os.environ.get("MLIP_DEBUG") == "1":
         traceback.print_exc()
-    # every rank speaks up: what is wrong may be wrong on one machine only
+    # Every rank prints its error: it may concern one machine only.
     who = "" if is_main() else f"rank {os.environ['RANK']}: "
     for line in message.splitlines() or [""]:
         print(f"{who}error: {line}", file=sys.stderr)

@@ -1,6 +1,6 @@
-"""What people and programs see: results on stdout, words on stderr, progress only on a terminal, rank 0 only.
+"""Output: results on stdout, messages on stderr, both from rank 0 only.
 
-Rich is imported where something is drawn, so that help and version need not wait for it.
+Rich is imported only when something is drawn, so that help and version appear at once.
 """
 
 import json
@@ -21,31 +21,31 @@ if TYPE_CHECKING:
 logger = logging.getLogger("mlip_cli")
 
 NARROWEST_TEXT = 12
-"""A terminal with less room than this for a column of text gets the table as wide as it is."""
+"""Narrowest text column, in characters. On a terminal with less room the table is not folded."""
 
 _NUMBER = re.compile(r"[-+~<>±]?\.?\d")
 
 
 def is_main() -> bool:
-    """True in the one process that speaks: rank 0 under torchrun, or the only process."""
+    """True for the process that prints: rank 0 under torchrun, or the only process."""
     return os.environ.get("RANK", "0") == "0"
 
 
 @cache
 def error_console() -> "Console":
-    """The console on stderr that words, bars and panels share, so that they do not overwrite each other."""
+    """The one console on stderr. Messages, bars and panels share it, so that they do not overwrite each other."""
     from rich.console import Console
 
     return Console(stderr=True, highlight=False, markup=False, emoji=False)
 
 
 def draws() -> bool:
-    """True when stderr can redraw a line: a real terminal, whatever FORCE_COLOR says, and this process speaks."""
+    """True when stderr can redraw a line: it is a real terminal, whatever FORCE_COLOR says, and this process prints."""
     return is_main() and error_console().file.isatty() and not error_console().is_dumb_terminal
 
 
 class _Words(logging.Handler):
-    """Log records as plain lines on stderr; a panel that is being drawn shows its own lines itself."""
+    """Prints log records as plain lines on stderr. A panel prints its own lines."""
 
     def emit(self, record: logging.LogRecord) -> None:
         if getattr(record, "is_on_panel", False):
@@ -58,56 +58,55 @@ class _Words(logging.Handler):
 
 
 def start_logging() -> None:
-    """Send the `mlip_cli` logger to stderr; on ranks other than 0 only errors pass."""
+    """Send the `mlip_cli` logger to stderr. On ranks other than 0 it prints only errors."""
     logger.handlers = [_Words()]
     logger.setLevel(logging.INFO if is_main() else logging.ERROR)
     logger.propagate = False
 
 
 def say(text: str) -> None:
-    """One complete line for a person."""
+    """Print one complete line for a person."""
     logger.info("%s", text)
 
 
 def say_to_copy(text: str) -> None:
-    """A command: a terminal wraps it by itself, so that it is copied as one line."""
+    """Print a command. It is not folded, so that a person copies it as one line."""
     logger.info("%s", text, extra={"is_to_copy": True})
 
 
 def warn(text: str) -> None:
-    """One line about something that may surprise."""
+    """Print one line about something that may surprise."""
     logger.warning("%s", text)
 
 
 def print_json(value: Any) -> None:
-    """One strict JSON document on stdout (NaN is refused: write None)."""
+    """Print one strict JSON document on stdout. NaN raises ValueError; use None."""
     print_lines(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
 
 
 def print_lines(text: str) -> None:
-    """Plain text on stdout."""
+    """Print plain text on stdout."""
     if is_main():
         sys.stdout.write(text.rstrip("\n") + "\n")
         sys.stdout.flush()
 
 
 def folded(text: str, width: int) -> str:
-    """`text` with its lines folded between words; only a longer word is wider than `width`."""
+    """`text` with its lines folded between words. A word that is longer than `width` stays whole."""
     wrapper = textwrap.TextWrapper(width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
     return "\n".join(wrapper.fill(line) for line in text.splitlines())
 
 
 def print_prose(text: str) -> None:
-    """Sentences on stdout, folded on a terminal and as they are in a pipe."""
+    """Print sentences on stdout: folded on a terminal, unchanged in a pipe."""
     print_lines(folded(text, shutil.get_terminal_size().columns) if sys.stdout.isatty() else text)
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], *, title: str | None = None) -> None:
-    """A table on stdout, exactly as the cells say: brackets and colons are text.
+    """Print a table on stdout. Cells are plain text: brackets and colons are not markup.
 
-    Columns of numbers are right-aligned and None is a dash. A terminal folds what is too wide for it; in a pipe the
-    table is as wide as its content.
-    """
+    Columns of numbers are right-aligned, and None becomes a dash. A terminal folds a table that is too wide; in a pipe
+    the table is as wide as its content."""
     if not is_main():
         return
     from rich.console import Console

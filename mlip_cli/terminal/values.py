@@ -1,17 +1,17 @@
-"""Values on the command line: how a text becomes one, what is refused, and what the shell completes. Nothing heavy."""
+"""Values on the command line: how they are parsed, checked and completed. Imports nothing heavy."""
 
 from pathlib import Path
 
 import typer
 
 DATASETS = ("openmoji", "digits", "imagenet")
-"""Names of our own data sets, which nobody means as a RUN."""
+"""Names of our own data sets. As a RUN they are a mistake."""
 FAMILIES = ("folder:", "shards:", "wds/")
-"""What names of other data sets begin with."""
+"""Beginnings of other data sets' names."""
 
 
 def split(text: str) -> list[str]:
-    """`a,b` -> [a, b]; an empty part is an error."""
+    """`a,b` -> [a, b]. An empty part is an error."""
     parts = [part.strip() for part in text.split(",")]
     if not all(parts):
         raise typer.BadParameter(f"{text!r} has an empty part; lists look like a,b")
@@ -33,33 +33,35 @@ def split_rates(text: str) -> list[float]:
 
 
 def flat(lists: list[list]) -> list:
-    """What an option that repeats or is separated by commas names in all."""
+    """All values of an option that may repeat and may list values."""
     return [value for values in lists for value in values]
 
 
 def checked_run(value: str) -> str:
-    """A RUN that is a number is the tail of a list that was written with spaces."""
+    """Refuse a RUN that is a number: it is the tail of a list written with spaces."""
     if value.replace(".", "", 1).isdigit() and not Path(value).exists():
-        raise typer.BadParameter(f"{value!r} is a number, no run; lists take commas, as in 0.3,{value}")
+        raise typer.BadParameter(f"{value!r} is a number, not a run; lists take commas, as in 0.3,{value}")
     return value
 
 
 def checked_measured_run(value: str) -> str:
-    """The same for a data set's name."""
+    """Refuse a RUN that is a number or the name of a data set."""
     if (value in DATASETS or value.startswith(FAMILIES)) and not Path(value).exists():
-        raise typer.BadParameter(f"{value!r} is a data set, no run; name it with --dataset {value} (lists take commas)")
+        raise typer.BadParameter(
+            f"{value!r} is a data set, not a run; name it with --dataset {value} (lists take commas)"
+        )
     return checked_run(value)
 
 
 def complete_recipe(incomplete: str) -> list[str]:
-    """Names of recipes, for the shell."""
+    """Names of recipes, for completion in the shell."""
     from mlip_cli.recipe import shipped
 
     return shipped.complete_recipe(incomplete)
 
 
 def complete_override(context: typer.Context, incomplete: str) -> list[str]:
-    """Keys and values of recipes, for the shell."""
+    """Keys and values of recipes, for completion in the shell."""
     from mlip_cli.recipe import shipped
 
     return shipped.complete_override(context.params.get("overrides") or [], incomplete)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mlip_cli.devices import peak_gib
 from mlip_cli.distributed import all_mean, all_sum, from_all, full, unwrap, world_size
 from mlip_cli.errors import Stopped
-from mlip_cli.losses.features import ObjectiveLike
+from mlip_cli.losses.objective import Objective
 from mlip_cli.recipe.merge_plan import MergePlan
 from mlip_cli.terminal.output import warn
 from mlip_cli.train.journal import Journal
@@ -54,7 +54,7 @@ def train(
     progress: Progress,
     *,
     timetable: Timetable,
-    plan_of: Callable[[int], MergePlan | None],
+    plan_of: Callable[[int], MergePlan],
     evaluate: Evaluate,
     saver: Saver,
     journal: Journal,
@@ -63,7 +63,7 @@ def train(
 
     Args:
         batches: one rank's share of each step, beginning with step `progress.step + 1`.
-        plan_of: merges of a step; None: the model's own.
+        plan_of: merges of a step.
 
     Raises:
         Stopped: a signal came; the state is saved.
@@ -163,7 +163,7 @@ def count(progress: Progress, guard: FiniteGuard, watch: Stopwatch) -> None:
     watch.bad_samples = []
 
 
-def losses(objective: ObjectiveLike, terms: dict[str, Tensor]) -> dict[str, float]:
+def losses(objective: Objective, terms: dict[str, Tensor]) -> dict[str, float]:
     """The total and every term: means over ranks."""
     values = all_mean(torch.stack([objective.total(terms), *terms.values()]))
     return dict(zip(["loss", *terms], values.tolist(), strict=True))

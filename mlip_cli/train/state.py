@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from mlip_cli.distributed import unwrap, whole
+from mlip_cli.runs.loading import MergedEncoder, at_rate
 from mlip_cli.train.average import WeightAverage
 from mlip_cli.train.gradients import Precision
 
@@ -33,13 +34,14 @@ class Training:
         return unwrap(self.model)
 
     @contextmanager
-    def as_measured(self) -> Iterator[Any]:
-        """The plain model as evaluation sees it: whole on every rank, with averaged weights if there are any.
+    def as_measured(self) -> Iterator[MergedEncoder]:
+        """The plain model in evaluation mode and at the merge rate of evaluation: whole on every rank, with averaged
+        weights if there are any.
 
         All ranks enter and leave together. Inside, each may run the model as often as it likes.
         """
         with self.average.applied() if self.average is not None else nullcontext(), whole(self.model):
-            yield self.plain
+            yield at_rate(self.plain.eval(), None)
 
 
 @dataclass

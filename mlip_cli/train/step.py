@@ -9,13 +9,13 @@ from torch import Tensor, nn
 
 from mlip_cli.distributed import full, parallel
 from mlip_cli.errors import RunError
-from mlip_cli.losses.features import ObjectiveLike
+from mlip_cli.losses.objective import Objective
 from mlip_cli.recipe.merge_plan import MergePlan
 from mlip_cli.terminal.output import plural, warn
-from mlip_cli.train.gradients import PartOf, Precision, RandomState, add_gradients
+from mlip_cli.train.gradients import Precision, RandomState, add_gradients
 from mlip_cli.train.optim import Schedule, clamp_scales, set_learning_rate
 from mlip_cli.train.state import Progress, Training
-from mlip_cli.types import Batch
+from mlip_cli.types import Batch, PartOf
 
 COPY = "copy to the device"
 OPTIMIZER = "optimizer"
@@ -48,7 +48,7 @@ class Taken:
 class Stepper:
     """Takes one step after the other of one training."""
 
-    def __init__(self, training: Training, objective: ObjectiveLike, settings: StepSettings) -> None:
+    def __init__(self, training: Training, objective: Objective, settings: StepSettings) -> None:
         self.training, self.objective, self.settings = training, objective, settings
         self.guard = FiniteGuard(training.device)
         self._is_first = True
@@ -61,7 +61,7 @@ class Stepper:
         self,
         batch: Batch,
         step: int,
-        plan: MergePlan | None,
+        plan: MergePlan,
         part: PartOf = nullcontext,
     ) -> Taken:
         """Copy to the device, learning rate, forward, losses, backward, clip, AdamW, clamp of scales, average.
@@ -69,7 +69,7 @@ class Stepper:
         Args:
             batch: this rank's share, in main memory.
             step: counted from 1.
-            plan: merges of this step; None: the model's own.
+            plan: merges of this step.
             part: opens a context by the name of each part of the step, for a clock.
         """
         training, settings = self.training, self.settings
@@ -85,7 +85,7 @@ class Stepper:
             grad_norm = self.update(step)
         return Taken(step, lr, terms, grad_norm)
 
-    def add_gradients(self, batch: Batch, plan: MergePlan | None, part: PartOf = nullcontext) -> dict[str, Tensor]:
+    def add_gradients(self, batch: Batch, plan: MergePlan, part: PartOf = nullcontext) -> dict[str, Tensor]:
         """Forward, losses and backward of a batch that lies on the device."""
         return add_gradients(
             self.training.model,
@@ -109,7 +109,7 @@ class Stepper:
             training.average.update(samples_seen=self.samples_seen(step), batch_size=batch_size)
         return grad_norm
 
-    def _fix_order_of_sums(self, batch: Batch, plan: MergePlan | None) -> None:
+    def _fix_order_of_sums(self, batch: Batch, plan: MergePlan) -> None:
         """One backward that is thrown away, before the first step and before a resumed one.
 
         DDP orders its buckets anew after the first backward, and the order of summation over ranks follows the

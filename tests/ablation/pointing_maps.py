@@ -37,17 +37,13 @@ def pointing_queries(model: CLIP, token_ids: Tensor) -> dict[str, Tensor]:
     return queries
 
 
-def similarity_maps(
-    model: CLIP, images: Tensor, queries: Mapping[str, Tensor], plan: MergePlan | None = None
-) -> dict[str, Tensor]:
+def similarity_maps(model: CLIP, images: Tensor, queries: Mapping[str, Tensor], plan: MergePlan) -> dict[str, Tensor]:
     """Similarity of Q texts to each original patch: (B, 3, H, W), by reading (B, Q, ·) -> by reading (B, Q, N).
 
     `feature` sends each patch token through what the pooled one goes through. Similarities are made of merged tokens
-    and then given to all patches of a token, so that these are equal to the bit. `plan` None is the recipe's.
+    and then given to all patches of a token, so that these are equal to the bit.
     """
-    images = model.normalize(images)
-    embedded = model.vision.embed(images)
-    tower = model.vision(images, embedded, plan or model.plan)
+    tower = model.image_tower(images, plan, with_branch="frequency_tokens" in queries)
     tokens = {"feature": model.image_projection(pooled_alone(model.vision.trunk, tower.tokens))}
     if "tokens" in queries:
         tokens["tokens"] = model.token_projections["spatial"](tower.tokens)
@@ -55,7 +51,7 @@ def similarity_maps(
     if tower.assign:
         maps = {reading: unmerge_tokens(own, tower.assign[-1]) for reading, own in maps.items()}
     if "frequency_tokens" in queries:
-        patches = model.frequency_tokens(images, embedded, tower)  # they never merge
+        patches = model.frequency_tokens(tower)  # they never merge
         maps["frequency_tokens"] = _products(model.token_projections["frequency"](patches), queries["frequency_tokens"])
     return {reading: own.transpose(1, 2) for reading, own in maps.items()}
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mlip_cli.devices import device_name
 from mlip_cli.model.frequency import SpectralBlock, convolve_by_fft, convolve_by_products
-from mlip_cli.profiling.flops import block_sizes, gflops, spectral_sizes
+from mlip_cli.profiling.flops import attention_macs, filter_gflops, gflops, mlp_macs
 from mlip_cli.profiling.timing import Timing, measure_interleaved
 from mlip_cli.terminal.output import print_lines, print_table
 
@@ -73,9 +73,8 @@ def blocks(grid: tuple[int, int], width: int, dtype: torch.dtype) -> list[str]:
         ROUNDS,
     )
     milliseconds = [f"{1000 * timing.median_s:.1f}" for timing in timings.values()]
-    sizes, spectral_cost = block_sizes(attention), spectral_sizes(spectral)
-    attention_cost = gflops(sizes.attention_macs(num_tokens) + sizes.mlp_macs(num_tokens))
-    by_flops = attention_cost / (spectral_cost.filter_gflops() + spectral_cost.mlp_gflops())
+    attention_cost = gflops(attention_macs(attention, num_tokens, width=width) + mlp_macs(attention, num_tokens))
+    by_flops = attention_cost / (filter_gflops(spectral) + gflops(mlp_macs(spectral, num_tokens)))
     return [*described(grid, width, dtype), *milliseconds, ratio(timings["spectral"]), f"{by_flops:.2f}"]
 
 

@@ -27,8 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from shards_for_tests import make_dataset
 
 from mlip_cli.data import transforms
-from mlip_cli.data.dataset import ShardDataset
 from mlip_cli.data.loader import training_loader
+from mlip_cli.data.open import open_prepared
 from mlip_cli.data.order import Order
 from mlip_cli.data.tokenizer import Tokenizer
 from mlip_cli.data.transforms import decode, jpeg_decoder, least_size, training_crop, training_transform
@@ -61,7 +61,7 @@ def torchvision_alone() -> Iterator[None]:
 
 def rows(folder: Path, size: int) -> dict[str, Callable[[], object]]:
     """What is timed, by name; each goes through N samples once."""
-    dataset = ShardDataset(folder)
+    dataset = open_prepared(folder)
     shards = [str(path) for path in sorted(folder.glob("*.tar"))]
     order = Order([N], None, seed=0, global_batch_size=128)
     ids = order.positions(np.arange(N)).index.tolist()

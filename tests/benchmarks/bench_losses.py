@@ -86,7 +86,8 @@ def noise_batch() -> Batch:
 def whole_step(model: CLIP, losses: Losses, batch: Batch) -> Callable[[], object]:
     """Forward, losses and backward."""
     precision = Precision.named("fp32", CPU)
-    return lambda: add_gradients(model, Objective(losses), batch, precision=precision, micro_batch_size=None)
+    plan = model.training_plan
+    return lambda: add_gradients(model, Objective(losses), batch, precision=precision, micro_batch_size=None, plan=plan)
 
 
 def only_for_losses(model: CLIP, losses: Losses, batch: Batch) -> Callable[[], object]:
@@ -100,7 +101,7 @@ def only_for_losses(model: CLIP, losses: Losses, batch: Batch) -> Callable[[], o
         head.register_forward_pre_hook(lambda _, given, name=name: inputs.update({name: given[0]}))
         for name, head in heads.items()
     ]
-    encoded: Encoded = model(batch)
+    encoded: Encoded = model(batch, model.training_plan)
     for hook in hooks:
         hook.remove()
     objective = Objective(losses)

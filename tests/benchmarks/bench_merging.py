@@ -11,6 +11,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from statistics import median
+from unittest.mock import patch
 
 import torch
 
@@ -18,8 +19,8 @@ from mlip_cli.devices import device_name
 from mlip_cli.model import merge_pass
 from mlip_cli.model.blocks import set_fused_attention
 from mlip_cli.model.clip import CLIP
+from mlip_cli.profiling.clock import PartClock
 from mlip_cli.profiling.flops import image_gflops
-from mlip_cli.profiling.step import PartClock, replaced
 from mlip_cli.profiling.timing import measure_interleaved
 from mlip_cli.recipe.config import Model, Text, Vision
 from mlip_cli.recipe.merge_plan import MergePlan
@@ -114,8 +115,8 @@ def shares(model: CLIP, dtype: torch.dtype) -> list[list[str]]:
     with ExitStack() as stack:
         for part, names in PARTS.items():
             for name in names:
-                timed = clock.timed(part, getattr(merge_pass, name))
-                stack.enter_context(replaced(merge_pass, name, timed))
+                timed = clock.part(part)(getattr(merge_pass, name))
+                stack.enter_context(patch.object(merge_pass, name, timed))
         for _ in range(ROUNDS + 1):
             with clock.part("tower"):
                 forward(model, images, plan, dtype)

@@ -47,7 +47,7 @@ def three_stages(images: Tensor) -> tuple[MergeStage, ...]:
     )
     torch.manual_seed(0)
     model = CLIP(config, image_size=SIZE, losses={}, global_batch_size=2).eval()
-    plan = type(model.plan).resolve(depth=6, num_patches=196, num_prefix=1, rate=0.6, at=(2, 3, 4), method="guided")
+    plan = type(model.plan).resolve(depth=6, num_patches=196, rate=0.6, at=(2, 3, 4), method="guided")
     with torch.inference_mode():
         return model.merge_stages(images, plan)
 

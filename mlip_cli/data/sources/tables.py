@@ -7,7 +7,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from mlip_cli.data.sources.records import SPLIT_WORDS, Picture, Record, captions_of, plain_values, split_of_folder
+from mlip_cli.data.sources.records import SPLIT_WORDS, PicturePlace, Record, captions_of, plain_values, split_of_folder
 from mlip_cli.errors import UsageError
 
 IMAGE_COLUMNS = ("file_name", "image", "image_path", "filepath", "path")
@@ -15,7 +15,7 @@ CAPTION_COLUMNS = ("caption", "captions", "text", "title")
 MAX_CELL = 1 << 24
 
 Row = dict[str, Any] | str
-"""Cells by column; or the reason why the row cannot be read."""
+"""Cells by column, or the reason why the row cannot be read."""
 
 
 def table_records(
@@ -72,7 +72,7 @@ def _record(path: Path, table: str, number: int, row: dict[str, Any], *, image: 
     return Record(
         file=table,
         row=number,
-        picture=Picture(str(path.parent / name.strip())),
+        picture=PicturePlace(str(path.parent / name.strip())),
         captions=captions_of(row.get(caption)),
         split=split,
         label=None if label is None else str(label),

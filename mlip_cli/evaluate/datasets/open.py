@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mlip_cli.data.dataset import RawSample, ShardDataset
+from mlip_cli.data.open import open_prepared
 from mlip_cli.errors import UsageError
 from mlip_cli.evaluate.datasets import imagenet
 from mlip_cli.evaluate.datasets.benchmark import Benchmark, class_folders, pictures_in
@@ -34,21 +35,21 @@ DIGITS_TEMPLATES = ('a photo of the number: "{c}".',)
 
 def open_openmoji(benchmark: Benchmark) -> Pictures:
     """The nine groups as classes, also those without a test picture, and the names for retrieval."""
-    shards = ShardDataset(benchmark.root)
+    shards = open_prepared(benchmark.root)
     samples = [shards.read(id) for id in range(shards.num_samples)]  # a few hundred small pictures
-    unknown = sorted(set(_classes(benchmark, [sample.record for sample in samples])) - set(OPENMOJI_GROUPS))
+    unknown = sorted(set(_classes(benchmark, [sample.label for sample in samples])) - set(OPENMOJI_GROUPS))
     if unknown:
         raise UsageError(
             f"{benchmark.root}: {unknown[0]!r} is not one of OpenMoji's nine groups; prepare openmoji again"
         )
-    items = [(sample, OPENMOJI_GROUPS.index(sample.record["class"])) for sample in samples]
+    items = [(sample, OPENMOJI_GROUPS.index(sample.label)) for sample in samples]
     return Pictures(
         class_names=OPENMOJI_GROUPS,
         templates=OPENMOJI_TEMPLATES,
         items=lambda: items,
         load=_load_sample,
         num_pictures=len(items),
-        names=names_of([(sample.record["meta"]["name"], sample.image) for sample in samples]),
+        names=names_of([(sample.meta["name"], sample.image) for sample in samples]),
     )
 
 
@@ -109,8 +110,8 @@ def _load_file(item: tuple[Path, int]) -> tuple[Tensor, int]:
 
 
 def open_shards(benchmark: Benchmark) -> Pictures:
-    shards = ShardDataset(benchmark.root)
-    names = sorted(set(_classes(benchmark, [shards.read(id).record for id in range(shards.num_samples)])))
+    shards = open_prepared(benchmark.root)
+    names = sorted(set(_classes(benchmark, [shards.read(id).label for id in range(shards.num_samples)])))
     numbers = {name: i for i, name in enumerate(names)}
     return _samples(
         shards,
@@ -127,7 +128,7 @@ def _samples(
     class_names: tuple[str, ...],
     templates: tuple[str, ...],
 ) -> Pictures:
-    items = _Labelled(shards, lambda sample: class_of(str(sample.record["class"])))
+    items = _Labelled(shards, lambda sample: class_of(str(sample.label)))
     return Pictures(class_names, templates, lambda: items, _load_sample, shards.num_samples)
 
 
@@ -151,19 +152,19 @@ def _load_sample(item: tuple[RawSample, int]) -> tuple[Tensor, int]:
     return read_picture(sample.image, where=f"{sample.shard}: sample {sample.key}"), label
 
 
-def _classes(benchmark: Benchmark, records: Sequence[dict[str, Any]]) -> list[str]:
+def _classes(benchmark: Benchmark, labels: Sequence[str | None]) -> list[str]:
     """Class of each sample.
 
     Raises:
         UsageError: some samples have no class.
     """
-    missing = sum(record.get("class") is None for record in records)
+    missing = labels.count(None)
     if missing:
         raise UsageError(
-            f"{benchmark.name}: {missing} of {len(records)} samples have no class in KEY.json; prepare the data from "
+            f"{benchmark.name}: {missing} of {len(labels)} samples have no class in KEY.json; prepare the data from "
             "class folders"
         )
-    return [str(record["class"]) for record in records]
+    return [str(label) for label in labels]
 
 
 def open_imagenet(benchmark: Benchmark) -> Pictures:
@@ -174,7 +175,7 @@ def open_imagenet(benchmark: Benchmark) -> Pictures:
     if benchmark.kind == "imagenet_tars":
         return open_tars(imagenet.validation_tars(benchmark.root), class_names=names, templates=templates)
     if benchmark.kind == "imagenet_shards":
-        shards = ShardDataset(benchmark.root)
+        shards = open_prepared(benchmark.root)
         return _samples(shards, class_of=imagenet.class_of, class_names=names, templates=templates)
     files = _imagenet_files(benchmark)
     if not files:
