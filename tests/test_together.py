@@ -72,7 +72,8 @@ def found_by_this_rank() -> dict[str, Any]:
     pairs = validation_pairs(recipe_of("a", "b"), tokenizer, device=CPU)
     measured = training_evaluators(recipe_of("a", "b"), tokenizer, pairs, device=CPU)
     assert pairs is not None
-    images, texts = pairs.features(model)
+    with training.as_measured() as encoder:
+        images, texts = pairs.features(encoder)
     ways = retrieval.image_text_ranks(images, texts, pairs.own_texts)
     numbers = [str(number) for number in range(11)]
     encode = {"tokenize": tokenizer.encode, "encode_text": model.encode_text, "device": CPU}
