@@ -106,17 +106,15 @@ def prepare_data(
 ) -> None:
     """Turn pictures and captions into shards that training reads."""
     from mlip_cli.commands import prepare_data as command
+    from mlip_cli.data.sources.records import ReadOptions
 
     command.prepare_data(
         source,
         out,
         format=format,
+        read=ReadOptions(limit, image_column, caption_column, skin_tones),
         size=size,
         holdout=holdout,
-        limit=limit,
-        image_column=image_column,
-        caption_column=caption_column,
-        skin_tones=skin_tones,
         workers=workers,
         as_json=json,
     )

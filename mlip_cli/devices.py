@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, contextmanager
 import torch
 
 from mlip_cli.errors import RunError, UsageError
+from mlip_cli.files import GIB
 from mlip_cli.terminal.output import plural
 
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # of mallopt(3)
@@ -93,6 +94,6 @@ def device_name(device: torch.device) -> str:
 def peak_gib(device: torch.device) -> float:
     """Peak of the device's memory in GiB; on a CPU the peak of the process's resident memory."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
+        return torch.cuda.max_memory_allocated(device) / GIB
     unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB

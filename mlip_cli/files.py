@@ -1,14 +1,18 @@
-"""Write files so that they are either whole or absent."""
+"""Files that are either whole or absent, and locks between processes."""
 
 import errno
+import fcntl
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from mlip_cli.errors import RunError
+
+GIB = 2**30
+"""Bytes."""
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """errno values for a full disk, an exceeded quota or a file-size limit."""
@@ -25,7 +29,7 @@ def sync_folder(folder: Path) -> None:
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a temporary name beside `path`; on success it is synced and renamed to `path`, on any error removed."""
+    """Yield a temporary name beside `path`. On success it is synced and renamed to `path`, on any error removed."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
@@ -39,10 +43,10 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def full_disk_named(place: Path, cure: str) -> Iterator[None]:
-    """Turn what the system says of a full disk (or quota, or limit on file sizes) into one line with place and cure.
+    """Turn errors of a full disk (or quota, or limit on file sizes) into one line with place and cure.
 
     Raises:
-        RunError: there was no room for something that the block wrote.
+        RunError: the block wrote something for which there was no room.
     """
     try:
         yield
@@ -66,3 +70,22 @@ def write_text(path: Path, content: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Replace `path` atomically with strict, readable JSON."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def lock(file: IO[Any], *, when_held: Callable[[], None]) -> None:
+    """Lock a file that is open for writing, against other processes, until it is closed.
+
+    The lock is a POSIX record lock, which forked processes do not inherit: after kill -9 of a training its loader
+    processes do not keep the lock. Closing any other handle of the same file in this process releases it too.
+
+    Args:
+        when_held: called if another process holds the lock. Unless it raises, `lock` then waits for that process.
+
+    Raises:
+        OSError: the file system has no locks.
+    """
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):  # POSIX allows both
+        when_held()
+        fcntl.lockf(file, fcntl.LOCK_EX)

@@ -11,19 +11,10 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from mlip_cli.commands.prepare_data import prepare_data
+from mlip_cli.data.sources.records import ReadOptions
 
 COLORS = ("red", "green", "blue", "orange", "black", "purple")
-DEFAULTS: dict[str, Any] = {
-    "format": "auto",
-    "size": None,
-    "holdout": 0.0,
-    "limit": None,
-    "image_column": None,
-    "caption_column": None,
-    "skin_tones": False,
-    "workers": 1,
-    "as_json": True,
-}
+DEFAULTS: dict[str, Any] = {"format": "auto", "size": None, "holdout": 0.0, "workers": 1, "as_json": True}
 
 
 def picture(i: int, format: str = "PNG") -> bytes:
@@ -65,8 +56,10 @@ def write_tar(path: Path, members: Mapping[str, bytes | str], *, format: int = t
 
 
 def prepare(source: Path | str, out: Path, **options: Any) -> dict[str, Any]:
-    """Run the command; what prepared.json says."""
-    prepare_data(str(source), out, **(DEFAULTS | options))
+    """Run the command. Returns what prepared.json holds."""
+    read = ReadOptions(**{name: value for name, value in options.items() if name not in DEFAULTS})
+    given = {name: value for name, value in options.items() if name in DEFAULTS}
+    prepare_data(str(source), out, read=read, **(DEFAULTS | given))
     return json.loads((out / "prepared.json").read_bytes())
 
 

@@ -1,12 +1,12 @@
 """The running average of the weights, and checkpoints by what they measure."""
 
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
+from killed_for_tests import Forked, wait_until
 from models_for_tests import small_model
-from test_training import QUIET, command, lines_in, metrics, recipe, run, wait_for
+from test_training import lines_in, metrics, recipe, run
 
 from mlip_cli.runs.checkpoint import load_training_weights, load_weights
 from mlip_cli.train.average import WeightAverage
@@ -108,10 +108,9 @@ def test_a_run_with_an_average_keeps_its_best_and_goes_on_to_the_bit(recipe: Pat
     assert not torch.equal(averaged["image_projection.weight"], own["image_projection.weight"])
 
     arguments = ["--out", str(stopped), *asked]
-    process = subprocess.Popen(command(recipe, *arguments), env=QUIET, text=True, stderr=subprocess.PIPE)
-    wait_for(lambda: lines_in(stopped) >= 9, process)
-    process.kill()
-    process.communicate()
+    with Forked([str(recipe), *arguments], tmp_path / "words") as training:
+        wait_until(lambda: lines_in(stopped) >= 9, what=training.said())
+        training.kill()
     resumed = run(recipe, *arguments, "--resume")
     assert resumed.returncode == 0, resumed.stderr
     assert metrics(stopped) == metrics(whole)

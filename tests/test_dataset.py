@@ -5,6 +5,7 @@ import os
 import pickle
 import shutil
 import tarfile
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -12,17 +13,19 @@ import pytest
 from shards_for_tests import index_shard, make_dataset
 
 from mlip_cli.data import dataset as module
-from mlip_cli.data.dataset import BadSampleError, ShardDataset
+from mlip_cli.data.dataset import BadSampleError
 from mlip_cli.data.index import HEADER, RECORD, index_path
-from mlip_cli.data.open import open_sources
+from mlip_cli.data.open import open_prepared, open_sources
 from mlip_cli.data.tokenizer import Tokenizer
 from mlip_cli.errors import RunError, UsageError
 from mlip_cli.recipe.config import Source
 
+CAPTIONS = [f"picture number {i}" for i in range(20)]
+
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    return make_dataset(tmp_path / "set" / "train", n=20, shard_size=8)
+    return make_dataset(tmp_path / "set" / "train", n=20, shard_size=8, captions=CAPTIONS)
 
 
 def overwrite(path: Path, at: int, content: bytes) -> None:
@@ -46,43 +49,45 @@ def record_of(shard: Path, row: int) -> np.void:
 @pytest.mark.parametrize("image_format", ["jpg", "png", "webp"])
 def test_reads_what_tarfile_reads(tmp_path: Path, image_format: str) -> None:
     folder = make_dataset(tmp_path / "x", n=11, shard_size=4, image_format=image_format)
-    dataset = ShardDataset(folder)
+    dataset = open_prepared(folder)
     assert (dataset.num_samples, dataset.num_shards) == (11, 3)
     assert dataset.fingerprint == json.loads((folder / "dataset.json").read_text())["fingerprint"]
     for id in (10, 3, 4, 0, 7):
         sample = dataset.read(id)
         with tarfile.open(sample.shard) as tar:
             assert tar.extractfile(f"{sample.key}.{image_format}").read() == sample.image
-            assert json.loads(tar.extractfile(f"{sample.key}.json").read()) == sample.record
+            fields = json.loads(tar.extractfile(f"{sample.key}.json").read())
+        assert [asdict(caption) for caption in sample.captions] == fields["captions"]
+        assert (sample.label, sample.meta) == (fields["class"], fields["meta"])
         assert sample.key == f"00-{id:06d}"
         assert sample.shard == str(folder / f"train-{id // 4:06d}.tar")
 
 
-def test_number_of_tokens_is_that_of_the_longest_caption(folder: Path) -> None:
-    dataset, tokenizer = ShardDataset(folder), Tokenizer(77)
-    expected = [max(tokenizer.count(c["text"]) for c in dataset.read(id).record["captions"]) for id in range(20)]
-    assert dataset.num_tokens(np.arange(20)).tolist() == expected
+def test_number_of_tokens_is_that_of_the_longest_caption(tmp_path: Path) -> None:
+    dataset, tokenizer = open_prepared(make_dataset(tmp_path / "x", n=9, captions=3)), Tokenizer(77)
+    expected = [max(tokenizer.count(caption.text) for caption in dataset.read(id).captions) for id in range(9)]
+    assert dataset.num_tokens(np.arange(9)).tolist() == expected
 
 
 def test_an_id_outside(folder: Path) -> None:
     for id in (-1, 20):
         with pytest.raises(IndexError, match=f"sample {id} of 20"):
-            ShardDataset(folder).read(id)
+            open_prepared(folder).read(id)
 
 
 def test_few_shards_are_open_at_a_time(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MAX_OPEN_SHARDS", 2)
-    dataset = ShardDataset(folder)
+    dataset = open_prepared(folder)
     before = len(os.listdir("/dev/fd"))
     for id in (0, 8, 16, 1, 17, 9, 0):
-        assert dataset.read(id).record["source"]["row"] == id
+        assert dataset.read(id).captions[0].text == CAPTIONS[id]
     assert len(os.listdir("/dev/fd")) - before == 4  # of each shard the tar and its index
     dataset.close()
     assert len(os.listdir("/dev/fd")) == before
 
 
 def test_travels_to_another_process_without_its_open_files(folder: Path) -> None:
-    dataset = ShardDataset(folder)
+    dataset = open_prepared(folder)
     sample = dataset.read(12)
     copy = pickle.loads(pickle.dumps(dataset))  # noqa: S301 - our own bytes
     dataset.close()
@@ -94,28 +99,29 @@ def test_a_damaged_header_is_a_bad_sample_and_the_others_stay_good(folder: Path)
     shard = folder / "train-000000.tar"
     record = record_of(shard, 3)
     overwrite(shard, int(record["offset"]) + int(record["json_offset"]) - 512, b"99-999999")
-    dataset = ShardDataset(folder)
+    dataset = open_prepared(folder)
     with pytest.raises(BadSampleError) as error:
         dataset.read(3)
     place = f"at byte {record['offset']}"
-    assert str(error.value) == f"{shard}: sample {place}: damaged tar header of '99-999999.json'"
-    assert [dataset.read(id).record["source"]["row"] for id in (2, 4)] == [2, 4]
+    at = int(record["offset"]) + int(record["json_offset"]) - 512
+    assert str(error.value) == f"{shard}: sample {place}: no tar header at byte {at}: its checksum is wrong"
+    assert [dataset.read(id).captions[0].text for id in (2, 4)] == [CAPTIONS[2], CAPTIONS[4]]
 
 
 def test_a_damaged_record_is_a_bad_sample(folder: Path) -> None:
     shard = folder / "train-000000.tar"
     record = record_of(shard, 3)
     overwrite(shard, int(record["offset"]) + int(record["json_offset"]), b"[1, ")
-    with pytest.raises(BadSampleError, match=rf"train-000000.tar: sample at byte {record['offset']}: "):
-        ShardDataset(folder).read(3)
+    with pytest.raises(BadSampleError, match=r"train-000000.tar: sample 00-000003: KEY.json is not JSON$"):
+        open_prepared(folder).read(3)
 
 
 @pytest.mark.parametrize(
     ("field", "value", "reason"),
     [
-        ("offset", 2**63, "the index places it behind the shard's end"),
-        ("image_size", 2**32 - 1, "the index places it behind the shard's end"),
-        ("format", 7, "the index names format 7, which is none of jpg, png, webp"),
+        ("offset", 2**63, "the index places it behind the end of the shard"),
+        ("image_size", 2**32 - 1, "the index places it behind the end of the shard"),
+        ("format", 7, "the index names picture format 7; formats are 0 to 2"),
     ],
 )
 def test_a_damaged_index_record_is_a_bad_sample(folder: Path, field: str, value: int, reason: str) -> None:
@@ -124,7 +130,7 @@ def test_a_damaged_index_record_is_a_bad_sample(folder: Path, field: str, value:
     records[field][1] = value
     rewrite_index(shard, records)
     with pytest.raises(BadSampleError) as error:
-        ShardDataset(folder).read(1)
+        open_prepared(folder).read(1)
     assert str(error.value) == f"{shard}: sample at byte {records['offset'][1]}: {reason}"
 
 
@@ -137,8 +143,9 @@ def test_swapped_samples_are_bad_samples_not_wrong_pairs(folder: Path) -> None:
     records["image_size"][1] = records["image_size"][2]
     rewrite_index(shard, records)
     with pytest.raises(BadSampleError) as error:
-        ShardDataset(folder).read(1)
-    assert str(error.value) == f"{shard}: sample 00-000001: the picture that lies there belongs to 00-000002"
+        open_prepared(folder).read(1)
+    place = f"at byte {records['offset'][1]}"
+    assert str(error.value) == f"{shard}: sample {place}: its parts belong to 00-000001 and 00-000002"
 
 
 def test_an_index_of_another_shard(folder: Path) -> None:
@@ -152,12 +159,12 @@ def test_an_index_of_another_shard(folder: Path) -> None:
         header = np.fromfile(index_path(path), HEADER, count=1)
         header["tar_bytes"] = size
         overwrite(index_path(path), 0, header.tobytes())
-    dataset = ShardDataset(folder)
+    dataset = open_prepared(folder)
     num_bad = 0
     for id in range(16):
         try:
             sample = dataset.read(id)
-            assert int(sample.key[-6:]) == sample.record["source"]["row"]
+            assert sample.captions[0].text == CAPTIONS[int(sample.key[-6:])]
         except BadSampleError:
             num_bad += 1
     assert num_bad > 0
@@ -168,7 +175,7 @@ def test_a_cut_shard(folder: Path) -> None:
     size = shard.stat().st_size
     os.truncate(shard, size // 2)
     with pytest.raises(RunError) as error:
-        ShardDataset(folder)
+        open_prepared(folder)
     assert str(error.value) == (
         f"{shard}: {size // 2} bytes where the index says {size}; "
         "the shard was cut or changed: prepare the data again (mlip prepare-data)"
@@ -176,7 +183,7 @@ def test_a_cut_shard(folder: Path) -> None:
 
 
 def test_a_shard_cut_while_in_use(folder: Path) -> None:
-    dataset = ShardDataset(folder)
+    dataset = open_prepared(folder)
     dataset.read(8)
     os.truncate(folder / "train-000001.tar", 4000)
     with pytest.raises(BadSampleError, match=r"the shard ends \d+ bytes too early"):
@@ -187,13 +194,13 @@ def test_a_shard_without_index_or_of_another_length(folder: Path) -> None:
     index = index_path(folder / "train-000002.tar")
     index.rename(index.with_suffix(".away"))
     with pytest.raises(RunError, match=r"train-000002.idx: no index for train-000002.tar; prepare the data again"):
-        ShardDataset(folder)
+        open_prepared(folder)
     shutil.copy(folder / "train-000001.tar", folder / "train-000002.tar")
     index_shard(folder / "train-000002.tar", [8] * 8)
     with pytest.raises(
         RunError, match=r"train-000002.idx: 8 samples where dataset.json says 4; prepare the data again"
     ):
-        ShardDataset(folder)
+        open_prepared(folder)
 
 
 def message(folder: Path) -> str:
@@ -224,7 +231,7 @@ def test_missing_folders(tmp_path: Path, folder: Path) -> None:
     assert message(empty) == f"{empty}: no dataset.json; prepare it: mlip prepare-data {empty} OUT"
 
 
-def test_a_dataset_json_that_is_none(folder: Path) -> None:
+def test_a_dataset_json_that_mlip_did_not_write(folder: Path) -> None:
     card = folder / "dataset.json"
     card.write_text('{"shards": [{"n": 1}]}')
     assert message(folder) == (f"{card}: not written by mlip prepare-data (KeyError('name')); prepare the data again")

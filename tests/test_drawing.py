@@ -2,9 +2,12 @@
 
 import json
 import re
+import time
 
 import pytest
 from terminals_for_tests import in_pipe, on_terminal, screen
+
+from mlip_cli.terminal.panel import TrainingPanel
 
 TRAIN = """
 with drawing.training_panel(240) as panel:
@@ -144,6 +147,18 @@ def test_the_first_step_in_a_pipe_is_a_sign_of_life() -> None:
     assert "first step" not in on_terminal(code)[0]
     logged = code.replace("panel.step_done(", 'panel.update({"step": 5}); panel.step_done(')
     assert "first step" not in in_pipe(logged).stderr
+
+
+def test_the_time_left_is_the_mean_of_the_session_without_its_first_step(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    now = 1000.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    shown = TrainingPanel(100, is_live=False)
+    with caplog.at_level("INFO", logger="mlip_cli"):
+        for step, now in ((20, 1300.0), (24, 1306.0), (25, 1310.0)):  # noqa: B007  # the clock reads it
+            shown.update({"step": step})
+    assert [line.rsplit(maxsplit=1)[1] for line in caplog.messages] == ["-:--", "1:54", "2:30"]
 
 
 def test_only_colours_that_show_on_white_and_on_black() -> None:

@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,21 +16,22 @@ from PIL import Image
 from results_for_tests import zeroshot_result
 from shards_for_tests import index_shard, make_dataset
 
-from mlip_cli.commands.eval_zeroshot import eval_zeroshot
+from mlip_cli.commands import eval_zeroshot as command
 from mlip_cli.data.prepare.shards import sample_parts, tar_writer
 from mlip_cli.data.tokenizer import Tokenizer
 from mlip_cli.errors import RunError, Stopped, UsageError
 from mlip_cli.evaluate import evaluators
-from mlip_cli.evaluate.datasets.find import Benchmark, find_benchmark
-from mlip_cli.evaluate.datasets.open import OPENMOJI_GROUPS, open_benchmark
+from mlip_cli.evaluate.datasets.benchmark import Benchmark
+from mlip_cli.evaluate.datasets.find import find_benchmark, open_benchmark
+from mlip_cli.evaluate.datasets.open import OPENMOJI_GROUPS
 from mlip_cli.evaluate.datasets.pictures import batches
-from mlip_cli.evaluate.evaluators import READERS, retrieval_words, training_evaluators, zeroshot_words
+from mlip_cli.evaluate.evaluators import retrieval_words, training_evaluators, zeroshot_words
 from mlip_cli.evaluate.statistics import mcnemar
 from mlip_cli.evaluate.stored import EvaluatedCheckpoint, Measured
-from mlip_cli.evaluate.together import ALONE
 from mlip_cli.evaluate.validation import validation_pairs
 from mlip_cli.evaluate.zeroshot import class_embeddings, normalized
 from mlip_cli.files import write_json
+from mlip_cli.report.write import rebuild_if_older
 from mlip_cli.report.zeroshot_tables import ZeroshotRow, zeroshot_tables
 from mlip_cli.runs.checkpoint import save_checkpoint
 from mlip_cli.runs.folder import Run
@@ -56,16 +58,24 @@ def make_openmoji(folder: Path, n: int = 30) -> None:
     write_json(folder / "dataset.json", {"num_samples": n, "fingerprint": shards[0]["sha256"], "shards": shards})
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a CLIP run, an MLIP run and data."""
+    folder = tmp_path_factory.mktemp("zeroshot")
+    make_run(folder / "runs" / "clip", small_recipe(mlip=False))
+    make_run(folder / "runs" / "mlip", small_recipe())
+    make_openmoji(folder / "data" / "openmoji" / "test")
+    make_dataset(folder / "data" / "colors", n=40)
+    return folder
+
+
 @pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with a CLIP run, an MLIP run and data, as the current folder."""
-    make_run(tmp_path / "runs" / "clip", small_recipe(mlip=False))
-    make_run(tmp_path / "runs" / "mlip", small_recipe())
-    make_openmoji(tmp_path / "data" / "openmoji" / "test")
-    make_dataset(tmp_path / "data" / "colors", n=40)
+def place(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy to write into, as the current folder; no pages are drawn."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(command, "rebuild_if_older", lambda _: None)
     monkeypatch.delenv("MLIP_DATA", raising=False)
-    return tmp_path
+    return shutil.copytree(made, tmp_path, dirs_exist_ok=True)
 
 
 def evaluate(
@@ -75,7 +85,7 @@ def evaluate(
     as_json: bool = True,
 ) -> None:
     common: dict[str, Any] = {"data_root": None, "batch_size": 16, "device": "cpu", "as_json": as_json}
-    eval_zeroshot(runs, datasets=datasets, merge_rates=rates, **common)
+    command.eval_zeroshot(runs, datasets=datasets, merge_rates=rates, **common)
 
 
 def printed(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
@@ -104,8 +114,8 @@ def test_scores_are_those_of_a_plain_computation(place: Path, capsys: pytest.Cap
     [result] = printed(capsys)["results"]
     run = load_run("runs/mlip", device="cpu")
     encoder = at_rate(run.model, 0.5)
-    pictures = open_benchmark(find_benchmark("shards:data/colors", root=place), READERS)
-    [(images, labels)] = batches(pictures, READERS, size=32, batch_size=40, read_ahead=True)
+    pictures = open_benchmark(find_benchmark("shards:data/colors", root=place))
+    [(images, labels)] = batches(pictures, range(1), size=32, batch_size=40, read_ahead=True)
     with torch.no_grad():
         classes = class_embeddings(
             pictures.class_names,
@@ -121,8 +131,12 @@ def test_scores_are_those_of_a_plain_computation(place: Path, capsys: pytest.Cap
         assert scores["acc1"] == pytest.approx(right.float().mean().item())
 
 
-def test_what_is_measured_is_read_without_torch(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_measured_is_on_the_page_and_read_without_torch(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command, "rebuild_if_older", rebuild_if_older)
     evaluate("runs/clip", datasets=["openmoji"], as_json=False)
+    assert "<h3>openmoji</h3>" in Path("runs/clip/report.html").read_text("utf-8")
     first = capsys.readouterr().out
     code = (
         "import sys; from mlip_cli.commands.eval_zeroshot import eval_zeroshot\n"
@@ -192,7 +206,7 @@ def test_words_of_evaluators_name_what_they_count() -> None:
 def test_one_run_needs_no_number_and_shows_the_true_rate(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     evaluate("runs/clip", datasets=["openmoji"], rates=(0.3,), as_json=False)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[1].startswith("true rate  ")
+    assert lines[1].split()[:4] == ["true", "rate", "mean", "recall"]
     true_rate = f"{at_rate(load_run('runs/clip', device='cpu').model, 0.3).plan.rate:.3f}"
     assert lines[2].startswith(f"{true_rate} (asked 0.3)  ")
     assert lines[-1] == "measured: clip at step 8 (last checkpoint)"
@@ -207,7 +221,7 @@ def test_one_run_needs_no_number_and_shows_the_true_rate(place: Path, capsys: py
         (b'{"n": 30, ', "Expecting property name enclosed in double quotes: line 1 column 11 (char 10)"),
         (b"[1]", "not a JSON object"),
         (b"{}", "kind: None instead of 'zeroshot'"),
-        (b'{"kind": "zeroshot"}', "acc1 is missing"),
+        (b'{"kind": "zeroshot"}', "step is missing"),
         (None, "predicted is missing"),
         (b"\xff", "'utf-8' codec can't decode byte 0xff in position 0: invalid start byte"),
     ],
@@ -358,14 +372,14 @@ def test_training_evaluators_measure_what_the_command_measures(place: Path, caps
     model = at_rate(load_run("runs/mlip", device="cpu").model, None)
     tokenizer = Tokenizer(16)
     evaluators = training_evaluators(recipe, tokenizer, validation_pairs(recipe, tokenizer, device="cpu"))
-    found = {evaluator.name: evaluator.measure(model, lambda _: None, ALONE) for evaluator in evaluators}
+    found = {evaluator.name: evaluator.measure(model, lambda _: None) for evaluator in evaluators}
     measures = found["validation"].values | found["openmoji"].values
     assert measures["openmoji_mean_recall"] == pytest.approx(result["mean_per_class_recall"])
     assert measures["openmoji_name_r5"] == pytest.approx(result["names"]["r5"])
     assert {f"validation_{way}_r{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)} < set(measures)
     for path in Path("data/openmoji/test").glob("*.tar"):
         path.unlink()  # decoded pictures are kept: a second evaluation reads nothing
-    assert {evaluator.name: evaluator.measure(model, lambda _: None, ALONE) for evaluator in evaluators} == found
+    assert {evaluator.name: evaluator.measure(model, lambda _: None) for evaluator in evaluators} == found
     recipe = small_recipe(data={"validation": "data/none"})
     with pytest.raises(UsageError, match="data/none: no such folder"):
         validation_pairs(recipe, Tokenizer(16), device="cpu")

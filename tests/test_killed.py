@@ -193,9 +193,8 @@ def test_torchrun_of_which_a_rank_is_killed_leaves_nobody_and_goes_on_to_the_bit
         first.communicate()
     wait_until(lambda: not processes_marked(str(folder)), what="processes are left", every_s=0.1)
     assert_whole_checkpoint(folder, EVERY.checkpoint)
-    second = torchrun(arguments, str(folder))
-    said, _ = second.communicate(timeout=200)
-    assert second.returncode == 0, said
+    with Forked(arguments, tmp_path / "words", ranks=2) as training:
+        assert training.join() == [0, 0], training.said()
     assert_same_run(folder, whole(2, "fp32"))
 
 

@@ -11,7 +11,7 @@ from shards_for_tests import make_dataset
 
 from mlip_cli.data import loader
 from mlip_cli.data.dataset import ShardDataset
-from mlip_cli.data.open import open_sources
+from mlip_cli.data.open import open_prepared, open_sources
 from mlip_cli.profiling import loader as loader_breakdown
 from mlip_cli.profiling.loader import batch_seconds, measure_loader
 from mlip_cli.profiling.result import LoaderFacts
@@ -27,7 +27,7 @@ def two_threads() -> Iterator[None]:
 
 @pytest.fixture
 def data(tmp_path: Path) -> ShardDataset:
-    return ShardDataset(make_dataset(tmp_path / "data", n=20))
+    return open_prepared(make_dataset(tmp_path / "data", n=20))
 
 
 def test_every_part_is_timed_on_one_thread(
@@ -88,7 +88,7 @@ def test_tars_as_they_are_cost_the_same_parts(tmp_path: Path) -> None:
 
 def test_a_bad_sample_is_replaced_and_counted(tmp_path: Path) -> None:
     folder = make_dataset(tmp_path / "data", n=20, shard_size=20)
-    data = ShardDataset(folder)
+    data = open_prepared(folder)
     image = data.read(7).image
     data.close()
     [shard] = folder.glob("*.tar")

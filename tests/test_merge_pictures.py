@@ -9,13 +9,13 @@ import torch.nn.functional as F
 from models_for_tests import small_batch, small_model
 from PIL import Image
 from torch import Tensor
+from torchvision.transforms.functional import pil_to_tensor
 
-from mlip_cli.data.transforms import pil_to_uint8
-from mlip_cli.evaluate.merge_pictures import (
+from mlip_cli.evaluate.panels import (
     MAP_SHARE,
+    as_webp,
     draw_groups,
     draw_guidance,
-    encode,
     grey_of,
     group_colors,
     near_another,
@@ -194,9 +194,9 @@ def test_small_pictures_are_magnified_by_whole_numbers(size: tuple[int, int], pa
 
 def test_magnified_panels_are_exact_and_photos_small() -> None:
     panel = panel_pictures(noise(1, 3, 32, 32))[0]
-    with Image.open(io.BytesIO(encode(panel, is_magnified=True))) as image:
-        assert torch.equal(pil_to_uint8(image), panel)
-    assert len(encode(noise(1, 3, 224, 224)[0], is_magnified=False)) < 60_000 < 3 * 224 * 224
+    with Image.open(io.BytesIO(as_webp(panel, is_magnified=True))) as image:
+        assert torch.equal(pil_to_tensor(image), panel)
+    assert len(as_webp(noise(1, 3, 224, 224)[0], is_magnified=False)) < 60_000 < 3 * 224 * 224
 
 
 def test_pictures_are_drawn_at_random_and_always_the_same() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -14,34 +15,45 @@ from PIL import Image
 from results_for_tests import sweep_result
 from shards_for_tests import COLORS, make_dataset
 from torch import Tensor
+from torchvision.transforms.functional import pil_to_tensor
 
 from mlip_cli import cli
 from mlip_cli.commands import merge_sweep
 from mlip_cli.data import loader
-from mlip_cli.data.dataset import ShardDataset
-from mlip_cli.data.pictures import UndecodableError
-from mlip_cli.data.transforms import decode, pil_to_uint8
+from mlip_cli.data.open import open_prepared
+from mlip_cli.data.pictures import RejectedPictureError, open_picture
+from mlip_cli.data.transforms import decode
 from mlip_cli.errors import RunError, Stopped, UsageError
 from mlip_cli.evaluate.evaluators import training_evaluators
-from mlip_cli.evaluate.merge_pictures import draw_groups, draw_guidance, panel_pictures
-from mlip_cli.evaluate.sweep import FAILURES, METHODS, agreement, find_datasets, numbers_at_random
-from mlip_cli.evaluate.together import ALONE
+from mlip_cli.evaluate.merge_points import METHODS
+from mlip_cli.evaluate.panels import draw_groups, draw_guidance, panel_pictures
+from mlip_cli.evaluate.sweep import FAILURES, agreement, find_datasets, numbers_at_random
 from mlip_cli.evaluate.validation import validation_pairs
 from mlip_cli.profiling.flops import image_gflops
 from mlip_cli.recipe import merge_plan
 from mlip_cli.report.sweep_tables import print_sweep
+from mlip_cli.report.write import rebuild
 from mlip_cli.runs.loading import at_rate, load_run
 from mlip_cli.terminal.endings import exit_code
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with an MLIP run, a CLIP run, a run with validation pairs and a data set."""
+    folder = tmp_path_factory.mktemp("sweep")
+    make_dataset(folder / "data" / "colors", n=24)
+    make_run(folder / "runs" / "mlip", small_recipe(evaluate={"zeroshot": ["shards:data/colors"]}))
+    make_run(folder / "runs" / "pairs", small_recipe(data={"validation": ["data/colors"]}))
+    make_run(folder / "runs" / "clip", small_recipe(mlip=False))
+    return folder
+
+
 @pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current folder, with a CLIP run, an MLIP run and a data set."""
-    make_dataset(tmp_path / "data" / "colors", n=24)
-    make_run(tmp_path / "runs" / "mlip", small_recipe(evaluate={"zeroshot": ["shards:data/colors"]}))
-    make_run(tmp_path / "runs" / "clip", small_recipe(mlip=False))
+def place(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy to write into, as the current folder; no pages are drawn."""
     monkeypatch.chdir(tmp_path)
-    return tmp_path
+    monkeypatch.setattr(merge_sweep, "rebuild", lambda _: None)
+    return shutil.copytree(made, tmp_path, dirs_exist_ok=True)
 
 
 def sweep(run: str | None, *, as_json: bool = True, **changes: Any) -> None:
@@ -83,8 +95,12 @@ def test_every_setting_stands_beside_the_unmerged_model(place: Path, capsys: pyt
         assert test["won"] + test["lost"] <= 24 * (1 - point["agreement"]) + 1e-9
 
 
-def test_the_result_stays_in_the_run(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_result_and_a_new_page_stay_in_the_run(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(merge_sweep, "rebuild", rebuild)
     sweep("runs/mlip/checkpoints/step_0000008")
+    assert "shards:data/colors" in (place / "runs/mlip/report.html").read_text("utf-8")
     assert json.loads((place / "runs/mlip/evals/merge_sweep_step_0000008.json").read_text()) == printed(capsys)
 
 
@@ -147,7 +163,6 @@ def test_rounds_that_scatter_are_named_below_the_speeds(capsys: pytest.CaptureFi
 
 
 def test_tables_of_retrieval(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    make_run(place / "runs/pairs", small_recipe(data={"validation": ["data/colors"]}))
     sweep("runs/pairs", as_json=False)
     lines = capsys.readouterr().out.splitlines()
     words = r"24 pictures, 48 captions: chance [\d.]+/[\d.]+/[\d.]+ %; in brackets: 95 % intervals"
@@ -164,7 +179,7 @@ def test_tables_of_retrieval(place: Path, capsys: pytest.CaptureFixture[str]) ->
         ({"methods": ["kmeans"]}, "--methods kmeans: no such method; there are guided, tome"),
         (
             {"methods": ["random_drop"]},
-            "--methods random_drop: drops patches in training only; there are guided, tome",
+            "--methods random_drop: is for training only; there are guided, tome",
         ),
         ({"rates": [0.3, 0.9]}, "merge rate 0.9: the merge before block 2 would take 16 tokens to 5"),
         ({"datasets": ["digit"]}, "unknown data set 'digit'; did you mean digits?"),
@@ -231,16 +246,16 @@ def test_panels_show_the_groups_of_the_model(place: Path, capsys: pytest.Capture
     [point] = merge_pictures(place)["points"]
     [picture] = point["pictures"]
     loaded = load_run("runs/mlip", device="cpu")
-    sample = ShardDataset(place / "data/colors").read(picture["number"])
-    panels = panel_pictures(decode(sample.image)[None])
-    stages = loaded.model.merge_stages(decode(sample.image)[None], loaded.model.merge_plan(0.5))
+    sample = open_prepared(place / "data/colors").read(picture["number"])
+    panels = panel_pictures(decode(open_picture(sample.image))[None])
+    stages = loaded.model.merge_stages(decode(open_picture(sample.image))[None], loaded.model.merge_plan(0.5))
     for drawn, stage in zip(picture["stages"], stages, strict=True):
         for path, expected in (
             (drawn["groups"], draw_groups(panels, stage.groups, (4, 4))),
             (drawn["mixed"], draw_guidance(panels, stage.mixed, (4, 4))),
         ):
             with Image.open(place / "runs/mlip" / path) as image:
-                assert torch.equal(pil_to_uint8(image)[None], expected)
+                assert torch.equal(pil_to_tensor(image)[None], expected)
 
 
 def test_a_new_sweep_replaces_the_pictures_of_the_old_one(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -256,7 +271,6 @@ def test_a_new_sweep_replaces_the_pictures_of_the_old_one(place: Path, capsys: p
 
 
 def test_the_validation_set_is_swept_where_no_other_is_named(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    make_run(place / "runs/pairs", small_recipe(data={"validation": ["data/colors"]}))
     sweep("runs/pairs", num_pictures=2)
     [dataset] = printed(capsys)["datasets"]
     assert (dataset["dataset"], dataset["task"], dataset["n"], dataset["num_texts"]) == (
@@ -270,7 +284,7 @@ def test_the_validation_set_is_swept_where_no_other_is_named(place: Path, capsys
         loaded.recipe, loaded.tokenizer, validation_pairs(loaded.recipe, loaded.tokenizer, device="cpu")
     )
     for point in dataset["points"]:
-        values = evaluator.measure(at_rate(loaded.model, point["rate"]), lambda _: None, ALONE).values
+        values = evaluator.measure(at_rate(loaded.model, point["rate"]), lambda _: None).values
         for way in ("image_to_text", "text_to_image"):
             for k in (1, 5, 10):
                 name = f"r{k}"
@@ -309,29 +323,25 @@ def attributed(folder: Path, text: str) -> None:
 def test_merge_pictures_carry_what_the_licence_asks_for(
     place: Path, capsys: pytest.CaptureFixture[str], names: list[str]
 ) -> None:
-    make_run(place / "runs/mine", small_recipe(data={"validation": ["data/colors"]}))
-    path = place / "runs/mine/evals/merge_pictures_step_0000008.json"
-    for text in (None, "All colours designed by us. License: CC BY 4.0"):
-        if text:
-            attributed(place / "data/colors", text)
-        sweep("runs/mine", datasets=names, num_pictures=1)
-        assert json.loads(path.read_text())["attribution"] == ([text] if text else [])
-    [dataset] = json.loads((place / "runs/mine/evals/merge_sweep_step_0000008.json").read_text())["datasets"]
-    assert dataset["fingerprint"]
-    capsys.readouterr()
+    [dataset], _ = find_datasets(load_run("runs/pairs", device="cpu"), names, root=None, batch_size=4)
+    assert dataset.attribution == ()
+    attributed(place / "data/colors", "All colours designed by us. License: CC BY 4.0")
+    sweep("runs/pairs", datasets=names, num_pictures=1)
+    result = json.loads((place / "runs/pairs/evals/merge_pictures_step_0000008.json").read_text())
+    assert result["attribution"] == ["All colours designed by us. License: CC BY 4.0"]
+    assert printed(capsys)["datasets"][0]["fingerprint"]
 
 
 def test_a_validation_picture_that_cannot_be_decoded_is_a_failure_with_its_place(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    make_run(place / "runs/pairs", small_recipe(data={"validation": ["data/colors"]}))
     [dataset], _ = find_datasets(load_run("runs/pairs", device="cpu"), ["validation"], root=None, batch_size=4)
 
-    def broken(_: bytes, **__: object) -> Tensor:
-        raise UndecodableError("cut off")
+    def broken(_: object, **__: object) -> Tensor:
+        raise RejectedPictureError("damaged picture", "cut off")
 
     monkeypatch.setattr(loader, "decode", broken)
-    with pytest.raises(FAILURES, match=r"data/colors/train-00000.\.tar: sample .*: cut off"):
+    with pytest.raises(FAILURES, match=r"data/colors/train-00000.\.tar: sample .*: damaged picture: cut off"):
         dataset.choose(1)
 
 

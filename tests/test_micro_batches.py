@@ -54,7 +54,7 @@ def test_a_trial_of_one_rank_meets_pairs_of_all_ranks_and_waits_for_none(monkeyp
     assert everyone.shape == (6, 5)
     everyone.sum().backward()
     assert rows.grad is not None
-    recipe = small_recipe(losses={"spatial_token": {"kind": "filip"}, "frequency_token": {"kind": "filip"}})
+    recipe = small_recipe(losses={"positives": "concept", "spatial_token": {"kind": "filip"}})
     try_once(recipe, small_training(small_model(recipe, dtype=torch.float32)), share=4, size=2)
 
 

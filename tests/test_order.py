@@ -3,21 +3,23 @@
 import numpy as np
 import pytest
 
-from mlip_cli.data.order import BLOCK, Order, Position, key, permute
+from mlip_cli.data.order import BLOCK_POSITIONS, Order, Position, hash_of, permute
 from mlip_cli.errors import UsageError
 
 
 def test_golden_values() -> None:
     """These numbers decide what every run reads: they must never change."""
-    assert key(0) == 6238072747940578789
-    assert key(1, 2) == 14485136212573827553
-    assert permute(np.arange(10), 10, key(0, 0, 0)).tolist() == [5, 7, 9, 8, 2, 3, 0, 1, 6, 4]
-    assert permute(np.array([0, 1, 10**7]), 12_423_374, key(7)).tolist() == [10399986, 5239015, 1703853]
+    assert hash_of(0) == 6238072747940578789
+    assert hash_of(1, 2) == 14485136212573827553
+    assert permute(np.arange(10), 10, hash_of(0, 0, 0)).tolist() == [5, 7, 9, 8, 2, 3, 0, 1, 6, 4]
+    assert permute(np.array([0, 1, 10**7]), 12_423_374, hash_of(7)).tolist() == [10399986, 5239015, 1703853]
     plain = Order([5, 8], None, seed=3, global_batch_size=4).positions(np.arange(10, 18))
     assert plain.source.tolist() == [1, 0, 1, 1, 1, 1, 1, 0]
     assert plain.index.tolist() == [5, 2, 6, 3, 7, 1, 2, 1]
     assert plain.epoch.tolist() == [0, 0, 1, 1, 1, 1, 1, 1]
-    weighted = Order([5, 8], [1, 0.1], seed=3, global_batch_size=4).positions(np.arange(BLOCK - 4, BLOCK + 4))
+    weighted = Order([5, 8], [1, 0.1], seed=3, global_batch_size=4).positions(
+        np.arange(BLOCK_POSITIONS - 4, BLOCK_POSITIONS + 4)
+    )
     assert weighted.source.tolist() == [0, 0, 0, 0, 0, 0, 0, 0]
     assert weighted.index.tolist() == [3, 3, 2, 2, 2, 0, 2, 0]
     assert weighted.epoch.tolist() == [4651, 8363, 1008, 4635, 19603, 17655, 16869, 16288]
@@ -27,13 +29,13 @@ def test_golden_values() -> None:
 @pytest.mark.parametrize("n", [1, 2, 3, 5, 16, 17, 255, 1000, 4097])
 def test_permute_is_a_bijection(n: int) -> None:
     for seed in range(3):
-        assert np.array_equal(np.sort(permute(np.arange(n), n, key(seed))), np.arange(n))
+        assert np.array_equal(np.sort(permute(np.arange(n), n, hash_of(seed))), np.arange(n))
 
 
 def test_permute_looks_random() -> None:
     """Places and values fall evenly into a 50 x 50 table; two keys, and neighbours, are unrelated."""
     n = 100_000
-    x, y = permute(np.arange(n), n, key(1, 2)), permute(np.arange(n), n, key(1, 3))
+    x, y = permute(np.arange(n), n, hash_of(1, 2)), permute(np.arange(n), n, hash_of(1, 3))
     table = np.histogram2d(x, np.arange(n), bins=50)[0]
     expected = n / 2500
     assert 0.9 < ((table - expected) ** 2 / expected).sum() / 49**2 < 1.1
@@ -57,7 +59,7 @@ def test_every_epoch_leaves_out_another_tail_and_repeats_nothing() -> None:
 @pytest.mark.parametrize("weights", [None, (1.0, 2.0, 0.5)])
 def test_random_access_equals_sequential(weights: tuple[float, ...] | None) -> None:
     order = Order([100, 500, 40], weights, seed=7, global_batch_size=16)
-    t = np.arange(BLOCK - 2000, BLOCK + 2000)
+    t = np.arange(BLOCK_POSITIONS - 2000, BLOCK_POSITIONS + 2000)
     whole = order.positions(t)
     some = np.random.default_rng(0).permutation(len(t))[:300]
     part = order.positions(t[some])
@@ -71,12 +73,12 @@ def test_weighted_sources_have_their_shares_and_repeat_only_between_epochs() -> 
     order = Order(sizes, weights, seed=7, global_batch_size=128)
     assert order.steps_per_epoch is None
     blocks = 3
-    found = order.positions(np.arange(blocks * BLOCK))
+    found = order.positions(np.arange(blocks * BLOCK_POSITIONS))
     for source, (size, weight) in enumerate(zip(sizes, weights, strict=True)):
         mine = found.source == source
         for block in range(blocks):
-            drawn = mine[block * BLOCK : (block + 1) * BLOCK].sum()
-            assert abs(drawn - BLOCK * weight / 3.1) <= 1
+            drawn = mine[block * BLOCK_POSITIONS : (block + 1) * BLOCK_POSITIONS].sum()
+            assert abs(drawn - BLOCK_POSITIONS * weight / 3.1) <= 1
         for epoch in range(int(found.epoch[mine].max())):
             index = found.index[mine & (found.epoch == epoch)]
             assert np.array_equal(np.sort(index), np.arange(size))

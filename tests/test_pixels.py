@@ -1,4 +1,4 @@
-"""Every way a picture can come in, and what is stored."""
+"""What prepare-data stores of a picture."""
 
 import io
 from typing import Any
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image
 
-from mlip_cli.data.pictures import ORIENTATIONS, RejectedPictureError
+from mlip_cli.data.pictures import RejectedPictureError
 from mlip_cli.data.prepare.pixels import StoredPicture, hash_pixels, store
 
 RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
@@ -37,16 +37,15 @@ def near(found: Any, wanted: tuple[int, int, int], tolerance: int = 6) -> bool:
     return max(abs(a - b) for a, b in zip(found, wanted, strict=True)) <= tolerance
 
 
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_orientation_is_applied_as_a_viewer_would(orientation: int) -> None:
-    upright = Image.fromarray(np.random.default_rng(0).integers(0, 255, (20, 40, 3), dtype=np.uint8))
-    inverse = {5: 5, 6: 8, 7: 7, 8: 6}.get(orientation, orientation)
-    as_stored = upright.transpose(ORIENTATIONS[inverse]) if orientation > 1 else upright
+@pytest.mark.parametrize("kind", ["JPEG", "TIFF"])
+def test_a_large_picture_on_its_side_is_stored_upright(kind: str) -> None:
+    """Pillow decodes a large JPEG at half its size; the size that it asks for lies on its side too."""
     exif = Image.Exif()
-    exif[ExifTags.Base.Orientation] = orientation
-    stored = store(encoded(as_stored, exif=exif), size=256)
-    assert (stored.width, stored.height) == (stored.original_width, stored.original_height) == (40, 20)
-    assert np.array_equal(np.asarray(decoded(stored)), np.asarray(upright))
+    exif[ExifTags.Base.Orientation] = 6
+    stored = store(encoded(two_halves().resize((400, 200)), kind, exif=exif), size=50)
+    assert (stored.original_width, stored.original_height, stored.width, stored.height) == (200, 400, 50, 100)
+    assert near(decoded(stored).getpixel((25, 20)), RED)
+    assert near(decoded(stored).getpixel((25, 80)), BLUE)
 
 
 def test_short_side_is_stored_and_nothing_is_enlarged() -> None:
@@ -71,44 +70,6 @@ def test_formats_without_loss_keep_their_pixels(format: str) -> None:
     assert store(content, size=256).pixels == hash_pixels(two_halves())
 
 
-def test_16_bits_are_scaled_not_clipped() -> None:
-    gray = Image.fromarray(np.array([[0, 257, 32896, 65535]] * 4, np.uint16))
-    values = np.asarray(decoded(store(encoded(gray), size=256)))[0, :, 0]
-    assert values.tolist() == [0, 1, 128, 255]
-    tiff = store(encoded(gray, "TIFF"), size=256)
-    assert tiff.pixels == store(encoded(gray), size=256).pixels
-
-
-def test_transparency_lies_on_white() -> None:
-    rgba = two_halves((255, 0, 0, 128), (0, 0, 0, 0), mode="RGBA")
-    image = decoded(store(encoded(rgba), size=256))
-    assert near(image.getpixel((5, 5)), (255, 127, 127), 1)
-    assert image.getpixel((35, 5)) == WHITE
-    gray_alpha = decoded(store(encoded(Image.new("LA", (8, 8), (0, 0))), size=256))
-    assert gray_alpha.getpixel((0, 0)) == WHITE
-    palette = two_halves().quantize(2)
-    keyed = decoded(store(encoded(palette, transparency=palette.getpixel((5, 5))), size=256))
-    assert keyed.getpixel((5, 5)) == WHITE
-    assert keyed.getpixel((35, 5)) == BLUE
-
-
-def test_palette_gray_bilevel_and_cmyk_become_rgb() -> None:
-    assert decoded(store(encoded(two_halves().quantize(4)), size=256)).getpixel((35, 5)) == BLUE
-    assert decoded(store(encoded(Image.new("L", (8, 8), 77)), size=256)).getpixel((0, 0)) == (77, 77, 77)
-    assert decoded(store(encoded(Image.new("1", (8, 8), 1)), size=256)).getpixel((0, 0)) == WHITE
-    cmyk = decoded(store(encoded(two_halves().convert("CMYK"), "JPEG", quality=95), size=256))
-    assert near(cmyk.getpixel((5, 5)), RED)
-    assert near(cmyk.getpixel((35, 5)), BLUE)
-
-
-@pytest.mark.parametrize("format", ["GIF", "WEBP", "PNG"])
-def test_first_frame_of_an_animation(format: str) -> None:
-    frames = [Image.new("RGB", (8, 8), RED), Image.new("RGB", (8, 8), BLUE)]
-    options = {"lossless": True} if format == "WEBP" else {}
-    content = encoded(frames[0], format, save_all=True, append_images=frames[1:], **options)
-    assert decoded(store(content, size=256)).getpixel((0, 0)) == RED
-
-
 def test_metadata_is_stripped() -> None:
     exif = Image.Exif()
     exif[ExifTags.Base.Make] = "SECRET CAMERA"
@@ -130,43 +91,6 @@ def test_equal_pixels_have_equal_hashes_whatever_held_them() -> None:
     assert store(encoded(wide), size=256).pixels != store(encoded(tall), size=256).pixels
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"hello", "not a picture: none of JPEG, PNG, WEBP, GIF, BMP, TIFF"),
-        (b"", "not a picture: none of JPEG, PNG, WEBP, GIF, BMP, TIFF"),
-        (encoded(two_halves(), "PPM"), "not a picture: none of JPEG, PNG, WEBP, GIF, BMP, TIFF"),
-        (encoded(Image.new("F", (8, 8)), "TIFF"), "unknown range of values: mode F"),
-        (encoded(Image.new("1", (8001, 8000))), "picture too large: 8001 x 8000 pixels, over 64 megapixels"),
-        (encoded(Image.new("1", (10_000, 10_000))), "picture too large: over 64 megapixels"),
-        (encoded(Image.new("1", (20_000, 10_000))), "picture too large: over 64 megapixels"),
-        (encoded(Image.new("1", (20_000, 8))), "picture too long: 20000 x 8 pixels"),
-    ],
-)
-def test_what_cannot_be_stored_says_why(content: bytes, message: str) -> None:
-    with pytest.raises(RejectedPictureError) as error:
-        store(content, size=256)
-    assert str(error.value) == message
-
-
-def test_a_truncated_jpeg_is_damaged() -> None:
-    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (200, 200, 3), dtype=np.uint8))
-    content = encoded(noise, "JPEG")
-    with pytest.raises(RejectedPictureError, match=r"^damaged picture: image file is truncated"):
-        store(content[: len(content) // 2], size=256)
-
-
-def test_damage_anywhere_is_a_reject_and_never_a_crash() -> None:
-    random = np.random.default_rng(0)
-    rejected = 0
-    for format in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"):
-        whole = encoded(two_halves(), format)
-        for _ in range(60):
-            content = bytearray(whole)
-            for at in random.integers(0, len(content), 3):
-                content[at] = random.integers(0, 256)
-            try:
-                store(bytes(content[: random.integers(1, len(content) + 1)]), size=16)
-            except RejectedPictureError:
-                rejected += 1
-    assert rejected > 100
+def test_a_picture_longer_than_webp_allows_is_rejected() -> None:
+    with pytest.raises(RejectedPictureError, match=r"^picture too long: 20000 x 8 pixels$"):
+        store(encoded(Image.new("1", (20_000, 8))), size=256)

@@ -21,6 +21,7 @@ from mlip_cli.data.dataset import BadSampleError, ShardDataset
 from mlip_cli.data.loader import training_loader
 from mlip_cli.data.open import open_sources
 from mlip_cli.data.order import Order
+from mlip_cli.data.sources.records import Caption
 from mlip_cli.data.tokenizer import Tokenizer
 from mlip_cli.errors import UsageError
 from mlip_cli.evaluate.validation import evaluation_loader
@@ -97,7 +98,7 @@ def opened(path: Path | str, cache: Cache) -> ShardDataset:
 
 
 def captions(dataset: ShardDataset) -> list[list[str]]:
-    return [[c["text"] for c in dataset.read(id).record["captions"]] for id in range(dataset.num_samples)]
+    return [[caption.text for caption in dataset.read(id).captions] for id in range(dataset.num_samples)]
 
 
 @pytest.mark.parametrize("format", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT, SEVENTH_EDITION])
@@ -109,7 +110,7 @@ def test_samples_are_those_of_the_tars(folder: Path, cache: Cache, format: int) 
         sample = dataset.read(id)
         assert (sample.key, sample.image) == (f"{id:05d}", picture(id))
         assert sample.shard == str(folder / f"{id // 8:04d}.tar")
-        assert sample.record["captions"] == [{"text": f"picture number {id}", "weight": 1.0}]
+        assert sample.captions == (Caption(f"picture number {id}", 1.0),)
     lengths = [Tokenizer(77).count(f"picture number {i}") for i in range(29)]
     assert dataset.num_tokens(range(29)).tolist() == lengths
 
@@ -141,22 +142,22 @@ def test_names_texts_and_endings_of_all_kinds(tmp_path: Path, cache: Cache, said
     ]
     found = captions(dataset)
     assert found == [["dots"], ["fewer dots"], ["from json"], ["long name"], ["not ASCII"], ["one", "two"]]
-    assert dataset.read(2).record["class"] == "thing"
-    assert dataset.read(2).record["meta"] == {"url": "x"}
+    assert dataset.read(2).label == "thing"
+    assert dataset.read(2).meta == {"url": "x"}
     assert dataset.read(0).key == "dots.in.key"
-    assert said == [f"{tmp_path}/in: making the indexes of 1 tar, 0.00 GiB, once"]
+    assert said == [f"{tmp_path}/in: indexing 1 tar, 0.00 GiB; this is done once"]
 
 
 @pytest.mark.parametrize("format", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
-def test_names_that_are_no_text(tmp_path: Path, cache: Cache, said: list[str], format: int) -> None:
+def test_names_that_are_not_text(tmp_path: Path, cache: Cache, said: list[str], format: int) -> None:
     """Each is one sample, used once and refused never."""
     latin = [b"caf\xe9".decode(errors="surrogateescape"), b"\xff".decode(errors="surrogateescape")]
     members = {f"{name}.{end}": what for name in latin for end, what in (("jpg", picture(0)), ("txt", "coffee"))}
     write_tar(tmp_path / "in" / "a.tar", members, format=format)
     dataset = opened(tmp_path / "in", cache)
     assert captions(dataset) == [["coffee"], ["coffee"]]
-    assert [len(dataset.read(id).key) for id in range(2)] == [4, 1]
-    assert said == [f"{tmp_path}/in: making the indexes of 1 tar, 0.00 GiB, once"]
+    assert [dataset.read(id).key for id in range(2)] == [r"caf\udce9", r"\udcff"]
+    assert said == [f"{tmp_path}/in: indexing 1 tar, 0.00 GiB; this is done once"]
 
 
 def test_what_webdataset_writes(tmp_path: Path, cache: Cache) -> None:
@@ -206,7 +207,7 @@ def test_order_and_resume_are_exact(folder: Path, cache: Cache) -> None:
     )
 
 
-def test_what_is_no_sample_is_counted(folder: Path, cache: Cache, said: list[str]) -> None:
+def test_unusable_samples_are_counted(folder: Path, cache: Cache, said: list[str]) -> None:
     members = plain(range(8)) | {
         "twice.jpg": picture(1),
         "twice.png": picture(1, "PNG"),
@@ -229,7 +230,7 @@ def test_what_is_no_sample_is_counted(folder: Path, cache: Cache, said: list[str
     assert captions(dataset) == [[f"picture number {i}"] for i in range(24)]
     assert said[1:] == [
         f"{folder}: 8 samples cannot be used and 24 can: 2 no caption, 1 KEY.json is not a JSON object, "
-        "1 a picture that is neither JPEG nor PNG nor WebP; mlip prepare-data reads it, 1 caption is not UTF-8, "
+        "1 a picture that is not JPEG, PNG or WebP; mlip prepare-data reads it, 1 caption is not UTF-8, "
         f"1 empty picture, 1 no picture, 1 several pictures (first: {tar}: sample twice: several pictures)"
     ]
 
@@ -293,7 +294,7 @@ def test_a_tar_that_changes_while_it_is_read_gives_bad_samples_never_wrong_pairs
                 num_bad += error.shard == f"{folder}/0000.tar" and error.key.startswith("at byte ")
                 continue
             assert sample.image == picture(int(sample.key))
-            assert sample.record["captions"][0]["text"] == f"picture number {int(sample.key)}"
+            assert sample.captions[0].text == f"picture number {int(sample.key)}"
     assert 30 < num_bad < 240
 
 
@@ -303,17 +304,19 @@ def test_what_cannot_be_read_in_any_order_is_refused(folder: Path, cache: Cache,
             opened(path, cache)
         return str(error.value)
 
-    stream = "a stream is read once and from its start: a run could neither shuffle all of it nor go on; save it as"
+    stream = "a stream can only be read from its start, so a run could not shuffle it or resume in its middle; save"
     for path in ("pipe:curl -s x", "https://host/{0000..0009}.tar"):
-        assert message(path) == f"{path}: {stream} tars and name these, or prepare them (mlip prepare-data TARS OUT)"
+        assert (
+            message(path) == f"{path}: {stream} it as tars and name these, or prepare them (mlip prepare-data TARS OUT)"
+        )
     for split in ("train", "test"):
         shutil.copytree(folder, tmp_path / "both" / split)
     assert message(tmp_path / "both").endswith("/both: tars of several splits (test, train); name the folder of one")
     assert opened(tmp_path / "both" / "train", cache).num_samples == 24
     write_tar(tmp_path / "no" / "0.tar", {"a.jpg": picture(0), "b.txt": "alone"})
     assert message(tmp_path / "no") == (
-        f"{tmp_path}/no: no sample of 1 tar can be used (1 no caption, 1 no picture); one is a picture and KEY.txt or "
-        "KEY.json, and mlip prepare-data names each that is none"
+        f"{tmp_path}/no: no sample of 1 tar can be used (1 no caption, 1 no picture); a sample is a picture with "
+        "KEY.txt or KEY.json; mlip prepare-data lists the samples that it rejects"
     )
     assert message(tmp_path / "gone").startswith(f"{tmp_path}/gone: no such file or folder")
 

@@ -100,7 +100,7 @@ def test_one_concept_for_all_leaves_nothing_to_learn_but_evenness() -> None:
 
 def test_labels_stand_for_the_concept_or_else_for_the_caption() -> None:
     def label(concept: object, caption: str) -> int:
-        return label_of({"meta": {"concept": concept}}, caption)
+        return label_of({"concept": concept}, caption)
 
     assert label("dog", "a dog") == label("dog", "another one") != label("cat", "a dog")
     assert label(None, "A  dog\n") == label("", "a dog") == label_of({}, "a dog") == label_of({"meta": None}, "a dog")

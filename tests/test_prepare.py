@@ -1,9 +1,12 @@
-"""From source to shards: nothing lost, the same bytes every time, refused what does not fit."""
+"""From source to shards: no row is lost, the bytes are the same every time, and what does not fit is refused."""
 
 import json
+import multiprocessing
 import re
 import shutil
 from collections import namedtuple
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,7 @@ import numpy as np
 import pytest
 from sources_for_tests import contents, picture, prepare, rejects, samples, texts, write_files, write_sidecars
 
-from mlip_cli.data.dataset import ShardDataset
+from mlip_cli.data.open import open_prepared
 from mlip_cli.data.prepare import assemble as prepare_module
 from mlip_cli.data.prepare.assemble import SourceError, assign_splits
 from mlip_cli.data.prepare.parts import NO_SPLIT
@@ -26,7 +29,7 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(records, "PART_ROWS", 4)
 
 
-def test_in_is_out_plus_rejects_and_a_truncated_jpeg_stops_nothing(
+def test_rows_are_samples_plus_rejects_and_a_truncated_jpeg_stops_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     source = write_sidecars(tmp_path / "in", 5)
@@ -54,14 +57,15 @@ def test_in_is_out_plus_rejects_and_a_truncated_jpeg_stops_nothing(
 
 def test_what_training_reads_is_what_was_prepared(tmp_path: Path) -> None:
     prepare(write_sidecars(tmp_path / "in", 5), tmp_path / "out")
-    dataset = ShardDataset(tmp_path / "out" / "train")
+    dataset = open_prepared(tmp_path / "out" / "train")
     found = samples(tmp_path / "out")
     assert dataset.num_samples == 5
     for i, sample in enumerate(found):
         raw = dataset.read(i)
         assert (raw.key, raw.image) == (sample["key"], sample["image"])
-        assert raw.record == {key: sample[key] for key in raw.record}
-        assert set(raw.record) == {
+        assert ([asdict(caption) for caption in raw.captions], raw.label) == (sample["captions"], sample["class"])
+        assert raw.meta == sample["meta"]
+        assert set(sample) - {"key", "image", "txt", "format"} == {
             *("captions", "class", "width", "height", "original_width", "original_height", "sha256", "source", "meta")
         }
     counts = [Tokenizer(77).count(f"picture number {i}") for i in range(5)]
@@ -70,13 +74,15 @@ def test_what_training_reads_is_what_was_prepared(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("small_parts")
-def test_bytes_do_not_depend_on_workers(tmp_path: Path) -> None:
+def test_bytes_do_not_depend_on_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fork = multiprocessing.get_context("fork")  # spawned workers would load torch first
+    monkeypatch.setattr(multiprocessing, "get_context", lambda _: fork)
     source = write_sidecars(tmp_path / "in", 30)
     (source / "00007.png").write_bytes(b"broken")
     prepare(source, tmp_path / "one", workers=1, holdout=0.3)
-    prepare(source, tmp_path / "two", workers=2, holdout=0.3)
+    prepare(source, tmp_path / "three", workers=3, holdout=0.3)
     one = contents(tmp_path / "one")
-    assert one == contents(tmp_path / "two")
+    assert one == contents(tmp_path / "three")
     assert {"train/train-000000.tar", "validation/validation-000000.tar", "rejects.parquet"} <= set(one)
 
 
@@ -107,7 +113,7 @@ def test_holdout_is_by_pixels_and_stable(tmp_path: Path) -> None:
     }
 
 
-def test_how_many_were_held_out_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_number_of_held_out_samples_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     source = write_sidecars(tmp_path / "in", 30)
     with caplog.at_level("INFO", logger="mlip_cli"):
         summary = prepare(source, tmp_path / "out", holdout=0.1)
@@ -152,7 +158,7 @@ def test_a_second_run_does_nothing_and_other_wishes_are_refused(
     before = contents(tmp_path / "out")
     capsys.readouterr()
     with monkeypatch.context() as patch, caplog.at_level("INFO", logger="mlip_cli"):
-        patch.setattr(prepare_module, "prepare_parts", None)
+        patch.setattr(prepare_module, "prepare", None)
         assert prepare(source, tmp_path / "out", workers=2) == summary
     assert json.loads(capsys.readouterr().out) == summary
     out = tmp_path / "out"
@@ -209,7 +215,7 @@ def test_a_folder_with_other_files_is_left_alone(tmp_path: Path) -> None:
     assert str(error.value) == f"{out}: holds other files; name a new folder"
     with pytest.raises(UsageError) as error:
         prepare(source, out / "thesis.tex")
-    assert str(error.value) == f"{out / 'thesis.tex'}: a file; OUT is a folder"
+    assert str(error.value) == f"{out / 'thesis.tex'}: is a file; OUT must be a folder"
     assert [path.name for path in out.iterdir()] == ["thesis.tex"]
 
 
@@ -220,14 +226,15 @@ def test_a_source_that_is_not_what_it_seems_stops_early(tmp_path: Path, monkeypa
     for i in range(60):
         (source / f"{i:05d}.png").write_bytes(b"<html>")
     seen = 0
-    remember = prepare_module.Workspace.remember
+    run_parallel = prepare_module.run_parallel
 
-    def counted(work: Any, result: Any) -> None:
+    def counted(*arguments: Any, **options: Any) -> Iterator[Any]:
         nonlocal seen
-        seen += 1
-        remember(work, result)
+        for result in run_parallel(*arguments, **options):
+            seen += 1
+            yield result
 
-    monkeypatch.setattr(prepare_module.Workspace, "remember", counted)
+    monkeypatch.setattr(prepare_module, "run_parallel", counted)
     with pytest.raises(SourceError) as error:
         prepare(source, tmp_path / "out")
     assert str(error.value) == (
@@ -273,6 +280,6 @@ def test_openmoji_small(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> Non
         f"mlip pretrain openmoji data.train={tmp_path}/out/train data.validation={tmp_path}/out/test"
         " train.global_batch_size=4"
     )
-    card = ShardDataset(tmp_path / "out" / "test").card
+    card = open_prepared(tmp_path / "out" / "test").card
     assert card["provenance"]["license"] == "CC BY-SA 4.0"
     assert (card["split"], card["num_samples"]) == ("test", 6)

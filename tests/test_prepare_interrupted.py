@@ -1,68 +1,74 @@
-"""Killed, interrupted, out of space: nothing half-written looks whole, and the next run goes on."""
+"""Preparation that is killed, interrupted or out of space: no half-written file looks whole, the next run goes on."""
 
+import multiprocessing
 import os
+import resource
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from locks_for_tests import held_elsewhere
+from parts_for_tests import endless_part
 from sources_for_tests import contents, prepare, write_sidecars
 
-from mlip_cli.data.prepare.workspace import PartResult, Workspace, finished_summary, opened
+from mlip_cli.cli import main
+from mlip_cli.data.prepare import assemble
+from mlip_cli.data.prepare.workspace import finished_summary, opened
 from mlip_cli.data.sources import records
 from mlip_cli.errors import UsageError
+from mlip_cli.terminal import endings
 
 ROOT = Path(__file__).parent.parent
 
-CHILD = """
-import multiprocessing, os, resource, signal, sys
-from mlip_cli.cli import main
-from mlip_cli.data.sources import records
-from mlip_cli.data.prepare.workspace import Workspace
 
-def disturbed(work, result, remember=Workspace.remember):
-    remember(work, result)
-    if result.number == 1:
-        print("workers", *[process.pid for process in multiprocessing.active_children()], flush=True)
-        {disturb}
+def disturbed_run(folder: Path, disturb: Callable[[], None], *, workers: int = 1) -> tuple[int | None, str]:
+    """Prepare `folder`/in in a forked process that does `disturb` when two parts are done: (exit code, stderr)."""
+    process = multiprocessing.get_context("fork").Process(target=_disturbed, args=(folder, disturb, workers))
+    process.start()
+    process.join()
+    return process.exitcode, (folder / "stderr").read_text()
 
-if __name__ == "__main__":
+
+def _disturbed(folder: Path, disturb: Callable[[], None], workers: int) -> None:
+    run_parallel = assemble.run_parallel
+
+    def disturbed(*arguments: Any, **options: Any) -> Iterator[Any]:
+        for count, result in enumerate(run_parallel(*arguments, **options), start=1):
+            if count == 2:
+                disturb()
+            yield result
+
+    os.setsid()
+    os.chdir(folder)
+    signal.signal(signal.SIGINT, endings.interrupt)
+    sys.stderr = open("stderr", "w")  # noqa: SIM115 - open until the process ends
+    sys.argv = ["mlip", "prepare-data", "in", "out", "--holdout", "0", "--workers", str(workers)]
     records.PART_ROWS = 4
-    Workspace.remember = disturbed
+    assemble.run_parallel = disturbed
     main()
-"""
-
-
-def disturbed_run(tmp_path: Path, disturb: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run prepare-data on tmp_path/in in a process of its own and do `disturb` after its second part."""
-    script = tmp_path / "child.py"
-    script.write_text(CHILD.format(disturb=disturb))
-    command = [sys.executable, str(script), "prepare-data", "in", "out", "--holdout", "0", *arguments]
-    env = os.environ | {"PYTHONPATH": str(ROOT), "NO_COLOR": "1"}
-    return subprocess.run(
-        command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False, start_new_session=True
-    )
 
 
 def visible(out: Path) -> list[str]:
     return [path.name for path in out.iterdir() if path.name != ".prepare"]
 
 
-def worker_pids(done: subprocess.CompletedProcess[str]) -> list[int]:
-    return [int(word) for word in done.stdout.split()[1:]]
-
-
 def assert_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The journal's parts are not made again, and the result is that of a run that nobody disturbed."""
+    """Finished parts are not made again, and the result is that of a run that nobody disturbed."""
     made = []
-    remember = Workspace.remember
+    run_parallel = assemble.run_parallel
 
-    def remembered(work: Workspace, result: PartResult) -> None:
-        made.append(result.number)
-        remember(work, result)
+    def noted(*arguments: Any, **options: Any) -> Iterator[Any]:
+        for result in run_parallel(*arguments, **options):
+            made.append(result.number)
+            yield result
 
     monkeypatch.setattr(records, "PART_ROWS", 4)
-    monkeypatch.setattr(Workspace, "remember", remembered)
+    monkeypatch.setattr(assemble, "run_parallel", noted)
     monkeypatch.chdir(tmp_path)
     prepare("in", Path("out"))
     assert made == [2, 3, 4]
@@ -73,39 +79,48 @@ def assert_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_after_kill_9_the_next_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_sidecars(tmp_path / "in", 20)
-    done = disturbed_run(tmp_path, "os.kill(os.getpid(), signal.SIGKILL)", "--workers", "1")
-    assert done.returncode == -9
+    code, _ = disturbed_run(tmp_path, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    assert code == -signal.SIGKILL
     assert visible(tmp_path / "out") == []
     work = tmp_path / "out" / ".prepare"
     (work / "parts" / ".part-000002.tar.1.tmp").write_bytes(b"half")
-    with open(work / "journal.jsonl", "a") as journal:
-        journal.write('\n{"number": 2, "ro')
+    (work / "parts" / ".part-000001.json.1.tmp").write_bytes(b'{"number": 1, "ro')
     assert_goes_on_to_the_same_bytes(tmp_path, monkeypatch)
 
 
-def test_ctrl_c_ends_the_workers_and_leaves_nothing_half_written(tmp_path: Path) -> None:
+def test_ctrl_c_ends_the_workers_and_leaves_nothing_half_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_sidecars(tmp_path / "in", 20)
-    done = disturbed_run(tmp_path, "os.killpg(0, signal.SIGINT)", "--workers", "2")
-    assert done.returncode == 130, done.stderr
-    assert done.stderr.splitlines()[-1] == "out: interrupted; run the same command again: it goes on"
-    assert "Traceback" not in done.stderr
+    parts = tmp_path / "out" / ".prepare" / "parts"
+
+    def interrupt() -> None:
+        deadline = time.monotonic() + 60
+        while len(list(parts.glob(".*.tmp"))) < 2 and time.monotonic() < deadline:  # until both workers are writing
+            time.sleep(0.01)
+        (tmp_path / "pids").write_text(" ".join(str(process.pid) for process in multiprocessing.active_children()))
+        os.killpg(0, signal.SIGINT)
+
+    monkeypatch.setattr(assemble, "prepare_part", endless_part)
+    code, said = disturbed_run(tmp_path, interrupt, workers=2)
+    assert code == 130, said
+    assert said.splitlines()[-1] == "out: interrupted; run the same command again: it goes on"
+    assert "Traceback" not in said
     assert visible(tmp_path / "out") == []
-    assert list((tmp_path / "out" / ".prepare" / "parts").glob(".*")) == []
-    pids = worker_pids(done)
+    assert list(parts.glob(".*")) == []
+    pids = (tmp_path / "pids").read_text().split()
     assert len(pids) == 2
     for pid in pids:
         with pytest.raises(ProcessLookupError):
-            os.kill(pid, 0)
+            os.kill(int(pid), 0)
 
 
-def test_a_full_disk_is_named_and_the_next_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_reported_and_the_next_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_sidecars(tmp_path / "in", 20)
-    limit = "resource.setrlimit(resource.RLIMIT_FSIZE, (6000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))"
-    done = disturbed_run(tmp_path, limit, "--workers", "1")
-    assert done.returncode == 1
-    assert done.stderr.splitlines()[-1] == (
-        "error: out: File too large; make room and run the same command again: it goes on"
-    )
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    code, said = disturbed_run(tmp_path, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (6000, unlimited)))
+    assert code == 1
+    assert said.splitlines()[-1] == "error: out: File too large; make room and run the same command again: it goes on"
     assert visible(tmp_path / "out") == []
     assert list((tmp_path / "out" / ".prepare" / "parts").glob(".*")) == []
     assert_goes_on_to_the_same_bytes(tmp_path, monkeypatch)
@@ -124,7 +139,9 @@ def test_a_second_run_loads_nothing_heavy(tmp_path: Path) -> None:
 
 def test_a_half_prepared_folder_keeps_its_request_and_its_lock(tmp_path: Path) -> None:
     request = {"size": 64, "source_fingerprint": "a"}
-    with opened(tmp_path / "out", request), pytest.raises(UsageError) as error, opened(tmp_path / "out", request):
+    with opened(tmp_path / "out", request) as work:
+        pass
+    with held_elsewhere(work.folder / "lock"), pytest.raises(UsageError) as error, opened(tmp_path / "out", request):
         pass
     assert str(error.value) == (
         f"{tmp_path / 'out'}: another mlip prepare-data is writing here; wait for it or name another folder"

@@ -1,4 +1,4 @@
-"""Each kind of source: what is read from it, and what is refused with which words."""
+"""Each format of a source: what is read from it, and which sources are refused."""
 
 import json
 import os
@@ -170,8 +170,8 @@ def test_folders_behind_links_are_read_and_loops_are_not(tmp_path: Path) -> None
     ]  # fmt: skip
 
 
-def test_pipes_and_devices_are_no_pictures(tmp_path: Path) -> None:
-    """Whoever opened one would wait for ever."""
+def test_pipes_and_devices_are_rejected_as_pictures(tmp_path: Path) -> None:
+    """Reading one would wait for ever."""
     source = write_files(tmp_path / "in", {"dog/0.png": picture(0), "dog/1.png": picture(1)})
     os.mkfifo(source / "dog" / "2.jpg")
     (source / "dog" / "3.jpg").symlink_to("/dev/zero")
@@ -195,7 +195,7 @@ def test_pipes_and_devices_are_no_pictures(tmp_path: Path) -> None:
     ]
 
 
-def test_the_columns_that_were_taken_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_chosen_columns_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     source = write_files(tmp_path / "in", {"metadata.csv": "path,title,note\n0.png,a,b\n", "0.png": picture(0)})
     with caplog.at_level("INFO", logger="mlip_cli"):
         prepare(source, tmp_path / "out")
@@ -215,7 +215,7 @@ def test_file_names_that_are_not_utf_8(tmp_path: Path) -> None:
     assert prepare(source, tmp_path / "out")["rows"] == 1
     odd = os.fsdecode(b"caf\xe9")
     for names in ((odd, tmp_path / "new"), (source, tmp_path / odd)):
-        with pytest.raises(UsageError, match=r"caf\\udce9: a name that is not UTF-8; rename it$"):
+        with pytest.raises(UsageError, match=r"caf\\udce9: the name is not UTF-8; rename it$"):
             prepare(*names)
 
 
@@ -324,7 +324,7 @@ LOOKED_FOR = (
         ),
     ],
 )
-def test_what_is_no_source(
+def test_what_cannot_be_a_source(
     tmp_path: Path, files: dict[str, bytes | str], source: str, options: dict[str, Any], message: str
 ) -> None:
     (tmp_path / "in").mkdir()

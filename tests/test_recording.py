@@ -17,8 +17,7 @@ from mlip_cli.commands.training import measure
 from mlip_cli.devices import batch_named, full_memory_named
 from mlip_cli.errors import RunError, Stopped, UsageError
 from mlip_cli.evaluate.evaluators import Evaluator, Measures
-from mlip_cli.evaluate.together import Together
-from mlip_cli.evaluate.validation import OnBatch
+from mlip_cli.evaluate.together import OnBatch
 from mlip_cli.losses.objective import Objective
 from mlip_cli.recipe.load import absolute_paths, recipe_yaml
 from mlip_cli.runs import recording
@@ -82,7 +81,7 @@ def test_a_cpu_without_memory_says_the_same_and_other_errors_stay_what_they_are(
 
 
 def test_an_evaluation_that_does_not_fit_is_not_cured_by_smaller_batches_of_training() -> None:
-    def evaluate(encoder: Encoder, on_batch: OnBatch, together: Together) -> Measures:
+    def evaluate(encoder: Encoder, on_batch: OnBatch) -> Measures:
         raise FULL_DEVICE
 
     with pytest.raises(RunError) as error, batch_named("train.micro_batch_size", 8):
@@ -198,9 +197,9 @@ def test_the_command_to_go_on_is_what_was_typed(monkeypatch: pytest.MonkeyPatch)
 def test_a_signal_leaves_an_evaluation_and_its_numbers() -> None:
     asked = False
 
-    def evaluate(encoder: Encoder, on_batch: OnBatch, together: Together) -> Measures:
+    def evaluate(encoder: Encoder, on_batch: OnBatch) -> Measures:
         nonlocal asked
-        for _ in together.in_rounds("ab", together.part(2)):
+        for _ in range(2):
             asked = encoder.model is second
             on_batch(3)
         return Measures({"a_acc1": 0.5}, "top-1 50.0 %; n 6")

@@ -1,6 +1,5 @@
-"""Shards at URLs: fetched whole and checked, kept within bounds, shared by processes, refused where they cannot fit."""
+"""Shards at URLs: fetched whole and checked, shared by processes, refused where they exceed the cache."""
 
-import fcntl
 import json
 import multiprocessing
 import os
@@ -15,28 +14,28 @@ import pytest
 import torch
 from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.registry import known_implementations
+from locks_for_tests import held_elsewhere
 from models_for_tests import small_recipe
 from shards_for_tests import make_dataset
 
 from mlip_cli.data import remote as module
-from mlip_cli.data.cache import GIB
 from mlip_cli.data.dataset import ShardDataset
-from mlip_cli.data.index import index_path
 from mlip_cli.data.loader import training_loader
-from mlip_cli.data.open import fetch_ahead, open_sources
+from mlip_cli.data.open import open_prepared, open_sources
 from mlip_cli.data.order import Order
 from mlip_cli.errors import RunError, UsageError
 from mlip_cli.evaluate.validation import evaluation_loader
+from mlip_cli.files import GIB
 from mlip_cli.recipe.config import Augment, Cache, Data, Source
 from mlip_cli.recipe.load import absolute_paths
 from mlip_cli.train.facts import preflight
 
 N, G = 40, 8
-CURE = "look at network and credentials, then try again"
+CURE = "check network and credentials, then try again"
 
 
 class Trouble:
-    """What goes wrong in fsspec's memory file system, and what was asked of it."""
+    """Failures of fsspec's memory file system that a test orders, and the files it was asked for."""
 
     def __init__(self) -> None:
         self.fails: Callable[[str], Exception | None] = lambda _: None
@@ -49,11 +48,6 @@ class Trouble:
 
     def replace(self, name: str, content: bytes) -> None:
         MemoryFileSystem().pipe_file(f"/bucket/train/{name}", content)
-
-
-@pytest.fixture(autouse=True)
-def _short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "WAITS_S", (0.0, 0.0))
 
 
 @pytest.fixture
@@ -119,7 +113,7 @@ def batches(dataset: ShardDataset, *, start: int = 0, stop: int = 5, num_workers
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_batches_are_those_of_the_folder_itself(folder: Path, cache: Cache, num_workers: int) -> None:
-    here, there = ShardDataset(folder), opened(f"file://{folder}/", cache)
+    here, there = open_prepared(folder), opened(f"file://{folder}/", cache)
     assert (there.fingerprint, there.num_samples) == (here.fingerprint, N)
     assert (there.name, there.place, here.place) == (f"file://{folder}", f"file://{folder}", str(folder.resolve()))
     assert np.array_equal(there.num_tokens(range(N)), here.num_tokens(range(N)))
@@ -147,31 +141,45 @@ def test_opening_fetches_indexes_and_reading_the_shard(trouble: Trouble, cache: 
     assert trouble.asked == ["dataset.json"]
 
 
-def test_a_run_fetches_what_its_steps_read_and_nothing_else(trouble: Trouble, cache: Cache) -> None:
-    dataset, other = opened(trouble.url, cache), opened(trouble.url, cache)
-    order = Order([N], None, seed=0, global_batch_size=4)
-    wanted = {int(i) // 8 for i in order.positions(np.arange(4)).index}
-    assert len(wanted) < 5
-    fetch_ahead([dataset], order, range(4))
-    assert copies(cache) == {f"train-00000{shard}.tar" for shard in wanted}
-    fetch_ahead([other], order, range(10**12))  # it stops looking when it has seen them all
-    assert len(copies(cache)) == 5
-    fetch_ahead([dataset], order, range(0))
+def test_a_run_fetches_every_shard_before_its_first_batch_and_then_asks_for_nothing(
+    trouble: Trouble, cache: Cache
+) -> None:
+    dataset = opened(trouble.url, cache)
     trouble.asked.clear()
-    fetch_ahead([dataset, other], Order([N, N], None, seed=0, global_batch_size=4), range(80))
+    found = iter(batches(dataset, stop=1))
+    assert sorted(trouble.asked) == sorted(copies(cache)) == [f"train-00000{i}.tar" for i in range(5)]
+    trouble.asked.clear()
+    next(found)
+    batches(dataset, start=1)
     assert trouble.asked == []
 
 
-def test_a_failure_that_passes_is_not_seen(trouble: Trouble, cache: Cache) -> None:
-    left = {"train-000003.tar": 2, "train-000001.idx": 1, "dataset.json": 2}
+def test_what_an_interrupted_run_fetched_is_not_fetched_again(trouble: Trouble, cache: Cache) -> None:
+    trouble.fails = lambda name: KeyboardInterrupt() if name == "train-000004.tar" else None
+    with pytest.raises(KeyboardInterrupt):
+        opened(trouble.url, cache).fetch(range(5))
+    there = copies(cache)
+    trouble.fails = lambda _: None
+    trouble.asked.clear()
+    opened(trouble.url, cache).fetch()
+    assert "train-000004.tar" not in there
+    assert sorted(trouble.asked) == sorted({"dataset.json", *copies(cache)} - there)
+
+
+def test_a_failure_that_passes_is_not_seen_where_the_backend_does_not_retry(
+    trouble: Trouble, cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "https" in module.WITHOUT_RETRIES
+    monkeypatch.setattr(module, "WITHOUT_RETRIES", ("memory",))
+    monkeypatch.setattr(module, "WAITS_S", (0.0, 0.0))
+    left = {"train-000003.tar": 2, "train-000001.idx": 1}
 
     def fails(name: str) -> Exception | None:
         left[name] = left.get(name, 0) - 1
         return ConnectionResetError("reset by peer") if left[name] >= 0 else None
 
     trouble.fails = fails
-    dataset = opened(trouble.url, cache)
-    dataset.fetch()
+    opened(trouble.url, cache).fetch()
     assert len(copies(cache)) == 5
     assert trouble.asked.count("train-000003.tar") == 3
 
@@ -200,7 +208,7 @@ def test_a_failure_that_stays_is_one_line_with_the_url(
     with pytest.raises(RunError) as found:
         opened(trouble.url, cache).fetch()
     assert str(found.value) == f"{trouble.url}/{name}: {message}"
-    assert trouble.asked.count(name) == (1 if isinstance(error, PermissionError | FileNotFoundError) else 3)
+    assert trouble.asked.count(name) == 1
     assert copies(cache, ".*.tmp") == set()
     trouble.fails = lambda _: None
     opened(trouble.url, cache).fetch()
@@ -242,8 +250,8 @@ def test_a_copy_that_was_cut_is_fetched_again(trouble: Trouble, cache: Cache) ->
     dataset = opened(trouble.url, cache)
     expected = dataset.read(9)
     dataset.close()
-    os.truncate(dataset.folder / "train-000001.tar", 1000)
-    os.truncate(index_path(dataset.folder / "train-000003.tar"), 100)
+    os.truncate(dataset.tars[1], 1000)
+    os.truncate(dataset.indexes[3], 100)
     assert opened(trouble.url, cache).read(9) == expected
 
 
@@ -260,7 +268,7 @@ def test_names_that_lead_out_of_the_cache_are_refused(trouble: Trouble, cache: C
     assert not (tmp_path / "cache").exists()
 
 
-def test_what_is_no_data_set_there(trouble: Trouble, cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_urls_without_a_data_set_are_refused(trouble: Trouble, cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
     def message(url: str) -> str:
         with pytest.raises(UsageError) as error:
             opened(url, cache)
@@ -291,64 +299,43 @@ def test_data_that_the_cache_cannot_hold_are_refused_at_once(trouble: Trouble, f
     with pytest.raises(UsageError) as error:
         open_sources([Source(path=trouble.url), Source(path=f"file://{folder}")], cache=small)
     assert str(error.value) == (
-        f"data.cache.gib: {small.gib:g} is less than the 0.00 GiB of {trouble.url}, file://{folder}, which are read in "
-        "random order; set it to 1 or more, or copy the data to a disk that all nodes see"
+        f"data.cache.gib: {small.gib:g} is less than the 0.00 GiB of {trouble.url}, file://{folder}, which a run "
+        "fetches whole; set it to 1 or more, or copy the data to a disk that all nodes see"
     )
     with pytest.raises(UsageError, match=r"GiB of memory:.*, file://"):  # for validation, beside what training reads
         open_sources([Source(path=f"file://{folder}")], cache=small, beside=[opened(trouble.url, small)])
     assert copies(cache) == set()
 
 
-def tars(*datasets: ShardDataset) -> list[int]:
-    return [len(list(dataset.folder.glob("*.tar"))) for dataset in datasets]
-
-
-def three_sets(tmp_path: Path, cache: Cache) -> tuple[list[str], Cache]:
-    """URLs of data sets of four shards of about the same size, and a cache that has room for ten of the shards."""
-    folders = [make_dataset(tmp_path / f"set{i}", n=16, shard_size=4, seed=i) for i in range(3)]
-    return [f"file://{folder}" for folder in folders], cache.model_copy(update={"gib": size_in_gib(folders[0]) * 2.6})
-
-
-def test_what_is_read_never_makes_room(tmp_path: Path, cache: Cache) -> None:
-    urls, room = three_sets(tmp_path, cache)
+def test_what_exceeds_the_cache_is_refused_and_what_may_be_deleted_is_named(tmp_path: Path, cache: Cache) -> None:
+    urls = [f"file://{make_dataset(tmp_path / f'set{i}', n=16, shard_size=4, seed=i)}" for i in range(3)]
+    room = cache.model_copy(update={"gib": size_in_gib(tmp_path / "set0") * 2.6})
     first, second, third = (opened(url, room) for url in urls)
     first.fetch()
     second.fetch()
-    with pytest.raises(RunError, match=r"^data\.cache\.gib: 0\.00 GiB more do not fit into .* that this and other"):
+    with pytest.raises(RunError) as error:
         third.fetch()
-    assert tars(first, second, third) == [4, 4, 0]
-    home = second.folder
-    del second
+    before, deletable = str(error.value).split("; set it higher, or delete folders that no run reads ")
+    assert before == (
+        f"data.cache.gib: {cache.folder} holds 0.00 GiB of shards, and 0.00 GiB more exceed the {room.gib:g} allowed"
+    )
+    assert sorted(deletable.strip("()").removesuffix(" GiB").split(" GiB, ")) == sorted(
+        f"{dataset.remote.folder.name} from {dataset.name}, 0.00" for dataset in (first, second)
+    )
+    assert [len(list(dataset.remote.folder.glob("*.tar"))) for dataset in (first, second, third)] == [4, 4, 0]
+    shutil.rmtree(first.remote.folder)
     third.fetch()
-    assert tars(first, third) == [4, 4]
-    assert [len(list(home.glob(pattern))) for pattern in ("*.tar", "*.idx")] == [2, 2]
-    assert opened(urls[1], room.model_copy(update={"gib": 1.0})).read(15).key == "01-000015"
-
-
-@pytest.mark.parametrize("oldest", [0, 1])
-def test_what_was_not_read_lately_makes_room(tmp_path: Path, cache: Cache, oldest: int) -> None:
-    urls, room = three_sets(tmp_path, cache)
-    homes = []
-    for i in (0, 1):
-        dataset = opened(urls[i], room)
-        dataset.fetch()
-        homes.append(dataset.folder)
-        del dataset
-    os.utime(homes[oldest] / "in_use", (1, 1))
-    third = opened(urls[2], room)
-    third.fetch()
-    assert len(list(homes[oldest].glob("*.tar"))) == 2
-    assert [len(list(folder.glob("*.tar"))) for folder in (homes[1 - oldest], third.folder)] == [4, 4]
+    assert third.read(15).key == "02-000015"
 
 
 def read_all(url: str, cache: Cache, keys: Any, fetched: Any) -> None:
-    fetch_shard = module.RemoteShards._fetch_shard
+    fetch_file = module.RemoteShards._fetch_file
 
     def spied(self: module.RemoteShards, name: str, is_over: threading.Event) -> None:
         fetched.put(name)
-        fetch_shard(self, name, is_over)
+        fetch_file(self, name, is_over)
 
-    module.RemoteShards._fetch_shard = spied  # type: ignore[method-assign]
+    module.RemoteShards._fetch_file = spied  # type: ignore[method-assign]
     dataset = opened(url, cache)
     dataset.fetch()
     keys.put([dataset.read(id).key for id in range(N)])
@@ -364,38 +351,39 @@ def test_processes_fetch_a_shard_once(folder: Path, cache: Cache) -> None:
     for process in processes:
         process.join()
     assert found == [[f"00-{i:06d}" for i in range(N)]] * 4
-    assert sorted(fetched.get(timeout=5) for _ in range(5)) == sorted(copies(cache))
+    assert sorted(fetched.get(timeout=5) for _ in range(10)) == sorted(copies(cache) | copies(cache, "*.idx"))
     assert fetched.empty()
     assert copies(cache, ".*.tmp") == set()
 
 
-def test_a_second_process_waits_for_the_first_and_fetches_nothing(trouble: Trouble, cache: Cache) -> None:
+def test_a_second_process_waits_for_the_first_and_fetches_nothing(
+    trouble: Trouble, cache: Cache, caplog: pytest.LogCaptureFixture
+) -> None:
     dataset = opened(trouble.url, cache)
-    other = opened(trouble.url, cache)
-    with open(Path(cache.folder or "") / "lock", "a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        waiting = threading.Thread(target=other.fetch)
-        waiting.start()
-        waiting.join(0.2)
-        assert waiting.is_alive()
-        for path in (Path(cache.folder or "")).glob("*/"):
-            for name in dataset.card["shards"]:
-                (path / name["name"]).write_bytes(trouble.content(name["name"]))
-        trouble.asked.clear()
-    waiting.join()
+    with caplog.at_level("INFO", logger="mlip_cli"):
+        waiting = threading.Thread(target=dataset.fetch)
+        with held_elsewhere(Path(cache.folder or "") / "lock"):
+            waiting.start()
+            waiting.join(0.2)
+            assert waiting.is_alive()
+            for shard in dataset.card["shards"]:
+                (dataset.remote.folder / shard["name"]).write_bytes(trouble.content(shard["name"]))
+            trouble.asked.clear()
+        waiting.join()
+    assert caplog.messages == [f"another process writes to {cache.folder}; waiting for it"]
     assert trouble.asked == []
-    assert other.read(39).key == "00-000039"
+    assert dataset.read(39).key == "00-000039"
 
 
-def test_what_a_killed_process_left_is_removed(trouble: Trouble, cache: Cache) -> None:
+def test_half_written_files_of_a_killed_process_are_removed(trouble: Trouble, cache: Cache) -> None:
     dataset = opened(trouble.url, cache)
-    torn = dataset.folder / ".train-000001.tar.12345.tmp"
+    torn = dataset.remote.folder / ".train-000001.tar.12345.tmp"
     torn.write_bytes(b"half")
     dataset.read(0)
     assert not torn.exists()
 
 
-def test_a_full_disk_is_said(trouble: Trouble, cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_reported(trouble: Trouble, cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = opened(trouble.url, cache)
     trouble.fails = lambda _: OSError(28, "No space left on device")
     with pytest.raises(RunError, match=r"cache: No space left on device; make room, or set data\.cache\.folder$"):
@@ -410,18 +398,18 @@ def test_a_cache_that_cannot_be_made(trouble: Trouble, tmp_path: Path) -> None:
     with pytest.raises(UsageError) as error:
         opened(trouble.url, Cache(folder=str(tmp_path / "file" / "cache")))
     assert str(error.value) == (
-        f"data.cache.folder: {tmp_path}/file/cache: Not a directory; name a folder of this machine's own disk"
+        f"data.cache.folder: {tmp_path}/file/cache: Not a directory; name a folder on a local disk of this machine"
     )
 
 
 def test_the_users_own_cache(trouble: Trouble, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "own"))
     [dataset] = open_sources([Source(path=trouble.url)])
-    assert dataset.folder.parent == tmp_path / "own" / "mlip"
+    assert dataset.remote.folder.parent == tmp_path / "own" / "mlip"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     [dataset] = open_sources([Source(path=trouble.url)], cache=Cache())
-    assert dataset.folder.parent == tmp_path / "home" / ".cache" / "mlip"
+    assert dataset.remote.folder.parent == tmp_path / "home" / ".cache" / "mlip"
 
 
 def test_urls_of_a_recipe_stay_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,9 +16,18 @@ from shards_for_tests import make_dataset
 from mlip_cli.commands.report import report
 from mlip_cli.errors import UsageError
 from mlip_cli.recipe.load import recipe_yaml
+from mlip_cli.report import comparison, run_page
+from mlip_cli.report.page import section
+from mlip_cli.report.record import KINDS
 
 EVIL = ('<script>alert("1")</script> disc', '"><img src=x onerror=alert(2)> & $x^2$ square', "a bar", "日本 é 🙂")
 TITLES = ("Zero-shot", "Curves", "Retrieval", "Merging", "Merge sweep", "Profile", "Data", "Recipe and stamp")
+
+
+def without_curves(patch: pytest.MonkeyPatch) -> None:
+    """Pages without the charts of training, which take most of the time to draw."""
+    for module in (run_page, comparison):
+        patch.setattr(module, "curves_section", lambda *_, **__: section("curves", "Curves"))
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +45,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / "classes" / name).mkdir(parents=True)
         for number in range(4):
             Image.new("RGB", (32, 32), name.removeprefix("<i>")).save(folder / "classes" / name / f"{number}.png")
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, patch.context() as undrawn:
         patch.chdir(folder)
+        without_curves(undrawn)  # of pages that the last call writes again
         for name in ("clip", "mlip"):
             recipe = small_recipe(
                 mlip=name == "mlip",
@@ -55,6 +65,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "runs/mlip", rates=[0.5], methods=["guided", "tome"], datasets=datasets, rounds=3, num_pictures=2, **common
         )
         profile("runs/mlip", batch_size=4, rounds=3, device="cpu", as_json=True)
+        undrawn.undo()
         report(["runs/clip", "runs/mlip"], out=None, as_json=True)
     return folder / "runs"
 
@@ -64,6 +75,11 @@ def runs(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy to write into, below the current folder."""
     monkeypatch.chdir(tmp_path)
     return shutil.copytree(made, tmp_path / "runs")
+
+
+@pytest.fixture
+def no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_curves(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -156,6 +172,13 @@ def test_the_page_shows_what_the_files_say(made: Path) -> None:
     assert sorted(path.name for path in (made / "mlip" / "pictures").glob("*.svg")) == ["pareto.svg", "profile.svg"]
 
 
+def test_results_are_read_as_they_were_written(made: Path) -> None:
+    values = [json.loads(path.read_text()) for path in made.glob("*/evals/*.json")]
+    assert {value["kind"] for value in values} == set(KINDS)
+    for value in values:
+        assert KINDS[value["kind"]].from_json(value).to_json() == value
+
+
 def test_a_new_run_says_what_is_missing_and_how_to_get_it(made: Path) -> None:
     page = (made / "clip" / "report.html").read_text("utf-8")
     for command in ("mlip merge-sweep runs/clip", "mlip profile runs/clip"):
@@ -180,6 +203,7 @@ def test_it_is_made_of_files_alone_and_the_same_each_time(runs: Path, capsys: py
     assert when.sub("", before) == when.sub("", after)
 
 
+@pytest.mark.usefixtures("no_curves")
 def test_damaged_files_are_named_and_left_out(runs: Path) -> None:
     (runs / "mlip" / "evals" / "broken.json").write_text('{"kind": "zero')
     (runs / "mlip" / "evals" / "strange.json").write_text("{}")
@@ -193,6 +217,7 @@ def test_damaged_files_are_named_and_left_out(runs: Path) -> None:
     assert re.search(r"metrics\.jsonl:\d+: not a line of metrics; left out of the report", page)
 
 
+@pytest.mark.usefixtures("no_curves")
 def test_pictures_that_are_gone_or_elsewhere_are_named(runs: Path) -> None:
     shutil.rmtree(runs / "mlip" / "pictures")
     [path] = (runs / "mlip" / "evals").glob("gallery_*.json")
@@ -208,6 +233,7 @@ def test_pictures_that_are_gone_or_elsewhere_are_named(runs: Path) -> None:
     assert "<img" not in page
 
 
+@pytest.mark.usefixtures("no_curves")
 def test_recipes_are_compared_by_what_each_holds(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(runs / "mlip", runs / "wide #1?")
     text = (runs / "wide #1?" / "recipe.yaml").read_text()
@@ -220,6 +246,7 @@ def test_recipes_are_compared_by_what_each_holds(runs: Path, capsys: pytest.Capt
     assert '<a href="wide%20%231%3F/report.html">wide #1?</a>' in page
 
 
+@pytest.mark.usefixtures("no_curves")
 def test_results_on_data_that_has_changed_stand_apart(runs: Path) -> None:
     path = sorted((runs / "mlip" / "evals").glob("folder_*.json"))[0]
     result = json.loads(path.read_text()) | {"data_fingerprint": "f" * 40, "n": 1_234}
@@ -235,13 +262,13 @@ def test_mistakes(runs: Path) -> None:
         report(["runs/none"], out=None, as_json=False)
     with pytest.raises(UsageError, match=r"runs: not a run folder \(no recipe.yaml\)"):
         report(["runs"], out=None, as_json=False)
-    with pytest.raises(UsageError, match="a part of a run; a page is of the whole: mlip report runs/mlip"):
+    with pytest.raises(UsageError, match="a part of a run; name the run folder: mlip report runs/mlip"):
         report(["runs/mlip/checkpoints/step_0000008"], out=None, as_json=False)
     with pytest.raises(UsageError, match="named twice"):
         report(["runs/mlip", "runs/../runs/mlip"], out=None, as_json=False)
-    with pytest.raises(UsageError, match=r"--out runs: a folder; name a file, as in runs/report\.html"):
+    with pytest.raises(UsageError, match=r"--out runs: is a folder; name a file, as in runs/report\.html"):
         report(["runs/mlip"], out=Path("runs"), as_json=False)
-    with pytest.raises(UsageError, match="no folder nowhere; make it"):
+    with pytest.raises(UsageError, match="folder nowhere does not exist; make it"):
         report(["runs/mlip"], out=Path("nowhere/page.html"), as_json=False)
 
 
@@ -250,6 +277,7 @@ def test_a_run_without_anything_but_its_recipe_has_a_page(runs: Path) -> None:
         shutil.rmtree(runs / "clip" / name)
     for name in ("metrics.jsonl", "run.json", "data.json"):
         (runs / "clip" / name).unlink()
+    (runs / "mlip" / "metrics.jsonl").unlink()  # its curves take time to draw
     report(["runs/clip", "runs/mlip"], out=Path("both.html"), as_json=False)
     assert "Nothing logged yet." in (runs / "clip" / "report.html").read_text("utf-8")
     assert '<a href="runs/clip/report.html">' in Path("both.html").read_text("utf-8")

@@ -3,15 +3,14 @@
 import json
 import os
 import signal
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from killed_for_tests import Forked, pretrain
-from test_training import QUIET, command, lines_in, metrics, recipe, run, wait_for, whole
+from killed_for_tests import Forked, pretrain, wait_until
+from test_training import lines_in, metrics, recipe, run, whole
 
 from mlip_cli.runs.checkpoint import load_state, load_weights
 
@@ -99,14 +98,11 @@ def test_an_evaluation_that_was_left_is_made_up_before_the_first_step(
 
 def test_a_signal_to_one_rank_stops_all_after_the_same_step(recipe: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    long = ["--out", str(folder), "train.parallel=fsdp", "train.steps=2000", "evaluate.every_steps=null"]
-    launcher = subprocess.Popen(command(recipe, *long, ranks=2), env=QUIET, text=True, stderr=subprocess.PIPE)
-    wait_for(lambda: lines_in(folder) >= 2, launcher)
-    ranks = subprocess.run(["pgrep", "-P", str(launcher.pid)], capture_output=True, text=True, check=True).stdout
-    os.kill(max(map(int, ranks.split())), signal.SIGTERM)
-    _, words = launcher.communicate(timeout=60)
-    step = metrics(folder)[-1]["step"]
-    assert f"stopped after step {step} of 2000, saved in {folder}" in words
+    long = ["train.parallel=fsdp", "train.steps=2000", "evaluate.every_steps=null"]
+    with Forked([str(recipe), "--out", str(folder), *long], tmp_path / "words", ranks=2) as training:
+        wait_until(lambda: lines_in(folder) >= 2, what=training.said())
+        os.kill(training.processes[1].pid, signal.SIGTERM)
+        assert training.join() == [143, 143], training.said()
+        step = metrics(folder)[-1]["step"]
+        assert f"stopped after step {step} of 2000, saved in {folder}" in training.said()
     assert [p.name for p in (folder / "checkpoints").iterdir()] == [f"step_{step:07d}"]
-    assert launcher.returncode == 1  # of torchrun; the ranks' own is 143
-    assert "exitcode  : 143" in words

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import webdataset
 
-from mlip_cli.data.index import read_index
+from mlip_cli.data.index import index_path, read_records
 from mlip_cli.data.prepare import shards
 from mlip_cli.data.prepare.pixels import encode
 from mlip_cli.data.prepare.shards import StoredSamples, sample_parts, tar_writer, verify_tar, write_split
@@ -77,7 +77,7 @@ def test_damage_is_named_with_its_place(tmp_path: Path) -> None:
     path.write_bytes(content)
     assert damaged(path) == f"no tar header at byte {third}: its checksum is wrong"
     path.write_bytes(b"not a tar" * 100)
-    assert damaged(path) == "no tar header at byte 0 (b'a tarnot' is no number)"
+    assert damaged(path) == "no tar header at byte 0: b'a tarnot' is not a number"
     path.write_bytes(write_tar(path, tarfile.GNU_FORMAT).read_bytes() * 2)
     assert "more data after the end-of-archive block" in damaged(path)
     path.write_bytes(b"")
@@ -130,7 +130,7 @@ def test_shards_equal_what_webdataset_writes_and_reads(tmp_path: Path, monkeypat
 def test_index_is_tarfiles_own_view(tmp_path: Path) -> None:
     card = write_split(tmp_path / "test", "test", make_parts(tmp_path, 9, part=4), provenance={})
     path = tmp_path / "test" / "test-000000.tar"
-    records = read_index(path)
+    _, records = read_records(index_path(path))
     with tarfile.open(path) as tar:
         members = {member.name: member for member in tar}
         for i, record in enumerate(records):

@@ -12,12 +12,12 @@ from mlip_cli.model import merge_pass
 from mlip_cli.profiling.breakdown import break_down, limit
 from mlip_cli.profiling.result import LoaderFacts
 from mlip_cli.profiling.step import (
-    FREQUENCY,
-    HEADS,
-    MERGING,
-    REST,
-    SHARED,
-    TEXT,
+    FREQUENCY_BRANCH,
+    OTHER_FORWARD,
+    SHARED_BY_LOSSES,
+    TEXT_TOWER,
+    TOKEN_HEADS,
+    TOKEN_MERGING,
     ClockedSeconds,
     ClockedStep,
     RepeatedStep,
@@ -98,15 +98,15 @@ def test_seconds_land_in_the_part_that_does_the_work(workshop: Workshop) -> None
         STAGES[0]: 1 + 2 + 4,
         STAGES[1]: 8,
         STAGES[2]: 16 + 32 + 64 + 128,
-        MERGING: 1000 + 2 * 10 + 2 * 100,
-        TEXT: 3 + 4,
-        FREQUENCY: 5 + 6,
-        HEADS: 7,
+        TOKEN_MERGING: 1000 + 2 * 10 + 2 * 100,
+        TEXT_TOWER: 3 + 4,
+        FREQUENCY_BRANCH: 5 + 6,
+        TOKEN_HEADS: 7,
         "spatial_global": 9,
         "frequency_global": 9,
         "spatial_token": 11,
         "frequency_token": 11,
-        SHARED: 17,
+        SHARED_BY_LOSSES: 17,
         BACKWARD: 13,
         OPTIMIZER: 15 + 16,
     }
@@ -126,7 +126,7 @@ def test_micro_batches_have_a_first_pass_of_its_own(monkeypatch: pytest.MonkeyPa
     assert workshop.parts() == {
         FORWARD_WITHOUT_GRAPH: 2 * 1 + 4 * 10 + 4 * 100,
         STAGES[0]: 2 * 1,
-        MERGING: 4 * 100,
+        TOKEN_MERGING: 4 * 100,
         "spatial_global": 5,
         "frequency_global": 5,
         "spatial_token": 2 * 3,
@@ -150,7 +150,7 @@ def test_every_part_of_the_list_is_met_and_no_other(base: Recipe, merges: bool, 
     clocked()
     parts = step_parts(clocked.step)
     assert clocked.seconds[0].parts.keys() == parts.keys()
-    assert (MERGING in parts) is merges
+    assert (TOKEN_MERGING in parts) is merges
     assert 0 < sum(clocked.seconds[0].parts.values()) < clocked.seconds[0].whole_s
 
 
@@ -167,10 +167,10 @@ def test_the_parts_of_a_plain_clip() -> None:
     assert step_parts(make_step(small_recipe(mlip=False))) == {
         COPY: "data",
         "image tower, blocks 1-4": "forward",
-        TEXT: "forward",
-        REST: "forward",
+        TEXT_TOWER: "forward",
+        OTHER_FORWARD: "forward",
         "spatial_global": "losses",
-        SHARED: "losses",
+        SHARED_BY_LOSSES: "losses",
         BACKWARD: "backward",
         OPTIMIZER: "optimizer",
     }

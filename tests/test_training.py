@@ -4,22 +4,28 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from subprocess import CompletedProcess
 from typing import Any
 
 import pytest
 import torch
 from forks_for_tests import mlip
+from killed_for_tests import Forked, wait_until
+from killed_for_tests import pretrain as run_pretrain
 from models_for_tests import small_recipe
 from shards_for_tests import make_dataset
 
 from mlip_cli.commands.pretrain import pretrain
-from mlip_cli.errors import UsageError
+from mlip_cli.errors import RunError, UsageError
 from mlip_cli.recipe.load import recipe_yaml
 from mlip_cli.runs.checkpoint import load_state, load_weights
 
@@ -43,27 +49,20 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "small.yaml"
 
 
-def command(recipe: Path | str, *arguments: str, ranks: int = 1) -> list[str]:
-    start = [sys.executable, "-m"]
-    if ranks > 1:
-        start += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"]
-    return [*start, "mlip_cli", "pretrain", str(recipe), *arguments]
+def command(recipe: Path | str, *arguments: str) -> list[str]:
+    return [sys.executable, "-m", "mlip_cli", "pretrain", str(recipe), *arguments]
 
 
-def run(
-    recipe: Path | str,
-    *arguments: str,
-    ranks: int = 1,
-    before: Callable[[], None] | None = None,
-    cwd: Path | None = None,
-) -> subprocess.CompletedProcess[str]:
-    """To its end; `before` is done in the process before it begins."""
-    if ranks == 1 and before is None:
+def run(recipe: Path | str, *arguments: str, ranks: int = 1, cwd: Path | None = None) -> CompletedProcess[str]:
+    """To its end; with several ranks what all of them said is in stderr."""
+    if ranks == 1:
         return mlip(["pretrain", str(recipe), *arguments], environment=QUIET, folder=cwd)
-    return subprocess.run(
-        command(recipe, *arguments, ranks=ranks), env=QUIET, text=True, capture_output=True, timeout=200, check=False,
-        preexec_fn=before, cwd=cwd,
-    )  # fmt: skip
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Forked([str(recipe), *arguments], Path(folder, "words"), ranks) as training,
+    ):
+        codes = training.join()
+        return CompletedProcess(arguments, max(codes, key=abs), "", training.said())
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
@@ -169,25 +168,16 @@ def test_two_ranks_train_as_one(recipe: Path, whole: Path, tmp_path: Path) -> No
 
 def test_a_run_that_goes_on_elsewhere_is_left_alone(recipe: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    arguments = [
-        "--out",
-        str(folder),
-        "train.steps=2000",
-        "train.checkpoint_every.steps=1",
-        "evaluate.every_steps=null",
-    ]
-    process = subprocess.Popen(command(recipe, *arguments), env=QUIET, text=True, stderr=subprocess.PIPE)
-    try:
-        wait_for(lambda: lines_in(folder) >= 2, process)
-        second = run(recipe, *arguments, "--resume")
-    finally:
-        process.send_signal(signal.SIGINT)
-        _, words = process.communicate(timeout=60)
+    arguments = ["train.steps=2000", "train.checkpoint_every.steps=1", "evaluate.every_steps=null"]
+    with Forked([str(recipe), "--out", str(folder), *arguments], tmp_path / "words") as training:
+        wait_until(lambda: lines_in(folder) >= 2, what=training.said())
+        second = run(recipe, "--out", str(folder), *arguments, "--resume")
+        os.kill(training.processes[0].pid, signal.SIGINT)
+        assert training.join() == [130], training.said()
     assert second.returncode == 2, second.stderr
     assert second.stderr.splitlines()[-1] == (
         f"error: {folder}: another mlip pretrain is running here; wait for it, or name another --out"
     )
-    assert process.returncode == 130, words
     steps = [line["step"] for line in metrics(folder)]
     assert steps == list(range(1, len(steps) + 1))
 
@@ -195,11 +185,11 @@ def test_a_run_that_goes_on_elsewhere_is_left_alone(recipe: Path, tmp_path: Path
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 143)])
 def test_a_signal_saves_and_the_run_goes_on(recipe: Path, whole: Path, tmp_path: Path, number: int, code: int) -> None:
     folder = tmp_path / "run"
-    process = subprocess.Popen(command(recipe, "--out", str(folder)), env=QUIET, text=True, stderr=subprocess.PIPE)
-    wait_for(lambda: lines_in(folder) >= 2, process)
-    process.send_signal(number)
-    _, words = process.communicate(timeout=60)
-    assert process.returncode == code, words
+    with Forked([str(recipe), "--out", str(folder)], tmp_path / "words") as training:
+        wait_until(lambda: lines_in(folder) >= 2, what=training.said())
+        os.kill(training.processes[0].pid, number)
+        assert training.join() == [code], training.said()
+        words = training.said()
     step = metrics(folder)[-1]["step"]
     assert words.splitlines()[-2:] == [
         f"stopped after step {step} of 12, saved in {folder}; go on with:",
@@ -214,27 +204,28 @@ def test_a_signal_saves_and_the_run_goes_on(recipe: Path, whole: Path, tmp_path:
         assert metrics(folder) == metrics(whole)
 
 
-EVALUATING = """
-import os, signal, sys
-from mlip_cli.cli import main
-from mlip_cli.commands import training
-from mlip_cli.errors import RunError
-measure = training.measure
-def measured(*arguments):
-    if arguments[3] == {step}:
-        {happens}
-    return measure(*arguments)
-training.measure = measured
-main()
-"""
+def disturbed(step: int, error: str | None, arguments: Sequence[str], environment: dict[str, str], words: str) -> None:
+    """Body of a forked process: a training whose evaluation after `step` fails with `error`, or meets SIGTERM."""
+    from mlip_cli.commands import training
+
+    measure = training.measure
+
+    def measured(*given: Any) -> dict[str, float] | None:
+        if given[3] == step and error is not None:
+            raise RunError(error)
+        if given[3] == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return measure(*given)
+
+    training.measure = measured
+    run_pretrain(arguments, environment, words)
 
 
-def run_in_which(recipe: Path, folder: Path, *, step: int, happens: str) -> subprocess.CompletedProcess[str]:
-    """A training in the evaluation of which something happens."""
-    script = [sys.executable, "-c", EVALUATING.format(step=step, happens=happens)]
-    return subprocess.run(
-        [*script, "pretrain", str(recipe), "--out", str(folder)], env=QUIET, text=True, capture_output=True, check=False
-    )
+def run_disturbed(recipe: Path, folder: Path, *, step: int, error: str | None = None) -> tuple[int, str]:
+    """Exit code and words of a training with a disturbed evaluation."""
+    words = folder.with_name("words")
+    with Forked([str(recipe), "--out", str(folder)], words, body=partial(disturbed, step, error)) as training:
+        return training.join()[0], training.said()
 
 
 @pytest.mark.parametrize("step", [4, 12])
@@ -242,8 +233,8 @@ def test_a_signal_in_an_evaluation_saves_and_the_model_is_measured_when_the_run_
     recipe: Path, whole: Path, tmp_path: Path, step: int
 ) -> None:
     folder = tmp_path / "run"
-    stopped = run_in_which(recipe, folder, step=step, happens="os.kill(os.getpid(), signal.SIGTERM)")
-    assert stopped.returncode == 143, stopped.stderr
+    code, said = run_disturbed(recipe, folder, step=step)
+    assert code == 143, said
     assert metrics(folder) == metrics(whole)[: {4: 4, 12: 14}[step]]
     resumed = run(recipe, "--out", str(folder), "--resume")
     assert resumed.returncode == 0, resumed.stderr
@@ -255,9 +246,9 @@ def test_what_was_learned_is_saved_before_an_evaluation_that_fails_ends_the_run(
     recipe: Path, whole: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
-    failed = run_in_which(recipe, folder, step=4, happens="raise RunError('it did not fit')")
-    assert failed.returncode == 1
-    assert failed.stderr.splitlines()[-1] == "error: it did not fit"
+    code, said = run_disturbed(recipe, folder, step=4, error="it did not fit")
+    assert code == 1
+    assert said.splitlines()[-1] == "error: it did not fit"
     assert [p.name for p in (folder / "checkpoints").iterdir()] == ["step_0000004"]
     resumed = run(recipe, "--out", str(folder), "--resume")
     assert resumed.returncode == 0, resumed.stderr
@@ -306,30 +297,29 @@ def test_resume_without_out_passes_over_a_run_of_another_version(recipe: Path, t
     assert second == "--resume: no unfinished run of this recipe in runs/; a new run starts"
 
 
-SAVED_MEANWHILE = """
-import shutil, sys
-from mlip_cli.cli import main
-from mlip_cli.commands import training
-restore = training.restore
-def restored(checkpoint, *arguments, **named):
-    shutil.copytree(checkpoint, checkpoint.with_name("step_0000009"))
-    return restore(checkpoint, *arguments, **named)
-training.restore = restored
-main()
-"""
+def saved_meanwhile(arguments: Sequence[str], environment: dict[str, str], words: str) -> None:
+    """Body of a forked process: a training that reads its checkpoint while another one is saved."""
+    from mlip_cli.commands import training
+
+    restore = training.restore
+
+    def restored(checkpoint: Path, *given: Any, **named: Any) -> Any:
+        shutil.copytree(checkpoint, checkpoint.with_name("step_0000009"))
+        return restore(checkpoint, *given, **named)
+
+    training.restore = restored
+    run_pretrain(arguments, environment, words)
 
 
 def test_a_checkpoint_that_another_process_saves_meanwhile_is_never_undone(recipe: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    arguments = ["pretrain", str(recipe), "--out", str(folder)]
-    script = [sys.executable, "-c", EVALUATING.format(step=4, happens="os.kill(os.getpid(), signal.SIGTERM)")]
-    subprocess.run([*script, *arguments], env=QUIET, capture_output=True, check=False)
+    run_disturbed(recipe, folder, step=4)
     before = (folder / "metrics.jsonl").read_bytes()
-    script = [sys.executable, "-c", SAVED_MEANWHILE]
-    late = subprocess.run([*script, *arguments, "--resume"], env=QUIET, text=True, capture_output=True, check=False)
-    assert late.returncode == 2, late.stderr
-    expected = f"error: {folder}/checkpoints/step_0000009: another process saved it just now; start again with"
-    assert late.stderr.splitlines()[-1] == f"{expected} --resume"
+    arguments = [str(recipe), "--out", str(folder), "--resume"]
+    with Forked(arguments, tmp_path / "late", body=saved_meanwhile) as training:
+        assert training.join() == [2], training.said()
+        expected = f"error: {folder}/checkpoints/step_0000009: another process saved it just now; start again with"
+        assert training.said().splitlines()[-1] == f"{expected} --resume"
     assert (folder / "metrics.jsonl").read_bytes() == before
 
 
@@ -370,6 +360,12 @@ def test_other_precisions_train(recipe: Path, tmp_path: Path, precision: str) ->
         assert all(line["skipped_steps"] == 0 for line in metrics(tmp_path / "run") if "skipped_steps" in line)
 
 
+def on_small_files(arguments: Sequence[str], environment: dict[str, str], words: str) -> None:
+    """Body of a forked process: a training that cannot write files of more than 64 KiB."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))
+    run_pretrain(arguments, environment, words)
+
+
 def test_a_disk_that_is_full_ends_the_run_with_one_line_and_keeps_the_last_checkpoint(
     recipe: Path, tmp_path: Path
 ) -> None:
@@ -380,23 +376,14 @@ def test_a_disk_that_is_full_ends_the_run_with_one_line_and_keeps_the_last_check
     state = (folder / "checkpoints" / "step_0000004" / "state.pt").read_bytes()
     os.rename(folder / "checkpoints" / "step_0000004", tmp_path / "kept")
 
-    def small_files_only() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))
-
-    full = run(
-        recipe,
-        "--out",
-        str(folder),
-        "--resume",
-        "train.checkpoint_every.steps=2",
-        "train.steps=4",
-        before=small_files_only,
-    )
-    assert full.returncode == 1, full.stderr
-    assert full.stderr.splitlines()[-1] == (
+    again = [str(recipe), "--out", str(folder), "--resume", "train.checkpoint_every.steps=2", "train.steps=4"]
+    with Forked(again, tmp_path / "words", body=on_small_files) as training:
+        assert training.join() == [1], training.said()
+        said = training.said()
+    assert said.splitlines()[-1] == (
         f"error: {folder}/checkpoints/step_0000004: File too large; make room and go on with --resume"
     )
-    assert "Traceback" not in full.stderr
+    assert "Traceback" not in said
     assert [p.name for p in (folder / "checkpoints").iterdir()] == ["step_0000002"]
     assert (
         run(recipe, "--out", str(folder), "--resume", "train.checkpoint_every.steps=2", "train.steps=4").returncode == 0

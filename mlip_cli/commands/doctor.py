@@ -15,6 +15,7 @@ from typing import Literal
 from packaging.requirements import Requirement
 
 from mlip_cli.errors import RunError, UsageError
+from mlip_cli.files import GIB
 from mlip_cli.recipe.load import load_recipe
 from mlip_cli.recipe.shipped import recipe_names, recipes_folder
 from mlip_cli.runs.folder import RUNS
@@ -22,7 +23,6 @@ from mlip_cli.terminal.output import plural, print_json, print_lines, print_tabl
 
 DISTRIBUTION = "mlip-cli"
 OLDEST_PYTHON = (3, 11)
-GIB = 2**30
 LOW_DISK_GIB, NO_DISK_GIB = 10, 1
 LOW_SHARED_MEMORY_GIB = 1
 FEW_FILES = 1024
@@ -229,10 +229,10 @@ def data() -> Iterator[Check]:
 
 
 def _readable(name: str, folder: Path) -> Check:
-    from mlip_cli.data.dataset import ShardDataset
+    from mlip_cli.data.open import open_prepared
 
     try:
-        dataset = ShardDataset(folder)
+        dataset = open_prepared(folder)
         dataset.read(0)
     except (UsageError, RunError, OSError) as error:
         return Check(name, "fail", str(error), "prepare it again with mlip prepare-data, or remove the folder")

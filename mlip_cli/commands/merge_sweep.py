@@ -5,7 +5,8 @@ from pathlib import Path
 
 from mlip_cli.errors import RunError, interrupted_as
 from mlip_cli.evaluate.merge_pictures import write_merge_pictures
-from mlip_cli.evaluate.sweep import check_methods, find_datasets, measure_sweep, sweep_points
+from mlip_cli.evaluate.merge_points import check_methods, sweep_points
+from mlip_cli.evaluate.sweep import find_datasets, measure_sweep
 from mlip_cli.report.sweep_tables import print_sweep
 from mlip_cli.report.write import rebuild
 from mlip_cli.runs.loading import load_run
@@ -25,13 +26,13 @@ def merge_sweep(
     device: str,
     as_json: bool,
 ) -> None:
-    """Sweep all methods and rates, the unmerged model first; print the result and keep it in RUN/, with merge pictures.
+    """Measure all methods and rates, the unmerged model first. Print the result and write it to RUN/, with pictures.
 
     Raises:
-        UsageError: an unknown method, no data set of those named, or a rate that no plan reaches, before anything is
-            measured.
-        RunError: the device has no memory for the batch; or some data sets could not be measured, and all else is
-            printed and kept all the same.
+        UsageError: before anything is measured: a method is unknown, none of the named data sets is there, or no plan
+            reaches a rate.
+        RunError: the device has no memory for the batch; or some data sets could not be measured; the rest is printed
+            and written all the same.
     """
     check_methods(methods)
     with interrupted_as("interrupted; nothing was written"):
@@ -42,7 +43,7 @@ def merge_sweep(
         say(f"{loaded.label}, step {loaded.step}: {settings} beside rate 0, {plural(rounds, 'timed round')}")
         result = measure_sweep(loaded, points, found, failures, batch_size=batch_size, rounds=rounds)
     path = loaded.run.evals / f"merge_sweep_{loaded.checkpoint.name}.json"
-    result.write(path)  # first of all: the reader of a pipe may have left
+    result.write(path)  # before printing: the reader of the pipe may have gone
     if as_json:
         print_json(result.to_json())
     else:

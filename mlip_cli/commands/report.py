@@ -15,7 +15,7 @@ from mlip_cli.terminal.output import print_json, print_lines
 
 
 def report(targets: Sequence[str], *, out: Path | None, as_json: bool) -> None:
-    """Write the page of one run, or the pages of several and one that compares them; print the path of the last.
+    """Write the page of one run, or the pages of several runs and a page that compares them; print the last one's path.
 
     Raises:
         UsageError: no such run, or the same one twice.
@@ -25,9 +25,9 @@ def report(targets: Sequence[str], *, out: Path | None, as_json: bool) -> None:
     if twice:
         raise UsageError(f"{twice[0]}: named twice; name each run once")
     if out is not None and out.is_dir():
-        raise UsageError(f"--out {out}: a folder; name a file, as in {out / 'report.html'}")
+        raise UsageError(f"--out {out}: is a folder; name a file, as in {out / 'report.html'}")
     if out is not None and not out.absolute().parent.is_dir():
-        raise UsageError(f"--out {out}: no folder {out.parent}; make it, or name another")
+        raise UsageError(f"--out {out}: folder {out.parent} does not exist; make it, or name another")
     records = [_named(run, runs) for run in runs]
     if len(records) == 1:
         path = out or runs[0].report
@@ -49,26 +49,26 @@ def find_run(target: str) -> Run:
     """The run folder that `target` names.
 
     Raises:
-        UsageError: it is none.
+        UsageError: `target` is not a run folder.
     """
     run = Run(Path(target))
     if run.recipe.is_file():
         return run
     above = Run(run.folder.parent.parent)
     if run.folder.is_dir() and above.recipe.is_file():
-        raise UsageError(f"{target}: a part of a run; a page is of the whole: mlip report {above.folder}")
+        raise UsageError(f"{target}: a part of a run; name the run folder: mlip report {above.folder}")
     what = "not a run folder (no recipe.yaml)" if run.folder.exists() else "no such run"
     raise UsageError(f"{target}: {what}; {newest_in_words()}")
 
 
 def _named(run: Run, runs: Sequence[Run]) -> RunRecord:
-    """Runs of one name in several folders go by their paths."""
+    """Read a run. Runs of one name in several folders are named by their paths."""
     names = [own.folder.resolve().name for own in runs]
     name = run.folder.resolve().name
     return read_run(run.folder, name=name if names.count(name) == 1 else str(run.folder))
 
 
 def _short(path: Path) -> Path:
-    """Relative to the current folder where it lies below it."""
+    """A path below the current folder is written relative to it."""
     here = Path.cwd()
     return path.relative_to(here) if path.is_absolute() and path.is_relative_to(here) else path

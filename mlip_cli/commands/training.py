@@ -13,8 +13,8 @@ from mlip_cli.distributed import from_main, process_group, rank, wait_for_ranks,
 from mlip_cli.errors import RunError, Stopped, UsageError
 from mlip_cli.evaluate.evaluators import Evaluator, training_evaluators
 from mlip_cli.evaluate.gallery import find_pairs, write_gallery
-from mlip_cli.evaluate.together import Left, Together
-from mlip_cli.evaluate.validation import BATCH_SIZE, OnBatch, ValidationPairs, validation_pairs
+from mlip_cli.evaluate.together import EvaluationStopped, OnBatch
+from mlip_cli.evaluate.validation import BATCH_SIZE, ValidationPairs, validation_pairs
 from mlip_cli.files import write_json
 from mlip_cli.recipe.config import Log, Recipe
 from mlip_cli.report.write import rebuild
@@ -30,7 +30,15 @@ from mlip_cli.train.loop import Timetable, train
 from mlip_cli.train.metrics import MetricsFile
 from mlip_cli.train.micro_batches import chosen_micro_batch_size
 from mlip_cli.train.resume import Saver, restore
-from mlip_cli.train.setup import TrainingData, build, open_batches, open_data, plan_by_step, stepper, training_device
+from mlip_cli.train.setup import (
+    TrainingData,
+    build,
+    build_stepper,
+    open_batches,
+    open_data,
+    plan_by_step,
+    training_device,
+)
 from mlip_cli.train.state import Progress, Training
 from mlip_cli.train.trackers import opened_trackers
 
@@ -122,7 +130,7 @@ def run_loop(
         if random is not None:
             random.restore(training.device)
         train(
-            stepper(training, recipe, total_steps=data.total_steps, micro_batch_size=micro_batch_size),
+            build_stepper(training, recipe, total_steps=data.total_steps, micro_batch_size=micro_batch_size),
             batches,
             progress,
             timetable=Timetable(data.total_steps, log.every_steps, recipe.evaluate.every_steps),
@@ -166,16 +174,10 @@ def reported(run: Run) -> Iterator[None]:
 
 def show_pairs(run: Run, training: Training, pairs: ValidationPairs, *, step: int) -> None:
     """Write the gallery of validation pairs into the run folder; all ranks take part."""
-    together = everyone(training.device)
-    with together.as_one(), training.as_measured() as encoder, evaluation_memory_named("the gallery"):
-        found = find_pairs(encoder, pairs, together=together)
+    with training.as_measured() as encoder, evaluation_memory_named("the gallery"):
+        found = find_pairs(encoder, pairs)
     if is_main():
         write_gallery(run, found, pairs, step=step, true_rate=training.plain.plan.rate)
-
-
-def everyone(device: torch.device, *, is_stopping: Callable[[], bool] = lambda: False) -> Together:
-    """All ranks of this training, for an evaluation."""
-    return Together(rank=rank(), world_size=world_size(), device=device, is_stopping=is_stopping)
 
 
 def evaluation_memory_named(work: str) -> AbstractContextManager[None]:
@@ -196,31 +198,35 @@ def measure(
 ) -> dict[str, float] | None:
     """All measures of the model, without gradients; all ranks share the work and get the result.
 
-    None if a signal to any rank stopped it; an error on any rank is raised on all of them.
+    None if a signal asked any rank to stop meanwhile. An error on one rank is raised on all.
     """
-    together = everyone(training.device, is_stopping=is_stopping)
     measures: dict[str, float] = {}
     try:
-        with together.as_one(), torch.no_grad(), training.as_measured() as encoder:
+        with torch.no_grad(), training.as_measured() as encoder:
             for evaluator in evaluators:
                 with evaluation_memory_named(f"step {step}: evaluating {evaluator.name}"):
-                    found = evaluator.measure(encoder, shown(evaluator, panel), together)
+                    found = evaluator.measure(encoder, on_batch_of(evaluator, panel, is_stopping))
                 panel.measured(step, evaluator.name, found.words)
                 measures |= found.values
-    except Left:
+    except EvaluationStopped:
         warn(f"step {step}: the evaluation was stopped before its end, and its measures are not written")
         return None
     panel.doing(None)
     return measures
 
 
-def shown(evaluator: Evaluator, panel: TrainingPanel) -> OnBatch:
-    """Shows on the panel how far an evaluation is; the other ranks are as far as this one."""
+def on_batch_of(evaluator: Evaluator, panel: TrainingPanel, is_stopping: Callable[[], bool]) -> OnBatch:
+    """After each batch: stop if a signal asks for it, and show how far the evaluation is.
+
+    The other ranks are as far as this one.
+    """
     done = 0
     panel.doing(f"evaluating {evaluator.name}")
 
     def on_batch(n: int) -> None:
         nonlocal done
+        if is_stopping():
+            raise EvaluationStopped
         done = min(done + n * world_size(), evaluator.num_pictures)
         if n:
             panel.doing(f"evaluating {evaluator.name}", done=done, total=evaluator.num_pictures)

@@ -1,4 +1,4 @@
-"""What happens when samples cannot be used, or only slowly: how many are too many, and what is said of them."""
+"""Counts samples that cannot be used or are slow to decode, warns about them, and ends the run at too many."""
 
 from collections import deque
 from collections.abc import Sequence
@@ -23,10 +23,14 @@ class BadSampleLimit:
         self.in_a_row = 0
 
     def check(self, replaced: Sequence[bool], bad_samples: Sequence[BadSample]) -> None:
-        """Count a step's share: whether each of its samples was bad, and all that were tried in vain.
+        """Count the samples of a step.
+
+        Args:
+            replaced: for each position of the step, whether its own sample was bad.
+            bad_samples: all bad samples that were tried, replacements too.
 
         Raises:
-            RunError: too many.
+            RunError: there are too many bad samples.
         """
         for was_bad in replaced:
             self.recent.append(was_bad)
@@ -43,13 +47,13 @@ class BadSampleLimit:
 
 
 class SlowPictures:
-    """Names the first picture that only Pillow could decode, and counts them; their number is said at the end."""
+    """Names the first picture that only Pillow could decode, counts all, and reports their number at the end."""
 
     def __init__(self) -> None:
         self.num_pictures = 0
 
     def count(self, pictures: Sequence[BadSample]) -> None:
-        """Count those of a step; `reason` is what the fast decoder said."""
+        """Count the pictures of a step; their `reason` is the error of the fast decoder."""
         if pictures and not self.num_pictures:
             first = pictures[0]
             warn(

@@ -1,105 +1,82 @@
-"""A bounded folder of this machine for shards that lie elsewhere, shared by all processes here through file locks.
+"""The cache: a folder of this machine for fetched shards and for the indexes of tars that mlip did not write.
 
-CACHE/lock              held by the one process that fetches or makes room
-CACHE/KEY/in_use        locked, shared, by every process that reads the data set; its time is when it was last opened
-CACHE/KEY/*.tar, *.idx  whole files: they get their names when they are complete and checked
+CACHE/lock              held by the one process that writes here
+CACHE/tars/             indexes of tars
+CACHE/KEY/url           where the shards of this folder come from
+CACHE/KEY/*.tar, *.idx  whole files: a file gets its name when it is complete and checked
+
+All processes of the machine share it. mlip deletes nothing here but what a killed process left half-written.
 """
 
-import errno
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from mlip_cli.errors import RunError, UsageError
+from mlip_cli.files import GIB, lock
 from mlip_cli.recipe.config import Cache
 from mlip_cli.terminal.output import say
-
-GIB = 2**30
 
 
 @dataclass(frozen=True)
 class ShardCache:
-    """The folder and the most bytes that its shards may take."""
+    """The folder, and the most bytes that its shards may take."""
 
     folder: Path
     most_bytes: int
 
     @classmethod
     def of(cls, config: Cache) -> "ShardCache":
-        """The one that a recipe names, or the user's own."""
+        """The cache that a recipe names, or the user's own."""
         own = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlip"
         folder = own if config.folder is None else Path(config.folder).expanduser()
         return cls(folder.absolute(), int(config.gib * GIB))
 
-    def hold(self, key: str) -> int:
-        """Make the folder of a data set; its shards stay until the descriptor that comes back is closed.
-
-        Raises:
-            UsageError: it cannot be made, or the file system knows no locks.
-        """
-        with self._made(self.folder / key) as folder:
-            descriptor = os.open(folder / "in_use", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-            os.utime(folder / "in_use")
-        _lock(descriptor, fcntl.LOCK_SH, self.folder)
-        return descriptor
-
     def subfolder(self, name: str) -> Path:
-        """Make a folder in the cache for other files than shards, which nobody removes.
+        """Make a folder in the cache.
 
         Raises:
             UsageError: it cannot be made.
         """
-        with self._made(self.folder / name) as folder:
-            return folder
-
-    @contextmanager
-    def _made(self, folder: Path) -> Iterator[Path]:
+        folder = self.folder / name
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            yield folder
         except OSError as error:
-            raise UsageError(
-                f"data.cache.folder: {self.folder}: {error.strerror}; name a folder of this machine's own disk"
-            ) from error
+            raise self._unusable(error) from error
+        return folder
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Alone at fetching and making room, among all processes of this machine; nothing half-fetched lies here."""
+        """Write here alone among all processes of this machine; half-written files of killed ones are gone.
+
+        Raises:
+            UsageError: the file system has no locks.
+        """
         with open(self.folder / "lock", "a", encoding="utf-8") as file:
-            if not _lock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB, self.folder):
-                say(f"another process fetches into {self.folder}; waiting for it")
-                _lock(file.fileno(), fcntl.LOCK_EX, self.folder)
+            try:
+                lock(file, when_held=lambda: say(f"another process writes to {self.folder}; waiting for it"))
+            except OSError as error:
+                raise self._unusable(error) from error
             for torn in self.folder.glob("*/.*.tmp"):
                 torn.unlink(missing_ok=True)
             yield
 
-    def make_room(self, needed: int, *, key: str) -> None:
-        """Remove the least recently used shards until `needed` bytes more fit; of `key` and of what is read none.
-
-        To be called while `locked`.
+    def check_room(self, needed: int) -> None:
+        """See that `needed` bytes more fit.
 
         Raises:
-            RunError: they do not fit, or not on the disk.
+            RunError: they exceed `data.cache.gib`, or the disk. The message says what may be deleted.
         """
-        sizes = {tar: tar.stat().st_size for tar in self.folder.glob("*/*.tar")}
-        excess = sum(sizes.values()) + needed - self.most_bytes
-        with ExitStack() as held:
-            unused = [folder for folder in self.folder.glob("*/") if folder.name != key and _is_unused(folder, held)]
-            unused.sort(key=lambda folder: (folder / "in_use").stat().st_mtime_ns)
-            for tar in [tar for folder in unused for tar in sorted(folder.glob("*.tar"))]:
-                if excess > 0:
-                    tar.unlink()
-                    tar.with_suffix(".idx").unlink(missing_ok=True)
-                    excess -= sizes.pop(tar)
-        if excess > 0:
+        sizes = {folder: sum(tar.stat().st_size for tar in folder.glob("*.tar")) for folder in self.folder.glob("*/")}
+        if (present := sum(sizes.values())) + needed > self.most_bytes:
+            folders = ", ".join(f"{_in_words(folder)}, {size / GIB:.2f} GiB" for folder, size in sizes.items() if size)
             raise RunError(
-                f"data.cache.gib: {needed / GIB:.2f} GiB more do not fit into {self.folder} beside the "
-                f"{sum(sizes.values()) / GIB:.2f} GiB that this and other runs read, of {self.most_bytes / GIB:g}; "
-                "set it higher"
+                f"data.cache.gib: {self.folder} holds {present / GIB:.2f} GiB of shards, and {needed / GIB:.2f} GiB "
+                f"more exceed the {self.most_bytes / GIB:g} allowed; set it higher, or delete folders that no run "
+                f"reads ({folders})"
             )
         free = shutil.disk_usage(self.folder).free
         if needed > free:
@@ -108,31 +85,12 @@ class ShardCache:
                 "set data.cache.folder to a folder on another one"
             )
 
-
-def _is_unused(folder: Path, held: ExitStack) -> bool:
-    """No process reads the data set in `folder`, and until `held` is closed none begins to."""
-    try:
-        descriptor = os.open(folder / "in_use", os.O_RDWR | os.O_CLOEXEC)
-    except FileNotFoundError:  # another program's folder
-        return False
-    held.callback(os.close, descriptor)
-    return _lock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, folder)
+    def _unusable(self, error: OSError) -> UsageError:
+        cure = "name a folder on a local disk of this machine"
+        return UsageError(f"data.cache.folder: {self.folder}: {error.strerror}; {cure}")
 
 
-def _lock(descriptor: int, how: int, folder: Path) -> bool:
-    """False when it is locked already and `how` says not to wait.
-
-    Raises:
-        UsageError: the file system knows no locks.
-    """
-    try:
-        fcntl.flock(descriptor, how)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
-            raise
-        raise UsageError(
-            f"data.cache.folder: {folder}: no file locks here; name a folder of this machine's own disk"
-        ) from error
-    return True
+def _in_words(folder: Path) -> str:
+    """`KEY from URL`, or `KEY` where an older version fetched it."""
+    url = folder / "url"
+    return f"{folder.name} from {url.read_text().strip()}" if url.is_file() else folder.name

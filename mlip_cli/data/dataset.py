@@ -1,11 +1,14 @@
-"""A prepared data set: shards read sample by sample, in any order, through their indexes."""
+"""A data set: samples in tars, read one by one, in any order, through the indexes of the tars.
 
-import json
+The same reader serves shards that mlip prepared and tars as they are; `mlip_cli.data.open` opens both.
+"""
+
 import os
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -13,15 +16,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from mlip_cli.data.index import FORMATS, check_records, index_path, parse_card, read_index, read_records
+from mlip_cli.data.index import FORMAT_ENDINGS, FORMATS, Place, check_size, place_of, read_checked, read_records
 from mlip_cli.data.remote import RemoteShards
-from mlip_cli.data.tar import TAR_BLOCK, checked_header
-from mlip_cli.errors import RunError, UsageError
-from mlip_cli.recipe.config import Cache
+from mlip_cli.data.sources.records import Caption, UnusableSampleError, printable, usable_captions
+from mlip_cli.data.sources.tars import TEXT_ENDINGS, ending_of, key_of, stated
+from mlip_cli.data.tar import BLOCK, Member, Read, walk
+from mlip_cli.errors import RunError
 
 MAX_OPEN_SHARDS = 256
-UNREADABLE = (ValueError, RecursionError, OSError)
-"""Of one sample: not what the index says, JSON of ten thousand brackets, a bad block of the disk."""
+MAX_GAP_BYTES = 1 << 18
+"""A sample is read in one go, unless more bytes than these lie between its parts."""
 
 
 class BadSampleError(RunError):
@@ -37,15 +41,19 @@ class BadSampleError(RunError):
 
 @dataclass(frozen=True)
 class RawSample:
-    """A sample as it lies in its shard."""
+    """A sample as it lies in its tar."""
 
     key: str
     image: bytes
     """The encoded picture (JPEG, PNG or WebP)."""
-    record: dict[str, Any]
-    """KEY.json: captions [{text, weight}], class, width, height, source, meta, ..."""
+    captions: tuple[Caption, ...]
+    """One at least; none is empty, and all weights are positive."""
+    label: str | None
+    """Class of the picture, where the sample states one."""
+    meta: Mapping[str, Any]
+    """Texts and numbers that the sample states besides, such as `concept`."""
     shard: str
-    """Path of the shard, for messages."""
+    """Path of the tar, for messages."""
 
 
 @dataclass(frozen=True)
@@ -56,49 +64,45 @@ class _OpenShard:
 
 
 class ShardDataset:
-    """The samples of a folder of shards, numbered in the order of dataset.json.
+    """The samples of some tars, numbered in the order of the tars and of what lies in them.
 
-    Holds two bytes a sample in memory (caption lengths). Shards are opened when they are first read, at most 256 at a
+    Holds two bytes a sample in memory (caption lengths). Tars are opened when they are first read, at most 256 at a
     time, anew in each process that the data set is sent to. Not for several threads at once.
 
+    Args:
+        indexes: the index of each tar.
+        card: what dataset.json says, or the like for tars as they are.
+        name: the folder, pattern or URL, as the recipe names it.
+        is_prepared: mlip wrote the tars. Each must then be as long as its index says, and KEY.txt is not read, since
+            KEY.json repeats it.
+        remote: where the tars come from, if they lie elsewhere.
+
     Raises:
-        UsageError: the folder is no prepared data set; the message names the command that makes one.
-        RunError: an index is missing or does not belong to its shard.
+        RunError: an index is missing or damaged, or does not belong to its tar.
     """
 
-    def __init__(self, folder: Path, *, remote: RemoteShards | None = None) -> None:
-        self.folder = folder
-        """Where the shards are read from: the cache, for data that lies elsewhere."""
-        self.remote = remote
-        self._start(_read_card(folder))
-
-    def _start(self, card: dict[str, Any]) -> None:
-        self.card = card
+    def __init__(
+        self,
+        tars: Sequence[Path],
+        indexes: Sequence[Path],
+        card: dict[str, Any],
+        *,
+        name: str,
+        is_prepared: bool,
+        remote: RemoteShards | None = None,
+    ) -> None:
+        self.tars, self.indexes, self.card = tars, indexes, card
+        self.name, self.remote = name, remote
         self.fingerprint: str = card["fingerprint"]
-        self._shards: list[str] = [shard["name"] for shard in card["shards"]]
+        self._is_prepared = is_prepared
         self._ends = list(accumulate(shard["n"] for shard in card["shards"]))
         self._num_tokens = self._read_num_tokens()
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
 
-    @classmethod
-    def at_url(cls, url: str, cache: Cache) -> "ShardDataset":
-        """Data that lies elsewhere; whole shards are fetched when they are read, or before that by `fetch`."""
-        remote = RemoteShards(url, cache)
-        return cls(remote.folder, remote=remote)
-
-    @property
-    def name(self) -> str:
-        """The folder, or the URL, as the recipe names it."""
-        return str(self.folder) if self.remote is None else self.remote.url
-
     @property
     def place(self) -> str:
-        """The absolute folder, or the URL: the same name wherever a run goes on."""
-        return str(self.folder.resolve()) if self.remote is None else self.remote.url
-
-    def shards_of(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Which shard each sample lies in: (n,) -> (n,)."""
-        return np.searchsorted(np.array(self._ends), ids, side="right")
+        """The absolute folder, or the URL: the same name wherever a run is resumed."""
+        return str(Path(self.name).resolve()) if self.remote is None else self.name
 
     def fetch(self, shards: Iterable[int] | None = None) -> None:
         """Have these shards (None: all) on this machine, where they lie elsewhere.
@@ -107,7 +111,8 @@ class ShardDataset:
             RunError: the network failed, or they are not what dataset.json says.
         """
         if self.remote is not None:
-            self.remote.fetch(self._shards if shards is None else [self._shards[number] for number in shards])
+            numbers = range(self.num_shards) if shards is None else shards
+            self.remote.fetch([self.tars[number].name for number in numbers])
 
     @property
     def num_samples(self) -> int:
@@ -117,7 +122,7 @@ class ShardDataset:
     @property
     def num_shards(self) -> int:
         """Number of shards."""
-        return len(self._shards)
+        return len(self.tars)
 
     def num_tokens(self, ids: ArrayLike) -> NDArray[np.int64]:
         """Tokens of the longest caption of each sample, BOS and EOS included, before any cut: (n,) -> (n,)."""
@@ -127,34 +132,24 @@ class ShardDataset:
         """The sample with this number, in one read of the disk.
 
         Raises:
-            BadSampleError: what lies there is not the sample that the index describes.
+            BadSampleError: what lies there is not the sample that the index describes, or cannot be used.
         """
         number, row = self._place(id)
         shard = self._opened(number)
-        record = shard.records[row]
-        image_at, image_size = int(record["image_offset"]), int(record["image_size"])
-        json_at, json_size = int(record["json_offset"]), int(record["json_size"])
-        name, place = str(self._tar(number)), f"at byte {int(record['offset'])}"
-        size = max(image_at + image_size, json_at + json_size)
-        if int(record["offset"]) + size > shard.num_bytes:
-            raise BadSampleError(name, place, "the index places it behind the shard's end")
-        if record["format"] >= len(FORMATS):
-            known = ", ".join(FORMATS)
-            raise BadSampleError(name, place, f"the index names format {record['format']}, which is none of {known}")
+        place, tar = place_of(shard.records[row]), str(self.tars[number])
+        if self._is_prepared:
+            place.parts.pop("txt", None)
         try:
-            content = os.pread(shard.descriptor, size, int(record["offset"]))
-            if len(content) != size:
-                raise ValueError(f"the shard ends {size - len(content)} bytes too early")
-            key = _checked_key(content, json_at, json_size, "json")
-            image_key = _checked_key(content, image_at, image_size, FORMATS[record["format"]])
-            fields = json.loads(content[json_at : json_at + json_size])
-        except UNREADABLE as error:
-            raise BadSampleError(name, place, str(error)) from error
-        if image_key != key:
-            raise BadSampleError(name, key, f"the picture that lies there belongs to {image_key}")
-        if not isinstance(fields, dict):
-            raise BadSampleError(name, key, f"{key}.json is not a mapping")
-        return RawSample(key=key, image=content[image_at : image_at + image_size], record=fields, shard=name)
+            key, parts = _read_parts(shard, place, one_header=self._is_prepared)
+        except (ValueError, OSError) as error:  # OSError: a bad block of the disk
+            raise BadSampleError(tar, f"at byte {place.start}", str(error)) from error
+        image = parts.pop("image")
+        try:
+            said = stated(parts)
+            captions = usable_captions(said.captions)
+        except UnusableSampleError as error:
+            raise BadSampleError(tar, key, str(error)) from error
+        return RawSample(key, image, captions, said.label, said.meta, tar)
 
     def close(self) -> None:
         """Close the shards that are open; the next read opens them again."""
@@ -170,29 +165,21 @@ class ShardDataset:
 
     def _read_num_tokens(self) -> NDArray[np.uint16]:
         columns = []
-        for number, shard in enumerate(self.card["shards"]):
-            records = self._records(number)
-            check_records(self._index(number))
+        for tar, index, shard in zip(self.tars, self.indexes, self.card["shards"], strict=True):
+            header, records = read_checked(index)
+            if self._is_prepared and self.remote is None:
+                check_size(tar, header)
             if len(records) != shard["n"]:
                 raise RunError(
-                    f"{self._index(number)}: {len(records)} samples where dataset.json says "
-                    f"{shard['n']}; prepare the data again (mlip prepare-data)"
+                    f"{index}: {len(records)} samples where dataset.json says {shard['n']}; prepare the data again "
+                    "(mlip prepare-data)"
                 )
             columns.append(np.array(records["num_tokens"]))
         return np.concatenate([np.zeros(0, np.uint16), *columns])
 
-    def _tar(self, number: int) -> Path:
-        return self.folder / self._shards[number]
-
-    def _index(self, number: int) -> Path:
-        return index_path(self._tar(number))
-
-    def _records(self, number: int) -> NDArray[np.void]:
-        return read_index(self._tar(number)) if self.remote is None else read_records(self._index(number))[1]
-
     def _place(self, id: int) -> tuple[int, int]:
         if not 0 <= id < self.num_samples:
-            raise IndexError(f"sample {id} of {self.num_samples} in {self.folder}")
+            raise IndexError(f"sample {id} of {self.num_samples} in {self.name}")
         number = bisect_right(self._ends, id)
         return number, int(id) - (self._ends[number - 1] if number else 0)
 
@@ -203,43 +190,66 @@ class ShardDataset:
         if len(self._open) >= MAX_OPEN_SHARDS:
             os.close(self._open.popitem(last=False)[1].descriptor)
         self.fetch([number])
-        records = self._records(number)
-        descriptor = os.open(self._tar(number), os.O_RDONLY | os.O_CLOEXEC)
+        header, records = read_records(self.indexes[number])
+        if self._is_prepared:
+            check_size(self.tars[number], header)
+        descriptor = os.open(self.tars[number], os.O_RDONLY | os.O_CLOEXEC)
         self._open[number] = _OpenShard(descriptor, os.fstat(descriptor).st_size, records)
         return self._open[number]
 
 
-def _read_card(folder: Path) -> dict[str, Any]:
-    path = folder / "dataset.json"
-    if not path.is_file():
-        raise UsageError(_why_not_prepared(folder))
-    return parse_card(path.read_bytes(), place=str(path), folder=str(folder))
+def _read_parts(shard: _OpenShard, place: Place, *, one_header: bool) -> tuple[str, dict[str, bytes]]:
+    """Key of a sample and the bytes of its parts, each checked against its header in the tar.
+
+    Args:
+        one_header: no PAX or long-name headers precede the headers, so other members need not be looked at.
+
+    Raises:
+        ValueError: what lies there is not what the index says.
+        OSError: the disk cannot be read.
+    """
+    start, parts = place.start, place.parts
+    end = max((at + size for at, size in parts.values()), default=0)
+    if end > shard.num_bytes:
+        raise ValueError("the index places it behind the end of the shard")
+    if "image" not in parts:
+        raise ValueError("the index places no picture")
+    if place.format >= len(FORMATS):
+        raise ValueError(f"the index names picture format {place.format}; formats are 0 to {len(FORMATS) - 1}")
+    read: Read = partial(_read_whole, shard.descriptor)
+    if end - start <= MAX_GAP_BYTES + sum(size for _, size in parts.values()):
+        read = partial(_part_of, read(end - start, start), start)
+    found: dict[int, Member] = {}
+    for begin in [at - BLOCK for at, _ in parts.values()] if one_header else [start]:
+        for member in walk(read, length=shard.num_bytes, start=begin):
+            found[member.offset] = member
+            if one_header or member.offset + member.size >= end:
+                break
+    keys, contents = set(), {}
+    for part, (at, size) in parts.items():
+        endings = FORMAT_ENDINGS[place.format] if part == "image" else TEXT_ENDINGS[part]
+        keys.add(_checked_key(found.get(at), size, endings))
+        contents[part] = read(size, at)
+    if len(keys) != 1:
+        raise ValueError(f"its parts belong to {' and '.join(sorted(map(printable, keys)))}")
+    return printable(keys.pop()), contents
 
 
-def _why_not_prepared(folder: Path) -> str:
-    source = "openmoji" if folder.parent.name == "openmoji" else "SOURCE"
-    if not folder.exists():
-        return f"{folder}: no such folder; make it with: mlip prepare-data {source} {folder.parent}"
-    if not folder.is_dir():
-        return f"{folder}: a file, not a folder of shards; prepare it: mlip prepare-data {folder} OUT"
-    as_they_are = f"data.train: [{{path: {folder}, format: webdataset}}]"
-    parts = sorted(child.parent for child in folder.glob("*/dataset.json"))
-    if parts:
-        return f"{folder}: no dataset.json here, but in {', '.join(map(str, parts))}; name one of these"
-    what = "no dataset.json"
-    if any(folder.glob("*.tar")):
-        if not any(folder.glob("*.idx")):
-            cure = f"prepare them: mlip prepare-data {folder} OUT, or read them as they are: {as_they_are}"
-            return f"{folder}: tars without index; {cure}"
-        what = "shards without dataset.json"
-    return f"{folder}: {what}; prepare it: mlip prepare-data {folder} OUT"
+def _read_whole(descriptor: int, size: int, at: int) -> bytes:
+    content = os.pread(descriptor, size, at)
+    if len(content) != size:
+        raise ValueError(f"the shard ends {size - len(content)} bytes too early")
+    return content
 
 
-def _checked_key(content: bytes, at: int, size: int, extension: str) -> str:
-    """Key of the tar member whose bytes start at `at`; ValueError unless its header fits extension and size."""
-    header = content[at - TAR_BLOCK : at] if at >= TAR_BLOCK else b""
-    name, found_size = checked_header(header)
-    key, dot, found = name.rpartition(".")
-    if not dot or found != extension or found_size != size:
-        raise ValueError(f"{name!r} of {found_size} bytes where the index says .{extension} of {size}")
-    return key
+def _part_of(content: bytes, start: int, size: int, at: int) -> bytes:
+    return content[at - start : at - start + size]
+
+
+def _checked_key(member: Member | None, size: int, endings: Sequence[str]) -> str:
+    """Key of the member at the place of a part; ValueError where it is not what the index says."""
+    if member is None:
+        raise ValueError(f"no member begins where the index places .{endings[0]}")
+    if member.size != size or not member.is_file or ending_of(member.name) not in endings:
+        raise ValueError(f"{member.name!r} of {member.size} bytes where the index says .{endings[0]} of {size}")
+    return key_of(member.name)

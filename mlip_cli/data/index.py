@@ -1,28 +1,35 @@
-"""SHARD.idx, the sidecar that makes a sample one `pread`.
+"""SHARD.idx, the index that makes reading a sample one `pread`, and dataset.json, the card of a folder of shards.
 
-Little endian: a header of 56 bytes, then one record of 40 bytes a sample, in the order of the tar.
+An index is little endian: a header of 56 bytes, then one record of 40 bytes a sample, in the order of the tar.
 """
 
 import json
 import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mlip_cli.data.tar import Member
 from mlip_cli.errors import RunError, UsageError
 from mlip_cli.files import write_bytes
 
-MAGIC = b"MLIPIDX1"
+INDEX_MAGIC = b"MLIPIDX1"
 FORMATS = ("jpg", "png", "webp")
+FORMAT_ENDINGS = (("jpg", "jpeg"), ("png",), ("webp",))
+"""How the names of pictures of each of FORMATS end."""
+MAX_TOKENS = 65_535
+"""The most that a record can hold; longer captions are recorded as this long."""
 CURE = "prepare the data again (mlip prepare-data)"
 
 HEADER = np.dtype([("magic", "S8"), ("n", "<u4"), ("crc32", "<u4"), ("tar_bytes", "<u8"), ("sha256", "V32")])
 RECORD = np.dtype(
     [
-        ("offset", "<u8"),  # of the sample's first tar header
+        ("offset", "<u8"),  # of the first tar header of the sample
         ("image_offset", "<u4"),  # of the bytes, from there; likewise below
-        ("image_size", "<u4"),
+        ("image_size", "<u4"),  # 0: the sample has no such part; likewise below
         ("txt_offset", "<u4"),
         ("txt_size", "<u4"),
         ("json_offset", "<u4"),
@@ -43,77 +50,103 @@ def index_path(shard: Path) -> Path:
     return shard.with_suffix(".idx")
 
 
+def place_parts(record: np.void, members: Mapping[str, Member]) -> None:
+    """Write into a record where the parts of its sample lie.
+
+    Raises:
+        ValueError: a part ends 4 GiB or more behind the start of the sample.
+    """
+    record["offset"] = start = min(member.header_offset for member in members.values())
+    for part, member in members.items():
+        if member.offset + member.size - start >= 2**32:
+            raise ValueError("larger than 4 GiB")
+        record[f"{part}_offset"], record[f"{part}_size"] = member.offset - start, member.size
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a record says that its sample lies."""
+
+    start: int
+    """Byte of the tar at which the first header of the sample begins."""
+    parts: dict[str, tuple[int, int]]
+    """Part -> the byte of the tar at which its bytes begin, and their number."""
+    format: int
+    """Of the picture: its place in FORMATS, if the index is not damaged."""
+
+
+def place_of(record: np.void) -> Place:
+    """What a record says, read in one go: field by field numpy takes several times as long."""
+    start, image, image_size, txt, txt_size, json_at, json_size, _, _, format, *_ = record.item()
+    parts = {"image": (start + image, image_size), "txt": (start + txt, txt_size), "json": (start + json_at, json_size)}
+    return Place(start, {part: place for part, place in parts.items() if place[1]}, format)
+
+
 def write_index(shard: Path, records: np.ndarray, *, tar_bytes: int, sha256: str) -> None:
     """Write the index beside `shard`; `sha256` (hex) and `tar_bytes` are those of the tar."""
     assert records.dtype == RECORD
     header = np.zeros(1, HEADER)
-    header["magic"], header["n"], header["tar_bytes"] = MAGIC, len(records), tar_bytes
+    header["magic"], header["n"], header["tar_bytes"] = INDEX_MAGIC, len(records), tar_bytes
     header["crc32"] = zlib.crc32(records.tobytes())
     header["sha256"] = np.void(bytes.fromhex(sha256))
     write_bytes(index_path(shard), header.tobytes() + records.tobytes())
 
 
-def read_index(shard: Path) -> np.ndarray:
-    """Records of `shard` as a memory map (n,) of RECORD.
+def read_checked(index: Path) -> tuple[np.void, np.ndarray]:
+    """As `read_records`, once the checksum of the records is found to be right.
 
     Raises:
-        RunError: no index, a damaged one, or a tar of another size than the index was made for.
+        RunError: no index, or a damaged one.
     """
-    header, records = read_records(index_path(shard))
-    try:
-        size = shard.stat().st_size
-    except (FileNotFoundError, NotADirectoryError):
-        raise RunError(f"{shard}: the shard is missing although its index is there; {CURE}") from None
-    if size != int(header["tar_bytes"]):
-        raise RunError(
-            f"{shard}: {size} bytes where the index says {int(header['tar_bytes'])}; "
-            f"the shard was cut or changed: {CURE}"
-        )
-    return records
-
-
-def check_records(path: Path) -> None:
-    """See that the records of an index are those that were written.
-
-    Raises:
-        RunError: a bit of them has changed.
-    """
-    header, records = read_records(path)
+    header, records = read_records(index)
     stated = int(header["crc32"])
     if stated and zlib.crc32(records.tobytes()) != stated:  # 0: written before there were checksums
-        raise RunError(f"{path}: damaged, its checksum is wrong; {CURE}")
+        raise RunError(f"{index}: damaged: its checksum is wrong; {CURE}")
+    return header, records
+
+
+def check_size(tar: Path, header: np.void) -> None:
+    """See that the tar of an index is as long as the HEADER of the index says.
+
+    Raises:
+        RunError: it is missing, or shorter or longer.
+    """
+    try:
+        size = tar.stat().st_size
+    except (FileNotFoundError, NotADirectoryError):
+        raise RunError(f"{tar}: the shard is missing although its index is there; {CURE}") from None
+    if size != int(header["tar_bytes"]):
+        raise RunError(
+            f"{tar}: {size} bytes where the index says {int(header['tar_bytes'])}; the shard was cut or changed: {CURE}"
+        )
 
 
 def read_records(path: Path) -> tuple[np.void, np.ndarray]:
-    """HEADER of an index and its records, whether its shard is there or not.
+    """HEADER of an index and its records (n,) of RECORD, as a memory map; the tar need not be there.
 
     Raises:
         RunError: no index, or a damaged one.
     """
     try:
-        return _read_records(path)
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):  # also one that goes while it is read
+        size, header = path.stat().st_size, np.fromfile(path, HEADER, count=1)
+        if len(header) == 0 or header["magic"][0] != INDEX_MAGIC:
+            raise RunError(f"{path}: not an index of mlip; {CURE}")
+        n = int(header["n"][0])
+        needed = HEADER.itemsize + n * RECORD.itemsize
+        if size != needed:
+            raise RunError(f"{path}: {size} bytes where {n} samples need {needed}; {CURE}")
+        if n == 0:
+            return header[0], np.zeros(0, RECORD)
+        return header[0], np.memmap(path, RECORD, mode="r", offset=HEADER.itemsize, shape=(n,))
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         raise RunError(f"{path}: no index for {path.with_suffix('.tar').name}; {CURE}") from None
-
-
-def _read_records(path: Path) -> tuple[np.void, np.ndarray]:
-    size = path.stat().st_size
-    header = np.fromfile(path, HEADER, count=1)
-    if len(header) == 0 or header["magic"][0] != MAGIC:
-        raise RunError(f"{path}: not an index of mlip; {CURE}")
-    n = int(header["n"][0])
-    if size != HEADER.itemsize + n * RECORD.itemsize:
-        raise RunError(f"{path}: {size} bytes where {n} samples need {HEADER.itemsize + n * RECORD.itemsize}; {CURE}")
-    if n == 0:
-        return header[0], np.zeros(0, RECORD)
-    return header[0], np.memmap(path, RECORD, mode="r", offset=HEADER.itemsize, shape=(n,))
 
 
 def parse_card(content: bytes, *, place: str, folder: str) -> dict[str, Any]:
     """The card of `folder` from the bytes of its dataset.json at `place`.
 
     Raises:
-        UsageError: it is no card, or one of no samples.
+        UsageError: it is not a card of mlip, or its data set holds no samples.
     """
     try:
         card = json.loads(content)

@@ -1,8 +1,8 @@
-"""Batches for training and evaluation: pure functions of (seed, step), made in worker processes."""
+"""Batches for training: pure functions of (seed, step), made in worker processes."""
 
 import hashlib
 import os
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -16,9 +16,9 @@ from torch.utils.data import DataLoader, Dataset
 from mlip_cli.data.bad_samples import BadSampleLimit, SlowPictures, place_and_reason
 from mlip_cli.data.dataset import BadSampleError, RawSample, ShardDataset
 from mlip_cli.data.loader_processes import data_loader, items_of
-from mlip_cli.data.open import fetch_ahead
-from mlip_cli.data.order import MAX_ATTEMPTS, Order, Position, Positions, key
-from mlip_cli.data.pictures import UndecodableError, read_header
+from mlip_cli.data.order import MAX_ATTEMPTS, Order, Position, Positions, hash_of
+from mlip_cli.data.pictures import RejectedPictureError, open_picture
+from mlip_cli.data.sources.records import Caption
 from mlip_cli.data.tokenizer import Tokenizer, padded_length
 from mlip_cli.data.transforms import decode, least_size, training_crop, training_transform
 from mlip_cli.errors import RunError, UsageError
@@ -26,7 +26,7 @@ from mlip_cli.recipe.config import Data
 from mlip_cli.types import BadSample, Batch, PartOf
 
 MAX_WORKERS = 16
-READ, DECODE, TRANSFORM = "read", "decode", "transform"
+READ_SAMPLE, DECODE_PICTURE, TRANSFORM_PICTURE = "read", "decode", "transform"
 """Parts of the work on a sample; the rest is captions, tokens and stacking."""
 _AUGMENTATION = 4  # sets these draws apart from those of `order`
 
@@ -50,19 +50,20 @@ def training_loader(
 ) -> Iterator[Batch]:
     """This rank's share of the batches of steps start_step .. stop_step - 1; closing the iterator ends the workers.
 
-    The batches are the same for any number of workers, and those of all ranks put together are the same for any number
+    The batches are the same for any number of workers, and the shares of all ranks together are the same for any number
     of ranks. Text is as wide as the longest caption of the global batch needs (`padded_length`), equal on all ranks.
-    A bad sample is replaced by another of its source, whose caption is cut where it is longer than that, and named in
-    `Batch.bad_samples`. With labels, samples of one
-    concept (see `label_of`) have one label. `part` opens a context around each part of the work on a sample.
+    A bad sample is named in `Batch.bad_samples` and replaced by another of its source; a longer caption of that one is
+    cut to the width. With labels, samples of one concept (see `label_of`) have one label. `part` opens a context around
+    each part of the work on a sample.
 
     Raises:
         UsageError: the global batch does not divide by the ranks.
-        RunError: (while iterating) too many bad samples, or a worker process that died.
+        RunError: (while iterating) there are too many bad samples, or a worker process died.
     """
     check_divides(global_batch_size, world_size)
     steps = _Steps(datasets, order, data, context_length, global_batch_size, seed, rank, world_size, with_labels, part)
-    fetch_ahead(datasets, order, range(start_step * global_batch_size, stop_step * global_batch_size))
+    for dataset in datasets:
+        dataset.fetch()
     loader = data_loader(steps, range(start_step, stop_step), num_workers, pin_memory=pin_memory)
     return _training_batches(loader, BadSampleLimit(data.max_bad_share))
 
@@ -85,32 +86,32 @@ def check_divides(global_batch_size: int, world_size: int) -> None:
 
 
 def decoded(sample: RawSample, *, least: tuple[int, int] | None = None) -> Tensor:
-    """The picture of a sample: (3, H, W) uint8, perhaps made smaller, down to `least` (H, W).
+    """The picture of a sample: (3, H, W) uint8, possibly decoded smaller, but not below `least` (H, W).
 
     Raises:
         BadSampleError: it cannot be decoded.
     """
     with _bad_sample_named(sample):
-        return decode(sample.image, least=least)
+        return decode(open_picture(sample.image), least=least)
 
 
 @contextmanager
 def _bad_sample_named(sample: RawSample) -> Iterator[None]:
     try:
         yield
-    except UndecodableError as error:
+    except RejectedPictureError as error:
         raise BadSampleError(sample.shard, sample.key, str(error)) from error
 
 
 @dataclass(frozen=True)
 class _Step:
-    """What a worker sends for one step."""
+    """One step, as a worker sends it."""
 
     batch: Batch
     replaced: tuple[bool, ...]
-    """Of each position of the share, whether its own sample was bad."""
+    """For each position of the share, whether its own sample was bad."""
     slow: tuple[BadSample, ...] = ()
-    """Pictures that only Pillow could decode, and what the fast decoder said of them."""
+    """Pictures that only Pillow could decode, with the error of the fast decoder."""
 
     def pin_memory(self) -> "_Step":
         """Called by torch's DataLoader when `pin_memory` was asked for."""
@@ -123,13 +124,13 @@ class _Example:
     caption: str
     key: str
     label: int | None
-    """None where nobody asked for labels."""
+    """None if labels were not asked for."""
     slow: tuple[BadSample, ...]
-    """The sample itself where only Pillow could decode it."""
+    """The sample itself, if only Pillow could decode its picture."""
 
 
 class _Steps(Dataset[_Step | Exception]):
-    """Item `step` is this rank's share of that step's batch, or the error that made it impossible."""
+    """Item `step` is this rank's share of the batch of that step, or the error that prevented it."""
 
     def __init__(
         self,
@@ -192,29 +193,29 @@ class _Steps(Dataset[_Step | Exception]):
             except BadSampleError as error:
                 bad.append(BadSample(error.shard, error.key, error.reason))
         raise RunError(
-            f"{place_and_reason(bad[-1])}; it is the last of {len(bad)} in a row that could not be read; prepare the "
-            "data again (mlip prepare-data)"
+            f"{place_and_reason(bad[-1])}; {len(bad)} samples in a row could not be read; prepare the data again "
+            "(mlip prepare-data)"
         )
 
     def _example(self, position: Position) -> _Example:
-        with self.part(READ):
+        with self.part(READ_SAMPLE):
             raw = self.datasets[position.source].read(position.index)
-        seed = key(self.seed, _AUGMENTATION, position.source, position.epoch, position.index)
+        seed = hash_of(self.seed, _AUGMENTATION, position.source, position.epoch, position.index)
         draws = torch.Generator().manual_seed(seed >> 1)
-        caption = _choose_caption(raw, self.data.captions == "sample", draws)
+        caption = _choose_caption(raw.captions, self.data.captions == "sample", draws)
         size, augment = self.data.image_size, self.data.augment
         slow: list[BadSample] = []
-        with self.part(DECODE), _bad_sample_named(raw):
-            header = read_header(raw.image)
-            crop = training_crop(header.height, header.width, augment=augment, generator=draws)
+        with self.part(DECODE_PICTURE), _bad_sample_named(raw):
+            picture = open_picture(raw.image)
+            crop = training_crop(picture.height, picture.width, augment=augment, generator=draws)
             image = decode(
-                raw.image,
+                picture,
                 least=least_size(crop, size),
                 on_fallback=lambda reason: slow.append(BadSample(raw.shard, raw.key, reason)),
             )
-        with self.part(TRANSFORM):
+        with self.part(TRANSFORM_PICTURE):
             image = training_transform(image, crop=crop, size=size, augment=augment, generator=draws)
-        label = label_of(raw.record, caption) if self.with_labels else None
+        label = label_of(raw.meta, caption) if self.with_labels else None
         return _Example(image, caption, raw.key, label, tuple(slow))
 
 
@@ -222,21 +223,13 @@ def _position(positions: Positions, place: int) -> Position:
     return Position(int(positions.source[place]), int(positions.index[place]), int(positions.epoch[place]))
 
 
-def _choose_caption(raw: RawSample, sample: bool, generator: torch.Generator) -> str:
+def _choose_caption(captions: Sequence[Caption], sample: bool, generator: torch.Generator) -> str:
     """The first caption, or one drawn by weight."""
-    try:
-        captions = [caption for caption in raw.record["captions"] if str(caption["text"]).strip()]
-        texts = [str(caption["text"]) for caption in captions]
-        "".join(texts).encode()  # no tokenizer reads half of a surrogate pair
-        ends = list(accumulate(float(caption["weight"]) for caption in captions))
-    except (KeyError, TypeError, ValueError) as error:
-        raise BadSampleError(raw.shard, raw.key, f"{raw.key}.json has no usable captions ({error!r})") from error
-    if not texts or not ends[-1] > 0:
-        raise BadSampleError(raw.shard, raw.key, f"{raw.key}.json has no caption with words and a positive weight")
     if not sample:
-        return texts[0]
+        return captions[0].text
+    ends = list(accumulate(caption.weight for caption in captions))
     drawn = torch.rand((), dtype=torch.float64, generator=generator).item() * ends[-1]
-    return next((text for text, end in zip(texts, ends, strict=True) if drawn < end), texts[-1])
+    return next((caption.text for caption, end in zip(captions, ends, strict=True) if drawn < end), captions[-1].text)
 
 
 def _training_batches(loader: DataLoader[Any], limit: BadSampleLimit) -> Generator[Batch, None, None]:
@@ -247,14 +240,13 @@ def _training_batches(loader: DataLoader[Any], limit: BadSampleLimit) -> Generat
             yield step.batch
 
 
-def label_of(record: dict[str, Any], caption: str) -> int:
-    """63 bits that stand for the record's concept (`concept` of its meta), or for the caption where it names none.
+def label_of(meta: Mapping[str, Any], caption: str) -> int:
+    """63 bits that stand for the concept of a sample (`concept` of its meta), or for the caption if it states none.
 
     Equal for equal values in every process and version; a concept never equals a caption. Captions are compared without
-    case and spacing, which their tokens do not show either.
+    case and spacing, because their tokens do not show these either.
     """
-    meta = record.get("meta")
-    concept = meta.get("concept") if isinstance(meta, dict) else None
+    concept = meta.get("concept")
     kind, value = ("caption", " ".join(caption.lower().split())) if concept in (None, "") else ("concept", concept)
     text = f"{kind}\0{value}".encode(errors="surrogatepass")  # JSON may hold halves of surrogate pairs
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1

@@ -1,4 +1,4 @@
-"""torch's DataLoader over datasets that never raise: an error in a worker process travels as an item."""
+"""torch's DataLoader over datasets that never raise: a worker process sends an error as an item."""
 
 import os
 import signal
@@ -17,7 +17,7 @@ OF_DEAD_WORKERS = ("DataLoader worker", "Pin memory thread exited")
 
 
 def data_loader(batches: Dataset[Any], items: range, num_workers: int, *, pin_memory: bool = False) -> DataLoader[Any]:
-    """The `items` of `batches`, in order, made in `num_workers` processes, or in this one where that is 0."""
+    """The `items` of `batches`, in order, made in `num_workers` processes; 0 means in this process."""
     return DataLoader(
         batches,
         sampler=items,
@@ -31,12 +31,12 @@ def data_loader(batches: Dataset[Any], items: range, num_workers: int, *, pin_me
 
 
 def _begin_worker(number: int) -> None:
-    # a signal to the whole group of processes asks the training to stop, which needs its loaders for another step
+    # a signal to the whole process group asks training to stop; training needs its loaders for one more step
     os.setpgid(0, 0)
     report = sys.excepthook
 
     def report_own(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        """Of the thread that hands tensors over; where the main process hung up it says why itself, or is killed."""
+        """Be silent when the main process has gone: it reports the cause itself, or it was killed."""
         if not isinstance(error, EOFError | ConnectionError):
             report(kind, error, trace)
 
@@ -44,10 +44,10 @@ def _begin_worker(number: int) -> None:
 
 
 def items_of(loader: DataLoader[Any]) -> Generator[Any, None, None]:
-    """What the workers made; closing the generator ends them.
+    """The items that the workers made; closing the generator ends the workers.
 
     Raises:
-        RunError: a worker process died, or found no memory. Errors that the workers sent are raised here.
+        RunError: a worker process died or ran out of memory. Errors that the workers sent are raised here.
     """
     items = _quiet_iter(loader)
     while True:
@@ -59,7 +59,7 @@ def items_of(loader: DataLoader[Any]) -> Generator[Any, None, None]:
             if isinstance(error, RuntimeError) and not str(error).startswith(OF_DEAD_WORKERS):
                 if "DefaultCPUAllocator" in str(error):
                     raise RunError(
-                        "a loader process found no memory for its pictures; use fewer data.num_workers"
+                        "a loader process ran out of memory for its pictures; use fewer data.num_workers"
                     ) from error
                 raise
             raise RunError(
@@ -71,9 +71,9 @@ def items_of(loader: DataLoader[Any]) -> Generator[Any, None, None]:
 
 
 def _quiet_iter(loader: DataLoader[Any]) -> Iterator[Any]:
-    """iter(loader), less torch's SIGCHLD handler, which raises wherever the main process happens to be.
+    """iter(loader) without torch's SIGCHLD handler, which raises at any point of the main process.
 
-    A worker that died is found at the next item that it owes, within five seconds.
+    The death of a worker is noticed within five seconds, when its next item is due.
     """
     handler = signal.getsignal(signal.SIGCHLD)
     items = iter(loader)

@@ -1,41 +1,13 @@
-"""Open training data: prepared shards or tars as they are, fetched from a bucket first where they lie in one."""
+"""Open training data: prepared shards, prepared shards at a URL, or tars as they are."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
 from mlip_cli.data.dataset import ShardDataset
-from mlip_cli.data.order import Order
-from mlip_cli.data.remote import check_fit, is_url
+from mlip_cli.data.index import index_path, parse_card
+from mlip_cli.data.remote import RemoteShards, check_fit, is_url
+from mlip_cli.errors import UsageError
 from mlip_cli.recipe.config import Cache, Source
-
-CHUNK = 65_536
-"""Positions that are looked at in one go."""
-
-
-def fetch_ahead(datasets: Sequence[ShardDataset], order: Order, positions: range) -> None:
-    """Fetch the shards that these positions of the run read, of the data that lies elsewhere.
-
-    In training that is soon every one: the order is random over all shards. Samples that take the place of bad ones are
-    not looked at; should their shard be missing, it is fetched when it is read.
-
-    Raises:
-        RunError: the network failed, or a shard is missing or not what dataset.json says.
-    """
-    missing = [set(range(dataset.num_shards)) if dataset.remote is not None else set[int]() for dataset in datasets]
-    wanted: list[set[int]] = [set() for _ in datasets]
-    for start in range(positions.start, positions.stop, CHUNK):
-        if not any(missing):
-            break
-        found = order.positions(np.arange(start, min(start + CHUNK, positions.stop)))
-        for number, dataset in enumerate(datasets):
-            if missing[number]:
-                shards = set(np.unique(dataset.shards_of(found.index[found.source == number])).tolist())
-                wanted[number] |= shards
-                missing[number] -= shards
-    for dataset, shards in zip(datasets, wanted, strict=True):
-        dataset.fetch(sorted(shards))
 
 
 def open_sources(
@@ -44,8 +16,8 @@ def open_sources(
     """The data sets of `data.train` or `data.validation`, in order; of those at URLs the indexes are fetched.
 
     Args:
-        cache: for those at URLs; None: the user's own.
-        beside: data sets that are in use too, for which the cache must have room as well.
+        cache: for those at URLs and for tars as they are; None: the user's own.
+        beside: other data sets in use; the cache must have room for them too.
 
     Raises:
         UsageError: a folder is missing, not prepared or empty, or the cache cannot hold what lies elsewhere.
@@ -58,7 +30,49 @@ def open_sources(
 
 def _open_source(source: Source, cache: Cache) -> ShardDataset:
     if source.format == "webdataset":
-        from mlip_cli.data.plain_tars import PlainTars
+        from mlip_cli.data.plain_tars import index_tars
 
-        return PlainTars(source.path, cache)
-    return ShardDataset.at_url(source.path, cache) if is_url(source.path) else ShardDataset(Path(source.path))
+        return ShardDataset(*index_tars(source.path, cache), name=source.path, is_prepared=False)
+    if is_url(source.path):
+        remote = RemoteShards(source.path, cache)
+        return _prepared(remote.folder, name=remote.url, remote=remote)
+    return open_prepared(Path(source.path))
+
+
+def open_prepared(folder: Path) -> ShardDataset:
+    """The data set that mlip prepare-data wrote to `folder`.
+
+    Raises:
+        UsageError: the folder is not a prepared data set; the message names the command that makes one.
+        RunError: an index is missing or damaged, or does not belong to its shard.
+    """
+    if not (folder / "dataset.json").is_file():
+        raise UsageError(_why_not_prepared(folder))
+    return _prepared(folder, name=str(folder))
+
+
+def _prepared(folder: Path, *, name: str, remote: RemoteShards | None = None) -> ShardDataset:
+    """The shards that lie in `folder`, or will lie there once they are fetched."""
+    path = folder / "dataset.json"
+    card = parse_card(path.read_bytes(), place=str(path), folder=name)
+    tars = [folder / shard["name"] for shard in card["shards"]]
+    return ShardDataset(tars, list(map(index_path, tars)), card, name=name, is_prepared=True, remote=remote)
+
+
+def _why_not_prepared(folder: Path) -> str:
+    source = "openmoji" if folder.parent.name == "openmoji" else "SOURCE"
+    if not folder.exists():
+        return f"{folder}: no such folder; make it with: mlip prepare-data {source} {folder.parent}"
+    if not folder.is_dir():
+        return f"{folder}: a file, not a folder of shards; prepare it: mlip prepare-data {folder} OUT"
+    as_they_are = f"data.train: [{{path: {folder}, format: webdataset}}]"
+    parts = sorted(child.parent for child in folder.glob("*/dataset.json"))
+    if parts:
+        return f"{folder}: no dataset.json here, but in {', '.join(map(str, parts))}; name one of these"
+    what = "no dataset.json"
+    if any(folder.glob("*.tar")):
+        if not any(folder.glob("*.idx")):
+            cure = f"prepare them: mlip prepare-data {folder} OUT, or read them as they are: {as_they_are}"
+            return f"{folder}: tars without index; {cure}"
+        what = "shards without dataset.json"
+    return f"{folder}: {what}; prepare it: mlip prepare-data {folder} OUT"

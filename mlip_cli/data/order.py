@@ -1,4 +1,4 @@
-"""The order of training samples as a function of (seed, sizes, weights, t): nothing to store, nothing to shuffle."""
+"""The order of training samples as a function of (seed, sizes, weights, t): nothing is stored, nothing shuffled."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from mlip_cli.errors import UsageError
 
-BLOCK = 65_536
-"""Weighted sources have exactly their shares in every block of so many positions (to within one sample)."""
+BLOCK_POSITIONS = 65_536
+"""Every block of this many positions holds the exact share of each weighted source, to within one sample."""
 ROUNDS = 6
 MAX_ATTEMPTS = 8
 
@@ -22,7 +22,7 @@ _MIX_1, _MIX_2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 _EPOCH, _BLOCK, _SOURCE, _REPLACEMENT = range(4)
 
 
-def key(*ints: int) -> int:
+def hash_of(*ints: int) -> int:
     """A 64-bit number for a tuple of integers, by splitmix64 (Steele, Lea and Flood 2014)."""
     state = 0
     for value in ints:
@@ -36,7 +36,7 @@ def key(*ints: int) -> int:
 def permute(i: NDArray[np.int64], n: int, key: int) -> NDArray[np.int64]:
     """Where a permutation of range(n), chosen by `key`, sends each of `i`: (m,) -> (m,).
 
-    A Feistel network on just enough bits; what falls outside range(n) is sent on until it falls inside (cycle walking).
+    A Feistel network on just enough bits; a number outside range(n) is sent on until it falls inside (cycle walking).
     The same on every platform and with every version of numpy.
     """
     half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
@@ -72,7 +72,7 @@ class Positions:
     index: NDArray[np.int64]
     """Number of the sample in it."""
     epoch: NDArray[np.int64]
-    """How often the data set (without weights: all of them together) had been gone through before."""
+    """How many epochs of the data set (without weights: of all data sets together) were complete before."""
 
 
 @dataclass(frozen=True)
@@ -87,10 +87,10 @@ class Position:
 class Order:
     """Which sample stands at position t of a run; batch b of G samples is the positions [b*G, (b+1)*G).
 
-    Without weights, epoch e permutes all samples of all sources and leaves out what does not fill a batch, so that no
-    sample is twice in a batch. With weights there are no epochs of the whole: each source has its share of every block
-    of positions and is gone through again and again, without replacement within each of its own epochs (a sample of a
-    small source with a large weight can then be twice in a batch).
+    Without weights, epoch e permutes all samples of all sources. Samples that do not fill a batch are left out, so no
+    sample is twice in a batch. With weights there are no epochs of the whole. Each source has its share of every block
+    of positions and has epochs of its own: within one of them no sample is repeated. A sample of a small source with a
+    large weight can then be twice in a batch.
 
     Args:
         sizes: samples of each source.
@@ -120,14 +120,14 @@ class Order:
         return self._weighted(t) if self.shares else self._in_epochs(t)
 
     def replacement(self, t: int, attempt: int) -> Position:
-        """What to read when the sample at `t`, and the attempts before this one (from 1), turned out to be bad.
+        """The sample to read in place of a bad one at `t`; `attempt` counts from 1, as replacements can be bad too.
 
-        Another sample of the same source, with the epoch of the one that it replaces.
+        It is another sample of the same source, with the epoch of the one that it replaces.
         """
         bad = self.positions(np.array([t]))
         source, epoch = int(bad.source[0]), int(bad.epoch[0])
         n = self.sizes[source]
-        index = permute(np.array([t % n]), n, key(self.seed, _REPLACEMENT, source, attempt, t // n))
+        index = permute(np.array([t % n]), n, hash_of(self.seed, _REPLACEMENT, source, attempt, t // n))
         return Position(source, int(index[0]), epoch)
 
     def _in_epochs(self, t: NDArray[np.int64]) -> Positions:
@@ -136,7 +136,7 @@ class Order:
         index = np.empty_like(t)
         for e in np.unique(epoch).tolist():
             here = epoch == e
-            index[here] = permute(place[here], self.num_samples, key(self.seed, _EPOCH, e))
+            index[here] = permute(place[here], self.num_samples, hash_of(self.seed, _EPOCH, e))
         ends = np.cumsum(self.sizes)
         source = np.searchsorted(ends, index, side="right")
         starts = ends - np.array(self.sizes, np.int64)
@@ -144,9 +144,9 @@ class Order:
 
     def _weighted(self, t: NDArray[np.int64]) -> Positions:
         source, draw = np.empty_like(t), np.empty_like(t)
-        for block in np.unique(t // BLOCK).tolist():
-            here = np.flatnonzero(t // BLOCK == block)
-            slot = permute(t[here] % BLOCK, BLOCK, key(self.seed, _BLOCK, block))
+        for block in np.unique(t // BLOCK_POSITIONS).tolist():
+            here = np.flatnonzero(t // BLOCK_POSITIONS == block)
+            slot = permute(t[here] % BLOCK_POSITIONS, BLOCK_POSITIONS, hash_of(self.seed, _BLOCK, block))
             before = self._draws_before(block)
             ends = np.cumsum(self._draws_before(block + 1) - before)
             source[here] = s = np.searchsorted(ends, slot, side="right")
@@ -156,12 +156,12 @@ class Order:
         epoch, index = draw // sizes, np.empty_like(t)
         for s, e in np.unique(np.stack([source, epoch]), axis=1).T.tolist():
             here = (source == s) & (epoch == e)
-            index[here] = permute(draw[here] % self.sizes[s], self.sizes[s], key(self.seed, _SOURCE, s, e))
+            index[here] = permute(draw[here] % self.sizes[s], self.sizes[s], hash_of(self.seed, _SOURCE, s, e))
         return Positions(source=source, index=index, epoch=epoch)
 
     def _draws_before(self, block: int) -> NDArray[np.int64]:
-        """How many samples each source has given before `block`; sums to BLOCK * block exactly."""
-        ends = [int(share * BLOCK * block) for share in accumulate(self.shares, initial=Fraction(0))]
+        """How many samples each source has given before `block`; sums to BLOCK_POSITIONS * block exactly."""
+        ends = [int(share * BLOCK_POSITIONS * block) for share in accumulate(self.shares, initial=Fraction(0))]
         return np.array([end - start for start, end in pairwise(ends)], np.int64)
 
 

@@ -1,134 +1,34 @@
-"""Format and size of an encoded picture from its first bytes, before anything is decoded.
+"""The bytes of a picture become RGB pixels here, and only here: for preparing data, training and evaluation.
 
-The formats: JPEG in ITU-T T.81, annex B; PNG in RFC 2083, section 3; WebP in RFC 9649, section 2, and RFC 6386, 9.1.
+The content says the format, not the name. EXIF turns the picture upright. Transparent pixels lie on white, 16 bits are
+scaled to 8, and an animation gives its first frame. simplejpeg decodes JPEGs where it is installed (the extra `fast`).
+Pillow decodes everything else, and gives the same pixels of a JPEG to the bit.
 """
 
-import math
+import io
 import struct
+import warnings
 import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 
 import numpy as np
 from PIL import ExifTags, Image
 
-PNG = b"\x89PNG\r\n\x1a\n"
-JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
-"""Markers SOF0 to SOF15; the three between them are tables, a reserved one and conditions of arithmetic coding."""
-JPEG_BARE = frozenset((0x01, *range(0xD0, 0xD9)))
-"""Markers that no length follows."""
+try:
+    from simplejpeg import decode_jpeg as simplejpeg_decode
+except ImportError:
+    simplejpeg_decode = None
 
-
-class UndecodableError(ValueError):
-    """A picture that cannot be decoded; `reason` says why."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(f"the picture cannot be decoded: {reason}")
-        self.reason = reason
-
-
-@dataclass(frozen=True)
-class PictureHeader:
-    """What a picture says of itself."""
-
-    format: str
-    """jpg, png or webp."""
-    height: int
-    width: int
-    """Both as shown, upright."""
-    is_plain: bool = True
-    """False for JPEGs of other than one or three components (CMYK): decoders turn them into RGB each in its own way."""
-    orientation: int = 1
-    """By EXIF, of a JPEG: how the stored pixels are to be turned, a key of `ORIENTATIONS`, or 1."""
-    is_opaque: bool = True
-    """False where pixels may be transparent: what colour they have is then no matter."""
-
-    @property
-    def is_as_stored(self) -> bool:
-        """The pixels as they are stored are the picture."""
-        return self.orientation == 1 and self.is_opaque
-
-
-def read_header(image: bytes) -> PictureHeader:
-    """Format and size of a JPEG, PNG or WebP.
-
-    Raises:
-        UndecodableError: another format, no size in it, or more pixels than anybody should decode.
-    """
-    if image[:2] == b"\xff\xd8":
-        header = _jpeg(image)
-    elif image[:8] == PNG and image[12:16] == b"IHDR" and len(image) >= 24:
-        header = PictureHeader(
-            "png", int.from_bytes(image[20:24]), int.from_bytes(image[16:20]), is_opaque=_is_opaque_png(image)
-        )
-    elif image[:4] == b"RIFF" and image[8:12] == b"WEBP" and len(image) >= 30:
-        height, width, is_opaque = _webp(image)
-        header = PictureHeader("webp", height, width, is_opaque=is_opaque)
-    else:
-        raise UndecodableError("neither JPEG nor PNG nor WebP" if image else "no bytes")
-    if header.height == 0 or header.width == 0:
-        raise UndecodableError(f"{header.width} x {header.height} pixels")
-    if header.height * header.width > MAX_PIXELS:
-        megapixels = MAX_PIXELS // 1_000_000
-        raise UndecodableError(f"{header.width:,} x {header.height:,} pixels, over {megapixels} megapixels")
-    return header
-
-
-def _jpeg(image: bytes) -> PictureHeader:
-    """The first frame header; what libjpeg skips (bytes between segments, fill bytes) is skipped."""
-    at, orientation = 2, 1
-    while (at := image.find(b"\xff", at)) >= 0 and at + 1 < len(image):
-        marker = image[at + 1]
-        if marker in JPEG_FRAMES and at + 10 <= len(image):
-            height, width = (int.from_bytes(image[at + i : at + i + 2]) for i in (5, 7))
-            if orientation >= 5:
-                height, width = width, height
-            return PictureHeader("jpg", height, width, is_plain=image[at + 9] in (1, 3), orientation=orientation)
-        if marker in (0xD9, 0xDA):
-            break
-        if marker == 0xFF:
-            at += 1
-        elif marker == 0x00 or marker in JPEG_BARE:
-            at += 2
-        else:
-            end = at + 2 + max(2, int.from_bytes(image[at + 2 : at + 4]))
-            if marker == 0xE1 and image[at + 4 : at + 10] == b"Exif\0\0":
-                orientation = _orientation(image[at + 4 : end])
-            at = end
-    raise UndecodableError("a JPEG without a frame header")
-
-
-def _orientation(segment: bytes) -> int:
-    """What an EXIF segment says of it; 1 where it is damaged or says nothing, as viewers take it."""
-    exif = Image.Exif()
-    try:
-        exif.load(segment)
-        found = exif.get(ExifTags.Base.Orientation, 1)
-    except UNDECODABLE:
-        return 1
-    return found if found in ORIENTATIONS else 1
-
-
-def _is_opaque_png(image: bytes) -> bool:
-    """Whether no pixel can be transparent: neither by its colour type nor by a tRNS chunk ahead of the pixels."""
-    return image[25:26] not in (b"\4", b"\6") and image.find(b"tRNS", 0, image.find(b"IDAT")) < 0
-
-
-def _webp(image: bytes) -> tuple[int, int, bool]:
-    """(height, width, whether it is opaque) by the first chunk, one of the three that a file may begin with."""
-    chunk = image[12:16]
-    if chunk == b"VP8X":
-        height, width = (int.from_bytes(image[at : at + 3], "little") + 1 for at in (27, 24))
-        return height, width, not image[20] & 0x10
-    if chunk == b"VP8L" and image[20] == 0x2F:
-        bits = int.from_bytes(image[21:25], "little")
-        return (bits >> 14 & 0x3FFF) + 1, (bits & 0x3FFF) + 1, not bits >> 28 & 1
-    if chunk == b"VP8 " and image[23:26] == b"\x9d\x01\x2a":
-        height, width = (int.from_bytes(image[at : at + 2], "little") & 0x3FFF for at in (28, 26))
-        return height, width, True
-    raise UndecodableError("a WebP without a frame header")
-
-
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+"""Pillow's names of the formats that we read. Its other decoders never see a file."""
 MAX_PIXELS = 64_000_000
+MAX_MEGAPIXELS = MAX_PIXELS // 1_000_000
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # Pillow's limit of 89 megapixels lies above ours
+LEAST_FACTOR = 2
+"""Decoding at 7/8 or 5/8 takes longer than decoding the whole and resizing it (640x480: 2.1 against 1.6 ms)."""
 
 ORIENTATIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -140,7 +40,7 @@ ORIENTATIONS = {
     8: Image.Transpose.ROTATE_90,
 }
 """EXIF orientation -> what shows the picture upright (Exif 2.32, tag 0x0112)."""
-SWAPPING = tuple(ORIENTATIONS[i] for i in (5, 6, 7, 8))
+SIDEWAYS = tuple(ORIENTATIONS[i] for i in (5, 6, 7, 8))
 
 UNDECODABLE = (
     OSError,
@@ -158,34 +58,162 @@ UNDECODABLE = (
 """What Pillow's decoders raise on damaged files."""
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any picture as RGB: transparency on white, 16 bits scaled to 8.
-
-    Raises:
-        RejectedPictureError: 32-bit integers or floating point, whose range nothing tells.
-    """
-    if image.mode.startswith("I;16"):
-        values = np.asarray(image).astype(np.uint32)
-        return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
-    if image.mode in ("I", "F"):
-        raise RejectedPictureError("unknown range of values", f"mode {image.mode}")
-    if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        white = Image.new("RGBA", rgba.size, "white")
-        return Image.alpha_composite(white, rgba).convert("RGB")
-    return image.convert("RGB")
-
-
 class RejectedPictureError(Exception):
-    """A picture that cannot be stored: `reason` in fixed words, `detail` about this one."""
+    """A picture that cannot be used: `reason` in fixed words, `detail` about this one."""
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(f"{reason}: {detail}")
         self.reason, self.detail = reason, detail
 
 
-def _check_size(size: tuple[int, int]) -> None:
-    if math.prod(size) > MAX_PIXELS:
-        raise RejectedPictureError(
-            "picture too large", f"{size[0]} x {size[1]} pixels, over {MAX_PIXELS // 1_000_000} megapixels"
-        )
+@dataclass(frozen=True)
+class EncodedPicture:
+    """A picture whose size is known. `to_rgb` or `to_array` decodes it, once."""
+
+    content: bytes
+    image: Image.Image
+    is_jpeg: bool
+    turn: Image.Transpose | None
+    """What shows the stored pixels upright."""
+    height: int
+    width: int
+    """Both as shown, upright."""
+
+
+def open_picture(content: bytes) -> EncodedPicture:
+    """Read the header of a picture. Of a JPEG nothing more is read; other formats are decoded here.
+
+    Raises:
+        RejectedPictureError: not one of the six formats, damaged, or of more than 64 megapixels.
+    """
+    if content[:4] == b"RIFF" and content[8:12] == b"WEBP":
+        _check_size(*_webp_size(content))
+    with _rejected_if_damaged():
+        image = Image.open(io.BytesIO(content), formats=FORMATS)
+        _check_size(*image.size)
+        is_jpeg = image.format in ("JPEG", "MPO")
+        turn = _turn(image, is_jpeg=is_jpeg)
+        width, height = image.size[::-1] if turn in SIDEWAYS else image.size
+    return EncodedPicture(content, image, is_jpeg, turn, height, width)
+
+
+def to_rgb(picture: EncodedPicture, *, least: tuple[int, int] | None = None) -> Image.Image:
+    """The picture by Pillow, RGB and upright.
+
+    Args:
+        least: (H, W) that is large enough. A JPEG of at least twice that may come smaller, but not below it.
+
+    Raises:
+        RejectedPictureError: damaged, or of 32-bit integers or floating point, whose range nothing tells.
+    """
+    with _rejected_if_damaged():
+        if least is not None and picture.is_jpeg:
+            picture.image.draft("RGB", least if picture.turn in SIDEWAYS else least[::-1])
+        return _upright_rgb(picture.image, picture.turn)
+
+
+def pillow_to_rgb(image: Image.Image) -> Image.Image:
+    """A picture that others opened with Pillow, as `to_rgb` makes it."""
+    with _rejected_if_damaged():
+        return _upright_rgb(image, _turn(image, is_jpeg=False))
+
+
+def to_array(
+    picture: EncodedPicture,
+    *,
+    least: tuple[int, int] | None = None,
+    on_fallback: Callable[[str], None] = lambda _: None,
+) -> np.ndarray:
+    """The picture by the fastest decoder: uint8 (H, W, 3), upright.
+
+    Args:
+        least: (H, W) that is large enough. A JPEG of at least twice that may come smaller, but not below it; one that
+            has to be turned and one in CMYK come whole.
+        on_fallback: told why simplejpeg could not read a JPEG that Pillow could.
+
+    Raises:
+        RejectedPictureError: as `to_rgb` does.
+    """
+    is_plain = picture.is_jpeg and picture.turn is None and picture.image.mode in ("RGB", "L")
+    if not is_plain or simplejpeg_decode is None:
+        return _array(to_rgb(picture, least=least if is_plain else None))
+    height, width = least or (picture.height, picture.width)
+    try:
+        pixels = simplejpeg_decode(picture.content, min_height=height, min_width=width, min_factor=LEAST_FACTOR)
+    except (RuntimeError, ValueError) as error:
+        pixels = _array(to_rgb(picture))
+        on_fallback(str(error))
+    return pixels
+
+
+def _array(rgb: Image.Image) -> np.ndarray:
+    """uint8 (H, W, 3), writable, as PyTorch wants it."""
+    return np.frombuffer(bytearray(rgb.tobytes()), np.uint8).reshape(rgb.height, rgb.width, 3)
+
+
+def jpeg_decoder() -> str:
+    """Name and version of what decodes JPEGs here. A run that resumes with another may see slightly other pixels."""
+    name = "pillow" if simplejpeg_decode is None else "simplejpeg"
+    return f"{name} {version(name)}"
+
+
+def _check_size(width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        size = f"{width:,} x {height:,} pixels"
+        raise RejectedPictureError("picture too large", f"{size}, over {MAX_MEGAPIXELS} megapixels")
+
+
+def _webp_size(content: bytes) -> tuple[int, int]:
+    """Width and height of a WebP by its first chunk (RFC 9649, section 2, and RFC 6386, 9.1).
+
+    Pillow takes memory for all pixels when it opens a WebP, and a file of 36 bytes may say that it has 268 megapixels.
+    """
+    if content[12:16] == b"VP8X":
+        return 1 + int.from_bytes(content[24:27], "little"), 1 + int.from_bytes(content[27:30], "little")
+    if content[12:16] == b"VP8L":
+        bits = int.from_bytes(content[21:25], "little")
+        return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+    return int.from_bytes(content[26:28], "little") & 0x3FFF, int.from_bytes(content[28:30], "little") & 0x3FFF
+
+
+@contextmanager
+def _rejected_if_damaged() -> Iterator[None]:
+    try:
+        yield
+    except Image.DecompressionBombError:  # Pillow's own limit, which it checks before it tells the size
+        raise RejectedPictureError("picture too large", f"over {MAX_MEGAPIXELS} megapixels") from None
+    except Image.UnidentifiedImageError:
+        raise RejectedPictureError("not a picture", f"not {', '.join(FORMATS[:-1])} or {FORMATS[-1]}") from None
+    except UNDECODABLE as error:
+        raise RejectedPictureError("damaged picture", str(error) or type(error).__name__) from None
+
+
+def _turn(image: Image.Image, *, is_jpeg: bool) -> Image.Transpose | None:
+    """What shows a picture upright. Damaged EXIF turns nothing, as in viewers.
+
+    The header of a JPEG says it. A PNG may say it behind its pixels. Pillow turns a TIFF itself when it decodes it.
+    """
+    if not is_jpeg:
+        image.load()
+    try:
+        return ORIENTATIONS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except UNDECODABLE:
+        return None
+
+
+def _upright_rgb(image: Image.Image, turn: Image.Transpose | None) -> Image.Image:
+    image.load()
+    if image.mode.startswith("I;16"):
+        values = np.asarray(image).astype(np.uint32)
+        image = Image.fromarray(((values + 128) // 257).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise RejectedPictureError("unknown range of values", f"mode {image.mode}")
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
+    rgb = image if image.mode == "RGB" else image.convert("RGB")
+    if turn is None:
+        return rgb
+    upright = rgb.transpose(turn)
+    upright.info.clear()  # it still says the orientation of the stored pixels
+    return upright

@@ -1,39 +1,36 @@
-"""Prepared data that lies elsewhere, at a URL that fsspec can read: indexes at once, whole shards when they are needed.
+"""Prepared data at a URL that fsspec can read: indexes are fetched when it is opened, shards before training.
 
-Training reads samples in an order that is random over all shards: a batch of G touches S (1 - (1 - 1/S)^G) of S shards,
-nearly all of them. So what a run reads is fetched before it begins and must fit into the cache.
+Training reads samples in an order that is random over all shards. A batch of G touches S (1 - (1 - 1/S)^G) of S shards,
+which is nearly all of them, so every shard is fetched before a run begins, and all of them must fit into the cache.
 """
 
 import hashlib
 import json
-import os
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from pathlib import Path, PurePosixPath
+from contextlib import contextmanager
+from pathlib import Path
 from threading import Event
-from typing import Any, TypeVar
-from weakref import finalize
+from typing import Any
 
-from mlip_cli.data.cache import GIB, ShardCache
+from mlip_cli.data.cache import ShardCache
 from mlip_cli.data.index import HEADER, RECORD, index_path, parse_card, read_records
 from mlip_cli.errors import RunError, UsageError
-from mlip_cli.files import FULL_DISK, atomic_path, full_disk_named, write_bytes
+from mlip_cli.files import FULL_DISK, GIB, atomic_path, full_disk_named, write_bytes, write_text
 from mlip_cli.recipe.config import Cache
 from mlip_cli.terminal.output import plural, say
 from mlip_cli.terminal.panel import progress
 
-T = TypeVar("T")
-
+WITHOUT_RETRIES = ("http", "https")
+"""Protocols whose backend gives up at the first failure. s3fs, gcsfs, adlfs and huggingface_hub retry by themselves."""
 WAITS_S = (1.0, 4.0, 16.0)
-"""Before the second, third and fourth attempt."""
+"""Pauses before the second, third and fourth attempt with those."""
 AT_ONCE = 8
 """Files that are fetched side by side."""
 
 NAME = re.compile(r"[0-9A-Za-z_][0-9A-Za-z_.-]*\.tar")
 SHA256 = re.compile(r"[0-9a-f]{64}")
-FINAL = (PermissionError, IsADirectoryError, NotADirectoryError)
-"""What another attempt does not mend."""
 
 
 def is_url(path: str) -> bool:
@@ -42,90 +39,60 @@ def is_url(path: str) -> bool:
 
 
 class _MissingFileError(RunError):
-    """Nothing lies at a URL."""
+    """There is no file at a URL."""
 
 
 class RemoteShards:
-    """A folder of shards at a URL, and its copy in the cache, which stays as long as this object lives.
+    """A folder of shards at a URL, and its copy in the cache.
 
     Raises:
-        UsageError: no data set there, one that the cache cannot hold, or no package that speaks the protocol.
-        RunError: the network failed; says the URL.
+        UsageError: the URL holds no data set, its data set cannot be checked, or no package speaks the protocol.
+        RunError: the network failed; the message names the URL.
     """
 
     def __init__(self, url: str, config: Cache) -> None:
         self.url = url.rstrip("/")
+        place = f"{self.url}/dataset.json"
         try:
-            content = _attempted(f"{self.url}/dataset.json", self._read_card, Event())
+            with _errors_named(place):
+                filesystem, path = _filesystem(self.url)
+                content = bytes(filesystem.cat_file(f"{path}/dataset.json"))
         except _MissingFileError:
             cure = "correct the URL, or upload a folder that mlip prepare-data wrote (OUT/train, say)"
             raise UsageError(f"{self.url}: no dataset.json there; {cure}") from None
-        card = parse_card(content, place=f"{self.url}/dataset.json", folder=self.url)
-        self.shards = {shard["name"]: shard for shard in card["shards"]}
-        self._check_names()
+        self.shards = _checked_shards(parse_card(content, place=place, folder=self.url), place=place)
         self.cache = ShardCache.of(config)
         listing = [[name, shard["n"], shard["bytes"], shard["sha256"]] for name, shard in self.shards.items()]
-        self.key = hashlib.sha256(json.dumps(listing).encode()).hexdigest()[:16]
-        finalize(self, os.close, self.cache.hold(self.key))
-        with self.cache.locked():  # whoever holds the lock removes files that are not finished
-            write_bytes(self.folder / "dataset.json", content)
-        self._fetch_indexes()
-
-    @property
-    def folder(self) -> Path:
+        self.folder = self.cache.subfolder(hashlib.sha256(json.dumps(listing).encode()).hexdigest()[:16])
         """Where the copies lie."""
-        return self.cache.folder / self.key
+        with self.cache.locked():
+            write_bytes(self.folder / "dataset.json", content)
+            write_text(self.folder / "url", f"{self.url}\n")
+        self.fetch([index_path(Path(name)).name for name in self.shards])
 
     @property
     def num_bytes(self) -> int:
-        """Of all shards."""
+        """Bytes of all shards."""
         return sum(shard["bytes"] for shard in self.shards.values())
 
     def fetch(self, names: Collection[str]) -> None:
-        """Have these shards in `folder`, whole and checked.
+        """Have these shards or indexes in `folder`, whole and checked. Those that are there are not fetched again.
 
         Raises:
-            RunError: one is missing or not the one of dataset.json, the network failed, or there is no room.
+            RunError: a file is missing or differs from dataset.json, the network failed, or there is no room.
         """
-        missing = [name for name in names if not self._has(name)]
-        if not missing:
+        if all(map(self._has, names)):
             return
         with self.cache.locked():
             missing = [name for name in names if not self._has(name)]
-            needed = sum(self.shards[name]["bytes"] for name in missing)
-            self.cache.make_room(needed, key=self.key)
+            needed = sum(map(self._size, missing))
+            self.cache.check_room(needed)
             if missing:
-                what = plural(len(missing), "shard")
+                what = plural(len(missing), "file")
                 say(f"fetching {what}, {needed / GIB:.2f} GiB, from {self.url} into {self.folder}")
-            self._fetch_side_by_side(missing, self._fetch_shard)
+            self._fetch_side_by_side(missing)
 
-    def _read_card(self) -> bytes:
-        return bytes(self._filesystem().cat_file(self._path("dataset.json")))
-
-    def _check_names(self) -> None:
-        for name, shard in self.shards.items():
-            numbers = (shard["n"], shard.get("bytes"))
-            is_whole = all(type(n) is int for n in numbers) and SHA256.fullmatch(str(shard.get("sha256")))
-            if not NAME.fullmatch(str(name)) or not is_whole:
-                raise UsageError(
-                    f"{self.url}/dataset.json: no plain name, sizes and sha256 of shard {name!r}; prepare it again"
-                )
-
-    def _has(self, name: str) -> bool:
-        path = self.folder / name
-        return path.is_file() and path.stat().st_size == self.shards[name]["bytes"]
-
-    def _has_index(self, name: str) -> bool:
-        path = index_path(self.folder / name)
-        return path.is_file() and path.stat().st_size == HEADER.itemsize + self.shards[name]["n"] * RECORD.itemsize
-
-    def _fetch_indexes(self) -> None:
-        if not all(map(self._has_index, self.shards)):
-            with self.cache.locked():
-                missing = [name for name in self.shards if not self._has_index(name)]
-                self._fetch_side_by_side(missing, self._fetch_index)
-
-    def _fetch_side_by_side(self, names: list[str], fetch_one: Callable[[str, Event], None]) -> None:
+    def _fetch_side_by_side(self, names: Sequence[str]) -> None:
         is_over = Event()
         pool = ThreadPoolExecutor(AT_ONCE)
         try:
@@ -133,72 +100,121 @@ class RemoteShards:
                 full_disk_named(self.cache.folder, "make room, or set data.cache.folder"),
                 progress(len(names), f"fetching {self.url}") as bar,
             ):
-                for future in as_completed([pool.submit(fetch_one, name, is_over) for name in names]):
+                for future in as_completed([pool.submit(self._fetch_file, name, is_over) for name in names]):
                     future.result()
                     bar.advance(bar.task_ids[0], 1)
         finally:
             is_over.set()
             pool.shutdown(cancel_futures=True)
 
-    def _fetch_index(self, name: str, is_over: Event) -> None:
-        shard, index = self.shards[name], str(PurePosixPath(name).with_suffix(".idx"))
+    def _fetch_file(self, name: str, is_over: Event) -> None:
+        with atomic_path(self.folder / name) as temporary:
+            waits = WAITS_S if self.url.partition("://")[0] in WITHOUT_RETRIES else ()
+            for wait_s in (*waits, None):
+                try:
+                    with _errors_named(f"{self.url}/{name}"):
+                        filesystem, path = _filesystem(self.url)
+                        filesystem.get_file(f"{path}/{name}", str(temporary), callback=_stopping(is_over))
+                    break
+                except _MissingFileError:
+                    raise
+                except RunError:
+                    if wait_s is None or is_over.wait(wait_s):
+                        raise
+            self._check(name, temporary)
 
-        def check(path: Path) -> None:
-            header, records = read_records(path)
-            if len(records) != shard["n"] or bytes(header["sha256"]).hex() != shard["sha256"]:
-                raise RunError(f"not the index of {name} in dataset.json; upload it again")
+    def _shard(self, name: str) -> dict[str, Any]:
+        """The shard in dataset.json that a tar or an index belongs to."""
+        return self.shards[str(Path(name).with_suffix(".tar"))]
 
-        self._fetch_file(index, check, is_over)
+    def _size(self, name: str) -> int:
+        shard = self._shard(name)
+        return int(shard["bytes"] if name.endswith(".tar") else HEADER.itemsize + shard["n"] * RECORD.itemsize)
 
-    def _fetch_shard(self, name: str, is_over: Event) -> None:
-        def check(path: Path) -> None:
+    def _has(self, name: str) -> bool:
+        path = self.folder / name
+        return path.is_file() and path.stat().st_size == self._size(name)
+
+    def _check(self, name: str, path: Path) -> None:
+        """Compare the file that was fetched to `path` with dataset.json."""
+        shard, place = self._shard(name), f"{self.url}/{name}"
+        if name.endswith(".tar"):
             with open(path, "rb") as file:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
-            if found != self.shards[name]["sha256"]:
-                shard, size = self.shards[name], path.stat().st_size
+            if found != shard["sha256"]:
                 raise RunError(
-                    f"{size} bytes with sha256 {found[:12]}... where dataset.json says {shard['bytes']} with "
-                    f"{shard['sha256'][:12]}...; upload the shard again"
+                    f"{place}: {path.stat().st_size} bytes with sha256 {found[:12]}... where dataset.json says "
+                    f"{shard['bytes']} with {shard['sha256'][:12]}...; upload the shard again"
                 )
-
-        self._fetch_file(name, check, is_over)
-
-    def _fetch_file(self, name: str, check: Callable[[Path], None], is_over: Event) -> None:
-        with atomic_path(self.folder / name) as temporary:
-
-            def attempt() -> None:
-                self._filesystem().get_file(self._path(name), str(temporary), callback=_stopping(is_over))
-                check(temporary)
-
-            _attempted(f"{self.url}/{name}", attempt, is_over)
-
-    def _path(self, name: str) -> str:
-        from fsspec.core import url_to_fs
-
-        return f"{str(url_to_fs(self.url)[1]).rstrip('/')}/{name}"
-
-    def _filesystem(self) -> Any:
-        """fsspec's own cache makes it cheap to ask again, and right in another process.
-
-        Raises:
-            UsageError: no package that speaks the protocol.
-        """
-        from fsspec.core import url_to_fs
-        from fsspec.registry import known_implementations
-
-        protocol = self.url.partition("://")[0]
+            return
         try:
-            return url_to_fs(self.url)[0]
-        except ImportError as error:
-            package = str(known_implementations.get(protocol, {}).get("class", "")).partition(".")[0]
-            cure = f"pip install {'aiohttp' if package == 'fsspec' else package}" if package else str(error)
-            raise UsageError(f"{self.url}: {protocol}:// needs another package; {cure}") from error
-        except ValueError as error:
-            raise UsageError(f"{self.url}: fsspec knows no protocol {protocol}://; copy the data to a disk") from error
+            header, records = read_records(path)
+            is_its_index = len(records) == shard["n"] and bytes(header["sha256"]).hex() == shard["sha256"]
+        except RunError:
+            is_its_index = False
+        if not is_its_index:
+            tar = Path(name).with_suffix(".tar")
+            raise RunError(f"{place}: not the index of {tar} in dataset.json; upload it again")
+
+
+def _filesystem(url: str) -> tuple[Any, str]:
+    """fsspec's file system for a URL and the path in it. fsspec keeps it, so asking again costs nothing.
+
+    Raises:
+        UsageError: no package speaks the protocol.
+    """
+    from fsspec.core import url_to_fs
+    from fsspec.registry import known_implementations
+
+    protocol = url.partition("://")[0]
+    try:
+        filesystem, path = url_to_fs(url)
+    except ImportError as error:
+        package = str(known_implementations.get(protocol, {}).get("class", "")).partition(".")[0]
+        cure = f"pip install {'aiohttp' if package == 'fsspec' else package}" if package else str(error)
+        raise UsageError(f"{url}: {protocol}:// needs another package; {cure}") from error
+    except ValueError as error:
+        raise UsageError(f"{url}: fsspec knows no protocol {protocol}://; copy the data to a disk") from error
+    return filesystem, str(path).rstrip("/")
+
+
+def _checked_shards(card: dict[str, Any], *, place: str) -> dict[str, dict[str, Any]]:
+    """Shards of a card by name; a name must not lead out of the cache.
+
+    Raises:
+        UsageError: a shard lacks a plain name, sizes or sha256.
+    """
+    for shard in card["shards"]:
+        numbers = (shard["n"], shard.get("bytes"))
+        is_whole = all(type(n) is int for n in numbers) and SHA256.fullmatch(str(shard.get("sha256")))
+        if not NAME.fullmatch(str(shard["name"])) or not is_whole:
+            raise UsageError(f"{place}: no plain name, sizes and sha256 of shard {shard['name']!r}; prepare it again")
+    return {shard["name"]: shard for shard in card["shards"]}
+
+
+@contextmanager
+def _errors_named(url: str) -> Iterator[None]:
+    """Turn errors of a transfer into one line with the URL.
+
+    Raises:
+        RunError: the transfer failed.
+        OSError: the disk is full.
+    """
+    try:
+        yield
+    except UsageError:
+        raise
+    except FileNotFoundError as error:
+        raise _MissingFileError(f"{url}: no such file; upload it again") from error
+    except Exception as error:  # the packages that fsspec calls have errors of their own, without a common base
+        if isinstance(error, OSError) and error.errno in FULL_DISK:
+            raise
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise RunError(f"{url}: {reason}; check network and credentials, then try again") from error
 
 
 def _stopping(is_over: Event) -> Any:
-    """A callback of fsspec that ends a transfer nobody waits for any more."""
+    """A callback of fsspec that ends a transfer after another one failed."""
     from fsspec.callbacks import Callback
 
     class Stopping(Callback):
@@ -207,32 +223,6 @@ def _stopping(is_over: Event) -> Any:
                 raise InterruptedError("another transfer failed")
 
     return Stopping()
-
-
-def _attempted(url: str, work: Callable[[], T], is_over: Event) -> T:
-    """What `work` gives, attempted again after a pause where that may help.
-
-    Raises:
-        UsageError: `work` says so.
-        RunError: the last attempt failed; says the URL and why.
-        OSError: the disk is full.
-    """
-    for wait_s in (*WAITS_S, None):
-        try:
-            return work()
-        except UsageError:
-            raise
-        except Exception as error:  # the packages that fsspec calls have errors of their own, without a common base
-            if isinstance(error, FileNotFoundError):
-                raise _MissingFileError(f"{url}: no such file; upload it again") from error
-            if isinstance(error, OSError) and error.errno in FULL_DISK:
-                raise
-            if isinstance(error, FINAL) or wait_s is None or is_over.is_set():
-                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-                cure = "" if isinstance(error, RunError) else "; look at network and credentials, then try again"
-                raise RunError(f"{url}: {reason}{cure}") from error
-            is_over.wait(wait_s)
-    raise AssertionError("unreachable")
 
 
 def check_fit(remotes: Sequence[RemoteShards]) -> None:
@@ -245,6 +235,6 @@ def check_fit(remotes: Sequence[RemoteShards]) -> None:
     if remotes and needed > (most := remotes[0].cache.most_bytes):
         urls = ", ".join(remote.url for remote in remotes)
         raise UsageError(
-            f"data.cache.gib: {most / GIB:g} is less than the {needed / GIB:.2f} GiB of {urls}, which are read in "
-            f"random order; set it to {-(-needed // GIB)} or more, or copy the data to a disk that all nodes see"
+            f"data.cache.gib: {most / GIB:g} is less than the {needed / GIB:.2f} GiB of {urls}, which a run fetches "
+            f"whole; set it to {-(-needed // GIB)} or more, or copy the data to a disk that all nodes see"
         )

@@ -1,14 +1,16 @@
-"""A strict reader of tar files: every header's checksum is checked, nothing is skipped without a word.
+"""A strict reader of tar files: it checks the checksum of every header and skips nothing in silence.
 
-Understands ustar, PAX headers and GNU long names. Names are data: none ever becomes a path on this machine.
+It understands ustar, PAX headers and GNU long names. Names are data: no name ever becomes a path on this machine.
+Training, mlip prepare-data and evaluation all read headers through `walk`, so a member means the same to all of them.
 The format: POSIX.1-2017 `pax` (ustar interchange format) and GNU tar's manual, "Basic Tar Format".
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import BinaryIO
+from zlib import adler32
 
 from mlip_cli.errors import RunError
 
@@ -16,13 +18,22 @@ BLOCK = 512
 MAX_EXTENSION_BYTES = 1 << 20
 REGULAR = (b"0", b"\0", b"7")
 NO_DATA = (b"1", b"2", b"3", b"4", b"5", b"6")
-"""Links, devices, folders, pipes: whatever size they state, nothing follows."""
+"""Links, devices, folders, pipes: no bytes follow, whatever size the header states."""
 EXTENSIONS = (b"x", b"g", b"L", b"K")
 ZEROS = bytes(BLOCK)
+ADLER_MODULUS = 65_521
+"""adler32 sums bytes modulo this number, ten times as fast as sum(); a header's checksum is compared modulo it too."""
+
+Read = Callable[[int, int], bytes]
+"""(size, at) -> the bytes of the tar from byte `at` on; fewer than `size` at its end."""
 
 
 class DamagedTarError(RunError):
-    """Not a whole tar: `path: what is wrong at which byte`."""
+    """The tar is not whole: `path: what is wrong at which byte`."""
+
+
+class HeaderError(ValueError):
+    """The tar is damaged. The message says where and how, but not in which file."""
 
 
 @dataclass(frozen=True)
@@ -31,12 +42,12 @@ class Member:
 
     name: str
     header_offset: int
-    """Of its first header, PAX and long-name headers included."""
+    """Of its first header: PAX and long-name headers count."""
     offset: int
     """Of its bytes."""
     size: int
     is_file: bool
-    """False for links, folders, devices and sparse files, whose bytes nobody should read."""
+    """False for links, folders, devices and sparse files: their bytes must not be read."""
 
 
 def padded(size: int) -> int:
@@ -52,62 +63,84 @@ def read_members(path: Path) -> Iterator[Member]:
             block, or something follows that block.
     """
     with open(path, "rb") as file:
-        length = os.fstat(file.fileno()).st_size
-        at = start = 0
-        extension: dict[str, str] = {}
-        while (header := _header_at(path, file, at, length)) is not None:
-            kind = header[156:157]
-            size = 0 if kind in NO_DATA else _number(path, header[124:136], at)
-            if kind not in EXTENSIONS and "size" in extension:
-                size = int(extension["size"])
-            if at + BLOCK + size > length:
-                there = f"the member at byte {at} needs {size} bytes, {length - at - BLOCK} are there"
-                raise DamagedTarError(f"{path}: cut at byte {length}: {there}")
-            if kind in EXTENSIONS:
-                extension |= _extension(path, file, kind, size, at)
-            else:
-                name = extension.get("path") or _name(header)
-                yield Member(name, start, at + BLOCK, size, kind in REGULAR and not name.endswith("/"))
-                extension = {}
+        read, length = partial(os.pread, file.fileno()), os.fstat(file.fileno()).st_size
+        try:
+            end = yield from walk(read, length=length)
+            _check_end(read, end, length)
+        except HeaderError as error:
+            raise DamagedTarError(f"{path}: {error}") from None
+
+
+def walk(read: Read, *, length: int, start: int = 0) -> Generator[Member, None, int]:
+    """The members from byte `start` on, where a header begins, in a tar of `length` bytes.
+
+    Returns:
+        The byte at which the headers end: where a block of zeros begins, or too few bytes for a header are left.
+
+    Raises:
+        HeaderError: a header is damaged, or states more bytes than there are.
+    """
+    at = first = start
+    stated: dict[str, str] = {}
+    while at + BLOCK <= length and (header := read(BLOCK, at)) != ZEROS:
+        kind, size = _checked_header(header, at)
+        if kind not in EXTENSIONS and kind not in NO_DATA and "size" in stated:
+            size = int(stated["size"])
+        if at + BLOCK + size > length:
+            there = length - at - BLOCK
+            raise HeaderError(f"cut at byte {length}: the member at byte {at} needs {size} bytes, {there} are there")
+        if kind in EXTENSIONS:
+            stated |= _extension(read, kind, size, at)
             at += BLOCK + padded(size)
-            if kind not in EXTENSIONS:
-                start = at
+            continue
+        name = stated.get("path") or _name(header)
+        yield Member(name, first, at + BLOCK, size, kind in REGULAR and not name.endswith("/"))
+        stated = {}
+        at = first = at + BLOCK + padded(size)
+    return at
 
 
-def _header_at(path: Path, file: BinaryIO, at: int, length: int) -> bytes | None:
-    """The checked header at `at`, or None at the end of the archive."""
-    file.seek(at)
-    header = file.read(BLOCK)
+def _checked_header(header: bytes, at: int) -> tuple[bytes, int]:
+    """Kind and size of the member whose header lies at `at`, once the header's checksum is found to be right."""
     if len(header) < BLOCK:
-        raise DamagedTarError(f"{path}: cut at byte {length}: no end-of-archive block")
-    if header == ZEROS:
-        while block := file.read(1 << 20):
-            if block.strip(b"\0"):
-                raise DamagedTarError(f"{path}: more data after the end-of-archive block at byte {at}")
-        return None
-    if sum(header) - sum(header[148:156]) + 8 * ord(" ") != _number(path, header[148:156], at):
-        raise DamagedTarError(f"{path}: no tar header at byte {at}: its checksum is wrong")
-    return header
+        raise HeaderError(f"no tar header at byte {at}")
+    field = header[148:156]  # counts as spaces in the sum
+    found = (adler32(header) & 0xFFFF) - 1 - sum(field) + 8 * ord(" ")
+    if (found - _number(field, at)) % ADLER_MODULUS:
+        raise HeaderError(f"no tar header at byte {at}: its checksum is wrong")
+    kind = header[156:157]
+    return kind, 0 if kind in NO_DATA else _number(header[124:136], at)
 
 
-def _extension(path: Path, file: BinaryIO, kind: bytes, size: int, at: int) -> dict[str, str]:
-    """What a PAX header (x) or a GNU long name (L) says about the member after it. Global ones (g) say nothing."""
+def _check_end(read: Read, end: int, length: int) -> None:
+    """See that only zeros follow the headers, a block of them at least."""
+    if end + BLOCK > length:
+        raise HeaderError(f"cut at byte {length}: no end-of-archive block")
+    at = end
+    while block := read(1 << 20, at):
+        if block.strip(b"\0"):
+            raise HeaderError(f"more data after the end-of-archive block at byte {end}")
+        at += len(block)
+
+
+def _extension(read: Read, kind: bytes, size: int, at: int) -> dict[str, str]:
+    """What a PAX header (x) or a GNU long name (L) states about the next member; global headers (g) are ignored."""
     if size > MAX_EXTENSION_BYTES:
-        raise DamagedTarError(f"{path}: an extension header of {size} bytes at byte {at}")
-    content = file.read(size)
+        raise HeaderError(f"an extension header of {size} bytes at byte {at}")
+    content = read(size, at + BLOCK)
     if kind == b"L":
         return {"path": content.rstrip(b"\0").decode("utf-8", "surrogateescape")}
-    return _pax(path, content, at) if kind == b"x" else {}
+    return _pax(content, at) if kind == b"x" else {}
 
 
-def _number(path: Path, digits: bytes, at: int) -> int:
+def _number(digits: bytes, at: int) -> int:
     """A number in octal, or in base 256 when its first bit is set."""
     if digits[0] & 0x80:
         return int.from_bytes(bytes([digits[0] & 0x7F]) + digits[1:])
-    try:
-        return int(digits.strip(b" \0") or b"0", 8)
-    except ValueError:
-        raise DamagedTarError(f"{path}: no tar header at byte {at} ({digits!r} is no number)") from None
+    octal = digits.strip(b" \0") or b"0"
+    if octal.strip(b"01234567"):  # int() would take signs and underscores too
+        raise HeaderError(f"no tar header at byte {at}: {digits!r} is not a number")
+    return int(octal, 8)
 
 
 def _name(header: bytes) -> str:
@@ -116,7 +149,7 @@ def _name(header: bytes) -> str:
     return (prefix + b"/" + name if prefix else name).decode("utf-8", "surrogateescape")
 
 
-def _pax(path: Path, content: bytes, at: int) -> dict[str, str]:
+def _pax(content: bytes, at: int) -> dict[str, str]:
     """Records `LENGTH KEY=VALUE\\n` of a PAX header."""
     fields = {}
     while content:
@@ -125,28 +158,9 @@ def _pax(path: Path, content: bytes, at: int) -> dict[str, str]:
         record = content[len(digits) + 1 : length]
         key, equals, value = record.partition(b"=")
         if not (equals and value.endswith(b"\n") and length <= len(content)):
-            raise DamagedTarError(f"{path}: damaged PAX header at byte {at}")
+            raise HeaderError(f"damaged PAX header at byte {at}")
         fields[key.decode("utf-8", "replace")] = value[:-1].decode("utf-8", "surrogateescape")
         content = content[length:]
-    if not fields.get("size", "0").isdigit():
-        raise DamagedTarError(f"{path}: damaged PAX header at byte {at}")
+    if not fields.get("size", "0").isdecimal():
+        raise HeaderError(f"damaged PAX header at byte {at}")
     return fields
-
-
-def checked_header(header: bytes) -> tuple[str, int]:
-    """Name and size of a tar member by its header; ValueError for what is none."""
-    if len(header) != TAR_BLOCK or header[257:262] not in (b"ustar", bytes(5)):  # nothing there in the oldest form
-        raise ValueError("no tar header where the index says")
-    name = header[:100].rstrip(b"\0").decode("ascii", "replace")
-    checksum = sum(header) - sum(header[148:156]) + 8 * ord(" ")
-    if checksum != _octal(header[148:156]):
-        raise ValueError(f"damaged tar header of {name!r}")
-    return name, _octal(header[124:136])
-
-
-def _octal(field: bytes) -> int:
-    digits = field.strip(b" \0")
-    return int(digits, 8) if digits else 0
-
-
-TAR_BLOCK = 512

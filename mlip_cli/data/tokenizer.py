@@ -6,7 +6,7 @@ and every worker process pays.
 
 import importlib.util
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -14,8 +14,7 @@ from typing import Any, cast
 
 from torch import Tensor
 
-from mlip_cli.data.prepare.shards import MAX_TOKENS
-from mlip_cli.data.sources.records import Record
+from mlip_cli.data.index import MAX_TOKENS
 from mlip_cli.errors import RunError
 from mlip_cli.types import VOCAB_SIZE
 
@@ -44,7 +43,7 @@ class Tokenizer:
 
     def count(self, text: str) -> int:
         """Number of tokens of `text` with BOS and EOS, before any cut."""
-        return len(_bpe().encode(text)) + 2
+        return _count(text)
 
 
 def padded_length(num_tokens: int, context_length: int) -> int:
@@ -74,12 +73,10 @@ def _tokenizer_module() -> ModuleType:
     return module
 
 
-def count_tokens(record: Record) -> int:
-    """CLIP tokens of the longest caption, as the index keeps them."""
-    return min(MAX_TOKENS, max(_tokenizer().count(caption.text) for caption in record.captions))
+def count_tokens(captions: Iterable[str]) -> int:
+    """CLIP tokens of the longest caption, as an index records them."""
+    return min(MAX_TOKENS, max(map(_count, captions)))
 
 
-@cache
-def _tokenizer() -> Any:
-
-    return Tokenizer(77)
+def _count(text: str) -> int:
+    return len(_bpe().encode(text)) + 2

@@ -1,4 +1,4 @@
-"""Which queries a gallery shows, and what the model finds for them."""
+"""A gallery of retrieval: queries drawn at random, and the best answers of the model."""
 
 import shutil
 from collections.abc import Mapping, Sequence
@@ -12,9 +12,9 @@ from torch import Tensor
 
 from mlip_cli import __version__
 from mlip_cli.data.loader import decoded
-from mlip_cli.evaluate.results import FoundPicture, FoundText, GalleryResult, PictureQuery, Recalls, TextQuery
+from mlip_cli.evaluate.picture_results import FoundPicture, FoundText, GalleryResult, PictureQuery, TextQuery
+from mlip_cli.evaluate.results import Recalls
 from mlip_cli.evaluate.retrieval import image_text_retrieval, images_of_texts, ranks
-from mlip_cli.evaluate.together import Together
 from mlip_cli.evaluate.validation import ValidationPairs
 from mlip_cli.evaluate.zeroshot import similarities
 from mlip_cli.files import write_bytes
@@ -27,7 +27,7 @@ class Query:
     """One query and the candidates that come first."""
 
     number: int
-    """Of the query."""
+    """Number of the query."""
     found: tuple[int, ...]
     """Numbers of the best candidates, best first."""
     is_right: tuple[bool, ...]
@@ -59,30 +59,31 @@ def random_queries(queries: Tensor, gallery: Tensor, right: Sequence[Sequence[in
 
 
 FoundPairs = tuple[Tensor, Tensor, Mapping[str, dict[str, Any]]]
-"""Unit vectors of all pictures and of all texts, and the recalls between them both ways."""
+"""Unit vectors of all pictures, unit vectors of all texts, and the recalls both ways."""
 
 QUERIES = 8
-"""Each way."""
+"""Queries each way."""
 ANSWERS = 5
+"""Candidates that are shown for each query."""
 THUMBNAIL = 160
 """Longest side of a stored picture in pixels."""
 
 
-def find_pairs(encoder: Encoder, pairs: ValidationPairs, *, together: Together) -> FoundPairs:
-    """What a gallery shows, found by all ranks.
+def find_pairs(encoder: Encoder, pairs: ValidationPairs) -> FoundPairs:
+    """Features and recalls of the validation pairs, by all ranks and on every rank.
 
     Raises:
-        RunError: features that are not finite, or a picture that cannot be read.
+        RunError: features are not finite, or a picture cannot be read.
     """
-    images, texts = pairs.features(encoder, together=together)
-    return images, texts, image_text_retrieval(images, texts, pairs.own_texts, together=together)
+    images, texts = pairs.features(encoder)
+    return images, texts, image_text_retrieval(images, texts, pairs.own_texts)
 
 
 def write_gallery(run: Run, found: FoundPairs, pairs: ValidationPairs, *, step: int, true_rate: float) -> None:
-    """Write RUN/evals/gallery_STEP.json and the pictures it names; an older gallery goes.
+    """Write RUN/evals/gallery_STEP.json and the pictures it names; older galleries are removed.
 
     Raises:
-        RunError: a picture that cannot be read.
+        RunError: a picture cannot be read.
     """
     images, texts, scores = found
     own_images = images_of_texts(pairs.own_texts, len(pairs.texts))
@@ -143,7 +144,7 @@ def _picture_query(
 
 
 def _write_thumbnails(pairs: ValidationPairs, numbers: set[int], folder: Path) -> dict[int, Path]:
-    """Pictures by number, small and without metadata, in a folder."""
+    """Write small pictures without metadata; their paths by number."""
     from PIL import Image
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -159,7 +160,7 @@ def _write_thumbnails(pairs: ValidationPairs, numbers: set[int], folder: Path) -
 
 
 def _remove_older(run: Run, folder: Path) -> None:
-    """Galleries of earlier steps."""
+    """Remove galleries of earlier steps."""
     for path in run.evals.glob("gallery_*.json"):
         if path.stem != folder.name:
             path.unlink()

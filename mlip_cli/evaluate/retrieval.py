@@ -1,6 +1,6 @@
-"""Retrieval between pictures and texts: exact, in chunks, ties counted against the model."""
+"""Retrieval between pictures and texts: exact, in chunks. Ties count against the model."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,43 +8,33 @@ import torch
 from torch import Tensor
 
 from mlip_cli.evaluate.statistics import by_cluster, chance_at, cluster_interval, wilson
-from mlip_cli.evaluate.together import ALONE, Together
+from mlip_cli.evaluate.together import on_all_ranks
 from mlip_cli.evaluate.zeroshot import similarities
 
 RECALL_AT = (1, 5, 10)
 CHUNK = 256
-"""Queries compared at once; a thousand of them are enough for four ranks."""
+"""Queries that are compared at once. Ranks share the work by chunks."""
 
 
 def rank_of_first_right(scores: Tensor, right: Tensor) -> Tensor:
     """How many wrong candidates come before the best right one: (Q, G) scores, (Q, G) bool -> (Q,).
 
-    A wrong candidate with the same score comes before it: a model that gives everything the same feature finds nothing.
-    So does one whose score is NaN, and a right one's NaN comes last.
+    A wrong candidate with an equal score comes before it, so a model with one feature for everything finds nothing. A
+    wrong candidate whose score is NaN comes before it too. A right candidate whose score is NaN comes last.
     """
     best = scores.masked_fill(~right, -torch.inf).amax(dim=1, keepdim=True)
     return (~(scores < best) & ~right).sum(dim=1)
 
 
-def ranks(
-    queries: Tensor,
-    gallery: Tensor,
-    right: Sequence[Sequence[int]],
-    *,
-    chunk: int = CHUNK,
-    together: Together = ALONE,
-) -> Tensor:
-    """`rank_of_first_right` of each query: (Q, E), (G, E) unit vectors -> (Q,) int64 on the CPU, on every rank.
+def ranks(queries: Tensor, gallery: Tensor, right: Sequence[Sequence[int]], *, chunk: int = CHUNK) -> Tensor:
+    """`rank_of_first_right` of each query: (Q, E), (G, E) unit vectors -> (Q,) int64 on the CPU.
 
     Args:
         right: for each query the numbers of its right candidates, at least one.
         chunk: queries compared at once; memory is chunk x G.
-        together: ranks that all have these vectors and compare some chunks each.
     """
     found = []
-    part = together.part(-(-len(queries) // chunk))
-    for number in together.in_rounds(part.numbers, part):
-        start = number * chunk
+    for start in range(0, len(queries), chunk):
         numbers = right[start : start + chunk]
         rows = [row for row, candidates in enumerate(numbers) for _ in candidates]
         columns = [candidate for candidates in numbers for candidate in candidates]
@@ -54,7 +44,17 @@ def ranks(
         found.append(
             rank_of_first_right(similarities(queries[start : start + chunk], gallery), mask.to(queries.device)).cpu()
         )
-    return together.gathered(found, part)
+    return torch.cat(found)
+
+
+def ranks_by_all(queries: Tensor, gallery: Tensor, right: Sequence[Sequence[int]]) -> Tensor:
+    """`ranks` on every rank; all of them have these vectors, and each compares some chunks of the queries."""
+
+    def compare(numbers: range) -> Iterator[Tensor]:
+        for start in (number * CHUNK for number in numbers):
+            yield ranks(queries[start : start + CHUNK], gallery, right[start : start + CHUNK])
+
+    return torch.cat(on_all_ranks(compare, num_batches=-(-len(queries) // CHUNK)))
 
 
 def recalls(
@@ -67,7 +67,7 @@ def recalls(
 ) -> dict[str, Any]:
     """Recall at each k with its 95 % interval and its chance level, as `r1`, `r1_interval`, `r1_chance`, ...
 
-    Queries of one cluster depend on each other, and are drawn together for the interval.
+    Queries of one cluster depend on each other: the interval draws them together.
     """
     n = len(ranks)
     scores: dict[str, Any] = {"n": n, "num_candidates": num_candidates}
@@ -86,7 +86,7 @@ def recalls(
 
 @dataclass(frozen=True)
 class Ranks:
-    """What a set of queries found."""
+    """The ranks that a set of queries reached."""
 
     ranks: Tensor
     """(Q,): wrong candidates before the first right one."""
@@ -94,7 +94,7 @@ class Ranks:
     """Right candidates of each query."""
     num_candidates: int
     cluster_of: Sequence[int] | None = None
-    """Of each query, where several depend on each other."""
+    """Cluster of each query; None: the queries are independent."""
 
     def recalls(self, *, at: Sequence[int] = RECALL_AT) -> dict[str, Any]:
         """See the function `recalls`."""
@@ -121,33 +121,28 @@ def images_of_texts(captions: Sequence[Sequence[int]], num_texts: int) -> list[l
 
 
 def image_text_ranks(
-    image_features: Tensor,
-    text_features: Tensor,
-    captions: Sequence[Sequence[int]],
-    *,
-    together: Together = ALONE,
+    image_features: Tensor, text_features: Tensor, captions: Sequence[Sequence[int]]
 ) -> dict[str, Ranks]:
-    """Where each image finds its first text, and each text its first image: `image_to_text` and `text_to_image`.
+    """Rank of each image's first right text, `image_to_text`, and of each text's first right image, `text_to_image`.
 
-    Texts of one image, where it has several, are a cluster; a text of several images belongs to the first.
+    Several texts of one image are a cluster. A text of several images belongs to the first.
 
     Args:
         image_features: (I, E) unit vectors.
         text_features: (T, E) unit vectors.
-        captions: for each image the numbers of its texts. Images may share a text, which is then right for each.
-        together: ranks that all have these features and divide the queries.
+        captions: for each image the numbers of its texts. Images may share a text; it is right for each of them.
     """
     images = images_of_texts(captions, len(text_features))
     image_of = [own[0] for own in images]
     has_clusters = len(set(image_of)) < len(image_of)
     return {
         "image_to_text": Ranks(
-            ranks(image_features, text_features, captions, together=together),
+            ranks_by_all(image_features, text_features, captions),
             [len(set(t)) for t in captions],
             len(text_features),
         ),
         "text_to_image": Ranks(
-            ranks(text_features, image_features, images, together=together),
+            ranks_by_all(text_features, image_features, images),
             [len(set(i)) for i in images],
             len(image_features),
             image_of if has_clusters else None,
@@ -157,42 +152,48 @@ def image_text_ranks(
 
 @dataclass(frozen=True)
 class InBatch:
-    """How often the two of a pair find each other first among the pairs of a batch, as a contrastive loss asks."""
+    """How often the two halves of a pair find each other first in a batch: the question of a contrastive loss."""
 
     acc1: float
-    """Share of right ones, mean of both ways."""
+    """Share of right queries, mean of both ways."""
     chance: float
     batch_size: int
 
 
 def in_batch(
-    image_features: Tensor,
-    text_features: Tensor,
-    captions: Sequence[Sequence[int]],
-    *,
-    batch_size: int,
-    together: Together = ALONE,
+    image_features: Tensor, text_features: Tensor, captions: Sequence[Sequence[int]], *, batch_size: int
 ) -> InBatch:
     """Top-1 accuracy in random batches of pictures with their first captions, the same ones each time.
 
-    Pairs that do not fill a batch are left out, where there is a whole one. The other arguments are those of
-    `image_text_ranks`; an equal caption is right for each of its pictures.
+    Pairs that do not fill the last batch are left out. With fewer pairs than `batch_size` one batch holds them all. An
+    equal caption is right for each of its pictures. The other arguments are those of `image_text_ranks`.
     """
     order = torch.randperm(len(captions), generator=torch.Generator().manual_seed(0)).tolist()
     size = min(batch_size, len(order))
-    if size <= CHUNK:  # one rank would compare all of it
-        together = ALONE
-    hits, chances = [], []
-    for start in range(0, len(order) - size + 1, size):
-        chosen = order[start : start + size]
-        texts = [captions[image][0] for image in chosen]
-        places = images_of_texts([[text] for text in texts], len(text_features))
-        right = [[place for text in set(captions[image]) for place in places[text]] for image in chosen]
-        ways = (image_features[chosen], text_features[texts])
-        for queries, gallery, own in ((*ways, right), (*ways[::-1], images_of_texts(right, size))):
-            hits.append((ranks(queries, gallery, own, together=together) == 0).double().mean().item())
-            chances.append(sum(map(len, own)) / size**2)
-    return InBatch(sum(hits) / len(hits), sum(chances) / len(chances), size)
+    trials: list[tuple[Tensor, Tensor, list[list[int]]]] = []
+    for batch in (order[start : start + size] for start in range(0, len(order) - size + 1, size)):
+        texts = [captions[image][0] for image in batch]
+        right = _right_places([set(captions[image]) for image in batch], texts)
+        images, own = image_features[batch], text_features[texts]
+        trials += [(images, own, right), (own, images, images_of_texts(right, size))]
+    chunks = [(trial, start) for trial in trials for start in range(0, size, CHUNK)]
+
+    def count_hits(numbers: range) -> Iterator[int]:
+        for (queries, gallery, right), start in (chunks[number] for number in numbers):
+            found = ranks(queries[start : start + CHUNK], gallery, right[start : start + CHUNK])
+            yield int((found == 0).sum())
+
+    hits = sum(on_all_ranks(count_hits, num_batches=len(chunks)))
+    num_right = sum(len(own) for _, _, right in trials for own in right)
+    return InBatch(hits / (size * len(trials)), num_right / (size**2 * len(trials)), size)
+
+
+def _right_places(accepted: Sequence[Set[int]], texts: Sequence[int]) -> list[list[int]]:
+    """For each image of a batch the places of the texts that are right for it."""
+    places: dict[int, list[int]] = {}
+    for place, text in enumerate(texts):
+        places.setdefault(text, []).append(place)
+    return [[place for text in own for place in places.get(text, ())] for own in accepted]
 
 
 def modality_gap(image_features: Tensor, text_features: Tensor, captions: Sequence[Sequence[int]]) -> float:
@@ -210,11 +211,10 @@ def image_text_retrieval(
     captions: Sequence[Sequence[int]],
     *,
     at: Sequence[int] = RECALL_AT,
-    together: Together = ALONE,
 ) -> Mapping[str, dict[str, Any]]:
-    """Recall both ways (the protocol of Flickr30k and COCO): a query is right when any of its own is among the first k.
+    """Recall both ways (the protocol of Flickr30k and COCO): a query is right if one of its own is among the first k.
 
     The arguments are those of `image_text_ranks`.
     """
-    found = image_text_ranks(image_features, text_features, captions, together=together)
+    found = image_text_ranks(image_features, text_features, captions)
     return {way: own.recalls(at=at) for way, own in found.items()}

@@ -1,4 +1,4 @@
-"""How sure a score is: intervals, chance levels and paired tests. Counts in, fractions in [0, 1] out; no torch."""
+"""Intervals, chance levels and paired tests of scores: from counts to fractions in [0, 1]. No torch."""
 
 import re
 from collections.abc import Sequence
@@ -6,16 +6,16 @@ from math import comb, exp, lgamma, log, sqrt
 from typing import Any, NamedTuple
 
 MANY_CLASSES = 20
-"""With fewer, the right class is among five too often by chance to tell anything: once in four, and more."""
+"""With fewer classes top-5 says little: chance alone reaches 25 % or more."""
 
 Z95 = 1.959963984540054
 
 RESAMPLES = 2000
-"""Of a bootstrap: the ends of a 95 % interval then scatter by about a thirtieth of its width."""
+"""Draws of a bootstrap. The ends of a 95 % interval then vary by about 1/30 of its width."""
 
 
 def metric_prefix(name: str) -> str:
-    """What the names of a data set's measures in metrics.jsonl begin with: shards:data/x -> shards_data_x."""
+    """The start of a data set's metric names in metrics.jsonl: shards:data/x -> shards_data_x."""
     return re.sub(r"\W+", "_", name)
 
 
@@ -27,7 +27,7 @@ class Interval(NamedTuple):
 
 
 def wilson(hits: int, n: int) -> Interval:
-    """Score interval of a binomial share (Wilson 1927): right near 0 and 1, where the normal interval is empty."""
+    """Score interval of a binomial share (Wilson 1927). It holds near 0 and 1, where the normal interval is empty."""
     if not 0 <= hits <= n or n == 0:
         raise ValueError(f"{hits} hits among {n}")
     share, z2 = hits / n, Z95**2
@@ -39,7 +39,7 @@ def wilson(hits: int, n: int) -> Interval:
 
 
 def mean_recall_interval(hits: Sequence[int], counts: Sequence[int]) -> Interval:
-    """Interval of a mean of per-class recalls, classes with no sample left out.
+    """Interval of the mean of per-class recalls. Classes without samples are left out.
 
     The mean is a linear function of independent binomial shares, all with the coefficient 1/m. Closed form of Price and
     Bonett (2004, "An improved confidence interval for a linear function of binomial proportions"): 2/m hits and 2/m
@@ -65,7 +65,7 @@ def chance_at(k: int, *, accepted: int, candidates: int) -> float:
 
 
 def mcnemar(only_first: int, only_second: int) -> float:
-    """Exact two-sided p of McNemar's test, from the number of samples that only the one or only the other got right."""
+    """Exact two-sided p of McNemar's test, from the numbers of samples that only one of the two gets right."""
     n, fewer = only_first + only_second, min(only_first, only_second)
     if n == 0:
         return 1.0
@@ -76,7 +76,7 @@ def mcnemar(only_first: int, only_second: int) -> float:
 def sign_flips(gains: Sequence[int]) -> float:
     """Exact two-sided p of the randomisation test that gives each gain a random sign (Fisher 1935, section 21).
 
-    With gains of 1 and -1 it is McNemar's. The distribution of the sum is built up gain by gain.
+    With gains of 1 and -1 this is McNemar's test. The distribution of the sum is built up gain by gain.
     """
     import numpy as np
 
@@ -85,7 +85,7 @@ def sign_flips(gains: Sequence[int]) -> float:
     chances = np.zeros(2 * reach + 1)
     chances[reach] = 1.0
     for size in sizes:
-        chances = (np.roll(chances, size) + np.roll(chances, -size)) / 2  # what lies at the ends is still 0
+        chances = (np.roll(chances, size) + np.roll(chances, -size)) / 2  # np.roll wraps zeros only
     sums = np.arange(-reach, reach + 1)
     return min(1.0, float(chances[np.abs(sums) >= abs(sum(gains))].sum()))
 
@@ -94,7 +94,7 @@ def paired(first: str, other: str, cluster_of: Sequence[int] | None = None) -> d
     """Difference of two strings of hits (`1`) and misses (`0`) on the same samples, with McNemar's exact test.
 
     `won` counts the samples that only `other` got right, `lost` those that only `first` did. Samples of one cluster
-    depend on each other: with clusters the test is `sign_flips` of what each of them gains.
+    depend on each other: with clusters the test is `sign_flips` of the gain of each cluster.
     """
     pairs = list(zip(first, other, strict=True))
     won, lost = pairs.count(("0", "1")), pairs.count(("1", "0"))
@@ -121,8 +121,8 @@ def cluster_interval(sums: Sequence[float], counts: Sequence[int]) -> Interval:
     """Interval of a mean whose values come in clusters: sum(sums) / sum(counts), by the percentile bootstrap.
 
     Whole clusters are drawn again (Davison and Hinkley 1997, section 3.8), since values of one cluster depend on each
-    other. Always the same draws. A single cluster says nothing of the spread: then it is 0 to 1. Shares that are
-    all 0 or all 1 leave nothing to draw: then it is Wilson's of as many samples as there are clusters.
+    other. The draws are always the same. A single cluster shows no spread: its interval is 0 to 1. If all values are 0
+    or all are 1, every draw is equal: then it is Wilson's interval with one sample for each cluster.
     """
     if len(sums) < 2:
         return Interval(0.0, 1.0)

@@ -1,52 +1,48 @@
 """A merge sweep: speed and scores of one model at several merge rates, beside the unmerged model."""
 
-import difflib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from mlip_cli import __version__
 from mlip_cli.data.loader import decoded
+from mlip_cli.data.prepare.summary import attributions
+from mlip_cli.data.transforms import evaluation_transform
 from mlip_cli.devices import batch_named, device_name
 from mlip_cli.errors import RunError, UsageError
-from mlip_cli.evaluate.datasets.find import Benchmark, data_root, find_benchmark
-from mlip_cli.evaluate.datasets.open import open_benchmark
-from mlip_cli.evaluate.evaluators import READERS, measure_runs
+from mlip_cli.evaluate.datasets.benchmark import Benchmark
+from mlip_cli.evaluate.datasets.find import data_root, find_benchmark, open_benchmark
+from mlip_cli.evaluate.evaluators import measure_runs
+from mlip_cli.evaluate.merge_points import Point, speeds
 from mlip_cli.evaluate.results import (
     FailedData,
     PairedTest,
     Recalls,
     RetrievalAtSetting,
     RetrievalSweep,
-    Setting,
-    SpeedAtSetting,
     SweepResult,
     ZeroshotAtSetting,
     ZeroshotSweep,
 )
 from mlip_cli.evaluate.retrieval import Ranks, image_text_ranks
-from mlip_cli.evaluate.statistics import Interval, paired
+from mlip_cli.evaluate.statistics import paired
 from mlip_cli.evaluate.validation import VALIDATION, ValidationPairs, validation_pairs
-from mlip_cli.profiling.flops import image_gflops
-from mlip_cli.profiling.timing import measure_interleaved, peak_memory
-from mlip_cli.recipe import merge_plan
 from mlip_cli.runs.folder import now
-from mlip_cli.runs.loading import LoadedRun, MergedEncoder, at_rate
+from mlip_cli.runs.loading import LoadedRun
 from mlip_cli.runs.result_files import checked
 from mlip_cli.terminal.output import say
 from mlip_cli.terminal.panel import progress
 
 FAILURES = (UsageError, RunError, OSError)
-"""What may be wrong with one data set while the others can be measured."""
+"""Errors of one data set that let the others be measured."""
 
 PREPARED = frozenset({"openmoji", "shards", "imagenet_shards"})
-"""Kinds of benchmarks that `prepare-data` wrote, with a card."""
+"""Kinds of data sets that `prepare-data` writes, with a card."""
 
 
 @dataclass(frozen=True)
@@ -62,49 +58,33 @@ class ChosenPicture:
 
 
 @dataclass(frozen=True)
-class Point:
-    """One setting of the sweep."""
-
-    method: str | None
-    """None for the unmerged model."""
-    rate: float
-    """As asked for; the plan's is the true one."""
-    encoder: MergedEncoder
-
-    @property
-    def setting(self) -> Setting:
-        """What names the point in results."""
-        return Setting(method=self.method, rate=self.rate, true_rate=self.encoder.plan.rate)
-
-
-@dataclass(frozen=True)
 class SweepDataset:
     """A data set that was found."""
 
     name: str
     fingerprint: str
     attribution: tuple[str, ...]
-    """What the licence of its pictures asks to be said beside them."""
+    """The attributions that the licence of its pictures asks for."""
     measure: Callable[[Sequence[Point]], ZeroshotSweep | RetrievalSweep]
-    """Scores of all points, the unmerged first, on the same pictures; raises one of FAILURES."""
+    """Scores all points, the unmerged first, on the same pictures; raises one of FAILURES."""
     choose: Callable[[int], list[ChosenPicture]]
-    """So many pictures, drawn at random with seed 0, in the order of the data set; raises one of FAILURES."""
+    """Draws so many pictures at random with seed 0, in the order of the data set; raises one of FAILURES."""
 
 
 def find_datasets(
     loaded: LoadedRun, names: Sequence[str], *, root: Path | None, batch_size: int
 ) -> tuple[list[SweepDataset], dict[str, Exception]]:
-    """The data sets named, else those that the run's recipe evaluates on, else its validation set; and what failed.
+    """The named data sets, else those of the recipe, else the validation set; and the errors of those not found.
 
     Raises:
-        UsageError, OSError: none of those that were named by hand is there.
+        UsageError, OSError: none of the named data sets is there.
     """
     recipe = loaded.recipe
     wanted = list(dict.fromkeys(names)) or list(recipe.evaluate.zeroshot)
     if not wanted and recipe.data.validation is not None:
         wanted = [VALIDATION]
     if not wanted:
-        say("no accuracy: the recipe has no evaluate.zeroshot and no data.validation; name data sets with --dataset")
+        say("no scores: the recipe has no evaluate.zeroshot and no data.validation; name data sets with --dataset")
     found: list[SweepDataset] = []
     failures: dict[str, Exception] = {}
     for name in wanted:
@@ -122,15 +102,9 @@ def find_datasets(
 
 
 def numbers_at_random(wanted: int, num_pictures: int) -> list[int]:
-    """Numbers of different pictures, ascending; all of them where there are fewer than wanted."""
+    """Numbers of `wanted` pictures drawn with seed 0, ascending; all pictures if there are fewer."""
     order = torch.randperm(num_pictures, generator=torch.Generator().manual_seed(0))
     return sorted(order[:wanted].tolist())
-
-
-def attributions(cards: Iterable[Mapping[str, Any]]) -> tuple[str, ...]:
-    """What the licences of prepared data ask to be said, each text once."""
-    found = [card.get("provenance", {}).get("attribution") for card in cards]
-    return tuple(dict.fromkeys(text for text in found if text))
 
 
 def _benchmark(benchmark: Benchmark, loaded: LoadedRun, *, batch_size: int) -> SweepDataset:
@@ -146,13 +120,13 @@ def _benchmark(benchmark: Benchmark, loaded: LoadedRun, *, batch_size: int) -> S
 
 
 def _choose_of_benchmark(benchmark: Benchmark, size: int, wanted: int) -> list[ChosenPicture]:
-    pictures = open_benchmark(benchmark, READERS)
+    pictures = open_benchmark(benchmark)
     numbers = set(numbers_at_random(wanted, pictures.num_pictures))
     chosen = []
     for number, item in enumerate(pictures.items()):
         if number in numbers:
             image, label = pictures.load(item)
-            chosen.append(ChosenPicture(number, pictures.class_names[label], READERS.fit(image, size)))
+            chosen.append(ChosenPicture(number, pictures.class_names[label], evaluation_transform(image, size=size)))
             if len(chosen) == len(numbers):
                 break
     return chosen
@@ -218,7 +192,7 @@ def _choose_of_validation(pairs: ValidationPairs, size: int, wanted: int) -> lis
     numbers = numbers_at_random(wanted, pairs.num_pictures)
     samples = [(number, pairs.sample(number)) for number in numbers]
     return [
-        ChosenPicture(number, sample.record["captions"][0]["text"], READERS.fit(decoded(sample), size))
+        ChosenPicture(number, sample.captions[0].text, evaluation_transform(decoded(sample), size=size))
         for number, sample in samples
     ]
 
@@ -252,40 +226,8 @@ def retrieval(pairs: ValidationPairs, fingerprint: str, points: Sequence[Point])
 
 
 def _right(ranks: dict[str, Ranks]) -> dict[str, str]:
-    """image_to_text_r1 -> 0110..., and so on."""
+    """The answers by measure, such as image_to_text_r1 -> 0110..."""
     return {f"{way}_{k}": right for way, found in ranks.items() for k, right in found.right().items()}
-
-
-METHODS = tuple(method for method in merge_plan.METHODS if method != "random_drop")
-"""Those that merge. `random_drop` is for training: a run that trained by it is swept as guided."""
-
-
-def check_methods(methods: Sequence[str]) -> None:
-    """Refuse a method that does not exist."""
-    for method in methods:
-        if method not in METHODS:
-            near = difflib.get_close_matches(method, METHODS, n=1)
-            cure = f"did you mean {near[0]}?" if near else f"there are {', '.join(METHODS)}"
-            fault = "drops patches in training only" if method == "random_drop" else "no such method"
-            raise UsageError(f"--methods {method}: {fault}; {cure}")
-
-
-def sweep_points(loaded: LoadedRun, rates: Sequence[float], methods: Sequence[str]) -> list[Point]:
-    """Rate 0 once, then each method at each other rate, ascending; no method named: `merge_plan`'s choice.
-
-    Raises:
-        UsageError: no plan reaches a rate.
-    """
-    model = loaded.model
-    wanted = sorted({rate for rate in rates if rate > 0})
-    return [
-        Point(None, 0.0, at_rate(model, 0.0)),
-        *(
-            Point(method, rate, at_rate(model, rate, method))
-            for method in dict.fromkeys(methods or [model.merge_plan(0.0).method])
-            for rate in wanted
-        ),
-    ]
 
 
 def measure_sweep(
@@ -301,7 +243,7 @@ def measure_sweep(
 
     Args:
         points: the unmerged model first.
-        failures: what was wrong with data sets before.
+        failures: errors of data sets that were not found.
 
     Raises:
         RunError: the device has no memory for the batch.
@@ -332,7 +274,7 @@ def measure_sweep(
 def all_scores(
     datasets: Sequence[SweepDataset], points: Sequence[Point]
 ) -> tuple[list[ZeroshotSweep | RetrievalSweep], dict[str, Exception]]:
-    """Scores on each data set, and what went wrong with the others."""
+    """Scores on each data set, and the errors of the others."""
     scores: list[ZeroshotSweep | RetrievalSweep] = []
     failures: dict[str, Exception] = {}
     for dataset in datasets:
@@ -341,41 +283,3 @@ def all_scores(
         except FAILURES as error:
             failures[dataset.name] = error
     return scores, failures
-
-
-def speeds(loaded: LoadedRun, points: Sequence[Point], *, batch_size: int, rounds: int) -> list[SpeedAtSetting]:
-    """Operations by formula and time side by side, on pictures of noise: no rule of merging works less for them."""
-    size = loaded.model.image_size
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randint(256, (batch_size, 3, size, size), dtype=torch.uint8, generator=generator).to(loaded.device)
-    functions = {str(i): encode(point.encoder, images) for i, point in enumerate(points)}
-    with progress(rounds * len(points), "timing") as bar:
-        timings = measure_interleaved(
-            functions, rounds, device=loaded.device, after_call=lambda: bar.advance(bar.task_ids[0])
-        )
-    gflops = [sum(image_gflops(loaded.model, point.encoder.plan).values()) for point in points]
-    return [
-        SpeedAtSetting(
-            **vars(point.setting),
-            tokens_per_block=point.encoder.plan.tokens,
-            gflops=own,
-            speedup=timing.speedup,
-            speedup_interval=Interval(*timing.speedup_interval),
-            expected_speedup=gflops[0] / own,
-            measured_over_expected=timing.speedup / (gflops[0] / own),
-            images_per_s=batch_size / timing.median_s,
-            seconds=timing.seconds,
-            peak_memory=peak_memory(function, device=loaded.device),
-        )
-        for point, own, timing, function in zip(points, gflops, timings.values(), functions.values(), strict=True)
-    ]
-
-
-def encode(encoder: MergedEncoder, images: Tensor) -> Callable[[], object]:
-    """A forward pass of the image tower."""
-
-    def forward() -> None:
-        with torch.inference_mode():
-            encoder.encode_image(images)
-
-    return forward

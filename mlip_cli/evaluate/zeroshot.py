@@ -1,6 +1,6 @@
-"""Classification of pictures by the texts of the class names. Scores are made in fp32 whatever the features are."""
+"""Zero-shot classification: pictures are compared with the texts of class names. Scores are computed in fp32."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -9,26 +9,26 @@ from torch import Tensor
 
 from mlip_cli.errors import RunError
 from mlip_cli.evaluate.statistics import mean_recall_interval, wilson
-from mlip_cli.evaluate.together import ALONE, Together
+from mlip_cli.evaluate.together import OnBatch, on_all_ranks
 
 TOP_K = 5
 
 
 def finite_rows(features: Tensor) -> Tensor:
-    """Which vectors have a length, and so a direction: (B, E) -> (B,) bool."""
+    """Which vectors have a finite length: (B, E) -> (B,) bool."""
     return features.float().norm(dim=-1).isfinite()
 
 
 def require_finite(is_finite: Tensor, what: str, *, place: str | None = None) -> None:
-    """Refuse features that are not finite: scores of them would count as hits or misses at random.
+    """Refuse features that are not finite: their scores would be hits or misses at random.
 
     Args:
         is_finite: (n,) bool, of all features that were made.
-        what: whose features, such as `image`.
-        place: the data set, and of several runs which; None where a message needs no place.
+        what: the kind of features, such as `image`.
+        place: the data set, with the run where there are several; None: the message names no place.
 
     Raises:
-        RunError: says how many of them are not.
+        RunError: says how many are not finite.
     """
     n, num_wrong = is_finite.numel(), int((~is_finite).sum())
     if num_wrong:
@@ -38,7 +38,7 @@ def require_finite(is_finite: Tensor, what: str, *, place: str | None = None) ->
 
 
 def unit(features: Tensor) -> Tensor:
-    """Unit vectors in fp32, for features that are known to be finite or will be checked: (B, E) -> (B, E)."""
+    """Unit vectors in fp32, without a check that they are finite: (B, E) -> (B, E)."""
     return F.normalize(features.float(), dim=-1)
 
 
@@ -61,17 +61,24 @@ def text_features(
     device: torch.device | str,
     batch_size: int = 256,
     place: str | None = None,
-    together: Together = ALONE,
+    on_batch: OnBatch = lambda _: None,
 ) -> Tensor:
-    """Unit features of texts, in batches: -> (len(texts), E) fp32, on every rank.
+    """Unit features of texts, in batches by all ranks: -> (len(texts), E) fp32, on every rank.
 
     Raises:
         RunError: some are not finite (see `require_finite`).
     """
-    part = together.part(-(-len(texts) // batch_size))
-    own = (texts[number * batch_size : (number + 1) * batch_size] for number in part.numbers)
-    features = [encode_text(tokenize(batch).to(device)) for batch in together.in_rounds(own, part)]
-    return normalized(together.gathered(features, part), "text", place=place)
+
+    def encode(numbers: range) -> Iterator[Tensor]:
+        on_batch(0)
+        for number in numbers:
+            batch = texts[number * batch_size : (number + 1) * batch_size]
+            features = encode_text(tokenize(batch).to(device)).cpu()
+            on_batch(0)
+            yield features
+
+    features = on_all_ranks(encode, num_batches=-(-len(texts) // batch_size))
+    return normalized(torch.cat(features).to(device), "text", place=place)
 
 
 def class_embeddings(
@@ -82,38 +89,39 @@ def class_embeddings(
     encode_text: Callable[[Tensor], Tensor],
     device: torch.device | str,
     place: str | None = None,
-    together: Together = ALONE,
+    on_batch: OnBatch = lambda _: None,
 ) -> Tensor:
     """One unit vector a class: -> (C, E) fp32.
 
-    The normalised mean of the normalised features of all templates with the name put for `{c}` (Radford et al. 2021).
+    The normalised mean of the normalised features of all templates, with the name in the place of `{c}` (Radford et al.
+    2021).
 
     Raises:
         RunError: some are not finite (see `require_finite`).
     """
     texts = [template.replace("{c}", name) for name in class_names for template in templates]
     features = text_features(
-        texts, tokenize=tokenize, encode_text=encode_text, device=device, place=place, together=together
+        texts, tokenize=tokenize, encode_text=encode_text, device=device, place=place, on_batch=on_batch
     )
     return F.normalize(features.unflatten(0, (len(class_names), len(templates))).mean(dim=1), dim=-1)
 
 
 def similarities(features: Tensor, others: Tensor) -> Tensor:
-    """Cosines of unit vectors: (B, E), (C, E) -> (B, C), in fp32 inside autocast too, where bf16 would make ties."""
+    """Cosines of unit vectors: (B, E), (C, E) -> (B, C), in fp32 under autocast too: bf16 would make ties."""
     with torch.autocast(features.device.type, enabled=False):
         return features @ others.T
 
 
 def top_classes(features: Tensor, classes: Tensor) -> Tensor:
-    """The best five classes (fewer where there are fewer) of each picture, best first: (B, E), (C, E) -> (B, k)."""
+    """The five most similar classes of each picture (or all, if fewer), best first: (B, E), (C, E) -> (B, k)."""
     return similarities(features, classes).topk(min(TOP_K, len(classes)), dim=1).indices
 
 
 def classification(top: Tensor, labels: Tensor, class_names: Sequence[str]) -> dict[str, Any]:
     """Scores of the predictions `top` (n, k) for `labels` (n,), as fractions, with 95 % intervals.
 
-    `acc5` is None below five classes, where it says nothing. Classes without a picture are left out of the mean recall,
-    as in scikit-learn's balanced accuracy.
+    `acc5` is None with fewer than five classes. The mean recall leaves out classes without pictures, as scikit-learn's
+    balanced accuracy does.
     """
     n, num_classes = len(labels), len(class_names)
     hits = top == labels[:, None]

@@ -8,18 +8,19 @@ from statistics import median
 import torch
 
 from mlip_cli.data.dataset import ShardDataset
-from mlip_cli.data.loader import DECODE, READ, TRANSFORM, training_loader
+from mlip_cli.data.loader import DECODE_PICTURE, READ_SAMPLE, TRANSFORM_PICTURE, training_loader
 from mlip_cli.data.order import Order
 from mlip_cli.profiling.clock import PartClock
 from mlip_cli.profiling.result import LoaderFacts
 from mlip_cli.recipe.config import Recipe
+from mlip_cli.types import Batch, PartOf
 
 SAMPLES = 256
 """So many are read: enough for medians over eight batches."""
 MOST_IN_A_BATCH = 32
 
 COLLATE = "tokenize and collate"
-SAMPLE_PARTS = (READ, DECODE, TRANSFORM, COLLATE)
+SAMPLE_PARTS = (READ_SAMPLE, DECODE_PICTURE, TRANSFORM_PICTURE, COLLATE)
 
 
 def measure_loader(recipe: Recipe, datasets: Sequence[ShardDataset], *, num_workers: int) -> LoaderFacts:
@@ -39,12 +40,6 @@ def measure_loader(recipe: Recipe, datasets: Sequence[ShardDataset], *, num_work
     num_samples = sum(dataset.num_samples for dataset in datasets)
     batch_size = min(MOST_IN_A_BATCH, num_samples)
     rounds = max(3, SAMPLES // batch_size)
-    order = Order(
-        [dataset.num_samples for dataset in datasets],
-        [source.weight for source in recipe.data.train],
-        seed=recipe.seed,
-        global_batch_size=batch_size,
-    )
     cpu, wall = PartClock(now=time.thread_time), PartClock(now=time.perf_counter)
 
     @contextmanager
@@ -52,7 +47,37 @@ def measure_loader(recipe: Recipe, datasets: Sequence[ShardDataset], *, num_work
         with wall.part(name), cpu.part(name):
             yield
 
-    batches = training_loader(
+    batches = _batches(recipe, datasets, batch_size=batch_size, num_steps=rounds + 1, part=part)
+    seconds, bad = [], 0
+    with one_thread(), closing(batches):  # type: ignore[type-var]
+        next(batches)  # loads the vocabulary and opens shards
+        cpu.take()
+        wall.take()
+        for _ in range(rounds):
+            with cpu.part(COLLATE):
+                bad += len(next(batches).bad_samples)
+            seconds.append(cpu.take() | {READ_SAMPLE: wall.take()[READ_SAMPLE]})
+    sample_seconds = {part: median(batch.get(part, 0.0) for batch in seconds) / batch_size for part in SAMPLE_PARTS}
+    return LoaderFacts(
+        num_samples=rounds * batch_size,
+        bad_samples=bad,
+        sample_seconds=sample_seconds,
+        loader_processes=num_workers,
+        loader_images_per_s=max(num_workers, 1) / sum(sample_seconds.values()),
+    )
+
+
+def _batches(
+    recipe: Recipe, datasets: Sequence[ShardDataset], *, batch_size: int, num_steps: int, part: PartOf
+) -> Iterator[Batch]:
+    """The recipe's training batches at another size, loaded in this process."""
+    order = Order(
+        [dataset.num_samples for dataset in datasets],
+        [source.weight for source in recipe.data.train],
+        seed=recipe.seed,
+        global_batch_size=batch_size,
+    )
+    return training_loader(
         datasets,
         order,
         data=recipe.data,
@@ -62,26 +87,9 @@ def measure_loader(recipe: Recipe, datasets: Sequence[ShardDataset], *, num_work
         rank=0,
         world_size=1,
         start_step=0,
-        stop_step=rounds + 1,
+        stop_step=num_steps,
         num_workers=0,
         part=part,
-    )
-    seconds, bad = [], 0
-    with one_thread(), closing(batches):  # type: ignore[type-var]
-        next(batches)  # loads the vocabulary and opens shards
-        cpu.take()
-        wall.take()
-        for _ in range(rounds):
-            with cpu.part(COLLATE):
-                bad += len(next(batches).bad_samples)
-            seconds.append(cpu.take() | {READ: wall.take()[READ]})
-    sample_seconds = {part: median(batch.get(part, 0.0) for batch in seconds) / batch_size for part in SAMPLE_PARTS}
-    return LoaderFacts(
-        num_samples=rounds * batch_size,
-        bad_samples=bad,
-        sample_seconds=sample_seconds,
-        loader_processes=num_workers,
-        loader_images_per_s=max(num_workers, 1) / sum(sample_seconds.values()),
     )
 
 

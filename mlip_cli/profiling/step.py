@@ -24,14 +24,14 @@ from mlip_cli.train.state import Training
 from mlip_cli.train.step import COPY, OPTIMIZER, Stepper, StepSettings
 from mlip_cli.types import Batch
 
-MERGING = "token merging"
-TEXT = "text tower"
-FREQUENCY = "frequency branch"
-HEADS = "token heads"
-REST = "masks and pooling"
-SHARED = "shared by all losses"
+TOKEN_MERGING = "token merging"
+TEXT_TOWER = "text tower"
+FREQUENCY_BRANCH = "frequency branch"
+TOKEN_HEADS = "token heads"
+OTHER_FORWARD = "masks and pooling"
+SHARED_BY_LOSSES = "shared by all losses"
 
-REMAINDERS = {FORWARD: REST, LOSSES: SHARED}
+REMAINDERS = {FORWARD: OTHER_FORWARD, LOSSES: SHARED_BY_LOSSES}
 """What is left of a part of the step when the parts inside it are taken out."""
 
 
@@ -43,7 +43,7 @@ class RepeatedStep:
     """
 
     def __init__(self, model: CLIP, recipe: Recipe, batch: Batch, device: torch.device) -> None:
-        self.model, self.device, self.batch = model, device, batch
+        self.model, self.device, self.batch, self.plan = model, device, batch, model.training_plan
         size = recipe.train.given_micro_batch_size
         self.micro_batch_size = size if size is not None and size < len(batch.images) else None
         """None too if the recipe's are not smaller than this batch."""
@@ -56,7 +56,7 @@ class RepeatedStep:
         self.stepper = Stepper(training, self.objective, settings)
 
     def __call__(self) -> None:
-        self.stepper.take(self.batch, 1, self.model.training_plan)
+        self.stepper.take(self.batch, 1, self.plan)
 
     def pieces(self, batch: Batch) -> dict[str, Callable[[], None]]:
         """Functions that run a piece of the step alone, on a batch that lies on the device; they hold a gradient."""
@@ -66,17 +66,17 @@ class RepeatedStep:
             Batch(images, token_ids, keys=())
             for images, token_ids in zip(batch.images.split(size), batch.token_ids.split(size), strict=True)
         ]
-        stepper.add_gradients(batch, self.model.training_plan)
+        stepper.add_gradients(batch, self.plan)
         gradients = [(parameter, parameter.grad) for parameter in self.model.parameters()]
         optimizer.zero_grad(set_to_none=True)
 
         def forward() -> None:
             for micro_batch in micro_batches:
                 with self.precision.autocast(self.device):
-                    self.model(micro_batch, self.model.training_plan)
+                    self.model(micro_batch, self.plan)
 
         def forward_and_backward() -> None:
-            stepper.add_gradients(batch, self.model.training_plan)
+            stepper.add_gradients(batch, self.plan)
             optimizer.zero_grad(set_to_none=True)
 
         def update() -> None:
@@ -107,7 +107,7 @@ class ClockedStep:
     def __call__(self) -> None:
         with stages_marked(self.step.model, self.clock.switch):
             start = self._now()
-            self.step.stepper.take(self.step.batch, 1, self.step.model.training_plan, self._part)
+            self.step.stepper.take(self.step.batch, 1, self.step.plan, self._part)
             whole_s = self._now() - start
         self.seconds.append(ClockedSeconds(whole_s, self.clock.take()))
 
@@ -136,13 +136,13 @@ def step_parts(step: RepeatedStep) -> dict[str, str]:
         groups[FORWARD_WITHOUT_GRAPH] = "forward"
     for block, name in enumerate(stage_names(model), start=1):
         if block in model.training_plan.merges:
-            groups[MERGING] = "forward"
+            groups[TOKEN_MERGING] = "forward"
         groups[name] = "forward"
-    groups |= {FREQUENCY: "forward"} if model.frequency is not None else {}
-    groups[TEXT] = "forward"
-    groups |= {HEADS: "forward"} if len(model.token_projections) else {}
-    groups[REST] = "forward"
-    groups |= dict.fromkeys([*step.objective.terms, SHARED], "losses")
+    groups |= {FREQUENCY_BRANCH: "forward"} if model.frequency is not None else {}
+    groups[TEXT_TOWER] = "forward"
+    groups |= {TOKEN_HEADS: "forward"} if len(model.token_projections) else {}
+    groups[OTHER_FORWARD] = "forward"
+    groups |= dict.fromkeys([*step.objective.terms, SHARED_BY_LOSSES], "losses")
     return groups | {BACKWARD: "backward", OPTIMIZER: "optimizer"}
 
 
@@ -150,10 +150,10 @@ def step_parts(step: RepeatedStep) -> dict[str, str]:
 def stages_marked(model: CLIP, switch: Callable[[str], None]) -> Iterator[None]:
     """Call `switch` with the name of the part that comes next, at the borders of all stages of a forward pass.
 
-    The first stage has normalising and embedding of the pixels, the last one norm, pooling and projection. A merge is
-    what happens between two blocks, and before the first one, where the guidance is made ready; a block that shows
-    keys and attention to a merge does so in its own time. All between these (word masks, pooling of texts, logit
-    scales) is `masks and pooling`.
+    The first stage includes all work on pixels before the blocks: normalising, embedding, and the block DCT if branch
+    and guidance share it. The last one includes norm, pooling and projection. Merging is the time between two blocks,
+    and before the first one, where the guidance is made ready; a block that returns keys and attention for a merge does
+    so in its own time. `masks and pooling` is the rest: word masks, pooling of texts, logit scales.
     """
     hooks = []
     for module, own, after in _stages(model):
@@ -173,14 +173,16 @@ def _switch(switch: Callable[[str], None], name: str, *_: object) -> None:
 def _stages(model: CLIP) -> list[tuple[nn.Module, str, str]]:
     """(module, the part that it belongs to, the part that comes after it), outer modules before inner ones."""
     tower, names, merges = model.vision, stage_names(model), model.training_plan.merges
-    found: list[tuple[nn.Module, str, str]] = [(model, names[0], REST), (tower, names[0], REST)]
-    found.append((tower.trunk.norm_pre, names[0], MERGING if merges else names[0]))
+    found: list[tuple[nn.Module, str, str]] = [(model, names[0], OTHER_FORWARD), (tower, names[0], OTHER_FORWARD)]
+    found.append((tower.trunk.norm_pre, names[0], TOKEN_MERGING if merges else names[0]))
     for block, (module, own) in enumerate(zip(tower.trunk.blocks, names, strict=True), start=1):
-        found.append((module, own, MERGING if block + 1 in merges else [*names, own][block]))
-    found.append((model.image_projection, names[-1], REST))
+        found.append((module, own, TOKEN_MERGING if block + 1 in merges else [*names, own][block]))
+    found.append((model.image_projection, names[-1], OTHER_FORWARD))
     rest = {
-        TEXT: (model.text, model.text_projection),
-        FREQUENCY: (model.frequency, model.frequency_projection),
-        HEADS: model.token_projections.values(),
+        TEXT_TOWER: (model.text, model.text_projection),
+        FREQUENCY_BRANCH: (model.frequency, model.frequency_projection),
+        TOKEN_HEADS: model.token_projections.values(),
     }
-    return found + [(module, own, REST) for own, modules in rest.items() for module in modules if module is not None]
+    return found + [
+        (module, own, OTHER_FORWARD) for own, modules in rest.items() for module in modules if module is not None
+    ]

@@ -71,7 +71,8 @@ class Cache(Section):
     folder: str | None = None
     """Folder on a local disk. null: `mlip` in $XDG_CACHE_HOME, or in ~/.cache if that is not set."""
     gib: PositiveFloat = 100.0
-    """Most that the cache holds, in GiB. All data of a run must fit."""
+    """Most that the cache holds, in GiB. All data of a run must fit. mlip deletes no copies: it names those that you
+    may delete."""
 
 
 class Data(Section):

@@ -1,4 +1,4 @@
-"""A chart as SVG whose colours belong to the page that shows it: drawn by matplotlib with stand-ins for colours."""
+"""Charts as SVG in the colours of a page. Matplotlib draws them in placeholder colours, which are then replaced."""
 
 import html
 import io
@@ -21,7 +21,7 @@ NUM_SERIES = 6
 
 INK, MUTED, LINE = "#010101", "#020202", "#030303"
 SERIES = tuple(f"#0{number}0a0b" for number in range(1, NUM_SERIES + 1))
-"""Stand-ins, drawn by matplotlib and then replaced by the page's colours or by those of a light page."""
+"""Placeholders: replaced by the variables of the page, or by the colours of a light page."""
 
 VARIABLES = {
     INK: "var(--ink)",
@@ -36,7 +36,7 @@ LIGHT = {
     **dict(zip(SERIES, ("#0b6bb3", "#c84f00", "#00805e", "#9a4d92", "#8a6a00", "#4c5fb8"), strict=True)),
 }
 DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)))
-"""Series differ by more than colour."""
+"""Series differ in dashes and markers too, not only in colour."""
 MARKERS = ("o", "s", "^", "D", "v", "P")
 
 STYLE = {
@@ -67,8 +67,7 @@ STYLE = {
     "savefig.facecolor": "none",
 }
 
-COLUMNS = 3
-"""Of a legend."""
+LEGEND_COLUMNS = 3
 
 
 @dataclass(frozen=True)
@@ -95,15 +94,15 @@ class Canvas:
     svg: str = ""
 
     def legend(self, num_entries: int) -> None:
-        """Below the axes, where it covers nothing."""
+        """Draw the legend below the axes, where it covers nothing."""
         if num_entries:
             where = "outside lower left" if self.figure.get_layout_engine() is not None else "lower left"
-            self.figure.legend(loc=where, ncols=min(COLUMNS, num_entries), frameon=False)
+            self.figure.legend(loc=where, ncols=min(LEGEND_COLUMNS, num_entries), frameon=False)
 
     def place(self, num_entries: int) -> None:
-        """Fixed margins in inches with room for a legend: measuring every text takes longer than drawing."""
+        """Set fixed margins in inches with room for a legend. Measuring every text would take longer than drawing."""
         width, height = self.figure.get_size_inches()
-        rows = math.ceil(num_entries / COLUMNS)
+        rows = math.ceil(num_entries / LEGEND_COLUMNS)
         self.figure.subplots_adjust(
             left=0.62 / width,
             right=1 - 0.1 / width,
@@ -121,7 +120,7 @@ def drawn(
     size: tuple[float, float] = (4.6, 3.0),
     layout: Literal["constrained"] | None = "constrained",
 ) -> Iterator[Canvas]:
-    """An empty chart in our style, for the block to fill; without a layout the block sets the margins."""
+    """Yield an empty chart for the block to fill. Without a layout the block sets the margins."""
     import matplotlib as mpl
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
@@ -144,7 +143,7 @@ def drawn(
 
 
 def _svg(written: str, title: str) -> str:
-    """Only the <svg> element of a file of matplotlib's, with a name for those who cannot see it."""
+    """The <svg> element of a file by matplotlib, with the title as its name for screen readers."""
     start = written.index("<svg")
     body = re.sub(r"<metadata>.*?</metadata>", "", written[start:], flags=re.DOTALL)
     label = html.escape(title)
@@ -156,5 +155,5 @@ def _recoloured(svg: str, colours: Mapping[str, str]) -> str:
 
 
 def literal(text: str) -> str:
-    """Text that matplotlib must not read as a formula."""
+    """Text that matplotlib does not read as a formula."""
     return text.replace("$", r"\$")

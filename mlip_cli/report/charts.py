@@ -1,4 +1,4 @@
-"""The kinds of charts: lines, points with intervals, bars."""
+"""Three kinds of charts: curves, points with intervals, bars."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -8,10 +8,10 @@ from statistics import fmean
 from mlip_cli.report.canvas import DASHES, INK, MARKERS, MUTED, NUM_SERIES, SERIES, Chart, drawn, literal
 
 MOST_POINTS = 600
-"""Points of a line; longer ones are drawn as means of equal stretches."""
+"""Most points of a drawn curve. A longer one is drawn as means of equal stretches."""
 
 FEW_POINTS = 12
-"""Lines of no more points show each of them."""
+"""A curve of at most so many points shows each of them."""
 
 
 @dataclass(frozen=True)
@@ -19,10 +19,10 @@ class Curve:
     """One curve."""
 
     label: str
-    """Empty for a curve that needs none."""
+    """Empty: the legend leaves the curve out."""
     x: Sequence[float]
     y: Sequence[float | None]
-    """None where there was no finite number: a gap."""
+    """None where the value is not finite: the curve has a gap."""
     series: int = 0
     """Number of its colour, dash and marker."""
 
@@ -45,7 +45,7 @@ class ChartBar:
     name: str
     value: float
     words: str
-    """At its end."""
+    """Text at the end of the bar."""
     group: str = ""
 
 
@@ -58,7 +58,7 @@ def curves_chart(
     levels: Mapping[str, float] | None = None,
     from_zero: bool = False,
 ) -> Chart:
-    """Curves over steps, with dotted horizontal `levels` such as chance, one a line or for all."""
+    """Curves over steps, with dotted horizontal `levels` such as chance: one for each curve, or some for all."""
     levels = levels or {}
     with drawn(title, x_label=x_label, y_label=y_label, layout=None) as canvas:
         for line in lines:
@@ -87,7 +87,7 @@ def curves_chart(
 def dots_chart(title: str, series: Mapping[str, Sequence[Dot]], *, x_label: str, y_label: str, chance: float) -> Chart:
     """Accuracy against speed: points with both intervals, joined in the order given.
 
-    The points fill the width; an interval that is wider is cut by the frame.
+    The points fill the width; the frame cuts an interval that is wider.
     """
     speeds = [dot.x for dots in series.values() for dot in dots]
     margin = max(0.08, 0.2 * (max(speeds) - min(speeds)))
@@ -107,7 +107,7 @@ def dots_chart(title: str, series: Mapping[str, Sequence[Dot]], *, x_label: str,
                 label=literal(name),
             )
             for dot in dots:
-                if (dot.x, dot.y) not in named:  # the unmerged model stands at the head of each series
+                if (dot.x, dot.y) not in named:  # each series begins at the unmerged model
                     offset = (6, 7) if number % 2 == 0 else (6, -15)
                     canvas.axes.annotate(
                         dot.label, (dot.x, dot.y), xytext=offset, textcoords="offset points", color=colour
@@ -121,7 +121,7 @@ def dots_chart(title: str, series: Mapping[str, Sequence[Dot]], *, x_label: str,
 
 
 def bars_chart(title: str, bars: Sequence[ChartBar], *, x_label: str) -> Chart:
-    """Horizontal bars, the first one on top, in the colours of their groups; grey beside groups if in none."""
+    """Horizontal bars, the first on top. Each has the colour of its group; among groups, one without is grey."""
     groups = list(dict.fromkeys(bar.group for bar in bars if bar.group))
     with drawn(title, x_label=x_label, size=(6.4, 1.1 + 0.3 * len(bars))) as canvas:
         axes, places = canvas.axes, range(len(bars))
@@ -150,7 +150,7 @@ def bars_chart(title: str, bars: Sequence[ChartBar], *, x_label: str) -> Chart:
 
 
 def _lengths(values: Sequence[tuple[float, tuple[float, float] | None]]) -> list[list[float]]:
-    """Values and intervals -> lengths below and above, as error bars want them."""
+    """Values and intervals -> lengths of the error bars below and above."""
     ends = [interval or (value, value) for value, interval in values]
     below = [max(0.0, value - low) for (value, _), (low, _) in zip(values, ends, strict=True)]
     above = [max(0.0, high - value) for (value, _), (_, high) in zip(values, ends, strict=True)]

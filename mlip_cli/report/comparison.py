@@ -1,10 +1,11 @@
-"""One page about several runs: what differs in their recipes, their scores side by side, their curves overlaid."""
+"""One page about several runs: scores side by side, curves in shared charts, differences of the recipes."""
 
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mlip_cli.evaluate.results import GalleryResult, SweepResult, ZeroshotResult
+from mlip_cli.evaluate.picture_results import GalleryResult
+from mlip_cli.evaluate.results import SweepResult, ZeroshotResult
 from mlip_cli.recipe.load import differences
 from mlip_cli.report.curves import curves_section
 from mlip_cli.report.page import Html, command, element, figure, joined, note, page, section, table
@@ -12,7 +13,7 @@ from mlip_cli.report.record import RunRecord
 from mlip_cli.report.run_page import known_chances, method
 from mlip_cli.report.scores import compared_scores
 from mlip_cli.report.speed import CUT, pareto_charts
-from mlip_cli.report.tables import DIRECTIONS, Cell, Table, recall_cell
+from mlip_cli.report.tables import DIRECTIONS, INTERVALS, Cell, Table, recall_cell
 from mlip_cli.runs.result_files import Result
 from mlip_cli.terminal.output import percent
 
@@ -22,7 +23,7 @@ def comparison_page(records: Sequence[RunRecord], *, links: Mapping[str, str], w
 
     Args:
         links: address of each run's own page, by the run's name.
-        written: time and version that made the page.
+        written: the line about the page's making.
     """
     chances = {name: chance for record in records for name, chance in known_chances(record).items()}
     attributions = dict.fromkeys(text for record in records for text in record.attributions)
@@ -30,7 +31,7 @@ def comparison_page(records: Sequence[RunRecord], *, links: Mapping[str, str], w
         f"{len(records)} runs · mlip",
         heading=f"{len(records)} runs compared",
         lead=[
-            element("p", "Side by side, from the files of the runs; paired tests are those against the first run."),
+            element("p", "Paired tests compare each run with the first one."),
             *(note(line) for record in records for line in record.damaged),
         ],
         sections=[
@@ -65,14 +66,14 @@ def _runs_section(records: Sequence[RunRecord], links: Mapping[str, str]) -> Htm
         "Runs",
         table(Table(columns, rows)),
         note(
-            "Losses of recipes with other batch sizes, terms or weights do not compare: guessing costs ln(batch). In "
-            "brackets: 95 % intervals."
+            "Compare losses only between recipes with the same batch size, terms and weights: the loss of guessing is "
+            f"ln(batch). {INTERVALS.capitalize()}."
         ),
     )
 
 
 def _recall(record: RunRecord, way: str) -> Cell:
-    """R@5 on the validation set at the end of training, else the last one measured during it."""
+    """R@5 on the validation set at the end of training, else the last value measured during training."""
     gallery = record.newest(GalleryResult)
     if gallery is not None:
         return recall_cell(gallery.scores[way], 5)
@@ -83,7 +84,7 @@ def _recall(record: RunRecord, way: str) -> Cell:
 
 
 def _unmeasured(records: Sequence[RunRecord], kind: type[Result], measured_by: str) -> list[Html]:
-    """A line for each run that has no such result, and how to get it."""
+    """For each run without such a result, the command that measures it."""
     lacking = [record for record in records if record.newest(kind) is None]
     return [note(f"{record.name}: not measured yet: ", command(f"{measured_by} {record.place}")) for record in lacking]
 
@@ -100,7 +101,7 @@ def _sweeps_section(records: Sequence[RunRecord]) -> Html:
 
 
 def _recipes_section(records: Sequence[RunRecord]) -> Html:
-    """Keys whose values differ between any two runs, as each recipe has them."""
+    """Keys whose values differ between any two runs, with the value in each recipe."""
     recipes = [record.recipe for record in records if record.recipe is not None]
     if len(recipes) < len(records):
         return section("recipes", "Recipes", note("Some recipes do not validate with this version."))
@@ -113,7 +114,7 @@ def _recipes_section(records: Sequence[RunRecord]) -> Html:
 
 
 def _value(tree: Any, path: str) -> str | None:
-    """As recipes write it; None where the recipe has no such key."""
+    """The value as YAML; None where the recipe has no such key."""
     for name in path.split("."):
         if not isinstance(tree, dict):
             return None

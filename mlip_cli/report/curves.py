@@ -1,4 +1,4 @@
-"""Losses and measures over the steps of one run, or of several laid over each other."""
+"""Losses and measures over the steps, of one run or of several in shared charts."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -17,10 +17,10 @@ LOSSES = ("loss", *LOSS_NAMES)
 
 
 def curves_section(records: Sequence[RunRecord], *, chances: Mapping[str, float]) -> Html:
-    """Every loss and metric over the steps, of one run or of several laid over each other.
+    """Every loss and metric over the steps, of one run or of several in shared charts.
 
     Args:
-        chances: chance level by the name of a measure, where it is known.
+        chances: chance level by the name of a measure; some may be unknown.
     """
     steps = list(dict.fromkeys(key for record in records for line in record.steps for key in line))
     measures = list(dict.fromkeys(key for record in records for line in record.evaluations for key in line))
@@ -35,13 +35,13 @@ def curves_section(records: Sequence[RunRecord], *, chances: Mapping[str, float]
 
 
 def _loss_charts(records: Sequence[RunRecord], keys: Sequence[str]) -> list[Html]:
-    """The total and every term, unweighted, one chart each."""
+    """A chart of the total and of each term, unweighted."""
     titles = {"loss": "loss (weighted sum)"}
     return [_step_chart(records, titles.get(key, key), key) for key in keys]
 
 
 def _measure_charts(records: Sequence[RunRecord], keys: Sequence[str], chances: Mapping[str, float]) -> list[Html]:
-    """One chart a measure; of a single run, one for all k of a recall at k."""
+    """A chart for each measure. For a single run, recalls at several k share a chart."""
     if len(records) > 1:
         return [_measure_chart(records, [key], chances) for key in keys]
     families: dict[str, list[str]] = {}
@@ -51,7 +51,7 @@ def _measure_charts(records: Sequence[RunRecord], keys: Sequence[str], chances: 
 
 
 def _measure_chart(records: Sequence[RunRecord], keys: Sequence[str], chances: Mapping[str, float]) -> Html:
-    """Lines by run, or those of one run by the k of its recalls; fractions in per cent with chance."""
+    """A curve for each run, or for each k of one run; fractions in per cent, with chance."""
     lines: list[Curve] = []
     for number, record in enumerate(records):
         for key in keys:
@@ -72,9 +72,9 @@ def _measure_chart(records: Sequence[RunRecord], keys: Sequence[str], chances: M
 
 
 def _other_charts(records: Sequence[RunRecord], keys: Sequence[str]) -> list[Html]:
-    """Learning rate, gradient, speed, waiting, memory, scales; counts of trouble only where there was some."""
+    """Learning rate, gradient, speed, waiting, memory, scales. Counts of faults are left out while they are 0."""
     quiet = {"skipped_steps", "bad_samples"}
-    troubled = {key for key in quiet if any(line.get(key) for record in records for line in record.steps)}
+    nonzero = {key for key in quiet if any(line.get(key) for record in records for line in record.steps)}
     titles = {
         "lr": "learning rate",
         "grad_norm": "gradient norm before clipping",
@@ -87,12 +87,12 @@ def _other_charts(records: Sequence[RunRecord], keys: Sequence[str]) -> list[Htm
     return [
         _step_chart(records, titles.get(key) or key.replace("scale/", "logit scale: "), key, from_zero=key in FROM_ZERO)
         for key in keys
-        if key not in quiet - troubled
+        if key not in quiet - nonzero
     ]
 
 
 def _step_chart(records: Sequence[RunRecord], title: str, key: str, *, from_zero: bool = False) -> Html:
-    """A key of metrics.jsonl, a line a run."""
+    """A key of metrics.jsonl, with a curve for each run."""
     lines = []
     for number, record in enumerate(records):
         own = [line for line in record.steps if key in line]

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from mlip_cli.evaluate.results import (
+from mlip_cli.evaluate.picture_results import (
     DrawnPicture,
     DrawnSetting,
     FoundPicture,

@@ -1,4 +1,4 @@
-"""HTML that needs nothing but itself: elements that escape what they hold, and one page with its style inside."""
+"""HTML in one file, without scripts or links to other files. Elements escape their text."""
 
 import base64
 import html
@@ -12,14 +12,14 @@ from mlip_cli.terminal.output import is_number
 CSS = Path(__file__).with_name("page.css")
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
-"""The browser itself refuses to fetch anything, and to run any script."""
+"""The browser fetches nothing and runs no script."""
 
 VOID = frozenset({"img", "meta", "br"})
 MIME = {".png": "image/png", ".webp": "image/webp", ".jpg": "image/jpeg"}
 
 
 class Html(str):
-    """Text that is markup already; every other string is escaped on its way into an element."""
+    """Markup. An element escapes every other string."""
 
     __slots__ = ()
 
@@ -29,7 +29,7 @@ Child = Any
 
 
 def element(tag: str, *children: Child, **attributes: str | int | bool | None) -> Html:
-    """<tag attributes>children</tag>: `class_` is the attribute class; None and False leave an attribute out."""
+    """<tag attributes>children</tag>. `class_` is the attribute class; an attribute of None or False is left out."""
     written = "".join(
         f" {name.rstrip('_').replace('_', '-')}" + ("" if value is True else f'="{html.escape(str(value))}"')
         for name, value in attributes.items()
@@ -56,12 +56,12 @@ def _text(child: Child) -> str:
 
 
 def section(identifier: str, title: str, *children: Child) -> Html:
-    """A part of the page that the navigation leads to."""
+    """A section of the page, with an entry in the navigation."""
     return element("section", element("h2", title), *children, id=identifier)
 
 
 def note(*children: Child) -> Html:
-    """A quiet line below something."""
+    """A line in a quiet colour."""
     return element("p", *children, class_="note")
 
 
@@ -71,7 +71,7 @@ def command(text: str) -> Html:
 
 
 def table(shown: Table) -> Html:
-    """Columns and rows, without title and notes; it scrolls sideways where the page is narrow."""
+    """Columns and rows, without title and notes. On a narrow page the table scrolls sideways."""
     is_text = [not all(_is_number(row[i]) for row in shown.rows) for i in range(len(shown.columns))]
 
     def cells(tag: str, values: Sequence[Child]) -> list[Html]:
@@ -90,7 +90,7 @@ def _is_number(value: Child) -> bool:
 
 
 def _cell(value: Child) -> Child:
-    """An interval is quieter than its value; None is a dash."""
+    """An interval has a quieter colour than its value; None is a dash."""
     if isinstance(value, Spread):
         return element("span", f"{value.value} ", element("span", f"({value.low}–{value.high})", class_="note"))
     return "–" if value is None else value
@@ -107,7 +107,7 @@ def tables(shown: Iterable[Table]) -> list[Html]:
 
 
 def facts(pairs: Iterable[tuple[str, Child]]) -> Html:
-    """Names and values below each other; a value of None is left out."""
+    """A list of names and values; a value of None is left out."""
     return element(
         "dl",
         *((element("dt", name), element("dd", value)) for name, value in pairs if value is not None),
@@ -116,7 +116,7 @@ def facts(pairs: Iterable[tuple[str, Child]]) -> Html:
 
 
 def tiles(tiles: Iterable[tuple[str, Child, Child]]) -> Html:
-    """What matters most, in large: (name, value, what it stands beside)."""
+    """The main results in large type: (name, value, note)."""
     return element(
         "div",
         *(
@@ -134,7 +134,7 @@ def tiles(tiles: Iterable[tuple[str, Child, Child]]) -> Html:
 
 
 def figure(picture: Html, caption: Child = None, *, kind: str = "chart") -> Html:
-    """A picture with its words."""
+    """A picture with a caption."""
     return element("figure", picture, element("figcaption", caption) if caption else None, class_=kind)
 
 
@@ -144,12 +144,12 @@ def figures(children: Iterable[Html]) -> Html:
 
 
 def folded(summary: Child, *children: Child, is_open: bool = False) -> Html:
-    """Something to unfold."""
+    """Content that a reader can unfold."""
     return element("details", element("summary", summary), *children, open=is_open)
 
 
 def embedded_image(folder: Path, name: str, *, alt: str, class_: str | None = None) -> Html:
-    """A picture file below `folder`, inside the page; where it is gone, words that say so."""
+    """A picture file below `folder`, embedded in the page. A missing one, or one elsewhere, is named instead."""
     path = (folder / name).resolve()
     if not path.is_relative_to(folder.resolve()) or not path.is_file() or path.suffix not in MIME:
         return element("span", f"{alt} (no picture {name})")
@@ -158,7 +158,7 @@ def embedded_image(folder: Path, name: str, *, alt: str, class_: str | None = No
 
 
 def page(title: str, *, heading: Child, lead: Child, sections: Sequence[Html], foot: Child) -> str:
-    """A whole document. Sections come from `section`; the navigation is made of their titles."""
+    """A whole document. Sections come from `section`; their titles make the navigation."""
     head = element(
         "head",
         element("meta", charset="utf-8"),
@@ -179,6 +179,6 @@ def page(title: str, *, heading: Child, lead: Child, sections: Sequence[Html], f
 
 
 def _link(own: Html) -> Html:
-    """To a section, by the identifier and title that `section` gave it."""
+    """A link to a section, by its identifier and title."""
     identifier = own.split('id="', 1)[1].split('"', 1)[0]
     return element("a", Html(own.split("<h2>", 1)[1].split("</h2>", 1)[0]), href=f"#{identifier}")

@@ -1,4 +1,4 @@
-"""The result of `mlip profile` as tables, and what they leave to say."""
+"""The result of `mlip profile` as tables and notes."""
 
 import sys
 from collections.abc import Iterable
@@ -13,10 +13,10 @@ EIGHTHS = " ▏▎▍▌▋▊▉"
 
 
 def print_profile(profile: ProfileResult) -> None:
-    """All of it on a terminal, the parts of the step with bars."""
+    """Print tables and notes, with bars for the parts of the step."""
     print_tables([*model_tables(profile), *_step_tables(profile)])
     print_lines("")
-    for line in facts(profile):
+    for line in profile_notes(profile):
         print_prose(line)
 
 
@@ -65,7 +65,7 @@ def _speeds(profile: ProfileResult) -> Table:
 
 
 def _step_tables(profile: ProfileResult) -> list[Table]:
-    """The parts of the step; what loader processes do meanwhile stands apart, since it adds nothing to the step."""
+    """The parts of the step. Loader processes have a table of their own, since their work adds nothing to the step."""
     rest = profile.unaccounted
     rows = _shares(part for part in profile.breakdown if part.in_step)
     rows.append(["unaccounted", _milliseconds(rest.seconds, 2), percent(rest.share), bar(rest.share)])
@@ -88,7 +88,7 @@ def _milliseconds(seconds: float, decimals: int) -> str:
 
 
 def bar(share: float) -> str:
-    """A share of the step as a bar of block characters, or of # where stdout cannot show them; at most the whole."""
+    """A share of the step as a bar of block characters, or of # where stdout is not UTF-8; at most the whole."""
     width = min(max(share, 0.0), 1.0) * BAR_WIDTH
     if not _shows_blocks():
         return "#" * round(width)
@@ -100,14 +100,14 @@ def _shows_blocks() -> bool:
     return (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
 
 
-def facts(profile: ProfileResult) -> list[str]:
+def profile_notes(profile: ProfileResult) -> list[str]:
     """What limits the step, what the clocks cost, utilisation, memory, machine: a line each."""
     matmul = next(own for own in profile.matmul if own.precision == profile.precision)
     memory, micro = profile.peak_memory, profile.micro_batch_size
     return [
         f"limit: {profile.limit.part}, {profile.limit.why}",
-        f"unaccounted: {_milliseconds(profile.unaccounted.outside_s, 2)} ms lie outside of all parts, "
-        "the rest between medians",
+        f"unaccounted: {_milliseconds(profile.unaccounted.outside_s, 2)} ms lie outside of all parts; "
+        "the rest is there because medians do not add up",
         f"cost of the clocks: {percent(profile.clocks_cost)} %; without them the step takes "
         f"{_milliseconds(profile.step_s, 1)} ms",
         *([f"micro-batches of {micro}: the first forward pass has no graph"] if micro is not None else []),

@@ -8,7 +8,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
-from mlip_cli.evaluate.results import GalleryResult, MergePicturesResult, SweepResult, ZeroshotResult
+from mlip_cli.data.prepare.summary import attributions
+from mlip_cli.evaluate.picture_results import GalleryResult, MergePicturesResult
+from mlip_cli.evaluate.results import SweepResult, ZeroshotResult
 from mlip_cli.profiling.result import ProfileResult
 from mlip_cli.recipe.config import Recipe
 from mlip_cli.recipe.load import load_recipe
@@ -19,10 +21,10 @@ from mlip_cli.terminal.output import warn
 KINDS: dict[str, type[Result]] = {
     kind.KIND: kind for kind in (ZeroshotResult, GalleryResult, MergePicturesResult, SweepResult, ProfileResult)
 }
-"""What RUN/evals/ may hold."""
+"""The results that RUN/evals/ may hold."""
 
 MEASURED = "loss"
-"""Key that the lines of training steps have and the lines of evaluations have not."""
+"""Only lines about training steps have this key."""
 
 JsonObject = dict[str, Any]
 Kind = TypeVar("Kind", bound=Result)
@@ -31,12 +33,12 @@ Content = TypeVar("Content")
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What the files of a run hold."""
+    """The contents of a run's files."""
 
     run: Run
     name: str
     recipe: Recipe | None
-    """None when it does not validate with this version."""
+    """None: it does not validate with this version."""
     recipe_text: str
     stamp: JsonObject
     steps: list[JsonObject]
@@ -48,7 +50,7 @@ class RunRecord:
     cards: dict[str, JsonObject]
     """Data card by the role of the data, such as `training`."""
     damaged: list[str] = field(default_factory=list)
-    """What could not be read, as lines for people."""
+    """A line about each file that could not be read."""
 
     @cached_property
     def last_step(self) -> int:
@@ -57,7 +59,7 @@ class RunRecord:
 
     @property
     def last_loss(self) -> str | None:
-        """As people read it; None before the first step."""
+        """The last logged loss, rounded; None before the first step."""
         if not self.steps:
             return None
         loss = self.steps[-1][MEASURED]
@@ -70,9 +72,8 @@ class RunRecord:
 
     @cached_property
     def attributions(self) -> list[str]:
-        """What the licences of the data ask to be said."""
-        found = [card.get("provenance", {}).get("attribution") for card in self.cards.values()]
-        return list(dict.fromkeys(text for text in found if text))
+        """The attributions that the licences of the data ask for."""
+        return list(attributions(self.cards.values()))
 
     def all_of(self, kind: type[Kind]) -> list[Kind]:
         """The results of a kind, in the order of their steps and times."""
@@ -88,7 +89,7 @@ def read_run(folder: Path, *, name: str | None = None) -> RunRecord:
     """Read a run folder. A damaged file is named in `damaged`; the rest is read all the same.
 
     Args:
-        name: what the page calls it; None for the folder's name.
+        name: of the run on the page; None: the folder's name.
     """
     run = Run(folder)
     damaged: list[str] = []
@@ -144,7 +145,7 @@ def _read_recipe(path: Path) -> Recipe:
 
 
 def _read_metrics(path: Path, damaged: list[str]) -> list[JsonObject]:
-    """Whole lines; a last one without its end is still being written."""
+    """Whole lines. A last line without its end is still being written and is left out."""
     if not path.is_file():
         return []
     lines: list[JsonObject] = []

@@ -1,8 +1,9 @@
-"""report.html of one run."""
+"""The page of one run: report.html."""
 
 from collections.abc import Mapping
 
-from mlip_cli.evaluate.results import GalleryResult, SweepResult, ZeroshotResult
+from mlip_cli.evaluate.picture_results import GalleryResult
+from mlip_cli.evaluate.results import SweepResult, ZeroshotResult
 from mlip_cli.evaluate.statistics import metric_prefix
 from mlip_cli.report.canvas import Chart
 from mlip_cli.report.curves import curves_section
@@ -24,7 +25,7 @@ from mlip_cli.report.zeroshot_tables import rate_words
 from mlip_cli.terminal.output import percent, plural
 
 TRAINING = "training"
-"""Role of the data cards that a run learned from; several are numbered."""
+"""Role of the cards of training data; several are numbered."""
 
 
 def run_page(record: RunRecord, charts: Mapping[str, Chart], *, written: str) -> str:
@@ -32,7 +33,7 @@ def run_page(record: RunRecord, charts: Mapping[str, Chart], *, written: str) ->
 
     Args:
         charts: those of `standalone_charts`.
-        written: time and version that made the page.
+        written: the line about the page's making.
     """
     return page(
         f"{record.name} · mlip",
@@ -53,7 +54,7 @@ def run_page(record: RunRecord, charts: Mapping[str, Chart], *, written: str) ->
 
 
 def _lead(record: RunRecord) -> str:
-    """What was trained on what, and how it ended."""
+    """The method, its data and how the run ended, in a sentence."""
     parts = [method(record)]
     cards = [card for role, card in record.cards.items() if role.startswith(TRAINING)]
     if cards:
@@ -66,7 +67,7 @@ def _lead(record: RunRecord) -> str:
 
 
 def method(record: RunRecord) -> str:
-    """CLIP, or MLIP and what of it the recipe switches on."""
+    """CLIP, or MLIP with the parts that the recipe switches on."""
     recipe = record.recipe
     if recipe is None:
         return "a run"
@@ -110,7 +111,7 @@ def _tile(name: str, number: Spread | None, unit: str, beside: str = "") -> tupl
 
 
 def _newest_results(record: RunRecord) -> list[ZeroshotResult]:
-    """Of each data set the newest checkpoint's result, at the recipe's merge rate where that was measured."""
+    """The newest checkpoint's result on each data set, at the recipe's merge rate where it was measured."""
     merging = record.recipe.model.merging if record.recipe is not None else None
     rate = merging.rate if merging is not None else 0.0
     results = record.all_of(ZeroshotResult)
@@ -119,13 +120,13 @@ def _newest_results(record: RunRecord) -> list[ZeroshotResult]:
 
 
 def known_chances(record: RunRecord) -> dict[str, float]:
-    """Chance level by the name of a measure in metrics.jsonl, as far as results tell it."""
+    """Chance level by the name of a measure in metrics.jsonl. Measures without a stored result are left out."""
     chances: dict[str, float] = {}
     gallery = record.newest(GalleryResult)
     if gallery is not None:
         for way in DIRECTIONS:
             chances |= {f"validation_{way}_r{k}": gallery.scores[way].at(k).chance for k in RECALLS_SHOWN}
-        if record.recipe is not None:  # of batches with captions that all differ
+        if record.recipe is not None:  # for batches whose captions all differ
             size = min(record.recipe.train.global_batch_size, gallery.num_images)
             chances["validation_in_batch_acc1"] = 1 / size
     for result in record.all_of(ZeroshotResult):
@@ -137,7 +138,7 @@ def known_chances(record: RunRecord) -> dict[str, float]:
 
 
 def _data_section(record: RunRecord) -> Html:
-    """The cards, in short."""
+    """The data cards in short."""
     parts = []
     for role, card in record.cards.items():
         provenance, statistics = card.get("provenance", {}), card.get("statistics", {})
@@ -165,7 +166,7 @@ def _data_section(record: RunRecord) -> Html:
             else None,
             folded(_how_many_classes(statistics, len(classes)), element("p", ", ".join(classes))) if classes else None,
         ]
-    return section("data", "Data", *(parts or [note("The run has no cards of its data.")]))
+    return section("data", "Data", *(parts or [note("The run has no data cards.")]))
 
 
 def _how_many_classes(statistics: JsonObject, shown: int) -> str:

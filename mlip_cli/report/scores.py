@@ -14,7 +14,7 @@ from mlip_cli.report.zeroshot_tables import ZeroshotRow, rate_words, zeroshot_ta
 from mlip_cli.terminal.output import percent
 
 CLASSES_SHOWN = 20
-"""Best, and as many worst, where a data set has more classes than both together."""
+"""So many best and so many worst classes are shown where there are more than both together."""
 
 
 class OfData(Protocol):
@@ -38,7 +38,7 @@ def by_data(results: Sequence[Own]) -> dict[str, list[Own]]:
 
 
 def scores_section(record: RunRecord) -> Html:
-    """Every checkpoint, rate and data set, later steps first, and the recall by class of the newest."""
+    """Scores at every checkpoint and rate, later steps first, and the recall by class of the newest checkpoint."""
     results = record.all_of(ZeroshotResult)
     parts: list[Html] = []
     if not results:

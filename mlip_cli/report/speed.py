@@ -1,4 +1,4 @@
-"""Speed on the pages: accuracy against speed over merge rates, and where the time of a step goes."""
+"""Speed on the pages: accuracy against speed at each merge rate, and the time of each part of a step."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from mlip_cli.profiling.result import ProfileResult
 from mlip_cli.report.canvas import Chart
 from mlip_cli.report.charts import ChartBar, Dot, bars_chart, dots_chart
 from mlip_cli.report.page import Html, command, figure, note, section, tables
-from mlip_cli.report.profile_tables import facts, model_tables
+from mlip_cli.report.profile_tables import model_tables, profile_notes
 from mlip_cli.report.record import RunRecord
 from mlip_cli.report.scores import by_data
 from mlip_cli.report.sweep_tables import failures_words, sweep_tables
@@ -18,12 +18,12 @@ from mlip_cli.terminal.output import percent
 PARETO, BREAKDOWN = "pareto", "profile"
 """Names of chart files."""
 
-CUT = "Whiskers are 95 % intervals; where one leaves the chart, the table has it."
+CUT = "Whiskers are 95 % intervals. The table has those that leave the chart."
 """Below a chart of accuracy against speed."""
 
 
 def sweep_section(record: RunRecord, charts: Mapping[str, Chart]) -> Html:
-    """Accuracy against measured speed, and the numbers; `charts` are those of `standalone_charts`."""
+    """Accuracy against measured speed, and the tables; `charts` are those of `standalone_charts`."""
     sweep = record.newest(SweepResult)
     if sweep is None:
         return section("sweep", "Merge sweep", note("Not swept yet: ", command(f"mlip merge-sweep {record.place}")))
@@ -39,7 +39,7 @@ def sweep_section(record: RunRecord, charts: Mapping[str, Chart]) -> Html:
 
 
 def standalone_charts(record: RunRecord) -> dict[str, Chart]:
-    """Charts that are also files of their own, by name: accuracy against speed of each data set, parts of a step."""
+    """Charts that are written as files too, by name: accuracy against speed on each data set, parts of a step."""
     sweep, profile = record.newest(SweepResult), record.newest(ProfileResult)
     charts = {}
     if sweep is not None:
@@ -96,7 +96,7 @@ def _accuracies(scores: ZeroshotSweep | RetrievalSweep) -> list[tuple[float, Int
 
 
 def _dots(swept: _Swept) -> dict[str, list[Dot]]:
-    """By method, each beginning at the unmerged model."""
+    """The settings of each method; the unmerged model comes first in each."""
     speeds = {point.key: point for point in swept.speeds}
     dots: dict[str | None, list[Dot]] = {}
     for point, (score, (low, high)) in zip(swept.scores.points, _accuracies(swept.scores), strict=True):
@@ -109,7 +109,7 @@ def _dots(swept: _Swept) -> dict[str, list[Dot]]:
 
 
 def profile_section(record: RunRecord, charts: Mapping[str, Chart]) -> Html:
-    """Where the time of a training step goes, and what the model costs."""
+    """The time of each part of a training step, and the cost of the model."""
     profile = record.newest(ProfileResult)
     if profile is None:
         return section("profile", "Profile", note("Not measured yet: ", command(f"mlip profile {record.place}")))
@@ -117,13 +117,13 @@ def profile_section(record: RunRecord, charts: Mapping[str, Chart]) -> Html:
         "profile",
         "Profile",
         figure(charts[BREAKDOWN].in_page(), kind="wide"),
-        *map(note, facts(profile)),
+        *map(note, profile_notes(profile)),
         *tables(model_tables(profile)),
     )
 
 
 def breakdown_chart(name: str, profile: ProfileResult) -> Chart:
-    """Milliseconds of each part of a training step, and of the loader processes that work beside it."""
+    """Milliseconds of each part of a training step, and of each part of the loader processes' work."""
     bars = [
         ChartBar(
             part.part,

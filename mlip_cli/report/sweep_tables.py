@@ -26,7 +26,7 @@ from mlip_cli.terminal.output import percent, plural, print_lines, print_prose
 
 
 def print_sweep(sweep: SweepResult) -> None:
-    """All of it on a terminal."""
+    """Print all tables."""
     print_tables(sweep_tables(sweep))
     for line in failures_words(sweep):
         print_lines("")
@@ -70,7 +70,7 @@ def failures_words(sweep: SweepResult) -> list[str]:
 
 
 def scatters(interval: Interval) -> bool:
-    """Whether the interval of a speed-up is so wide that it says little."""
+    """True for an interval so wide that the speed-up says little."""
     return interval.high > 1.5 * interval.low
 
 
@@ -121,5 +121,5 @@ def _swept_retrieval(dataset: RetrievalSweep) -> list[Table]:
 
 
 def _beside(dataset: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]], *, note: str) -> list[Table]:
-    """How the settings differ from rate 0; nothing where there is no other setting."""
+    """A table of the differences from rate 0; none where there is no other setting."""
     return [Table(columns, rows, f"{dataset}: beside rate 0", [note])] if rows else []

@@ -42,23 +42,23 @@ Cell = str | int | Spread | None
 
 @dataclass(frozen=True)
 class Table:
-    """A result, ready to be shown."""
+    """A table for a terminal or a page."""
 
     columns: Sequence[str]
     rows: Sequence[Sequence[Cell]]
     title: str | None = None
     notes: Sequence[str] = field(default=())
-    """Sentences below it."""
+    """Sentences below the rows."""
 
     def without_empty_columns(self) -> "Table":
-        """Only the columns that some row fills."""
+        """The same without the columns that are empty in every row."""
         kept = [i for i in range(len(self.columns)) if any(row[i] is not None for row in self.rows)]
         rows = [[row[i] for i in kept] for row in self.rows]
         return Table([self.columns[i] for i in kept], rows, self.title, self.notes)
 
 
 def print_tables(tables: Iterable[Table]) -> None:
-    """Tables with their notes on stdout, an empty line between them."""
+    """Print tables with their notes on stdout, with an empty line between them."""
     for number, table in enumerate(tables):
         if number:
             print_lines("")
@@ -92,7 +92,7 @@ def speedup_cell(speedup: float | None, interval: tuple[float, float] | None) ->
 
 
 def machine_words(result: SweepResult | ProfileResult) -> str:
-    """Where something was measured."""
+    """The machine of a measurement."""
     return f"{result.device}, {result.device_name}, {plural(result.threads, 'thread')}, torch {result.torch}"
 
 
@@ -103,7 +103,7 @@ def tokens_words(tokens: Iterable[int]) -> str:
 
 
 def data_words(result: ZeroshotResult | ZeroshotSweep, scores: ZeroshotScores) -> str:
-    """How many pictures and classes a data set has, and what chance is."""
+    """Pictures, classes and chance level of a data set."""
     pictures = plural(result.n, "picture") + (" of concepts that training did not see" if scores.names else "")
     chance = f"chance {percent(result.chance)} %"
     if result.num_classes >= MANY_CLASSES:
@@ -112,7 +112,7 @@ def data_words(result: ZeroshotResult | ZeroshotSweep, scores: ZeroshotScores) -
 
 
 def names_words(names: Recalls) -> str:
-    """How many names there are, and what chance is."""
+    """Number of names and chance level."""
     chances = ", ".join(f"R@{k} {percent(names.at(k).chance)} %" for k in (1, 5))
     return f"{plural(names.num_candidates, 'name')}: chance {chances}"
 

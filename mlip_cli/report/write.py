@@ -57,5 +57,5 @@ def write_page(path: Path, content: str) -> None:
 
 
 def written_line() -> str:
-    """What the foot of a page says of its making."""
+    """The line about the page's making: version, time, source."""
     return f"Written by mlip {__version__} at {datetime.now(UTC):%Y-%m-%d %H:%M} UTC, from the files of the run alone."

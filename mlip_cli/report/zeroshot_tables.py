@@ -28,7 +28,7 @@ def rate_words(result: ZeroshotResult) -> str:
 
 @dataclass(frozen=True)
 class ZeroshotRow:
-    """A result, and what the table says of it beside its scores."""
+    """A result, and what stands beside its scores."""
 
     result: ZeroshotResult
     run: str | int | None = None
@@ -80,7 +80,7 @@ def _features(result: ZeroshotResult) -> dict[str, ZeroshotScores]:
 
 
 def print_zeroshot(measured: Mapping[str, Sequence[Measured]], *, failed: Sequence[str]) -> None:
-    """Results by data set on a terminal. Several checkpoints are numbered, since their names are long, and named below.
+    """Print results by data set. Several checkpoints are numbered in the tables, and the lines below name them.
 
     Args:
         failed: data sets that could not be measured.

@@ -1,6 +1,5 @@
 """The run folder during training: its lock, recipe, log.txt and stamp."""
 
-import fcntl
 import logging
 import platform
 import subprocess
@@ -17,7 +16,7 @@ import mlip_cli
 from mlip_cli.data.dataset import ShardDataset
 from mlip_cli.distributed import world_size
 from mlip_cli.errors import Stopped, UsageError
-from mlip_cli.files import full_disk_named, write_json, write_text
+from mlip_cli.files import full_disk_named, lock, write_json, write_text
 from mlip_cli.recipe.config import Recipe
 from mlip_cli.recipe.load import absolute_paths, recipe_yaml
 from mlip_cli.runs.checkpoint import remove_leftovers
@@ -103,15 +102,13 @@ def locked_log(run: Run) -> Iterator[None]:
 def _lock(log: logging.FileHandler, run: Run) -> None:
     """Lock by record. Forked loader processes do not inherit such a lock, so after kill -9 the next run need not
     wait."""
+
+    def refuse() -> None:
+        raise UsageError(f"{run.folder}: another mlip pretrain is running here; wait for it, or name another --out")
+
     assert log.stream is not None  # it is opened with its handler
-    try:
-        fcntl.lockf(log.stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        raise UsageError(
-            f"{run.folder}: another mlip pretrain is running here; wait for it, or name another --out"
-        ) from None
-    except OSError:  # a file system without locks
-        return
+    with suppress(OSError):  # a file system without locks
+        lock(log.stream, when_held=refuse)
 
 
 PACKAGES = ("torch", "torchvision", "timm", "open_clip_torch", "numpy", "pillow", "simplejpeg")

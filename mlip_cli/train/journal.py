@@ -28,6 +28,10 @@ class Journal:
         if self.stall is not None:
             self.stall.check(line)
 
+    def step_done(self, step: int) -> None:
+        """A step without a line."""
+        self.panel.step_done(step)
+
     def measures(self, line: Mapping[str, float]) -> None:
         """What the evaluators found after a step; they show it on the panel themselves."""
         self.trackers.append(self.file.append(line))

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -68,11 +69,11 @@ def train(
         Stopped: a signal came; the state is saved.
         RunError: too many steps in a row had no finite gradient.
     """
-    model, total_steps = stepper.training.model, timetable.total_steps
+    total_steps = timetable.total_steps
     watch = Stopwatch(batches, stepper.training.device)
     # an evaluation that a signal or an error ended is made up before the next step
     was_ended = progress.measured_step < progress.step and timetable.evaluates(progress.step)
-    model.train()
+    stepper.training.model.train()
     with StopRequest(stepper.training.device) as stop:
         for step in range(progress.step if was_ended else progress.step + 1, total_steps + 1):
             is_new, is_last = step > progress.step, step == total_steps
@@ -83,18 +84,14 @@ def train(
                     count(progress, stepper.guard, watch)
                     journal.line(line_of(taken, stepper=stepper, progress=progress, watch=watch))
                     watch.restart()
-                journal.panel.step_done(step)
+                journal.step_done(step)
 
             evaluates = timetable.evaluates(step)
             if evaluates:
                 count(progress, stepper.guard, watch)
                 # nothing measures the last step later: one Ctrl-C does not end its evaluation, another one leaves
                 is_stopping = stop.is_urgent if is_last else stop.is_asked_for
-                measures = measured(progress, evaluate, is_stopping, saver=saver, journal=journal)
-                if measures:
-                    journal.measures({"step": step, "samples_seen": stepper.samples_seen(step), **measures})
-                    saver.note_best(progress, measures)
-                model.train()
+                measure(stepper, progress, partial(evaluate, step, is_stopping), saver=saver, journal=journal)
             was_ended = evaluates and progress.measured_step < step
 
             saves = is_last or not is_new or saver.is_due(progress)
@@ -108,18 +105,27 @@ def train(
                 watch.restart()
 
 
-def measured(
-    progress: Progress, evaluate: Evaluate, is_stopping: Callable[[], bool], *, saver: Saver, journal: Journal
-) -> dict[str, float] | None:
-    """Evaluate after the newest step, and note it if the evaluation came to its end."""
+def measure(
+    stepper: Stepper,
+    progress: Progress,
+    evaluate: Callable[[], dict[str, float] | None],
+    *,
+    saver: Saver,
+    journal: Journal,
+) -> None:
+    """Evaluate after the newest step; the progress notes it if the evaluation came to its end."""
     try:
-        measures = evaluate(progress.step, is_stopping)
+        measures = evaluate()
     except Exception:
         save(progress, saver=saver, journal=journal)  # what was learned is kept although it could not be measured
         raise
+    stepper.training.model.train()
     if measures is not None:
         progress.measured_step = progress.step
-    return measures
+    if measures:
+        samples_seen = stepper.samples_seen(progress.step)
+        journal.measures({"step": progress.step, "samples_seen": samples_seen, **measures})
+        saver.note_best(progress, measures)
 
 
 def save(progress: Progress, *, saver: Saver, journal: Journal) -> None:

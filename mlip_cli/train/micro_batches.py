@@ -63,6 +63,7 @@ def try_once(recipe: Recipe, training: Training, *, share: int, size: int) -> No
     token_ids = torch.full((share, length), 1, device=training.device)
     token_ids[:, 0], token_ids[:, -1] = BOS, EOS
     images = torch.zeros(share, 3, side, side, dtype=torch.uint8, device=training.device)
+    labels = torch.arange(share, device=training.device) if recipe.losses.positives == "concept" else None
     parameters = [] if training.optimizer.state else list(training.plain.parameters())
     moments = [torch.empty_like(parameter) for parameter in parameters if parameter.requires_grad for _ in range(2)]
     try:
@@ -70,7 +71,7 @@ def try_once(recipe: Recipe, training: Training, *, share: int, size: int) -> No
             add_gradients(
                 training.plain.train(),
                 Objective(recipe.losses),
-                Batch(images, token_ids, keys=()),
+                Batch(images, token_ids, keys=(), labels=labels),
                 precision=training.precision,
                 micro_batch_size=size,
                 plan=least_merging(recipe, training),

@@ -9,7 +9,7 @@ from mlip_cli.data.dataset import ShardDataset
 from mlip_cli.data.loader import default_num_workers, training_loader
 from mlip_cli.data.open import open_sources
 from mlip_cli.data.order import Order
-from mlip_cli.data.transforms import jpeg_decoder
+from mlip_cli.data.pictures import jpeg_decoder
 from mlip_cli.devices import pick_device
 from mlip_cli.distributed import rank, world_size, wrap
 from mlip_cli.errors import UsageError
@@ -97,7 +97,7 @@ def build(recipe: Recipe, device: torch.device, *, fresh: bool) -> tuple[Trainin
     return Training(wrapped, optimizer, precision, device, average, decoder=jpeg_decoder()), notes
 
 
-def stepper(training: Training, recipe: Recipe, *, total_steps: int, micro_batch_size: int | None) -> Stepper:
+def build_stepper(training: Training, recipe: Recipe, *, total_steps: int, micro_batch_size: int | None) -> Stepper:
     """Takes the steps of a training by its recipe."""
     optim = recipe.optim
     settings = StepSettings(

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from ablation.pointing_runs import point
 
-from mlip_cli.data.dataset import ShardDataset
+from mlip_cli.data.open import open_prepared
 from mlip_cli.evaluate.retrieval import images_of_texts, ranks
 from mlip_cli.evaluate.validation import evaluation_loader, tokenize
 from mlip_cli.evaluate.zeroshot import normalized, text_features
@@ -23,8 +23,8 @@ BATCH_SIZE = 256
 
 def samples(folder: Path) -> list[dict[str, Any]]:
     """`name`, `concept`, `source` and `group` of every picture, in order."""
-    dataset = ShardDataset(folder)
-    return [dataset.read(id).record["meta"] for id in range(dataset.num_samples)]
+    dataset = open_prepared(folder)
+    return [dict(dataset.read(id).meta) for id in range(dataset.num_samples)]
 
 
 def image_features(run: LoadedRun, folder: Path, rate: float | None) -> dict[str, torch.Tensor]:
@@ -32,7 +32,7 @@ def image_features(run: LoadedRun, folder: Path, rate: float | None) -> dict[str
     encoder = at_rate(run.model, rate)
     size = run.recipe.data.image_size
     parts: dict[str, list[torch.Tensor]] = {"spatial": [], "sum": []}
-    loader = evaluation_loader(ShardDataset(folder), image_size=size, batch_size=BATCH_SIZE, num_workers=0)
+    loader = evaluation_loader(open_prepared(folder), image_size=size, batch_size=BATCH_SIZE, num_workers=0)
     for batch in loader:
         with torch.no_grad():
             found = encoder.image_features(batch.images)
@@ -95,7 +95,7 @@ def pictures(data: Path, split: str) -> dict[str, Any]:
     own = samples(data / split)
     unseen = [i for i, sample in enumerate(own) if sample["name"] not in trained_names]
     return {
-        "data": ShardDataset(data / split).fingerprint,
+        "data": open_prepared(data / split).fingerprint,
         "unseen": unseen,
         "concepts": [own[i]["concept"] for i in unseen],
         "sources": [own[i]["source"] for i in unseen],
@@ -120,7 +120,7 @@ def measure(
         }
     return {
         "split": split,
-        "data": ShardDataset(data / split).fingerprint,
+        "data": open_prepared(data / split).fingerprint,
         "step": run.step,
         "torch": str(torch.__version__),
         "recipe": recipe_yaml(run.recipe).replace(f"{data.resolve()}/", ""),

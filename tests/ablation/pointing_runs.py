@@ -9,7 +9,7 @@ from ablation.mosaics import tile_size
 from ablation.pointing import Pointer, Queries, measure_pointing
 from ablation.pointing_maps import pointing_queries, similarity_maps
 
-from mlip_cli.data.dataset import ShardDataset
+from mlip_cli.data.open import open_prepared
 from mlip_cli.evaluate.validation import evaluation_loader, tokenize
 from mlip_cli.runs.loading import LoadedRun, MergedEncoder
 
@@ -20,7 +20,7 @@ def point(
     loaded: LoadedRun, encoders: Sequence[MergedEncoder], folder: Path, *, batch_size: int
 ) -> list[dict[str, float]]:
     """Accuracy of each merge rate by reading (see `measure_pointing`). A picture's name is its first caption."""
-    dataset, image_size = ShardDataset(folder), loaded.model.image_size
+    dataset, image_size = open_prepared(folder), loaded.model.image_size
     loader = evaluation_loader(dataset, image_size=tile_size(image_size), batch_size=batch_size, num_workers=0)
     batches = list(loader)
     return measure_pointing(

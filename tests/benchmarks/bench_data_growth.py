@@ -25,6 +25,7 @@ from shards_for_tests import make_dataset
 
 from mlip_cli.data.dataset import ShardDataset
 from mlip_cli.data.loader import training_loader
+from mlip_cli.data.open import open_prepared
 from mlip_cli.data.order import Order
 from mlip_cli.files import write_json
 from mlip_cli.recipe.config import Data, Source
@@ -82,7 +83,7 @@ def first_batch_s(dataset: ShardDataset, folder: Path, *, start_step: int) -> fl
 def costs(folder: Path) -> dict[str, float]:
     before = resident_mib()
     start = time.perf_counter()
-    dataset = ShardDataset(folder)
+    dataset = open_prepared(folder)
     open_s = time.perf_counter() - start
     steps_per_epoch = dataset.num_samples // BATCH_SIZE
     measured = {

@@ -61,12 +61,12 @@ def our_epoch(data: Path, *, is_normalised: bool) -> Callable[[], int]:
     import torch
     from models_for_tests import small_model
 
-    from mlip_cli.data.dataset import ShardDataset
     from mlip_cli.data.loader import training_loader
+    from mlip_cli.data.open import open_prepared
     from mlip_cli.data.order import Order
     from mlip_cli.recipe.config import Augment, Data, Source
 
-    dataset = ShardDataset(data)
+    dataset = open_prepared(data)
     order = Order([dataset.num_samples], None, seed=0, global_batch_size=BATCH_SIZE)
     settings = Data(train=(Source(path=str(data)),), augment=Augment(crop_scale=(0.9, 1.0)))
     normalize = small_model(dtype=torch.float32).normalize if is_normalised else lambda images: images

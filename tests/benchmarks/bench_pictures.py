@@ -17,7 +17,8 @@ from sklearn.datasets import load_sample_images
 from torch import Tensor
 
 from mlip_cli.devices import device_name
-from mlip_cli.evaluate.merge_pictures import WRITERS, PanelWriter, panel_pictures, stage_panels
+from mlip_cli.evaluate.merge_pictures import WRITERS, PanelWriter
+from mlip_cli.evaluate.panels import panel_pictures, stage_panels
 from mlip_cli.model.clip import CLIP
 from mlip_cli.recipe.config import Model, Text, Vision
 from mlip_cli.terminal.output import print_lines, print_table

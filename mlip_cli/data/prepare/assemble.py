@@ -1,16 +1,15 @@
-"""From records to shards: parts in any order on any worker, then one finisher that puts them together.
+"""From a source to shards: workers prepare its parts in any order, then one process puts them together.
 
-`prepare_part` is a function of the part and the options alone, so the bytes of the output depend neither on the number
-of workers nor on who did what when.
+`prepare_part` depends on the part and the options alone, so the bytes of the output depend neither on the number of
+workers nor on the order of their work.
 """
 
 import json
 import os
 import shutil
+import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,116 +17,177 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mlip_cli.data.prepare.parts import NO_SPLIT, PartOptions, prepare_part
+from mlip_cli import __version__
+from mlip_cli.data.prepare.parts import NO_SPLIT, prepare_part
 from mlip_cli.data.prepare.shards import StoredSamples, write_split
+from mlip_cli.data.prepare.summary import SplitSummary, Summary, next_commands
 from mlip_cli.data.prepare.workers import run_parallel
-from mlip_cli.data.prepare.workspace import PartResult, Workspace
-from mlip_cli.data.sources.records import MAX_HELD_OUT, SPLITS, Part
-from mlip_cli.errors import RunError, Stopped, UsageError
-from mlip_cli.files import full_disk_named
-from mlip_cli.terminal.output import plural
+from mlip_cli.data.prepare.workspace import PartOptions, PartResult, Workspace, opened
+from mlip_cli.data.sources.find import DataSource, count_records, read_records
+from mlip_cli.data.sources.openmoji import attribution
+from mlip_cli.data.sources.records import MAX_HELD_OUT, SPLITS, ReadOptions, parts_of
+from mlip_cli.data.sources.tables import columns_in_words
+from mlip_cli.errors import RunError, UsageError, interrupted_as
+from mlip_cli.files import GIB, full_disk_named
+from mlip_cli.terminal.output import plural, say
+from mlip_cli.terminal.panel import progress
 
 FIRST_ROWS = 1_000
-"""So many rows show whether the source is what it seems; fewer than FEWEST_ROWS do not."""
+"""This many rows are enough to see that most rows of a source fail. Fewer than FEWEST_ROWS are not."""
 FEWEST_ROWS = 50
 
 BYTES_A_PIXEL = 0.5
-"""For the estimate of disk space: between JPEG and lossless WebP of photographs at 256 pixels."""
+"""Estimate for the check of disk space: between JPEG and lossless WebP of photographs at 256 pixels."""
 BYTES_A_SAMPLE = 4096
 """Tar headers and texts."""
 
 
 class SourceError(RunError):
-    """The source is not what it seems; there is nothing worth keeping."""
+    """Most rows of the source fail; nothing of the work is worth keeping."""
 
 
-def prepare_parts(
+def prepare(source: DataSource, out: Path, read: ReadOptions, request: dict[str, Any], *, num_workers: int) -> Summary:
+    """Prepare a source in OUT. An interrupted run is continued.
+
+    Args:
+        request: format, size, holdout and fingerprint of the source; it goes to prepared.json.
+
+    Raises:
+        UsageError: the source cannot be read, the disk is too small, or another process writes to OUT.
+        RunError: most rows fail, a worker was killed, or the disk is full.
+        Stopped: Ctrl-C.
+    """
+    started = time.monotonic()
+    with progress(None, "counting rows"):
+        num_rows = count_records(source, read)
+    say(f"{source.name}: {source.describe()}; {plural(num_rows, 'row')}")
+    if source.format == "metadata":
+        say(columns_in_words(source.root, source.tables(), read))
+    _check_disk(out, num_rows=num_rows, size=request["size"], source_bytes=sum(file.size for file in source.files))
+    provenance = {"tool": f"mlip-cli {__version__}", "source": source.name, **request}
+    if source.format == "openmoji":
+        provenance |= {"packages": list(source.versions), **attribution()}
+    again = "run the same command again: it goes on"
+    with (
+        interrupted_as(f"{out}: interrupted; {again}"),
+        full_disk_named(out, f"make room and {again}"),
+        opened(out, request) as work,
+    ):
+        try:
+            results = _prepare_parts(work, source, read, request, num_rows=num_rows, num_workers=num_workers)
+            splits, is_held_out = _write_splits(work, results, holdout=request["holdout"], provenance=provenance)
+        except SourceError as error:
+            work.discard()
+            raise SourceError(f"{source.name}: {error}; nothing was kept") from None
+        num_rejects = _write_rejects(work, results)
+        num_samples = sum(split.num_samples for split in splits.values())
+        if num_samples + num_rejects != num_rows:
+            raise RunError(f"{out}: {num_rows} rows in, but {num_samples} samples and {num_rejects} rejects out")
+        summary = Summary(
+            out=str(out),
+            source=source.name,
+            request=request,
+            rows=num_rows,
+            rejects=num_rejects,
+            reasons=dict(_reasons(results).most_common()),
+            splits=splits,
+            held_out=is_held_out,
+            attribution=provenance.get("attribution"),
+            seconds=round(time.monotonic() - started, 2),
+            next=next_commands(source.format, out, splits),
+        )
+        work.publish(summary)
+    return summary
+
+
+def _prepare_parts(
     work: Workspace,
-    parts: Iterable[Part],
-    options: PartOptions,
+    source: DataSource,
+    read: ReadOptions,
+    request: Mapping[str, Any],
     *,
     num_rows: int,
     num_workers: int,
-    advance: Callable[[int], None],
 ) -> list[PartResult]:
-    """Prepare the parts that the journal lacks; all results, in the order of the source.
+    """Prepare the parts that are not finished yet. Returns all results, in the order of the source.
 
     Raises:
-        RunError: most of the first rows fail for one reason, a worker was killed, or the disk is full.
+        SourceError: most of the first rows fail for one reason.
+        RunError: a worker was killed, or the source has changed.
     """
+    options = PartOptions(str(work.parts), request["size"], render=source.format == "openmoji")
     results = work.results()
-    done = set(results)
-    advance(sum(result.rows for result in results.values()))
-    _check_first_rows(work, results)
-    todo = (part for part in parts if part.number not in done)
-    for result in run_parallel(partial(prepare_part, options=options), todo, num_workers=num_workers):
-        work.remember(result)
-        results[result.number] = result
-        advance(result.rows)
-        _check_first_rows(work, results)
+    done = frozenset(results)
+    todo = (part for part in parts_of(read_records(source, read)) if part.number not in done)
+    with progress(num_rows, "preparing") as bar:
+        bar.advance(bar.task_ids[0], sum(result.rows for result in results.values()))
+        _check_first_rows(work, results, enough=FIRST_ROWS)
+        for result in run_parallel(partial(prepare_part, options=options), todo, num_workers=num_workers):
+            results[result.number] = result
+            bar.advance(bar.task_ids[0], result.rows)
+            _check_first_rows(work, results, enough=FIRST_ROWS)
     if (rows := sum(result.rows for result in results.values())) != num_rows:
         raise RunError(f"{work.out}: {rows} rows where {num_rows} were counted; did the source change? Start again")
+    _check_first_rows(work, results, enough=FEWEST_ROWS)
     return [results[number] for number in sorted(results)]
 
 
-def _check_first_rows(work: Workspace, results: Mapping[int, PartResult], *, is_all: bool = False) -> None:
-    """Stop early when the source is not what it seems: a wrong folder, a wrong column."""
-    rows, reasons = 0, Counter[str]()
-    for number in range(len(results)):
-        if number not in results or rows >= FIRST_ROWS:
-            break
-        rows, reasons = rows + results[number].rows, reasons + Counter(results[number].reasons)
-    if rows < (FEWEST_ROWS if is_all else FIRST_ROWS):
-        return
-    for reason, n in reasons.most_common(1):
-        if n > rows / 2:
-            example = _first_reject(work, [results[number] for number in sorted(results)])
+def _check_first_rows(work: Workspace, results: Mapping[int, PartResult], *, enough: int) -> None:
+    """Stop early if the source is a wrong folder or a wrong column is read: most rows fail for one reason."""
+    first: list[PartResult] = []
+    while len(first) in results and sum(result.rows for result in first) < FIRST_ROWS:
+        first.append(results[len(first)])
+    rows = sum(result.rows for result in first)
+    for reason, n in _reasons(first).most_common(1):
+        if rows >= enough and n > rows / 2:
+            example = _first_reject(work, first)
             raise SourceError(f"{n} of the first {rows} rows fail for the same reason: {reason} (first: {example})")
 
 
-def _first_reject(work: Workspace, results: Iterable[PartResult]) -> str:
-    for result in results:
-        for line in (work.parts / result.tar).with_suffix(".rejects.jsonl").read_text().splitlines():
-            reject = json.loads(line)
-            return f"{reject['file']} row {reject['row']}: {reject['detail'] or reject['reason']}"
-    return "none"
+def _reasons(results: Sequence[PartResult]) -> Counter[str]:
+    """Number of rejects by reason."""
+    return sum((Counter(result.reasons) for result in results), Counter[str]())
 
 
-@dataclass(frozen=True)
-class Finished:
-    """What lies in `work.finished`."""
-
-    cards: dict[str, dict[str, Any]]
-    """dataset.json of each split."""
-    is_held_out: bool
-    """True when validation was drawn by us; the source has no splits."""
+def _rejects(work: Workspace, result: PartResult) -> list[dict[str, Any]]:
+    """file, row, reason and detail of each reject of a part."""
+    lines = (work.parts / result.tar).with_suffix(".rejects.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
 
 
-def finish(work: Workspace, results: list[PartResult], *, holdout: float, provenance: Mapping[str, Any]) -> Finished:
-    """Put the parts together to splits and rejects.parquet, in `work.finished`."""
-    _check_first_rows(work, dict(enumerate(results)), is_all=True)
-    rows, num_rejects = sum(result.rows for result in results), sum(result.rejects for result in results)
-    if num_rejects == rows:
-        raise SourceError(f"none of the {plural(rows, 'row')} became a sample (first: {_first_reject(work, results)})")
+def _first_reject(work: Workspace, results: Sequence[PartResult]) -> str:
+    reject = next(reject for result in results for reject in _rejects(work, result))
+    return f"{reject['file']} row {reject['row']}: {reject['detail'] or reject['reason']}"
+
+
+def _write_splits(
+    work: Workspace, results: Sequence[PartResult], *, holdout: float, provenance: Mapping[str, Any]
+) -> tuple[dict[str, SplitSummary], bool]:
+    """Put the parts together to splits in `work.finished`. The second value is True if we drew validation.
+
+    Raises:
+        SourceError: no row became a sample.
+    """
     tables = [np.load((work.parts / result.tar).with_suffix(".npy"), allow_pickle=False) for result in results]
     table = np.concatenate(tables)
-    places = assign_splits(table, holdout=holdout)
-    cards = {}
+    if not len(table):
+        rows = plural(sum(result.rows for result in results), "row")
+        raise SourceError(f"none of the {rows} became a sample (first: {_first_reject(work, results)})")
+    starts = np.cumsum([len(part) for part in tables])[:-1]
+    places = np.split(assign_splits(table, holdout=holdout), starts)
     work.finished.mkdir()
+    splits = {}
     for code, split in enumerate(SPLITS):
-        starts = np.cumsum([0, *map(len, tables)])
-        samples = []
-        for result, part, start in zip(results, tables, starts[:-1], strict=True):
-            chosen = part["record"][places[start : start + len(part)] == code]
-            if len(chosen):
-                samples.append(StoredSamples(work.parts / result.tar, chosen))
-        if samples:
-            cards[split] = write_split(work.finished / split, split, samples, provenance=provenance)
-    num_rejects = _write_rejects(work, results)
-    num_samples = sum(card["num_samples"] for card in cards.values())
-    if num_samples + num_rejects != rows:
-        raise RunError(f"{work.out}: {rows} rows in, but {num_samples} samples and {num_rejects} rejects out")
-    return Finished(cards, is_held_out="validation" in cards and not has_own_splits(table))
+        samples = [
+            StoredSamples(work.parts / result.tar, part["record"][place == code])
+            for result, part, place in zip(results, tables, places, strict=True)
+        ]
+        if any(len(stored.records) for stored in samples):
+            card = write_split(work.finished / split, split, samples, provenance=provenance)
+            splits[split] = SplitSummary(
+                card["num_samples"], card["num_bytes"], card["fingerprint"], num_shards=len(card["shards"])
+            )
+    return splits, "validation" in splits and not has_own_splits(table)
 
 
 def assign_splits(table: NDArray[np.void], *, holdout: float) -> NDArray[np.uint8]:
@@ -154,43 +214,36 @@ def has_own_splits(table: NDArray[np.void]) -> bool:
     return bool(((table["split"] != NO_SPLIT) & (table["split"] != SPLITS.index("train"))).any())
 
 
-def _write_rejects(work: Workspace, results: list[PartResult]) -> int:
+def _write_rejects(work: Workspace, results: Sequence[PartResult]) -> int:
+    """Write rejects.parquet in `work.finished`. Returns the number of its rows."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     schema = pa.schema([("file", pa.string()), ("row", pa.int64()), ("reason", pa.string()), ("detail", pa.string())])
-    num_rejects = 0
-    with pq.ParquetWriter(work.finished / "rejects.parquet", schema) as writer:
+    path, num_rejects = work.finished / "rejects.parquet", 0
+    with pq.ParquetWriter(path, schema) as writer:
         for result in results:
-            lines = (work.parts / result.tar).with_suffix(".rejects.jsonl").read_text().splitlines()
-            writer.write_table(pa.Table.from_pylist([json.loads(line) for line in lines], schema=schema))
-            num_rejects += len(lines)
-    with open(work.finished / "rejects.parquet", "rb") as file:
+            rejects = _rejects(work, result)
+            writer.write_table(pa.Table.from_pylist(rejects, schema=schema))
+            num_rejects += len(rejects)
+    with open(path, "rb") as file:
         os.fsync(file.fileno())
     return num_rejects
 
 
-def check_disk(out: Path, *, rows: int, size: int, source_bytes: int) -> None:
-    """Refuse to start what cannot fit: parts and shards exist side by side for a moment.
+def _check_disk(out: Path, *, num_rows: int, size: int, source_bytes: int) -> None:
+    """Refuse to start what cannot fit. Parts and shards exist side by side for a moment.
 
     Raises:
-        UsageError: an estimate of the space needed is more than what is free.
+        UsageError: the estimated need is more than the free space.
     """
-    sample = min(BYTES_A_PIXEL * size * size * 4 / 3, 2 * source_bytes / max(1, rows) if source_bytes else float("inf"))
-    needed = int(2 * rows * (sample + BYTES_A_SAMPLE))
+    sample = BYTES_A_PIXEL * size * size * 4 / 3
+    if source_bytes:
+        sample = min(sample, 2 * source_bytes / max(1, num_rows))
+    needed = int(2 * num_rows * (sample + BYTES_A_SAMPLE))
     free = shutil.disk_usage(next(folder for folder in (out, *out.absolute().parents) if folder.exists())).free
     if needed > free:
         raise UsageError(
-            f"{out}: about {needed / 2**30:.1f} GiB needed, {free / 2**30:.1f} GiB free on this disk; make room, name "
-            "a folder on another disk, or take a smaller --size"
+            f"{out}: about {needed / GIB:.1f} GiB needed, {free / GIB:.1f} GiB free on this disk; make room, name a "
+            "folder on another disk, or take a smaller --size"
         )
-
-
-@contextmanager
-def interruptions_named(out: Path) -> Iterator[None]:
-    """Say of Ctrl-C and of a full disk where it happened and what to do."""
-    try:
-        with full_disk_named(out, "make room and run the same command again: it goes on"):
-            yield
-    except KeyboardInterrupt:
-        raise Stopped(f"{out}: interrupted; run the same command again: it goes on", exit_code=130) from None

@@ -1,11 +1,11 @@
-"""One part of a source, from records to verified files: the unit of work that any worker can do."""
+"""Prepare one part of a source: records in, verified files out. Any worker can do any part."""
 
 import hashlib
 import json
 import os
 import stat
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,29 +14,17 @@ import numpy as np
 from mlip_cli.data.pictures import RejectedPictureError
 from mlip_cli.data.prepare.pixels import StoredPicture, store
 from mlip_cli.data.prepare.shards import PART_ROW, sample_parts, tar_writer, verify_tar
-from mlip_cli.data.prepare.workspace import PartResult
-from mlip_cli.data.sources.records import SPLITS, Part, Picture, Record, printable
+from mlip_cli.data.prepare.workspace import PartOptions, PartResult
+from mlip_cli.data.sources.records import SPLITS, PicturePlace, Record, SourcePart, printable
 from mlip_cli.data.tokenizer import count_tokens
-from mlip_cli.files import atomic_path, write_bytes
+from mlip_cli.files import atomic_path, write_bytes, write_json
 
 MAX_FILE_BYTES = 512 << 20
 NO_SPLIT = 255
 
 
-@dataclass(frozen=True)
-class PartOptions:
-    """What `prepare_part` needs besides the part."""
-
-    folder: str
-    """Where the files of the part go."""
-    size: int
-    """Short side of stored pictures in pixels."""
-    render: bool = False
-    """The pictures are OpenMoji's SVGs."""
-
-
-def prepare_part(part: Part, options: PartOptions) -> PartResult:
-    """Write a part's samples and rejects to files of their own; each is whole or absent."""
+def prepare_part(part: SourcePart, options: PartOptions) -> PartResult:
+    """Write a part's samples and rejects to files of their own, and the result last. Each file is whole or absent."""
     tar = Path(options.folder, f"part-{part.number:06d}.tar")
     rows: list[tuple[int, int, int]] = []
     rejects: list[dict[str, Any]] = []
@@ -50,7 +38,7 @@ def prepare_part(part: Part, options: PartOptions) -> PartResult:
                     continue
                 writer.write(sample)
                 split = SPLITS.index(record.split) if record.split else NO_SPLIT
-                rows.append((picture.pixels, split, count_tokens(record)))
+                rows.append((picture.pixels, split, count_tokens(caption.text for caption in record.captions)))
         columns = np.array(rows, np.uint64).reshape(-1, 3)
         verified = verify_tar(temporary, columns[:, 2].astype(np.uint16))
     table = np.zeros(len(rows), PART_ROW)
@@ -59,18 +47,14 @@ def prepare_part(part: Part, options: PartOptions) -> PartResult:
         np.save(file, table, allow_pickle=False)
     lines = "".join(json.dumps(reject) + "\n" for reject in rejects)
     write_bytes(tar.with_suffix(".rejects.jsonl"), lines.encode())
-    return PartResult(
-        number=part.number,
-        rows=len(part.records),
-        tar=tar.name,
-        tar_bytes=verified.num_bytes,
-        samples=len(rows),
-        reasons=dict(sorted(Counter(reject["reason"] for reject in rejects).items())),
-    )
+    reasons = dict(sorted(Counter(reject["reason"] for reject in rejects).items()))
+    result = PartResult(part.number, len(part.records), tar.name, reasons)
+    write_json(tar.with_suffix(".json"), asdict(result))
+    return result
 
 
 def _make_sample(record: Record, row: int, options: PartOptions) -> tuple[dict[str, Any], StoredPicture]:
-    """What the shard gets for a record; RejectedPictureError says why it gets nothing."""
+    """The sample of a record and its picture. A RejectedPictureError says why a record becomes a reject."""
     if record.reject or record.picture is None:
         raise RejectedPictureError(record.reject or "no picture", record.detail)
     content = _read_picture(record.picture)
@@ -94,10 +78,10 @@ def _make_sample(record: Record, row: int, options: PartOptions) -> tuple[dict[s
     return sample_parts(f"{row:09d}", image=picture.content, format=picture.format, fields=fields), picture
 
 
-def _read_picture(picture: Picture) -> bytes:
+def _read_picture(picture: PicturePlace) -> bytes:
     try:
         if not stat.S_ISREG(os.stat(picture.path).st_mode) and not os.path.isdir(picture.path):
-            raise RejectedPictureError("picture is not a file", "a pipe or a device")  # whose reader would wait
+            raise RejectedPictureError("picture is not a file", "a pipe or a device")  # reading it could wait for ever
         with open(picture.path, "rb") as file:
             size = os.fstat(file.fileno()).st_size if picture.size is None else picture.size
             if size > MAX_FILE_BYTES:

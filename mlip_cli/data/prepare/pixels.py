@@ -1,7 +1,6 @@
-"""From whatever bytes a picture comes in to an RGB picture of the stored size, and to the stored bytes.
+"""What a shard stores of a picture: its pixels at the stored size, encoded again so that no metadata is left.
 
-JPEG sources are stored as JPEG (quality 92, re-encoded even when nothing had to change: that is how metadata goes),
-everything else as lossless WebP.
+A JPEG is stored as JPEG of quality 92, everything else as lossless WebP.
 """
 
 import hashlib
@@ -10,21 +9,12 @@ import struct
 import warnings
 from dataclasses import dataclass
 
-from PIL import ExifTags, Image
+from PIL import Image
 
-from mlip_cli.data.pictures import (
-    MAX_PIXELS,
-    ORIENTATIONS,
-    SWAPPING,
-    UNDECODABLE,
-    RejectedPictureError,
-    _check_size,
-    to_rgb,
-)
+from mlip_cli.data.pictures import RejectedPictureError, open_picture, to_rgb
 
 MAX_SIDE = 16_383
 """The longest side that WebP can store."""
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 JPEG_QUALITY = 92
 
 
@@ -38,17 +28,14 @@ class StoredPicture:
     width: int
     height: int
     original_width: int
-    """As displayed: after EXIF orientation."""
+    """As shown, upright."""
     original_height: int
     pixels: int
-    """First 64 bits of the sha256 of the normalised pixels."""
+    """`hash_pixels` of the pixels before they were encoded again."""
 
 
 def store(content: bytes, *, size: int) -> StoredPicture:
-    """Normalise an encoded picture and encode it again with its short side at `size` pixels at most.
-
-    EXIF orientation applied, CMYK and palettes to RGB, transparency on white, 16 bits scaled to 8, first frame of
-    animations, all metadata gone.
+    """Decode a picture and encode it again with its short side at `size` pixels at most and without any metadata.
 
     Raises:
         RejectedPictureError: not one of the six formats, damaged, over 64 megapixels, or of a kind without an
@@ -56,29 +43,17 @@ def store(content: bytes, *, size: int) -> StoredPicture:
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        try:
-            with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-                _check_size(image.size)
-                is_jpeg = image.format in ("JPEG", "MPO")
-                turn = ORIENTATIONS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-                original = image.size[::-1] if turn in SWAPPING else image.size
-                image.draft("RGB", _scaled(image.size, 2 * size))
-                rgb = to_rgb(image) if turn is None else to_rgb(image).transpose(turn)
-        except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-            raise RejectedPictureError("picture too large", f"over {MAX_PIXELS // 1_000_000} megapixels") from None
-        except Image.UnidentifiedImageError:
-            raise RejectedPictureError("not a picture", f"none of {', '.join(FORMATS)}") from None
-        except UNDECODABLE as error:
-            raise RejectedPictureError("damaged picture", str(error) or type(error).__name__) from None
+        picture = open_picture(content)
+        original = picture.width, picture.height
+        rgb = to_rgb(picture, least=_scaled(original, 2 * size)[::-1])
     width, height = _scaled(original, size)
     if max(width, height) > MAX_SIDE:
         raise RejectedPictureError("picture too long", f"{original[0]} x {original[1]} pixels")
     if rgb.size != (width, height):
         rgb = rgb.resize((width, height), Image.Resampling.BICUBIC)
     return StoredPicture(
-        content=encode(rgb, is_jpeg=is_jpeg),
-        format="jpg" if is_jpeg else "webp",
+        content=encode(rgb, is_jpeg=picture.is_jpeg),
+        format="jpg" if picture.is_jpeg else "webp",
         width=width,
         height=height,
         original_width=original[0],
@@ -88,7 +63,7 @@ def store(content: bytes, *, size: int) -> StoredPicture:
 
 
 def encode(rgb: Image.Image, *, is_jpeg: bool) -> bytes:
-    """JPEG for what was JPEG, else lossless WebP; neither holds metadata."""
+    """Encode as JPEG or as lossless WebP, without metadata."""
     file = io.BytesIO()
     bare = Image.frombytes("RGB", rgb.size, rgb.tobytes())
     if is_jpeg:
@@ -99,13 +74,13 @@ def encode(rgb: Image.Image, *, is_jpeg: bool) -> bytes:
 
 
 def hash_pixels(rgb: Image.Image) -> int:
-    """64 bits that are equal for equal pixels."""
+    """The first 64 bits of the SHA-256 of size and pixels."""
     digest = hashlib.sha256(struct.pack("<II", *rgb.size) + rgb.tobytes()).digest()
     return int.from_bytes(digest[:8])
 
 
 def _scaled(size: tuple[int, int], short_side: int) -> tuple[int, int]:
-    """`size` with its short side at `short_side`, or as it is where that would be larger."""
+    """`size` with its short side at `short_side`; nothing is enlarged."""
     width, height = size
     short = min(width, height)
     if short <= short_side:

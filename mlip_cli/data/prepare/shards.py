@@ -1,4 +1,4 @@
-"""Samples into tars, finished tars into indexes, and a folder of shards with its card."""
+"""Write samples to tars, index finished tars, and make a folder of shards with its card."""
 
 import hashlib
 import json
@@ -10,40 +10,37 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mlip_cli.data.index import FORMATS, RECORD, write_index
+from mlip_cli.data.index import FORMATS, RECORD, place_parts, write_index
 from mlip_cli.data.sources.records import json_bytes
 from mlip_cli.data.tar import BLOCK, Member, read_members
 from mlip_cli.errors import RunError
 from mlip_cli.files import atomic_path, write_json
+
+if TYPE_CHECKING:
+    from webdataset.writer import TarWriter
 
 SHARD_SAMPLES = 10_000
 SHARD_BYTES = 512 << 20
 TAR_RECORD = 20 * BLOCK
 """Tars are padded to a multiple of this."""
 
-MAX_TOKENS = 65_535
 CONTEXT_LENGTH = 77
-"""Of the published CLIP models; dataset.json counts the captions that are longer."""
+"""Of the published CLIP models. dataset.json says how many captions are longer."""
 
 KEY = re.compile(r"[0-9a-z_-]+")
-MAGIC = {"jpg": (0, b"\xff\xd8\xff"), "png": (0, b"\x89PNG"), "webp": (8, b"WEBP")}
+FIRST_BYTES = {"jpg": (0, b"\xff\xd8\xff"), "png": (0, b"\x89PNG"), "webp": (8, b"WEBP")}
+"""Format of a stored picture -> a place in its head, and the bytes that stand there."""
 PART_ROW = np.dtype([("record", RECORD), ("pixels", "<u8"), ("split", "u1")])
-"""A sample of a part: its index record there, hash of its pixels, place of its split in SPLITS (255: none stated)."""
-
-
-class SampleWriter(Protocol):
-    """webdataset's TarWriter, as far as it is used."""
-
-    def write(self, sample: Mapping[str, Any]) -> int: ...
+"""A sample of a part: its index record there, hash of its pixels, place of its split in SPLITS (255: it has none)."""
 
 
 @contextmanager
-def tar_writer(path: Path) -> Iterator[SampleWriter]:
+def tar_writer(path: Path) -> Iterator["TarWriter"]:
     """Write samples to a tar at `path`: the same bytes every time."""
     from webdataset.writer import TarWriter
 
@@ -52,31 +49,37 @@ def tar_writer(path: Path) -> Iterator[SampleWriter]:
 
 
 def sample_parts(key: str, *, image: bytes, format: str, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """What `TarWriter` wants: KEY.json, KEY.txt (first caption, on one line) and the picture."""
+    """A sample for `TarWriter`: KEY.json, KEY.txt (first caption, on one line) and the picture."""
     text = " ".join(fields["captions"][0]["text"].split())
     return {"__key__": key, format: image, "json": json_bytes(fields), "txt": text.encode()}
 
 
 @dataclass(frozen=True)
 class VerifiedTar:
-    """What a second look at a written tar found."""
+    """A written tar, read again."""
 
     records: NDArray[np.void]
     """(n,) of RECORD."""
-    statistics: "Statistics"
+    original_sizes: NDArray[np.int64]
+    """(n, 2): width and height of each picture before it was stored."""
+    caption_words: list[int]
+    """Number of words of each caption."""
+    classes: Counter[str]
     num_bytes: int
     sha256: str
 
 
 def verify_tar(path: Path, num_tokens: Sequence[int] | NDArray[np.uint16]) -> VerifiedTar:
-    """Read a tar of ours from the disk again and index it; `num_tokens` is of each sample's longest caption.
+    """Read a tar of ours from the disk again and index it. `num_tokens` is (n,): tokens of each longest caption.
 
     Raises:
         RunError: it does not hold what was written: whole samples of picture, text and JSON with keys of their own.
     """
     records = np.zeros(len(num_tokens), RECORD)
     records["num_tokens"] = num_tokens
-    statistics = Statistics()
+    original_sizes: list[tuple[int, int]] = []
+    caption_words: list[int] = []
+    classes: Counter[str] = Counter()
     keys: set[str] = set()
     with open(path, "rb") as file:
         for key, members in groupby(read_members(path), key=lambda member: member.name.rpartition(".")[0]):
@@ -84,90 +87,66 @@ def verify_tar(path: Path, num_tokens: Sequence[int] | NDArray[np.uint16]) -> Ve
             if not KEY.fullmatch(key) or key in keys or len(keys) == len(records):
                 raise RunError(f"{path}: read again, its sample {key!r} is not what was written; is the disk sound?")
             fields = _index_sample(path, file.fileno(), records[len(keys)], parts)
-            statistics.add(fields, image_bytes=int(records[len(keys)]["image_size"]))
+            original_sizes.append((fields["original_width"], fields["original_height"]))
+            caption_words += [len(caption["text"].split()) for caption in fields["captions"]]
+            classes.update([] if fields["class"] is None else [fields["class"]])
             keys.add(key)
         num_bytes = os.fstat(file.fileno()).st_size
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     if len(keys) != len(records):
         raise RunError(f"{path}: read again, it has {len(keys)} of {len(records)} samples; is the disk sound?")
-    statistics.tokens += records["num_tokens"].tolist()
-    statistics.formats.update(FORMATS[code] for code in records["format"])
-    return VerifiedTar(records, statistics, num_bytes, sha256)
+    sizes = np.array(original_sizes, np.int64).reshape(-1, 2)
+    return VerifiedTar(records, sizes, caption_words, classes, num_bytes, sha256)
 
 
 def _index_sample(path: Path, descriptor: int, record: np.void, parts: Mapping[str, Member]) -> dict[str, Any]:
-    """Fill `record` but for its tokens; the fields of KEY.json."""
+    """Fill `record` except for its tokens. Returns the fields of KEY.json."""
     format = next((known for known in FORMATS if known in parts), "")
     if set(parts) != {"json", "txt", format}:
         raise RunError(f"{path}: read again, a sample has the parts {sorted(parts)}; is the disk sound?")
-    record["offset"] = min(member.header_offset for member in parts.values())
-    for field, part in (("image", format), ("txt", "txt"), ("json", "json")):
-        record[f"{field}_offset"] = parts[part].offset - int(record["offset"])
-        record[f"{field}_size"] = parts[part].size
-    at, magic = MAGIC[format]
+    place_parts(record, {"image": parts[format], "txt": parts["txt"], "json": parts["json"]})
+    at, first_bytes = FIRST_BYTES[format]
     head = os.pread(descriptor, 16, parts[format].offset)
     try:
         fields: dict[str, Any] = json.loads(os.pread(descriptor, parts["json"].size, parts["json"].offset))
     except ValueError:
         fields = {}
-    if not fields or head[at : at + len(magic)] != magic:
+    if not fields or head[at : at + len(first_bytes)] != first_bytes:
         raise RunError(f"{path}: read again, {parts['json'].name} or its picture is damaged; is the disk sound?")
     record["width"], record["height"] = fields["width"], fields["height"]
     record["format"], record["num_captions"] = FORMATS.index(format), len(fields["captions"])
     return fields
 
 
-class Statistics:
-    """Numbers about the samples of a split, for its card."""
-
-    def __init__(self) -> None:
-        self.formats: Counter[str] = Counter()
-        self.classes: Counter[str] = Counter()
-        self.values: dict[str, list[int]] = {
-            name: []
-            for name in ("width", "height", "original_width", "original_height", "image_bytes", "captions", "words")
-        }
-        self.tokens: list[int] = []
-
-    def add(self, fields: Mapping[str, Any], *, image_bytes: int) -> None:
-        """Count one sample."""
-        for name in ("width", "height", "original_width", "original_height"):
-            self.values[name].append(fields[name])
-        self.values["image_bytes"].append(image_bytes)
-        self.values["captions"].append(len(fields["captions"]))
-        self.values["words"] += [len(caption["text"].split()) for caption in fields["captions"]]
-        if fields["class"] is not None:
-            self.classes[fields["class"]] += 1
-
-    def merge(self, other: "Statistics") -> None:
-        """Count another tar's samples too."""
-        self.formats += other.formats
-        self.classes += other.classes
-        self.tokens += other.tokens
-        for name, values in other.values.items():
-            self.values[name] += values
-
-    def summary(self) -> dict[str, Any]:
-        """Minimum, median, mean and maximum of each number; formats; classes, the 100 most frequent of them."""
-        spreads = {
-            name: _spread(values) for name, values in (*self.values.items(), ("longest_caption_tokens", self.tokens))
-        }
-        too_long = sum(tokens > CONTEXT_LENGTH for tokens in self.tokens)
-        return spreads | {
-            f"share_over_{CONTEXT_LENGTH}_tokens": round(too_long / max(1, len(self.tokens)), 6),
-            "formats": dict(sorted(self.formats.items())),
-            "num_classes": len(self.classes),
-            "classes": dict(sorted(self.classes.most_common(100))),
-        }
-
-
-def _spread(values: Sequence[int]) -> dict[str, float]:
-    array = np.asarray(values)
+def _statistics(tars: Sequence[VerifiedTar]) -> dict[str, Any]:
+    """Minimum, median, mean and maximum of each number; formats; the 100 most frequent classes."""
+    records = np.concatenate([tar.records for tar in tars])
+    original_sizes = np.concatenate([tar.original_sizes for tar in tars])
+    words = np.concatenate([np.array(tar.caption_words) for tar in tars])
+    classes = sum((tar.classes for tar in tars), Counter[str]())
+    formats = Counter(FORMATS[code] for code in records["format"])
     return {
-        "min": int(array.min()),
-        "median": float(np.median(array)),
-        "mean": round(float(array.mean()), 3),
-        "max": int(array.max()),
+        "width": _spread(records["width"]),
+        "height": _spread(records["height"]),
+        "original_width": _spread(original_sizes[:, 0]),
+        "original_height": _spread(original_sizes[:, 1]),
+        "image_bytes": _spread(records["image_size"]),
+        "captions": _spread(records["num_captions"]),
+        "words": _spread(words),
+        "longest_caption_tokens": _spread(records["num_tokens"]),
+        f"share_over_{CONTEXT_LENGTH}_tokens": round(float((records["num_tokens"] > CONTEXT_LENGTH).mean()), 6),
+        "formats": dict(sorted(formats.items())),
+        "num_classes": len(classes),
+        "classes": dict(sorted(classes.most_common(100))),
+    }
+
+
+def _spread(values: NDArray[Any]) -> dict[str, float]:
+    return {
+        "min": int(values.min()),
+        "median": float(np.median(values)),
+        "mean": round(float(values.mean()), 3),
+        "max": int(values.max()),
     }
 
 
@@ -189,24 +168,25 @@ def write_split(
         The card that dataset.json holds.
     """
     folder.mkdir(parents=True)
+    records = np.concatenate([stored.records for stored in samples])
+    part_of = np.repeat(np.arange(len(samples)), [len(stored.records) for stored in samples])
     shards: list[dict[str, Any]] = []
-    statistics = Statistics()
-    for number, run in enumerate(_shard_runs(samples)):
-        path = folder / f"{split}-{number:06d}.tar"
+    tars: list[VerifiedTar] = []
+    for start, end in _shard_bounds(_sample_ends(records) - records["offset"].astype(np.int64)):
+        path = folder / f"{split}-{len(shards):06d}.tar"
         with atomic_path(path) as temporary:
-            _copy_samples(temporary, run)
-            verified = verify_tar(temporary, np.concatenate([stored.records["num_tokens"] for stored in run]))
+            _copy_samples(temporary, [samples[part].tar for part in part_of[start:end]], records[start:end])
+            verified = verify_tar(temporary, records["num_tokens"][start:end])
         write_index(path, verified.records, tar_bytes=verified.num_bytes, sha256=verified.sha256)
-        statistics.merge(verified.statistics)
-        n = len(verified.records)
-        shards.append({"name": path.name, "n": n, "bytes": verified.num_bytes, "sha256": verified.sha256})
+        tars.append(verified)
+        shards.append({"name": path.name, "n": end - start, "bytes": verified.num_bytes, "sha256": verified.sha256})
     card = {
         "split": split,
         "num_samples": sum(shard["n"] for shard in shards),
         "num_bytes": sum(shard["bytes"] for shard in shards),
         "fingerprint": hashlib.sha256(json_bytes(shards)).hexdigest(),
         "shards": shards,
-        "statistics": statistics.summary(),
+        "statistics": _statistics(tars),
         "provenance": provenance,
     }
     write_json(folder / "sizes.json", {shard["name"]: shard["n"] for shard in shards})
@@ -214,21 +194,15 @@ def write_split(
     return card
 
 
-def _shard_runs(samples: Sequence[StoredSamples]) -> Iterator[list[StoredSamples]]:
-    """Cut the samples of a split into shards of at most SHARD_SAMPLES and about SHARD_BYTES."""
-    run: list[StoredSamples] = []
-    num_samples = num_bytes = 0
-    for stored in samples:
-        start = 0
-        sizes = _sample_ends(stored.records) - stored.records["offset"].astype(np.int64)
-        for i, size in enumerate(sizes.tolist()):
-            if num_samples and (num_samples == SHARD_SAMPLES or num_bytes + size > SHARD_BYTES):
-                yield [part for part in (*run, StoredSamples(stored.tar, stored.records[start:i])) if len(part.records)]
-                run, start, num_samples, num_bytes = [], i, 0, 0
-            num_samples, num_bytes = num_samples + 1, num_bytes + size
-        run.append(StoredSamples(stored.tar, stored.records[start:]))
-    if num_samples:
-        yield [part for part in run if len(part.records)]
+def _shard_bounds(sizes: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
+    """Start and end of shards of at most SHARD_SAMPLES samples and about SHARD_BYTES."""
+    start = num_bytes = 0
+    for number, size in enumerate(sizes.tolist()):
+        if number > start and (number - start == SHARD_SAMPLES or num_bytes + size > SHARD_BYTES):
+            yield start, number
+            start, num_bytes = number, 0
+        num_bytes += size
+    yield start, len(sizes)
 
 
 def _sample_ends(records: NDArray[np.void]) -> NDArray[np.int64]:
@@ -237,13 +211,13 @@ def _sample_ends(records: NDArray[np.void]) -> NDArray[np.int64]:
     return records["offset"].astype(np.int64) + (np.maximum.reduce(ends) + BLOCK - 1) // BLOCK * BLOCK
 
 
-def _copy_samples(path: Path, run: Sequence[StoredSamples]) -> None:
-    """Headers and bytes as they are, then the end of archive as `tarfile` writes it."""
+def _copy_samples(path: Path, tars: Sequence[Path], records: NDArray[np.void]) -> None:
+    """Copy headers and bytes of each sample from its tar as they are; end the archive as `tarfile` does."""
+    spans = zip(tars, records["offset"].tolist(), _sample_ends(records).tolist(), strict=True)
     with open(path, "wb") as out:
-        for stored in run:
-            with open(stored.tar, "rb") as file:
-                ends = _sample_ends(stored.records)
-                for start, end in zip(stored.records["offset"].tolist(), ends.tolist(), strict=True):
+        for tar, of_tar in groupby(spans, key=lambda span: span[0]):
+            with open(tar, "rb") as file:
+                for _, start, end in of_tar:
                     out.write(os.pread(file.fileno(), end - start, start))
         end = out.tell() + 2 * BLOCK
         out.write(bytes(2 * BLOCK + -end % TAR_RECORD))

@@ -1,4 +1,8 @@
-"""Work in several processes, which end when the driver does, however it ends."""
+"""Work in several processes that end when the driver does, however it ends.
+
+`concurrent.futures.ProcessPoolExecutor` does not promise that: after kill -9 of the driver its workers live on. Here
+each worker waits on a pipe of its own, which closes with the driver.
+"""
 
 import multiprocessing
 import signal
@@ -17,13 +21,13 @@ Result = TypeVar("Result")
 
 
 def run_parallel(function: Callable[[Task], Result], tasks: Iterable[Task], *, num_workers: int) -> Iterator[Result]:
-    """Results of `function` in the order in which they are done; with one worker in this process.
+    """Yield results of `function` in the order in which they finish. One worker means this process.
 
-    Processes are spawned, so `function`, tasks and results must pickle. One that waits sees at once that the driver is
-    gone (its pipe closes); when the driver leaves this generator the processes are ended.
+    Workers are spawned, so `function`, tasks and results must pickle. When the driver leaves this generator, it ends
+    the workers.
 
     Raises:
-        RunError: a worker was killed. What `function` raises is raised here.
+        RunError: a worker was killed. Errors of `function` are raised here too.
     """
     if num_workers == 1:
         yield from map(function, tasks)
@@ -52,14 +56,14 @@ def run_parallel(function: Callable[[Task], Result], tasks: Iterable[Task], *, n
 
 @contextmanager
 def _watched(process: SpawnProcess) -> Iterator[None]:
-    """Say what a closed pipe means."""
+    """Turn a closed pipe into one line: the worker died."""
     try:
         yield
     except (EOFError, ConnectionError):
         process.join()
         raise RunError(
-            f"a worker process ended in its work (exit code {process.exitcode}); out of memory? Run the same command "
-            "again to go on, with fewer --workers if it happens again"
+            f"a worker process died (exit code {process.exitcode}); out of memory? Run the same command again to go "
+            "on, with fewer --workers if it happens again"
         ) from None
 
 
@@ -67,7 +71,7 @@ def _watched(process: SpawnProcess) -> Iterator[None]:
 def _started(function: Callable[[Any], Any], num_workers: int) -> Iterator[dict[Connection, SpawnProcess]]:
     context = multiprocessing.get_context("spawn")
     workers: dict[Connection, SpawnProcess] = {}
-    resource_tracker.ensure_running()  # else the first start() starts it, and unblocks Ctrl-C on the way
+    resource_tracker.ensure_running()  # else the first start() starts it and unblocks Ctrl-C
     # Workers inherit the mask: Ctrl-C on the terminal reaches the driver alone, and the driver ends them.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
@@ -89,7 +93,7 @@ def _started(function: Callable[[Any], Any], num_workers: int) -> Iterator[dict[
 
 
 def _serve(function: Callable[[Any], Any], pipe: Connection) -> None:
-    """A worker's life: one task after another until the driver closes the pipe."""
+    """Do one task after another until the driver closes the pipe."""
     while True:
         try:
             task = pipe.recv()

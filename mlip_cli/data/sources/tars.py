@@ -1,4 +1,4 @@
-"""Existing webdataset tars, img2dataset's output among them, as records; nothing is unpacked."""
+"""The samples of webdataset tars, such as those of img2dataset; nothing is unpacked."""
 
 import json
 import os
@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from mlip_cli.data.sources.records import (
+    PICTURE_ENDINGS,
     Caption,
-    Picture,
+    PicturePlace,
     Record,
+    UnusableSampleError,
     captions_of,
     decode_text,
     plain_values,
@@ -19,12 +21,13 @@ from mlip_cli.data.sources.records import (
 )
 from mlip_cli.data.tar import Member, read_members
 
-IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
-TEXTS = ("txt", "caption", "text")
+TEXT_ENDINGS = {"txt": ("txt", "caption", "text"), "json": ("json",), "cls": ("cls",)}
+"""Texts of a sample -> their endings; the first ending that a sample has is read."""
+ENDINGS = frozenset((*PICTURE_ENDINGS, *(ending for endings in TEXT_ENDINGS.values() for ending in endings)))
 CLASS_NAMES = ("class", "label")
-MAX_PART_BYTES = 1 << 20
+MAX_TEXT_BYTES = 1 << 20
 
-OURS = (
+OURS = {
     "captions",
     "caption",
     "class",
@@ -35,29 +38,40 @@ OURS = (
     "sha256",
     "source",
     "meta",
-)
-"""Fields of a KEY.json that a new KEY.json says anew."""
+}
+"""Fields of a KEY.json that do not go into `meta`: mlip writes them itself."""
 
 
 def tar_records(root: Path, tars: Sequence[str]) -> Iterator[Record]:
-    """One record a sample. A sample is a run of members whose names are equal up to the last dot.
+    """One record a sample.
 
-    Captions come from KEY.json (`captions`, as written by us, or `caption`), else from KEY.txt.
+    Captions come from KEY.json (`captions`, as mlip writes them, or `caption`), else from KEY.txt.
 
     Raises:
-        DamagedTarError: a tar is not whole; the samples before the damage are not enough to go on without a word.
+        DamagedTarError: a tar is not whole; to go on with the samples before the damage would hide the loss.
     """
     for tar in tars:
         path = root / tar
         split, _ = split_of_folder(Path(tar))
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            samples = groupby(read_members(path), key=lambda member: key_of(member.name))
-            known = ((key, parts) for key, parts in ((k, known_members(m)) for k, m in samples) if parts)
-            for row, (key, parts) in enumerate(known):
-                yield _record(path, descriptor, parts, file=tar, row=row, key=key, split=split)
+            for row, (key, members) in enumerate(tar_samples(path)):
+                yield _record(path, descriptor, members, file=tar, row=row, key=key, split=split)
         finally:
             os.close(descriptor)
+
+
+def tar_samples(path: Path) -> Iterator[tuple[str, list[Member]]]:
+    """(key, members with endings that mlip reads) of each sample: a run of members of one key.
+
+    The sample in which a damaged tar ends is not given: it may not be whole.
+
+    Raises:
+        DamagedTarError: the tar is not whole.
+    """
+    for key, members in groupby(read_members(path), key=lambda member: key_of(member.name)):
+        if known := [member for member in members if member.is_file and ending_of(member.name) in ENDINGS]:
+            yield key, known
 
 
 def key_of(name: str) -> str:
@@ -66,69 +80,69 @@ def key_of(name: str) -> str:
     return folder + slash + base.rpartition(".")[0]
 
 
-def known_members(members: Iterator[Member]) -> list[tuple[str, Member]]:
-    """(ending, member) of the members that we read; never links or folders, which have no bytes of their own."""
-    named = [(member.name.rpartition(".")[2].lower(), member) for member in members if member.is_file]
-    return [(ending, member) for ending, member in named if ending in (*IMAGES, *TEXTS, "json", "cls")]
+def ending_of(name: str) -> str:
+    """`a/b.c.JPG` -> `jpg`"""
+    return name.rpartition(".")[2].lower()
+
+
+def chosen_members(members: Sequence[Member]) -> dict[str, Member]:
+    """The members of a sample that are read, by part: image, txt, json and cls. Empty texts count as missing.
+
+    Raises:
+        UnusableSampleError: there is not one picture, or a text is too long.
+    """
+    pictures = [member for member in members if ending_of(member.name) in PICTURE_ENDINGS]
+    if len(pictures) != 1:
+        raise UnusableSampleError("several pictures" if pictures else "no picture")
+    chosen = {"image": pictures[0]}
+    texts = {ending_of(member.name): member for member in members if member.size}
+    for part, endings in TEXT_ENDINGS.items():
+        if found := [texts[ending] for ending in endings if ending in texts]:
+            chosen[part] = found[0]
+            if found[0].size > MAX_TEXT_BYTES:
+                raise UnusableSampleError("caption too long", detail=found[0].name)
+    return chosen
 
 
 def _record(
-    path: Path, descriptor: int, parts: list[tuple[str, Member]], *, file: str, row: int, key: str, split: str | None
+    path: Path, descriptor: int, members: Sequence[Member], *, file: str, row: int, key: str, split: str | None
 ) -> Record:
-    pictures = [member for ending, member in parts if ending in IMAGES]
-    if len(pictures) != 1:
-        reason = "several pictures" if pictures else "no picture"
-        return Record(file, row, None, (), split=split, reject=reason, detail=key)
-    place = Picture(str(path), pictures[0].offset, pictures[0].size)
-    texts = {ending: member for ending, member in parts if ending not in IMAGES}
-    if large := [member.name for member in texts.values() if member.size > MAX_PART_BYTES]:
-        return Record(file, row, place, (), split=split, reject="caption too long", detail=large[0])
+    picture = None
     try:
-        said = stated({ending: os.pread(descriptor, m.size, m.offset) for ending, m in texts.items()})
-    except UnusableTextsError as error:
-        return Record(file, row, place, (), split=split, reject=str(error), detail=key)
-    return Record(
-        file=file,
-        row=row,
-        picture=place,
-        captions=said.captions,
-        split=split,
-        label=said.label,
-        meta=said.meta,
-        detail=key,
-    )
-
-
-class UnusableTextsError(ValueError):
-    """What stands beside a picture cannot be read; the words are those of a reject."""
+        parts = chosen_members(members)
+        image = parts.pop("image")
+        picture = PicturePlace(str(path), image.offset, image.size)
+        said = stated({part: os.pread(descriptor, m.size, m.offset) for part, m in parts.items()})
+    except UnusableSampleError as error:
+        return Record(file, row, picture, (), split=split, reject=str(error), detail=error.detail or key)
+    return Record(file, row, picture, said.captions, split=split, label=said.label, meta=said.meta, detail=key)
 
 
 @dataclass(frozen=True)
 class Stated:
-    """What a sample says of its picture."""
+    """What the texts of a sample say about its picture."""
 
     captions: tuple[Caption, ...]
     label: str | None
-    meta: dict[str, Any]
+    meta: Mapping[str, Any]
 
 
 def stated(contents: Mapping[str, bytes]) -> Stated:
-    """What the texts of a sample say, by their endings (json, cls, and those of TEXTS).
+    """What the texts of a sample (txt, json, cls) say.
 
     Raises:
-        UnusableTextsError: they are not UTF-8, or KEY.json is no JSON object.
+        UnusableSampleError: they are not UTF-8, or KEY.json is not a JSON object.
     """
-    texts = {ending: decode_text(content) for ending, content in contents.items()}
+    texts = {part: decode_text(content) for part, content in contents.items()}
     if None in texts.values():
-        raise UnusableTextsError("caption is not UTF-8")
+        raise UnusableSampleError("caption is not UTF-8")
     try:
         fields = json.loads(texts["json"] or "null") if "json" in texts else {}
     except (json.JSONDecodeError, RecursionError):
-        raise UnusableTextsError("KEY.json is not JSON") from None
+        raise UnusableSampleError("KEY.json is not JSON") from None
     if not isinstance(fields, dict):
-        raise UnusableTextsError("KEY.json is not a JSON object")
-    text = next((texts[ending] for ending in TEXTS if ending in texts), None)
-    return Stated(_captions(fields, text), _label(fields, texts.get("cls")), _meta(fields))
+        raise UnusableSampleError("KEY.json is not a JSON object")
+    return Stated(_captions(fields, texts.get("txt")), _label(fields, texts.get("cls")), _meta(fields))
 
 
 def _captions(fields: dict[str, Any], text: str | None) -> tuple[Caption, ...]:

@@ -1,47 +1,58 @@
-"""clip-benchmark's data sets: what it builds from a local folder, and its web shards. Nothing is ever downloaded."""
+"""clip-benchmark's data sets: those that it builds from a local folder, and its web shards. Nothing is downloaded."""
 
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from PIL import Image
 from torch import Tensor
+from torchvision.transforms.functional import pil_to_tensor
 
+from mlip_cli.data.pictures import RejectedPictureError, pillow_to_rgb
+from mlip_cli.data.tar import read_members
 from mlip_cli.errors import RunError, UsageError
-from mlip_cli.evaluate.datasets.find import Benchmark
-from mlip_cli.evaluate.datasets.pictures import Pictures, Readers, decode_any
+from mlip_cli.evaluate.datasets.benchmark import Benchmark
+from mlip_cli.evaluate.datasets.pictures import Pictures, read_picture
 
 PICTURE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 IMAGENETV2_FOLDER = "ImageNetV2-matched-frequency"
 IMAGENETV2_PICTURES = 10_000
 
-TarItem = tuple[Path, int, int, bool, int]
-"""Tar, offset and size of the picture in it, whether it is a JPEG, class."""
+TarItem = tuple[Path, int, int, int]
+"""The tar, offset and size of a picture in it, and its class."""
 
 
-def open_built(benchmark: Benchmark, readers: Readers) -> Pictures:
+def open_built(benchmark: Benchmark) -> Pictures:
     """A data set that `clip_benchmark.datasets.builder.build_dataset` knows, from `benchmark.root`.
 
     Raises:
-        UsageError: the folder does not hold it, or it has no picture, or not as many classes as names.
+        UsageError: the folder does not hold it, or it has no pictures, or the number of its classes is wrong.
     """
     name, root = benchmark.name, benchmark.root
-    if name == "imagenetv2":  # its constructor fetches the archive, whatever `download` says, unless all are there
+    if name == "imagenetv2":  # its constructor downloads unless all pictures are there, even with download=False
         n = sum(1 for _ in root.glob(f"{IMAGENETV2_FOLDER}/**/*.jpeg"))
         if n != IMAGENETV2_PICTURES:
-            raise UsageError(f"{name}: {n} pictures in {root / IMAGENETV2_FOLDER}, not all {IMAGENETV2_PICTURES:,}")
-    dataset = _build(name, root, readers.from_pil)
+            raise UsageError(
+                f"{name}: {n:,} of {IMAGENETV2_PICTURES:,} pictures in {root / IMAGENETV2_FOLDER}; unpack them all"
+            )
+    dataset = _build(name, root)
     if len(dataset) == 0:
-        raise UsageError(f"{name}: no pictures in {root}; put there what clip-benchmark has below its --dataset_root")
+        raise UsageError(f"{name}: no pictures in {root}; put the files of clip-benchmark's --dataset_root there")
     folders = getattr(dataset, "class_to_idx", None)
     if hasattr(dataset, "imgs") and folders is not None and len(folders) != len(dataset.classes):
         raise UsageError(f"{name}: {len(folders)} class folders in {root} for {len(dataset.classes)} classes")
 
+    if hasattr(dataset, "loader"):  # else the set opens its files itself
+        dataset.loader = lambda path: read_picture(Path(path).read_bytes(), where=str(path))
+
     def load(i: int) -> tuple[Tensor, int]:
-        image, label = dataset[i]
+        try:
+            image, label = dataset[i]
+        except RejectedPictureError as error:
+            raise RunError(f"{name}: picture {i}: {error}; mend this picture or remove it") from error
         return image, int(label)
 
     return Pictures(
@@ -53,29 +64,36 @@ def open_built(benchmark: Benchmark, readers: Readers) -> Pictures:
     )
 
 
-def _build(name: str, root: Path, from_pil: Callable[[Any], Tensor]) -> Any:
+def _to_tensor(image: Tensor | Image.Image) -> Tensor:
+    """uint8 (3, H, W) of what a data set opened: by our reader, or by Pillow."""
+    return image if isinstance(image, Tensor) else pil_to_tensor(pillow_to_rgb(image))
+
+
+def _build(name: str, root: Path) -> Any:
     from clip_benchmark.datasets.builder import build_dataset
 
     try:
         with contextlib.redirect_stdout(sys.stderr):  # it prints; stdout is the result
-            return build_dataset(name, root=str(root), transform=from_pil, split="test", download=False)
+            return build_dataset(name, root=str(root), transform=_to_tensor, split="test", download=False)
     except (RuntimeError, OSError, AssertionError, ImportError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UsageError(f"{name}: {root} does not hold what clip-benchmark expects: {reason}") from error
 
 
-def open_web_shards(benchmark: Benchmark, readers: Readers) -> Pictures:
-    """Web shards as `clip_benchmark_export_wds` writes them, read by our strict tar reader.
+def open_web_shards(benchmark: Benchmark) -> Pictures:
+    """Web shards that `clip_benchmark_export_wds` wrote, read by our strict tar reader.
 
-    clip-benchmark's own reader unpickles members and ends a damaged shard without a word.
+    clip-benchmark's own reader unpickles members, and it ends a damaged shard without a message.
 
     Raises:
-        UsageError: a file is missing or not one label a picture.
+        UsageError: a file is missing, or pictures do not have one label each.
     """
     root, part = benchmark.root, benchmark.root / "test"
     kind = _lines(root / "dataset_type.txt")[:1] if (root / "dataset_type.txt").is_file() else ["classification"]
     if kind != ["classification"]:
-        raise UsageError(f"{benchmark.name}: a data set for {' '.join(kind)}; eval-zeroshot reads classification only")
+        raise UsageError(
+            f"{benchmark.name}: a data set for {' '.join(kind)}; eval-zeroshot needs one for classification"
+        )
     count = _lines(part / "nshards.txt")
     if len(count) != 1 or not count[0].isdigit():
         raise UsageError(f"{part / 'nshards.txt'}: not a number of shards")
@@ -86,28 +104,26 @@ def open_web_shards(benchmark: Benchmark, readers: Readers) -> Pictures:
     class_names, templates = (
         tuple(_lines(root / name)) for name in ("classnames.txt", "zeroshot_classification_templates.txt")
     )
-    return open_tars(tars, readers, class_names=class_names, templates=templates)
+    return open_tars(tars, class_names=class_names, templates=templates)
 
 
 def _lines(path: Path) -> list[str]:
     if not path.is_file():
-        raise UsageError(f"{path}: missing; clip_benchmark_export_wds writes it")
+        raise UsageError(f"{path}: missing; write it with clip_benchmark_export_wds")
     return [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()]
 
 
-def open_tars(
-    tars: list[Path], readers: Readers, *, class_names: tuple[str, ...], templates: tuple[str, ...]
-) -> Pictures:
+def open_tars(tars: list[Path], *, class_names: tuple[str, ...], templates: tuple[str, ...]) -> Pictures:
     """Pictures of webdataset tars with the class number of each in a `.cls` beside it."""
-    items = [item for tar in tars for item in _tar_items(tar, readers)]
+    items = [item for tar in tars for item in _tar_items(tar)]
     if not items:
         raise UsageError(f"{tars[0].parent if tars else 'no tars'}: no pictures with a .cls beside them")
-    return Pictures(class_names, templates, lambda: items, partial(_load_tar_item, readers), len(items))
+    return Pictures(class_names, templates, lambda: items, _load_tar_item, len(items))
 
 
-def _tar_items(tar: Path, readers: Readers) -> Iterator[TarItem]:
+def _tar_items(tar: Path) -> Iterator[TarItem]:
     samples: dict[str, dict[str, tuple[int, int]]] = {}
-    for member in readers.read_members(tar):
+    for member in read_members(tar):
         if member.is_file:
             path = PurePosixPath(member.name)
             stem, _, extension = path.name.partition(".")
@@ -121,11 +137,11 @@ def _tar_items(tar: Path, readers: Readers) -> Iterator[TarItem]:
             label = os.pread(file.fileno(), min(size, 16), offset).strip()
             if not label.isdigit():
                 raise RunError(f"{tar}: {key}.cls is not a class number")
-            yield tar, *parts[picture], picture in ("jpg", "jpeg"), int(label)
+            yield tar, *parts[picture], int(label)
 
 
-def _load_tar_item(readers: Readers, item: TarItem) -> tuple[Tensor, int]:
-    tar, offset, size, is_jpeg, label = item
+def _load_tar_item(item: TarItem) -> tuple[Tensor, int]:
+    tar, offset, size, label = item
     with open(tar, "rb") as file:
         content = os.pread(file.fileno(), size, offset)
-    return decode_any(readers, content, is_jpeg=is_jpeg, where=f"{tar}: picture at byte {offset}"), label
+    return read_picture(content, where=f"{tar}: picture at byte {offset}"), label

@@ -1,4 +1,7 @@
-"""Evaluation data sets by name: where each lies and what it is. No torch: what is measured already is found without."""
+"""Evaluation sets by name: one table says how each is found and opened.
+
+Finding imports no torch, so results that are stored already are found at once.
+"""
 
 import difflib
 import hashlib
@@ -6,11 +9,17 @@ import json
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mlip_cli.errors import UsageError
 from mlip_cli.evaluate.datasets import imagenet
+from mlip_cli.evaluate.datasets.benchmark import Benchmark, class_folders, pictures_in
+
+if TYPE_CHECKING:
+    from mlip_cli.evaluate.datasets.pictures import Pictures
 
 # Names of clip-benchmark with one label a picture and no TensorFlow.
 CLIP_BENCHMARK = (
@@ -42,28 +51,26 @@ CLIP_BENCHMARK = (
     "sun397",
     "voc2007",
 )
-FAMILIES = "openmoji, digits, imagenet, folder:PATH, shards:PATH, wds/NAME, or of clip-benchmark: " + ", ".join(
-    CLIP_BENCHMARK
-)
-PICTURE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 
 
 class UnknownDataSetError(UsageError):
-    """No evaluation data set has this name, wherever one looks."""
+    """No evaluation set has this name."""
 
 
 @dataclass(frozen=True)
-class Benchmark:
-    """An evaluation data set that was found."""
+class EvaluationSet:
+    """How an evaluation set is found and opened."""
 
-    name: str
-    """As the user gave it."""
-    kind: str
-    """What it is opened by: a key of `sources.OPENERS`."""
-    root: Path
-    """Folder that holds it; for digits, which are part of scikit-learn, the current one."""
-    fingerprint: str
-    """Changes when the data, the class names or the templates change."""
+    find: Callable[[str, Path], Benchmark]
+    """(name, data root) -> the set; for `folder:` and `shards:` the path in the name stands for the data root."""
+    opener: str
+    """module.function of this folder: the module imports torch."""
+
+    def open(self, benchmark: Benchmark) -> "Pictures":
+        """The pictures of a set that was found."""
+        module, _, function = self.opener.partition(".")
+        pictures: Pictures = getattr(import_module(f"mlip_cli.evaluate.datasets.{module}"), function)(benchmark)
+        return pictures
 
 
 def data_root(given: Path | None) -> Path:
@@ -72,43 +79,45 @@ def data_root(given: Path | None) -> Path:
 
 
 def find_benchmark(name: str, *, root: Path) -> Benchmark:
-    """The data set called `name` under `root`.
+    """The evaluation set called `name` under `root`.
 
     Raises:
         UnknownDataSetError: with a guess.
-        UsageError: the data is not there, with what to do about it.
+        UsageError: the data is not there; says what to do about it.
     """
-    prefix, colon, path = name.partition(":")
-    if colon and prefix in ("folder", "shards"):
+    prefix, _, path = name.partition(":")
+    if f"{prefix}:" in SETS:
         if not path:
             raise UsageError(f"{name}: no path; write {prefix}:PATH")
-        return _FINDERS[prefix](name, Path(path))
-    if name in _FINDERS and name not in ("folder", "shards"):
-        return _FINDERS[name](name, root)
-    if name in CLIP_BENCHMARK:
-        return _clip_benchmark(name, root)
-    if name.startswith("wds/"):
-        return _web_shards(name, root)
-    close = difflib.get_close_matches(name, ("openmoji", "digits", "imagenet", *CLIP_BENCHMARK), n=1)
+        root = Path(path)
+    return _set_of(name).find(name, root)
+
+
+def open_benchmark(benchmark: Benchmark) -> "Pictures":
+    """Open an evaluation set that `find_benchmark` found.
+
+    Raises:
+        UsageError: its files are not as they should be; says which and what to do.
+    """
+    return _set_of(benchmark.name).open(benchmark)
+
+
+def _set_of(name: str) -> EvaluationSet:
+    prefix = next((key for key in SETS if key.endswith((":", "/")) and name.startswith(key)), name)
+    if prefix in SETS:
+        return SETS[prefix]
     if Path(name).is_dir():
         guess = f"for the folder of this name write folder:{name}"
+    elif close := difflib.get_close_matches(name, [key for key in SETS if key[-1] not in ":/"], n=1):
+        guess = f"did you mean {close[0]}?"
     else:
-        guess = f"did you mean {close[0]}?" if close else f"there are {FAMILIES}"
+        own = [key + {":": "PATH", "/": "NAME"}.get(key[-1], "") for key in SETS if key not in CLIP_BENCHMARK]
+        guess = f"use {', '.join(own)}, or a name of clip-benchmark: {', '.join(CLIP_BENCHMARK)}"
     raise UnknownDataSetError(f"unknown data set {name!r}; {guess}")
 
 
-def class_folders(folder: Path) -> list[Path]:
-    """Folders in `folder` in the order of their classes: by name, hidden ones left out."""
-    return sorted(child for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))
-
-
-def pictures_in(folder: Path) -> list[Path]:
-    """Picture files anywhere under `folder`, sorted."""
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURE_SUFFIXES and path.is_file())
-
-
 def tree_fingerprint(root: Path) -> str:
-    """Of names, sizes and times of all files under `root`, without reading them."""
+    """Digest of the names, sizes and times of all files under `root`, without reading them."""
     return _digest(
         (str(path.relative_to(root)), status.st_size, status.st_mtime_ns)
         for path in sorted(root.rglob("*"))
@@ -125,11 +134,11 @@ def _digest(parts: Iterable[object]) -> str:
 
 
 def _shards_fingerprint(folder: Path) -> str:
-    """That of the prepared data set, with the templates file beside it."""
+    """Digest of the prepared data set's fingerprint and the templates file beside it."""
     try:
         fingerprint = json.loads((folder / "dataset.json").read_bytes())["fingerprint"]
     except (ValueError, KeyError, TypeError) as error:
-        message = f"{folder / 'dataset.json'}: not written by mlip prepare-data; prepare the data again"
+        message = f"{folder / 'dataset.json'}: mlip prepare-data did not write it; prepare the data again"
         raise UsageError(message) from error
     templates = folder / "templates.txt"
     return _digest([fingerprint, templates.read_text("utf-8") if templates.is_file() else None])
@@ -150,8 +159,8 @@ def _folder(name: str, folder: Path) -> Benchmark:
     if not folder.is_dir():
         raise UsageError(f"{name}: no such folder")
     if not any(pictures_in(child) for child in class_folders(folder)):
-        found = "pictures, but not in folders of classes" if pictures_in(folder) else "no pictures"
-        raise UsageError(f"{name}: {found}; put the pictures of each class into a folder of its own in {folder}/")
+        found = "pictures outside of class folders" if pictures_in(folder) else "no pictures"
+        raise UsageError(f"{name}: {found}; make one folder for each class in {folder}/")
     return Benchmark(name, "folder", folder, tree_fingerprint(folder))
 
 
@@ -176,8 +185,8 @@ def _clip_benchmark(name: str, root: Path) -> Benchmark:
     needed = folder / "ImageNetV2-matched-frequency" if name == "imagenetv2" else folder
     if not needed.is_dir() or not any(needed.iterdir()):
         raise UsageError(
-            f"{name}: nothing in {needed}; mlip downloads no evaluation data: put there what clip-benchmark "
-            f"has below its --dataset_root, or name another --data-root"
+            f"{name}: nothing in {needed}; mlip downloads no evaluation data: put the files of clip-benchmark's "
+            f"--dataset_root there, or name another --data-root"
         )
     return Benchmark(name, "clip_benchmark", folder, f"{version('clip-benchmark')} {tree_fingerprint(folder)}")
 
@@ -189,15 +198,18 @@ def _web_shards(name: str, root: Path) -> Benchmark:
         if (folder / "test" / "nshards.txt").is_file():
             return Benchmark(name, "web_shards", folder, tree_fingerprint(folder))
     raise UsageError(
-        f"{name}: no test/nshards.txt in {', '.join(map(str, places))}; put a data set there that "
-        "clip_benchmark_export_wds wrote, or a copy of clip-benchmark's"
+        f"{name}: no test/nshards.txt in {', '.join(map(str, places))}; write the data set there with "
+        "clip_benchmark_export_wds, or copy clip-benchmark's"
     )
 
 
-_FINDERS: dict[str, Callable[[str, Path], Benchmark]] = {
-    "openmoji": _openmoji,
-    "digits": _digits,
-    "folder": _folder,
-    "shards": _shards,
-    "imagenet": _imagenet,
+SETS = {
+    "openmoji": EvaluationSet(_openmoji, "open.open_openmoji"),
+    "digits": EvaluationSet(_digits, "open.open_digits"),
+    "imagenet": EvaluationSet(_imagenet, "open.open_imagenet"),
+    "folder:": EvaluationSet(_folder, "open.open_folder"),
+    "shards:": EvaluationSet(_shards, "open.open_shards"),
+    "wds/": EvaluationSet(_web_shards, "clip_benchmark.open_web_shards"),
+    **dict.fromkeys(CLIP_BENCHMARK, EvaluationSet(_clip_benchmark, "clip_benchmark.open_built")),
 }
+"""Every evaluation set by its name, or by the beginning of its name where that ends in `:` or `/`."""

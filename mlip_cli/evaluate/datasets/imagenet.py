@@ -1,4 +1,4 @@
-"""ImageNet-1k validation in whatever layout it lies on a disk. Finding it needs no torch."""
+"""ImageNet-1k's validation set in the layouts that people have on their disks. Finding it needs no torch."""
 
 import csv
 import importlib.util
@@ -21,7 +21,7 @@ WNID = re.compile(r"n\d{8}")
 
 @dataclass(frozen=True)
 class Layout:
-    """How the validation set lies in `folder`."""
+    """Layout of the validation set in `folder`."""
 
     kind: str
     """folders: n01440764/ ... or 0/ ... 999/. kaggle: pictures in one folder and a table. shards: ours. web_shards:
@@ -30,10 +30,10 @@ class Layout:
 
 
 def find_layout(root: Path) -> Layout:
-    """The first ImageNet found in `root`; class folders may also lie in `root` itself.
+    """The first ImageNet in `root`; class folders may also lie in `root` itself.
 
     Raises:
-        UsageError: none; lists where it was looked for, what was expected and archives that were seen.
+        UsageError: there is none; lists the places, the layouts and the packed archives.
     """
     places = [root / name for name in NAMES]
     for place in (place for place in places if place.is_dir()):
@@ -46,8 +46,8 @@ def find_layout(root: Path) -> Layout:
             return Layout("folders", folder)
     raise UsageError(
         f"imagenet: not found; looked for {', '.join(NAMES)} (and val) in {root}/. Put the validation pictures into "
-        f"{root / 'imagenet' / 'val'}/, one folder a class (n01440764/ ... or 0/ ... 999/), or name another "
-        "--data-root; Kaggle's layout, webdataset tars with .cls and folders written by mlip prepare-data are read too"
+        f"{root / 'imagenet' / 'val'}/, one folder for each class (n01440764/ ... or 0/ ... 999/), or name another "
+        "--data-root. mlip also reads Kaggle's layout, webdataset tars with .cls and folders by mlip prepare-data"
         f"{_archives(places)}"
     )
 
@@ -60,7 +60,7 @@ def _has_class_folders(folder: Path) -> bool:
 
 
 def validation_tars(folder: Path) -> list[Path]:
-    """Webdataset tars of the validation part, as in imagenet1k-validation-00.tar; not the original archive."""
+    """Webdataset tars of the validation set, such as imagenet1k-validation-00.tar; not the original archive."""
     return sorted(path for path in folder.glob("*val*.tar") if path.name != "ILSVRC2012_img_val.tar")
 
 
@@ -78,23 +78,23 @@ def _archives(places: list[Path]) -> str:
         archive = place / "ILSVRC2012_img_val.tar"
         if archive.is_file():
             return (
-                f". {archive} is packed; with ILSVRC2012_devkit_t12.tar.gz beside it this unpacks it: "
+                f". {archive} is packed; put ILSVRC2012_devkit_t12.tar.gz beside it and unpack it with "
                 f"python -c \"from torchvision.datasets import ImageNet; ImageNet('{place}', 'val')\""
             )
     return ""
 
 
 def class_of(name: str) -> int:
-    """Class 0 to 999 of a WordNet id or of a class number.
+    """Class 0 to 999 from a WordNet id or a class number.
 
     Raises:
-        UsageError: neither.
+        UsageError: the name is neither.
     """
     if name in wnids():
         return wnids()[name]
     if name.isdigit() and int(name) < NUM_CLASSES:
         return int(name)
-    raise UsageError(f"imagenet: {name!r} is none of the 1,000 WordNet ids and no number below 1000")
+    raise UsageError(f"imagenet: {name!r} is neither one of the 1,000 WordNet ids nor a number below 1000")
 
 
 @cache
@@ -106,7 +106,7 @@ def wnids() -> dict[str, int]:
 
 
 def kaggle_files(folder: Path) -> list[tuple[Path, int]]:
-    """Pictures and classes by Kaggle's table (ImageId, PredictionString that starts with the WordNet id)."""
+    """Pictures and classes from Kaggle's table: ImageId, and PredictionString, which starts with the WordNet id."""
     with open(folder / KAGGLE_LABELS, encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     try:
@@ -116,7 +116,7 @@ def kaggle_files(folder: Path) -> list[tuple[Path, int]]:
         ]
     except (KeyError, IndexError, AttributeError) as error:
         raise UsageError(
-            f"{folder / KAGGLE_LABELS}: no columns ImageId and PredictionString with a WordNet id"
+            f"{folder / KAGGLE_LABELS}: no columns ImageId and PredictionString with a WordNet id; download it again"
         ) from error
 
 

@@ -1,19 +1,20 @@
-"""Opening an evaluation data set that was found: one function a kind."""
+"""Open an evaluation set that was found: one function for each kind. `find.SETS` names them."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mlip_cli.errors import RunError, UsageError
+from mlip_cli.data.dataset import RawSample, ShardDataset
+from mlip_cli.data.open import open_prepared
+from mlip_cli.errors import UsageError
 from mlip_cli.evaluate.datasets import imagenet
-from mlip_cli.evaluate.datasets.clip_benchmark import open_built, open_tars, open_web_shards
-from mlip_cli.evaluate.datasets.find import Benchmark, class_folders, pictures_in
-from mlip_cli.evaluate.datasets.pictures import Names, Pictures, Readers, Sample, Shards, decode_any
+from mlip_cli.evaluate.datasets.benchmark import Benchmark, class_folders, pictures_in
+from mlip_cli.evaluate.datasets.clip_benchmark import open_tars, open_web_shards
+from mlip_cli.evaluate.datasets.pictures import Names, Pictures, read_picture
 from mlip_cli.terminal.output import warn
 
 OPENMOJI_GROUPS = (
@@ -32,35 +33,28 @@ DEFAULT_TEMPLATES = ("a photo of a {c}.",)
 DIGITS_TEMPLATES = ('a photo of the number: "{c}".',)
 
 
-def open_benchmark(benchmark: Benchmark, readers: Readers) -> Pictures:
-    """Open a data set that `find_benchmark` found.
-
-    Raises:
-        UsageError: it is not what it should be; says where and what to do.
-    """
-    return OPENERS[benchmark.kind](benchmark, readers)
-
-
-def _openmoji(benchmark: Benchmark, readers: Readers) -> Pictures:
-    """The nine groups as classes, whichever of them the test part holds, and the names for retrieval."""
-    shards = readers.open_shards(benchmark.root)
+def open_openmoji(benchmark: Benchmark) -> Pictures:
+    """The nine groups as classes, also those without a test picture, and the names for retrieval."""
+    shards = open_prepared(benchmark.root)
     samples = [shards.read(id) for id in range(shards.num_samples)]  # a few hundred small pictures
-    unknown = sorted(set(_classes(benchmark, [sample.record for sample in samples])) - set(OPENMOJI_GROUPS))
+    unknown = sorted(set(_classes(benchmark, [sample.label for sample in samples])) - set(OPENMOJI_GROUPS))
     if unknown:
-        raise UsageError(f"{benchmark.root}: {unknown[0]!r} is none of OpenMoji's nine groups; prepare openmoji again")
-    items = [(sample, OPENMOJI_GROUPS.index(sample.record["class"])) for sample in samples]
+        raise UsageError(
+            f"{benchmark.root}: {unknown[0]!r} is not one of OpenMoji's nine groups; prepare openmoji again"
+        )
+    items = [(sample, OPENMOJI_GROUPS.index(sample.label)) for sample in samples]
     return Pictures(
         class_names=OPENMOJI_GROUPS,
         templates=OPENMOJI_TEMPLATES,
         items=lambda: items,
-        load=partial(_load_sample, readers),
+        load=_load_sample,
         num_pictures=len(items),
-        names=names_of([(sample.record["meta"]["name"], sample.image) for sample in samples]),
+        names=names_of([(sample.meta["name"], sample.image) for sample in samples]),
     )
 
 
 def names_of(pictures: Sequence[tuple[str, bytes]]) -> Names:
-    """Distinct names, and which of them each (name, picture) accepts: its own and those of pictures with equal bytes.
+    """Distinct names, and the right ones for each (name, picture): its own and those of pictures with equal bytes.
 
     Stored pictures are lossless and all written the same way, so equal pixels are equal bytes.
     """
@@ -72,7 +66,7 @@ def names_of(pictures: Sequence[tuple[str, bytes]]) -> Names:
     return Names(tuple(texts), tuple(tuple(sorted(names_of_picture[image])) for _, image in pictures))
 
 
-def _digits(_benchmark: Benchmark, _readers: Readers) -> Pictures:
+def open_digits(_benchmark: Benchmark) -> Pictures:
     """scikit-learn's 1,797 handwritten digits (8 x 8, 17 grey levels), with the names and the template of MNIST."""
     from sklearn.datasets import load_digits
 
@@ -88,42 +82,39 @@ def _digits(_benchmark: Benchmark, _readers: Readers) -> Pictures:
     )
 
 
-def _folder(benchmark: Benchmark, readers: Readers) -> Pictures:
+def open_folder(benchmark: Benchmark) -> Pictures:
     root, folders = benchmark.root, class_folders(benchmark.root)
     names, names_file = [folder.name.replace("_", " ") for folder in folders], root / "classnames.txt"
     if names_file.is_file():
         names = _lines(names_file)
         if len(names) != len(folders):
             raise UsageError(
-                f"{names_file}: {len(names)} names for {len(folders)} class folders; one a line, in the folders' order"
+                f"{names_file}: {len(names)} names for {len(folders)} class folders; write one name a line, in the "
+                "order of the folders"
             )
     found = [pictures_in(folder) for folder in folders]
     for folder, paths in zip(folders, found, strict=True):
         if not paths:
-            warn(f"{folder}: a class without pictures; its name takes part all the same")
+            warn(f"{folder}: this class has no pictures; its name is still a candidate")
     files = [(path, label) for label, paths in enumerate(found) for path in paths]
-    return _files(files, readers, class_names=tuple(names), templates=_templates(root))
+    return _files(files, class_names=tuple(names), templates=_templates(root))
 
 
-def _files(
-    files: list[tuple[Path, int]], readers: Readers, *, class_names: tuple[str, ...], templates: tuple[str, ...]
-) -> Pictures:
-    return Pictures(class_names, templates, lambda: files, partial(_load_file, readers), len(files))
+def _files(files: list[tuple[Path, int]], *, class_names: tuple[str, ...], templates: tuple[str, ...]) -> Pictures:
+    return Pictures(class_names, templates, lambda: files, _load_file, len(files))
 
 
-def _load_file(readers: Readers, item: tuple[Path, int]) -> tuple[Tensor, int]:
+def _load_file(item: tuple[Path, int]) -> tuple[Tensor, int]:
     path, label = item
-    is_jpeg = path.suffix.lower() in (".jpg", ".jpeg")
-    return decode_any(readers, path.read_bytes(), is_jpeg=is_jpeg, where=str(path)), label
+    return read_picture(path.read_bytes(), where=str(path)), label
 
 
-def _shards(benchmark: Benchmark, readers: Readers) -> Pictures:
-    shards = readers.open_shards(benchmark.root)
-    names = sorted(set(_classes(benchmark, [shards.read(id).record for id in range(shards.num_samples)])))
+def open_shards(benchmark: Benchmark) -> Pictures:
+    shards = open_prepared(benchmark.root)
+    names = sorted(set(_classes(benchmark, [shards.read(id).label for id in range(shards.num_samples)])))
     numbers = {name: i for i, name in enumerate(names)}
     return _samples(
         shards,
-        readers,
         class_of=numbers.__getitem__,
         class_names=tuple(names),
         templates=_templates(benchmark.root),
@@ -131,80 +122,72 @@ def _shards(benchmark: Benchmark, readers: Readers) -> Pictures:
 
 
 def _samples(
-    shards: Shards,
-    readers: Readers,
+    shards: ShardDataset,
     *,
     class_of: Callable[[str], int],
     class_names: tuple[str, ...],
     templates: tuple[str, ...],
 ) -> Pictures:
-    items = _Labelled(shards, lambda sample: class_of(str(sample.record["class"])))
-    return Pictures(class_names, templates, lambda: items, partial(_load_sample, readers), shards.num_samples)
+    items = _Labelled(shards, lambda sample: class_of(str(sample.label)))
+    return Pictures(class_names, templates, lambda: items, _load_sample, shards.num_samples)
 
 
 @dataclass(frozen=True)
 class _Labelled(Sequence[Any]):
-    """Samples of shards with their classes, each read when it is asked for."""
+    """Samples of shards with their classes; indexing reads a sample."""
 
-    shards: Shards
-    label_of: Callable[[Sample], int]
+    shards: ShardDataset
+    label_of: Callable[[RawSample], int]
 
     def __len__(self) -> int:
         return self.shards.num_samples
 
-    def __getitem__(self, number: Any) -> tuple[Sample, int]:
+    def __getitem__(self, number: Any) -> tuple[RawSample, int]:
         sample = self.shards.read(number)
         return sample, self.label_of(sample)
 
 
-def _load_sample(readers: Readers, item: tuple[Sample, int]) -> tuple[Tensor, int]:
+def _load_sample(item: tuple[RawSample, int]) -> tuple[Tensor, int]:
     sample, label = item
-    try:
-        return readers.decode(sample.image), label
-    except ValueError as error:
-        raise RunError(f"{sample.shard}: sample {sample.key}: {error}") from error
+    return read_picture(sample.image, where=f"{sample.shard}: sample {sample.key}"), label
 
 
-def _classes(benchmark: Benchmark, records: Sequence[dict[str, Any]]) -> list[str]:
+def _classes(benchmark: Benchmark, labels: Sequence[str | None]) -> list[str]:
     """Class of each sample.
 
     Raises:
-        UsageError: some have none.
+        UsageError: some samples have no class.
     """
-    missing = sum(record.get("class") is None for record in records)
+    missing = labels.count(None)
     if missing:
         raise UsageError(
-            f"{benchmark.name}: {missing} of {len(records)} samples have no class in KEY.json; prepare the data from "
+            f"{benchmark.name}: {missing} of {len(labels)} samples have no class in KEY.json; prepare the data from "
             "class folders"
         )
-    return [str(record["class"]) for record in records]
+    return [str(label) for label in labels]
 
 
-def _imagenet_folders(benchmark: Benchmark, readers: Readers) -> Pictures:
-    folders = [(folder, imagenet.class_of(folder.name)) for folder in class_folders(benchmark.root)]
-    return _imagenet_files([(path, label) for folder, label in folders for path in pictures_in(folder)], readers)
-
-
-def _imagenet_kaggle(benchmark: Benchmark, readers: Readers) -> Pictures:
-    return _imagenet_files(imagenet.kaggle_files(benchmark.root), readers)
-
-
-def _imagenet_files(files: list[tuple[Path, int]], readers: Readers) -> Pictures:
+def open_imagenet(benchmark: Benchmark) -> Pictures:
+    """ImageNet's validation pictures in any layout."""
+    if benchmark.kind == "imagenet_web_shards":
+        return open_web_shards(benchmark)
+    names, templates = imagenet.names_and_templates()
+    if benchmark.kind == "imagenet_tars":
+        return open_tars(imagenet.validation_tars(benchmark.root), class_names=names, templates=templates)
+    if benchmark.kind == "imagenet_shards":
+        shards = open_prepared(benchmark.root)
+        return _samples(shards, class_of=imagenet.class_of, class_names=names, templates=templates)
+    files = _imagenet_files(benchmark)
     if not files:
         raise UsageError("imagenet: class folders, but no pictures in them; unpack the validation pictures there")
-    names, templates = imagenet.names_and_templates()
-    return _files(files, readers, class_names=names, templates=templates)
+    return _files(files, class_names=names, templates=templates)
 
 
-def _imagenet_shards(benchmark: Benchmark, readers: Readers) -> Pictures:
-    shards = readers.open_shards(benchmark.root)
-    names, templates = imagenet.names_and_templates()
-    return _samples(shards, readers, class_of=imagenet.class_of, class_names=names, templates=templates)
-
-
-def _imagenet_tars(benchmark: Benchmark, readers: Readers) -> Pictures:
-    names, templates = imagenet.names_and_templates()
-    return open_tars(imagenet.validation_tars(benchmark.root), readers, class_names=names, templates=templates)
+def _imagenet_files(benchmark: Benchmark) -> list[tuple[Path, int]]:
+    if benchmark.kind == "imagenet_kaggle":
+        return imagenet.kaggle_files(benchmark.root)
+    folders = [(folder, imagenet.class_of(folder.name)) for folder in class_folders(benchmark.root)]
+    return [(path, label) for folder, label in folders for path in pictures_in(folder)]
 
 
 def _lines(path: Path) -> list[str]:
@@ -216,7 +199,7 @@ def _lines(path: Path) -> list[str]:
 
 
 def _templates(folder: Path) -> tuple[str, ...]:
-    """Those of templates.txt in `folder`, else the default."""
+    """The templates of templates.txt in `folder`, else the default."""
     path = folder / "templates.txt"
     if not path.is_file():
         return DEFAULT_TEMPLATES
@@ -224,20 +207,5 @@ def _templates(folder: Path) -> tuple[str, ...]:
     wrong = [template for template in templates if "{c}" not in template]
     if wrong or not templates:
         what = f"{wrong[0]!r} has no {{c}}" if wrong else "no templates"
-        raise UsageError(f"{path}: {what}; one template a line, with {{c}} where the class name goes")
+        raise UsageError(f"{path}: {what}; write one template a line, with {{c}} for the class name")
     return tuple(templates)
-
-
-OPENERS: dict[str, Callable[[Benchmark, Readers], Pictures]] = {
-    "openmoji": _openmoji,
-    "digits": _digits,
-    "folder": _folder,
-    "shards": _shards,
-    "imagenet_folders": _imagenet_folders,
-    "imagenet_kaggle": _imagenet_kaggle,
-    "imagenet_shards": _imagenet_shards,
-    "imagenet_tars": _imagenet_tars,
-    "imagenet_web_shards": open_web_shards,
-    "clip_benchmark": open_built,
-    "web_shards": open_web_shards,
-}

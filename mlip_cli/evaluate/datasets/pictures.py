@@ -1,75 +1,24 @@
-"""The pictures of an evaluation data set, one by one or in batches, with their classes and the texts that name them."""
+"""The pictures of an evaluation set, one by one or in batches, with their classes and the texts that name them."""
 
-import io
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from mlip_cli.data.pictures import RejectedPictureError, open_picture
+from mlip_cli.data.transforms import decode, evaluation_transform
 from mlip_cli.errors import RunError
 
 MAX_THREADS = 16
 
 
-class Sample(Protocol):
-    """A sample as it lies in a shard."""
-
-    @property
-    def key(self) -> str: ...
-    @property
-    def image(self) -> bytes: ...
-    @property
-    def record(self) -> dict[str, Any]: ...
-    @property
-    def shard(self) -> str: ...
-
-
-class Shards(Protocol):
-    """A prepared data set."""
-
-    @property
-    def num_samples(self) -> int: ...
-    def read(self, id: int, /) -> Sample: ...
-
-
-class Member(Protocol):
-    """A file in a tar."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def offset(self) -> int: ...
-    @property
-    def size(self) -> int: ...
-    @property
-    def is_file(self) -> bool: ...
-
-
-@dataclass(frozen=True)
-class Readers:
-    """How files become pixels: the functions of `mlip_cli.data`, handed over by the command."""
-
-    open_shards: Callable[[Path], Shards]
-    read_members: Callable[[Path], Iterator[Member]]
-    """The files in a tar."""
-    decode: Callable[[bytes], Tensor]
-    """JPEG, PNG or WebP without transparency -> uint8 (3, H, W); ValueError where it cannot."""
-    from_pil: Callable[[Any], Tensor]
-    """A Pillow picture -> uint8 (3, H, W)."""
-    fit: Callable[[Tensor, int], Tensor]
-    """uint8 (3, H, W), size -> (3, size, size)."""
-    formats: tuple[str, ...]
-    """Pillow's names of the formats that are read; its other decoders never see a file."""
-
-
 @dataclass(frozen=True)
 class Names:
-    """Texts of which each picture accepts some: for retrieval of names."""
+    """Texts for retrieval of names; some of them are right for each picture."""
 
     texts: tuple[str, ...]
     accepted: tuple[tuple[int, ...], ...]
@@ -78,7 +27,7 @@ class Names:
 
 @dataclass(frozen=True)
 class Pictures:
-    """An opened data set. One thread takes items, which may read them; any thread may load them."""
+    """An opened evaluation set. One thread takes the items, which may read files; any thread may load an item."""
 
     class_names: tuple[str, ...]
     """By class number; names may repeat (two of ImageNet's do)."""
@@ -93,33 +42,31 @@ class Pictures:
 
 def batches(
     pictures: Pictures,
-    readers: Readers,
+    numbers: range,
     *,
     size: int,
     batch_size: int,
     read_ahead: bool,
-    numbers: range | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """uint8 (B, 3, size, size) and int64 (B,), in order; the last batch may be smaller.
 
     Args:
-        read_ahead: decode the next batch while this one is used: faster on a GPU, but on a CPU it would slow down the
-            encoder whose speed is being measured.
-        numbers: of the batches to make; None: all.
+        numbers: numbers of the batches to make.
+        read_ahead: decode the next batch while this one is used. That is faster on a GPU; on a CPU it would slow down
+            the encoder whose speed is being measured. Loader processes would always read ahead.
 
     Raises:
-        RunError: a picture that cannot be read, or a label that is no class.
+        RunError: a picture cannot be read, or a label is not a class.
     """
 
     def load(item: Any) -> tuple[Tensor, int]:
         image, label = pictures.load(item)
         if not 0 <= label < len(pictures.class_names):
             raise RunError(f"class {label} in a data set of {len(pictures.class_names)} classes; its labels are wrong")
-        return readers.fit(image, size), label
+        return evaluation_transform(image, size=size), label
 
-    items, chosen = pictures.items(), range(pictures.num_pictures)
-    if numbers is not None:
-        chosen = chosen[numbers.start * batch_size : numbers.stop * batch_size]
+    items = pictures.items()
+    chosen = range(pictures.num_pictures)[numbers.start * batch_size : numbers.stop * batch_size]
     waiting: list[list[Future[tuple[Tensor, int]]]] = []
     with ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1)) as pool:
         try:
@@ -139,21 +86,13 @@ def _collated(futures: Sequence[Future[tuple[Tensor, int]]]) -> tuple[Tensor, Te
     return torch.stack([image for image, _ in loaded]), torch.tensor([label for _, label in loaded])
 
 
-def decode_any(readers: Readers, content: bytes, *, is_jpeg: bool, where: str) -> Tensor:
-    """Pixels of a picture from anywhere: JPEG by the fast decoder, the rest by Pillow: uint8 (3, H, W).
+def read_picture(content: bytes, *, where: str) -> Tensor:
+    """Pixels of a picture: uint8 (3, H, W).
 
     Raises:
-        RunError: neither can read it; `where` says which picture.
+        RunError: it cannot be decoded; `where` says which picture it is.
     """
-    from PIL import Image
-
-    if is_jpeg:
-        try:
-            return readers.decode(content)
-        except ValueError:
-            pass  # CMYK, or another format under a JPEG's name: Pillow's turn, which has the last word
     try:
-        with Image.open(io.BytesIO(content), formats=readers.formats) as image:
-            return readers.from_pil(image)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise RunError(f"{where}: not a readable picture; mend it or take it away") from error
+        return decode(open_picture(content))
+    except RejectedPictureError as error:
+        raise RunError(f"{where}: {error}; mend this picture or remove it") from error

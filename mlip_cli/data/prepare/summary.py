@@ -1,0 +1,150 @@
+"""The summary of prepared data: what prepared.json holds, what a user reads of it, and the next command."""
+
+import json
+import shlex
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlip_cli.data.sources.records import MAX_HELD_OUT
+from mlip_cli.errors import UsageError
+from mlip_cli.terminal.output import plural, print_table, say, say_to_copy, warn
+
+if TYPE_CHECKING:
+    from mlip_cli.recipe.config import Recipe
+
+FEW_HELD_OUT = 10
+"""Fewer held-out samples are worth a warning."""
+
+STEPS_AN_EPOCH = 8
+"""The least steps an epoch of the trainings that are proposed."""
+
+FEWEST_TO_TRAIN = 4 * STEPS_AN_EPOCH
+"""The fewest pairs for which a training is proposed: batches of four."""
+
+DEMO_FOLDER = Path("data/openmoji")
+"""The folder that recipes/openmoji.yaml reads."""
+
+
+@dataclass(frozen=True)
+class SplitSummary:
+    """One split of the prepared data."""
+
+    num_samples: int
+    num_bytes: int
+    fingerprint: str
+    num_shards: int
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Prepared data, in the order of prepared.json."""
+
+    out: str
+    source: str
+    request: dict[str, Any]
+    """Format, options and fingerprint of the source."""
+    rows: int
+    rejects: int
+    reasons: dict[str, int]
+    """Rejects by reason."""
+    splits: dict[str, SplitSummary]
+    held_out: bool
+    """True if we drew validation, because the source has no splits."""
+    attribution: str | None
+    seconds: float
+    next: dict[str, str]
+    """Trainings to go on with, by the hardware they need."""
+
+    @classmethod
+    def read(cls, path: Path) -> "Summary":
+        """Read prepared.json.
+
+        Raises:
+            UsageError: the file is not one of ours.
+        """
+        try:
+            fields = json.loads(path.read_bytes())
+            splits = {split: SplitSummary(**values) for split, values in fields["splits"].items()}
+            return cls(**(fields | {"splits": splits}))
+        except (ValueError, KeyError, TypeError):
+            raise UsageError(f"{path}: not written by mlip prepare-data; name another folder") from None
+
+    def show_splits(self) -> None:
+        """Print a row a split to stdout."""
+        rows = [
+            [name, split.num_samples, split.num_shards, f"{split.num_bytes / 2**20:.1f}"]
+            for name, split in self.splits.items()
+        ]
+        print_table(["split", "samples", "shards", "MiB"], rows)
+
+    def show_notes(self) -> None:
+        """Say to stderr what was held out and rejected, and the next command."""
+        self._show_held_out()
+        num_samples = self.rows - self.rejects
+        say(f"{plural(self.rows, 'row')}: {plural(num_samples, 'sample')}, {plural(self.rejects, 'reject')}")
+        for reason, n in self.reasons.items():
+            say(f"  {n:,} x {reason}")
+        if self.rejects:
+            say(f"each reject with file, row and reason: {Path(self.out) / 'rejects.parquet'}")
+        if self.attribution:
+            say(self.attribution)
+        for need, command in self.next.items():
+            say(f"next, with {need}:")
+            say_to_copy(command)
+        if not self.next:
+            warn(f"fewer than {FEWEST_TO_TRAIN} samples to train on: too few for a contrastive loss")
+
+    def _show_held_out(self) -> None:
+        holdout = self.request["holdout"]
+        if self.held_out:
+            num_held_out = self.splits["validation"].num_samples
+            num_samples = plural(self.rows - self.rejects, "sample")
+            say(
+                f"validation/ is {num_held_out:,} of {num_samples}, held out by the hash of the pixels "
+                f"(--holdout {holdout:g}, at most {MAX_HELD_OUT:,}); the source has no splits"
+            )
+            if num_held_out < FEW_HELD_OUT:
+                few = plural(num_held_out, "sample")
+                warn(f"validation/ has {few}, too few to measure by; say --holdout 0.2 for more")
+        elif holdout and not self.splits.keys() & {"validation", "test"}:
+            warn(f"no picture was held out: {holdout:.0%} of so few; say --holdout 0.2 for a validation split")
+
+
+def attributions(cards: Iterable[Mapping[str, Any]]) -> tuple[str, ...]:
+    """The attributions that licences of prepared data ask for, each text once. `cards` are those of dataset.json."""
+    found = [card.get("provenance", {}).get("attribution") for card in cards]
+    return tuple(dict.fromkeys(text for text in found if text))
+
+
+def next_commands(format: str, out: Path, splits: Mapping[str, SplitSummary]) -> dict[str, str]:
+    """Trainings to go on with, by the hardware they need; none for a few pictures."""
+    from mlip_cli.recipe.load import load_recipe  # here, because each worker process imports this module
+
+    if format == "openmoji" and out == DEMO_FOLDER:
+        return {"no GPU": "mlip pretrain recipes/openmoji.yaml"}
+    train = "train" if "train" in splits else next(iter(splits))
+    num_samples = splits[train].num_samples
+    if num_samples < FEWEST_TO_TRAIN:
+        return {}
+    held_out = next((split for split in ("validation", "test") if split in splits and split != train), None)
+    changes = [f"data.train={out / train}", f"data.validation={out / held_out if held_out else 'null'}"]
+    recipes = {"no GPU": "openmoji"} if format == "openmoji" else {"no GPU": "laptop", "one GPU": "single_gpu"}
+    return {
+        need: shlex.join(["mlip", "pretrain", name, *changes, *_fitted(load_recipe(name).recipe, num_samples)])
+        for need, name in recipes.items()
+    }
+
+
+def _fitted(recipe: "Recipe", num_samples: int) -> Iterator[str]:
+    """Changes that give an epoch at least eight steps, and a warm-up of at most a tenth of all steps."""
+    train = recipe.train
+    batch_size = min(train.global_batch_size, 1 << ((num_samples // STEPS_AN_EPOCH).bit_length() - 1))
+    steps = train.steps or (train.epochs or 0) * (num_samples // batch_size)
+    if batch_size < train.global_batch_size:
+        yield f"train.global_batch_size={batch_size}"
+    if train.given_micro_batch_size is not None and batch_size <= train.given_micro_batch_size:
+        yield "train.micro_batch_size=null"
+    if recipe.optim.warmup_steps > steps // 10:
+        yield f"optim.warmup_steps={max(1, steps // 10)}"

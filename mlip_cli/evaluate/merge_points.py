@@ -1,0 +1,102 @@
+"""The settings of a merge sweep, and the speed of each."""
+
+import difflib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mlip_cli.errors import UsageError
+from mlip_cli.evaluate.results import Setting, SpeedAtSetting
+from mlip_cli.evaluate.statistics import Interval
+from mlip_cli.profiling.flops import image_gflops
+from mlip_cli.profiling.timing import measure_interleaved, peak_memory
+from mlip_cli.recipe import merge_plan
+from mlip_cli.runs.loading import LoadedRun, MergedEncoder, at_rate
+from mlip_cli.terminal.panel import progress
+
+METHODS = tuple(method for method in merge_plan.METHODS if method != "random_drop")
+"""Methods that merge. `random_drop` is for training only; a run that trained with it is swept as guided."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One setting of the sweep."""
+
+    method: str | None
+    """None for the unmerged model."""
+    rate: float
+    """As asked for. The plan has the true rate."""
+    encoder: MergedEncoder
+
+    @property
+    def setting(self) -> Setting:
+        """The point in results."""
+        return Setting(method=self.method, rate=self.rate, true_rate=self.encoder.plan.rate)
+
+
+def check_methods(methods: Sequence[str]) -> None:
+    """Refuse a method that does not exist."""
+    for method in methods:
+        if method not in METHODS:
+            near = difflib.get_close_matches(method, METHODS, n=1)
+            cure = f"did you mean {near[0]}?" if near else f"there are {', '.join(METHODS)}"
+            fault = "is for training only" if method == "random_drop" else "no such method"
+            raise UsageError(f"--methods {method}: {fault}; {cure}")
+
+
+def sweep_points(loaded: LoadedRun, rates: Sequence[float], methods: Sequence[str]) -> list[Point]:
+    """Rate 0 once, then each method at each other rate, ascending. Without a method, `merge_plan` chooses.
+
+    Raises:
+        UsageError: no plan reaches a rate.
+    """
+    model = loaded.model
+    wanted = sorted({rate for rate in rates if rate > 0})
+    return [
+        Point(None, 0.0, at_rate(model, 0.0)),
+        *(
+            Point(method, rate, at_rate(model, rate, method))
+            for method in dict.fromkeys(methods or [model.merge_plan(0.0).method])
+            for rate in wanted
+        ),
+    ]
+
+
+def speeds(loaded: LoadedRun, points: Sequence[Point], *, batch_size: int, rounds: int) -> list[SpeedAtSetting]:
+    """Operations by formula, and times measured side by side on noise: merging costs the same for any picture."""
+    size = loaded.model.image_size
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (batch_size, 3, size, size), dtype=torch.uint8, generator=generator).to(loaded.device)
+    functions = {str(i): forward_pass(point.encoder, images) for i, point in enumerate(points)}
+    with progress(rounds * len(points), "timing") as bar:
+        timings = measure_interleaved(
+            functions, rounds, device=loaded.device, after_call=lambda: bar.advance(bar.task_ids[0])
+        )
+    gflops = [sum(image_gflops(loaded.model, point.encoder.plan).values()) for point in points]
+    return [
+        SpeedAtSetting(
+            **vars(point.setting),
+            tokens_per_block=point.encoder.plan.tokens,
+            gflops=own,
+            speedup=timing.speedup,
+            speedup_interval=Interval(*timing.speedup_interval),
+            expected_speedup=gflops[0] / own,
+            measured_over_expected=timing.speedup / (gflops[0] / own),
+            images_per_s=batch_size / timing.median_s,
+            seconds=timing.seconds,
+            peak_memory=peak_memory(function, device=loaded.device),
+        )
+        for point, own, timing, function in zip(points, gflops, timings.values(), functions.values(), strict=True)
+    ]
+
+
+def forward_pass(encoder: MergedEncoder, images: Tensor) -> Callable[[], object]:
+    """A forward pass of the image tower."""
+
+    def forward() -> None:
+        with torch.inference_mode():
+            encoder.encode_image(images)
+
+    return forward

@@ -1,0 +1,135 @@
+"""What evaluations show with pictures, as it lies in RUN/evals/: galleries of retrieval, and merge pictures. No torch.
+
+Paths of pictures start at the run folder.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from mlip_cli.evaluate.results import Recalls, Setting
+from mlip_cli.runs.result_files import Result
+
+
+@dataclass(frozen=True, kw_only=True)
+class FoundPicture:
+    """A picture that a text found, or its own one that it did not find."""
+
+    picture: str
+    caption: str
+    is_right: bool | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class FoundText:
+    """A text that a picture found, or its own one that it did not find."""
+
+    text: str
+    is_right: bool | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextQuery:
+    """A text, and the pictures that the model finds for it, best first."""
+
+    text: str
+    rank: int
+    """Wrong candidates before the first right one."""
+    num_candidates: int
+    first_right: FoundPicture
+    found: Sequence[FoundPicture]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PictureQuery:
+    """A picture, and the texts that the model finds for it, best first."""
+
+    picture: str
+    captions: Sequence[str]
+    rank: int
+    """Wrong candidates before the first right one."""
+    num_candidates: int
+    first_right: FoundText
+    found: Sequence[FoundText]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GalleryResult(Result):
+    """What the model finds for some queries of the validation set, and its recalls over the whole set."""
+
+    KIND: ClassVar[str] = "gallery"
+
+    step: int
+    true_merge_rate: float
+    folders: Sequence[str]
+    fingerprints: Sequence[str]
+    num_images: int
+    num_texts: int
+    chosen: str
+    """How the queries were drawn."""
+    scores: dict[str, Recalls]
+    """image_to_text and text_to_image."""
+    text_to_image: Sequence[TextQuery]
+    image_to_text: Sequence[PictureQuery]
+
+
+@dataclass(frozen=True)
+class DrawnStage:
+    """Panels of one picture at one stage of merging: paths from the run folder."""
+
+    groups: str
+    spatial: str | None
+    frequency: str | None
+    mixed: str | None
+    """None for maps that the method does not have."""
+
+
+@dataclass(frozen=True)
+class DrawnPicture:
+    """One picture with its panels, stage by stage."""
+
+    number: int
+    """In the data set, from 0."""
+    label: str | None
+    image: str
+    stages: Sequence[DrawnStage]
+
+
+@dataclass(frozen=True)
+class StageTokens:
+    """What a stage leaves."""
+
+    block: int
+    """The merge comes before this block."""
+    tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrawnSetting(Setting):
+    """The pictures at one setting."""
+
+    stages: Sequence[StageTokens]
+    pictures: Sequence[DrawnPicture]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergePicturesResult(Result):
+    """The same pictures at every setting of a sweep but the unmerged one."""
+
+    KIND: ClassVar[str] = "merge_pictures"
+
+    run: str
+    checkpoint: str
+    step: int
+    dataset: str
+    fingerprint: str
+    attribution: Sequence[str] = ()
+    """What the licence of the pictures asks to be said beside them."""
+    grid: Sequence[int]
+    """Rows and columns of patches."""
+    image_size: int
+    chosen: str
+    """How the pictures were drawn from the data set."""
+    map_colors: Sequence[str]
+    """Of guidance from 0 to 1 in equal steps."""
+    points: Sequence[DrawnSetting]
