@@ -10,17 +10,19 @@ import os
 import re
 import shlex
 import subprocess
-import sys
 import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from unittest.mock import patch
 
 import pytest
 import yaml
+from command_for_tests import mlip
+from killed_for_tests import Forked
+from pages_for_tests import without_curves
 from shards_for_tests import make_dataset
 from sources_for_tests import picture, write_files, write_sidecars
+from torch.distributed.run import parse_args
 
 from mlip_cli import cli
 from mlip_cli.evaluate.datasets import imagenet
@@ -65,20 +67,20 @@ class Smaller:
 def run(words: list[str]) -> None:
     """`mlip` and `torchrun` lines."""
     if words[0] == "mlip":
-        assert mlip(*words[1:]) == 0
+        done = mlip(*words[1:])
+        assert done.returncode == 0, done.stderr
     else:
         assert words[0] == "torchrun"
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", *words[1:]]
-        done = subprocess.run(command, text=True, capture_output=True, timeout=200, check=False)
-        assert done.returncode == 0, done.stderr
+        torchrun(words[1:])
 
 
-def mlip(*arguments: str) -> int:
-    """The command line in this process, from its first word to its exit code."""
-    with patch.object(sys, "argv", ["mlip", *arguments]), pytest.raises(SystemExit) as end:
-        cli.main()
-    assert isinstance(end.value.code, int)
-    return end.value.code
+def torchrun(words: list[str]) -> None:
+    """torchrun takes the line; its processes are forked from one that has imported torch."""
+    asked = parse_args(words)
+    assert (asked.module, asked.training_script, asked.training_script_args[0]) == (True, "mlip_cli", "pretrain")
+    ranks = int(asked.nproc_per_node)
+    with Forked(asked.training_script_args[1:], Path("torchrun.words"), ranks) as training:
+        assert training.join() == [0] * ranks, training.said()
 
 
 def make(line: str) -> None:
@@ -194,6 +196,8 @@ def test_all_lines_of_readme_are_tested_and_no_others() -> None:
 @pytest.mark.parametrize("line", readme_lines())
 def test_a_line_of_readme_runs(line: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLIP_DATA", raising=False)
+    if line != "mlip report runs/mine":
+        without_curves(monkeypatch)
     names, templates = imagenet.names_and_templates()
     monkeypatch.setattr(imagenet, "names_and_templates", lambda: (names, templates[:1]))  # 1,000 texts, not 80,000
     assert line in LINES, "a new line: say in LINES how it is made smaller"

@@ -10,24 +10,19 @@ from typing import Any
 import pytest
 from browser_for_tests import Browser, browser, find_browser
 from models_for_tests import small_recipe
+from pages_for_tests import without_curves
 from PIL import Image
 from shards_for_tests import make_dataset
 
 from mlip_cli.commands.report import report
 from mlip_cli.errors import UsageError
 from mlip_cli.recipe.load import recipe_yaml
-from mlip_cli.report import comparison, run_page
-from mlip_cli.report.page import section
 from mlip_cli.report.record import KINDS
+
+pytestmark = pytest.mark.slow
 
 EVIL = ('<script>alert("1")</script> disc', '"><img src=x onerror=alert(2)> & $x^2$ square', "a bar", "日本 é 🙂")
 TITLES = ("Zero-shot", "Curves", "Retrieval", "Merging", "Merge sweep", "Profile", "Data", "Recipe and stamp")
-
-
-def without_curves(patch: pytest.MonkeyPatch) -> None:
-    """Pages without the charts of training, which take most of the time to draw."""
-    for module in (run_page, comparison):
-        patch.setattr(module, "curves_section", lambda *_, **__: section("curves", "Curves"))
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +111,6 @@ UNREADABLE = """
 """
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [400, 1280])
 @pytest.mark.parametrize("name", PAGES)
@@ -194,7 +188,6 @@ def test_the_comparison_has_both_runs_their_differences_and_links(made: Path) ->
     assert page.count(">mlip</text>") > 5, "curves overlaid"
 
 
-@pytest.mark.slow
 def test_a_page_is_made_of_files_alone_and_the_same_each_time(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.rmtree(runs / "mlip" / "checkpoints")
     before = (runs / "mlip" / "report.html").read_text("utf-8")
@@ -205,7 +198,6 @@ def test_a_page_is_made_of_files_alone_and_the_same_each_time(runs: Path, capsys
     assert when.sub("", before) == when.sub("", after)
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("no_curves")
 def test_damaged_files_are_named_and_left_out(runs: Path) -> None:
     (runs / "mlip" / "evals" / "broken.json").write_text('{"kind": "zero')
@@ -220,7 +212,6 @@ def test_damaged_files_are_named_and_left_out(runs: Path) -> None:
     assert re.search(r"metrics\.jsonl:\d+: not a line of metrics; left out of the report", page)
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("no_curves")
 def test_pictures_that_are_gone_or_elsewhere_are_named(runs: Path) -> None:
     shutil.rmtree(runs / "mlip" / "pictures")
@@ -237,7 +228,6 @@ def test_pictures_that_are_gone_or_elsewhere_are_named(runs: Path) -> None:
     assert "<img" not in page
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("no_curves")
 def test_recipes_are_compared_by_what_each_holds(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(runs / "mlip", runs / "wide #1?")
@@ -251,7 +241,6 @@ def test_recipes_are_compared_by_what_each_holds(runs: Path, capsys: pytest.Capt
     assert '<a href="wide%20%231%3F/report.html">wide #1?</a>' in page
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("no_curves")
 def test_results_on_data_that_has_changed_stand_apart(runs: Path) -> None:
     path = sorted((runs / "mlip" / "evals").glob("folder_*.json"))[0]
@@ -278,7 +267,6 @@ def test_mistakes(runs: Path) -> None:
         report(["runs/mlip"], out=Path("nowhere/page.html"), as_json=False)
 
 
-@pytest.mark.slow
 def test_a_run_with_only_a_recipe_has_a_page(runs: Path) -> None:
     for name in ("evals", "pictures", "checkpoints"):
         shutil.rmtree(runs / "clip" / name)

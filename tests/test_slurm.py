@@ -16,6 +16,8 @@ from shards_for_tests import make_dataset
 
 from mlip_cli.recipe.load import recipe_yaml
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(__file__).parents[1] / "recipes" / "slurm.sbatch"
 STEPS = 80
 """Enough for the signal to arrive before the last one."""
@@ -139,7 +141,6 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> N
         time.sleep(0.02)
 
 
-@pytest.mark.slow
 def test_a_signal_saves_and_queues_the_job_again_and_the_next_start_finishes_it(cluster: Cluster) -> None:
     metrics = cluster.folder / "run" / "metrics.jsonl"
     first = cluster.start()
@@ -163,7 +164,6 @@ def test_a_signal_saves_and_queues_the_job_again_and_the_next_start_finishes_it(
     assert cluster.checkpoints()[-1] == f"step_{STEPS:07d}"
 
 
-@pytest.mark.slow
 def test_a_wrong_recipe_is_not_queued_again(cluster: Cluster) -> None:
     cluster.add("torchrun", DIRECT_TORCHRUN.replace("{python}", sys.executable))
     code, words = cluster.end(cluster.start("optim.lr=fast", nodes=1))

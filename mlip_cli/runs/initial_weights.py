@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from mlip_cli.errors import RunError, UsageError
 from mlip_cli.model.clip import CLIP, build_model
 from mlip_cli.model.frequency import regrid_kernel
-from mlip_cli.model.open_clip import ONLY_OURS, PATCH_BIAS, fitting_recipe, from_open_clip, misfits
-from mlip_cli.recipe.config import LOSS_NAMES, Recipe
+from mlip_cli.model.open_clip import ONLY_OURS, PATCH_BIAS, as_yaml, from_open_clip, model_section
+from mlip_cli.recipe.config import LOSS_NAMES, Losses, Recipe
 from mlip_cli.recipe.init_source import OpenClipFile
 from mlip_cli.recipe.load import differences, load_recipe
 from mlip_cli.runs.checkpoint import load_weights
@@ -61,7 +61,7 @@ def check_initial(model: CLIP, recipe: Recipe) -> OpenClipFile | Path:
     assert recipe.model.init is not None
     source = find_init(recipe.model.init)
     if isinstance(source, OpenClipFile):
-        _check_architecture(model, source)
+        _check_architecture(model, recipe, source)
     else:
         _check_run(model, recipe, source)
     return source
@@ -124,25 +124,35 @@ def open_clip_configuration(name: str) -> dict[str, Any]:
     return json.loads(files[name].read_text())
 
 
-def _check_architecture(model: CLIP, source: OpenClipFile) -> None:
-    place = f"model.init: open_clip:{source.architecture}"
+def _check_architecture(model: CLIP, recipe: Recipe, source: OpenClipFile) -> None:
+    place = f"open_clip:{source.architecture}"
     configuration = open_clip_configuration(source.architecture)
+    section = model_section(configuration, source=f"model.init: {place}")
     if model.vision.stem_depth:
         raise UsageError(
-            f"{place} does not fit the recipe: with model.frequency.placement: stem spectral blocks replace the first "
-            f"{model.vision.stem_depth} attention blocks; set it to branch, or start from a run with such a stem"
+            f"model.init: {place} does not fit the recipe: with model.frequency.placement: stem spectral blocks "
+            f"replace the first {model.vision.stem_depth} attention blocks; set it to branch, or start from a run with "
+            "such a stem"
         )
-    if wrong := misfits(model, configuration, source=place):
-        fit, size = fitting_recipe(configuration, source=place), configuration["vision_cfg"].get("image_size", 224)
-        fitting = f"use {fit} (its own data.image_size is {size}; for others the positions are resampled)"
-        cure = fitting if fit else "mlip knows no tower of this form; use another architecture"
-        raise UsageError(f"{place} does not fit the recipe: {'; '.join(wrong)}; {cure}")
+    size = configuration["vision_cfg"].get("image_size", 224)
+    data = recipe.data.model_copy(update={"image_size": size})
+    other = recipe.model_copy(update={"model": section, "data": data, "losses": Losses()})
+    cure = f"use {as_yaml(section)} (its own data.image_size is {size}; for others the positions are resampled)"
+    _check_form(model, recipe, other, place=place, cure=cure)
 
 
 def _check_run(model: CLIP, recipe: Recipe, checkpoint: Path) -> None:
-    """Compare the parts that both models have; where one differs, name the recipe's keys that decide its form."""
     run = Run(checkpoint.parent.parent)
-    other = load_recipe(str(run.recipe)).recipe
+    cure = f"take these values from {run.recipe}, or set model.init to null"
+    _check_form(model, recipe, load_recipe(str(run.recipe)).recipe, place=str(checkpoint), cure=cure)
+
+
+def _check_form(model: CLIP, recipe: Recipe, other: Recipe, *, place: str, cure: str) -> None:
+    """Compare the parts that `model` shares with the model of another recipe.
+
+    Raises:
+        UsageError: one of them differs; the message names the keys of the recipe that decide its form.
+    """
     with torch.device("meta"):
         theirs = build_model(other)
     own_forms, their_forms = _forms(model), _forms(theirs)
@@ -157,10 +167,7 @@ def _check_run(model: CLIP, recipe: Recipe, checkpoint: Path) -> None:
         for key, value, mine in differences(other, recipe)
         if key not in NO_FORM and any(key == s or key.startswith(f"{s}.") for s in sections)
     ]
-    raise UsageError(
-        f"model.init: {checkpoint} does not fit the recipe: {'; '.join(named)}; take these values from {run.recipe}, "
-        "or set model.init to null"
-    )
+    raise UsageError(f"model.init: {place} does not fit the recipe: {'; '.join(named)}; {cure}")
 
 
 def _forms(model: CLIP) -> dict[str, list[Any]]:
