@@ -140,11 +140,13 @@ def test_three_ranks_give_the_result_of_one_process_to_the_bit(found: dict[int, 
             assert torch.equal(own[name], alone[name]), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_a_signal_to_one_rank_stops_the_evaluation_on_all(found: dict[int, list[dict[str, Any]]], ranks: int) -> None:
     assert [own["stopped"] for own in found[ranks]] == [None] * ranks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_an_error_on_one_rank_ends_all_with_its_message(found: dict[int, list[dict[str, Any]]], ranks: int) -> None:
     [words] = {own["error"] for own in found[ranks]}

@@ -290,6 +290,7 @@ def test_wandb_gets_the_lines_and_a_resumed_run_is_the_same_run(with_wandb: dict
     assert second == whole[6:]
 
 
+@pytest.mark.slow
 def test_a_training_outlives_the_process_that_sends_to_wandb(with_wandb: dict[str, tuple[Path, str]]) -> None:
     _, words = with_wandb["service dies"]
     warnings = [line for line in words.splitlines() if line.startswith("warning: ")]
@@ -298,6 +299,7 @@ def test_a_training_outlives_the_process_that_sends_to_wandb(with_wandb: dict[st
     assert warnings[0].endswith("; it gets no more lines; metrics.jsonl has all of them")
 
 
+@pytest.mark.slow
 def test_wandb_without_a_login_says_what_to_do(with_wandb: dict[str, tuple[Path, str]]) -> None:
     folder, words = with_wandb["no login"]
     assert words.splitlines()[-1].startswith("error: log.wandb: No API key configured")
@@ -305,6 +307,7 @@ def test_wandb_without_a_login_says_what_to_do(with_wandb: dict[str, tuple[Path,
     assert not (folder / "metrics.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_wandb_without_a_network_is_written_offline(with_wandb: dict[str, tuple[Path, str]]) -> None:
     folder, words = with_wandb["no network"]
     [warning] = [line for line in words.splitlines() if line.startswith("warning: ")]
