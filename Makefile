@@ -37,11 +37,14 @@ demo: $(READY) ## Prepare OpenMoji, pretrain CLIP and MLIP, compare and report b
 		echo "the demo took $$(($$(date +%s) - start)) s, installation not counted; open in a browser:" >&2 && \
 		echo "$$report"
 
-test: $(READY) ## Run all tests
-	@$(RUN) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+# A file stays in one process: its tests share fixtures, and README's lines follow one another.
+PYTEST := $(RUN) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
-test-quick: $(READY) ## Run the tests that take less than a second each, in about a minute
-	@$(RUN) -m pytest -q -n 2 -m "not slow"
+test: $(READY) ## Run all tests, in some minutes
+	@$(PYTEST)
+
+test-quick: $(READY) ## Run the tests without the mark slow, in about a minute
+	@$(PYTEST) -m "not slow"
 
 smoke: $(READY) ## Run the commands once on real data, in a temporary folder
 	@$(RUN) tests/smoke.py

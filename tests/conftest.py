@@ -7,13 +7,24 @@ from collections.abc import Iterator
 
 import pytest
 
-FIRST = ("test_training.py", "test_killed.py", "test_leaving.py", "test_sharded.py")
-"""The longest files; none of them shall be left over for one process at the end."""
+FIRST = (
+    "test_training.py",
+    "test_killed.py",
+    "test_sharded.py",
+    "test_readme.py",
+    "test_leaving.py",
+    "test_slurm.py",
+    "test_report.py",
+    "test_profile.py",
+    "test_gradients.py",
+    "test_loader.py",
+)
+"""The longest files begin first, so that at the end no process waits long for the other."""
 
-# before torch is imported, and for the processes that tests start
+# set before torch is imported; processes that tests start inherit it
 os.environ["OMP_NUM_THREADS"] = "1"
 
-# in the background of a script Ctrl-C is ignored, and would be by the processes that tests start and interrupt
+# A script in the background ignores Ctrl-C, and so would the processes that tests start and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -23,7 +34,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def logging_as_before() -> Iterator[None]:
-    """What a command said in one test is not said in the next: main() starts logging for its whole process."""
+    """main() starts logging for its whole process; the next test begins without it."""
     logger = logging.getLogger("mlip_cli")
     before = logger.handlers, logger.level, logger.propagate
     yield
