@@ -14,6 +14,8 @@ from shards_for_tests import make_dataset
 
 from mlip_cli.recipe.load import recipe_yaml
 
+pytestmark = pytest.mark.slow
+
 TWO_RANKS = """
 import os, time
 from datetime import timedelta
@@ -83,17 +85,14 @@ def two_ranks(work: str) -> subprocess.CompletedProcess[str]:
     return done
 
 
-@pytest.mark.slow
 def test_ranks_wait_for_one_that_is_later_than_the_timeout() -> None:
     two_ranks(LATE)
 
 
-@pytest.mark.slow
 def test_ranks_agree_one_step_later_and_save_once() -> None:
     two_ranks(ASKING)
 
 
-@pytest.mark.slow
 def test_ten_bad_samples_of_all_ranks_are_named_in_a_run() -> None:
     named = [line for line in two_ranks(BAD_SAMPLES).stderr.splitlines() if line.startswith("warning: ")]
     words = [f"warning: far.tar: sample {n}: torn; another one takes its place" for n in (0, 1, 2, 0, 1, 2, 3, 0, 1)]
@@ -126,7 +125,6 @@ def counted(arguments: Sequence[str], environment: dict[str, str], words: str) -
     pretrain(arguments, environment, words)
 
 
-@pytest.mark.slow
 def test_a_step_is_one_pass_and_a_run_has_one_spare_pass(recipe: Path, tmp_path: Path) -> None:
     """By it DDP finds the order of its sums, which a resumed run then shares."""
     words = tmp_path / "words"
@@ -141,7 +139,6 @@ def on_its_own_disk(arguments: Sequence[str], environment: dict[str, str], words
     pretrain(arguments, environment, words)
 
 
-@pytest.mark.slow
 def test_a_rank_that_does_not_see_the_checkpoint_is_refused(recipe: Path, tmp_path: Path) -> None:
     words = tmp_path / "words"
     for rank in (0, 1):

@@ -42,6 +42,8 @@ from mlip_cli.runs.checkpoint import load_state, load_weights, remove_leftovers,
 from mlip_cli.runs.folder import Run, checkpoint_folders, checkpoint_name, step_of
 from mlip_cli.types import VOCAB_SIZE
 
+pytestmark = pytest.mark.slow
+
 pytestmark = pytest.mark.timeout(600)
 
 STEPS, EVERY = 20, Every(checkpoint=3, evaluation=4)
@@ -80,7 +82,6 @@ def whole(recipe: Path) -> Whole:
     return lambda ranks, precision: trained_whole(recipe, ranks, precision)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("ranks", "precision", "num_workers", "during"),
     [
@@ -120,7 +121,6 @@ def newest_step(folder: Path) -> int:
     return max((step_of(path) for path in checkpoint_folders(folder)), default=0)
 
 
-@pytest.mark.slow
 def test_a_kill_at_any_moment_of_saving_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
     draw, halves, newest = random.Random(0), 0, 0
     for number in range(8):
@@ -143,7 +143,6 @@ def test_a_kill_at_any_moment_of_saving_leaves_a_whole_checkpoint(tmp_path: Path
     assert halves >= 2, "hardly any kill came while a checkpoint was half written"
 
 
-@pytest.mark.slow
 def test_ranks_end_when_one_dies_and_other_numbers_of_ranks_continue(recipe: Path, tmp_path: Path) -> None:
     """The same samples in the same order: what is logged differs by rounding alone, which small steps keep small.
 
@@ -174,7 +173,6 @@ def test_ranks_end_when_one_dies_and_other_numbers_of_ranks_continue(recipe: Pat
             assert mine[name] == pytest.approx(value, rel=1e-4, abs=1e-5), (name, mine["step"])
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds processes in /proc")
 def test_torchrun_ends_all_ranks_when_one_is_killed_and_the_run_continues_to_the_bit(
     recipe: Path, whole: Whole, tmp_path: Path
@@ -202,7 +200,6 @@ def test_torchrun_ends_all_ranks_when_one_is_killed_and_the_run_continues_to_the
     assert_same_run(folder, whole(2, "fp32"))
 
 
-@pytest.mark.slow
 def test_a_full_disk_ends_the_run_with_one_line_and_it_continues_when_there_is_room(
     recipe: Path, whole: Whole, tmp_path: Path
 ) -> None:
@@ -250,7 +247,6 @@ def run_of_damaged_word(folder: Path, recipe: Path, word: str) -> Path:
     return folder
 
 
-@pytest.mark.slow
 def test_steps_whose_batch_is_not_finite_are_skipped_and_counted(recipe_of_words: Path, tmp_path: Path) -> None:
     init = run_of_damaged_word(tmp_path / "init", recipe_of_words, "zebra")
     folder, words = tmp_path / "run", tmp_path / "words"
@@ -272,7 +268,6 @@ def test_steps_whose_batch_is_not_finite_are_skipped_and_counted(recipe_of_words
     assert all(weight.isfinite().all() for weight in weights.values())
 
 
-@pytest.mark.slow
 def test_a_run_without_a_finite_batch_ends_with_a_cure(recipe_of_words: Path, tmp_path: Path) -> None:
     init = run_of_damaged_word(tmp_path / "init", recipe_of_words, "photo")
     folder = tmp_path / "run"

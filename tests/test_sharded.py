@@ -14,6 +14,8 @@ from test_training import lines_in, metrics, recipe, run, whole
 
 from mlip_cli.runs.checkpoint import load_state, load_weights
 
+pytestmark = pytest.mark.slow
+
 __all__ = ["recipe", "whole"]
 SHARDED = ("train.parallel=fsdp", "train.checkpoint_every.steps=6")
 
@@ -37,7 +39,6 @@ def stopped_after_6(run: Path, folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.slow
 def test_sharded_ranks_train_as_one_process_and_save_whole_checkpoints(whole: Path, sharded: Path) -> None:
     two, one = metrics(sharded), metrics(whole)
     assert [line["step"] for line in two] == [line["step"] for line in one]
@@ -53,7 +54,6 @@ def test_sharded_ranks_train_as_one_process_and_save_whole_checkpoints(whole: Pa
         assert {n: t.shape for n, t in states[0][number].items()} == {n: t.shape for n, t in moments.items()}
 
 
-@pytest.mark.slow
 def test_a_sharded_run_continues_to_the_bit_and_on_one_rank(recipe: Path, sharded: Path, tmp_path: Path) -> None:
     again = stopped_after_6(sharded, tmp_path / "again")
     resumed = run(recipe, "--out", str(again), *SHARDED, "--resume", ranks=2)
@@ -85,7 +85,6 @@ def signalled(arguments: Sequence[str], environment: dict[str, str], words: str)
     pretrain(arguments, environment, words)
 
 
-@pytest.mark.slow
 def test_an_interrupted_evaluation_is_made_up_before_the_first_step(
     recipe: Path, sharded: Path, tmp_path: Path
 ) -> None:
@@ -99,7 +98,6 @@ def test_an_interrupted_evaluation_is_made_up_before_the_first_step(
     assert metrics(folder) == metrics(sharded)
 
 
-@pytest.mark.slow
 def test_a_signal_to_one_rank_stops_all_after_the_same_step(recipe: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     long = ["train.parallel=fsdp", "train.steps=2000", "evaluate.every_steps=null"]
