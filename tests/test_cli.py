@@ -46,7 +46,6 @@ def test_help_of_a_command_loads_nothing_heavy() -> None:
     assert modules.isdisjoint([*HEAVY, "yaml", "mlip_cli.recipe.config"])
 
 
-@pytest.mark.slow
 def test_a_mistake_in_a_recipe_is_found_before_torch_is_loaded() -> None:
     code, modules = loaded_modules("pretrain", "recipes/smoke.yaml", "optim.lr=fast")
     assert code == 2
@@ -54,7 +53,6 @@ def test_a_mistake_in_a_recipe_is_found_before_torch_is_loaded() -> None:
     assert modules.isdisjoint(HEAVY)
 
 
-@pytest.mark.slow
 def test_mistakes_of_a_recipe_are_printed_one_a_line() -> None:
     done = mlip("pretrain", "recipes/smoke.yaml", "optim.lr=fast", "train.step=5", folder=ROOT)
     assert done.returncode == 2
@@ -116,7 +114,6 @@ def test_the_shell_completes_names_of_recipes() -> None:
     assert bash("mlip", "pretrain", "openm") == ["openmoji", "openmoji_clip"]
 
 
-@pytest.mark.slow
 def test_the_shell_completes_keys_of_recipes() -> None:
     assert bash("mlip", "pretrain", "smoke", "model.merging") == [
         "model.merging=",
@@ -130,7 +127,6 @@ def test_the_shell_completes_keys_of_recipes() -> None:
     assert bash("mlip", "pretrain", "smoke", "seed", "=", "3", "data.augment.f") == ["data.augment.flip="]
 
 
-@pytest.mark.slow
 def test_the_shell_completes_values() -> None:
     """bash splits words at the equals sign, the others do not."""
     assert bash("mlip", "pretrain", "smoke", "model.merging.method", "=") == ["guided", "tome", "random_drop"]

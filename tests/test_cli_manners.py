@@ -33,7 +33,6 @@ def test_no_command_and_short_option_show_the_same_help(arguments: tuple[str, ..
     assert (done.returncode, done.stdout, done.stderr) == (0, main_help, "")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_of_every_command_ends_with_an_example(command: str) -> None:
     done = mlip(command, "-h")
@@ -41,7 +40,6 @@ def test_help_of_every_command_ends_with_an_example(command: str) -> None:
     assert done.stdout.splitlines()[-1].startswith(f"  Example: mlip {command}")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

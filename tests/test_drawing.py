@@ -53,7 +53,6 @@ def test_panel_in_a_pipe_is_one_plain_line_a_step() -> None:
     ]
 
 
-@pytest.mark.slow
 def test_panel_stays_plain_in_a_pipe_where_colours_are_forced() -> None:
     assert in_pipe(TRAIN, FORCE_COLOR="1").stderr == in_pipe(TRAIN).stderr
 
@@ -123,7 +122,6 @@ def test_everything_in_a_pipe_is_a_complete_line_without_control_characters() ->
     ]
 
 
-@pytest.mark.slow
 def test_long_work_in_a_pipe_says_now_and_then_how_far_it_is() -> None:
     code = """
     drawing.LINE_EVERY_S = 0
@@ -139,7 +137,6 @@ def test_long_work_in_a_pipe_says_now_and_then_how_far_it_is() -> None:
     assert in_pipe(code.replace("drawing.LINE_EVERY_S = 0", "")).stderr == ""
 
 
-@pytest.mark.slow
 def test_the_first_step_in_a_pipe_is_a_sign_of_life() -> None:
     code = """
     with drawing.training_panel(200, line_every=10) as panel:
@@ -164,7 +161,6 @@ def test_the_time_left_is_the_mean_of_the_session_without_its_first_step(
     assert [line.rsplit(maxsplit=1)[1] for line in caplog.messages] == ["-:--", "1:54", "2:30"]
 
 
-@pytest.mark.slow
 def test_only_colours_that_show_on_white_and_on_black() -> None:
     received = on_terminal(FOUR_LOSSES)[0] + on_terminal("with drawing.progress(3, 'x') as bar:\n    bar.advance(0)")[0]
     codes = {code for codes in re.findall(r"\x1b\[([\d;]*)m", received) for code in codes.split(";")}
@@ -211,7 +207,6 @@ def test_other_ranks_are_silent() -> None:
     assert done.stdout + done.stderr == ""
 
 
-@pytest.mark.slow
 def test_no_color_is_honoured() -> None:
     colours = re.compile(r"\x1b\[[0-9;]*[34][0-7]?m|38;5")
     assert colours.search(on_terminal(TRAIN)[0])

@@ -16,7 +16,6 @@ def test_a_command_to_copy_is_not_folded() -> None:
     assert max(map(len, received.splitlines()[:-1])) <= 80
 
 
-@pytest.mark.slow
 def test_progress_is_drawn_on_a_terminal_only() -> None:
     code = """
     with drawing.progress(3, "reading [bold]x[/bold]") as bar:
@@ -112,7 +111,6 @@ print_sweep(sweep_result({None: (1.0, 1.0), "guided": (1.42, 1.62)}, tokens=[196
 )
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("width", [80, 120])
 def test_tables_of_results_fit_the_terminal_with_whole_rows(width: int) -> None:
     received, _ = on_terminal(SCORES, width=width)
