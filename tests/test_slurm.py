@@ -11,8 +11,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from forks_for_tests import mlip
 from models_for_tests import small_recipe
 from shards_for_tests import make_dataset
+from torch.distributed.run import parse_args
 
 from mlip_cli.recipe.load import recipe_yaml
 
@@ -52,10 +54,12 @@ case "$1 $2" in
 esac
 """
 
-DIRECT_TORCHRUN = """#!/bin/bash
-# Starts the only process of the only node itself.
-while [ "$1" != "-m" ]; do shift; done
-exec {python} "$@"
+RECORDING_TORCHRUN = """#!/bin/bash
+printf '%s\\n' "$@" >torchrun.words
+"""
+
+FAILING_TORCHRUN = """#!/bin/bash
+exit 1
 """
 
 WAITING_TORCHRUN = """#!/bin/bash
@@ -154,22 +158,24 @@ def test_a_signal_saves_and_queues_the_job_again_and_the_next_start_finishes_it(
     steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
     assert steps == list(range(1, int(saved[-7:]) + 1))
 
-    cluster.add("torchrun", DIRECT_TORCHRUN.replace("{python}", sys.executable))
+    cluster.add("torchrun", RECORDING_TORCHRUN)
     code, words = cluster.end(cluster.start(nodes=1))  # one node is enough
     assert (code, cluster.requeued()) == (0, []), words
-    assert f"resuming run after step {len(steps)}" in words
+    asked = parse_args((cluster.folder / "torchrun.words").read_text().splitlines())
+    assert (asked.nnodes, asked.nproc_per_node, asked.module, asked.training_script) == ("1", "1", True, "mlip_cli")
+    done = mlip(asked.training_script_args, environment=os.environ, folder=cluster.folder)
+    assert done.returncode == 0, done.stderr
+    assert f"resuming run after step {len(steps)}" in done.stderr
     stamp = json.loads((cluster.folder / "run" / "run.json").read_text())
     assert stamp["end_reason"] == "finished"
     assert [session["ranks"] for session in stamp["sessions"]] == [2, 1]
     assert cluster.checkpoints()[-1] == f"step_{STEPS:07d}"
 
 
-def test_a_wrong_recipe_is_not_queued_again(cluster: Cluster) -> None:
-    cluster.add("torchrun", DIRECT_TORCHRUN.replace("{python}", sys.executable))
-    code, words = cluster.end(cluster.start("optim.lr=fast", nodes=1))
-    assert code != 0
-    assert cluster.requeued() == []
-    assert "error: command line: optim.lr=fast: expected a number above 0, not 'fast'" in words
+def test_a_training_that_fails_is_not_queued_again(cluster: Cluster) -> None:
+    cluster.add("torchrun", FAILING_TORCHRUN)
+    code, _ = cluster.end(cluster.start(nodes=1))
+    assert (code, cluster.requeued()) == (1, [])
 
 
 def test_a_job_without_a_new_checkpoint_is_not_queued_again(cluster: Cluster) -> None:
