@@ -306,7 +306,7 @@ def test_ctrl_c_says_that_finished_data_sets_are_kept(
     monkeypatch.setattr(evaluators, "measure_runs", interrupted)
     with pytest.raises(Stopped) as stop:
         evaluate("runs/clip", datasets=["shards:data/colors", "openmoji"])
-    kept = "interrupted; results of finished data sets are kept, repeat the command to go on"
+    kept = "interrupted; results of finished data sets are kept; repeat the command to continue"
     assert (str(stop.value), stop.value.exit_code) == (kept, 130)
     [path] = Path("runs/clip/evals").iterdir()
     assert path.name.startswith("shards_data_colors-")
