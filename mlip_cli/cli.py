@@ -106,7 +106,7 @@ def prepare_data(
 ) -> None:
     """Turn pictures and captions into shards that training reads."""
     from mlip_cli.commands import prepare_data as command
-    from mlip_cli.data.sources.find import ReadOptions
+    from mlip_cli.data.sources.records import ReadOptions
 
     command.prepare_data(
         source,

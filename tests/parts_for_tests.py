@@ -15,4 +15,4 @@ def endless_part(part: SourcePart, options: PartOptions) -> PartResult:
         temporary.write_bytes(b"half")
         if part.number > 1:
             signal.pause()
-    return PartResult(part.number, rows=len(part.records), tar=tar.name, tar_bytes=4, reasons={})
+    return PartResult(part.number, rows=len(part.records), tar=tar.name, reasons={})

@@ -12,16 +12,20 @@ import pytest
 import torch
 from ablation.mosaics import quadrants
 from ablation.pointing import Maps, Pointer, Queries, measure_pointing, right_shares
+from ablation.pointing_runs import point
 from ablation.prepare import main as prepare
 from ablation.prepare import training_captions
 from ablation.runs import RUNS, AblationRun
 from ablation.scores import WAYS, Contrast, Rows, bootstrap, contrast, holm, macro, numbered
 from ablation.train_all import RECIPES, Queue, train_all
 from ablation.verdict import CONTRASTS, Results, contrasts, read, table
+from models_for_tests import make_run, small_recipe
 from PIL import Image
+from shards_for_tests import make_dataset
 from torch import Tensor
 
 from mlip_cli.recipe.load import differences, load_recipe
+from mlip_cli.runs.loading import at_rate, load_run
 
 TINY = (
     "train.steps=2",
@@ -237,3 +241,13 @@ def test_patches_that_carry_their_colour_point_and_equal_patches_guess() -> None
     tied = torch.zeros(1, 4, 25)
     tied[..., [0, 4, 12]] = 1  # the first two quadrants, and the middle, which counts for none
     assert right_shares(tied, quadrants((5, 5))).tolist() == [[0.5, 0.5, 0.0, 0.0]]
+
+
+def test_a_run_points_in_mosaics_of_prepared_data(tmp_path: Path) -> None:
+    make_run(tmp_path / "run", small_recipe())
+    make_dataset(tmp_path / "data", n=26)
+    run = load_run(str(tmp_path / "run"), device="cpu")
+    own, unmerged = point(run, [at_rate(run.model, rate) for rate in (None, 0.0)], tmp_path / "data", batch_size=4)
+    assert own.keys() == unmerged.keys() == {"feature", "tokens", "frequency_tokens"}
+    assert all(0 <= accuracy <= 1 for accuracy in own.values())
+    assert own["frequency_tokens"] == unmerged["frequency_tokens"]  # they never merge

@@ -70,9 +70,7 @@ def test_unknown_name_gets_a_guess_or_the_list(tmp_path: Path) -> None:
     assert "\n" not in message
 
 
-def test_the_name_of_a_folder_here_is_told_how_folders_are_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_folder_without_its_prefix_is_told_the_prefix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my_classes").mkdir()
     folder = "unknown data set 'my_classes'; for the folder of this name write folder:my_classes"

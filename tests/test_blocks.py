@@ -1,6 +1,7 @@
 """Blocks that are skipped, computed twice or compiled: the same losses and gradients as plain ones."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -51,7 +52,7 @@ def test_blocks_are_skipped_more_often_the_higher_they_stand_and_never_in_evalua
 
 
 @pytest.mark.parametrize("micro_batch_size", [None, 3])
-def test_activations_that_are_computed_again_give_the_same_gradient(micro_batch_size: int | None) -> None:
+def test_recomputed_activations_give_the_same_gradient(micro_batch_size: int | None) -> None:
     """With dropout and skipped blocks, which have to be drawn again as they were."""
     recipe = dropping()
     plain = gradients_of(small_model(recipe), recipe, micro_batch_size=micro_batch_size)
@@ -75,8 +76,15 @@ def test_a_locked_tower_has_nothing_to_skip() -> None:
     recipe = dropping()
     model = recipe.model.model_copy(update={"init": "run", "freeze": "image"})
     assert check(recipe.model_copy(update={"model": model})) == [
-        ("model.vision.drop_path", "0.4, but a tower that model.freeze keeps drops nothing; set it to 0")
+        ("model.vision.drop_path", "a frozen image tower applies no drop path, but this is 0.4; set it to 0")
     ]
+
+
+SHALLOW: dict[str, Any] = {
+    "vision": {"patch_size": 8, "width": 32, "depth": 3, "num_heads": 2},
+    "text": {"width": 32, "depth": 1, "num_heads": 2, "context_length": 16},
+}
+"""Few blocks, as compiling takes seconds for each form of each kind of block."""
 
 
 @pytest.fixture
@@ -91,9 +99,9 @@ def config_of_compile() -> Iterator[None]:
 def test_compiled_blocks_have_forms_for_every_rate_of_drop_path(
     config_of_compile: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In a tower of 4 blocks each drops at a rate of its own; the batch is cut, and tokens merge or not."""
+    """In a tower of 3 blocks each drops at a rate of its own; the batch is cut, and tokens merge or not."""
     monkeypatch.setattr(blocks, "MOST_COMPILED_FORMS", 5)
-    recipe = dropping()
+    recipe = small_recipe(model=SHALLOW | {"vision": SHALLOW["vision"] | {"drop_path": 0.4}})
     model = small_model(recipe)
     torch.compiler.reset()
     compile_blocks(model, model.blocks(), backend="eager")
@@ -105,7 +113,7 @@ def test_compiled_blocks_have_forms_for_every_rate_of_drop_path(
 
 def test_compiled_blocks_give_the_same_gradient_at_every_length_of_text(config_of_compile: None) -> None:
     """By graphs and autograd as compiled code has them; what writes the machine's code is left to torch's own tests."""
-    recipe = small_recipe()
+    recipe = small_recipe(model=SHALLOW)
     plain, compiled = (small_model(recipe) for _ in range(2))
     names = list(compiled.state_dict())
     torch.compiler.reset()
@@ -113,14 +121,12 @@ def test_compiled_blocks_give_the_same_gradient_at_every_length_of_text(config_o
     counters.clear()
     compile_blocks(compiled, compiled.blocks(), backend="aot_eager")
     assert list(compiled.state_dict()) == names
-    for micro_batch_size in (None, 3):
-        expected = gradients_of(plain, recipe, micro_batch_size=micro_batch_size)
-        assert relative_error(gradients_of(compiled, recipe, micro_batch_size=micro_batch_size), expected) < 1e-10
+    expected = gradients_of(plain, recipe, micro_batch_size=3)
+    assert relative_error(gradients_of(compiled, recipe, micro_batch_size=3), expected) < 1e-10
     with torch.no_grad():
-        for length in (8, 9, 10, 12, 14, 16):
+        for length in (8, 10, 12, 16):
             token_ids = small_batch(length=length).token_ids
             torch.testing.assert_close(compiled.encode_text(token_ids), plain.encode_text(token_ids))
     assert not counters["graph_break"]
     assert 0 < counters["stats"]["unique_graphs"] < MOST_COMPILED_FORMS / 2
-    print(counters["stats"]["unique_graphs"])
     torch.compiler.reset()

@@ -59,6 +59,23 @@ assert progress.bad_samples == 12 and watch.bad_samples == []
 """
 
 
+ASKING = """
+import signal, torch
+from mlip_cli.train.signals import StopRequest
+with StopRequest(torch.device("cpu")) as stop:
+    is_time, saved = child == 0, []  # by the clock of one rank
+    for step in range(5):
+        if stop.agreed(save=is_time).save:
+            is_time, saved = False, [*saved, step]
+    assert saved == [1], saved
+    assert stop.agreed(save=child == 0, at_once=True).save
+    assert not stop.agreed(save=False).save
+    if child == 0:
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert [stop.agreed(save=False).exit_code for _ in range(2)] == [0, 143]
+"""
+
+
 def two_ranks(work: str) -> subprocess.CompletedProcess[str]:
     worker = TWO_RANKS.format(work=work)
     done = subprocess.run([sys.executable, "-c", worker], capture_output=True, text=True, check=False)
@@ -68,6 +85,10 @@ def two_ranks(work: str) -> subprocess.CompletedProcess[str]:
 
 def test_a_rank_that_is_late_by_more_than_collectives_bear_is_waited_for() -> None:
     two_ranks(LATE)
+
+
+def test_ranks_agree_one_step_later_and_save_once() -> None:
+    two_ranks(ASKING)
 
 
 def test_bad_samples_of_every_rank_are_named_ten_a_run() -> None:

@@ -39,6 +39,8 @@ RECIPES = {
     "filip": small_recipe(losses=FILIP),
     "filip_sparc": small_recipe(losses=SMOOTH | CONCEPT | {"spatial_token": {"kind": "filip"}}),
 }
+SHARDED = ("mlip_sigmoid", "filip_sparc")
+"""Recipes whose gradient is also computed with sharded weights: between them they have every kind of loss."""
 WORDS = [1, 2, 3, 4, 1, 6, 1, 1]
 """Of each caption: two ranks have 3 and 1 captions that losses inside pairs can use, and different numbers of words."""
 
@@ -181,6 +183,8 @@ def gradients_on_ranks(names: Sequence[str], environment: dict[str, str], out: s
         share = 8 // world_size()
         rows = slice(rank() * share, (rank() + 1) * share)
         for name, parallel, micro in product(names, ("ddp", "fsdp"), (None, share // 2)):
+            if parallel == "fsdp" and name not in SHARDED:
+                continue
             recipe = RECIPES[name]
             plain = small_model(recipe).train()
             model = wrap(plain, CPU, parallel=parallel, units=plain.blocks())
@@ -200,7 +204,7 @@ def test_gloo_processes_give_the_one_process_gradient(tmp_path: Path, ranks: int
     with Forked(names, tmp_path / "gradients.pt", ranks=ranks, body=gradients_on_ranks) as forked:
         assert forked.join() == [0] * ranks
     found = torch.load(tmp_path / "gradients.pt", weights_only=True)
-    assert len(found) == 4 * len(names)
+    assert len(found) == 2 * len(names) + 2 * len({*names} & {*SHARDED})
     for (name, _parallel, _micro), grads in found.items():
         assert relative_error(grads, one_process(RECIPES[name], None)) < 1e-10
 

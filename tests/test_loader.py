@@ -5,16 +5,19 @@ import os
 import pickle
 import re
 import signal
-import subprocess
+import socket
 import sys
-from collections.abc import Iterator, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
+from multiprocessing import resource_sharer
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from forks_for_tests import FORKS
 from shards_for_tests import make_dataset
 from torch.utils.data import DataLoader, Dataset
 
@@ -266,7 +269,7 @@ def test_a_spoiled_sample_is_replaced_and_named(tmp_path: Path, num_workers: int
     assert len(bad) == 2  # once an epoch
     assert {b.shard for b in bad} == {str(folder / "train-000001.tar")}
     assert {b.key for b in bad} == {"00-000021"}
-    reason = {"image": "damaged picture: ", "json": "KEY.json is not JSON"}[part]
+    reason = {"image": "not a picture: ", "json": "KEY.json is not JSON"}[part]
     assert all(b.reason.startswith(reason) for b in bad)
     assert not any("00-000021" in batch.keys for batch in found)
 
@@ -293,7 +296,7 @@ def test_too_many_bad_samples_end_the_run(tmp_path: Path, num_workers: int) -> N
         list(run)
     found = str(error.value)
     assert re.fullmatch(
-        rf"{folder}/train-00000\d.tar: sample 00-0000\d\d: damaged picture: .+; "
+        rf"{folder}/train-00000\d.tar: sample 00-0000\d\d: not a picture: .+; "
         r"(9|1\d) of the last \d\d samples were bad, data.max_bad_share 0.0008 allows 8 of 10,000",
         found,
     )
@@ -323,7 +326,7 @@ def test_nothing_but_bad_samples_ends_the_run_at_once(tmp_path: Path, num_worker
         "; 9 samples in a row could not be read; prepare the data again (mlip prepare-data)"
     )
     assert "Traceback" not in str(error.value)
-    with pytest.raises(RunError, match=r"train-000000.tar: sample 00-000000: damaged picture"):
+    with pytest.raises(RunError, match=r"train-000000.tar: sample 00-000000: not a picture"):
         preflight([dataset], Order([16], None, seed=0, global_batch_size=G), G, 1)
 
 
@@ -371,55 +374,70 @@ def failing(words: str) -> Iterator[int]:
     return items_of(data_loader(Failing(words), range(3), 1))
 
 
-def test_workers_outlive_a_signal_to_the_whole_group() -> None:
+def in_a_fork(work: Callable[[], object], folder: Path) -> tuple[str, str]:
+    """What `work` prints to stdout and stderr in a process of its own that need not import torch again."""
+    pid = os.fork()
+    if pid == 0:
+        for number, name in enumerate(("stdout", "stderr"), start=1):
+            os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+        sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+        try:
+            print(work(), flush=True)
+        except BaseException:  # noqa: BLE001 - the child must not return into pytest
+            traceback.print_exc()
+        finally:
+            sys.stderr.flush()
+            os._exit(0)
+    os.waitpid(pid, 0)
+    return (folder / "stdout").read_text(), (folder / "stderr").read_text()
+
+
+def test_workers_outlive_a_signal_to_the_whole_group(tmp_path: Path) -> None:
     """As torchrun, timeout and service managers send it: the training has to end its step, and to save."""
-    script = """
-import os, signal
-from mlip_cli.data.loader_processes import data_loader, items_of
-os.setsid()
-signal.signal(signal.SIGTERM, lambda *_: None)
-items = items_of(data_loader(range(40), range(40), 2))
-first = [next(items), next(items)]  # one of each: both have begun
-os.killpg(0, signal.SIGTERM)
-print([*first, *items] == list(range(40)))
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    assert done.stdout == "True\n", done.stderr
+
+    def work() -> bool:
+        os.setsid()
+        signal.signal(signal.SIGTERM, lambda *_: None)
+        items = items_of(data_loader(range(40), range(40), 2))  # type: ignore[arg-type]
+        first = [next(items), next(items)]  # one of each: both have begun
+        os.killpg(0, signal.SIGTERM)
+        return [*first, *items] == list(range(40))
+
+    assert in_a_fork(work, tmp_path) == ("True\n", "")
 
 
-def test_workers_say_nothing_where_the_main_process_hangs_up() -> None:
+class Handed(Dataset[tuple[torch.Tensor, Any]]):
+    """Tensors, each with the address at which the worker hands its tensors over."""
+
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, Any]:
+        return torch.full((), i), resource_sharer._resource_sharer._address  # type: ignore[attr-defined]
+
+
+def test_workers_say_nothing_where_the_main_process_hangs_up(tmp_path: Path) -> None:
     """As it does when a second Ctrl-C, a kill or an error ends it just when it takes a tensor."""
-    script = """
-import socket
-from multiprocessing import resource_sharer
-import torch
-from mlip_cli.data.loader_processes import data_loader, items_of
 
-class Batches:
-    def __getitem__(self, i):
-        return torch.full((), i), resource_sharer._resource_sharer._address
+    def work() -> bool:
+        items = items_of(data_loader(Handed(), range(40), 1))
+        first, address = next(items)
+        while address is None:  # until the worker has handed a tensor over
+            first, address = next(items)
+        with socket.socket(socket.AF_UNIX) as caller:
+            caller.connect(address)
+        return [i.item() for i, _ in items] == list(range(int(first) + 1, 40))
 
-items = items_of(data_loader(Batches(), range(40), 1))
-first, address = next(items)
-while address is None:  # until the worker has handed a tensor over
-    first, address = next(items)
-with socket.socket(socket.AF_UNIX) as caller:
-    caller.connect(address)
-print([i.item() for i, _ in items] == list(range(int(first) + 1, 40)))
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    assert (done.stdout, done.stderr) == ("True\n", "")
+    assert in_a_fork(work, tmp_path) == ("True\n", "")
 
 
-def test_a_spawned_worker_makes_the_same_batches(folder: Path) -> None:
+def test_a_worker_that_gets_its_data_pickled_makes_the_same_batches(folder: Path) -> None:
+    """As spawned workers do; the server that forks this one has imported torch, so it begins sooner than those."""
     dataset = open_prepared(folder)
     order = Order([42], None, seed=0, global_batch_size=G)
     data = Data(train=(Source(path="unused"),), augment=AUGMENT, image_size=16)
     steps = module._Steps([dataset], order, data, 24, G, 0, 0, 1, with_labels=False)
     here = steps[3].batch
     assert_equal(pickle.loads(pickle.dumps(steps))[3].batch, here)  # noqa: S301 - our own bytes
-    spawned = DataLoader(steps, sampler=[3], batch_size=None, num_workers=1, multiprocessing_context="spawn")
-    assert_equal(next(iter(spawned)).batch, here)
+    loader = DataLoader(steps, sampler=[3], batch_size=None, num_workers=1, multiprocessing_context=FORKS)
+    assert_equal(next(iter(loader)).batch, here)
 
 
 def test_a_batch_that_does_not_divide(folder: Path) -> None:
@@ -438,12 +456,12 @@ def test_preflight_says_what_was_found(tmp_path: Path, folder: Path) -> None:
     two = open_prepared(make_dataset(tmp_path / "other", n=6, seed=1))
     assert preflight([one, two], Order([42, 6], None, seed=0, global_batch_size=G), G, 1) == [
         f"{folder}: 42 samples in 3 shards",
-        f"{two.folder}: 6 samples in 1 shard",
+        f"{two.name}: 6 samples in 1 shard",
         "48 samples / 8 = 6 steps an epoch",
     ]
     assert preflight([one, two], Order([42, 6], (3.0, 1.0), seed=0, global_batch_size=G), G, 1) == [
         f"{folder}: 42 samples in 3 shards, 75.0% of what is seen",
-        f"{two.folder}: 6 samples in 1 shard, 25.0% of what is seen",
+        f"{two.name}: 6 samples in 1 shard, 25.0% of what is seen",
     ]
 
 
@@ -461,7 +479,7 @@ def test_evaluation_reads_everything_once_in_order(folder: Path, num_workers: in
 def test_evaluation_refuses_to_leave_a_sample_out(tmp_path: Path) -> None:
     folder = make_dataset(tmp_path / "x", n=16)
     spoil(folder, 5)
-    with pytest.raises(RunError, match=r"train-000000.tar: sample 00-000005: damaged picture: "):
+    with pytest.raises(RunError, match=r"train-000000.tar: sample 00-000005: not a picture: "):
         list(evaluation_loader(open_prepared(folder), image_size=16, batch_size=4, num_workers=0))
 
 

@@ -55,7 +55,7 @@ def test_blank_constant_and_single_images_are_finite(guidance: str) -> None:
 
 @pytest.mark.parametrize("method", [*GUIDANCE, "tome"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_pixel_that_is_no_number_spoils_its_picture_alone(method: str, value: float) -> None:
+def test_a_nan_pixel_spoils_only_its_own_picture(method: str, value: float) -> None:
     model = small_model().eval()
     plan = model.merge_plan(0.5, "tome") if method == "tome" else guided(model, method)
     images = model.normalize(small_batch().images)
@@ -71,7 +71,7 @@ def test_a_pixel_that_is_no_number_spoils_its_picture_alone(method: str, value: 
             assert values is None or ((values >= 0) & (values <= 1)).all()
 
 
-def test_guidance_is_what_the_plan_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_kind_of_guidance_uses_its_own_maps(monkeypatch: pytest.MonkeyPatch) -> None:
     received: list[tuple[Tensor | None, float]] = []
     match = merge_pass.match
 
@@ -95,7 +95,7 @@ def test_guidance_is_what_the_plan_asks_for(monkeypatch: pytest.MonkeyPatch) -> 
     assert len({str(s.groups.tolist()) for s in first.values()}) == 4
 
 
-def test_what_nobody_asks_for_is_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_guidance_computes_only_its_own_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[str] = []
     attend, energy = vision.attend, merge_pass.frequency_guidance
 

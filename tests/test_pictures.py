@@ -47,6 +47,10 @@ def exif(orientation: object) -> Image.Exif:
     return found
 
 
+WEBP_BOMB = b'RIFF\x1c\0\0\0WEBPVP8L\x0f\0\0\0/\xfe\xff\xcf\x07\x07\x10\xfd\x8f\xfe\x07"\xa2\xff\x01\0'
+"""131 megapixels of one colour."""
+
+
 def turned(orientation: int, format: str, **options: Any) -> bytes:
     """A file that shows `picture()` to those who apply its orientation."""
     inverse = {6: 8, 8: 6}.get(orientation, orientation)
@@ -225,6 +229,14 @@ def test_the_size_is_known_upright_before_a_jpeg_is_decoded(name: str) -> None:
     assert to_array(found).flags.writeable
 
 
+@pytest.mark.parametrize("options", [{"lossless": True}, {"lossless": False}, {"exif": exif(1)}])
+@pytest.mark.parametrize(("width", "height"), [(1, 300), (513, 65)])
+def test_the_size_of_a_webp_is_known_before_pillow_takes_memory_for_it(
+    options: dict[str, Any], width: int, height: int
+) -> None:
+    assert module._webp_size(encoded(picture(width, height), "WEBP", **options)) == (width, height)
+
+
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
 def test_damaged_exif_leaves_a_picture_as_it_is_stored() -> None:
     content = encoded(picture(), "JPEG", exif=b"Exif\0\0MM\0\x2a\xff\xff\xff\xff")
@@ -248,6 +260,7 @@ def test_half_transparent_pixels_are_mixed_with_white() -> None:
         (encoded(Image.new("F", (8, 8)), "TIFF"), "unknown range of values: mode F"),
         (encoded(Image.new("1", (8001, 8000)), "PNG"), "picture too large: 8,001 x 8,000 pixels, over 64 megapixels"),
         (encoded(Image.new("1", (20_000, 10_000)), "PNG"), "picture too large: over 64 megapixels"),
+        (WEBP_BOMB, "picture too large: 16,383 x 8,000 pixels, over 64 megapixels"),
     ],
 )
 @pytest.mark.usefixtures("decoder")
@@ -257,6 +270,7 @@ def test_a_file_that_cannot_be_used_says_why(content: bytes, message: str) -> No
     assert str(error.value) == message
 
 
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.usefixtures("decoder")
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
 def test_a_picture_that_is_cut_off_is_damaged(format: str) -> None:
@@ -269,6 +283,7 @@ def test_a_picture_that_is_cut_off_is_damaged(format: str) -> None:
 @pytest.mark.parametrize(
     "read", [lambda content: store(content, size=8), lambda content: to_array(open_picture(content))]
 )
+@pytest.mark.filterwarnings("ignore")
 def test_damage_anywhere_rejects_a_picture_and_never_crashes(read: Callable[[bytes], object]) -> None:
     random = np.random.default_rng(0)
     rejected = 0

@@ -5,6 +5,7 @@ import multiprocessing
 import re
 import shutil
 from collections import namedtuple
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -225,14 +226,15 @@ def test_a_source_that_is_not_what_it_seems_stops_early(tmp_path: Path, monkeypa
     for i in range(60):
         (source / f"{i:05d}.png").write_bytes(b"<html>")
     seen = 0
-    remember = prepare_module.Workspace.remember
+    run_parallel = prepare_module.run_parallel
 
-    def counted(work: Any, result: Any) -> None:
+    def counted(*arguments: Any, **options: Any) -> Iterator[Any]:
         nonlocal seen
-        seen += 1
-        remember(work, result)
+        for result in run_parallel(*arguments, **options):
+            seen += 1
+            yield result
 
-    monkeypatch.setattr(prepare_module.Workspace, "remember", counted)
+    monkeypatch.setattr(prepare_module, "run_parallel", counted)
     with pytest.raises(SourceError) as error:
         prepare(source, tmp_path / "out")
     assert str(error.value) == (

@@ -7,8 +7,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from locks_for_tests import held_elsewhere
@@ -17,7 +18,7 @@ from sources_for_tests import contents, prepare, write_sidecars
 
 from mlip_cli.cli import main
 from mlip_cli.data.prepare import assemble
-from mlip_cli.data.prepare.workspace import PartResult, Workspace, finished_summary, opened
+from mlip_cli.data.prepare.workspace import finished_summary, opened
 from mlip_cli.data.sources import records
 from mlip_cli.errors import UsageError
 from mlip_cli.terminal import endings
@@ -34,14 +35,13 @@ def disturbed_run(folder: Path, disturb: Callable[[], None], *, workers: int = 1
 
 
 def _disturbed(folder: Path, disturb: Callable[[], None], workers: int) -> None:
-    remember = Workspace.remember
-    done = []
+    run_parallel = assemble.run_parallel
 
-    def disturbed(work: Workspace, result: PartResult) -> None:
-        remember(work, result)
-        done.append(result.number)
-        if len(done) == 2:
-            disturb()
+    def disturbed(*arguments: Any, **options: Any) -> Iterator[Any]:
+        for count, result in enumerate(run_parallel(*arguments, **options), start=1):
+            if count == 2:
+                disturb()
+            yield result
 
     os.setsid()
     os.chdir(folder)
@@ -49,7 +49,7 @@ def _disturbed(folder: Path, disturb: Callable[[], None], workers: int) -> None:
     sys.stderr = open("stderr", "w")  # noqa: SIM115 - open until the process ends
     sys.argv = ["mlip", "prepare-data", "in", "out", "--holdout", "0", "--workers", str(workers)]
     records.PART_ROWS = 4
-    Workspace.remember = disturbed  # type: ignore[method-assign]
+    assemble.run_parallel = disturbed
     main()
 
 
@@ -58,16 +58,17 @@ def visible(out: Path) -> list[str]:
 
 
 def assert_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The journal's parts are not made again, and the result is that of a run that nobody disturbed."""
+    """Finished parts are not made again, and the result is that of a run that nobody disturbed."""
     made = []
-    remember = Workspace.remember
+    run_parallel = assemble.run_parallel
 
-    def remembered(work: Workspace, result: PartResult) -> None:
-        made.append(result.number)
-        remember(work, result)
+    def noted(*arguments: Any, **options: Any) -> Iterator[Any]:
+        for result in run_parallel(*arguments, **options):
+            made.append(result.number)
+            yield result
 
     monkeypatch.setattr(records, "PART_ROWS", 4)
-    monkeypatch.setattr(Workspace, "remember", remembered)
+    monkeypatch.setattr(assemble, "run_parallel", noted)
     monkeypatch.chdir(tmp_path)
     prepare("in", Path("out"))
     assert made == [2, 3, 4]
@@ -83,8 +84,7 @@ def test_after_kill_9_the_next_run_goes_on(tmp_path: Path, monkeypatch: pytest.M
     assert visible(tmp_path / "out") == []
     work = tmp_path / "out" / ".prepare"
     (work / "parts" / ".part-000002.tar.1.tmp").write_bytes(b"half")
-    with open(work / "journal.jsonl", "a") as journal:
-        journal.write('\n{"number": 2, "ro')
+    (work / "parts" / ".part-000001.json.1.tmp").write_bytes(b'{"number": 1, "ro')
     assert_goes_on_to_the_same_bytes(tmp_path, monkeypatch)
 
 

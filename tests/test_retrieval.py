@@ -81,7 +81,7 @@ def test_rank_counts_wrong_candidates_only() -> None:
     assert rank_of_first_right(scores, right).tolist() == [2, 0]
 
 
-def test_nothing_that_is_no_number_ranks_first() -> None:
+def test_a_nan_score_never_ranks_first() -> None:
     nan = float("nan")
     scores = torch.tensor([[nan, 0.5, 0.1], [0.9, nan, 0.1], [nan, nan, nan]])
     right = torch.tensor([[True, False, False], [True, False, False], [False, False, True]])

@@ -84,7 +84,7 @@ def test_signs_are_flipped_in_every_way(gains: list[int]) -> None:
     assert sign_flips(gains) == pytest.approx(expected, rel=1e-12)
 
 
-def test_captions_of_a_picture_that_gain_together_are_no_more_than_one() -> None:
+def test_captions_of_one_picture_count_as_one() -> None:
     assert sign_flips([1] * 30 + [-1] * 12) == pytest.approx(mcnemar(30, 12), rel=1e-9)
     alone, five_each = paired("0" * 12, "1" * 12), paired("0" * 60, "1" * 60, [i // 5 for i in range(60)])
     assert five_each["p"] == pytest.approx(alone["p"], rel=1e-9)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from mlip_cli.data.prepare.summary import next_commands
 from mlip_cli.data.prepare.workspace import Workspace, finished_summary
-from mlip_cli.data.sources.find import DataSource, ReadOptions, find_source
-from mlip_cli.data.sources.records import printable
+from mlip_cli.data.sources.find import DataSource, find_source
+from mlip_cli.data.sources.records import ReadOptions, printable
 from mlip_cli.errors import UsageError
 from mlip_cli.terminal.output import print_json, say
 

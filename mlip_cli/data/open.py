@@ -1,4 +1,4 @@
-"""Open training data: prepared shards or tars as they are, fetched from a bucket first where they lie in one."""
+"""Open training data: prepared shards, prepared shards at a URL, or tars as they are."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,13 +1,13 @@
-"""From the bytes of a picture to RGB pixels: the one way in, for preparing data, training and evaluation.
+"""The bytes of a picture become RGB pixels here, and only here: for preparing data, training and evaluation.
 
-The content says the format, not the name. The picture comes upright (EXIF), on white where it is transparent, with 16
-bits scaled to 8, and as its first frame where it has several. simplejpeg decodes JPEGs where it is installed (the extra
-`fast`), Pillow everything else. Both give the same pixels of a whole JPEG, to the bit.
+The content says the format, not the name. EXIF turns the picture upright. Transparent pixels lie on white, 16 bits are
+scaled to 8, and an animation gives its first frame. simplejpeg decodes JPEGs where it is installed (the extra `fast`).
+Pillow decodes everything else, and gives the same pixels of a JPEG to the bit.
 """
 
 import io
-import math
 import struct
+import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,6 +26,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 """Pillow's names of the formats that we read. Its other decoders never see a file."""
 MAX_PIXELS = 64_000_000
 MAX_MEGAPIXELS = MAX_PIXELS // 1_000_000
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # Pillow's limit of 89 megapixels lies above ours
 LEAST_FACTOR = 2
 """Decoding at 7/8 or 5/8 takes longer than decoding the whole and resizing it (640x480: 2.1 against 1.6 ms)."""
 
@@ -85,11 +86,11 @@ def open_picture(content: bytes) -> EncodedPicture:
     Raises:
         RejectedPictureError: not one of the six formats, damaged, or of more than 64 megapixels.
     """
+    if content[:4] == b"RIFF" and content[8:12] == b"WEBP":
+        _check_size(*_webp_size(content))
     with _rejected_if_damaged():
         image = Image.open(io.BytesIO(content), formats=FORMATS)
-        if math.prod(image.size) > MAX_PIXELS:
-            size = f"{image.width:,} x {image.height:,} pixels"
-            raise RejectedPictureError("picture too large", f"{size}, over {MAX_MEGAPIXELS} megapixels")
+        _check_size(*image.size)
         is_jpeg = image.format in ("JPEG", "MPO")
         turn = _turn(image, is_jpeg=is_jpeg)
         width, height = image.size[::-1] if turn in SIDEWAYS else image.size
@@ -151,9 +152,28 @@ def _array(rgb: Image.Image) -> np.ndarray:
 
 
 def jpeg_decoder() -> str:
-    """Name and version of what decodes JPEGs here. Runs that go on with another one see slightly other pictures."""
+    """Name and version of what decodes JPEGs here. A run that resumes with another may see slightly other pixels."""
     name = "pillow" if simplejpeg_decode is None else "simplejpeg"
     return f"{name} {version(name)}"
+
+
+def _check_size(width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        size = f"{width:,} x {height:,} pixels"
+        raise RejectedPictureError("picture too large", f"{size}, over {MAX_MEGAPIXELS} megapixels")
+
+
+def _webp_size(content: bytes) -> tuple[int, int]:
+    """Width and height of a WebP by its first chunk (RFC 9649, section 2, and RFC 6386, 9.1).
+
+    Pillow takes memory for all pixels when it opens a WebP, and a file of 36 bytes may say that it has 268 megapixels.
+    """
+    if content[12:16] == b"VP8X":
+        return 1 + int.from_bytes(content[24:27], "little"), 1 + int.from_bytes(content[27:30], "little")
+    if content[12:16] == b"VP8L":
+        bits = int.from_bytes(content[21:25], "little")
+        return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+    return int.from_bytes(content[26:28], "little") & 0x3FFF, int.from_bytes(content[28:30], "little") & 0x3FFF
 
 
 @contextmanager
@@ -169,9 +189,9 @@ def _rejected_if_damaged() -> Iterator[None]:
 
 
 def _turn(image: Image.Image, *, is_jpeg: bool) -> Image.Transpose | None:
-    """What shows a picture upright; nothing where its EXIF is damaged, as viewers do.
+    """What shows a picture upright. Damaged EXIF turns nothing, as in viewers.
 
-    A JPEG says it in its header. A PNG may say it behind its pixels, and Pillow turns a TIFF itself when it decodes it.
+    The header of a JPEG says it. A PNG may say it behind its pixels. Pillow turns a TIFF itself when it decodes it.
     """
     if not is_jpeg:
         image.load()
@@ -195,5 +215,5 @@ def _upright_rgb(image: Image.Image, turn: Image.Transpose | None) -> Image.Imag
     if turn is None:
         return rgb
     upright = rgb.transpose(turn)
-    upright.info.clear()  # nobody shall turn it again
+    upright.info.clear()  # it still says the orientation of the stored pixels
     return upright

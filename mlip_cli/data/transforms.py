@@ -1,4 +1,4 @@
-"""Pictures to uint8 tensors of the model's size. Normalising is the model's, on its device."""
+"""Pictures become uint8 tensors of the model's size. The model normalises them, on its device."""
 
 import math
 from collections.abc import Callable
@@ -18,7 +18,7 @@ CROP_ATTEMPTS = 10
 
 @dataclass(frozen=True)
 class Crop:
-    """A part of a picture, in pixels of the whole picture as it is stored."""
+    """A part of a picture, in pixels of the whole picture."""
 
     top: int
     left: int
@@ -28,12 +28,12 @@ class Crop:
     """(H, W) of the picture."""
 
     def least(self, size: int) -> tuple[int, int]:
-        """Least (H, W) of the picture, made smaller, from which this part has `size` pixels each way."""
+        """The least (H, W) to which the picture may shrink so that this part keeps `size` pixels each way."""
         height, width = self.of
         return math.ceil(height * (size + 1) / self.height), math.ceil(width * (size + 1) / self.width)
 
     def within(self, height: int, width: int) -> tuple[int, int, int, int]:
-        """Top, left, height and width of the part in the picture made smaller to `height` and `width`."""
+        """Top, left, height and width of the part once the picture has shrunk to `height` and `width`."""
         vertical, horizontal = height / self.of[0], width / self.of[1]
         top, left = round(self.top * vertical), round(self.left * horizontal)
         bottom, right = round((self.top + self.height) * vertical), round((self.left + self.width) * horizontal)
@@ -57,14 +57,14 @@ def evaluation_transform(image: Tensor, *, size: int) -> Tensor:
 
 
 def training_crop(height: int, width: int, *, augment: Augment, generator: torch.Generator) -> Crop | None:
-    """What training cuts from a picture of this size, drawn from `generator`; None: what evaluation cuts."""
+    """Draw the part of a picture that training uses; None where training uses the centre, as evaluation does."""
     if augment.crop_scale is None:
         return None
     return Crop(*_draw_crop(height, width, augment.crop_scale, generator), of=(height, width))
 
 
 def least_size(crop: Crop | None, size: int) -> tuple[int, int]:
-    """Least (H, W) of a picture that is large enough for `crop`, resized to `size`."""
+    """The least (H, W) to which a picture may shrink before `crop` is resized to `size`."""
     return (size, size) if crop is None else crop.least(size)
 
 
@@ -73,7 +73,7 @@ def training_transform(
 ) -> Tensor:
     """uint8 (3, H, W) -> (3, size, size): `crop` resized, then changed at random, all draws from `generator`.
 
-    The picture may be a smaller one than `crop` was made for.
+    The picture may have shrunk since `crop` was drawn.
     """
     if crop is None:
         image = evaluation_transform(image, size=size)
@@ -101,7 +101,7 @@ def _draw_crop(
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
             return _randint(height - h + 1, generator), _randint(width - w + 1, generator), h, w
-    ratio = min(max(width / height, CROP_RATIO[0]), CROP_RATIO[1])  # nothing fits a very long picture: the centre
+    ratio = min(max(width / height, CROP_RATIO[0]), CROP_RATIO[1])  # a very long picture: take its centre
     w, h = min(width, round(height * ratio)), min(height, round(width / ratio))
     return (height - h) // 2, (width - w) // 2, h, w
 

@@ -27,7 +27,7 @@ class Query:
     """One query and the candidates that come first."""
 
     number: int
-    """Of the query."""
+    """Number of the query."""
     found: tuple[int, ...]
     """Numbers of the best candidates, best first."""
     is_right: tuple[bool, ...]
@@ -59,11 +59,12 @@ def random_queries(queries: Tensor, gallery: Tensor, right: Sequence[Sequence[in
 
 
 FoundPairs = tuple[Tensor, Tensor, Mapping[str, dict[str, Any]]]
-"""Unit vectors of all pictures and of all texts, and the recalls between them both ways."""
+"""Unit vectors of all pictures, unit vectors of all texts, and the recalls both ways."""
 
 QUERIES = 8
-"""Each way."""
+"""Queries each way."""
 ANSWERS = 5
+"""Candidates that are shown for each query."""
 THUMBNAIL = 160
 """Longest side of a stored picture in pixels."""
 
@@ -72,7 +73,7 @@ def find_pairs(encoder: Encoder, pairs: ValidationPairs) -> FoundPairs:
     """Features and recalls of the validation pairs, by all ranks and on every rank.
 
     Raises:
-        RunError: features that are not finite, or a picture that cannot be read.
+        RunError: features are not finite, or a picture cannot be read.
     """
     images, texts = pairs.features(encoder)
     return images, texts, image_text_retrieval(images, texts, pairs.own_texts)
@@ -82,7 +83,7 @@ def write_gallery(run: Run, found: FoundPairs, pairs: ValidationPairs, *, step: 
     """Write RUN/evals/gallery_STEP.json and the pictures it names; older galleries are removed.
 
     Raises:
-        RunError: a picture that cannot be read.
+        RunError: a picture cannot be read.
     """
     images, texts, scores = found
     own_images = images_of_texts(pairs.own_texts, len(pairs.texts))

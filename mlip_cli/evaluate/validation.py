@@ -181,7 +181,6 @@ def evaluation_loader(
     Loader processes read them: for 1,200 JPEGs of 400 x 300 px one process took 2.3 s of CPU time, threads (as in
     `datasets.pictures.batches`) 3.7 s. Nothing is timed here, so reading ahead harms nothing.
 
-
     Args:
         numbers: numbers of the batches to make; None: all.
 

@@ -1,4 +1,4 @@
-"""Weights by OpenCLIP's names, which are OpenAI's too: renamed to ours and back, and the models that they fit.
+"""Weights by OpenCLIP's names, which are OpenAI's too: renamed to ours and back, and the recipe that they fit.
 
 Both sides name the same tensors. Only names, transposed projections and axes of length one differ, so there and back
 gives every tensor bit for bit.
@@ -9,12 +9,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import timm
-from timm.models.vision_transformer import Block
-from torch import Tensor, nn
+from torch import Tensor
 
 from mlip_cli.errors import UsageError
-from mlip_cli.model.clip import CLIP
-from mlip_cli.model.text import ACTIVATIONS
+from mlip_cli.recipe.config import Model as ModelConfig
+from mlip_cli.recipe.config import Text, Vision
 from mlip_cli.types import VOCAB_SIZE
 
 BLOCKS = {"visual.transformer.resblocks": "vision.trunk.blocks", "transformer.resblocks": "text.blocks"}
@@ -92,10 +91,18 @@ def to_open_clip(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         UsageError: names that OpenCLIP's plain ViT does not have, such as those of registers or of a spectral stem.
     """
-    found = {}
-    for theirs, name in _open_clip_names(weights).items():
-        tensor = weights[name].T if theirs in TRANSPOSED else weights[name][(0,) * LEADING_AXES.get(theirs, 0)]
-        found[theirs] = (tensor.reshape(()) if theirs in SCALARS else tensor).contiguous()
+    tables = [{ours: theirs for theirs, ours in table.items()} for table in (BLOCKS, IN_A_BLOCK, OUTSIDE_BLOCKS)]
+    left_out = {*without_counterpart(weights), PATCH_BIAS}
+    found, unknown = {}, []
+    for name, tensor in weights.items():
+        theirs = _renamed(name, *tables)
+        if theirs is not None:
+            tensor = tensor.T if theirs in TRANSPOSED else tensor[(0,) * LEADING_AXES.get(theirs, 0)]
+            found[theirs] = (tensor.reshape(()) if theirs in SCALARS else tensor).contiguous()
+        elif name not in left_out:
+            unknown.append(name)
+    if unknown:
+        raise UsageError(f"{_some(unknown)}: OpenCLIP's ViT has no such part")
     if PATCH_BIAS in weights:
         positions = found["visual.positional_embedding"].clone()
         positions[1:] += weights[PATCH_BIAS]
@@ -107,16 +114,6 @@ def without_counterpart(names: Iterable[str]) -> list[str]:
     """Our names that OpenCLIP's CLIP has no tensor for: frequency branch, token heads, scales of other losses."""
     shared = OUTSIDE_BLOCKS.values()
     return [name for name in names if name.startswith(ONLY_OURS) and name not in shared]
-
-
-def _open_clip_names(names: Iterable[str]) -> dict[str, str]:
-    """OpenCLIP's name -> ours, for the tensors that both sides have; raises UsageError for parts of neither kind."""
-    tables = [{ours: theirs for theirs, ours in table.items()} for table in (BLOCKS, IN_A_BLOCK, OUTSIDE_BLOCKS)]
-    left_out = {*without_counterpart(names), PATCH_BIAS}
-    renamed = {name: _renamed(name, *tables) for name in names if name not in left_out}
-    if unknown := [name for name, theirs in renamed.items() if theirs is None]:
-        raise UsageError(f"{_some(unknown)}: OpenCLIP's ViT has no such part")
-    return {theirs: name for name, theirs in renamed.items() if theirs is not None}
 
 
 def _renamed(name: str, blocks: dict[str, str], inside: dict[str, str], outside: dict[str, str]) -> str | None:
@@ -165,101 +162,52 @@ TOP_KEYS += ("custom_text", "nonscalar_logit_scale", "init_logit_scale", "init_l
 NORM_EPS = 1e-5
 """PyTorch's default, which OpenCLIP keeps unless `norm_kwargs` says otherwise."""
 
-IMAGE_KEYS, TEXT_KEYS = (
-    (*(f"{tower}.{name}" for name in ("width", "depth", "num_heads")), f"{tower}'s MLP width", f"{tower}'s norm eps")
-    for tower in ("model.vision", "model.text")
-)
-"""The recipe's key, or words where no key says it, of each number that `_described` and `_built` give."""
-
 TIMM_TOWERS = {
+    (16, 256, 10, 4, 1024): "vit_xsmall_patch16_clip_224",
+    (32, 512, 12, 8, 2048): "vit_medium_patch32_clip_224",
+    (16, 512, 12, 8, 2048): "vit_medium_patch16_clip_224",
+    (32, 640, 12, 10, 2560): "vit_betwixt_patch32_clip_224",
     (32, 768, 12, 12, 3072): "vit_base_patch32_clip_224",
     (16, 768, 12, 12, 3072): "vit_base_patch16_clip_224",
+    (16, 896, 12, 14, 3584): "vit_base_patch16_plus_clip_240",
     (14, 1024, 24, 16, 4096): "vit_large_patch14_clip_224",
     (14, 1280, 32, 16, 5120): "vit_huge_patch14_clip_224",
     (14, 1408, 40, 16, 6144): "vit_giant_patch14_clip_224",
     (14, 1664, 48, 16, 8192): "vit_gigantic_patch14_clip_224",
 }
-"""Patch size, width, depth, number of heads and MLP width of published ViTs -> timm's name."""
+"""Patch size, width, depth, number of heads and MLP width of OpenCLIP's ViTs -> timm's name."""
 
 
-def misfits(model: CLIP, configuration: Mapping[str, Any], *, source: str) -> list[str]:
-    """Each way in which a model of ours computes something else than a configuration of OpenCLIP (`model_cfg`) says.
+def model_section(configuration: Mapping[str, Any], *, source: str) -> ModelConfig:
+    """The recipe's section `model` for a CLIP that computes what a configuration of OpenCLIP (`model_cfg`) describes.
 
-    The image size is not compared: positions can be resampled. `source` begins the message of an error.
-
-    Raises:
-        UsageError: the configuration has parts that our towers cannot have; they are named.
-    """
-    theirs = described_form(configuration, source=source)
-    try:
-        ours = built_form(model)
-    except UsageError as error:
-        return [str(error)]
-    return [f"{key} {ours[key]} (there {value})" for key, value in theirs.items() if ours[key] != value]
-
-
-def described_form(configuration: Mapping[str, Any], *, source: str) -> dict[str, Any]:
-    """What the CLIP of a configuration computes: recipe key, or words where no key says it -> value.
+    `source` begins the message of an error.
 
     Raises:
-        UsageError: it has parts that our towers cannot have; they are named.
+        UsageError: the configuration has parts that our towers cannot have, or no tower of timm has its form.
     """
     vision, text = (defaults | configuration[section] for section, defaults in DEFAULTS.items())
     strange = [key for key in configuration if key not in TOP_KEYS]
     strange += [*_strange("vision_cfg", vision), *_strange("text_cfg", text)]
     if strange:
         raise UsageError(f"{source}: {', '.join(strange)}: no such part here; {READ}")
-    activation = "quick_gelu" if configuration.get("quick_gelu") else "gelu"
-    return {
-        "model.embed_dim": configuration["embed_dim"],
-        "model.vision.patch_size": vision["patch_size"],
-        "model.vision's norm before its blocks": not vision["no_ln_pre"],
-        **dict(zip(IMAGE_KEYS, _described(vision, num_heads=vision["width"] // vision["head_width"]), strict=True)),
-        "model.vision's activation": activation,
-        "model.text.context_length": text["context_length"],
-        **dict(zip(TEXT_KEYS, _described(text, num_heads=text["heads"]), strict=True)),
-        "model.text.activation": activation,
-    }
-
-
-def built_form(model: CLIP) -> dict[str, Any]:
-    """What our model computes, by the keys of `described_form`: without the parts that OpenCLIP does not have.
-
-    Raises:
-        UsageError: an image tower that is not a plain ViT with a class token.
-    """
-    _open_clip_names(model.state_dict())  # refuses other parts
-    trunk = model.vision.trunk
-    if trunk.global_pool != "token" or trunk.no_embed_class:
-        raise UsageError(
-            f"model.vision: pools by {trunk.global_pool!r}; OpenCLIP's ViT pools by a class token with a position"
-        )
-    image, text = list(trunk.blocks), list(model.text.blocks)
-    return {
-        "model.embed_dim": model.image_projection.out_features,
-        "model.vision.patch_size": model.vision.patch_size,
-        "model.vision's norm before its blocks": not isinstance(trunk.norm_pre, nn.Identity),
-        **dict(zip(IMAGE_KEYS, _built(trunk.norm, image), strict=True)),
-        "model.vision's activation": _activation(image[0]),
-        "model.text.context_length": model.context_length,
-        **dict(zip(TEXT_KEYS, _built(model.text.norm, text), strict=True)),
-        "model.text.activation": _activation(text[0]),
-    }
-
-
-def _described(tower: Mapping[str, Any], *, num_heads: int) -> tuple[int | float, ...]:
-    eps = (tower["norm_kwargs"] or {}).get("eps", NORM_EPS)
-    return tower["width"], tower["layers"], num_heads, int(tower["width"] * tower["mlp_ratio"]), eps
-
-
-def _built(norm: nn.LayerNorm, blocks: Sequence[Block]) -> tuple[int | float, ...]:
-    attention, mlp_width = blocks[0].attn, blocks[0].mlp.fc1.out_features
-    return attention.num_heads * attention.head_dim, len(blocks), attention.num_heads, mlp_width, norm.eps
-
-
-def _activation(block: Block) -> str:
-    kind = type(block.mlp.act)
-    return next((word for word, known in ACTIVATIONS.items() if known is kind), kind.__name__)
+    is_quick = bool(configuration.get("quick_gelu"))
+    tower = _image_tower(vision, is_quick=is_quick)
+    if tower is None:
+        raise UsageError(f"{source}: mlip knows no tower of timm with this form; use another architecture")
+    return ModelConfig(
+        embed_dim=configuration["embed_dim"],
+        vision=tower,
+        text=Text(
+            width=text["width"],
+            depth=text["layers"],
+            num_heads=text["heads"],
+            context_length=text["context_length"],
+            activation="quick_gelu" if is_quick else "gelu",
+        ),
+        frequency=None,
+        merging=None,
+    )
 
 
 def _strange(section: str, tower: Mapping[str, Any]) -> list[str]:
@@ -267,34 +215,36 @@ def _strange(section: str, tower: Mapping[str, Any]) -> list[str]:
     found = []
     for key, value in tower.items():
         if key in DEFAULTS[section]:
-            is_ours = not isinstance(value, list) and (key != "vocab_size" or value == VOCAB_SIZE)
+            is_fixed = key == "vocab_size" or (section, key) == ("text_cfg", "mlp_ratio")
+            is_ours = not isinstance(value, list) and (not is_fixed or value == DEFAULTS[section][key])
         else:
             is_ours = not value or key in NO_EFFECT or value in NEUTRAL.get(key, ())
         if not is_ours:
             found.append(f"{section}.{key} {value}")
-    norms = tower["norm_kwargs"] or {}
-    return found + [f"{section}.norm_kwargs.{key} {value}" for key, value in norms.items() if key != "eps"]
+    for key, value in (tower["norm_kwargs"] or {}).items():
+        if key != "eps" or (section == "text_cfg" and value != NORM_EPS):
+            found.append(f"{section}.norm_kwargs.{key} {value}")
+    return found
 
 
-def fitting_recipe(configuration: Mapping[str, Any], *, source: str) -> str | None:
-    """The recipe's section `model` that has the form of a configuration, as YAML; None if we know no such tower."""
-    form = described_form(configuration, source=source)
-    image = {name: form[f"model.vision.{name}"] for name in ("patch_size", "width", "depth", "num_heads")}
-    text = {
-        name: form[f"model.text.{name}"] for name in ("width", "depth", "num_heads", "context_length", "activation")
-    }
-    mlp_width, quick = form["model.vision's MLP width"], text["activation"] == "quick_gelu"
-    norms = form["model.vision's norm before its blocks"], form["model.vision's norm eps"]
-    if norms == (False, 1e-6) and not quick and mlp_width == 4 * image["width"]:
-        vision = _yaml(image)
-    else:
-        name = TIMM_TOWERS.get((*image.values(), mlp_width), "") if norms == (True, NORM_EPS) else ""
-        name = name.replace("_clip_", "_clip_quickgelu_") if quick else name
-        if not timm.is_model(name):
-            return None
-        vision = _yaml({"timm": name})
-    return f"model: {_yaml({'embed_dim': form['model.embed_dim'], 'vision': vision, 'text': _yaml(text)})}"
+def _image_tower(vision: Mapping[str, Any], *, is_quick: bool) -> Vision | None:
+    """The tower by its sizes or by timm's name; None if there is none of this form."""
+    patch_size, width, depth = vision["patch_size"], vision["width"], vision["layers"]
+    num_heads, mlp_width = width // vision["head_width"], int(width * vision["mlp_ratio"])
+    norms = not vision["no_ln_pre"], (vision["norm_kwargs"] or {}).get("eps", NORM_EPS)
+    if norms == (False, 1e-6) and not is_quick and mlp_width == 4 * width:
+        return Vision(patch_size=patch_size, width=width, depth=depth, num_heads=num_heads)
+    name = TIMM_TOWERS.get((patch_size, width, depth, num_heads, mlp_width), "") if norms == (True, NORM_EPS) else ""
+    name = name.replace("_clip_", "_clip_quickgelu_") if is_quick else name
+    return Vision(timm=name) if timm.is_model(name) else None
 
 
-def _yaml(values: Mapping[str, Any]) -> str:
-    return "{" + ", ".join(f"{key}: {value}" for key, value in values.items()) + "}"
+def as_yaml(section: ModelConfig) -> str:
+    """A section from `model_section` as one line of YAML."""
+
+    def line(values: Mapping[str, Any]) -> str:
+        return "{" + ", ".join(f"{key}: {value}" for key, value in values.items()) + "}"
+
+    text = section.text.model_dump(exclude={"dropout"})
+    vision = section.vision.model_dump(exclude_defaults=True)
+    return f"model: {line({'embed_dim': section.embed_dim, 'vision': line(vision), 'text': line(text)})}"

@@ -1,7 +1,6 @@
 """`model.init`: the weights that a new run starts from, those of another run or those of a file by OpenCLIP's names."""
 
 import difflib
-import importlib.util
 import json
 import math
 from collections import defaultdict
@@ -14,11 +13,12 @@ import torch
 from timm.layers import DropPath, resample_abs_pos_embed
 from torch import Tensor, nn
 
-from mlip_cli.errors import RunError, UsageError
+from mlip_cli.data.tokenizer import open_clip_folder
+from mlip_cli.errors import UsageError
 from mlip_cli.model.clip import CLIP, build_model
 from mlip_cli.model.frequency import regrid_kernel
-from mlip_cli.model.open_clip import ONLY_OURS, PATCH_BIAS, fitting_recipe, from_open_clip, misfits
-from mlip_cli.recipe.config import LOSS_NAMES, Recipe
+from mlip_cli.model.open_clip import ONLY_OURS, PATCH_BIAS, as_yaml, from_open_clip, model_section
+from mlip_cli.recipe.config import LOSS_NAMES, Losses, Recipe
 from mlip_cli.recipe.init_source import OpenClipFile
 from mlip_cli.recipe.load import differences, load_recipe
 from mlip_cli.runs.checkpoint import load_weights
@@ -61,7 +61,7 @@ def check_initial(model: CLIP, recipe: Recipe) -> OpenClipFile | Path:
     assert recipe.model.init is not None
     source = find_init(recipe.model.init)
     if isinstance(source, OpenClipFile):
-        _check_architecture(model, source)
+        _check_architecture(model, recipe, source)
     else:
         _check_run(model, recipe, source)
     return source
@@ -113,10 +113,7 @@ def open_clip_configuration(name: str) -> dict[str, Any]:
     Raises:
         UsageError: OpenCLIP has no configuration of this name.
     """
-    package = importlib.util.find_spec("open_clip")
-    if package is None or package.origin is None:
-        raise RunError("open_clip is not installed; pip install open_clip_torch")
-    files = {path.stem: path for path in (Path(package.origin).parent / "model_configs").glob("*.json")}
+    files = {path.stem: path for path in (open_clip_folder() / "model_configs").glob("*.json")}
     if name not in files:
         close = difflib.get_close_matches(name, files, 3)
         hint = f"did you mean {', '.join(close)}?" if close else "names look like ViT-B-32-quickgelu"
@@ -124,25 +121,35 @@ def open_clip_configuration(name: str) -> dict[str, Any]:
     return json.loads(files[name].read_text())
 
 
-def _check_architecture(model: CLIP, source: OpenClipFile) -> None:
-    place = f"model.init: open_clip:{source.architecture}"
+def _check_architecture(model: CLIP, recipe: Recipe, source: OpenClipFile) -> None:
+    place = f"open_clip:{source.architecture}"
     configuration = open_clip_configuration(source.architecture)
+    section = model_section(configuration, source=f"model.init: {place}")
     if model.vision.stem_depth:
         raise UsageError(
-            f"{place} does not fit the recipe: with model.frequency.placement: stem spectral blocks replace the first "
-            f"{model.vision.stem_depth} attention blocks; set it to branch, or start from a run with such a stem"
+            f"model.init: {place} does not fit the recipe: with model.frequency.placement: stem spectral blocks "
+            f"replace the first {model.vision.stem_depth} attention blocks; set it to branch, or start from a run with "
+            "such a stem"
         )
-    if wrong := misfits(model, configuration, source=place):
-        fit, size = fitting_recipe(configuration, source=place), configuration["vision_cfg"].get("image_size", 224)
-        fitting = f"use {fit} (its own data.image_size is {size}; for others the positions are resampled)"
-        cure = fitting if fit else "mlip knows no tower of this form; use another architecture"
-        raise UsageError(f"{place} does not fit the recipe: {'; '.join(wrong)}; {cure}")
+    size = configuration["vision_cfg"].get("image_size", 224)
+    data = recipe.data.model_copy(update={"image_size": size})
+    other = recipe.model_copy(update={"model": section, "data": data, "losses": Losses()})
+    cure = f"use {as_yaml(section)} (its own data.image_size is {size}; for others the positions are resampled)"
+    _check_form(model, recipe, other, place=place, cure=cure)
 
 
 def _check_run(model: CLIP, recipe: Recipe, checkpoint: Path) -> None:
-    """Compare the parts that both models have; where one differs, name the recipe's keys that decide its form."""
     run = Run(checkpoint.parent.parent)
-    other = load_recipe(str(run.recipe)).recipe
+    cure = f"take these values from {run.recipe}, or set model.init to null"
+    _check_form(model, recipe, load_recipe(str(run.recipe)).recipe, place=str(checkpoint), cure=cure)
+
+
+def _check_form(model: CLIP, recipe: Recipe, other: Recipe, *, place: str, cure: str) -> None:
+    """Compare the parts that `model` shares with the model of another recipe.
+
+    Raises:
+        UsageError: one of them differs; the message names the keys of the recipe that decide its form.
+    """
     with torch.device("meta"):
         theirs = build_model(other)
     own_forms, their_forms = _forms(model), _forms(theirs)
@@ -157,10 +164,7 @@ def _check_run(model: CLIP, recipe: Recipe, checkpoint: Path) -> None:
         for key, value, mine in differences(other, recipe)
         if key not in NO_FORM and any(key == s or key.startswith(f"{s}.") for s in sections)
     ]
-    raise UsageError(
-        f"model.init: {checkpoint} does not fit the recipe: {'; '.join(named)}; take these values from {run.recipe}, "
-        "or set model.init to null"
-    )
+    raise UsageError(f"model.init: {place} does not fit the recipe: {'; '.join(named)}; {cure}")
 
 
 def _forms(model: CLIP) -> dict[str, list[Any]]:

@@ -91,12 +91,13 @@ class StopRequest:
             save: this rank asks for a checkpoint.
             at_once: wait for the answer to this call.
         """
-        own = self.exit_code or int(save)
         if world_size() == 1:
-            return Asked.by(own)
-        asked = all_max(torch.full((), own, device=self._device))
-        earlier, self._answer = self._answer, fetched(asked)
-        return Asked.by(self._answer() if at_once else earlier())
+            return Asked.by(self.exit_code or int(save))
+        earlier = Asked.by(0 if at_once else self._answer())
+        own = self.exit_code or int(save and not earlier.save)  # the earlier answer leads to a checkpoint already
+        answer = fetched(all_max(torch.full((), own, device=self._device)))
+        self._answer = (lambda: 0) if at_once else answer
+        return Asked.by(answer()) if at_once else earlier
 
 
 def fetched(x: Tensor) -> Callable[[], int]:

@@ -22,10 +22,9 @@ def point(
     """Accuracy of each merge rate by reading (see `measure_pointing`). A picture's name is its first caption."""
     dataset, image_size = open_prepared(folder), loaded.model.image_size
     loader = evaluation_loader(dataset, image_size=tile_size(image_size), batch_size=batch_size, num_workers=0)
-    batches = list(loader)
     return measure_pointing(
-        torch.cat([batch.images for batch in batches]),
-        [str(record["captions"][0]["text"]) for batch in batches for record in batch.records],
+        torch.cat([batch.images for batch in loader]),
+        [dataset.read(id).captions[0].text for id in range(dataset.num_samples)],
         Pointer(
             label=f"{folder}: {loaded.label}",
             image_size=image_size,

@@ -26,12 +26,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from shards_for_tests import make_dataset
 
-from mlip_cli.data import transforms
+from mlip_cli.data import pictures as module
 from mlip_cli.data.loader import training_loader
 from mlip_cli.data.open import open_prepared
 from mlip_cli.data.order import Order
+from mlip_cli.data.pictures import jpeg_decoder, open_picture
 from mlip_cli.data.tokenizer import Tokenizer
-from mlip_cli.data.transforms import decode, jpeg_decoder, least_size, training_crop, training_transform
+from mlip_cli.data.transforms import decode, least_size, training_crop, training_transform
 from mlip_cli.recipe.config import Augment, Data, Source
 from mlip_cli.terminal.output import print_table
 
@@ -53,9 +54,9 @@ def photographs(width: int, height: int) -> list[Image.Image]:
 
 
 @contextmanager
-def torchvision_alone() -> Iterator[None]:
+def pillow_alone() -> Iterator[None]:
     """Decode without simplejpeg inside the block."""
-    with patch.object(transforms, "simplejpeg_decode", None):
+    with patch.object(module, "simplejpeg_decode", None):
         yield
 
 
@@ -67,8 +68,10 @@ def rows(folder: Path, size: int) -> dict[str, Callable[[], object]]:
     ids = order.positions(np.arange(N)).index.tolist()
     generator, tokenizer = torch.Generator(), Tokenizer(77)
     pictures = [dataset.read(id).image for id in range(N)]
-    crops = [training_crop(*decode(p).shape[-2:], augment=AUGMENT, generator=generator) for p in pictures]
-    decoded = [decode(p, least=least_size(crop, size)) for p, crop in zip(pictures[:128], crops, strict=False)]
+    crops = [training_crop(*decode(open_picture(p)).shape[-2:], augment=AUGMENT, generator=generator) for p in pictures]
+    decoded = [
+        decode(open_picture(p), least=least_size(crop, size)) for p, crop in zip(pictures[:128], crops, strict=False)
+    ]
     data = Data(train=(Source(path=str(folder)),), image_size=size, augment=AUGMENT)
     pillow = T.Compose(
         [
@@ -105,7 +108,7 @@ def rows(folder: Path, size: int) -> dict[str, Callable[[], object]]:
 
     def decode_all() -> None:
         for content, crop in zip(pictures, crops, strict=True):
-            decode(content, least=least_size(crop, size))
+            decode(open_picture(content), least=least_size(crop, size))
 
     def transform_all() -> None:
         for i in range(N):
@@ -115,10 +118,10 @@ def rows(folder: Path, size: int) -> dict[str, Callable[[], object]]:
         "read: indexed, permuted order": lambda: [dataset.read(id) for id in ids],
         "read: webdataset, in sequence": lambda: list(islice(webdataset_samples(), N)),
         f"decode: {jpeg_decoder()}": decode_all,
-        "decode: without simplejpeg": torchvision_alone()(decode_all),
+        "decode: without simplejpeg": pillow_alone()(decode_all),
         "transform": transform_all,
         "batches: this loader": ours_whole,
-        "batches: this loader without simplejpeg": torchvision_alone()(ours_whole),
+        "batches: this loader without simplejpeg": pillow_alone()(ours_whole),
         "batches: webdataset, Pillow, ToTensor": webdataset_whole,
     }
 

@@ -23,9 +23,9 @@ from mlip_cli.data.prepare.shards import StoredSamples, write_split
 from mlip_cli.data.prepare.summary import SplitSummary, Summary, next_commands
 from mlip_cli.data.prepare.workers import run_parallel
 from mlip_cli.data.prepare.workspace import PartOptions, PartResult, Workspace, opened
-from mlip_cli.data.sources.find import DataSource, ReadOptions, count_records, read_records
+from mlip_cli.data.sources.find import DataSource, count_records, read_records
 from mlip_cli.data.sources.openmoji import attribution
-from mlip_cli.data.sources.records import MAX_HELD_OUT, SPLITS, parts_of
+from mlip_cli.data.sources.records import MAX_HELD_OUT, SPLITS, ReadOptions, parts_of
 from mlip_cli.data.sources.tables import columns_in_words
 from mlip_cli.errors import RunError, UsageError, interrupted_as
 from mlip_cli.files import GIB, full_disk_named
@@ -62,8 +62,7 @@ def prepare(source: DataSource, out: Path, read: ReadOptions, request: dict[str,
         num_rows = count_records(source, read)
     say(f"{source.name}: {source.describe()}; {plural(num_rows, 'row')}")
     if source.format == "metadata":
-        columns = {"image_column": read.image_column, "caption_column": read.caption_column}
-        say(columns_in_words(source.root, source.tables(), **columns))
+        say(columns_in_words(source.root, source.tables(), read))
     _check_disk(out, num_rows=num_rows, size=request["size"], source_bytes=sum(file.size for file in source.files))
     provenance = {"tool": f"mlip-cli {__version__}", "source": source.name, **request}
     if source.format == "openmoji":
@@ -110,7 +109,7 @@ def _prepare_parts(
     num_rows: int,
     num_workers: int,
 ) -> list[PartResult]:
-    """Prepare the parts that the journal lacks. Returns all results, in the order of the source.
+    """Prepare the parts that are not finished yet. Returns all results, in the order of the source.
 
     Raises:
         SourceError: most of the first rows fail for one reason.
@@ -124,7 +123,6 @@ def _prepare_parts(
         bar.advance(bar.task_ids[0], sum(result.rows for result in results.values()))
         _check_first_rows(work, results, enough=FIRST_ROWS)
         for result in run_parallel(partial(prepare_part, options=options), todo, num_workers=num_workers):
-            work.remember(result)
             results[result.number] = result
             bar.advance(bar.task_ids[0], result.rows)
             _check_first_rows(work, results, enough=FIRST_ROWS)

@@ -17,14 +17,14 @@ from mlip_cli.data.prepare.shards import PART_ROW, sample_parts, tar_writer, ver
 from mlip_cli.data.prepare.workspace import PartOptions, PartResult
 from mlip_cli.data.sources.records import SPLITS, PicturePlace, Record, SourcePart, printable
 from mlip_cli.data.tokenizer import count_tokens
-from mlip_cli.files import atomic_path, write_bytes
+from mlip_cli.files import atomic_path, write_bytes, write_json
 
 MAX_FILE_BYTES = 512 << 20
 NO_SPLIT = 255
 
 
 def prepare_part(part: SourcePart, options: PartOptions) -> PartResult:
-    """Write a part's samples and rejects to files of their own. Each file is whole or absent."""
+    """Write a part's samples and rejects to files of their own, and the result last. Each file is whole or absent."""
     tar = Path(options.folder, f"part-{part.number:06d}.tar")
     rows: list[tuple[int, int, int]] = []
     rejects: list[dict[str, Any]] = []
@@ -47,13 +47,10 @@ def prepare_part(part: SourcePart, options: PartOptions) -> PartResult:
         np.save(file, table, allow_pickle=False)
     lines = "".join(json.dumps(reject) + "\n" for reject in rejects)
     write_bytes(tar.with_suffix(".rejects.jsonl"), lines.encode())
-    return PartResult(
-        number=part.number,
-        rows=len(part.records),
-        tar=tar.name,
-        tar_bytes=verified.num_bytes,
-        reasons=dict(sorted(Counter(reject["reason"] for reject in rejects).items())),
-    )
+    reasons = dict(sorted(Counter(reject["reason"] for reject in rejects).items()))
+    result = PartResult(part.number, len(part.records), tar.name, reasons)
+    write_json(tar.with_suffix(".json"), asdict(result))
+    return result
 
 
 def _make_sample(record: Record, row: int, options: PartOptions) -> tuple[dict[str, Any], StoredPicture]:

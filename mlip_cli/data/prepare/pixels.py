@@ -1,7 +1,6 @@
-"""From whatever bytes a picture comes in to an RGB picture of the stored size, and to the stored bytes.
+"""What a shard stores of a picture: its pixels at the stored size, encoded again so that no metadata is left.
 
-JPEG sources are stored as JPEG (quality 92, re-encoded even when nothing had to change: that is how metadata goes),
-everything else as lossless WebP.
+A JPEG is stored as JPEG of quality 92, everything else as lossless WebP.
 """
 
 import hashlib
@@ -29,10 +28,10 @@ class StoredPicture:
     width: int
     height: int
     original_width: int
-    """As displayed: after EXIF orientation."""
+    """As shown, upright."""
     original_height: int
     pixels: int
-    """First 64 bits of the sha256 of the normalised pixels."""
+    """`hash_pixels` of the pixels before they were encoded again."""
 
 
 def store(content: bytes, *, size: int) -> StoredPicture:
@@ -64,7 +63,7 @@ def store(content: bytes, *, size: int) -> StoredPicture:
 
 
 def encode(rgb: Image.Image, *, is_jpeg: bool) -> bytes:
-    """JPEG for what was JPEG, else lossless WebP; neither holds metadata."""
+    """Encode as JPEG or as lossless WebP, without metadata."""
     file = io.BytesIO()
     bare = Image.frombytes("RGB", rgb.size, rgb.tobytes())
     if is_jpeg:
@@ -75,13 +74,13 @@ def encode(rgb: Image.Image, *, is_jpeg: bool) -> bytes:
 
 
 def hash_pixels(rgb: Image.Image) -> int:
-    """64 bits that are equal for equal pixels."""
+    """The first 64 bits of the SHA-256 of size and pixels."""
     digest = hashlib.sha256(struct.pack("<II", *rgb.size) + rgb.tobytes()).digest()
     return int.from_bytes(digest[:8])
 
 
 def _scaled(size: tuple[int, int], short_side: int) -> tuple[int, int]:
-    """`size` with its short side at `short_side`, or as it is where that would be larger."""
+    """`size` with its short side at `short_side`; nothing is enlarged."""
     width, height = size
     short = min(width, height)
     if short <= short_side:

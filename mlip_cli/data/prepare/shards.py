@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,9 @@ from mlip_cli.data.sources.records import json_bytes
 from mlip_cli.data.tar import BLOCK, Member, read_members
 from mlip_cli.errors import RunError
 from mlip_cli.files import atomic_path, write_json
+
+if TYPE_CHECKING:
+    from webdataset.writer import TarWriter
 
 SHARD_SAMPLES = 10_000
 SHARD_BYTES = 512 << 20
@@ -36,14 +39,8 @@ PART_ROW = np.dtype([("record", RECORD), ("pixels", "<u8"), ("split", "u1")])
 """A sample of a part: its index record there, hash of its pixels, place of its split in SPLITS (255: it has none)."""
 
 
-class SampleWriter(Protocol):
-    """The method of webdataset's TarWriter that we use."""
-
-    def write(self, sample: Mapping[str, Any]) -> int: ...
-
-
 @contextmanager
-def tar_writer(path: Path) -> Iterator[SampleWriter]:
+def tar_writer(path: Path) -> Iterator["TarWriter"]:
     """Write samples to a tar at `path`: the same bytes every time."""
     from webdataset.writer import TarWriter
 

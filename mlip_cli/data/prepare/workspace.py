@@ -1,9 +1,8 @@
-"""The output folder of prepare-data while it is written: lock, journal, finished parts, and the last step.
+"""The output folder of prepare-data while it is written: lock, request, finished parts, and the last step.
 
 OUT/.prepare/lock           held by the one process that writes here
 OUT/.prepare/request.json   fingerprint of the source, options
-OUT/.prepare/journal.jsonl  one line a finished part
-OUT/.prepare/parts/         tars and tables of the parts
+OUT/.prepare/parts/         tars and tables of the parts; the JSON of a part is written last
 OUT/.prepare/finished/      splits and rejects, moved to OUT at the end
 OUT/prepared.json           written last: a folder without it is not finished
 """
@@ -39,13 +38,12 @@ class PartOptions:
 
 @dataclass(frozen=True)
 class PartResult:
-    """A part whose verified files are on the disk."""
+    """A part whose verified files are on the disk, as its JSON holds it."""
 
     number: int
     rows: int
     tar: str
-    """Name in parts/; the tables of samples and rejects lie beside it."""
-    tar_bytes: int
+    """Name in parts/. The tables of samples and rejects lie beside it."""
     reasons: dict[str, int]
     """Rejects by reason."""
 
@@ -73,27 +71,9 @@ class Workspace:
         return self.folder / "finished"
 
     def results(self) -> dict[int, PartResult]:
-        """The parts of the journal whose files are there in full size. A torn last line is ignored."""
-        results = {}
-        path = self.folder / "journal.jsonl"
-        for line in path.read_text().splitlines() if path.is_file() else []:
-            try:
-                result = PartResult(**json.loads(line))
-            except (ValueError, TypeError):
-                continue
-            tar = self.parts / result.tar
-            files = (tar, tar.with_suffix(".npy"), tar.with_suffix(".rejects.jsonl"))
-            if all(file.is_file() for file in files) and tar.stat().st_size == result.tar_bytes:
-                results[result.number] = result
-        return results
-
-    def remember(self, result: PartResult) -> None:
-        """Add a finished part to the journal."""
-        with open(self.folder / "journal.jsonl", "a", encoding="utf-8") as file:
-            # The newline comes first, so that it ends a torn line before this one.
-            file.write("\n" + json.dumps(asdict(result)))
-            file.flush()
-            os.fsync(file.fileno())
+        """The finished parts by number."""
+        found = [PartResult(**json.loads(path.read_bytes())) for path in self.parts.glob("*.json")]
+        return {result.number: result for result in found}
 
     def publish(self, summary: Summary) -> None:
         """Move the finished splits to OUT, write prepared.json, and remove the rest."""

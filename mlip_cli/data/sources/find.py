@@ -1,6 +1,6 @@
 """Find out what SOURCE is: its format, its files, and their records in order.
 
-A new format is a line in FORMATS and a module beside this one that makes its records.
+A new format is a line in SOURCE_FORMATS and a module beside this one that makes its records.
 """
 
 import glob
@@ -17,6 +17,7 @@ from mlip_cli.data.sources.openmoji import installed_versions, openmoji_records
 from mlip_cli.data.sources.records import (
     PICTURE_ENDINGS,
     SPLIT_WORDS,
+    ReadOptions,
     Record,
     checked_captions,
     json_bytes,
@@ -46,16 +47,6 @@ class SourceFile:
     def suffix(self) -> str:
         """`.jpg` of `a/B.JPG`."""
         return Path(self.name).suffix.lower()
-
-
-@dataclass(frozen=True)
-class ReadOptions:
-    """Which records of the source to read, and which columns of a table hold them."""
-
-    limit: int | None = None
-    image_column: str | None = None
-    caption_column: str | None = None
-    skin_tones: bool = False
 
 
 @dataclass(frozen=True)
@@ -92,17 +83,12 @@ class DataSource:
 
     def describe(self) -> str:
         """What was recognised, in words."""
-        return FORMATS[self.format].describe(self)
+        return SOURCE_FORMATS[self.format].describe(self)
 
 
 def _has_sidecars(found: DataSource) -> bool:
     names = {file.name for file in found.files}
     return found.is_folder and any(str(Path(image).with_suffix(".txt")) in names for image in found.images())
-
-
-def _table_records(source: DataSource, read: ReadOptions) -> Iterator[Record]:
-    columns = {"image_column": read.image_column, "caption_column": read.caption_column}
-    return table_records(source.root, source.tables(), **columns)
 
 
 def _described_pictures(source: DataSource, captions: str, files_per_picture: int) -> str:
@@ -121,7 +107,7 @@ class SourceFormat:
     describe: Callable[[DataSource], str]
 
 
-FORMATS = {
+SOURCE_FORMATS = {
     "openmoji": SourceFormat(
         fits=lambda found: bool(found.versions),
         records=lambda source, read: openmoji_records(skin_tones=read.skin_tones),
@@ -129,7 +115,7 @@ FORMATS = {
     ),
     "metadata": SourceFormat(
         fits=lambda found: bool(found.tables()),
-        records=_table_records,
+        records=lambda source, read: table_records(source.root, source.tables(), read),
         describe=lambda source: f"pictures in {', '.join(source.tables())}",
     ),
     "webdataset": SourceFormat(
@@ -157,11 +143,11 @@ def find_source(source: str, *, format: str = "auto") -> DataSource:
     Raises:
         UsageError: SOURCE does not exist, holds nothing usable, or is not of this format.
     """
-    if format not in ("auto", *FORMATS):
-        *words, last = FORMATS
+    if format not in ("auto", *SOURCE_FORMATS):
+        *words, last = SOURCE_FORMATS
         raise UsageError(f"--format {format}: no such format; use auto, {', '.join(words)} or {last}")
     found = _found(source, format)
-    possible = [name for name, known in FORMATS.items() if known.fits(found)]
+    possible = [name for name, known in SOURCE_FORMATS.items() if known.fits(found)]
     if format != "auto" and format not in possible:
         raise UsageError(f"{source}: not of format {format}: {_what_is_there(found)}; looked for {LOOKED_FOR}")
     if not possible:
@@ -181,7 +167,7 @@ def read_records(source: DataSource, read: ReadOptions) -> Iterator[Record]:
         UsageError: a table cannot be read, or its columns cannot be guessed.
         DamagedTarError: a tar is not whole.
     """
-    return islice(map(checked_captions, FORMATS[source.format].records(source, read)), read.limit)
+    return islice(map(checked_captions, SOURCE_FORMATS[source.format].records(source, read)), read.limit)
 
 
 def count_records(source: DataSource, read: ReadOptions) -> int:

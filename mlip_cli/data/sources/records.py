@@ -69,6 +69,16 @@ class Record:
 
 
 @dataclass(frozen=True)
+class ReadOptions:
+    """Which records of the source to read, and which columns of a table hold them."""
+
+    limit: int | None = None
+    image_column: str | None = None
+    caption_column: str | None = None
+    skin_tones: bool = False
+
+
+@dataclass(frozen=True)
 class SourcePart:
     """Consecutive rows of the source. Workers prepare whole parts, and an interrupted run keeps them."""
 

@@ -7,7 +7,15 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from mlip_cli.data.sources.records import SPLIT_WORDS, PicturePlace, Record, captions_of, plain_values, split_of_folder
+from mlip_cli.data.sources.records import (
+    SPLIT_WORDS,
+    PicturePlace,
+    ReadOptions,
+    Record,
+    captions_of,
+    plain_values,
+    split_of_folder,
+)
 from mlip_cli.errors import UsageError
 
 IMAGE_COLUMNS = ("file_name", "image", "image_path", "filepath", "path")
@@ -18,9 +26,7 @@ Row = dict[str, Any] | str
 """Cells by column, or the reason why the row cannot be read."""
 
 
-def table_records(
-    root: Path, tables: Sequence[str], *, image_column: str | None = None, caption_column: str | None = None
-) -> Iterator[Record]:
+def table_records(root: Path, tables: Sequence[str], read: ReadOptions) -> Iterator[Record]:
     """The rows of the tables, in order. Columns `split` and `class` mean what they say; the others become `meta`.
 
     Raises:
@@ -29,7 +35,7 @@ def table_records(
     for table in tables:
         path = root / table
         columns, rows = _read_table(path)
-        image, caption = _chosen(path, columns, image_column, caption_column)
+        image, caption = _chosen(path, columns, read)
         for number, row in enumerate(rows):
             if isinstance(row, str):
                 yield Record(table, number, None, (), reject=row)
@@ -37,23 +43,19 @@ def table_records(
                 yield _record(path, table, number, row, image=image, caption=caption)
 
 
-def columns_in_words(
-    root: Path, tables: Sequence[str], *, image_column: str | None = None, caption_column: str | None = None
-) -> str:
-    """Which columns hold pictures and captions: those that were named, or guessed.
+def columns_in_words(root: Path, tables: Sequence[str], read: ReadOptions) -> str:
+    """The columns that hold pictures and captions, named by the user or guessed.
 
     Raises:
         UsageError: as `table_records`.
     """
-    found = {_chosen(root / table, _read_table(root / table)[0], image_column, caption_column) for table in tables}
+    found = {_chosen(root / table, _read_table(root / table)[0], read) for table in tables}
     return "; ".join(f"pictures: column {image!r}, captions: column {caption!r}" for image, caption in sorted(found))
 
 
-def _chosen(
-    path: Path, columns: Sequence[str], image_column: str | None, caption_column: str | None
-) -> tuple[str, str]:
-    image = image_column or _guessed(path, "image", IMAGE_COLUMNS, columns)
-    caption = caption_column or _guessed(path, "caption", CAPTION_COLUMNS, columns)
+def _chosen(path: Path, columns: Sequence[str], read: ReadOptions) -> tuple[str, str]:
+    image = read.image_column or _guessed(path, "image", IMAGE_COLUMNS, columns)
+    caption = read.caption_column or _guessed(path, "caption", CAPTION_COLUMNS, columns)
     for flag, column in (("image", image), ("caption", caption)):
         if column not in columns:
             raise UsageError(f"{path}: no column {column!r} (--{flag}-column); columns are {', '.join(columns)}")

@@ -32,7 +32,7 @@ def open_built(benchmark: Benchmark) -> Pictures:
         UsageError: the folder does not hold it, or it has no pictures, or the number of its classes is wrong.
     """
     name, root = benchmark.name, benchmark.root
-    if name == "imagenetv2":  # unless all are there, its constructor downloads the archive, whatever `download` says
+    if name == "imagenetv2":  # its constructor downloads unless all pictures are there, even with download=False
         n = sum(1 for _ in root.glob(f"{IMAGENETV2_FOLDER}/**/*.jpeg"))
         if n != IMAGENETV2_PICTURES:
             raise UsageError(

@@ -95,7 +95,7 @@ def open_folder(benchmark: Benchmark) -> Pictures:
     found = [pictures_in(folder) for folder in folders]
     for folder, paths in zip(folders, found, strict=True):
         if not paths:
-            warn(f"{folder}: this class has no pictures; its name takes part all the same")
+            warn(f"{folder}: this class has no pictures; its name is still a candidate")
     files = [(path, label) for label, paths in enumerate(found) for path in paths]
     return _files(files, class_names=tuple(names), templates=_templates(root))
 
@@ -168,7 +168,7 @@ def _classes(benchmark: Benchmark, labels: Sequence[str | None]) -> list[str]:
 
 
 def open_imagenet(benchmark: Benchmark) -> Pictures:
-    """ImageNet's validation pictures, whatever their layout."""
+    """ImageNet's validation pictures in any layout."""
     if benchmark.kind == "imagenet_web_shards":
         return open_web_shards(benchmark)
     names, templates = imagenet.names_and_templates()
