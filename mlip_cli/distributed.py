@@ -1,6 +1,8 @@
 """Several ranks: start and stop, a differentiable gather, means. One process alone communicates nothing."""
 
+import ctypes
 import os
+import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -163,6 +165,14 @@ def sharded_like(tensor: Tensor, like: Tensor) -> Tensor:
     if isinstance(like, DTensor) and tensor.shape == like.shape:
         return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
     return tensor
+
+
+def signal_at_death_of_parent(number: signal.Signals) -> None:
+    """Get a signal when the process that started this one dies; only Linux has it."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "prctl"):
+        set_death_signal = 1  # PR_SET_PDEATHSIG
+        libc.prctl(set_death_signal, ctypes.c_ulong(number))
 
 
 def from_main(value: str) -> str:

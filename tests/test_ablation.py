@@ -182,6 +182,7 @@ def test_macro_and_bootstrap_equal_plain_loops() -> None:
         )
 
 
+@pytest.mark.slow
 def test_a_contrast_covers_a_known_difference_and_no_difference() -> None:
     random = np.random.default_rng(0)
     concepts, sources = numbered([str(i // 2) for i in range(600)]), numbered(["ab"[i % 2] for i in range(600)])

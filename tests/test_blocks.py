@@ -53,7 +53,7 @@ def test_blocks_are_skipped_more_often_the_higher_they_stand_and_never_in_evalua
 
 @pytest.mark.slow
 @pytest.mark.parametrize("micro_batch_size", [None, 3])
-def test_activations_that_are_computed_again_give_the_same_gradient(micro_batch_size: int | None) -> None:
+def test_recomputed_activations_give_the_same_gradient(micro_batch_size: int | None) -> None:
     """With dropout and skipped blocks, which have to be drawn again as they were."""
     recipe = dropping()
     plain = gradients_of(small_model(recipe), recipe, micro_batch_size=micro_batch_size)

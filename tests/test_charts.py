@@ -7,7 +7,7 @@ import pytest
 
 from mlip_cli.report import canvas, charts
 from mlip_cli.report.charts import ChartBar, Curve, Dot, bars_chart, curves_chart, dots_chart
-from mlip_cli.report.page import CSS, Html, element, facts, page, section, table, tables
+from mlip_cli.report.page import CSS, Html, definitions, element, page, section, table, tables
 from mlip_cli.report.tables import Spread, Table, print_tables
 
 LINES = [Curve("a", [1, 2, 3], [0.5, None, 0.25]), Curve("b", [1, 2, 3], [0.1, 0.2, 0.3], series=1)]
@@ -111,7 +111,7 @@ def test_elements_escape_everything_but_markup() -> None:
         evil,
         heading=evil,
         lead=evil,
-        sections=[section("a", "A & B", table(Table([evil], [[evil]])), facts([(evil, evil)]))],
+        sections=[section("a", "A & B", table(Table([evil], [[evil]])), definitions([(evil, evil)]))],
         foot=evil,
     )
     assert "<script" not in written

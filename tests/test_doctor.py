@@ -41,6 +41,7 @@ finally:
 """
 
 
+@pytest.mark.slow
 def test_a_healthy_machine_gets_a_json_document_and_only_what_is_checked_is_imported(folder: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(PROJECT)}
     done = subprocess.run(

@@ -133,6 +133,7 @@ def test_scores_are_those_of_a_plain_computation(place: Path, capsys: pytest.Cap
         assert scores["acc1"] == pytest.approx(right.float().mean().item())
 
 
+@pytest.mark.slow
 def test_what_is_measured_is_on_the_page_and_read_without_torch(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -313,7 +314,7 @@ def test_ctrl_c_says_that_finished_data_sets_are_kept(
     monkeypatch.setattr(evaluators, "measure_runs", interrupted)
     with pytest.raises(Stopped) as stop:
         evaluate("runs/clip", datasets=["shards:data/colors", "openmoji"])
-    kept = "interrupted; results of finished data sets are kept, repeat the command to go on"
+    kept = "interrupted; results of finished data sets are kept; repeat the command to continue"
     assert (str(stop.value), stop.value.exit_code) == (kept, 130)
     [path] = Path("runs/clip/evals").iterdir()
     assert path.name.startswith("shards_data_colors-")

@@ -95,7 +95,7 @@ def test_the_term_equals_the_naive_loss_with_all_its_gradients() -> None:
         torch.testing.assert_close(mine, other, rtol=0, atol=1e-10)
 
 
-def test_an_objective_without_it_leaves_the_words_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_objective_without_filip_does_not_prepare_words(monkeypatch: pytest.MonkeyPatch) -> None:
     """`profile` times each loss alone, on the features that all of them need."""
     monkeypatch.setattr(objective, "filip_words", lambda *_: pytest.fail("prepared"))
     whole = features(token_inputs(6, 6), torch.tensor([14.0], dtype=torch.float64))
@@ -111,7 +111,7 @@ def test_a_merged_patch_counts_as_often_as_patches_merged_into_it() -> None:
         torch.testing.assert_close(weighted[i], alone[0])
 
 
-def test_what_the_mask_hides_changes_nothing_and_gets_no_gradient() -> None:
+def test_masked_words_change_nothing_and_get_no_gradient() -> None:
     tokens = token_inputs()
     mask = tokens["mask"]
     loud = torch.where(mask[..., None], tokens["words"], 1e30).detach().requires_grad_()

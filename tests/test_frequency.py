@@ -73,7 +73,7 @@ def test_products_on_cpus_and_in_graphs_the_fft_elsewhere(monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("products", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_filters_grids_of_any_side(
+def test_half_precision_filters_grids_of_any_size(
     dtype: torch.dtype, products: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(frequency, "takes_products", lambda device: products)
@@ -122,7 +122,7 @@ def test_a_padded_kernel_filters_repeated_pictures_as_before(h: int, w: int, tim
 
 @pytest.mark.parametrize("larger", [(4, 4), (5, 5), (6, 7), (11, 8), (4, 9)])
 @pytest.mark.parametrize("own", [(4, 4), (3, 4), (4, 3), (1, 2)])
-def test_cropping_takes_back_what_padding_did(own: tuple[int, int], larger: tuple[int, int]) -> None:
+def test_cropping_undoes_padding(own: tuple[int, int], larger: tuple[int, int]) -> None:
     kernel = random(*own, 3)
     padded, _ = regrid_kernel(kernel, larger)
     back, lost_share = regrid_kernel(padded, own)
@@ -151,7 +151,7 @@ def test_odd_grids_are_shifted_padded_or_cropped_and_shifted_back() -> None:
     assert lost_share == pytest.approx((centred[[0, -1]].square().sum() / kernel.square().sum()).item())
 
 
-def test_of_an_even_grid_the_outermost_tap_is_shared_by_both_ends() -> None:
+def test_both_ends_of_an_even_grid_share_the_outermost_tap() -> None:
     kernel = torch.tensor([1.0, 2.0, 8.0, 3.0])[:, None, None]  # offsets 0, 1, +-2, -1
     assert regrid_kernel(kernel, (6, 1))[0].flatten().tolist() == [1, 2, 4, 0, 4, 3]
     cropped, lost_share = regrid_kernel(kernel, (2, 1))
@@ -256,7 +256,7 @@ class Graphs:
 
 
 @pytest.mark.slow
-def test_it_compiles_to_one_graph_without_complex_numbers() -> None:
+def test_the_branch_compiles_to_one_graph_without_complex_numbers() -> None:
     torch.compiler.reset()
     graphs = Graphs()
     model, images = branch("dct"), random(2, 3, 6, 10).float()
@@ -274,7 +274,7 @@ def test_it_compiles_to_one_graph_without_complex_numbers() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["tokens", "stem"])
-def test_what_was_not_compiled_takes_no_complex_numbers_either(kind: str) -> None:
+def test_uncompiled_blocks_use_no_complex_numbers_on_a_cpu(kind: str) -> None:
     torch.manual_seed(0)
     model: nn.Module = StemBlock(3, 5, 4) if kind == "stem" else branch(kind)
     given = random(2, 16 if kind == "stem" else 15, 4).float()

@@ -42,9 +42,7 @@ from mlip_cli.runs.checkpoint import load_state, load_weights, remove_leftovers,
 from mlip_cli.runs.folder import Run, checkpoint_folders, checkpoint_name, step_of
 from mlip_cli.types import VOCAB_SIZE
 
-pytestmark = pytest.mark.slow
-
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 STEPS, EVERY = 20, Every(checkpoint=3, evaluation=4)
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from killed_for_tests import Forked, last_step, pretrain, processes_marked, wait_until
+from killed_for_tests import Forked, last_step, pretrain, processes_marked, wait_until, with_group
 from models_for_tests import small_recipe
 from shards_for_tests import make_dataset
 
@@ -63,6 +63,7 @@ def get_stuck(place: str, marker: str) -> None:
     def hanging(*args: Any, **named: Any) -> Any:
         calls.append(1)
         if len(calls) == 2 and os.environ.get("RANK", "0") == "0":
+            Path(f"{marker}.pid").write_text(str(os.getpid()))
             hang(marker) if place != "a step of Python" else sleep(marker)
         return whole(*args, **named)
 
@@ -127,6 +128,8 @@ def test_a_second_ctrl_c_ends_a_process_that_python_cannot_interrupt(
         assert training.join() == [-signal.SIGINT] * ranks, training.said()
         assert time.monotonic() - started < AT_ONCE_S
         wait_until(training.are_gone, what="processes are left")
+        stuck_process = int(Path(f"{words}.stuck.pid").read_text())  # of the loader's, which has a group of its own
+        wait_until(lambda: not with_group(stuck_process, 0), what="a loader process is left")
     assert "Traceback" not in training.said()
 
 

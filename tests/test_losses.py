@@ -84,7 +84,7 @@ def test_sparc_equals_loops_over_replicated_patches() -> None:
         torch.testing.assert_close(mine, other, rtol=1e-9, atol=1e-12)
 
 
-def test_sparc_is_deaf_to_what_the_mask_hides() -> None:
+def test_sparc_ignores_masked_words() -> None:
     patches, sizes, words, mask, scale = token_inputs()
     loud = torch.where(mask[..., None], words, 1e6 * torch.randn_like(words)).detach().requires_grad_()
     value = sparc_sum(patches, sizes, loud, mask, scale)

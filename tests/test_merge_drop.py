@@ -52,7 +52,7 @@ def test_groups_of_dropped_patches_compose_and_come_back() -> None:
     assert ((both >= 0).sum(1) == 5).all()
 
 
-def test_plans() -> None:
+def test_drops_leave_the_share_of_patches_that_is_asked_for() -> None:
     assert plan(0.5).at == (1,)
     assert plan(0.5).tokens == (98,) * 12
     assert plan(0.9).tokens == (20,) * 12  # a merge would stop at half
@@ -76,13 +76,13 @@ def test_plans() -> None:
         ({"at": (0, 1)}, "model.merging.at: [0, 1] starts before block 1; blocks count from 1"),
     ],
 )
-def test_what_cannot_be_is_refused(changes: dict[str, object], message: str) -> None:
+def test_impossible_plans_are_refused(changes: dict[str, object], message: str) -> None:
     with pytest.raises(UsageError) as caught:
         plan(**({"rate": 0.5} | changes))  # type: ignore[arg-type]
     assert str(caught.value) == message
 
 
-def test_only_drops_may_stand_before_the_first_block() -> None:
+def test_only_drops_may_come_before_the_first_block() -> None:
     def mistakes(**merging: object) -> list[tuple[str, str]]:
         return check(small_recipe(model={"merging": merging}))
 
@@ -145,7 +145,7 @@ def test_drops_come_from_torchs_generator_and_favour_no_patch() -> None:
     torch.testing.assert_close(kept(3).double().mean(0), torch.full((16,), 0.5, dtype=torch.float64), rtol=0, atol=0.1)
 
 
-def test_a_replay_draws_what_the_first_pass_drew() -> None:
+def test_a_replay_draws_the_same_numbers_as_the_first_pass() -> None:
     """Else drop path behind the drops would differ, and accumulation would give another gradient."""
     model, batch = dropping_model(at=[1, 3]).train(), small_batch()
     for block in model.vision.trunk.blocks:

@@ -72,7 +72,7 @@ def test_a_nan_pixel_spoils_only_its_own_picture(method: str, value: float) -> N
             assert values is None or ((values >= 0) & (values <= 1)).all()
 
 
-def test_guidance_is_what_the_plan_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_kind_of_guidance_uses_its_own_maps(monkeypatch: pytest.MonkeyPatch) -> None:
     received: list[tuple[Tensor | None, float]] = []
     match = merge_pass.match
 
@@ -96,7 +96,7 @@ def test_guidance_is_what_the_plan_asks_for(monkeypatch: pytest.MonkeyPatch) -> 
     assert len({str(s.groups.tolist()) for s in first.values()}) == 4
 
 
-def test_what_nobody_asks_for_is_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_guidance_computes_only_its_own_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[str] = []
     attend, energy = vision.attend, merge_pass.frequency_guidance
 
@@ -168,6 +168,7 @@ def test_a_merged_model_compiles_to_one_graph() -> None:
     found[0].square().sum().backward()
 
 
+@pytest.mark.slow
 def test_matching_and_drops_alone_break_no_graph() -> None:
     """Full graphs bear shapes that depend on data; without that demand they break there."""
     patches = Patches((3, 5), 8, 1, has_class_token=True)

@@ -52,7 +52,7 @@ def test_groups_grow_from_stage_to_stage() -> None:
     assert together[1].sum() > together[0].sum()
 
 
-def test_maps_are_what_the_matching_received(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stages_show_the_guidance_that_the_matching_used(monkeypatch: pytest.MonkeyPatch) -> None:
     received: list[Tensor] = []
 
     def spy(metric: Tensor, guidance: Tensor, parity: Tensor, num_groups: int, *, strength: float) -> Tensor:

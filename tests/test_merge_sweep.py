@@ -25,7 +25,7 @@ from mlip_cli.data.pictures import RejectedPictureError, open_picture
 from mlip_cli.data.transforms import decode
 from mlip_cli.errors import RunError, Stopped, UsageError
 from mlip_cli.evaluate.evaluators import training_evaluators
-from mlip_cli.evaluate.merge_points import METHODS
+from mlip_cli.evaluate.merge_points import SWEPT_METHODS
 from mlip_cli.evaluate.panels import draw_groups, draw_guidance, panel_pictures
 from mlip_cli.evaluate.sweep import FAILURES, agreement, find_datasets, numbers_at_random
 from mlip_cli.evaluate.validation import validation_pairs
@@ -96,6 +96,7 @@ def test_every_setting_stands_beside_the_unmerged_model(place: Path, capsys: pyt
         assert test["won"] + test["lost"] <= 24 * (1 - point["agreement"]) + 1e-9
 
 
+@pytest.mark.slow
 def test_the_result_and_a_new_page_stay_in_the_run(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -386,7 +387,7 @@ def test_agreement_is_of_whole_class_numbers() -> None:
 
 
 def test_methods_are_those_of_the_recipe_that_merge() -> None:
-    assert set(METHODS) == set(merge_plan.METHODS) - {"random_drop"}
+    assert set(SWEPT_METHODS) == set(merge_plan.METHODS) - {"random_drop"}
 
 
 @pytest.mark.slow

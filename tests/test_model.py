@@ -227,7 +227,7 @@ def test_plain_blocks_without_keys_merge_by_their_tokens() -> None:
 
 
 @pytest.mark.parametrize("activation", ["gelu", "quick_gelu"])
-def test_text_dropout_is_behind_attention_and_mlp_and_activations_are_what_they_say(activation: str) -> None:
+def test_text_dropout_follows_attention_and_mlp_and_each_activation_is_its_formula(activation: str) -> None:
     torch.manual_seed(0)
     config = Text(width=32, depth=2, num_heads=2, context_length=8, activation=activation, dropout=0.5)
     tower = TextTower(config, vocab_size=100).train()

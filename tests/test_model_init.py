@@ -201,6 +201,7 @@ FITTING_BRANCH = {"width": 32, "depth": 1}
 OTHER_STEM = {"placement": "stem", "width": 32, "depth": 2}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("theirs", "ours", "words"),
     [

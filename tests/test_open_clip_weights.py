@@ -139,6 +139,7 @@ def published(name: str) -> CLIP:
         return build_model(Recipe.model_validate(tree, strict=False)).eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "tower"),
     [
@@ -156,6 +157,7 @@ def test_mlip_names_a_recipe_of_the_same_shapes_for_published_architectures(name
     assert {n: t.shape for n, t in mine.items()} == {n: t.shape for n, t in other.items()}
 
 
+@pytest.mark.slow
 def test_towers_of_timm_have_the_numbers_of_the_table() -> None:
     """And no tower of timm for CLIP is missing from it."""
     known = {name.rpartition("_")[0] for name in TIMM_TOWERS.values()}
@@ -173,6 +175,7 @@ def test_towers_of_timm_have_the_numbers_of_the_table() -> None:
         assert isinstance(mlp.act, nn.GELU)
 
 
+@pytest.mark.slow
 def test_a_published_architecture_gives_the_same_features_and_gets_every_tensor_back() -> None:
     """With the first two blocks of both towers, since all blocks are alike."""
     configuration = open_clip_configuration("ViT-B-32-quickgelu")

@@ -133,6 +133,7 @@ def parameters_of(tower: str) -> tuple[str, str]:
     return {"image": ("vision.", "image_projection."), "text": ("text.", "text_projection.")}[tower]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("micro_batch_size", [None, 3])
 @pytest.mark.parametrize("tower", ["image", "text"])
 def test_a_frozen_tower_keeps_its_bits_and_the_rest_trains(tower: str, micro_batch_size: int | None) -> None:

@@ -131,6 +131,7 @@ def test_a_recipe_needs_neither_data_nor_weights(from_recipe: dict[str, Any]) ->
     assert result["step"] is None
 
 
+@pytest.mark.slow
 def test_towers_and_pieces_of_the_step_are_timed_alone(from_recipe: dict[str, Any]) -> None:
     assert [line["part"] for line in from_recipe["speed"]] == [
         "image tower, rate 0",
@@ -174,6 +175,7 @@ def test_a_plain_clip_has_no_rows_for_what_it_lacks(
     assert "on cpu, " in out
 
 
+@pytest.mark.slow
 def test_captions_are_as_wide_as_in_typical_batches(run: ProfiledRun, place: Path) -> None:
     assert run.result["caption_tokens"] == 8
     assert run.result["caption_tokens_from"] == "batches of data/colors"
@@ -300,6 +302,7 @@ def test_bars_are_of_characters_that_stdout_knows(
         assert profile_tables.bar(share) == bar
 
 
+@pytest.mark.slow
 def test_tables_of_the_newest_run_fit_80_columns(
     place: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:

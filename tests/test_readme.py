@@ -208,6 +208,7 @@ def test_a_line_of_readme_runs(line: str, folder: Path, monkeypatch: pytest.Monk
         how(line)
 
 
+@pytest.mark.slow
 def test_the_snippet_runs_and_prints_cosines(folder: Path) -> None:
     (snippet,) = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
     printed = io.StringIO()

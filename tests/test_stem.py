@@ -31,7 +31,7 @@ def stem_recipe(depth: int = 1, *, merging: dict[str, Any] | None = None, **chan
     return small_recipe(model=model | changes)
 
 
-def test_a_stem_stands_in_for_the_first_attention_blocks() -> None:
+def test_a_stem_replaces_the_first_attention_blocks() -> None:
     model, images = small_model(stem_recipe(2, merging={"rate": 0.0})), small_batch().images
     pixels, trunk = model.normalize(images), model.vision.trunk
     first, second, third, fourth = trunk.blocks
@@ -87,7 +87,7 @@ def test_a_stem_that_does_not_fit_its_tower_is_refused(changes: dict[str, int], 
     assert str(caught.value) == message
 
 
-def test_all_of_a_stem_trains_and_its_kernels_do_not_decay() -> None:
+def test_every_parameter_of_a_stem_trains_and_its_kernels_do_not_decay() -> None:
     model = small_model(stem_recipe())
     encoded = model(small_batch(), model.training_plan)
     assert (encoded.token_sizes.sum(1) == 16).all()
@@ -144,7 +144,7 @@ def test_a_recipe_says_where_merges_behind_its_stem_start() -> None:
     assert place == "model.frequency.depth"
 
 
-def test_what_drops_behind_a_stem_stays_in_its_own_tokens() -> None:
+def test_drops_behind_a_stem_keep_all_stem_tokens() -> None:
     model = small_model(stem_recipe(2, merging={"rate": 0.5, "method": "random_drop"}))
     encoded = model.train()(small_batch(), model.training_plan)
     assert encoded.token_sizes.shape[1] == model.training_plan.tokens[-1] < 16

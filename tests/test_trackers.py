@@ -17,8 +17,6 @@ from mlip_cli.recipe.config import Log
 from mlip_cli.runs import start as run_start
 from mlip_cli.runs.folder import Run
 from mlip_cli.runs.start import check_trackers
-from mlip_cli.terminal.panel import TrainingPanel
-from mlip_cli.train.journal import Journal
 from mlip_cli.train.metrics import MetricsFile
 from mlip_cli.train.trackers import MetricsLine, Trackers, opened_trackers
 
@@ -57,11 +55,11 @@ def session(run: Run, log: Log, *, after: int, until: int) -> None:
     with opened_trackers(log, run, config={}, step=after) as trackers:
         metrics = MetricsFile(run.metrics)
         metrics.cut_back(after, measured_step=after)
-        journal = Journal(metrics, TrainingPanel(until, is_live=False), trackers)
         for step in range(after + 1, until + 1):
-            journal.line({"step": step, "loss": 4 / step, "scale/x": float("nan") if step == 3 else 10.0 * until})
+            line = {"step": step, "loss": 4 / step, "scale/x": float("nan") if step == 3 else 10.0 * until}
+            trackers.append(metrics.append(line))
             if step % 2 == 0:
-                journal.measures({"step": step, "a_acc1": step / 8})
+                trackers.append(metrics.append({"step": step, "a_acc1": step / 8}))
 
 
 def test_tensorboard_shows_metrics_jsonl_and_no_step_twice_after_a_resume(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from mlip_cli.distributed import signal_at_death_of_parent
 from mlip_cli.errors import RunError
 
 OF_DEAD_WORKERS = ("DataLoader worker", "Pin memory thread exited")
@@ -33,6 +34,7 @@ def data_loader(batches: Dataset[Any], items: range, num_workers: int, *, pin_me
 def _begin_worker(number: int) -> None:
     # a signal to the whole process group asks training to stop; training needs its loaders for one more step
     os.setpgid(0, 0)
+    signal_at_death_of_parent(signal.SIGKILL)  # torch's own watch sees nothing while a worker is stuck
     report = sys.excepthook
 
     def report_own(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

@@ -53,19 +53,26 @@ def padded_length(num_tokens: int, context_length: int) -> int:
 
 @cache
 def _bpe() -> Any:
-    return _tokenizer_module().SimpleTokenizer()
+    return open_clip_module("tokenizer").SimpleTokenizer()
 
 
-def _tokenizer_module() -> ModuleType:
-    name = "open_clip.tokenizer"
-    if name in sys.modules:
-        return sys.modules[name]
+def open_clip_folder() -> Path:
+    """The folder of the installed package open_clip, found without importing it.
+
+    Raises:
+        RunError: open_clip is not installed.
+    """
     package = importlib.util.find_spec("open_clip")
     if package is None or package.origin is None:
         raise RunError("open_clip is not installed; pip install open_clip_torch")
-    spec = importlib.util.spec_from_file_location(
-        "mlip_cli_open_clip_tokenizer", Path(package.origin).parent / "tokenizer.py"
-    )
+    return Path(package.origin).parent
+
+
+def open_clip_module(name: str) -> ModuleType:
+    """One module of open_clip, loaded from its file alone unless the whole package is loaded already."""
+    if f"open_clip.{name}" in sys.modules:
+        return sys.modules[f"open_clip.{name}"]
+    spec = importlib.util.spec_from_file_location(f"mlip_cli_open_clip_{name}", open_clip_folder() / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -15,6 +15,7 @@ from mlip_cli.evaluate.datasets.benchmark import Benchmark
 from mlip_cli.evaluate.datasets.find import data_root, find_benchmark, open_benchmark
 from mlip_cli.evaluate.datasets.pictures import batches
 from mlip_cli.evaluate.measure import NAME_RECALL_AT, Candidate, measure
+from mlip_cli.evaluate.results import DIRECTIONS
 from mlip_cli.evaluate.retrieval import RECALL_AT, InBatch, image_text_retrieval, in_batch, modality_gap
 from mlip_cli.evaluate.statistics import metric_prefix
 from mlip_cli.evaluate.together import OnBatch
@@ -24,8 +25,6 @@ from mlip_cli.runs.loading import LoadedRun, MergedEncoder
 from mlip_cli.terminal.output import percent, plural
 from mlip_cli.terminal.panel import progress
 from mlip_cli.types import Encoder
-
-WAYS = {"image_to_text": "image to text", "text_to_image": "text to image"}
 
 
 @dataclass(frozen=True)
@@ -152,7 +151,7 @@ def zeroshot_words(scores: Mapping[str, Any]) -> str:
 
 def _retrieval_evaluator(pairs: ValidationPairs, batch_size: int) -> Evaluator:
     """Retrieval of all pictures and captions, top-1 in batches as large as in training, and the modality gap."""
-    recalls = [(way, k) for way in WAYS for k in RECALL_AT]
+    recalls = [(way, k) for way in DIRECTIONS for k in RECALL_AT]
     names = (*(f"{way}_r{k}" for way, k in recalls), "in_batch_acc1", "modality_gap")
     metrics = tuple(f"validation_{name}" for name in names)
 
@@ -171,7 +170,7 @@ def _retrieval_evaluator(pairs: ValidationPairs, batch_size: int) -> Evaluator:
 def retrieval_words(scores: Mapping[str, Mapping[str, Any]]) -> str:
     """Recalls both ways in a line of text, each with its number of queries."""
     ways = []
-    for (way, name), query in zip(WAYS.items(), ("picture", "caption"), strict=True):
+    for (way, name), query in zip(DIRECTIONS.items(), ("picture", "caption"), strict=True):
         found, chance = ("/".join(f"{percent(scores[way][f'r{k}{of}'])}" for k in RECALL_AT) for of in ("", "_chance"))
         ways.append(f"{name} {found} % (chance {chance}; {plural(scores[way]['n'], query)})")
     return f"R@{'/'.join(map(str, RECALL_AT))} {', '.join(ways)}"

@@ -16,7 +16,7 @@ from mlip_cli.recipe import merge_plan
 from mlip_cli.runs.loading import LoadedRun, MergedEncoder, at_rate
 from mlip_cli.terminal.panel import progress
 
-METHODS = tuple(method for method in merge_plan.METHODS if method != "random_drop")
+SWEPT_METHODS = tuple(method for method in merge_plan.METHODS if method != "random_drop")
 """Methods that merge. `random_drop` is for training only; a run that trained with it is swept as guided."""
 
 
@@ -39,9 +39,9 @@ class Point:
 def check_methods(methods: Sequence[str]) -> None:
     """Refuse a method that does not exist."""
     for method in methods:
-        if method not in METHODS:
-            near = difflib.get_close_matches(method, METHODS, n=1)
-            cure = f"did you mean {near[0]}?" if near else f"there are {', '.join(METHODS)}"
+        if method not in SWEPT_METHODS:
+            near = difflib.get_close_matches(method, SWEPT_METHODS, n=1)
+            cure = f"did you mean {near[0]}?" if near else f"there are {', '.join(SWEPT_METHODS)}"
             fault = "is for training only" if method == "random_drop" else "no such method"
             raise UsageError(f"--methods {method}: {fault}; {cure}")
 

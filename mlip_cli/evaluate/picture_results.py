@@ -1,4 +1,4 @@
-"""What evaluations show with pictures, as it lies in RUN/evals/: galleries of retrieval, and merge pictures. No torch.
+"""Results with pictures as RUN/evals/ has them: galleries of retrieval, and merge pictures. No torch.
 
 Paths of pictures start at the run folder.
 """
@@ -97,7 +97,7 @@ class DrawnPicture:
 
 @dataclass(frozen=True)
 class StageTokens:
-    """What a stage leaves."""
+    """The tokens after a stage."""
 
     block: int
     """The merge comes before this block."""
@@ -124,7 +124,7 @@ class MergePicturesResult(Result):
     dataset: str
     fingerprint: str
     attribution: Sequence[str] = ()
-    """What the licence of the pictures asks to be said beside them."""
+    """Attributions that the licence of the pictures asks for."""
     grid: Sequence[int]
     """Rows and columns of patches."""
     image_size: int

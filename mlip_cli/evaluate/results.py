@@ -1,4 +1,4 @@
-"""What evaluations find, as it lies in RUN/evals/: zero-shot scores and merge sweeps. No torch.
+"""Results of evaluations as RUN/evals/ has them: zero-shot scores and merge sweeps. No torch.
 
 Scores and shares are fractions in [0, 1]; intervals are 95 % intervals; times are seconds.
 """
@@ -12,6 +12,9 @@ from pydantic import Field
 from mlip_cli.evaluate.statistics import Interval
 from mlip_cli.profiling.result import PeakMemory
 from mlip_cli.runs.result_files import Result
+
+DIRECTIONS = {"image_to_text": "image to text", "text_to_image": "text to image"}
+"""Of retrieval, in words."""
 
 
 @dataclass(frozen=True)
@@ -151,7 +154,7 @@ class Setting:
 
     @property
     def key(self) -> tuple[str | None, float]:
-        """What tells the settings of a sweep apart."""
+        """Unique among the settings of a sweep."""
         return self.method, self.rate
 
     @property

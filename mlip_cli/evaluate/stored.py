@@ -1,6 +1,6 @@
-"""Zero-shot results that stay in the runs: a result in evals/ is read, and only what is missing is measured.
+"""Zero-shot results that are stored in the runs. A result in evals/ is read; only missing results are measured.
 
-Torch is imported where something is measured, so that stored results are shown at once.
+Torch is imported only where something is measured, so that stored results are shown at once.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ PROTOCOL = 1
 """Raised when the same data and weights would give other numbers: results of other protocols are measured again."""
 
 Failures = dict[str, Exception]
-"""What is wrong with a data set, by its name."""
+"""Errors by the name of their data set."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Measurement:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What the numbers depend on. A stored result with the same identity is the result."""
+        """All that the numbers depend on. A stored result with the same identity is reused."""
         return {
             "protocol": PROTOCOL,
             "dataset": self.benchmark.name,
@@ -82,7 +82,7 @@ class Measurement:
         return self.checkpoint.run.evals / f"{name}-{self.checkpoint.folder.name}-{rate}-{key}.json"
 
     def stored(self) -> ZeroshotResult | None:
-        """The result, if it was measured already and its file is whole."""
+        """The result, if it was measured before and its file is whole."""
         if not self.path.is_file():
             return None
         try:
@@ -101,7 +101,7 @@ class Measured:
     result: ZeroshotResult
 
     def to_json(self, first: "Measured") -> dict[str, Any]:
-        """For programs: without the answers to single pictures, but compared to the first row on the data set."""
+        """The result for --json: without the answers to single pictures, with tests against the first row."""
         value = {
             **{key: own for key, own in self.result.to_json().items() if key not in ("right", "predicted")},
             "run": self.checkpoint.label,
@@ -161,7 +161,7 @@ def default_datasets(checkpoints: Sequence[EvaluatedCheckpoint]) -> list[str]:
 
 
 def find_benchmarks(names: Sequence[str], root: Path | None) -> tuple[list[Benchmark], Failures]:
-    """The data sets that are there, and what is wrong with the others."""
+    """The data sets that are there, and the errors of the others."""
     benchmarks: list[Benchmark] = []
     failures: Failures = {}
     for name in names:
@@ -172,12 +172,12 @@ def find_benchmarks(names: Sequence[str], root: Path | None) -> tuple[list[Bench
     return benchmarks, failures
 
 
-@interrupted_as("interrupted; results of finished data sets are kept, repeat the command to go on")
+@interrupted_as("interrupted; results of finished data sets are kept; repeat the command to continue")
 def complete(rows: Mapping[str, Sequence[Measurement]], *, device: str) -> tuple[dict[str, list[Measured]], Failures]:
-    """Results on each data set, stored or measured now, and what is wrong with the other data sets.
+    """Results on each data set, stored or measured now, and the errors of the other data sets.
 
     Args:
-        rows: what is wanted, by data set.
+        rows: the wanted results by data set.
 
     Raises:
         UsageError: a damaged checkpoint, or a merge rate that no plan reaches, before anything is measured.
@@ -186,7 +186,7 @@ def complete(rows: Mapping[str, Sequence[Measurement]], *, device: str) -> tuple
     found = {row: result for row, result in stored.items() if result is not None}
     missing = [row for row in stored if row not in found]
     if found:
-        say(f"measured already, in evals/ of the runs: {plural(len(found), 'row')}; to measure: {len(missing)}")
+        say(f"{plural(len(found), 'row')} measured before, in evals/ of the runs; to measure: {len(missing)}")
     loaded = _load(missing, device)
     failures: Failures = {}
     for dataset, own in rows.items():
@@ -203,7 +203,7 @@ def complete(rows: Mapping[str, Sequence[Measurement]], *, device: str) -> tuple
 
 
 def _load(rows: Iterable[Measurement], device: str) -> dict[Path, "LoadedRun"]:
-    """The models that are needed, by checkpoint, after all merge rates were checked."""
+    """Load the models by checkpoint, and check all merge rates."""
     folders = dict.fromkeys(row.checkpoint.folder for row in rows)
     if not folders:
         return {}

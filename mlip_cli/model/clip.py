@@ -1,4 +1,11 @@
-"""The whole model: two towers, the frequency branch, projections into the joint spaces, logit scales."""
+"""The whole model: two towers, the frequency branch, projections into the joint spaces, logit scales.
+
+    model = build_model(load_recipe("recipes/openmoji.yaml").recipe)  # mlip_cli.recipe.load; random weights
+    model.image_features(images, model.merge_plan(0.5))  # images (B, 3, H, W): uint8 pixels or normalised floats
+    model.encode_text(token_ids)  # (B, L), from mlip_cli.data.tokenizer.Tokenizer
+
+`mlip_cli.runs.loading` loads a trained model.
+"""
 
 import math
 from collections.abc import Collection, Mapping
@@ -60,9 +67,8 @@ def scales_and_biases(
 class CLIP(nn.Module):
     """CLIP, or MLIP with a frequency branch, token heads and token merging.
 
-    A head exists only if a loss trains it. `losses` maps the names of active losses to their kind. To use a trained
-    model, load its run with `mlip_cli.runs.loading`. To build a new one, call `build_model(recipe)`. Every call with
-    images takes a merge plan: `model.plan`, `model.training_plan` or `model.merge_plan(rate)`.
+    A head exists only if a loss trains it. `losses` maps the names of active losses to their kind. Every call with
+    images takes a merge plan: `plan`, `training_plan` or `merge_plan(rate)`.
     """
 
     pixel_mean: Tensor

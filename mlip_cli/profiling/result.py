@@ -1,4 +1,4 @@
-"""What `mlip profile` finds, as it lies in RUN/evals/. No torch. Times are seconds, shares are of the whole step."""
+"""The result of `mlip profile` as RUN/evals/ has it. No torch. Times are in seconds, shares are of the whole step."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -60,17 +60,17 @@ class StepPart:
 
 @dataclass(frozen=True, kw_only=True)
 class Unaccounted:
-    """What the parts of a step leave."""
+    """Time of a step that no part accounts for."""
 
     seconds: float
     share: float
     outside_s: float
-    """Time outside of all parts."""
+    """Outside of all parts."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoaderFacts:
-    """What the loader needs for its samples."""
+    """Time of the loader for its samples."""
 
     num_samples: int
     bad_samples: int
@@ -82,7 +82,7 @@ class LoaderFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class Limit:
-    """What training waits for."""
+    """The bottleneck of training."""
 
     part: str
     why: str
@@ -116,7 +116,7 @@ class StepMemory(PeakMemory):
 
 @dataclass(frozen=True, kw_only=True)
 class ProfileResult(Result):
-    """Parameters, operations, speeds and memory of a model, and where the time of its training step goes."""
+    """Parameters, operations, speeds and memory of a model, and the time of each part of its training step."""
 
     KIND: ClassVar[str] = "profile"
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mlip_cli.evaluate.picture_results import GalleryResult
-from mlip_cli.evaluate.results import SweepResult, ZeroshotResult
+from mlip_cli.evaluate.results import DIRECTIONS, SweepResult, ZeroshotResult
 from mlip_cli.recipe.load import differences
 from mlip_cli.report.curves import curves_section
 from mlip_cli.report.page import Html, command, element, figure, joined, note, page, section, table
@@ -13,7 +13,7 @@ from mlip_cli.report.record import RunRecord
 from mlip_cli.report.run_page import known_chances, method
 from mlip_cli.report.scores import compared_scores
 from mlip_cli.report.speed import CUT, pareto_charts
-from mlip_cli.report.tables import DIRECTIONS, INTERVALS, Cell, Table, recall_cell
+from mlip_cli.report.tables import INTERVALS, Cell, Table, recall_cell
 from mlip_cli.runs.result_files import Result
 from mlip_cli.terminal.output import percent
 

@@ -13,7 +13,7 @@ FROM_ZERO = ("lr", "images_per_s", "data_wait_share", "peak_gib", "skipped_steps
 COUNTS = ("step", "samples_seen")
 DISTANCES = ("validation_modality_gap",)
 """Measures that are not fractions."""
-LOSSES = ("loss", *LOSS_NAMES)
+LOSS_KEYS = ("loss", *LOSS_NAMES)
 
 
 def curves_section(records: Sequence[RunRecord], *, chances: Mapping[str, float]) -> Html:
@@ -27,9 +27,9 @@ def curves_section(records: Sequence[RunRecord], *, chances: Mapping[str, float]
     if not steps:
         return section("curves", "Curves", note("Nothing logged yet."))
     charts = [
-        *_loss_charts(records, [key for key in LOSSES if key in steps]),
+        *_loss_charts(records, [key for key in LOSS_KEYS if key in steps]),
         *_measure_charts(records, [key for key in measures if key not in COUNTS], chances),
-        *_other_charts(records, [key for key in steps if key not in (*COUNTS, *LOSSES)]),
+        *_other_charts(records, [key for key in steps if key not in (*COUNTS, *LOSS_KEYS)]),
     ]
     return section("curves", "Curves", figures(charts))
 

@@ -13,9 +13,10 @@ from mlip_cli.evaluate.picture_results import (
     StageTokens,
     TextQuery,
 )
-from mlip_cli.report.page import Html, command, element, embedded_image, figure, folded, note, section, table
+from mlip_cli.evaluate.results import DIRECTIONS
+from mlip_cli.report.page import Html, command, details, element, embedded_image, figure, note, section, table
 from mlip_cli.report.record import RunRecord
-from mlip_cli.report.tables import DIRECTIONS, INTERVALS, RECALLS_SHOWN, Cell, Table, percent_cell
+from mlip_cli.report.tables import INTERVALS, RECALLS_SHOWN, Cell, Table, percent_cell
 from mlip_cli.terminal.output import percent, plural
 
 
@@ -133,7 +134,7 @@ def _setting(point: DrawnSetting, folder: Path, *, is_open: bool) -> Html:
     """All pictures at one setting, to unfold."""
     summary = f"{point.method}, rate {point.rate:g} (true {point.true_rate:.3f})"
     pictures = _queries(_stages(picture, point.stages, folder) for picture in point.pictures)
-    return folded(summary, pictures, is_open=is_open)
+    return details(summary, pictures, is_open=is_open)
 
 
 def _stages(picture: DrawnPicture, stages: Sequence[StageTokens], folder: Path) -> Html:

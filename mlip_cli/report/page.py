@@ -106,12 +106,12 @@ def tables(shown: Iterable[Table]) -> list[Html]:
     ]
 
 
-def facts(pairs: Iterable[tuple[str, Child]]) -> Html:
+def definitions(pairs: Iterable[tuple[str, Child]]) -> Html:
     """A list of names and values; a value of None is left out."""
     return element(
         "dl",
         *((element("dt", name), element("dd", value)) for name, value in pairs if value is not None),
-        class_="facts",
+        class_="definitions",
     )
 
 
@@ -143,7 +143,7 @@ def figures(children: Iterable[Html]) -> Html:
     return element("div", *children, class_="figures")
 
 
-def folded(summary: Child, *children: Child, is_open: bool = False) -> Html:
+def details(summary: Child, *children: Child, is_open: bool = False) -> Html:
     """Content that a reader can unfold."""
     return element("details", element("summary", summary), *children, open=is_open)
 

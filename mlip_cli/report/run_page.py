@@ -3,17 +3,16 @@
 from collections.abc import Mapping
 
 from mlip_cli.evaluate.picture_results import GalleryResult
-from mlip_cli.evaluate.results import SweepResult, ZeroshotResult
+from mlip_cli.evaluate.results import DIRECTIONS, SweepResult, ZeroshotResult
 from mlip_cli.evaluate.statistics import metric_prefix
 from mlip_cli.report.canvas import Chart
 from mlip_cli.report.curves import curves_section
 from mlip_cli.report.galleries import gallery_section, merges_section
-from mlip_cli.report.page import Html, element, facts, folded, joined, note, page, section, table, tiles
+from mlip_cli.report.page import Html, definitions, details, element, joined, note, page, section, table, tiles
 from mlip_cli.report.record import JsonObject, RunRecord
 from mlip_cli.report.scores import scores_section
 from mlip_cli.report.speed import profile_section, sweep_section
 from mlip_cli.report.tables import (
-    DIRECTIONS,
     RECALLS_SHOWN,
     Spread,
     Table,
@@ -150,7 +149,7 @@ def _data_section(record: RunRecord) -> Html:
         classes = [f"{name} {count:,}" for name, count in statistics.get("classes", {}).items()]
         parts += [
             element("h3", f"{role}: {plural(card['num_samples'], 'sample')}"),
-            facts(
+            definitions(
                 [
                     ("folder", card["folder"]),
                     ("source", provenance.get("source")),
@@ -161,10 +160,10 @@ def _data_section(record: RunRecord) -> Html:
                     ("attribution", provenance.get("attribution")),
                 ]
             ),
-            folded("Numbers", table(Table(["a sample's", "min", "median", "mean", "max"], spreads)))
+            details("Numbers", table(Table(["a sample's", "min", "median", "mean", "max"], spreads)))
             if spreads
             else None,
-            folded(_how_many_classes(statistics, len(classes)), element("p", ", ".join(classes))) if classes else None,
+            details(_how_many_classes(statistics, len(classes)), element("p", ", ".join(classes))) if classes else None,
         ]
     return section("data", "Data", *(parts or [note("The run has no data cards.")]))
 
@@ -191,7 +190,7 @@ def _recipe_section(record: RunRecord) -> Html:
     return section(
         "recipe",
         "Recipe and stamp",
-        facts(
+        definitions(
             [
                 ("mlip", f"{stamp['mlip_version']}, commit {stamp.get('commit') or 'unknown'}" if stamp else None),
                 ("versions", ", ".join(f"{name} {version or 'not installed'}" for name, version in versions) or None),
@@ -204,5 +203,5 @@ def _recipe_section(record: RunRecord) -> Html:
         ),
         element("h3", "Sessions"),
         table(Table(["started", "after step", "device", "ranks", "threads", "command"], sessions)),
-        folded("Recipe, resolved", element("pre", record.recipe_text), is_open=True),
+        details("Recipe, resolved", element("pre", record.recipe_text), is_open=True),
     )

@@ -7,7 +7,7 @@ from typing import Protocol, TypeVar
 from mlip_cli.evaluate.results import PairedTest, ZeroshotResult
 from mlip_cli.evaluate.statistics import paired
 from mlip_cli.report.charts import ChartBar, bars_chart
-from mlip_cli.report.page import Html, command, figure, folded, note, section, tables
+from mlip_cli.report.page import Html, command, details, figure, note, section, tables
 from mlip_cli.report.record import RunRecord
 from mlip_cli.report.tables import PAIRED_TEST, Table
 from mlip_cli.report.zeroshot_tables import ZeroshotRow, rate_words, zeroshot_tables
@@ -66,7 +66,9 @@ def _by_class(result: ZeroshotResult) -> Html:
     ]
     which = f": the {CLASSES_SHOWN} best and the {CLASSES_SHOWN} worst of {len(classes):,}" if is_cut else ""
     title = f"{result.dataset}: recall by class, step {result.step:,}, merge rate {rate_words(result)}"
-    return folded(f"Recall by class{which}", figure(bars_chart(title, bars, x_label="recall %").in_page(), kind="wide"))
+    return details(
+        f"Recall by class{which}", figure(bars_chart(title, bars, x_label="recall %").in_page(), kind="wide")
+    )
 
 
 def compared_scores(records: Sequence[RunRecord]) -> list[Html]:

@@ -2,10 +2,9 @@
 
 from collections.abc import Sequence
 
-from mlip_cli.evaluate.results import RetrievalSweep, SweepResult, ZeroshotSweep
+from mlip_cli.evaluate.results import DIRECTIONS, RetrievalSweep, SweepResult, ZeroshotSweep
 from mlip_cli.evaluate.statistics import Interval
 from mlip_cli.report.tables import (
-    DIRECTIONS,
     INTERVALS,
     PAIRED_TEST,
     RECALLS_SHOWN,

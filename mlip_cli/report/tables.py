@@ -17,8 +17,6 @@ from mlip_cli.profiling.result import ProfileResult
 from mlip_cli.terminal.output import percent, plural, print_lines, print_prose, print_table
 
 INTERVALS = "in brackets: 95 % intervals"
-DIRECTIONS = {"image_to_text": "image to text", "text_to_image": "text to image"}
-"""Of retrieval."""
 RECALLS_SHOWN = (1, 5, 10)
 PAIRED_TEST = "p: McNemar's exact test"
 

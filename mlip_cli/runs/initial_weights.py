@@ -1,7 +1,6 @@
 """`model.init`: the weights that a new run starts from, those of another run or those of a file by OpenCLIP's names."""
 
 import difflib
-import importlib.util
 import json
 import math
 from collections import defaultdict
@@ -14,7 +13,8 @@ import torch
 from timm.layers import DropPath, resample_abs_pos_embed
 from torch import Tensor, nn
 
-from mlip_cli.errors import RunError, UsageError
+from mlip_cli.data.tokenizer import open_clip_folder
+from mlip_cli.errors import UsageError
 from mlip_cli.model.clip import CLIP, build_model
 from mlip_cli.model.frequency import regrid_kernel
 from mlip_cli.model.open_clip import ONLY_OURS, PATCH_BIAS, as_yaml, from_open_clip, model_section
@@ -113,10 +113,7 @@ def open_clip_configuration(name: str) -> dict[str, Any]:
     Raises:
         UsageError: OpenCLIP has no configuration of this name.
     """
-    package = importlib.util.find_spec("open_clip")
-    if package is None or package.origin is None:
-        raise RunError("open_clip is not installed; pip install open_clip_torch")
-    files = {path.stem: path for path in (Path(package.origin).parent / "model_configs").glob("*.json")}
+    files = {path.stem: path for path in (open_clip_folder() / "model_configs").glob("*.json")}
     if name not in files:
         close = difflib.get_close_matches(name, files, 3)
         hint = f"did you mean {', '.join(close)}?" if close else "names look like ViT-B-32-quickgelu"

@@ -10,7 +10,7 @@ from types import FrameType, TracebackType
 import torch
 from torch import Tensor
 
-from mlip_cli.distributed import all_max, world_size
+from mlip_cli.distributed import all_max, signal_at_death_of_parent, world_size
 from mlip_cli.terminal.output import draws, error_console, warn
 
 INTERRUPTED, TERMINATED = 130, 143
@@ -126,11 +126,3 @@ def reset_by_system(number: signal.Signals) -> None:
         libc.signal.argtypes = libc.sysv_signal.argtypes = (ctypes.c_int, ctypes.c_void_p)
         libc.signal.restype = ctypes.c_void_p
         libc.sysv_signal(number, libc.signal(number, signal.SIG_IGN))
-
-
-def signal_at_death_of_parent(number: signal.Signals) -> None:
-    """Get a signal when the process that started this one dies; only Linux has it."""
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "prctl"):
-        set_death_signal = 1  # PR_SET_PDEATHSIG
-        libc.prctl(set_death_signal, ctypes.c_ulong(number))

@@ -1,13 +1,11 @@
 """ImageNet-1k's validation set in the layouts that people have on their disks. Finding it needs no torch."""
 
 import csv
-import importlib.util
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from types import ModuleType
 
 from mlip_cli.errors import UsageError
 
@@ -122,19 +120,7 @@ def kaggle_files(folder: Path) -> list[tuple[Path, int]]:
 
 def names_and_templates() -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The 1,000 class names and 80 templates of OpenAI's protocol, from open_clip's file alone."""
-    module = _metadata()
+    from mlip_cli.data.tokenizer import open_clip_module  # imports torch
+
+    module = open_clip_module("zero_shot_metadata")
     return tuple(module.IMAGENET_CLASSNAMES), tuple(template("{c}") for template in module.OPENAI_IMAGENET_TEMPLATES)
-
-
-def _metadata() -> ModuleType:
-    # importing open_clip itself takes nine seconds
-    package = importlib.util.find_spec("open_clip")
-    assert package is not None
-    assert package.origin is not None
-    path = Path(package.origin).parent / "zero_shot_metadata.py"
-    spec = importlib.util.spec_from_file_location("mlip_cli_open_clip_zero_shot_metadata", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
