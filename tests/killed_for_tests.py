@@ -134,7 +134,8 @@ def last_step(folder: Path) -> int:
 
 def leftovers(folder: Path) -> list[str]:
     """Temporary files and folders, which only a process that was killed leaves."""
-    return sorted(path.name for path in folder.rglob("*.tmp"))
+    walked = os.walk(folder)  # it skips a folder that vanishes meanwhile
+    return sorted(name for _, folders, files in walked for name in (*folders, *files) if name.endswith(".tmp"))
 
 
 def is_saving(folder: Path) -> bool:

@@ -70,7 +70,6 @@ def one_process(recipe: Recipe, micro_batch_size: int | None) -> dict[str, torch
     return gradients(model)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
 @pytest.mark.parametrize("micro_batch_size", [2, 3, 7])
 def test_micro_batches_give_the_gradient_of_the_whole_batch(name: str, micro_batch_size: int) -> None:
