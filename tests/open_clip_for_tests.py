@@ -15,7 +15,6 @@ from mlip_cli.recipe.config import Recipe
 
 TINY = "vit_tiny_patch8_clip_for_tests"
 TINY_QUICK = "vit_tiny_patch8_clip_quickgelu_for_tests"
-OURS_BY_SIZES = {"patch_size": 8, "width": 32, "depth": 4, "num_heads": 2}
 TEXTS = ["a dog", "!!! wow !", "a red balloon with quite a long string over the roofs", "x"]
 
 

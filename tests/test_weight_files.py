@@ -19,21 +19,19 @@ def test_files_that_torch_saved_are_read_without_running_them(tmp_path: Path) ->
     assert torch.equal(read_weights(of_trainer)["weight"], model.weight)
     program = tmp_path / "it's.pt"
     torch.save({"state_dict": model.state_dict(), "args": argparse.Namespace(lr=1)}, program)
-    with pytest.raises(UsageError, match="holds more than tensors and plain values, which could run") as said:
+    with pytest.raises(UsageError, match="or a pickle that could run any program"):
         read_weights(program)
-    run_cure(str(said.value))
-    assert torch.equal(read_weights(tmp_path / "it's.weights.pt")["weight"], model.weight)
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 def test_a_torchscript_archive_is_refused_with_the_command_that_extracts_its_weights(tmp_path: Path) -> None:
     model = nn.Linear(2, 3)
-    archive = tmp_path / "ViT.pt"
+    archive = tmp_path / "it's.pt"
     torch.jit.trace(model, torch.zeros(1, 2)).save(str(archive))
     with pytest.raises(UsageError, match="a TorchScript archive, which is a program; if you trust it") as said:
         read_weights(archive)
     run_cure(str(said.value))
-    assert torch.equal(read_weights(tmp_path / "ViT.weights.pt")["weight"], model.weight)
+    assert torch.equal(read_weights(tmp_path / "it's.weights.pt")["weight"], model.weight)
 
 
 def run_cure(message: str) -> None:
@@ -53,10 +51,8 @@ def test_damaged_files_are_refused(tmp_path: Path, name: str, content: bytes) ->
 @pytest.mark.parametrize("content", [b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", b"<!doctype html>"])
 def test_a_pointer_or_a_web_page_is_named_and_not_run(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.bin").write_bytes(content)
-    with pytest.raises(UsageError) as error:
+    with pytest.raises(UsageError, match=rf"^{tmp_path}/a.bin: not a file of tensors and plain values, but a Git LFS"):
         read_weights(tmp_path / "a.bin")
-    expected = "not a PyTorch file (a Git LFS pointer or a web page?); download the weights"
-    assert str(error.value) == f"{tmp_path}/a.bin: {expected}"
 
 
 def test_a_file_without_a_state_dict_is_refused(tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ def plan(recipe: Recipe, *, resumes: bool) -> Planned:
     with torch.device("meta"):
         model = build_model(recipe)
     if recipe.model.init is not None and not resumes:
-        check_initial(model, recipe)
+        check_initial(recipe)
     if recipe.model.freeze is not None:
         model.freeze(recipe.model.freeze)
     device, steps, lines, missing = training_device(recipe), recipe.train.steps, [], list(_missing(recipe))

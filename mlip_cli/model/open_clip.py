@@ -1,11 +1,11 @@
-"""Weights by OpenCLIP's names, which are OpenAI's too: renamed to ours and back, and the recipe that they fit.
+"""Weights by OpenCLIP's names, which are OpenAI's too: renamed to ours, and the recipe that they fit.
 
-Both sides name the same tensors. Only names, transposed projections and axes of length one differ, so there and back
-gives every tensor bit for bit.
+Both sides name the same tensors. Only names, transposed projections and axes of length one differ.
 """
 
+import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import timm
@@ -25,7 +25,6 @@ MODULES_OF_A_BLOCK = {
     "mlp.c_fc.": "mlp.fc1.",
     "mlp.c_proj.": "mlp.fc2.",
 }
-IN_A_BLOCK = {theirs + kind: ours + kind for theirs, ours in MODULES_OF_A_BLOCK.items() for kind in ("weight", "bias")}
 OUTSIDE_BLOCKS = {
     "visual.conv1.weight": "vision.trunk.patch_embed.proj.weight",
     "visual.class_embedding": "vision.trunk.cls_token",
@@ -52,8 +51,6 @@ SCALARS = ("logit_scale", "logit_bias")
 NO_WEIGHTS = ("attn_mask", "input_resolution", "context_length", "vocab_size")
 """Entries of older files that repeat what the shapes say."""
 
-PATCH_BIAS = "vision.trunk.patch_embed.proj.bias"
-"""A bias of towers that a recipe gives by their sizes. In OpenCLIP the positions of the patches include it."""
 ONLY_OURS = ("frequency.", "frequency_projection.", "token_projections.", "log_scales.", "logit_biases.")
 """Beginnings of the names that OpenCLIP has no tensor for, but for the scale and the bias of spatial_global."""
 
@@ -61,7 +58,7 @@ READ = "mlip reads plain ViTs that pool by a class token, with causal text trans
 
 
 def from_open_clip(weights: Mapping[str, Tensor], *, source: str) -> dict[str, Tensor]:
-    """OpenCLIP's weights by our names and in our shapes, some as views; there is no patch bias in them.
+    """OpenCLIP's weights by our names and in our shapes, some as views.
 
     Names may begin with `module.`, as OpenCLIP's trainer writes them, or `text.`, as in models with a separate text
     tower. `source` begins the message of an error.
@@ -72,61 +69,26 @@ def from_open_clip(weights: Mapping[str, Tensor], *, source: str) -> dict[str, T
     found, unknown = {}, []
     for given, tensor in weights.items():
         name = given.removeprefix("module.").removeprefix("text.")
-        ours = _renamed(name, BLOCKS, IN_A_BLOCK, OUTSIDE_BLOCKS)
-        if ours is None and name not in NO_WEIGHTS:
-            unknown.append(name)
-        elif ours is not None:
+        ours = _our_name(name)
+        if ours is not None:
             tensor = tensor.T if name in TRANSPOSED else tensor[(None,) * LEADING_AXES.get(name, 0)]
             found[ours] = tensor.reshape(1) if name in SCALARS else tensor
-    if unknown:
-        raise UsageError(f"{source}: {_some(unknown)}: no such part here; {READ}")
-    return found
-
-
-def to_open_clip(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our weights by OpenCLIP's names and in its shapes, contiguous, without the tensors of `without_counterpart`.
-
-    A patch bias is added to the positions of the patches; sums then differ by rounding alone.
-
-    Raises:
-        UsageError: names that OpenCLIP's plain ViT does not have, such as those of registers or of a spectral stem.
-    """
-    tables = [{ours: theirs for theirs, ours in table.items()} for table in (BLOCKS, IN_A_BLOCK, OUTSIDE_BLOCKS)]
-    left_out = {*without_counterpart(weights), PATCH_BIAS}
-    found, unknown = {}, []
-    for name, tensor in weights.items():
-        theirs = _renamed(name, *tables)
-        if theirs is not None:
-            tensor = tensor.T if theirs in TRANSPOSED else tensor[(0,) * LEADING_AXES.get(theirs, 0)]
-            found[theirs] = (tensor.reshape(()) if theirs in SCALARS else tensor).contiguous()
-        elif name not in left_out:
+        elif name not in NO_WEIGHTS:
             unknown.append(name)
     if unknown:
-        raise UsageError(f"{_some(unknown)}: OpenCLIP's ViT has no such part")
-    if PATCH_BIAS in weights:
-        positions = found["visual.positional_embedding"].clone()
-        positions[1:] += weights[PATCH_BIAS]
-        found["visual.positional_embedding"] = positions
+        more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
+        raise UsageError(f"{source}: {', '.join(unknown[:3])}{more}: no such part here; {READ}")
     return found
 
 
-def without_counterpart(names: Iterable[str]) -> list[str]:
-    """Our names that OpenCLIP's CLIP has no tensor for: frequency branch, token heads, scales of other losses."""
-    shared = OUTSIDE_BLOCKS.values()
-    return [name for name in names if name.startswith(ONLY_OURS) and name not in shared]
-
-
-def _renamed(name: str, blocks: dict[str, str], inside: dict[str, str], outside: dict[str, str]) -> str | None:
-    in_block = re.fullmatch(r"(.+?)\.(\d+)\.(.+)", name)
-    if in_block is None or in_block[1] not in blocks:
-        return outside.get(name)
-    rest = inside.get(in_block[3])
-    return rest and f"{blocks[in_block[1]]}.{in_block[2]}.{rest}"
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
+def _our_name(name: str) -> str | None:
+    in_block = re.fullmatch(r"(.+?)\.(\d+)\.(.+[._])(weight|bias)", name)
+    if in_block is None:
+        return OUTSIDE_BLOCKS.get(name)
+    blocks, number, module, kind = in_block.groups()
+    if blocks not in BLOCKS or module not in MODULES_OF_A_BLOCK:
+        return None
+    return f"{BLOCKS[blocks]}.{number}.{MODULES_OF_A_BLOCK[module]}{kind}"
 
 
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -137,8 +99,6 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "mlp_ratio": 4.0,
         "patch_size": 16,
         "image_size": 224,
-        "no_ln_pre": False,
-        "norm_kwargs": None,
     },
     "text_cfg": {
         "context_length": 77,
@@ -146,21 +106,11 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "width": 512,
         "heads": 8,
         "layers": 12,
-        "mlp_ratio": 4.0,
-        "norm_kwargs": None,
     },
 }
-"""Keys of OpenCLIP's configurations that describe a tower, with OpenCLIP's defaults."""
-NEUTRAL = {"pool_type": ("tok", "argmax"), "pos_embed_type": ("learnable",), "proj_type": ("linear",)}
-"""Values of other keys that describe our towers too, besides null and false."""
-NO_EFFECT = ("patch_dropout", "output_tokens", "pad_id", "eos_id")
-"""Keys that change neither weights nor features."""
-TOP_KEYS = ("embed_dim", "quick_gelu", *DEFAULTS)
-TOP_KEYS += ("custom_text", "nonscalar_logit_scale", "init_logit_scale", "init_logit_bias")
-"""The latter name tensors in another way or say how they start."""
+"""The keys in OpenCLIP's configurations of plain ViTs, with OpenCLIP's defaults."""
 
-NORM_EPS = 1e-5
-"""PyTorch's default, which OpenCLIP keeps unless `norm_kwargs` says otherwise."""
+TOP_KEYS = ("embed_dim", "quick_gelu", *DEFAULTS)
 
 TIMM_TOWERS = {
     (16, 256, 10, 4, 1024): "vit_xsmall_patch16_clip_224",
@@ -186,18 +136,25 @@ def model_section(configuration: Mapping[str, Any], *, source: str) -> ModelConf
     Raises:
         UsageError: the configuration has parts that our towers cannot have, or no tower of timm has its form.
     """
+    strange = [f"{key} {value}" for key, value in configuration.items() if key not in TOP_KEYS]
+    for section, defaults in DEFAULTS.items():
+        for key, value in configuration[section].items():
+            if key not in defaults or isinstance(value, list):  # a ResNet has a list of layers
+                strange.append(f"{section}.{key} {value}")
     vision, text = (defaults | configuration[section] for section, defaults in DEFAULTS.items())
-    strange = [key for key in configuration if key not in TOP_KEYS]
-    strange += [*_strange("vision_cfg", vision), *_strange("text_cfg", text)]
+    if text["vocab_size"] != VOCAB_SIZE:
+        strange.append(f"text_cfg.vocab_size {text['vocab_size']}")
     if strange:
         raise UsageError(f"{source}: {', '.join(strange)}: no such part here; {READ}")
+    width, head_width = vision["width"], vision["head_width"]
+    form = vision["patch_size"], width, vision["layers"], width // head_width, int(width * vision["mlp_ratio"])
     is_quick = bool(configuration.get("quick_gelu"))
-    tower = _image_tower(vision, is_quick=is_quick)
-    if tower is None:
+    tower = TIMM_TOWERS.get(form, "").replace("_clip_", "_clip_quickgelu_" if is_quick else "_clip_")
+    if not timm.is_model(tower):
         raise UsageError(f"{source}: mlip knows no tower of timm with this form; use another architecture")
     return ModelConfig(
         embed_dim=configuration["embed_dim"],
-        vision=tower,
+        vision=Vision(timm=tower),
         text=Text(
             width=text["width"],
             depth=text["layers"],
@@ -210,41 +167,9 @@ def model_section(configuration: Mapping[str, Any], *, source: str) -> ModelConf
     )
 
 
-def _strange(section: str, tower: Mapping[str, Any]) -> list[str]:
-    """Keys of a section, with their values, that describe no tower of ours."""
-    found = []
-    for key, value in tower.items():
-        if key in DEFAULTS[section]:
-            is_fixed = key == "vocab_size" or (section, key) == ("text_cfg", "mlp_ratio")
-            is_ours = not isinstance(value, list) and (not is_fixed or value == DEFAULTS[section][key])
-        else:
-            is_ours = not value or key in NO_EFFECT or value in NEUTRAL.get(key, ())
-        if not is_ours:
-            found.append(f"{section}.{key} {value}")
-    for key, value in (tower["norm_kwargs"] or {}).items():
-        if key != "eps" or (section == "text_cfg" and value != NORM_EPS):
-            found.append(f"{section}.norm_kwargs.{key} {value}")
-    return found
-
-
-def _image_tower(vision: Mapping[str, Any], *, is_quick: bool) -> Vision | None:
-    """The tower by its sizes or by timm's name; None if there is none of this form."""
-    patch_size, width, depth = vision["patch_size"], vision["width"], vision["layers"]
-    num_heads, mlp_width = width // vision["head_width"], int(width * vision["mlp_ratio"])
-    norms = not vision["no_ln_pre"], (vision["norm_kwargs"] or {}).get("eps", NORM_EPS)
-    if norms == (False, 1e-6) and not is_quick and mlp_width == 4 * width:
-        return Vision(patch_size=patch_size, width=width, depth=depth, num_heads=num_heads)
-    name = TIMM_TOWERS.get((patch_size, width, depth, num_heads, mlp_width), "") if norms == (True, NORM_EPS) else ""
-    name = name.replace("_clip_", "_clip_quickgelu_") if is_quick else name
-    return Vision(timm=name) if timm.is_model(name) else None
-
-
 def as_yaml(section: ModelConfig) -> str:
     """A section from `model_section` as one line of YAML."""
-
-    def line(values: Mapping[str, Any]) -> str:
-        return "{" + ", ".join(f"{key}: {value}" for key, value in values.items()) + "}"
-
-    text = section.text.model_dump(exclude={"dropout"})
-    vision = section.vision.model_dump(exclude_defaults=True)
-    return f"model: {line({'embed_dim': section.embed_dim, 'vision': line(vision), 'text': line(text)})}"
+    values = section.model_dump(
+        include={"embed_dim": True, "vision": {"timm"}, "text": True}, exclude={"text": {"dropout"}}
+    )
+    return f"model: {json.dumps(values)}".replace('"', "")

@@ -3,24 +3,23 @@
 import difflib
 import json
 import math
-from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from timm.layers import DropPath, resample_abs_pos_embed
-from torch import Tensor, nn
+from timm.layers import resample_abs_pos_embed
+from torch import Tensor
 
 from mlip_cli.data.tokenizer import open_clip_folder
 from mlip_cli.errors import UsageError
-from mlip_cli.model.clip import CLIP, build_model
+from mlip_cli.model.clip import CLIP
 from mlip_cli.model.frequency import regrid_kernel
-from mlip_cli.model.open_clip import ONLY_OURS, PATCH_BIAS, as_yaml, from_open_clip, model_section
-from mlip_cli.recipe.config import LOSS_NAMES, Losses, Recipe
+from mlip_cli.model.open_clip import ONLY_OURS, as_yaml, from_open_clip, model_section
+from mlip_cli.recipe.config import LOSS_NAMES, Recipe
 from mlip_cli.recipe.init_source import OpenClipFile
 from mlip_cli.recipe.load import differences, load_recipe
+from mlip_cli.recipe.merge_plan import stem_depth
 from mlip_cli.runs.checkpoint import load_weights
 from mlip_cli.runs.folder import Run
 from mlip_cli.runs.loading import load_into
@@ -32,17 +31,6 @@ NO_FORM = ("model.text.dropout", "model.vision.drop_path")
 
 POSITIONS = "vision.trunk.pos_embed"
 
-DECIDED_BY = {
-    "vision": "model.vision",
-    "text": "model.text",
-    "image_projection": "model.embed_dim",
-    "text_projection": "model.embed_dim",
-    "frequency": "model.frequency",
-    "frequency_projection": "model.embed_dim",
-    "token_projections": "model.token_dim",
-}
-"""First word of a part's name -> the recipe's section or key that decides its form."""
-
 
 @dataclass(frozen=True)
 class InitNotes:
@@ -52,18 +40,36 @@ class InitNotes:
     cautions: tuple[str, ...] = ()
 
 
-def check_initial(model: CLIP, recipe: Recipe) -> OpenClipFile | Path:
-    """The weights that `model.init` names, after a check that their model computes as `model` does. Reads no weights.
+def check_initial(recipe: Recipe) -> OpenClipFile | Path:
+    """The weights that `model.init` names, after a check that their model has the recipe's form. Reads no weights.
 
     Raises:
-        UsageError: no such weights, or those of another architecture; the message names the section that fits.
+        UsageError: no such weights, or those of another architecture; the message names the keys that differ.
     """
     assert recipe.model.init is not None
     source = find_init(recipe.model.init)
     if isinstance(source, OpenClipFile):
-        _check_architecture(model, recipe, source)
+        place = f"open_clip:{source.architecture}"
+        configuration = open_clip_configuration(source.architecture)
+        section = model_section(configuration, source=f"model.init: {place}")
+        other = recipe.model_copy(update={"model": section})
+        size = configuration["vision_cfg"].get("image_size", 224)
+        cure = f"use {as_yaml(section)} (its own data.image_size is {size}; for others the positions are resampled)"
     else:
-        _check_run(model, recipe, source)
+        place, run = str(source), Run(source.parent.parent)
+        other = load_recipe(str(run.recipe)).recipe
+        cure = f"take these values from {run.recipe}, or set model.init to null"
+    decide = ["model.embed_dim", "model.vision", "model.text"]
+    branches = recipe.model.frequency, other.model.frequency
+    if all(branches) or any(stem_depth(branch) for branch in branches):
+        decide.append("model.frequency")
+    wrong = [
+        f"{key} {json.dumps(mine)} (there {json.dumps(theirs)})"
+        for key, theirs, mine in differences(other, recipe)
+        if key not in NO_FORM and any(key == own or key.startswith(f"{own}.") for own in decide)
+    ]
+    if wrong:
+        raise UsageError(f"model.init: {place} does not fit the recipe: {'; '.join(wrong)}; {cure}")
     return source
 
 
@@ -76,13 +82,12 @@ def load_initial(model: CLIP, recipe: Recipe) -> InitNotes:
     Raises:
         UsageError: no such weights, damaged ones, or those of another architecture.
     """
-    source = check_initial(model, recipe)
+    source = check_initial(recipe)
     own = model.state_dict()
     facts = [f"model.init: weights of {source}"]
     if isinstance(source, OpenClipFile):
         path = Path(source.file)
-        patch_bias = {name: torch.zeros_like(own[name]) for name in (PATCH_BIAS,) if name in own}
-        weights = from_open_clip(read_weights(path), source=source.file) | patch_bias
+        weights = from_open_clip(read_weights(path), source=source.file)
         if recipe.model.text.activation == "gelu":
             facts.append(
                 f"model.init: {source.architecture} uses GELU; OpenAI's weights need QuickGELU, as in "
@@ -119,69 +124,6 @@ def open_clip_configuration(name: str) -> dict[str, Any]:
         hint = f"did you mean {', '.join(close)}?" if close else "names look like ViT-B-32-quickgelu"
         raise UsageError(f"model.init: OpenCLIP has no architecture {name!r}; {hint}")
     return json.loads(files[name].read_text())
-
-
-def _check_architecture(model: CLIP, recipe: Recipe, source: OpenClipFile) -> None:
-    place = f"open_clip:{source.architecture}"
-    configuration = open_clip_configuration(source.architecture)
-    section = model_section(configuration, source=f"model.init: {place}")
-    if model.vision.stem_depth:
-        raise UsageError(
-            f"model.init: {place} does not fit the recipe: with model.frequency.placement: stem spectral blocks "
-            f"replace the first {model.vision.stem_depth} attention blocks; set it to branch, or start from a run with "
-            "such a stem"
-        )
-    size = configuration["vision_cfg"].get("image_size", 224)
-    data = recipe.data.model_copy(update={"image_size": size})
-    other = recipe.model_copy(update={"model": section, "data": data, "losses": Losses()})
-    cure = f"use {as_yaml(section)} (its own data.image_size is {size}; for others the positions are resampled)"
-    _check_form(model, recipe, other, place=place, cure=cure)
-
-
-def _check_run(model: CLIP, recipe: Recipe, checkpoint: Path) -> None:
-    run = Run(checkpoint.parent.parent)
-    cure = f"take these values from {run.recipe}, or set model.init to null"
-    _check_form(model, recipe, load_recipe(str(run.recipe)).recipe, place=str(checkpoint), cure=cure)
-
-
-def _check_form(model: CLIP, recipe: Recipe, other: Recipe, *, place: str, cure: str) -> None:
-    """Compare the parts that `model` shares with the model of another recipe.
-
-    Raises:
-        UsageError: one of them differs; the message names the keys of the recipe that decide its form.
-    """
-    with torch.device("meta"):
-        theirs = build_model(other)
-    own_forms, their_forms = _forms(model), _forms(theirs)
-    wrong = [part for part in own_forms if part in their_forms and own_forms[part] != their_forms[part]]
-    if not wrong:
-        return
-    sections = {DECIDED_BY[part.partition(".")[0]] for part in wrong}
-    if "model.vision" in sections and (model.vision.stem_depth or theirs.vision.stem_depth):
-        sections.add("model.frequency")
-    named = [
-        f"{key} {json.dumps(mine)} (there {json.dumps(value)})"
-        for key, value, mine in differences(other, recipe)
-        if key not in NO_FORM and any(key == s or key.startswith(f"{s}.") for s in sections)
-    ]
-    raise UsageError(f"model.init: {place} does not fit the recipe: {'; '.join(named)}; {cure}")
-
-
-def _forms(model: CLIP) -> dict[str, list[Any]]:
-    """Part -> kinds of its modules, numbers that their weights do not show, and shapes.
-
-    Left out are shapes that follow from the image size, and modules that do nothing in evaluation.
-    """
-    numbers = ("num_heads", "eps", "approximate", "global_pool", "no_embed_class", "reads_pixels")
-    forms: dict[str, list[Any]] = defaultdict(list)
-    for name, module in model.named_modules():
-        if isinstance(module, DropPath | nn.Dropout | nn.Identity):
-            continue
-        forms[_part(name)].append((type(module).__name__, *(getattr(module, number, None) for number in numbers)))
-    for name, tensor in model.state_dict().items():
-        if not name.endswith(("pos_embed", "kernel")):
-            forms[_part(name)].append((name, tuple(tensor.shape)))
-    return forms
 
 
 def _regridded(weights: dict[str, Tensor], model: CLIP) -> Iterator[tuple[str, str, bool]]:

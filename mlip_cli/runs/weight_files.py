@@ -25,21 +25,18 @@ def read_weights(file: Path) -> dict[str, Tensor]:
         except SafetensorError as error:
             raise UsageError(f"{file}: not a whole safetensors file ({error}); download it again") from None
     if _is_torchscript(file):
+        extracted = str(file.with_suffix(".weights.pt"))
+        program = f"import torch; torch.save(torch.jit.load({str(file)!r}, 'cpu').state_dict(), {extracted!r})"
         raise UsageError(
             f"{file}: a TorchScript archive, which is a program; if you trust it, extract its weights with: "
-            + _save_command(file, "torch.jit.load({}, map_location='cpu').state_dict()")
+            f"python -c {shlex.quote(program)}"
         )
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
-        if not _is_of_torch(file):
-            raise UsageError(
-                f"{file}: not a PyTorch file (a Git LFS pointer or a web page?); download the weights"
-            ) from None
         raise UsageError(
-            f"{file}: holds more than tensors and plain values, which could run any program; if you trust it, extract "
-            "its weights with: "
-            + _save_command(file, "(lambda c: c.get('state_dict', c))(torch.load({}, 'cpu', weights_only=False))")
+            f"{file}: not a file of tensors and plain values, but a Git LFS pointer, a web page, or a pickle that "
+            "could run any program; download the weights, or save the state dict alone"
         ) from None
     except (RuntimeError, EOFError, OSError) as error:
         raise UsageError(f"{file}: not a whole PyTorch file ({type(error).__name__}); download it again") from error
@@ -49,20 +46,8 @@ def read_weights(file: Path) -> dict[str, Tensor]:
     return weights
 
 
-def _is_of_torch(file: Path) -> bool:
-    """Whether the file begins as an archive does, or as a pickle of protocol 2 or later."""
-    with open(file, "rb") as opened:
-        return zipfile.is_zipfile(file) or opened.read(1) == b"\x80"
-
-
 def _is_torchscript(file: Path) -> bool:
     if not zipfile.is_zipfile(file):
         return False
     with zipfile.ZipFile(file) as archive:
         return any(name.endswith("/constants.pkl") for name in archive.namelist())
-
-
-def _save_command(file: Path, weights: str) -> str:
-    """The shell command that writes `weights`, an expression with a place for the file's name, beside `file`."""
-    program = f"import torch; torch.save({weights.format(repr(str(file)))}, {str(file.with_suffix('.weights.pt'))!r})"
-    return f"python -c {shlex.quote(program)}"
