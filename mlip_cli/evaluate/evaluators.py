@@ -12,7 +12,8 @@ from mlip_cli.data.tokenizer import Tokenizer
 from mlip_cli.devices import batch_named
 from mlip_cli.errors import UsageError
 from mlip_cli.evaluate.datasets.benchmark import Benchmark
-from mlip_cli.evaluate.datasets.find import data_root, find_benchmark, open_benchmark
+from mlip_cli.evaluate.datasets.find import data_root, find_benchmark
+from mlip_cli.evaluate.datasets.open import open_benchmark
 from mlip_cli.evaluate.datasets.pictures import batches
 from mlip_cli.evaluate.measure import NAME_RECALL_AT, Candidate, measure
 from mlip_cli.evaluate.results import DIRECTIONS

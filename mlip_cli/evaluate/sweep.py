@@ -16,7 +16,8 @@ from mlip_cli.data.transforms import evaluation_transform
 from mlip_cli.devices import batch_named, device_name
 from mlip_cli.errors import RunError, UsageError
 from mlip_cli.evaluate.datasets.benchmark import Benchmark
-from mlip_cli.evaluate.datasets.find import data_root, find_benchmark, open_benchmark
+from mlip_cli.evaluate.datasets.find import data_root, find_benchmark
+from mlip_cli.evaluate.datasets.open import open_benchmark
 from mlip_cli.evaluate.evaluators import measure_runs
 from mlip_cli.evaluate.merge_points import Point, speeds
 from mlip_cli.evaluate.results import (
@@ -121,14 +122,10 @@ def _benchmark(benchmark: Benchmark, loaded: LoadedRun, *, batch_size: int) -> S
 
 def _choose_of_benchmark(benchmark: Benchmark, size: int, wanted: int) -> list[ChosenPicture]:
     pictures = open_benchmark(benchmark)
-    numbers = set(numbers_at_random(wanted, pictures.num_pictures))
     chosen = []
-    for number, item in enumerate(pictures.items()):
-        if number in numbers:
-            image, label = pictures.load(item)
-            chosen.append(ChosenPicture(number, pictures.class_names[label], evaluation_transform(image, size=size)))
-            if len(chosen) == len(numbers):
-                break
+    for number in numbers_at_random(wanted, pictures.num_pictures):
+        image, label = pictures.load(pictures.items[number])
+        chosen.append(ChosenPicture(number, pictures.class_names[label], evaluation_transform(image, size=size)))
     return chosen
 
 
