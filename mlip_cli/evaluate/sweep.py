@@ -248,7 +248,13 @@ def measure_sweep(
     measured_at = now()
     with batch_named("--batch-size", batch_size):
         timed = speeds(loaded, points, batch_size=batch_size, rounds=rounds)
-    scores, measuring_failures = all_scores(datasets, points)
+    scores: list[ZeroshotSweep | RetrievalSweep] = []
+    failed = {name: str(error) for name, error in failures.items()}
+    for dataset in datasets:
+        try:
+            scores.append(dataset.measure(points))
+        except FAILURES as error:
+            failed[dataset.name] = str(error)
     return SweepResult(
         measured_at=measured_at,
         mlip_version=__version__,
@@ -264,19 +270,5 @@ def measure_sweep(
         rounds=rounds,
         points=timed,
         datasets=scores,
-        failed=[FailedData(name, str(error)) for name, error in {**failures, **measuring_failures}.items()],
+        failed=[FailedData(name, error) for name, error in failed.items()],
     )
-
-
-def all_scores(
-    datasets: Sequence[SweepDataset], points: Sequence[Point]
-) -> tuple[list[ZeroshotSweep | RetrievalSweep], dict[str, Exception]]:
-    """Scores on each data set, and the errors of the others."""
-    scores: list[ZeroshotSweep | RetrievalSweep] = []
-    failures: dict[str, Exception] = {}
-    for dataset in datasets:
-        try:
-            scores.append(dataset.measure(points))
-        except FAILURES as error:
-            failures[dataset.name] = error
-    return scores, failures
