@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from statistics import median
 from typing import Any
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mlip_cli.devices import synchronize
 from mlip_cli.evaluate.datasets.pictures import Pictures
-from mlip_cli.evaluate.retrieval import ranks, recalls
+from mlip_cli.evaluate.retrieval import Ranks, ranks
 from mlip_cli.evaluate.together import OnBatch, on_all_ranks
 from mlip_cli.evaluate.zeroshot import class_embeddings, classification, finite_rows, require_finite, top_classes, unit
 from mlip_cli.types import Encoder, ImageFeatures
@@ -152,11 +152,7 @@ def _joined(batches: Sequence[_Answers]) -> _Answers:
     def cat(tensors: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         return {key: torch.cat([own[key] for own in tensors]) for key in tensors[0]}
 
-    return _Answers(
-        cat([own.top for own in batches]),
-        cat([own.name_ranks for own in batches]),
-        cat([own.is_finite for own in batches]),
-    )
+    return _Answers(*(cat([getattr(own, field.name) for own in batches]) for field in fields(_Answers)))
 
 
 def _texts(
@@ -182,37 +178,26 @@ def _scores(
     for what, is_finite in answers.is_finite.items():
         require_finite(is_finite, what, place=classifier.candidate.place(dataset))
     counts = labels.bincount(minlength=len(pictures.class_names))
-    spatial, *others = answers.top
+    by_kind = {kind: classification(top, labels, pictures.class_names) for kind, top in answers.top.items()}
+    right = {"acc1": "".join("01"[hit] for hit in (answers.top["spatial"][:, 0] == labels).tolist())}
+    if pictures.names:
+        accepted = [len(own) for own in pictures.names.accepted]
+        for kind, found in answers.name_ranks.items():
+            names = Ranks(found, accepted, len(pictures.names.texts))
+            by_kind[kind]["names"] = names.recalls(at=NAME_RECALL_AT)
+            if kind == "spatial":
+                right |= {f"name_{k}": hits for k, hits in names.right(at=NAME_RECALL_AT).items()}
     result: dict[str, Any] = {
         "n": len(labels),
         "num_classes": len(pictures.class_names),
         "num_classes_seen": int((counts > 0).sum()),
         "chance": 1 / len(pictures.class_names),
         "majority_share": int(counts.max()) / len(labels),
-        **_kind_scores(answers, spatial, pictures, labels),
-        **{kind: _kind_scores(answers, kind, pictures, labels) for kind in others},
-        "right": _right(answers, spatial, labels),
-        "predicted": " ".join(map(str, answers.top[spatial][:, 0].tolist())),
+        **by_kind.pop("spatial"),
+        **by_kind,
+        "right": right,
+        "predicted": " ".join(map(str, answers.top["spatial"][:, 0].tolist())),
     }
     if classifier.is_timed:
         result |= {"images_per_s": classifier.images_per_s(), "timed_batches": len(classifier.seconds)}
     return result
-
-
-def _kind_scores(answers: _Answers, kind: str, pictures: Pictures, labels: Tensor) -> dict[str, Any]:
-    scores = classification(answers.top[kind], labels, pictures.class_names)
-    if pictures.names:
-        scores["names"] = recalls(
-            answers.name_ranks[kind],
-            num_accepted=[len(accepted) for accepted in pictures.names.accepted],
-            num_candidates=len(pictures.names.texts),
-            at=NAME_RECALL_AT,
-        )
-    return scores
-
-
-def _right(answers: _Answers, kind: str, labels: Tensor) -> dict[str, str]:
-    right = {"acc1": answers.top[kind][:, 0] == labels}
-    if kind in answers.name_ranks:
-        right |= {f"name_r{k}": answers.name_ranks[kind] < k for k in NAME_RECALL_AT}
-    return {name: "".join("01"[bool(hit)] for hit in hits.tolist()) for name, hits in right.items()}
