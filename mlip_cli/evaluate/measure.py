@@ -22,9 +22,11 @@ NAME_RECALL_AT = (1, 5)
 
 @dataclass(frozen=True)
 class Candidate:
-    """One set of weights, with an encoder for each merge rate."""
+    """An encoder to measure."""
 
-    encoders: tuple[Encoder, ...]
+    encoder: Encoder
+    weights: object
+    """Candidates of the same weights share the features of texts, because texts never merge."""
     tokenize: Callable[[Sequence[str]], Tensor]
     """Texts -> token ids (B, L)."""
     device: torch.device
@@ -51,11 +53,9 @@ class _Answers:
 class _Classifier:
     """One encoder with the class embeddings (C, E) and name embeddings (T, E) of a data set."""
 
-    def __init__(
-        self, candidate: Candidate, encoder: Encoder, classes: Tensor, names: Tensor | None, *, is_timed: bool
-    ) -> None:
-        self.candidate, self.encoder, self.classes, self.names = candidate, encoder, classes, names
-        self.is_timed = is_timed
+    def __init__(self, candidate: Candidate, classes: Tensor, names: Tensor | None, *, is_timed: bool) -> None:
+        self.candidate, self.encoder = candidate, candidate.encoder
+        self.classes, self.names, self.is_timed = classes, names, is_timed
         self.seconds: list[tuple[int, float]] = []
         self.has_frequency: bool | None = None
 
@@ -105,8 +105,8 @@ def measure(
     batch_size: int,
     is_timed: bool = True,
     on_batch: OnBatch = lambda _: None,
-) -> list[list[dict[str, Any]]]:
-    """Scores of each encoder of each candidate, in their order; strict JSON, fractions in [0, 1].
+) -> list[dict[str, Any]]:
+    """Scores of each candidate, in their order; strict JSON, fractions in [0, 1].
 
     Spatial features (`encode_image`) are on the top level; with a frequency branch `frequency` and
     `spatial_plus_frequency` (the sum of the normalised features) hold the same scores for those features. `right` holds
@@ -123,16 +123,17 @@ def measure(
     Raises:
         RunError: features that are not finite, or a picture that cannot be read.
     """
-    classifiers = [
-        [_Classifier(candidate, encoder, *texts, is_timed=is_timed) for encoder in candidate.encoders]
-        for candidate, texts in _texts(pictures, candidates, dataset, on_batch)
-    ]
+    texts: dict[int, tuple[Tensor, Tensor | None]] = {}
+    for candidate in candidates:
+        if id(candidate.weights) not in texts:
+            texts[id(candidate.weights)] = _texts(pictures, candidate, dataset, on_batch)
+    classifiers = [_Classifier(candidate, *texts[id(candidate.weights)], is_timed=is_timed) for candidate in candidates]
 
-    def classify(numbers: range) -> Iterator[tuple[Tensor, list[list[_Answers]]]]:
+    def classify(numbers: range) -> Iterator[tuple[Tensor, list[_Answers]]]:
         start = numbers.start * batch_size
         for images, labels in read(numbers):
             accepted = pictures.names.accepted[start : start + len(images)] if pictures.names else []
-            answers = [[classifier.answers(images, accepted) for classifier in group] for group in classifiers]
+            answers = [classifier.answers(images, accepted) for classifier in classifiers]
             start += len(images)
             on_batch(len(images))
             yield labels, answers
@@ -140,11 +141,8 @@ def measure(
     batches = on_all_ranks(classify, num_batches=-(-pictures.num_pictures // batch_size))
     labels = torch.cat([own for own, _ in batches])
     return [
-        [
-            _scores(classifier, _joined([answers[i][j] for _, answers in batches]), pictures, labels, dataset)
-            for j, classifier in enumerate(group)
-        ]
-        for i, group in enumerate(classifiers)
+        _scores(classifier, _joined([answers[i] for _, answers in batches]), pictures, labels, dataset)
+        for i, classifier in enumerate(classifiers)
     ]
 
 
@@ -155,21 +153,18 @@ def _joined(batches: Sequence[_Answers]) -> _Answers:
     return _Answers(*(cat([getattr(own, field.name) for own in batches]) for field in fields(_Answers)))
 
 
-def _texts(
-    pictures: Pictures, candidates: Sequence[Candidate], dataset: str, on_batch: OnBatch
-) -> Iterable[tuple[Candidate, tuple[Tensor, Tensor | None]]]:
-    """Class and name embeddings of each candidate; its merge rates share them, because texts never merge."""
-    for candidate in candidates:
-        embed = partial(
-            class_embeddings,
-            templates=pictures.templates,
-            tokenize=candidate.tokenize,
-            encode_text=candidate.encoders[0].encode_text,
-            device=candidate.device,
-            place=candidate.place(dataset),
-            on_batch=on_batch,
-        )
-        yield candidate, (embed(pictures.class_names), embed(pictures.names.texts) if pictures.names else None)
+def _texts(pictures: Pictures, candidate: Candidate, dataset: str, on_batch: OnBatch) -> tuple[Tensor, Tensor | None]:
+    """Class and name embeddings."""
+    embed = partial(
+        class_embeddings,
+        templates=pictures.templates,
+        tokenize=candidate.tokenize,
+        encode_text=candidate.encoder.encode_text,
+        device=candidate.device,
+        place=candidate.place(dataset),
+        on_batch=on_batch,
+    )
+    return embed(pictures.class_names), embed(pictures.names.texts) if pictures.names else None
 
 
 def _scores(

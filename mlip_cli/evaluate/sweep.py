@@ -131,7 +131,7 @@ def _choose_of_benchmark(benchmark: Benchmark, size: int, wanted: int) -> list[C
 
 def accuracies(benchmark: Benchmark, loaded: LoadedRun, points: Sequence[Point], *, batch_size: int) -> ZeroshotSweep:
     """Zero-shot scores of all points, each beside the unmerged model on the same pictures."""
-    [scores] = measure_runs(benchmark, [(loaded, [point.encoder for point in points])], batch_size=batch_size)
+    scores = measure_runs(benchmark, [(loaded, point.encoder) for point in points], batch_size=batch_size)
     unmerged = scores[0]
     return ZeroshotSweep(
         dataset=benchmark.name,
