@@ -22,8 +22,8 @@ from mlip_cli.data.tokenizer import Tokenizer
 from mlip_cli.errors import RunError, Stopped, UsageError
 from mlip_cli.evaluate import evaluators
 from mlip_cli.evaluate.datasets.benchmark import Benchmark
-from mlip_cli.evaluate.datasets.find import find_benchmark, open_benchmark
-from mlip_cli.evaluate.datasets.open import OPENMOJI_GROUPS
+from mlip_cli.evaluate.datasets.find import find_benchmark
+from mlip_cli.evaluate.datasets.open import OPENMOJI_GROUPS, open_benchmark
 from mlip_cli.evaluate.datasets.pictures import batches
 from mlip_cli.evaluate.evaluators import retrieval_words, training_evaluators, zeroshot_words
 from mlip_cli.evaluate.statistics import mcnemar

@@ -156,8 +156,7 @@ def as_trained_on_from_tars(folder: Path, contents: Sequence[bytes]) -> list[Any
 
 def as_evaluated(name: str, folder: Path, numbers: Sequence[int]) -> list[Any]:
     pictures = opened(name, folder)
-    items = pictures.items()
-    return [hashed(pictures.load(items[i])[0]) for i in numbers]
+    return [hashed(pictures.load(pictures.items[i])[0]) for i in numbers]
 
 
 def in_class_folders(folder: Path, contents: Sequence[bytes]) -> list[Any]:
@@ -172,12 +171,16 @@ def in_prepared_shards(folder: Path, contents: Sequence[bytes]) -> list[Any]:
     return as_evaluated(f"shards:{shards_of(folder, contents)}", folder, range(len(contents)))
 
 
-def in_imagenet_tars(folder: Path, contents: Sequence[bytes]) -> list[Any]:
+def in_web_shards(folder: Path, contents: Sequence[bytes]) -> list[Any]:
     members: dict[str, bytes] = {}
     for i, content in enumerate(contents):
-        members |= {f"{i:02d}.jpg": content, f"{i:02d}.cls": b"7"}
-    write_tar(folder / "imagenet" / "imagenet1k-validation-00.tar", members)
-    return as_evaluated("imagenet", folder, range(len(contents)))
+        members |= {f"{i:02d}.jpg": content, f"{i:02d}.cls": b"0"}
+    root = folder / "wds_mine"
+    write_tar(root / "test" / "0.tar", members)
+    texts = (("test/nshards.txt", "1"), ("classnames.txt", "a"), ("zeroshot_classification_templates.txt", "{c}"))
+    for name, text in texts:
+        write(root / name, text)
+    return as_evaluated("wds/mine", folder, range(len(contents)))
 
 
 def in_clip_benchmarks_folders(folder: Path, contents: Sequence[bytes]) -> list[Any]:
@@ -202,7 +205,7 @@ def hashed(pixels: Any) -> int:
         as_trained_on_from_tars,
         in_class_folders,
         in_prepared_shards,
-        in_imagenet_tars,
+        in_web_shards,
         in_clip_benchmarks_folders,
     ],
 )

@@ -155,7 +155,7 @@ def test_the_page_shows_what_the_files_say(made: Path) -> None:
     for name in ("loss (weighted sum)", "spatial_token", "frequency_global", *measures):
         assert f'aria-label="{name}"' in page
     gallery = json.loads(next((made / "mlip" / "evals").glob("gallery_*.json")).read_text())
-    assert {query["text"] for query in gallery["text_to_image"]} <= set(EVIL)
+    assert {query["asked"]["text"] for query in gallery["text_to_image"]} <= set(EVIL)
     answers = [answer["is_right"] for query in gallery["text_to_image"] for answer in query["found"]]
     assert page.count('class="words right"') == answers.count(True)
     assert page.count('class="words wrong"') == answers.count(False)
@@ -219,7 +219,7 @@ def test_pictures_that_are_gone_or_elsewhere_are_named(runs: Path) -> None:
     gallery = json.loads(path.read_text())
     outside = runs.parent / "secret.png"
     Image.new("RGB", (8, 8), "red").save(outside)
-    gallery["image_to_text"][0]["picture"] = str(outside)
+    gallery["image_to_text"][0]["asked"]["picture"] = str(outside)
     path.write_text(json.dumps(gallery))
     report(["runs/mlip"], out=None, as_json=False)
     page = (runs / "mlip" / "report.html").read_text("utf-8")

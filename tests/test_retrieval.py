@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from clip_benchmark.metrics import zeroshot_retrieval as reference
+from models_for_tests import small_recipe
 from shards_for_tests import make_dataset
 from torch import Tensor
 
@@ -24,7 +25,6 @@ from mlip_cli.evaluate.retrieval import (
     ranks,
 )
 from mlip_cli.evaluate.validation import ValidationPairs
-from mlip_cli.recipe.config import Source
 
 
 class Lookup:
@@ -90,8 +90,8 @@ def test_a_nan_score_never_ranks_first() -> None:
 
 def test_features_that_are_not_finite_are_counted(tmp_path: Path) -> None:
     make_dataset(tmp_path / "pairs", n=6)
-    source = Source(path=str(tmp_path / "pairs"))
-    pairs = ValidationPairs([source], Tokenizer(16), image_size=32, device=torch.device("cpu"))
+    recipe = small_recipe(data={"validation": [str(tmp_path / "pairs")]})
+    pairs = ValidationPairs(recipe, Tokenizer(16), device="cpu")
     encoder = SimpleNamespace(
         encode_image=lambda images: torch.where(torch.arange(len(images))[:, None] < 3, torch.nan, torch.ones(1, 4)),
         encode_text=lambda ids: torch.ones(len(ids), 4),
@@ -107,7 +107,7 @@ def test_features_that_are_not_finite_are_counted(tmp_path: Path) -> None:
 def test_a_shared_text_is_right_for_each_of_its_images() -> None:
     images = F.normalize(torch.eye(3) + 0.1, dim=1)
     texts = images[[0, 2]]
-    scores = image_text_retrieval(images, texts, [[0], [0, 1], [1]], at=(1,))
+    scores = image_text_retrieval(images, texts, [[0], [0, 1], [1]])
     assert scores["image_to_text"]["r1"] == 1.0
     assert scores["text_to_image"]["n"] == 2
 
@@ -117,9 +117,9 @@ def test_captions_of_a_picture_are_drawn_together() -> None:
     torch.manual_seed(0)
     images = F.normalize(torch.randn(40, 6), dim=1)
     own = F.normalize(images + 0.5 * torch.randn(40, 6), dim=1)
-    alone = image_text_retrieval(images, own, [[i] for i in range(40)], at=(1,))["text_to_image"]
+    alone = image_text_retrieval(images, own, [[i] for i in range(40)])["text_to_image"]
     captions = [list(range(5 * i, 5 * i + 5)) for i in range(40)]
-    five = image_text_retrieval(images, own.repeat_interleave(5, 0), captions, at=(1,))["text_to_image"]
+    five = image_text_retrieval(images, own.repeat_interleave(5, 0), captions)["text_to_image"]
     assert (five["r1"], five["n"]) == (alone["r1"], 200)
     widths = [found["r1_interval"].high - found["r1_interval"].low for found in (five, alone)]
     assert widths[0] == pytest.approx(widths[1], rel=0.1)

@@ -36,7 +36,7 @@ def eval_zeroshot(
         ]
         for benchmark in benchmarks
     }
-    found, measuring_failures = complete(rows, device=device)
+    found, measuring_failures = complete(rows)
     failures |= measuring_failures
     if not found:
         raise _one_error(failures)

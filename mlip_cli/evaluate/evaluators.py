@@ -12,7 +12,8 @@ from mlip_cli.data.tokenizer import Tokenizer
 from mlip_cli.devices import batch_named
 from mlip_cli.errors import UsageError
 from mlip_cli.evaluate.datasets.benchmark import Benchmark
-from mlip_cli.evaluate.datasets.find import data_root, find_benchmark, open_benchmark
+from mlip_cli.evaluate.datasets.find import data_root, find_benchmark
+from mlip_cli.evaluate.datasets.open import open_benchmark
 from mlip_cli.evaluate.datasets.pictures import batches
 from mlip_cli.evaluate.measure import NAME_RECALL_AT, Candidate, measure
 from mlip_cli.evaluate.results import DIRECTIONS
@@ -50,12 +51,10 @@ class Evaluator:
     """All ranks take part, and all of them get the result. Stops when OnBatch raises EvaluationStopped."""
 
 
-RunToMeasure = tuple[LoadedRun, Sequence[MergedEncoder]]
-"""A run and its merge rates."""
-
-
-def measure_runs(benchmark: Benchmark, runs: Sequence[RunToMeasure], *, batch_size: int) -> list[list[dict[str, Any]]]:
-    """Scores of each encoder of each run on a data set (see `evaluate.measure.measure`), in the order given.
+def measure_runs(
+    benchmark: Benchmark, encoders: Sequence[tuple[LoadedRun, MergedEncoder]], *, batch_size: int
+) -> list[dict[str, Any]]:
+    """Scores of each run at its merge plan on a data set (see `evaluate.measure.measure`), in the order given.
 
     A picture is decoded once for all runs with the same image size. Each batch goes through all their encoders in turn.
 
@@ -63,27 +62,25 @@ def measure_runs(benchmark: Benchmark, runs: Sequence[RunToMeasure], *, batch_si
         UsageError, RunError, OSError: the data is damaged, or the device has too little memory for the batch.
     """
     pictures = open_benchmark(benchmark)
-    by_size: dict[int, list[int]] = {}
-    for number, (loaded, _) in enumerate(runs):
-        by_size.setdefault(loaded.model.image_size, []).append(number)
-    scores: dict[int, list[dict[str, Any]]] = {}
-    for size, numbers in sorted(by_size.items()):
-        candidates = [
-            Candidate(tuple(encoders), partial(tokenize, loaded.tokenizer), loaded.device, loaded.label)
-            for loaded, encoders in (runs[number] for number in numbers)
-        ]
-        read_ahead = all(candidate.device.type == "cuda" for candidate in candidates)
+    scores: dict[int, dict[str, Any]] = {}
+    for size in sorted({loaded.model.image_size for loaded, _ in encoders}):
+        candidates = {
+            number: Candidate(encoder, loaded.model, partial(tokenize, loaded.tokenizer), loaded.device, loaded.label)
+            for number, (loaded, encoder) in enumerate(encoders)
+            if loaded.model.image_size == size
+        }
+        read_ahead = all(candidate.device.type == "cuda" for candidate in candidates.values())
         with batch_named("--batch-size", batch_size), progress(pictures.num_pictures, benchmark.name) as bar:
             found = measure(
                 pictures,
                 partial(batches, pictures, size=size, batch_size=batch_size, read_ahead=read_ahead),
-                candidates,
+                list(candidates.values()),
                 dataset=benchmark.name,
                 batch_size=batch_size,
                 on_batch=partial(bar.advance, bar.task_ids[0]),
             )
-        scores |= dict(zip(numbers, found, strict=True))
-    return [scores[number] for number in range(len(runs))]
+        scores |= dict(zip(candidates, found, strict=True))
+    return [scores[number] for number in range(len(encoders))]
 
 
 def training_evaluators(
@@ -120,10 +117,10 @@ def _zeroshot_evaluator(benchmark: Benchmark, recipe: Recipe, tokenizer: Tokeniz
     metrics = tuple(f"{metric_prefix(benchmark.name)}_{name}" for name in ("mean_recall", "acc1", *of_names))
 
     def evaluate(encoder: Encoder, on_batch: OnBatch) -> Measures:
-        [[scores]] = measure(
+        [scores] = measure(
             pictures,
             decoded.of,
-            [Candidate((encoder,), partial(tokenize, tokenizer), device)],
+            [Candidate(encoder, encoder, partial(tokenize, tokenizer), device)],
             dataset=benchmark.name,
             batch_size=BATCH_SIZE,
             is_timed=False,

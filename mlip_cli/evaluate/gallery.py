@@ -1,8 +1,8 @@
 """A gallery of retrieval: queries drawn at random, and the best answers of the model."""
 
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mlip_cli import __version__
 from mlip_cli.data.loader import decoded
-from mlip_cli.evaluate.picture_results import FoundPicture, FoundText, GalleryResult, PictureQuery, TextQuery
+from mlip_cli.evaluate.picture_results import GalleryQuery, GalleryResult, Shown
 from mlip_cli.evaluate.results import Recalls
 from mlip_cli.evaluate.retrieval import image_text_retrieval, images_of_texts, ranks
 from mlip_cli.evaluate.validation import ValidationPairs
@@ -92,8 +92,14 @@ def write_gallery(run: Run, found: FoundPairs, pairs: ValidationPairs, *, step: 
     folder = run.pictures / f"gallery_{checkpoint_name(step)}"
     seen = {image for query in by_text for image in (*query.found, query.first_right)}
     thumbnails = _write_thumbnails(pairs, seen | {query.number for query in by_image}, folder)
-    named = {number: str(path.relative_to(run.folder)) for number, path in thumbnails.items()}
-    captions = [[pairs.texts[text] for text in own] for own in pairs.own_texts]
+
+    def text(number: int) -> Shown:
+        return Shown(text=pairs.texts[number])
+
+    def picture(number: int) -> Shown:
+        path = thumbnails[number].relative_to(run.folder)
+        return Shown(text=pairs.texts[pairs.own_texts[number][0]], picture=str(path))
+
     result = GalleryResult(
         mlip_version=__version__,
         measured_at=now(),
@@ -105,40 +111,27 @@ def write_gallery(run: Run, found: FoundPairs, pairs: ValidationPairs, *, step: 
         num_texts=len(pairs.texts),
         chosen="at random with seed 0",
         scores={way: Recalls(**own) for way, own in scores.items()},
-        text_to_image=[_text_query(query, pairs, named, captions) for query in by_text],
-        image_to_text=[_picture_query(query, pairs, named, captions) for query in by_image],
+        text_to_image=[_shown(query, text, picture) for query in by_text],
+        image_to_text=[_shown(query, picture, text) for query in by_image],
     )
     result.write(run.evals / f"gallery_{checkpoint_name(step)}.json")
-    _remove_older(run, folder)
+    for path in run.evals.glob("gallery_*.json"):
+        if path.stem != folder.name:
+            path.unlink()
+    for path in run.pictures.glob("gallery_*"):
+        if path != folder:
+            shutil.rmtree(path)
 
 
-def _text_query(
-    query: Query, pairs: ValidationPairs, pictures: dict[int, str], captions: Sequence[Sequence[str]]
-) -> TextQuery:
-    return TextQuery(
-        text=pairs.texts[query.number],
+def _shown(query: Query, asked: Callable[[int], Shown], answer: Callable[[int], Shown]) -> GalleryQuery:
+    """A query with its texts and pictures in the place of their numbers."""
+    return GalleryQuery(
+        asked=asked(query.number),
         rank=query.rank,
-        num_candidates=pairs.num_pictures,
-        first_right=FoundPicture(picture=pictures[query.first_right], caption=captions[query.first_right][0]),
+        first_right=answer(query.first_right),
         found=[
-            FoundPicture(picture=pictures[image], caption=captions[image][0], is_right=is_right)
-            for image, is_right in zip(query.found, query.is_right, strict=True)
-        ],
-    )
-
-
-def _picture_query(
-    query: Query, pairs: ValidationPairs, pictures: dict[int, str], captions: Sequence[Sequence[str]]
-) -> PictureQuery:
-    return PictureQuery(
-        picture=pictures[query.number],
-        captions=captions[query.number],
-        rank=query.rank,
-        num_candidates=len(pairs.texts),
-        first_right=FoundText(text=pairs.texts[query.first_right]),
-        found=[
-            FoundText(text=pairs.texts[text], is_right=is_right)
-            for text, is_right in zip(query.found, query.is_right, strict=True)
+            replace(answer(number), is_right=is_right)
+            for number, is_right in zip(query.found, query.is_right, strict=True)
         ],
     )
 
@@ -157,13 +150,3 @@ def _write_thumbnails(pairs: ValidationPairs, numbers: set[int], folder: Path) -
         paths[number] = folder / f"{number:06d}.webp"
         write_bytes(paths[number], buffer.getvalue())
     return paths
-
-
-def _remove_older(run: Run, folder: Path) -> None:
-    """Remove galleries of earlier steps."""
-    for path in run.evals.glob("gallery_*.json"):
-        if path.stem != folder.name:
-            path.unlink()
-    for path in run.pictures.glob("gallery_*"):
-        if path != folder:
-            shutil.rmtree(path)

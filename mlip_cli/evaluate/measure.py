@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from statistics import median
 from typing import Any
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mlip_cli.devices import synchronize
 from mlip_cli.evaluate.datasets.pictures import Pictures
-from mlip_cli.evaluate.retrieval import ranks, recalls
+from mlip_cli.evaluate.retrieval import Ranks, ranks
 from mlip_cli.evaluate.together import OnBatch, on_all_ranks
 from mlip_cli.evaluate.zeroshot import class_embeddings, classification, finite_rows, require_finite, top_classes, unit
 from mlip_cli.types import Encoder, ImageFeatures
@@ -22,9 +22,11 @@ NAME_RECALL_AT = (1, 5)
 
 @dataclass(frozen=True)
 class Candidate:
-    """One set of weights, with an encoder for each merge rate."""
+    """An encoder to measure."""
 
-    encoders: tuple[Encoder, ...]
+    encoder: Encoder
+    weights: object
+    """Candidates of the same weights share the features of texts, because texts never merge."""
     tokenize: Callable[[Sequence[str]], Tensor]
     """Texts -> token ids (B, L)."""
     device: torch.device
@@ -51,11 +53,9 @@ class _Answers:
 class _Classifier:
     """One encoder with the class embeddings (C, E) and name embeddings (T, E) of a data set."""
 
-    def __init__(
-        self, candidate: Candidate, encoder: Encoder, classes: Tensor, names: Tensor | None, *, is_timed: bool
-    ) -> None:
-        self.candidate, self.encoder, self.classes, self.names = candidate, encoder, classes, names
-        self.is_timed = is_timed
+    def __init__(self, candidate: Candidate, classes: Tensor, names: Tensor | None, *, is_timed: bool) -> None:
+        self.candidate, self.encoder = candidate, candidate.encoder
+        self.classes, self.names, self.is_timed = classes, names, is_timed
         self.seconds: list[tuple[int, float]] = []
         self.has_frequency: bool | None = None
 
@@ -105,8 +105,8 @@ def measure(
     batch_size: int,
     is_timed: bool = True,
     on_batch: OnBatch = lambda _: None,
-) -> list[list[dict[str, Any]]]:
-    """Scores of each encoder of each candidate, in their order; strict JSON, fractions in [0, 1].
+) -> list[dict[str, Any]]:
+    """Scores of each candidate, in their order; strict JSON, fractions in [0, 1].
 
     Spatial features (`encode_image`) are on the top level; with a frequency branch `frequency` and
     `spatial_plus_frequency` (the sum of the normalised features) hold the same scores for those features. `right` holds
@@ -123,16 +123,17 @@ def measure(
     Raises:
         RunError: features that are not finite, or a picture that cannot be read.
     """
-    classifiers = [
-        [_Classifier(candidate, encoder, *texts, is_timed=is_timed) for encoder in candidate.encoders]
-        for candidate, texts in _texts(pictures, candidates, dataset, on_batch)
-    ]
+    texts: dict[int, tuple[Tensor, Tensor | None]] = {}
+    for candidate in candidates:
+        if id(candidate.weights) not in texts:
+            texts[id(candidate.weights)] = _texts(pictures, candidate, dataset, on_batch)
+    classifiers = [_Classifier(candidate, *texts[id(candidate.weights)], is_timed=is_timed) for candidate in candidates]
 
-    def classify(numbers: range) -> Iterator[tuple[Tensor, list[list[_Answers]]]]:
+    def classify(numbers: range) -> Iterator[tuple[Tensor, list[_Answers]]]:
         start = numbers.start * batch_size
         for images, labels in read(numbers):
             accepted = pictures.names.accepted[start : start + len(images)] if pictures.names else []
-            answers = [[classifier.answers(images, accepted) for classifier in group] for group in classifiers]
+            answers = [classifier.answers(images, accepted) for classifier in classifiers]
             start += len(images)
             on_batch(len(images))
             yield labels, answers
@@ -140,11 +141,8 @@ def measure(
     batches = on_all_ranks(classify, num_batches=-(-pictures.num_pictures // batch_size))
     labels = torch.cat([own for own, _ in batches])
     return [
-        [
-            _scores(classifier, _joined([answers[i][j] for _, answers in batches]), pictures, labels, dataset)
-            for j, classifier in enumerate(group)
-        ]
-        for i, group in enumerate(classifiers)
+        _scores(classifier, _joined([answers[i] for _, answers in batches]), pictures, labels, dataset)
+        for i, classifier in enumerate(classifiers)
     ]
 
 
@@ -152,28 +150,21 @@ def _joined(batches: Sequence[_Answers]) -> _Answers:
     def cat(tensors: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         return {key: torch.cat([own[key] for own in tensors]) for key in tensors[0]}
 
-    return _Answers(
-        cat([own.top for own in batches]),
-        cat([own.name_ranks for own in batches]),
-        cat([own.is_finite for own in batches]),
+    return _Answers(*(cat([getattr(own, field.name) for own in batches]) for field in fields(_Answers)))
+
+
+def _texts(pictures: Pictures, candidate: Candidate, dataset: str, on_batch: OnBatch) -> tuple[Tensor, Tensor | None]:
+    """Class and name embeddings."""
+    embed = partial(
+        class_embeddings,
+        templates=pictures.templates,
+        tokenize=candidate.tokenize,
+        encode_text=candidate.encoder.encode_text,
+        device=candidate.device,
+        place=candidate.place(dataset),
+        on_batch=on_batch,
     )
-
-
-def _texts(
-    pictures: Pictures, candidates: Sequence[Candidate], dataset: str, on_batch: OnBatch
-) -> Iterable[tuple[Candidate, tuple[Tensor, Tensor | None]]]:
-    """Class and name embeddings of each candidate; its merge rates share them, because texts never merge."""
-    for candidate in candidates:
-        embed = partial(
-            class_embeddings,
-            templates=pictures.templates,
-            tokenize=candidate.tokenize,
-            encode_text=candidate.encoders[0].encode_text,
-            device=candidate.device,
-            place=candidate.place(dataset),
-            on_batch=on_batch,
-        )
-        yield candidate, (embed(pictures.class_names), embed(pictures.names.texts) if pictures.names else None)
+    return embed(pictures.class_names), embed(pictures.names.texts) if pictures.names else None
 
 
 def _scores(
@@ -182,37 +173,26 @@ def _scores(
     for what, is_finite in answers.is_finite.items():
         require_finite(is_finite, what, place=classifier.candidate.place(dataset))
     counts = labels.bincount(minlength=len(pictures.class_names))
-    spatial, *others = answers.top
+    by_kind = {kind: classification(top, labels, pictures.class_names) for kind, top in answers.top.items()}
+    right = {"acc1": "".join("01"[hit] for hit in (answers.top["spatial"][:, 0] == labels).tolist())}
+    if pictures.names:
+        accepted = [len(own) for own in pictures.names.accepted]
+        for kind, found in answers.name_ranks.items():
+            names = Ranks(found, accepted, len(pictures.names.texts))
+            by_kind[kind]["names"] = names.recalls(at=NAME_RECALL_AT)
+            if kind == "spatial":
+                right |= {f"name_{k}": hits for k, hits in names.right(at=NAME_RECALL_AT).items()}
     result: dict[str, Any] = {
         "n": len(labels),
         "num_classes": len(pictures.class_names),
         "num_classes_seen": int((counts > 0).sum()),
         "chance": 1 / len(pictures.class_names),
         "majority_share": int(counts.max()) / len(labels),
-        **_kind_scores(answers, spatial, pictures, labels),
-        **{kind: _kind_scores(answers, kind, pictures, labels) for kind in others},
-        "right": _right(answers, spatial, labels),
-        "predicted": " ".join(map(str, answers.top[spatial][:, 0].tolist())),
+        **by_kind.pop("spatial"),
+        **by_kind,
+        "right": right,
+        "predicted": " ".join(map(str, answers.top["spatial"][:, 0].tolist())),
     }
     if classifier.is_timed:
         result |= {"images_per_s": classifier.images_per_s(), "timed_batches": len(classifier.seconds)}
     return result
-
-
-def _kind_scores(answers: _Answers, kind: str, pictures: Pictures, labels: Tensor) -> dict[str, Any]:
-    scores = classification(answers.top[kind], labels, pictures.class_names)
-    if pictures.names:
-        scores["names"] = recalls(
-            answers.name_ranks[kind],
-            num_accepted=[len(accepted) for accepted in pictures.names.accepted],
-            num_candidates=len(pictures.names.texts),
-            at=NAME_RECALL_AT,
-        )
-    return scores
-
-
-def _right(answers: _Answers, kind: str, labels: Tensor) -> dict[str, str]:
-    right = {"acc1": answers.top[kind][:, 0] == labels}
-    if kind in answers.name_ranks:
-        right |= {f"name_r{k}": answers.name_ranks[kind] < k for k in NAME_RECALL_AT}
-    return {name: "".join("01"[bool(hit)] for hit in hits.tolist()) for name, hits in right.items()}

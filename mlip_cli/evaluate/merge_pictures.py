@@ -1,10 +1,11 @@
 """Write what became one token, at every setting of a sweep, as pictures into a run folder."""
 
-import hashlib
+import shutil
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from uuid import uuid4
 
 import torch
 from torch import Tensor
@@ -18,7 +19,6 @@ from mlip_cli.runs.result_files import checked
 from mlip_cli.terminal.output import plural, say, warn
 from mlip_cli.types import MergeStage
 
-SUFFIX = ".webp"
 WRITERS = 8
 """Threads that write files; each waits for the disk, so there may be more of them than cores."""
 
@@ -34,17 +34,12 @@ class PanelWriter:
     pool: ThreadPoolExecutor
 
     def write(self, panels: Tensor, names: Sequence[str]) -> list[str]:
-        """One file a panel (B, 3, H, W); their paths from `root`.
-
-        The name contains a digest of the content, so that files of another sweep are not overwritten.
-        """
+        """One file a panel (B, 3, H, W); their paths from `root`."""
         return list(self.pool.map(self._write, panels.unbind(), names))
 
     def _write(self, panel: Tensor, name: str) -> str:
-        content = as_webp(panel, is_magnified=self.is_magnified)
-        path = self.folder / f"{name}-{hashlib.sha256(content).hexdigest()[:8]}{SUFFIX}"
-        if not path.exists():
-            write_bytes(path, content)
+        path = self.folder / f"{name}.webp"
+        write_bytes(path, as_webp(panel, is_magnified=self.is_magnified))
         return path.relative_to(self.root).as_posix()
 
 
@@ -53,14 +48,16 @@ def write_merge_pictures(
 ) -> None:
     """Draw pictures of the first data set that can be read, the same at every setting except rate 0.
 
-    Pictures of an earlier sweep of this checkpoint are removed after the new result is written.
+    They lie in a folder of their own. Those of earlier sweeps of this checkpoint are removed after the new result is
+    written.
     """
     dataset, chosen = _choose(datasets, num_pictures)
     if dataset is None:
         return
     root, model = loaded.run.folder, loaded.model
-    folder = loaded.run.pictures / f"merging_{loaded.checkpoint.name}"
-    folder.mkdir(parents=True, exist_ok=True)
+    name = f"merging_{loaded.checkpoint.name}"
+    folder = loaded.run.pictures / f"{name}_{uuid4().hex[:8]}"
+    folder.mkdir(parents=True)
     images = torch.stack([picture.image for picture in chosen])
     panels = panel_pictures(images)
     with ThreadPoolExecutor(WRITERS) as pool:
@@ -81,7 +78,9 @@ def write_merge_pictures(
         points=drawn,
     )
     result.write(loaded.run.evals / f"merge_pictures_{loaded.checkpoint.name}.json")
-    _remove_others(folder, root, result)
+    for other in loaded.run.pictures.glob(f"{name}_*"):
+        if other != folder:
+            shutil.rmtree(other)
     say(f"{plural(len(chosen), 'picture')} of {dataset.name} at each setting drawn in {folder}")
 
 
@@ -122,7 +121,6 @@ def _write_stage(
     writer: PanelWriter, panels: Tensor, stage: MergeStage, grid: tuple[int, int], *, names: Sequence[str]
 ) -> list[DrawnStage]:
     """Paths of each picture's panels."""
-
     paths = {
         kind: None if drawn is None else writer.write(drawn, [f"{name}_block{stage.block}_{kind}" for name in names])
         for kind, drawn in stage_panels(panels, stage, grid)
@@ -131,13 +129,3 @@ def _write_stage(
         checked(DrawnStage, {kind: None if own is None else own[i] for kind, own in paths.items()})
         for i in range(len(names))
     ]
-
-
-def _remove_others(folder: Path, root: Path, result: MergePicturesResult) -> None:
-    """Remove panels that the new result does not name."""
-    pictures = [picture for point in result.points for picture in point.pictures]
-    kept = {picture.image for picture in pictures}
-    kept |= {path for picture in pictures for stage in picture.stages for path in vars(stage).values()}
-    for path in folder.glob(f"*{SUFFIX}"):
-        if path.relative_to(root).as_posix() not in kept:
-            path.unlink()

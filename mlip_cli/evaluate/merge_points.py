@@ -1,6 +1,5 @@
 """The settings of a merge sweep, and the speed of each."""
 
-import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -36,22 +35,15 @@ class Point:
         return Setting(method=self.method, rate=self.rate, true_rate=self.encoder.plan.rate)
 
 
-def check_methods(methods: Sequence[str]) -> None:
-    """Refuse a method that does not exist."""
-    for method in methods:
-        if method not in SWEPT_METHODS:
-            near = difflib.get_close_matches(method, SWEPT_METHODS, n=1)
-            cure = f"did you mean {near[0]}?" if near else f"there are {', '.join(SWEPT_METHODS)}"
-            fault = "is for training only" if method == "random_drop" else "no such method"
-            raise UsageError(f"--methods {method}: {fault}; {cure}")
-
-
 def sweep_points(loaded: LoadedRun, rates: Sequence[float], methods: Sequence[str]) -> list[Point]:
     """Rate 0 once, then each method at each other rate, ascending. Without a method, `merge_plan` chooses.
 
     Raises:
-        UsageError: no plan reaches a rate.
+        UsageError: a method does not merge, or no plan reaches a rate.
     """
+    for method in methods:
+        if method not in SWEPT_METHODS:
+            raise UsageError(f"--methods {method}: not a method to sweep; use {' or '.join(SWEPT_METHODS)}")
     model = loaded.model
     wanted = sorted({rate for rate in rates if rate > 0})
     return [

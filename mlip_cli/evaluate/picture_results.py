@@ -12,45 +12,24 @@ from mlip_cli.runs.result_files import Result
 
 
 @dataclass(frozen=True, kw_only=True)
-class FoundPicture:
-    """A picture that a text found, or its own one that it did not find."""
-
-    picture: str
-    caption: str
-    is_right: bool | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class FoundText:
-    """A text that a picture found, or its own one that it did not find."""
+class Shown:
+    """A text, or a picture with its first caption."""
 
     text: str
+    picture: str | None = None
     is_right: bool | None = None
+    """Of an answer: whether it is one of the query's own."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextQuery:
-    """A text, and the pictures that the model finds for it, best first."""
+class GalleryQuery:
+    """A text or a picture, and what the model finds for it, best first."""
 
-    text: str
+    asked: Shown
     rank: int
     """Wrong candidates before the first right one."""
-    num_candidates: int
-    first_right: FoundPicture
-    found: Sequence[FoundPicture]
-
-
-@dataclass(frozen=True, kw_only=True)
-class PictureQuery:
-    """A picture, and the texts that the model finds for it, best first."""
-
-    picture: str
-    captions: Sequence[str]
-    rank: int
-    """Wrong candidates before the first right one."""
-    num_candidates: int
-    first_right: FoundText
-    found: Sequence[FoundText]
+    first_right: Shown
+    found: Sequence[Shown]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,8 +48,8 @@ class GalleryResult(Result):
     """How the queries were drawn."""
     scores: dict[str, Recalls]
     """image_to_text and text_to_image."""
-    text_to_image: Sequence[TextQuery]
-    image_to_text: Sequence[PictureQuery]
+    text_to_image: Sequence[GalleryQuery]
+    image_to_text: Sequence[GalleryQuery]
 
 
 @dataclass(frozen=True)

@@ -57,33 +57,6 @@ def ranks_by_all(queries: Tensor, gallery: Tensor, right: Sequence[Sequence[int]
     return torch.cat(on_all_ranks(compare, num_batches=-(-len(queries) // CHUNK)))
 
 
-def recalls(
-    ranks: Tensor,
-    *,
-    num_accepted: Sequence[int],
-    num_candidates: int,
-    at: Sequence[int],
-    cluster_of: Sequence[int] | None = None,
-) -> dict[str, Any]:
-    """Recall at each k with its 95 % interval and its chance level, as `r1`, `r1_interval`, `r1_chance`, ...
-
-    Queries of one cluster depend on each other: the interval draws them together.
-    """
-    n = len(ranks)
-    scores: dict[str, Any] = {"n": n, "num_candidates": num_candidates}
-    for k in at:
-        hits = int((ranks < k).sum())
-        chances = {a: chance_at(k, accepted=a, candidates=num_candidates) for a in set(num_accepted)}
-        scores[f"r{k}"] = hits / n
-        scores[f"r{k}_interval"] = (
-            wilson(hits, n)
-            if cluster_of is None
-            else cluster_interval(*by_cluster((ranks < k).double().tolist(), cluster_of))
-        )
-        scores[f"r{k}_chance"] = sum(chances[a] for a in num_accepted) / n
-    return scores
-
-
 @dataclass(frozen=True)
 class Ranks:
     """The ranks that a set of queries reached."""
@@ -97,14 +70,23 @@ class Ranks:
     """Cluster of each query; None: the queries are independent."""
 
     def recalls(self, *, at: Sequence[int] = RECALL_AT) -> dict[str, Any]:
-        """See the function `recalls`."""
-        return recalls(
-            self.ranks,
-            num_accepted=self.num_accepted,
-            num_candidates=self.num_candidates,
-            at=at,
-            cluster_of=self.cluster_of,
-        )
+        """Recall at each k with its 95 % interval and its chance level, as `r1`, `r1_interval`, `r1_chance`, ...
+
+        Queries of one cluster depend on each other: the interval draws them together.
+        """
+        n = len(self.ranks)
+        scores: dict[str, Any] = {"n": n, "num_candidates": self.num_candidates}
+        for k in at:
+            hits = self.ranks < k
+            chances = {a: chance_at(k, accepted=a, candidates=self.num_candidates) for a in set(self.num_accepted)}
+            scores[f"r{k}"] = int(hits.sum()) / n
+            scores[f"r{k}_interval"] = (
+                wilson(int(hits.sum()), n)
+                if self.cluster_of is None
+                else cluster_interval(*by_cluster(hits.double().tolist(), self.cluster_of))
+            )
+            scores[f"r{k}_chance"] = sum(chances[a] for a in self.num_accepted) / n
+        return scores
 
     def right(self, *, at: Sequence[int] = RECALL_AT) -> dict[str, str]:
         """Which queries are right at each k, for paired tests: strings of 0 and 1 as `r1`, ..."""
@@ -135,17 +117,12 @@ def image_text_ranks(
     images = images_of_texts(captions, len(text_features))
     image_of = [own[0] for own in images]
     has_clusters = len(set(image_of)) < len(image_of)
+    to_text = ranks_by_all(image_features, text_features, captions)
+    to_image = ranks_by_all(text_features, image_features, images)
     return {
-        "image_to_text": Ranks(
-            ranks_by_all(image_features, text_features, captions),
-            [len(set(t)) for t in captions],
-            len(text_features),
-        ),
+        "image_to_text": Ranks(to_text, [len(set(own)) for own in captions], len(text_features)),
         "text_to_image": Ranks(
-            ranks_by_all(text_features, image_features, images),
-            [len(set(i)) for i in images],
-            len(image_features),
-            image_of if has_clusters else None,
+            to_image, [len(set(own)) for own in images], len(image_features), image_of if has_clusters else None
         ),
     }
 
@@ -176,14 +153,12 @@ def in_batch(
         right = _right_places([set(captions[image]) for image in batch], texts)
         images, own = image_features[batch], text_features[texts]
         trials += [(images, own, right), (own, images, images_of_texts(right, size))]
-    chunks = [(trial, start) for trial in trials for start in range(0, size, CHUNK)]
 
     def count_hits(numbers: range) -> Iterator[int]:
-        for (queries, gallery, right), start in (chunks[number] for number in numbers):
-            found = ranks(queries[start : start + CHUNK], gallery, right[start : start + CHUNK])
-            yield int((found == 0).sum())
+        for number in numbers:
+            yield int((ranks(*trials[number]) == 0).sum())
 
-    hits = sum(on_all_ranks(count_hits, num_batches=len(chunks)))
+    hits = sum(on_all_ranks(count_hits, num_batches=len(trials)))
     num_right = sum(len(own) for _, _, right in trials for own in right)
     return InBatch(hits / (size * len(trials)), num_right / (size**2 * len(trials)), size)
 
@@ -206,15 +181,11 @@ def modality_gap(image_features: Tensor, text_features: Tensor, captions: Sequen
 
 
 def image_text_retrieval(
-    image_features: Tensor,
-    text_features: Tensor,
-    captions: Sequence[Sequence[int]],
-    *,
-    at: Sequence[int] = RECALL_AT,
+    image_features: Tensor, text_features: Tensor, captions: Sequence[Sequence[int]]
 ) -> Mapping[str, dict[str, Any]]:
     """Recall both ways (the protocol of Flickr30k and COCO): a query is right if one of its own is among the first k.
 
     The arguments are those of `image_text_ranks`.
     """
     found = image_text_ranks(image_features, text_features, captions)
-    return {way: own.recalls(at=at) for way, own in found.items()}
+    return {way: own.recalls() for way, own in found.items()}

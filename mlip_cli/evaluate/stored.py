@@ -6,7 +6,7 @@ Torch is imported only where something is measured, so that stored results are s
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -108,14 +108,12 @@ class Measured:
             "run_folder": str(self.checkpoint.run.folder),
             "is_last_checkpoint": self.checkpoint.is_last,
         }
-        return value if first is self else value | {"compared_to_first": self._compared_to(first)}
-
-    def _compared_to(self, first: "Measured") -> dict[str, Any]:
-        """A paired test of each measure."""
-        return {
-            "first": {"run": first.checkpoint.label, "merge_rate": first.result.merge_rate},
-            **{name: paired(first.result.right[name], answers) for name, answers in self.result.right.items()},
-        }
+        if first is not self:
+            value["compared_to_first"] = {
+                "first": {"run": first.checkpoint.label, "merge_rate": first.result.merge_rate},
+                **{name: paired(first.result.right[name], answers) for name, answers in self.result.right.items()},
+            }
+        return value
 
 
 def find_checkpoints(targets: Sequence[str]) -> list[EvaluatedCheckpoint]:
@@ -135,16 +133,10 @@ def find_checkpoints(targets: Sequence[str]) -> list[EvaluatedCheckpoint]:
         is_last = last is not None and last.resolve() == folder.resolve()
         if not is_last:
             label = f"{label}/{folder.name}"
-        checkpoints.append(EvaluatedCheckpoint(label, run, folder, is_last, _sha256(folder / "model.safetensors")))
+        with open(folder / "model.safetensors", "rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        checkpoints.append(EvaluatedCheckpoint(label, run, folder, is_last, sha256))
     return checkpoints
-
-
-def _sha256(path: Path) -> str:
-    if not path.is_file():
-        folder = path.parent
-        raise UsageError(f"{folder}: not a checkpoint (no {path.name} inside); name a run folder or a checkpoint")
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def default_datasets(checkpoints: Sequence[EvaluatedCheckpoint]) -> list[str]:
@@ -173,7 +165,7 @@ def find_benchmarks(names: Sequence[str], root: Path | None) -> tuple[list[Bench
 
 
 @interrupted_as("interrupted; results of finished data sets are kept; repeat the command to continue")
-def complete(rows: Mapping[str, Sequence[Measurement]], *, device: str) -> tuple[dict[str, list[Measured]], Failures]:
+def complete(rows: Mapping[str, Sequence[Measurement]]) -> tuple[dict[str, list[Measured]], Failures]:
     """Results on each data set, stored or measured now, and the errors of the other data sets.
 
     Args:
@@ -187,7 +179,7 @@ def complete(rows: Mapping[str, Sequence[Measurement]], *, device: str) -> tuple
     missing = [row for row in stored if row not in found]
     if found:
         say(f"{plural(len(found), 'row')} measured before, in evals/ of the runs; to measure: {len(missing)}")
-    loaded = _load(missing, device)
+    loaded = _load(missing) if missing else {}
     failures: Failures = {}
     for dataset, own in rows.items():
         try:
@@ -202,17 +194,17 @@ def complete(rows: Mapping[str, Sequence[Measurement]], *, device: str) -> tuple
     return results, failures
 
 
-def _load(rows: Iterable[Measurement], device: str) -> dict[Path, "LoadedRun"]:
+def _load(rows: Sequence[Measurement]) -> dict[Path, "LoadedRun"]:
     """Load the models by checkpoint, and check all merge rates."""
-    folders = dict.fromkeys(row.checkpoint.folder for row in rows)
-    if not folders:
-        return {}
     say("loading PyTorch and the weights")
     from mlip_cli.runs.loading import at_rate, load_run
 
-    loaded = {folder: load_run(str(folder), device=device) for folder in folders}
+    loaded: dict[Path, LoadedRun] = {}
     for row in rows:
-        at_rate(loaded[row.checkpoint.folder].model, row.merge_rate)
+        folder = row.checkpoint.folder
+        if folder not in loaded:
+            loaded[folder] = load_run(str(folder), device=row.device)
+        at_rate(loaded[folder].model, row.merge_rate)
     return loaded
 
 
@@ -224,31 +216,25 @@ def _measure(rows: Sequence[Measurement], loaded: Mapping[Path, "LoadedRun"]) ->
     from mlip_cli.runs.loading import at_rate
 
     say(f"{rows[0].benchmark.name}: {plural(len(rows), 'row')} to measure, in turn on each batch")
-    groups: dict[Path, list[Measurement]] = {}
-    for row in rows:
-        groups.setdefault(row.checkpoint.folder, []).append(row)
-    runs = [
-        (loaded[folder], [at_rate(loaded[folder].model, row.merge_rate) for row in own])
-        for folder, own in groups.items()
-    ]
+    runs = [loaded[row.checkpoint.folder] for row in rows]
+    encoders = [at_rate(run.model, row.merge_rate) for run, row in zip(runs, rows, strict=True)]
     measured_at = now()
-    scores = measure_runs(rows[0].benchmark, runs, batch_size=rows[0].batch_size)
+    scores = measure_runs(rows[0].benchmark, list(zip(runs, encoders, strict=True)), batch_size=rows[0].batch_size)
     results = {}
-    for own, (run, encoders), scores_of_run in zip(groups.values(), runs, scores, strict=True):
-        for row, encoder, scores_of_row in zip(own, encoders, scores_of_run, strict=True):
-            results[row] = ZeroshotResult.from_json(
-                {
-                    "kind": ZeroshotResult.KIND,
-                    **row.identity,
-                    "step": run.step,
-                    "true_merge_rate": encoder.plan.rate,
-                    "merge_method": encoder.plan.method if encoder.plan.rate else None,
-                    "tokens": encoder.plan.tokens,
-                    "image_size": run.model.image_size,
-                    "device_type": run.device.type,
-                    "measured_at": measured_at,
-                    **scores_of_row,
-                }
-            )
-            results[row].write(row.path)
+    for row, run, encoder, scores_of_row in zip(rows, runs, encoders, scores, strict=True):
+        results[row] = ZeroshotResult.from_json(
+            {
+                "kind": ZeroshotResult.KIND,
+                **row.identity,
+                "step": run.step,
+                "true_merge_rate": encoder.plan.rate,
+                "merge_method": encoder.plan.method if encoder.plan.rate else None,
+                "tokens": encoder.plan.tokens,
+                "image_size": run.model.image_size,
+                "device_type": run.device.type,
+                "measured_at": measured_at,
+                **scores_of_row,
+            }
+        )
+        results[row].write(row.path)
     return results

@@ -16,7 +16,8 @@ from mlip_cli.data.transforms import evaluation_transform
 from mlip_cli.devices import batch_named, device_name
 from mlip_cli.errors import RunError, UsageError
 from mlip_cli.evaluate.datasets.benchmark import Benchmark
-from mlip_cli.evaluate.datasets.find import data_root, find_benchmark, open_benchmark
+from mlip_cli.evaluate.datasets.find import data_root, find_benchmark
+from mlip_cli.evaluate.datasets.open import open_benchmark
 from mlip_cli.evaluate.evaluators import measure_runs
 from mlip_cli.evaluate.merge_points import Point, speeds
 from mlip_cli.evaluate.results import (
@@ -121,20 +122,16 @@ def _benchmark(benchmark: Benchmark, loaded: LoadedRun, *, batch_size: int) -> S
 
 def _choose_of_benchmark(benchmark: Benchmark, size: int, wanted: int) -> list[ChosenPicture]:
     pictures = open_benchmark(benchmark)
-    numbers = set(numbers_at_random(wanted, pictures.num_pictures))
     chosen = []
-    for number, item in enumerate(pictures.items()):
-        if number in numbers:
-            image, label = pictures.load(item)
-            chosen.append(ChosenPicture(number, pictures.class_names[label], evaluation_transform(image, size=size)))
-            if len(chosen) == len(numbers):
-                break
+    for number in numbers_at_random(wanted, pictures.num_pictures):
+        image, label = pictures.load(pictures.items[number])
+        chosen.append(ChosenPicture(number, pictures.class_names[label], evaluation_transform(image, size=size)))
     return chosen
 
 
 def accuracies(benchmark: Benchmark, loaded: LoadedRun, points: Sequence[Point], *, batch_size: int) -> ZeroshotSweep:
     """Zero-shot scores of all points, each beside the unmerged model on the same pictures."""
-    [scores] = measure_runs(benchmark, [(loaded, [point.encoder for point in points])], batch_size=batch_size)
+    scores = measure_runs(benchmark, [(loaded, point.encoder) for point in points], batch_size=batch_size)
     unmerged = scores[0]
     return ZeroshotSweep(
         dataset=benchmark.name,
@@ -251,7 +248,13 @@ def measure_sweep(
     measured_at = now()
     with batch_named("--batch-size", batch_size):
         timed = speeds(loaded, points, batch_size=batch_size, rounds=rounds)
-    scores, measuring_failures = all_scores(datasets, points)
+    scores: list[ZeroshotSweep | RetrievalSweep] = []
+    failed = {name: str(error) for name, error in failures.items()}
+    for dataset in datasets:
+        try:
+            scores.append(dataset.measure(points))
+        except FAILURES as error:
+            failed[dataset.name] = str(error)
     return SweepResult(
         measured_at=measured_at,
         mlip_version=__version__,
@@ -267,19 +270,5 @@ def measure_sweep(
         rounds=rounds,
         points=timed,
         datasets=scores,
-        failed=[FailedData(name, str(error)) for name, error in {**failures, **measuring_failures}.items()],
+        failed=[FailedData(name, error) for name, error in failed.items()],
     )
-
-
-def all_scores(
-    datasets: Sequence[SweepDataset], points: Sequence[Point]
-) -> tuple[list[ZeroshotSweep | RetrievalSweep], dict[str, Exception]]:
-    """Scores on each data set, and the errors of the others."""
-    scores: list[ZeroshotSweep | RetrievalSweep] = []
-    failures: dict[str, Exception] = {}
-    for dataset in datasets:
-        try:
-            scores.append(dataset.measure(points))
-        except FAILURES as error:
-            failures[dataset.name] = error
-    return scores, failures

@@ -1,7 +1,6 @@
 """The pairs of `data.validation`: for measures, galleries and sweeps."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Generic, TypeVar
 
@@ -19,7 +18,7 @@ from mlip_cli.distributed import world_size
 from mlip_cli.errors import RunError
 from mlip_cli.evaluate.together import OnBatch, on_all_ranks
 from mlip_cli.evaluate.zeroshot import normalized, text_features
-from mlip_cli.recipe.config import Cache, Recipe, Source
+from mlip_cli.recipe.config import Recipe
 from mlip_cli.types import Encoder
 
 T = TypeVar("T")
@@ -42,20 +41,21 @@ def tokenize(tokenizer: Tokenizer, texts: Sequence[str]) -> Tensor:
 
 
 class ValidationPairs:
-    """All pictures of some data sets, and their distinct captions. A caption of several pictures is right for each."""
+    """All pictures of `data.validation`, and their distinct captions. A caption of several pictures is right for each.
+
+    For `beside` see `open_sources`.
+    """
 
     def __init__(
         self,
-        sources: Sequence[Source],
+        recipe: Recipe,
         tokenizer: Tokenizer,
         *,
-        image_size: int,
-        device: torch.device,
-        cache: Cache | None = None,
+        device: torch.device | str,
         beside: Sequence[ShardDataset] = (),
     ) -> None:
-        self.datasets = open_sources(sources, cache=cache, beside=beside)
-        self.device = device
+        self.datasets = open_sources(recipe.data.validation or (), cache=recipe.data.cache, beside=beside)
+        self.device = torch.device(device)
         self._tokenizer = tokenizer
         captions = [
             [caption.text for caption in dataset.read(id).captions]
@@ -69,9 +69,9 @@ class ValidationPairs:
         number = {text: i for i, text in enumerate(self.texts)}
         self.own_texts = [[number[text] for text in own] for own in captions]
         """For each picture the numbers of its texts."""
-        self._image_size = image_size
+        self._image_size = recipe.data.image_size
         self._num_batches = [-(-dataset.num_samples // BATCH_SIZE) for dataset in self.datasets]
-        self._decoded = DecodedBatches(self._read, size=image_size)
+        self._decoded = DecodedBatches(self._read, size=self._image_size)
 
     def _read(self, numbers: range) -> Iterator[Tensor]:
         """Batches by their numbers among the batches of all data sets. A batch holds pictures of one data set."""
@@ -80,14 +80,14 @@ class ValidationPairs:
             own = range(max(numbers.start - first, 0), min(numbers.stop - first, num_batches))
             first += num_batches
             if own:
-                loader = evaluation_loader(
+                is_few = len(own) * BATCH_SIZE < FEW_PICTURES
+                yield from evaluation_loader(
                     dataset,
                     image_size=self._image_size,
                     batch_size=BATCH_SIZE,
-                    num_workers=0 if len(own) * BATCH_SIZE < FEW_PICTURES else default_num_workers(world_size()),
+                    num_workers=0 if is_few else default_num_workers(world_size()),
                     numbers=own,
                 )
-                yield from (batch.images for batch in loader)
 
     def sample(self, number: int) -> RawSample:
         """The sample of a picture, by its number among all.
@@ -130,18 +130,8 @@ class ValidationPairs:
 def validation_pairs(
     recipe: Recipe, tokenizer: Tokenizer, *, device: torch.device | str, beside: Sequence[ShardDataset] = ()
 ) -> ValidationPairs | None:
-    """The pairs of the recipe's `data.validation`; None if it has none. For `beside` see `open_sources`."""
-    sources = recipe.data.validation
-    if sources is None:
-        return None
-    return ValidationPairs(
-        sources,
-        tokenizer,
-        image_size=recipe.data.image_size,
-        device=torch.device(device),
-        cache=recipe.data.cache,
-        beside=beside,
-    )
+    """The pairs of the recipe's `data.validation`; None if it has none."""
+    return ValidationPairs(recipe, tokenizer, device=device, beside=beside) if recipe.data.validation else None
 
 
 class DecodedBatches(Generic[T]):
@@ -163,20 +153,12 @@ class DecodedBatches(Generic[T]):
                 yield batch
 
 
-@dataclass(frozen=True)
-class EvaluationBatch:
-    """Samples for evaluation, in the order of the data set."""
-
-    images: Tensor
-    """(B, 3, S, S) uint8"""
-    keys: tuple[str, ...]
-    """Key of each sample."""
-
-
 def evaluation_loader(
     dataset: ShardDataset, *, image_size: int, batch_size: int, num_workers: int, numbers: range | None = None
-) -> Iterator[EvaluationBatch]:
-    """All samples of a data set once, in order, resized and centre-cropped; the last batch may be smaller.
+) -> Iterator[Tensor]:
+    """All pictures of a data set once, in order, resized and centre-cropped: uint8 (B, 3, S, S).
+
+    The last batch may be smaller.
 
     Loader processes read them: for 1,200 JPEGs of 400 x 300 px one process took 2.3 s of CPU time, threads (as in
     `datasets.pictures.batches`) 3.7 s. Nothing is timed here, so reading ahead harms nothing.
@@ -193,21 +175,17 @@ def evaluation_loader(
     return items_of(data_loader(batches, everything if numbers is None else numbers, num_workers))
 
 
-class _EvaluationBatches(Dataset[EvaluationBatch | Exception]):
+class _EvaluationBatches(Dataset[Tensor | Exception]):
     """Item i is the i-th batch, or the error that prevented it."""
 
     def __init__(self, dataset: ShardDataset, image_size: int, batch_size: int) -> None:
         self.dataset, self.image_size, self.batch_size = dataset, image_size, batch_size
 
-    def __getitem__(self, i: int) -> EvaluationBatch | Exception:
-        start = i * self.batch_size
+    def __getitem__(self, i: int) -> Tensor | Exception:
+        ids = range(self.dataset.num_samples)[i * self.batch_size : (i + 1) * self.batch_size]
+        size = self.image_size
         try:
-            samples = [
-                self.dataset.read(id) for id in range(start, min(start + self.batch_size, self.dataset.num_samples))
-            ]
-            size = self.image_size
-            pictures = [decoded(sample, least=least_size(None, size)) for sample in samples]
-            images = torch.stack([evaluation_transform(picture, size=size) for picture in pictures])
+            pictures = [decoded(self.dataset.read(id), least=least_size(None, size)) for id in ids]
+            return torch.stack([evaluation_transform(picture, size=size) for picture in pictures])
         except (RunError, OSError) as error:
             return error
-        return EvaluationBatch(images, tuple(sample.key for sample in samples))

@@ -6,12 +6,11 @@ from pathlib import Path
 from mlip_cli.evaluate.picture_results import (
     DrawnPicture,
     DrawnSetting,
-    FoundPicture,
+    GalleryQuery,
     GalleryResult,
     MergePicturesResult,
-    PictureQuery,
+    Shown,
     StageTokens,
-    TextQuery,
 )
 from mlip_cli.evaluate.results import DIRECTIONS
 from mlip_cli.report.page import Html, command, details, element, embedded_image, figure, note, section, table
@@ -42,7 +41,7 @@ def gallery_section(record: RunRecord) -> Html:
         element("h3", "Text → images"),
         _queries(_text_query(query, record.run.folder) for query in gallery.text_to_image),
         element("h3", "Image → texts"),
-        _queries(_picture_query(query, record.run.folder) for query in gallery.image_to_text),
+        _queries(_picture_query(query, gallery.num_texts, record.run.folder) for query in gallery.image_to_text),
         *map(note, record.attributions),
     )
 
@@ -70,34 +69,34 @@ def _queries(queries: Iterable[Html]) -> Html:
     return element("div", *queries, class_="queries")
 
 
-def _text_query(query: TextQuery, folder: Path) -> Html:
-    found = [_answer(answer, answer.caption, folder) for answer in query.found]
+def _text_query(query: GalleryQuery, folder: Path) -> Html:
+    found = [_answer(answer, answer.text, folder) for answer in query.found]
     if not any(answer.is_right for answer in query.found):
         own = query.first_right
-        found.append(_answer(own, f"place {query.rank + 1:,}: {own.caption}", folder))
+        found.append(_answer(own, f"place {query.rank + 1:,}: {own.text}", folder))
     return element(
         "div",
-        element("p", f"“{query.text}”", class_="asked"),
+        element("p", f"“{query.asked.text}”", class_="asked"),
         element("ol", *found, class_="found"),
         class_="query",
     )
 
 
-def _answer(answer: FoundPicture, words: str, folder: Path) -> Html:
+def _answer(answer: Shown, words: str, folder: Path) -> Html:
     """A picture that was found, right or wrong, or the right one that was not found."""
     kind = "owed" if answer.is_right is None else "right" if answer.is_right else "wrong"
-    picture = embedded_image(folder, answer.picture, alt=answer.caption, class_=f"is-{kind}")
+    picture = embedded_image(folder, str(answer.picture), alt=answer.text, class_=f"is-{kind}")
     return element("li", picture, element("span", words, class_=f"words {kind}"))
 
 
-def _picture_query(query: PictureQuery, folder: Path) -> Html:
+def _picture_query(query: GalleryQuery, num_texts: int, folder: Path) -> Html:
     answers = [element("li", answer.text, class_="right" if answer.is_right else "wrong") for answer in query.found]
     if not any(answer.is_right for answer in query.found):
-        words = f"place {query.rank + 1:,} of {query.num_candidates:,}: {query.first_right.text}"
+        words = f"place {query.rank + 1:,} of {num_texts:,}: {query.first_right.text}"
         answers.append(element("li", words, class_="owed"))
     return element(
         "div",
-        element("div", embedded_image(folder, query.picture, alt=query.captions[0]), class_="question"),
+        element("div", embedded_image(folder, str(query.asked.picture), alt=query.asked.text), class_="question"),
         element("ol", *answers, class_="answers"),
         class_="query row",
     )

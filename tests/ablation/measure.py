@@ -33,9 +33,9 @@ def image_features(run: LoadedRun, folder: Path, rate: float | None) -> dict[str
     size = run.recipe.data.image_size
     parts: dict[str, list[torch.Tensor]] = {"spatial": [], "sum": []}
     loader = evaluation_loader(open_prepared(folder), image_size=size, batch_size=BATCH_SIZE, num_workers=0)
-    for batch in loader:
+    for images in loader:
         with torch.no_grad():
-            found = encoder.image_features(batch.images)
+            found = encoder.image_features(images)
         spatial = normalized(found.spatial, "image")
         parts["spatial"].append(spatial)
         if found.frequency is not None:

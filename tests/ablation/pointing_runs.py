@@ -23,7 +23,7 @@ def point(
     dataset, image_size = open_prepared(folder), loaded.model.image_size
     loader = evaluation_loader(dataset, image_size=tile_size(image_size), batch_size=batch_size, num_workers=0)
     return measure_pointing(
-        torch.cat([batch.images for batch in loader]),
+        torch.cat(list(loader)),
         [dataset.read(id).captions[0].text for id in range(dataset.num_samples)],
         Pointer(
             label=f"{folder}: {loaded.label}",

@@ -13,7 +13,7 @@ class Benchmark:
     name: str
     """As the user gave it."""
     kind: str
-    """How it is stored: openmoji, digits, folder, shards, clip_benchmark, web_shards, or imagenet_ and its layout."""
+    """How it is stored: a key of `open.OPENERS`."""
     root: Path
     """The folder that holds it. For digits, which scikit-learn brings along, the current folder."""
     fingerprint: str

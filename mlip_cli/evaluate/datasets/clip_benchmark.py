@@ -55,13 +55,7 @@ def open_built(benchmark: Benchmark) -> Pictures:
             raise RunError(f"{name}: picture {i}: {error}; mend this picture or remove it") from error
         return image, int(label)
 
-    return Pictures(
-        class_names=tuple(dataset.classes),
-        templates=tuple(dataset.templates),
-        items=lambda: range(len(dataset)),
-        load=load,
-        num_pictures=len(dataset),
-    )
+    return Pictures(tuple(dataset.classes), tuple(dataset.templates), range(len(dataset)), load)
 
 
 def _to_tensor(image: Tensor | Image.Image) -> Tensor:
@@ -104,7 +98,10 @@ def open_web_shards(benchmark: Benchmark) -> Pictures:
     class_names, templates = (
         tuple(_lines(root / name)) for name in ("classnames.txt", "zeroshot_classification_templates.txt")
     )
-    return open_tars(tars, class_names=class_names, templates=templates)
+    items = [item for tar in tars for item in labelled_pictures(tar)]
+    if not items:
+        raise UsageError(f"{part}: no pictures with a .cls beside them")
+    return Pictures(class_names, templates, items, _load_tar_item)
 
 
 def _lines(path: Path) -> list[str]:
@@ -113,15 +110,12 @@ def _lines(path: Path) -> list[str]:
     return [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()]
 
 
-def open_tars(tars: list[Path], *, class_names: tuple[str, ...], templates: tuple[str, ...]) -> Pictures:
-    """Pictures of webdataset tars with the class number of each in a `.cls` beside it."""
-    items = [item for tar in tars for item in _tar_items(tar)]
-    if not items:
-        raise UsageError(f"{tars[0].parent if tars else 'no tars'}: no pictures with a .cls beside them")
-    return Pictures(class_names, templates, lambda: items, _load_tar_item, len(items))
+def labelled_pictures(tar: Path) -> Iterator[TarItem]:
+    """The pictures of a webdataset tar with the class number in a `.cls` beside each.
 
-
-def _tar_items(tar: Path) -> Iterator[TarItem]:
+    Raises:
+        RunError: the tar is damaged, or a `.cls` holds no number.
+    """
     samples: dict[str, dict[str, tuple[int, int]]] = {}
     for member in read_members(tar):
         if member.is_file:

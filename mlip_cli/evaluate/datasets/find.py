@@ -1,4 +1,4 @@
-"""Evaluation sets by name: one table says how each is found and opened.
+"""Evaluation sets by name: one table says how each is found.
 
 Finding imports no torch, so results that are stored already are found at once.
 """
@@ -8,18 +8,12 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from mlip_cli.errors import UsageError
 from mlip_cli.evaluate.datasets import imagenet
 from mlip_cli.evaluate.datasets.benchmark import Benchmark, class_folders, pictures_in
-
-if TYPE_CHECKING:
-    from mlip_cli.evaluate.datasets.pictures import Pictures
 
 # Names of clip-benchmark with one label a picture and no TensorFlow.
 CLIP_BENCHMARK = (
@@ -57,22 +51,6 @@ class UnknownDataSetError(UsageError):
     """No evaluation set has this name."""
 
 
-@dataclass(frozen=True)
-class EvaluationSet:
-    """How an evaluation set is found and opened."""
-
-    find: Callable[[str, Path], Benchmark]
-    """(name, data root) -> the set; for `folder:` and `shards:` the path in the name stands for the data root."""
-    opener: str
-    """module.function of this folder: the module imports torch."""
-
-    def open(self, benchmark: Benchmark) -> "Pictures":
-        """The pictures of a set that was found."""
-        module, _, function = self.opener.partition(".")
-        pictures: Pictures = getattr(import_module(f"mlip_cli.evaluate.datasets.{module}"), function)(benchmark)
-        return pictures
-
-
 def data_root(given: Path | None) -> Path:
     """Where data sets lie: the given folder, else $MLIP_DATA, else data/."""
     return given if given is not None else Path(os.environ.get("MLIP_DATA") or "data")
@@ -85,27 +63,14 @@ def find_benchmark(name: str, *, root: Path) -> Benchmark:
         UnknownDataSetError: with a guess.
         UsageError: the data is not there; says what to do about it.
     """
-    prefix, _, path = name.partition(":")
-    if f"{prefix}:" in SETS:
-        if not path:
-            raise UsageError(f"{name}: no path; write {prefix}:PATH")
-        root = Path(path)
-    return _set_of(name).find(name, root)
-
-
-def open_benchmark(benchmark: Benchmark) -> "Pictures":
-    """Open an evaluation set that `find_benchmark` found.
-
-    Raises:
-        UsageError: its files are not as they should be; says which and what to do.
-    """
-    return _set_of(benchmark.name).open(benchmark)
-
-
-def _set_of(name: str) -> EvaluationSet:
     prefix = next((key for key in SETS if key.endswith((":", "/")) and name.startswith(key)), name)
+    if prefix.endswith(":"):
+        path = name.removeprefix(prefix)
+        if not path:
+            raise UsageError(f"{name}: no path; write {prefix}PATH")
+        root = Path(path)
     if prefix in SETS:
-        return SETS[prefix]
+        return SETS[prefix](name, root)
     if Path(name).is_dir():
         guess = f"for the folder of this name write folder:{name}"
     elif close := difflib.get_close_matches(name, [key for key in SETS if key[-1] not in ":/"], n=1):
@@ -175,9 +140,9 @@ def _shards(name: str, folder: Path) -> Benchmark:
 
 
 def _imagenet(name: str, root: Path) -> Benchmark:
-    layout = imagenet.find_layout(root)
-    read = _shards_fingerprint if layout.kind == "shards" else tree_fingerprint
-    return Benchmark(name, f"imagenet_{layout.kind}", layout.folder, read(layout.folder))
+    kind, folder = imagenet.find_pictures(root)
+    read = _shards_fingerprint if kind == "imagenet_shards" else tree_fingerprint
+    return Benchmark(name, kind, folder, read(folder))
 
 
 def _clip_benchmark(name: str, root: Path) -> Benchmark:
@@ -203,13 +168,14 @@ def _web_shards(name: str, root: Path) -> Benchmark:
     )
 
 
-SETS = {
-    "openmoji": EvaluationSet(_openmoji, "open.open_openmoji"),
-    "digits": EvaluationSet(_digits, "open.open_digits"),
-    "imagenet": EvaluationSet(_imagenet, "open.open_imagenet"),
-    "folder:": EvaluationSet(_folder, "open.open_folder"),
-    "shards:": EvaluationSet(_shards, "open.open_shards"),
-    "wds/": EvaluationSet(_web_shards, "clip_benchmark.open_web_shards"),
-    **dict.fromkeys(CLIP_BENCHMARK, EvaluationSet(_clip_benchmark, "clip_benchmark.open_built")),
+SETS: dict[str, Callable[[str, Path], Benchmark]] = {
+    "openmoji": _openmoji,
+    "digits": _digits,
+    "imagenet": _imagenet,
+    "folder:": _folder,
+    "shards:": _shards,
+    "wds/": _web_shards,
+    **dict.fromkeys(CLIP_BENCHMARK, _clip_benchmark),
 }
-"""Every evaluation set by its name, or by the beginning of its name where that ends in `:` or `/`."""
+"""How every evaluation set is found under the data root, by its name, or by the beginning of its name where that ends
+in `:` or `/`. After `:` stands a path in place of the data root. `open.OPENERS` opens what was found."""

@@ -1,4 +1,4 @@
-"""Open an evaluation set that was found: one function for each kind. `find.SETS` names them."""
+"""Open an evaluation set that was found: one function for each kind of storage."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from mlip_cli.data.open import open_prepared
 from mlip_cli.errors import UsageError
 from mlip_cli.evaluate.datasets import imagenet
 from mlip_cli.evaluate.datasets.benchmark import Benchmark, class_folders, pictures_in
-from mlip_cli.evaluate.datasets.clip_benchmark import open_tars, open_web_shards
+from mlip_cli.evaluate.datasets.clip_benchmark import open_built, open_web_shards
 from mlip_cli.evaluate.datasets.pictures import Names, Pictures, read_picture
 from mlip_cli.terminal.output import warn
 
@@ -33,6 +33,15 @@ DEFAULT_TEMPLATES = ("a photo of a {c}.",)
 DIGITS_TEMPLATES = ('a photo of the number: "{c}".',)
 
 
+def open_benchmark(benchmark: Benchmark) -> Pictures:
+    """Open an evaluation set that `find_benchmark` found.
+
+    Raises:
+        UsageError: its files are not as they should be; says which and what to do.
+    """
+    return OPENERS[benchmark.kind](benchmark)
+
+
 def open_openmoji(benchmark: Benchmark) -> Pictures:
     """The nine groups as classes, also those without a test picture, and the names for retrieval."""
     shards = open_prepared(benchmark.root)
@@ -46,9 +55,8 @@ def open_openmoji(benchmark: Benchmark) -> Pictures:
     return Pictures(
         class_names=OPENMOJI_GROUPS,
         templates=OPENMOJI_TEMPLATES,
-        items=lambda: items,
+        items=items,
         load=_load_sample,
-        num_pictures=len(items),
         names=names_of([(sample.meta["name"], sample.image) for sample in samples]),
     )
 
@@ -76,9 +84,8 @@ def open_digits(_benchmark: Benchmark) -> Pictures:
     return Pictures(
         class_names=tuple("0123456789"),
         templates=DIGITS_TEMPLATES,
-        items=lambda: range(len(labels)),
+        items=range(len(labels)),
         load=lambda i: (images[i], labels[i]),
-        num_pictures=len(labels),
     )
 
 
@@ -97,11 +104,7 @@ def open_folder(benchmark: Benchmark) -> Pictures:
         if not paths:
             warn(f"{folder}: this class has no pictures; its name is still a candidate")
     files = [(path, label) for label, paths in enumerate(found) for path in paths]
-    return _files(files, class_names=tuple(names), templates=_templates(root))
-
-
-def _files(files: list[tuple[Path, int]], *, class_names: tuple[str, ...], templates: tuple[str, ...]) -> Pictures:
-    return Pictures(class_names, templates, lambda: files, _load_file, len(files))
+    return Pictures(tuple(names), _templates(root), files, _load_file)
 
 
 def _load_file(item: tuple[Path, int]) -> tuple[Tensor, int]:
@@ -110,26 +113,12 @@ def _load_file(item: tuple[Path, int]) -> tuple[Tensor, int]:
 
 
 def open_shards(benchmark: Benchmark) -> Pictures:
+    """Samples of shards with the distinct labels as classes, by name."""
     shards = open_prepared(benchmark.root)
     names = sorted(set(_classes(benchmark, [shards.read(id).label for id in range(shards.num_samples)])))
     numbers = {name: i for i, name in enumerate(names)}
-    return _samples(
-        shards,
-        class_of=numbers.__getitem__,
-        class_names=tuple(names),
-        templates=_templates(benchmark.root),
-    )
-
-
-def _samples(
-    shards: ShardDataset,
-    *,
-    class_of: Callable[[str], int],
-    class_names: tuple[str, ...],
-    templates: tuple[str, ...],
-) -> Pictures:
-    items = _Labelled(shards, lambda sample: class_of(str(sample.label)))
-    return Pictures(class_names, templates, lambda: items, _load_sample, shards.num_samples)
+    items = _Labelled(shards, numbers.__getitem__)
+    return Pictures(tuple(names), _templates(benchmark.root), items, _load_sample)
 
 
 @dataclass(frozen=True)
@@ -137,14 +126,14 @@ class _Labelled(Sequence[Any]):
     """Samples of shards with their classes; indexing reads a sample."""
 
     shards: ShardDataset
-    label_of: Callable[[RawSample], int]
+    class_of: Callable[[str], int]
 
     def __len__(self) -> int:
         return self.shards.num_samples
 
     def __getitem__(self, number: Any) -> tuple[RawSample, int]:
         sample = self.shards.read(number)
-        return sample, self.label_of(sample)
+        return sample, self.class_of(str(sample.label))
 
 
 def _load_sample(item: tuple[RawSample, int]) -> tuple[Tensor, int]:
@@ -167,27 +156,19 @@ def _classes(benchmark: Benchmark, labels: Sequence[str | None]) -> list[str]:
     return [str(label) for label in labels]
 
 
-def open_imagenet(benchmark: Benchmark) -> Pictures:
-    """ImageNet's validation pictures in any layout."""
-    if benchmark.kind == "imagenet_web_shards":
-        return open_web_shards(benchmark)
-    names, templates = imagenet.names_and_templates()
-    if benchmark.kind == "imagenet_tars":
-        return open_tars(imagenet.validation_tars(benchmark.root), class_names=names, templates=templates)
-    if benchmark.kind == "imagenet_shards":
-        shards = open_prepared(benchmark.root)
-        return _samples(shards, class_of=imagenet.class_of, class_names=names, templates=templates)
-    files = _imagenet_files(benchmark)
+def open_imagenet_folders(benchmark: Benchmark) -> Pictures:
+    """ImageNet's validation pictures in class folders."""
+    folders = [(folder, imagenet.class_of(folder.name)) for folder in class_folders(benchmark.root)]
+    files = [(path, label) for folder, label in folders for path in pictures_in(folder)]
     if not files:
         raise UsageError("imagenet: class folders, but no pictures in them; unpack the validation pictures there")
-    return _files(files, class_names=names, templates=templates)
+    return Pictures(*imagenet.names_and_templates(), files, _load_file)
 
 
-def _imagenet_files(benchmark: Benchmark) -> list[tuple[Path, int]]:
-    if benchmark.kind == "imagenet_kaggle":
-        return imagenet.kaggle_files(benchmark.root)
-    folders = [(folder, imagenet.class_of(folder.name)) for folder in class_folders(benchmark.root)]
-    return [(path, label) for folder, label in folders for path in pictures_in(folder)]
+def open_imagenet_shards(benchmark: Benchmark) -> Pictures:
+    """ImageNet's validation pictures as mlip prepare-data wrote them."""
+    items = _Labelled(open_prepared(benchmark.root), imagenet.class_of)
+    return Pictures(*imagenet.names_and_templates(), items, _load_sample)
 
 
 def _lines(path: Path) -> list[str]:
@@ -209,3 +190,16 @@ def _templates(folder: Path) -> tuple[str, ...]:
         what = f"{wrong[0]!r} has no {{c}}" if wrong else "no templates"
         raise UsageError(f"{path}: {what}; write one template a line, with {{c}} for the class name")
     return tuple(templates)
+
+
+OPENERS: dict[str, Callable[[Benchmark], Pictures]] = {
+    "openmoji": open_openmoji,
+    "digits": open_digits,
+    "folder": open_folder,
+    "shards": open_shards,
+    "imagenet_folders": open_imagenet_folders,
+    "imagenet_shards": open_imagenet_shards,
+    "web_shards": open_web_shards,
+    "clip_benchmark": open_built,
+}
+"""By `Benchmark.kind`."""

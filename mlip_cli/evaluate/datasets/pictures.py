@@ -33,20 +33,19 @@ class Pictures:
     """By class number; names may repeat (two of ImageNet's do)."""
     templates: tuple[str, ...]
     """Texts with `{c}` in the place of the class name."""
-    items: Callable[[], Sequence[Any]]
+    items: Sequence[Any]
     load: Callable[[Any], tuple[Tensor, int]]
     """Item -> uint8 (3, H, W), class."""
-    num_pictures: int
     names: Names | None = None
+
+    @property
+    def num_pictures(self) -> int:
+        """Pictures in the set."""
+        return len(self.items)
 
 
 def batches(
-    pictures: Pictures,
-    numbers: range,
-    *,
-    size: int,
-    batch_size: int,
-    read_ahead: bool,
+    pictures: Pictures, numbers: range, *, size: int, batch_size: int, read_ahead: bool
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """uint8 (B, 3, size, size) and int64 (B,), in order; the last batch may be smaller.
 
@@ -65,14 +64,13 @@ def batches(
             raise RunError(f"class {label} in a data set of {len(pictures.class_names)} classes; its labels are wrong")
         return evaluation_transform(image, size=size), label
 
-    items = pictures.items()
     chosen = range(pictures.num_pictures)[numbers.start * batch_size : numbers.stop * batch_size]
     waiting: list[list[Future[tuple[Tensor, int]]]] = []
     with ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1)) as pool:
         try:
             for start in chosen[::batch_size]:
                 end = min(start + batch_size, chosen.stop)
-                waiting.append([pool.submit(load, items[i]) for i in range(start, end)])
+                waiting.append([pool.submit(load, pictures.items[i]) for i in range(start, end)])
                 if len(waiting) > read_ahead:
                     yield _collated(waiting.pop(0))
             for futures in waiting:
