@@ -178,7 +178,7 @@ def test_shards_take_the_class_from_the_record(tmp_path: Path) -> None:
     assert found == f"shards:{tmp_path}: no dataset.json in {tmp_path}; name {tmp_path}/test"
 
 
-def test_openmoji_that_is_not_there_names_the_command(tmp_path: Path) -> None:
+def test_missing_openmoji_names_the_command(tmp_path: Path) -> None:
     assert usage_error("openmoji", tmp_path) == (
         f"openmoji: no prepared data in {tmp_path}/openmoji/test; run mlip prepare-data openmoji {tmp_path}/openmoji"
     )

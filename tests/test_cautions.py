@@ -38,16 +38,14 @@ def recipe_with(*, layer_decay: float = 1.0, **merging: Any) -> Recipe:
         ({"layer_decay": 0.75, "rate": 0.0, "at": [2]}, 8, [f"model.merging.at {NOTHING_MERGES}", SLOW]),
     ],
 )  # fmt: skip
-def test_keys_that_change_nothing_are_told(
-    changes: dict[str, Any], total_steps: int | None, expected: list[str]
-) -> None:
+def test_keys_without_effect_are_named(changes: dict[str, Any], total_steps: int | None, expected: list[str]) -> None:
     recipe = recipe_with(**changes)
     with torch.device("meta"):
         merges = small_model(recipe).training_plan
     assert cautions(recipe, merges, total_steps) == expected
 
 
-def test_layer_decay_is_for_weights_that_are_there() -> None:
+def test_layer_decay_without_trained_weights_is_named() -> None:
     recipe = recipe_with(layer_decay=0.75)
     recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"init": "runs/a"})})
     assert cautions(recipe, small_model(recipe).training_plan, 8) == []

@@ -397,7 +397,7 @@ def test_a_bad_block_of_the_disk_is_a_bad_sample(folder: Path, whole: Path, monk
 @pytest.mark.slow
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("ending", [".tar", ".idx"])
-def test_a_shard_that_is_removed_while_training_reads_it(tmp_path: Path, num_workers: int, ending: str) -> None:
+def test_a_shard_removed_during_training(tmp_path: Path, num_workers: int, ending: str) -> None:
     """What is open is read on; what is not ends the run with a line that names it."""
     dataset = open_prepared(make_dataset(tmp_path / "x", n=96, size=16, shard_size=2))
     gone = sorted((tmp_path / "x").glob(f"*{ending}"))

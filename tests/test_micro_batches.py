@@ -44,7 +44,7 @@ def test_a_trial_leaves_the_training_as_it_was() -> None:
     assert not training.optimizer.state
 
 
-def test_a_trial_of_one_rank_meets_pairs_of_all_ranks_and_waits_for_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_trial_on_one_rank_compares_pairs_of_all_ranks_and_never_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     """So its losses need the memory that they need in training."""
     monkeypatch.setenv("WORLD_SIZE", "3")
     rows = torch.randn(2, 5, requires_grad=True)
@@ -65,7 +65,7 @@ def test_a_trial_keeps_the_tokens_that_a_phase_without_merging_keeps() -> None:
         assert bool(least_merging(recipe, training).merges) is merges
 
 
-def test_what_was_found_stays_and_without_cuda_it_is_the_share() -> None:
+def test_the_found_size_stays_and_without_cuda_it_is_the_share() -> None:
     recipe = small_recipe()
     auto = recipe.model_copy(update={"train": recipe.train.model_copy(update={"micro_batch_size": "auto"})})
     training = small_training(small_model(recipe, dtype=torch.float32))
@@ -79,7 +79,7 @@ def test_what_was_found_stays_and_without_cuda_it_is_the_share() -> None:
 
 
 @pytest.mark.slow
-def test_a_run_says_what_it_took_and_keeps_it(recipe: Path, tmp_path: Path) -> None:
+def test_a_run_logs_its_micro_batch_and_keeps_it(recipe: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     done = run(recipe, "--out", str(folder), "train.micro_batch_size=auto", "train.steps=2")
     assert done.returncode == 0, done.stderr

@@ -33,7 +33,7 @@ def test_shares_of_the_steps() -> None:
         ([0, 0.05], ", in no step: the run has too few"),
     ],
 )
-def test_the_phase_is_told(active: list[float], words: str) -> None:
+def test_the_phase_is_logged(active: list[float], words: str) -> None:
     assert phase(small_recipe(model={"merging": {"rate": 0.3, "active": active}}), STEPS) == words
 
 

@@ -55,7 +55,7 @@ def test_rows_are_samples_plus_rejects_and_a_truncated_jpeg_stops_nothing(
     ]
 
 
-def test_what_training_reads_is_what_was_prepared(tmp_path: Path) -> None:
+def test_training_reads_what_was_prepared(tmp_path: Path) -> None:
     prepare(write_sidecars(tmp_path / "in", 5), tmp_path / "out")
     dataset = open_prepared(tmp_path / "out" / "train")
     found = samples(tmp_path / "out")
@@ -195,7 +195,7 @@ def test_a_finished_folder_that_is_not_whole_is_not_called_prepared(tmp_path: Pa
         assert str(error.value) == f"{out / 'prepared.json'}: not written by mlip prepare-data; name another folder"
 
 
-def test_a_finished_folder_that_moved_says_where_it_is_now_and_loses_what_a_kill_left(
+def test_a_finished_folder_that_moved_reports_its_place_and_loses_leftovers(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = write_sidecars(tmp_path / "in", 40)

@@ -78,7 +78,7 @@ def assert_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.slow
-def test_after_kill_9_the_next_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_after_kill_9_the_next_run_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_sidecars(tmp_path / "in", 20)
     code, _ = disturbed_run(tmp_path, lambda: os.kill(os.getpid(), signal.SIGKILL))
     assert code == -signal.SIGKILL
@@ -117,7 +117,7 @@ def test_ctrl_c_ends_the_workers_and_leaves_nothing_half_written(
             os.kill(int(pid), 0)
 
 
-def test_a_full_disk_is_reported_and_the_next_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_reported_and_the_next_run_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_sidecars(tmp_path / "in", 20)
     unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
     code, said = disturbed_run(tmp_path, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (6000, unlimited)))

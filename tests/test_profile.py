@@ -162,7 +162,7 @@ def test_parts_add_up_to_the_step(run: ProfiledRun) -> None:
 
 
 @pytest.mark.slow
-def test_a_plain_clip_has_no_rows_for_what_it_lacks(
+def test_a_plain_clip_has_no_rows_for_missing_parts(
     plain_clip: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     profile_tables.print_profile(ProfileResult.from_json(plain_clip))
@@ -201,7 +201,7 @@ def test_damaged_data_is_named_and_not_timed(
 
 
 @pytest.mark.slow
-def test_a_run_keeps_what_was_printed_and_is_not_changed(run: ProfiledRun) -> None:
+def test_a_run_keeps_its_profile_and_is_not_changed(run: ProfiledRun) -> None:
     assert run.result["target"] == "small, step 8"
     kept = run.folder / "evals" / "profile_step_0000008.json"
     assert json.loads(kept.read_text()) == run.result
@@ -377,6 +377,6 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_a_device_that_is_not_there(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_device_is_refused(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert mlip("mlip.yaml", "--device", "cuda") == 2
     assert capsys.readouterr().err == "error: device cuda: PyTorch does not see one; use cpu, and ask mlip doctor why\n"

@@ -217,14 +217,14 @@ def test_the_interval_covers_most_rounds(monkeypatch: pytest.MonkeyPatch) -> Non
     assert high <= max(1 / s for s in timed.seconds)
 
 
-def test_every_timed_call_is_told(tiny: CLIP) -> None:
+def test_every_timed_call_is_reported(tiny: CLIP) -> None:
     told = []
     measure_interleaved({"a": lambda: None, "b": lambda: None}, 3, after_call=lambda: told.append(1))
     assert len(told) == 6
 
 
 @pytest.mark.slow
-def test_peak_memory_sees_what_was_held_only_for_a_moment() -> None:
+def test_peak_memory_includes_what_was_held_for_a_moment() -> None:
     def hold() -> None:
         """256 MiB of the system's own pages: no allocator keeps them for later."""
         with mmap.mmap(-1, 2**28) as held:

@@ -248,7 +248,7 @@ def test_a_run_of_another_version_names_it() -> None:
         ("runs/r", "runs/r: a folder, not a recipe; did you mean runs/r/recipe.yaml?"),
     ],
 )
-def test_a_recipe_that_is_not_there(source: str, message: str) -> None:
+def test_a_missing_recipe_is_named(source: str, message: str) -> None:
     write("runs/r/recipe.yaml", SMALL)
     with pytest.raises(UsageError) as caught:
         find_recipe(source)
@@ -256,7 +256,7 @@ def test_a_recipe_that_is_not_there(source: str, message: str) -> None:
 
 
 @pytest.mark.slow
-def test_every_leaf_has_words_for_what_it_expects() -> None:
+def test_every_key_of_a_recipe_says_what_it_expects() -> None:
     """Any wrong value at any key gives one line that names the key (a mapping is wrong at every leaf)."""
     schema = recipe_schema()
     for path, node in paths(schema):

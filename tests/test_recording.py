@@ -72,7 +72,7 @@ def test_memory_that_does_not_suffice_is_one_line_with_a_cure(size: int, message
     assert str(error.value) == message
 
 
-def test_a_cpu_without_memory_says_the_same_and_other_errors_stay_what_they_are() -> None:
+def test_a_cpu_without_memory_gets_the_same_cure_and_other_errors_pass_through() -> None:
     with pytest.raises(RunError, match="x: the device has no memory for y; z"), full_memory_named("x", "y", "z"):
         torch.empty(2**55)
     with pytest.raises(RuntimeError, match="mat1 and mat2") as error, full_memory_named("x", "y", "z"):
@@ -182,7 +182,7 @@ def test_runs_that_start_within_a_second_have_names_of_their_own(tmp_path: Path)
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == names
 
 
-def test_the_command_to_go_on_is_what_was_typed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_to_continue_is_the_one_that_was_typed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RANK", raising=False)
     overrides = ["model.merging.at=[2, 3]"]
     assert command_to_resume("openmoji", overrides, out=None) == (

@@ -77,7 +77,7 @@ def test_tensorboard_shows_metrics_jsonl_and_no_step_twice_after_a_resume(tmp_pa
     assert [step for step, _ in shown["scale/x"]] == [1, 2, 4, 5, 6, 7, 8]
 
 
-def test_a_tracker_whose_disk_is_full_is_named_once_and_the_others_go_on(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_tracker_with_a_full_disk_is_named_once_and_the_others_continue(caplog: pytest.LogCaptureFixture) -> None:
     trackers, broken, whole = Trackers(), Recorder("log.wandb", FULL), Recorder("log.tensorboard")
     trackers.open("log.wandb", lambda: broken)
     trackers.open("log.tensorboard", lambda: whole)
@@ -153,7 +153,7 @@ def test_a_training_feeds_them(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("log", [Log(tensorboard=True), Log(wandb="mine")])
-def test_a_package_that_is_missing_is_named_before_the_training(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_named_before_the_training(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(name: str) -> str:
         raise run_start.PackageNotFoundError(name)
 

@@ -381,9 +381,7 @@ def on_small_files(arguments: Sequence[str], environment: dict[str, str], words:
 
 
 @pytest.mark.slow
-def test_a_disk_that_is_full_ends_the_run_with_one_line_and_keeps_the_last_checkpoint(
-    recipe: Path, tmp_path: Path
-) -> None:
+def test_a_full_disk_ends_the_run_with_one_line_and_keeps_the_last_checkpoint(recipe: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     assert run(recipe, "--out", str(folder), "train.checkpoint_every.steps=2", "train.steps=4").returncode == 0
     stamp = json.loads((folder / "run.json").read_text())
