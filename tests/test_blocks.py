@@ -77,7 +77,7 @@ def test_a_locked_tower_has_nothing_to_skip() -> None:
     recipe = dropping()
     model = recipe.model.model_copy(update={"init": "run", "freeze": "image"})
     assert check(recipe.model_copy(update={"model": model})) == [
-        ("model.vision.drop_path", "a frozen image tower applies no drop path, but this is 0.4; set it to 0")
+        ("model.vision.drop_path", "0.4 has no effect in a frozen tower; set it to 0")
     ]
 
 

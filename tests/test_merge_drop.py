@@ -73,7 +73,7 @@ def test_drops_leave_the_share_of_patches_that_is_asked_for() -> None:
             {"guidance": "text"},
             "model.merging.guidance: unknown guidance text; there are mixed, spatial, frequency, inverse",
         ),
-        ({"at": (0, 1)}, "model.merging.at: [0, 1] starts before block 1; blocks count from 1"),
+        ({"at": (0, 1)}, "model.merging.at: [0, 1] starts too early; the first place for random_drop is 1"),
     ],
 )
 def test_impossible_plans_are_refused(changes: dict[str, object], message: str) -> None:
@@ -89,7 +89,7 @@ def test_only_drops_may_come_before_the_first_block() -> None:
     assert mistakes(method="random_drop", rate=0.9) == mistakes(method="random_drop", at=[1, 3]) == []
     [(key, message)] = mistakes(method="guided", at=[1, 3])
     assert key == "model.merging.at"
-    assert message.startswith("[1, 3] starts at block 1, which no attention precedes")
+    assert message.startswith("[1, 3] starts too early; the first place for guided is 2")
     [(key, _)] = mistakes(method="random_drop", at=[5])
     assert key == "model.merging.at"
 

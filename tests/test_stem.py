@@ -118,9 +118,9 @@ def test_default_places_leave_a_stem_alone() -> None:
 @pytest.mark.parametrize(
     ("places", "depth", "method", "message"),
     [
-        ((3, 5), 12, "tome", "[3, 5] starts too early for a stem of depth 2; start at 4, behind an attention block"),
-        ((2,), None, "guided", "[2] starts too early for a stem of depth 2; start at 4, behind an attention block"),
-        ((2,), 12, "random_drop", "[2] starts too early for a stem of depth 2; start at 3, behind the stem"),
+        ((3, 5), 12, "tome", "[3, 5] starts too early; the first place for tome is 4"),
+        ((2,), None, "guided", "[2] starts too early; the first place for guided is 4"),
+        ((2,), 12, "random_drop", "[2] starts too early; the first place for random_drop is 3"),
         ((4,), 3, "guided", "[4] goes beyond the tower's depth 3; set model.merging to null"),
         ((4,), 12, "guided", None),
         ((3,), 12, "random_drop", None),
@@ -137,7 +137,7 @@ def test_places_inside_a_stem_are_refused(
 
 
 def test_a_recipe_says_where_merges_behind_its_stem_start() -> None:
-    too_early = "[2, 3] starts too early for a stem of depth 1; start at 3, behind an attention block"
+    too_early = "[2, 3] starts too early; the first place for guided is 3"
     assert check(stem_recipe(merging={"at": [2, 3]})) == [("model.merging.at", too_early)]
     assert check(stem_recipe(merging={"rate": 0.25})) == []
     [(place, _)] = check(stem_recipe(4))

@@ -16,10 +16,8 @@ def _length(recipe: Recipe) -> Found:
     if recipe.train.steps is None and recipe.train.epochs is None:
         yield "train.steps", "neither train.steps nor train.epochs is given; give one of them"
     if recipe.train.steps is not None and recipe.train.epochs is not None:
-        yield (
-            "train.epochs",
-            f"{recipe.train.epochs} and train.steps {recipe.train.steps} are both given; set one of them to null",
-        )
+        both = f"{recipe.train.epochs} and train.steps {recipe.train.steps} are both given"
+        yield "train.epochs", f"{both}; set one of them to null"
 
 
 def _batch(recipe: Recipe) -> Found:
@@ -55,10 +53,7 @@ def _best(recipe: Recipe) -> Found:
     if best is not None and metric is None:
         yield "train.keep.best", "it needs evaluate.best_metric, which is null; give that, or set this to null"
     if metric is not None and best is None:
-        yield (
-            "evaluate.best_metric",
-            "train.keep.best is null, so no best checkpoint is kept; set it to 1, or set evaluate.best_metric to null",
-        )
+        yield "evaluate.best_metric", "it needs train.keep.best, which is null; give that, or set this to null"
     if metric is not None and recipe.data.validation is None and not recipe.evaluate.zeroshot:
         yield "evaluate.best_metric", f"{metric} is never measured; give data.validation or evaluate.zeroshot"
 
@@ -74,10 +69,8 @@ def _vision(recipe: Recipe) -> Found:
     given = [name for name in SIZES if getattr(vision, name) is not None]
     missing = [name for name in SIZES if name not in given]
     if vision.timm is not None and given:
-        yield (
-            "model.vision.timm",
-            f"{vision.timm} defines the tower, and so does {', '.join(given)}; set one of the two to null",
-        )
+        both = f"{vision.timm} defines the tower, and so does {', '.join(given)}"
+        yield "model.vision.timm", f"{both}; set one of the two to null"
     elif vision.timm is None and not given:
         yield "model.vision", f"give timm, or all of {', '.join(SIZES)}"
     elif vision.timm is None and missing:
@@ -146,10 +139,8 @@ def _frequency(recipe: Recipe) -> Found:
     if frequency is None or frequency.placement != "stem":
         return
     if frequency.input == "dct":
-        yield (
-            "model.frequency.input",
-            "a stem reads patch tokens and no dct; set it to tokens, or model.frequency.placement to branch",
-        )
+        cure = "set it to tokens, or model.frequency.placement to branch"
+        yield "model.frequency.input", f"a stem reads patch tokens and no dct; {cure}"
     for key, wrong in wrong_stem(frequency, width=vision.width, depth=vision.depth):
         yield f"model.frequency.{key}", wrong
 
@@ -162,20 +153,16 @@ def _init(recipe: Recipe) -> Found:
 
 
 def _freeze(recipe: Recipe) -> Found:
-    if recipe.model.freeze is not None and recipe.model.init is None:
+    model = recipe.model
+    if model.freeze is not None and model.init is None:
         yield (
             "model.freeze",
-            f"the {recipe.model.freeze} tower would keep random weights; give model.init, or set model.freeze to null",
+            f"the {model.freeze} tower would keep random weights; give model.init, or set it to null",
         )
-    dropout = recipe.model.text.dropout
-    if recipe.model.freeze == "text" and dropout:
-        yield "model.text.dropout", f"a frozen text tower applies no dropout, but this is {dropout:g}; set it to 0"
-    drop_path = recipe.model.vision.drop_path
-    if recipe.model.freeze == "image" and drop_path:
-        yield (
-            "model.vision.drop_path",
-            f"a frozen image tower applies no drop path, but this is {drop_path:g}; set it to 0",
-        )
+    if model.freeze == "text" and model.text.dropout:
+        yield "model.text.dropout", f"{model.text.dropout:g} has no effect in a frozen tower; set it to 0"
+    if model.freeze == "image" and model.vision.drop_path:
+        yield "model.vision.drop_path", f"{model.vision.drop_path:g} has no effect in a frozen tower; set it to 0"
 
 
 def _smoothing(recipe: Recipe) -> Found:
@@ -189,37 +176,18 @@ def _losses(recipe: Recipe) -> Found:
     on = [name for name in LOSS_NAMES if getattr(recipe.losses, name) is not None]
     frequency = [name for name in on if name.startswith("frequency_")]
     if recipe.losses.spatial_global is None:
-        yield (
-            "losses.spatial_global",
-            "it is null, but no other loss trains the feature that evaluation uses; give it a kind",
-        )
+        yield "losses.spatial_global", "it alone trains the feature that evaluation uses, but is null; give it a kind"
     if recipe.model.frequency is None:
         for name in frequency:
             yield f"losses.{name}", "it needs model.frequency, which is null; give that, or set this loss to null"
     elif not frequency:
-        yield (
-            "model.frequency",
-            "no loss trains it; give losses.frequency_global or losses.frequency_token, or set it to null",
-        )
+        cure = "give losses.frequency_global or losses.frequency_token, or set it to null"
+        yield "model.frequency", f"no loss trains it; {cure}"
 
 
 CHECKS: tuple[Callable[[Recipe], Found], ...] = (
-    _sources,
-    _best,
-    _crop,
-    _patches,
-    _vision,
-    _heads,
-    _frequency,
-    _merging,
-    _guidance,
-    _init,
-    _freeze,
-    _losses,
-    _smoothing,
-    _length,
-    _batch,
-    _precision,
+    *(_sources, _best, _crop, _patches, _vision, _heads, _frequency, _merging, _guidance),
+    *(_init, _freeze, _losses, _smoothing, _length, _batch, _precision),
 )
 
 

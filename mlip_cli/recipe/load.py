@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 from pydantic import ValidationError
+from pydantic.json_schema import GenerateJsonSchema
 
 from mlip_cli import __version__
 from mlip_cli.errors import RecipeError
@@ -62,10 +63,20 @@ def load_recipe(source: str, overrides: Sequence[str] = ()) -> LoadedRecipe:
     return LoadedRecipe(recipe, origins, file.stem)
 
 
+class _Schema(GenerateJsonSchema):
+    """No key is required, since `extends` may supply it. Keys need no titles beside their names."""
+
+    def field_is_required(self, field: Any, total: bool) -> bool:
+        return False
+
+    def field_title_should_be_set(self, schema: Any) -> bool:
+        return False
+
+
 def recipe_schema() -> Node:
-    """The JSON schema of recipe files, as in recipes/schema.json. No key is required, since `extends` may supply it."""
-    schema = _without(Recipe.model_json_schema(), {"required", "title"})
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "Recipe of mlip"} | schema
+    """The JSON schema of recipe files, as in recipes/schema.json."""
+    schema = Recipe.model_json_schema(schema_generator=_Schema)
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema"} | schema | {"title": "Recipe of mlip"}
 
 
 def schema_text() -> str:
@@ -156,38 +167,33 @@ def _extended(tree: Tree, file: Path, parent: Any, chain: tuple[Path, ...]) -> T
 
 def _overrides(overrides: Sequence[str]) -> Tree:
     tree = Tree({})
-    seen: set[str] = set()
-    for text in overrides:
+    for number, text in enumerate(overrides):
+        place = Place(f"{COMMAND_LINE}: {text}", 0)
         key, equals, value = text.partition("=")
-        one = _override(key, equals, value, Place(f"{COMMAND_LINE}: {text}", 0))
-        if key in seen:
-            one.mistakes.append(Mistake(Place(f"{COMMAND_LINE}: {text}", 0), f"{key} is given twice"))
-        seen.add(key)
-        tree = merge(tree, one)
+        problem = _problem(key, equals, value)
+        if problem is None and any(other.partition("=")[0] == key for other in overrides[:number]):
+            problem = f"{key} is given twice"
+        if problem is not None:
+            tree.mistakes.append(Mistake(place, problem))
+            continue
+        path = tuple(key.split("."))
+        one = parse(value, place.source, root=path, first_line=0)
+        one.places |= {path[:depth]: place for depth in range(1, len(path) + 1)}
+        for name in reversed(path):
+            one.value = {name: one.value}
+        tree = merge(tree, Tree({}, mistakes=one.mistakes) if one.mistakes else one)
     return tree
 
 
-def _override(key: str, equals: str, value: str, place: Place) -> Tree:
+def _problem(key: str, equals: str, value: str) -> str | None:
+    """The mistake in the form of an override, if there is one."""
     if not equals:
-        return Tree({}, mistakes=[Mistake(place, "expected key=value, as in optim.lr=1e-3")])
+        return "expected key=value, as in optim.lr=1e-3"
     if not re.fullmatch(r"[^.\s]+(\.[^.\s]+)*", key):
-        return Tree({}, mistakes=[Mistake(place, "expected a key before =, as in optim.lr=1e-3")])
-    if not value.strip():
-        return Tree({}, mistakes=[Mistake(place, f"no value after =; {key}=null removes one")])
-    if key == "extends":
-        return Tree({}, mistakes=[Mistake(place, "extends works in a recipe file only")])
-    if value.lstrip().startswith("#"):
-        quoted = f'{key}="{value.strip()}"'
-        return Tree(
-            {}, mistakes=[Mistake(place, f"YAML reads {value.strip()} as a comment; quote it, as in '{quoted}'")]
-        )
-    path = tuple(key.split("."))
-    one = parse(value, place.source, root=path, first_line=0)
-    for depth in range(1, len(path) + 1):
-        one.places[path[:depth]] = place
-    for name in reversed(path):
-        one.value = {name: one.value}
-    return one if not one.mistakes else Tree({}, mistakes=one.mistakes)
+        return "expected a key before =, as in optim.lr=1e-3"
+    if not value.strip() or value.lstrip().startswith("#"):
+        return f"no value after =; {key}=null removes one, and a value that begins with # needs quotes"
+    return "extends works in a recipe file only" if key == "extends" else None
 
 
 def _place(tree: Tree, key: Key, file: Path) -> Place:
@@ -246,18 +252,3 @@ def _flow(value: Any) -> str:
     if is_plain and parse(value, "").value == value and yaml.safe_load(value) == value:
         return value
     return yaml.safe_dump(value, default_style='"', allow_unicode=True, width=2**30).removesuffix("\n")
-
-
-def _without(node: Any, names: set[str]) -> Any:
-    """A schema without these keywords (but with properties of these names)."""
-    if isinstance(node, list):
-        return [_without(child, names) for child in node]
-    if not isinstance(node, dict):
-        return node
-    return {
-        name: {k: _without(v, names) for k, v in child.items()}
-        if name in ("properties", "$defs")
-        else _without(child, names)
-        for name, child in node.items()
-        if name not in names
-    }

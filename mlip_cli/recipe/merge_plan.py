@@ -92,25 +92,12 @@ def wrong_places(
         return "no block given; name some, or set model.merging to null"
     if list(places) != sorted(set(places)):
         return f"{shown} does not ascend; name each block once, the first one first"
-    if places[0] < 1:
-        return f"{shown} starts before block 1; blocks count from 1"
-    if places[0] < earliest and not stem:
-        return f"{shown} starts at block 1, which no attention precedes to guide a merge; start at 2"
     if places[0] < earliest:
-        behind = "the stem" if merge_method(method).drops else "an attention block"
-        return f"{shown} starts too early for a stem of depth {stem}; start at {earliest}, behind {behind}"
+        return f"{shown} starts too early; the first place for {method} is {earliest}"
     if depth is not None and places[-1] > depth:
         cure = f"the last block is {depth}" if depth >= earliest else "set model.merging to null"
         return f"{shown} goes beyond the tower's depth {depth}; {cure}"
     return None
-
-
-def largest_rate(num_patches: int, num_merges: int) -> float:
-    """The largest rate of so many merges, each of at most half of the tokens: three digits, rounded down."""
-    left = num_patches
-    for _ in range(num_merges):
-        left -= left // 2
-    return math.floor(1000 * (1 - left / num_patches)) / 1000
 
 
 def merging_steps(total_steps: int, active: tuple[float, float]) -> range:
@@ -211,7 +198,10 @@ class MergePlan:
         for number, place in enumerate(places, start=1):
             count = max(1, round(num_patches * (1 - rate) ** (number / len(places))))
             if not drops and count < before - before // 2:
-                raise UsageError(_beyond_half(rate, places, place, before, count, num_patches))
+                raise UsageError(
+                    f"merge rate {rate:g}: the merge before block {place} would take {before} tokens to {count}, and "
+                    "one merge removes at most half; lower the rate or add places to model.merging.at"
+                )
             if count < before:
                 counts[place] = before = count
         if not counts:
@@ -224,12 +214,3 @@ class MergePlan:
             for block in range(1, depth + 1)
         )
         return cls(tokens, num_patches, method, tuple(counts), guidance, strength)
-
-
-def _beyond_half(rate: float, places: Sequence[int], place: int, before: int, count: int, num_patches: int) -> str:
-    blocks = f"block{'s' if len(places) > 1 else ''} {', '.join(map(str, places))}"
-    return (
-        f"merge rate {rate:g}: the merge before block {place} would take {before} tokens to {count}, and one merge "
-        f"removes at most half; with merges before {blocks} the largest rate is "
-        f"{largest_rate(num_patches, len(places)):g}; lower the rate or add places to model.merging.at"
-    )

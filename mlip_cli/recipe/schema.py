@@ -12,6 +12,7 @@ Node = dict[str, Any]
 
 SIBLING_CUTOFF, TREE_CUTOFF = 0.6, 0.75
 """Least similarity of a guess. Inside its own section a key may differ more than in the whole recipe."""
+BOUNDS = {"minimum": "of at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
 
 
 def _options(schema: Node, node: Node) -> list[Node]:
@@ -94,28 +95,13 @@ def _words(schema: Node, option: Node) -> str:
         return f"a list of {_plural(expected(schema, option['items']))}"
     kinds = {"integer": "a whole number", "number": "a number", "boolean": "true or false", "string": "text"}
     kind = kinds.get(option["type"], str(option["type"]))
-    return " ".join([kind, *_bounds(option)])
+    parts = [f"{words} {option[name]}" for name, words in BOUNDS.items() if name in option]
+    filled = " that is not empty" if option.get("minLength") else ""
+    return f"{kind} {' and '.join(parts)}".rstrip() + filled
 
 
 def _plural(words: str) -> str:
     return words.replace("a whole number", "whole numbers").replace("a number", "numbers")
-
-
-def _bounds(option: Node) -> list[str]:
-    least, most = option.get("minimum"), option.get("maximum")
-    bounds = [f"from {least} to {most}"] if least is not None and most is not None else []
-    if not bounds:
-        names = {
-            "minimum": "of at least",
-            "exclusiveMinimum": "above",
-            "maximum": "at most",
-            "exclusiveMaximum": "below",
-        }
-        parts = [f"{words} {option[name]}" for name, words in names.items() if name in option]
-        bounds = [" and ".join(parts)] if parts else []
-    if option.get("minLength"):
-        bounds.append("that is not empty")
-    return bounds
 
 
 def guess(schema: Node, parent: Sequence[str | int], word: str) -> str | None:

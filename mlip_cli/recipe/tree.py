@@ -91,12 +91,9 @@ def parse(text: str, source: str, *, root: Key = (), first_line: int = 1) -> Tre
     tree = Tree()
     try:
         for event in yaml.parse(text, _Loader):
-            if getattr(event, "anchor", None):
-                tree.mistakes.append(
-                    Mistake(at(event.start_mark), "anchors and aliases (&, *) are not part of recipes")
-                )
-            if getattr(event, "tag", None):
-                tree.mistakes.append(Mistake(at(event.start_mark), "tags (!) are not part of recipes"))
+            if getattr(event, "anchor", None) or getattr(event, "tag", None):
+                problem = "anchors, aliases and tags (&, *, !) are not part of recipes"
+                tree.mistakes.append(Mistake(at(event.start_mark), problem))
         node = None if tree.mistakes else yaml.compose(text, _Loader)
     except yaml.MarkedYAMLError as error:
         tree.mistakes.append(Mistake(at(error.problem_mark or error.context_mark), f"not YAML: {_problem(error)}"))
@@ -119,8 +116,7 @@ def _problem(error: yaml.MarkedYAMLError) -> str:
 
 def _data(node: yaml.Node, key: Key, tree: Tree, at: Callable[[Any], Place]) -> Any:
     if isinstance(node, yaml.SequenceNode):
-        for i, child in enumerate(node.value):
-            tree.places[(*key, i)] = at(child.start_mark)
+        tree.places |= {(*key, i): at(child.start_mark) for i, child in enumerate(node.value)}
         return [_data(child, (*key, i), tree, at) for i, child in enumerate(node.value)]
     if isinstance(node, yaml.MappingNode):
         return _mapping(node, key, tree, at)
@@ -139,10 +135,8 @@ def _mapping(node: yaml.MappingNode, key: Key, tree: Tree, at: Callable[[Any], P
         if name.value == "<<":
             tree.mistakes.append(Mistake(place, "merge keys (<<) are not part of recipes; use extends"))
         elif name.value in data:
-            first = tree.places[path]
-            tree.mistakes.append(
-                Mistake(place, f"duplicate key {'.'.join(map(str, path))}; first in line {first.line}")
-            )
+            problem = f"duplicate key {'.'.join(map(str, path))}; first in line {tree.places[path].line}"
+            tree.mistakes.append(Mistake(place, problem))
         else:
             tree.places[path] = place
             data[name.value] = _data(child, path, tree, at)

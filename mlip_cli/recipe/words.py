@@ -13,24 +13,21 @@ def explain(error: ValidationError, data: dict[str, Any], schema: Node) -> list[
     """One sentence for each wrong place, the innermost ones: [(key, text)]."""
     found: dict[Key, str] = {}
     for detail in error.errors(include_url=False, include_context=False):
-        key = _in_data(detail["loc"], data)
+        key, value = _in_data(detail["loc"], data)
         if detail["type"] == "extra_forbidden":
             text = _unknown(schema, key)
         elif detail["type"] == "missing" and isinstance(detail["loc"][-1], str):
             key = (*key, detail["loc"][-1])
             text = f"{dotted(key)} is missing"
         else:
-            text = _unexpected(schema, key, _value(key, data))
+            text = _unexpected(schema, key, value)
         found.setdefault(key, text)
-    return [(key, text) for key, text in found.items() if not any(_is_inside(other, key) for other in found)]
+    outer = {key[:length] for key in found for length in range(len(key))}
+    return [(key, text) for key, text in found.items() if key not in outer]
 
 
-def _is_inside(inner: Key, outer: Key) -> bool:
-    return len(inner) > len(outer) and inner[: len(outer)] == outer
-
-
-def _in_data(loc: tuple[str | int, ...], data: Any) -> Key:
-    """The part of pydantic's location that the file holds: a scalar that stands for a list of one has no [0]."""
+def _in_data(loc: tuple[str | int, ...], data: Any) -> tuple[Key, Any]:
+    """The part of pydantic's location that the file holds, and its value. A scalar in place of a list has no [0]."""
     key: Key = ()
     for part in loc:
         if isinstance(data, dict):
@@ -40,13 +37,7 @@ def _in_data(loc: tuple[str | int, ...], data: Any) -> Key:
         if is_there:
             data = data[part]
             key = (*key, part)
-    return key
-
-
-def _value(key: Key, data: Any) -> Any:
-    for part in key:
-        data = data[part]
-    return data
+    return key, data
 
 
 def _unknown(schema: Node, key: Key) -> str:
