@@ -19,7 +19,6 @@ from mlip_cli.evaluate.panels import (
     grey_of,
     group_colors,
     near_another,
-    oklch_to_rgb,
     panel_pictures,
     spread,
 )
@@ -151,13 +150,6 @@ def test_neighbours_differ_in_color(grid: tuple[int, int]) -> None:
     colors = group_colors(grid).view(*grid, 3)
     pairs = [(colors[1:], colors[:-1]), (colors[:, 1:], colors[:, :-1]), (colors[1:, 1:], colors[:-1, :-1])]
     assert min((a - b).norm(dim=-1).min().item() for a, b in pairs) > 60
-
-
-def test_oklab_of_pure_colors() -> None:
-    """Values of the author's own converter."""
-    lightness, chroma = torch.tensor([0.6279554, 0.8664396, 0.4520137]), torch.tensor([0.2576833, 0.2948272, 0.3132144])
-    hue = torch.deg2rad(torch.tensor([29.2338, 142.4953, 264.0520]))
-    torch.testing.assert_close(oklch_to_rgb(lightness, chroma, hue), torch.eye(3), atol=2e-3, rtol=0)
 
 
 def test_map_colors_are_viridis() -> None:

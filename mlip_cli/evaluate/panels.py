@@ -4,9 +4,11 @@ All drawing is arithmetic on whole batches: pictures (B, 3, H, W) uint8 and numb
 of N = h*w patches.
 """
 
+import colorsys
 import io
 import math
 from collections.abc import Iterator
+from itertools import product
 
 import torch
 import torch.nn.functional as F
@@ -102,7 +104,7 @@ def blend(grey: Tensor, color: Tensor, grid: tuple[int, int], *, share: float) -
 def spread(values: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
     """Give each pixel its patch's value: (..., N), grid (h, w), size (H, W) -> (..., H, W)."""
     rows, columns = lines_of_patches(grid, size)
-    return values.unflatten(-1, grid).index_select(-2, rows).index_select(-1, columns)
+    return values.unflatten(-1, grid).index_select(-1, columns).index_select(-2, rows)
 
 
 def lines_of_patches(grid: tuple[int, int], size: tuple[int, int]) -> tuple[Tensor, Tensor]:
@@ -123,53 +125,27 @@ def grey_of(pictures: Tensor) -> Tensor:
 
 
 def near_another(numbers: Tensor, grid: tuple[int, int], size: tuple[int, int], *, distance: int) -> Tensor:
-    """Pixels with another patch's number at most `distance` rows and columns away: (B, N) -> (B, H, W) bool.
-
-    A bit for each of the eight neighbours: of a patch, that its number is another; of a pixel, that it is near enough.
-    """
-    own = numbers.unflatten(1, grid)
-    around = F.pad(own, (1, 1, 1, 1))  # with anything: no pixel is near a patch outside
-    rows, columns = lines_of_patches(grid, size)
-    near_rows, near_columns = _near(rows, distance), _near(columns, distance)
-    differs = torch.zeros(own.shape, dtype=torch.uint8)
-    is_near = torch.zeros(size, dtype=torch.uint8)
-    for bit, (down, right) in enumerate((d, r) for d in (-1, 0, 1) for r in (-1, 0, 1) if (d, r) != (0, 0)):
-        neighbour = around[:, 1 + down : 1 + down + grid[0], 1 + right : 1 + right + grid[1]]
-        differs |= (neighbour != own).to(torch.uint8) << bit
-        is_near |= (near_rows[down][:, None] & near_columns[right]).to(torch.uint8) << bit
-    return (spread(differs.flatten(1), grid, size) & is_near) != 0
-
-
-def _near(line: Tensor, distance: int) -> dict[int, Tensor]:
-    """Places of a line that are near the patch before (-1), near their own (0, all), near the next (1): (n,) bool."""
-    places = torch.arange(len(line))
-    beside = {way: line[(places + way * distance).clamp(0, len(line) - 1)] for way in (-1, 1)}
-    return {0: places >= 0, **{way: other != line for way, other in beside.items()}}
+    """Pixels with another patch's number `distance` rows or columns away, or both: (B, N) -> (B, H, W) bool."""
+    own = numbers.to(torch.int16).unflatten(1, grid)
+    shifted = [
+        [line[(torch.arange(len(line)) + way * distance).clamp(0, len(line) - 1)] for way in (0, -1, 1)]
+        for line in lines_of_patches(grid, size)
+    ]
+    here, *around = (own.index_select(2, columns).index_select(1, rows) for rows, columns in product(*shifted))
+    is_near = torch.zeros(here.shape, dtype=torch.bool)
+    for there in around:
+        is_near |= there != here
+    return is_near
 
 
 def group_colors(grid: tuple[int, int]) -> Tensor:
     """A colour for the groups whose smallest patch this is: grid (h, w) -> (N, 3) RGB in [0, 255]."""
-    rows, columns = (torch.arange(n) for n in grid)
-    hue = 2 * math.pi * (rows[:, None] * HUE_STEPS[0] + columns * HUE_STEPS[1]).flatten()
-    lightness = 0.62 + 0.12 * ((rows[:, None] + columns) % 2).flatten()  # a second difference between neighbours
-    return 255 * oklch_to_rgb(lightness, torch.full_like(hue, 0.17), hue)
-
-
-def oklch_to_rgb(lightness: Tensor, chroma: Tensor, hue: Tensor) -> Tensor:
-    """Oklab (Ottosson, 2020) in polar form to sRGB, cut where it has no such colour: 3 x (n,), radians -> (n, 3)."""
-    to_lms = [
-        [1.0, 0.3963377774, 0.2158037573],
-        [1.0, -0.1055613458, -0.0638541728],
-        [1.0, -0.0894841775, -1.2914855480],
-    ]
-    to_linear = [
-        [4.0767416621, -3.3077115913, 0.2309699292],
-        [-1.2684380046, 2.6097574011, -0.3413193965],
-        [-0.0041960863, -0.7034186147, 1.7076147010],
-    ]
-    lab = torch.stack([lightness, chroma * hue.cos(), chroma * hue.sin()], dim=-1)
-    linear = ((lab @ torch.tensor(to_lms).T) ** 3 @ torch.tensor(to_linear).T).clamp(0, 1)
-    return torch.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
+    colors = []
+    for row, column in product(range(grid[0]), range(grid[1])):
+        hue = row * HUE_STEPS[0] + column * HUE_STEPS[1]
+        lightness = 0.45 + 0.15 * ((row + column) % 2)  # a second difference between neighbours
+        colors.append(colorsys.hls_to_rgb(hue % 1, lightness, 0.8))
+    return 255 * torch.tensor(colors)
 
 
 def stage_panels(panels: Tensor, stage: MergeStage, grid: tuple[int, int]) -> Iterator[tuple[str, Tensor | None]]:
