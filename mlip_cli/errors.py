@@ -26,7 +26,7 @@ class Stopped(Exception):
 
 @contextmanager
 def interrupted_as(words: str) -> Iterator[None]:
-    """Say of Ctrl-C in the block what it left behind.
+    """Turn a Ctrl-C in the block into `Stopped` with these words.
 
     Raises:
         Stopped: there was one.

@@ -56,6 +56,6 @@ def test_a_rate_that_removes_nothing_is_refused_with_one_that_does() -> None:
 def test_an_unknown_method_is_refused_wherever_a_plan_meets_it() -> None:
     assert tuple(METHODS) == get_args(Merging.model_fields["method"].annotation)
     by_hand = MergePlan((16, 8), num_patches=16, method="kmeans", at=(2,))
-    for use in (lambda: default_places(12, "kmeans"), lambda: by_hand.drops, lambda: by_hand.asks_space):
+    for use in (lambda: default_places(12, "kmeans"), lambda: by_hand.drops, lambda: by_hand.asks_spatial):
         with pytest.raises(UsageError, match=r"unknown method kmeans; use guided, tome or random_drop$"):
             use()

@@ -5,7 +5,7 @@ CACHE/tars/             indexes of tars
 CACHE/KEY/url           where the shards of this folder come from
 CACHE/KEY/*.tar, *.idx  whole files: a file gets its name when it is complete and checked
 
-All processes of the machine share it. mlip deletes nothing here but what a killed process left half-written.
+All processes of the machine share it. mlip deletes only files that a killed process left half-written.
 """
 
 import os

@@ -105,7 +105,7 @@ class ShardDataset:
         return str(Path(self.name).resolve()) if self.remote is None else self.name
 
     def fetch(self, shards: Iterable[int] | None = None) -> None:
-        """Have these shards (None: all) on this machine, where they lie elsewhere.
+        """Fetch these shards to this machine if they lie at a URL. None means all.
 
         Raises:
             RunError: the network failed, or they are not what dataset.json says.

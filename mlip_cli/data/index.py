@@ -76,7 +76,7 @@ class Place:
 
 
 def place_of(record: np.void) -> Place:
-    """What a record says, read in one go: field by field numpy takes several times as long."""
+    """Read all fields of a record at once. Field by field, numpy takes several times as long."""
     start, image, image_size, txt, txt_size, json_at, json_size, _, _, format, *_ = record.item()
     parts = {"image": (start + image, image_size), "txt": (start + txt, txt_size), "json": (start + json_at, json_size)}
     return Place(start, {part: place for part, place in parts.items() if place[1]}, format)
@@ -106,7 +106,7 @@ def read_checked(index: Path) -> tuple[np.void, np.ndarray]:
 
 
 def check_size(tar: Path, header: np.void) -> None:
-    """See that the tar of an index is as long as the HEADER of the index says.
+    """Check that the tar has the length that the header of its index says.
 
     Raises:
         RunError: it is missing, or shorter or longer.

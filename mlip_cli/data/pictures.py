@@ -101,7 +101,8 @@ def to_rgb(picture: EncodedPicture, *, least: tuple[int, int] | None = None) -> 
     """The picture by Pillow, RGB and upright.
 
     Args:
-        least: (H, W) that is large enough. A JPEG of at least twice that may come smaller, but not below it.
+        least: (H, W) that is large enough. A JPEG at least twice as large may be decoded at a reduced size, but never
+        below it.
 
     Raises:
         RejectedPictureError: damaged, or of 32-bit integers or floating point, whose range nothing tells.
@@ -127,9 +128,9 @@ def to_array(
     """The picture by the fastest decoder: uint8 (H, W, 3), upright.
 
     Args:
-        least: (H, W) that is large enough. A JPEG of at least twice that may come smaller, but not below it; one that
-            has to be turned and one in CMYK come whole.
-        on_fallback: told why simplejpeg could not read a JPEG that Pillow could.
+        least: (H, W) that is large enough. A JPEG at least twice as large may be decoded at a reduced size, but never
+        below it; one that has to be turned and one in CMYK come whole. on_fallback: told why simplejpeg could not read
+        a JPEG that Pillow could.
 
     Raises:
         RejectedPictureError: as `to_rgb` does.

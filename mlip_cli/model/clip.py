@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from mlip_cli.model.frequency import FrequencyBranch
 from mlip_cli.model.merging import patch_dct
 from mlip_cli.model.text import TextTower, caption_mask, pool_text, word_mask
-from mlip_cli.model.vision import ImageTower, Tower
+from mlip_cli.model.vision import ImageTower, TowerOutput
 from mlip_cli.recipe.config import LOSS_NAMES, Merging, Recipe
 from mlip_cli.recipe.config import Model as ModelConfig
 from mlip_cli.recipe.merge_plan import MergePlan
@@ -230,7 +230,7 @@ class CLIP(nn.Module):
 
     def image_tower(
         self, images: Tensor, plan: MergePlan, *, assign: tuple[Tensor, ...] | None = None, with_branch: bool = False
-    ) -> Tower:
+    ) -> TowerOutput:
         """The results of the image tower for (B, 3, H, W) images, uint8 or normalised.
 
         A branch on DCT coefficients shares them with guidance; `with_branch` says that `frequency_tokens` follows.
@@ -241,7 +241,7 @@ class CLIP(nn.Module):
         spectrum = patch_dct(images, self.vision.patch_size) if needs_spectrum else None
         return self.vision(images, plan, assign=assign, spectrum=spectrum)
 
-    def frequency_tokens(self, tower: Tower) -> Tensor:
+    def frequency_tokens(self, tower: TowerOutput) -> Tensor:
         """Tokens (B, N, width) of the branch beside the tower, or of the stem in it; they never merge."""
         if isinstance(self.frequency, FrequencyBranch):
             if tower.spectrum is not None:

@@ -101,8 +101,8 @@ class MergePass:
 
     @property
     def wants_row(self) -> bool:
-        """Whether it must return the class token's attention too, for guidance."""
-        return self.plan.asks_space and self.patches.has_class_token
+        """True if it must also return the class token's attention, which guidance reads."""
+        return self.plan.asks_spatial and self.patches.has_class_token
 
     def merge(self, x: Tensor, num_groups: int) -> Tensor:
         """Merge the patch tokens of (B, P+N, D) into `num_groups`, or keep only so many of them; prefix tokens stay."""
@@ -149,7 +149,7 @@ class MergePass:
 
     def _guide(self, tokens: Tensor) -> Guidance | None:
         """The guidance that the plan asks for."""
-        spatial = mid_ranks(self._spatial(tokens)) if self.plan.asks_space else None
+        spatial = mid_ranks(self._spatial(tokens)) if self.plan.asks_spatial else None
         frequency = self.frequency
         if spatial is None or frequency is None:
             alone = frequency if spatial is None else spatial

@@ -126,7 +126,7 @@ def size_mask(sizes: Tensor, num_prefix: int) -> Tensor:
 def mid_ranks(values: Tensor) -> Tensor:
     """Rank in [0, 1] among the tokens of an image; equal values share their mean rank: (B, N) -> (B, N).
 
-    A third of the patches of a drawing tie. Ranks of their own would put them in raster order.
+    A third of the patches of a drawing tie. Distinct ranks would order tied patches by position.
     """
     values = values.contiguous()
     ordered = values.sort(dim=-1).values

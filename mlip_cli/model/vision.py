@@ -21,7 +21,7 @@ from mlip_cli.types import MergeStage
 
 
 @dataclass(frozen=True)
-class Tower:
+class TowerOutput:
     """The results of the image tower."""
 
     pooled: Tensor
@@ -209,7 +209,7 @@ class ImageTower(nn.Module):
         *,
         assign: tuple[Tensor, ...] | None = None,
         spectrum: Tensor | None = None,
-    ) -> Tower:
+    ) -> TowerOutput:
         """Run normalised images (B, 3, H, W) through the tower, merging by `plan`.
 
         Args:
@@ -235,7 +235,7 @@ class ImageTower(nn.Module):
             if number == self.stem_depth:
                 stem_tokens = x[:, self.num_prefix :]
         x = self.trunk.norm(x)
-        return Tower(
+        return TowerOutput(
             pooled=self._pool(x, merging),
             tokens=x[:, self.num_prefix :],
             sizes=merging.sizes,

@@ -46,7 +46,7 @@ class RepeatedStep:
         self.model, self.device, self.batch, self.plan = model, device, batch, model.training_plan
         size = recipe.train.given_micro_batch_size
         self.micro_batch_size = size if size is not None and size < len(batch.images) else None
-        """None too if the recipe's are not smaller than this batch."""
+        """None if this batch fits into one micro-batch of the recipe."""
         self.precision = Precision.named(recipe.train.precision, device)
         training = Training(model, build_optimizer(model, recipe.optim), self.precision, device)
         set_learning_rate(training.optimizer, 0.0)  # for the piece that only updates

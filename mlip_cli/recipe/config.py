@@ -283,7 +283,8 @@ class Train(Section):
         Positive | Literal["auto"] | None, Field(json_schema_extra={"x-expected": "a number, auto or null"})
     ] = None
     """Samples in one forward pass. The gradient stays that of the whole batch; only dropout, drop path and random_drop
-    draw other numbers. null: the rank's share. auto: on CUDA the largest half, quarter, ... of the share that fits."""
+    draw other numbers. null: the rank's share. auto: on CUDA the first of the share, its half, its quarter, ... that
+    fits."""
     precision: Literal["bf16", "fp32", "fp16"] = "bf16"
     """Autocast type of the towers; losses are always at least fp32. fp16 needs CUDA."""
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"

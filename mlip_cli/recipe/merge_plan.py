@@ -144,7 +144,7 @@ class MergePlan:
         return bool(self.at) and merge_method(self.method).is_guided
 
     @property
-    def asks_space(self) -> bool:
+    def asks_spatial(self) -> bool:
         """The guidance of the spatial domain is needed."""
         return self.is_guided and self.guidance != "frequency"
 

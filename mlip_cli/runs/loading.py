@@ -61,7 +61,8 @@ class MergedEncoder:
 
 
 def at_rate(model: CLIP, rate: float | None, method: str | None = None) -> MergedEncoder:
-    """`model` at a merge rate; None is the rate of the recipe's evaluation. `method` None is `merge_plan`'s choice.
+    """`model` at a merge rate; None is the rate of the recipe's evaluation. If `method` is None, `merge_plan` chooses
+    it.
 
     Raises:
         UsageError: no plan reaches the rate.

@@ -15,7 +15,7 @@ from mlip_cli.terminal.values import checked_measured_run
 
 
 def interrupt(number: int, frame: FrameType | None) -> None:
-    """Handler of Ctrl-C: KeyboardInterrupt, but inside an import the end at once.
+    """Handler of Ctrl-C: raise KeyboardInterrupt. Inside an import, end the process at once.
 
     Libraries swallow the exception while they are imported, or turn it into an ImportError; nothing is open then.
     """

@@ -29,7 +29,7 @@ class Journal:
             self.stall.check(line)
 
     def step_done(self, step: int) -> None:
-        """A step without a line."""
+        """Tell the panel that a step is done. Called after every step."""
         self.panel.step_done(step)
 
     def measures(self, line: Mapping[str, float]) -> None:

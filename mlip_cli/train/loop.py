@@ -19,7 +19,7 @@ from mlip_cli.train.metrics import Stopwatch
 from mlip_cli.train.resume import Saver
 from mlip_cli.train.signals import StopRequest
 from mlip_cli.train.state import Progress
-from mlip_cli.train.step import FiniteGuard, Stepper, Taken
+from mlip_cli.train.step import FiniteGuard, Stepper, StepResult
 from mlip_cli.types import Batch
 
 MOST_BAD_NAMED = 10
@@ -71,7 +71,7 @@ def train(
     """
     total_steps = timetable.total_steps
     watch = Stopwatch(batches, stepper.training.device)
-    # an evaluation that a signal or an error ended is made up before the next step
+    # if a signal or an error ended an evaluation, it is repeated before the next step
     was_ended = progress.measured_step < progress.step and timetable.evaluates(progress.step)
     stepper.training.model.train()
     with StopRequest(stepper.training.device) as stop:
@@ -89,7 +89,7 @@ def train(
             evaluates = timetable.evaluates(step)
             if evaluates:
                 count(progress, stepper.guard, watch)
-                # nothing measures the last step later: one Ctrl-C does not end its evaluation, another one leaves
+                # A resumed run does not measure the last step again: the first Ctrl-C lets its evaluation finish.
                 is_stopping = stop.is_urgent if is_last else stop.is_asked_for
                 measure(stepper, progress, partial(evaluate, step, is_stopping), saver=saver, journal=journal)
             was_ended = evaluates and progress.measured_step < step
@@ -134,7 +134,7 @@ def save(progress: Progress, *, saver: Saver, journal: Journal) -> None:
         saver.save(progress)
 
 
-def line_of(taken: Taken, *, stepper: Stepper, progress: Progress, watch: Stopwatch) -> dict[str, float]:
+def line_of(taken: StepResult, *, stepper: Stepper, progress: Progress, watch: Stopwatch) -> dict[str, float]:
     """The line of a step for metrics.jsonl; all ranks take part, and the device is waited for."""
     return {
         "step": taken.step,

@@ -14,7 +14,8 @@ from mlip_cli.types import BadSample, Batch
 
 
 class MetricsFile:
-    """Appends lines, which outlive the process from then on. Without a path (other ranks) it writes nothing."""
+    """Appends lines. A line stays in the file even if the process dies. Without a path (other ranks) it writes
+    nothing."""
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
@@ -35,7 +36,7 @@ class MetricsFile:
         return finite
 
     def cut_back(self, step: int, *, measured_step: int) -> None:
-        """Drop the lines after `step`, of evaluations those after `measured_step`, and a damaged end.
+        """Drop lines of steps after `step`, lines of evaluations after `measured_step`, and a damaged last line.
 
         A run that goes on writes them again, and no step stands twice.
         """

@@ -24,7 +24,7 @@ class Schedule:
     total_steps: int
 
     def learning_rate(self, step: int) -> float:
-        """`step` counts from 1; the last step still moves."""
+        """The rate of a step, counted from 1. That of the last step is above 0."""
         if step <= self.warmup_steps:
             return self.peak * step / self.warmup_steps
         progress = (step - 1 - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)

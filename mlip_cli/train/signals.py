@@ -34,7 +34,7 @@ class Asked:
 class StopRequest:
     """Within the block SIGINT, SIGTERM and SIGUSR1 ask for an end after the step.
 
-    The first Ctrl-C returns the signal to the system, so that the second one ends the process whatever it does.
+    After the first Ctrl-C the system's own handler is active, so a second Ctrl-C kills the process at once.
     torchrun sends SIGTERM for the second Ctrl-C; if torchrun dies, its ranks get SIGTERM.
     """
 
@@ -71,7 +71,8 @@ class StopRequest:
             if draws():
                 error_console().show_cursor()  # nobody else does where the system ends the process
         if is_first:
-            warn(f"{signal.Signals(number).name}: stopping after this step and saving{again}")
+            last_step = "this step" if world_size() == 1 else "the next step"  # ranks agree one step later
+            warn(f"{signal.Signals(number).name}: stopping after {last_step} and saving{again}")
 
     def is_asked_for(self) -> bool:
         """True once a signal came to this rank."""
@@ -84,8 +85,8 @@ class StopRequest:
     def agreed(self, *, save: bool, at_once: bool = False) -> Asked:
         """What the ranks ask for, the same on all of them: the end of the training, or a checkpoint.
 
-        With one process: the current state. With several: the state at the last call, so that no rank waits for the
-        device; the answer to this call comes with the next one.
+        With one process: the current state. With several ranks this returns the answer to the previous call, so that no
+        rank waits for the device.
 
         Args:
             save: this rank asks for a checkpoint.

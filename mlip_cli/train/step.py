@@ -34,7 +34,7 @@ class StepSettings:
 
 
 @dataclass(frozen=True)
-class Taken:
+class StepResult:
     """What a step found. The tensors lie on the device: reading them waits for it."""
 
     step: int
@@ -63,7 +63,7 @@ class Stepper:
         step: int,
         plan: MergePlan,
         part: PartOf = nullcontext,
-    ) -> Taken:
+    ) -> StepResult:
         """Copy to the device, learning rate, forward, losses, backward, clip, AdamW, clamp of scales, average.
 
         Args:
@@ -83,7 +83,7 @@ class Stepper:
         terms = self.add_gradients(batch, plan, part)
         with part(OPTIMIZER):
             grad_norm = self.update(step)
-        return Taken(step, lr, terms, grad_norm)
+        return StepResult(step, lr, terms, grad_norm)
 
     def add_gradients(self, batch: Batch, plan: MergePlan, part: PartOf = nullcontext) -> dict[str, Tensor]:
         """Forward, losses and backward of a batch that lies on the device."""

@@ -50,7 +50,7 @@ class PicturePlace:
 
 @dataclass(frozen=True)
 class Record:
-    """A row of the source. It becomes a sample, or a line in rejects.parquet: never nothing."""
+    """A row of the source. It becomes a sample or a line in rejects.parquet."""
 
     file: str
     """File that holds the row, relative to the source."""

@@ -178,4 +178,5 @@ SETS: dict[str, Callable[[str, Path], Benchmark]] = {
     **dict.fromkeys(CLIP_BENCHMARK, _clip_benchmark),
 }
 """How every evaluation set is found under the data root, by its name, or by the beginning of its name where that ends
-in `:` or `/`. After `:` stands a path in place of the data root. `open.OPENERS` opens what was found."""
+in `:` or `/`. A name such as `folder:PATH` holds its own path; the data root is not used. `open.OPENERS` opens what was
+found."""
