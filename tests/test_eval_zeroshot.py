@@ -31,8 +31,8 @@ from mlip_cli.evaluate.stored import EvaluatedCheckpoint, Measured
 from mlip_cli.evaluate.validation import validation_pairs
 from mlip_cli.evaluate.zeroshot import class_embeddings, normalized
 from mlip_cli.files import write_json
+from mlip_cli.report.scores import ZeroshotRow, zeroshot_tables
 from mlip_cli.report.write import rebuild_if_older
-from mlip_cli.report.zeroshot_tables import ZeroshotRow, zeroshot_tables
 from mlip_cli.runs.checkpoint import save_checkpoint
 from mlip_cli.runs.folder import Run
 from mlip_cli.runs.loading import at_rate, load_run

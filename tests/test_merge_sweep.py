@@ -31,7 +31,7 @@ from mlip_cli.evaluate.sweep import FAILURES, agreement, find_datasets, numbers_
 from mlip_cli.evaluate.validation import validation_pairs
 from mlip_cli.profiling.flops import image_gflops
 from mlip_cli.recipe import merge_plan
-from mlip_cli.report.sweep_tables import print_sweep
+from mlip_cli.report.sweeps import print_sweep
 from mlip_cli.report.write import rebuild
 from mlip_cli.runs.loading import at_rate, load_run
 from mlip_cli.terminal.endings import exit_code

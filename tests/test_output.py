@@ -86,8 +86,8 @@ SCORES = (
 from pathlib import Path
 from results_for_tests import recalls, sweep_result, zeroshot_result
 from mlip_cli.evaluate.stored import EvaluatedCheckpoint, Measured
-from mlip_cli.report.sweep_tables import print_sweep
-from mlip_cli.report.zeroshot_tables import print_zeroshot
+from mlip_cli.report.sweeps import print_sweep
+from mlip_cli.report.scores import print_zeroshot
 from mlip_cli.runs.folder import Run
 
 checkpoints = [

@@ -26,7 +26,7 @@ from mlip_cli.profiling.step import RepeatedStep
 from mlip_cli.profiling.timing import Timing
 from mlip_cli.recipe.config import LOSS_NAMES, Recipe
 from mlip_cli.recipe.load import recipe_yaml
-from mlip_cli.report import profile_tables
+from mlip_cli.report import profiles
 from mlip_cli.terminal.endings import exit_code
 
 SMALL_DATA = {"train": "data/colors", "num_workers": 2}
@@ -165,7 +165,7 @@ def test_parts_add_up_to_the_step(run: ProfiledRun) -> None:
 def test_a_plain_clip_has_no_rows_for_missing_parts(
     plain_clip: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    profile_tables.print_profile(ProfileResult.from_json(plain_clip))
+    profiles.print_profile(ProfileResult.from_json(plain_clip))
     out = capsys.readouterr().out
     assert "GFLOPs an image  rate 0\n" in out
     assert "frequency" not in out
@@ -299,7 +299,7 @@ def test_bars_are_of_characters_that_stdout_knows(
 ) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", Stdout(encoding))
-        assert profile_tables.bar(share) == bar
+        assert profiles.bar(share) == bar
 
 
 @pytest.mark.slow

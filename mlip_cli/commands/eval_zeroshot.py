@@ -5,8 +5,8 @@ from pathlib import Path
 
 from mlip_cli.errors import RunError, UsageError
 from mlip_cli.evaluate.stored import Measurement, complete, default_datasets, find_benchmarks, find_checkpoints
+from mlip_cli.report.scores import print_zeroshot
 from mlip_cli.report.write import rebuild_if_older
-from mlip_cli.report.zeroshot_tables import print_zeroshot
 from mlip_cli.terminal.output import plural, print_json, warn
 
 

@@ -7,7 +7,7 @@ from mlip_cli.errors import RunError, interrupted_as
 from mlip_cli.evaluate.merge_pictures import write_merge_pictures
 from mlip_cli.evaluate.merge_points import sweep_points
 from mlip_cli.evaluate.sweep import find_datasets, measure_sweep
-from mlip_cli.report.sweep_tables import print_sweep
+from mlip_cli.report.sweeps import print_sweep
 from mlip_cli.report.write import rebuild
 from mlip_cli.runs.loading import load_run
 from mlip_cli.terminal.output import plural, print_json, say

@@ -4,7 +4,7 @@ from mlip_cli.devices import batch_named
 from mlip_cli.errors import interrupted_as
 from mlip_cli.profiling.measures import measure
 from mlip_cli.profiling.subject import load_profiled, training_data
-from mlip_cli.report.profile_tables import print_profile
+from mlip_cli.report.profiles import print_profile
 from mlip_cli.report.write import rebuild
 from mlip_cli.runs.folder import checkpoint_name
 from mlip_cli.terminal.output import print_json, say

@@ -12,7 +12,7 @@ from mlip_cli.report.page import Html, command, element, figure, joined, note, p
 from mlip_cli.report.record import RunRecord
 from mlip_cli.report.run_page import known_chances, method
 from mlip_cli.report.scores import compared_scores
-from mlip_cli.report.speed import CUT, pareto_charts
+from mlip_cli.report.sweeps import CUT, pareto_charts
 from mlip_cli.report.tables import INTERVALS, Cell, Table, recall_cell
 from mlip_cli.runs.result_files import Result
 from mlip_cli.terminal.output import percent
@@ -96,7 +96,7 @@ def _scores_section(records: Sequence[RunRecord]) -> Html:
 
 def _sweeps_section(records: Sequence[RunRecord]) -> Html:
     sweeps = [(record.name, sweep) for record in records if (sweep := record.newest(SweepResult)) is not None]
-    charts = [figure(chart.in_page(), CUT, kind="wide") for chart in pareto_charts(sweeps).values()]
+    charts = [figure(chart.in_page(), CUT, kind="wide") for chart in pareto_charts(sweeps)]
     return section("sweep", "Merge sweeps", *charts, *_unmeasured(records, SweepResult, "mlip merge-sweep"))
 
 

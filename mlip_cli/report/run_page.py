@@ -9,9 +9,10 @@ from mlip_cli.report.canvas import Chart
 from mlip_cli.report.curves import curves_section
 from mlip_cli.report.galleries import gallery_section, merges_section
 from mlip_cli.report.page import Html, definitions, details, element, joined, note, page, section, table, tiles
+from mlip_cli.report.profiles import profile_section
 from mlip_cli.report.record import JsonObject, RunRecord
-from mlip_cli.report.scores import scores_section
-from mlip_cli.report.speed import profile_section, sweep_section
+from mlip_cli.report.scores import rate_words, scores_section
+from mlip_cli.report.sweeps import sweep_section
 from mlip_cli.report.tables import (
     RECALLS_SHOWN,
     Spread,
@@ -20,7 +21,6 @@ from mlip_cli.report.tables import (
     recall_cell,
     speedup_cell,
 )
-from mlip_cli.report.zeroshot_tables import rate_words
 from mlip_cli.terminal.output import percent, plural
 
 TRAINING = "training"
@@ -31,7 +31,7 @@ def run_page(record: RunRecord, charts: Mapping[str, Chart], *, written: str) ->
     """The whole page.
 
     Args:
-        charts: those of `standalone_charts`.
+        charts: those that are files too, by name.
         written: the line about the page's making.
     """
     return page(

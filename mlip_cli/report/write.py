@@ -5,9 +5,10 @@ from pathlib import Path
 
 from mlip_cli import __version__
 from mlip_cli.files import full_disk_named, write_text
+from mlip_cli.report.profiles import profile_charts
 from mlip_cli.report.record import RunRecord, read_run
 from mlip_cli.report.run_page import run_page
-from mlip_cli.report.speed import PARETO, standalone_charts
+from mlip_cli.report.sweeps import PARETO, sweep_charts
 from mlip_cli.runs.folder import Run
 from mlip_cli.terminal.output import is_main, say
 
@@ -32,7 +33,7 @@ def write_run_page(record: RunRecord, path: Path) -> None:
     Raises:
         RunError: the disk is full.
     """
-    charts = standalone_charts(record)
+    charts = {**sweep_charts(record), **profile_charts(record)}
     write_page(path, run_page(record, charts, written=written_line()))
     if path != record.run.report:
         return

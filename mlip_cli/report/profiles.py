@@ -1,11 +1,18 @@
-"""The result of `mlip profile` as tables and notes."""
+"""The result of `mlip profile`: as tables, notes and bars on a terminal, and on the page of a run."""
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from mlip_cli.profiling.result import ProfileResult, StepPart
+from mlip_cli.report.canvas import Chart
+from mlip_cli.report.charts import ChartBar, bars_chart
+from mlip_cli.report.page import Html, command, figure, note, section, tables
+from mlip_cli.report.record import RunRecord
 from mlip_cli.report.tables import Cell, Table, machine_words, print_tables, speedup_cell, tokens_words
 from mlip_cli.terminal.output import per_second, percent, plural, print_lines, print_prose
+
+BREAKDOWN = "profile"
+"""Name of a chart file."""
 
 BAR_WIDTH = 24
 """Characters of a bar over the whole step."""
@@ -71,12 +78,12 @@ def _step_tables(profile: ProfileResult) -> list[Table]:
     rows.append(["unaccounted", _milliseconds(rest.seconds, 2), percent(rest.share), bar(rest.share)])
     rows.append(["whole step", _milliseconds(profile.whole_s, 2), percent(1.0), None])
     apart = _shares(part for part in profile.breakdown if not part.in_step)
-    tables = [Table(("part of a training step", "ms", "%", "share"), rows)]
+    shown = [Table(("part of a training step", "ms", "%", "share"), rows)]
     if apart:
         num_processes = profile.data.loader_processes if profile.data else 0
         who = plural(num_processes, "loader process", "loader processes")
-        tables.append(Table((f"a batch, by {who}", "ms", "%", "of the step's time"), apart))
-    return tables
+        shown.append(Table((f"a batch, by {who}", "ms", "%", "of the step's time"), apart))
+    return shown
 
 
 def _shares(parts: Iterable[StepPart]) -> list[list[Cell]]:
@@ -117,3 +124,37 @@ def profile_notes(profile: ProfileResult) -> list[str]:
         f"peak memory of the training step: {memory.gib:.2f} GiB ({memory.measured})",
         f"on {machine_words(profile)}",
     ]
+
+
+def profile_section(record: RunRecord, charts: Mapping[str, Chart]) -> Html:
+    """The time of each part of a training step, and the cost of the model."""
+    profile = record.newest(ProfileResult)
+    if profile is None:
+        return section("profile", "Profile", note("Not measured yet: ", command(f"mlip profile {record.place}")))
+    return section(
+        "profile",
+        "Profile",
+        figure(charts[BREAKDOWN].in_page(), kind="wide"),
+        *map(note, profile_notes(profile)),
+        *tables(model_tables(profile)),
+    )
+
+
+def profile_charts(record: RunRecord) -> dict[str, Chart]:
+    """The chart that is written as a file too: milliseconds of each part of a step and of the loader's work."""
+    profile = record.newest(ProfileResult)
+    if profile is None:
+        return {}
+    bars = [
+        ChartBar(
+            part.part,
+            1000 * part.seconds,
+            f"{percent(part.share)} %",
+            part.group if part.in_step else "data, in loader processes",
+        )
+        for part in profile.breakdown
+    ]
+    rest = profile.unaccounted
+    bars.append(ChartBar("unaccounted", 1000 * rest.seconds, f"{percent(rest.share)} %"))
+    title = f"{record.name}: a training step of {profile.batch_size} pairs, part by part"
+    return {BREAKDOWN: bars_chart(title, bars, x_label="ms (and % of the step)")}

@@ -1,9 +1,14 @@
-"""The result of `mlip merge-sweep` as tables."""
+"""Merge sweeps: as tables, and with charts of accuracy against speed on the pages."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from mlip_cli.evaluate.results import DIRECTIONS, RetrievalSweep, SweepResult, ZeroshotSweep
 from mlip_cli.evaluate.statistics import Interval
+from mlip_cli.report.canvas import Chart
+from mlip_cli.report.charts import Dot, dots_chart
+from mlip_cli.report.page import Html, command, figure, note, section, tables
+from mlip_cli.report.record import RunRecord
+from mlip_cli.report.scores import by_data
 from mlip_cli.report.tables import (
     INTERVALS,
     PAIRED_TEST,
@@ -22,6 +27,12 @@ from mlip_cli.report.tables import (
     versus_cells,
 )
 from mlip_cli.terminal.output import percent, plural, print_lines, print_prose
+
+PARETO = "pareto"
+"""Beginning of the names of chart files."""
+
+CUT = "Whiskers are 95 % intervals. The table has those that leave the chart."
+"""Below a chart of accuracy against speed."""
 
 
 def print_sweep(sweep: SweepResult) -> None:
@@ -57,10 +68,10 @@ def sweep_tables(sweep: SweepResult) -> list[Table]:
             f"the rounds of {', '.join(scattered)} differ much: the machine had other work; repeat, or raise --rounds"
         )
     tokens = [[*point.words, tokens_words(point.tokens_per_block)] for point in sweep.points]
-    tables = [Table(columns, speeds, notes=notes), Table(("method", "rate", "tokens in each block"), tokens)]
+    shown = [Table(columns, speeds, notes=notes), Table(("method", "rate", "tokens in each block"), tokens)]
     for dataset in sweep.datasets:
-        tables += _swept_zeroshot(dataset) if isinstance(dataset, ZeroshotSweep) else _swept_retrieval(dataset)
-    return tables
+        shown += _swept_zeroshot(dataset) if isinstance(dataset, ZeroshotSweep) else _swept_retrieval(dataset)
+    return shown
 
 
 def failures_words(sweep: SweepResult) -> list[str]:
@@ -98,7 +109,7 @@ def _swept_zeroshot(dataset: ZeroshotSweep) -> list[Table]:
 
 
 def _swept_retrieval(dataset: RetrievalSweep) -> list[Table]:
-    tables = []
+    shown = []
     beside: list[list[Cell]] = []
     pairs = f"{plural(dataset.n, 'picture')}, {plural(dataset.num_texts, 'caption')}"
     for way, words in DIRECTIONS.items():
@@ -110,15 +121,83 @@ def _swept_retrieval(dataset: RetrievalSweep) -> list[Table]:
         columns = ("method", "rate", *(f"R@{k} %" for k in RECALLS_SHOWN))
         chances = "/".join(f"{percent(recalls[0].at(k).chance)}" for k in RECALLS_SHOWN)
         notes = [f"{pairs}: chance {chances} %; {INTERVALS}"]
-        tables.append(Table(columns, rows, f"{dataset.dataset}: {words}", notes))
+        shown.append(Table(columns, rows, f"{dataset.dataset}: {words}", notes))
         beside += [
             [words, *point.words, *versus_cells(point.paired[f"{way}_r5"])] for point in dataset.points if point.method
         ]
     won = f"won / lost: queries that only this setting / only rate 0 answers among the first 5; {PAIRED_TEST}"
     note = f"{won}, where captions of a picture count together"
-    return [*tables, *_beside(dataset.dataset, ("direction", "method", "rate", *VERSUS), beside, note=note)]
+    return [*shown, *_beside(dataset.dataset, ("direction", "method", "rate", *VERSUS), beside, note=note)]
 
 
 def _beside(dataset: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]], *, note: str) -> list[Table]:
     """A table of the differences from rate 0; none where there is no other setting."""
     return [Table(columns, rows, f"{dataset}: beside rate 0", [note])] if rows else []
+
+
+def sweep_section(record: RunRecord, charts: Mapping[str, Chart]) -> Html:
+    """Accuracy against measured speed, and the tables; `charts` are those that `write_run_page` draws."""
+    sweep = record.newest(SweepResult)
+    if sweep is None:
+        return section("sweep", "Merge sweep", note("Not swept yet: ", command(f"mlip merge-sweep {record.place}")))
+    return section(
+        "sweep",
+        "Merge sweep",
+        *(figure(chart.in_page(), CUT, kind="wide") for name, chart in charts.items() if name.startswith(PARETO)),
+        note(f"Step {sweep.step:,}."),
+        *tables(sweep_tables(sweep)),
+        *map(note, failures_words(sweep)),
+    )
+
+
+def sweep_charts(record: RunRecord) -> dict[str, Chart]:
+    """Charts that are written as files too, by name: accuracy against speed on each data set."""
+    sweep = record.newest(SweepResult)
+    charts = pareto_charts([(record.name, sweep)]) if sweep is not None else []
+    return {PARETO if number == 1 else f"{PARETO}_{number}": chart for number, chart in enumerate(charts, start=1)}
+
+
+def pareto_charts(sweeps: Sequence[tuple[str, SweepResult]]) -> list[Chart]:
+    """Accuracy against measured speed on each data set, of one sweep or of several runs': (run, sweep)."""
+    found = [(scores.data, (run, sweep, scores)) for run, sweep in sweeps for scores in sweep.datasets]
+    charts = []
+    for name, own in by_data(found).items():
+        series = {
+            method if len(sweeps) == 1 else f"{run}, {method}": dots
+            for run, sweep, scores in own
+            for method, dots in _dots(sweep, scores).items()
+        }
+        _, _, first = own[0]
+        if isinstance(first, RetrievalSweep):
+            label, chance = "image to text R@1", first.points[0].image_to_text.r1_chance
+        else:
+            label, chance = "mean recall", first.chance
+        chart = dots_chart(
+            f"{name}: {label} against speed",
+            series,
+            x_label="measured speed, × rate 0 of the same run",
+            y_label=f"{label} %",
+            chance=100 * chance,
+        )
+        charts.append(chart)
+    return charts
+
+
+def _accuracies(scores: ZeroshotSweep | RetrievalSweep) -> list[tuple[float, Interval]]:
+    """The score to show and its interval, at each setting."""
+    if isinstance(scores, RetrievalSweep):
+        return [(point.image_to_text.r1, point.image_to_text.r1_interval) for point in scores.points]
+    return [(point.mean_per_class_recall, point.mean_per_class_recall_interval) for point in scores.points]
+
+
+def _dots(sweep: SweepResult, scores: ZeroshotSweep | RetrievalSweep) -> dict[str, list[Dot]]:
+    """The settings of each method; the unmerged model comes first in each."""
+    speeds = {point.key: point for point in sweep.points}
+    dots: dict[str | None, list[Dot]] = {}
+    for point, (score, (low, high)) in zip(scores.points, _accuracies(scores), strict=True):
+        speed = speeds[point.key]
+        interval = (100 * low, 100 * high)
+        dot = Dot(f"{point.true_rate:.2f}", speed.speedup, speed.speedup_interval, 100 * score, interval)
+        dots.setdefault(point.method, []).append(dot)
+    unmerged = dots.pop(None)
+    return {str(method): [*unmerged, *own] for method, own in dots.items()} or {"unmerged": unmerged}
