@@ -70,11 +70,13 @@ STYLE = {
 LEGEND_COLUMNS = 3
 
 
-@dataclass(frozen=True)
+@dataclass
 class Chart:
-    """A finished chart."""
+    """A chart in the making, and its SVG once it is made."""
 
-    svg: str
+    figure: "Figure"
+    axes: "Axes"
+    svg: str = ""
 
     def in_page(self) -> Html:
         """With the page's colours, light and dark."""
@@ -83,15 +85,6 @@ class Chart:
     def as_file(self) -> str:
         """A file of its own, on white."""
         return _recoloured(self.svg, LIGHT)
-
-
-@dataclass
-class Canvas:
-    """A chart in the making, and its SVG once it is made."""
-
-    figure: "Figure"
-    axes: "Axes"
-    svg: str = ""
 
     def legend(self, num_entries: int) -> None:
         """Draw the legend below the axes, where it covers nothing."""
@@ -119,7 +112,7 @@ def drawn(
     y_label: str = "",
     size: tuple[float, float] = (4.6, 3.0),
     layout: Literal["constrained"] | None = "constrained",
-) -> Iterator[Canvas]:
+) -> Iterator[Chart]:
     """Yield an empty chart for the block to fill. Without a layout the block sets the margins."""
     import matplotlib as mpl
     from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -132,22 +125,16 @@ def drawn(
         axes.set_xlabel(literal(x_label))
         axes.set_ylabel(literal(y_label))
         axes.locator_params(axis="x", nbins=6)
-        canvas = Canvas(figure, axes)
-        yield canvas
+        chart = Chart(figure, axes)
+        yield chart
         file = io.StringIO()
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # text stays text: the browser's
             # savefig would draw twice
             FigureCanvasSVG(figure).print_svg(file, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
-        canvas.svg = _svg(file.getvalue(), title)
-
-
-def _svg(written: str, title: str) -> str:
-    """The <svg> element of a file by matplotlib, with the title as its name for screen readers."""
-    start = written.index("<svg")
-    body = re.sub(r"<metadata>.*?</metadata>", "", written[start:], flags=re.DOTALL)
-    label = html.escape(title)
-    return re.sub(r"^<svg ", f'<svg role="img" aria-label="{label}" ', body).strip()
+    # the <svg> element alone, with the title as its name for screen readers
+    _, _, body = re.sub(r"<metadata>.*?</metadata>", "", file.getvalue(), flags=re.DOTALL).partition("<svg ")
+    chart.svg = f'<svg role="img" aria-label="{html.escape(title)}" {body}'.strip()
 
 
 def _recoloured(svg: str, colours: Mapping[str, str]) -> str:

@@ -33,9 +33,9 @@ class Dot:
 
     label: str
     x: float
-    x_interval: tuple[float, float] | None
+    x_interval: tuple[float, float]
     y: float
-    y_interval: tuple[float, float] | None
+    y_interval: tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -60,10 +60,10 @@ def curves_chart(
 ) -> Chart:
     """Curves over steps, with dotted horizontal `levels` such as chance: one for each curve, or some for all."""
     levels = levels or {}
-    with drawn(title, x_label=x_label, y_label=y_label, layout=None) as canvas:
+    with drawn(title, x_label=x_label, y_label=y_label, layout=None) as chart:
         for line in lines:
             x, y = _thinned(line)
-            canvas.axes.plot(
+            chart.axes.plot(
                 x,
                 y,
                 color=SERIES[line.series % NUM_SERIES],
@@ -74,14 +74,14 @@ def curves_chart(
             )
         for number, (name, level) in enumerate(levels.items()):
             colour = SERIES[number % NUM_SERIES] if len(levels) == len(lines) > 1 else MUTED
-            canvas.axes.axhline(level, color=colour, linestyle=":", linewidth=1.2, label=name)
-        canvas.axes.set_xlim(left=0)
+            chart.axes.axhline(level, color=colour, linestyle=":", linewidth=1.2, label=name)
+        chart.axes.set_xlim(left=0)
         if from_zero:
-            canvas.axes.set_ylim(bottom=0)
+            chart.axes.set_ylim(bottom=0)
         num_entries = sum(bool(line.label) for line in lines) + len(levels)
-        canvas.place(num_entries)
-        canvas.legend(num_entries)
-    return Chart(canvas.svg)
+        chart.place(num_entries)
+        chart.legend(num_entries)
+    return chart
 
 
 def dots_chart(title: str, series: Mapping[str, Sequence[Dot]], *, x_label: str, y_label: str, chance: float) -> Chart:
@@ -92,10 +92,10 @@ def dots_chart(title: str, series: Mapping[str, Sequence[Dot]], *, x_label: str,
     speeds = [dot.x for dots in series.values() for dot in dots]
     margin = max(0.08, 0.2 * (max(speeds) - min(speeds)))
     named: set[tuple[float, float]] = set()
-    with drawn(title, x_label=x_label, y_label=y_label, size=(6.4, 4.0)) as canvas:
+    with drawn(title, x_label=x_label, y_label=y_label, size=(6.4, 4.0)) as chart:
         for number, (name, dots) in enumerate(series.items()):
             colour = SERIES[number % NUM_SERIES]
-            canvas.axes.errorbar(
+            chart.axes.errorbar(
                 [dot.x for dot in dots],
                 [dot.y for dot in dots],
                 xerr=_lengths([(dot.x, dot.x_interval) for dot in dots]),
@@ -109,52 +109,46 @@ def dots_chart(title: str, series: Mapping[str, Sequence[Dot]], *, x_label: str,
             for dot in dots:
                 if (dot.x, dot.y) not in named:  # each series begins at the unmerged model
                     offset = (6, 7) if number % 2 == 0 else (6, -15)
-                    canvas.axes.annotate(
+                    chart.axes.annotate(
                         dot.label, (dot.x, dot.y), xytext=offset, textcoords="offset points", color=colour
                     )
                 named.add((dot.x, dot.y))
-        canvas.axes.axhline(chance, color=MUTED, linestyle=":", linewidth=1.2, label="chance")
-        canvas.axes.set_xlim(min(speeds) - margin, max(speeds) + margin)
-        canvas.axes.set_ylim(0, 1.08 * canvas.axes.get_ylim()[1])
-        canvas.legend(len(series) + 1)
-    return Chart(canvas.svg)
+        chart.axes.axhline(chance, color=MUTED, linestyle=":", linewidth=1.2, label="chance")
+        chart.axes.set_xlim(min(speeds) - margin, max(speeds) + margin)
+        chart.axes.set_ylim(0, 1.08 * chart.axes.get_ylim()[1])
+        chart.legend(len(series) + 1)
+    return chart
 
 
 def bars_chart(title: str, bars: Sequence[ChartBar], *, x_label: str) -> Chart:
     """Horizontal bars, the first on top. Each has the colour of its group; among groups, one without is grey."""
     groups = list(dict.fromkeys(bar.group for bar in bars if bar.group))
-    with drawn(title, x_label=x_label, size=(6.4, 1.1 + 0.3 * len(bars))) as canvas:
-        axes, places = canvas.axes, range(len(bars))
+    with drawn(title, x_label=x_label, size=(6.4, 1.1 + 0.3 * len(bars))) as chart:
+        axes, places = chart.axes, range(len(bars))
         for number, group in enumerate([*groups, ""]):
             own = [place for place in places if bars[place].group == group]
             colour = SERIES[number % NUM_SERIES] if group or not groups else MUTED
             label = literal(group) or None
             axes.barh(own, [bars[place].value for place in own], color=colour, height=0.68, label=label)
         for place, bar in zip(places, bars, strict=True):
-            axes.annotate(
-                bar.words,
-                (max(0.0, bar.value), place),
-                xytext=(4, 0),
-                textcoords="offset points",
-                va="center",
-                color=INK,
-            )
+            end = (max(0.0, bar.value), place)
+            axes.annotate(bar.words, end, xytext=(4, 0), textcoords="offset points", va="center", color=INK)
         axes.set_yticks(places, [literal(bar.name) for bar in bars])
         axes.tick_params(axis="y", length=0, labelcolor=INK)
         axes.grid(visible=False, axis="y")
         axes.invert_yaxis()
         values = [0.0, *(bar.value for bar in bars)]
         axes.set_xlim(min(values), 1.2 * max(values) or 1)
-        canvas.legend(len(groups) if len(groups) > 1 else 0)
-    return Chart(canvas.svg)
+        chart.legend(len(groups) if len(groups) > 1 else 0)
+    return chart
 
 
-def _lengths(values: Sequence[tuple[float, tuple[float, float] | None]]) -> list[list[float]]:
+def _lengths(values: Sequence[tuple[float, tuple[float, float]]]) -> list[list[float]]:
     """Values and intervals -> lengths of the error bars below and above."""
-    ends = [interval or (value, value) for value, interval in values]
-    below = [max(0.0, value - low) for (value, _), (low, _) in zip(values, ends, strict=True)]
-    above = [max(0.0, high - value) for (value, _), (_, high) in zip(values, ends, strict=True)]
-    return [below, above]
+    return [
+        [max(0.0, value - low) for value, (low, _) in values],
+        [max(0.0, high - value) for value, (_, high) in values],
+    ]
 
 
 def _thinned(line: Curve) -> tuple[list[float], list[float]]:

@@ -5,7 +5,6 @@ from pathlib import Path
 
 from mlip_cli.evaluate.picture_results import (
     DrawnPicture,
-    DrawnSetting,
     GalleryQuery,
     GalleryResult,
     MergePicturesResult,
@@ -107,7 +106,15 @@ def merges_section(record: RunRecord) -> Html:
     result = record.newest(MergePicturesResult)
     if result is None:
         return section("merging", "Merging", note("No pictures yet: ", command(f"mlip merge-sweep {record.place}")))
-    strongest_first = sorted(result.points, key=lambda point: -point.true_rate)
+    bar = element("span", class_="bar", style=f"background: linear-gradient(90deg, {', '.join(result.map_colors)})")
+    settings = [
+        details(
+            f"{point.method}, rate {point.rate:g} (true {point.true_rate:.3f})",
+            _queries(_stages(picture, point.stages, record.run.folder) for picture in point.pictures),
+            is_open=number == 0,
+        )
+        for number, point in enumerate(sorted(result.points, key=lambda point: -point.true_rate))
+    ]
     return section(
         "merging",
         "Merging",
@@ -117,23 +124,10 @@ def merges_section(record: RunRecord) -> Html:
             "keeps its colour from stage to stage. Untinted patches are tokens of their own. The guidance of each "
             "merge stands beside it: a brighter patch matters more and merges less.",
         ),
-        _legend(result.map_colors),
-        *(_setting(point, record.run.folder, is_open=i == 0) for i, point in enumerate(strongest_first)),
+        element("p", "guidance: merges first ", bar, " is kept apart", class_="note"),
+        *settings,
         *map(note, result.attribution),
     )
-
-
-def _legend(colors: Sequence[str]) -> Html:
-    """From guidance 0 to 1."""
-    bar = element("span", class_="bar", style=f"background: linear-gradient(90deg, {', '.join(colors)})")
-    return element("p", "guidance: merges first ", bar, " is kept apart", class_="note")
-
-
-def _setting(point: DrawnSetting, folder: Path, *, is_open: bool) -> Html:
-    """All pictures at one setting, to unfold."""
-    summary = f"{point.method}, rate {point.rate:g} (true {point.true_rate:.3f})"
-    pictures = _queries(_stages(picture, point.stages, folder) for picture in point.pictures)
-    return details(summary, pictures, is_open=is_open)
 
 
 def _stages(picture: DrawnPicture, stages: Sequence[StageTokens], folder: Path) -> Html:

@@ -10,7 +10,7 @@ from mlip_cli.report.curves import curves_section
 from mlip_cli.report.galleries import gallery_section, merges_section
 from mlip_cli.report.page import Html, definitions, details, element, joined, note, page, section, table, tiles
 from mlip_cli.report.profiles import profile_section
-from mlip_cli.report.record import JsonObject, RunRecord
+from mlip_cli.report.record import RunRecord
 from mlip_cli.report.scores import rate_words, scores_section
 from mlip_cli.report.sweeps import sweep_section
 from mlip_cli.report.tables import (
@@ -61,7 +61,8 @@ def _lead(record: RunRecord) -> str:
         parts.append(f"on {plural(sum(card['num_samples'] for card in cards), 'sample')} of {' and '.join(sources)}")
     end = record.stamp.get("end_reason")
     if end is None or end == "finished":
-        parts.append(f"step {record.last_step:,}{_of_total(record)}")
+        steps = record.recipe.train.steps if record.recipe is not None else None
+        parts.append(f"step {record.last_step:,}" + (f" of {steps:,}" if steps else ""))
     return ", ".join(parts) + f": {end or 'not ended'}."
 
 
@@ -75,11 +76,6 @@ def method(record: RunRecord) -> str:
         return "CLIP"
     name = "MLIP" if recipe.model.frequency is not None else "CLIP"
     return name + (f" with {merging.method} merging at rate {merging.rate:g}" if merging is not None else "")
-
-
-def _of_total(record: RunRecord) -> str:
-    steps = record.recipe.train.steps if record.recipe is not None else None
-    return f" of {steps:,}" if steps else ""
 
 
 def _tiles(record: RunRecord) -> Html:
@@ -147,6 +143,9 @@ def _data_section(record: RunRecord) -> Html:
             if isinstance(spread, dict) and "median" in spread
         ]
         classes = [f"{name} {count:,}" for name, count in statistics.get("classes", {}).items()]
+        num_classes = plural(statistics.get("num_classes", 0), "class", "classes")
+        if statistics.get("num_classes") != len(classes):
+            num_classes += f", the {len(classes)} most frequent"
         parts += [
             element("h3", f"{role}: {plural(card['num_samples'], 'sample')}"),
             definitions(
@@ -163,30 +162,16 @@ def _data_section(record: RunRecord) -> Html:
             details("Numbers", table(Table(["a sample's", "min", "median", "mean", "max"], spreads)))
             if spreads
             else None,
-            details(_how_many_classes(statistics, len(classes)), element("p", ", ".join(classes))) if classes else None,
+            details(num_classes, element("p", ", ".join(classes))) if classes else None,
         ]
     return section("data", "Data", *(parts or [note("The run has no data cards.")]))
-
-
-def _how_many_classes(statistics: JsonObject, shown: int) -> str:
-    most = "" if statistics["num_classes"] == shown else f", the {shown} most frequent"
-    return plural(statistics["num_classes"], "class", "classes") + most
 
 
 def _recipe_section(record: RunRecord) -> Html:
     stamp = record.stamp
     versions = stamp.get("versions", {}).items()
-    sessions = [
-        [
-            session["started"],
-            f"{session['from_step']:,}",
-            session["device"],
-            session["ranks"],
-            session["threads"],
-            session["command"],
-        ]
-        for session in stamp.get("sessions", [])
-    ]
+    keys = ("started", "from_step", "device", "ranks", "threads", "command")
+    sessions = [[session[key] for key in keys] for session in stamp.get("sessions", [])]
     return section(
         "recipe",
         "Recipe and stamp",
