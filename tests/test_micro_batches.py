@@ -92,6 +92,6 @@ def test_sharded_models_cannot_be_tried_by_one_rank_alone() -> None:
     assert check(recipe.model_copy(update={"train": train})) == [
         (
             "train.micro_batch_size",
-            "auto needs train.parallel ddp, where each rank can try alone; give a number",
+            "auto does not work with train.parallel fsdp; give a number",
         )
     ]

@@ -101,25 +101,12 @@ def remove_leftovers(folder: Path) -> None:
         shutil.rmtree(path)
 
 
-def load_weights(checkpoint: Path) -> dict[str, Tensor]:
-    """Weights of a checkpoint folder, on the CPU.
+def load_weights(checkpoint: Path, name: str = WEIGHTS) -> dict[str, Tensor]:
+    """Weights of a checkpoint folder, on the CPU: those to evaluate, or with `TRAINING_WEIGHTS` the raw ones.
 
     Raises:
-        UsageError: the folder is not a checkpoint of mlip, or it is damaged.
+        UsageError: the folder is not a checkpoint of mlip, it is damaged, or it has no file `name`.
     """
-    return _load_part(checkpoint, WEIGHTS)
-
-
-def load_training_weights(checkpoint: Path) -> dict[str, Tensor]:
-    """The raw weights of a checkpoint with averaged weights, on the CPU.
-
-    Raises:
-        UsageError: the checkpoint is damaged, or it has no averaged weights.
-    """
-    return _load_part(checkpoint, TRAINING_WEIGHTS)
-
-
-def _load_part(checkpoint: Path, name: str) -> dict[str, Tensor]:
     path = _part(checkpoint, name)
     try:
         return load_file(path)
