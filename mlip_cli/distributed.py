@@ -241,13 +241,3 @@ def from_all(value: Any) -> list[Any]:
     everyone: list[Any] = [None] * world_size()
     dist.all_gather_object(everyone, value)
     return everyone
-
-
-def all_min(value: int) -> int:
-    """The smallest of all ranks' numbers."""
-    return min(from_all(value))
-
-
-def all_mean(x: Tensor) -> Tensor:
-    """Mean over ranks, without gradient."""
-    return all_sum(x) / world_size()

@@ -8,7 +8,7 @@ from killed_for_tests import Forked, wait_until
 from models_for_tests import small_model
 from test_training import lines_in, metrics, recipe, run
 
-from mlip_cli.runs.checkpoint import load_training_weights, load_weights
+from mlip_cli.runs.checkpoint import TRAINING_WEIGHTS, WEIGHTS, load_weights
 from mlip_cli.train.average import WeightAverage
 from mlip_cli.train.state import Progress
 
@@ -106,7 +106,7 @@ def test_a_run_with_an_average_keeps_its_best_and_continues_to_the_bit(recipe: P
     steps = [int(path.name[5:]) for path in sorted((whole / "checkpoints").iterdir())]
     assert steps == sorted({best, 12})
     newest = whole / "checkpoints" / "step_0000012"
-    averaged, own = load_weights(newest), load_training_weights(newest)
+    averaged, own = load_weights(newest), load_weights(newest, TRAINING_WEIGHTS)
     assert not torch.equal(averaged["image_projection.weight"], own["image_projection.weight"])
 
     arguments = ["--out", str(stopped), *asked]
@@ -117,9 +117,9 @@ def test_a_run_with_an_average_keeps_its_best_and_continues_to_the_bit(recipe: P
     assert resumed.returncode == 0, resumed.stderr
     assert metrics(stopped) == metrics(whole)
     assert sorted(p.name for p in (stopped / "checkpoints").iterdir()) == [f"step_{step:07d}" for step in steps]
-    for load in (load_weights, load_training_weights):
-        ours, theirs = (load(folder / "checkpoints" / newest.name) for folder in (stopped, whole))
-        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    for name in (WEIGHTS, TRAINING_WEIGHTS):
+        ours, theirs = (load_weights(folder / "checkpoints" / newest.name, name) for folder in (stopped, whole))
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
 def test_an_unknown_measure_is_refused_before_training(recipe: Path, tmp_path: Path) -> None:

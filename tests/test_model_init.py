@@ -16,8 +16,7 @@ from mlip_cli.errors import UsageError
 from mlip_cli.model.open_clip import TIMM_TOWERS
 from mlip_cli.recipe.config import Recipe
 from mlip_cli.runs import initial_weights
-from mlip_cli.runs.initial_weights import check_initial, load_initial, open_clip_configuration
-from mlip_cli.runs.weight_files import read_weights
+from mlip_cli.runs.initial_weights import check_initial, load_initial, open_clip_configuration, read_weights
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -139,7 +138,7 @@ def test_a_stem_does_not_start_from_a_foreign_file(tiny_file: str) -> None:
 
 def test_unknown_architectures_and_missing_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(
-        UsageError, match=r"^model.init: OpenCLIP has no architecture 'ViT-B-23'; did you mean ViT-B-32"
+        UsageError, match=r"^model.init: OpenCLIP has no architecture 'ViT-B-23'; names look like ViT-B-32"
     ):
         open_clip_configuration("ViT-B-23")
     recipe = with_init(small_recipe(), f"open_clip:ViT-B-32:{tmp_path}/none.pt")

@@ -2,7 +2,6 @@
 
 import difflib
 from dataclasses import dataclass
-from typing import Any
 
 import timm
 import torch
@@ -224,14 +223,15 @@ class ImageTower(nn.Module):
         patches = Patches(self.grid, self.patch_size, self.num_prefix, self.trunk.cls_token is not None)
         merging = MergePass(images, plan, patches=patches, replay=assign, spectrum=spectrum)
         merges, stem_tokens = plan.merges, None
+        again: bool = self.trunk.grad_checkpointing
         for number, block in enumerate(self.trunk.blocks, start=1):
             if number in merges:
                 x = merging.merge(x, merges[number])
             if merging.wants_keys(number + 1) and isinstance(block, ObservedBlock):
                 asked = {"observe": True, "with_row": merging.wants_row}
-                x, merging.keys, merging.first_row = self._run(block, x, attn_mask=merging.mask, **asked)
+                x, merging.keys, merging.first_row = run_block(block, x, again=again, attn_mask=merging.mask, **asked)
             else:
-                x = self._run(block, x, attn_mask=merging.mask)
+                x = run_block(block, x, again=again, attn_mask=merging.mask)
             if number == self.stem_depth:
                 stem_tokens = x[:, self.num_prefix :]
         x = self.trunk.norm(x)
@@ -246,27 +246,18 @@ class ImageTower(nn.Module):
             spectrum=spectrum,
         )
 
-    def _run(self, block: nn.Module, x: Tensor, **named: Any) -> Any:
-        """Run one block; with timm's `grad_checkpointing` the backward pass recomputes its activations."""
-        return run_block(block, x, again=self.trunk.grad_checkpointing, **named)
-
     def _pool(self, x: Tensor, merging: MergePass) -> Tensor:
         """timm's pooling. Means count every patch once, also after merges."""
-        trunk, kind = self.trunk, self.trunk.global_pool
+        trunk, kind, prefix = self.trunk, self.trunk.global_pool, self.num_prefix
         if merging.mask is None or kind in ("token", "max"):
             return trunk.forward_head(x, pre_logits=True)
-        return trunk.head_drop(trunk.fc_norm(self._weighted_pool(x, merging, merging.mask)))
-
-    def _weighted_pool(self, x: Tensor, merging: MergePass, mask: Tensor) -> Tensor:
-        trunk, kind = self.trunk, self.trunk.global_pool
+        sizes = nn.functional.pad(merging.sizes, (prefix, 0), value=1)
+        mask = merging.mask
+        if not trunk.pool_include_prefix:
+            x, sizes, mask = x[:, prefix:], sizes[:, prefix:], mask[..., prefix:]
         if kind == "map":
-            start = 0 if trunk.pool_include_prefix else self.num_prefix
-            return trunk.attn_pool(x[:, start:], attn_mask=mask[..., start:])
-        assert kind in ("avg", "avgmax"), kind
-        sizes = merging.sizes
-        if trunk.pool_include_prefix:
-            sizes = nn.functional.pad(sizes, (self.num_prefix, 0), value=1)
+            pooled = trunk.attn_pool(x, attn_mask=mask)
         else:
-            x = x[:, self.num_prefix :]
-        mean = ((x * sizes[..., None]).sum(1) / sizes.sum(1, keepdim=True)).to(x.dtype)
-        return mean if kind == "avg" else 0.5 * (x.amax(1) + mean)
+            pooled = ((x * sizes[..., None]).sum(1) / sizes.sum(1, keepdim=True)).to(x.dtype)
+            pooled = pooled if kind == "avg" else 0.5 * (x.amax(1) + pooled)
+        return trunk.head_drop(trunk.fc_norm(pooled))

@@ -29,7 +29,7 @@ def save_checkpoint(
     state: dict[str, Any],
     training_weights: dict[str, Tensor] | None = None,
 ) -> None:
-    """Write folder/step_NNNNNNN under a temporary name, sync it and rename it.
+    """Write folder/step_NNNNNNN under a temporary name, sync it and rename it; a step that is there already stays.
 
     A failure leaves the earlier checkpoints and no half of this one.
 
@@ -39,6 +39,8 @@ def save_checkpoint(
     """
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / checkpoint_name(step)
+    if (final / STATE).is_file():
+        return
     temporary = folder / f".{final.name}.{os.getpid()}.tmp"
     try:
         with full_disk_named(final, "make room and go on with --resume"):
@@ -46,12 +48,9 @@ def save_checkpoint(
             parts = {WEIGHTS: weights} | ({TRAINING_WEIGHTS: training_weights} if training_weights else {})
             _write_parts(temporary, final, parts=parts, state=state)
             sync_folder(temporary)
-            aside = folder / f".{final.name}.old.tmp"
-            if final.exists():
-                os.replace(final, aside)
+            shutil.rmtree(final, ignore_errors=True)  # not a complete checkpoint
             os.replace(temporary, final)
             sync_folder(folder)
-            shutil.rmtree(aside, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -92,34 +91,17 @@ def remove_old_checkpoints(folder: Path, *, last: int, every_steps: int | None, 
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete the unfinished checkpoint of a killed process; the checkpoint that it was replacing stays."""
-    for aside in folder.glob(".step_*.old.tmp"):
-        replaced = folder / aside.name.removeprefix(".").removesuffix(".old.tmp")
-        if not replaced.exists():
-            os.replace(aside, replaced)
+    """Delete the unfinished checkpoint of a killed process."""
     for path in folder.glob(".step_*.tmp"):
         shutil.rmtree(path)
 
 
-def load_weights(checkpoint: Path) -> dict[str, Tensor]:
-    """Weights of a checkpoint folder, on the CPU.
+def load_weights(checkpoint: Path, name: str = WEIGHTS) -> dict[str, Tensor]:
+    """Weights of a checkpoint folder, on the CPU: those to evaluate, or with `TRAINING_WEIGHTS` the raw ones.
 
     Raises:
-        UsageError: the folder is not a checkpoint of mlip, or it is damaged.
+        UsageError: the folder is not a checkpoint of mlip, it is damaged, or it has no file `name`.
     """
-    return _load_part(checkpoint, WEIGHTS)
-
-
-def load_training_weights(checkpoint: Path) -> dict[str, Tensor]:
-    """The raw weights of a checkpoint with averaged weights, on the CPU.
-
-    Raises:
-        UsageError: the checkpoint is damaged, or it has no averaged weights.
-    """
-    return _load_part(checkpoint, TRAINING_WEIGHTS)
-
-
-def _load_part(checkpoint: Path, name: str) -> dict[str, Tensor]:
     path = _part(checkpoint, name)
     try:
         return load_file(path)

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from mlip_cli.errors import UsageError
-from mlip_cli.files import write_text
 from mlip_cli.terminal.output import say
 
 RUNS = Path("runs")
 MOST_RUNS_NAMED = 3
 
+CHECKPOINT_NAME = re.compile(r"step_\d+")
 STATE = "state.pt"
 """Written last: a folder without it is not a complete checkpoint."""
 
@@ -37,11 +37,7 @@ def step_of(checkpoint: Path) -> int:
 
 def checkpoint_folders(folder: Path) -> list[Path]:
     """Folders that are named like checkpoints, ordered by step."""
-    return sorted((path for path in folder.glob("step_*") if _is_checkpoint_name(path.name)), key=step_of)
-
-
-def _is_checkpoint_name(name: str) -> bool:
-    return re.fullmatch(r"step_\d+", name) is not None
+    return sorted((path for path in folder.glob("step_*") if CHECKPOINT_NAME.fullmatch(path.name)), key=step_of)
 
 
 @dataclass(frozen=True)
@@ -127,14 +123,9 @@ def claimed(folder: Path) -> Path:
     raise AssertionError("numbers do not end")
 
 
-def remember_latest(run: Run) -> None:
-    """Write the one-line file runs/latest beside the run."""
-    write_text(run.folder.parent / "latest", run.folder.name + "\n")
-
-
-def all_runs(root: Path = RUNS) -> list[Run]:
-    """Runs under `root`, the one with the oldest checkpoint first. Runs without a checkpoint come before all others."""
-    runs = [Run(p.parent) for p in root.glob("*/recipe.yaml")]
+def all_runs() -> list[Run]:
+    """Runs in runs/, the one with the oldest checkpoint first. Runs without a checkpoint come before all others."""
+    runs = [Run(p.parent) for p in RUNS.glob("*/recipe.yaml")]
 
     def age(run: Run) -> tuple[int, str]:
         checkpoint = run.latest_checkpoint()
@@ -143,21 +134,21 @@ def all_runs(root: Path = RUNS) -> list[Run]:
     return sorted(runs, key=age)
 
 
-def newest_run(root: Path = RUNS) -> Run:
+def newest_run() -> Run:
     """The newest run that has a checkpoint. Its name is printed."""
-    runs = [run for run in all_runs(root) if run.latest_checkpoint()]
+    runs = [run for run in all_runs() if run.latest_checkpoint()]
     if not runs:
-        raise UsageError(f"no run in {root}/; start one with mlip pretrain RECIPE or name a RUN")
+        raise UsageError(f"no run in {RUNS}/; start one with mlip pretrain RECIPE or name a RUN")
     say(f"run {runs[-1].folder}, the newest with a checkpoint")
     return runs[-1]
 
 
-def newest_in_words(root: Path = RUNS) -> str:
-    """A hint for a RUN that does not exist: the newest runs under `root`, or how to make one."""
-    runs = [run.folder.name for run in reversed(all_runs(root)) if run.latest_checkpoint()]
+def newest_in_words() -> str:
+    """A hint for a RUN that does not exist: the newest runs in runs/, or how to make one."""
+    runs = [run.folder.name for run in reversed(all_runs()) if run.latest_checkpoint()]
     if not runs:
-        return f"there are no runs in {root}/ yet; mlip pretrain makes them"
-    return f"the newest in {root}/: {', '.join(runs[:MOST_RUNS_NAMED])}"
+        return f"there are no runs in {RUNS}/ yet; mlip pretrain makes them"
+    return f"the newest in {RUNS}/: {', '.join(runs[:MOST_RUNS_NAMED])}"
 
 
 def find_checkpoint(target: str | None) -> tuple[Run, Path]:
@@ -182,7 +173,7 @@ def find_checkpoint(target: str | None) -> tuple[Run, Path]:
             raise UsageError(f"{path}: it holds no complete checkpoint; continue it with {go_on}")
         return run, newest
     run = Run(path.parent.parent)
-    if not run.recipe.is_file() or not path.is_dir() or not _is_checkpoint_name(path.name):
+    if not run.recipe.is_file() or not path.is_dir() or not CHECKPOINT_NAME.fullmatch(path.name):
         raise UsageError(
             f"{path}: not a run folder (no recipe.yaml) and not a checkpoint of one; "
             "name RUN, or RUN/checkpoints/step_NUMBER"

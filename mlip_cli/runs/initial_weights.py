@@ -3,11 +3,17 @@
 import difflib
 import json
 import math
+import pickle
+import shlex
+import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
@@ -24,7 +30,6 @@ from mlip_cli.runs.checkpoint import load_weights
 from mlip_cli.runs.folder import Run
 from mlip_cli.runs.loading import load_into
 from mlip_cli.runs.start import find_init
-from mlip_cli.runs.weight_files import read_weights
 
 NO_FORM = ("model.text.dropout", "model.vision.drop_path")
 """Keys that a run may change although it starts from the weights of another."""
@@ -120,10 +125,49 @@ def open_clip_configuration(name: str) -> dict[str, Any]:
     """
     files = {path.stem: path for path in (open_clip_folder() / "model_configs").glob("*.json")}
     if name not in files:
-        close = difflib.get_close_matches(name, files, 3)
-        hint = f"did you mean {', '.join(close)}?" if close else "names look like ViT-B-32-quickgelu"
-        raise UsageError(f"model.init: OpenCLIP has no architecture {name!r}; {hint}")
+        close = ", ".join(difflib.get_close_matches(name, files, 3)) or "ViT-B-32-quickgelu"
+        raise UsageError(f"model.init: OpenCLIP has no architecture {name!r}; names look like {close}")
     return json.loads(files[name].read_text())
+
+
+def read_weights(file: Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors file, or of a state dict that torch saved, alone or inside a checkpoint.
+
+    Raises:
+        UsageError: a damaged file, a TorchScript archive, or a file that holds more than tensors; with the cure.
+    """
+    if file.suffix == ".safetensors":
+        try:
+            return load_file(file)
+        except SafetensorError as error:
+            raise UsageError(f"{file}: not a whole safetensors file ({error}); download it again") from None
+    if _is_torchscript(file):
+        extracted = str(file.with_suffix(".weights.pt"))
+        program = f"import torch; torch.save(torch.jit.load({str(file)!r}, 'cpu').state_dict(), {extracted!r})"
+        raise UsageError(
+            f"{file}: a TorchScript archive, which is a program; if you trust it, extract its weights with: "
+            f"python -c {shlex.quote(program)}"
+        )
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise UsageError(
+            f"{file}: not a file of tensors and plain values, but a Git LFS pointer, a web page, or a pickle that "
+            "could run any program; download the weights, or save the state dict alone"
+        ) from None
+    except (RuntimeError, EOFError, OSError) as error:
+        raise UsageError(f"{file}: not a whole PyTorch file ({type(error).__name__}); download it again") from error
+    weights = content.get("state_dict", content) if isinstance(content, dict) else content
+    if not isinstance(weights, dict) or not all(isinstance(tensor, Tensor) for tensor in weights.values()):
+        raise UsageError(f"{file}: no state dict (names and tensors), neither alone nor as `state_dict`; save one")
+    return weights
+
+
+def _is_torchscript(file: Path) -> bool:
+    if not zipfile.is_zipfile(file):
+        return False
+    with zipfile.ZipFile(file) as archive:
+        return any(name.endswith("/constants.pkl") for name in archive.namelist())
 
 
 def _regridded(weights: dict[str, Tensor], model: CLIP) -> Iterator[tuple[str, str, bool]]:

@@ -20,7 +20,7 @@ from mlip_cli.files import full_disk_named, lock, write_json, write_text
 from mlip_cli.recipe.config import Recipe
 from mlip_cli.recipe.load import absolute_paths, recipe_yaml
 from mlip_cli.runs.checkpoint import remove_leftovers
-from mlip_cli.runs.folder import RUNS, Run, now, remember_latest, step_of
+from mlip_cli.runs.folder import Run, now, step_of
 from mlip_cli.runs.start import command_line
 from mlip_cli.terminal.output import is_main, logger
 
@@ -55,8 +55,6 @@ def recorded(
             run.checkpoints.mkdir(exist_ok=True)
             run.evals.mkdir(exist_ok=True)
             remove_leftovers(run.checkpoints)
-            if run.folder.absolute().parent == RUNS.absolute():
-                remember_latest(run)
             with stamped(run, recipe, device=device, fingerprints=fingerprints, step=step):
                 yield
 
@@ -87,28 +85,22 @@ def locked_log(run: Run) -> Iterator[None]:
     Raises:
         UsageError: another process holds it.
     """
+
+    def refuse() -> None:
+        raise UsageError(f"{run.folder}: another mlip pretrain is running here; wait for it, or name another --out")
+
     log = _LogFile(run.log, encoding="utf-8")
     log.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     try:
-        _lock(log, run)
+        assert log.stream is not None  # it is opened with its handler
+        with suppress(OSError):  # a file system without locks
+            lock(log.stream, when_held=refuse)
         logger.addHandler(log)
         yield
     finally:
         logger.removeHandler(log)
         with suppress(OSError):  # on a full disk, the first error is the one to show
             log.close()
-
-
-def _lock(log: logging.FileHandler, run: Run) -> None:
-    """Lock by record. Forked loader processes do not inherit such a lock, so after kill -9 the next run need not
-    wait."""
-
-    def refuse() -> None:
-        raise UsageError(f"{run.folder}: another mlip pretrain is running here; wait for it, or name another --out")
-
-    assert log.stream is not None  # it is opened with its handler
-    with suppress(OSError):  # a file system without locks
-        lock(log.stream, when_held=refuse)
 
 
 PACKAGES = ("torch", "torchvision", "timm", "open_clip_torch", "numpy", "pillow", "simplejpeg")
@@ -144,24 +136,6 @@ def stamped(
     run: Run, recipe: Recipe, *, device: torch.device, fingerprints: dict[str, str], step: int
 ) -> Iterator[None]:
     """Write when and where the block began, and later why it ended: finished, stopped, interrupted or failed."""
-    _write_start(run, recipe, device=device, fingerprints=fingerprints, step=step)
-    reason = "interrupted"
-    try:
-        yield
-        reason = "finished"
-    except Stopped as stop:
-        reason = str(stop)
-        raise
-    except Exception as error:
-        reason = f"failed: {error}"
-        raise
-    finally:
-        with suppress(OSError):  # on a full disk, the first error is the one to show
-            write_json(run.stamp, {**run.read_stamp(), "ended": now(), "end_reason": reason})
-
-
-def _write_start(run: Run, recipe: Recipe, *, device: torch.device, fingerprints: dict[str, str], step: int) -> None:
-    """Start the stamp, or add a session to it that continues after `step`."""
     session = {
         "command": command_line(),
         "started": now(),
@@ -184,3 +158,16 @@ def _write_start(run: Run, recipe: Recipe, *, device: torch.device, fingerprints
         "sessions": [*earlier.get("sessions", []), session],
     }
     write_json(run.stamp, stamp)
+    reason = "interrupted"
+    try:
+        yield
+        reason = "finished"
+    except Stopped as stop:
+        reason = str(stop)
+        raise
+    except Exception as error:
+        reason = f"failed: {error}"
+        raise
+    finally:
+        with suppress(OSError):  # on a full disk, the first error is the one to show
+            write_json(run.stamp, {**stamp, "ended": now(), "end_reason": reason})

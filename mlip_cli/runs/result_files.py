@@ -3,7 +3,6 @@
 import dataclasses
 import json
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
@@ -80,19 +79,9 @@ def checked(kind: type[Checked], value: dict[str, Any]) -> Checked:
         ValueError: a key is missing or has a wrong value; the text names the first one.
     """
     try:
-        found: Checked = _adapter(kind).validate_python(value)  # type: ignore[arg-type]
+        return TypeAdapter(kind).validate_python(value)
     except ValidationError as error:
-        raise ValueError(_first_fault(error)) from None
-    return found
-
-
-@cache
-def _adapter(kind: type) -> TypeAdapter[Any]:
-    return TypeAdapter(kind)
-
-
-def _first_fault(error: ValidationError) -> str:
-    """speed.0.per_s is missing"""
-    fault = error.errors(include_url=False)[0]
-    place = ".".join(map(str, fault["loc"]))
-    return f"{place} is missing" if fault["type"] == "missing" else f"{place}: {fault['msg']}"
+        fault = error.errors(include_url=False)[0]
+        place = ".".join(map(str, fault["loc"]))  # such as speed.0.per_s
+        wrong = " is missing" if fault["type"] == "missing" else f": {fault['msg']}"
+        raise ValueError(f"{place}{wrong}") from None

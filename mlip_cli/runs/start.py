@@ -1,6 +1,7 @@
 """Choose the run folder of a training: a new one, one to continue, or one that is finished. Imports no torch."""
 
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from mlip_cli.errors import RecipeError, UsageError
 from mlip_cli.recipe.config import Log, Recipe
 from mlip_cli.recipe.init_source import OpenClipFile, open_clip_file
 from mlip_cli.recipe.load import absolute_paths, differences, load_recipe
-from mlip_cli.runs.folder import RUNS, Run, all_runs, default_folder, find_checkpoint
+from mlip_cli.runs.folder import Run, all_runs, default_folder, find_checkpoint
 from mlip_cli.terminal.output import say
 
 MICRO_BATCHES = "train.micro_batch_size"
@@ -74,18 +75,14 @@ def choose_start(recipe: Recipe, name: str, *, out: Path | None, resume: bool) -
     Raises:
         UsageError: the folder exists without --resume, is not a run folder, or began with another recipe.
     """
-    if not resume:
-        if out is None:
-            return _new(name)
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise UsageError(f"--out {out}: exists already; add --resume to go on with it, or name another folder")
-        return Start(Run(out), resumes=False)
     if out is None:
-        return _newest_unfinished(recipe, name)
+        return _newest_unfinished(recipe, name) if resume else _new(name)
     run = Run(out)
-    if not run.recipe.is_file():
+    if not resume or not run.recipe.is_file():
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise UsageError(f"--out {out}: not a run folder (no recipe.yaml inside); name another folder")
+            exists = "exists already; add --resume to go on with it, or name another folder"
+            strange = "not a run folder (no recipe.yaml inside); name another folder"
+            raise UsageError(f"--out {out}: {strange if resume else exists}")
         return Start(run, resumes=False)
     changes = changes_since(run, recipe)
     refused = forbidden_changes(changes, recipe)
@@ -100,7 +97,7 @@ def choose_start(recipe: Recipe, name: str, *, out: Path | None, resume: bool) -
 
 
 def _newest_unfinished(recipe: Recipe, name: str) -> Start:
-    for run in reversed(all_runs(RUNS)):
+    for run in reversed(all_runs()):
         if run.latest_checkpoint() is None or run.is_finished():
             continue
         try:
@@ -147,8 +144,6 @@ def check_can_be_made(folder: Path) -> None:
 
 def command_to_resume(source: str, overrides: Sequence[str], *, out: Path | None) -> str:
     """The command that continues a run that these arguments started."""
-    import shlex
-
     mlip = ["torchrun", "...", "-m", "mlip_cli"] if "RANK" in os.environ else ["mlip"]
     where = [] if out is None else ["--out", str(out)]
     return shlex.join([*mlip, "pretrain", source, *overrides, *where, "--resume"])
@@ -156,8 +151,6 @@ def command_to_resume(source: str, overrides: Sequence[str], *, out: Path | None
 
 def command_line() -> str:
     """The command line as typed, for the stamp."""
-    import shlex
-
     return shlex.join(["mlip", *sys.argv[1:]])
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mlip_cli.devices import peak_gib
-from mlip_cli.distributed import all_mean, all_sum, from_all, full, unwrap, world_size
+from mlip_cli.distributed import all_sum, from_all, full, unwrap, world_size
 from mlip_cli.errors import Stopped
 from mlip_cli.losses.objective import Objective
 from mlip_cli.recipe.merge_plan import MergePlan
@@ -165,7 +165,7 @@ def count(progress: Progress, guard: FiniteGuard, watch: Stopwatch) -> None:
 
 def losses(objective: Objective, terms: dict[str, Tensor]) -> dict[str, float]:
     """The total and every term: means over ranks."""
-    values = all_mean(torch.stack([objective.total(terms), *terms.values()]))
+    values = all_sum(torch.stack([objective.total(terms), *terms.values()])) / world_size()
     return dict(zip(["loss", *terms], values.tolist(), strict=True))
 
 

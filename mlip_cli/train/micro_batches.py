@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 
-from mlip_cli.distributed import all_min, without_exchange
+from mlip_cli.distributed import from_all, without_exchange
 from mlip_cli.losses.objective import Objective
 from mlip_cli.recipe.config import Recipe
 from mlip_cli.recipe.merge_plan import MergePlan
@@ -29,7 +29,8 @@ def chosen_micro_batch_size(recipe: Recipe, training: Training, progress: Progre
     found = share
     if training.device.type == "cuda":
         random = RandomState.read(training.device)
-        found = all_min(largest_that_fits(share, lambda size: try_once(recipe, training, share=share, size=size)))
+        own = largest_that_fits(share, lambda size: try_once(recipe, training, share=share, size=size))
+        found = min(from_all(own))
         torch.cuda.empty_cache()
         random.restore(training.device)
         progress.micro_batch_size = found

@@ -12,8 +12,8 @@ from mlip_cli.distributed import full_on_main, parallel, rank, sharded_like, wor
 from mlip_cli.errors import UsageError
 from mlip_cli.recipe.config import Train
 from mlip_cli.runs.checkpoint import (
+    TRAINING_WEIGHTS,
     load_state,
-    load_training_weights,
     load_weights,
     remove_old_checkpoints,
     save_checkpoint,
@@ -122,7 +122,7 @@ def restore(checkpoint: Path, training: Training, *, data: dict[str, str]) -> tu
     weights, own = load_weights(checkpoint), training.plain.state_dict()
     if training.average is not None:
         training.average.load(weights)
-        weights |= load_training_weights(checkpoint)
+        weights |= load_weights(checkpoint, TRAINING_WEIGHTS)
     training.plain.load_state_dict({name: sharded_like(weights[name], own[name]) for name in weights})
     training.optimizer.load_state_dict(sharded_state(state["optimizer"], training.optimizer))
     training.precision.scaler.load_state_dict(state["scaler"])
