@@ -165,6 +165,16 @@ def test_without_room_for_the_recipe_the_folder_stays_free(tmp_path: Path, monke
     assert list((tmp_path / "run").iterdir()) == []
 
 
+def test_latest_is_written_in_runs_and_nowhere_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "latest").write_text("the user's own")
+    for folder in ("mine", "runs/a", "runs/b"):
+        with opened(Path(folder)):
+            pass
+    assert (tmp_path / "latest").read_text() == "the user's own"
+    assert (tmp_path / "runs" / "latest").read_text() == "b\n"
+
+
 def test_runs_that_start_within_a_second_have_names_of_their_own(tmp_path: Path) -> None:
     found = [claimed(tmp_path / "runs" / "openmoji-20261122-084311") for _ in range(3)]
     names = [f"openmoji-20261122-084311{number}" for number in ("", "-2", "-3")]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mlip_cli.errors import UsageError
+from mlip_cli.files import write_text
 from mlip_cli.terminal.output import say
 
 RUNS = Path("runs")
@@ -121,6 +122,11 @@ def claimed(folder: Path) -> Path:
             continue
         return path
     raise AssertionError("numbers do not end")
+
+
+def remember_latest(run: Run) -> None:
+    """Write the name of the run into the one-line file `latest` beside it."""
+    write_text(run.folder.parent / "latest", run.folder.name + "\n")
 
 
 def all_runs() -> list[Run]:

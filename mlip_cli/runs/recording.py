@@ -20,7 +20,7 @@ from mlip_cli.files import full_disk_named, lock, write_json, write_text
 from mlip_cli.recipe.config import Recipe
 from mlip_cli.recipe.load import absolute_paths, recipe_yaml
 from mlip_cli.runs.checkpoint import remove_leftovers
-from mlip_cli.runs.folder import Run, now, step_of
+from mlip_cli.runs.folder import RUNS, Run, now, remember_latest, step_of
 from mlip_cli.runs.start import command_line
 from mlip_cli.terminal.output import is_main, logger
 
@@ -55,6 +55,8 @@ def recorded(
             run.checkpoints.mkdir(exist_ok=True)
             run.evals.mkdir(exist_ok=True)
             remove_leftovers(run.checkpoints)
+            if run.folder.absolute().parent == RUNS.absolute():
+                remember_latest(run)
             with stamped(run, recipe, device=device, fingerprints=fingerprints, step=step):
                 yield
 
