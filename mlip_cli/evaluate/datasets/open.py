@@ -37,19 +37,19 @@ def open_openmoji(benchmark: Benchmark) -> Pictures:
     """The nine groups as classes, also those without a test picture, and the names for retrieval."""
     shards = open_prepared(benchmark.root)
     samples = [shards.read(id) for id in range(shards.num_samples)]  # a few hundred small pictures
-    unknown = sorted(set(_classes(benchmark, [sample.label for sample in samples])) - set(OPENMOJI_GROUPS))
+    unknown = sorted(set(_classes(benchmark, [sample.said.label for sample in samples])) - set(OPENMOJI_GROUPS))
     if unknown:
         raise UsageError(
             f"{benchmark.root}: {unknown[0]!r} is not one of OpenMoji's nine groups; prepare openmoji again"
         )
-    items = [(sample, OPENMOJI_GROUPS.index(sample.label)) for sample in samples]
+    items = [(sample, OPENMOJI_GROUPS.index(sample.said.label)) for sample in samples]
     return Pictures(
         class_names=OPENMOJI_GROUPS,
         templates=OPENMOJI_TEMPLATES,
         items=lambda: items,
         load=_load_sample,
         num_pictures=len(items),
-        names=names_of([(sample.meta["name"], sample.image) for sample in samples]),
+        names=names_of([(sample.said.meta["name"], sample.image) for sample in samples]),
     )
 
 
@@ -111,7 +111,7 @@ def _load_file(item: tuple[Path, int]) -> tuple[Tensor, int]:
 
 def open_shards(benchmark: Benchmark) -> Pictures:
     shards = open_prepared(benchmark.root)
-    names = sorted(set(_classes(benchmark, [shards.read(id).label for id in range(shards.num_samples)])))
+    names = sorted(set(_classes(benchmark, [shards.read(id).said.label for id in range(shards.num_samples)])))
     numbers = {name: i for i, name in enumerate(names)}
     return _samples(
         shards,
@@ -128,7 +128,7 @@ def _samples(
     class_names: tuple[str, ...],
     templates: tuple[str, ...],
 ) -> Pictures:
-    items = _Labelled(shards, lambda sample: class_of(str(sample.label)))
+    items = _Labelled(shards, lambda sample: class_of(str(sample.said.label)))
     return Pictures(class_names, templates, lambda: items, _load_sample, shards.num_samples)
 
 
