@@ -170,7 +170,7 @@ def test_plain_tars_cut_at_200_random_places(whole: Path, tmp_path: Path, caplog
 
 def said(sample: RawSample) -> tuple[Any, ...]:
     """What the texts of a sample state."""
-    return sample.captions, sample.label, sample.meta
+    return sample.captions, sample.info.label, sample.info.meta
 
 
 def differing(a: bytes, b: bytes) -> int:

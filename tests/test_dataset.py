@@ -58,7 +58,7 @@ def test_reads_what_tarfile_reads(tmp_path: Path, image_format: str) -> None:
             assert tar.extractfile(f"{sample.key}.{image_format}").read() == sample.image
             fields = json.loads(tar.extractfile(f"{sample.key}.json").read())
         assert [asdict(caption) for caption in sample.captions] == fields["captions"]
-        assert (sample.label, sample.meta) == (fields["class"], fields["meta"])
+        assert (sample.info.label, sample.info.meta) == (fields["class"], fields["meta"])
         assert sample.key == f"00-{id:06d}"
         assert sample.shard == str(folder / f"train-{id // 4:06d}.tar")
 

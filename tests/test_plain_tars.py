@@ -142,8 +142,8 @@ def test_names_texts_and_endings_of_all_kinds(tmp_path: Path, cache: Cache, said
     ]
     found = captions(dataset)
     assert found == [["dots"], ["fewer dots"], ["from json"], ["long name"], ["not ASCII"], ["one", "two"]]
-    assert dataset.read(2).label == "thing"
-    assert dataset.read(2).meta == {"url": "x"}
+    assert dataset.read(2).info.label == "thing"
+    assert dataset.read(2).info.meta == {"url": "x"}
     assert dataset.read(0).key == "dots.in.key"
     assert said == [f"{tmp_path}/in: indexing 1 tar, 0.00 GiB; this is done once"]
 

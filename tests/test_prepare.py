@@ -63,8 +63,8 @@ def test_training_reads_what_was_prepared(tmp_path: Path) -> None:
     for i, sample in enumerate(found):
         raw = dataset.read(i)
         assert (raw.key, raw.image) == (sample["key"], sample["image"])
-        assert ([asdict(caption) for caption in raw.captions], raw.label) == (sample["captions"], sample["class"])
-        assert raw.meta == sample["meta"]
+        assert ([asdict(caption) for caption in raw.captions], raw.info.label) == (sample["captions"], sample["class"])
+        assert raw.info.meta == sample["meta"]
         assert set(sample) - {"key", "image", "txt", "format"} == {
             *("captions", "class", "width", "height", "original_width", "original_height", "sha256", "source", "meta")
         }

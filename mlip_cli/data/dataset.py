@@ -6,12 +6,12 @@ The same reader serves shards that mlip prepared and tars as they are; `mlip_cli
 import os
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -19,8 +19,8 @@ from numpy.typing import ArrayLike, NDArray
 from mlip_cli.data.index import FORMAT_ENDINGS, FORMATS, Place, check_size, place_of, read_checked, read_records
 from mlip_cli.data.remote import RemoteShards
 from mlip_cli.data.sources.records import Caption, UnusableSampleError, printable, usable_captions
-from mlip_cli.data.sources.tars import TEXT_ENDINGS, ending_of, key_of, stated
-from mlip_cli.data.tar import BLOCK, Member, Read, walk
+from mlip_cli.data.sources.tars import TEXT_ENDINGS, Stated, ending_of, key_of, stated
+from mlip_cli.data.tar import BLOCK, Member, Read, member_at, walk
 from mlip_cli.errors import RunError
 
 MAX_OPEN_SHARDS = 256
@@ -39,8 +39,7 @@ class BadSampleError(RunError):
         return f"{self.shard}: sample {self.key}: {self.reason}"
 
 
-@dataclass(frozen=True)
-class RawSample:
+class RawSample(NamedTuple):
     """A sample as it lies in its tar."""
 
     key: str
@@ -48,10 +47,8 @@ class RawSample:
     """The encoded picture (JPEG, PNG or WebP)."""
     captions: tuple[Caption, ...]
     """One at least; none is empty, and all weights are positive."""
-    label: str | None
-    """Class of the picture, where the sample states one."""
-    meta: Mapping[str, Any]
-    """Texts and numbers that the sample states besides, such as `concept`."""
+    info: Stated
+    """The class of the picture, and texts and numbers besides, such as `concept`."""
     shard: str
     """Path of the tar, for messages."""
 
@@ -136,20 +133,18 @@ class ShardDataset:
         """
         number, row = self._place(id)
         shard = self._opened(number)
-        place, tar = place_of(shard.records[row]), str(self.tars[number])
-        if self._is_prepared:
-            place.parts.pop("txt", None)
+        place, tar = place_of(shard.records[row], without_txt=self._is_prepared), str(self.tars[number])
         try:
             key, parts = _read_parts(shard, place, one_header=self._is_prepared)
         except (ValueError, OSError) as error:  # OSError: a bad block of the disk
             raise BadSampleError(tar, f"at byte {place.start}", str(error)) from error
         image = parts.pop("image")
         try:
-            said = stated(parts)
-            captions = usable_captions(said.captions)
+            info = stated(parts)
+            captions = usable_captions(info.captions)
         except UnusableSampleError as error:
             raise BadSampleError(tar, key, str(error)) from error
-        return RawSample(key, image, captions, said.label, said.meta, tar)
+        return RawSample(key, image, captions, info, tar)
 
     def close(self) -> None:
         """Close the shards that are open; the next read opens them again."""
@@ -220,10 +215,12 @@ def _read_parts(shard: _OpenShard, place: Place, *, one_header: bool) -> tuple[s
     if end - start <= MAX_GAP_BYTES + sum(size for _, size in parts.values()):
         read = partial(_part_of, read(end - start, start), start)
     found: dict[int, Member] = {}
-    for begin in [at - BLOCK for at, _ in parts.values()] if one_header else [start]:
-        for member in walk(read, length=shard.num_bytes, start=begin):
+    if one_header:
+        found = {at: member_at(read, at - BLOCK) for at, _ in parts.values()}
+    else:
+        for member in walk(read, length=shard.num_bytes, start=start):
             found[member.offset] = member
-            if one_header or member.offset + member.size >= end:
+            if member.offset + member.size >= end:
                 break
     keys, contents = set(), {}
     for part, (at, size) in parts.items():

@@ -6,9 +6,8 @@ An index is little endian: a header of 56 bytes, then one record of 40 bytes a s
 import json
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -63,8 +62,7 @@ def place_parts(record: np.void, members: Mapping[str, Member]) -> None:
         record[f"{part}_offset"], record[f"{part}_size"] = member.offset - start, member.size
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(NamedTuple):
     """Where a record says that its sample lies."""
 
     start: int
@@ -75,11 +73,17 @@ class Place:
     """Of the picture: its place in FORMATS, if the index is not damaged."""
 
 
-def place_of(record: np.void) -> Place:
+def place_of(record: np.void, *, without_txt: bool) -> Place:
     """Read all fields of a record at once. Field by field, numpy takes several times as long."""
     start, image, image_size, txt, txt_size, json_at, json_size, _, _, format, *_ = record.item()
-    parts = {"image": (start + image, image_size), "txt": (start + txt, txt_size), "json": (start + json_at, json_size)}
-    return Place(start, {part: place for part, place in parts.items() if place[1]}, format)
+    parts = {}
+    if image_size:
+        parts["image"] = start + image, image_size
+    if txt_size and not without_txt:
+        parts["txt"] = start + txt, txt_size
+    if json_size:
+        parts["json"] = start + json_at, json_size
+    return Place(start, parts, format)
 
 
 def write_index(shard: Path, records: np.ndarray, *, tar_bytes: int, sha256: str) -> None:

@@ -215,7 +215,7 @@ class _Steps(Dataset[_Step | Exception]):
             )
         with self.part(TRANSFORM_PICTURE):
             image = training_transform(image, crop=crop, size=size, augment=augment, generator=draws)
-        label = label_of(raw.meta, caption) if self.with_labels else None
+        label = label_of(raw.info.meta, caption) if self.with_labels else None
         return _Example(image, caption, raw.key, label, tuple(slow))
 
 

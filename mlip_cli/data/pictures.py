@@ -9,13 +9,13 @@ import io
 import struct
 import warnings
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
 from importlib.metadata import version
+from typing import NamedTuple
 
 import numpy as np
 from PIL import ExifTags, Image
+from PIL.WebPImagePlugin import WebPImageFile
 
 try:
     from simplejpeg import decode_jpeg as simplejpeg_decode
@@ -42,6 +42,9 @@ ORIENTATIONS = {
 """EXIF orientation -> what shows the picture upright (Exif 2.32, tag 0x0112)."""
 SIDEWAYS = tuple(ORIENTATIONS[i] for i in (5, 6, 7, 8))
 
+SAY_ORIENTATION = frozenset(("exif", "xmp", "Raw profile type exif", "XML:com.adobe.xmp"))
+"""Keys of Pillow's `info` from which its `getexif` takes the orientation; of a TIFF it takes it from the tags."""
+
 UNDECODABLE = (
     OSError,
     SyntaxError,
@@ -66,8 +69,7 @@ class RejectedPictureError(Exception):
         self.reason, self.detail = reason, detail
 
 
-@dataclass(frozen=True)
-class EncodedPicture:
+class EncodedPicture(NamedTuple):
     """A picture whose size is known. `to_rgb` or `to_array` decodes it, once."""
 
     content: bytes
@@ -86,10 +88,12 @@ def open_picture(content: bytes) -> EncodedPicture:
     Raises:
         RejectedPictureError: not one of the six formats, damaged, or of more than 64 megapixels.
     """
-    if content[:4] == b"RIFF" and content[8:12] == b"WEBP":
+    is_webp = content[:4] == b"RIFF" and content[8:12] == b"WEBP"
+    if is_webp:
         _check_size(*_webp_size(content))
-    with _rejected_if_damaged():
-        image = Image.open(io.BytesIO(content), formats=FORMATS)
+    with _REJECTED_IF_DAMAGED:
+        file = io.BytesIO(content)
+        image = WebPImageFile(file) if is_webp else Image.open(file, formats=FORMATS)
         _check_size(*image.size)
         is_jpeg = image.format in ("JPEG", "MPO")
         turn = _turn(image, is_jpeg=is_jpeg)
@@ -107,7 +111,7 @@ def to_rgb(picture: EncodedPicture, *, least: tuple[int, int] | None = None) -> 
     Raises:
         RejectedPictureError: damaged, or of 32-bit integers or floating point, whose range nothing tells.
     """
-    with _rejected_if_damaged():
+    with _REJECTED_IF_DAMAGED:
         if least is not None and picture.is_jpeg:
             picture.image.draft("RGB", least if picture.turn in SIDEWAYS else least[::-1])
         return _upright_rgb(picture.image, picture.turn)
@@ -115,7 +119,7 @@ def to_rgb(picture: EncodedPicture, *, least: tuple[int, int] | None = None) -> 
 
 def pillow_to_rgb(image: Image.Image) -> Image.Image:
     """A picture that others opened with Pillow, as `to_rgb` makes it."""
-    with _rejected_if_damaged():
+    with _REJECTED_IF_DAMAGED:
         return _upright_rgb(image, _turn(image, is_jpeg=False))
 
 
@@ -177,16 +181,24 @@ def _webp_size(content: bytes) -> tuple[int, int]:
     return int.from_bytes(content[26:28], "little") & 0x3FFF, int.from_bytes(content[28:30], "little") & 0x3FFF
 
 
-@contextmanager
-def _rejected_if_damaged() -> Iterator[None]:
-    try:
-        yield
-    except Image.DecompressionBombError:  # Pillow's own limit, which it checks before it tells the size
-        raise RejectedPictureError("picture too large", f"over {MAX_MEGAPIXELS} megapixels") from None
-    except Image.UnidentifiedImageError:
-        raise RejectedPictureError("not a picture", f"not {', '.join(FORMATS[:-1])} or {FORMATS[-1]}") from None
-    except UNDECODABLE as error:
-        raise RejectedPictureError("damaged picture", str(error) or type(error).__name__) from None
+class _RejectedIfDamaged:
+    """Turns what Pillow raises on a damaged file into a RejectedPictureError."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(
+            error, Image.DecompressionBombError
+        ):  # Pillow's own limit, which it checks before it tells the size
+            raise RejectedPictureError("picture too large", f"over {MAX_MEGAPIXELS} megapixels") from None
+        if isinstance(error, Image.UnidentifiedImageError):
+            raise RejectedPictureError("not a picture", f"not {', '.join(FORMATS[:-1])} or {FORMATS[-1]}") from None
+        if isinstance(error, UNDECODABLE):
+            raise RejectedPictureError("damaged picture", str(error) or type(error).__name__) from None
+
+
+_REJECTED_IF_DAMAGED = _RejectedIfDamaged()
 
 
 def _turn(image: Image.Image, *, is_jpeg: bool) -> Image.Transpose | None:
@@ -196,6 +208,8 @@ def _turn(image: Image.Image, *, is_jpeg: bool) -> Image.Transpose | None:
     """
     if not is_jpeg:
         image.load()
+    if image.format != "TIFF" and SAY_ORIENTATION.isdisjoint(image.info):
+        return None
     try:
         return ORIENTATIONS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     except UNDECODABLE:

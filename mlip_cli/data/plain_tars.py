@@ -163,8 +163,8 @@ def _index_record(descriptor: int, members: Sequence[Member]) -> np.void:
         raise ValueError("a picture that is not JPEG, PNG or WebP; mlip prepare-data reads it")
     if image.size == 0:
         raise ValueError("empty picture")
-    said = stated({part: os.pread(descriptor, m.size, m.offset) for part, m in parts.items() if part != "image"})
-    captions = usable_captions(said.captions)
+    info = stated({part: os.pread(descriptor, m.size, m.offset) for part, m in parts.items() if part != "image"})
+    captions = usable_captions(info.captions)
     record = np.zeros(1, RECORD)[0]
     place_parts(record, parts)
     record["format"], record["num_captions"] = format, len(captions)

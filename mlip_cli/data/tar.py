@@ -7,9 +7,9 @@ The format: POSIX.1-2017 `pax` (ustar interchange format) and GNU tar's manual, 
 
 import os
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 from zlib import adler32
 
 from mlip_cli.errors import RunError
@@ -36,8 +36,7 @@ class HeaderError(ValueError):
     """The tar is damaged. The message says where and how, but not in which file."""
 
 
-@dataclass(frozen=True)
-class Member:
+class Member(NamedTuple):
     """A file in a tar."""
 
     name: str
@@ -93,11 +92,25 @@ def walk(read: Read, *, length: int, start: int = 0) -> Generator[Member, None, 
             stated |= _extension(read, kind, size, at)
             at += BLOCK + padded(size)
             continue
-        name = stated.get("path") or _name(header)
-        yield Member(name, first, at + BLOCK, size, kind in REGULAR and not name.endswith("/"))
+        yield _member(stated.get("path") or _name(header), kind, size, at=at, first=first)
         stated = {}
         at = first = at + BLOCK + padded(size)
     return at
+
+
+def member_at(read: Read, at: int) -> Member:
+    """The member whose only header lies at byte `at`: none of PAX or long names precedes it.
+
+    Raises:
+        HeaderError: no header lies there, or a damaged one.
+    """
+    header = read(BLOCK, at)
+    kind, size = _checked_header(header, at)
+    return _member(_name(header), kind, size, at=at, first=at)
+
+
+def _member(name: str, kind: bytes, size: int, *, at: int, first: int) -> Member:
+    return Member(name, first, at + BLOCK, size, kind in REGULAR and not name.endswith("/"))
 
 
 def _checked_header(header: bytes, at: int) -> tuple[bytes, int]:

@@ -7,11 +7,13 @@ and every worker process pays.
 import importlib.util
 import sys
 from collections.abc import Iterable, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from types import ModuleType
-from typing import Any, cast
+from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from mlip_cli.data.index import MAX_TOKENS
@@ -39,16 +41,28 @@ class Tokenizer:
         With `length` the result is (n, length) instead: the same ids, cut or padded there.
         """
         assert not isinstance(texts, str), "a list of captions, not one caption"
-        return cast(Tensor, _bpe()(list(texts), context_length=length or self.context_length))
+        length = length or self.context_length
+        rows = np.zeros((len(texts), length), np.int64)
+        for row, text in zip(rows, texts, strict=True):
+            ids = _ids(text)
+            row[: len(ids)] = ids if len(ids) <= length else (*ids[: length - 1], ids[-1])
+        return torch.from_numpy(rows)
 
     def count(self, text: str) -> int:
         """Number of tokens of `text` with BOS and EOS, before any cut."""
-        return _count(text)
+        return len(_ids(text))
 
 
 def padded_length(num_tokens: int, context_length: int) -> int:
     """Width of a batch whose longest caption has `num_tokens`: the next of `LENGTHS`, at most `context_length`."""
     return next((length for length in LENGTHS if num_tokens <= length < context_length), context_length)
+
+
+@lru_cache(maxsize=16_384)
+def _ids(text: str) -> tuple[int, ...]:
+    """All ids of a caption, BOS and EOS too. A small data set repeats its captions epoch after epoch."""
+    bpe = _bpe()
+    return bpe.sot_token_id, *bpe.encode(text), bpe.eot_token_id
 
 
 @cache
@@ -82,8 +96,4 @@ def open_clip_module(name: str) -> ModuleType:
 
 def count_tokens(captions: Iterable[str]) -> int:
     """CLIP tokens of the longest caption, as an index records them."""
-    return min(MAX_TOKENS, max(map(_count, captions)))
-
-
-def _count(text: str) -> int:
-    return len(_bpe().encode(text)) + 2
+    return min(MAX_TOKENS, max(len(_ids(caption)) for caption in captions))

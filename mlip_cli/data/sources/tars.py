@@ -3,10 +3,9 @@
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mlip_cli.data.sources.records import (
     PICTURE_ENDINGS,
@@ -112,19 +111,34 @@ def _record(
         parts = chosen_members(members)
         image = parts.pop("image")
         picture = PicturePlace(str(path), image.offset, image.size)
-        said = stated({part: os.pread(descriptor, m.size, m.offset) for part, m in parts.items()})
+        info = stated({part: os.pread(descriptor, m.size, m.offset) for part, m in parts.items()})
     except UnusableSampleError as error:
         return Record(file, row, picture, (), split=split, reject=str(error), detail=error.detail or key)
-    return Record(file, row, picture, said.captions, split=split, label=said.label, meta=said.meta, detail=key)
+    return Record(file, row, picture, info.captions, split=split, label=info.label, meta=info.meta, detail=key)
 
 
-@dataclass(frozen=True)
-class Stated:
-    """What the texts of a sample say about its picture."""
+class Stated(NamedTuple):
+    """What the texts of a sample say about its picture. Training asks for captions alone, so the rest is read late."""
 
     captions: tuple[Caption, ...]
-    label: str | None
-    meta: Mapping[str, Any]
+    fields: dict[str, Any]
+    """KEY.json."""
+    cls: str | None
+    """KEY.cls."""
+
+    @property
+    def label(self) -> str | None:
+        """Class of the sample: `class` or `label` of KEY.json, else KEY.cls (often a number)."""
+        for name in CLASS_NAMES:
+            if isinstance(self.fields.get(name), str | int):
+                return str(self.fields[name])
+        return (self.cls or "").strip() or None
+
+    @property
+    def meta(self) -> dict[str, Any]:
+        """Texts and numbers that the sample states besides, such as `concept`."""
+        ours = self.fields.get("meta") if "captions" in self.fields else None
+        return plain_values(ours if isinstance(ours, dict) else {}) | plain_values(self.fields, without=OURS)
 
 
 def stated(contents: Mapping[str, bytes]) -> Stated:
@@ -142,7 +156,7 @@ def stated(contents: Mapping[str, bytes]) -> Stated:
         raise UnusableSampleError("KEY.json is not JSON") from None
     if not isinstance(fields, dict):
         raise UnusableSampleError("KEY.json is not a JSON object")
-    return Stated(_captions(fields, texts.get("txt")), _label(fields, texts.get("cls")), _meta(fields))
+    return Stated(_captions(fields, texts.get("txt")), fields, texts.get("cls"))
 
 
 def _captions(fields: dict[str, Any], text: str | None) -> tuple[Caption, ...]:
@@ -150,16 +164,3 @@ def _captions(fields: dict[str, Any], text: str | None) -> tuple[Caption, ...]:
         if (captions := captions_of(fields.get(name))) and (name == "captions" or text is None):
             return captions
     return captions_of(text)
-
-
-def _label(fields: dict[str, Any], content: str | None) -> str | None:
-    """Class of the sample: `class` or `label` of KEY.json, else KEY.cls (often a number)."""
-    for name in CLASS_NAMES:
-        if isinstance(fields.get(name), str | int):
-            return str(fields[name])
-    return content.strip() if content and content.strip() else None
-
-
-def _meta(fields: dict[str, Any]) -> dict[str, Any]:
-    ours = fields.get("meta") if "captions" in fields else None
-    return plain_values(ours if isinstance(ours, dict) else {}) | plain_values(fields, without=OURS)

@@ -46,18 +46,18 @@ def open_openmoji(benchmark: Benchmark) -> Pictures:
     """The nine groups as classes, also those without a test picture, and the names for retrieval."""
     shards = open_prepared(benchmark.root)
     samples = [shards.read(id) for id in range(shards.num_samples)]  # a few hundred small pictures
-    unknown = sorted(set(_classes(benchmark, [sample.label for sample in samples])) - set(OPENMOJI_GROUPS))
+    unknown = sorted(set(_classes(benchmark, [sample.info.label for sample in samples])) - set(OPENMOJI_GROUPS))
     if unknown:
         raise UsageError(
             f"{benchmark.root}: {unknown[0]!r} is not one of OpenMoji's nine groups; prepare openmoji again"
         )
-    items = [(sample, OPENMOJI_GROUPS.index(sample.label)) for sample in samples]
+    items = [(sample, OPENMOJI_GROUPS.index(sample.info.label)) for sample in samples]
     return Pictures(
         class_names=OPENMOJI_GROUPS,
         templates=OPENMOJI_TEMPLATES,
         items=items,
         load=_load_sample,
-        names=names_of([(sample.meta["name"], sample.image) for sample in samples]),
+        names=names_of([(sample.info.meta["name"], sample.image) for sample in samples]),
     )
 
 
@@ -115,7 +115,7 @@ def _load_file(item: tuple[Path, int]) -> tuple[Tensor, int]:
 def open_shards(benchmark: Benchmark) -> Pictures:
     """Samples of shards with the distinct labels as classes, by name."""
     shards = open_prepared(benchmark.root)
-    names = sorted(set(_classes(benchmark, [shards.read(id).label for id in range(shards.num_samples)])))
+    names = sorted(set(_classes(benchmark, [shards.read(id).info.label for id in range(shards.num_samples)])))
     numbers = {name: i for i, name in enumerate(names)}
     items = _Labelled(shards, numbers.__getitem__)
     return Pictures(tuple(names), _templates(benchmark.root), items, _load_sample)
@@ -133,7 +133,7 @@ class _Labelled(Sequence[Any]):
 
     def __getitem__(self, number: Any) -> tuple[RawSample, int]:
         sample = self.shards.read(number)
-        return sample, self.class_of(str(sample.label))
+        return sample, self.class_of(str(sample.info.label))
 
 
 def _load_sample(item: tuple[RawSample, int]) -> tuple[Tensor, int]:
