@@ -86,10 +86,10 @@ def print_zeroshot(measured: Mapping[str, Sequence[Measured]], *, failed: Sequen
         failed: data sets that could not be measured.
     """
     rows = [own for group in measured.values() for own in group]
-    words = {own.checkpoint.label: f"{own.checkpoint.label} at step {own.result.step}" for own in rows}
-    words |= {
-        own.checkpoint.label: f"{words[own.checkpoint.label]} ({own.checkpoint.which} checkpoint)" for own in rows
-    }
+    words = {}
+    for own in rows:
+        which = "last" if own.checkpoint.is_last else "earlier"
+        words[own.checkpoint.label] = f"{own.checkpoint.label} at step {own.result.step} ({which} checkpoint)"
     numbers = {label: number for number, label in enumerate(words, start=1)} if len(words) > 1 else {}
     print_tables(
         table
