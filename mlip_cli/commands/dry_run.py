@@ -9,7 +9,7 @@ import torch
 from mlip_cli.data.open import open_sources
 from mlip_cli.distributed import world_size
 from mlip_cli.errors import UsageError
-from mlip_cli.evaluate.datasets.find import UnknownDataSetError, data_root, find_benchmark
+from mlip_cli.evaluate.datasets.find import UnknownDataSetError, find_benchmark
 from mlip_cli.model.clip import CLIP, build_model
 from mlip_cli.profiling.flops import frequency_gflops, image_gflops, parameters, text_gflops
 from mlip_cli.recipe.config import Cache, Recipe, Source
@@ -121,7 +121,7 @@ def _missing(recipe: Recipe) -> Iterator[str]:
     yield from _missing_sources(recipe.data.validation or (), recipe.data.cache)
     for name in recipe.evaluate.zeroshot:
         try:
-            find_benchmark(name, root=data_root(None))
+            find_benchmark(name)
         except UnknownDataSetError:
             raise
         except UsageError as error:

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,12 +11,12 @@ from mlip_cli.data.tokenizer import Tokenizer
 from mlip_cli.devices import batch_named
 from mlip_cli.errors import UsageError
 from mlip_cli.evaluate.datasets.benchmark import Benchmark
-from mlip_cli.evaluate.datasets.find import data_root, find_benchmark
+from mlip_cli.evaluate.datasets.find import find_benchmark
 from mlip_cli.evaluate.datasets.open import open_benchmark
 from mlip_cli.evaluate.datasets.pictures import batches
 from mlip_cli.evaluate.measure import NAME_RECALL_AT, Candidate, measure
 from mlip_cli.evaluate.results import DIRECTIONS
-from mlip_cli.evaluate.retrieval import RECALL_AT, InBatch, image_text_retrieval, in_batch, modality_gap
+from mlip_cli.evaluate.retrieval import RECALL_AT, image_text_retrieval, in_batch, modality_gap
 from mlip_cli.evaluate.statistics import metric_prefix
 from mlip_cli.evaluate.together import OnBatch
 from mlip_cli.evaluate.validation import BATCH_SIZE, DecodedBatches, ValidationPairs, tokenize
@@ -89,7 +88,6 @@ def training_evaluators(
     pairs: ValidationPairs | None,
     *,
     device: torch.device | str = "cpu",
-    root: Path | None = None,
 ) -> list[Evaluator]:
     """The evaluators of `pretrain`: retrieval among the validation pairs, and each data set of `evaluate.zeroshot`.
 
@@ -98,7 +96,7 @@ def training_evaluators(
     """
     where = torch.device(device)
     of_pairs = [] if pairs is None else [_retrieval_evaluator(pairs, recipe.train.global_batch_size)]
-    benchmarks = [find_benchmark(name, root=data_root(root)) for name in recipe.evaluate.zeroshot]
+    benchmarks = [find_benchmark(name) for name in recipe.evaluate.zeroshot]
     evaluators = [*of_pairs, *(_zeroshot_evaluator(benchmark, recipe, tokenizer, where) for benchmark in benchmarks)]
     best, metrics = recipe.evaluate.best_metric, [metric for evaluator in evaluators for metric in evaluator.metrics]
     if best is not None and best not in metrics:
@@ -158,7 +156,10 @@ def _retrieval_evaluator(pairs: ValidationPairs, batch_size: int) -> Evaluator:
         batches = in_batch(images, texts, pairs.own_texts, batch_size=batch_size)
         gap = modality_gap(images, texts, pairs.own_texts)
         found = [*(scores[way][f"r{k}"] for way, k in recalls), batches.acc1, gap]
-        words = f"{retrieval_words(scores)}; {pairs_words(batches, gap)}"
+        words = (
+            f"{retrieval_words(scores)}; in-batch top-1 {percent(batches.acc1)} % (chance {percent(batches.chance)}; "
+            f"{batches.batch_size:,} pairs), modality gap {gap:.3f}"
+        )
         return Measures(dict(zip(metrics, found, strict=True)), words)
 
     return Evaluator("validation", pairs.num_pictures, metrics, evaluate)
@@ -171,9 +172,3 @@ def retrieval_words(scores: Mapping[str, Mapping[str, Any]]) -> str:
         found, chance = ("/".join(f"{percent(scores[way][f'r{k}{of}'])}" for k in RECALL_AT) for of in ("", "_chance"))
         ways.append(f"{name} {found} % (chance {chance}; {plural(scores[way]['n'], query)})")
     return f"R@{'/'.join(map(str, RECALL_AT))} {', '.join(ways)}"
-
-
-def pairs_words(batches: InBatch, gap: float) -> str:
-    """In-batch accuracy and modality gap in a line of text."""
-    found = f"{percent(batches.acc1)} % (chance {percent(batches.chance)}; {batches.batch_size:,} pairs)"
-    return f"in-batch top-1 {found}, modality gap {gap:.3f}"

@@ -17,7 +17,6 @@ from mlip_cli.files import write_bytes
 from mlip_cli.runs.loading import LoadedRun
 from mlip_cli.runs.result_files import checked
 from mlip_cli.terminal.output import plural, say, warn
-from mlip_cli.types import MergeStage
 
 WRITERS = 8
 """Threads that write files; each waits for the disk, so there may be more of them than cores."""
@@ -98,34 +97,31 @@ def _point(
     loaded: LoadedRun,
     point: Point,
     chosen: Sequence[ChosenPicture],
-    paths: Sequence[str],
+    pictures: Sequence[str],
     panels: Tensor,
     writer: PanelWriter,
 ) -> DrawnSetting:
     plan, images = point.encoder.plan, torch.stack([picture.image for picture in chosen])
     with torch.inference_mode():
         stages = [stage.to("cpu") for stage in loaded.model.merge_stages(images.to(loaded.device), plan)]
-    names = [f"{picture.number:06d}_{point.method}_{point.rate:g}" for picture in chosen]
-    written = [_write_stage(writer, panels, stage, loaded.model.vision.grid, names=names) for stage in stages]
+    written = []
+    for stage in stages:
+        paths = {}
+        for kind, drawn in stage_panels(panels, stage, loaded.model.vision.grid):
+            end = f"{point.method}_{point.rate:g}_block{stage.block}_{kind}"
+            names = [f"{picture.number:06d}_{end}" for picture in chosen]
+            paths[kind] = None if drawn is None else writer.write(drawn, names)
+        written.append(paths)
     return DrawnSetting(
         **vars(point.setting),
         stages=[StageTokens(stage.block, plan.merges[stage.block]) for stage in stages],
         pictures=[
-            DrawnPicture(picture.number, picture.label, path, [panels_of_stage[i] for panels_of_stage in written])
-            for i, (picture, path) in enumerate(zip(chosen, paths, strict=True))
+            DrawnPicture(
+                picture.number,
+                picture.label,
+                path,
+                [checked(DrawnStage, {kind: own and own[i] for kind, own in of_stage.items()}) for of_stage in written],
+            )
+            for i, (picture, path) in enumerate(zip(chosen, pictures, strict=True))
         ],
     )
-
-
-def _write_stage(
-    writer: PanelWriter, panels: Tensor, stage: MergeStage, grid: tuple[int, int], *, names: Sequence[str]
-) -> list[DrawnStage]:
-    """Paths of each picture's panels."""
-    paths = {
-        kind: None if drawn is None else writer.write(drawn, [f"{name}_block{stage.block}_{kind}" for name in names])
-        for kind, drawn in stage_panels(panels, stage, grid)
-    }
-    return [
-        checked(DrawnStage, {kind: None if own is None else own[i] for kind, own in paths.items()})
-        for i in range(len(names))
-    ]

@@ -1,10 +1,10 @@
 """The settings of a merge sweep, and the speed of each."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-from torch import Tensor
 
 from mlip_cli.errors import UsageError
 from mlip_cli.evaluate.results import Setting, SpeedAtSetting
@@ -56,12 +56,13 @@ def sweep_points(loaded: LoadedRun, rates: Sequence[float], methods: Sequence[st
     ]
 
 
+@torch.inference_mode()
 def speeds(loaded: LoadedRun, points: Sequence[Point], *, batch_size: int, rounds: int) -> list[SpeedAtSetting]:
     """Operations by formula, and times measured side by side on noise: merging costs the same for any picture."""
     size = loaded.model.image_size
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (batch_size, 3, size, size), dtype=torch.uint8, generator=generator).to(loaded.device)
-    functions = {str(i): forward_pass(point.encoder, images) for i, point in enumerate(points)}
+    functions = {str(i): partial(point.encoder.encode_image, images) for i, point in enumerate(points)}
     with progress(rounds * len(points), "timing") as bar:
         timings = measure_interleaved(
             functions, rounds, device=loaded.device, after_call=lambda: bar.advance(bar.task_ids[0])
@@ -82,13 +83,3 @@ def speeds(loaded: LoadedRun, points: Sequence[Point], *, batch_size: int, round
         )
         for point, own, timing, function in zip(points, gflops, timings.values(), functions.values(), strict=True)
     ]
-
-
-def forward_pass(encoder: MergedEncoder, images: Tensor) -> Callable[[], object]:
-    """A forward pass of the image tower."""
-
-    def forward() -> None:
-        with torch.inference_mode():
-            encoder.encode_image(images)
-
-    return forward

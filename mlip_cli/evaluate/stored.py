@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlip_cli.errors import RunError, UsageError, interrupted_as
-from mlip_cli.evaluate.datasets.find import Benchmark, data_root, find_benchmark
+from mlip_cli.evaluate.datasets.find import Benchmark, find_benchmark
 from mlip_cli.evaluate.results import ZeroshotResult
 from mlip_cli.evaluate.statistics import paired
 from mlip_cli.recipe.load import load_recipe
@@ -41,11 +41,6 @@ class EvaluatedCheckpoint:
     """Whether it is the run's newest."""
     sha256: str
     """Of its weights."""
-
-    @property
-    def which(self) -> str:
-        """The checkpoint among those of its run, in a word."""
-        return "last" if self.is_last else "earlier"
 
 
 @dataclass(frozen=True)
@@ -158,7 +153,7 @@ def find_benchmarks(names: Sequence[str], root: Path | None) -> tuple[list[Bench
     failures: Failures = {}
     for name in names:
         try:
-            benchmarks.append(find_benchmark(name, root=data_root(root)))
+            benchmarks.append(find_benchmark(name, root=root))
         except (UsageError, OSError) as error:
             failures[name] = error
     return benchmarks, failures

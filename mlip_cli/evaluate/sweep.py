@@ -16,7 +16,7 @@ from mlip_cli.data.transforms import evaluation_transform
 from mlip_cli.devices import batch_named, device_name
 from mlip_cli.errors import RunError, UsageError
 from mlip_cli.evaluate.datasets.benchmark import Benchmark
-from mlip_cli.evaluate.datasets.find import data_root, find_benchmark
+from mlip_cli.evaluate.datasets.find import find_benchmark
 from mlip_cli.evaluate.datasets.open import open_benchmark
 from mlip_cli.evaluate.evaluators import measure_runs
 from mlip_cli.evaluate.merge_points import Point, speeds
@@ -93,8 +93,7 @@ def find_datasets(
             if name == VALIDATION:
                 found.append(_validation(loaded))
             else:
-                benchmark = find_benchmark(name, root=data_root(root))
-                found.append(_benchmark(benchmark, loaded, batch_size=batch_size))
+                found.append(_benchmark(find_benchmark(name, root=root), loaded, batch_size=batch_size))
         except FAILURES as error:
             failures[name] = error
     if names and not found:

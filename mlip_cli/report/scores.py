@@ -99,7 +99,7 @@ def print_zeroshot(measured: Mapping[str, Sequence[Measured]], *, failed: Sequen
     rows = [own for group in measured.values() for own in group]
     measured_of = {own.checkpoint.label: own for own in rows}
     words = {
-        label: f"{label} at step {own.result.step} ({own.checkpoint.which} checkpoint)"
+        label: f"{label} at step {own.result.step} ({'last' if own.checkpoint.is_last else 'earlier'} checkpoint)"
         for label, own in measured_of.items()
     }
     numbers = {label: number for number, label in enumerate(words, start=1)} if len(words) > 1 else {}

@@ -56,8 +56,8 @@ def data_root(given: Path | None) -> Path:
     return given if given is not None else Path(os.environ.get("MLIP_DATA") or "data")
 
 
-def find_benchmark(name: str, *, root: Path) -> Benchmark:
-    """The evaluation set called `name` under `root`.
+def find_benchmark(name: str, *, root: Path | None = None) -> Benchmark:
+    """The evaluation set called `name` under `root` (None: see `data_root`).
 
     Raises:
         UnknownDataSetError: with a guess.
@@ -68,9 +68,9 @@ def find_benchmark(name: str, *, root: Path) -> Benchmark:
         path = name.removeprefix(prefix)
         if not path:
             raise UsageError(f"{name}: no path; write {prefix}PATH")
-        root = Path(path)
+        return SETS[prefix](name, Path(path))
     if prefix in SETS:
-        return SETS[prefix](name, root)
+        return SETS[prefix](name, data_root(root))
     if Path(name).is_dir():
         guess = f"for the folder of this name write folder:{name}"
     elif close := difflib.get_close_matches(name, [key for key in SETS if key[-1] not in ":/"], n=1):
@@ -147,25 +147,22 @@ def _imagenet(name: str, root: Path) -> Benchmark:
 
 def _clip_benchmark(name: str, root: Path) -> Benchmark:
     folder = root / name
-    needed = folder / "ImageNetV2-matched-frequency" if name == "imagenetv2" else folder
-    if not needed.is_dir() or not any(needed.iterdir()):
+    if not folder.is_dir() or not any(folder.iterdir()):
         raise UsageError(
-            f"{name}: nothing in {needed}; mlip downloads no evaluation data: put the files of clip-benchmark's "
+            f"{name}: nothing in {folder}; mlip downloads no evaluation data: put the files of clip-benchmark's "
             f"--dataset_root there, or name another --data-root"
         )
     return Benchmark(name, "clip_benchmark", folder, f"{version('clip-benchmark')} {tree_fingerprint(folder)}")
 
 
 def _web_shards(name: str, root: Path) -> Benchmark:
-    short = name.removeprefix("wds/")
-    places = [root / f"wds_{short.replace('/', '-')}", root / "wds" / short, root / short]
-    for folder in places:
-        if (folder / "test" / "nshards.txt").is_file():
-            return Benchmark(name, "web_shards", folder, tree_fingerprint(folder))
-    raise UsageError(
-        f"{name}: no test/nshards.txt in {', '.join(map(str, places))}; write the data set there with "
-        "clip_benchmark_export_wds, or copy clip-benchmark's"
-    )
+    folder = root / f"wds_{name.removeprefix('wds/').replace('/', '-')}"
+    if not (folder / "test" / "nshards.txt").is_file():
+        raise UsageError(
+            f"{name}: no test/nshards.txt in {folder}; write the data set there with clip_benchmark_export_wds, or "
+            "copy clip-benchmark's"
+        )
+    return Benchmark(name, "web_shards", folder, tree_fingerprint(folder))
 
 
 SETS: dict[str, Callable[[str, Path], Benchmark]] = {
