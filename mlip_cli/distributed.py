@@ -177,11 +177,8 @@ def signal_at_death_of_parent(number: signal.Signals) -> None:
 
 def from_main(value: str) -> str:
     """Rank 0's text, on every rank."""
-    if world_size() > 1:
-        box = [value]
-        dist.broadcast_object_list(box)
-        value = box[0]
-    return value
+    first: str = from_all(value)[0]
+    return first
 
 
 class _Gather(torch.autograd.Function):

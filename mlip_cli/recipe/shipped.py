@@ -71,16 +71,8 @@ def complete_override(earlier: list[str], incomplete: str) -> list[str]:
     if equals:
         return [f"{key}={word}" for word in _values(key, value)]
     schema = read_schema()
-    return [
-        f"{path}="
-        for path, node in paths(schema)
-        if path.startswith(key) and path != "extends" and _settable(schema, node)
-    ]
-
-
-def _settable(schema: Node, node: Node) -> bool:
-    """True for a leaf, and for a section that accepts null."""
-    return not is_section(schema, node) or "null" in choices(schema, node)
+    found = [(path, node) for path, node in paths(schema) if path.startswith(key) and path != "extends"]
+    return [f"{path}=" for path, node in found if not is_section(schema, node) or "null" in choices(schema, node)]
 
 
 def _values(key: str, incomplete: str) -> list[str]:
