@@ -16,7 +16,7 @@ def save(folder: Path, *steps: int) -> None:
         save_checkpoint(folder, step=step, weights={"a": torch.ones(3) * step}, state={"step": step})
 
 
-def test_a_checkpoint_comes_back_and_a_second_save_of_its_step_changes_nothing(tmp_path: Path) -> None:
+def test_a_checkpoint_comes_back_and_replaces_one_of_its_step(tmp_path: Path) -> None:
     save(tmp_path, 5, 5)
     assert [path.name for path in tmp_path.iterdir()] == ["step_0000005"]
     assert torch.equal(load_weights(tmp_path / "step_0000005")["a"], torch.full((3,), 5.0))
@@ -32,6 +32,17 @@ def test_the_newest_the_named_and_foreign_folders_stay(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "step_0000005.bak", "step_0000010", "step_0000020", "step_0000025",
     ]  # fmt: skip
+
+
+def test_a_checkpoint_that_was_being_replaced_comes_back(tmp_path: Path) -> None:
+    save(tmp_path, 5, 10)
+    (tmp_path / "step_0000010").rename(tmp_path / ".step_0000010.old.tmp")
+    (tmp_path / ".step_0000010.123.tmp").mkdir()
+    remove_leftovers(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_0000005", "step_0000010"]
+    (tmp_path / ".step_0000010.old.tmp").mkdir()  # the new one has its place already
+    remove_leftovers(tmp_path)
+    assert load_state(tmp_path / "step_0000010") == {"step": 10}
 
 
 def test_damage_is_named_with_what_to_do(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ def save_checkpoint(
     state: dict[str, Any],
     training_weights: dict[str, Tensor] | None = None,
 ) -> None:
-    """Write folder/step_NNNNNNN under a temporary name, sync it and rename it; a step that is there already stays.
+    """Write folder/step_NNNNNNN under a temporary name, sync it and rename it.
 
     A failure leaves the earlier checkpoints and no half of this one.
 
@@ -39,8 +39,6 @@ def save_checkpoint(
     """
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / checkpoint_name(step)
-    if (final / STATE).is_file():
-        return
     temporary = folder / f".{final.name}.{os.getpid()}.tmp"
     try:
         with full_disk_named(final, "make room and go on with --resume"):
@@ -48,9 +46,12 @@ def save_checkpoint(
             parts = {WEIGHTS: weights} | ({TRAINING_WEIGHTS: training_weights} if training_weights else {})
             _write_parts(temporary, final, parts=parts, state=state)
             sync_folder(temporary)
-            shutil.rmtree(final, ignore_errors=True)  # not a complete checkpoint
+            aside = folder / f".{final.name}.old.tmp"
+            if final.exists():
+                os.replace(final, aside)
             os.replace(temporary, final)
             sync_folder(folder)
+            shutil.rmtree(aside, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -91,7 +92,11 @@ def remove_old_checkpoints(folder: Path, *, last: int, every_steps: int | None, 
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete the unfinished checkpoint of a killed process."""
+    """Delete the unfinished checkpoint of a killed process; the checkpoint that it was replacing stays."""
+    for aside in folder.glob(".step_*.old.tmp"):
+        replaced = folder / aside.name.removeprefix(".").removesuffix(".old.tmp")
+        if not replaced.exists():
+            os.replace(aside, replaced)
     for path in folder.glob(".step_*.tmp"):
         shutil.rmtree(path)
 
