@@ -72,7 +72,8 @@ def command(text: str) -> Html:
 
 def table(shown: Table) -> Html:
     """Columns and rows, without title and notes. On a narrow page the table scrolls sideways."""
-    is_text = [not all(_is_number(row[i]) for row in shown.rows) for i in range(len(shown.columns))]
+    columns = [[row[i] for row in shown.rows] for i in range(len(shown.columns))]
+    is_text = [not all(isinstance(value, Spread) or is_number(value) for value in column) for column in columns]
 
     def cells(tag: str, values: Sequence[Child]) -> list[Html]:
         return [
@@ -83,10 +84,6 @@ def table(shown: Table) -> Html:
     head = element("thead", element("tr", *cells("th", shown.columns)))
     body = element("tbody", *(element("tr", *cells("td", row)) for row in shown.rows))
     return element("div", element("table", head, body), class_="scroll", tabindex=0)
-
-
-def _is_number(value: Child) -> bool:
-    return isinstance(value, Spread) or is_number(value)
 
 
 def _cell(value: Child) -> Child:

@@ -9,7 +9,7 @@ from mlip_cli.report.charts import ChartBar, bars_chart
 from mlip_cli.report.page import Html, command, figure, note, section, tables
 from mlip_cli.report.record import RunRecord
 from mlip_cli.report.tables import Cell, Table, machine_words, print_tables, speedup_cell, tokens_words
-from mlip_cli.terminal.output import per_second, percent, plural, print_lines, print_prose
+from mlip_cli.terminal.output import per_second, percent, plural
 
 BREAKDOWN = "profile"
 """Name of a chart file."""
@@ -21,10 +21,7 @@ EIGHTHS = " ▏▎▍▌▋▊▉"
 
 def print_profile(profile: ProfileResult) -> None:
     """Print tables and notes, with bars for the parts of the step."""
-    print_tables([*model_tables(profile), *_step_tables(profile)])
-    print_lines("")
-    for line in profile_notes(profile):
-        print_prose(line)
+    print_tables([*model_tables(profile), *_step_tables(profile)], notes=profile_notes(profile))
 
 
 def model_tables(profile: ProfileResult) -> list[Table]:
@@ -97,14 +94,10 @@ def _milliseconds(seconds: float, decimals: int) -> str:
 def bar(share: float) -> str:
     """A share of the step as a bar of block characters, or of # where stdout is not UTF-8; at most the whole."""
     width = min(max(share, 0.0), 1.0) * BAR_WIDTH
-    if not _shows_blocks():
+    if (sys.stdout.encoding or "").lower().replace("-", "") != "utf8":
         return "#" * round(width)
     full, eighth = divmod(round(8 * width), 8)
     return ("█" * full + EIGHTHS[eighth]).rstrip()
-
-
-def _shows_blocks() -> bool:
-    return (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
 
 
 def profile_notes(profile: ProfileResult) -> list[str]:

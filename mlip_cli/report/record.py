@@ -99,7 +99,7 @@ def read_run(folder: Path, *, name: str | None = None) -> RunRecord:
     record = RunRecord(
         run=run,
         name=name or folder.resolve().name,
-        recipe=_attempt(run.recipe, _read_recipe, damaged),
+        recipe=_attempt(run.recipe, lambda path: load_recipe(str(path)).recipe, damaged),
         recipe_text=run.recipe.read_text("utf-8", errors="replace") if run.recipe.is_file() else "",
         stamp=_attempt(run.stamp, _read_object, damaged) or {},
         steps=[line for line in lines if MEASURED in line],
@@ -138,10 +138,6 @@ def _read_result(path: Path) -> Result:
     if kind not in KINDS:
         raise ValueError(f"kind: {kind!r} is not one of {', '.join(KINDS)}: another version wrote it")
     return KINDS[kind].from_json(value)
-
-
-def _read_recipe(path: Path) -> Recipe:
-    return load_recipe(str(path)).recipe
 
 
 def _read_metrics(path: Path, damaged: list[str]) -> list[JsonObject]:

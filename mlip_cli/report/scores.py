@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import TypeVar
 
 from mlip_cli.evaluate.results import PairedTest, ZeroshotResult, ZeroshotScores
@@ -23,7 +24,7 @@ from mlip_cli.report.tables import (
     recall_cell,
     versus_cells,
 )
-from mlip_cli.terminal.output import percent, print_lines, print_prose
+from mlip_cli.terminal.output import percent
 
 CLASSES_SHOWN = 20
 """So many best and so many worst classes are shown where there are more than both together."""
@@ -103,22 +104,17 @@ def print_zeroshot(measured: Mapping[str, Sequence[Measured]], *, failed: Sequen
         for label, own in measured_of.items()
     }
     numbers = {label: number for number, label in enumerate(words, start=1)} if len(words) > 1 else {}
-    print_tables(
-        table
-        for dataset, group in measured.items()
-        for table in zeroshot_tables(
-            dataset, [ZeroshotRow(own.result, numbers.get(own.checkpoint.label)) for own in group]
-        )
-    )
-    print_lines("")
-    for dataset in failed:
-        print_prose(f"{dataset}: not evaluated")
-    for label, text in words.items():
-        print_prose(f"run {numbers[label]}: {text}" if numbers else f"measured: {text}")
+    notes = [f"{dataset}: not evaluated" for dataset in failed]
+    notes += [f"run {numbers[label]}: {text}" if numbers else f"measured: {text}" for label, text in words.items()]
     if any(len({own.result.measured_at for own in group}) > 1 for group in measured.values()):
-        print_prose(
+        notes.append(
             "images/s: some rows were measured in an earlier call, so compare speeds with care (measured_at in --json)"
         )
+    tables_of_sets = [
+        zeroshot_tables(dataset, [ZeroshotRow(own.result, numbers.get(own.checkpoint.label)) for own in group])
+        for dataset, group in measured.items()
+    ]
+    print_tables(chain.from_iterable(tables_of_sets), notes=notes)
 
 
 def by_data(results: Iterable[tuple[tuple[str, str], Own]]) -> dict[str, list[Own]]:

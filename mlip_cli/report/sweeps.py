@@ -26,7 +26,7 @@ from mlip_cli.report.tables import (
     tokens_words,
     versus_cells,
 )
-from mlip_cli.terminal.output import percent, plural, print_lines, print_prose
+from mlip_cli.terminal.output import percent, plural
 
 PARETO = "pareto"
 """Beginning of the names of chart files."""
@@ -37,10 +37,7 @@ CUT = "Whiskers are 95 % intervals. The table has those that leave the chart."
 
 def print_sweep(sweep: SweepResult) -> None:
     """Print all tables."""
-    print_tables(sweep_tables(sweep))
-    for line in failures_words(sweep):
-        print_lines("")
-        print_prose(line)
+    print_tables(sweep_tables(sweep), notes=failures_words(sweep))
 
 
 def sweep_tables(sweep: SweepResult) -> list[Table]:

@@ -55,8 +55,8 @@ class Table:
         return Table([self.columns[i] for i in kept], rows, self.title, self.notes)
 
 
-def print_tables(tables: Iterable[Table]) -> None:
-    """Print tables with their notes on stdout, with an empty line between them."""
+def print_tables(tables: Iterable[Table], *, notes: Sequence[str] = ()) -> None:
+    """Print tables with their notes on stdout, with an empty line between them, and `notes` about all of them."""
     for number, table in enumerate(tables):
         if number:
             print_lines("")
@@ -64,6 +64,10 @@ def print_tables(tables: Iterable[Table]) -> None:
         print_table(table.columns, cells, title=table.title)
         for note in table.notes:
             print_prose(note)
+    if notes:
+        print_lines("")
+    for note in notes:
+        print_prose(note)
 
 
 def percent_cell(share: float | None, interval: Interval | None) -> Spread | None:
