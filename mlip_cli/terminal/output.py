@@ -120,7 +120,7 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], *, title:
         one_word = numeric and not any(" " in str(row[i]) for row in rows)
         header = Text(column, style="bold")
         table.add_column(header, justify="right" if numeric else "left", overflow="fold", no_wrap=one_word)
-        width = max(len(column), *(len(str(row[i])) for row in rows)) if rows else len(column)
+        width = max([len(column), *(len(str(row[i])) for row in rows)])
         least_width += width if one_word else min(width, NARROWEST_TEXT)
     for row in rows:
         table.add_row(*[Text("-" if cell is None else str(cell)) for cell in row])

@@ -6,7 +6,7 @@ Colours are the terminal's own (bold, dim, green, red, cyan), so that all are re
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 from rich.columns import Columns
 from rich.console import Group, RenderableType
@@ -80,7 +80,7 @@ class TrainingPanel:
         self._left_s: float | None = None
         self._metrics: Mapping[str, float] = {}
         self._measures: dict[str, str] = {}
-        self._activity: str | None = "waiting for the first batch"
+        self._activity: str | None = None
         self._started_s = self._last_drawn_s = self._last_line_s = time.monotonic()
         # No thread redraws it: it is redrawn when there is something new. Log lines appear above it.
         self.live = Live(
@@ -124,15 +124,14 @@ class TrainingPanel:
 
     def doing(self, activity: str | None, *, done: int | None = None, total: int | None = None) -> None:
         """Show other work than steps, and that `done` of `total` is finished; None: the steps go on."""
-        text = activity if done is None else f"{activity}: {done:,} of {total:,}"
-        self._activity = text
+        self._activity = activity if done is None else f"{activity}: {done:,} of {total:,}"
         self._draw(is_small=bool(done))
         now = time.monotonic()
         if not done:
             self._last_line_s = now
         elif not self._is_live and now - self._last_line_s >= LINE_EVERY_S:
             self._last_line_s = now
-            say(f"step {self._step}: {text}")
+            say(f"step {self._step}: {self._activity}")
 
     def close(self) -> None:
         """Show the last state."""
@@ -155,10 +154,11 @@ class TrainingPanel:
         top.add_column(no_wrap=True)
         bar = ProgressBar(self.total_steps, self._step, style="dim", complete_style="cyan", finished_style="green")
         top.add_row(Text(f"step {self._step}/{self.total_steps}", style="bold"), bar, f"ETA {clock(self._left_s)}")
-        words = [Text(line) for line in self._measures.values()]
-        doing = [Text(self._activity, style="cyan")] if self._activity else []
         cells = [_columns(_losses(self._metrics)), _columns(_rate_cells(self._metrics))]
-        return Constrain(Group(top, *cells, *words, *doing), max(error_console().width - ECHO, 1))
+        words = [Text(line) for line in self._measures.values()]
+        if self._activity:
+            words.append(Text(self._activity, style="cyan"))
+        return Constrain(Group(top, *cells, *words), max(error_console().width - ECHO, 1))
 
 
 @contextmanager
@@ -169,11 +169,8 @@ def training_panel(total_steps: int, *, line_every: int = 1) -> Iterator[Trainin
         line_every: steps from one `update` to the next.
     """
     panel = TrainingPanel(total_steps, line_every=line_every, is_live=draws())
-    if not draws():
-        yield panel
-        return
-    with panel.live:
-        panel.live.refresh()
+    with panel.live if draws() else nullcontext():
+        panel.doing("waiting for the first batch")
         try:
             yield panel
         finally:
