@@ -5,7 +5,7 @@ from pathlib import Path
 
 from mlip_cli.errors import RunError, interrupted_as
 from mlip_cli.evaluate.merge_pictures import write_merge_pictures
-from mlip_cli.evaluate.merge_points import sweep_points
+from mlip_cli.evaluate.merge_points import check_methods, sweep_points
 from mlip_cli.evaluate.sweep import find_datasets, measure_sweep
 from mlip_cli.report.sweeps import print_sweep
 from mlip_cli.report.write import rebuild
@@ -34,6 +34,7 @@ def merge_sweep(
         RunError: the device has no memory for the batch; or some data sets could not be measured; the rest is printed
             and written all the same.
     """
+    check_methods(methods)
     with interrupted_as("interrupted; nothing was written"):
         loaded = load_run(run, device=device)
         points = sweep_points(loaded, rates, methods)

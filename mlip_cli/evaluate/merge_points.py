@@ -35,15 +35,23 @@ class Point:
         return Setting(method=self.method, rate=self.rate, true_rate=self.encoder.plan.rate)
 
 
-def sweep_points(loaded: LoadedRun, rates: Sequence[float], methods: Sequence[str]) -> list[Point]:
-    """Rate 0 once, then each method at each other rate, ascending. Without a method, `merge_plan` chooses.
+def check_methods(methods: Sequence[str]) -> None:
+    """Refuse a method that does not merge, before weights are loaded.
 
     Raises:
-        UsageError: a method does not merge, or no plan reaches a rate.
+        UsageError: there is one.
     """
     for method in methods:
         if method not in SWEPT_METHODS:
             raise UsageError(f"--methods {method}: not a method to sweep; use {' or '.join(SWEPT_METHODS)}")
+
+
+def sweep_points(loaded: LoadedRun, rates: Sequence[float], methods: Sequence[str]) -> list[Point]:
+    """Rate 0 once, then each method at each other rate, ascending. Without a method, `merge_plan` chooses.
+
+    Raises:
+        UsageError: no plan reaches a rate.
+    """
     model = loaded.model
     wanted = sorted({rate for rate in rates if rate > 0})
     return [

@@ -128,7 +128,12 @@ def find_checkpoints(targets: Sequence[str]) -> list[EvaluatedCheckpoint]:
         is_last = last is not None and last.resolve() == folder.resolve()
         if not is_last:
             label = f"{label}/{folder.name}"
-        with open(folder / "model.safetensors", "rb") as file:
+        weights = folder / "model.safetensors"
+        if not weights.is_file():
+            raise UsageError(
+                f"{folder}: not a checkpoint (no {weights.name} inside); name a run folder or a checkpoint"
+            )
+        with open(weights, "rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         checkpoints.append(EvaluatedCheckpoint(label, run, folder, is_last, sha256))
     return checkpoints
