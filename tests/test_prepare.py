@@ -239,7 +239,7 @@ def test_a_source_that_is_not_what_it_seems_stops_early(tmp_path: Path, monkeypa
         prepare(source, tmp_path / "out")
     assert str(error.value) == (
         f"{source}: 52 of the first 52 rows fail for the same reason: not a picture "
-        "(first: 00000.png row 0: none of JPEG, PNG, WEBP, GIF, BMP, TIFF); nothing was kept"
+        "(first: 00000.png row 0: not JPEG, PNG, WEBP, GIF, BMP or TIFF); nothing was kept"
     )
     assert seen == 13
     assert not (tmp_path / "out").exists()
@@ -250,7 +250,7 @@ def test_a_small_source_without_a_single_good_row_fails(tmp_path: Path) -> None:
     with pytest.raises(SourceError) as error:
         prepare(source, tmp_path / "out")
     assert str(error.value) == (
-        f"{source}: none of the 2 rows became a sample (first: a.png row 0: none of JPEG, PNG, WEBP, GIF, BMP, TIFF); "
+        f"{source}: none of the 2 rows became a sample (first: a.png row 0: not JPEG, PNG, WEBP, GIF, BMP or TIFF); "
         "nothing was kept"
     )
     assert not (tmp_path / "out").exists()
