@@ -9,7 +9,7 @@ import socket
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from multiprocessing import resource_sharer
 from pathlib import Path
 from typing import Any
@@ -444,7 +444,7 @@ def test_a_worker_that_gets_its_data_pickled_makes_the_same_batches(folder: Path
     dataset = open_prepared(folder)
     order = Order([42], None, seed=0, global_batch_size=G)
     data = Data(train=(Source(path="unused"),), augment=AUGMENT, image_size=16)
-    steps = module._Steps([dataset], order, data, 24, G, 0, 0, 1, with_labels=False)
+    steps = module._Steps([dataset], order, data, 24, G, 0, 0, 1, with_labels=False, part=nullcontext)
     here = steps[3].batch
     assert_equal(pickle.loads(pickle.dumps(steps))[3].batch, here)  # noqa: S301 - our own bytes
     loader = DataLoader(steps, sampler=[3], batch_size=None, num_workers=1, multiprocessing_context=FORKS)
