@@ -70,6 +70,19 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in line.items() if k not in CHANGES_FROM_RUN_TO_RUN} for line in lines]
 
 
+def assert_alike(lines: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
+    """Two trainings on different numbers of ranks: the sums round differently in the last bit, and AdamW makes the
+    difference grow from step to step. So the first half must agree ten times as closely, and the norm of the gradient,
+    which grows apart first, in that half alone."""
+    assert [line["step"] for line in lines] == [line["step"] for line in expected]
+    for mine, other in zip(lines, expected, strict=True):
+        is_early = mine["step"] <= expected[-1]["step"] // 2
+        for name, value in other.items():
+            if is_early or name != "grad_norm":
+                rel = 2e-4 if is_early else 2e-3
+                assert mine[name] == pytest.approx(value, rel=rel, abs=1e-4), (name, mine["step"])
+
+
 @pytest.fixture(scope="module")
 def whole(recipe: Path) -> Path:
     """A run that was never stopped."""
@@ -163,11 +176,7 @@ def test_two_ranks_train_as_one(recipe: Path, whole: Path, tmp_path: Path) -> No
     folder = tmp_path / "two"
     done = run(recipe, "--out", str(folder), ranks=2)
     assert done.returncode == 0, done.stderr
-    two, one = metrics(folder), metrics(whole)
-    assert [line["step"] for line in two] == [line["step"] for line in one]
-    for mine, other in zip(two, one, strict=True):
-        for name, value in other.items():
-            assert mine[name] == pytest.approx(value, rel=2e-3, abs=1e-4), (name, mine["step"])
+    assert_alike(metrics(folder), metrics(whole))
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ BATCH_SIZE = 256
 def samples(folder: Path) -> list[dict[str, Any]]:
     """`name`, `concept`, `source` and `group` of every picture, in order."""
     dataset = open_prepared(folder)
-    return [dict(dataset.read(id).meta) for id in range(dataset.num_samples)]
+    return [dict(dataset.read(id).info.meta) for id in range(dataset.num_samples)]
 
 
 def image_features(run: LoadedRun, folder: Path, rate: float | None) -> dict[str, torch.Tensor]:
