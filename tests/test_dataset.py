@@ -209,7 +209,8 @@ def message(folder: Path) -> str:
     return str(error.value)
 
 
-def test_missing_folders(tmp_path: Path, folder: Path) -> None:
+def test_missing_folders(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # a clone in which the demo ran has data/openmoji
     assert message(Path("data/openmoji/train")) == (
         "data/openmoji/train: no such folder; make it with: mlip prepare-data openmoji data/openmoji"
     )

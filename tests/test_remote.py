@@ -362,6 +362,7 @@ def test_a_second_process_waits_for_the_first_and_fetches_nothing(
     trouble: Trouble, cache: Cache, caplog: pytest.LogCaptureFixture
 ) -> None:
     dataset = opened(trouble.url, cache)
+    caplog.clear()  # opening fetched the indexes
     with caplog.at_level("INFO", logger="mlip_cli"):
         waiting = threading.Thread(target=dataset.fetch)
         with held_elsewhere(Path(cache.folder or "") / "lock"):
