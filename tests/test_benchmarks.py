@@ -164,7 +164,7 @@ PPM = b"P6 2 2 255 " + bytes(12)
 def test_a_picture_that_cannot_be_read_is_named(content: bytes, tmp_path: Path) -> None:
     write(tmp_path / "cat" / "a.jpg", picture())
     broken = write(tmp_path / "cat" / "b.jpg", content)
-    with pytest.raises(RunError, match=rf"^{broken}: (damaged|not a) picture: .*; mend this picture or remove it$"):
+    with pytest.raises(RunError, match=rf"^{broken}: (damaged|not a) picture: .*; repair this picture or remove it$"):
         labels(opened(f"folder:{tmp_path}", tmp_path))
 
 

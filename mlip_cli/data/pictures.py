@@ -188,9 +188,7 @@ class _RejectedIfDamaged:
         pass
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(
-            error, Image.DecompressionBombError
-        ):  # Pillow's own limit, which it checks before it tells the size
+        if isinstance(error, Image.DecompressionBombError):  # Pillow checks its own limit before it tells the size
             raise RejectedPictureError("picture too large", f"over {MAX_MEGAPIXELS} megapixels") from None
         if isinstance(error, Image.UnidentifiedImageError):
             raise RejectedPictureError("not a picture", f"not {', '.join(FORMATS[:-1])} or {FORMATS[-1]}") from None

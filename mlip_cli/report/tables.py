@@ -71,7 +71,7 @@ def print_tables(tables: Iterable[Table], *, notes: Sequence[str] = ()) -> None:
 
 
 def percent_cell(share: float | None, interval: Interval | None) -> Spread | None:
-    """A fraction and its interval in per cent; None where there is none."""
+    """A fraction and its interval in per cent; None if the fraction was not measured."""
     if share is None or interval is None:
         return None
     value, low, high = (f"{100 * part:.1f}" for part in (share, *interval))

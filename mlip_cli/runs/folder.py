@@ -161,7 +161,7 @@ def find_checkpoint(target: str | None) -> tuple[Run, Path]:
     """The run and the checkpoint that `target` names: a run folder, a checkpoint folder, or None for the newest run.
 
     Raises:
-        UsageError: there is none.
+        UsageError: there is no such run or checkpoint.
     """
     if target is None:
         run = newest_run()

@@ -52,7 +52,7 @@ def open_built(benchmark: Benchmark) -> Pictures:
         try:
             image, label = dataset[i]
         except RejectedPictureError as error:
-            raise RunError(f"{name}: picture {i}: {error}; mend this picture or remove it") from error
+            raise RunError(f"{name}: picture {i}: {error}; repair this picture or remove it") from error
         return image, int(label)
 
     return Pictures(tuple(dataset.classes), tuple(dataset.templates), range(len(dataset)), load)

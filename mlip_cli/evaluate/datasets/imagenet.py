@@ -18,7 +18,7 @@ def find_pictures(root: Path) -> tuple[str, Path]:
     Kinds: imagenet_folders (n01440764/ or 0/ to 999/), imagenet_shards (ours), web_shards (clip-benchmark's).
 
     Raises:
-        UsageError: there is none; lists the places and the layouts.
+        UsageError: ImageNet was not found. The message lists the places and the layouts.
     """
     for folder in (root / name / part for name in NAMES for part in PARTS):
         if (folder / "dataset.json").is_file():

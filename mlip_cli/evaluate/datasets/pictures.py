@@ -93,4 +93,4 @@ def read_picture(content: bytes, *, where: str) -> Tensor:
     try:
         return decode(open_picture(content))
     except RejectedPictureError as error:
-        raise RunError(f"{where}: {error}; mend this picture or remove it") from error
+        raise RunError(f"{where}: {error}; repair this picture or remove it") from error
