@@ -17,7 +17,7 @@ from mlip_cli.files import write_bytes
 
 INDEX_MAGIC = b"MLIPIDX1"
 FORMATS = ("jpg", "png", "webp")
-FORMAT_ENDINGS = (("jpg", "jpeg"), ("png",), ("webp",))
+FORMAT_ENDINGS = (("jpg", "jpeg", "jpe", "jfif"), ("png",), ("webp",))
 """How the names of pictures of each of FORMATS end."""
 MAX_TOKENS = 65_535
 """The most that a record can hold; longer captions are recorded as this long."""

@@ -13,9 +13,9 @@ from itertools import islice
 from pathlib import Path
 
 from mlip_cli.data.sources.folders import class_folder, class_records, sidecar_records
+from mlip_cli.data.sources.listing import PICTURE_ENDINGS, walk
 from mlip_cli.data.sources.openmoji import installed_versions, openmoji_records
 from mlip_cli.data.sources.records import (
-    PICTURE_ENDINGS,
     SPLIT_WORDS,
     ReadOptions,
     Record,
@@ -189,7 +189,7 @@ def _found(source: str, format: str) -> DataSource:
         return DataSource(source, "", Path(), (), versions=installed_versions(source))
     path = Path(source)
     if path.is_dir():
-        files = sorted((_file(path, entry) for entry in _walk(path)), key=lambda file: file.name)
+        files = sorted((_file(path, entry) for entry in walk(path)), key=lambda file: file.name)
         return DataSource(source, "", path, tuple(files), is_folder=True)
     if matches := [path] if path.is_file() else _expanded(source):
         root = Path(os.path.commonpath([match.parent for match in matches]))
@@ -224,26 +224,6 @@ def _is_metadata(name: Path) -> bool:
     """metadata.* in the source's root or in the folder of a split."""
     is_at_root = len(name.parts) == 1 or (len(name.parts) == 2 and name.parts[0].lower() in SPLIT_WORDS)
     return is_at_root and name.stem == "metadata" and name.suffix in TABLE_SUFFIXES
-
-
-def _walk(folder: Path, above: tuple[tuple[int, int], ...] = ()) -> Iterator[Path]:
-    """Regular files and broken links under `folder`, without hidden ones.
-
-    Links to folders are followed, unless they lead back to a folder above.
-    """
-    stat = folder.stat()
-    here = stat.st_dev, stat.st_ino
-    if here in above:
-        return
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            path = Path(entry.path)
-            if entry.is_dir():
-                yield from _walk(path, (*above, here))
-            elif entry.is_file() or not path.exists():  # reading a pipe or a device would wait for ever
-                yield path
 
 
 def _file(root: Path, path: Path) -> SourceFile:

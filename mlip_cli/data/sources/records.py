@@ -14,9 +14,6 @@ MAX_CAPTIONS = 255
 PART_ROWS = 500
 MAX_HELD_OUT = 5_000
 
-PICTURE_ENDINGS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
-"""Endings of file names, in lower case, by which pictures are found."""
-
 SPLITS = ("train", "validation", "test")
 SPLIT_WORDS = {
     "train": "train",

@@ -7,8 +7,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mlip_cli.data.sources.listing import PICTURE_ENDINGS
 from mlip_cli.data.sources.records import (
-    PICTURE_ENDINGS,
     Caption,
     PicturePlace,
     Record,

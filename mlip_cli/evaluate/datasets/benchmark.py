@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-PICTURE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+from mlip_cli.data.sources.listing import PICTURE_ENDINGS, is_leftover, number_order, walk
 
 
 @dataclass(frozen=True)
@@ -21,10 +21,11 @@ class Benchmark:
 
 
 def class_folders(folder: Path) -> list[Path]:
-    """Folders in `folder` in the order of their classes: by name, without hidden ones."""
-    return sorted(child for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))
+    """Folders in `folder` in the order of their classes: by name, or by number where all are numbers."""
+    names = [child.name for child in folder.iterdir() if child.is_dir() and not is_leftover(child.name)]
+    return [folder / name for name in number_order(names)]
 
 
 def pictures_in(folder: Path) -> list[Path]:
     """Picture files anywhere under `folder`, sorted."""
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURE_SUFFIXES and path.is_file())
+    return sorted(path for path in walk(folder) if path.suffix[1:].lower() in PICTURE_ENDINGS)
