@@ -159,7 +159,7 @@ def find_benchmarks(names: Sequence[str], root: Path | None) -> tuple[list[Bench
     for name in names:
         try:
             benchmarks.append(find_benchmark(name, root=root))
-        except (UsageError, OSError) as error:
+        except (UsageError, RunError, OSError) as error:
             failures[name] = error
     return benchmarks, failures
 

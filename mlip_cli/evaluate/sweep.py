@@ -12,6 +12,7 @@ from torch import Tensor
 from mlip_cli import __version__
 from mlip_cli.data.loader import decoded
 from mlip_cli.data.prepare.summary import attributions
+from mlip_cli.data.sources.listing import PassedOver
 from mlip_cli.data.transforms import evaluation_transform
 from mlip_cli.devices import batch_named, device_name
 from mlip_cli.errors import RunError, UsageError
@@ -139,6 +140,7 @@ def accuracies(benchmark: Benchmark, loaded: LoadedRun, points: Sequence[Point],
         num_classes=unmerged["num_classes"],
         chance=unmerged["chance"],
         majority_share=unmerged["majority_share"],
+        passed_over=PassedOver(**unmerged["passed_over"]),
         points=[
             checked(
                 ZeroshotAtSetting,

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
-from mlip_cli.data.tokenizer import open_clip_folder
+from mlip_cli.data.packages import open_clip_folder
 from mlip_cli.errors import UsageError
 from mlip_cli.model.clip import CLIP
 from mlip_cli.model.frequency import regrid_kernel

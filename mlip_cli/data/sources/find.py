@@ -9,10 +9,12 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 
-from mlip_cli.data.sources.folders import class_folder, class_records, sidecar_records
+from mlip_cli.data.sources.classes import ClassFolders, find_classes
+from mlip_cli.data.sources.folders import class_records, sidecar_records
 from mlip_cli.data.sources.listing import PICTURE_ENDINGS, walk
 from mlip_cli.data.sources.openmoji import installed_versions, openmoji_records
 from mlip_cli.data.sources.records import (
@@ -26,7 +28,7 @@ from mlip_cli.data.sources.records import (
 from mlip_cli.data.sources.tables import table_records
 from mlip_cli.data.sources.tars import tar_records
 from mlip_cli.errors import UsageError
-from mlip_cli.terminal.output import plural
+from mlip_cli.terminal.output import plural, say, warn
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
 LOOKED_FOR = (
@@ -81,6 +83,15 @@ class DataSource:
         """The files that end in .tar."""
         return [file.name for file in self.files if file.suffix == ".tar"]
 
+    @cached_property
+    def classes(self) -> ClassFolders:
+        """The classes, where the format is `classes`.
+
+        Raises:
+            UsageError, RunError: as `find_classes`.
+        """
+        return find_classes(self.root, [file.name for file in self.files], place=self.name)
+
     def describe(self) -> str:
         """What was recognised, in words."""
         return SOURCE_FORMATS[self.format].describe(self)
@@ -129,9 +140,9 @@ SOURCE_FORMATS = {
         describe=lambda source: _described_pictures(source, "captions in .txt files", 2),
     ),
     "classes": SourceFormat(
-        fits=lambda found: found.is_folder and any(map(class_folder, found.images())),
-        records=lambda source, read: class_records(source.root, source.images()),
-        describe=lambda source: _described_pictures(source, "a folder a class", 1),
+        fits=lambda found: found.is_folder and any("/" in name for name in found.images()),
+        records=lambda source, read: class_records(source.root, source.images(), source.classes),
+        describe=lambda source: source.classes.in_words(),
     ),
 }
 """By the word of --format. Where several fit, the first is taken."""
@@ -157,6 +168,8 @@ def find_source(source: str, *, format: str = "auto") -> DataSource:
     recognised = replace(found, format=possible[0] if format == "auto" else format)
     if recognised.format == "metadata":
         _check_tables(recognised)
+    if recognised.format == "classes":
+        _caution(recognised)
     return recognised
 
 
@@ -206,6 +219,18 @@ def _what_is_there(found: DataSource) -> str:
     counts = Counter(file.suffix or "files without ending" for file in found.files)
     most = sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:5]
     return ", ".join(f"{n} {suffix}" for suffix, n in most)
+
+
+def _caution(source: DataSource) -> None:
+    """Show what names the classes, and warn of names that say little.
+
+    Raises:
+        UsageError, RunError: as `find_classes`.
+    """
+    if named := source.classes.named():
+        say(f"{source.name}: {named}")
+    for caution in source.classes.cautions():
+        warn(f"{source.name}: {caution}")
 
 
 def _check_tables(source: DataSource) -> None:

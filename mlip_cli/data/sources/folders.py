@@ -4,7 +4,9 @@ import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from mlip_cli.data.sources.classes import ClassFolders
 from mlip_cli.data.sources.records import Caption, PicturePlace, Record, decode_text, split_of_folder
+from mlip_cli.data.sources.wordnet import WNID
 
 MAX_SIDECAR_BYTES = 1 << 20
 
@@ -24,26 +26,21 @@ def sidecar_records(root: Path, images: Sequence[str]) -> Iterator[Record]:
         )
 
 
-def class_records(root: Path, images: Sequence[str]) -> Iterator[Record]:
-    """One record a picture. Class and caption are the name of its folder, with spaces for underscores."""
+def class_records(root: Path, images: Sequence[str], classes: ClassFolders) -> Iterator[Record]:
+    """One record a picture. Its class and its caption are the name of its class folder."""
     for image in images:
-        folder = class_folder(image)
-        words = " ".join(folder.replace("_", " ").split()) if folder else None
+        split, folder = classes.place(image)
+        name = None if folder is None else classes.names[folder]
         yield Record(
             file=image,
             row=0,
             picture=PicturePlace(str(root / image)),
-            captions=() if words is None else (Caption(words),),
-            split=split_of_folder(Path(image))[0],
-            label=words,
+            captions=() if name is None else (Caption(name),),
+            split=split,
+            label=name,
+            meta={"wnid": folder} if folder and WNID.fullmatch(folder) else {},
             reject=None if folder else "not in a class folder",
         )
-
-
-def class_folder(image: str) -> str | None:
-    """`train/dog/old/x.jpg` -> `dog`: the first folder under the split, or None for a picture in no folder."""
-    _, relative = split_of_folder(Path(image))
-    return relative.parts[0] if len(relative.parts) > 1 else None
 
 
 def _read_sidecar(path: Path) -> tuple[str | None, str | None]:

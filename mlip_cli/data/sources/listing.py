@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -36,6 +36,16 @@ def is_leftover(name: str) -> bool:
     return name.startswith(".") or name.lower() in LEFTOVERS
 
 
+def ending(name: str) -> str:
+    """`jpg` of a/B.JPG; "" where there is none."""
+    return os.path.splitext(name)[1][1:].lower()
+
+
+def is_picture(name: str) -> bool:
+    """Whether a file of this name is read as a picture."""
+    return ending(name) in PICTURE_ENDINGS
+
+
 def walk(folder: Path, above: tuple[tuple[int, int], ...] = ()) -> Iterator[Path]:
     """Regular files and broken links under `folder`, without hidden ones and leftovers, in no order.
 
@@ -56,9 +66,16 @@ def walk(folder: Path, above: tuple[tuple[int, int], ...] = ()) -> Iterator[Path
                 yield path
 
 
-def number_order(names: list[str]) -> list[str]:
-    """Sorted as numbers where all names are numbers, else as text."""
-    return sorted(names, key=int) if all(re.fullmatch(r"[0-9]+", name) for name in names) else sorted(names)
+def shown(name: str) -> str:
+    """A name for messages: escapes for line breaks, control characters and bytes that are not UTF-8."""
+    return "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in name)
+
+
+def number_order(names: Collection[str]) -> list[str]:
+    """Sorted by the numbers that all names begin with (2, 10; 2.cat, 10.dog), else as text."""
+    numbers = {name: int(found[0]) for name in names if (found := re.match(r"[0-9]+(?![^\W_])", name))}
+    ordered = sorted(names)
+    return sorted(ordered, key=numbers.__getitem__) if len(numbers) == len(ordered) else ordered
 
 
 @dataclass
@@ -72,7 +89,7 @@ class PassedOver:
     def add(self, kind: str, example: str) -> None:
         """Count one."""
         self.counts[kind] = self.counts.get(kind, 0) + 1
-        self.first.setdefault(kind, example)
+        self.first.setdefault(kind, shown(example))
 
     def in_words(self) -> str:
         """`12 .heic files (first: a/1.heic), 3 texts without a picture (first: b.txt)`, the most frequent first."""

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from codecs import BOM_UTF8
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,8 +25,12 @@ SPLIT_WORDS = {
     "dev": "validation",
     "test": "test",
     "testing": "test",
+    "eval": "test",
+    "evaluation": "test",
 }
 """Names of splits in sources -> one of SPLITS."""
+BESIDE_SPLITS = re.compile("ilsvrc|imgs?|images?|pictures?|photos?|data|dataset|set|split|folder|seg|large|small|px")
+"""Words that stand beside a split in the name of its folder: ILSVRC2012_img_val, test_set, train_large."""
 
 
 @dataclass(frozen=True)
@@ -162,9 +167,15 @@ def printable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
+def split_of_name(folder: str) -> str | None:
+    """The split that a folder's name says: train2017, val_256, ILSVRC2012_img_val, but not bullet_train."""
+    words = [word for word in re.findall(r"[a-z]+", folder.lower()) if not BESIDE_SPLITS.fullmatch(word)]
+    return SPLIT_WORDS.get(words[0]) if len(words) == 1 else None
+
+
 def split_of_folder(relative: Path) -> tuple[str | None, Path]:
     """`train/dog/x.jpg` -> ("train", `dog/x.jpg`); `dog/x.jpg` -> (None, `dog/x.jpg`)."""
-    split = SPLIT_WORDS.get(relative.parts[0].lower()) if len(relative.parts) > 1 else None
+    split = split_of_name(relative.parts[0]) if len(relative.parts) > 1 else None
     return (split, Path(*relative.parts[1:])) if split else (None, relative)
 
 

@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from pathlib import Path
 
+from mlip_cli.data.sources.records import printable
 from mlip_cli.errors import UsageError
 from mlip_cli.evaluate.datasets import imagenet
-from mlip_cli.evaluate.datasets.benchmark import Benchmark, class_folders, pictures_in
+from mlip_cli.evaluate.datasets.benchmark import Benchmark, classes_in, names_in
 
 # Names of clip-benchmark with one label a picture and no TensorFlow.
 CLIP_BENCHMARK = (
@@ -62,7 +63,10 @@ def find_benchmark(name: str, *, root: Path | None = None) -> Benchmark:
     Raises:
         UnknownDataSetError: with a guess.
         UsageError: the data is not there; says what to do about it.
+        RunError: most pictures of a folder cannot be used.
     """
+    if printable(name) != name:
+        raise UsageError(f"{printable(name)}: the name is not UTF-8; rename it")
     prefix = next((key for key in SETS if key.endswith((":", "/")) and name.startswith(key)), name)
     if prefix.endswith(":"):
         path = name.removeprefix(prefix)
@@ -82,12 +86,12 @@ def find_benchmark(name: str, *, root: Path | None = None) -> Benchmark:
 
 
 def tree_fingerprint(root: Path) -> str:
-    """Digest of the names, sizes and times of all files under `root`, without reading them."""
+    """Digest of the names, sizes and times of the files under `root` that count, without reading them."""
     return _digest(
-        (str(path.relative_to(root)), status.st_size, status.st_mtime_ns)
-        for path in sorted(root.rglob("*"))
-        if path.is_file()
-        for status in (path.stat(),)
+        (name, status.st_size, status.st_mtime_ns)
+        for name in names_in(root)
+        if (root / name).is_file()  # not a broken link
+        for status in ((root / name).stat(),)
     )
 
 
@@ -123,10 +127,8 @@ def _digits(name: str, _root: Path) -> Benchmark:
 def _folder(name: str, folder: Path) -> Benchmark:
     if not folder.is_dir():
         raise UsageError(f"{name}: no such folder")
-    if not any(pictures_in(child) for child in class_folders(folder)):
-        found = "pictures outside of class folders" if pictures_in(folder) else "no pictures"
-        raise UsageError(f"{name}: {found}; make one folder for each class in {folder}/")
-    return Benchmark(name, "folder", folder, tree_fingerprint(folder))
+    classes = classes_in(name, folder)
+    return Benchmark(name, "folder", folder, _digest([tree_fingerprint(folder), dict(classes.names)]))
 
 
 def _shards(name: str, folder: Path) -> Benchmark:

@@ -1,0 +1,319 @@
+"""Which folders of a tree are classes: for preparing data and for evaluation alike."""
+
+import os
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from mlip_cli.data.sources.class_names import NAMES_FILE, cautions, class_names, one_line, some
+from mlip_cli.data.sources.listing import (
+    PICTURE_ENDINGS,
+    UNREAD_PICTURE_ENDINGS,
+    PassedOver,
+    ending,
+    is_leftover,
+    number_order,
+    shown,
+)
+from mlip_cli.data.sources.records import decode_text, printable, split_of_name
+from mlip_cli.errors import RunError, UsageError
+from mlip_cli.terminal.output import plural
+
+NO_CLASS = re.compile(
+    "(?:image|img|picture|pic|photo|data|dataset|jpg|jpeg|png|jpegimage|rgb|raw|file|frame|thumb|thumbnail|mask|label|"
+    "annotation|segmentation|caption|part|batch|chunk|shard|folder|unlabell?ed)s?"
+)
+"""Folders that hold pictures of all kinds, without numbers and signs: images, img_2, part-001."""
+TABLE_ENDINGS = ("csv", "tsv", "json", "jsonl", "txt", "parquet")
+"""Of files that may hold what the pictures show."""
+
+Step = Mapping[str, str | None]
+"""Folders above the classes, of one level: name -> split, or None for a folder that only wraps the others."""
+
+
+@dataclass(frozen=True)
+class ClassFolders:
+    """The classes of a tree of pictures."""
+
+    steps: tuple[Step, ...]
+    """From the root down."""
+    names: Mapping[str, str]
+    """Folder -> name of the class, in the order of the classes."""
+    num_pictures: int
+    """In class folders, of the kinds that are read."""
+    passed_over: PassedOver
+    empty: tuple[str, ...]
+    """Class folders without a picture."""
+    names_file: str | None
+    """What names the classes, relative to the root."""
+
+    def place(self, picture: str) -> tuple[str | None, str | None]:
+        """Split and class folder of a picture; no class folder if it lies in none."""
+        return _place(self.steps, self.names, picture)
+
+    @property
+    def wrapper(self) -> str | None:
+        """The folder that holds the class folders, such as `images/`, or "" for the root; None for several splits."""
+        return _path(self.steps)
+
+    @property
+    def splits(self) -> list[str]:
+        """The folders of several splits, the best to evaluate on first."""
+        order = ("validation", "test", "train")
+        for number, step in enumerate(self.steps):
+            if len(step) > 1:
+                names = sorted(step, key=lambda name: (order.index(step[name] or "train"), name))
+                return [f"{_path(self.steps[:number])}{name}" for name in names]
+        return []
+
+    def in_words(self) -> str:
+        """`60 pictures in 2 classes: cat, dog`, with the folder that they lie in and with what is passed over."""
+        names = list(self.names.values())
+        where = f" in {shown(self.wrapper)}" if self.wrapper else ""
+        words = (
+            f"{plural(self.num_pictures, 'picture')} in {plural(len(names), 'class', 'classes')}{where}: {some(names)}"
+        )
+        return f"{words}; passed over: {self.passed_over.in_words()}" if self.passed_over.counts else words
+
+    def cautions(self) -> list[str]:
+        """What is doubtful, a sentence each."""
+        return cautions(self.names)
+
+    def named(self) -> str | None:
+        """`classnames.txt: 1 = rose, 2 = tulip, 10 = oak ...`"""
+        pairs = [f"{shown(folder)} = {name}" for folder, name in self.names.items()]
+        return f"{self.names_file}: {some(pairs)}" if self.names_file else None
+
+
+@dataclass
+class _Folder:
+    """Pictures, those of unread kinds too."""
+
+    direct: int = 0
+    total: int = 0
+    folders: dict[str, "_Folder"] = field(default_factory=dict)
+
+
+def find_classes(root: Path, files: Sequence[str], *, place: str) -> ClassFolders:
+    """The classes of a tree. `files` are all its files relative to `root`, without leftovers; `place` begins messages.
+
+    A class is a folder with pictures, below folders of splits and below folders that wrap all the others.
+
+    Raises:
+        UsageError: there are no two classes, or the folders are parts of a data set, or a name is no text.
+        RunError: most of the pictures are of unread kinds, or lie in no class.
+    """
+    top = _tree(files)
+    steps, level = _descended(top)
+    folders = number_order([*level, *_empty(root, files, steps, level)])
+    names_file = _names_file(steps, set(files))
+    given = None if names_file is None else _lines(root / names_file)
+    if given is None or len(given) != len(folders) or len(folders) < 2:
+        _refuse_parts(place, steps, level)
+        folders = [name for name in folders if not _is_mixed(name)]
+        _check_number(root, place, files, level, top.total)
+    if given is not None and len(given) != len(folders):
+        raise UsageError(
+            f"{root / str(names_file)}: {len(given)} names for {len(folders)} class folders; write one name a line, in "
+            "the order of the folders"
+        )
+    _check_names(place, folders)
+    names = class_names(folders) if given is None else dict(zip(folders, map(one_line, given), strict=True))
+    places = {name: _place(steps, names, name)[1] for name in files}
+    num_pictures, passed_over = counted(place, places)
+    full = {folder for name, folder in places.items() if ending(name) in PICTURE_ENDINGS}
+    empty = tuple(folder for folder in folders if folder not in full)
+    return ClassFolders(steps, names, num_pictures, passed_over, empty, names_file)
+
+
+def _tree(files: Sequence[str]) -> _Folder:
+    top = _Folder()
+    for name in files:
+        if ending(name) not in PICTURE_ENDINGS and ending(name) not in UNREAD_PICTURE_ENDINGS:
+            continue
+        folder = top
+        folder.total += 1
+        for part in name.split("/")[:-1]:
+            folder = folder.folders.setdefault(part, _Folder())
+            folder.total += 1
+        folder.direct += 1
+    return top
+
+
+def _descended(top: _Folder) -> tuple[tuple[Step, ...], dict[str, list[_Folder]]]:
+    """The steps from the root to the folders that may be classes, and those folders; of splits all together."""
+    steps: list[Step] = []
+    level = _inside([top])
+    while step := _splits(level) or _wrapper(level):
+        steps.append(step)
+        level = _inside([folder for name in step for folder in level[name]])
+    return tuple(steps), level
+
+
+def _inside(folders: Sequence[_Folder]) -> dict[str, list[_Folder]]:
+    """The folders in `folders` by name."""
+    found: dict[str, list[_Folder]] = {}
+    for folder in folders:
+        for name, own in folder.folders.items():
+            found.setdefault(name, []).append(own)
+    return found
+
+
+def _splits(level: Mapping[str, Sequence[_Folder]]) -> dict[str, str | None]:
+    """Folders of splits among others, by their names; a class `train` beside `bus` has no folders inside."""
+    found = {name: split for name in level if (split := split_of_name(name))}
+    if not found or len(found) < len(level):
+        loose = {name: split for name in level if (split := _split_in(name))}
+        if len(loose) == len(level) and len(set(loose.values())) > 1:  # cars_train, cars_test
+            return dict(loose)
+        inside = _inside([folder for name in found for folder in level[name]])
+        return dict(found) if len(inside) > 1 else {}
+    return dict(found)
+
+
+def _split_in(name: str) -> str | None:
+    """The split of a name of several words, one of which is a split's."""
+    found = {split for word in re.findall(r"[a-z]+", name.lower()) if (split := split_of_name(word))}
+    return found.pop() if len(found) == 1 else None
+
+
+def _wrapper(level: Mapping[str, Sequence[_Folder]]) -> dict[str, str | None]:
+    """The one folder with folders inside, where all others hold pictures of all kinds, such as thumbnails."""
+    full = [name for name, folders in level.items() if _inside(folders)]
+    is_one = len(full) == 1 and (len(level) == 1 or all(map(_is_mixed, level)))
+    return {full[0]: None} if is_one else {}
+
+
+def _is_mixed(name: str) -> bool:
+    return bool(NO_CLASS.fullmatch(re.sub(r"[\W\d_]+", "", name.lower())))
+
+
+def _path(steps: Sequence[Step]) -> str | None:
+    """`images/CUB/`, or None where a step has several folders."""
+    return "".join(f"{name}/" for step in steps for name in step) if all(len(step) == 1 for step in steps) else None
+
+
+def _place(steps: Sequence[Step], names: Collection[str], file: str) -> tuple[str | None, str | None]:
+    split, parts = None, file.split("/")
+    for step in steps:
+        if parts[0] not in step:
+            return split, None
+        split = step[parts.pop(0)] or split
+    return split, parts[0] if len(parts) > 1 and parts[0] in names else None
+
+
+def _names_file(steps: Sequence[Step], files: Collection[str]) -> str | None:
+    """The classnames.txt that lies beside the class folders, else the nearest one above."""
+    above = (path for end in range(len(steps), -1, -1) if (path := _path(steps[:end])) is not None)
+    return next((path + NAMES_FILE for path in above if path + NAMES_FILE in files), None)
+
+
+def _lines(path: Path) -> list[str]:
+    text = decode_text(path.read_bytes())
+    if text is None:
+        raise UsageError(f"{path}: not UTF-8 text")
+    return [line for line in map(str.strip, text.splitlines()) if line]
+
+
+def _empty(root: Path, files: Sequence[str], steps: Sequence[Step], level: Collection[str]) -> list[str]:
+    """Folders beside the class folders in which there is no file at all: classes without pictures."""
+    path = _path(steps)
+    if path is None or not level:
+        return []
+    full = {name[len(path) :].partition("/")[0] for name in files if name.startswith(path)}
+    with os.scandir(root / path) as entries:
+        return [e.name for e in entries if e.is_dir() and e.name not in full and not is_leftover(e.name)]
+
+
+def _refuse_parts(place: str, steps: Sequence[Step], level: Mapping[str, Sequence[_Folder]]) -> None:
+    """Refuse folders which hold the same folders: amazon, dslr and webcam are no classes.
+
+    Raises:
+        UsageError: they do.
+    """
+    inside = [set(_unwrapped(folders)) for folders in level.values()]
+    same = set.intersection(*inside) if len(inside) > 1 else set()
+    if len(same) > 1 and 2 * len(same) >= len(set.union(*inside)):
+        above = "".join(f"{next(iter(step))}/" for step in steps)  # of several splits the first
+        names = some([shown(name) for name in sorted(level)])
+        raise UsageError(
+            f"{place}: {names} hold the same folders ({some(sorted(map(shown, same)))}), so they are parts of a "
+            f"data set and not classes; name one, such as {place.rstrip('/')}/{above}{shown(min(level))}; if they "
+            f"are classes, name them in {NAMES_FILE}"
+        )
+
+
+def _unwrapped(folders: Sequence[_Folder]) -> Mapping[str, Sequence[_Folder]]:
+    """The folders in `folders`, or where that is one with folders inside, those."""
+    inside = _inside(folders)
+    while len(inside) == 1 and (deeper := _inside(*inside.values())):
+        inside = deeper
+    return inside
+
+
+def _check_number(
+    root: Path, place: str, files: Sequence[str], level: Mapping[str, Sequence[_Folder]], num_pictures: int
+) -> None:
+    """Refuse what is no classification.
+
+    Raises:
+        UsageError: fewer than two folders can be classes.
+    """
+    if sum(not _is_mixed(name) for name in level) > 1:
+        return
+    cure = f"make one folder for each class in {root}/"
+    if not num_pictures:
+        raise UsageError(f"{place}: no pictures; {cure}")
+    if not level:
+        raise UsageError(f"{place}: pictures outside of class folders; {cure}")
+    where = f"the folder{'s' if len(level) > 1 else ''} {some([shown(name) for name in sorted(level)])}"
+    held = plural(sum(folder.total for folders in level.values() for folder in folders), "picture")
+    beside = [shown(name) for name in files if ending(name) in TABLE_ENDINGS and name.count("/") < 2]
+    cure += f", or name the file that says what they show ({some(beside)})" if beside else ""
+    raise UsageError(f"{place}: {held} in {where}, which {'are' if len(level) > 1 else 'is'} no set of classes; {cure}")
+
+
+def _check_names(place: str, folders: Sequence[str]) -> None:
+    """Refuse names that are no text.
+
+    Raises:
+        UsageError: a name is not UTF-8, or has no sign that can be read.
+    """
+    for folder in folders:
+        if printable(folder) != folder:
+            raise UsageError(f"{place}: {shown(folder)}: a name that is not UTF-8; rename it")
+        if not folder.replace("_", " ").strip():
+            raise UsageError(f"{place}: a class folder called {folder!r}; give it a name that can be read")
+
+
+def first_folder(file: str) -> str | None:
+    """`dog` of dog/old/x.jpg; None for a file in no folder."""
+    first, slash, _ = file.partition("/")
+    return first if slash else None
+
+
+def counted(place: str, places: Mapping[str, str | None]) -> tuple[int, PassedOver]:
+    """Pictures in classes, and what is passed over, of all files with their class folders.
+
+    Raises:
+        RunError: most pictures are passed over.
+    """
+    passed_over, others, num_pictures = PassedOver(), PassedOver(), 0
+    for name, folder in places.items():
+        kind = ending(name)
+        if kind in PICTURE_ENDINGS and folder is None:
+            passed_over.add("pictures in no class folder", name)
+        elif kind in PICTURE_ENDINGS:
+            num_pictures += 1
+        elif kind in UNREAD_PICTURE_ENDINGS:
+            passed_over.add(f".{kind} files", name)
+        elif folder is not None:
+            others.add(f".{kind} files" if kind else "files without ending", name)
+    num_unread = sum(passed_over.counts.values())
+    if num_unread > num_pictures:
+        share = f"{num_unread:,} of {plural(num_unread + num_pictures, 'picture')} cannot be used"
+        raise RunError(f"{place}: {share}: {passed_over.in_words()}; convert them to JPEG or PNG, in class folders")
+    passed_over.counts |= others.counts
+    passed_over.first |= others.first
+    return num_pictures, passed_over
