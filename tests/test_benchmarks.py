@@ -162,7 +162,7 @@ PPM = b"P6 2 2 255 " + bytes(12)
 
 @pytest.mark.parametrize("content", [picture()[:300], PPM, b""])
 def test_a_picture_that_cannot_be_read_is_named(content: bytes, tmp_path: Path) -> None:
-    write(tmp_path / "cat" / "a.jpg", picture())
+    write(tmp_path / "dog" / "a.jpg", picture())
     broken = write(tmp_path / "cat" / "b.jpg", content)
     with pytest.raises(RunError, match=rf"^{broken}: (damaged|not a) picture: .*; repair this picture or remove it$"):
         labels(opened(f"folder:{tmp_path}", tmp_path))

@@ -26,7 +26,7 @@ from mlip_cli.evaluate.datasets.find import find_benchmark
 from mlip_cli.evaluate.datasets.open import OPENMOJI_GROUPS, open_benchmark
 from mlip_cli.evaluate.datasets.pictures import batches
 from mlip_cli.evaluate.evaluators import retrieval_words, training_evaluators, zeroshot_words
-from mlip_cli.evaluate.statistics import mcnemar
+from mlip_cli.evaluate.statistics import Interval, mcnemar
 from mlip_cli.evaluate.stored import EvaluatedCheckpoint, Measured
 from mlip_cli.evaluate.validation import validation_pairs
 from mlip_cli.evaluate.zeroshot import class_embeddings, normalized
@@ -202,7 +202,10 @@ def test_top_5_stands_beside_its_chance_where_there_are_many_classes() -> None:
 
 def test_words_of_evaluators_name_what_they_count() -> None:
     scores = {"mean_per_class_recall": 0.5, "chance": 0.25, "acc1": 0.5, "n": 1234}
+    scores["mean_per_class_recall_interval"] = Interval(0.25, 0.75)
     assert zeroshot_words(scores) == "mean recall 50.0 % (chance 25.0), top-1 50.0 %; 1,234 pictures"
+    scores["mean_per_class_recall_interval"] = Interval(0.2, 0.24)
+    assert "top-1 50.0 %, below chance: are the class names right?; 1,234 pictures" in zeroshot_words(scores)
     way = {f"r{k}{of}": 0.1 for k in (1, 5, 10) for of in ("", "_chance")}
     words = retrieval_words({"image_to_text": {**way, "n": 161}, "text_to_image": {**way, "n": 1}})
     assert re.findall(r"; (.*?)\)", words) == ["161 pictures", "1 caption"]

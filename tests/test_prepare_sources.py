@@ -172,7 +172,7 @@ def test_folders_behind_links_are_read_and_loops_are_not(tmp_path: Path) -> None
 
 def test_pipes_and_devices_are_rejected_as_pictures(tmp_path: Path) -> None:
     """Reading one would wait for ever."""
-    source = write_files(tmp_path / "in", {"dog/0.png": picture(0), "dog/1.png": picture(1)})
+    source = write_files(tmp_path / "in", {"cat/0.png": picture(0), "dog/1.png": picture(1)})
     os.mkfifo(source / "dog" / "2.jpg")
     (source / "dog" / "3.jpg").symlink_to("/dev/zero")
     assert prepare(source, tmp_path / "folder")["rows"] == 2

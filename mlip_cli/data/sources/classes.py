@@ -271,7 +271,7 @@ def _check_number(
     held = plural(sum(folder.total for folders in level.values() for folder in folders), "picture")
     beside = [shown(name) for name in files if ending(name) in TABLE_ENDINGS and name.count("/") < 2]
     cure += f", or name the file that says what they show ({some(beside)})" if beside else ""
-    raise UsageError(f"{place}: {held} in {where}, which {'are' if len(level) > 1 else 'is'} no set of classes; {cure}")
+    raise UsageError(f"{place}: {held} in {where}, not in folders of several classes; {cure}")
 
 
 def _check_names(place: str, folders: Sequence[str]) -> None:
