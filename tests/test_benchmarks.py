@@ -196,7 +196,11 @@ def test_equal_pictures_accept_each_others_names() -> None:
 def test_imagenet_from_wordnet_folders(tmp_path: Path) -> None:
     for wnid in WNIDS:
         write(tmp_path / "imagenet" / "val" / wnid / "ILSVRC2012_val_00000001.JPEG", picture())
+        write(tmp_path / "imagenet" / "val" / wnid / "._ILSVRC2012_val_00000001.JPEG", "")
+    write(tmp_path / "imagenet" / "val" / ".ipynb_checkpoints" / "a.JPEG", picture())
+    write(tmp_path / "imagenet" / "val" / WNIDS[0] / "a.heic", "")
     pictures = opened("imagenet", tmp_path)
+    assert pictures.passed_over.in_words() == f"1 .heic files (first: {WNIDS[0]}/a.heic)"
     assert labels(pictures) == [0, 1, 999]
     assert len(pictures.class_names) == 1000
     assert len(pictures.templates) == 80
@@ -207,6 +211,7 @@ def test_imagenet_from_wordnet_folders(tmp_path: Path) -> None:
 def test_imagenet_from_class_numbers_and_shards(tmp_path: Path) -> None:
     for i in range(1000):
         (tmp_path / "a" / "imagenet" / "val" / f"{i:03d}").mkdir(parents=True)
+    (tmp_path / "a" / "imagenet" / "val" / ".ipynb_checkpoints").mkdir()
     write(tmp_path / "a" / "imagenet" / "val" / "002" / "x.jpeg", picture())
     assert labels(opened("imagenet", tmp_path / "a")) == [2]
     root = tmp_path / "b" / "imagenet-1k"
@@ -244,6 +249,16 @@ def test_clip_benchmark_builds_from_a_local_folder(tmp_path: Path, capsys: pytes
     assert "angry" in pictures.class_names
     assert len(pictures.templates) == 6
     assert capsys.readouterr().out == ""
+
+
+def test_clip_benchmark_passes_over_hidden_files_and_folders(tmp_path: Path) -> None:
+    for i in range(7):
+        write(tmp_path / "fer2013" / "test" / f"class{i}" / "a.jpg", picture())
+    before = find_benchmark("fer2013", root=tmp_path).fingerprint
+    for leftover in ("class1/._a.jpg", "class2/.ipynb_checkpoints/a.jpg", "__MACOSX/a.jpg", ".cache/a.jpg"):
+        write(tmp_path / "fer2013" / "test" / leftover, picture())
+    assert find_benchmark("fer2013", root=tmp_path).fingerprint == before
+    assert labels(opened("fer2013", tmp_path)) == list(range(7))
 
 
 def test_clip_benchmark_class_count_is_checked(tmp_path: Path) -> None:

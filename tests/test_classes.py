@@ -112,8 +112,8 @@ CONVERT = "convert them to JPEG or PNG, in class folders"
 REFUSED: dict[str, tuple[Files, str]] = {
     "no class": (
         tree("Images", more={"captions.txt": "image,caption\n"}),
-        f"{{1}}: 2 pictures in the folder Images, not in folders of several classes; {MAKE}, or name the file that says "
-        "what they show (captions.txt)",
+        f"{{1}}: 2 pictures in the folder Images, not in folders of several classes; {MAKE}, or name the file that "
+        "says what they show (captions.txt)",
     ),
     "one class": (
         tree("val/dog"),
@@ -225,8 +225,8 @@ def test_pictures_beside_the_classes_are_rejects_and_passed_over(tmp_path: Path)
         (
             tree("10", "2", "n99999999", "class_7", "oak"),
             [
-                "4 of 5 class names say nothing about the pictures (10, 2, class 7 ...); write classnames.txt, one name "
-                "a line in the order of the folders"
+                "4 of 5 class names say nothing about the pictures (10, 2, class 7 ...); write classnames.txt, one "
+                "name a line in the order of the folders"
             ],
         ),
         (tree("10", "2", more={"classnames.txt": "oak\nash\n"}), []),

@@ -12,6 +12,7 @@ from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
 from mlip_cli.data.pictures import RejectedPictureError, pillow_to_rgb
+from mlip_cli.data.sources.listing import is_leftover
 from mlip_cli.data.tar import read_members
 from mlip_cli.errors import RunError, UsageError
 from mlip_cli.evaluate.datasets.benchmark import Benchmark
@@ -39,6 +40,8 @@ def open_built(benchmark: Benchmark) -> Pictures:
                 f"{name}: {n:,} of {IMAGENETV2_PICTURES:,} pictures in {root / IMAGENETV2_FOLDER}; unpack them all"
             )
     dataset = _build(name, root)
+    if hasattr(dataset, "imgs"):
+        _leave_out_leftovers(dataset, root)
     if len(dataset) == 0:
         raise UsageError(f"{name}: no pictures in {root}; put the files of clip-benchmark's --dataset_root there")
     folders = getattr(dataset, "class_to_idx", None)
@@ -56,6 +59,18 @@ def open_built(benchmark: Benchmark) -> Pictures:
         return image, int(label)
 
     return Pictures(tuple(dataset.classes), tuple(dataset.templates), range(len(dataset)), load)
+
+
+def _leave_out_leftovers(dataset: Any, root: Path) -> None:
+    """Take hidden files, and hidden folders as classes, out of a torchvision ImageFolder; number its classes anew."""
+    folders = [folder for folder in sorted(dataset.class_to_idx) if not is_leftover(folder)]
+    numbers = {dataset.class_to_idx[folder]: number for number, folder in enumerate(folders)}
+    dataset.class_to_idx = {folder: number for number, folder in enumerate(folders)}
+    dataset.samples[:] = [
+        (path, numbers[label])
+        for path, label in dataset.samples
+        if not any(map(is_leftover, Path(path).relative_to(root).parts))
+    ]
 
 
 def _to_tensor(image: Tensor | Image.Image) -> Tensor:
