@@ -40,14 +40,11 @@ def open_built(benchmark: Benchmark) -> Pictures:
                 f"{name}: {n:,} of {IMAGENETV2_PICTURES:,} pictures in {root / IMAGENETV2_FOLDER}; unpack them all"
             )
     dataset = _build(name, root)
-    if hasattr(dataset, "imgs"):
-        _leave_out_leftovers(dataset, root)
+    folders = _without_leftovers(dataset, root) if hasattr(dataset, "imgs") else dataset.classes
     if len(dataset) == 0:
         raise UsageError(f"{name}: no pictures in {root}; put the files of clip-benchmark's --dataset_root there")
-    folders = getattr(dataset, "class_to_idx", None)
-    if hasattr(dataset, "imgs") and folders is not None and len(folders) != len(dataset.classes):
+    if len(folders) != len(dataset.classes):
         raise UsageError(f"{name}: {len(folders)} class folders in {root} for {len(dataset.classes)} classes")
-
     if hasattr(dataset, "loader"):  # else the set opens its files itself
         dataset.loader = lambda path: read_picture(Path(path).read_bytes(), where=str(path))
 
@@ -61,16 +58,21 @@ def open_built(benchmark: Benchmark) -> Pictures:
     return Pictures(tuple(dataset.classes), tuple(dataset.templates), range(len(dataset)), load)
 
 
-def _leave_out_leftovers(dataset: Any, root: Path) -> None:
-    """Take hidden files, and hidden folders as classes, out of a torchvision ImageFolder; number its classes anew."""
-    folders = [folder for folder in sorted(dataset.class_to_idx) if not is_leftover(folder)]
-    numbers = {dataset.class_to_idx[folder]: number for number, folder in enumerate(folders)}
-    dataset.class_to_idx = {folder: number for number, folder in enumerate(folders)}
+def _without_leftovers(dataset: Any, root: Path) -> list[str]:
+    """Take hidden files, and hidden folders as classes, out of a torchvision ImageFolder.
+
+    Returns:
+        The folders that are classes, by number.
+    """
+    number_of = getattr(dataset, "wnid_to_idx", dataset.class_to_idx)  # an ImageNet's class_to_idx is by English name
+    folders = [folder for folder in sorted(number_of) if not is_leftover(folder)]
+    numbers = {number_of[folder]: number for number, folder in enumerate(folders)}
     dataset.samples[:] = [
         (path, numbers[label])
         for path, label in dataset.samples
         if not any(map(is_leftover, Path(path).relative_to(root).parts))
     ]
+    return folders
 
 
 def _to_tensor(image: Tensor | Image.Image) -> Tensor:
