@@ -322,3 +322,15 @@ def test_passed_over_is_in_the_results(tmp_path: Path, capsys: pytest.CaptureFix
     assert table.notes[1] == "passed over: 2 .heic files (first: cat/a.heic)"
     [table, *_] = zeroshot_tables("x", [ZeroshotRow(zeroshot_result(mean_per_class_recall_interval=(0.0, 0.01)))])
     assert table.notes[1:] == ["below chance: are the class names right?"]
+
+
+@pytest.mark.parametrize(("classes", "is_proposed"), [(("red", "blue"), True), (tuple(map(str, range(40))), False)])
+def test_the_proposed_training_knows_that_classes_share_captions(
+    tmp_path: Path, classes: tuple[str, ...], is_proposed: bool
+) -> None:
+    """With half of a batch of one class, a loss over pairs looks stuck at guessing."""
+    n = 40 // len(classes)
+    summary = prepare(write_files(tmp_path / "in", tree(*classes, n=n)), tmp_path / "out")
+    commands = list(summary["next"].values())
+    assert len(commands) == 2
+    assert ["losses.positives=concept" in command for command in commands] == [is_proposed] * 2

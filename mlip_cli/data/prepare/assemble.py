@@ -185,7 +185,11 @@ def _write_splits(
         if any(len(stored.records) for stored in samples):
             card = write_split(work.finished / split, split, samples, provenance=provenance)
             splits[split] = SplitSummary(
-                card["num_samples"], card["num_bytes"], card["fingerprint"], num_shards=len(card["shards"])
+                card["num_samples"],
+                card["num_bytes"],
+                card["fingerprint"],
+                num_shards=len(card["shards"]),
+                distinct_captions=card["statistics"]["distinct_captions"],
             )
     return splits, "validation" in splits and not has_own_splits(table)
 

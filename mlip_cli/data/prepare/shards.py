@@ -64,6 +64,8 @@ class VerifiedTar:
     """(n, 2): width and height of each picture before it was stored."""
     caption_words: list[int]
     """Number of words of each caption."""
+    captions: NDArray[np.int64]
+    """The hash of each distinct caption; another in the next process."""
     classes: Counter[str]
     num_bytes: int
     sha256: str
@@ -79,6 +81,7 @@ def verify_tar(path: Path, num_tokens: Sequence[int] | NDArray[np.uint16]) -> Ve
     records["num_tokens"] = num_tokens
     original_sizes: list[tuple[int, int]] = []
     caption_words: list[int] = []
+    captions: set[int] = set()
     classes: Counter[str] = Counter()
     keys: set[str] = set()
     with open(path, "rb") as file:
@@ -89,6 +92,7 @@ def verify_tar(path: Path, num_tokens: Sequence[int] | NDArray[np.uint16]) -> Ve
             fields = _index_sample(path, file.fileno(), records[len(keys)], parts)
             original_sizes.append((fields["original_width"], fields["original_height"]))
             caption_words += [len(caption["text"].split()) for caption in fields["captions"]]
+            captions.update(hash(caption["text"]) for caption in fields["captions"])
             classes.update([] if fields["class"] is None else [fields["class"]])
             keys.add(key)
         num_bytes = os.fstat(file.fileno()).st_size
@@ -96,7 +100,8 @@ def verify_tar(path: Path, num_tokens: Sequence[int] | NDArray[np.uint16]) -> Ve
     if len(keys) != len(records):
         raise RunError(f"{path}: read again, it has {len(keys)} of {len(records)} samples; is the disk sound?")
     sizes = np.array(original_sizes, np.int64).reshape(-1, 2)
-    return VerifiedTar(records, sizes, caption_words, classes, num_bytes, sha256)
+    distinct = np.array(list(captions), np.int64)
+    return VerifiedTar(records, sizes, caption_words, distinct, classes, num_bytes, sha256)
 
 
 def _index_sample(path: Path, descriptor: int, record: np.void, parts: Mapping[str, Member]) -> dict[str, Any]:
@@ -133,6 +138,7 @@ def _statistics(tars: Sequence[VerifiedTar]) -> dict[str, Any]:
         "image_bytes": _spread(records["image_size"]),
         "captions": _spread(records["num_captions"]),
         "words": _spread(words),
+        "distinct_captions": len(np.unique(np.concatenate([tar.captions for tar in tars]))),
         "longest_caption_tokens": _spread(records["num_tokens"]),
         f"share_over_{CONTEXT_LENGTH}_tokens": round(float((records["num_tokens"] > CONTEXT_LENGTH).mean()), 6),
         "formats": dict(sorted(formats.items())),

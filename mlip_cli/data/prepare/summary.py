@@ -35,6 +35,8 @@ class SplitSummary:
     num_bytes: int
     fingerprint: str
     num_shards: int
+    distinct_captions: int | None = None
+    """None in summaries of earlier versions."""
 
 
 @dataclass(frozen=True)
@@ -125,11 +127,13 @@ def next_commands(format: str, out: Path, splits: Mapping[str, SplitSummary]) ->
     if format == "openmoji" and out == DEMO_FOLDER:
         return {"no GPU": "mlip pretrain recipes/openmoji.yaml"}
     train = "train" if "train" in splits else next(iter(splits))
-    num_samples = splits[train].num_samples
+    num_samples, distinct = splits[train].num_samples, splits[train].distinct_captions
     if num_samples < FEWEST_TO_TRAIN:
         return {}
     held_out = next((split for split in ("validation", "test") if split in splits and split != train), None)
     changes = [f"data.train={out / train}", f"data.validation={out / held_out if held_out else 'null'}"]
+    if distinct is not None and 2 * distinct <= num_samples:  # else pictures of one class are each other's negatives
+        changes.append("losses.positives=concept")
     recipes = {"no GPU": "openmoji"} if format == "openmoji" else {"no GPU": "laptop", "one GPU": "single_gpu"}
     return {
         need: shlex.join(["mlip", "pretrain", name, *changes, *_fitted(load_recipe(name).recipe, num_samples)])
