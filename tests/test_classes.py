@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 import unicodedata
 from collections.abc import Mapping
 from pathlib import Path
@@ -279,7 +281,24 @@ def test_hidden_files_do_not_change_the_fingerprint(tmp_path: Path) -> None:
 def test_a_data_set_whose_name_is_not_utf8_is_refused() -> None:
     with pytest.raises(UsageError) as error:
         find_benchmark("folder:" + os.fsdecode(b"caf\xe9"))
-    assert str(error.value) == "folder:caf\\udce9: the name is not UTF-8; rename it"
+    assert str(error.value) == "folder:caf\\udce9: a name that is not UTF-8; rename it"
+
+
+def test_names_in_a_locale_without_utf8_get_the_cure(tmp_path: Path) -> None:
+    folder = write_files(tmp_path / "in", tree("caf\u00e9", "dog"))
+    code = "import sys; from mlip_cli.evaluate.datasets import find; find.find_benchmark('folder:' + sys.argv[1])"
+    plain = {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(folder)],
+        env=os.environ | plain,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stderr.splitlines()[-1] == (
+        f"mlip_cli.errors.UsageError: folder:{folder}: caf\\udcc3\\udca9: Python reads names as ascii here; set "
+        "PYTHONUTF8=1"
+    )
 
 
 def test_the_names_of_wordnet_ids_are_those_of_clip_benchmark() -> None:

@@ -215,7 +215,7 @@ def test_file_names_that_are_not_utf_8(tmp_path: Path) -> None:
     assert prepare(source, tmp_path / "out")["rows"] == 1
     odd = os.fsdecode(b"caf\xe9")
     for names in ((odd, tmp_path / "new"), (source, tmp_path / odd)):
-        with pytest.raises(UsageError, match=r"caf\\udce9: the name is not UTF-8; rename it$"):
+        with pytest.raises(UsageError, match=r"caf\\udce9: a name that is not UTF-8; rename it$"):
             prepare(*names)
 
 

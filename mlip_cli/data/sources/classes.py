@@ -16,7 +16,7 @@ from mlip_cli.data.sources.listing import (
     number_order,
     shown,
 )
-from mlip_cli.data.sources.records import decode_text, printable, split_of_name
+from mlip_cli.data.sources.records import check_utf8, decode_text, split_of_name
 from mlip_cli.errors import RunError, UsageError
 from mlip_cli.terminal.output import plural
 
@@ -281,8 +281,7 @@ def _check_names(place: str, folders: Sequence[str]) -> None:
         UsageError: a name is not UTF-8, or has no sign that can be read.
     """
     for folder in folders:
-        if printable(folder) != folder:
-            raise UsageError(f"{place}: {shown(folder)}: a name that is not UTF-8; rename it")
+        check_utf8(folder, place=f"{place}: ")
         if not folder.replace("_", " ").strip():
             raise UsageError(f"{place}: a class folder called {folder!r}; give it a name that can be read")
 

@@ -2,13 +2,17 @@
 
 import json
 import math
+import os
 import re
+import sys
 from codecs import BOM_UTF8
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
+
+from mlip_cli.errors import UsageError
 
 MAX_CAPTION_BYTES = 64 * 1024
 MAX_CAPTIONS = 255
@@ -165,6 +169,22 @@ def plain_values(row: Mapping[str, Any], *, without: Collection[str | None] = ()
 def printable(text: str) -> str:
     """`text` with escapes for what UTF-8 cannot encode."""
     return text.encode("utf-8", "backslashreplace").decode()
+
+
+def check_utf8(name: str, *, place: str = "") -> None:
+    """Refuse a name that is not UTF-8, or that Python here does not read as UTF-8.
+
+    Raises:
+        UsageError: it begins with `place`, and has the cure.
+    """
+    if printable(name) == name:
+        return
+    try:
+        os.fsencode(name).decode("utf-8")
+    except UnicodeDecodeError:
+        raise UsageError(f"{place}{printable(name)}: a name that is not UTF-8; rename it") from None
+    encoding = sys.getfilesystemencoding()
+    raise UsageError(f"{place}{printable(name)}: Python reads names as {encoding} here; set PYTHONUTF8=1")
 
 
 def split_of_name(folder: str) -> str | None:

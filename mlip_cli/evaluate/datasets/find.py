@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from pathlib import Path
 
-from mlip_cli.data.sources.records import printable
+from mlip_cli.data.sources.records import check_utf8
 from mlip_cli.errors import UsageError
 from mlip_cli.evaluate.datasets import imagenet
 from mlip_cli.evaluate.datasets.benchmark import Benchmark, classes_in, names_in
@@ -65,8 +65,7 @@ def find_benchmark(name: str, *, root: Path | None = None) -> Benchmark:
         UsageError: the data is not there; says what to do about it.
         RunError: most pictures of a folder cannot be used.
     """
-    if printable(name) != name:
-        raise UsageError(f"{printable(name)}: the name is not UTF-8; rename it")
+    check_utf8(name)
     prefix = next((key for key in SETS if key.endswith((":", "/")) and name.startswith(key)), name)
     if prefix.endswith(":"):
         path = name.removeprefix(prefix)
