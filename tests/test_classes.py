@@ -330,6 +330,7 @@ def test_passed_over_is_in_the_results(tmp_path: Path, capsys: pytest.CaptureFix
 
     from mlip_cli.evaluate.results import ZeroshotResult
     from mlip_cli.report.scores import ZeroshotRow, zeroshot_tables
+    from mlip_cli.report.tables import print_tables
 
     result: Any = zeroshot_result(passed_over={"counts": {".heic files": 2}, "first": {".heic files": "cat/a.heic"}})
     stored = json.loads(json.dumps(result.to_json()))
@@ -337,7 +338,9 @@ def test_passed_over_is_in_the_results(tmp_path: Path, capsys: pytest.CaptureFix
     assert ZeroshotResult.from_json(stored) == result
     del stored["passed_over"]  # as results before had it
     assert ZeroshotResult.from_json(stored).passed_over == PassedOver()
-    [table, *_] = zeroshot_tables("x", [ZeroshotRow(result)])
+    [table, *_] = zeroshot_tables("a\nb\x1b", [ZeroshotRow(result)])
+    print_tables([table])
+    assert capsys.readouterr().out.splitlines()[0] == "a\\nb\\x1b"
     assert table.notes[1] == "passed over: 2 .heic files (first: cat/a.heic)"
     [table, *_] = zeroshot_tables("x", [ZeroshotRow(zeroshot_result(mean_per_class_recall_interval=(0.0, 0.01)))])
     assert table.notes[1:] == ["below chance: are the class names right?"]

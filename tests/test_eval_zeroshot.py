@@ -105,6 +105,7 @@ def test_runs_and_rates_on_openmoji(place: Path, capsys: pytest.CaptureFixture[s
         assert result["names"]["num_candidates"] == 30
         assert result["names"]["r1_chance"] == pytest.approx((28 * 1 + 2 * 2) / 30 / 30)
         assert result["images_per_s"] > 0
+        assert result["passed_over"] == {"counts": {}, "first": {}}
         assert ("spatial_plus_frequency" in result) == ("frequency" in result) == (result["run"] == "mlip")
     assert "compared_to_first" not in results[0]
     assert 0 <= results[3]["compared_to_first"]["name_r1"]["p"] <= 1

@@ -61,7 +61,7 @@ def measure_runs(
         UsageError, RunError, OSError: the data is damaged, or the device has too little memory for the batch.
     """
     pictures = open_benchmark(benchmark)
-    say(f"{benchmark.name}: {pictures.in_words()}")
+    say(f"{benchmark.words}: {pictures.in_words()}")
     scores: dict[int, dict[str, Any]] = {}
     for size in sorted({loaded.model.image_size for loaded, _ in encoders}):
         candidates = {
@@ -109,7 +109,7 @@ def training_evaluators(
 def _zeroshot_evaluator(benchmark: Benchmark, recipe: Recipe, tokenizer: Tokenizer, device: torch.device) -> Evaluator:
     size = recipe.data.image_size
     pictures = open_benchmark(benchmark)
-    say(f"{benchmark.name}: {pictures.in_words()}")
+    say(f"{benchmark.words}: {pictures.in_words()}")
     read_ahead = device.type == "cuda"
     read = partial(batches, pictures, size=size, batch_size=BATCH_SIZE, read_ahead=read_ahead)
     decoded = DecodedBatches(read, size=size)

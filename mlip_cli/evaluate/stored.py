@@ -215,7 +215,7 @@ def _measure(rows: Sequence[Measurement], loaded: Mapping[Path, "LoadedRun"]) ->
     from mlip_cli.evaluate.evaluators import measure_runs
     from mlip_cli.runs.loading import at_rate
 
-    say(f"{rows[0].benchmark.name}: {plural(len(rows), 'row')} to measure, in turn on each batch")
+    say(f"{rows[0].benchmark.words}: {plural(len(rows), 'row')} to measure, in turn on each batch")
     runs = [loaded[row.checkpoint.folder] for row in rows]
     encoders = [at_rate(run.model, row.merge_rate) for run, row in zip(runs, rows, strict=True)]
     measured_at = now()

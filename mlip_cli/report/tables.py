@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 
+from mlip_cli.data.sources.listing import shown
 from mlip_cli.evaluate.results import (
     PairedTest,
     Recalls,
@@ -61,7 +62,7 @@ def print_tables(tables: Iterable[Table], *, notes: Sequence[str] = ()) -> None:
         if number:
             print_lines("")
         cells = [[str(cell) if isinstance(cell, Spread) else cell for cell in row] for row in table.rows]
-        print_table(table.columns, cells, title=table.title)
+        print_table(table.columns, cells, title=shown(table.title) if table.title else None)
         for note in table.notes:
             print_prose(note)
     if notes:

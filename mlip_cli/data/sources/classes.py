@@ -2,7 +2,8 @@
 
 import os
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,6 +26,7 @@ NO_CLASS = re.compile(
     "annotation|segmentation|caption|part|batch|chunk|shard|folder|unlabell?ed)s?"
 )
 """Folders that hold pictures of all kinds, without numbers and signs: images, img_2, part-001."""
+ANY_PICTURE = frozenset((*PICTURE_ENDINGS, *UNREAD_PICTURE_ENDINGS))
 TABLE_ENDINGS = ("csv", "tsv", "json", "jsonl", "txt", "parquet")
 """Of files that may hold what the pictures show."""
 
@@ -50,7 +52,7 @@ class ClassFolders:
 
     def place(self, picture: str) -> tuple[str | None, str | None]:
         """Split and class folder of a picture; no class folder if it lies in none."""
-        return _place(self.steps, self.names, picture)
+        return _place(self.steps, self.names, folder_of(picture))
 
     @property
     def wrapper(self) -> str | None:
@@ -90,7 +92,6 @@ class ClassFolders:
 class _Folder:
     """Pictures, those of unread kinds too."""
 
-    direct: int = 0
     total: int = 0
     folders: dict[str, "_Folder"] = field(default_factory=dict)
 
@@ -104,7 +105,7 @@ def find_classes(root: Path, files: Sequence[str], *, place: str) -> ClassFolder
         UsageError: there are no two classes, or the folders are parts of a data set, or a name is no text.
         RunError: most of the pictures are of unread kinds, or lie in no class.
     """
-    top = _tree(files)
+    top = _tree(Counter(folder_of(name) for name in files if ending(name) in ANY_PICTURE))
     steps, level = _descended(top)
     folders = number_order([*level, *_empty(root, files, steps, level)])
     names_file = _names_file(steps, set(files))
@@ -120,24 +121,27 @@ def find_classes(root: Path, files: Sequence[str], *, place: str) -> ClassFolder
         )
     _check_names(place, folders)
     names = class_names(folders) if given is None else dict(zip(folders, map(one_line, given), strict=True))
-    places = {name: _place(steps, names, name)[1] for name in files}
-    num_pictures, passed_over = counted(place, places)
-    full = {folder for name, folder in places.items() if ending(name) in PICTURE_ENDINGS}
+    classes = {folder: _place(steps, names, folder)[1] for folder in set(map(folder_of, files))}
+    num_pictures, passed_over = counted(place, files, lambda name: classes[folder_of(name)])
+    full = {classes[folder_of(name)] for name in files if ending(name) in PICTURE_ENDINGS}
     empty = tuple(folder for folder in folders if folder not in full)
     return ClassFolders(steps, names, num_pictures, passed_over, empty, names_file)
 
 
-def _tree(files: Sequence[str]) -> _Folder:
+def folder_of(file: str) -> str:
+    """`train/dog` of train/dog/x.jpg; "" for a file in no folder."""
+    return file.rpartition("/")[0]
+
+
+def _tree(counts: Mapping[str, int]) -> _Folder:
+    """The folders, from the number of pictures directly in each."""
     top = _Folder()
-    for name in files:
-        if ending(name) not in PICTURE_ENDINGS and ending(name) not in UNREAD_PICTURE_ENDINGS:
-            continue
+    for name, num_pictures in counts.items():
         folder = top
-        folder.total += 1
-        for part in name.split("/")[:-1]:
+        folder.total += num_pictures
+        for part in name.split("/") if name else ():
             folder = folder.folders.setdefault(part, _Folder())
-            folder.total += 1
-        folder.direct += 1
+            folder.total += num_pictures
     return top
 
 
@@ -194,13 +198,14 @@ def _path(steps: Sequence[Step]) -> str | None:
     return "".join(f"{name}/" for step in steps for name in step) if all(len(step) == 1 for step in steps) else None
 
 
-def _place(steps: Sequence[Step], names: Collection[str], file: str) -> tuple[str | None, str | None]:
-    split, parts = None, file.split("/")
-    for step in steps:
-        if parts[0] not in step:
+def _place(steps: Sequence[Step], names: Collection[str], folder: str) -> tuple[str | None, str | None]:
+    """Split and class of the files in a folder."""
+    split, parts = None, folder.split("/")
+    for depth, step in enumerate(steps):
+        if depth == len(parts) or parts[depth] not in step:
             return split, None
-        split = step[parts.pop(0)] or split
-    return split, parts[0] if len(parts) > 1 and parts[0] in names else None
+        split = step[parts[depth]] or split
+    return split, next((name for name in parts[len(steps) : len(steps) + 1] if name in names), None)
 
 
 def _names_file(steps: Sequence[Step], files: Collection[str]) -> str | None:
@@ -292,15 +297,15 @@ def first_folder(file: str) -> str | None:
     return first if slash else None
 
 
-def counted(place: str, places: Mapping[str, str | None]) -> tuple[int, PassedOver]:
-    """Pictures in classes, and what is passed over, of all files with their class folders.
+def counted(place: str, files: Iterable[str], class_of: Callable[[str], str | None]) -> tuple[int, PassedOver]:
+    """Pictures in classes, and what is passed over, of all files. `class_of`: file -> class folder.
 
     Raises:
         RunError: most pictures are passed over.
     """
     passed_over, others, num_pictures = PassedOver(), PassedOver(), 0
-    for name, folder in places.items():
-        kind = ending(name)
+    for name in files:
+        kind, folder = ending(name), class_of(name)
         if kind in PICTURE_ENDINGS and folder is None:
             passed_over.add("pictures in no class folder", name)
         elif kind in PICTURE_ENDINGS:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from mlip_cli.data.sources.classes import ClassFolders, find_classes
 from mlip_cli.data.sources.folders import class_records, sidecar_records
-from mlip_cli.data.sources.listing import PICTURE_ENDINGS, walk
+from mlip_cli.data.sources.listing import PICTURE_ENDINGS, shown, walk
 from mlip_cli.data.sources.openmoji import installed_versions, openmoji_records
 from mlip_cli.data.sources.records import (
     SPLIT_WORDS,
@@ -90,7 +90,7 @@ class DataSource:
         Raises:
             UsageError, RunError: as `find_classes`.
         """
-        return find_classes(self.root, [file.name for file in self.files], place=self.name)
+        return find_classes(self.root, [file.name for file in self.files], place=shown(self.name))
 
     def describe(self) -> str:
         """What was recognised, in words."""
@@ -228,9 +228,9 @@ def _caution(source: DataSource) -> None:
         UsageError, RunError: as `find_classes`.
     """
     if named := source.classes.named():
-        say(f"{source.name}: {named}")
+        say(f"{shown(source.name)}: {named}")
     for caution in source.classes.cautions():
-        warn(f"{source.name}: {caution}")
+        warn(f"{shown(source.name)}: {caution}")
 
 
 def _check_tables(source: DataSource) -> None:

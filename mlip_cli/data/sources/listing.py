@@ -38,7 +38,8 @@ def is_leftover(name: str) -> bool:
 
 def ending(name: str) -> str:
     """`jpg` of a/B.JPG; "" where there is none."""
-    return os.path.splitext(name)[1][1:].lower()
+    _, dot, last = name.rpartition(".")
+    return last.lower() if dot and "/" not in last else ""
 
 
 def is_picture(name: str) -> bool:
@@ -89,7 +90,8 @@ class PassedOver:
     def add(self, kind: str, example: str) -> None:
         """Count one."""
         self.counts[kind] = self.counts.get(kind, 0) + 1
-        self.first.setdefault(kind, shown(example))
+        if kind not in self.first:
+            self.first[kind] = shown(example)
 
     def in_words(self) -> str:
         """`12 .heic files (first: a/1.heic), 3 texts without a picture (first: b.txt)`, the most frequent first."""

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlip_cli.data.sources.classes import ClassFolders, find_classes
-from mlip_cli.data.sources.listing import is_leftover, walk
+from mlip_cli.data.sources.listing import is_leftover, shown, walk
 from mlip_cli.errors import UsageError
 
 
@@ -20,6 +20,11 @@ class Benchmark:
     """The folder that holds it. For digits, which scikit-learn brings along, the current folder."""
     fingerprint: str
     """Changes when the data, the class names or the templates change."""
+
+    @property
+    def words(self) -> str:
+        """The name for messages."""
+        return shown(self.name)
 
 
 def names_in(folder: Path) -> list[str]:
@@ -39,10 +44,10 @@ def classes_in(name: str, folder: Path) -> ClassFolders:
         UsageError: the folder holds several splits of a data set, or no classes (see `find_classes`).
         RunError: most of its pictures cannot be used.
     """
-    found = find_classes(folder, names_in(folder), place=name)
+    found = find_classes(folder, names_in(folder), place=shown(name))
     if splits := found.splits:
         raise UsageError(
-            f"{name}: {' and '.join(splits)} are splits of a data set and not classes; name one of them, such as "
-            f"{name.rstrip('/')}/{splits[0]}"
+            f"{shown(name)}: {' and '.join(map(shown, splits))} are splits of a data set and not classes; name one of "
+            f"them, such as {shown(name.rstrip('/'))}/{shown(splits[0])}"
         )
     return found

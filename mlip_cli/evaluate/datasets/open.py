@@ -12,7 +12,7 @@ from mlip_cli.data.dataset import RawSample, ShardDataset
 from mlip_cli.data.open import open_prepared
 from mlip_cli.data.sources.class_names import some
 from mlip_cli.data.sources.classes import counted, first_folder
-from mlip_cli.data.sources.listing import is_picture
+from mlip_cli.data.sources.listing import is_picture, shown
 from mlip_cli.errors import UsageError
 from mlip_cli.evaluate.datasets import imagenet
 from mlip_cli.evaluate.datasets.benchmark import Benchmark, classes_in, folders_in, names_in
@@ -95,9 +95,9 @@ def open_digits(_benchmark: Benchmark) -> Pictures:
 
 def open_folder(benchmark: Benchmark) -> Pictures:
     """Class folders, where `find_classes` finds them."""
-    name, root, found = benchmark.name, benchmark.root, classes_in(benchmark.name, benchmark.root)
+    name, root, found = benchmark.words, benchmark.root, classes_in(benchmark.name, benchmark.root)
     if found.wrapper:
-        say(f"{name}: the class folders lie in {found.wrapper}")
+        say(f"{name}: the class folders lie in {shown(found.wrapper)}")
     if named := found.named():
         say(f"{name}: {named}")
     for caution in found.cautions():
@@ -174,7 +174,7 @@ def open_imagenet_folders(benchmark: Benchmark) -> Pictures:
     """ImageNet's validation pictures in class folders."""
     root = benchmark.root
     numbers = {folder: imagenet.class_of(folder) for folder in folders_in(root)}
-    _, passed_over = counted(benchmark.name, {name: first_folder(name) for name in names_in(root)})
+    _, passed_over = counted(benchmark.name, names_in(root), first_folder)
     files = _labelled_files(root, lambda file: numbers.get(first_folder(file) or ""))
     if not files:
         raise UsageError("imagenet: class folders, but no pictures in them; unpack the validation pictures there")
