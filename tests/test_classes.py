@@ -199,6 +199,17 @@ def test_splits_are_splits_in_preparing_and_refused_in_evaluating(
     assert in_evaluation(folder / "data" / held_out)[1] == {"cat": 2, "dog": 2}
 
 
+def test_a_split_without_classes_is_not_proposed(tmp_path: Path) -> None:
+    """As competitions hand out: the test pictures have no classes."""
+    folder = write_files(tmp_path / "in", tree(*under("train"), n=3) | tree("test"))
+    with pytest.raises(UsageError) as error:
+        find_benchmark(f"folder:{folder}")
+    assert str(error.value) == (
+        f"folder:{folder}: train is a split of a data set and not a class; name folder:{folder}/train"
+    )
+    assert prepare(folder, tmp_path / "out")["reasons"] == {"not in a class folder": 2}
+
+
 def test_pictures_beside_the_classes_are_rejects_and_passed_over(tmp_path: Path) -> None:
     more = {"val/images/9.png": picture(9), "train/8.png": picture(8), "train/cat/a.heic": "", "train/cat/\x1b.txt": ""}
     folder = write_files(tmp_path / "in", tree(*under("train")) | more)
@@ -321,7 +332,10 @@ def test_ids_before_names_go_only_where_all_folders_have_one() -> None:
     assert list(class_names(["1_cat", "02-dog_house"]).values()) == ["cat", "dog house"]
     assert list(class_names(["3_d_printer", "cat"]).values()) == ["3 d printer", "cat"]
     assert number_order(["10.a", "2.b", "1"]) == ["1", "2.b", "10.a"]
+    assert number_order(["c10", "c2", "c1"]) == ["c1", "c2", "c10"]
     assert number_order(["10", "2", "3d"]) == ["10", "2", "3d"]
+    assert number_order(["10", "2", "c1"]) == ["10", "2", "c1"]
+    assert number_order(["b", "a"]) == ["a", "b"]
 
 
 def test_passed_over_is_in_the_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -49,6 +49,8 @@ class ClassFolders:
     """Class folders without a picture."""
     names_file: str | None
     """What names the classes, relative to the root."""
+    splits: tuple[str, ...]
+    """Folders of several splits, the best to evaluate on first; none where the classes are those of one split."""
 
     def place(self, picture: str) -> tuple[str | None, str | None]:
         """Split and class folder of a picture; no class folder if it lies in none."""
@@ -58,16 +60,6 @@ class ClassFolders:
     def wrapper(self) -> str | None:
         """The folder that holds the class folders, such as `images/`, or "" for the root; None for several splits."""
         return _path(self.steps)
-
-    @property
-    def splits(self) -> list[str]:
-        """The folders of several splits, the best to evaluate on first."""
-        order = ("validation", "test", "train")
-        for number, step in enumerate(self.steps):
-            if len(step) > 1:
-                names = sorted(step, key=lambda name: (order.index(step[name] or "train"), name))
-                return [f"{_path(self.steps[:number])}{name}" for name in names]
-        return []
 
     def in_words(self) -> str:
         """`60 pictures in 2 classes: cat, dog`, with the folder that they lie in and with what is passed over."""
@@ -125,7 +117,8 @@ def find_classes(root: Path, files: Sequence[str], *, place: str) -> ClassFolder
     num_pictures, passed_over = counted(place, files, lambda name: classes[folder_of(name)])
     full = {classes[folder_of(name)] for name in files if ending(name) in PICTURE_ENDINGS}
     empty = tuple(folder for folder in folders if folder not in full)
-    return ClassFolders(steps, names, num_pictures, passed_over, empty, names_file)
+    splits = _split_folders(steps, [folder for folder, name in classes.items() if name is not None])
+    return ClassFolders(steps, names, num_pictures, passed_over, empty, names_file, splits)
 
 
 def folder_of(file: str) -> str:
@@ -206,6 +199,17 @@ def _place(steps: Sequence[Step], names: Collection[str], folder: str) -> tuple[
             return split, None
         split = step[parts[depth]] or split
     return split, next((name for name in parts[len(steps) : len(steps) + 1] if name in names), None)
+
+
+def _split_folders(steps: Sequence[Step], folders: Iterable[str]) -> tuple[str, ...]:
+    """The folders of the first step that has several. Those without class folders are left out."""
+    depth = next((depth for depth, step in enumerate(steps) if len(step) > 1), None)
+    if depth is None:
+        return ()
+    order = {"validation": 0, "test": 1, "train": 2}
+    full = {tuple(folder.split("/")[: depth + 1]) for folder in folders}
+    ranked = sorted(full, key=lambda path: (order[steps[depth][path[-1]] or "train"], path))
+    return tuple("/".join(path) for path in ranked)
 
 
 def _names_file(steps: Sequence[Step], files: Collection[str]) -> str | None:

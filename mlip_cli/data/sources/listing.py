@@ -73,10 +73,12 @@ def shown(name: str) -> str:
 
 
 def number_order(names: Collection[str]) -> list[str]:
-    """Sorted by the numbers that all names begin with (2, 10; 2.cat, 10.dog), else as text."""
-    numbers = {name: int(found[0]) for name in names if (found := re.match(r"[0-9]+(?![^\W_])", name))}
+    """Sorted by number where all names begin alike and with a number (2, 10; 2.cat, 10.dog; c2, c10), else as text."""
     ordered = sorted(names)
-    return sorted(ordered, key=numbers.__getitem__) if len(numbers) == len(ordered) else ordered
+    found = {name: re.match(r"(\D*)([0-9]+)(?![^\W_])", name) for name in ordered}
+    numbers = {name: int(match[2]) for name, match in found.items() if match}
+    starts = {match and match[1] for match in found.values()}
+    return sorted(ordered, key=numbers.__getitem__) if starts != {None} and len(starts) == 1 else ordered
 
 
 @dataclass

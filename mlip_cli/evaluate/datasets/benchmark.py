@@ -45,9 +45,11 @@ def classes_in(name: str, folder: Path) -> ClassFolders:
         RunError: most of its pictures cannot be used.
     """
     found = find_classes(folder, names_in(folder), place=shown(name))
-    if splits := found.splits:
+    if found.splits:
+        words, first = " and ".join(map(shown, found.splits)), f"{shown(name.rstrip('/'))}/{shown(found.splits[0])}"
+        if len(found.splits) == 1:
+            raise UsageError(f"{shown(name)}: {words} is a split of a data set and not a class; name {first}")
         raise UsageError(
-            f"{shown(name)}: {' and '.join(map(shown, splits))} are splits of a data set and not classes; name one of "
-            f"them, such as {shown(name.rstrip('/'))}/{shown(splits[0])}"
+            f"{shown(name)}: {words} are splits of a data set and not classes; name one of them, such as {first}"
         )
     return found
