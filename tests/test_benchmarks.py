@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from shards_for_tests import make_dataset
 
+from mlip_cli.data.sources.wordnet import imagenet_classes
 from mlip_cli.errors import RunError, UsageError
 from mlip_cli.evaluate.datasets.find import CLIP_BENCHMARK, SETS, data_root, find_benchmark
 from mlip_cli.evaluate.datasets.open import names_of, open_benchmark
@@ -259,6 +260,17 @@ def test_clip_benchmark_passes_over_hidden_files_and_folders(tmp_path: Path) -> 
         write(tmp_path / "fer2013" / "test" / leftover, picture())
     assert find_benchmark("fer2013", root=tmp_path).fingerprint == before
     assert labels(opened("fer2013", tmp_path)) == list(range(7))
+
+
+def test_clip_benchmarks_imagenet_is_read_by_its_wordnet_ids(tmp_path: Path) -> None:
+    """torchvision's ImageNet knows a class by each of its English names, so it has more names than folders."""
+    root = tmp_path / "imagenet1k"
+    for wnid in imagenet_classes():
+        write(root / "val" / wnid / "a.JPEG", picture())
+    torch.save(({wnid: (f"{wnid} a", f"{wnid} b") for wnid in imagenet_classes()}, []), root / "meta.bin")
+    pictures = opened("imagenet1k", tmp_path)
+    assert [pictures.load(i)[1] for i in (0, 482, 999)] == [0, 482, 999]
+    assert (pictures.num_pictures, pictures.class_names[482]) == (1000, "cassette player")
 
 
 def test_clip_benchmark_class_count_is_checked(tmp_path: Path) -> None:
