@@ -7,7 +7,7 @@ from pathlib import Path
 from mlip_cli.data.prepare.summary import next_commands
 from mlip_cli.data.prepare.workspace import Workspace, finished_summary
 from mlip_cli.data.sources.find import DataSource, find_source
-from mlip_cli.data.sources.records import ReadOptions, printable
+from mlip_cli.data.sources.records import ReadOptions, encodable, printable
 from mlip_cli.errors import UsageError
 from mlip_cli.terminal.output import print_json, say
 
@@ -34,7 +34,7 @@ def prepare_data(
         RunError: a damaged tar, a source of which most rows fail, a full disk, a killed worker.
     """
     for name in (source, str(out)):
-        if printable(name) != name:
+        if encodable(name) != name:
             raise UsageError(f"{printable(name)}: the name is not UTF-8; rename it")
     found = find_source(source, format=format)
     _check_options(found, out, read)

@@ -15,7 +15,7 @@ from mlip_cli.data.pictures import RejectedPictureError
 from mlip_cli.data.prepare.pixels import StoredPicture, store
 from mlip_cli.data.prepare.shards import PART_ROW, sample_parts, tar_writer, verify_tar
 from mlip_cli.data.prepare.workspace import PartOptions, PartResult
-from mlip_cli.data.sources.records import SPLITS, PicturePlace, Record, SourcePart, printable
+from mlip_cli.data.sources.records import SPLITS, PicturePlace, Record, SourcePart, encodable, printable
 from mlip_cli.data.tokenizer import count_tokens
 from mlip_cli.files import atomic_path, write_bytes, write_json
 
@@ -66,13 +66,13 @@ def _make_sample(record: Record, row: int, options: PartOptions) -> tuple[dict[s
         picture = store(content, size=options.size)
     fields = {
         "captions": [asdict(caption) for caption in record.captions],
-        "class": None if record.label is None else printable(record.label),
+        "class": None if record.label is None else encodable(record.label),
         "width": picture.width,
         "height": picture.height,
         "original_width": picture.original_width,
         "original_height": picture.original_height,
         "sha256": hashlib.sha256(content).hexdigest(),
-        "source": {"file": printable(record.file), "row": record.row},
+        "source": {"file": encodable(record.file), "row": record.row},
         "meta": dict(record.meta),
     }
     return sample_parts(f"{row:09d}", image=picture.content, format=picture.format, fields=fields), picture

@@ -20,8 +20,8 @@ from mlip_cli.data.sources.records import (
     ReadOptions,
     Record,
     checked_captions,
+    encodable,
     json_bytes,
-    printable,
 )
 from mlip_cli.data.sources.tables import table_records
 from mlip_cli.data.sources.tars import tar_records
@@ -65,7 +65,7 @@ class DataSource:
 
     def fingerprint(self) -> str:
         """Changes when a file is added, removed, resized or touched."""
-        listing = [[printable(file.name), file.size, file.mtime_ns] for file in self.files]
+        listing = [[encodable(file.name), file.size, file.mtime_ns] for file in self.files]
         return hashlib.sha256(json_bytes([self.format, listing, self.versions])).hexdigest()
 
     def tables(self) -> list[str]:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from codecs import BOM_UTF8
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,6 +14,8 @@ MAX_CAPTION_BYTES = 64 * 1024
 MAX_CAPTIONS = 255
 PART_ROWS = 500
 MAX_HELD_OUT = 5_000
+UNSHOWN = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+"""Control characters, other ends of lines, and what turns the direction of writing."""
 
 SPLITS = ("train", "validation", "test")
 SPLIT_WORDS = {
@@ -151,15 +154,20 @@ def captions_of(value: Any) -> tuple[Caption, ...]:
 def plain_values(row: Mapping[str, Any], *, without: Collection[str | None] = ()) -> dict[str, Any]:
     """The texts, booleans and finite numbers of `row`, which KEY.json keeps as `meta`."""
     return {
-        printable(key): printable(value) if isinstance(value, str) else value
+        encodable(key): encodable(value) if isinstance(value, str) else value
         for key, value in row.items()
         if key not in without and (math.isfinite(value) if isinstance(value, float) else isinstance(value, str | int))
     }
 
 
-def printable(text: str) -> str:
-    """`text` with escapes for what UTF-8 cannot encode."""
+def encodable(text: str) -> str:
+    """`text` with escapes for what UTF-8 cannot encode: what files of ours hold."""
     return text.encode("utf-8", "backslashreplace").decode()
+
+
+def printable(text: str) -> str:
+    """`text` on one line, with escapes for what moves a cursor or cannot be encoded: what a person is shown."""
+    return UNSHOWN.sub(lambda found: found[0].encode("unicode_escape").decode(), encodable(text))
 
 
 def split_of_folder(relative: Path) -> tuple[str | None, Path]:
