@@ -6,13 +6,14 @@ import re
 from codecs import BOM_UTF8
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 MAX_CAPTION_BYTES = 64 * 1024
 MAX_CAPTIONS = 255
 PART_ROWS = 500
+PART_BYTES = 64 << 20
+"""A part ends here where its records carry the bytes of their pictures: each worker holds one."""
 MAX_HELD_OUT = 5_000
 UNSHOWN = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 """Control characters, other ends of lines, and what turns the direction of writing."""
@@ -21,6 +22,7 @@ SPLITS = ("train", "validation", "test")
 SPLIT_WORDS = {
     "train": "train",
     "training": "train",
+    "restval": "train",
     "validation": "validation",
     "valid": "validation",
     "val": "validation",
@@ -49,6 +51,13 @@ class PicturePlace:
 
 
 @dataclass(frozen=True)
+class PictureBytes:
+    """The encoded bytes of a picture that lies in a table."""
+
+    content: bytes
+
+
+@dataclass(frozen=True)
 class Record:
     """A row of the source. It becomes a sample or a line in rejects.parquet."""
 
@@ -56,7 +65,7 @@ class Record:
     """File that holds the row, relative to the source."""
     row: int
     """Place of the row in that file, from 0."""
-    picture: PicturePlace | None
+    picture: PicturePlace | PictureBytes | None
     captions: tuple[Caption, ...]
     split: str | None = None
     label: str | None = None
@@ -66,16 +75,24 @@ class Record:
     """Reason why the row cannot become a sample, if that is known without its picture."""
     detail: str = ""
     """What the reason is about: a file name, a value."""
+    same: str = ""
+    """Equal for rows that name the same picture, which become one record; empty where each row has its own."""
+    found_as: str = ""
+    """File that was found by another spelling of its name."""
+    num_rows: int = 1
+    """Rows of the source that became this record."""
 
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """Which records of the source to read, and which columns of a table hold them."""
+    """Which rows of the source to read, and which columns of a table hold them."""
 
     limit: int | None = None
     image_column: str | None = None
     caption_column: str | None = None
     skin_tones: bool = False
+    image_folder: str | None = None
+    """What paths in a table are relative to."""
 
 
 @dataclass(frozen=True)
@@ -90,11 +107,16 @@ class SourcePart:
 
 def parts_of(records: Iterable[Record]) -> Iterator[SourcePart]:
     """Cut a source into parts. Their size does not depend on the number of workers, so the output does not either."""
-    rows = iter(records)
-    number = 0
-    while part := tuple(islice(rows, PART_ROWS)):
-        yield SourcePart(number, number * PART_ROWS, part)
-        number += 1
+    number = first_row = num_bytes = 0
+    part: list[Record] = []
+    for record in records:
+        part.append(record)
+        num_bytes += len(record.picture.content) if isinstance(record.picture, PictureBytes) else 0
+        if len(part) == PART_ROWS or num_bytes >= PART_BYTES:
+            yield SourcePart(number, first_row, tuple(part))
+            number, first_row, num_bytes, part = number + 1, first_row + len(part), 0, []
+    if part:
+        yield SourcePart(number, first_row, tuple(part))
 
 
 def checked_captions(record: Record) -> Record:
