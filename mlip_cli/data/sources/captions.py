@@ -29,11 +29,16 @@ ANSWERS = ("gpt", "assistant", "model")
 
 ODD = {
     "lists": re.compile(r"\[.*\]$|\(['\"].*\)$|\{.*\}$", re.DOTALL),
-    "paths or addresses": re.compile(r"\w+://\S+$|\S*[/\\]\S*\.\w{2,5}$|[^\s.]+\.(jpe?g|png|webp|gif|txt)$", re.IGNORECASE),
+    "paths or addresses": re.compile(
+        r"\w+://\S+$|\S*[/\\]\S*\.\w{2,5}$|[^\s.]+\.(jpe?g|png|webp|gif|txt)$", re.IGNORECASE
+    ),
     "numbers": re.compile(r"[-+]?[0-9][0-9., ]*$"),
     "ids": re.compile(r"(?=\S*[0-9])[\w-]{12,}$|[a-zA-Z]{0,4}[_-]?[0-9]{3,}$"),
-    "HTML": re.compile(r".*(</?(p|b|i|a|br|div|span|img|h[1-6]|li|ul|em|strong|html)\b[^>]*>|&(amp|lt|gt|quot|nbsp|#[0-9]+);)", re.DOTALL | re.IGNORECASE),
-}  # fmt: skip
+    "HTML": re.compile(
+        r".*(</?(p|b|i|a|br|div|span|img|h[1-6]|li|ul|em|strong|html)\b[^>]*>|&(amp|lt|gt|quot|nbsp|#[0-9]+);)",
+        re.DOTALL | re.IGNORECASE,
+    ),
+}
 MISSING = frozenset(("nan", "none", "null", "n/a", "na", "#n/a", "<na>", "undefined", "nil"))
 
 

@@ -34,6 +34,7 @@ from mlip_cli.terminal.output import plural
 
 MOST_NAMED = 5
 """Tables that are named; more are counted."""
+ANY_COLUMNS = ReadOptions()
 LOOKED_FOR = (
     "metadata.csv, .tsv, .jsonl or .parquet; .tar files; pictures with a .txt of the same name; one folder of pictures "
     "a class"
@@ -67,7 +68,7 @@ class DataSource:
     """False when the user named files one by one or by a pattern."""
     versions: tuple[str, ...] = ()
     """Of the packages that a built-in source comes from."""
-    read: ReadOptions = ReadOptions()
+    read: ReadOptions = ANY_COLUMNS
     """Columns that the user named tell the tables of a folder."""
 
     def fingerprint(self) -> str:
@@ -175,7 +176,7 @@ SOURCE_FORMATS = {
 """By the word of --format. Where several fit, the first is taken."""
 
 
-def find_source(source: str, *, format: str = "auto", read: ReadOptions = ReadOptions()) -> DataSource:
+def find_source(source: str, *, format: str = "auto", read: ReadOptions = ANY_COLUMNS) -> DataSource:
     """Recognise SOURCE by its files, or check that it is of the given format.
 
     Raises:

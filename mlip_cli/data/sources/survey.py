@@ -1,5 +1,6 @@
-"""Read a source once without its pictures: what was understood of it is said before the work, and mistakes are found."""
+"""Read a source once, without decoding pictures: what was understood is said then, and mistakes are found."""
 
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -43,7 +44,9 @@ class Survey:
         """Note a row."""
         self.rows += 1
         if record.found_as:
-            names = f"{printable(record.detail)} is {printable(record.found_as)}"
+            name, found = (unicodedata.normalize("NFC", text) for text in (record.detail, record.found_as))
+            form = ", in another Unicode normal form" if name.endswith(found) else ""
+            names = f"{printable(record.detail)} is {printable(record.found_as)}{form}"
             self.spelled.add("paths were found by another spelling", names)
         if record.reject:
             self.rejects += 1
@@ -110,7 +113,7 @@ def passed_over(source: DataSource, survey: Survey) -> PassedOver:
     if num_unread > num_read and source.format in ("sidecar", "classes"):
         kinds = ", ".join(f"{n:,} {kind} (first: {passed.first[kind]})" for kind, n in unread.items())
         raise RunError(
-            f"{source.name}: most of its pictures cannot be read: {kinds}, and {num_read:,} that can; convert them to JPEG"
+            f"{source.name}: most of its pictures cannot be read: {kinds}; {num_read:,} can; convert the others to JPEG"
         )
     return passed
 

@@ -15,45 +15,16 @@ from mlip_cli.data.sources.text_tables import PICTURE_NAME, Row, shown, text_lay
 from mlip_cli.errors import UsageError
 
 IMAGE_COLUMNS = (
-    ["file_name", "image", "image_path", "filepath", "path"],
-    [
-        "filename",
-        "image_name",
-        "img",
-        "img_path",
-        "img_name",
-        "image_file",
-        "image_filename",
-        "imagepath",
-        "imagename",
-        "file",
-        "file_path",
-        "filepaths",
-        "picture",
-        "photo",
-        "jpg",
-        "png",
-    ],
-    ["image_id", "image_uid"],
-)
+    ("file_name", "image", "image_path", "filepath", "path"),
+    ("filename", "image_name", "img", "img_path", "img_name", "image_file", "image_filename", "imagepath", "imagename",
+     "file", "file_path", "filepaths", "picture", "photo", "jpg", "png"),
+    ("image_id", "image_uid"),
+)  # fmt: skip
 CAPTION_COLUMNS = (
-    ["caption", "captions", "text", "title"],
-    [
-        "comment",
-        "comments",
-        "raw",
-        "description",
-        "sentence",
-        "sentences",
-        "prompt",
-        "alt",
-        "alt_text",
-        "alttext",
-        "conversations",
-        "messages",
-        "txt",
-    ],
-)
+    ("caption", "captions", "text", "title"),
+    ("comment", "comments", "raw", "description", "sentence", "sentences", "prompt", "alt", "alt_text", "alttext",
+     "conversations", "messages", "txt"),
+)  # fmt: skip
 """Names that tell what a column holds, in lower case. The first group of which a table has a name decides."""
 KNOWN_COLUMNS = tuple(name for group in (*IMAGE_COLUMNS, *CAPTION_COLUMNS) for name in group)
 TABLE_ENDINGS = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet", ".arrow", ".json", ".txt")
