@@ -19,6 +19,10 @@ MANY = 0.5
 SOME = 0.05
 """This share is, where the caption is the word for a value that is missing."""
 FEWEST = 3
+LOOKED_AT = 300
+"""Characters of a caption that tell its looks."""
+LONGEST_LIST = 1 << 20
+"""Characters of a cell in which a list is looked for."""
 SHOWN = 60
 """Characters of a caption in a message."""
 
@@ -28,14 +32,14 @@ ASKED, ANSWERED = ("from", "role"), ("value", "content")
 ANSWERS = ("gpt", "assistant", "model")
 
 ODD = {
-    "lists": re.compile(r"\[.*\]$|\(['\"].*\)$|\{.*\}$", re.DOTALL),
+    "lists": re.compile(r"\[.*\]$|[\[(]\s*['\"]|\{.*\}$", re.DOTALL),
     "paths or addresses": re.compile(
         r"\w+://\S+$|\S*[/\\]\S*\.\w{2,5}$|[^\s.]+\.(jpe?g|png|webp|gif|txt)$", re.IGNORECASE
     ),
     "numbers": re.compile(r"[-+]?[0-9][0-9., ]*$"),
     "ids": re.compile(r"(?=\S*[0-9])[\w-]{12,}$|[a-zA-Z]{0,4}[_-]?[0-9]{3,}$"),
     "HTML": re.compile(
-        r".*(</?(p|b|i|a|br|div|span|img|h[1-6]|li|ul|em|strong|html)\b[^>]*>|&(amp|lt|gt|quot|nbsp|#[0-9]+);)",
+        r".*(</?(p|b|i|a|br|div|span|img|h[1-6]|li|ul|em|strong|html)\b[^>]{0,99}>|&(amp|lt|gt|quot|nbsp|#[0-9]+);)",
         re.DOTALL | re.IGNORECASE,
     ),
 }
@@ -54,7 +58,7 @@ def captions_in(cell: Any) -> tuple[Caption, ...]:
 def listed(text: str) -> list[str] | None:
     """The texts of a list in JSON's, Python's or NumPy's words, or None where `text` is no such list."""
     text = text.strip()
-    if not (text.startswith("[") and text.endswith("]")):
+    if not (text.startswith("[") and text.endswith("]")) or len(text) > LONGEST_LIST:
         return None
     try:
         found = json.loads(text)
@@ -107,7 +111,7 @@ class CaptionLooks:
                 return
             self.seen += 1
             self.same[caption.text] += 1
-            kind = _kind(caption.text)
+            kind = _kind(caption.text[:LOOKED_AT])
             if kind:
                 self.odd[kind] += 1
                 examples = self.examples.setdefault(kind, [])

@@ -116,11 +116,14 @@ class PathFinder:
 
     def _nearest(self, name: str) -> str:
         *folders, base = list(spellings(name))[-1].split("/")
+        if "\0" in name or ".." in folders:
+            return ""
         listing = self._listing(os.path.join(self.folder, *folders))
-        if self.num_nearest == MOST_NEAREST or len(listing) > MOST_COMPARED:
+        pictures = [key for key in listing if key.rpartition(".")[2] in PICTURE_ENDINGS]
+        if self.num_nearest == MOST_NEAREST or len(pictures) > MOST_COMPARED:
             return ""
         self.num_nearest += 1
-        near = difflib.get_close_matches(_key(base), [key for key in listing if not key.endswith(".*")], 1, 0.75)
+        near = difflib.get_close_matches(_key(base), pictures, 1, 0.75)
         return f"the nearest is {listing[near[0]][0]}" if near else ""
 
 

@@ -156,13 +156,12 @@ def _separator(path: Path, lines: Sequence[str], *, ending: str, known: Sequence
         return (*fitting, own)[0]
     rows = {separator: _cells(lines, separator, ending=ending) for separator in fitting}
     regular = [separator for separator in fitting if len({len(cells) for cells in rows[separator]}) == 1] or fitting
-    telling = [
-        separator
-        for separator in regular
-        if any(
-            cell.strip().lower() in known or _names_a_picture(path, cell) for cell in next(iter(rows[separator]), [])
-        )
-    ]
+
+    def tells(cell: str, separator: str) -> bool:
+        is_whole = {separator}.issuperset(set(cell).intersection(fitting))
+        return cell.strip().lower() in known or (is_whole and _names_a_picture(path, cell))
+
+    telling = [s for s in regular if any(tells(cell, s) for cell in next(iter(rows[s]), []))]
     best = telling or regular
     if own in best or len(best) == 1:
         return own if own in best else best[0]
