@@ -39,7 +39,8 @@ def captions(pattern: str) -> dict[str, bytes | str]:
         {"anything.csv": CARDS} | pictures("data/img/"),
         {"results.csv": CARDS.replace(",", "| ").replace("image", "image_name")} | pictures("flickr30k_images/"),
         {"Flickr8k.token.txt": CARDS[14:].replace(",", "#0\t")} | pictures("Flicker8k_Dataset/"),
-        {"metadata.json": json.dumps([{"image": f"{i}.png", "caption": f"card {i}"} for i in range(3)])} | pictures("images/"),
+        {"metadata.json": json.dumps([{"image": f"{i}.png", "caption": f"card {i}"} for i in range(3)])}
+        | pictures("images/"),
         {"wrapper/archive/metadata.csv": CARDS} | pictures("wrapper/archive/"),
         {"wrapper/list.tsv": CARDS.replace(",", "\t"), "wrapper/README.md": "x"} | pictures("wrapper/Images/"),
         {"captions.txt": CARDS, "classes.txt": "1 cat\n2 dog\n", "splits.json": '{"train": [1]}'} | pictures("Images/"),
@@ -50,7 +51,7 @@ def captions(pattern: str) -> dict[str, bytes | str]:
         pictures("images/") | captions("captions/{}.txt"),
         pictures("d/images/x/") | captions("d/texts/x/{}.png.txt"),
     ],
-)  # fmt: skip
+)
 def test_every_layout_gives_the_same_pairs(tmp_path: Path, files: dict[str, bytes | str]) -> None:
     source = write_files(tmp_path / "in", {"._0.png": "", "__MACOSX/Images/0.png": "", ".DS_Store": "", **files})
     summary = prepare(source, tmp_path / "out")
@@ -61,13 +62,21 @@ def test_every_layout_gives_the_same_pairs(tmp_path: Path, files: dict[str, byte
 @pytest.mark.parametrize(
     "files",
     [
-        COCO | pictures("train2017/", (0, 1)) | pictures("val2017/", (2,)) | {"annotations/instances_val2017.json": '{"images": [{"id": 1}], "annotations": [{"bbox": 1}]}'},
-        {"train.csv": CARDS[:32], "valid.csv": CARDS[:14] + CARDS[32:]} | pictures("Images/"),
-        {"wrapper/train/metadata.csv": CARDS[:32], "wrapper/val/metadata.csv": CARDS[:14] + CARDS[32:]} | pictures("wrapper/train/", (0, 1)) | pictures("wrapper/val/", (2,)),
-        {"t.csv": "image,caption,split\n0.png,card 0,train\n1.png,card 1,restval\n2.png,card 2,val2014\n"} | pictures("Images/"),
-        pictures("in/train/", (0, 1)) | pictures("in/dev/", (2,)) | {"in/train/0.txt": "card 0", "in/train/1.txt": "card 1", "in/dev/2.txt": "card 2"},
+        COCO
+        | pictures("train2017/", (0, 1))
+        | pictures("val2017/", (2,))
+        | {"annotations/instances_val2017.json": '{"images": [{"id": 1}], "annotations": [{"bbox": 1}]}'},
+        {"train.csv": CARDS[:40], "valid.csv": CARDS[:14] + CARDS[40:]} | pictures("Images/"),
+        {"wrapper/train/metadata.csv": CARDS[:40], "wrapper/val/metadata.csv": CARDS[:14] + CARDS[40:]}
+        | pictures("wrapper/train/", (0, 1))
+        | pictures("wrapper/val/", (2,)),
+        {"t.csv": "image,caption,split\n0.png,card 0,train\n1.png,card 1,restval\n2.png,card 2,val2014\n"}
+        | pictures("Images/"),
+        pictures("in/train/", (0, 1))
+        | pictures("in/dev/", (2,))
+        | {"in/train/0.txt": "card 0", "in/train/1.txt": "card 1", "in/dev/2.txt": "card 2"},
     ],
-)  # fmt: skip
+)
 def test_splits_in_names_and_columns(tmp_path: Path, files: dict[str, bytes | str]) -> None:
     prepare(write_files(tmp_path / "in", files), tmp_path / "out")
     assert texts(tmp_path / "out") == [["card 0"], ["card 1"]]
@@ -77,18 +86,34 @@ def test_splits_in_names_and_columns(tmp_path: Path, files: dict[str, bytes | st
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({"a.csv": CARDS, "b.txt": CARDS} | pictures("Images/"), ": several tables: a.csv, b.txt; name one of them as SOURCE"),
-        ({"train.csv": CARDS, "all.csv": CARDS} | pictures(""), ": several tables: all.csv, train.csv; name one of them as SOURCE"),
-        ({"c_train2014.csv": CARDS, "c_train2017.csv": CARDS} | pictures(""), ": several tables: c_train2014.csv, c_train2017.csv; name one of them as SOURCE"),
-        ({"a.csv": CARDS, "b/x.csv": CARDS} | pictures(""), ": a table here and others in folders: a.csv, b/x.csv; name one as SOURCE"),
-        ({"a.csv": CARDS} | pictures("") | captions("{}.txt"), ": captions in a.csv and in 3 texts of pictures; say --format metadata or --format sidecar"),
+        (
+            {"a.csv": CARDS, "b.txt": CARDS} | pictures("Images/"),
+            ": several tables: a.csv, b.txt; name one of them as SOURCE",
+        ),
+        (
+            {"train.csv": CARDS, "all.csv": CARDS} | pictures(""),
+            ": several tables: all.csv, train.csv; name one of them as SOURCE",
+        ),
+        (
+            {"c_train2014.csv": CARDS, "c_train2017.csv": CARDS} | pictures(""),
+            ": several tables: c_train2014.csv, c_train2017.csv; name one of them as SOURCE",
+        ),
+        (
+            {"a.csv": CARDS, "b/x.csv": CARDS} | pictures(""),
+            ": a table here and others in folders: a.csv, b/x.csv; name one as SOURCE",
+        ),
+        (
+            {"a.csv": CARDS} | pictures("") | captions("{}.txt"),
+            ": captions in a.csv and in 3 texts of pictures; say --format metadata or --format sidecar",
+        ),
         (
             {"labels.csv": "id,breed\n0,dog\n"} | pictures(""),
-            ": 3 .png, 1 .csv, but no captions for the pictures; labels.csv: no column for the image; columns are id, breed; say --image-column NAME",
+            ": 3 .png, 1 .csv, but no captions for the pictures; labels.csv: no column for the image; columns are "
+            "id, breed; say --image-column NAME",
         ),
         (pictures("images/") | {f"labels/{i}.txt": "0 0.5 0.5" for i in range(3)} | {"x.png": picture(9)}, None),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_told_apart_is_asked_for(
     tmp_path: Path, files: dict[str, bytes | str], message: str | None
 ) -> None:
@@ -141,15 +166,22 @@ NOISE = {"a.heic": "", "b.HEIC": "", "c.doc": "", "lonely.txt": "x", "Makefile":
             {".heic files": 2, ".doc files": 1, "texts without a picture": 1, "files without ending": 1, "tables": 1},
         ),
         (
-            pictures("") | {"metadata.csv": CARDS[:23]},
-            {".heic files": 2, ".doc files": 1, ".txt files": 1, "files without ending": 1, "tables": 1, "pictures that no row names": 2},
+            pictures("") | {"metadata.csv": CARDS[:27]},
+            {
+                ".heic files": 2,
+                ".doc files": 1,
+                ".txt files": 1,
+                "files without ending": 1,
+                "tables": 1,
+                "pictures that no row names": 2,
+            },
         ),
         (
             pictures("cat/") | pictures("dog/", (4,)),
             {".heic files": 2, ".doc files": 1, ".txt files": 1, "files without ending": 1, "tables": 1},
         ),
     ],
-)  # fmt: skip
+)
 def test_what_is_passed_over_is_counted_and_named(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, files: dict[str, bytes | str], passed: dict[str, int]
 ) -> None:
@@ -167,7 +199,8 @@ def test_a_source_whose_pictures_mostly_cannot_be_read_is_refused(tmp_path: Path
     with pytest.raises(RunError) as error:
         prepare(source, tmp_path / "out")
     assert str(error.value) == (
-        f"{source}: most of its pictures cannot be read: 4 .avif files (first: h0.avif); 3 can; convert the others to JPEG"
+        f"{source}: most of its pictures cannot be read: 4 .avif files (first: h0.avif); 3 can; convert the others to "
+        "JPEG"
     )
     assert not (tmp_path / "out").exists()
 

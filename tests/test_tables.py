@@ -53,8 +53,14 @@ def table(separator: str, head: tuple[str, ...] = ("image", "caption"), *, quote
         ("names.json", json.dumps(dict(ROWS))),
         ("lines.json", "".join(json.dumps({"image": name, "text": text}) + "\n" for name, text in ROWS)),
         ("one line.ndjson", "".join(json.dumps({"image": name, "text": text}) + "\n" for name, text in ROWS)),
-        ("utf16.jsonl", "".join(json.dumps({"image": name, "text": text}) + "\n" for name, text in ROWS).encode("utf-16")),
-        ("packed.jsonl.gz", gzip.compress(b"".join(json.dumps({"image": n, "text": t}).encode() + b"\n" for n, t in ROWS))),
+        (
+            "utf16.jsonl",
+            "".join(json.dumps({"image": name, "text": text}) + "\n" for name, text in ROWS).encode("utf-16"),
+        ),
+        (
+            "packed.jsonl.gz",
+            gzip.compress(b"".join(json.dumps({"image": n, "text": t}).encode() + b"\n" for n, t in ROWS)),
+        ),
         (
             "coco.json",
             json.dumps(
@@ -86,7 +92,7 @@ def table(separator: str, head: tuple[str, ...] = ("image", "caption"), *, quote
             ),
         ),
     ],
-)  # fmt: skip
+)
 def test_every_dialect_gives_the_same_pairs(tmp_path: Path, name: str, content: str | bytes) -> None:
     source = write_files(tmp_path / "in", {name: content, **THREE})
     for place in (source / name, source):
@@ -102,8 +108,8 @@ def test_every_dialect_gives_the_same_pairs(tmp_path: Path, name: str, content: 
             "t.csv",
             'i/0.png,1,"a card, one"\ni/1.png,2,b\n',
             {},
-            ": no header: the first row is i/0.png, 1, a card, one; say --image-column N and --caption-column N, from 1 "
-            "to 3, or give the table a header",
+            ": no header: the first row is i/0.png, 1, a card, one; say --image-column N and --caption-column N, from "
+            "1 to 3, or give the table a header",
         ),
         (
             "t.tsv",
@@ -113,14 +119,19 @@ def test_every_dialect_gives_the_same_pairs(tmp_path: Path, name: str, content: 
             "are numbers",
         ),
         ("t.csv", "image,caption\n".encode("utf-16-le"), {}, ": its text holds zero bytes; save the table as UTF-8"),
-        ("t.csv", "a\x1bb,caption\n", {}, r": no column for the image; columns are a\x1bb, caption; say --image-column NAME"),
+        (
+            "t.csv",
+            "a\x1bb,caption\n",
+            {},
+            r": no column for the image; columns are a\x1bb, caption; say --image-column NAME",
+        ),
         ("t.json", "[1", {}, ": not JSON (Expecting ',' delimiter: line 1 column 3 (char 2))"),
         (
             "t.json",
             '{"images": [{"id": 1}], "annotations": [{"bbox": []}]}',
             {},
-            ": JSON of no known form; known are an array of objects, COCO's images and annotations, and captions by file "
-            "name",
+            ": JSON of no known form; known are an array of objects, COCO's images and annotations, and captions by "
+            "file name",
         ),
         ("t.arrow", b"?" * 100, {}, ": not a Arrow file"),
         (
@@ -130,7 +141,7 @@ def test_every_dialect_gives_the_same_pairs(tmp_path: Path, name: str, content: 
             "--caption-column text:0: '0' is not a weight above 0; say NAME:WEIGHT",
         ),
     ],
-)  # fmt: skip
+)
 def test_tables_that_are_refused(
     tmp_path: Path, name: str, content: str | bytes, options: dict[str, str], message: str
 ) -> None:
@@ -183,7 +194,10 @@ def test_columns_of_captions_with_weights(tmp_path: Path) -> None:
 def flickr(separator: str) -> dict[str, bytes | str]:
     """Rows of three pictures, mixed: 0 and 1 have two captions each, and one of 2 is empty."""
     order = [(0, "a"), (1, "b"), (2, ""), (0, "c"), (2, "d"), (1, "e")]
-    return {"t.csv": "image,caption,n\n" + "".join(f"i{separator}{i}.png,{t},{n}\n" for n, (i, t) in enumerate(order)), **THREE}  # fmt: skip
+    return {
+        "t.csv": "image,caption,n\n" + "".join(f"i{separator}{i}.png,{t},{n}\n" for n, (i, t) in enumerate(order)),
+        **THREE,
+    }
 
 
 @pytest.mark.parametrize("separator", ["/", "/./", "\\", "/../i/"])
@@ -288,15 +302,24 @@ def test_equal_pictures_in_a_table_are_one_and_big_ones_make_small_parts(
     ("captions", "warning"),
     [
         (["['a", "[b]", "[c d]", "x"], '3 of 4 captions look like lists: "[\'a", "[b]", "[c d]"'),
-        (["a/b.jpg", "c.png", "http://x/y z", "http://x/y"], '3 of 4 captions look like paths or addresses: "a/b.jpg", "c.png", "http://x/y"'),
+        (
+            ["a/b.jpg", "c.png", "http://x/y z", "http://x/y"],
+            '3 of 4 captions look like paths or addresses: "a/b.jpg", "c.png", "http://x/y"',
+        ),
         (["1", "2.5", "10 20", "three"], '3 of 4 captions look like numbers: "1", "2.5", "10 20"'),
-        (["img_001", "00012345abcdef", "n01440764", "x y"], '3 of 4 captions look like ids: "img_001", "00012345abcdef", "n01440764"'),
+        (
+            ["img_001", "00012345abcdef", "n01440764", "x y"],
+            '3 of 4 captions look like ids: "img_001", "00012345abcdef", "n01440764"',
+        ),
         (["<p>a</p>", "b<br>c", "R&amp;D", "d < e"], '3 of 4 captions look like HTML: "<p>a</p>", "b<br>c", "R&amp;D"'),
-        (["nan"] * 2 + ["NULL"] + ["x y"] * 2 + ["z", "v", "w"], '3 of 8 captions are words for a missing value: "nan", "NULL"'),
+        (
+            ["nan"] * 2 + ["NULL"] + ["x y"] * 2 + ["z", "v", "w"],
+            '3 of 8 captions are words for a missing value: "nan", "NULL"',
+        ),
         (["a photo"] * 6 + ["other"], '6 of 7 captions are the same: "a photo"'),
         (["a dog", "Dog", "2 dogs", "dog.", "a 4x4", "nan bread"], None),
     ],
-)  # fmt: skip
+)
 def test_captions_that_hardly_anyone_means(captions: list[str], warning: str | None) -> None:
     looks = CaptionLooks()
     for text in captions:

@@ -3,9 +3,10 @@
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mlip_cli.data.sources.captions import captions_in
 from mlip_cli.data.sources.listing import PICTURE_ENDINGS, is_leftover
@@ -86,24 +87,35 @@ def table_records(plans: Sequence[TablePlan]) -> Iterator[Record]:
             yield _record(plan, finder, number, row)
 
 
+class PictureCell(NamedTuple):
+    """What a cell says about a picture; fields as in Record."""
+
+    picture: PicturePlace | PictureBytes | None = None
+    detail: str = ""
+    same: str = ""
+    found_as: str = ""
+    reject: str | None = None
+
+
 def _record(plan: TablePlan, finder: PathFinder, number: int, row: Row) -> Record:
     if isinstance(row, str):
         return Record(plan.name, number, None, (), reject=row)
     split, label, columns = plan.split, row.get("class"), [column for column, _ in plan.chosen.captions]
-    record = Record(
-        file=plan.name,
-        row=number,
-        picture=None,
-        captions=tuple(_captions(row, plan.chosen)),
-        label=None if label is None else str(label),
-        meta=plain_values(row, without=(plan.chosen.image, *columns, "split", "class")),
-    )
+    cell = _picture(row.get(plan.chosen.image), finder)
     if row.get("split") is not None:
         word = str(row["split"]).strip()
         split = SPLIT_WORDS.get(word.lower()) or split_in_name(word)
-        if split is None:
-            return replace(record, reject="unknown split", detail=str(row["split"]))
-    return _with_picture(replace(record, split=split), row.get(plan.chosen.image), finder)
+        if split is None and not cell.reject:
+            cell = PictureCell(reject="unknown split", detail=str(row["split"]))
+    return Record(
+        file=plan.name,
+        row=number,
+        captions=tuple(_captions(row, plan.chosen)),
+        split=split,
+        label=None if label is None else str(label),
+        meta=plain_values(row, without=(plan.chosen.image, *columns, "split", "class")),
+        **cell._asdict(),
+    )
 
 
 def _captions(row: dict[str, Any], chosen: Chosen) -> Iterator[Caption]:
@@ -112,36 +124,27 @@ def _captions(row: dict[str, Any], chosen: Chosen) -> Iterator[Caption]:
             yield caption if weight == 1 else replace(caption, weight=caption.weight * weight)
 
 
-def _with_picture(record: Record, cell: Any, finder: PathFinder) -> Record:
-    """`record` with the picture of a cell: bytes, {bytes, path}, or the name of a file."""
+def _picture(cell: Any, finder: PathFinder) -> PictureCell:
+    """The picture of a cell: bytes, {bytes, path}, or the name of a file."""
     if isinstance(cell, list) and len(cell) == 1:
         cell = cell[0]
     content, name = (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (cell, cell)
     if isinstance(content, bytes):
         detail = name if isinstance(name, str) else ""
-        return replace(record, picture=PictureBytes(content), detail=detail, same=_digest(content))
-    if isinstance(cell, list):
-        return replace(record, reject="several pictures" if cell else "no file name")
+        return PictureCell(PictureBytes(content), detail, blake2b(content, digest_size=16).hexdigest())
+    if isinstance(cell, list) and cell:
+        return PictureCell(reject="several pictures")
     if not (isinstance(name, str) and name.strip()):
-        return replace(record, reject="no file name")
+        return PictureCell(reject="no file name")
     name = name.strip()
     found = finder.find(name)
-    if not found.path:
-        if "://" in name and not name.startswith("file:"):
-            return replace(record, reject="picture is an address", detail=f"{name}: download it, say with img2dataset")
-        near = f"; {found.near}" if found.near else ""
-        place = PicturePlace(str(finder.folder / name))
-        return replace(record, picture=place, reject="picture missing", detail=f"{name}: no such file{near}")
-    found_as = Path(found.path).name if found.is_guess else ""
-    return replace(
-        record, picture=PicturePlace(found.path), detail=name, same=finder.same(found.path), found_as=found_as
-    )
-
-
-def _digest(content: bytes) -> str:
-    from hashlib import blake2b
-
-    return blake2b(content, digest_size=16).hexdigest()
+    if found.path:
+        found_as = os.path.basename(found.path) if found.is_guess else ""
+        return PictureCell(PicturePlace(found.path), name, finder.same(found.path), found_as)
+    if "://" in name and not name.startswith("file:"):
+        return PictureCell(reject="picture is an address", detail=f"{name}: download it, say with img2dataset")
+    near = f"; {found.near}" if found.near else ""
+    return PictureCell(reject="picture missing", detail=f"{name}: no such file{near}")
 
 
 def _picture_folder(root: Path, table: Table, image: str, pictures: Sequence[str] | None) -> Path:
