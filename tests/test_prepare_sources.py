@@ -287,8 +287,8 @@ def test_a_cut_tar_stops_the_work_before_it_starts(tmp_path: Path) -> None:
 
 
 LOOKED_FOR = (
-    "looked for metadata.csv, .tsv, .jsonl or .parquet; .tar files; pictures with a .txt of the same name; "
-    "one folder of pictures a class"
+    "looked for a table (.csv, .tsv, .txt, .json, .jsonl, .parquet, .arrow) with columns of pictures and captions; "
+    ".tar files; pictures with a .txt of the same name; one folder of pictures a class"
 )
 
 

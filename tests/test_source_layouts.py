@@ -126,6 +126,21 @@ def test_what_cannot_be_told_apart_is_asked_for(
     assert str(error.value).startswith(f"{source}{message}")
 
 
+def test_shards_that_are_not_there_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    files = {f"data/train-0000{i}-of-00003.csv": "image,caption\n../0.png,a\n" for i in (0, 2)} | pictures("")
+    prepare(write_files(tmp_path / "in", files), tmp_path / "out")
+    assert "2 of 3 shards of train are here" in caplog.messages
+
+
+def test_pictures_of_no_known_ending_alone(tmp_path: Path) -> None:
+    source = write_files(tmp_path / "in", {"a.heic": "", "a.txt": "a card"})
+    with pytest.raises(UsageError) as error:
+        prepare(source, tmp_path / "out")
+    assert str(error.value).startswith(
+        f"{source}: 1 .heic, 1 .txt, no pictures; convert its pictures to JPEG; looked for"
+    )
+
+
 def test_named_columns_tell_the_table_of_a_folder(tmp_path: Path) -> None:
     source = write_files(tmp_path / "in", {"t.csv": CARDS.replace("image,caption", "id,words")} | pictures("Images/"))
     prepare(source, tmp_path / "out", image_column="id", caption_column="words")

@@ -66,7 +66,7 @@ def test_the_one_file_that_a_name_means(tmp_path: Path, name: str, found: str, i
         ("i/notes", ""),
         ("i", ""),
         ("I", ""),
-        ("i/p0.jpg\0", ""),
+        ("i/p0.jpg\0", "the nearest is p0.jpg"),
         ("%00", ""),
         ("..%2f%2e%2e/secret.jpg", ""),
         ("..\\SECRET.jpg", ""),

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import random
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ import pytest
 from sources_for_tests import picture, prepare, rejects, samples, texts, write_files
 
 from mlip_cli.data.sources.captions import CaptionLooks, listed
-from mlip_cli.data.sources.records import Caption
+from mlip_cli.data.sources.find import find_source, read_records
+from mlip_cli.data.sources.records import UNSHOWN, Caption, ReadOptions
+from mlip_cli.data.sources.survey import surveyed
 from mlip_cli.errors import UsageError
 
 THREE = {f"i/{i}.png": picture(i) for i in range(3)}
@@ -133,7 +136,7 @@ def test_every_dialect_gives_the_same_pairs(tmp_path: Path, name: str, content: 
             ": JSON of no known form; known are an array of objects, COCO's images and annotations, and captions by "
             "file name",
         ),
-        ("t.arrow", b"?" * 100, {}, ": not a Arrow file"),
+        ("t.arrow", b"?" * 100, {}, ": not an Arrow file ("),
         (
             "t.csv",
             "image,text,title\n",
@@ -240,6 +243,52 @@ def test_rows_of_one_picture_that_contradict_each_other(
     assert texts(tmp_path / "out") == [["x2", "x3"]]
     both = " and ".join(sorted(values[:2]))
     assert rejects(tmp_path / "out") == [("t.csv", 0, reason, f"i/0.png: {both}")]
+
+
+PIECES = (*'",\t;|\n\r\0[]{}:#/\\', "image", "caption", "i/0.png", "I/1.PNG", "é", "\u2028", "null", "['a' 'b']",
+          '["x"]', "split", "train", "id", "annotations", "http://x/y.jpg", "%00", "..", "9" * 5_000, "[" * 1_200)  # fmt: skip
+NAMES = ("t.csv", "t.tsv", "t.txt", "t.json", "t.jsonl", "t.csv.gz", "t.parquet", "t.arrow", "metadata.csv", "i/0.txt")
+
+
+def random_table(choose: random.Random) -> bytes:
+    """Something between a table and noise."""
+    separator = choose.choice([",", "\t", ";", "| "])
+    cells = ("i/0.png", "i/1.png", "a card", "".join(choose.choices(PIECES, k=3)))
+    rows = [["image", "caption"], *(choose.choices(cells, k=choose.choice([2, 2, 2, 3])) for _ in range(6))]
+    text = (
+        "\n".join(separator.join(row) for row in rows)
+        if choose.random() < 0.6
+        else "".join(choose.choices(PIECES, k=40))
+    )
+    objects = [
+        dict(zip(("image", "caption"), choose.choices([*cells, None, [], {}, 1], k=2), strict=True)) for _ in range(5)
+    ]
+    text = choose.choice([text, json.dumps(objects), "\n".join(map(json.dumps, objects))])
+    content = text.encode(choose.choice(["utf-8", "utf-8", "utf-16", "utf-16-le", "latin-1"]), "replace")
+    return choose.choice([content, content, content[: len(content) // 2], gzip.compress(content)])
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_no_row_of_a_random_table_is_lost(tmp_path: Path, seed: int) -> None:
+    choose, num_read, said = random.Random(seed), 0, list[str]()
+    write_files(tmp_path / "in", THREE)
+    for _ in range(40):
+        name = choose.choice(NAMES)
+        path = write_files(tmp_path / "in", {name: random_table(choose)}) / name
+        read = ReadOptions(limit=choose.choice([None, 3]))
+        try:
+            source = find_source(str(choose.choice([path, tmp_path / "in"])), read=read)
+            survey = surveyed(source, read)
+            found = list(read_records(source, read, survey.shared))
+        except UsageError as error:
+            said.append(str(error))
+        else:
+            num_read += 1
+            assert (len(found), sum(record.num_rows for record in found)) == (survey.pictures, survey.rows)
+            assert all(record.captions or record.reject for record in found)
+        path.unlink()
+    assert num_read > 5
+    assert not any(map(UNSHOWN.search, said))
 
 
 def held(i: int, kind: str) -> Any:

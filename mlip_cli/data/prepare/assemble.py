@@ -26,8 +26,9 @@ from mlip_cli.data.prepare.workspace import PartOptions, PartResult, Workspace, 
 from mlip_cli.data.sources.find import DataSource, read_records
 from mlip_cli.data.sources.listing import PassedOver
 from mlip_cli.data.sources.openmoji import attribution
-from mlip_cli.data.sources.records import MAX_HELD_OUT, SPLITS, ReadOptions, parts_of
+from mlip_cli.data.sources.records import MAX_HELD_OUT, SPLITS, ReadOptions, parts_of, printable
 from mlip_cli.data.sources.survey import Survey, cure_for, passed_over, surveyed
+from mlip_cli.data.sources.table_layouts import missing_shards
 from mlip_cli.errors import RunError, UsageError, interrupted_as
 from mlip_cli.files import GIB, full_disk_named
 from mlip_cli.terminal.output import plural, say, warn
@@ -117,8 +118,10 @@ def _say_understood(source: DataSource, read: ReadOptions, survey: Survey, passe
         say(survey.spelled.in_words())
     if passed.counts:
         say(f"not read: {passed.in_words()}{cure_for(passed)}")
+    if source.is_folder and source.format == "metadata" and (missing := missing_shards(source.tables)):
+        warn(missing)
     for name, why in source.unread_tables.items() if source.format == "classes" else ():
-        warn(f"{name}: not read as a table: {why}")
+        warn(f"{printable(name)}: not read as a table: {why}")
     for text in survey.looks.warnings(are_classes=source.format == "classes"):
         warn(text)
 

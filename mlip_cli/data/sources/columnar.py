@@ -4,8 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlip_cli.data.sources.text_tables import Row
-from mlip_cli.errors import UsageError
+from mlip_cli.data.sources.text_tables import Row, table_error
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -62,9 +61,9 @@ class _named:
         import pyarrow as pa
 
         if isinstance(error, pa.ArrowException | OSError | UnicodeDecodeError):
-            what = "Parquet" if self.path.suffix.lower() == ".parquet" else "Arrow"
+            what = "a Parquet file" if self.path.suffix.lower() == ".parquet" else "an Arrow file"
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise UsageError(f"{self.path}: not a {what} file ({reason})") from None
+            raise table_error(self.path, f"not {what} ({reason})") from None
 
 
 def _schema(path: Path) -> "pa.Schema":

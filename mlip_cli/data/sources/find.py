@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 
 from mlip_cli.data.sources.folders import class_folder, class_records
-from mlip_cli.data.sources.listing import PICTURE_ENDINGS, walk
+from mlip_cli.data.sources.listing import PICTURE_ENDINGS, UNREAD_PICTURE_ENDINGS, walk
 from mlip_cli.data.sources.openmoji import installed_versions, openmoji_records
 from mlip_cli.data.sources.records import (
     ReadOptions,
@@ -22,6 +22,7 @@ from mlip_cli.data.sources.records import (
     checked_captions,
     encodable,
     json_bytes,
+    printable,
 )
 from mlip_cli.data.sources.shared_pictures import SharedPictures
 from mlip_cli.data.sources.sidecars import sidecar_records, sidecars_of
@@ -36,8 +37,8 @@ MOST_NAMED = 5
 """Tables that are named; more are counted."""
 ANY_COLUMNS = ReadOptions()
 LOOKED_FOR = (
-    "metadata.csv, .tsv, .jsonl or .parquet; .tar files; pictures with a .txt of the same name; one folder of pictures "
-    "a class"
+    "a table (.csv, .tsv, .txt, .json, .jsonl, .parquet, .arrow) with columns of pictures and captions; .tar files; "
+    "pictures with a .txt of the same name; one folder of pictures a class"
 )
 
 
@@ -118,6 +119,10 @@ class DataSource:
         """The files with the ending of a picture."""
         return [file.name for file in self.files if file.suffix[1:] in PICTURE_ENDINGS]
 
+    def unread_pictures(self) -> list[str]:
+        """The files with the ending of a picture that we do not read."""
+        return [file.name for file in self.files if file.suffix[1:] in UNREAD_PICTURE_ENDINGS]
+
     def tars(self) -> list[str]:
         """The files that end in .tar."""
         return [file.name for file in self.files if file.suffix == ".tar"]
@@ -128,7 +133,7 @@ class DataSource:
 
 
 def _described_tables(source: DataSource) -> str:
-    names = ", ".join(source.tables[:MOST_NAMED])
+    names = ", ".join(map(printable, source.tables[:MOST_NAMED]))
     return f"pictures in {names}{f' and {len(source.tables) - MOST_NAMED} more' * (len(source.tables) > MOST_NAMED)}"
 
 
@@ -198,7 +203,8 @@ def find_source(source: str, *, format: str = "auto", read: ReadOptions = ANY_CO
         raise UsageError(f"{source}: not of format {format}: {_what_is_there(found)}; looked for {LOOKED_FOR}")
     nothing = ", no pictures" if found.is_folder and found.files else ""
     missing = ", but no captions for the pictures" if found.images() else nothing
-    unread = "".join(f"; {name}: {why}" for name, why in islice(inner.unread_tables.items(), MOST_NAMED))
+    unread = "; convert its pictures to JPEG" if found.unread_pictures() and not found.images() else ""
+    unread += "".join(f"; {printable(name)}: {why}" for name, why in islice(inner.unread_tables.items(), MOST_NAMED))
     raise UsageError(f"{source}: {_what_is_there(found)}{missing}{unread}; looked for {LOOKED_FOR}")
 
 
@@ -208,8 +214,8 @@ def _check_tables(source: DataSource, *, is_named: bool) -> None:
     check_tables(source.name, source.tables)
     if source.sidecars and not is_named and not has_metadata(source.tables):
         raise UsageError(
-            f"{source.name}: captions in {', '.join(source.tables)} and in {plural(len(source.sidecars), 'text')} of "
-            "pictures; say --format metadata or --format sidecar"
+            f"{source.name}: captions in {', '.join(map(printable, source.tables))} and in "
+            f"{plural(len(source.sidecars), 'text')} of pictures; say --format metadata or --format sidecar"
         )
 
 
@@ -255,7 +261,7 @@ def _what_is_there(found: DataSource) -> str:
         return "a file of no known kind"
     counts = Counter(file.suffix or "files without ending" for file in found.files)
     most = sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:5]
-    return ", ".join(f"{n} {suffix}" for suffix, n in most)
+    return ", ".join(f"{n} {printable(suffix)}" for suffix, n in most)
 
 
 def _file(root: Path, path: Path) -> SourceFile:

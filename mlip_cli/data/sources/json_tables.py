@@ -8,8 +8,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from mlip_cli.data.sources.text_tables import PICTURE_NAME, Row, opened_text
-from mlip_cli.errors import UsageError
+from mlip_cli.data.sources.text_tables import PICTURE_NAME, Row, opened_text, table_error
 
 FIRST_ROWS = 100
 """This many rows tell the columns."""
@@ -24,7 +23,7 @@ def json_columns(path: Path, rows: Callable[[], Iterator[Row]]) -> tuple[str, ..
     examples = [row for row in islice(rows(), FIRST_ROWS) if isinstance(row, dict)]
     columns = tuple(dict.fromkeys(chain.from_iterable(examples)))
     if not columns:
-        raise UsageError(f"{path}: the table is empty, or not one JSON object a line")
+        raise table_error(path, "the table is empty, or not one JSON object a line")
     return columns
 
 
@@ -62,12 +61,13 @@ def _document_rows(path: Path, size: int, mtime_ns: int) -> Sequence[Row] | None
         lines = text.lstrip().split("\n", 2)
         if len(lines) > 1 and isinstance(_object(lines[0]), dict):
             return None
-        raise UsageError(f"{path}: not JSON ({error})") from None
+        raise table_error(path, f"not JSON ({error})") from None
     rows = _rows_of(document)
     if rows is None:
-        raise UsageError(
-            f"{path}: JSON of no known form; known are an array of objects, COCO's images and annotations, "
-            "and captions by file name"
+        raise table_error(
+            path,
+            "JSON of no known form; known are an array of objects, COCO's images and annotations, "
+            "and captions by file name",
         )
     return rows
 

@@ -116,7 +116,7 @@ class PathFinder:
 
     def _nearest(self, name: str) -> str:
         *folders, base = list(spellings(name))[-1].split("/")
-        if "\0" in name or ".." in folders:
+        if ".." in folders or any("\0" in folder for folder in folders):
             return ""
         listing = self._listing(os.path.join(self.folder, *folders))
         pictures = [key for key in listing if key.rpartition(".")[2] in PICTURE_ENDINGS]

@@ -91,7 +91,7 @@ def surveyed(source: DataSource, read: ReadOptions) -> Survey:
     if survey.missing == survey.rows and source.format == "metadata":
         folders = sorted({str(plan.folder) for plan in source.planned_tables(read)})
         raise UsageError(
-            f"{source.name}: none of its {plural(survey.rows, 'picture')} is in {' or '.join(folders)} "
+            f"{source.name}: none of its {plural(survey.rows, 'picture')} is in {printable(' or '.join(folders))} "
             f"(first: {printable(survey.first_missing)}); say --image-folder FOLDER, what the paths are relative to"
         )
     survey.shared.count()
@@ -138,7 +138,7 @@ def _unread(source: DataSource, survey: Survey) -> Iterator[tuple[str, str]]:
         elif table_ending(file.name) in TABLE_ENDINGS and ending != "txt":
             yield "tables", file.name
         else:
-            yield f"{file.suffix} files" if file.suffix else "files without ending", file.name
+            yield f"{printable(file.suffix)} files" if file.suffix else "files without ending", file.name
 
 
 def cure_for(passed: PassedOver) -> str:

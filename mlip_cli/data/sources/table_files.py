@@ -11,13 +11,13 @@ from typing import Any
 from mlip_cli.data.sources.columnar import columnar_rows, columnar_schema
 from mlip_cli.data.sources.json_tables import json_columns, json_line_rows, json_rows
 from mlip_cli.data.sources.records import SPLIT_WORDS, ReadOptions
-from mlip_cli.data.sources.text_tables import PICTURE_NAME, Row, shown, text_layout, text_rows
+from mlip_cli.data.sources.text_tables import PICTURE_NAME, Row, shown, table_error, text_layout, text_rows
 from mlip_cli.errors import UsageError
 
 IMAGE_COLUMNS = (
     ("file_name", "image", "image_path", "filepath", "path"),
-    ("filename", "image_name", "img", "img_path", "img_name", "image_file", "image_filename", "imagepath", "imagename",
-     "file", "file_path", "filepaths", "picture", "photo", "jpg", "png"),
+    ("filename", "image_name", "img", "img_path", "img_name", "images", "image_file", "image_filename", "imagepath",
+     "imagename", "file", "file_path", "filepaths", "picture", "photo", "jpg", "png"),
     ("image_id", "image_uid"),
 )  # fmt: skip
 CAPTION_COLUMNS = (
@@ -131,8 +131,8 @@ def _match(table: Table, name: str) -> str | None:
 def _named(table: Table, what: str, name: str) -> str:
     if (column := _match(table, name)) is None:
         header = "" if table.has_header else "; the table has no header, so its columns are numbers"
-        raise UsageError(
-            f"{table.path}: no column {name!r} (--{what}-column); columns are {shown(table.columns)}{header}"
+        raise table_error(
+            table.path, f"no column {name!r} (--{what}-column); columns are {shown(table.columns)}{header}"
         )
     return column
 
@@ -149,7 +149,7 @@ def _guessed(table: Table, what: str, groups: Sequence[Sequence[str]]) -> str:
     if len(found) == 1:
         return found[0]
     problem = f"columns {' and '.join(found)} could both be the {what}" if found else f"no column for the {what}"
-    raise UsageError(f"{table.path}: {problem}; columns are {shown(table.columns)}; say --{what}-column NAME")
+    raise table_error(table.path, f"{problem}; columns are {shown(table.columns)}; say --{what}-column NAME")
 
 
 def _chosen_by_content(table: Table, read: ReadOptions) -> Chosen:
@@ -163,7 +163,8 @@ def _chosen_by_content(table: Table, read: ReadOptions) -> Chosen:
     if len(table.columns) == 2 and len(pictures) == 1 and not (read.image_column or read.caption_column):
         caption = next(column for column in table.columns if column != pictures[0])
         return Chosen(pictures[0], ((caption, 1.0),))
-    raise UsageError(
-        f"{table.path}: no header: the first row is {shown(list(row.values()))}; say --image-column N and "
-        f"--caption-column N, from 1 to {len(table.columns)}, or give the table a header"
+    raise table_error(
+        table.path,
+        f"no header: the first row is {shown(list(row.values()))}; say --image-column N and "
+        f"--caption-column N, from 1 to {len(table.columns)}, or give the table a header",
     )

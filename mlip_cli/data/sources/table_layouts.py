@@ -2,13 +2,14 @@
 
 import mmap
 import re
+from collections import Counter
 from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from mlip_cli.data.sources.listing import PICTURE_ENDINGS
-from mlip_cli.data.sources.records import SPLIT_WORDS, ReadOptions, split_of_folder
+from mlip_cli.data.sources.records import SPLIT_WORDS, ReadOptions, printable, split_of_folder
 from mlip_cli.data.sources.table_files import (
     CAPTION_COLUMNS,
     TABLE_ENDINGS,
@@ -98,11 +99,25 @@ def check_tables(source: str, tables: Sequence[str]) -> None:
     if len(series) == 1 and len(set(places)) == len(places) and not _mixed(places):
         return
     if len(tables) > 1:
-        names = ", ".join(tables)
+        names = ", ".join(map(printable, tables))
         folders = {str(PurePosixPath(name).parent) for name in tables}
         if "." in folders and len(folders) > 1:
             raise UsageError(f"{source}: a table here and others in folders: {names}; name one as SOURCE")
         raise UsageError(f"{source}: several tables: {names}; name one of them as SOURCE")
+
+
+def missing_shards(tables: Sequence[str]) -> str:
+    """`1 of 2 shards of train are here`, by the numbers in their names; empty where all are."""
+    found = Counter(
+        (place.split, int(place.shard.rpartition("-of-")[2]))
+        for place in map(place_of, tables)
+        if "-of-" in place.shard
+    )
+    return ", ".join(
+        f"{n} of {total} shards{f' of {split}' if split else ''} are here"
+        for (split, total), n in found.items()
+        if n < total
+    )
 
 
 def place_of(name: str) -> TablePlace:
@@ -137,7 +152,7 @@ def _problem(path: Path, read: ReadOptions) -> str | None:
             return "no captions"
         chosen_columns(open_table(path), read)
     except UsageError as error:
-        return str(error).removeprefix(f"{path}: ")
+        return str(error).removeprefix(f"{printable(str(path))}: ")
     return None
 
 

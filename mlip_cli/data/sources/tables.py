@@ -19,10 +19,11 @@ from mlip_cli.data.sources.records import (
     ReadOptions,
     Record,
     plain_values,
+    printable,
     split_of_folder,
 )
 from mlip_cli.data.sources.table_files import Chosen, Table, chosen_columns, open_table, split_in_name
-from mlip_cli.data.sources.text_tables import Row
+from mlip_cli.data.sources.text_tables import Row, table_error
 from mlip_cli.errors import UsageError
 
 FIRST_NAMES = 20
@@ -44,7 +45,7 @@ class TablePlan:
     def in_words(self) -> str:
         """For the line before the work."""
         header = "" if self.table.has_header else "; the table has no header"
-        beside = "" if self.folder == self.table.path.parent else f"; pictures in {self.folder}"
+        beside = "" if self.folder == self.table.path.parent else f"; pictures in {printable(str(self.folder))}"
         return self.chosen.in_words() + beside + header
 
 
@@ -175,8 +176,9 @@ def _picture_folder(root: Path, table: Table, image: str, pictures: Sequence[str
         }
         fitting = sorted(folder for folder in folders if _has_most(root / folder, names))
         if len(fitting) > 1:
-            raise UsageError(
-                f"{table.path}: its pictures could lie in {' and '.join(fitting[:3])}; say --image-folder FOLDER"
+            raise table_error(
+                table.path,
+                f"its pictures could lie in {' and '.join(map(printable, fitting[:3]))}; say --image-folder FOLDER",
             )
         if fitting:
             return root / fitting[0]

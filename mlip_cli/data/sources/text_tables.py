@@ -70,11 +70,11 @@ def opened_text(path: Path) -> Iterator[io.TextIOWrapper]:
             with io.TextIOWrapper(binary, encoding=encoding, errors=errors, newline="") as text:
                 yield text
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise UsageError(f"{path}: not gzip to its end ({error}); unpack or download it again") from None
+        raise table_error(path, f"not gzip to its end ({error}); unpack or download it again") from None
     except UnicodeError as error:
-        raise UsageError(f"{path}: damaged text ({error}); save it as UTF-8") from None
+        raise table_error(path, f"damaged text ({error}); save it as UTF-8") from None
     except OSError as error:
-        raise UsageError(f"{path}: cannot be read ({error.strerror})") from None
+        raise table_error(path, f"cannot be read ({error.strerror})") from None
 
 
 def text_layout(path: Path, *, ending: str, known: Sequence[str]) -> Layout:
@@ -90,15 +90,15 @@ def text_layout(path: Path, *, ending: str, known: Sequence[str]) -> Layout:
     with opened_text(path) as file:
         lines = [line for line in islice(iter(lambda: file.readline(MAX_CELL), ""), FIRST_LINES) if line.strip()]
     if not lines:
-        raise UsageError(f"{path}: the table is empty")
+        raise table_error(path, "the table is empty")
     if "\0" in lines[0]:
-        raise UsageError(f"{path}: its text holds zero bytes; save the table as UTF-8")
+        raise table_error(path, "its text holds zero bytes; save the table as UTF-8")
     separator = _separator(path, lines, ending=ending, known=known)
     first = [cell.strip() for cell in next(iter(_cells(lines, separator, ending=ending)), [])]
     if any(_names_a_picture(path, cell) for cell in first):
         return Layout(tuple(str(place) for place, _ in enumerate(first, 1)), separator, has_header=False)
     if twice := sorted({column for column in first if first.count(column) > 1}):
-        raise UsageError(f"{path}: column {twice[0]!r} is there twice")
+        raise table_error(path, f"column {twice[0]!r} is there twice")
     return Layout(tuple(first), separator, has_header=True)
 
 
@@ -120,7 +120,7 @@ def text_rows(path: Path, layout: Layout, *, ending: str) -> Iterator[Row]:
                     yield f"row of {len(cells)} cells under {len(columns)} columns"
         except csv.Error as error:
             cure = "a cell that starts with a quote must end with one and double those inside; or use .tsv or .jsonl"
-            raise UsageError(f"{path}:{reader.line_num}: not CSV ({error}); {cure}") from None
+            raise table_error(path, f"not CSV ({error}); {cure}", line=reader.line_num) from None
 
 
 def _rules(separator: str, ending: str) -> dict[str, Any]:
@@ -167,12 +167,17 @@ def _separator(path: Path, lines: Sequence[str], *, ending: str, known: Sequence
         return own if own in best else best[0]
     if "\t" in best:
         return "\t"
-    raise UsageError(f"{path}: {' and '.join(map(repr, best))} could both separate its cells; save it with commas")
+    raise table_error(path, f"{' and '.join(map(repr, best))} could both separate its cells; save it with commas")
 
 
 def _names_a_picture(path: Path, cell: str) -> bool:
     cell = cell.strip()
     return bool(cell) and (bool(PICTURE_NAME.match(cell)) or os.path.isfile(path.parent / cell))
+
+
+def table_error(path: Path, problem: str, *, line: int | None = None) -> UsageError:
+    """The error to raise for a table that cannot be read."""
+    return UsageError(f"{printable(str(path))}{'' if line is None else f':{line}'}: {problem}")
 
 
 def shown(cells: Sequence[Any]) -> str:
