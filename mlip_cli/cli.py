@@ -91,12 +91,19 @@ def prepare_data(
             min=0.0, max=0.5, help="Share of the pictures to hold out as validation/, if the source has no splits."
         ),
     ] = 0.02,
-    limit: Annotated[int | None, typer.Option(min=1, help="Use only the first N records of the source.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use only the first N rows of the source.")] = None,
     image_column: Annotated[
         str | None, typer.Option(help="Column that holds the picture's path. Default: found by its name.")
     ] = None,
     caption_column: Annotated[
-        str | None, typer.Option(help="Column that holds the caption. Default: found by its name.")
+        str | None,
+        typer.Option(
+            metavar="NAME[:WEIGHT][,...]",
+            help="Column that holds the caption, or several with weights: title:2,text. Default: found by its name.",
+        ),
+    ] = None,
+    image_folder: Annotated[
+        str | None, typer.Option(help="Folder that paths in a table are relative to. Default: found, or the table's.")
     ] = None,
     skin_tones: Annotated[
         bool, typer.Option("--skin-tones", help="openmoji only: include the skin-tone variants.")
@@ -112,7 +119,7 @@ def prepare_data(
         source,
         out,
         format=format,
-        read=ReadOptions(limit, image_column, caption_column, skin_tones),
+        read=ReadOptions(limit, image_column, caption_column, skin_tones, image_folder),
         size=size,
         holdout=holdout,
         workers=workers,

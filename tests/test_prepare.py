@@ -47,6 +47,7 @@ def test_rows_are_samples_plus_rejects_and_a_truncated_jpeg_stops_nothing(
     assert json.loads(capsys.readouterr().out) == summary
     assert caplog.messages == [
         f"{source}: 7 pictures, captions in .txt files; 7 rows",
+        'first: 00000.png "picture number 0"; 00001.png "picture number 1"; 00002.png "picture number 2"',
         "7 rows: 5 samples, 2 rejects",
         "  1 x damaged picture",
         "  1 x not a picture",
@@ -121,7 +122,7 @@ def test_the_number_of_held_out_samples_is_logged(tmp_path: Path, caplog: pytest
         summary = prepare(source, tmp_path / "out", holdout=0.1)
     n = summary["splits"]["validation"]["num_samples"]
     assert 0 < n < 10
-    start = caplog.messages.index(f"{source}: 30 pictures, captions in .txt files; 30 rows") + 1
+    start = caplog.messages.index(f"{source}: 30 pictures, captions in .txt files; 30 rows") + 2
     samples_held_out = "1 sample" if n == 1 else f"{n} samples"
     assert caplog.messages[start : start + 3] == [
         f"validation/ is {n} of 30 samples, held out by the hash of the pixels (--holdout 0.1, at most 5,000); the "

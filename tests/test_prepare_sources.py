@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from sources_for_tests import picture, prepare, rejects, samples, texts, write_files, write_sidecars, write_tar
 
+from mlip_cli.data.sources.records import printable
 from mlip_cli.data.tar import DamagedTarError
 from mlip_cli.errors import UsageError
 
@@ -286,8 +287,8 @@ def test_a_cut_tar_stops_the_work_before_it_starts(tmp_path: Path) -> None:
 
 
 LOOKED_FOR = (
-    "looked for metadata.csv, .tsv, .jsonl or .parquet; .tar files; pictures with a .txt of the same name; "
-    "one folder of pictures a class"
+    "looked for a table (.csv, .tsv, .txt, .json, .jsonl, .parquet, .arrow) with columns of pictures and captions; "
+    ".tar files; pictures with a .txt of the same name; one folder of pictures a class"
 )
 
 
@@ -399,3 +400,17 @@ def test_options_for_other_sources_are_refused(tmp_path: Path) -> None:
         prepare(source, tmp_path / "out", format="jpeg")
     with pytest.raises(UsageError, match=r"lies inside the source .*; name a folder elsewhere$"):
         prepare(source, source / "out")
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("Übung 猫 \U0001f468\u200d\U0001f469.jpg", "Übung 猫 \U0001f468\u200d\U0001f469.jpg"),
+        ("a\nb\t\x00", r"a\nb\t\x00"),
+        ("\x1b[31mred\x9b\x7f", r"\x1b[31mred\x9b\x7f"),
+        ("caf\udce9", r"caf\udce9"),
+        ("\u202egpj.exe\u2028", r"\u202egpj.exe\u2028"),
+    ],
+)
+def test_what_is_shown_of_a_name_stays_on_its_line(text: str, shown: str) -> None:
+    assert printable(text) == shown

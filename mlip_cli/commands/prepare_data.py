@@ -35,7 +35,7 @@ def prepare_data(
     """
     for name in (source, str(out)):
         check_utf8(name)
-    found = find_source(source, format=format)
+    found = find_source(source, format=format, read=read)
     _check_options(found, out, read)
     size = size or DEFAULT_SIZE.get(found.format, OTHER_SIZE)
     request = {"format": found.format, "size": size, "holdout": holdout, **vars(read)}
@@ -63,5 +63,7 @@ def _check_options(source: DataSource, out: Path, read: ReadOptions) -> None:
         raise UsageError(
             f"--image-column, --caption-column: for tables only, and {source.name} is read as {source.format}"
         )
-    if source.is_folder and out.resolve().is_relative_to(source.root.resolve()):
+    if read.image_folder and source.format != "metadata":
+        raise UsageError(f"--image-folder: for tables only, and {source.name} is read as {source.format}")
+    if source.is_folder and out.resolve().is_relative_to(Path(source.name).resolve()):
         raise UsageError(f"{out}: lies inside the source {source.name}; name a folder elsewhere")

@@ -23,13 +23,15 @@ from mlip_cli.data.prepare.shards import StoredSamples, write_split
 from mlip_cli.data.prepare.summary import SplitSummary, Summary, next_commands
 from mlip_cli.data.prepare.workers import run_parallel
 from mlip_cli.data.prepare.workspace import PartOptions, PartResult, Workspace, opened
-from mlip_cli.data.sources.find import DataSource, count_records, read_records
+from mlip_cli.data.sources.find import DataSource, read_records
+from mlip_cli.data.sources.listing import PassedOver
 from mlip_cli.data.sources.openmoji import attribution
-from mlip_cli.data.sources.records import MAX_HELD_OUT, SPLITS, ReadOptions, parts_of
-from mlip_cli.data.sources.tables import columns_in_words
+from mlip_cli.data.sources.records import MAX_HELD_OUT, SPLITS, ReadOptions, parts_of, printable
+from mlip_cli.data.sources.survey import Survey, cure_for, passed_over, surveyed
+from mlip_cli.data.sources.table_layouts import missing_shards
 from mlip_cli.errors import RunError, UsageError, interrupted_as
 from mlip_cli.files import GIB, full_disk_named
-from mlip_cli.terminal.output import plural, say
+from mlip_cli.terminal.output import plural, say, warn
 from mlip_cli.terminal.panel import progress
 
 FIRST_ROWS = 1_000
@@ -59,11 +61,12 @@ def prepare(source: DataSource, out: Path, read: ReadOptions, request: dict[str,
     """
     started = time.monotonic()
     with progress(None, "counting rows"):
-        num_rows = count_records(source, read)
-    say(f"{source.name}: {source.describe()}; {plural(num_rows, 'row')}")
-    if source.format == "metadata":
-        say(columns_in_words(source.root, source.tables(), read))
-    _check_disk(out, num_rows=num_rows, size=request["size"], source_bytes=sum(file.size for file in source.files))
+        survey = surveyed(source, read)
+    passed = passed_over(source, survey)
+    _say_understood(source, read, survey, passed)
+    _check_disk(
+        out, num_rows=survey.pictures, size=request["size"], source_bytes=sum(file.size for file in source.files)
+    )
     provenance = {"tool": f"mlip-cli {__version__}", "source": source.name, **request}
     if source.format == "openmoji":
         provenance |= {"packages": list(source.versions), **attribution()}
@@ -74,20 +77,22 @@ def prepare(source: DataSource, out: Path, read: ReadOptions, request: dict[str,
         opened(out, request) as work,
     ):
         try:
-            results = _prepare_parts(work, source, read, request, num_rows=num_rows, num_workers=num_workers)
+            results = _prepare_parts(work, source, read, survey, request, num_workers=num_workers)
             splits, is_held_out = _write_splits(work, results, holdout=request["holdout"], provenance=provenance)
         except SourceError as error:
             work.discard()
             raise SourceError(f"{source.name}: {error}; nothing was kept") from None
         num_rejects = _write_rejects(work, results)
         num_samples = sum(split.num_samples for split in splits.values())
-        if num_samples + num_rejects != num_rows:
-            raise RunError(f"{out}: {num_rows} rows in, but {num_samples} samples and {num_rejects} rejects out")
+        if num_samples + num_rejects != survey.pictures:
+            raise RunError(
+                f"{out}: {survey.pictures} pictures in, but {num_samples} samples, {num_rejects} rejects out"
+            )
         summary = Summary(
             out=str(out),
             source=source.name,
             request=request,
-            rows=num_rows,
+            rows=survey.rows,
             rejects=num_rejects,
             reasons=dict(_reasons(results).most_common()),
             splits=splits,
@@ -95,18 +100,39 @@ def prepare(source: DataSource, out: Path, read: ReadOptions, request: dict[str,
             attribution=provenance.get("attribution"),
             seconds=round(time.monotonic() - started, 2),
             next=next_commands(source.format, out, splits),
+            pictures=survey.pictures,
+            passed_over=passed.counts | survey.spelled.counts,
         )
         work.publish(summary)
     return summary
+
+
+def _say_understood(source: DataSource, read: ReadOptions, survey: Survey, passed: PassedOver) -> None:
+    """What was understood of the source, the first pairs, what is not read, and what looks wrong."""
+    say(f"{source.name}: {source.describe()}; {survey.in_words()}")
+    if source.format == "metadata":
+        say("; ".join(dict.fromkeys(plan.in_words() for plan in source.planned_tables(read))))
+    if survey.first:
+        say(f"first: {'; '.join(survey.first)}")
+    if survey.spelled.counts:
+        say(survey.spelled.in_words())
+    if passed.counts:
+        say(f"not read: {passed.in_words()}{cure_for(passed)}")
+    if source.is_folder and source.format == "metadata" and (missing := missing_shards(source.tables)):
+        warn(missing)
+    for name, why in source.unread_tables.items() if source.format == "classes" else ():
+        warn(f"{printable(name)}: not read as a table: {why}")
+    for text in survey.looks.warnings(are_classes=source.format == "classes"):
+        warn(text)
 
 
 def _prepare_parts(
     work: Workspace,
     source: DataSource,
     read: ReadOptions,
+    survey: Survey,
     request: Mapping[str, Any],
     *,
-    num_rows: int,
     num_workers: int,
 ) -> list[PartResult]:
     """Prepare the parts that are not finished yet. Returns all results, in the order of the source.
@@ -118,16 +144,16 @@ def _prepare_parts(
     options = PartOptions(str(work.parts), request["size"], render=source.format == "openmoji")
     results = work.results()
     done = frozenset(results)
-    todo = (part for part in parts_of(read_records(source, read)) if part.number not in done)
-    with progress(num_rows, "preparing") as bar:
+    todo = (part for part in parts_of(read_records(source, read, survey.shared)) if part.number not in done)
+    with progress(survey.pictures, "preparing") as bar:
         bar.advance(bar.task_ids[0], sum(result.rows for result in results.values()))
         _check_first_rows(work, results, enough=FIRST_ROWS)
         for result in run_parallel(partial(prepare_part, options=options), todo, num_workers=num_workers):
             results[result.number] = result
             bar.advance(bar.task_ids[0], result.rows)
             _check_first_rows(work, results, enough=FIRST_ROWS)
-    if (rows := sum(result.rows for result in results.values())) != num_rows:
-        raise RunError(f"{work.out}: {rows} rows where {num_rows} were counted; did the source change? Start again")
+    if (rows := sum(result.source_rows for result in results.values())) != survey.rows:
+        raise RunError(f"{work.out}: {rows} rows where {survey.rows} were counted; did the source change? Start again")
     _check_first_rows(work, results, enough=FEWEST_ROWS)
     return [results[number] for number in sorted(results)]
 

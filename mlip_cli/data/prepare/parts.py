@@ -15,7 +15,7 @@ from mlip_cli.data.pictures import RejectedPictureError
 from mlip_cli.data.prepare.pixels import StoredPicture, store
 from mlip_cli.data.prepare.shards import PART_ROW, sample_parts, tar_writer, verify_tar
 from mlip_cli.data.prepare.workspace import PartOptions, PartResult
-from mlip_cli.data.sources.records import SPLITS, PicturePlace, Record, SourcePart, printable
+from mlip_cli.data.sources.records import SPLITS, PictureBytes, PicturePlace, Record, SourcePart, encodable, printable
 from mlip_cli.data.tokenizer import count_tokens
 from mlip_cli.files import atomic_path, write_bytes, write_json
 
@@ -48,7 +48,8 @@ def prepare_part(part: SourcePart, options: PartOptions) -> PartResult:
     lines = "".join(json.dumps(reject) + "\n" for reject in rejects)
     write_bytes(tar.with_suffix(".rejects.jsonl"), lines.encode())
     reasons = dict(sorted(Counter(reject["reason"] for reject in rejects).items()))
-    result = PartResult(part.number, len(part.records), tar.name, reasons)
+    source_rows = sum(record.num_rows for record in part.records)
+    result = PartResult(part.number, len(part.records), tar.name, reasons, source_rows)
     write_json(tar.with_suffix(".json"), asdict(result))
     return result
 
@@ -58,7 +59,7 @@ def _make_sample(record: Record, row: int, options: PartOptions) -> tuple[dict[s
     if record.reject or record.picture is None:
         raise RejectedPictureError(record.reject or "no picture", record.detail)
     content = _read_picture(record.picture)
-    if options.render:
+    if options.render and isinstance(record.picture, PicturePlace):
         from mlip_cli.data.sources.openmoji import render
 
         picture = store(render(Path(record.picture.path), size=options.size), size=options.size)
@@ -66,19 +67,21 @@ def _make_sample(record: Record, row: int, options: PartOptions) -> tuple[dict[s
         picture = store(content, size=options.size)
     fields = {
         "captions": [asdict(caption) for caption in record.captions],
-        "class": None if record.label is None else printable(record.label),
+        "class": None if record.label is None else encodable(record.label),
         "width": picture.width,
         "height": picture.height,
         "original_width": picture.original_width,
         "original_height": picture.original_height,
         "sha256": hashlib.sha256(content).hexdigest(),
-        "source": {"file": printable(record.file), "row": record.row},
+        "source": {"file": encodable(record.file), "row": record.row},
         "meta": dict(record.meta),
     }
     return sample_parts(f"{row:09d}", image=picture.content, format=picture.format, fields=fields), picture
 
 
-def _read_picture(picture: PicturePlace) -> bytes:
+def _read_picture(picture: PicturePlace | PictureBytes) -> bytes:
+    if isinstance(picture, PictureBytes):
+        return picture.content
     try:
         if not stat.S_ISREG(os.stat(picture.path).st_mode) and not os.path.isdir(picture.path):
             raise RejectedPictureError("picture is not a file", "a pipe or a device")  # reading it could wait for ever

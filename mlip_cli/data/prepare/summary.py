@@ -58,6 +58,10 @@ class Summary:
     seconds: float
     next: dict[str, str]
     """Trainings to go on with, by the hardware they need."""
+    pictures: int
+    """Samples and rejects. Rows that name one picture are one; a row that cannot be used is a reject by itself."""
+    passed_over: dict[str, int]
+    """What was found beside that and not read, or found by another spelling, by kind."""
 
     @classmethod
     def read(cls, path: Path) -> "Summary":
@@ -69,7 +73,8 @@ class Summary:
         try:
             fields = json.loads(path.read_bytes())
             splits = {split: SplitSummary(**values) for split, values in fields["splits"].items()}
-            return cls(**(fields | {"splits": splits}))
+            earlier = {"pictures": fields["rows"], "passed_over": {}}  # each row was a picture, and nothing was counted
+            return cls(**(earlier | fields | {"splits": splits}))
         except (ValueError, KeyError, TypeError):
             raise UsageError(f"{path}: not written by mlip prepare-data; name another folder") from None
 
@@ -84,8 +89,9 @@ class Summary:
     def show_notes(self) -> None:
         """Say to stderr what was held out and rejected, and the next command."""
         self._show_held_out()
-        num_samples = self.rows - self.rejects
-        say(f"{plural(self.rows, 'row')}: {plural(num_samples, 'sample')}, {plural(self.rejects, 'reject')}")
+        num_samples = self.pictures - self.rejects
+        pictures = f", {plural(self.pictures, 'picture')}" if self.pictures != self.rows else ""
+        say(f"{plural(self.rows, 'row')}{pictures}: {plural(num_samples, 'sample')}, {plural(self.rejects, 'reject')}")
         for reason, n in self.reasons.items():
             say(f"  {n:,} x {reason}")
         if self.rejects:
@@ -102,7 +108,7 @@ class Summary:
         holdout = self.request["holdout"]
         if self.held_out:
             num_held_out = self.splits["validation"].num_samples
-            num_samples = plural(self.rows - self.rejects, "sample")
+            num_samples = plural(self.pictures - self.rejects, "sample")
             say(
                 f"validation/ is {num_held_out:,} of {num_samples}, held out by the hash of the pixels "
                 f"(--holdout {holdout:g}, at most {MAX_HELD_OUT:,}); the source has no splits"

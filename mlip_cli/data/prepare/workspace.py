@@ -46,6 +46,8 @@ class PartResult:
     """Name in parts/. The tables of samples and rejects lie beside it."""
     reasons: dict[str, int]
     """Rejects by reason."""
+    source_rows: int = 0
+    """Rows of the source. Those that share a picture became one."""
 
     @property
     def rejects(self) -> int:

@@ -61,9 +61,13 @@ def walk(folder: Path, above: tuple[tuple[int, int], ...] = ()) -> Iterator[Path
             if is_leftover(entry.name):
                 continue
             path = Path(entry.path)
-            if entry.is_dir():
+            try:
+                is_folder, is_file = entry.is_dir(), entry.is_file()
+            except OSError:  # a link that leads to itself: broken like any other
+                is_folder, is_file = False, True
+            if is_folder:
                 yield from walk(path, (*above, here))
-            elif entry.is_file() or not path.exists():  # reading a pipe or a device would wait for ever
+            elif is_file or not path.exists():  # reading a pipe or a device would wait for ever
                 yield path
 
 

@@ -8,7 +8,6 @@ import sys
 from codecs import BOM_UTF8
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +16,17 @@ from mlip_cli.errors import UsageError
 MAX_CAPTION_BYTES = 64 * 1024
 MAX_CAPTIONS = 255
 PART_ROWS = 500
+PART_BYTES = 64 << 20
+"""A part ends here where its records carry the bytes of their pictures: each worker holds one."""
 MAX_HELD_OUT = 5_000
+UNSHOWN = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+"""Control characters, other ends of lines, and what turns the direction of writing."""
 
 SPLITS = ("train", "validation", "test")
 SPLIT_WORDS = {
     "train": "train",
     "training": "train",
+    "restval": "train",
     "validation": "validation",
     "valid": "validation",
     "val": "validation",
@@ -55,6 +59,13 @@ class PicturePlace:
 
 
 @dataclass(frozen=True)
+class PictureBytes:
+    """The encoded bytes of a picture that lies in a table."""
+
+    content: bytes
+
+
+@dataclass(frozen=True)
 class Record:
     """A row of the source. It becomes a sample or a line in rejects.parquet."""
 
@@ -62,7 +73,7 @@ class Record:
     """File that holds the row, relative to the source."""
     row: int
     """Place of the row in that file, from 0."""
-    picture: PicturePlace | None
+    picture: PicturePlace | PictureBytes | None
     captions: tuple[Caption, ...]
     split: str | None = None
     label: str | None = None
@@ -72,16 +83,24 @@ class Record:
     """Reason why the row cannot become a sample, if that is known without its picture."""
     detail: str = ""
     """What the reason is about: a file name, a value."""
+    same: str = ""
+    """Equal for rows that name the same picture, which become one record; empty where each row has its own."""
+    found_as: str = ""
+    """File that was found by another spelling of its name."""
+    num_rows: int = 1
+    """Rows of the source that became this record."""
 
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """Which records of the source to read, and which columns of a table hold them."""
+    """Which rows of the source to read, and which columns of a table hold them."""
 
     limit: int | None = None
     image_column: str | None = None
     caption_column: str | None = None
     skin_tones: bool = False
+    image_folder: str | None = None
+    """What paths in a table are relative to."""
 
 
 @dataclass(frozen=True)
@@ -96,11 +115,16 @@ class SourcePart:
 
 def parts_of(records: Iterable[Record]) -> Iterator[SourcePart]:
     """Cut a source into parts. Their size does not depend on the number of workers, so the output does not either."""
-    rows = iter(records)
-    number = 0
-    while part := tuple(islice(rows, PART_ROWS)):
-        yield SourcePart(number, number * PART_ROWS, part)
-        number += 1
+    number = first_row = num_bytes = 0
+    part: list[Record] = []
+    for record in records:
+        part.append(record)
+        num_bytes += len(record.picture.content) if isinstance(record.picture, PictureBytes) else 0
+        if len(part) == PART_ROWS or num_bytes >= PART_BYTES:
+            yield SourcePart(number, first_row, tuple(part))
+            number, first_row, num_bytes, part = number + 1, first_row + len(part), 0, []
+    if part:
+        yield SourcePart(number, first_row, tuple(part))
 
 
 def checked_captions(record: Record) -> Record:
@@ -160,15 +184,20 @@ def captions_of(value: Any) -> tuple[Caption, ...]:
 def plain_values(row: Mapping[str, Any], *, without: Collection[str | None] = ()) -> dict[str, Any]:
     """The texts, booleans and finite numbers of `row`, which KEY.json keeps as `meta`."""
     return {
-        printable(key): printable(value) if isinstance(value, str) else value
+        encodable(key): encodable(value) if isinstance(value, str) else value
         for key, value in row.items()
         if key not in without and (math.isfinite(value) if isinstance(value, float) else isinstance(value, str | int))
     }
 
 
-def printable(text: str) -> str:
-    """`text` with escapes for what UTF-8 cannot encode."""
+def encodable(text: str) -> str:
+    """`text` with escapes for what UTF-8 cannot encode: what files of ours hold."""
     return text.encode("utf-8", "backslashreplace").decode()
+
+
+def printable(text: str) -> str:
+    """`text` on one line, with escapes for what moves a cursor or cannot be encoded: what a person is shown."""
+    return UNSHOWN.sub(lambda found: found[0].encode("unicode_escape").decode(), encodable(text))
 
 
 def check_utf8(name: str, *, place: str = "") -> None:
@@ -177,7 +206,7 @@ def check_utf8(name: str, *, place: str = "") -> None:
     Raises:
         UsageError: it begins with `place`, and has the cure.
     """
-    if printable(name) == name:
+    if encodable(name) == name:
         return
     try:
         os.fsencode(name).decode("utf-8")
