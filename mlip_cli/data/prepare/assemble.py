@@ -61,6 +61,7 @@ def prepare(source: DataSource, out: Path, read: ReadOptions, request: dict[str,
     with progress(None, "counting rows"):
         num_rows = count_records(source, read)
     say(f"{source.name}: {source.describe()}; {plural(num_rows, 'row')}")
+    source.notes.tell(source.name, say=say)
     if source.format == "metadata":
         say(columns_in_words(source.root, source.tables(), read))
     _check_disk(out, num_rows=num_rows, size=request["size"], source_bytes=sum(file.size for file in source.files))

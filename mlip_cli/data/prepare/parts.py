@@ -16,6 +16,7 @@ from mlip_cli.data.prepare.pixels import StoredPicture, store
 from mlip_cli.data.prepare.shards import PART_ROW, sample_parts, tar_writer, verify_tar
 from mlip_cli.data.prepare.workspace import PartOptions, PartResult
 from mlip_cli.data.sources.records import SPLITS, PicturePlace, Record, SourcePart, printable
+from mlip_cli.data.tar import read_decompressed
 from mlip_cli.data.tokenizer import count_tokens
 from mlip_cli.files import atomic_path, write_bytes, write_json
 
@@ -80,6 +81,8 @@ def _make_sample(record: Record, row: int, options: PartOptions) -> tuple[dict[s
 
 def _read_picture(picture: PicturePlace) -> bytes:
     try:
+        if picture.is_compressed and picture.size is not None:
+            return read_decompressed(picture.path, picture.size, picture.offset)
         if not stat.S_ISREG(os.stat(picture.path).st_mode) and not os.path.isdir(picture.path):
             raise RejectedPictureError("picture is not a file", "a pipe or a device")  # reading it could wait for ever
         with open(picture.path, "rb") as file:

@@ -8,7 +8,7 @@ import hashlib
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 
@@ -24,7 +24,8 @@ from mlip_cli.data.sources.records import (
     printable,
 )
 from mlip_cli.data.sources.tables import table_records
-from mlip_cli.data.sources.tars import tar_records
+from mlip_cli.data.sources.tar_samples import Columns, TarNotes
+from mlip_cli.data.sources.tars import TAR_ENDINGS, tar_records
 from mlip_cli.errors import UsageError
 from mlip_cli.terminal.output import plural
 
@@ -62,6 +63,8 @@ class DataSource:
     """False when the user named files one by one or by a pattern."""
     versions: tuple[str, ...] = ()
     """Of the packages that a built-in source comes from."""
+    notes: TarNotes = field(default_factory=TarNotes)
+    """Of tars, each time that their records are read."""
 
     def fingerprint(self) -> str:
         """Changes when a file is added, removed, resized or touched."""
@@ -78,8 +81,8 @@ class DataSource:
         return [file.name for file in self.files if file.suffix[1:] in PICTURE_ENDINGS]
 
     def tars(self) -> list[str]:
-        """The files that end in .tar."""
-        return [file.name for file in self.files if file.suffix == ".tar"]
+        """The tars, compressed ones too."""
+        return [file.name for file in self.files if file.name.lower().endswith(TAR_ENDINGS)]
 
     def describe(self) -> str:
         """What was recognised, in words."""
@@ -120,7 +123,9 @@ SOURCE_FORMATS = {
     ),
     "webdataset": SourceFormat(
         fits=lambda found: bool(found.tars()),
-        records=lambda source, read: tar_records(source.root, source.tars()),
+        records=lambda source, read: tar_records(
+            source.root, source.tars(), Columns(read.image_column, read.caption_column), source.notes
+        ),
         describe=lambda source: plural(len(source.tars()), "webdataset tar"),
     ),
     "sidecar": SourceFormat(

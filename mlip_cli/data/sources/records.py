@@ -43,6 +43,8 @@ class PicturePlace:
     path: str
     offset: int = 0
     size: int | None = None
+    is_compressed: bool = False
+    """`offset` counts the bytes that come out of a compressed file."""
 
 
 @dataclass(frozen=True)
@@ -143,9 +145,15 @@ def captions_of(value: Any) -> tuple[Caption, ...]:
         if isinstance(item, str):
             captions.append(Caption(item))
         elif isinstance(item, dict) and isinstance(item.get("text"), str):
-            weight = item.get("weight", 1.0)
-            captions.append(Caption(item["text"], float(weight) if isinstance(weight, int | float) else math.nan))
+            captions.append(Caption(item["text"], _weight(item.get("weight", 1.0))))
     return tuple(captions)
+
+
+def _weight(value: Any) -> float:
+    try:
+        return float(value) if isinstance(value, int | float) else math.nan
+    except OverflowError:  # JSON has integers that no float can hold
+        return math.inf
 
 
 def plain_values(row: Mapping[str, Any], *, without: Collection[str | None] = ()) -> dict[str, Any]:
