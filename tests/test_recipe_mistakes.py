@@ -49,7 +49,7 @@ optim.lr: 4
     )
     assert mistakes("bad.yaml", "evaluate.zeroshot=openmoji", "model.merging.at=[2, 0]") == [
         "bad.yaml:1: seed: expected a whole number of at least 0 and below 4294967296, not 'yes'",
-        "bad.yaml:3: data.train[0]: expected text or a section with the keys path, weight, format, not 5",
+        "bad.yaml:3: data.train[0]: expected text or a section with the keys path, weight, format, caption_column, image_column, not 5",
         "bad.yaml:3: unknown key data.train[1].wieght; did you mean data.train[1].weight?",
         "bad.yaml:4: unknown key data.batch_sise; did you mean train.global_batch_size?",
         "bad.yaml:6: duplicate key data.image_size; first in line 5",

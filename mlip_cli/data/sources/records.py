@@ -149,6 +149,12 @@ def captions_of(value: Any) -> tuple[Caption, ...]:
     return tuple(captions)
 
 
+def caption_lines(text: str) -> list[str]:
+    """The captions of a text: its lines if there are several and none of them is empty, else the whole."""
+    lines = text.strip().splitlines()
+    return lines if len(lines) > 1 and all(line.strip() for line in lines) else [text]
+
+
 def _weight(value: Any) -> float:
     try:
         return float(value) if isinstance(value, int | float) else math.nan

@@ -10,6 +10,7 @@ from mlip_cli.data.sources.records import (
     PicturePlace,
     Record,
     UnusableSampleError,
+    caption_lines,
     captions_of,
     decode_text,
     plain_values,
@@ -148,5 +149,5 @@ def _captions(fields: dict[str, Any], text: str | None, columns: Columns) -> tup
     for name in names:
         if (captions := captions_of(fields.get(name))) and (name == "captions" or text is None):
             return captions, False
-    lines = [line.strip() for line in (text or "").splitlines() if line.strip()]
+    lines = caption_lines(text) if text and text.strip() else []
     return captions_of(lines), len(lines) > 1
