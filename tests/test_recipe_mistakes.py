@@ -170,6 +170,7 @@ def test_a_mistake_in_a_parent_is_reported_in_the_parent() -> None:
         (["train.epochs=3"], "train.epochs=3: 3 and train.steps 5 are both given; set one of them to null"),
         (["train.micro_batch_size=8"], "train.micro_batch_size=8: 8 is more than train.global_batch_size 4; set it to null"),
         (["train={precision: fp16, device: cpu}"], "train={precision: fp16, device: cpu}: train.precision: fp16 needs train.device cuda, not cpu; use bf16 or fp32"),
+        (["data.train=[{path: a, caption_column: b}]"], "data.train=[{path: a, caption_column: b}]: a has a caption_column or image_column, which need format: webdataset"),
         (["data.train=[{path: a, weight: 1}, b]"], "data.train=[{path: a, weight: 1}, b]: b has no weight but other folders do; give all of them a weight, or none"),
         (["data.train=[a, a]"], "data.train=[a, a]: a is listed twice"),
         (["data.validation={path: a, weight: 1}"], "data.validation={path: a, weight: 1}: weights work in data.train only; list the folders without weights"),
