@@ -24,7 +24,8 @@ from mlip_cli.data.sources.records import checked_captions
 from mlip_cli.data.sources.tar_samples import Columns, TarNotes
 from mlip_cli.data.sources.tars import tar_records
 from mlip_cli.errors import RunError, UsageError
-from mlip_cli.evaluate.datasets.clip_benchmark import labelled_pictures
+from mlip_cli.evaluate.datasets.benchmark import Benchmark
+from mlip_cli.evaluate.datasets.clip_benchmark import labelled_pictures, open_web_shards
 from mlip_cli.recipe.config import Cache, Source
 
 
@@ -306,19 +307,20 @@ def test_what_cannot_be_decompressed_is_named(
         prepare(tmp_path / "in", tmp_path / "out")
 
 
-def test_evaluation_names_a_compressed_shard(tmp_path: Path) -> None:
-    from mlip_cli.evaluate.datasets.benchmark import Benchmark
-    from mlip_cli.evaluate.datasets.clip_benchmark import open_web_shards
-
-    root = tmp_path / "wds_x"
+def web_shards(root: Path, content: bytes) -> Path:
     (root / "test").mkdir(parents=True)
+    (root / "test" / "0.tar").write_bytes(content)
     for name, text in (
         ("classnames.txt", "a\nb"),
         ("zeroshot_classification_templates.txt", "{c}"),
         ("test/nshards.txt", "1"),
     ):
         (root / name).write_text(text)
-    (root / "test" / "0.tar").write_bytes(gzip.compress(as_tar(PAIRED)))
+    return root
+
+
+def test_evaluation_names_a_compressed_shard(tmp_path: Path) -> None:
+    root = web_shards(tmp_path / "wds", gzip.compress(as_tar(PAIRED)))
     with pytest.raises(
         UsageError, match=r"0\.tar: is gzip, and evaluation needs random access; unpack it: gzip -dc < "
     ):
@@ -354,8 +356,40 @@ def test_what_prepare_data_says_of_tars_without_captions(tmp_path: Path) -> None
     assert texts(tmp_path / "out") == [["a card"]] * 60
 
 
+def test_most_samples_must_be_usable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training, preparing and evaluation end where more than half of the samples fail for one reason."""
+    words: list[str] = []
+    monkeypatch.setattr(plain_tars, "warn", words.append)
+    for num_bare, ends in ((30, False), (31, True)):
+        path = tmp_path / f"{num_bare}.tar"
+        members = [member for i in range(30) for member in sample(f"{i:03}", A, "words")]
+        path.write_bytes(as_tar([*members, *((f"{i}.jpg", A) for i in range(100, 100 + num_bare))]))
+        if not ends:
+            assert opened(path, tmp_path / "cache").num_samples == 30
+            assert words == [
+                f"{path}: 30 samples cannot be used and 30 can: 30 no caption (first: {path}: sample 100: no caption)"
+            ]
+            continue
+        with pytest.raises(RunError) as error:
+            opened(path, tmp_path / "cache")
+        assert str(error.value) == (
+            f"{path}: 31 of 61 samples fail for the same reason: no caption (first: {path}: sample 100: no caption)"
+        )
+        with pytest.raises(RunError, match=r"31 of the first 61 rows fail for the same reason: no caption"):
+            prepare(path, tmp_path / "out")
+        root = web_shards(tmp_path / "wds", path.read_bytes())
+        with pytest.raises(RunError) as error:
+            open_web_shards(Benchmark("x", "x", root, ""))
+        assert str(error.value) == (
+            f"{root}/test: 31 samples without a class number (first: 0.tar: 100); only 30 others have a picture and a "
+            "class"
+        )
+
+
 @pytest.mark.parametrize(
-    "content", [b"[1, ", b'{"a": ' + b"9" * 5000 + b"}", b"[" * 100_000, b"\xff", b'"text"', b"{}"]
+    "content",
+    [b"[1, ", b'{"a": ' + b"9" * 5000 + b"}", b"[" * 100_000, b"\xff", b'"text"', b"{}"],
+    ids=["cut", "number too long", "too deep", "not UTF-8", "no object", "empty"],
 )
 def test_damaged_json_is_a_reject_everywhere(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()

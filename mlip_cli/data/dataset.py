@@ -226,7 +226,7 @@ def _read_parts(shard: _OpenShard, record: np.void, place: Place) -> tuple[str, 
         ValueError: what lies there is not what the index says.
         OSError: the disk cannot be read.
     """
-    if place.end - BLOCK > shard.num_bytes:
+    if place.end > shard.num_bytes:
         raise ValueError("the index places it behind the end of the shard")
     if "image" not in place.parts:
         raise ValueError("the index places no picture")

@@ -33,7 +33,7 @@ from mlip_cli.data.sources.tar_samples import Columns, TarNotes, TarSample, part
 from mlip_cli.data.sources.tars import CAPTION_LINES, stated
 from mlip_cli.data.tar import DamagedTarError, Member, OpenTar, check_not_compressed, open_tar, read_members
 from mlip_cli.data.tokenizer import count_tokens
-from mlip_cli.errors import UsageError
+from mlip_cli.errors import RunError, UsageError
 from mlip_cli.files import GIB, full_disk_named, write_json
 from mlip_cli.recipe.config import Cache
 from mlip_cli.terminal.output import plural, say, warn
@@ -41,6 +41,8 @@ from mlip_cli.terminal.panel import progress
 
 MOST_NAMED = 10
 """Damaged tars that are named; more are counted."""
+ENOUGH_SAMPLES = 50
+"""Of so many, most must be usable."""
 RULES = 2
 """Changes when samples are found in another way, so that older indexes in the cache are not read."""
 PARALLEL_BYTES = GIB
@@ -82,6 +84,7 @@ def index_tars(path: str, columns: Columns, cache: Cache) -> tuple[list[Path], l
 
     Raises:
         UsageError: there are no tars, they are of several splits, compressed or a stream, or no sample can be used.
+        RunError: most samples cannot be used, for one reason.
     """
     source = _find(path)
     tars = [source.root / name for name in source.tars()]
@@ -226,6 +229,7 @@ def _tell(path: str, tars: Sequence[Path], known: Sequence[IndexedTar]) -> None:
 
     Raises:
         UsageError: no sample can be used.
+        RunError: most of them cannot, for one reason.
     """
     damaged = [own for own in known if own.damage]
     for own in damaged[:MOST_NAMED]:
@@ -246,5 +250,9 @@ def _tell(path: str, tars: Sequence[Path], known: Sequence[IndexedTar]) -> None:
     for own in known:
         notes.add(own.notes)
     notes.tell(path, say=say)
+    total = num_samples + rejects.total()
+    for reason, n in rejects.most_common(1) if total >= ENOUGH_SAMPLES else ():
+        if n > total / 2:
+            raise RunError(f"{path}: {n:,} of {total:,} samples fail for the same reason: {reason} (first: {first})")
     if rejects:
         warn(f"{path}: {rejects.total():,} samples cannot be used and {num_samples:,} can: {reasons} (first: {first})")

@@ -20,6 +20,8 @@ from mlip_cli.evaluate.datasets.benchmark import Benchmark
 from mlip_cli.evaluate.datasets.pictures import Pictures, read_picture
 from mlip_cli.terminal.output import say
 
+LEFT_OUT = "samples "
+"""How the words for samples that are not measured begin."""
 IMAGENETV2_FOLDER = "ImageNetV2-matched-frequency"
 IMAGENETV2_PICTURES = 10_000
 
@@ -82,7 +84,8 @@ def open_web_shards(benchmark: Benchmark) -> Pictures:
     clip-benchmark's own reader unpickles members, and it ends a damaged shard without a message.
 
     Raises:
-        UsageError: a file is missing, or pictures do not have one label each.
+        UsageError: a file is missing, or no picture has a label.
+        RunError: a shard is damaged, or most samples have no label.
     """
     root, part = benchmark.root, benchmark.root / "test"
     kind = _lines(root / "dataset_type.txt")[:1] if (root / "dataset_type.txt").is_file() else ["classification"]
@@ -105,6 +108,9 @@ def open_web_shards(benchmark: Benchmark) -> Pictures:
     notes = TarNotes()
     items = [item for tar in tars for item in labelled_pictures(tar, notes)]
     notes.tell(benchmark.name, say=say)
+    num_left_out = sum(n for kind, n in notes.passed_over.counts.items() if kind.startswith(LEFT_OUT))
+    if num_left_out > len(items) > 0:
+        raise RunError(f"{part}: {notes.passed_over.in_words()}; only {len(items):,} others have a picture and a class")
     if not items:
         raise UsageError(f"{part}: no pictures with a .cls beside them")
     return Pictures(class_names, templates, items, _load_tar_item)
@@ -132,10 +138,10 @@ def labelled_pictures(tar: Path, notes: TarNotes | None = None) -> Iterator[TarI
             try:
                 parts = parts_of_sample(sample, GUESSED)
             except UnusableSampleError as error:
-                notes.passed_over.add(f"samples with {error}", f"{tar.name}: {printable(sample.key)}")
+                notes.passed_over.add(f"{LEFT_OUT}with {error}", f"{tar.name}: {printable(sample.key)}")
                 continue
             if "cls" not in parts:
-                notes.passed_over.add("samples without a class number", f"{tar.name}: {printable(sample.key)}")
+                notes.passed_over.add(f"{LEFT_OUT}without a class number", f"{tar.name}: {printable(sample.key)}")
                 continue
             label = opened.read(min(parts["cls"].size, 16), parts["cls"].offset).strip()
             if not label.isdigit():
