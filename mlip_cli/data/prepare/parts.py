@@ -29,11 +29,13 @@ def prepare_part(part: SourcePart, options: PartOptions) -> PartResult:
     tar = Path(options.folder, f"part-{part.number:06d}.tar")
     rows: list[tuple[int, int, int]] = []
     rejects: list[dict[str, Any]] = []
+    contents = _decompressed(part)
     with atomic_path(tar) as temporary:
         with tar_writer(temporary) as writer:
             for position, record in enumerate(part.records):
                 try:
-                    sample, picture = _make_sample(record, position + part.first_row, options)
+                    content = contents.get(record.picture) if record.picture else None
+                    sample, picture = _make_sample(record, content, position + part.first_row, options)
                 except RejectedPictureError as reject:
                     rejects.append(_reject(record, reject))
                     continue
@@ -54,11 +56,25 @@ def prepare_part(part: SourcePart, options: PartOptions) -> PartResult:
     return result
 
 
-def _make_sample(record: Record, row: int, options: PartOptions) -> tuple[dict[str, Any], StoredPicture]:
-    """The sample of a record and its picture. A RejectedPictureError says why a record becomes a reject."""
+def _decompressed(part: SourcePart) -> dict[PicturePlace, bytes]:
+    """The pictures that lie in compressed files, read in the order in which they lie there, so that it is read once."""
+    places = [record.picture for record in part.records if record.picture and record.picture.is_compressed]
+    places.sort(key=lambda place: (place.path, place.offset))
+    sizes = [(place, place.size or 0) for place in places]
+    return {place: read_decompressed(place.path, n, place.offset) for place, n in sizes if n <= MAX_FILE_BYTES}
+
+
+def _make_sample(
+    record: Record, content: bytes | None, row: int, options: PartOptions
+) -> tuple[dict[str, Any], StoredPicture]:
+    """The sample of a record and its picture, whose bytes are read if they are not at hand.
+
+    Raises:
+        RejectedPictureError: says why the record becomes a reject.
+    """
     if record.reject or record.picture is None:
         raise RejectedPictureError(record.reject or "no picture", record.detail)
-    content = _read_picture(record.picture)
+    content = _read_picture(record.picture) if content is None else content
     if options.render:
         from mlip_cli.data.sources.openmoji import render
 
@@ -81,8 +97,6 @@ def _make_sample(record: Record, row: int, options: PartOptions) -> tuple[dict[s
 
 def _read_picture(picture: PicturePlace) -> bytes:
     try:
-        if picture.is_compressed and picture.size is not None:
-            return read_decompressed(picture.path, picture.size, picture.offset)
         if not stat.S_ISREG(os.stat(picture.path).st_mode) and not os.path.isdir(picture.path):
             raise RejectedPictureError("picture is not a file", "a pipe or a device")  # reading it could wait for ever
         with open(picture.path, "rb") as file:

@@ -17,7 +17,17 @@ from mlip_cli.data.sources.records import (
     printable,
     split_of_folder,
 )
-from mlip_cli.data.sources.tar_samples import GUESSED, Columns, TarNotes, TarSample, parts_of_sample, samples_of
+from mlip_cli.data.sources.tar_samples import (
+    GUESSED,
+    MAX_TEXT_BYTES,
+    PICTURE_FIELDS,
+    Columns,
+    TarNotes,
+    TarSample,
+    ending_of,
+    parts_of_sample,
+    samples_of,
+)
 from mlip_cli.data.tar import OpenTar, open_tar, read_members
 
 TAR_ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst")
@@ -59,8 +69,18 @@ def tar_records(
         split, _ = split_of_folder(Path(tar))
         samples, _ = samples_of(read_members(root / tar), columns, notes, tar=tar)
         with open_tar(root / tar) as opened:
+            opened = _with_texts_read(opened, samples) if opened.is_compressed else opened
             for row, sample in enumerate(samples):
                 yield _record(opened, sample, columns, notes, file=tar, row=row, split=split)
+
+
+def _with_texts_read(tar: OpenTar, samples: Sequence[TarSample]) -> OpenTar:
+    """The same tar with all texts in memory, read in the order in which they lie there."""
+    members = {member for sample in samples for member in sample.fields.values() if member.size <= MAX_TEXT_BYTES}
+    texts = [member for member in members if ending_of(member.name).lower() not in PICTURE_FIELDS]
+    texts.sort(key=lambda member: member.offset)
+    contents = {(member.size, member.offset): tar.read(member.size, member.offset) for member in texts}
+    return tar._replace(read=lambda size, at: contents[size, at])
 
 
 def _record(
