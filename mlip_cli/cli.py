@@ -72,7 +72,10 @@ def _root(
 @app.command(epilog="Example: mlip prepare-data openmoji data/openmoji")
 def prepare_data(
     source: Annotated[
-        str, typer.Argument(metavar="SOURCE", help="A folder, a table, a tar, a pattern of tars, or openmoji.")
+        str,
+        typer.Argument(
+            metavar="SOURCE", help="A folder, a table, a tar (.tar.gz too), a pattern of tars, or openmoji."
+        ),
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write train/ and validation/ or test/ into.")],
     format: Annotated[
@@ -93,13 +96,15 @@ def prepare_data(
     ] = 0.02,
     limit: Annotated[int | None, typer.Option(min=1, help="Use only the first N rows of the source.")] = None,
     image_column: Annotated[
-        str | None, typer.Option(help="Column that holds the picture's path. Default: found by its name.")
+        str | None,
+        typer.Option(help="Column that holds the picture's path, or its field in a tar. Default: found by its name."),
     ] = None,
     caption_column: Annotated[
         str | None,
         typer.Option(
             metavar="NAME[:WEIGHT][,...]",
-            help="Column that holds the caption, or several with weights: title:2,text. Default: found by its name.",
+            help="Column that holds the caption, or its key in a tar's KEY.json; several columns of a table, with "
+            "weights: title:2,text. Default: found by its name.",
         ),
     ] = None,
     image_folder: Annotated[

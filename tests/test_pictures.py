@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import ExifTags, Image, ImageOps
+from shards_for_tests import give_checksums
 from test_benchmarks import opened, write, write_tar
 from test_data_faults import write_shard
 
@@ -199,6 +200,7 @@ def shards_of(folder: Path, contents: Sequence[bytes]) -> Path:
     for stand_in, content in zip(stand_ins, contents, strict=True):
         members = members.replace(stand_in, content)
     tar.write_bytes(members)
+    give_checksums(tar)
     return tar.parent
 
 

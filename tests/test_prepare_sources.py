@@ -393,7 +393,7 @@ def test_options_for_other_sources_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"^--skin-tones: for the source openmoji only; leave it out$"):
         prepare(source, tmp_path / "out", skin_tones=True)
     with pytest.raises(
-        UsageError, match=r"^--image-column, --caption-column: for tables only, and .* is read as sidecar$"
+        UsageError, match=r"^--image-column, --caption-column: for tables and tars only, and .* is read as sidecar$"
     ):
         prepare(source, tmp_path / "out", image_column="x")
     with pytest.raises(UsageError, match=r"^--format jpeg: no such format; use auto, openmoji, metadata"):

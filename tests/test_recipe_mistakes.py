@@ -49,7 +49,7 @@ optim.lr: 4
     )
     assert mistakes("bad.yaml", "evaluate.zeroshot=openmoji", "model.merging.at=[2, 0]") == [
         "bad.yaml:1: seed: expected a whole number of at least 0 and below 4294967296, not 'yes'",
-        "bad.yaml:3: data.train[0]: expected text or a section with the keys path, weight, format, not 5",
+        "bad.yaml:3: data.train[0]: expected text or a section with the keys path, weight, format, caption_column, image_column, not 5",
         "bad.yaml:3: unknown key data.train[1].wieght; did you mean data.train[1].weight?",
         "bad.yaml:4: unknown key data.batch_sise; did you mean train.global_batch_size?",
         "bad.yaml:6: duplicate key data.image_size; first in line 5",
@@ -170,6 +170,7 @@ def test_a_mistake_in_a_parent_is_reported_in_the_parent() -> None:
         (["train.epochs=3"], "train.epochs=3: 3 and train.steps 5 are both given; set one of them to null"),
         (["train.micro_batch_size=8"], "train.micro_batch_size=8: 8 is more than train.global_batch_size 4; set it to null"),
         (["train={precision: fp16, device: cpu}"], "train={precision: fp16, device: cpu}: train.precision: fp16 needs train.device cuda, not cpu; use bf16 or fp32"),
+        (["data.train=[{path: a, caption_column: b}]"], "data.train=[{path: a, caption_column: b}]: a has a caption_column or image_column, which need format: webdataset"),
         (["data.train=[{path: a, weight: 1}, b]"], "data.train=[{path: a, weight: 1}, b]: b has no weight but other folders do; give all of them a weight, or none"),
         (["data.train=[a, a]"], "data.train=[a, a]: a is listed twice"),
         (["data.validation={path: a, weight: 1}"], "data.validation={path: a, weight: 1}: weights work in data.train only; list the folders without weights"),

@@ -59,9 +59,9 @@ def prepare_data(
 def _check_options(source: DataSource, out: Path, read: ReadOptions) -> None:
     if read.skin_tones and source.format != "openmoji":
         raise UsageError("--skin-tones: for the source openmoji only; leave it out")
-    if (read.image_column or read.caption_column) and source.format != "metadata":
+    if (read.image_column or read.caption_column) and source.format not in ("metadata", "webdataset"):
         raise UsageError(
-            f"--image-column, --caption-column: for tables only, and {source.name} is read as {source.format}"
+            f"--image-column, --caption-column: for tables and tars only, and {source.name} is read as {source.format}"
         )
     if read.image_folder and source.format != "metadata":
         raise UsageError(f"--image-folder: for tables only, and {source.name} is read as {source.format}")

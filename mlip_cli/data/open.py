@@ -31,8 +31,10 @@ def open_sources(
 def _open_source(source: Source, cache: Cache) -> ShardDataset:
     if source.format == "webdataset":
         from mlip_cli.data.plain_tars import index_tars
+        from mlip_cli.data.sources.tar_samples import Columns
 
-        return ShardDataset(*index_tars(source.path, cache), name=source.path, is_prepared=False)
+        columns = Columns(source.image_column, source.caption_column)
+        return ShardDataset(*index_tars(source.path, columns, cache), name=source.path, columns=columns)
     if is_url(source.path):
         remote = RemoteShards(source.path, cache)
         return _prepared(remote.folder, name=remote.url, remote=remote)
@@ -56,7 +58,7 @@ def _prepared(folder: Path, *, name: str, remote: RemoteShards | None = None) ->
     path = folder / "dataset.json"
     card = parse_card(path.read_bytes(), place=str(path), folder=name)
     tars = [folder / shard["name"] for shard in card["shards"]]
-    return ShardDataset(tars, list(map(index_path, tars)), card, name=name, is_prepared=True, remote=remote)
+    return ShardDataset(tars, list(map(index_path, tars)), card, name=name, columns=None, remote=remote)
 
 
 def _why_not_prepared(folder: Path) -> str:

@@ -43,6 +43,9 @@ def _sources(recipe: Recipe) -> Found:
     if any(source.weight is not None for source in recipe.data.validation or ()):
         yield "data.validation", "weights work in data.train only; list the folders without weights"
     for name, sources in (("data.train", recipe.data.train), ("data.validation", recipe.data.validation or ())):
+        for source in sources:
+            if source.format != "webdataset" and (source.caption_column or source.image_column):
+                yield name, f"{source.path} has a caption_column or image_column, which need format: webdataset"
         folders = [source.path for source in sources]
         for folder in sorted({f for f in folders if folders.count(f) > 1}):
             yield name, f"{folder} is listed twice"

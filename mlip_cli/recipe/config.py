@@ -29,8 +29,13 @@ class Source(Section):
     """Share of this folder in every batch, relative to the other weights. null: in proportion to its size."""
     format: Literal["shards", "webdataset"] = "shards"
     """shards: what `mlip prepare-data` wrote. webdataset: tars of any origin, as a folder or a pattern like
-    tars/{0000..0099}.tar. Their pictures are JPEG, PNG or WebP; their captions are KEY.txt or `caption` in KEY.json.
+    tars/{0000..0099}.tar. Their captions are KEY.txt, a caption a line, or `captions` or `caption` in KEY.json.
     mlip indexes each tar once, in `data.cache`."""
+    caption_column: Annotated[str, Field(min_length=1)] | None = None
+    """For webdataset: the key of KEY.json that holds the caption, such as re_caption, or, with a dot, the field of a
+    text, such as long.txt. null: as above."""
+    image_column: Annotated[str, Field(min_length=1)] | None = None
+    """For webdataset: the field of the picture, such as input.jpg, where a sample has several. null: the only one."""
 
 
 def _as_sources(value: Any) -> Any:
@@ -91,7 +96,8 @@ class Data(Section):
     num_workers: Annotated[int, Field(ge=0)] | None = None
     """Loader processes for each rank. null: mlip chooses from cores and ranks, and prints the number."""
     max_bad_share: Annotated[float, Field(ge=0, le=1)] = 0.01
-    """Training stops when more than this share of the last 10,000 samples cannot be read."""
+    """Training stops when more than this share of the last 10,000 samples cannot be read. While fewer were read, chance
+    has room: at most 10, or three standard deviations above this share, whichever is more."""
     cache: Cache = Cache()
     """The cache for shards at URLs."""
 

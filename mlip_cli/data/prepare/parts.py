@@ -16,6 +16,7 @@ from mlip_cli.data.prepare.pixels import StoredPicture, store
 from mlip_cli.data.prepare.shards import PART_ROW, sample_parts, tar_writer, verify_tar
 from mlip_cli.data.prepare.workspace import PartOptions, PartResult
 from mlip_cli.data.sources.records import SPLITS, PictureBytes, PicturePlace, Record, SourcePart, encodable, printable
+from mlip_cli.data.tar import read_decompressed
 from mlip_cli.data.tokenizer import count_tokens
 from mlip_cli.files import atomic_path, write_bytes, write_json
 
@@ -28,11 +29,13 @@ def prepare_part(part: SourcePart, options: PartOptions) -> PartResult:
     tar = Path(options.folder, f"part-{part.number:06d}.tar")
     rows: list[tuple[int, int, int]] = []
     rejects: list[dict[str, Any]] = []
+    contents = _decompressed(part)
     with atomic_path(tar) as temporary:
         with tar_writer(temporary) as writer:
             for position, record in enumerate(part.records):
                 try:
-                    sample, picture = _make_sample(record, position + part.first_row, options)
+                    content = contents.get(record.picture) if isinstance(record.picture, PicturePlace) else None
+                    sample, picture = _make_sample(record, content, position + part.first_row, options)
                 except RejectedPictureError as reject:
                     rejects.append(_reject(record, reject))
                     continue
@@ -54,11 +57,26 @@ def prepare_part(part: SourcePart, options: PartOptions) -> PartResult:
     return result
 
 
-def _make_sample(record: Record, row: int, options: PartOptions) -> tuple[dict[str, Any], StoredPicture]:
-    """The sample of a record and its picture. A RejectedPictureError says why a record becomes a reject."""
+def _decompressed(part: SourcePart) -> dict[PicturePlace, bytes]:
+    """The pictures that lie in compressed files, read in the order in which they lie there, so that it is read once."""
+    found = (record.picture for record in part.records)
+    places = [place for place in found if isinstance(place, PicturePlace) and place.is_compressed]
+    places.sort(key=lambda place: (place.path, place.offset))
+    sizes = [(place, place.size or 0) for place in places]
+    return {place: read_decompressed(place.path, n, place.offset) for place, n in sizes if n <= MAX_FILE_BYTES}
+
+
+def _make_sample(
+    record: Record, content: bytes | None, row: int, options: PartOptions
+) -> tuple[dict[str, Any], StoredPicture]:
+    """The sample of a record and its picture, whose bytes are read if they are not at hand.
+
+    Raises:
+        RejectedPictureError: says why the record becomes a reject.
+    """
     if record.reject or record.picture is None:
         raise RejectedPictureError(record.reject or "no picture", record.detail)
-    content = _read_picture(record.picture)
+    content = _read_picture(record.picture) if content is None else content
     if options.render and isinstance(record.picture, PicturePlace):
         from mlip_cli.data.sources.openmoji import render
 

@@ -8,7 +8,7 @@ import hashlib
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -30,7 +30,8 @@ from mlip_cli.data.sources.sidecars import sidecar_records, sidecars_of
 from mlip_cli.data.sources.table_files import TABLE_ENDINGS, table_ending
 from mlip_cli.data.sources.table_layouts import check_tables, found_tables, has_metadata, wrapped_in
 from mlip_cli.data.sources.tables import TablePlan, planned_tables, table_records
-from mlip_cli.data.sources.tars import tar_records
+from mlip_cli.data.sources.tar_samples import Columns, TarNotes
+from mlip_cli.data.sources.tars import TAR_ENDINGS, tar_records
 from mlip_cli.errors import UsageError
 from mlip_cli.terminal.output import plural, say, warn
 
@@ -72,6 +73,8 @@ class DataSource:
     """Of the packages that a built-in source comes from."""
     read: ReadOptions = ANY_COLUMNS
     """Columns that the user named tell the tables of a folder."""
+    notes: TarNotes = field(default_factory=TarNotes)
+    """Of tars, each time that their records are read."""
 
     def fingerprint(self) -> str:
         """Changes when a file is added, removed, resized or touched."""
@@ -125,8 +128,8 @@ class DataSource:
         return [file.name for file in self.files if file.suffix[1:] in UNREAD_PICTURE_ENDINGS]
 
     def tars(self) -> list[str]:
-        """The files that end in .tar."""
-        return [file.name for file in self.files if file.suffix == ".tar"]
+        """The tars, compressed ones too."""
+        return [file.name for file in self.files if file.name.lower().endswith(TAR_ENDINGS)]
 
     @cached_property
     def classes(self) -> ClassFolders:
@@ -174,7 +177,9 @@ SOURCE_FORMATS = {
     ),
     "webdataset": SourceFormat(
         fits=lambda found: bool(found.tars()),
-        records=lambda source, read: tar_records(source.root, source.tars()),
+        records=lambda source, read: tar_records(
+            source.root, source.tars(), Columns(read.image_column, read.caption_column), source.notes
+        ),
         describe=lambda source: plural(len(source.tars()), "webdataset tar"),
     ),
     "sidecar": SourceFormat(

@@ -99,6 +99,12 @@ class PassedOver:
         if kind not in self.first:
             self.first[kind] = shown(example)
 
+    def update(self, other: "PassedOver") -> None:
+        """Count what another one counts."""
+        for kind, n in other.counts.items():
+            self.counts[kind] = self.counts.get(kind, 0) + n
+        self.first = {**other.first, **self.first}
+
     def in_words(self) -> str:
         """`12 .heic files (first: a/1.heic), 3 texts without a picture (first: b.txt)`, the most frequent first."""
         kinds = sorted(self.counts, key=lambda kind: (-self.counts[kind], kind))

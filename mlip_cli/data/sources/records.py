@@ -56,6 +56,8 @@ class PicturePlace:
     path: str
     offset: int = 0
     size: int | None = None
+    is_compressed: bool = False
+    """`offset` counts the bytes that come out of a compressed file."""
 
 
 @dataclass(frozen=True)
@@ -176,9 +178,21 @@ def captions_of(value: Any) -> tuple[Caption, ...]:
         if isinstance(item, str):
             captions.append(Caption(item))
         elif isinstance(item, dict) and isinstance(item.get("text"), str):
-            weight = item.get("weight", 1.0)
-            captions.append(Caption(item["text"], float(weight) if isinstance(weight, int | float) else math.nan))
+            captions.append(Caption(item["text"], _weight(item.get("weight", 1.0))))
     return tuple(captions)
+
+
+def caption_lines(text: str) -> list[str]:
+    """The captions of a text: its lines if there are several and none of them is empty, else the whole."""
+    lines = text.strip().splitlines()
+    return lines if len(lines) > 1 and all(line.strip() for line in lines) else [text]
+
+
+def _weight(value: Any) -> float:
+    try:
+        return float(value) if isinstance(value, int | float) else math.nan
+    except OverflowError:  # JSON has integers that no float can hold
+        return math.inf
 
 
 def plain_values(row: Mapping[str, Any], *, without: Collection[str | None] = ()) -> dict[str, Any]:
