@@ -18,10 +18,11 @@ from numpy.typing import ArrayLike, NDArray
 
 from mlip_cli.data.index import FORMAT_ENDINGS, FORMATS, Place, check_size, place_of, read_checked, read_records
 from mlip_cli.data.remote import RemoteShards
-from mlip_cli.data.sources.records import Caption, UnusableSampleError, printable, usable_captions
+from mlip_cli.data.sources.records import Caption, UnusableSampleError, usable_captions
 from mlip_cli.data.sources.tars import TEXT_ENDINGS, Stated, ending_of, key_of, stated
 from mlip_cli.data.tar import BLOCK, Member, Read, member_at, walk
 from mlip_cli.errors import RunError
+from mlip_cli.paths import escaped
 
 MAX_OPEN_SHARDS = 256
 MAX_GAP_BYTES = 1 << 18
@@ -228,8 +229,8 @@ def _read_parts(shard: _OpenShard, place: Place, *, one_header: bool) -> tuple[s
         keys.add(_checked_key(found.get(at), size, endings))
         contents[part] = read(size, at)
     if len(keys) != 1:
-        raise ValueError(f"its parts belong to {' and '.join(sorted(map(printable, keys)))}")
-    return printable(keys.pop()), contents
+        raise ValueError(f"its parts belong to {' and '.join(sorted(map(escaped, keys)))}")
+    return escaped(keys.pop()), contents
 
 
 def _read_whole(descriptor: int, size: int, at: int) -> bytes:

@@ -20,12 +20,13 @@ from mlip_cli.data.index import FORMAT_ENDINGS, RECORD, place_parts, write_index
 from mlip_cli.data.prepare.workers import run_parallel
 from mlip_cli.data.remote import is_url
 from mlip_cli.data.sources.find import DataSource, find_source
-from mlip_cli.data.sources.records import json_bytes, printable, split_of_folder, usable_captions
+from mlip_cli.data.sources.records import json_bytes, split_of_folder, usable_captions
 from mlip_cli.data.sources.tars import chosen_members, ending_of, stated, tar_samples
 from mlip_cli.data.tar import DamagedTarError, Member
 from mlip_cli.data.tokenizer import count_tokens
 from mlip_cli.errors import UsageError
 from mlip_cli.files import GIB, full_disk_named, write_json
+from mlip_cli.paths import escaped
 from mlip_cli.recipe.config import Cache
 from mlip_cli.terminal.output import plural, say, warn
 from mlip_cli.terminal.panel import progress
@@ -140,7 +141,7 @@ def _index_one(pair: tuple[Path, Path]) -> None:
                 digest.update(f"{key}\n".encode("utf-8", "surrogateescape"))  # names are bytes of any kind
             except ValueError as error:
                 rejects[str(error)] += 1
-                first_reject = first_reject or f"{tar}: sample {printable(key)}: {error}"
+                first_reject = first_reject or f"{tar}: sample {escaped(key)}: {error}"
     except DamagedTarError as error:
         damage = str(error)
     finally:

@@ -10,6 +10,7 @@ from types import FrameType
 import typer
 
 from mlip_cli.errors import RunError, Stopped, UsageError
+from mlip_cli.paths import escaped
 from mlip_cli.terminal.output import is_main, say, say_to_copy
 from mlip_cli.terminal.values import checked_measured_run
 
@@ -92,6 +93,6 @@ def _fail(message: str, code: int) -> int:
         traceback.print_exc()
     # Every rank prints its error: it may concern one machine only.
     who = "" if is_main() else f"rank {os.environ['RANK']}: "
-    for line in message.splitlines() or [""]:
-        print(f"{who}error: {line}", file=sys.stderr)
+    for line in message.split("\n"):
+        print(f"{who}error: {escaped(line)}", file=sys.stderr)
     return code

@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from mlip_cli.paths import escaped
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -51,7 +53,7 @@ class _Words(logging.Handler):
         if getattr(record, "is_on_panel", False):
             return
         prefix = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
-        text = prefix + self.format(record)
+        text = prefix + escaped(self.format(record), keep="\n\t")
         if draws() and not getattr(record, "is_to_copy", False):
             text = folded(text, error_console().width)
         error_console().print(text, soft_wrap=True)
@@ -85,7 +87,11 @@ def print_json(value: Any) -> None:
 
 
 def print_lines(text: str) -> None:
-    """Print plain text on stdout."""
+    """Print plain text on stdout; control characters in it are escaped."""
+    _print(escaped(text, keep="\n\t"))
+
+
+def _print(text: str) -> None:
     if is_main():
         sys.stdout.write(text.rstrip("\n") + "\n")
         sys.stdout.flush()
@@ -123,7 +129,7 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], *, title:
         width = max([len(column), *(len(str(row[i])) for row in rows)])
         least_width += width if one_word else min(width, NARROWEST_TEXT)
     for row in rows:
-        table.add_row(*[Text("-" if cell is None else str(cell)) for cell in row])
+        table.add_row(*[Text("-" if cell is None else escaped(str(cell))) for cell in row])
     console = Console(file=sys.stdout, highlight=False, force_terminal=sys.stdout.isatty())
     terminal_width = console.width
     console.width = 1_000_000  # to measure without a limit
@@ -131,7 +137,7 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], *, title:
     console.width = terminal_width if fits else console.measure(table).maximum
     with console.capture() as drawn:
         console.print(table)
-    print_lines("\n".join(line.rstrip() for line in drawn.get().splitlines()))
+    _print("\n".join(line.rstrip() for line in drawn.get().splitlines()))
 
 
 def is_number(cell: Any) -> bool:

@@ -15,9 +15,10 @@ from mlip_cli.data.pictures import RejectedPictureError
 from mlip_cli.data.prepare.pixels import StoredPicture, store
 from mlip_cli.data.prepare.shards import PART_ROW, sample_parts, tar_writer, verify_tar
 from mlip_cli.data.prepare.workspace import PartOptions, PartResult
-from mlip_cli.data.sources.records import SPLITS, PicturePlace, Record, SourcePart, printable
+from mlip_cli.data.sources.records import SPLITS, PicturePlace, Record, SourcePart
 from mlip_cli.data.tokenizer import count_tokens
 from mlip_cli.files import atomic_path, write_bytes, write_json
+from mlip_cli.paths import escaped
 
 MAX_FILE_BYTES = 512 << 20
 NO_SPLIT = 255
@@ -66,13 +67,13 @@ def _make_sample(record: Record, row: int, options: PartOptions) -> tuple[dict[s
         picture = store(content, size=options.size)
     fields = {
         "captions": [asdict(caption) for caption in record.captions],
-        "class": None if record.label is None else printable(record.label),
+        "class": None if record.label is None else escaped(record.label),
         "width": picture.width,
         "height": picture.height,
         "original_width": picture.original_width,
         "original_height": picture.original_height,
         "sha256": hashlib.sha256(content).hexdigest(),
-        "source": {"file": printable(record.file), "row": record.row},
+        "source": {"file": escaped(record.file), "row": record.row},
         "meta": dict(record.meta),
     }
     return sample_parts(f"{row:09d}", image=picture.content, format=picture.format, fields=fields), picture
@@ -96,4 +97,4 @@ def _read_picture(picture: PicturePlace) -> bytes:
 
 def _reject(record: Record, error: RejectedPictureError) -> dict[str, Any]:
     detail = error.detail if not record.detail or record.detail == error.detail else f"{record.detail}: {error.detail}"
-    return {"file": printable(record.file), "row": record.row, "reason": error.reason, "detail": printable(detail)}
+    return {"file": escaped(record.file), "row": record.row, "reason": error.reason, "detail": escaped(detail)}
