@@ -212,13 +212,13 @@ def test_what_is_written_is_read_alike_by_yaml_1_1() -> None:
         "@x",
         "é\x85",
     ]
-    folders = json.dumps(names)
-    recipe = load_recipe(write("x.yaml", SMALL), [f"data.train={folders}", "optim.eps=1e-8", "optim.lr=1e-300"]).recipe
-    assert [source.path for source in recipe.data.train] == names
+    overrides = [f"evaluate.zeroshot={json.dumps(names)}", "optim.eps=1e-8", "optim.lr=1e-300"]
+    recipe = load_recipe(write("x.yaml", SMALL), overrides).recipe
+    assert recipe.evaluate.zeroshot == tuple(names)
     text = recipe_yaml(recipe)
     assert load_recipe(write("again.yaml", text)).recipe == recipe
     other = yaml.safe_load(text)
-    assert [source["path"] for source in other["data"]["train"]] == names
+    assert other["evaluate"]["zeroshot"] == names
     assert (other["optim"]["eps"], other["optim"]["lr"]) == (1e-8, 1e-300)
 
 

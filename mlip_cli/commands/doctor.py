@@ -16,6 +16,7 @@ from packaging.requirements import Requirement
 
 from mlip_cli.errors import RunError, UsageError
 from mlip_cli.files import GIB
+from mlip_cli.paths import read_variable
 from mlip_cli.recipe.load import load_recipe
 from mlip_cli.recipe.shipped import recipe_names, recipes_folder
 from mlip_cli.runs.folder import RUNS
@@ -210,8 +211,11 @@ def open_files() -> Iterator[Check]:
 def data() -> Iterator[Check]:
     """The first sample of every prepared data set under data/ and $MLIP_DATA."""
     roots = {"data": Path("data")}
-    if os.environ.get("MLIP_DATA"):
-        roots["$MLIP_DATA"] = Path(os.environ["MLIP_DATA"])
+    try:
+        if own := read_variable("MLIP_DATA"):
+            roots["$MLIP_DATA"] = Path(own)
+    except UsageError as error:
+        yield Check("$MLIP_DATA", "fail", str(error), "set it to a folder")
     for name, root in roots.items():
         if not root.is_dir():
             fix = (

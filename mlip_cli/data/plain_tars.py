@@ -18,7 +18,6 @@ import numpy as np
 from mlip_cli.data.cache import ShardCache
 from mlip_cli.data.index import FORMAT_ENDINGS, RECORD, place_parts, write_index
 from mlip_cli.data.prepare.workers import run_parallel
-from mlip_cli.data.remote import is_url
 from mlip_cli.data.sources.find import DataSource, find_source
 from mlip_cli.data.sources.records import json_bytes, split_of_folder, usable_captions
 from mlip_cli.data.sources.tars import chosen_members, ending_of, stated, tar_samples
@@ -83,11 +82,6 @@ def index_tars(path: str, cache: Cache) -> tuple[list[Path], list[Path], dict[st
 
 
 def _find(path: str) -> DataSource:
-    if path.startswith("pipe:") or is_url(path):
-        raise UsageError(
-            f"{path}: a stream can only be read from its start, so a run could not shuffle it or resume in its middle; "
-            "save it as tars and name these, or prepare them (mlip prepare-data TARS OUT)"
-        )
     source = find_source(path, format="webdataset")
     splits = {split_of_folder(Path(name))[0] for name in source.tars()}
     if len(splits) > 1:

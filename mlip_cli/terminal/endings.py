@@ -11,7 +11,7 @@ import typer
 
 from mlip_cli.errors import RunError, Stopped, UsageError
 from mlip_cli.paths import escaped
-from mlip_cli.terminal.output import is_main, say, say_to_copy
+from mlip_cli.terminal.output import ReaderLeft, drop_streams, is_main, say, say_to_copy
 from mlip_cli.terminal.values import checked_measured_run
 
 
@@ -32,6 +32,7 @@ def exit_code(app: typer.Typer) -> int:
     """Run the command in `sys.argv`, print an error as one line, and return the exit code."""
     try:
         code = app(args=sys.argv[1:] or ["--help"], prog_name="mlip", standalone_mode=False)
+        sys.stdout.flush()
     except typer.TyperException as error:
         return _fail(_wrong_usage(error), 2)
     except UsageError as error:
@@ -44,11 +45,11 @@ def exit_code(app: typer.Typer) -> int:
         return stop.exit_code
     except (KeyboardInterrupt, typer.Abort):
         return _fail("interrupted", 130)
-    except BrokenPipeError:
-        # The reader of the pipe left, as `head` does. Python flushes stdout at exit, so it gets somewhere to write.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except ReaderLeft:
+        drop_streams()
         return 128 + signal.SIGPIPE
     except OSError as error:
+        drop_streams()
         return _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error), 1)
     except RunError as error:
         return _fail(str(error), 1)

@@ -3,6 +3,7 @@
 Rich is imported only when something is drawn, so that help and version appear at once.
 """
 
+import io
 import json
 import logging
 import os
@@ -26,6 +27,45 @@ NARROWEST_TEXT = 12
 """Narrowest text column, in characters. On a terminal with less room the table is not folded."""
 
 _NUMBER = re.compile(r"[-+~<>±]?\.?\d")
+
+
+class ReaderLeft(Exception):
+    """Nobody reads stdout or stderr any more, as after `| head`."""
+
+
+class _Stream(io.TextIOWrapper):
+    """stdout or stderr. Writing raises `ReaderLeft` where Python has BrokenPipeError, which libraries turn into exit
+    code 1."""
+
+    def write(self, text: str) -> int:
+        try:
+            return super().write(text)
+        except BrokenPipeError:
+            raise ReaderLeft from None
+
+    def flush(self) -> None:
+        try:
+            super().flush()
+        except BrokenPipeError:
+            raise ReaderLeft from None
+
+
+def open_streams() -> None:
+    """Replace stdout and stderr of this process: what their encoding lacks is escaped, and a closed one takes all."""
+    for name in ("stdout", "stderr"):
+        old = getattr(sys, name)  # None: the shell closed it
+        buffer = old.buffer if old else io.BufferedWriter(io.FileIO(os.devnull, "w"))
+        encoding, is_for_people = (old.encoding, old.line_buffering) if old else ("utf-8", False)
+        setattr(sys, name, _Stream(buffer, encoding, "backslashreplace", line_buffering=is_for_people))
+
+
+def drop_streams() -> None:
+    """Send to nowhere what stdout and stderr still hold and cannot write."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (ReaderLeft, OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def is_main() -> bool:

@@ -6,7 +6,6 @@ Finding imports no torch, so results that are stored already are found at once.
 import difflib
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from pathlib import Path
@@ -14,6 +13,7 @@ from pathlib import Path
 from mlip_cli.errors import UsageError
 from mlip_cli.evaluate.datasets import imagenet
 from mlip_cli.evaluate.datasets.benchmark import Benchmark, class_folders, pictures_in
+from mlip_cli.paths import read_variable
 
 # Names of clip-benchmark with one label a picture and no TensorFlow.
 CLIP_BENCHMARK = (
@@ -52,8 +52,12 @@ class UnknownDataSetError(UsageError):
 
 
 def data_root(given: Path | None) -> Path:
-    """Where data sets lie: the given folder, else $MLIP_DATA, else data/."""
-    return given if given is not None else Path(os.environ.get("MLIP_DATA") or "data")
+    """Where data sets lie: the given folder, else $MLIP_DATA, else data/.
+
+    Raises:
+        UsageError: $MLIP_DATA cannot be a path.
+    """
+    return given if given is not None else Path(read_variable("MLIP_DATA") or "data")
 
 
 def find_benchmark(name: str, *, root: Path | None = None) -> Benchmark:
