@@ -8,7 +8,7 @@ import typer
 
 from mlip_cli import __version__
 from mlip_cli.terminal.endings import exit_code
-from mlip_cli.terminal.output import say, start_logging
+from mlip_cli.terminal.output import start_logging
 from mlip_cli.terminal.values import (
     checked_measured_run,
     checked_path,
@@ -210,7 +210,6 @@ def merge_sweep(
     json: Json = False,
 ) -> None:
     """Measure speed and accuracy at several merge rates."""
-    say("loading PyTorch")
     from mlip_cli.commands import merge_sweep as command
 
     command.merge_sweep(
@@ -275,7 +274,6 @@ def profile(
     json: Json = False,
 ) -> None:
     """Measure parameters, GFLOPs, throughput and memory."""
-    say("loading PyTorch")
     from mlip_cli.commands import profile as command
 
     command.profile(target, batch_size=batch_size, rounds=rounds, device=device, as_json=json)

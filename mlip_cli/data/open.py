@@ -6,6 +6,7 @@ from pathlib import Path
 from mlip_cli.data.dataset import ShardDataset
 from mlip_cli.data.index import index_path, parse_card
 from mlip_cli.data.remote import RemoteShards, check_fit, is_url
+from mlip_cli.data.sources.find import find_source
 from mlip_cli.errors import UsageError
 from mlip_cli.recipe.config import Cache, Source
 
@@ -28,6 +29,25 @@ def open_sources(
     return datasets
 
 
+def check_there(sources: Sequence[Source]) -> None:
+    """Check that local data is where the recipe says, without opening it: the rest needs more time.
+
+    Raises:
+        UsageError: some is missing or not prepared, one line each.
+    """
+    missing = []
+    for source in sources:
+        try:
+            if source.format == "webdataset":
+                find_source(source.path, format="webdataset")
+            elif not is_url(source.path):
+                check_prepared(Path(source.path))
+        except UsageError as error:
+            missing.append(str(error))
+    if missing:
+        raise UsageError("\n".join(missing))
+
+
 def _open_source(source: Source, cache: Cache) -> ShardDataset:
     if source.format == "webdataset":
         from mlip_cli.data.plain_tars import index_tars
@@ -46,9 +66,18 @@ def open_prepared(folder: Path) -> ShardDataset:
         UsageError: the folder is not a prepared data set; the message names the command that makes one.
         RunError: an index is missing or damaged, or does not belong to its shard.
     """
+    check_prepared(folder)
+    return _prepared(folder, name=str(folder))
+
+
+def check_prepared(folder: Path) -> None:
+    """Check that `folder` has the card of a prepared data set.
+
+    Raises:
+        UsageError: as `open_prepared`.
+    """
     if not (folder / "dataset.json").is_file():
         raise UsageError(_why_not_prepared(folder))
-    return _prepared(folder, name=str(folder))
 
 
 def _prepared(folder: Path, *, name: str, remote: RemoteShards | None = None) -> ShardDataset:
