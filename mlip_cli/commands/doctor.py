@@ -120,6 +120,7 @@ def torch_build() -> Iterator[Check]:
     yield Check("torch", "ok", f"{torch.__version__}, {build}, {cpu}, {torch.get_num_threads()} threads")
     yield _devices()
     yield _bf16()
+    yield _compiler()
 
 
 def _devices() -> Check:
@@ -140,6 +141,21 @@ def _devices() -> Check:
     if torch.backends.mps.is_available():
         return Check("devices", "warn", "cpu, mps", "mps is untested; train.device=cpu is the safe choice")
     return Check("devices", "ok", f"cpu with {os.cpu_count()} cores: enough for the demo and the tests")
+
+
+def _compiler() -> Check:
+    """The compiler that train.compile needs on this machine's best device."""
+    import torch
+
+    from mlip_cli.devices import compiler, find_compiler
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    language, command = compiler(device)
+    found = find_compiler(device)
+    if found is None:
+        fix = "apt install g++; without one, leave train.compile at false"
+        return Check("compiler", "warn", f"no {language} compiler, {command}, for train.compile", fix)
+    return Check("compiler", "ok", f"{found}, for train.compile")
 
 
 def _bf16() -> Check:
