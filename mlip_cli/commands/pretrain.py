@@ -65,9 +65,11 @@ def check_data(recipe: Recipe) -> None:
     """
     from mlip_cli.data.open import check_there
 
-    checks: list[Callable[[], object]] = [partial(find_benchmark, name) for name in recipe.evaluate.zeroshot]
+    sources = (*recipe.data.train, *(recipe.data.validation or ()))
+    checks: list[Callable[[], object]] = [partial(check_there, sources)]
+    checks += [partial(find_benchmark, name) for name in recipe.evaluate.zeroshot]
     missing = []
-    for check in (partial(check_there, (*recipe.data.train, *(recipe.data.validation or ()))), *checks):
+    for check in checks:
         try:
             check()
         except UsageError as error:
