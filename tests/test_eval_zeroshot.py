@@ -353,7 +353,8 @@ def test_nothing_but_wrong_usage_is_wrong_usage(place: Path) -> None:
     with pytest.raises(UsageError) as error:
         evaluate("runs/a b", datasets=["openmoji"])
     assert str(error.value) == (
-        "runs/a b: it holds no complete checkpoint; continue it with mlip pretrain RECIPE --out 'runs/a b' --resume"
+        "runs/a b: it holds no complete checkpoint; continue it with "
+        "mlip pretrain 'runs/a b/recipe.yaml' --out 'runs/a b' --resume"
     )
     with pytest.raises(UsageError, match=r"merge rate 0\.9"):
         evaluate("runs/clip", datasets=["openmoji"], rates=(0.9,))

@@ -419,7 +419,10 @@ def test_a_full_disk_ends_the_run_with_one_line_and_keeps_the_last_checkpoint(re
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["data.train=/nowhere"], "/nowhere: no such folder; make it with: mlip prepare-data SOURCE /"),
+        (
+            ["data.train=/nowhere"],
+            "/nowhere: no such folder; make it with: mlip prepare-data SOURCE /nowhere, and",
+        ),
         (
             ["train.global_batch_size=64"],
             "train.global_batch_size: 64 is more than the 40 samples of data.train; use 40 or less",

@@ -1,6 +1,7 @@
 """`mlip prepare-data`: a source of pictures and captions to shards."""
 
 import os
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -24,7 +25,7 @@ def prepare_data(
     format: str,
     read: ReadOptions,
     size: int | None,
-    holdout: float,
+    holdout: float | None,
     workers: int | None,
     as_json: bool,
 ) -> None:
@@ -37,7 +38,9 @@ def prepare_data(
     """
     for name in (source, str(out)):
         if printable(name) != name:
-            raise UsageError(f"{printable(name)}: the name is not UTF-8; rename it")
+            encoding = sys.getfilesystemencoding()
+            cure = "rename it" if encoding == "utf-8" else f"or Python reads it as {encoding}; try PYTHONUTF8=1"
+            raise UsageError(f"{printable(name)}: the name is not UTF-8; {cure}")
     if not (out / DONE).is_file():
         check_can_be_made(out, option="OUT")
     found = find_source(source, format=format)

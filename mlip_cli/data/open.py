@@ -1,5 +1,6 @@
 """Open training data: prepared shards, prepared shards at a URL, or tars as they are."""
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -7,6 +8,7 @@ from mlip_cli.data.dataset import ShardDataset
 from mlip_cli.data.index import index_path, parse_card
 from mlip_cli.data.remote import RemoteShards, check_fit, is_url
 from mlip_cli.data.sources.find import find_source
+from mlip_cli.data.sources.records import SPLITS
 from mlip_cli.errors import UsageError
 from mlip_cli.recipe.config import Cache, Source
 
@@ -90,10 +92,15 @@ def _prepared(folder: Path, *, name: str, remote: RemoteShards | None = None) ->
 
 def _why_not_prepared(folder: Path) -> str:
     source = "openmoji" if folder.parent.name == "openmoji" else "SOURCE"
+    quoted = shlex.quote(str(folder))
     if not folder.exists():
-        return f"{folder}: no such folder; make it with: mlip prepare-data {source} {folder.parent}"
+        if folder.name in SPLITS:
+            cure = f"make it with: mlip prepare-data {source} {shlex.quote(str(folder.parent))}"
+        else:  # prepare-data names the parts of what it writes
+            cure = f"make it with: mlip prepare-data SOURCE {quoted}, and name {folder / SPLITS[0]}"
+        return f"{folder}: no such folder; {cure}"
     if not folder.is_dir():
-        return f"{folder}: a file, not a folder of shards; prepare it: mlip prepare-data {folder} OUT"
+        return f"{folder}: a file, not a folder of shards; prepare it: mlip prepare-data {quoted} OUT"
     as_they_are = f"data.train: [{{path: {folder}, format: webdataset}}]"
     parts = sorted(child.parent for child in folder.glob("*/dataset.json"))
     if parts:
@@ -101,7 +108,7 @@ def _why_not_prepared(folder: Path) -> str:
     what = "no dataset.json"
     if any(folder.glob("*.tar")):
         if not any(folder.glob("*.idx")):
-            cure = f"prepare them: mlip prepare-data {folder} OUT, or read them as they are: {as_they_are}"
+            cure = f"prepare them: mlip prepare-data {quoted} OUT, or read them as they are: {as_they_are}"
             return f"{folder}: tars without index; {cure}"
         what = "shards without dataset.json"
-    return f"{folder}: {what}; prepare it: mlip prepare-data {folder} OUT"
+    return f"{folder}: {what}; prepare it: mlip prepare-data {quoted} OUT"

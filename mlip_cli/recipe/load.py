@@ -134,6 +134,11 @@ def recipe_yaml(recipe: Recipe, origins: Mapping[str, str] | None = None) -> str
     return "".join(f"{text:<{width}}  {origin}".rstrip() + "\n" for text, origin in lines)
 
 
+def override(key: str, value: Any) -> str:
+    """`key=value` that the command line reads back as this value."""
+    return f"{key}={_flow(value)}"
+
+
 def _read(file: Path, children: tuple[Path, ...]) -> Tree:
     """Read one file and the files it extends. The value is None if one cannot be read. `children` extend this file."""
     shown = os.path.normpath(file)

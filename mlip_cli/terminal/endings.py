@@ -66,6 +66,10 @@ def _wrong_usage(error: typer.TyperException) -> str:
     option = getattr(error, "option_name", "")
     if option.startswith("--") and "." in option:
         return f"{place}: {option}: recipe keys have no dashes; write {option.removeprefix('--')}=VALUE"
+    if option.startswith("--") and "ossible options" not in message and "id you mean" not in message:
+        key = _recipe_key(option) if place == "mlip pretrain" else None
+        if key:
+            return f"{place}: no such option: {option}; for the recipe's {key} write {key}=VALUE"
     message = _list_with_spaces(message, context) if context else message
     message = re.sub(r"\. Did you mean| \(Did you mean", "; did you mean", message)
     message = re.sub(r" \(Possible options: (.*)\)", r"; did you mean \1?", message)
@@ -75,6 +79,14 @@ def _wrong_usage(error: typer.TyperException) -> str:
     cure = "" if ";" in message else f"; try {place} --help"
     is_sentence = message[1:2].islower()
     return f"{place}: {message[:1].lower() if is_sentence else message[:1]}{message[1:]}{cure}"
+
+
+def _recipe_key(option: str) -> str | None:
+    """`--steps` -> train.steps; None if no key of a recipe is similar."""
+    from mlip_cli.recipe.schema import guess
+    from mlip_cli.recipe.shipped import read_schema
+
+    return guess(read_schema(), (), option.removeprefix("--").replace("-", "_"))
 
 
 def _list_with_spaces(message: str, context: typer.Context) -> str:

@@ -25,7 +25,7 @@ from mlip_cli.data.prepare.workers import run_parallel
 from mlip_cli.data.prepare.workspace import PartOptions, PartResult, Workspace, opened
 from mlip_cli.data.sources.find import DataSource, count_records, read_records
 from mlip_cli.data.sources.openmoji import attribution
-from mlip_cli.data.sources.records import MAX_HELD_OUT, SPLITS, ReadOptions, parts_of
+from mlip_cli.data.sources.records import MAX_HELD_OUT, SPLITS, ReadOptions, held_out_share, parts_of
 from mlip_cli.data.sources.tables import columns_in_words
 from mlip_cli.errors import RunError, UsageError, interrupted_as
 from mlip_cli.files import GIB, full_disk_named
@@ -75,7 +75,8 @@ def prepare(source: DataSource, out: Path, read: ReadOptions, request: dict[str,
     ):
         try:
             results = _prepare_parts(work, source, read, request, num_rows=num_rows, num_workers=num_workers)
-            splits, is_held_out = _write_splits(work, results, holdout=request["holdout"], provenance=provenance)
+            share = held_out_share(request["holdout"], num_rows)
+            splits, is_held_out = _write_splits(work, results, holdout=share, provenance=provenance)
         except SourceError as error:
             work.discard()
             raise SourceError(f"{source.name}: {error}; nothing was kept") from None

@@ -13,6 +13,7 @@ MAX_CAPTION_BYTES = 64 * 1024
 MAX_CAPTIONS = 255
 PART_ROWS = 500
 MAX_HELD_OUT = 5_000
+ENOUGH_HELD_OUT = 500
 
 SPLITS = ("train", "validation", "test")
 SPLIT_WORDS = {
@@ -160,6 +161,14 @@ def plain_values(row: Mapping[str, Any], *, without: Collection[str | None] = ()
 def printable(text: str) -> str:
     """`text` with escapes for what UTF-8 cannot encode."""
     return text.encode("utf-8", "backslashreplace").decode()
+
+
+def held_out_share(given: float | None, num_rows: int) -> float:
+    """The share of a source without splits that becomes validation: as given, or a tenth of a small source.
+
+    The default falls to a fiftieth where that is enough to measure by.
+    """
+    return given if given is not None else min(0.1, max(0.02, ENOUGH_HELD_OUT / num_rows))
 
 
 def split_of_folder(relative: Path) -> tuple[str | None, Path]:

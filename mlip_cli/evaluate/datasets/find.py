@@ -6,6 +6,7 @@ Finding imports no torch, so results that are stored already are found at once.
 import difflib
 import hashlib
 import json
+import shlex
 from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from pathlib import Path
@@ -116,7 +117,8 @@ def _shards_fingerprint(folder: Path) -> str:
 def _openmoji(name: str, root: Path) -> Benchmark:
     folder = root / "openmoji" / "test"
     if not (folder / "dataset.json").is_file():
-        raise UsageError(f"openmoji: no prepared data in {folder}; run mlip prepare-data openmoji {root / 'openmoji'}")
+        command = shlex.join(["mlip", "prepare-data", "openmoji", str(root / "openmoji")])
+        raise UsageError(f"openmoji: no prepared data in {folder}; run {command}")
     return Benchmark(name, "openmoji", folder, _shards_fingerprint(folder))
 
 
@@ -126,7 +128,9 @@ def _digits(name: str, _root: Path) -> Benchmark:
 
 def _folder(name: str, folder: Path) -> Benchmark:
     if not folder.is_dir():
-        raise UsageError(f"{name}: no such folder")
+        near = difflib.get_close_matches(folder.name, [path.name for path in folder.parent.glob("*/")], n=1)
+        guess = f"did you mean folder:{folder.with_name(near[0])}? " if near else ""
+        raise UsageError(f"{name}: no such folder; {guess}name one that holds a folder of pictures for each class")
     if not any(pictures_in(child) for child in class_folders(folder)):
         found = "pictures outside of class folders" if pictures_in(folder) else "no pictures"
         raise UsageError(f"{name}: {found}; make one folder for each class in {folder}/")
@@ -135,7 +139,7 @@ def _folder(name: str, folder: Path) -> Benchmark:
 
 def _shards(name: str, folder: Path) -> Benchmark:
     if not folder.is_dir():
-        raise UsageError(f"{name}: no such folder; mlip prepare-data makes one")
+        raise UsageError(f"{name}: no such folder; name one that mlip prepare-data wrote, such as OUT/test")
     if not (folder / "dataset.json").is_file():
         inside = sorted(path.parent for path in folder.glob("*/dataset.json"))
         cure = f"name {' or '.join(map(str, inside))}" if inside else "prepare the data with mlip prepare-data"
