@@ -12,7 +12,7 @@ from mlip_cli.errors import UsageError
 _UNSHOWN = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 """Control characters, ends of lines, what turns the direction of writing, and what UTF-8 cannot encode."""
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
-_ELSEWHERE = re.compile(r"(pipe|s3|s3a|gs|gcs|https?|ftp|hdfs|hf|az|abfs|file):|[A-Za-z][\w+.-]*://")
+_ELSEWHERE = re.compile(r"(pipe|s3|s3a|gs|gcs|https?|ftp|hdfs|hf|az|abfs|file):|[A-Za-z][\w+.-]+:/")
 """How a path begins that is a stream or a URL."""
 
 

@@ -324,7 +324,9 @@ def test_ctrl_c_says_that_finished_data_sets_are_kept(
 def test_a_reason_names_its_data_set_once(place: Path, caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(RunError):
         evaluate("runs/clip", datasets=["shards:gone", "openmoji"])
-    assert caplog.messages[-1] == "shards:gone: not evaluated: no such folder; mlip prepare-data makes one"
+    assert caplog.messages[-1] == (
+        "shards:gone: not evaluated: no such folder; name one that mlip prepare-data wrote, such as OUT/test"
+    )
 
 
 def test_nothing_but_wrong_usage_is_wrong_usage(place: Path) -> None:

@@ -217,7 +217,7 @@ def test_a_folder_with_other_files_is_left_alone(tmp_path: Path) -> None:
     assert str(error.value) == f"{out}: holds other files; name a new folder"
     with pytest.raises(UsageError) as error:
         prepare(source, out / "thesis.tex")
-    assert str(error.value) == f"{out / 'thesis.tex'}: is a file; OUT must be a folder"
+    assert str(error.value) == f"OUT {out / 'thesis.tex'}: {out / 'thesis.tex'} is a file; name another folder"
     assert [path.name for path in out.iterdir()] == ["thesis.tex"]
 
 

@@ -66,10 +66,14 @@ def _wrong_usage(error: typer.TyperException) -> str:
     option = getattr(error, "option_name", "")
     if option.startswith("--") and "." in option:
         return f"{place}: {option}: recipe keys have no dashes; write {option.removeprefix('--')}=VALUE"
-    if option.startswith("--") and "ossible options" not in message and "id you mean" not in message:
-        key = _recipe_key(option) if place == "mlip pretrain" else None
-        if key:
-            return f"{place}: no such option: {option}; for the recipe's {key} write {key}=VALUE"
+    similar = set(getattr(error, "possibilities", None) or ()) - {"--help"}
+    if (
+        place == "mlip pretrain"
+        and message.startswith("No such option")
+        and not similar
+        and (key := _recipe_key(option))
+    ):
+        return f"{place}: no such option: {option}; for the recipe's {key} write {key}=VALUE"
     message = _list_with_spaces(message, context) if context else message
     message = re.sub(r"\. Did you mean| \(Did you mean", "; did you mean", message)
     message = re.sub(r" \(Possible options: (.*)\)", r"; did you mean \1?", message)

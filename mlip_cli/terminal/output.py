@@ -104,6 +104,7 @@ def start_logging() -> None:
     logger.handlers = [_Words()]
     logger.setLevel(logging.INFO if is_main() else logging.ERROR)
     logger.propagate = False
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns where an account has no home folder
 
 
 def say(text: str) -> None:
