@@ -69,14 +69,16 @@ def flat(lists: list[list]) -> list:
 
 def checked_run(value: str) -> str:
     """Refuse a RUN that is a number: it is the tail of a list written with spaces."""
-    if value.replace(".", "", 1).isdigit() and not Path(value).exists():
+    path = _read(read_path, value)
+    if value.replace(".", "", 1).isdigit() and not Path(path).exists():
         raise typer.BadParameter(f"{value!r} is a number, not a run; lists take commas, as in 0.3,{value}")
-    return _read(read_path, value)
+    return path
 
 
 def checked_measured_run(value: str) -> str:
     """Refuse a RUN that is a number or the name of a data set."""
-    if (value in DATASETS or value.startswith(FAMILIES)) and not Path(value).exists():
+    path = _read(read_path, value)
+    if (value in DATASETS or value.startswith(FAMILIES)) and not Path(path).exists():
         raise typer.BadParameter(
             f"{value!r} is a data set, not a run; name it with --dataset {value} (lists take commas)"
         )
