@@ -274,3 +274,44 @@ def test_every_key_of_a_recipe_says_what_it_expects() -> None:
             assert lines[0].startswith(f"command line: {path}={{x: 1}}: expected ")
             assert lines[0].endswith(", not a section")
         assert node_at(schema, path.split(".")) is not None
+
+
+HALF = "holds half of a character; write the character itself"
+DEEP = "more than 20 levels of nesting"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("[" * 5000, f"x.yaml:1: {DEEP}"),
+        ("{a: " * 5000, f"x.yaml:1: {DEEP}"),
+        ("- " * 5000, f"x.yaml:1: {DEEP}"),
+        ('seed: "\\ud800"\n', rf"x.yaml:1: '\ud800' {HALF}"),
+        ('"\\ud800": 1\n', rf"x.yaml:1: '\ud800' {HALF}"),
+        ('seed: "\\UFFFFFFFF"\n', "x.yaml:1: not YAML: a number in it is too large: Python int too large to convert to C int"),
+        ('"a\\nb": 1\n', r"x.yaml:1: unknown key a\nb; known here: extends, seed, data, model, losses, optim, train, evaluate, log"),
+        ('"a\\eb": 1\n', r"x.yaml:1: unknown key a\x1bb; known here: extends, seed, data, model, losses, optim, train, evaluate, log"),
+        ('extends: "a\\0b"\n', r"x.yaml:1: extends: a\x00b: a name with control characters; rename it"),
+        (f"extends: {'x' * 300}\n", f"x.yaml:1: extends: {'x' * 60}...: too long for a path, 300 characters; shorten it"),
+        ("extends: ~nobody-here/x\n", "x.yaml:1: extends: ~nobody-here/x: there is no user nobody-here; correct it, or write ./~nobody-here/x for a file or folder of this name"),
+        ("extends: ''\n", "x.yaml:1: extends: an empty path; write . for the current folder"),
+        ("#" * 300_000, "x.yaml:1: more than 256 KiB, not a recipe"),
+        (f"seed: {'9' * 5000}\n", f"x.yaml:1: seed: expected a whole number of at least 0 and below 4294967296, not '{'9' * 56}..."),
+    ],
+)  # fmt: skip
+def test_hostile_files(text: str, expected: str) -> None:
+    assert expected in mistakes(write("x.yaml", text))
+
+
+@pytest.mark.parametrize("key", ["train.steps", "train.global_batch_size", "model.vision.width", "data.num_workers", "log.every_steps", "optim.warmup_steps", "optim.ema_horizon", "model.merging.at", "train.keep.last"])  # fmt: skip
+def test_whole_numbers_have_upper_bounds(key: str) -> None:
+    value = [2, 10**30] if key == "model.merging.at" else 10**30
+    [mistake] = mistakes(write("x.yaml", SMALL), f"{key}={value}")
+    assert mistake.startswith(f"command line: {key}={value}: ")
+    assert " and at most " in mistake
+
+
+def test_a_damaged_stamp_beside_a_recipe_hides_no_mistake() -> None:
+    write("runs/old/recipe.yaml", SMALL + "old_key: 3\n")
+    write("runs/old/run.json", "[")
+    assert len(mistakes("runs/old/recipe.yaml")) == 1
