@@ -63,8 +63,8 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_text(path: Path, content: str) -> None:
-    """Replace `path` atomically with UTF-8 text."""
-    write_bytes(path, content.encode())
+    """Replace `path` atomically with UTF-8 text. What UTF-8 lacks, as in some names of files, is escaped as in JSON."""
+    write_bytes(path, content.encode("utf-8", "backslashreplace"))
 
 
 def write_json(path: Path, value: Any) -> None:

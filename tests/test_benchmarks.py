@@ -146,7 +146,9 @@ def test_folder_with_names_and_templates(tmp_path: Path) -> None:
 
 
 def test_bad_folders_get_one_line(tmp_path: Path) -> None:
-    assert usage_error(f"folder:{tmp_path}/no", tmp_path) == f"folder:{tmp_path}/no: no such folder"
+    assert usage_error(f"folder:{tmp_path}/no", tmp_path) == (
+        f"folder:{tmp_path}/no: no such folder; name one that holds a folder of pictures for each class"
+    )
     assert usage_error("folder:", tmp_path) == "folder:: no path; write folder:PATH"
     cure = f"; make one folder for each class in {tmp_path}/"
     assert usage_error(f"folder:{tmp_path}", tmp_path) == f"folder:{tmp_path}: no pictures{cure}"

@@ -328,7 +328,9 @@ def test_ctrl_c_says_that_finished_data_sets_are_kept(
 def test_a_reason_names_its_data_set_once(place: Path, caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(RunError):
         evaluate("runs/clip", datasets=["shards:gone", "openmoji"])
-    assert caplog.messages[-1] == "shards:gone: not evaluated: no such folder; mlip prepare-data makes one"
+    assert caplog.messages[-1] == (
+        "shards:gone: not evaluated: no such folder; name one that mlip prepare-data wrote, such as OUT/test"
+    )
 
 
 def test_nothing_but_wrong_usage_is_wrong_usage(place: Path) -> None:
@@ -357,7 +359,8 @@ def test_nothing_but_wrong_usage_is_wrong_usage(place: Path) -> None:
     with pytest.raises(UsageError) as error:
         evaluate("runs/a b", datasets=["openmoji"])
     assert str(error.value) == (
-        "runs/a b: it holds no complete checkpoint; continue it with mlip pretrain RECIPE --out 'runs/a b' --resume"
+        "runs/a b: it holds no complete checkpoint; continue it with "
+        "mlip pretrain 'runs/a b/recipe.yaml' --out 'runs/a b' --resume"
     )
     with pytest.raises(UsageError, match=r"merge rate 0\.9"):
         evaluate("runs/clip", datasets=["openmoji"], rates=(0.9,))

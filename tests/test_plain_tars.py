@@ -308,11 +308,6 @@ def test_what_cannot_be_read_in_any_order_is_refused(folder: Path, cache: Cache,
             opened(path, cache)
         return str(error.value)
 
-    stream = "a stream can only be read from its start, so a run could not shuffle it or resume in its middle; save"
-    for path in ("pipe:curl -s x", "https://host/{0000..0009}.tar"):
-        assert (
-            message(path) == f"{path}: {stream} it as tars and name these, or prepare them (mlip prepare-data TARS OUT)"
-        )
     for split in ("train", "test"):
         shutil.copytree(folder, tmp_path / "both" / split)
     assert message(tmp_path / "both").endswith("/both: tars of several splits (test, train); name the folder of one")

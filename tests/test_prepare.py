@@ -20,6 +20,7 @@ from mlip_cli.data.prepare.assemble import SourceError, assign_splits
 from mlip_cli.data.prepare.parts import NO_SPLIT
 from mlip_cli.data.prepare.shards import PART_ROW
 from mlip_cli.data.sources import records
+from mlip_cli.data.sources.records import held_out_share
 from mlip_cli.data.tokenizer import Tokenizer
 from mlip_cli.errors import UsageError
 
@@ -114,6 +115,30 @@ def test_holdout_is_by_pixels_and_stable(tmp_path: Path) -> None:
     assert {text for (text,) in texts(tmp_path / "fewer", "validation")} == {
         text for text in held if text == "a copy" or int(text.split()[-1]) < 40
     }
+
+
+@pytest.mark.parametrize(
+    ("given", "rows", "share"),
+    [
+        (None, 10, 0.1),
+        (None, 5_000, 0.1),
+        (None, 10_000, 0.05),
+        (None, 25_000, 0.02),
+        (None, 10**7, 0.02),
+        (0.0, 10, 0.0),
+        (0.3, 10**7, 0.3),
+    ],
+)
+def test_small_sources_hold_out_a_tenth(given: float | None, rows: int, share: float) -> None:
+    assert held_out_share(given, rows) == share
+
+
+def test_the_default_share_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", logger="mlip_cli"):
+        summary = prepare(write_sidecars(tmp_path / "in", 60), tmp_path / "out", holdout=None)
+    assert summary["request"]["holdout"] is None
+    assert 0 < summary["splits"]["validation"]["num_samples"] < 20
+    assert "held out by the hash of the pixels (--holdout 0.1, at most 5,000)" in caplog.text
 
 
 def test_the_number_of_held_out_samples_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -218,7 +243,7 @@ def test_a_folder_with_other_files_is_left_alone(tmp_path: Path) -> None:
     assert str(error.value) == f"{out}: holds other files; name a new folder"
     with pytest.raises(UsageError) as error:
         prepare(source, out / "thesis.tex")
-    assert str(error.value) == f"{out / 'thesis.tex'}: is a file; OUT must be a folder"
+    assert str(error.value) == f"OUT {out / 'thesis.tex'}: {out / 'thesis.tex'} is a file; name another folder"
     assert [path.name for path in out.iterdir()] == ["thesis.tex"]
 
 

@@ -10,9 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 from sources_for_tests import picture, prepare, rejects, samples, texts, write_files, write_sidecars, write_tar
 
-from mlip_cli.data.sources.records import printable
 from mlip_cli.data.tar import DamagedTarError
 from mlip_cli.errors import UsageError
+from mlip_cli.paths import escaped
 
 
 def test_csv_with_its_traps(tmp_path: Path) -> None:
@@ -413,4 +413,4 @@ def test_options_for_other_sources_are_refused(tmp_path: Path) -> None:
     ],
 )
 def test_what_is_shown_of_a_name_stays_on_its_line(text: str, shown: str) -> None:
-    assert printable(text) == shown
+    assert escaped(text) == shown

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from subprocess import CompletedProcess
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -418,7 +419,10 @@ def test_a_full_disk_ends_the_run_with_one_line_and_keeps_the_last_checkpoint(re
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["data.train=/nowhere"], "/nowhere: no such folder; make it with: mlip prepare-data SOURCE /"),
+        (
+            ["data.train=/nowhere"],
+            "/nowhere: no such folder; make it with: mlip prepare-data SOURCE /nowhere, and",
+        ),
         (
             ["train.global_batch_size=64"],
             "train.global_batch_size: 64 is more than the 40 samples of data.train; use 40 or less",
@@ -469,7 +473,8 @@ def test_dry_run_shows_every_value_with_its_origin_and_what_follows(recipe: Path
     assert "merging (guided): patch tokens per block 16 11 8 8, true rate 0.500" in done.stdout
     assert "40 samples / 8 = 5 steps an epoch" in done.stdout
     missing = run("cc12m", "--dry-run", cwd=tmp_path)
-    assert missing.returncode == 0, missing.stderr
+    assert missing.returncode == 2, missing.stderr
+    assert missing.stderr.splitlines()[-1] == "error: --dry-run: 2 data sets missing, see above: no training yet"
     assert (
         "missing: data/cc12m/train: no such folder; make it with: mlip prepare-data SOURCE data/cc12m" in missing.stdout
     )
@@ -504,6 +509,7 @@ def test_a_dry_run_refuses_what_the_start_would(recipe: Path, tmp_path: Path, mo
     assert refused(out="taken").startswith("--out taken: exists already; add --resume")
     assert refused(out="taken", resume=True).startswith("--out taken: not a run folder")
     assert refused(out="file/run") == f"--out file/run: {tmp_path}/file is a file; name another folder"
-    monkeypatch.setattr(os, "access", lambda path, _: path != tmp_path)
-    assert refused(out="new/run") == f"--out new/run: nothing can be written in {tmp_path}; name another folder"
+    monkeypatch.setattr(tempfile, "mkdtemp", Mock(side_effect=PermissionError(13, "Permission denied")))
+    words = f"--out new/run: nothing can be written in {tmp_path} (Permission denied); name another folder"
+    assert refused(out="new/run") == words
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "taken"]

@@ -28,11 +28,12 @@ from mlip_cli.data.index import (
     read_records,
 )
 from mlip_cli.data.remote import RemoteShards
-from mlip_cli.data.sources.records import Caption, UnusableSampleError, printable, usable_captions
+from mlip_cli.data.sources.records import Caption, UnusableSampleError, usable_captions
 from mlip_cli.data.sources.tar_samples import FIELDS_OF, GUESSED, Columns, ending_of, key_and_field
 from mlip_cli.data.sources.tars import Stated, stated
 from mlip_cli.data.tar import BLOCK, Member, Read, walk
 from mlip_cli.errors import RunError
+from mlip_cli.paths import escaped
 from mlip_cli.terminal.output import warn
 
 MAX_OPEN_SHARDS = 256
@@ -262,8 +263,8 @@ def _parts_by_headers(shard: _OpenShard, place: Place) -> tuple[str, dict[str, b
         keys.add(_checked_key(member, part, size, at_first_dot=shard.at_first_dot))
         contents[part] = read(size, member.offset) if member else b""
     if len(keys) != 1:
-        raise ValueError(f"its parts belong to {' and '.join(sorted(map(printable, keys)))}")
-    return printable(keys.pop()), contents
+        raise ValueError(f"its parts belong to {' and '.join(sorted(map(escaped, keys)))}")
+    return escaped(keys.pop()), contents
 
 
 def _read_whole(descriptor: int, size: int, at: int) -> bytes:
@@ -292,6 +293,6 @@ def _checked_key(member: Member | None, part: str, size: int, *, at_first_dot: b
         raise ValueError(f"no member begins where the index places .{endings[0]}")
     key, field = key_and_field(member.name, at_first_dot=at_first_dot)
     if member.size != size or not member.is_file or ending_of(field) not in endings:
-        name = printable(member.name)
+        name = escaped(member.name)
         raise ValueError(f"{name!r} of {member.size} bytes where the index says .{endings[0]} of {size}")
     return key

@@ -19,22 +19,16 @@ import numpy as np
 from mlip_cli.data.cache import ShardCache
 from mlip_cli.data.index import RECORD, place_parts, write_index
 from mlip_cli.data.prepare.workers import run_parallel
-from mlip_cli.data.remote import is_url
 from mlip_cli.data.sources.find import DataSource, find_source
 from mlip_cli.data.sources.listing import PassedOver
-from mlip_cli.data.sources.records import (
-    UnusableSampleError,
-    json_bytes,
-    printable,
-    split_of_folder,
-    usable_captions,
-)
+from mlip_cli.data.sources.records import UnusableSampleError, json_bytes, split_of_folder, usable_captions
 from mlip_cli.data.sources.tar_samples import Columns, TarNotes, TarSample, parts_of_sample, samples_of
 from mlip_cli.data.sources.tars import CAPTION_LINES, stated
 from mlip_cli.data.tar import DamagedTarError, Member, OpenTar, check_not_compressed, open_tar, read_members
 from mlip_cli.data.tokenizer import count_tokens
 from mlip_cli.errors import RunError, UsageError
 from mlip_cli.files import GIB, full_disk_named, write_json
+from mlip_cli.paths import escaped
 from mlip_cli.recipe.config import Cache
 from mlip_cli.terminal.output import plural, say, warn
 from mlip_cli.terminal.panel import progress
@@ -110,11 +104,6 @@ def index_tars(path: str, columns: Columns, cache: Cache) -> tuple[list[Path], l
 
 
 def _find(path: str) -> DataSource:
-    if path.startswith("pipe:") or is_url(path):
-        raise UsageError(
-            f"{path}: a stream can only be read from its start, so a run could not shuffle it or resume in its middle; "
-            "save it as tars and name these, or prepare them (mlip prepare-data TARS OUT)"
-        )
     source = find_source(path, format="webdataset")
     splits = {split_of_folder(Path(name))[0] for name in source.tars()}
     if len(splits) > 1:
@@ -149,7 +138,7 @@ def _index_all(path: str, pairs: Sequence[tuple[Path, Path]], columns: Columns) 
 
 def _identity(tar: Path, columns: Columns) -> str:
     stat = tar.stat()
-    known_by = [RULES, printable(str(tar.resolve())), stat.st_size, stat.st_mtime_ns, columns.image, columns.caption]
+    known_by = [RULES, escaped(str(tar.resolve())), stat.st_size, stat.st_mtime_ns, columns.image, columns.caption]
     return hashlib.sha256(json_bytes(known_by)).hexdigest()[:32]
 
 
@@ -175,8 +164,8 @@ def _index_one(pair: tuple[Path, Path], columns: Columns) -> None:
             except ValueError as error:
                 rejects[str(error)] += 1
                 detail = getattr(error, "detail", "")
-                words = f"{error}: {printable(detail)}" if detail else str(error)
-                first_reject = first_reject or f"{tar}: sample {printable(sample.key)}: {words}"
+                words = f"{error}: {escaped(detail)}" if detail else str(error)
+                first_reject = first_reject or f"{tar}: sample {escaped(sample.key)}: {words}"
     records = np.array(rows, RECORD) if rows else np.zeros(0, RECORD)
     num_bytes = tar.stat().st_size
     write_index(index, records, tar_bytes=num_bytes, sha256="00" * 32)  # the pictures were not read
@@ -220,7 +209,7 @@ def _index_record(tar: OpenTar, sample: TarSample, columns: Columns, notes: TarN
     record["num_captions"] = len(captions)
     record["num_tokens"] = count_tokens(caption.text for caption in captions)
     if info.has_lines:
-        notes.read_as.add(CAPTION_LINES, f"{tar.path}: {printable(sample.key)}")
+        notes.read_as.add(CAPTION_LINES, f"{tar.path}: {escaped(sample.key)}")
     return record
 
 

@@ -175,7 +175,7 @@ def find_checkpoint(target: str | None) -> tuple[Run, Path]:
         run = Run(path)
         newest = run.latest_checkpoint()
         if newest is None:
-            go_on = f"mlip pretrain RECIPE --out {shlex.quote(str(path))} --resume"
+            go_on = shlex.join(["mlip", "pretrain", str(run.recipe), "--out", str(path), "--resume"])
             raise UsageError(f"{path}: it holds no complete checkpoint; continue it with {go_on}")
         return run, newest
     run = Run(path.parent.parent)

@@ -91,7 +91,7 @@ def locked_log(run: Run) -> Iterator[None]:
     def refuse() -> None:
         raise UsageError(f"{run.folder}: another mlip pretrain is running here; wait for it, or name another --out")
 
-    log = _LogFile(run.log, encoding="utf-8")
+    log = _LogFile(run.log, encoding="utf-8", errors="backslashreplace")
     log.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     try:
         assert log.stream is not None  # it is opened with its handler

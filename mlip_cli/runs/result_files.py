@@ -56,6 +56,14 @@ class Result:
         path.parent.mkdir(exist_ok=True)
         write_json(path, self.to_json())
 
+    def why_unstored(self, path: Path) -> str | None:
+        """Write the file; what was measured must be printed even where that fails, so an error comes back as words."""
+        try:
+            self.write(path)
+        except OSError as error:
+            return f"{path}: {error.strerror}; what was measured is printed, but not stored"
+        return None
+
 
 def json_value(value: Any) -> Any:
     """Dataclasses become objects and tuples become lists; the field `class_` is the key `class`."""

@@ -129,19 +129,6 @@ def check_trackers(log: Log) -> None:
                 raise UsageError(f"log.{name}: the package {name} is not installed; {cure}") from None
 
 
-def check_can_be_made(folder: Path) -> None:
-    """Check that the run folder can be made, without making it.
-
-    Raises:
-        UsageError: a file has its place, or the folder around it is read-only.
-    """
-    above = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not above.is_dir():
-        raise UsageError(f"--out {folder}: {above} is a file; name another folder")
-    if not os.access(above, os.W_OK | os.X_OK):
-        raise UsageError(f"--out {folder}: nothing can be written in {above}; name another folder")
-
-
 def command_to_resume(source: str, overrides: Sequence[str], *, out: Path | None) -> str:
     """The command that continues a run that these arguments started."""
     mlip = ["torchrun", "...", "-m", "mlip_cli"] if "RANK" in os.environ else ["mlip"]

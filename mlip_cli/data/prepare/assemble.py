@@ -26,11 +26,12 @@ from mlip_cli.data.prepare.workspace import PartOptions, PartResult, Workspace, 
 from mlip_cli.data.sources.find import DataSource, read_records
 from mlip_cli.data.sources.listing import PassedOver
 from mlip_cli.data.sources.openmoji import attribution
-from mlip_cli.data.sources.records import MAX_HELD_OUT, SPLITS, ReadOptions, parts_of, printable
+from mlip_cli.data.sources.records import MAX_HELD_OUT, SPLITS, ReadOptions, held_out_share, parts_of
 from mlip_cli.data.sources.survey import Survey, cure_for, passed_over, surveyed
 from mlip_cli.data.sources.table_layouts import missing_shards
 from mlip_cli.errors import RunError, UsageError, interrupted_as
 from mlip_cli.files import GIB, full_disk_named
+from mlip_cli.paths import escaped
 from mlip_cli.terminal.output import plural, say, warn
 from mlip_cli.terminal.panel import progress
 
@@ -78,7 +79,8 @@ def prepare(source: DataSource, out: Path, read: ReadOptions, request: dict[str,
     ):
         try:
             results = _prepare_parts(work, source, read, survey, request, num_workers=num_workers)
-            splits, is_held_out = _write_splits(work, results, holdout=request["holdout"], provenance=provenance)
+            share = held_out_share(request["holdout"], survey.pictures)
+            splits, is_held_out = _write_splits(work, results, holdout=share, provenance=provenance)
         except SourceError as error:
             work.discard()
             raise SourceError(f"{source.name}: {error}; nothing was kept") from None
@@ -122,7 +124,7 @@ def _say_understood(source: DataSource, read: ReadOptions, survey: Survey, passe
     if source.is_folder and source.format == "metadata" and (missing := missing_shards(source.tables)):
         warn(missing)
     for name, why in source.unread_tables.items() if source.format == "classes" else ():
-        warn(f"{printable(name)}: not read as a table: {why}")
+        warn(f"{escaped(name)}: not read as a table: {why}")
     for text in survey.looks.warnings(are_classes=source.format == "classes"):
         warn(text)
 

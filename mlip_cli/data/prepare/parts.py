@@ -15,10 +15,11 @@ from mlip_cli.data.pictures import RejectedPictureError
 from mlip_cli.data.prepare.pixels import StoredPicture, store
 from mlip_cli.data.prepare.shards import PART_ROW, sample_parts, tar_writer, verify_tar
 from mlip_cli.data.prepare.workspace import PartOptions, PartResult
-from mlip_cli.data.sources.records import SPLITS, PictureBytes, PicturePlace, Record, SourcePart, encodable, printable
+from mlip_cli.data.sources.records import SPLITS, PictureBytes, PicturePlace, Record, SourcePart, encodable
 from mlip_cli.data.tar import read_decompressed
 from mlip_cli.data.tokenizer import count_tokens
 from mlip_cli.files import atomic_path, write_bytes, write_json
+from mlip_cli.paths import escaped
 
 MAX_FILE_BYTES = 512 << 20
 NO_SPLIT = 255
@@ -117,4 +118,4 @@ def _read_picture(picture: PicturePlace | PictureBytes) -> bytes:
 
 def _reject(record: Record, error: RejectedPictureError) -> dict[str, Any]:
     detail = error.detail if not record.detail or record.detail == error.detail else f"{record.detail}: {error.detail}"
-    return {"file": printable(record.file), "row": record.row, "reason": error.reason, "detail": printable(detail)}
+    return {"file": escaped(record.file), "row": record.row, "reason": error.reason, "detail": escaped(detail)}

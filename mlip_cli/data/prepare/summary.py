@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlip_cli.data.sources.records import MAX_HELD_OUT
+from mlip_cli.data.sources.records import MAX_HELD_OUT, held_out_share
 from mlip_cli.errors import UsageError
 from mlip_cli.terminal.output import plural, print_table, say, say_to_copy, warn
 
@@ -105,7 +105,7 @@ class Summary:
             warn(f"fewer than {FEWEST_TO_TRAIN} samples to train on: too few for a contrastive loss")
 
     def _show_held_out(self) -> None:
-        holdout = self.request["holdout"]
+        holdout = held_out_share(self.request["holdout"], self.rows)
         if self.held_out:
             num_held_out = self.splits["validation"].num_samples
             num_samples = plural(self.pictures - self.rejects, "sample")
@@ -128,7 +128,7 @@ def attributions(cards: Iterable[Mapping[str, Any]]) -> tuple[str, ...]:
 
 def next_commands(format: str, out: Path, splits: Mapping[str, SplitSummary]) -> dict[str, str]:
     """Trainings to go on with, by the hardware they need; none for a few pictures."""
-    from mlip_cli.recipe.load import load_recipe  # here, because each worker process imports this module
+    from mlip_cli.recipe.load import load_recipe, override  # here, because each worker process imports this module
 
     if format == "openmoji" and out == DEMO_FOLDER:
         return {"no GPU": "mlip pretrain recipes/openmoji.yaml"}
@@ -137,7 +137,10 @@ def next_commands(format: str, out: Path, splits: Mapping[str, SplitSummary]) ->
     if num_samples < FEWEST_TO_TRAIN:
         return {}
     held_out = next((split for split in ("validation", "test") if split in splits and split != train), None)
-    changes = [f"data.train={out / train}", f"data.validation={out / held_out if held_out else 'null'}"]
+    changes = [
+        override("data.train", str(out / train)),
+        override("data.validation", str(out / held_out) if held_out else None),
+    ]
     if distinct is not None and 2 * distinct <= num_samples:  # else pictures of one class are each other's negatives
         changes.append("losses.positives=concept")
     recipes = {"no GPU": "openmoji"} if format == "openmoji" else {"no GPU": "laptop", "one GPU": "single_gpu"}

@@ -104,8 +104,6 @@ def finished_summary(out: Path, request: Mapping[str, Any]) -> Summary | None:
     """
     if not out.exists():
         return None
-    if not out.is_dir():
-        raise UsageError(f"{out}: is a file; OUT must be a folder")
     if (out / DONE).is_file():
         summary = Summary.read(out / DONE)
         _check_same(out, summary.request, request, state="was prepared")

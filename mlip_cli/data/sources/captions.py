@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from mlip_cli.data.sources.records import Caption, captions_of, printable
+from mlip_cli.data.sources.records import Caption, captions_of
+from mlip_cli.paths import escaped
 
 MOST_LOOKED_AT = 20_000
 """The first captions tell what all look like."""
@@ -141,5 +142,5 @@ def _quoted(texts: list[str]) -> str:
 
 def shortened(text: str) -> str:
     """A caption in a message: in quotes, on one line, not long."""
-    text = printable(text)
+    text = escaped(text)
     return f'"{text if len(text) <= SHOWN else text[:SHOWN] + "..."}"'

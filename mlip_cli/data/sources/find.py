@@ -23,7 +23,6 @@ from mlip_cli.data.sources.records import (
     checked_captions,
     encodable,
     json_bytes,
-    printable,
 )
 from mlip_cli.data.sources.shared_pictures import SharedPictures
 from mlip_cli.data.sources.sidecars import sidecar_records, sidecars_of
@@ -33,6 +32,7 @@ from mlip_cli.data.sources.tables import TablePlan, planned_tables, table_record
 from mlip_cli.data.sources.tar_samples import Columns, TarNotes
 from mlip_cli.data.sources.tars import TAR_ENDINGS, tar_records
 from mlip_cli.errors import UsageError
+from mlip_cli.paths import escaped
 from mlip_cli.terminal.output import plural, say, warn
 
 MOST_NAMED = 5
@@ -138,7 +138,7 @@ class DataSource:
         Raises:
             UsageError, RunError: as `find_classes`.
         """
-        return find_classes(self.root, [file.name for file in self.files], place=printable(self.name))
+        return find_classes(self.root, [file.name for file in self.files], place=escaped(self.name))
 
     def describe(self) -> str:
         """What was recognised, in words."""
@@ -146,7 +146,7 @@ class DataSource:
 
 
 def _described_tables(source: DataSource) -> str:
-    names = ", ".join(map(printable, source.tables[:MOST_NAMED]))
+    names = ", ".join(map(escaped, source.tables[:MOST_NAMED]))
     return f"pictures in {names}{f' and {len(source.tables) - MOST_NAMED} more' * (len(source.tables) > MOST_NAMED)}"
 
 
@@ -221,7 +221,7 @@ def find_source(source: str, *, format: str = "auto", read: ReadOptions = ANY_CO
     nothing = ", no pictures" if found.is_folder and found.files else ""
     missing = ", but no captions for the pictures" if found.images() else nothing
     unread = "; convert its pictures to JPEG" if found.unread_pictures() and not found.images() else ""
-    unread += "".join(f"; {printable(name)}: {why}" for name, why in islice(inner.unread_tables.items(), MOST_NAMED))
+    unread += "".join(f"; {escaped(name)}: {why}" for name, why in islice(inner.unread_tables.items(), MOST_NAMED))
     raise UsageError(f"{source}: {_what_is_there(found)}{missing}{unread}; looked for {LOOKED_FOR}")
 
 
@@ -231,7 +231,7 @@ def _check_tables(source: DataSource, *, is_named: bool) -> None:
     check_tables(source.name, source.tables)
     if source.sidecars and not is_named and not has_metadata(source.tables):
         raise UsageError(
-            f"{source.name}: captions in {', '.join(map(printable, source.tables))} and in "
+            f"{source.name}: captions in {', '.join(map(escaped, source.tables))} and in "
             f"{plural(len(source.sidecars), 'text')} of pictures; say --format metadata or --format sidecar"
         )
 
@@ -278,7 +278,7 @@ def _what_is_there(found: DataSource) -> str:
         return "a file of no known kind"
     counts = Counter(file.suffix or "files without ending" for file in found.files)
     most = sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:5]
-    return ", ".join(f"{n} {printable(suffix)}" for suffix, n in most)
+    return ", ".join(f"{n} {escaped(suffix)}" for suffix, n in most)
 
 
 def _caution(source: DataSource) -> None:
@@ -288,9 +288,9 @@ def _caution(source: DataSource) -> None:
         UsageError, RunError: as `find_classes`.
     """
     if named := source.classes.named():
-        say(f"{printable(source.name)}: {named}")
+        say(f"{escaped(source.name)}: {named}")
     for caution in source.classes.cautions():
-        warn(f"{printable(source.name)}: {caution}")
+        warn(f"{escaped(source.name)}: {caution}")
 
 
 def _file(root: Path, path: Path) -> SourceFile:

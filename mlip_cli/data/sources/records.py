@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mlip_cli.errors import UsageError
+from mlip_cli.paths import escaped
 
 MAX_CAPTION_BYTES = 64 * 1024
 MAX_CAPTIONS = 255
@@ -19,8 +20,7 @@ PART_ROWS = 500
 PART_BYTES = 64 << 20
 """A part ends here where its records carry the bytes of their pictures: each worker holds one."""
 MAX_HELD_OUT = 5_000
-UNSHOWN = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
-"""Control characters, other ends of lines, and what turns the direction of writing."""
+ENOUGH_HELD_OUT = 500
 
 SPLITS = ("train", "validation", "test")
 SPLIT_WORDS = {
@@ -209,11 +209,6 @@ def encodable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-def printable(text: str) -> str:
-    """`text` on one line, with escapes for what moves a cursor or cannot be encoded: what a person is shown."""
-    return UNSHOWN.sub(lambda found: found[0].encode("unicode_escape").decode(), encodable(text))
-
-
 def check_utf8(name: str, *, place: str = "") -> None:
     """Refuse a name that is not UTF-8, or that Python here does not read as UTF-8.
 
@@ -225,15 +220,23 @@ def check_utf8(name: str, *, place: str = "") -> None:
     try:
         os.fsencode(name).decode("utf-8")
     except UnicodeDecodeError:
-        raise UsageError(f"{place}{printable(name)}: a name that is not UTF-8; rename it") from None
+        raise UsageError(f"{place}{escaped(name)}: a name that is not UTF-8; rename it") from None
     encoding = sys.getfilesystemencoding()
-    raise UsageError(f"{place}{printable(name)}: Python reads names as {encoding} here; set PYTHONUTF8=1")
+    raise UsageError(f"{place}{escaped(name)}: Python reads names as {encoding} here; set PYTHONUTF8=1")
 
 
 def split_of_name(folder: str) -> str | None:
     """The split that a folder's name says: train2017, val_256, ILSVRC2012_img_val, but not bullet_train."""
     words = [word for word in re.findall(r"[a-z]+", folder.lower()) if not BESIDE_SPLITS.fullmatch(word)]
     return SPLIT_WORDS.get(words[0]) if len(words) == 1 else None
+
+
+def held_out_share(given: float | None, num_pictures: int) -> float:
+    """The share of a source without splits that becomes validation: as given, or a tenth of a small source.
+
+    The default falls to a fiftieth where that is enough to measure by.
+    """
+    return given if given is not None else min(0.1, max(0.02, ENOUGH_HELD_OUT / num_pictures))
 
 
 def split_of_folder(relative: Path) -> tuple[str | None, Path]:

@@ -8,11 +8,12 @@ from mlip_cli.data.sources.captions import CaptionLooks, shortened
 from mlip_cli.data.sources.find import LOOKED_FOR, DataSource, read_rows
 from mlip_cli.data.sources.listing import PICTURE_ENDINGS, UNREAD_PICTURE_ENDINGS, PassedOver
 from mlip_cli.data.sources.paths import PathFinder
-from mlip_cli.data.sources.records import ReadOptions, Record, printable
+from mlip_cli.data.sources.records import ReadOptions, Record
 from mlip_cli.data.sources.shared_pictures import SharedPictures
 from mlip_cli.data.sources.sidecars import TEXT_ENDINGS
 from mlip_cli.data.sources.table_files import TABLE_ENDINGS, table_ending
 from mlip_cli.errors import RunError, UsageError
+from mlip_cli.paths import escaped
 from mlip_cli.terminal.output import plural
 
 FIRST_PAIRS = 3
@@ -46,7 +47,7 @@ class Survey:
         if record.found_as:
             name, found = (unicodedata.normalize("NFC", text) for text in (record.detail, record.found_as))
             form = ", in another Unicode normal form" if name.endswith(found) else ""
-            names = f"{printable(record.detail)} is {printable(record.found_as)}{form}"
+            names = f"{escaped(record.detail)} is {escaped(record.found_as)}{form}"
             self.spelled.add("paths were found by another spelling", names)
         if record.reject:
             self.rejects += 1
@@ -63,7 +64,7 @@ class Survey:
             self.pictures += 1
         if len(self.first) < FIRST_PAIRS:
             picture = record.detail or record.file
-            self.first.append(f"{printable(picture)} {' '.join(shortened(c.text) for c in record.captions[:2])}")
+            self.first.append(f"{escaped(picture)} {' '.join(shortened(c.text) for c in record.captions[:2])}")
 
     def in_words(self) -> str:
         """`300 rows, 60 pictures with 5 captions each`, or the rows alone where each has a picture of its own."""
@@ -91,8 +92,8 @@ def surveyed(source: DataSource, read: ReadOptions) -> Survey:
     if survey.missing == survey.rows and source.format == "metadata":
         folders = sorted({str(plan.folder) for plan in source.planned_tables(read)})
         raise UsageError(
-            f"{source.name}: none of its {plural(survey.rows, 'picture')} is in {printable(' or '.join(folders))} "
-            f"(first: {printable(survey.first_missing)}); say --image-folder FOLDER, what the paths are relative to"
+            f"{source.name}: none of its {plural(survey.rows, 'picture')} is in {escaped(' or '.join(folders))} "
+            f"(first: {escaped(survey.first_missing)}); say --image-folder FOLDER, what the paths are relative to"
         )
     survey.shared.count()
     survey.pictures += survey.rejects + survey.shared.num_pictures
@@ -107,7 +108,7 @@ def passed_over(source: DataSource, survey: Survey) -> PassedOver:
     """
     passed = PassedOver()
     for kind, name in _unread(source, survey) if source.is_folder else ():
-        passed.add(kind, printable(name))
+        passed.add(kind, escaped(name))
     unread = {kind: n for kind, n in passed.counts.items() if kind.removesuffix(" files")[1:] in UNREAD_PICTURE_ENDINGS}
     num_unread, num_read = sum(unread.values()), len(source.images())
     if num_unread > num_read and source.format in ("sidecar", "classes"):
@@ -138,7 +139,7 @@ def _unread(source: DataSource, survey: Survey) -> Iterator[tuple[str, str]]:
         elif table_ending(file.name) in TABLE_ENDINGS and ending != "txt":
             yield "tables", file.name
         else:
-            yield f"{printable(file.suffix)} files" if file.suffix else "files without ending", file.name
+            yield f"{escaped(file.suffix)} files" if file.suffix else "files without ending", file.name
 
 
 def cure_for(passed: PassedOver) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from mlip_cli.data.sources.listing import PICTURE_ENDINGS
-from mlip_cli.data.sources.records import SPLIT_WORDS, ReadOptions, printable, split_of_folder
+from mlip_cli.data.sources.records import SPLIT_WORDS, ReadOptions, split_of_folder
 from mlip_cli.data.sources.table_files import (
     CAPTION_COLUMNS,
     TABLE_ENDINGS,
@@ -19,6 +19,7 @@ from mlip_cli.data.sources.table_files import (
     table_ending,
 )
 from mlip_cli.errors import UsageError
+from mlip_cli.paths import escaped
 
 DEEPEST = 3
 """Parts of a table's path in a folder that is searched."""
@@ -99,7 +100,7 @@ def check_tables(source: str, tables: Sequence[str]) -> None:
     if len(series) == 1 and len(set(places)) == len(places) and not _mixed(places):
         return
     if len(tables) > 1:
-        names = ", ".join(map(printable, tables))
+        names = ", ".join(map(escaped, tables))
         folders = {str(PurePosixPath(name).parent) for name in tables}
         if "." in folders and len(folders) > 1:
             raise UsageError(f"{source}: a table here and others in folders: {names}; name one as SOURCE")
@@ -152,7 +153,7 @@ def _problem(path: Path, read: ReadOptions) -> str | None:
             return "no captions"
         chosen_columns(open_table(path), read)
     except UsageError as error:
-        return str(error).removeprefix(f"{printable(str(path))}: ")
+        return str(error).removeprefix(f"{escaped(str(path))}: ")
     return None
 
 

@@ -19,12 +19,12 @@ from mlip_cli.data.sources.records import (
     ReadOptions,
     Record,
     plain_values,
-    printable,
     split_of_folder,
 )
 from mlip_cli.data.sources.table_files import Chosen, Table, chosen_columns, open_table, split_in_name
 from mlip_cli.data.sources.text_tables import Row, table_error
 from mlip_cli.errors import UsageError
+from mlip_cli.paths import escaped
 
 FIRST_NAMES = 20
 """This many pictures of a table tell the folder that their names are relative to."""
@@ -45,7 +45,7 @@ class TablePlan:
     def in_words(self) -> str:
         """For the line before the work."""
         header = "" if self.table.has_header else "; the table has no header"
-        beside = "" if self.folder == self.table.path.parent else f"; pictures in {printable(str(self.folder))}"
+        beside = "" if self.folder == self.table.path.parent else f"; pictures in {escaped(str(self.folder))}"
         return self.chosen.in_words() + beside + header
 
 
@@ -178,7 +178,7 @@ def _picture_folder(root: Path, table: Table, image: str, pictures: Sequence[str
         if len(fitting) > 1:
             raise table_error(
                 table.path,
-                f"its pictures could lie in {' and '.join(map(printable, fitting[:3]))}; say --image-folder FOLDER",
+                f"its pictures could lie in {' and '.join(map(escaped, fitting[:3]))}; say --image-folder FOLDER",
             )
         if fitting:
             return root / fitting[0]

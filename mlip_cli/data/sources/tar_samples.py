@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from mlip_cli.data.sources.listing import PICTURE_ENDINGS, PassedOver, is_leftover
-from mlip_cli.data.sources.records import UnusableSampleError, printable
+from mlip_cli.data.sources.records import UnusableSampleError
 from mlip_cli.data.tar import Member
+from mlip_cli.paths import escaped
 
 PICTURE_FIELDS = (*PICTURE_ENDINGS, "img", "image")
 TEXT_FIELDS = {"txt": ("txt", "caption", "text", "cap"), "json": ("json",), "cls": ("cls",)}
@@ -120,7 +121,7 @@ def samples_of(
     seen: set[str] = set()
     for key, _, _ in samples:
         if key in seen:
-            notes.read_as.add("samples whose key is there before them", f"{tar}: {printable(key)}")
+            notes.read_as.add("samples whose key is there before them", f"{tar}: {escaped(key)}")
         seen.add(key)
     return samples, at_first_dot
 
@@ -179,12 +180,12 @@ def _readable(members: Iterable[Member], passed_over: PassedOver) -> Iterator[_N
         ending = ending_of(base).lower()
         if not member.is_file:
             if base:  # else a folder
-                passed_over.add("links, devices or sparse files", printable(name))
+                passed_over.add("links, devices or sparse files", escaped(name))
         elif "." in base and ending in READ:
             yield _Named(name, member)
         else:
             kind = f".{ending} members" if "." in base else "members without ending"
-            passed_over.add(printable(kind), printable(name))
+            passed_over.add(escaped(kind), escaped(name))
 
 
 def _grouped(named: Sequence[_Named], *, at_first_dot: bool) -> list[TarSample]:

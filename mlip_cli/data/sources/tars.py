@@ -14,7 +14,6 @@ from mlip_cli.data.sources.records import (
     captions_of,
     decode_text,
     plain_values,
-    printable,
     split_of_folder,
 )
 from mlip_cli.data.sources.tar_samples import (
@@ -29,6 +28,7 @@ from mlip_cli.data.sources.tar_samples import (
     samples_of,
 )
 from mlip_cli.data.tar import OpenTar, open_tar, read_members
+from mlip_cli.paths import escaped
 
 TAR_ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst")
 """Endings of file names, in lower case, by which tars are found."""
@@ -96,7 +96,7 @@ def _record(
         detail = f"{sample.key}: {error.detail}" if error.detail else sample.key
         return Record(file, row, picture, (), split=split, reject=str(error), detail=detail)
     if info.has_lines:
-        notes.read_as.add(CAPTION_LINES, f"{file}: {printable(sample.key)}")
+        notes.read_as.add(CAPTION_LINES, f"{file}: {escaped(sample.key)}")
     return Record(
         file,
         row,
@@ -124,7 +124,7 @@ class Stated(NamedTuple):
     @property
     def without_captions(self) -> str:
         """What to say of a sample that has no captions."""
-        keys = ", ".join(printable(key) for key, value in self.fields.items() if captions_of(value))
+        keys = ", ".join(escaped(key) for key, value in self.fields.items() if captions_of(value))
         return f": KEY.json has {keys}; name one by --caption-column, or caption_column in a recipe" if keys else ""
 
     @property

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from mlip_cli.data.sources.listing import PICTURE_ENDINGS, UNREAD_PICTURE_ENDINGS
-from mlip_cli.data.sources.records import printable
 from mlip_cli.errors import UsageError
+from mlip_cli.paths import escaped
 
 MAX_CELL = 1 << 24
 FIRST_LINES = 20
@@ -177,9 +177,9 @@ def _names_a_picture(path: Path, cell: str) -> bool:
 
 def table_error(path: Path, problem: str, *, line: int | None = None) -> UsageError:
     """The error to raise for a table that cannot be read."""
-    return UsageError(f"{printable(str(path))}{'' if line is None else f':{line}'}: {problem}")
+    return UsageError(f"{escaped(str(path))}{'' if line is None else f':{line}'}: {problem}")
 
 
 def shown(cells: Sequence[Any]) -> str:
     """Cells or columns in a message, on one line."""
-    return ", ".join(printable(str(cell)) for cell in cells)
+    return ", ".join(escaped(str(cell)) for cell in cells)

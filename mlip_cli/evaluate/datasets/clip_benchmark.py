@@ -13,12 +13,13 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from mlip_cli.data.pictures import RejectedPictureError, pillow_to_rgb
 from mlip_cli.data.sources.listing import is_leftover
-from mlip_cli.data.sources.records import UnusableSampleError, printable
+from mlip_cli.data.sources.records import UnusableSampleError
 from mlip_cli.data.sources.tar_samples import GUESSED, TarNotes, parts_of_sample, samples_of
 from mlip_cli.data.tar import check_not_compressed, open_tar, read_members
 from mlip_cli.errors import RunError, UsageError
 from mlip_cli.evaluate.datasets.benchmark import Benchmark
 from mlip_cli.evaluate.datasets.pictures import Pictures, read_picture
+from mlip_cli.paths import escaped
 from mlip_cli.terminal.output import say
 
 LEFT_OUT = "samples "
@@ -155,14 +156,14 @@ def labelled_pictures(tar: Path, notes: TarNotes | None = None) -> Iterator[TarI
             try:
                 parts = parts_of_sample(sample, GUESSED)
             except UnusableSampleError as error:
-                notes.passed_over.add(f"{LEFT_OUT}with {error}", f"{tar.name}: {printable(sample.key)}")
+                notes.passed_over.add(f"{LEFT_OUT}with {error}", f"{tar.name}: {escaped(sample.key)}")
                 continue
             if "cls" not in parts:
-                notes.passed_over.add(f"{LEFT_OUT}without a class number", f"{tar.name}: {printable(sample.key)}")
+                notes.passed_over.add(f"{LEFT_OUT}without a class number", f"{tar.name}: {escaped(sample.key)}")
                 continue
             label = opened.read(min(parts["cls"].size, 16), parts["cls"].offset).strip()
             if not label.isdigit():
-                raise RunError(f"{tar}: {printable(sample.key)}.cls is not a class number")
+                raise RunError(f"{tar}: {escaped(sample.key)}.cls is not a class number")
             yield tar, parts["image"].offset, parts["image"].size, int(label)
 
 
