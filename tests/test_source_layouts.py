@@ -148,11 +148,18 @@ def test_named_columns_tell_the_table_of_a_folder(tmp_path: Path) -> None:
 
 
 def test_a_table_that_is_not_read_is_named_beside_classes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    source = write_files(tmp_path / "in", {"a.csv": "id,breed\n0,dog\n"} | pictures("cat/") | pictures("dog/", (3, 4)))
+    tables = {
+        "a.csv": "id,breed\n0,dog\n",
+        "b.txt": "pic,words\n0.png,a dog\n",
+        "README.txt": "Pictures, of 0.png\nx\n",
+    }
+    source = write_files(tmp_path / "in", tables | pictures("cat/") | pictures("dog/", (3, 4)))
     with caplog.at_level("INFO", logger="mlip_cli"):
-        assert prepare(source, tmp_path / "out")["passed_over"] == {"tables": 1}
-    why = "no column for the image; columns are id, breed; say --image-column NAME"
-    assert f"a.csv: not read as a table: {why}" in caplog.messages
+        assert prepare(source, tmp_path / "out")["passed_over"] == {"tables": 1, ".txt files": 2}
+    assert [text for text in caplog.messages if "not read as" in text] == [
+        "a.csv: not read as a table: no column for the image; columns are id, breed; say --image-column NAME",
+        "b.txt: not read as a table: no column for the image; columns are pic, words; say --image-column NAME",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -218,6 +225,19 @@ def test_a_source_whose_pictures_mostly_cannot_be_read_is_refused(tmp_path: Path
         "JPEG"
     )
     assert not (tmp_path / "out").exists()
+
+
+def test_a_table_of_which_most_pictures_are_missing_is_refused(tmp_path: Path) -> None:
+    rows = "".join(f"{i}.png,card {i}\n" for i in range(10))
+    source = write_files(tmp_path / "in", {"t.csv": f"image,caption\n{rows}"} | pictures("", (0, 1, 2, 3)))
+    with pytest.raises(RunError) as error:
+        prepare(source, tmp_path / "out")
+    assert str(error.value) == (
+        f"{source}: 6 of the 10 rows fail for the same reason: picture missing (first: t.csv row 4: 4.png: no such "
+        "file); nothing was kept"
+    )
+    write_files(source, {"4.png": picture(4)})
+    assert prepare(source, tmp_path / "out")["rejects"] == 5
 
 
 def test_tables_beside_tars_are_no_source(tmp_path: Path) -> None:

@@ -246,8 +246,7 @@ def test_rows_of_one_picture_that_contradict_each_other(
 
 
 PIECES = (*'",\t;|\n\r\0[]{}:#/\\', "image", "caption", "i/0.png", "I/1.PNG", "é", "\u2028", "null", "['a' 'b']",
-          '["x"]', "split", "train", "id", "annotations", "http://x/y.jpg", "%00", "..", "9" * 5_000,
-          "[" * 1_200)  # fmt: skip
+          '["x"]', "split", "id", "annotations", "http://x/y.jpg", "%00", "..", "9" * 5_000, "[" * 1_200)  # fmt: skip
 NAMES = ("t.csv", "t.tsv", "t.txt", "t.json", "t.jsonl", "t.csv.gz", "t.parquet", "t.arrow", "metadata.csv", "i/0.txt")
 
 

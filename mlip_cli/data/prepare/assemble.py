@@ -37,7 +37,7 @@ from mlip_cli.terminal.panel import progress
 
 FIRST_ROWS = 1_000
 """This many rows are enough to see that most rows of a source fail. Fewer than FEWEST_ROWS are not."""
-FEWEST_ROWS = 50
+FEWEST_ROWS = 10
 
 BYTES_A_PIXEL = 0.5
 """Estimate for the check of disk space: between JPEG and lossless WebP of photographs at 256 pixels."""
@@ -150,27 +150,33 @@ def _prepare_parts(
     todo = (part for part in parts_of(read_records(source, read, survey.shared)) if part.number not in done)
     with progress(survey.pictures, "preparing") as bar:
         bar.advance(bar.task_ids[0], sum(result.rows for result in results.values()))
-        _check_first_rows(work, results, enough=FIRST_ROWS)
+        _check_first_rows(work, results)
         for result in run_parallel(partial(prepare_part, options=options), todo, num_workers=num_workers):
             results[result.number] = result
             bar.advance(bar.task_ids[0], result.rows)
-            _check_first_rows(work, results, enough=FIRST_ROWS)
+            _check_first_rows(work, results)
     if (rows := sum(result.source_rows for result in results.values())) != survey.rows:
         raise RunError(f"{work.out}: {rows} rows where {survey.rows} were counted; did the source change? Start again")
-    _check_first_rows(work, results, enough=FEWEST_ROWS)
-    return [results[number] for number in sorted(results)]
+    ordered = [results[number] for number in sorted(results)]
+    _check_reasons(work, ordered, enough=FEWEST_ROWS, which="")
+    return ordered
 
 
-def _check_first_rows(work: Workspace, results: Mapping[int, PartResult], *, enough: int) -> None:
-    """Stop early if the source is a wrong folder or a wrong column is read: most rows fail for one reason."""
+def _check_first_rows(work: Workspace, results: Mapping[int, PartResult]) -> None:
+    """Stop early if the source is a wrong folder or a wrong column is read."""
     first: list[PartResult] = []
     while len(first) in results and sum(result.rows for result in first) < FIRST_ROWS:
         first.append(results[len(first)])
-    rows = sum(result.rows for result in first)
-    for reason, n in _reasons(first).most_common(1):
+    _check_reasons(work, first, enough=FIRST_ROWS, which="first ")
+
+
+def _check_reasons(work: Workspace, results: Sequence[PartResult], *, enough: int, which: str) -> None:
+    """Raise a SourceError where most of the rows fail for one reason. `which` rows these are is said."""
+    rows = sum(result.rows for result in results)
+    for reason, n in _reasons(results).most_common(1):
         if rows >= enough and n > rows / 2:
-            example = _first_reject(work, first)
-            raise SourceError(f"{n} of the first {rows} rows fail for the same reason: {reason} (first: {example})")
+            example = _first_reject(work, results)
+            raise SourceError(f"{n} of the {which}{rows} rows fail for the same reason: {reason} (first: {example})")
 
 
 def _reasons(results: Sequence[PartResult]) -> Counter[str]:

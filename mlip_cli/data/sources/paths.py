@@ -18,6 +18,9 @@ MOST_COMPARED = 20_000
 MOST_NEAREST = 100
 """Times that it is looked for: each takes a while."""
 
+LEAST_NEAR = 0.85
+"""Share of equal characters from which on a name is near another: more than 3.png has of 4.png."""
+
 
 @dataclass(frozen=True)
 class FoundPath:
@@ -123,7 +126,7 @@ class PathFinder:
         if self.num_nearest == MOST_NEAREST or len(pictures) > MOST_COMPARED:
             return ""
         self.num_nearest += 1
-        near = difflib.get_close_matches(_key(base), pictures, 1, 0.75)
+        near = difflib.get_close_matches(_key(base), pictures, 1, LEAST_NEAR)
         return f"the nearest is {listing[near[0]][0]}" if near else ""
 
 

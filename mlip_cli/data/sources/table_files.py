@@ -27,6 +27,8 @@ CAPTION_COLUMNS = (
 )  # fmt: skip
 """Names that tell what a column holds, in lower case. The first group of which a table has a name decides."""
 KNOWN_COLUMNS = tuple(name for group in (*IMAGE_COLUMNS, *CAPTION_COLUMNS) for name in group)
+FIRST_NAMES = 20
+"""This many rows tell that a table names pictures, and which folder the names are relative to."""
 TABLE_ENDINGS = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet", ".arrow", ".json", ".txt")
 
 

@@ -4,7 +4,7 @@ import mmap
 import re
 from collections import Counter
 from collections.abc import Sequence
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -12,12 +12,15 @@ from mlip_cli.data.sources.listing import PICTURE_ENDINGS
 from mlip_cli.data.sources.records import SPLIT_WORDS, ReadOptions, split_of_folder
 from mlip_cli.data.sources.table_files import (
     CAPTION_COLUMNS,
+    FIRST_NAMES,
     TABLE_ENDINGS,
+    Table,
     chosen_columns,
     open_table,
     split_in_name,
     table_ending,
 )
+from mlip_cli.data.sources.text_tables import PICTURE_NAME
 from mlip_cli.errors import UsageError
 from mlip_cli.paths import escaped
 
@@ -67,9 +70,7 @@ def found_tables(root: Path, names: Sequence[str], read: ReadOptions) -> tuple[l
     texts = [name for name in tables if table_ending(name) in (".txt", ".json")]
     opened = [name for name in tables if len(texts) <= MOST_TEXTS or table_ending(name) not in (".txt", ".json")]
     problems = {name: _problem(root / name, read) for name in opened}
-    return [name for name, problem in problems.items() if problem is None], {
-        name: problem for name, problem in problems.items() if problem and name not in texts
-    }
+    return [name for name, problem in problems.items() if problem == ""], {k: v for k, v in problems.items() if v}
 
 
 def has_metadata(tables: Sequence[str]) -> bool:
@@ -147,14 +148,28 @@ def _is_metadata(name: PurePosixPath) -> bool:
 
 
 def _problem(path: Path, read: ReadOptions) -> str | None:
-    """Why a file is no table of pictures and captions, or None where it is one."""
+    """Why a table is not read: nothing where it can be, None where a file is no table."""
+    ending = table_ending(path.name)
+    if ending == ".json" and path.suffix != ".gz" and not _mentions_captions(path):
+        return None
+    is_any_text = ending in (".txt", ".json")
     try:
-        if table_ending(path.name) == ".json" and path.suffix != ".gz" and not _mentions_captions(path):
-            return "no captions"
-        chosen_columns(open_table(path), read)
+        table = open_table(path)
+        is_any_text = is_any_text and not _names_pictures(table)
+        if not table.has_header and not _names_pictures(table):
+            return None
+        chosen_columns(table, read)
     except UsageError as error:
-        return str(error).removeprefix(f"{escaped(str(path))}: ")
-    return None
+        return None if is_any_text else str(error).removeprefix(f"{escaped(str(path))}: ")
+    return ""
+
+
+def _names_pictures(table: Table) -> bool:
+    """Whether most of the first rows have several cells, and one of them is a picture's name."""
+    rows = list(islice(table.rows(), FIRST_NAMES))
+    cells = [list(row.values()) for row in rows if isinstance(row, dict) and len(row) > 1]
+    named = sum(any(PICTURE_NAME.fullmatch(str(cell).strip()) for cell in row) for row in cells)
+    return named * 2 > len(rows)
 
 
 def _mentions_captions(path: Path) -> bool:

@@ -21,13 +21,10 @@ from mlip_cli.data.sources.records import (
     plain_values,
     split_of_folder,
 )
-from mlip_cli.data.sources.table_files import Chosen, Table, chosen_columns, open_table, split_in_name
+from mlip_cli.data.sources.table_files import FIRST_NAMES, Chosen, Table, chosen_columns, open_table, split_in_name
 from mlip_cli.data.sources.text_tables import Row, table_error
 from mlip_cli.errors import UsageError
 from mlip_cli.paths import escaped
-
-FIRST_NAMES = 20
-"""This many pictures of a table tell the folder that their names are relative to."""
 
 
 @dataclass(frozen=True)
