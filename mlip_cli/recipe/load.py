@@ -14,6 +14,7 @@ from pydantic.json_schema import GenerateJsonSchema
 
 from mlip_cli import __version__
 from mlip_cli.errors import RecipeError
+from mlip_cli.files import read_object
 from mlip_cli.recipe.checks import check
 from mlip_cli.recipe.config import Recipe, Source
 from mlip_cli.recipe.init_source import open_clip_file
@@ -210,7 +211,11 @@ def _report(mistakes: list[Mistake], file: Path) -> Iterator[str]:
         key = "" if place.line else place.source.removeprefix(f"{COMMAND_LINE}: ").partition("=")[0]
         yield f"{place}: {text.removeprefix(f'{key}: ')}"
     stamp = file.with_name("run.json")
-    made_by = json.loads(stamp.read_text()).get("mlip_version") if stamp.is_file() else None
+    try:
+        made_by = read_object(stamp).get("mlip_version") if stamp.is_file() else None
+    except ValueError as error:
+        yield f"{stamp}: damaged ({error}), so what made the recipe is unknown"
+        return
     if made_by not in (None, __version__) and any(m.place.line for m in mistakes):
         yield f"{file}: made by mlip {made_by}, this is mlip {__version__}; use that version, or start a new run"
 

@@ -24,7 +24,7 @@ from mlip_cli.model.frequency import regrid_kernel
 from mlip_cli.model.open_clip import ONLY_OURS, as_yaml, from_open_clip, model_section
 from mlip_cli.recipe.config import LOSS_NAMES, Recipe
 from mlip_cli.recipe.init_source import OpenClipFile
-from mlip_cli.recipe.load import differences, load_recipe
+from mlip_cli.recipe.load import differences
 from mlip_cli.recipe.merge_plan import stem_depth
 from mlip_cli.runs.checkpoint import load_weights
 from mlip_cli.runs.folder import Run
@@ -62,7 +62,7 @@ def check_initial(recipe: Recipe) -> OpenClipFile | Path:
         cure = f"use {as_yaml(section)} (its own data.image_size is {size}; for others the positions are resampled)"
     else:
         place, run = str(source), Run(source.parent.parent)
-        other = load_recipe(str(run.recipe)).recipe
+        other = run.read_recipe()
         cure = f"take these values from {run.recipe}, or set model.init to null"
     decide = ["model.embed_dim", "model.vision", "model.text"]
     branches = recipe.model.frequency, other.model.frequency

@@ -18,6 +18,7 @@ from mlip_cli.runs.checkpoint import (
     remove_old_checkpoints,
     save_checkpoint,
 )
+from mlip_cli.runs.moved_data import changed_data
 from mlip_cli.terminal.output import is_main, warn
 from mlip_cli.train.gradients import RandomState
 from mlip_cli.train.state import Progress, Training
@@ -111,12 +112,10 @@ def restore(checkpoint: Path, training: Training, *, data: dict[str, str]) -> tu
         UsageError: the checkpoint is damaged, or the data has changed since.
     """
     state = load_state(checkpoint)
-    if state["data"] != data:
-        changed = sorted(
-            path for path in data.keys() | state["data"].keys() if data.get(path) != state["data"].get(path)
-        )
+    changed = changed_data(list(state["data"].items()), list(data.items()))
+    if changed:
         raise UsageError(
-            f"{checkpoint}: the data has changed since ({', '.join(changed)}); restore it, or start a new run with "
+            f"{checkpoint}: the data has changed since: {changed}; restore it, or start a new run with "
             f"model.init={checkpoint}"
         )
     weights, own = load_weights(checkpoint), training.plain.state_dict()
