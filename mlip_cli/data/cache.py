@@ -20,6 +20,8 @@ from mlip_cli.files import GIB, lock
 from mlip_cli.recipe.config import Cache
 from mlip_cli.terminal.output import say
 
+LOCAL = "name a folder on a local disk of this machine"
+
 
 @dataclass(frozen=True)
 class ShardCache:
@@ -30,9 +32,16 @@ class ShardCache:
 
     @classmethod
     def of(cls, config: Cache) -> "ShardCache":
-        """The cache that a recipe names, or the user's own."""
-        own = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlip"
-        folder = own if config.folder is None else Path(config.folder).expanduser()
+        """The cache that a recipe names, or the user's own.
+
+        Raises:
+            UsageError: the folder is that of a user who has no home, as in a container without accounts.
+        """
+        named = config.folder or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "mlip"
+        try:
+            folder = Path(named).expanduser()
+        except RuntimeError:
+            raise UsageError(f"data.cache.folder: {named}: there is no such home folder; {LOCAL}") from None
         return cls(folder.absolute(), int(config.gib * GIB))
 
     def subfolder(self, name: str) -> Path:
@@ -86,8 +95,7 @@ class ShardCache:
             )
 
     def _unusable(self, error: OSError) -> UsageError:
-        cure = "name a folder on a local disk of this machine"
-        return UsageError(f"data.cache.folder: {self.folder}: {error.strerror}; {cure}")
+        return UsageError(f"data.cache.folder: {self.folder}: {error.strerror}; {LOCAL}")
 
 
 def _in_words(folder: Path) -> str:

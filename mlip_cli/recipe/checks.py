@@ -1,5 +1,6 @@
 """Mistakes between several keys. Each check is a function recipe -> [(dotted key, what is wrong and what to do)]."""
 
+import os
 from collections.abc import Callable, Iterator
 
 from mlip_cli.errors import UsageError
@@ -43,9 +44,13 @@ def _sources(recipe: Recipe) -> Found:
     if any(source.weight is not None for source in recipe.data.validation or ()):
         yield "data.validation", "weights work in data.train only; list the folders without weights"
     for name, sources in (("data.train", recipe.data.train), ("data.validation", recipe.data.validation or ())):
-        folders = [source.path for source in sources]
-        for folder in sorted({f for f in folders if folders.count(f) > 1}):
-            yield name, f"{folder} is listed twice"
+        spellings: dict[str, list[str]] = {}
+        for source in sources:
+            place = source.path if "://" in source.path else os.path.abspath(source.path)
+            spellings.setdefault(place, []).append(source.path)
+        for first, *others in spellings.values():
+            for other in others:
+                yield name, f"{first} is listed twice" + (f", as {other} too" if other != first else "")
 
 
 def _best(recipe: Recipe) -> Found:

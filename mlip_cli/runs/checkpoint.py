@@ -129,7 +129,7 @@ def load_weights(checkpoint: Path, name: str = WEIGHTS) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise _damaged(path, f"not a whole safetensors file ({error})") from None
+        raise damaged(path, f"not a whole safetensors file ({error})") from None
 
 
 def load_state(checkpoint: Path) -> dict[str, Any]:
@@ -140,9 +140,12 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
     """
     path = _part(checkpoint, STATE)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises another type for every kind of damage
-        raise _damaged(path, f"not a whole checkpoint ({type(error).__name__})") from error
+        raise damaged(path, f"not a whole checkpoint ({type(error).__name__})") from error
+    if not isinstance(state, dict):
+        raise damaged(path, f"not a state ({type(state).__name__})")
+    return state
 
 
 def _part(checkpoint: Path, name: str) -> Path:
@@ -152,5 +155,6 @@ def _part(checkpoint: Path, name: str) -> Path:
     return path
 
 
-def _damaged(path: Path, what: str) -> UsageError:
+def damaged(path: Path, what: str) -> UsageError:
+    """The error of a file of a checkpoint."""
     return UsageError(f"{path}: {what}; remove {path.parent}, and mlip takes the checkpoint before it")
