@@ -41,7 +41,7 @@ class ShardCache:
         try:
             folder = Path(named).expanduser()
         except RuntimeError:
-            raise UsageError(f"data.cache.folder: {named}: there is no such home folder; {LOCAL}") from None
+            raise UsageError(f"data.cache.folder: {named}: this user has no such home folder; {LOCAL}") from None
         return cls(folder.absolute(), int(config.gib * GIB))
 
     def subfolder(self, name: str) -> Path:
