@@ -1,18 +1,18 @@
 """`mlip pretrain`: checks without torch, then the training (commands/training.py), then the run folder on stdout."""
 
-import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from mlip_cli.errors import Stopped, UsageError
+from mlip_cli.errors import RunError, Stopped, UsageError
 from mlip_cli.evaluate.datasets.find import find_benchmark
 from mlip_cli.paths import check_can_be_made
 from mlip_cli.recipe.config import Recipe
 from mlip_cli.recipe.load import load_recipe
-from mlip_cli.runs.folder import RUNS, Run
+from mlip_cli.runs.contents import read_metrics
+from mlip_cli.runs.folder import CURES, RUNS, Run
 from mlip_cli.runs.start import check_trackers, choose_start, command_to_resume, find_init
-from mlip_cli.terminal.output import is_main, print_json, print_lines, say
+from mlip_cli.terminal.output import is_main, print_json, print_lines, say, warn
 
 
 def pretrain(
@@ -83,6 +83,10 @@ def print_run(run: Run, *, as_json: bool) -> None:
     if not as_json:
         print_lines(str(run.folder))
         return
-    lines = [json.loads(line) for line in run.metrics.read_text(encoding="utf-8").splitlines()]
+    lines, damaged = read_metrics(run.metrics)
+    for number in damaged:
+        warn(f"{run.metrics}:{number}: not a line of metrics; {CURES[run.metrics.name]}")
+    if not lines:
+        raise RunError(f"{run.metrics}: no line of metrics is left; the weights are in {run.checkpoints}")
     last = {key: value for line in lines if line["step"] == lines[-1]["step"] for key, value in line.items()}
     print_json({"run": str(run.folder), "step": last["step"], "metrics": last})

@@ -20,6 +20,8 @@ from mlip_cli.paths import read_path, read_variable
 from mlip_cli.recipe.config import Cache
 from mlip_cli.terminal.output import say
 
+LOCAL = "name a folder on a local disk of this machine"
+
 
 @dataclass(frozen=True)
 class ShardCache:
@@ -89,8 +91,7 @@ class ShardCache:
             )
 
     def _unusable(self, error: OSError) -> UsageError:
-        cure = "name a folder on a local disk of this machine"
-        return UsageError(f"data.cache.folder: {self.folder}: {error.strerror}; {cure}")
+        return UsageError(f"data.cache.folder: {self.folder}: {error.strerror}; {LOCAL}")
 
 
 def _own_folder() -> Path:

@@ -16,7 +16,6 @@ from mlip_cli.evaluate.datasets.benchmark import Benchmark
 from mlip_cli.evaluate.results import ZeroshotResult
 from mlip_cli.evaluate.statistics import paired
 from mlip_cli.evaluate.wanted import Failures
-from mlip_cli.recipe.load import load_recipe
 from mlip_cli.runs.folder import Run, find_checkpoint, now
 from mlip_cli.terminal.output import plural, say, warn
 
@@ -143,7 +142,7 @@ def default_datasets(checkpoints: Sequence[EvaluatedCheckpoint]) -> list[str]:
     Raises:
         UsageError: the recipes name no data set.
     """
-    recipes = [load_recipe(str(checkpoint.run.recipe)).recipe for checkpoint in checkpoints]
+    recipes = [checkpoint.run.read_recipe() for checkpoint in checkpoints]
     names = [name for recipe in recipes for name in recipe.evaluate.zeroshot]
     if not names:
         raise UsageError("no data set: the recipe's evaluate.zeroshot is empty; name one, as in --dataset openmoji")

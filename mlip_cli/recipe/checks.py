@@ -69,7 +69,7 @@ def _twice(name: str, places: Sequence[str]) -> Found:
     """Places that are listed twice, also where they are spelled in two ways."""
     first: dict[str, str] = {}
     for place in places:
-        kind, colon, path = place.rpartition(":") if place.startswith(("folder:", "shards:")) else ("", "", place)
+        kind, colon, path = place.partition(":") if place.startswith(("folder:", "shards:")) else ("", "", place)
         one = place.rstrip("/") if is_elsewhere(place) else f"{kind}{colon}{os.path.realpath(path)}"
         if one in first:
             yield name, f"{place} is listed twice" + (f", also as {first[one]}" if first[one] != place else "")

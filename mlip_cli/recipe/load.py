@@ -14,6 +14,7 @@ from pydantic.json_schema import GenerateJsonSchema
 
 from mlip_cli import __version__
 from mlip_cli.errors import RecipeError, UsageError
+from mlip_cli.files import read_object
 from mlip_cli.paths import escaped, read_path
 from mlip_cli.recipe.checks import check
 from mlip_cli.recipe.config import Recipe, Source
@@ -224,17 +225,14 @@ def _report(mistakes: list[Mistake], file: Path) -> Iterator[str]:
     for place, text in sorted(mistakes, key=lambda m: (not m.place.line, m.place)):
         key = "" if place.line else place.source.removeprefix(f"{COMMAND_LINE}: ").partition("=")[0]
         yield escaped(f"{place}: {text.removeprefix(f'{key}: ')}")
-    made_by = _version_of(file.with_name("run.json"))
+    stamp = file.with_name("run.json")
+    try:
+        made_by = read_object(stamp).get("mlip_version") if stamp.is_file() else None
+    except ValueError as error:
+        yield f"{stamp}: damaged ({error}), so what made the recipe is unknown"
+        return
     if made_by not in (None, __version__) and any(m.place.line for m in mistakes):
         yield f"{file}: made by mlip {made_by}, this is mlip {__version__}; use that version, or start a new run"
-
-
-def _version_of(stamp: Path) -> str | None:
-    """The version that a run began with; None if there is no stamp, or a damaged one."""
-    try:
-        return json.loads(stamp.read_bytes())["mlip_version"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
 
 
 def _plain(recipe: Recipe) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import html
 import io
+import logging
 import math
 import re
 import warnings
@@ -114,6 +115,7 @@ def drawn(
     layout: Literal["constrained"] | None = "constrained",
 ) -> Iterator[Chart]:
     """Yield an empty chart for the block to fill. Without a layout the block sets the margins."""
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # without a home folder it warns of its cache
     import matplotlib as mpl
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure

@@ -1,14 +1,13 @@
 """Results as typed values: read from JSON, which is checked, and written as JSON into RUN/evals/. No torch."""
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from mlip_cli.files import write_json
+from mlip_cli.files import read_object, write_json
 
 Checked = TypeVar("Checked")
 
@@ -45,7 +44,7 @@ class Result:
         Raises:
             ValueError: the file is not such a result; the text says why.
         """
-        return cls.from_json(json.loads(path.read_bytes()))
+        return cls.from_json(read_object(path))
 
     def to_json(self) -> dict[str, Any]:
         """What `from_json` reads."""
