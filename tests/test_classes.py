@@ -301,6 +301,7 @@ def test_names_in_a_locale_without_utf8_get_the_cure(tmp_path: Path) -> None:
     plain = {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     done = subprocess.run(
         [sys.executable, "-c", code, str(folder)],
+        cwd=Path(__file__).parents[1],
         env=os.environ | plain,
         capture_output=True,
         text=True,

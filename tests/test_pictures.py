@@ -319,7 +319,7 @@ SOUND = encoded(picture(), "PNG")
 def test_a_png_with_a_wrong_checksum_is_named_by_every_reader_and_kills_no_process(tmp_path: Path) -> None:
     """In a process of its own: there are decoders that end in a segmentation fault."""
     code = (
-        "import sys, test_pictures as t; from pathlib import Path\n"
+        "import sys; sys.path.append('tests'); import test_pictures as t; from pathlib import Path\n"
         "t.CORPUS = dict.fromkeys(('sound.png', 'damaged.png'))\n"
         "for number, read in enumerate(t.READERS):\n"
         "    Path(sys.argv[1], str(number)).mkdir()\n"
@@ -327,7 +327,7 @@ def test_a_png_with_a_wrong_checksum_is_named_by_every_reader_and_kills_no_proce
         "    except Exception as error: print(error)\n"
     )
     command = [sys.executable, "-c", code, str(tmp_path)]
-    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert [line for line in lines if "damaged picture: broken data stream" not in line] == []

@@ -1,12 +1,22 @@
 """Which folders of a tree are classes: for preparing data and for evaluation alike."""
 
 import os
-import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
+from mlip_cli.data.sources.class_levels import (
+    Folder,
+    Step,
+    descended,
+    is_mixed,
+    path_of,
+    place_of,
+    split_folders,
+    tree_of,
+    unwrapped,
+)
 from mlip_cli.data.sources.class_names import NAMES_FILE, cautions, class_names, one_line, some
 from mlip_cli.data.sources.listing import (
     PICTURE_ENDINGS,
@@ -17,21 +27,13 @@ from mlip_cli.data.sources.listing import (
     number_order,
     shown,
 )
-from mlip_cli.data.sources.records import check_utf8, decode_text, split_of_name
+from mlip_cli.data.sources.records import check_utf8, decode_text
 from mlip_cli.errors import RunError, UsageError
 from mlip_cli.terminal.output import plural
 
-NO_CLASS = re.compile(
-    "(?:image|img|picture|pic|photo|data|dataset|jpg|jpeg|png|jpegimage|rgb|raw|file|frame|thumb|thumbnail|mask|label|"
-    "annotation|segmentation|caption|part|batch|chunk|shard|folder|unlabell?ed)s?"
-)
-"""Folders that hold pictures of all kinds, without numbers and signs: images, img_2, part-001."""
 ANY_PICTURE = frozenset((*PICTURE_ENDINGS, *UNREAD_PICTURE_ENDINGS))
 TABLE_ENDINGS = ("csv", "tsv", "json", "jsonl", "txt", "parquet")
 """Of files that may hold what the pictures show."""
-
-Step = Mapping[str, str | None]
-"""Folders above the classes, of one level: name -> split, or None for a folder that only wraps the others."""
 
 
 @dataclass(frozen=True)
@@ -54,12 +56,12 @@ class ClassFolders:
 
     def place(self, picture: str) -> tuple[str | None, str | None]:
         """Split and class folder of a picture; no class folder if it lies in none."""
-        return _place(self.steps, self.names, folder_of(picture))
+        return place_of(self.steps, self.names, folder_of(picture))
 
     @property
     def wrapper(self) -> str | None:
         """The folder that holds the class folders, such as `images/`, or "" for the root; None for several splits."""
-        return _path(self.steps)
+        return path_of(self.steps)
 
     def in_words(self) -> str:
         """`60 pictures in 2 classes: cat, dog`, with the folder that they lie in and with what is passed over."""
@@ -80,14 +82,6 @@ class ClassFolders:
         return f"{self.names_file}: {some(pairs)}" if self.names_file else None
 
 
-@dataclass
-class _Folder:
-    """Pictures, those of unread kinds too."""
-
-    total: int = 0
-    folders: dict[str, "_Folder"] = field(default_factory=dict)
-
-
 def find_classes(root: Path, files: Sequence[str], *, place: str) -> ClassFolders:
     """The classes of a tree. `files` are all its files relative to `root`, without leftovers; `place` begins messages.
 
@@ -97,14 +91,14 @@ def find_classes(root: Path, files: Sequence[str], *, place: str) -> ClassFolder
         UsageError: there are no two classes, or the folders are parts of a data set, or a name is no text.
         RunError: most of the pictures are of unread kinds, or lie in no class.
     """
-    top = _tree(Counter(folder_of(name) for name in files if ending(name) in ANY_PICTURE))
-    steps, level = _descended(top)
+    top = tree_of(Counter(folder_of(name) for name in files if ending(name) in ANY_PICTURE))
+    steps, level = descended(top)
     folders = number_order([*level, *_empty(root, files, steps, level)])
     names_file = _names_file(steps, set(files))
     given = None if names_file is None else _lines(root / names_file)
     if given is None or len(given) != len(folders) or len(folders) < 2:
         _refuse_parts(place, steps, level)
-        folders = [name for name in folders if not _is_mixed(name)]
+        folders = [name for name in folders if not is_mixed(name)]
         _check_number(root, place, files, level, top.total)
     if given is not None and len(given) != len(folders):
         raise UsageError(
@@ -113,11 +107,11 @@ def find_classes(root: Path, files: Sequence[str], *, place: str) -> ClassFolder
         )
     _check_names(place, folders)
     names = class_names(folders) if given is None else dict(zip(folders, map(one_line, given), strict=True))
-    classes = {folder: _place(steps, names, folder)[1] for folder in set(map(folder_of, files))}
+    classes = {folder: place_of(steps, names, folder)[1] for folder in set(map(folder_of, files))}
     num_pictures, passed_over = counted(place, files, lambda name: classes[folder_of(name)])
     full = {classes[folder_of(name)] for name in files if ending(name) in PICTURE_ENDINGS}
     empty = tuple(folder for folder in folders if folder not in full)
-    splits = _split_folders(steps, [folder for folder, name in classes.items() if name is not None])
+    splits = split_folders(steps, [folder for folder, name in classes.items() if name is not None])
     return ClassFolders(steps, names, num_pictures, passed_over, empty, names_file, splits)
 
 
@@ -126,95 +120,9 @@ def folder_of(file: str) -> str:
     return file.rpartition("/")[0]
 
 
-def _tree(counts: Mapping[str, int]) -> _Folder:
-    """The folders, from the number of pictures directly in each."""
-    top = _Folder()
-    for name, num_pictures in counts.items():
-        folder = top
-        folder.total += num_pictures
-        for part in name.split("/") if name else ():
-            folder = folder.folders.setdefault(part, _Folder())
-            folder.total += num_pictures
-    return top
-
-
-def _descended(top: _Folder) -> tuple[tuple[Step, ...], dict[str, list[_Folder]]]:
-    """The steps from the root to the folders that may be classes, and those folders; of splits all together."""
-    steps: list[Step] = []
-    level = _inside([top])
-    while step := _splits(level) or _wrapper(level):
-        steps.append(step)
-        level = _inside([folder for name in step for folder in level[name]])
-    return tuple(steps), level
-
-
-def _inside(folders: Sequence[_Folder]) -> dict[str, list[_Folder]]:
-    """The folders in `folders` by name."""
-    found: dict[str, list[_Folder]] = {}
-    for folder in folders:
-        for name, own in folder.folders.items():
-            found.setdefault(name, []).append(own)
-    return found
-
-
-def _splits(level: Mapping[str, Sequence[_Folder]]) -> dict[str, str | None]:
-    """Folders of splits among others, by their names; a class `train` beside `bus` has no folders inside."""
-    found = {name: split for name in level if (split := split_of_name(name))}
-    if not found or len(found) < len(level):
-        loose = {name: split for name in level if (split := _split_in(name))}
-        if len(loose) == len(level) and len(set(loose.values())) > 1:  # cars_train, cars_test
-            return dict(loose)
-        inside = _inside([folder for name in found for folder in level[name]])
-        return dict(found) if len(inside) > 1 else {}
-    return dict(found)
-
-
-def _split_in(name: str) -> str | None:
-    """The split of a name of several words, one of which is a split's."""
-    found = {split for word in re.findall(r"[a-z]+", name.lower()) if (split := split_of_name(word))}
-    return found.pop() if len(found) == 1 else None
-
-
-def _wrapper(level: Mapping[str, Sequence[_Folder]]) -> dict[str, str | None]:
-    """The one folder with folders inside, where all others hold pictures of all kinds, such as thumbnails."""
-    full = [name for name, folders in level.items() if _inside(folders)]
-    is_one = len(full) == 1 and (len(level) == 1 or all(map(_is_mixed, level)))
-    return {full[0]: None} if is_one else {}
-
-
-def _is_mixed(name: str) -> bool:
-    return bool(NO_CLASS.fullmatch(re.sub(r"[\W\d_]+", "", name.lower())))
-
-
-def _path(steps: Sequence[Step]) -> str | None:
-    """`images/CUB/`, or None where a step has several folders."""
-    return "".join(f"{name}/" for step in steps for name in step) if all(len(step) == 1 for step in steps) else None
-
-
-def _place(steps: Sequence[Step], names: Collection[str], folder: str) -> tuple[str | None, str | None]:
-    """Split and class of the files in a folder."""
-    split, parts = None, folder.split("/")
-    for depth, step in enumerate(steps):
-        if depth == len(parts) or parts[depth] not in step:
-            return split, None
-        split = step[parts[depth]] or split
-    return split, next((name for name in parts[len(steps) : len(steps) + 1] if name in names), None)
-
-
-def _split_folders(steps: Sequence[Step], folders: Iterable[str]) -> tuple[str, ...]:
-    """The folders of the first step that has several. Those without class folders are left out."""
-    depth = next((depth for depth, step in enumerate(steps) if len(step) > 1), None)
-    if depth is None:
-        return ()
-    order = {"validation": 0, "test": 1, "train": 2}
-    full = {tuple(folder.split("/")[: depth + 1]) for folder in folders}
-    ranked = sorted(full, key=lambda path: (order[steps[depth][path[-1]] or "train"], path))
-    return tuple("/".join(path) for path in ranked)
-
-
 def _names_file(steps: Sequence[Step], files: Collection[str]) -> str | None:
     """The classnames.txt that lies beside the class folders, else the nearest one above."""
-    above = (path for end in range(len(steps), -1, -1) if (path := _path(steps[:end])) is not None)
+    above = (path for end in range(len(steps), -1, -1) if (path := path_of(steps[:end])) is not None)
     return next((path + NAMES_FILE for path in above if path + NAMES_FILE in files), None)
 
 
@@ -227,7 +135,7 @@ def _lines(path: Path) -> list[str]:
 
 def _empty(root: Path, files: Sequence[str], steps: Sequence[Step], level: Collection[str]) -> list[str]:
     """Folders beside the class folders in which there is no file at all: classes without pictures."""
-    path = _path(steps)
+    path = path_of(steps)
     if path is None or not level:
         return []
     full = {name[len(path) :].partition("/")[0] for name in files if name.startswith(path)}
@@ -235,13 +143,13 @@ def _empty(root: Path, files: Sequence[str], steps: Sequence[Step], level: Colle
         return [e.name for e in entries if e.is_dir() and e.name not in full and not is_leftover(e.name)]
 
 
-def _refuse_parts(place: str, steps: Sequence[Step], level: Mapping[str, Sequence[_Folder]]) -> None:
+def _refuse_parts(place: str, steps: Sequence[Step], level: Mapping[str, Sequence[Folder]]) -> None:
     """Refuse folders which hold the same folders: amazon, dslr and webcam are no classes.
 
     Raises:
         UsageError: they do.
     """
-    inside = [set(_unwrapped(folders)) for folders in level.values()]
+    inside = [set(unwrapped(folders)) for folders in level.values()]
     same = set.intersection(*inside) if len(inside) > 1 else set()
     if len(same) > 1 and 2 * len(same) >= len(set.union(*inside)):
         above = "".join(f"{next(iter(step))}/" for step in steps)  # of several splits the first
@@ -253,23 +161,15 @@ def _refuse_parts(place: str, steps: Sequence[Step], level: Mapping[str, Sequenc
         )
 
 
-def _unwrapped(folders: Sequence[_Folder]) -> Mapping[str, Sequence[_Folder]]:
-    """The folders in `folders`, or where that is one with folders inside, those."""
-    inside = _inside(folders)
-    while len(inside) == 1 and (deeper := _inside(*inside.values())):
-        inside = deeper
-    return inside
-
-
 def _check_number(
-    root: Path, place: str, files: Sequence[str], level: Mapping[str, Sequence[_Folder]], num_pictures: int
+    root: Path, place: str, files: Sequence[str], level: Mapping[str, Sequence[Folder]], num_pictures: int
 ) -> None:
     """Refuse what is no classification.
 
     Raises:
         UsageError: fewer than two folders can be classes.
     """
-    if sum(not _is_mixed(name) for name in level) > 1:
+    if sum(not is_mixed(name) for name in level) > 1:
         return
     cure = f"make one folder for each class in {root}/"
     if not num_pictures:
