@@ -24,6 +24,7 @@ from mlip_cli.data.open import open_prepared
 from mlip_cli.data.pictures import RejectedPictureError, open_picture
 from mlip_cli.data.transforms import decode
 from mlip_cli.errors import RunError, Stopped, UsageError
+from mlip_cli.evaluate import sweep as sweep_module
 from mlip_cli.evaluate.evaluators import training_evaluators
 from mlip_cli.evaluate.panels import draw_groups, draw_guidance, panel_pictures
 from mlip_cli.evaluate.sweep import FAILURES, agreement, numbers_at_random, open_datasets
@@ -117,7 +118,7 @@ def test_ctrl_c_says_that_nothing_was_written(place: Path, monkeypatch: pytest.M
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(merge_sweep, "measure_sweep", interrupted)
+    monkeypatch.setattr(sweep_module, "measure_sweep", interrupted)
     with pytest.raises(Stopped, match=r"^interrupted; nothing was written$") as stop:
         sweep("runs/clip")
     assert stop.value.exit_code == 130
@@ -190,7 +191,7 @@ def test_tables_of_retrieval(place: Path, capsys: pytest.CaptureFixture[str]) ->
 def test_mistakes_show_before_anything_is_measured(
     place: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], message: str
 ) -> None:
-    monkeypatch.setattr(merge_sweep, "measure_sweep", lambda *_, **__: pytest.fail("measured"))
+    monkeypatch.setattr(sweep_module, "measure_sweep", lambda *_, **__: pytest.fail("measured"))
     with pytest.raises(UsageError) as error:
         sweep("runs/mlip", **changes)
     assert str(error.value).startswith(message)
@@ -329,7 +330,8 @@ def attributed(folder: Path, text: str) -> None:
 def test_merge_pictures_carry_what_the_licence_asks_for(
     place: Path, capsys: pytest.CaptureFixture[str], names: list[str]
 ) -> None:
-    [dataset], _ = open_datasets(load_run("runs/pairs", device="cpu"), find_wanted(names, root=None), batch_size=4)
+    wanted = find_wanted(names, root=None, own="validation")
+    [dataset], _ = open_datasets(load_run("runs/pairs", device="cpu"), wanted, batch_size=4)
     assert dataset.attribution == ()
     attributed(place / "data/colors", "All colours designed by us. License: CC BY 4.0")
     sweep("runs/pairs", datasets=names, num_pictures=1)

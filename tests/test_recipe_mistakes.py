@@ -63,7 +63,7 @@ optim.lr: 4
         "bad.yaml:10: model.vision.patch_size: expected a whole number above 0 and at most 65536 or null, not -8",
         "bad.yaml:10: model.vision.width: expected a whole number above 0 and at most 65536 or null, not 1.0",
         "bad.yaml:11: model.frequency.width is missing",
-        "bad.yaml:11: model.frequency.depth: expected a whole number above 0 and at most 1024, not 'a'",
+        "bad.yaml:11: model.frequency.depth: expected a whole number above 0 and at most 256, not 'a'",
         "bad.yaml:12: optim: cannot be null or empty; its keys: lr, betas, eps, weight_decay, warmup_steps, layer_decay, clip_grad_norm, ema_horizon",
         "bad.yaml:13: losses.spatial_token.kind: expected one of sparc, filip, not 'flip'",
         "bad.yaml:13: unknown key losses.spatial_globl; did you mean losses.spatial_global?",
@@ -73,7 +73,7 @@ optim.lr: 4
         "bad.yaml:15: unknown key merging; did you mean model.merging?",
         "bad.yaml:16: unknown key optim.lr; dots are for the command line, in a file write lr under optim",
         "command line: evaluate.zeroshot=openmoji: expected a list of text, not 'openmoji'",
-        "command line: model.merging.at=[2, 0]: model.merging.at[1]: expected a whole number above 0 and at most 1024, not 0",
+        "command line: model.merging.at=[2, 0]: model.merging.at[1]: expected a whole number above 0 and at most 256, not 0",
     ]
 
 

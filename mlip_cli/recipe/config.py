@@ -11,7 +11,7 @@ LOSS_NAMES = ("spatial_global", "spatial_token", "frequency_global", "frequency_
 
 Size = Annotated[int, Field(gt=0, le=65_536)]
 """Pixels, or numbers in a vector."""
-Blocks = Annotated[int, Field(gt=0, le=1_024)]
+Blocks = Annotated[int, Field(gt=0, le=256)]
 """Blocks of a tower, heads, and places among blocks."""
 Samples = Annotated[int, Field(gt=0, le=2**24)]
 """Samples that are in memory at once."""
