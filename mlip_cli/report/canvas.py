@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from mlip_cli.paths import escaped
 from mlip_cli.report.page import Html
 
 if TYPE_CHECKING:
@@ -142,5 +143,5 @@ def _recoloured(svg: str, colours: Mapping[str, str]) -> str:
 
 
 def literal(text: str) -> str:
-    """Text that matplotlib does not read as a formula."""
-    return text.replace("$", r"\$")
+    """Text that matplotlib does not read as a formula; its fonts take no control characters."""
+    return escaped(text, keep="\n").replace("$", r"\$")
