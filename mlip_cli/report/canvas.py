@@ -119,7 +119,7 @@ def drawn(
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    with mpl.rc_context({**STYLE, "svg.hashsalt": title}):  # the same chart gives the same bytes
+    with mpl.rc_context({**STYLE, "svg.hashsalt": escaped(title)}):  # the same chart gives the same bytes
         figure = Figure(figsize=size, layout=layout)
         axes = figure.add_subplot()
         axes.set_title(literal(title))
