@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from mlip_cli.paths import escaped
 from mlip_cli.report.page import Html
 
 if TYPE_CHECKING:
@@ -120,7 +121,7 @@ def drawn(
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    with mpl.rc_context({**STYLE, "svg.hashsalt": title}):  # the same chart gives the same bytes
+    with mpl.rc_context({**STYLE, "svg.hashsalt": escaped(title)}):  # the same chart gives the same bytes
         figure = Figure(figsize=size, layout=layout)
         axes = figure.add_subplot()
         axes.set_title(literal(title))
@@ -144,5 +145,5 @@ def _recoloured(svg: str, colours: Mapping[str, str]) -> str:
 
 
 def literal(text: str) -> str:
-    """Text that matplotlib does not read as a formula."""
-    return text.replace("$", r"\$")
+    """Text that matplotlib does not read as a formula; its fonts take no control characters."""
+    return escaped(text, keep="\n").replace("$", r"\$")
