@@ -93,9 +93,10 @@ def check_can_be_made(folder: Path, *, option: str) -> None:
     """
     place = f"{option} {folder}"
     above = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    if not above.exists():
+        raise UsageError(f"{place}: {above} is a link to nothing; make the folder that it names, or remove the link")
     if not above.is_dir():
-        what = "a file" if above.exists() else "a broken link"
-        raise UsageError(f"{place}: {above} is {what}; name another folder")
+        raise UsageError(f"{place}: {above} is a file; name another folder")
     try:
         os.rmdir(tempfile.mkdtemp(prefix=".mlip-", dir=above))
     except OSError as error:

@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import json
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,8 +21,7 @@ from borders_for_tests import (
     tars,
     training_pairs,
 )
-from hypothesis import HealthCheck, Phase, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings
 from sources_for_tests import prepare, samples, write_files
 
 from mlip_cli.evaluate.datasets.find import find_benchmark

@@ -113,9 +113,9 @@ MAKE = "make one folder for each class in {0}/"
 CONVERT = "convert them to JPEG or PNG, in class folders"
 REFUSED: dict[str, tuple[Files, str]] = {
     "no class": (
-        tree("Images", more={"captions.txt": "image,caption\n"}),
+        tree("Images", more={"notes.txt": "taken in spring\n"}),
         f"{{1}}: 2 pictures in the folder Images, not in folders of several classes; {MAKE}, or name the file that "
-        "says what they show (captions.txt)",
+        "says what they show (notes.txt)",
     ),
     "one class": (
         tree("val/dog"),

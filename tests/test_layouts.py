@@ -3,24 +3,36 @@
 from pathlib import Path
 
 import pytest
+from borders_for_tests import numbered
 from command_for_tests import mlip
 from layouts_for_tests import LAYOUTS, Pair
 from shards_for_tests import COLORS
-from sources_for_tests import picture, samples
+from sources_for_tests import samples
 
 NUM_PAIRS = 80
-SMALL = (
-    "data.image_size=32 data.num_workers=0 model.vision.width=16 model.vision.num_heads=2 model.text.width=16 "
-    "model.text.num_heads=2 model.embed_dim=16 train.steps=2 train.global_batch_size=8 optim.warmup_steps=1 "
-    "evaluate.every_steps=2 evaluate.zeroshot=[] train.device=cpu train.precision=fp32"
-).split()
+SMALL = [
+    "data.image_size=32",
+    "data.num_workers=0",
+    "model.vision.width=16",
+    "model.vision.num_heads=2",
+    "model.text.width=16",
+    "model.text.num_heads=2",
+    "model.embed_dim=16",
+    "train.steps=2",
+    "train.global_batch_size=8",
+    "optim.warmup_steps=1",
+    "evaluate.every_steps=2",
+    "evaluate.zeroshot=[]",
+    "train.device=cpu",
+    "train.precision=fp32",
+]
 
 
 @pytest.fixture(scope="module")
 def pairs() -> list[Pair]:
     """Pictures with two captions each, in eight classes."""
     return [
-        Pair(picture(i, "JPEG"), (f"picture {i} in {COLORS[i % 8]}", f"{COLORS[i % 8]}, number {i}"), COLORS[i % 8])
+        Pair(numbered(i, "jpg"), (f"picture {i} in {COLORS[i % 8]}", f"{COLORS[i % 8]}, number {i}"), COLORS[i % 8])
         for i in range(NUM_PAIRS)
     ]
 

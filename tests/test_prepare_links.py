@@ -78,7 +78,8 @@ def test_the_output_folder_itself_may_be_a_link_to_a_folder(tmp_path: Path) -> N
     with pytest.raises(UsageError) as error:
         prepare(source, tmp_path / "gone")
     assert str(error.value) == (
-        f"{tmp_path / 'gone'}: a link to nothing; make the folder that it names, or remove the link"
+        f"OUT {tmp_path / 'gone'}: {tmp_path / 'gone'} is a link to nothing; make the folder that it names, or remove "
+        "the link"
     )
 
 

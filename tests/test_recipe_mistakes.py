@@ -245,7 +245,9 @@ def test_a_run_of_another_version_names_it() -> None:
         f"runs/old/recipe.yaml: made by mlip 0.0.1, this is mlip {__version__}; use that version, or start a new run"
     )
     write("runs/old/run.json", json.dumps({"mlip_version": __version__}))
-    assert len(mistakes("runs/old/recipe.yaml")) == 1
+    key, stamp = mistakes("runs/old/recipe.yaml")
+    assert key.startswith("runs/old/recipe.yaml:")
+    assert stamp.startswith("runs/old/run.json: damaged (")
 
 
 @pytest.mark.parametrize(

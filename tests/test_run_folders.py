@@ -16,6 +16,7 @@ from shards_for_tests import make_dataset
 from mlip_cli import __version__
 from mlip_cli.errors import UsageError
 from mlip_cli.files import write_json
+from mlip_cli.paths import check_can_be_made
 from mlip_cli.recipe.config import Keep, Recipe
 from mlip_cli.recipe.load import absolute_paths, recipe_yaml
 from mlip_cli.runs.folder import Run, holds_nothing, sweep
@@ -71,9 +72,9 @@ def test_a_folder_of_our_own_temporary_files_is_an_empty_one(
 def test_a_run_folder_may_be_a_link_to_a_folder_and_no_link_to_nothing(tmp_path: Path) -> None:
     put(tmp_path, "run->elsewhere")
     with pytest.raises(UsageError) as error:
-        choose_start(small_recipe(), "x", out=tmp_path / "run", resume=True)
+        check_can_be_made(tmp_path / "run", option="--out")
     assert str(error.value) == (
-        f"--out {tmp_path}/run: a link to nothing; make the folder that it names, or remove the link"
+        f"--out {tmp_path}/run: {tmp_path}/run is a link to nothing; make the folder that it names, or remove the link"
     )
     (tmp_path / "elsewhere").mkdir()
     assert not choose_start(small_recipe(), "x", out=tmp_path / "run", resume=True).resumes
@@ -187,9 +188,9 @@ def test_one_folder_by_two_names_is_one_data_set(tmp_path: Path) -> None:
     put(tmp_path, "link->a")
     (tmp_path / "r.yaml").write_text(recipe_yaml(small_recipe()))
     for one, other, message in (
-        ("a", "./a/", "error: command line: data.train=[a, ./a/]: a is listed twice, as ./a/ too"),
-        ("a", str(data), f"error: command line: data.train=[a, {data}]: a is listed twice, as {data} too"),
-        ("a", "link", "error: link: the same data as a; list it once"),
+        ("a", "./a/", "error: command line: data.train=[a, ./a/]: ./a/ is listed twice, also as a"),
+        ("a", str(data), f"error: command line: data.train=[a, {data}]: {data} is listed twice, also as a"),
+        ("a", "link", "error: command line: data.train=[a, link]: link is listed twice, also as a"),
     ):
         done = mlip("pretrain", "r.yaml", f"data.train=[{one}, {other}]", "--out", "run", folder=tmp_path)
         assert (done.returncode, done.stderr.splitlines()[-1]) == (2, message)

@@ -111,7 +111,10 @@ def test_splits_in_names_and_columns(tmp_path: Path, files: dict[str, bytes | st
             ": 3 .png, 1 .csv, but no captions for the pictures; labels.csv: no column for the image; columns are "
             "id, breed; say --image-column NAME",
         ),
-        (pictures("images/") | {f"labels/{i}.txt": "0 0.5 0.5" for i in range(3)} | {"x.png": picture(9)}, None),
+        (
+            pictures("images/") | {f"labels/{i}.txt": "0 0.5 0.5" for i in range(3)} | {"x.png": picture(9)},
+            ": 3 of 4 pictures",
+        ),
     ],
 )
 def test_what_cannot_be_told_apart_is_asked_for(

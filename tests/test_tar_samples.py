@@ -383,7 +383,7 @@ def test_most_samples_must_be_usable(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert str(error.value) == (
             f"{path}: 31 of 61 samples fail for the same reason: no caption (first: {path}: sample 100: no caption)"
         )
-        with pytest.raises(RunError, match=r"31 of the first 61 rows fail for the same reason: no caption"):
+        with pytest.raises(RunError, match=r"31 of the 61 rows fail for the same reason: no caption"):
             prepare(path, tmp_path / "out")
         root = web_shards(tmp_path / "wds", path.read_bytes())
         with pytest.raises(RunError) as error:

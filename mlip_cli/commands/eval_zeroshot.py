@@ -6,7 +6,6 @@ from pathlib import Path
 from mlip_cli.errors import RunError, UsageError
 from mlip_cli.evaluate.stored import Measurement, complete, default_datasets, find_checkpoints
 from mlip_cli.evaluate.wanted import check_rates, find_wanted
-from mlip_cli.recipe.load import load_recipe
 from mlip_cli.report.scores import print_zeroshot
 from mlip_cli.report.write import rebuild_if_older
 from mlip_cli.terminal.output import plural, print_json, warn
@@ -31,7 +30,7 @@ def eval_zeroshot(
     checkpoints = find_checkpoints(runs)
     names = list(dict.fromkeys(datasets or default_datasets(checkpoints)))
     for checkpoint in checkpoints:
-        check_rates(load_recipe(str(checkpoint.run.recipe)).recipe, merge_rates)
+        check_rates(checkpoint.run.read_recipe(), merge_rates)
     wanted = find_wanted(names, root=data_root)
     rates: list[float | None] = list(dict.fromkeys(merge_rates)) or [None]
     rows = {

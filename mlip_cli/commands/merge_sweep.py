@@ -6,7 +6,6 @@ from pathlib import Path
 from mlip_cli.data.open import check_there
 from mlip_cli.errors import RunError, interrupted_as
 from mlip_cli.evaluate.wanted import VALIDATION, WantedData, check_methods, check_rates, find_wanted, wanted_names
-from mlip_cli.recipe.load import load_recipe
 from mlip_cli.report.sweeps import print_sweep
 from mlip_cli.report.write import rebuild
 from mlip_cli.runs.folder import find_checkpoint
@@ -74,7 +73,7 @@ def check_sweep(
 ) -> tuple[Path, WantedData]:
     """The checkpoint to sweep, and its data sets. Nothing here loads torch; raises as `merge_sweep`."""
     own, checkpoint = find_checkpoint(run)
-    recipe = load_recipe(str(own.recipe)).recipe
+    recipe = own.read_recipe()
     check_rates(recipe, rates, methods)
     names = wanted_names(recipe, datasets)
     if not names:

@@ -84,8 +84,6 @@ def choose_start(recipe: Recipe, name: str, *, out: Path | None, resume: bool) -
         return _newest_unfinished(recipe, name) if resume else _new(name)
     run = Run(out)
     if not resume or not run.recipe.is_file():
-        if out.is_symlink() and not out.exists():
-            raise UsageError(f"--out {out}: a link to nothing; make the folder that it names, or remove the link")
         if out.exists() and not (out.is_dir() and holds_nothing(out)):
             exists = "exists already; add --resume to go on with it, or name another folder"
             strange = "not a run folder (no recipe.yaml inside); name another folder"

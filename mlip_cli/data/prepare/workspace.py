@@ -110,12 +110,8 @@ def finished_summary(out: Path, request: Mapping[str, Any]) -> Summary | None:
         UsageError: OUT is finished from another source or with other options, is no longer whole, or holds something
             else.
     """
-    if not out.exists() and not out.is_symlink():
+    if not out.exists():
         return None
-    if out.is_symlink() and not out.exists():
-        raise UsageError(f"{out}: a link to nothing; make the folder that it names, or remove the link")
-    if not out.is_dir():
-        raise UsageError(f"{out}: is a file; OUT must be a folder")
     if (out / DONE).is_file():
         summary = Summary.read(out / DONE)
         _check_same(out, summary.request, request, state="was prepared")
