@@ -10,22 +10,12 @@ from shards_for_tests import COLORS
 from sources_for_tests import samples
 
 NUM_PAIRS = 80
-SMALL = [
-    "data.image_size=32",
-    "data.num_workers=0",
-    "model.vision.width=16",
-    "model.vision.num_heads=2",
-    "model.text.width=16",
-    "model.text.num_heads=2",
-    "model.embed_dim=16",
-    "train.steps=2",
-    "train.global_batch_size=8",
-    "optim.warmup_steps=1",
-    "evaluate.every_steps=2",
-    "evaluate.zeroshot=[]",
-    "train.device=cpu",
+SMALL = (
+    "data.image_size=32", "data.num_workers=0", "model.vision.width=16", "model.vision.num_heads=2",
+    "model.text.width=16", "model.text.num_heads=2", "model.embed_dim=16", "train.steps=2", "train.global_batch_size=8",
+    "optim.warmup_steps=1", "evaluate.every_steps=2", "evaluate.zeroshot=[]", "train.device=cpu",
     "train.precision=fp32",
-]
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -288,7 +288,7 @@ def test_no_row_of_a_random_table_is_lost(tmp_path: Path, seed: int) -> None:
             assert (len(found), sum(record.num_rows for record in found)) == (survey.pictures, survey.rows)
             assert all(record.captions or record.reject for record in found)
         path.unlink()
-    assert num_read > 5
+    assert num_read > 2
     assert list(map(escaped, said)) == list(said)
 
 
