@@ -188,23 +188,24 @@ def tars(draw: Draw) -> Files:
     prefix = draw(st.sampled_from(("", "./", "pairs/", "./a.b/")))
     stem = draw(st.sampled_from(("{:06d}", "s.{}", "x{}")))
     picture, text = draw(st.sampled_from((("", "txt"), ("input.", "outputs.txt"), ("", "json"), ("", "captions"))))
-    members = []
-    for pair in pairs:
-        key = prefix + stem.format(pair.number)
-        said = (
-            json.dumps({"captions": [{"text": caption} for caption in pair.captions]})
-            if text == "captions"
-            else json.dumps({"caption": pair.captions[0]})
-            if text == "json"
-            else pair.captions[0]
-        )
-        members.append((f"{key}.{picture}{pair.ending}", pair.content))
-        members.append((f"{key}.{'json' if text == 'captions' else text}", said.encode()))
-    if draw(st.booleans()):
-        members = draw(st.permutations(members))
-    half = draw(st.integers(0, len(members))) if draw(st.booleans()) else len(members)
+    half = draw(st.integers(1, len(pairs)))
     form = draw(st.sampled_from((tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)))
-    return Files((f"{i}.tar", _tar(part, form)) for i, part in enumerate((members[:half], members[half:])) if part)
+    files = Files()
+    for number, own in enumerate(filter(None, (pairs[:half], pairs[half:]))):
+        members = []
+        for pair in own:
+            key = prefix + stem.format(pair.number)
+            said = (
+                json.dumps({"captions": [{"text": caption} for caption in pair.captions]})
+                if text == "captions"
+                else json.dumps({"caption": pair.captions[0]})
+                if text == "json"
+                else pair.captions[0]
+            )
+            members.append((f"{key}.{picture}{pair.ending}", pair.content))
+            members.append((f"{key}.{'json' if text == 'captions' else text}", said.encode()))
+        files[f"{number}.tar"] = _tar(draw(st.permutations(members)) if draw(st.booleans()) else members, form)
+    return files
 
 
 def _tar(members: Iterable[tuple[str, bytes]], form: int) -> bytes:

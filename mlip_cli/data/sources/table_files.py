@@ -85,7 +85,7 @@ def open_table(path: Path) -> Table:
         rows = partial(json_rows if ending == ".json" else json_line_rows, path)
         return Table(path, json_columns(path, rows), rows)
     layout = text_layout(path, ending=ending, known=KNOWN_COLUMNS)
-    return Table(path, layout.columns, partial(text_rows, path, layout, ending=ending), has_header=layout.has_header)
+    return Table(path, layout.columns, partial(text_rows, path, layout), has_header=layout.has_header)
 
 
 def chosen_columns(table: Table, read: ReadOptions) -> Chosen:

@@ -48,6 +48,8 @@ class Layout:
     columns: tuple[str, ...]
     """Their names; without a header their places from 1 on."""
     separator: str
+    is_quoted: bool
+    """Quotes around a cell are not a part of it."""
     has_header: bool
 
 
@@ -94,15 +96,16 @@ def text_layout(path: Path, *, ending: str, known: Sequence[str]) -> Layout:
     if "\0" in lines[0]:
         raise table_error(path, "its text holds zero bytes; save the table as UTF-8")
     separator = _separator(path, lines, ending=ending, known=known)
-    first = [cell.strip() for cell in next(iter(_cells(lines, separator, ending=ending)), [])]
+    is_quoted = _is_quoted(lines[0], separator, ending=ending)
+    first = [cell.strip() for cell in next(iter(_cells(lines, separator, is_quoted=is_quoted)), [])]
     if any(_names_a_picture(path, cell) for cell in first):
-        return Layout(tuple(str(place) for place, _ in enumerate(first, 1)), separator, has_header=False)
+        return Layout(tuple(str(place) for place, _ in enumerate(first, 1)), separator, is_quoted, has_header=False)
     if twice := sorted({column for column in first if first.count(column) > 1}):
         raise table_error(path, f"column {twice[0]!r} is there twice")
-    return Layout(tuple(first), separator, has_header=True)
+    return Layout(tuple(first), separator, is_quoted, has_header=True)
 
 
-def text_rows(path: Path, layout: Layout, *, ending: str) -> Iterator[Row]:
+def text_rows(path: Path, layout: Layout) -> Iterator[Row]:
     """The rows below the header. An empty line is no row.
 
     Raises:
@@ -110,7 +113,7 @@ def text_rows(path: Path, layout: Layout, *, ending: str) -> Iterator[Row]:
     """
     columns = layout.columns
     with opened_text(path) as file:
-        rules = _rules(layout.separator, ending)
+        rules = _rules(layout.separator, is_quoted=layout.is_quoted)
         reader = csv.reader(file, strict=rules["quoting"] != csv.QUOTE_NONE, **rules)
         try:
             for cells in islice(_used(reader), layout.has_header, None):
@@ -123,15 +126,21 @@ def text_rows(path: Path, layout: Layout, *, ending: str) -> Iterator[Row]:
             raise table_error(path, f"not CSV ({error}); {cure}", line=reader.line_num) from None
 
 
-def _rules(separator: str, ending: str) -> dict[str, Any]:
-    """CSV by RFC 4180. Tabs and pipes go without quoting, where one lone quote would swallow the rows after it.
+def _is_quoted(first: str, separator: str, *, ending: str) -> bool:
+    """Whether quotes are those of CSV (RFC 4180).
 
-    Excel and pandas quote cells of .csv files also where tabs separate them.
+    Tabs and pipes go without quoting, where one lone quote would swallow the rows after it, unless all cells of the
+    first line are quoted. Excel and pandas quote cells of .csv files also where tabs separate them.
     """
+    if separator in ",;" or (separator == "\t" and ending == ".csv"):
+        return True
+    return all(re.fullmatch(r'\s*"[^"]*"\s*', cell) for cell in first.split(separator))
+
+
+def _rules(separator: str, *, is_quoted: bool) -> dict[str, Any]:
     csv.field_size_limit(MAX_CELL)
-    plain = separator == "|" or (separator == "\t" and ending != ".csv")
-    quoting: Any = csv.QUOTE_NONE if plain else csv.QUOTE_MINIMAL
-    return {"delimiter": separator, "quoting": quoting, "skipinitialspace": not plain and separator != "\t"}
+    quoting: Any = csv.QUOTE_MINIMAL if is_quoted else csv.QUOTE_NONE
+    return {"delimiter": separator, "quoting": quoting, "skipinitialspace": is_quoted and separator != "\t"}
 
 
 def _used(rows: Iterator[list[str]]) -> Iterator[list[str]]:
@@ -139,10 +148,10 @@ def _used(rows: Iterator[list[str]]) -> Iterator[list[str]]:
     return (cells for cells in rows if cells and (len(cells) > 1 or cells[0].strip()))
 
 
-def _cells(lines: Sequence[str], separator: str, *, ending: str) -> list[list[str]]:
+def _cells(lines: Sequence[str], separator: str, *, is_quoted: bool) -> list[list[str]]:
     """The cells of the first lines, without the last row of several: its quotes may close further down."""
     try:
-        rows = list(_used(csv.reader(lines, **_rules(separator, ending))))
+        rows = list(_used(csv.reader(lines, **_rules(separator, is_quoted=is_quoted))))
     except csv.Error:
         return []
     return rows[:-1] if len(rows) > 2 else rows
@@ -154,7 +163,7 @@ def _separator(path: Path, lines: Sequence[str], *, ending: str, known: Sequence
     fitting = [separator for separator in SEPARATORS if separator in lines[0]]
     if len(fitting) <= 1:
         return (*fitting, own)[0]
-    rows = {separator: _cells(lines, separator, ending=ending) for separator in fitting}
+    rows = {s: _cells(lines, s, is_quoted=_is_quoted(lines[0], s, ending=ending)) for s in fitting}
     regular = [separator for separator in fitting if len({len(cells) for cells in rows[separator]}) == 1] or fitting
 
     def tells(cell: str, separator: str) -> bool:
