@@ -120,7 +120,7 @@ def tables(draw: Draw) -> Files:
     content = text.getvalue().encode(draw(st.sampled_from(("utf-8", "utf-8", "utf-8-sig", "utf-16"))))
     name = draw(st.sampled_from(("metadata", "captions", "results"))) + (".tsv" if separator == "\t" else ".csv")
     if draw(st.integers(0, 4)) == 0:
-        name, content = f"{name}.gz", gzip.compress(content)
+        name, content = f"{name}.gz", gzip.compress(content, mtime=0)
     return Files(_pictures(names, pairs) | {name: content})
 
 

@@ -238,7 +238,9 @@ def _tell(path: str, tars: Sequence[Path], known: Sequence[IndexedTar]) -> None:
     notes = TarNotes()
     for own in known:
         notes.add(own.notes)
-    notes.tell(path, say=say)
+    notes.tell_readings(path, say=say)
+    if notes.passed_over.counts:
+        say(f"{path}: not read: {notes.passed_over.in_words()}")
     total = num_samples + rejects.total()
     for reason, n in rejects.most_common(1) if total >= ENOUGH_SAMPLES else ():
         if n > total / 2:

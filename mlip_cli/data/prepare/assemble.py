@@ -112,7 +112,7 @@ def prepare(source: DataSource, out: Path, read: ReadOptions, request: dict[str,
 def _say_understood(source: DataSource, read: ReadOptions, survey: Survey, passed: PassedOver) -> None:
     """What was understood of the source, the first pairs, what is not read, and what looks wrong."""
     say(f"{source.name}: {source.describe()}; {survey.in_words()}")
-    source.notes.tell(source.name, say=say)
+    source.notes.tell_readings(source.name, say=say)
     if source.format == "metadata":
         say("; ".join(dict.fromkeys(plan.in_words() for plan in source.planned_tables(read))))
     if survey.first:

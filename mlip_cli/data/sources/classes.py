@@ -64,13 +64,11 @@ class ClassFolders:
         return path_of(self.steps)
 
     def in_words(self) -> str:
-        """`60 pictures in 2 classes: cat, dog`, with the folder that they lie in and with what is passed over."""
+        """`60 pictures in 2 classes: cat, dog`, with the folder that they lie in."""
         names = list(self.names.values())
         where = f" in {shown(self.wrapper)}" if self.wrapper else ""
-        words = (
-            f"{plural(self.num_pictures, 'picture')} in {plural(len(names), 'class', 'classes')}{where}: {some(names)}"
-        )
-        return f"{words}; passed over: {self.passed_over.in_words()}" if self.passed_over.counts else words
+        num_classes = plural(len(names), "class", "classes")
+        return f"{plural(self.num_pictures, 'picture')} in {num_classes}{where}: {some(names)}"
 
     def cautions(self) -> list[str]:
         """What is doubtful, a sentence each."""

@@ -109,6 +109,7 @@ def passed_over(source: DataSource, survey: Survey) -> PassedOver:
     passed = PassedOver()
     for kind, name in _unread(source, survey) if source.is_folder else ():
         passed.add(kind, escaped(name))
+    passed.update(source.notes.passed_over)
     unread = {kind: n for kind, n in passed.counts.items() if kind.removesuffix(" files")[1:] in UNREAD_PICTURE_ENDINGS}
     num_unread, num_read = sum(unread.values()), len(source.images())
     if num_unread > num_read and source.format in ("sidecar", "classes"):
@@ -133,7 +134,7 @@ def _unread(source: DataSource, survey: Survey) -> Iterator[tuple[str, str]]:
             if name not in survey.named and not survey.shared.rows_of(name):
                 yield "pictures that no row names", file.name
         elif ending in PICTURE_ENDINGS and source.format in ("sidecar", "classes"):
-            continue
+            continue  # each is a row
         elif source.format == "sidecar" and file.name.endswith(TEXT_ENDINGS):
             yield "texts without a picture", file.name
         elif table_ending(file.name) in TABLE_ENDINGS and ending != "txt":

@@ -52,12 +52,10 @@ class TarNotes:
     read_as: PassedOver = field(default_factory=PassedOver)
     passed_over: PassedOver = field(default_factory=PassedOver)
 
-    def tell(self, place: str, *, say: Callable[[str], None]) -> None:
-        """Say a line of each kind of note, if there is anything to say."""
+    def tell_readings(self, place: str, *, say: Callable[[str], None]) -> None:
+        """Say how the tars were read, where that may surprise."""
         if self.read_as.counts:
             say(f"{place}: {self.read_as.in_words()}")
-        if self.passed_over.counts:
-            say(f"{place}: not read: {self.passed_over.in_words()}")
 
     def add(self, other: "TarNotes") -> None:
         """Count what another one counts."""

@@ -125,13 +125,13 @@ def open_web_shards(benchmark: Benchmark) -> Pictures:
         check_not_compressed(tar, "evaluation")
     notes = TarNotes()
     items = [item for tar in tars for item in labelled_pictures(tar, notes)]
-    notes.tell(benchmark.name, say=say)
+    notes.tell_readings(benchmark.name, say=say)
     num_left_out = sum(n for kind, n in notes.passed_over.counts.items() if kind.startswith(LEFT_OUT))
     if num_left_out > len(items) > 0:
         raise RunError(f"{part}: {notes.passed_over.in_words()}; only {len(items):,} others have a picture and a class")
     if not items:
         raise UsageError(f"{part}: no pictures with a .cls beside them")
-    return Pictures(class_names, templates, items, _load_tar_item)
+    return Pictures(class_names, templates, items, _load_tar_item, passed_over=notes.passed_over)
 
 
 def _lines(path: Path) -> list[str]:
