@@ -55,8 +55,9 @@ def open_streams() -> None:
     for name in ("stdout", "stderr"):
         old = getattr(sys, name)  # None: the shell closed it
         buffer = old.buffer if old else io.BufferedWriter(io.FileIO(os.devnull, "w"))
-        encoding, is_for_people = (old.encoding, old.line_buffering) if old else ("utf-8", False)
-        setattr(sys, name, _Stream(buffer, encoding, "backslashreplace", line_buffering=is_for_people))
+        encoding, by_line = (old.encoding, old.line_buffering) if old else ("utf-8", False)
+        stream = _Stream(buffer, encoding, "backslashreplace", line_buffering=by_line or name == "stderr")
+        setattr(sys, name, stream)
 
 
 def drop_streams() -> None:
