@@ -209,7 +209,7 @@ def _index_record(tar: OpenTar, sample: TarSample, columns: Columns, notes: TarN
     record["num_captions"] = len(captions)
     record["num_tokens"] = count_tokens(caption.text for caption in captions)
     if info.has_lines:
-        notes.read_as.add(CAPTION_LINES, f"{tar.path}: {escaped(sample.key)}")
+        notes.read_as.add(CAPTION_LINES, f"{tar.path}: {sample.key}")
     return record
 
 

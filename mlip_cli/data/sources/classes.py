@@ -25,10 +25,10 @@ from mlip_cli.data.sources.listing import (
     ending,
     is_leftover,
     number_order,
-    shown,
 )
 from mlip_cli.data.sources.records import check_utf8, decode_text
 from mlip_cli.errors import RunError, UsageError
+from mlip_cli.paths import escaped
 from mlip_cli.terminal.output import plural
 
 ANY_PICTURE = frozenset((*PICTURE_ENDINGS, *UNREAD_PICTURE_ENDINGS))
@@ -66,7 +66,7 @@ class ClassFolders:
     def in_words(self) -> str:
         """`60 pictures in 2 classes: cat, dog`, with the folder that they lie in and with what is passed over."""
         names = list(self.names.values())
-        where = f" in {shown(self.wrapper)}" if self.wrapper else ""
+        where = f" in {escaped(self.wrapper)}" if self.wrapper else ""
         words = (
             f"{plural(self.num_pictures, 'picture')} in {plural(len(names), 'class', 'classes')}{where}: {some(names)}"
         )
@@ -78,7 +78,7 @@ class ClassFolders:
 
     def named(self) -> str | None:
         """`classnames.txt: 1 = rose, 2 = tulip, 10 = oak ...`"""
-        pairs = [f"{shown(folder)} = {name}" for folder, name in self.names.items()]
+        pairs = [f"{escaped(folder)} = {name}" for folder, name in self.names.items()]
         return f"{self.names_file}: {some(pairs)}" if self.names_file else None
 
 
@@ -153,10 +153,10 @@ def _refuse_parts(place: str, steps: Sequence[Step], level: Mapping[str, Sequenc
     same = set.intersection(*inside) if len(inside) > 1 else set()
     if len(same) > 1 and 2 * len(same) >= len(set.union(*inside)):
         above = "".join(f"{next(iter(step))}/" for step in steps)  # of several splits the first
-        names = some([shown(name) for name in sorted(level)])
+        names = some([escaped(name) for name in sorted(level)])
         raise UsageError(
-            f"{place}: {names} hold the same folders ({some(sorted(map(shown, same)))}), so they are parts of a "
-            f"data set and not classes; name one, such as {place.rstrip('/')}/{above}{shown(min(level))}; if they "
+            f"{place}: {names} hold the same folders ({some(sorted(map(escaped, same)))}), so they are parts of a "
+            f"data set and not classes; name one, such as {place.rstrip('/')}/{above}{escaped(min(level))}; if they "
             f"are classes, name them in {NAMES_FILE}"
         )
 
@@ -176,9 +176,9 @@ def _check_number(
         raise UsageError(f"{place}: no pictures; {cure}")
     if not level:
         raise UsageError(f"{place}: pictures outside of class folders; {cure}")
-    where = f"the folder{'s' if len(level) > 1 else ''} {some([shown(name) for name in sorted(level)])}"
+    where = f"the folder{'s' if len(level) > 1 else ''} {some([escaped(name) for name in sorted(level)])}"
     held = plural(sum(folder.total for folders in level.values() for folder in folders), "picture")
-    beside = [shown(name) for name in files if ending(name) in TABLE_ENDINGS and name.count("/") < 2]
+    beside = [escaped(name) for name in files if ending(name) in TABLE_ENDINGS and name.count("/") < 2]
     cure += f", or name the file that says what they show ({some(beside)})" if beside else ""
     raise UsageError(f"{place}: {held} in {where}, not in folders of several classes; {cure}")
 

@@ -6,6 +6,8 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from mlip_cli.paths import escaped
+
 PICTURE_ENDINGS = ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff")
 """Endings of file names, in lower case, by which pictures are found."""
 UNREAD_PICTURE_ENDINGS = (
@@ -71,11 +73,6 @@ def walk(folder: Path, above: tuple[tuple[int, int], ...] = ()) -> Iterator[Path
                 yield path
 
 
-def shown(name: str) -> str:
-    """A name for messages: escapes for line breaks, control characters and bytes that are not UTF-8."""
-    return "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in name)
-
-
 def number_order(names: Collection[str]) -> list[str]:
     """Sorted by number where all names begin alike and with a number (2, 10; 2.cat, 10.dog; c2, c10), else as text."""
     ordered = sorted(names)
@@ -94,10 +91,10 @@ class PassedOver:
     first: dict[str, str] = field(default_factory=dict)
 
     def add(self, kind: str, example: str) -> None:
-        """Count one."""
+        """Count one; the example is escaped."""
         self.counts[kind] = self.counts.get(kind, 0) + 1
         if kind not in self.first:
-            self.first[kind] = shown(example)
+            self.first[kind] = escaped(example)
 
     def update(self, other: "PassedOver") -> None:
         """Count what another one counts."""

@@ -47,8 +47,7 @@ class Survey:
         if record.found_as:
             name, found = (unicodedata.normalize("NFC", text) for text in (record.detail, record.found_as))
             form = ", in another Unicode normal form" if name.endswith(found) else ""
-            names = f"{escaped(record.detail)} is {escaped(record.found_as)}{form}"
-            self.spelled.add("paths were found by another spelling", names)
+            self.spelled.add("paths were found by another spelling", f"{record.detail} is {record.found_as}{form}")
         if record.reject:
             self.rejects += 1
             self.named.add(record.same)
@@ -108,7 +107,7 @@ def passed_over(source: DataSource, survey: Survey) -> PassedOver:
     """
     passed = PassedOver()
     for kind, name in _unread(source, survey) if source.is_folder else ():
-        passed.add(kind, escaped(name))
+        passed.add(kind, name)
     unread = {kind: n for kind, n in passed.counts.items() if kind.removesuffix(" files")[1:] in UNREAD_PICTURE_ENDINGS}
     num_unread, num_read = sum(unread.values()), len(source.images())
     if num_unread > num_read and source.format in ("sidecar", "classes"):

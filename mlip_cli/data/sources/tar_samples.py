@@ -121,7 +121,7 @@ def samples_of(
     seen: set[str] = set()
     for key, _, _ in samples:
         if key in seen:
-            notes.read_as.add("samples whose key is there before them", f"{tar}: {escaped(key)}")
+            notes.read_as.add("samples whose key is there before them", f"{tar}: {key}")
         seen.add(key)
     return samples, at_first_dot
 
@@ -180,12 +180,12 @@ def _readable(members: Iterable[Member], passed_over: PassedOver) -> Iterator[_N
         ending = ending_of(base).lower()
         if not member.is_file:
             if base:  # else a folder
-                passed_over.add("links, devices or sparse files", escaped(name))
+                passed_over.add("links, devices or sparse files", name)
         elif "." in base and ending in READ:
             yield _Named(name, member)
         else:
             kind = f".{ending} members" if "." in base else "members without ending"
-            passed_over.add(escaped(kind), escaped(name))
+            passed_over.add(escaped(kind), name)
 
 
 def _grouped(named: Sequence[_Named], *, at_first_dot: bool) -> list[TarSample]:

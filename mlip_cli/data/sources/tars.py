@@ -96,7 +96,7 @@ def _record(
         detail = f"{sample.key}: {error.detail}" if error.detail else sample.key
         return Record(file, row, picture, (), split=split, reject=str(error), detail=detail)
     if info.has_lines:
-        notes.read_as.add(CAPTION_LINES, f"{file}: {escaped(sample.key)}")
+        notes.read_as.add(CAPTION_LINES, f"{file}: {sample.key}")
     return Record(
         file,
         row,

@@ -156,10 +156,10 @@ def labelled_pictures(tar: Path, notes: TarNotes | None = None) -> Iterator[TarI
             try:
                 parts = parts_of_sample(sample, GUESSED)
             except UnusableSampleError as error:
-                notes.passed_over.add(f"{LEFT_OUT}with {error}", f"{tar.name}: {escaped(sample.key)}")
+                notes.passed_over.add(f"{LEFT_OUT}with {error}", f"{tar.name}: {sample.key}")
                 continue
             if "cls" not in parts:
-                notes.passed_over.add(f"{LEFT_OUT}without a class number", f"{tar.name}: {escaped(sample.key)}")
+                notes.passed_over.add(f"{LEFT_OUT}without a class number", f"{tar.name}: {sample.key}")
                 continue
             label = opened.read(min(parts["cls"].size, 16), parts["cls"].offset).strip()
             if not label.isdigit():

@@ -12,12 +12,13 @@ from mlip_cli.data.dataset import RawSample, ShardDataset
 from mlip_cli.data.open import open_prepared
 from mlip_cli.data.sources.class_names import some
 from mlip_cli.data.sources.classes import counted, first_folder
-from mlip_cli.data.sources.listing import is_picture, shown
+from mlip_cli.data.sources.listing import is_picture
 from mlip_cli.errors import UsageError
 from mlip_cli.evaluate.datasets import imagenet
 from mlip_cli.evaluate.datasets.benchmark import Benchmark, classes_in, folders_in, names_in
 from mlip_cli.evaluate.datasets.clip_benchmark import open_built, open_web_shards
 from mlip_cli.evaluate.datasets.pictures import Names, Pictures, read_picture
+from mlip_cli.paths import escaped
 from mlip_cli.terminal.output import plural, say, warn
 
 OPENMOJI_GROUPS = (
@@ -97,7 +98,7 @@ def open_folder(benchmark: Benchmark) -> Pictures:
     """Class folders, where `find_classes` finds them."""
     name, root, found = benchmark.words, benchmark.root, classes_in(benchmark.name, benchmark.root)
     if found.wrapper:
-        say(f"{name}: the class folders lie in {shown(found.wrapper)}")
+        say(f"{name}: the class folders lie in {escaped(found.wrapper)}")
     if named := found.named():
         say(f"{name}: {named}")
     for caution in found.cautions():
