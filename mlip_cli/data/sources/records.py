@@ -170,31 +170,6 @@ def usable_captions(captions: Sequence[Caption]) -> tuple[Caption, ...]:
     return tuple(caption if text == caption.text else replace(caption, text=text) for caption, text in stripped)
 
 
-def captions_of(value: Any) -> tuple[Caption, ...]:
-    """Captions from a cell: a text, a list of texts, or a list of {text, weight}. Other values give none."""
-    values = value if isinstance(value, list | tuple) else [value]
-    captions = []
-    for item in values:
-        if isinstance(item, str):
-            captions.append(Caption(item))
-        elif isinstance(item, dict) and isinstance(item.get("text"), str):
-            captions.append(Caption(item["text"], _weight(item.get("weight", 1.0))))
-    return tuple(captions)
-
-
-def caption_lines(text: str) -> list[str]:
-    """The captions of a text: its lines if there are several and none of them is empty, else the whole."""
-    lines = text.strip().splitlines()
-    return lines if len(lines) > 1 and all(line.strip() for line in lines) else [text]
-
-
-def _weight(value: Any) -> float:
-    try:
-        return float(value) if isinstance(value, int | float) else math.nan
-    except OverflowError:  # JSON has integers that no float can hold
-        return math.inf
-
-
 def plain_values(row: Mapping[str, Any], *, without: Collection[str | None] = ()) -> dict[str, Any]:
     """The texts, booleans and finite numbers of `row`, which KEY.json keeps as `meta`."""
     return {

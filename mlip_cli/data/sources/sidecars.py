@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
+from mlip_cli.data.sources.captions import caption_lines
 from mlip_cli.data.sources.listing import PICTURE_ENDINGS
 from mlip_cli.data.sources.records import Caption, PicturePlace, Record, decode_text, split_of_folder
 
@@ -47,12 +48,6 @@ def sidecar_records(root: Path, images: Sequence[str], sidecars: Mapping[str, st
             reject=reason,
             detail=sidecar if reason else "",
         )
-
-
-def caption_lines(text: str) -> list[str]:
-    """The captions of a text: its lines if there are several and none of them is empty, else the whole."""
-    lines = text.strip().splitlines()
-    return lines if len(lines) > 1 and all(line.strip() for line in lines) else [text]
 
 
 def _in_other_folders(pictures: Iterable[str], texts: Iterable[str]) -> dict[str, str]:

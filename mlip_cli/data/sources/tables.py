@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mlip_cli.data.sources.captions import captions_in
+from mlip_cli.data.sources.captions import captions_of
 from mlip_cli.data.sources.listing import PICTURE_ENDINGS, is_leftover
 from mlip_cli.data.sources.paths import PathFinder, spellings
 from mlip_cli.data.sources.records import (
@@ -118,7 +118,7 @@ def _record(plan: TablePlan, finder: PathFinder, number: int, row: Row) -> Recor
 
 def _captions(row: dict[str, Any], chosen: Chosen) -> Iterator[Caption]:
     for column, weight in chosen.captions:
-        for caption in captions_in(row.get(column)):
+        for caption in captions_of(row.get(column)):
             yield caption if weight == 1 else replace(caption, weight=caption.weight * weight)
 
 

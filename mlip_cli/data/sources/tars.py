@@ -5,13 +5,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mlip_cli.data.sources.captions import caption_lines, captions_of
 from mlip_cli.data.sources.records import (
     Caption,
     PicturePlace,
     Record,
     UnusableSampleError,
-    caption_lines,
-    captions_of,
     decode_text,
     plain_values,
     split_of_folder,
