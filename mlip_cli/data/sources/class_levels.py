@@ -4,7 +4,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from mlip_cli.data.sources.records import split_of_name
+from mlip_cli.data.sources.records import split_in_name, split_of_name
 
 NO_CLASS = re.compile(
     "(?:image|img|picture|pic|photo|data|dataset|jpg|jpeg|png|jpegimage|rgb|raw|file|frame|thumb|thumbnail|mask|label|"
@@ -59,18 +59,12 @@ def _splits(level: Mapping[str, Sequence[Folder]]) -> dict[str, str | None]:
     """Folders of splits among others, by their names; a class `train` beside `bus` has no folders inside."""
     found = {name: split for name in level if (split := split_of_name(name))}
     if not found or len(found) < len(level):
-        loose = {name: split for name in level if (split := _split_in(name))}
+        loose = {name: split for name in level if (split := split_in_name(name))}
         if len(loose) == len(level) and len(set(loose.values())) > 1:  # cars_train, cars_test
             return dict(loose)
         inside = inside_of([folder for name in found for folder in level[name]])
         return dict(found) if len(inside) > 1 else {}
     return dict(found)
-
-
-def _split_in(name: str) -> str | None:
-    """The split of a name of several words, one of which is a split's."""
-    found = {split for word in re.findall(r"[a-z]+", name.lower()) if (split := split_of_name(word))}
-    return found.pop() if len(found) == 1 else None
 
 
 def _wrapper(level: Mapping[str, Sequence[Folder]]) -> dict[str, str | None]:

@@ -26,9 +26,9 @@ from mlip_cli.data.sources.listing import (
     is_leftover,
     number_order,
 )
-from mlip_cli.data.sources.records import check_utf8, decode_text
+from mlip_cli.data.sources.records import decode_text
 from mlip_cli.errors import RunError, UsageError
-from mlip_cli.paths import escaped
+from mlip_cli.paths import check_utf8, escaped
 from mlip_cli.terminal.output import plural
 
 ANY_PICTURE = frozenset((*PICTURE_ENDINGS, *UNREAD_PICTURE_ENDINGS))

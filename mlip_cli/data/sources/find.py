@@ -21,7 +21,6 @@ from mlip_cli.data.sources.records import (
     ReadOptions,
     Record,
     checked_captions,
-    encodable,
     json_bytes,
 )
 from mlip_cli.data.sources.shared_pictures import SharedPictures
@@ -32,7 +31,7 @@ from mlip_cli.data.sources.tables import TablePlan, planned_tables, table_record
 from mlip_cli.data.sources.tar_samples import Columns, TarNotes
 from mlip_cli.data.sources.tars import TAR_ENDINGS, tar_records
 from mlip_cli.errors import UsageError
-from mlip_cli.paths import escaped
+from mlip_cli.paths import encodable, escaped
 from mlip_cli.terminal.output import plural, say, warn
 
 MOST_NAMED = 5

@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from mlip_cli.data.sources.listing import PICTURE_ENDINGS
-from mlip_cli.data.sources.records import SPLIT_WORDS, ReadOptions, split_of_folder
+from mlip_cli.data.sources.records import SPLIT_WORDS, ReadOptions, split_in_name, split_of_folder
 from mlip_cli.data.sources.table_files import (
     CAPTION_COLUMNS,
     FIRST_NAMES,
@@ -17,7 +17,6 @@ from mlip_cli.data.sources.table_files import (
     Table,
     chosen_columns,
     open_table,
-    split_in_name,
     table_ending,
 )
 from mlip_cli.data.sources.text_tables import PICTURE_NAME

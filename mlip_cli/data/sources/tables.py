@@ -19,9 +19,10 @@ from mlip_cli.data.sources.records import (
     ReadOptions,
     Record,
     plain_values,
+    split_in_name,
     split_of_folder,
 )
-from mlip_cli.data.sources.table_files import FIRST_NAMES, Chosen, Table, chosen_columns, open_table, split_in_name
+from mlip_cli.data.sources.table_files import FIRST_NAMES, Chosen, Table, chosen_columns, open_table
 from mlip_cli.data.sources.text_tables import Row, table_error
 from mlip_cli.errors import UsageError
 from mlip_cli.paths import escaped

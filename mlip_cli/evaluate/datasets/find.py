@@ -11,11 +11,10 @@ from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from pathlib import Path
 
-from mlip_cli.data.sources.records import check_utf8
 from mlip_cli.errors import UsageError
 from mlip_cli.evaluate.datasets import imagenet
 from mlip_cli.evaluate.datasets.benchmark import Benchmark, classes_in, names_in
-from mlip_cli.paths import read_variable
+from mlip_cli.paths import check_utf8, read_variable
 
 # Names of clip-benchmark with one label a picture and no TensorFlow.
 CLIP_BENCHMARK = (
