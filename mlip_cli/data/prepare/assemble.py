@@ -24,10 +24,10 @@ from mlip_cli.data.prepare.summary import SplitSummary, Summary, next_commands
 from mlip_cli.data.prepare.workers import run_parallel
 from mlip_cli.data.prepare.workspace import PartOptions, PartResult, Workspace, opened
 from mlip_cli.data.sources.find import DataSource, read_records
-from mlip_cli.data.sources.listing import PassedOver
+from mlip_cli.data.sources.listing import PassedOver, is_unread_picture
 from mlip_cli.data.sources.openmoji import attribution
 from mlip_cli.data.sources.records import MAX_HELD_OUT, SPLITS, ReadOptions, held_out_share, parts_of
-from mlip_cli.data.sources.survey import Survey, cure_for, passed_over, surveyed
+from mlip_cli.data.sources.survey import Survey, passed_over, surveyed
 from mlip_cli.data.sources.table_layouts import missing_shards
 from mlip_cli.errors import RunError, UsageError, interrupted_as
 from mlip_cli.files import GIB, full_disk_named
@@ -120,7 +120,8 @@ def _say_understood(source: DataSource, read: ReadOptions, survey: Survey, passe
     if survey.spelled.counts:
         say(survey.spelled.in_words())
     if passed.counts:
-        say(f"not read: {passed.in_words()}{cure_for(passed)}")
+        cure = "; convert the pictures among them to JPEG" if any(map(is_unread_picture, source.names)) else ""
+        say(f"not read: {passed.in_words()}{cure}")
     if source.is_folder and source.format == "metadata" and (missing := missing_shards(source.tables)):
         warn(missing)
     for name, why in source.unread_tables.items() if source.format == "classes" else ():

@@ -19,19 +19,19 @@ from mlip_cli.data.sources.class_levels import (
 )
 from mlip_cli.data.sources.class_names import NAMES_FILE, cautions, class_names, one_line, some
 from mlip_cli.data.sources.listing import (
-    PICTURE_ENDINGS,
-    UNREAD_PICTURE_ENDINGS,
     PassedOver,
     ending,
     is_leftover,
+    is_picture,
+    is_unread_picture,
+    kind_of,
     number_order,
 )
 from mlip_cli.data.sources.records import decode_text
 from mlip_cli.errors import RunError, UsageError
 from mlip_cli.paths import check_utf8, escaped
-from mlip_cli.terminal.output import plural
+from mlip_cli.terminal.output import plural, say, warn
 
-ANY_PICTURE = frozenset((*PICTURE_ENDINGS, *UNREAD_PICTURE_ENDINGS))
 TABLE_ENDINGS = ("csv", "tsv", "json", "jsonl", "txt", "parquet")
 """Of files that may hold what the pictures show."""
 
@@ -64,22 +64,18 @@ class ClassFolders:
         return path_of(self.steps)
 
     def in_words(self) -> str:
-        """`60 pictures in 2 classes: cat, dog`, with the folder that they lie in and with what is passed over."""
-        names = list(self.names.values())
+        """`60 pictures in 2 classes: cat, dog`, with the folder that they lie in."""
+        classes = plural(len(self.names), "class", "classes")
         where = f" in {escaped(self.wrapper)}" if self.wrapper else ""
-        words = (
-            f"{plural(self.num_pictures, 'picture')} in {plural(len(names), 'class', 'classes')}{where}: {some(names)}"
-        )
-        return f"{words}; passed over: {self.passed_over.in_words()}" if self.passed_over.counts else words
+        return f"{plural(self.num_pictures, 'picture')} in {classes}{where}: {some(self.names.values())}"
 
-    def cautions(self) -> list[str]:
-        """What is doubtful, a sentence each."""
-        return cautions(self.names)
-
-    def named(self) -> str | None:
-        """`classnames.txt: 1 = rose, 2 = tulip, 10 = oak ...`"""
-        pairs = [f"{escaped(folder)} = {name}" for folder, name in self.names.items()]
-        return f"{self.names_file}: {some(pairs)}" if self.names_file else None
+    def tell(self, place: str) -> None:
+        """Say what names the classes, as in `classnames.txt: 1 = rose, 2 = tulip ...`, and warn of doubtful names."""
+        if self.names_file:
+            pairs = [f"{escaped(folder)} = {name}" for folder, name in self.names.items()]
+            say(f"{place}: {self.names_file}: {some(pairs)}")
+        for caution in cautions(self.names):
+            warn(f"{place}: {caution}")
 
 
 def find_classes(root: Path, files: Sequence[str], *, place: str) -> ClassFolders:
@@ -91,7 +87,7 @@ def find_classes(root: Path, files: Sequence[str], *, place: str) -> ClassFolder
         UsageError: there are no two classes, or the folders are parts of a data set, or a name is no text.
         RunError: most of the pictures are of unread kinds, or lie in no class.
     """
-    top = tree_of(Counter(folder_of(name) for name in files if ending(name) in ANY_PICTURE))
+    top = tree_of(Counter(folder_of(name) for name in files if is_picture(name) or is_unread_picture(name)))
     steps, level = descended(top)
     folders = number_order([*level, *_empty(root, files, steps, level)])
     names_file = _names_file(steps, set(files))
@@ -109,7 +105,7 @@ def find_classes(root: Path, files: Sequence[str], *, place: str) -> ClassFolder
     names = class_names(folders) if given is None else dict(zip(folders, map(one_line, given), strict=True))
     classes = {folder: place_of(steps, names, folder)[1] for folder in set(map(folder_of, files))}
     num_pictures, passed_over = counted(place, files, lambda name: classes[folder_of(name)])
-    full = {classes[folder_of(name)] for name in files if ending(name) in PICTURE_ENDINGS}
+    full = {classes[folder_of(name)] for name in filter(is_picture, files)}
     empty = tuple(folder for folder in folders if folder not in full)
     splits = split_folders(steps, [folder for folder, name in classes.items() if name is not None])
     return ClassFolders(steps, names, num_pictures, passed_over, empty, names_file, splits)
@@ -209,19 +205,18 @@ def counted(place: str, files: Iterable[str], class_of: Callable[[str], str | No
     """
     passed_over, others, num_pictures = PassedOver(), PassedOver(), 0
     for name in files:
-        kind, folder = ending(name), class_of(name)
-        if kind in PICTURE_ENDINGS and folder is None:
+        folder = class_of(name)
+        if is_picture(name) and folder is None:
             passed_over.add("pictures in no class folder", name)
-        elif kind in PICTURE_ENDINGS:
+        elif is_picture(name):
             num_pictures += 1
-        elif kind in UNREAD_PICTURE_ENDINGS:
-            passed_over.add(f".{kind} files", name)
+        elif is_unread_picture(name):
+            passed_over.add(kind_of(name), name)
         elif folder is not None:
-            others.add(f".{kind} files" if kind else "files without ending", name)
+            others.add(kind_of(name), name)
     num_unread = sum(passed_over.counts.values())
     if num_unread > num_pictures:
         share = f"{num_unread:,} of {plural(num_unread + num_pictures, 'picture')} cannot be used"
         raise RunError(f"{place}: {share}: {passed_over.in_words()}; convert them to JPEG or PNG, in class folders")
-    passed_over.counts |= others.counts
-    passed_over.first |= others.first
+    passed_over.update(others)
     return num_pictures, passed_over

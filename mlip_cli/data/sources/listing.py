@@ -44,9 +44,19 @@ def ending(name: str) -> str:
     return last.lower() if dot and "/" not in last else ""
 
 
+def kind_of(name: str) -> str:
+    """`.jpg files` of a/B.JPG, or `files without ending`."""
+    return f".{ending(name)} files" if ending(name) else "files without ending"
+
+
 def is_picture(name: str) -> bool:
     """Whether a file of this name is read as a picture."""
     return ending(name) in PICTURE_ENDINGS
+
+
+def is_unread_picture(name: str) -> bool:
+    """Whether a file of this name is a picture that is not read."""
+    return ending(name) in UNREAD_PICTURE_ENDINGS
 
 
 def walk(folder: Path, above: tuple[tuple[int, int], ...] = ()) -> Iterator[Path]:
@@ -91,7 +101,8 @@ class PassedOver:
     first: dict[str, str] = field(default_factory=dict)
 
     def add(self, kind: str, example: str) -> None:
-        """Count one; the example is escaped."""
+        """Count one. What is shown of names is escaped."""
+        kind = escaped(kind)
         self.counts[kind] = self.counts.get(kind, 0) + 1
         if kind not in self.first:
             self.first[kind] = escaped(example)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import unquote
 
-from mlip_cli.data.sources.listing import PICTURE_ENDINGS
+from mlip_cli.data.sources.listing import is_picture
 
 MOST_FOLDERS = 256
 """Listings of folders that are kept."""
@@ -110,10 +110,9 @@ class PathFinder:
             except OSError:  # no folder, or one that cannot be listed: nothing is found there
                 names = []
             for name in names:
-                stem, dot, ending = name.rpartition(".")
                 listing.setdefault(_key(name), []).append(name)
-                if dot and ending.lower() in PICTURE_ENDINGS:
-                    listing.setdefault(_key(stem) + ".*", []).append(name)
+                if is_picture(name):
+                    listing.setdefault(_key(name.rpartition(".")[0]) + ".*", []).append(name)
             self.listings[folder] = listing
         return self.listings[folder]
 
@@ -122,7 +121,7 @@ class PathFinder:
         if ".." in folders or any("\0" in folder for folder in folders):
             return ""
         listing = self._listing(os.path.join(self.folder, *folders))
-        pictures = [key for key in listing if key.rpartition(".")[2] in PICTURE_ENDINGS]
+        pictures = [key for key in listing if is_picture(key)]
         if self.num_nearest == MOST_NEAREST or len(pictures) > MOST_COMPARED:
             return ""
         self.num_nearest += 1

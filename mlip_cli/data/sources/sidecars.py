@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
 from mlip_cli.data.sources.captions import caption_lines
-from mlip_cli.data.sources.listing import PICTURE_ENDINGS
+from mlip_cli.data.sources.listing import is_picture
 from mlip_cli.data.sources.records import Caption, PicturePlace, Record, decode_text, split_of_folder
 
 MAX_SIDECAR_BYTES = 1 << 20
@@ -21,7 +21,7 @@ def sidecars_of(files: Iterable[str]) -> dict[str, str]:
     A text belongs to one picture. In another folder it must be the only one of its name, and so must the picture.
     """
     names = set(files)
-    pictures = sorted(name for name in names if name.rpartition(".")[2].lower() in PICTURE_ENDINGS)
+    pictures = sorted(name for name in names if is_picture(name))
     found = {}
     for picture in pictures:
         stems = (picture.rpartition(".")[0], picture)

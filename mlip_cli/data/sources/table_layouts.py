@@ -8,7 +8,7 @@ from itertools import chain, islice
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from mlip_cli.data.sources.listing import PICTURE_ENDINGS
+from mlip_cli.data.sources.listing import is_picture
 from mlip_cli.data.sources.records import SPLIT_WORDS, ReadOptions, split_in_name, split_of_folder
 from mlip_cli.data.sources.table_files import (
     CAPTION_COLUMNS,
@@ -60,7 +60,7 @@ def found_tables(root: Path, names: Sequence[str], read: ReadOptions) -> tuple[l
         return metadata, {}
     if any(name.endswith(".tar") for name in names):
         return [], {}
-    stems = {name.rpartition(".")[0] for name in names if name.rpartition(".")[2].lower() in PICTURE_ENDINGS}
+    stems = {name.rpartition(".")[0] for name in names if is_picture(name)}
     tables = [
         name
         for name in tables

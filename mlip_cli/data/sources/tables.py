@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mlip_cli.data.sources.captions import captions_of
-from mlip_cli.data.sources.listing import PICTURE_ENDINGS, is_leftover
+from mlip_cli.data.sources.listing import ending, is_leftover, is_picture
 from mlip_cli.data.sources.paths import PathFinder, spellings
 from mlip_cli.data.sources.records import (
     SPLIT_WORDS,
@@ -165,7 +165,7 @@ def _picture_folder(root: Path, table: Table, image: str, pictures: Sequence[str
         root, pictures = table.path.parent, _pictures_below(table.path.parent)
     for name in names:
         base = list(spellings(name))[-1].lower()
-        ends = tuple({base, *(base + "." + picture.rpartition(".")[2].lower() for picture in pictures[:FIRST_NAMES])})
+        ends = tuple({base, *(base + "." + ending(picture) for picture in pictures[:FIRST_NAMES])})
         folders = {
             picture[: len(picture) - len(end)].rstrip("/")
             for picture in pictures
@@ -191,9 +191,4 @@ def _has_most(folder: Path, names: Sequence[str]) -> bool:
 def _pictures_below(folder: Path) -> list[str]:
     """The pictures in the folders that lie in this one."""
     folders = [entry.name for entry in os.scandir(folder) if not is_leftover(entry.name) and entry.is_dir()]
-    return [
-        f"{name}/{picture}"
-        for name in sorted(folders)
-        for picture in os.listdir(folder / name)
-        if picture.rpartition(".")[2].lower() in PICTURE_ENDINGS
-    ]
+    return [f"{name}/{file}" for name in sorted(folders) for file in os.listdir(folder / name) if is_picture(file)]

@@ -11,7 +11,6 @@ from typing import NamedTuple
 from mlip_cli.data.sources.listing import PICTURE_ENDINGS, PassedOver, is_leftover
 from mlip_cli.data.sources.records import UnusableSampleError
 from mlip_cli.data.tar import Member
-from mlip_cli.paths import escaped
 
 PICTURE_FIELDS = (*PICTURE_ENDINGS, "img", "image")
 TEXT_FIELDS = {"txt": ("txt", "caption", "text", "cap"), "json": ("json",), "cls": ("cls",)}
@@ -185,7 +184,7 @@ def _readable(members: Iterable[Member], passed_over: PassedOver) -> Iterator[_N
             yield _Named(name, member)
         else:
             kind = f".{ending} members" if "." in base else "members without ending"
-            passed_over.add(escaped(kind), name)
+            passed_over.add(kind, name)
 
 
 def _grouped(named: Sequence[_Named], *, at_first_dot: bool) -> list[TarSample]:

@@ -99,10 +99,7 @@ def open_folder(benchmark: Benchmark) -> Pictures:
     name, root, found = benchmark.words, benchmark.root, classes_in(benchmark.name, benchmark.root)
     if found.wrapper:
         say(f"{name}: the class folders lie in {escaped(found.wrapper)}")
-    if named := found.named():
-        say(f"{name}: {named}")
-    for caution in found.cautions():
-        warn(f"{name}: {caution}")
+    found.tell(name)
     if found.empty:
         without = f"{plural(len(found.empty), 'class', 'classes')} without pictures ({some(found.empty)})"
         warn(f"{name}: {without}; the names are still candidates")
