@@ -149,7 +149,7 @@ def test_what_an_encoding_lacks_is_escaped(tmp_path: Path, environment: dict[str
         if stream == "stderr":
             assert (done.returncode, done.stderr.decode(encoding).split(": no such run")[0]) == (2, f"error: {shown}")
         elif "LC_ALL" in environment and shown != "café":
-            cure = "the name is not UTF-8; or Python reads it as ascii; try PYTHONUTF8=1"
+            cure = "Python reads names as ascii here; set PYTHONUTF8=1"
             assert (done.returncode, done.stderr.decode()) == (2, f"error: {shown}: {cure}\n")
         else:
             assert done.returncode == 0
