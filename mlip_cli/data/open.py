@@ -36,23 +36,16 @@ def open_sources(
     return datasets
 
 
-def check_there(sources: Sequence[Source]) -> None:
+def check_there(source: Source) -> None:
     """Check that local data is where the recipe says, without opening it: the rest needs more time.
 
     Raises:
-        UsageError: some is missing or not prepared, one line each.
+        UsageError: it is missing or not prepared.
     """
-    missing = []
-    for source in sources:
-        try:
-            if source.format == "webdataset":
-                find_source(source.path, format="webdataset")
-            elif not is_url(source.path):
-                check_prepared(Path(source.path))
-        except UsageError as error:
-            missing.append(str(error))
-    if missing:
-        raise UsageError("\n".join(missing))
+    if source.format == "webdataset":
+        find_source(source.path, format="webdataset")
+    elif not is_url(source.path):
+        check_prepared(Path(source.path))
 
 
 def _open_source(source: Source, cache: Cache) -> ShardDataset:
