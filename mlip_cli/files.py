@@ -93,19 +93,27 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object that a file holds.
+def parse_object(text: str | bytes, *, constant: Callable[[str], Any] | None = None) -> dict[str, Any]:
+    """The JSON object that a text is.
+
+    Args:
+        constant: makes the values of NaN and infinities from their names; None: they are floats.
 
     Raises:
-        ValueError: it holds something else; the text says what.
+        ValueError: it is something else; the text says what.
     """
     try:
-        value = json.loads(path.read_bytes())
+        value = json.loads(text, parse_constant=constant)
     except RecursionError:
         raise ValueError("nested too deeply") from None
     if not isinstance(value, dict):
         raise ValueError("not a JSON object")
     return value
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object that a file holds; raises as `parse_object`."""
+    return parse_object(path.read_bytes())
 
 
 def read_own_object(path: Path, *, cure: str) -> dict[str, Any]:

@@ -1,12 +1,11 @@
 """What run.json, data.json and metrics.jsonl of a run hold, as values that are checked when they are read. No torch."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mlip_cli.files import read_object
+from mlip_cli.files import parse_object, read_object
 from mlip_cli.runs.result_files import checked
 
 
@@ -126,11 +125,8 @@ def metrics_line(text: str) -> MetricsLine:
     Raises:
         ValueError: it is not one.
     """
-    try:
-        line = json.loads(text, parse_constant=lambda name: None)
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-    if not isinstance(line, dict) or not isinstance(line.get("step"), int):
+    line = parse_object(text, constant=lambda name: None)
+    if not isinstance(line.get("step"), int):
         raise ValueError("no step")
     if not all(isinstance(value, int | float | None) for value in line.values()):
         raise ValueError("not only numbers")

@@ -50,10 +50,6 @@ class PartResult:
     source_rows: int = 0
     """Rows of the source. Those that share a picture became one."""
 
-    @property
-    def rejects(self) -> int:
-        return sum(self.reasons.values())
-
 
 @dataclass(frozen=True)
 class Workspace:
