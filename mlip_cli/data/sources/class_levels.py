@@ -57,14 +57,12 @@ def inside_of(folders: Sequence[Folder]) -> dict[str, list[Folder]]:
 
 def _splits(level: Mapping[str, Sequence[Folder]]) -> dict[str, str | None]:
     """Folders of splits among others, by their names; a class `train` beside `bus` has no folders inside."""
-    found = {name: split for name in level if (split := split_of_name(name))}
-    if not found or len(found) < len(level):
-        loose = {name: split for name in level if (split := split_in_name(name))}
-        if len(loose) == len(level) and len(set(loose.values())) > 1:  # cars_train, cars_test
-            return dict(loose)
-        inside = inside_of([folder for name in found for folder in level[name]])
-        return dict(found) if len(inside) > 1 else {}
-    return dict(found)
+    found: dict[str, str | None] = {name: split for name in level if (split := split_of_name(name))}
+    loose: dict[str, str | None] = {name: split for name in level if (split := split_in_name(name))}
+    if len(found) < len(level) == len(loose) and len(set(loose.values())) > 1:  # cars_train, cars_test
+        return loose
+    inside = inside_of([folder for name in found for folder in level[name]])
+    return found if len(found) == len(level) or len(inside) > 1 else {}
 
 
 def _wrapper(level: Mapping[str, Sequence[Folder]]) -> dict[str, str | None]:

@@ -10,7 +10,7 @@ from typing import Any
 from mlip_cli.data.sources.columnar import columnar_rows, columnar_schema
 from mlip_cli.data.sources.json_tables import json_columns, json_line_rows, json_rows
 from mlip_cli.data.sources.records import ReadOptions
-from mlip_cli.data.sources.text_tables import PICTURE_NAME, Row, shown, table_error, text_layout, text_rows
+from mlip_cli.data.sources.text_tables import PICTURE_NAME, Row, cells_in_words, table_error, text_layout, text_rows
 from mlip_cli.errors import UsageError
 
 IMAGE_COLUMNS = (
@@ -127,7 +127,7 @@ def _named(table: Table, what: str, name: str) -> str:
     if (column := _match(table, name)) is None:
         header = "" if table.has_header else "; the table has no header, so its columns are numbers"
         raise table_error(
-            table.path, f"no column {name!r} (--{what}-column); columns are {shown(table.columns)}{header}"
+            table.path, f"no column {name!r} (--{what}-column); columns are {cells_in_words(table.columns)}{header}"
         )
     return column
 
@@ -144,7 +144,7 @@ def _guessed(table: Table, what: str, groups: Sequence[Sequence[str]]) -> str:
     if len(found) == 1:
         return found[0]
     problem = f"columns {' and '.join(found)} could both be the {what}" if found else f"no column for the {what}"
-    raise table_error(table.path, f"{problem}; columns are {shown(table.columns)}; say --{what}-column NAME")
+    raise table_error(table.path, f"{problem}; columns are {cells_in_words(table.columns)}; say --{what}-column NAME")
 
 
 def _chosen_by_content(table: Table, read: ReadOptions) -> Chosen:
@@ -160,6 +160,6 @@ def _chosen_by_content(table: Table, read: ReadOptions) -> Chosen:
         return Chosen(pictures[0], ((caption, 1.0),))
     raise table_error(
         table.path,
-        f"no header: the first row is {shown(list(row.values()))}; say --image-column N and "
+        f"no header: the first row is {cells_in_words(row.values())}; say --image-column N and "
         f"--caption-column N, from 1 to {len(table.columns)}, or give the table a header",
     )

@@ -16,7 +16,6 @@ from mlip_cli.data.sources.records import (
     split_of_folder,
 )
 from mlip_cli.data.sources.tar_samples import (
-    GUESSED,
     MAX_TEXT_BYTES,
     PICTURE_FIELDS,
     Columns,
@@ -50,9 +49,7 @@ OURS = {
 """Fields of a KEY.json that do not go into `meta`: mlip writes them itself."""
 
 
-def tar_records(
-    root: Path, tars: Sequence[str], columns: Columns = GUESSED, notes: TarNotes | None = None
-) -> Iterator[Record]:
+def tar_records(root: Path, tars: Sequence[str], columns: Columns, notes: TarNotes) -> Iterator[Record]:
     """One record a sample.
 
     Captions come from KEY.json (`captions`, as mlip writes them, or `caption`), else from KEY.txt, a caption a line.
@@ -63,7 +60,6 @@ def tar_records(
     Raises:
         DamagedTarError: a tar is not whole; to go on with the samples before the damage would hide the loss.
     """
-    notes = TarNotes() if notes is None else notes
     for tar in tars:
         split, _ = split_of_folder(Path(tar))
         samples, _ = samples_of(read_members(root / tar), columns, notes, tar=tar)
@@ -141,7 +137,7 @@ class Stated(NamedTuple):
         return plain_values(ours if isinstance(ours, dict) else {}) | plain_values(self.fields, without=OURS)
 
 
-def stated(contents: Mapping[str, bytes], columns: Columns = GUESSED) -> Stated:
+def stated(contents: Mapping[str, bytes], columns: Columns) -> Stated:
     """What the texts of a sample (txt, json, cls) say.
 
     Raises:

@@ -7,7 +7,7 @@ import io
 import os
 import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -189,6 +189,6 @@ def table_error(path: Path, problem: str, *, line: int | None = None) -> UsageEr
     return UsageError(f"{escaped(str(path))}{'' if line is None else f':{line}'}: {problem}")
 
 
-def shown(cells: Sequence[Any]) -> str:
+def cells_in_words(cells: Iterable[Any]) -> str:
     """Cells or columns in a message, on one line."""
     return ", ".join(escaped(str(cell)) for cell in cells)

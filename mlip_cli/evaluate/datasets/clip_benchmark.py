@@ -140,7 +140,7 @@ def _lines(path: Path) -> list[str]:
     return [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()]
 
 
-def labelled_pictures(tar: Path, notes: TarNotes | None = None) -> Iterator[TarItem]:
+def labelled_pictures(tar: Path, notes: TarNotes) -> Iterator[TarItem]:
     """The pictures of a webdataset tar with the class number in a `.cls` beside each.
 
     Args:
@@ -149,7 +149,6 @@ def labelled_pictures(tar: Path, notes: TarNotes | None = None) -> Iterator[TarI
     Raises:
         RunError: the tar is damaged, or a `.cls` holds no number.
     """
-    notes = TarNotes() if notes is None else notes
     samples, _ = samples_of(read_members(tar), GUESSED, notes, tar=tar.name)
     with open_tar(tar) as opened:
         for sample in samples:
