@@ -35,9 +35,9 @@ from mlip_cli.terminal.panel import progress
 MOST_NAMED = 10
 """Damaged tars that are named; more are counted."""
 ENOUGH_SAMPLES = 50
-"""Of so many, most must be usable."""
+"""Most samples must be usable, if there are at least so many."""
 RULES = 2
-"""Changes when samples are found in another way, so that older indexes in the cache are not read."""
+"""A number that is raised when samples are found in another way. Older indexes in the cache are not read then."""
 PARALLEL_BYTES = GIB
 """Below this, one process has read the tars before others have started."""
 

@@ -172,7 +172,11 @@ def _check_first_rows(work: Workspace, results: Mapping[int, PartResult]) -> Non
 
 
 def _check_reasons(work: Workspace, results: Sequence[PartResult], *, enough: int, which: str) -> None:
-    """Raise a SourceError where most of the rows fail for one reason. `which` rows these are is said."""
+    """Check that the rows do not mostly fail for one reason. `which` says which rows these are.
+
+    Raises:
+        SourceError: they do.
+    """
     rows = sum(result.rows for result in results)
     for reason, n in _reasons(results).most_common(1):
         if rows >= enough and n > rows / 2:

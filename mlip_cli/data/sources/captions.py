@@ -15,12 +15,13 @@ from mlip_cli.data.sources.records import Caption
 from mlip_cli.paths import escaped
 
 MOST_LOOKED_AT = 20_000
-"""The first captions tell what all look like."""
+"""Captions that are looked at: the first ones tell what all look like."""
 MANY = 0.5
-"""This share of captions of one odd kind is worth a warning."""
+"""A warning is given if more than this share of the captions is of one odd kind,"""
 SOME = 0.05
-"""This share is, where the caption is the word for a value that is missing."""
+"""or if more than this share is words for a missing value."""
 FEWEST = 3
+"""No warning is given of fewer captions."""
 LOOKED_AT = 300
 """Characters of a caption that tell its looks."""
 LONGEST_LIST = 1 << 20
@@ -84,7 +85,7 @@ def _weight(value: Any) -> float:
 
 
 def listed(text: str) -> list[str] | None:
-    """The texts of a list in JSON's, Python's or NumPy's words, or None where `text` is no such list."""
+    """The texts of a list in JSON's, Python's or NumPy's words, or None if `text` is not such a list."""
     text = text.strip()
     if not (text.startswith("[") and text.endswith("]")) or len(text) > LONGEST_LIST:
         return None

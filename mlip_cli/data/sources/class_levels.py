@@ -18,7 +18,7 @@ Step = Mapping[str, str | None]
 
 @dataclass
 class Folder:
-    """Pictures, those of unread kinds too."""
+    """A folder, with the number of pictures in it and below it; those of unread kinds count too."""
 
     total: int = 0
     folders: dict[str, "Folder"] = field(default_factory=dict)

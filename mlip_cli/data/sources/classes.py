@@ -33,7 +33,7 @@ from mlip_cli.paths import check_utf8, escaped
 from mlip_cli.terminal.output import plural, say, warn
 
 TABLE_ENDINGS = ("csv", "tsv", "json", "jsonl", "txt", "parquet")
-"""Of files that may hold what the pictures show."""
+"""Endings of files that may say what the pictures show."""
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,11 @@ class ClassFolders:
     """The classes of a tree of pictures."""
 
     steps: tuple[Step, ...]
-    """From the root down."""
+    """The folders above the classes, from the root down."""
     names: Mapping[str, str]
     """Folder -> name of the class, in the order of the classes."""
     num_pictures: int
-    """In class folders, of the kinds that are read."""
+    """Pictures in class folders, of the kinds that are read."""
     passed_over: PassedOver
     empty: tuple[str, ...]
     """Class folders without a picture."""
@@ -84,7 +84,7 @@ def find_classes(root: Path, files: Sequence[str], *, place: str) -> ClassFolder
     A class is a folder with pictures, below folders of splits and below folders that wrap all the others.
 
     Raises:
-        UsageError: there are no two classes, or the folders are parts of a data set, or a name is no text.
+        UsageError: there are fewer than two classes, the folders are parts of a data set, or a name is not text.
         RunError: most of the pictures are of unread kinds, or lie in no class.
     """
     top = tree_of(Counter(folder_of(name) for name in files if is_picture(name) or is_unread_picture(name)))
@@ -140,7 +140,7 @@ def _empty(root: Path, files: Sequence[str], steps: Sequence[Step], level: Colle
 
 
 def _refuse_parts(place: str, steps: Sequence[Step], level: Mapping[str, Sequence[Folder]]) -> None:
-    """Refuse folders which hold the same folders: amazon, dslr and webcam are no classes.
+    """Refuse folders which hold the same folders: amazon, dslr and webcam are not classes.
 
     Raises:
         UsageError: they do.
@@ -160,7 +160,7 @@ def _refuse_parts(place: str, steps: Sequence[Step], level: Mapping[str, Sequenc
 def _check_number(
     root: Path, place: str, files: Sequence[str], level: Mapping[str, Sequence[Folder]], num_pictures: int
 ) -> None:
-    """Refuse what is no classification.
+    """Refuse a tree that does not hold several classes.
 
     Raises:
         UsageError: fewer than two folders can be classes.
@@ -180,7 +180,7 @@ def _check_number(
 
 
 def _check_names(place: str, folders: Sequence[str]) -> None:
-    """Refuse names that are no text.
+    """Refuse names that cannot be read.
 
     Raises:
         UsageError: a name is not UTF-8, or has no sign that can be read.

@@ -66,9 +66,9 @@ class DataSource:
     versions: tuple[str, ...] = ()
     """Of the packages that a built-in source comes from."""
     read: ReadOptions = ANY_COLUMNS
-    """Columns that the user named tell the tables of a folder."""
+    """Columns that the user named also tell which files of a folder are tables."""
     notes: TarNotes = field(default_factory=TarNotes)
-    """Of tars, each time that their records are read."""
+    """What is noted about tars whenever their records are read."""
 
     def fingerprint(self) -> str:
         """Changes when a file is added, removed, resized or touched."""
@@ -77,7 +77,7 @@ class DataSource:
 
     @cached_property
     def names(self) -> list[str]:
-        """Of the files."""
+        """The names of the files."""
         return [file.name for file in self.files]
 
     @cached_property

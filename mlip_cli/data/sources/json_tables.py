@@ -92,7 +92,7 @@ def _rows_of(document: Any) -> list[Row] | None:
 
 
 def _coco_rows(images: list[dict[str, Any]], annotations: list[dict[str, Any]]) -> list[Row] | None:
-    """A row for each annotation, then one for each image without any. None where annotations are no captions."""
+    """A row for each annotation, then one for each image without any. None if the annotations are not captions."""
     if not any("caption" in annotation for annotation in annotations):
         return None
     by_id = {str(image.get("id")): image for image in images}

@@ -12,14 +12,14 @@ from urllib.parse import unquote
 from mlip_cli.data.sources.listing import is_picture
 
 MOST_FOLDERS = 256
-"""Listings of folders that are kept."""
+"""The most listings of folders that are kept."""
 MOST_COMPARED = 20_000
-"""Names among which the nearest is looked for."""
+"""The most names among which the nearest is looked for."""
 MOST_NEAREST = 100
-"""Times that it is looked for: each takes a while."""
+"""The most searches for a nearest name: each takes a while."""
 
 LEAST_NEAR = 0.85
-"""Share of equal characters from which on a name is near another: more than 3.png has of 4.png."""
+"""A name is near another if at least this share of their characters is equal. 3.png is not near 4.png."""
 
 
 @dataclass(frozen=True)

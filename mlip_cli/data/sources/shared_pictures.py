@@ -17,9 +17,9 @@ class SharedPictures:
 
     seen: "array[int]" = field(default_factory=lambda: array("Q"))
     hashes: NDArray[np.uint64] = field(default_factory=lambda: np.empty(0, np.uint64))
-    """Of the names of the pictures, sorted."""
+    """Hashes of the names of the pictures, sorted."""
     num_rows: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
-    """Of each picture."""
+    """How many rows name each picture."""
 
     def add(self, record: Record) -> None:
         """Note a row that can be used."""
@@ -32,11 +32,11 @@ class SharedPictures:
 
     @property
     def num_pictures(self) -> int:
-        """Of the rows that were counted."""
+        """How many pictures the counted rows name."""
         return len(self.hashes)
 
     def fewest_and_most(self) -> tuple[int, int]:
-        """Rows of a picture; 0 and 0 where there is none."""
+        """The fewest and the most rows that name one picture; 0 and 0 if no row names one."""
         return (int(self.num_rows.min()), int(self.num_rows.max())) if len(self.num_rows) else (0, 0)
 
     def rows_of(self, name: str) -> int:

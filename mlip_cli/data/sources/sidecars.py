@@ -12,7 +12,7 @@ from mlip_cli.data.sources.records import Caption, PicturePlace, Record, decode_
 MAX_SIDECAR_BYTES = 1 << 20
 TEXT_ENDINGS = (".txt", ".caption")
 NO_CAPTIONS = {"labels"}
-"""Folders of texts that are no captions: the boxes of object detection lie there."""
+"""Folders of texts that are not captions: the boxes of object detection lie there."""
 
 
 def sidecars_of(files: Iterable[str]) -> dict[str, str]:

@@ -42,7 +42,7 @@ class Survey:
     """Paths that were found by another spelling."""
 
     def add(self, record: Record) -> None:
-        """Note a row."""
+        """Count a row and what it says."""
         self.rows += 1
         if record.found_as:
             name, found = (unicodedata.normalize("NFC", text) for text in (record.detail, record.found_as))

@@ -57,7 +57,7 @@ class Chosen:
     """Column and weight of each."""
 
     def in_words(self) -> str:
-        """For the line before the work."""
+        """Which columns are read, for the line before the work."""
         captions = " and ".join(
             repr(column) if weight == 1 else f"{column!r} of weight {weight:g}" for column, weight in self.captions
         )

@@ -24,13 +24,13 @@ from mlip_cli.errors import UsageError
 from mlip_cli.paths import escaped
 
 DEEPEST = 3
-"""Parts of a table's path in a folder that is searched."""
+"""A table is looked for in a folder and so many levels below it, its own name included."""
 MOST_TEXTS = 50
-"""More texts or JSON files than these are no tables: each would be opened."""
+"""More texts or JSON files than these are not looked at, since each would be opened."""
 NO_TABLES = re.compile(
     r"(dataset_infos?|state|dataset_dict|dataset|sizes|prepared|package)\.json|cache-.*\.arrow|rejects\.parquet"
 )
-"""Files that others and we write beside data."""
+"""Files that other programs and mlip write beside data."""
 JSON_CAPTION = re.compile(
     rb'"(%s|\w*caption|[^"]*\.(jpe?g|png|webp))"\s*:' % "|".join(chain.from_iterable(CAPTION_COLUMNS)).encode()
 )
@@ -42,15 +42,15 @@ class TablePlace(NamedTuple):
     """What the name of a table says."""
 
     folder: str
-    """Without that of a split."""
+    """The folder of the table, without that of a split."""
     series: str
-    """Its name without split and number."""
+    """The name of the table without split and number."""
     split: str | None
     shard: str
 
 
 def found_tables(root: Path, names: Sequence[str], read: ReadOptions) -> tuple[list[str], dict[str, str]]:
-    """(the tables of a folder, why others are not read): metadata.*, or all whose columns tell pictures and captions.
+    """The tables of a folder, and why others are not read: metadata.*, or all that name pictures and captions.
 
     A folder with tars has no other table than metadata.*: those of img2dataset lie beside its tars.
     """
@@ -147,7 +147,7 @@ def _is_metadata(name: PurePosixPath) -> bool:
 
 
 def _problem(path: Path, read: ReadOptions) -> str | None:
-    """Why a table is not read: nothing where it can be, None where a file is no table."""
+    """Why a table is not read: "" if it can be read, None if the file is not a table."""
     ending = table_ending(path.name)
     if ending == ".json" and path.suffix != ".gz" and not _mentions_captions(path):
         return None

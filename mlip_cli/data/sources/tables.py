@@ -41,7 +41,7 @@ class TablePlan:
     split: str | None
 
     def in_words(self) -> str:
-        """For the line before the work."""
+        """How the table is read, for the line before the work."""
         header = "" if self.table.has_header else "; the table has no header"
         beside = "" if self.folder == self.table.path.parent else f"; pictures in {escaped(str(self.folder))}"
         return self.chosen.in_words() + beside + header

@@ -202,12 +202,12 @@ def _grouped(named: Sequence[_Named], *, at_first_dot: bool) -> list[TarSample]:
 
 
 def _is_one(parts: Sequence[tuple[int, str, Member]]) -> bool:
-    """No field is there twice."""
+    """Whether no field occurs twice."""
     return len({own for _, own, _ in parts}) == len(parts)
 
 
 def _runs(parts: Sequence[tuple[int, str, Member]]) -> Iterator[list[tuple[int, str, Member]]]:
-    """Cut into neighbours of the tar."""
+    """The parts, cut into runs of neighbours in the tar."""
     run = [parts[0]]
     for part in parts[1:]:
         if part[0] != run[-1][0] + 1:

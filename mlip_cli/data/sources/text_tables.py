@@ -106,7 +106,7 @@ def text_layout(path: Path, *, ending: str, known: Sequence[str]) -> Layout:
 
 
 def text_rows(path: Path, layout: Layout) -> Iterator[Row]:
-    """The rows below the header. An empty line is no row.
+    """The rows below the header. An empty line is not a row.
 
     Raises:
         UsageError: a quote is not closed, or the text is damaged.
