@@ -1,6 +1,6 @@
 """What run.json, data.json and metrics.jsonl of a run hold, as values that are checked when they are read. No torch."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -59,7 +59,7 @@ class Provenance:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Spread:
+class Statistic:
     """A statistic of the samples."""
 
     min: int | float
@@ -77,7 +77,7 @@ class DataCard:
     num_samples: int
     num_bytes: int | None = None
     provenance: Provenance = Provenance()
-    spreads: dict[str, Spread] = field(default_factory=dict)
+    spreads: dict[str, Statistic] = field(default_factory=dict)
     """Statistics by name."""
     classes: dict[str, int] = field(default_factory=dict)
     """Samples of the most frequent classes."""
@@ -115,7 +115,7 @@ def read_cards(path: Path) -> dict[str, DataCard]:
     return cards
 
 
-MetricsLine = dict[str, Any]
+MetricsLine = Mapping[str, Any]
 """Numbers by name, `step` among them; None where a number was not finite."""
 
 

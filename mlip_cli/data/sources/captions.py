@@ -26,13 +26,13 @@ LOOKED_AT = 300
 """Characters of a caption that tell its looks."""
 LONGEST_LIST = 1 << 20
 """Characters of a cell in which a list is looked for."""
-SHOWN = 60
+MOST_CHARACTERS = 60
 """Characters of a caption in a message."""
 
 TEXT_KEYS = ("text", "caption", "raw", "sentence")
 """Where the objects of a list hold their text."""
 ASKED, ANSWERED = ("from", "role"), ("value", "content")
-ANSWERS = ("gpt", "assistant", "model")
+ANSWERING = ("gpt", "assistant", "model")
 
 ODD = {
     "lists": re.compile(r"\[.*\]$|[\[(]\s*['\"]|\{.*\}$", re.DOTALL),
@@ -111,7 +111,7 @@ def _python_texts(text: str) -> Iterator[str | None]:
 def _first_answer(turns: list[Any]) -> str | None:
     """What the model says first, in the talks of LLaVA and its like."""
     for turn in turns:
-        if isinstance(turn, dict) and any(turn.get(key) in ANSWERS for key in ASKED):
+        if isinstance(turn, dict) and any(turn.get(key) in ANSWERING for key in ASKED):
             return next((turn[key] for key in ANSWERED if isinstance(turn.get(key), str)), None)
     return None
 
@@ -163,4 +163,4 @@ def _quoted(texts: list[str]) -> str:
 def shortened(text: str) -> str:
     """A caption in a message: in quotes, on one line, not long."""
     text = escaped(text)
-    return f'"{text if len(text) <= SHOWN else text[:SHOWN] + "..."}"'
+    return f'"{text if len(text) <= MOST_CHARACTERS else text[:MOST_CHARACTERS] + "..."}"'

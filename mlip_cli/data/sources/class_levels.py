@@ -81,7 +81,7 @@ def path_of(steps: Sequence[Step]) -> str | None:
     return "".join(f"{name}/" for step in steps for name in step) if all(len(step) == 1 for step in steps) else None
 
 
-def place_of(steps: Sequence[Step], names: Collection[str], folder: str) -> tuple[str | None, str | None]:
+def split_and_class(steps: Sequence[Step], names: Collection[str], folder: str) -> tuple[str | None, str | None]:
     """Split and class of the files in a folder."""
     split, parts = None, folder.split("/")
     for depth, step in enumerate(steps):
@@ -102,7 +102,7 @@ def split_folders(steps: Sequence[Step], folders: Iterable[str]) -> tuple[str, .
     return tuple("/".join(path) for path in ranked)
 
 
-def unwrapped(folders: Sequence[Folder]) -> Mapping[str, Sequence[Folder]]:
+def below_wrappers(folders: Sequence[Folder]) -> Mapping[str, Sequence[Folder]]:
     """The folders in `folders`, or where that is one with folders inside, those."""
     inside = inside_of(folders)
     while len(inside) == 1 and (deeper := inside_of(*inside.values())):

@@ -9,20 +9,20 @@ from pathlib import Path
 from mlip_cli.data.sources.class_levels import (
     Folder,
     Step,
+    below_wrappers,
     descended,
     is_mixed,
     path_of,
-    place_of,
+    split_and_class,
     split_folders,
     tree_of,
-    unwrapped,
 )
-from mlip_cli.data.sources.class_names import NAMES_FILE, cautions, class_names, one_line, some
+from mlip_cli.data.sources.class_names import NAMES_FILE, class_names, doubts_about, one_line, some
 from mlip_cli.data.sources.listing import (
     PassedOver,
-    ending,
     is_leftover,
     is_picture,
+    is_table,
     is_unread_picture,
     kind_of,
     number_order,
@@ -31,9 +31,6 @@ from mlip_cli.data.sources.records import decode_text
 from mlip_cli.errors import RunError, UsageError
 from mlip_cli.paths import check_utf8, escaped
 from mlip_cli.terminal.output import plural, say, warn
-
-TABLE_ENDINGS = ("csv", "tsv", "json", "jsonl", "txt", "parquet")
-"""Endings of files that may say what the pictures show."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +53,7 @@ class ClassFolders:
 
     def place(self, picture: str) -> tuple[str | None, str | None]:
         """Split and class folder of a picture; no class folder if it lies in none."""
-        return place_of(self.steps, self.names, folder_of(picture))
+        return split_and_class(self.steps, self.names, folder_of(picture))
 
     @property
     def wrapper(self) -> str | None:
@@ -74,7 +71,7 @@ class ClassFolders:
         if self.names_file:
             pairs = [f"{escaped(folder)} = {name}" for folder, name in self.names.items()]
             say(f"{place}: {self.names_file}: {some(pairs)}")
-        for caution in cautions(self.names):
+        for caution in doubts_about(self.names):
             warn(f"{place}: {caution}")
 
 
@@ -103,8 +100,8 @@ def find_classes(root: Path, files: Sequence[str], *, place: str) -> ClassFolder
         )
     _check_names(place, folders)
     names = class_names(folders) if given is None else dict(zip(folders, map(one_line, given), strict=True))
-    classes = {folder: place_of(steps, names, folder)[1] for folder in set(map(folder_of, files))}
-    num_pictures, passed_over = counted(place, files, lambda name: classes[folder_of(name)])
+    classes = {folder: split_and_class(steps, names, folder)[1] for folder in set(map(folder_of, files))}
+    num_pictures, passed_over = count_pictures(place, files, lambda name: classes[folder_of(name)])
     full = {classes[folder_of(name)] for name in filter(is_picture, files)}
     empty = tuple(folder for folder in folders if folder not in full)
     splits = split_folders(steps, [folder for folder, name in classes.items() if name is not None])
@@ -145,7 +142,7 @@ def _refuse_parts(place: str, steps: Sequence[Step], level: Mapping[str, Sequenc
     Raises:
         UsageError: they do.
     """
-    inside = [set(unwrapped(folders)) for folders in level.values()]
+    inside = [set(below_wrappers(folders)) for folders in level.values()]
     same = set.intersection(*inside) if len(inside) > 1 else set()
     if len(same) > 1 and 2 * len(same) >= len(set.union(*inside)):
         above = "".join(f"{next(iter(step))}/" for step in steps)  # of several splits the first
@@ -174,7 +171,7 @@ def _check_number(
         raise UsageError(f"{place}: pictures outside of class folders; {cure}")
     where = f"the folder{'s' if len(level) > 1 else ''} {some([escaped(name) for name in sorted(level)])}"
     held = plural(sum(folder.total for folders in level.values() for folder in folders), "picture")
-    beside = [escaped(name) for name in files if ending(name) in TABLE_ENDINGS and name.count("/") < 2]
+    beside = [escaped(name) for name in files if is_table(name) and name.count("/") < 2]
     cure += f", or name the file that says what they show ({some(beside)})" if beside else ""
     raise UsageError(f"{place}: {held} in {where}, not in folders of several classes; {cure}")
 
@@ -197,7 +194,7 @@ def first_folder(file: str) -> str | None:
     return first if slash else None
 
 
-def counted(place: str, files: Iterable[str], class_of: Callable[[str], str | None]) -> tuple[int, PassedOver]:
+def count_pictures(place: str, files: Iterable[str], class_of: Callable[[str], str | None]) -> tuple[int, PassedOver]:
     """Pictures in classes, and what is passed over, of all files. `class_of`: file -> class folder.
 
     Raises:

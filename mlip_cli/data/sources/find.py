@@ -15,7 +15,7 @@ from pathlib import Path
 
 from mlip_cli.data.sources.classes import ClassFolders, find_classes
 from mlip_cli.data.sources.folders import class_records
-from mlip_cli.data.sources.listing import is_picture, is_unread_picture, kind_of, walk
+from mlip_cli.data.sources.listing import is_picture, is_table, is_unread_picture, kind_of, walk
 from mlip_cli.data.sources.openmoji import installed_versions, openmoji_records
 from mlip_cli.data.sources.records import (
     ReadOptions,
@@ -25,7 +25,6 @@ from mlip_cli.data.sources.records import (
 )
 from mlip_cli.data.sources.shared_pictures import SharedPictures
 from mlip_cli.data.sources.sidecars import sidecar_records, sidecars_of
-from mlip_cli.data.sources.table_files import TABLE_ENDINGS, table_ending
 from mlip_cli.data.sources.table_layouts import check_tables, found_tables, has_metadata, wrapped_in
 from mlip_cli.data.sources.tables import TablePlan, planned_tables, table_records
 from mlip_cli.data.sources.tar_samples import Columns, TarNotes
@@ -84,7 +83,7 @@ class DataSource:
     def _tables(self) -> tuple[list[str], dict[str, str]]:
         if self.is_folder:
             return found_tables(self.root, self.names, self.read)
-        return [name for name in self.names if table_ending(name) in TABLE_ENDINGS], {}
+        return list(filter(is_table, self.names)), {}
 
     @property
     def tables(self) -> list[str]:

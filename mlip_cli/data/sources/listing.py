@@ -27,6 +27,8 @@ UNREAD_PICTURE_ENDINGS = (
     "tga",
 )
 """Endings of pictures that are not read. They are named, so that nobody misses them later."""
+TABLE_ENDINGS = ("csv", "tsv", "jsonl", "ndjson", "parquet", "arrow", "json", "txt")
+"""Endings of files that may be tables, in lower case; .gz may follow."""
 LEFTOVERS = frozenset(
     ("__macosx", "thumbs.db", "desktop.ini", "lost+found", "system volume information", "$recycle.bin", "@eadir")
 )
@@ -47,6 +49,16 @@ def ending(name: str) -> str:
 def kind_of(name: str) -> str:
     """`.jpg files` of a/B.JPG, or `files without ending`."""
     return f".{ending(name)} files" if ending(name) else "files without ending"
+
+
+def table_ending(name: str) -> str:
+    """`csv` of a/B.CSV.gz."""
+    return ending(name.lower().removesuffix(".gz"))
+
+
+def is_table(name: str) -> bool:
+    """Whether a file of this name may be a table."""
+    return table_ending(name) in TABLE_ENDINGS
 
 
 def is_picture(name: str) -> bool:

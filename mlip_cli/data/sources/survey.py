@@ -6,12 +6,11 @@ from dataclasses import dataclass, field
 
 from mlip_cli.data.sources.captions import CaptionLooks, shortened
 from mlip_cli.data.sources.find import LOOKED_FOR, DataSource, read_rows
-from mlip_cli.data.sources.listing import PassedOver, ending, is_picture, is_unread_picture, kind_of
-from mlip_cli.data.sources.paths import PathFinder
+from mlip_cli.data.sources.listing import PassedOver, ending, is_picture, is_table, is_unread_picture, kind_of
+from mlip_cli.data.sources.picture_paths import PathFinder
 from mlip_cli.data.sources.records import ReadOptions, Record
 from mlip_cli.data.sources.shared_pictures import SharedPictures
 from mlip_cli.data.sources.sidecars import TEXT_ENDINGS
-from mlip_cli.data.sources.table_files import TABLE_ENDINGS, table_ending
 from mlip_cli.errors import RunError, UsageError
 from mlip_cli.paths import escaped
 from mlip_cli.terminal.output import plural
@@ -134,7 +133,7 @@ def _unread(source: DataSource, survey: Survey) -> Iterator[tuple[str, str]]:
                 yield "pictures that no row names", name
         elif source.format == "sidecar" and name.endswith(TEXT_ENDINGS):
             yield "texts without a picture", name
-        elif table_ending(name) in TABLE_ENDINGS and ending(name) != "txt":
+        elif is_table(name) and ending(name) != "txt":
             yield "tables", name
         else:
             yield kind_of(name), name

@@ -9,6 +9,7 @@ from typing import Any
 
 from mlip_cli.data.sources.columnar import columnar_rows, columnar_schema
 from mlip_cli.data.sources.json_tables import json_columns, json_line_rows, json_rows
+from mlip_cli.data.sources.listing import table_ending
 from mlip_cli.data.sources.records import ReadOptions
 from mlip_cli.data.sources.text_tables import PICTURE_NAME, Row, cells_in_words, table_error, text_layout, text_rows
 from mlip_cli.errors import UsageError
@@ -28,12 +29,6 @@ CAPTION_COLUMNS = (
 KNOWN_COLUMNS = tuple(name for group in (*IMAGE_COLUMNS, *CAPTION_COLUMNS) for name in group)
 FIRST_NAMES = 20
 """This many rows tell that a table names pictures, and which folder the names are relative to."""
-TABLE_ENDINGS = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet", ".arrow", ".json", ".txt")
-
-
-def table_ending(name: str) -> str:
-    """`.csv` of `a/B.CSV.gz`."""
-    return Path(name.lower().removesuffix(".gz")).suffix
 
 
 @dataclass(frozen=True)
@@ -71,11 +66,11 @@ def open_table(path: Path) -> Table:
         UsageError: it is not of this format, or empty.
     """
     ending = table_ending(path.name)
-    if ending in (".parquet", ".arrow"):
+    if ending in ("parquet", "arrow"):
         columns, holding_pictures = columnar_schema(path)
         return Table(path, columns, partial(columnar_rows, path), holding_pictures=holding_pictures)
-    if ending in (".json", ".jsonl", ".ndjson"):
-        rows = partial(json_rows if ending == ".json" else json_line_rows, path)
+    if ending in ("json", "jsonl", "ndjson"):
+        rows = partial(json_rows if ending == "json" else json_line_rows, path)
         return Table(path, json_columns(path, rows), rows)
     layout = text_layout(path, ending=ending, known=KNOWN_COLUMNS)
     return Table(path, layout.columns, partial(text_rows, path, layout), has_header=layout.has_header)

@@ -8,22 +8,20 @@ from itertools import chain, islice
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from mlip_cli.data.sources.listing import is_picture
+from mlip_cli.data.sources.listing import is_picture, is_table, table_ending
 from mlip_cli.data.sources.records import SPLIT_WORDS, ReadOptions, split_in_name, split_of_folder
 from mlip_cli.data.sources.table_files import (
     CAPTION_COLUMNS,
     FIRST_NAMES,
-    TABLE_ENDINGS,
     Table,
     chosen_columns,
     open_table,
-    table_ending,
 )
 from mlip_cli.data.sources.text_tables import PICTURE_NAME
 from mlip_cli.errors import UsageError
 from mlip_cli.paths import escaped
 
-DEEPEST = 3
+MOST_LEVELS = 3
 """A table is looked for in a folder and so many levels below it, its own name included."""
 MOST_TEXTS = 50
 """More texts or JSON files than these are not looked at, since each would be opened."""
@@ -54,8 +52,7 @@ def found_tables(root: Path, names: Sequence[str], read: ReadOptions) -> tuple[l
 
     A folder with tars has no other table than metadata.*: those of img2dataset lie beside its tars.
     """
-    tables = [name for name in names if table_ending(name) in TABLE_ENDINGS]
-    tables = [name for name in tables if not NO_TABLES.fullmatch(PurePosixPath(name).name)]
+    tables = [name for name in names if is_table(name) and not NO_TABLES.fullmatch(PurePosixPath(name).name)]
     if metadata := [name for name in tables if _is_metadata(PurePosixPath(name))]:
         return metadata, {}
     if any(name.endswith(".tar") for name in names):
@@ -64,10 +61,10 @@ def found_tables(root: Path, names: Sequence[str], read: ReadOptions) -> tuple[l
     tables = [
         name
         for name in tables
-        if len(PurePosixPath(name).parts) <= DEEPEST and name.removesuffix(".gz").rpartition(".")[0] not in stems
+        if len(PurePosixPath(name).parts) <= MOST_LEVELS and name.removesuffix(".gz").rpartition(".")[0] not in stems
     ]
-    texts = [name for name in tables if table_ending(name) in (".txt", ".json")]
-    opened = [name for name in tables if len(texts) <= MOST_TEXTS or table_ending(name) not in (".txt", ".json")]
+    texts = {name for name in tables if table_ending(name) in ("txt", "json")}
+    opened = [name for name in tables if len(texts) <= MOST_TEXTS or name not in texts]
     problems = {name: _problem(root / name, read) for name in opened}
     return [name for name, problem in problems.items() if problem == ""], {k: v for k, v in problems.items() if v}
 
@@ -95,7 +92,7 @@ def check_tables(source: str, tables: Sequence[str]) -> None:
     Raises:
         UsageError: they are not.
     """
-    places = [place_of(name) for name in tables]
+    places = [table_place(name) for name in tables]
     series = {(place.folder, place.series) for place in places}
     if len(series) == 1 and len(set(places)) == len(places) and not _mixed(places):
         return
@@ -111,7 +108,7 @@ def missing_shards(tables: Sequence[str]) -> str:
     """`1 of 2 shards of train are here`, by the numbers in their names; empty where all are."""
     found = Counter(
         (place.split, int(place.shard.rpartition("-of-")[2]))
-        for place in map(place_of, tables)
+        for place in map(table_place, tables)
         if "-of-" in place.shard
     )
     return ", ".join(
@@ -121,18 +118,18 @@ def missing_shards(tables: Sequence[str]) -> str:
     )
 
 
-def place_of(name: str) -> TablePlace:
+def table_place(name: str) -> TablePlace:
     """`data/train-00000-of-00002.parquet` -> data, .parquet, train, 00000-of-00002."""
     split, relative = split_of_folder(Path(name))
     base = relative.name.lower().removesuffix(".gz")
     ending = table_ending(base)
-    stem = base.removesuffix(ending)
+    stem = base.removesuffix(f".{ending}")
     shard = SHARD.search(stem)
     stem = SHARD.sub("", stem)
     own = SPLIT_AND_YEAR.search(stem)
     if own and not split and split_in_name(base):
         split, stem = SPLIT_WORDS[own[1]], SPLIT_AND_YEAR.sub("", stem)
-    return TablePlace(str(relative.parent), stem.strip("-_. ") + ending, split, shard[2] if shard else "")
+    return TablePlace(str(relative.parent), f"{stem.strip('-_. ')}.{ending}", split, shard[2] if shard else "")
 
 
 def _mixed(places: Sequence[TablePlace]) -> bool:
@@ -149,9 +146,9 @@ def _is_metadata(name: PurePosixPath) -> bool:
 def _problem(path: Path, read: ReadOptions) -> str | None:
     """Why a table is not read: "" if it can be read, None if the file is not a table."""
     ending = table_ending(path.name)
-    if ending == ".json" and path.suffix != ".gz" and not _mentions_captions(path):
+    if ending == "json" and path.suffix != ".gz" and not _mentions_captions(path):
         return None
-    is_any_text = ending in (".txt", ".json")
+    is_any_text = ending in ("txt", "json")
     try:
         table = open_table(path)
         is_any_text = is_any_text and not _names_pictures(table)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from mlip_cli.data.sources.captions import captions_of
 from mlip_cli.data.sources.listing import ending, is_leftover, is_picture
-from mlip_cli.data.sources.paths import PathFinder, spellings
+from mlip_cli.data.sources.picture_paths import PathFinder, spellings
 from mlip_cli.data.sources.records import (
     SPLIT_WORDS,
     Caption,

@@ -17,7 +17,7 @@ TEXT_FIELDS = {"txt": ("txt", "caption", "text", "cap"), "json": ("json",), "cls
 """Texts of a sample -> their endings; the first ending that a sample has is read."""
 FIELDS_OF = {"image": PICTURE_FIELDS, **TEXT_FIELDS}
 """Parts of a sample -> endings of the members that can be it."""
-READ = frozenset(ending for endings in FIELDS_OF.values() for ending in endings)
+READ_FIELDS = frozenset(ending for endings in FIELDS_OF.values() for ending in endings)
 MAX_TEXT_BYTES = 1 << 20
 
 
@@ -180,7 +180,7 @@ def _readable(members: Iterable[Member], passed_over: PassedOver) -> Iterator[_N
         if not member.is_file:
             if base:  # else a folder
                 passed_over.add("links, devices or sparse files", name)
-        elif "." in base and ending in READ:
+        elif "." in base and ending in READ_FIELDS:
             yield _Named(name, member)
         else:
             kind = f".{ending} members" if "." in base else "members without ending"

@@ -22,7 +22,7 @@ from mlip_cli.evaluate.datasets.pictures import Pictures, read_picture
 from mlip_cli.paths import escaped
 from mlip_cli.terminal.output import say
 
-LEFT_OUT = "samples "
+LEFT_OUT_SAMPLES = "samples "
 """How the words for samples that are not measured begin."""
 IMAGENETV2_FOLDER = "ImageNetV2-matched-frequency"
 IMAGENETV2_PICTURES = 10_000
@@ -126,7 +126,7 @@ def open_web_shards(benchmark: Benchmark) -> Pictures:
     notes = TarNotes()
     items = [item for tar in tars for item in labelled_pictures(tar, notes)]
     notes.tell(benchmark.name, say=say)
-    num_left_out = sum(n for kind, n in notes.passed_over.counts.items() if kind.startswith(LEFT_OUT))
+    num_left_out = sum(n for kind, n in notes.passed_over.counts.items() if kind.startswith(LEFT_OUT_SAMPLES))
     if num_left_out > len(items) > 0:
         raise RunError(f"{part}: {notes.passed_over.in_words()}; only {len(items):,} others have a picture and a class")
     if not items:
@@ -155,10 +155,10 @@ def labelled_pictures(tar: Path, notes: TarNotes) -> Iterator[TarItem]:
             try:
                 parts = parts_of_sample(sample, GUESSED)
             except UnusableSampleError as error:
-                notes.passed_over.add(f"{LEFT_OUT}with {error}", f"{tar.name}: {sample.key}")
+                notes.passed_over.add(f"{LEFT_OUT_SAMPLES}with {error}", f"{tar.name}: {sample.key}")
                 continue
             if "cls" not in parts:
-                notes.passed_over.add(f"{LEFT_OUT}without a class number", f"{tar.name}: {sample.key}")
+                notes.passed_over.add(f"{LEFT_OUT_SAMPLES}without a class number", f"{tar.name}: {sample.key}")
                 continue
             label = opened.read(min(parts["cls"].size, 16), parts["cls"].offset).strip()
             if not label.isdigit():

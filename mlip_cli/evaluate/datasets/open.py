@@ -11,7 +11,7 @@ from torch import Tensor
 from mlip_cli.data.dataset import RawSample, ShardDataset
 from mlip_cli.data.open import open_prepared
 from mlip_cli.data.sources.class_names import some
-from mlip_cli.data.sources.classes import counted, first_folder
+from mlip_cli.data.sources.classes import count_pictures, first_folder
 from mlip_cli.data.sources.listing import is_picture
 from mlip_cli.errors import UsageError
 from mlip_cli.evaluate.datasets import imagenet
@@ -172,7 +172,7 @@ def open_imagenet_folders(benchmark: Benchmark) -> Pictures:
     """ImageNet's validation pictures in class folders."""
     root = benchmark.root
     numbers = {folder: imagenet.class_of(folder) for folder in folders_in(root)}
-    _, passed_over = counted(benchmark.name, names_in(root), first_folder)
+    _, passed_over = count_pictures(benchmark.name, names_in(root), first_folder)
     files = _labelled_files(root, lambda file: numbers.get(first_folder(file) or ""))
     if not files:
         raise UsageError("imagenet: class folders, but no pictures in them; unpack the validation pictures there")
