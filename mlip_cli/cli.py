@@ -112,7 +112,7 @@ def prepare_data(
             min=0.0,
             max=0.5,
             help="Share of the pictures to hold out as validation/, if the source has no splits. Default: a tenth; of "
-            "more than 5,000 rows 500 pictures; of more than 25,000 a fiftieth.",
+            "more than 5,000 pictures 500; of more than 25,000 a fiftieth.",
             show_default=False,
         ),
     ] = None,

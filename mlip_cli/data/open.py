@@ -2,7 +2,6 @@
 
 import shlex
 from collections.abc import Sequence
-from itertools import combinations
 from pathlib import Path
 
 from mlip_cli.data.dataset import ShardDataset
@@ -24,14 +23,10 @@ def open_sources(
         beside: other data sets in use; the cache must have room for them too.
 
     Raises:
-        UsageError: a folder is missing, not prepared, empty or listed twice, or the cache cannot hold what lies
-            elsewhere.
+        UsageError: a folder is missing, not prepared or empty, or the cache cannot hold what lies elsewhere.
         RunError: the network failed.
     """
     datasets = [_open_source(source, cache or Cache()) for source in sources]
-    for first, second in combinations(datasets, 2):
-        if first.place == second.place:
-            raise UsageError(f"{second.name}: the same data as {first.name}; list it once")
     check_fit([dataset.remote for dataset in (*beside, *datasets) if dataset.remote is not None])
     return datasets
 

@@ -105,7 +105,7 @@ class Summary:
             warn(f"fewer than {FEWEST_TO_TRAIN} samples to train on: too few for a contrastive loss")
 
     def _show_held_out(self) -> None:
-        holdout = held_out_share(self.request["holdout"], self.rows)
+        holdout = held_out_share(self.request["holdout"], self.pictures)
         if self.held_out:
             num_held_out = self.splits["validation"].num_samples
             num_samples = plural(self.pictures - self.rejects, "sample")

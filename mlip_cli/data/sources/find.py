@@ -25,7 +25,7 @@ from mlip_cli.data.sources.records import (
 )
 from mlip_cli.data.sources.shared_pictures import SharedPictures
 from mlip_cli.data.sources.sidecars import sidecar_records, sidecars_of
-from mlip_cli.data.sources.table_layouts import check_tables, found_tables, has_metadata, wrapped_in
+from mlip_cli.data.sources.table_layouts import check_tables, found_tables, is_metadata, wrapped_in
 from mlip_cli.data.sources.tables import TablePlan, planned_tables, table_records
 from mlip_cli.data.sources.tar_samples import Columns, TarNotes
 from mlip_cli.data.sources.tars import TAR_ENDINGS, tar_records
@@ -223,7 +223,7 @@ def _check_tables(source: DataSource, *, is_named: bool) -> None:
     if not source.is_folder:
         return
     check_tables(source.name, source.tables)
-    if source.sidecars and not is_named and not has_metadata(source.tables):
+    if source.sidecars and not is_named and not any(map(is_metadata, source.tables)):
         raise UsageError(
             f"{source.name}: captions in {', '.join(map(escaped, source.tables))} and in "
             f"{plural(len(source.sidecars), 'text')} of pictures; say --format metadata or --format sidecar"

@@ -53,7 +53,7 @@ def found_tables(root: Path, names: Sequence[str], read: ReadOptions) -> tuple[l
     A folder with tars has no other table than metadata.*: those of img2dataset lie beside its tars.
     """
     tables = [name for name in names if is_table(name) and not NO_TABLES.fullmatch(PurePosixPath(name).name)]
-    if metadata := [name for name in tables if _is_metadata(PurePosixPath(name))]:
+    if metadata := [name for name in tables if is_metadata(name)]:
         return metadata, {}
     if any(name.endswith(".tar") for name in names):
         return [], {}
@@ -67,11 +67,6 @@ def found_tables(root: Path, names: Sequence[str], read: ReadOptions) -> tuple[l
     opened = [name for name in tables if len(texts) <= MOST_TEXTS or name not in texts]
     problems = {name: _problem(root / name, read) for name in opened}
     return [name for name, problem in problems.items() if problem == ""], {k: v for k, v in problems.items() if v}
-
-
-def has_metadata(tables: Sequence[str]) -> bool:
-    """Whether the tables have the name that says so."""
-    return any(_is_metadata(PurePosixPath(name)) for name in tables)
 
 
 def wrapped_in(names: Sequence[str]) -> str:
@@ -137,10 +132,11 @@ def _mixed(places: Sequence[TablePlace]) -> bool:
     return len({place.split is None for place in places}) > 1 or len({place.shard == "" for place in places}) > 1
 
 
-def _is_metadata(name: PurePosixPath) -> bool:
+def is_metadata(name: str) -> bool:
     """metadata.* in the source's root or in the folder of a split."""
-    is_at_root = len(name.parts) == 1 or (len(name.parts) == 2 and name.parts[0].lower() in SPLIT_WORDS)
-    return is_at_root and name.name.removesuffix(".gz").rpartition(".")[0] == "metadata"
+    folder, _, base = name.rpartition("/")
+    is_at_root = not folder or folder.lower() in SPLIT_WORDS
+    return is_at_root and base.removesuffix(".gz").rpartition(".")[0] == "metadata"
 
 
 def _problem(path: Path, read: ReadOptions) -> str | None:
