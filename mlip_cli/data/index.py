@@ -86,16 +86,11 @@ def place_of(record: np.void, *, is_prepared: bool) -> Place:
     """
     start, image, image_size, txt, txt_size, json_at, json_size, crc32, format, *_ = record.item()
     at = start - BLOCK if is_prepared else start
-    parts, end = {}, start
-    if image_size:
-        parts["image"] = at + image, image_size
-        end = at + image + image_size
-    if txt_size and not is_prepared:
-        parts["txt"] = at + txt, txt_size
-        end = max(end, at + txt + txt_size)
-    if json_size:
-        parts["json"] = at + json_at, json_size
-        end = max(end, at + json_at + json_size)
+    read = {"image": (at + image, image_size), "json": (at + json_at, json_size)}
+    if not is_prepared:
+        read["txt"] = at + txt, txt_size
+    parts = {part: place for part, place in read.items() if place[1]}
+    end = max((header + size for header, size in parts.values()), default=start)
     return Place(start, end + BLOCK, parts, crc32, format)
 
 

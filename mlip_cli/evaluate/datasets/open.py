@@ -112,10 +112,9 @@ def open_folder(benchmark: Benchmark) -> Pictures:
 
 def _labelled_files(root: Path, class_of: Callable[[str], int | None]) -> list[tuple[Path, int]]:
     """The picture files under `root` that have a class, by class and name."""
-    labels = [(class_of(name), name) for name in names_in(root) if is_picture(name)]
-    return [
-        (root / name, label) for label, name in sorted((label, name) for label, name in labels if label is not None)
-    ]
+    labels = ((class_of(name), name) for name in filter(is_picture, names_in(root)))
+    labelled = sorted((label, name) for label, name in labels if label is not None)
+    return [(root / name, label) for label, name in labelled]
 
 
 def _load_file(item: tuple[Path, int]) -> tuple[Tensor, int]:
