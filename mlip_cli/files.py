@@ -93,6 +93,19 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def read_lines(path: Path) -> list[str]:
+    """The lines of a UTF-8 text without the spaces around them; empty ones are left out.
+
+    Raises:
+        UsageError: it is not UTF-8.
+    """
+    try:
+        text = path.read_text("utf-8-sig")
+    except UnicodeDecodeError:
+        raise UsageError(f"{path}: not UTF-8 text") from None
+    return [line for line in map(str.strip, text.splitlines()) if line]
+
+
 def parse_object(text: str | bytes, *, constant: Callable[[str], Any] | None = None) -> dict[str, Any]:
     """The JSON object that a text is.
 

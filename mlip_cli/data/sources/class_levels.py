@@ -73,6 +73,7 @@ def _wrapper(level: Mapping[str, Sequence[Folder]]) -> dict[str, str | None]:
 
 
 def is_mixed(name: str) -> bool:
+    """Whether a folder of this name holds pictures of all kinds."""
     return bool(NO_CLASS.fullmatch(re.sub(r"[\W\d_]+", "", name.lower())))
 
 

@@ -27,8 +27,8 @@ from mlip_cli.data.sources.listing import (
     kind_of,
     number_order,
 )
-from mlip_cli.data.sources.records import decode_text
 from mlip_cli.errors import RunError, UsageError
+from mlip_cli.files import read_lines
 from mlip_cli.paths import check_utf8, escaped
 from mlip_cli.terminal.output import plural, say, warn
 
@@ -88,7 +88,7 @@ def find_classes(root: Path, files: Sequence[str], *, place: str) -> ClassFolder
     steps, level = descended(top)
     folders = number_order([*level, *_empty(root, files, steps, level)])
     names_file = _names_file(steps, set(files))
-    given = None if names_file is None else _lines(root / names_file)
+    given = None if names_file is None else read_lines(root / names_file)
     if given is None or len(given) != len(folders) or len(folders) < 2:
         _refuse_parts(place, steps, level)
         folders = [name for name in folders if not is_mixed(name)]
@@ -117,13 +117,6 @@ def _names_file(steps: Sequence[Step], files: Collection[str]) -> str | None:
     """The classnames.txt that lies beside the class folders, else the nearest one above."""
     above = (path for end in range(len(steps), -1, -1) if (path := path_of(steps[:end])) is not None)
     return next((path + NAMES_FILE for path in above if path + NAMES_FILE in files), None)
-
-
-def _lines(path: Path) -> list[str]:
-    text = decode_text(path.read_bytes())
-    if text is None:
-        raise UsageError(f"{path}: not UTF-8 text")
-    return [line for line in map(str.strip, text.splitlines()) if line]
 
 
 def _empty(root: Path, files: Sequence[str], steps: Sequence[Step], level: Collection[str]) -> list[str]:

@@ -19,6 +19,7 @@ from mlip_cli.data.tar import check_not_compressed, open_tar, read_members
 from mlip_cli.errors import RunError, UsageError
 from mlip_cli.evaluate.datasets.benchmark import Benchmark
 from mlip_cli.evaluate.datasets.pictures import Pictures, read_picture
+from mlip_cli.files import read_lines
 from mlip_cli.paths import escaped
 from mlip_cli.terminal.output import say
 
@@ -137,7 +138,7 @@ def open_web_shards(benchmark: Benchmark) -> Pictures:
 def _lines(path: Path) -> list[str]:
     if not path.is_file():
         raise UsageError(f"{path}: missing; write it with clip_benchmark_export_wds")
-    return [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()]
+    return read_lines(path)
 
 
 def labelled_pictures(tar: Path, notes: TarNotes) -> Iterator[TarItem]:

@@ -18,6 +18,7 @@ from mlip_cli.evaluate.datasets import imagenet
 from mlip_cli.evaluate.datasets.benchmark import Benchmark, classes_in, folders_in, names_in
 from mlip_cli.evaluate.datasets.clip_benchmark import open_built, open_web_shards
 from mlip_cli.evaluate.datasets.pictures import Names, Pictures, read_picture
+from mlip_cli.files import read_lines
 from mlip_cli.paths import escaped
 from mlip_cli.terminal.output import plural, say, warn
 
@@ -184,20 +185,12 @@ def open_imagenet_shards(benchmark: Benchmark) -> Pictures:
     return Pictures(*imagenet.names_and_templates(), items, _load_sample)
 
 
-def _lines(path: Path) -> list[str]:
-    try:
-        lines = [line.strip() for line in path.read_text("utf-8").splitlines()]
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path}: not UTF-8 text") from error
-    return [line for line in lines if line]
-
-
 def _templates(folder: Path) -> tuple[str, ...]:
     """The templates of templates.txt in `folder`, else the default."""
     path = folder / TEMPLATES_FILE
     if not path.is_file():
         return DEFAULT_TEMPLATES
-    templates = _lines(path)
+    templates = read_lines(path)
     wrong = [template for template in templates if "{c}" not in template]
     if wrong or not templates:
         what = f"{wrong[0]!r} has no {{c}}" if wrong else "no templates"
