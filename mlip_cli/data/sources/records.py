@@ -12,6 +12,8 @@ from typing import Any
 from mlip_cli.paths import encodable
 
 MAX_CAPTION_BYTES = 64 * 1024
+MAX_TEXT_BYTES = 1 << 20
+"""A longer text beside a picture is not read."""
 MAX_CAPTIONS = 255
 PART_ROWS = 500
 PART_BYTES = 64 << 20

@@ -7,9 +7,15 @@ from pathlib import Path, PurePosixPath
 
 from mlip_cli.data.sources.captions import caption_lines
 from mlip_cli.data.sources.listing import is_picture
-from mlip_cli.data.sources.records import Caption, PicturePlace, Record, decode_text, split_of_folder
+from mlip_cli.data.sources.records import (
+    MAX_TEXT_BYTES,
+    Caption,
+    PicturePlace,
+    Record,
+    decode_text,
+    split_of_folder,
+)
 
-MAX_SIDECAR_BYTES = 1 << 20
 TEXT_ENDINGS = (".txt", ".caption")
 NO_CAPTIONS = {"labels"}
 """Folders of texts that are not captions: the boxes of object detection lie there."""
@@ -84,7 +90,7 @@ def _read_sidecar(path: Path) -> tuple[str | None, str | None]:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
             return None, "caption is not a file"
-        if status.st_size > MAX_SIDECAR_BYTES:
+        if status.st_size > MAX_TEXT_BYTES:
             return None, "caption too long"
         text = decode_text(path.read_bytes())
     except FileNotFoundError:

@@ -92,14 +92,11 @@ def _captions(table: Table, option: str | None) -> tuple[tuple[str, float], ...]
     """The columns of --caption-column: one name, or several with weights, `title:2,text`."""
     if option is None:
         return ((_guessed(table, "caption", CAPTION_COLUMNS), 1.0),)
-    if (column := _match(table, option)) is not None or not {",", ":"} & set(option):
-        return ((column or _named(table, "caption", option), 1.0),)
     chosen: dict[str, float] = {}
-    for part in option.split(","):
+    for part in [option] if _match(table, option) is not None else option.split(","):
         name, colon, number = part.rpartition(":")
-        if (column := _match(table, part)) is not None or not colon:
-            chosen[column or _named(table, "caption", part.strip())] = 1.0
-            continue
+        if not colon or _match(table, part) is not None:
+            name, number = part, "1"
         try:
             weight = float(number)
         except ValueError:

@@ -59,17 +59,15 @@ def planned_tables(
         UsageError: a table is not of its format, no column (or more than one) can hold pictures or captions, or its
             pictures lie in several folders.
     """
+    given = Path(read.image_folder) if read.image_folder else None
+    if given and not given.is_dir():
+        raise UsageError(f"--image-folder {given}: no such folder; name the folder of the pictures")
     plans = []
     for name in tables:
         table = open_table(root / name)
         chosen = chosen_columns(table, read)
         split = split_of_folder(Path(name))[0] or (split_in_name(Path(name).name) if pictures is not None else None)
-        if read.image_folder:
-            folder = Path(read.image_folder)
-            if not folder.is_dir():
-                raise UsageError(f"--image-folder {folder}: no such folder; name the folder of the pictures")
-        else:
-            folder = _picture_folder(root, table, chosen.image, pictures)
+        folder = given or _picture_folder(root, table, chosen.image, pictures)
         plans.append(TablePlan(name, table, chosen, folder, split))
     return plans
 

@@ -10,7 +10,7 @@ from itertools import groupby
 from typing import NamedTuple
 
 from mlip_cli.data.sources.listing import PICTURE_ENDINGS, PassedOver, is_leftover
-from mlip_cli.data.sources.records import UnusableSampleError
+from mlip_cli.data.sources.records import MAX_TEXT_BYTES, UnusableSampleError
 from mlip_cli.data.tar import Member
 
 PICTURE_FIELDS = (*PICTURE_ENDINGS, "img", "image")
@@ -19,7 +19,6 @@ TEXT_FIELDS = {"txt": ("txt", "caption", "text", "cap"), "json": ("json",), "cls
 FIELDS_OF = {"image": PICTURE_FIELDS, **TEXT_FIELDS}
 """Parts of a sample -> endings of the members that can be it."""
 READ_FIELDS = frozenset(ending for endings in FIELDS_OF.values() for ending in endings)
-MAX_TEXT_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from mlip_cli.data.sources.captions import caption_lines, captions_of
 from mlip_cli.data.sources.records import (
+    MAX_TEXT_BYTES,
     Caption,
     PicturePlace,
     Record,
@@ -16,7 +17,6 @@ from mlip_cli.data.sources.records import (
     split_of_folder,
 )
 from mlip_cli.data.sources.tar_samples import (
-    MAX_TEXT_BYTES,
     PICTURE_FIELDS,
     Columns,
     TarNotes,
