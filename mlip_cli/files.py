@@ -48,6 +48,11 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def free_bytes(folder: Path) -> int:
+    """Free bytes on the disk where `folder` lies, or would lie if it were made."""
+    return shutil.disk_usage(next(path for path in (folder, *folder.absolute().parents) if path.is_dir())).free
+
+
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary name beside `path`. On success it is synced and renamed to `path`, on any error removed."""

@@ -4,7 +4,6 @@ An index is little endian: a header of 56 bytes, then one record of 40 bytes a s
 Indexes of the first format hold width and height in the place of `crc32`. They are read, but not all damage shows.
 """
 
-import json
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +13,7 @@ import numpy as np
 
 from mlip_cli.data.tar import BLOCK, Member
 from mlip_cli.errors import RunError, UsageError
-from mlip_cli.files import write_bytes
+from mlip_cli.files import parse_object, write_bytes
 
 INDEX_MAGIC = b"MLIPIDX2"
 WITHOUT_CHECKSUMS = b"MLIPIDX1"
@@ -188,11 +187,11 @@ def parse_card(content: bytes, *, place: str, folder: str) -> dict[str, Any]:
         UsageError: it is not a card of mlip, or its data set holds no samples.
     """
     try:
-        card = json.loads(content)
+        card = parse_object(content)
         shards = [(shard["name"], int(shard["n"])) for shard in card["shards"]]
         fingerprint = card["fingerprint"]
     except (ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{place}: not written by mlip prepare-data ({error!r}); prepare the data again") from error
     if not fingerprint or sum(n for _, n in shards) == 0:
         raise UsageError(f"{folder}: the data set holds no samples; prepare it again (mlip prepare-data)")
-    return dict(card)
+    return card

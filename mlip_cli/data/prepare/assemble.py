@@ -6,7 +6,6 @@ workers nor on the order of their work.
 
 import json
 import os
-import shutil
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -30,7 +29,7 @@ from mlip_cli.data.sources.records import MAX_HELD_OUT, SPLITS, ReadOptions, hel
 from mlip_cli.data.sources.survey import Survey, passed_over, surveyed
 from mlip_cli.data.sources.table_layouts import missing_shards
 from mlip_cli.errors import RunError, UsageError, interrupted_as
-from mlip_cli.files import GIB, full_disk_named
+from mlip_cli.files import GIB, free_bytes, full_disk_named
 from mlip_cli.paths import escaped
 from mlip_cli.terminal.output import plural, say, warn
 from mlip_cli.terminal.panel import progress
@@ -285,7 +284,7 @@ def _check_disk(out: Path, *, num_rows: int, size: int, source_bytes: int) -> No
     if source_bytes:
         sample = min(sample, 2 * source_bytes / max(1, num_rows))
     needed = int(2 * num_rows * (sample + BYTES_A_SAMPLE))
-    free = shutil.disk_usage(next(folder for folder in (out, *out.absolute().parents) if folder.exists())).free
+    free = free_bytes(out)
     if needed > free:
         raise UsageError(
             f"{out}: about {needed / GIB:.1f} GiB needed, {free / GIB:.1f} GiB free on this disk; make room, name a "
