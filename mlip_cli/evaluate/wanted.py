@@ -76,7 +76,7 @@ def find_wanted(names: Sequence[str], *, root: Path | None, own: str | None = No
         if benchmark is not None:
             first = names_of.setdefault((benchmark.kind, benchmark.root.resolve()), name)
             if first != name:
-                say(f"{name}: the same data as {first}")
+                say(f"{name}: this is the same data as {first}, which is measured once")
                 continue
         wanted.found[name] = benchmark
     return wanted

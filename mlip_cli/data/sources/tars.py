@@ -52,7 +52,8 @@ OURS = {
 def tar_records(root: Path, tars: Sequence[str], columns: Columns, notes: TarNotes) -> Iterator[Record]:
     """One record a sample.
 
-    Captions come from KEY.json (`captions`, as mlip writes them, or `caption`), else from KEY.txt, a caption a line.
+    Without names in `columns`, the captions are `captions` of KEY.json, as mlip writes them, else KEY.txt, a caption a
+    line, else `caption` of KEY.json.
 
     Args:
         notes: are added to.

@@ -45,15 +45,13 @@ def classes_in(name: str, folder: Path) -> ClassFolders:
         UsageError: the folder holds several splits of a data set, or no classes (see `find_classes`).
         RunError: most of its pictures cannot be used.
     """
-    found = find_classes(folder, names_in(folder), place=escaped(name))
+    place = escaped(name)
+    found = find_classes(folder, names_in(folder), place=place)
     if found.splits:
-        words, first = (
-            " and ".join(map(escaped, found.splits)),
-            f"{escaped(name.rstrip('/'))}/{escaped(found.splits[0])}",
-        )
+        words, first = " and ".join(map(escaped, found.splits)), f"{place.rstrip('/')}/{escaped(found.splits[0])}"
         if len(found.splits) == 1:
-            raise UsageError(f"{escaped(name)}: {words} is a split of a data set and not a class; name {first}")
+            raise UsageError(f"{place}: {words} is a split of a data set and not a class; name {first}")
         raise UsageError(
-            f"{escaped(name)}: {words} are splits of a data set and not classes; name one of them, such as {first}"
+            f"{place}: {words} are splits of a data set and not classes; name one of them, such as {first}"
         )
     return found
