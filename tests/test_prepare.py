@@ -141,6 +141,19 @@ def test_the_default_share_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixt
     assert "held out by the hash of the pixels (--holdout 0.1, at most 5,000)" in caplog.text
 
 
+def test_the_share_is_one_of_pictures_and_not_of_rows(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(records, "ENOUGH_HELD_OUT", 3)
+    rows = "".join(f"{i % 30}.png,card {i}\n" for i in range(300))
+    pictures = {f"{i}.png": picture(i) for i in range(30)}
+    with caplog.at_level("INFO", logger="mlip_cli"):
+        prepare(
+            write_files(tmp_path / "in", pictures | {"t.csv": f"image,caption\n{rows}"}), tmp_path / "out", holdout=None
+        )
+    assert "held out by the hash of the pixels (--holdout 0.1, at most 5,000)" in caplog.text
+
+
 def test_the_number_of_held_out_samples_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     source = write_sidecars(tmp_path / "in", 30)
     with caplog.at_level("INFO", logger="mlip_cli"):

@@ -113,7 +113,7 @@ def test_splits_in_names_and_columns(tmp_path: Path, files: dict[str, bytes | st
         ),
         (
             pictures("images/") | {f"labels/{i}.txt": "0 0.5 0.5" for i in range(3)} | {"x.png": picture(9)},
-            ": 3 of 4 pictures",
+            ": 3 pictures in the folder images, not in folders of several classes",
         ),
     ],
 )

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from sources_for_tests import picture, prepare, rejects, samples, write_files
 
-from mlip_cli.data.sources.paths import PathFinder
+from mlip_cli.data.sources.picture_paths import PathFinder
 from mlip_cli.errors import UsageError
 
 NFC, NFD = (unicodedata.normalize(form, "é") for form in ("NFC", "NFD"))

@@ -222,7 +222,7 @@ def test_three_readers_give_one_answer(name: str, tmp_path: Path, monkeypatch: p
         with pytest.raises(UsageError, match=rf"no sample of 1 tar can be used: .*{reasons[0]}"):
             opened(path, tmp_path / "cache", **named)
     if columns == Columns():
-        pictures = [path.read_bytes()[at : at + size] for _, at, size, _ in labelled_pictures(path)]
+        pictures = [path.read_bytes()[at : at + size] for _, at, size, _ in labelled_pictures(path, TarNotes())]
         assert pictures == [image for image, _ in expected]
 
 

@@ -1,6 +1,5 @@
 """A merge sweep: speed and scores of one model at several merge rates, beside the unmerged model."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -33,6 +32,7 @@ from mlip_cli.evaluate.retrieval import Ranks, image_text_ranks
 from mlip_cli.evaluate.statistics import paired
 from mlip_cli.evaluate.validation import ValidationPairs, validation_pairs
 from mlip_cli.evaluate.wanted import VALIDATION, WantedData
+from mlip_cli.files import read_object
 from mlip_cli.runs.folder import now
 from mlip_cli.runs.loading import LoadedRun
 from mlip_cli.runs.result_files import checked
@@ -95,7 +95,7 @@ def numbers_at_random(wanted: int, num_pictures: int) -> list[int]:
 
 def _benchmark(benchmark: Benchmark, loaded: LoadedRun, *, batch_size: int) -> SweepDataset:
     is_prepared = benchmark.kind in PREPARED
-    cards = [json.loads((benchmark.root / "dataset.json").read_bytes())] if is_prepared else []
+    cards = [read_object(benchmark.root / "dataset.json")] if is_prepared else []
     return SweepDataset(
         name=benchmark.name,
         fingerprint=benchmark.fingerprint,

@@ -6,7 +6,6 @@ workers nor on the order of their work.
 
 import json
 import os
-import shutil
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -24,13 +23,13 @@ from mlip_cli.data.prepare.summary import SplitSummary, Summary, next_commands
 from mlip_cli.data.prepare.workers import run_parallel
 from mlip_cli.data.prepare.workspace import PartOptions, PartResult, Workspace, opened
 from mlip_cli.data.sources.find import DataSource, read_records
-from mlip_cli.data.sources.listing import PassedOver
+from mlip_cli.data.sources.listing import PassedOver, is_unread_picture
 from mlip_cli.data.sources.openmoji import attribution
 from mlip_cli.data.sources.records import MAX_HELD_OUT, SPLITS, ReadOptions, held_out_share, parts_of
-from mlip_cli.data.sources.survey import Survey, cure_for, passed_over, surveyed
+from mlip_cli.data.sources.survey import Survey, passed_over, surveyed
 from mlip_cli.data.sources.table_layouts import missing_shards
 from mlip_cli.errors import RunError, UsageError, interrupted_as
-from mlip_cli.files import GIB, full_disk_named
+from mlip_cli.files import GIB, free_bytes, full_disk_named
 from mlip_cli.paths import escaped
 from mlip_cli.terminal.output import plural, say, warn
 from mlip_cli.terminal.panel import progress
@@ -120,7 +119,8 @@ def _say_understood(source: DataSource, read: ReadOptions, survey: Survey, passe
     if survey.spelled.counts:
         say(survey.spelled.in_words())
     if passed.counts:
-        say(f"not read: {passed.in_words()}{cure_for(passed)}")
+        cure = "; convert the pictures among them to JPEG" if any(map(is_unread_picture, source.names)) else ""
+        say(f"not read: {passed.in_words()}{cure}")
     if source.is_folder and source.format == "metadata" and (missing := missing_shards(source.tables)):
         warn(missing)
     for name, why in source.unread_tables.items() if source.format == "classes" else ():
@@ -171,7 +171,11 @@ def _check_first_rows(work: Workspace, results: Mapping[int, PartResult]) -> Non
 
 
 def _check_reasons(work: Workspace, results: Sequence[PartResult], *, enough: int, which: str) -> None:
-    """Raise a SourceError where most of the rows fail for one reason. `which` rows these are is said."""
+    """Check that the rows do not mostly fail for one reason. `which` says which rows these are.
+
+    Raises:
+        SourceError: they do.
+    """
     rows = sum(result.rows for result in results)
     for reason, n in _reasons(results).most_common(1):
         if rows >= enough and n > rows / 2:
@@ -280,7 +284,7 @@ def _check_disk(out: Path, *, num_rows: int, size: int, source_bytes: int) -> No
     if source_bytes:
         sample = min(sample, 2 * source_bytes / max(1, num_rows))
     needed = int(2 * num_rows * (sample + BYTES_A_SAMPLE))
-    free = shutil.disk_usage(next(folder for folder in (out, *out.absolute().parents) if folder.exists())).free
+    free = free_bytes(out)
     if needed > free:
         raise UsageError(
             f"{out}: about {needed / GIB:.1f} GiB needed, {free / GIB:.1f} GiB free on this disk; make room, name a "

@@ -4,7 +4,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from mlip_cli.data.sources.records import split_of_name
+from mlip_cli.data.sources.records import split_in_name, split_of_name
 
 NO_CLASS = re.compile(
     "(?:image|img|picture|pic|photo|data|dataset|jpg|jpeg|png|jpegimage|rgb|raw|file|frame|thumb|thumbnail|mask|label|"
@@ -18,7 +18,7 @@ Step = Mapping[str, str | None]
 
 @dataclass
 class Folder:
-    """Pictures, those of unread kinds too."""
+    """A folder, with the number of pictures in it and below it; those of unread kinds count too."""
 
     total: int = 0
     folders: dict[str, "Folder"] = field(default_factory=dict)
@@ -57,20 +57,12 @@ def inside_of(folders: Sequence[Folder]) -> dict[str, list[Folder]]:
 
 def _splits(level: Mapping[str, Sequence[Folder]]) -> dict[str, str | None]:
     """Folders of splits among others, by their names; a class `train` beside `bus` has no folders inside."""
-    found = {name: split for name in level if (split := split_of_name(name))}
-    if not found or len(found) < len(level):
-        loose = {name: split for name in level if (split := _split_in(name))}
-        if len(loose) == len(level) and len(set(loose.values())) > 1:  # cars_train, cars_test
-            return dict(loose)
-        inside = inside_of([folder for name in found for folder in level[name]])
-        return dict(found) if len(inside) > 1 else {}
-    return dict(found)
-
-
-def _split_in(name: str) -> str | None:
-    """The split of a name of several words, one of which is a split's."""
-    found = {split for word in re.findall(r"[a-z]+", name.lower()) if (split := split_of_name(word))}
-    return found.pop() if len(found) == 1 else None
+    found: dict[str, str | None] = {name: split for name in level if (split := split_of_name(name))}
+    loose: dict[str, str | None] = {name: split for name in level if (split := split_in_name(name))}
+    if len(found) < len(level) == len(loose) and len(set(loose.values())) > 1:  # cars_train, cars_test
+        return loose
+    inside = inside_of([folder for name in found for folder in level[name]])
+    return found if len(found) == len(level) or len(inside) > 1 else {}
 
 
 def _wrapper(level: Mapping[str, Sequence[Folder]]) -> dict[str, str | None]:
@@ -81,6 +73,7 @@ def _wrapper(level: Mapping[str, Sequence[Folder]]) -> dict[str, str | None]:
 
 
 def is_mixed(name: str) -> bool:
+    """Whether a folder of this name holds pictures of all kinds."""
     return bool(NO_CLASS.fullmatch(re.sub(r"[\W\d_]+", "", name.lower())))
 
 
@@ -89,7 +82,7 @@ def path_of(steps: Sequence[Step]) -> str | None:
     return "".join(f"{name}/" for step in steps for name in step) if all(len(step) == 1 for step in steps) else None
 
 
-def place_of(steps: Sequence[Step], names: Collection[str], folder: str) -> tuple[str | None, str | None]:
+def split_and_class(steps: Sequence[Step], names: Collection[str], folder: str) -> tuple[str | None, str | None]:
     """Split and class of the files in a folder."""
     split, parts = None, folder.split("/")
     for depth, step in enumerate(steps):
@@ -110,7 +103,7 @@ def split_folders(steps: Sequence[Step], folders: Iterable[str]) -> tuple[str, .
     return tuple("/".join(path) for path in ranked)
 
 
-def unwrapped(folders: Sequence[Folder]) -> Mapping[str, Sequence[Folder]]:
+def below_wrappers(folders: Sequence[Folder]) -> Mapping[str, Sequence[Folder]]:
     """The folders in `folders`, or where that is one with folders inside, those."""
     inside = inside_of(folders)
     while len(inside) == 1 and (deeper := inside_of(*inside.values())):

@@ -15,25 +15,23 @@ from pathlib import Path
 
 from mlip_cli.data.sources.classes import ClassFolders, find_classes
 from mlip_cli.data.sources.folders import class_records
-from mlip_cli.data.sources.listing import PICTURE_ENDINGS, UNREAD_PICTURE_ENDINGS, walk
+from mlip_cli.data.sources.listing import is_picture, is_table, is_unread_picture, kind_of, walk
 from mlip_cli.data.sources.openmoji import installed_versions, openmoji_records
 from mlip_cli.data.sources.records import (
     ReadOptions,
     Record,
     checked_captions,
-    encodable,
     json_bytes,
 )
 from mlip_cli.data.sources.shared_pictures import SharedPictures
 from mlip_cli.data.sources.sidecars import sidecar_records, sidecars_of
-from mlip_cli.data.sources.table_files import TABLE_ENDINGS, table_ending
-from mlip_cli.data.sources.table_layouts import check_tables, found_tables, has_metadata, wrapped_in
+from mlip_cli.data.sources.table_layouts import check_tables, found_tables, is_metadata, wrapped_in
 from mlip_cli.data.sources.tables import TablePlan, planned_tables, table_records
 from mlip_cli.data.sources.tar_samples import Columns, TarNotes
 from mlip_cli.data.sources.tars import TAR_ENDINGS, tar_records
 from mlip_cli.errors import UsageError
-from mlip_cli.paths import escaped
-from mlip_cli.terminal.output import plural, say, warn
+from mlip_cli.paths import encodable, escaped
+from mlip_cli.terminal.output import plural
 
 MOST_NAMED = 5
 """Tables that are named; more are counted."""
@@ -52,11 +50,6 @@ class SourceFile:
     size: int
     mtime_ns: int
 
-    @property
-    def suffix(self) -> str:
-        """`.jpg` of `a/B.JPG`."""
-        return Path(self.name).suffix.lower()
-
 
 @dataclass(frozen=True)
 class DataSource:
@@ -72,9 +65,9 @@ class DataSource:
     versions: tuple[str, ...] = ()
     """Of the packages that a built-in source comes from."""
     read: ReadOptions = ANY_COLUMNS
-    """Columns that the user named tell the tables of a folder."""
+    """Columns that the user named also tell which files of a folder are tables."""
     notes: TarNotes = field(default_factory=TarNotes)
-    """Of tars, each time that their records are read."""
+    """What is noted about tars whenever their records are read."""
 
     def fingerprint(self) -> str:
         """Changes when a file is added, removed, resized or touched."""
@@ -82,11 +75,15 @@ class DataSource:
         return hashlib.sha256(json_bytes([self.format, listing, self.versions])).hexdigest()
 
     @cached_property
+    def names(self) -> list[str]:
+        """The names of the files."""
+        return [file.name for file in self.files]
+
+    @cached_property
     def _tables(self) -> tuple[list[str], dict[str, str]]:
-        names = [file.name for file in self.files]
         if self.is_folder:
-            return found_tables(self.root, names, self.read)
-        return [name for name in names if table_ending(name) in TABLE_ENDINGS], {}
+            return found_tables(self.root, self.names, self.read)
+        return list(filter(is_table, self.names)), {}
 
     @property
     def tables(self) -> list[str]:
@@ -101,11 +98,11 @@ class DataSource:
     @cached_property
     def sidecars(self) -> dict[str, str]:
         """Picture -> its text, in a folder."""
-        return sidecars_of(file.name for file in self.files) if self.is_folder else {}
+        return sidecars_of(self.names) if self.is_folder else {}
 
     def unwrapped(self) -> "DataSource":
         """The same without the folders that hold everything."""
-        wrapper = wrapped_in([file.name for file in self.files]) if self.is_folder else ""
+        wrapper = wrapped_in(self.names) if self.is_folder else ""
         if not wrapper:
             return self
         files = tuple(replace(file, name=file.name[len(wrapper) + 1 :]) for file in self.files)
@@ -121,15 +118,11 @@ class DataSource:
 
     def images(self) -> list[str]:
         """The files with the ending of a picture."""
-        return [file.name for file in self.files if file.suffix[1:] in PICTURE_ENDINGS]
-
-    def unread_pictures(self) -> list[str]:
-        """The files with the ending of a picture that we do not read."""
-        return [file.name for file in self.files if file.suffix[1:] in UNREAD_PICTURE_ENDINGS]
+        return list(filter(is_picture, self.names))
 
     def tars(self) -> list[str]:
         """The tars, compressed ones too."""
-        return [file.name for file in self.files if file.name.lower().endswith(TAR_ENDINGS)]
+        return [name for name in self.names if name.lower().endswith(TAR_ENDINGS)]
 
     @cached_property
     def classes(self) -> ClassFolders:
@@ -138,7 +131,7 @@ class DataSource:
         Raises:
             UsageError, RunError: as `find_classes`.
         """
-        return find_classes(self.root, [file.name for file in self.files], place=escaped(self.name))
+        return find_classes(self.root, self.names, place=escaped(self.name))
 
     def describe(self) -> str:
         """What was recognised, in words."""
@@ -214,13 +207,14 @@ def find_source(source: str, *, format: str = "auto", read: ReadOptions = ANY_CO
             if name == "metadata":
                 _check_tables(recognised, is_named=format == name)
             if name == "classes":
-                _caution(recognised)
+                recognised.classes.tell(escaped(source))
             return recognised
     if format != "auto":
         raise UsageError(f"{source}: not of format {format}: {_what_is_there(found)}; looked for {LOOKED_FOR}")
     nothing = ", no pictures" if found.is_folder and found.files else ""
     missing = ", but no captions for the pictures" if found.images() else nothing
-    unread = "; convert its pictures to JPEG" if found.unread_pictures() and not found.images() else ""
+    is_unread = any(map(is_unread_picture, found.names)) and not found.images()
+    unread = "; convert its pictures to JPEG" if is_unread else ""
     unread += "".join(f"; {escaped(name)}: {why}" for name, why in islice(inner.unread_tables.items(), MOST_NAMED))
     raise UsageError(f"{source}: {_what_is_there(found)}{missing}{unread}; looked for {LOOKED_FOR}")
 
@@ -229,7 +223,7 @@ def _check_tables(source: DataSource, *, is_named: bool) -> None:
     if not source.is_folder:
         return
     check_tables(source.name, source.tables)
-    if source.sidecars and not is_named and not has_metadata(source.tables):
+    if source.sidecars and not is_named and not any(map(is_metadata, source.tables)):
         raise UsageError(
             f"{source.name}: captions in {', '.join(map(escaped, source.tables))} and in "
             f"{plural(len(source.sidecars), 'text')} of pictures; say --format metadata or --format sidecar"
@@ -276,21 +270,9 @@ def _what_is_there(found: DataSource) -> str:
         return "the folder is empty"
     if not found.is_folder:
         return "a file of no known kind"
-    counts = Counter(file.suffix or "files without ending" for file in found.files)
+    counts = Counter(kind_of(name).removesuffix(" files") for name in found.names)
     most = sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:5]
-    return ", ".join(f"{n} {escaped(suffix)}" for suffix, n in most)
-
-
-def _caution(source: DataSource) -> None:
-    """Show what names the classes, and warn of names that say little.
-
-    Raises:
-        UsageError, RunError: as `find_classes`.
-    """
-    if named := source.classes.named():
-        say(f"{escaped(source.name)}: {named}")
-    for caution in source.classes.cautions():
-        warn(f"{escaped(source.name)}: {caution}")
+    return ", ".join(f"{n} {escaped(kind)}" for kind, n in most)
 
 
 def _file(root: Path, path: Path) -> SourceFile:

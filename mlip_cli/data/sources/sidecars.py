@@ -5,13 +5,20 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
-from mlip_cli.data.sources.listing import PICTURE_ENDINGS
-from mlip_cli.data.sources.records import Caption, PicturePlace, Record, decode_text, split_of_folder
+from mlip_cli.data.sources.captions import caption_lines
+from mlip_cli.data.sources.listing import is_picture
+from mlip_cli.data.sources.records import (
+    MAX_TEXT_BYTES,
+    Caption,
+    PicturePlace,
+    Record,
+    decode_text,
+    split_of_folder,
+)
 
-MAX_SIDECAR_BYTES = 1 << 20
 TEXT_ENDINGS = (".txt", ".caption")
 NO_CAPTIONS = {"labels"}
-"""Folders of texts that are no captions: the boxes of object detection lie there."""
+"""Folders of texts that are not captions: the boxes of object detection lie there."""
 
 
 def sidecars_of(files: Iterable[str]) -> dict[str, str]:
@@ -20,7 +27,7 @@ def sidecars_of(files: Iterable[str]) -> dict[str, str]:
     A text belongs to one picture. In another folder it must be the only one of its name, and so must the picture.
     """
     names = set(files)
-    pictures = sorted(name for name in names if name.rpartition(".")[2].lower() in PICTURE_ENDINGS)
+    pictures = sorted(name for name in names if is_picture(name))
     found = {}
     for picture in pictures:
         stems = (picture.rpartition(".")[0], picture)
@@ -47,12 +54,6 @@ def sidecar_records(root: Path, images: Sequence[str], sidecars: Mapping[str, st
             reject=reason,
             detail=sidecar if reason else "",
         )
-
-
-def caption_lines(text: str) -> list[str]:
-    """The captions of a text: its lines if there are several and none of them is empty, else the whole."""
-    lines = text.strip().splitlines()
-    return lines if len(lines) > 1 and all(line.strip() for line in lines) else [text]
 
 
 def _in_other_folders(pictures: Iterable[str], texts: Iterable[str]) -> dict[str, str]:
@@ -89,7 +90,7 @@ def _read_sidecar(path: Path) -> tuple[str | None, str | None]:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
             return None, "caption is not a file"
-        if status.st_size > MAX_SIDECAR_BYTES:
+        if status.st_size > MAX_TEXT_BYTES:
             return None, "caption too long"
         text = decode_text(path.read_bytes())
     except FileNotFoundError:

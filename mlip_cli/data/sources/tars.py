@@ -5,20 +5,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mlip_cli.data.sources.captions import caption_lines, captions_of
 from mlip_cli.data.sources.records import (
+    MAX_TEXT_BYTES,
     Caption,
     PicturePlace,
     Record,
     UnusableSampleError,
-    caption_lines,
-    captions_of,
     decode_text,
     plain_values,
     split_of_folder,
 )
 from mlip_cli.data.sources.tar_samples import (
-    GUESSED,
-    MAX_TEXT_BYTES,
     PICTURE_FIELDS,
     Columns,
     TarNotes,
@@ -51,12 +49,11 @@ OURS = {
 """Fields of a KEY.json that do not go into `meta`: mlip writes them itself."""
 
 
-def tar_records(
-    root: Path, tars: Sequence[str], columns: Columns = GUESSED, notes: TarNotes | None = None
-) -> Iterator[Record]:
+def tar_records(root: Path, tars: Sequence[str], columns: Columns, notes: TarNotes) -> Iterator[Record]:
     """One record a sample.
 
-    Captions come from KEY.json (`captions`, as mlip writes them, or `caption`), else from KEY.txt, a caption a line.
+    Without names in `columns`, the captions are `captions` of KEY.json, as mlip writes them, else KEY.txt, a caption a
+    line, else `caption` of KEY.json.
 
     Args:
         notes: are added to.
@@ -64,7 +61,6 @@ def tar_records(
     Raises:
         DamagedTarError: a tar is not whole; to go on with the samples before the damage would hide the loss.
     """
-    notes = TarNotes() if notes is None else notes
     for tar in tars:
         split, _ = split_of_folder(Path(tar))
         samples, _ = samples_of(read_members(root / tar), columns, notes, tar=tar)
@@ -96,7 +92,7 @@ def _record(
         detail = f"{sample.key}: {error.detail}" if error.detail else sample.key
         return Record(file, row, picture, (), split=split, reject=str(error), detail=detail)
     if info.has_lines:
-        notes.read_as.add(CAPTION_LINES, f"{file}: {escaped(sample.key)}")
+        notes.read_as.add(CAPTION_LINES, f"{file}: {sample.key}")
     return Record(
         file,
         row,
@@ -142,7 +138,7 @@ class Stated(NamedTuple):
         return plain_values(ours if isinstance(ours, dict) else {}) | plain_values(self.fields, without=OURS)
 
 
-def stated(contents: Mapping[str, bytes], columns: Columns = GUESSED) -> Stated:
+def stated(contents: Mapping[str, bytes], columns: Columns) -> Stated:
     """What the texts of a sample (txt, json, cls) say.
 
     Raises:

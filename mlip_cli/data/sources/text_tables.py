@@ -7,7 +7,7 @@ import io
 import os
 import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -83,7 +83,7 @@ def text_layout(path: Path, *, ending: str, known: Sequence[str]) -> Layout:
     """Find what separates the cells, and whether the first row is a header.
 
     Args:
-        ending: of the table: .csv, .tsv or .txt. known: names of columns that tell a header.
+        ending: of the table: csv, tsv or txt. known: names of columns that tell a header.
 
     Raises:
         UsageError: the table is empty or not text, two of its columns have one name, or its cells can be read in
@@ -106,7 +106,7 @@ def text_layout(path: Path, *, ending: str, known: Sequence[str]) -> Layout:
 
 
 def text_rows(path: Path, layout: Layout) -> Iterator[Row]:
-    """The rows below the header. An empty line is no row.
+    """The rows below the header. An empty line is not a row.
 
     Raises:
         UsageError: a quote is not closed, or the text is damaged.
@@ -132,7 +132,7 @@ def _is_quoted(first: str, separator: str, *, ending: str) -> bool:
     Tabs and pipes go without quoting, where one lone quote would swallow the rows after it, unless all cells of the
     first line are quoted. Excel and pandas quote cells of .csv files also where tabs separate them.
     """
-    if separator in ",;" or (separator == "\t" and ending == ".csv"):
+    if separator in ",;" or (separator == "\t" and ending == "csv"):
         return True
     return all(re.fullmatch(r'\s*"[^"]*"\s*', cell) for cell in first.split(separator))
 
@@ -159,7 +159,7 @@ def _cells(lines: Sequence[str], separator: str, *, is_quoted: bool) -> list[lis
 
 def _separator(path: Path, lines: Sequence[str], *, ending: str, known: Sequence[str]) -> str:
     """The one that splits all first rows alike, and the first row into cells that we know."""
-    own = "\t" if ending == ".tsv" else ","
+    own = "\t" if ending == "tsv" else ","
     fitting = [separator for separator in SEPARATORS if separator in lines[0]]
     if len(fitting) <= 1:
         return (*fitting, own)[0]
@@ -189,6 +189,6 @@ def table_error(path: Path, problem: str, *, line: int | None = None) -> UsageEr
     return UsageError(f"{escaped(str(path))}{'' if line is None else f':{line}'}: {problem}")
 
 
-def shown(cells: Sequence[Any]) -> str:
+def cells_in_words(cells: Iterable[Any]) -> str:
     """Cells or columns in a message, on one line."""
     return ", ".join(escaped(str(cell)) for cell in cells)

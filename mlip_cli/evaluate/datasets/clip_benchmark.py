@@ -19,10 +19,11 @@ from mlip_cli.data.tar import check_not_compressed, open_tar, read_members
 from mlip_cli.errors import RunError, UsageError
 from mlip_cli.evaluate.datasets.benchmark import Benchmark
 from mlip_cli.evaluate.datasets.pictures import Pictures, read_picture
+from mlip_cli.files import read_lines
 from mlip_cli.paths import escaped
 from mlip_cli.terminal.output import say
 
-LEFT_OUT = "samples "
+LEFT_OUT_SAMPLES = "samples "
 """How the words for samples that are not measured begin."""
 IMAGENETV2_FOLDER = "ImageNetV2-matched-frequency"
 IMAGENETV2_PICTURES = 10_000
@@ -126,7 +127,7 @@ def open_web_shards(benchmark: Benchmark) -> Pictures:
     notes = TarNotes()
     items = [item for tar in tars for item in labelled_pictures(tar, notes)]
     notes.tell_readings(benchmark.name, say=say)
-    num_left_out = sum(n for kind, n in notes.passed_over.counts.items() if kind.startswith(LEFT_OUT))
+    num_left_out = sum(n for kind, n in notes.passed_over.counts.items() if kind.startswith(LEFT_OUT_SAMPLES))
     if num_left_out > len(items) > 0:
         raise RunError(f"{part}: {notes.passed_over.in_words()}; only {len(items):,} others have a picture and a class")
     if not items:
@@ -137,10 +138,10 @@ def open_web_shards(benchmark: Benchmark) -> Pictures:
 def _lines(path: Path) -> list[str]:
     if not path.is_file():
         raise UsageError(f"{path}: missing; write it with clip_benchmark_export_wds")
-    return [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()]
+    return read_lines(path)
 
 
-def labelled_pictures(tar: Path, notes: TarNotes | None = None) -> Iterator[TarItem]:
+def labelled_pictures(tar: Path, notes: TarNotes) -> Iterator[TarItem]:
     """The pictures of a webdataset tar with the class number in a `.cls` beside each.
 
     Args:
@@ -149,17 +150,16 @@ def labelled_pictures(tar: Path, notes: TarNotes | None = None) -> Iterator[TarI
     Raises:
         RunError: the tar is damaged, or a `.cls` holds no number.
     """
-    notes = TarNotes() if notes is None else notes
     samples, _ = samples_of(read_members(tar), GUESSED, notes, tar=tar.name)
     with open_tar(tar) as opened:
         for sample in samples:
             try:
                 parts = parts_of_sample(sample, GUESSED)
             except UnusableSampleError as error:
-                notes.passed_over.add(f"{LEFT_OUT}with {error}", f"{tar.name}: {escaped(sample.key)}")
+                notes.passed_over.add(f"{LEFT_OUT_SAMPLES}with {error}", f"{tar.name}: {sample.key}")
                 continue
             if "cls" not in parts:
-                notes.passed_over.add(f"{LEFT_OUT}without a class number", f"{tar.name}: {escaped(sample.key)}")
+                notes.passed_over.add(f"{LEFT_OUT_SAMPLES}without a class number", f"{tar.name}: {sample.key}")
                 continue
             label = opened.read(min(parts["cls"].size, 16), parts["cls"].offset).strip()
             if not label.isdigit():
