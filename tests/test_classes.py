@@ -135,6 +135,10 @@ REFUSED: dict[str, tuple[Files, str]] = {
         "{1}: amazon, dslr, webcam hold the same folders (cat, dog), so they are parts of a data set and not classes; "
         "name one, such as {1}/amazon; if they are classes, name them in classnames.txt",
     ),
+    "letters": (
+        tree("SUN/a/abbey", "SUN/a/alley", "SUN/b/barn/indoor"),
+        "{1}: a, b are letters above the classes (a/abbey) and not classes; move the classes up to one folder",
+    ),
     "not UTF-8": (tree(os.fsdecode(b"caf\xe9"), "dog"), "{1}: caf\\udce9: a name that is not UTF-8; rename it"),
     "a space": (tree(" ", "dog"), "{1}: a class folder called ' '; give it a name that can be read"),
     "too few names": (
@@ -170,8 +174,8 @@ def test_preparing_and_evaluating_refuse_the_same_layouts(layout: str, tmp_path:
 
 SPLITS = {
     "train": "train", "train2017": "train", "Training": "train", "training_set": "train", "seg_train": "train",
-    "val_256": "validation", "valid": "validation", "ILSVRC2012_img_val": "validation", "test-images": "test",
-    "testing": "test", "evaluation": "test", "bullet_train": None, "test_tube": None, "trains": None, "images": None,
+    "TrainImages": "train", "val_256": "validation", "valid": "validation", "ILSVRC2012_img_val": "validation",
+    "test-images": "test", "testing": "test", "evaluation": "test", "bullet_train": None, "test_tube": None, "trains": None, "images": None,
 }  # fmt: skip
 
 
@@ -181,7 +185,12 @@ def test_names_of_splits() -> None:
 
 @pytest.mark.parametrize(
     ("train", "held_out", "split"),
-    [("train2017", "val2017", "validation"), ("Training", "testing", "test"), ("cars_train", "cars_test", "test")],
+    [
+        ("train2017", "val2017", "validation"),
+        ("Training", "testing", "test"),
+        ("cars_train", "cars_test", "test"),
+        ("trainA", "testA", "test"),
+    ],
 )
 def test_splits_are_splits_in_preparing_and_refused_in_evaluating(
     tmp_path: Path, train: str, held_out: str, split: str
@@ -243,6 +252,13 @@ def test_pictures_beside_the_classes_are_rejects_and_passed_over(tmp_path: Path)
             ],
         ),
         (tree("10", "2", more={"classnames.txt": "oak\nash\n"}), []),
+        (
+            tree("Aves/owl", "Aves/2", "Plantae/oak", "Plantae/elm"),
+            [
+                "each class holds folders of pictures (Aves: 2, owl); if those are the classes, move them up to one "
+                "folder"
+            ],
+        ),
     ],
 )
 def test_doubtful_names_are_warned_of(

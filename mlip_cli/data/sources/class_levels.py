@@ -4,7 +4,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from mlip_cli.data.sources.records import split_of_name
+from mlip_cli.data.sources.records import split_of_name, words_of
 
 NO_CLASS = re.compile(
     "(?:image|img|picture|pic|photo|data|dataset|jpg|jpeg|png|jpegimage|rgb|raw|file|frame|thumb|thumbnail|mask|label|"
@@ -69,7 +69,7 @@ def _splits(level: Mapping[str, Sequence[Folder]]) -> dict[str, str | None]:
 
 def _split_in(name: str) -> str | None:
     """The split of a name of several words, one of which is a split's."""
-    found = {split for word in re.findall(r"[a-z]+", name.lower()) if (split := split_of_name(word))}
+    found = {split for word in words_of(name) if (split := split_of_name(word))}
     return found.pop() if len(found) == 1 else None
 
 
@@ -116,3 +116,22 @@ def unwrapped(folders: Sequence[Folder]) -> Mapping[str, Sequence[Folder]]:
     while len(inside) == 1 and (deeper := inside_of(*inside.values())):
         inside = deeper
     return inside
+
+
+def groups(level: Mapping[str, Sequence[Folder]]) -> dict[str, list[str]]:
+    """Folders whose pictures all lie in several folders inside, and the names of these."""
+    found = {}
+    for name, folders in level.items():
+        inside = inside_of(folders)
+        num_deeper = sum(folder.total for own in inside.values() for folder in own)
+        if len(inside) > 1 and num_deeper == sum(folder.total for folder in folders):
+            found[name] = sorted(inside)
+    return found
+
+
+def are_letters(level: Mapping[str, Sequence[Folder]]) -> bool:
+    """Whether folders are an index of those inside, as in a/abbey, a/alley, b/barn."""
+    return bool(level) and all(
+        len(name) == 1 and inside and all(inner.lower().startswith(name.lower()) and inner != name for inner in inside)
+        for name, inside in ((name, inside_of(folders)) for name, folders in level.items())
+    )

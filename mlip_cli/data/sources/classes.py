@@ -3,13 +3,16 @@
 import os
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from mlip_cli.data.sources.class_levels import (
     Folder,
     Step,
+    are_letters,
     descended,
+    groups,
+    inside_of,
     is_mixed,
     path_of,
     place_of,
@@ -53,6 +56,8 @@ class ClassFolders:
     """What names the classes, relative to the root."""
     splits: tuple[str, ...]
     """Folders of several splits, the best to evaluate on first; none where the classes are those of one split."""
+    groups: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Class folder -> the folders inside, where all classes have several and no other pictures."""
 
     def place(self, picture: str) -> tuple[str | None, str | None]:
         """Split and class folder of a picture; no class folder if it lies in none."""
@@ -74,7 +79,13 @@ class ClassFolders:
 
     def cautions(self) -> list[str]:
         """What is doubtful, a sentence each."""
-        return cautions(self.names)
+        found = cautions(self.names)
+        for folder, inside in list(self.groups.items())[:1]:
+            found.append(
+                f"each class holds folders of pictures ({shown(folder)}: {some(list(map(shown, inside)))}); if those "
+                "are the classes, move them up to one folder"
+            )
+        return found
 
     def named(self) -> str | None:
         """`classnames.txt: 1 = rose, 2 = tulip, 10 = oak ...`"""
@@ -98,6 +109,7 @@ def find_classes(root: Path, files: Sequence[str], *, place: str) -> ClassFolder
     given = None if names_file is None else _lines(root / names_file)
     if given is None or len(given) != len(folders) or len(folders) < 2:
         _refuse_parts(place, steps, level)
+        _refuse_letters(place, level)
         folders = [name for name in folders if not is_mixed(name)]
         _check_number(root, place, files, level, top.total)
     if given is not None and len(given) != len(folders):
@@ -112,7 +124,9 @@ def find_classes(root: Path, files: Sequence[str], *, place: str) -> ClassFolder
     full = {classes[folder_of(name)] for name in files if ending(name) in PICTURE_ENDINGS}
     empty = tuple(folder for folder in folders if folder not in full)
     splits = split_folders(steps, [folder for folder, name in classes.items() if name is not None])
-    return ClassFolders(steps, names, num_pictures, passed_over, empty, names_file, splits)
+    grouped = groups(level)
+    grouped = grouped if grouped.keys() >= set(folders) - set(empty) else {}
+    return ClassFolders(steps, names, num_pictures, passed_over, empty, names_file, splits, grouped)
 
 
 def folder_of(file: str) -> str:
@@ -158,6 +172,21 @@ def _refuse_parts(place: str, steps: Sequence[Step], level: Mapping[str, Sequenc
             f"{place}: {names} hold the same folders ({some(sorted(map(shown, same)))}), so they are parts of a "
             f"data set and not classes; name one, such as {place.rstrip('/')}/{above}{shown(min(level))}; if they "
             f"are classes, name them in {NAMES_FILE}"
+        )
+
+
+def _refuse_letters(place: str, level: Mapping[str, Sequence[Folder]]) -> None:
+    """Refuse the letters of a/abbey, a/alley, b/barn.
+
+    Raises:
+        UsageError: all folders are letters.
+    """
+    if are_letters(level):
+        names = sorted(level)
+        example = f"{names[0]}/{shown(min(inside_of(level[names[0]])))}"
+        raise UsageError(
+            f"{place}: {some(names)} are letters above the classes ({example}) and not classes; move the classes up to "
+            "one folder"
         )
 
 

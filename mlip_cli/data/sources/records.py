@@ -225,9 +225,14 @@ def check_utf8(name: str, *, place: str = "") -> None:
     raise UsageError(f"{place}{escaped(name)}: Python reads names as {encoding} here; set PYTHONUTF8=1")
 
 
+def words_of(name: str) -> list[str]:
+    """The words of a folder's name, in lower case: train and images of TrainImages, train and a of trainA."""
+    return [word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", name)]
+
+
 def split_of_name(folder: str) -> str | None:
     """The split that a folder's name says: train2017, val_256, ILSVRC2012_img_val, but not bullet_train."""
-    words = [word for word in re.findall(r"[a-z]+", folder.lower()) if not BESIDE_SPLITS.fullmatch(word)]
+    words = [word for word in words_of(folder) if not BESIDE_SPLITS.fullmatch(word)]
     return SPLIT_WORDS.get(words[0]) if len(words) == 1 else None
 
 
