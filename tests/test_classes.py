@@ -175,7 +175,8 @@ def test_preparing_and_evaluating_refuse_the_same_layouts(layout: str, tmp_path:
 SPLITS = {
     "train": "train", "train2017": "train", "Training": "train", "training_set": "train", "seg_train": "train",
     "TrainImages": "train", "val_256": "validation", "valid": "validation", "ILSVRC2012_img_val": "validation",
-    "test-images": "test", "testing": "test", "evaluation": "test", "bullet_train": None, "test_tube": None, "trains": None, "images": None,
+    "test-images": "test", "testing": "test", "evaluation": "test", "bullet_train": None, "test_tube": None,
+    "trains": None, "images": None,
 }  # fmt: skip
 
 

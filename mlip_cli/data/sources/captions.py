@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from mlip_cli.data.sources.records import Caption, captions_of
+from mlip_cli.data.sources.records import Caption, caption_lines, captions_of
 from mlip_cli.paths import escaped
 
 MOST_LOOKED_AT = 20_000
@@ -54,6 +54,11 @@ def captions_in(cell: Any) -> tuple[Caption, ...]:
     if isinstance(cell, list) and any(isinstance(turn, dict) and turn.keys() & set(ASKED) for turn in cell):
         return captions_of(_first_answer(cell))
     return captions_of([_text_of(item) for item in cell] if isinstance(cell, list | tuple) else _text_of(cell))
+
+
+def captions_of_text(text: str) -> tuple[Caption, ...]:
+    """The captions of a file of text: those of a list, else its lines (see `caption_lines`)."""
+    return captions_of(listed(text) or caption_lines(text))
 
 
 def listed(text: str) -> list[str] | None:

@@ -1,10 +1,12 @@
 """The levels of a tree of pictures: folders of splits, folders that wrap others, and the folders below."""
 
 import re
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
-from mlip_cli.data.sources.records import split_of_name, words_of
+from mlip_cli.data.sources.records import split_of_folder, split_of_name, words_of
 
 NO_CLASS = re.compile(
     "(?:image|img|picture|pic|photo|data|dataset|jpg|jpeg|png|jpegimage|rgb|raw|file|frame|thumb|thumbnail|mask|label|"
@@ -97,6 +99,14 @@ def place_of(steps: Sequence[Step], names: Collection[str], folder: str) -> tupl
             return split, None
         split = step[parts[depth]] or split
     return split, next((name for name in parts[len(steps) : len(steps) + 1] if name in names), None)
+
+
+def splits_in(files: Collection[str]) -> dict[str, str | None]:
+    """File -> its split, by a folder at the top or below folders that wrap all the others."""
+    folders = {name: name.rpartition("/")[0] for name in files}
+    steps, _ = descended(tree_of(Counter(folders.values())))
+    found = {folder: place_of(steps, (), folder)[0] for folder in set(folders.values())}
+    return {name: split_of_folder(Path(name))[0] or found[folder] for name, folder in folders.items()}
 
 
 def split_folders(steps: Sequence[Step], folders: Iterable[str]) -> tuple[str, ...]:

@@ -134,7 +134,7 @@ def _unread(source: DataSource, survey: Survey) -> Iterator[tuple[str, str]]:
                 yield "pictures that no row names", file.name
         elif ending in PICTURE_ENDINGS and source.format in ("sidecar", "classes"):
             continue
-        elif source.format == "sidecar" and file.name.endswith(TEXT_ENDINGS):
+        elif source.format == "sidecar" and file.suffix in TEXT_ENDINGS:
             yield "texts without a picture", file.name
         elif table_ending(file.name) in TABLE_ENDINGS and ending != "txt":
             yield "tables", file.name
