@@ -130,6 +130,10 @@ REFUSED: dict[str, tuple[Files, str]] = {
         f"{{1}}: 4 pictures in the folders images_001, images_002, not in folders of several classes; {MAKE}",
     ),
     "flat splits": (tree("train2017", "val2017"), f"{{1}}: pictures outside of class folders; {MAKE}"),
+    "a text beside each picture": (
+        tree("dog", more={"dog/0.json": "{}"}),
+        f"{{1}}: 2 pictures in the folder dog, not in folders of several classes; {MAKE}",
+    ),
     "domains": (
         tree(*under("amazon/images", "dslr/images", "webcam/images")),
         "{1}: amazon, dslr, webcam hold the same folders (cat, dog), so they are parts of a data set and not classes; "
@@ -388,3 +392,9 @@ def test_the_proposed_training_knows_that_classes_share_captions(
     commands = list(summary["next"].values())
     assert len(commands) == 2
     assert ["losses.positives=concept" in command for command in commands] == [is_proposed] * 2
+
+
+def test_names_and_templates_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    more = {"classnames.txt": "\ufeffoak\r\nash\r\n", "templates.txt": "\ufeffone {c}.\r\n"}
+    pictures = opened(f"folder:{write_files(tmp_path, tree('1', '2', more=more))}", tmp_path)
+    assert (pictures.class_names, pictures.templates) == (("oak", "ash"), ("one {c}.",))

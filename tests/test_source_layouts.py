@@ -130,8 +130,19 @@ def test_splits_in_names_and_columns(tmp_path: Path, files: dict[str, bytes | st
             "id, breed; say --image-column NAME",
         ),
         (
+            pictures("") | {f"{i}.json": '{"caption": "a card"}' for i in range(3)},
+            ": 3 .json, 3 .png, but no captions for the pictures; a .json beside a picture is not read: write its "
+            "caption to a .txt; looked for ",
+        ),
+        ({"a.zip": "PK"}, ": 1 .zip, no pictures; unpack a.zip first; looked for "),
+        (
+            pictures("train/") | {"captions.json": '{"data": [{"image_path": "train/0.png", "text_of": "a"}]}'},
+            ": pictures outside of class folders; make one folder for each class in {0}/, or name the file that says "
+            "what they show (captions.json)",
+        ),
+        (
             pictures("images/") | {f"labels/{i}.txt": "0 0.5 0.5" for i in range(3)} | {"x.png": picture(9)},
-            ": 3 of 4 pictures",
+            ": 3 pictures in the folder images, not in folders of several classes; ",
         ),
     ],
 )
@@ -144,7 +155,7 @@ def test_what_cannot_be_told_apart_is_asked_for(
         return
     with pytest.raises(UsageError) as error:
         prepare(source, tmp_path / "out")
-    assert str(error.value).startswith(f"{source}{message}")
+    assert str(error.value).startswith(f"{source}{message.format(source)}")
 
 
 def test_shards_that_are_not_there_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -7,7 +7,7 @@ import pytest
 from sources_for_tests import picture, prepare, rejects, samples, write_files
 
 from mlip_cli.data.sources.paths import PathFinder
-from mlip_cli.errors import UsageError
+from mlip_cli.errors import RunError, UsageError
 
 NFC, NFD = (unicodedata.normalize(form, "é") for form in ("NFC", "NFD"))
 FILES = {
@@ -150,3 +150,20 @@ def test_pictures_that_could_lie_in_two_folders(tmp_path: Path) -> None:
         )
     with pytest.raises(UsageError, match=r"^--image-folder /nowhere: no such folder; name the folder of the pictures$"):
         prepare(source, tmp_path / "out", image_folder="/nowhere")
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("/home/a/0.png", "its paths are those of another place: write paths from the folder of the pictures"),
+        (r"C:\a\0.png", "its paths are those of another place: write paths from the folder of the pictures"),
+        ("pictures/0.png", "say --image-folder FOLDER, what the paths are relative to"),
+        ("x" * 5_000, f"no file name (first: t.csv row 0: {'x' * 60}... of 5,000 characters)"),
+    ],
+)
+def test_what_helps_where_no_picture_is_found(tmp_path: Path, name: str, words: str) -> None:
+    rows = "".join(f"{name},card {i}\n" for i in range(12))
+    source = write_files(tmp_path / "in", {"t.csv": f"image,caption\n{rows}"}) / "t.csv"
+    with pytest.raises((UsageError, RunError)) as error:
+        prepare(source, tmp_path / "out")
+    assert words in str(error.value)

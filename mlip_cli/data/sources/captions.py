@@ -39,6 +39,7 @@ ODD = {
     ),
     "numbers": re.compile(r"[-+]?[0-9][0-9., ]*$"),
     "ids": re.compile(r"(?=\S*[0-9])[\w-]{12,}$|[a-zA-Z]{0,4}[_-]?[0-9]{3,}$"),
+    "bytes as Python shows them": re.compile(r"b'.*'$|b\".*\"$", re.DOTALL),
     "HTML": re.compile(
         r".*(</?(p|b|i|a|br|div|span|img|h[1-6]|li|ul|em|strong|html)\b[^>]{0,99}>|&(amp|lt|gt|quot|nbsp|#[0-9]+);)",
         re.DOTALL | re.IGNORECASE,

@@ -106,7 +106,7 @@ def find_classes(root: Path, files: Sequence[str], *, place: str) -> ClassFolder
     steps, level = descended(top)
     folders = number_order([*level, *_empty(root, files, steps, level)])
     names_file = _names_file(steps, set(files))
-    given = None if names_file is None else _lines(root / names_file)
+    given = None if names_file is None else lines_of(root / names_file)
     if given is None or len(given) != len(folders) or len(folders) < 2:
         _refuse_parts(place, steps, level)
         _refuse_letters(place, level)
@@ -140,7 +140,12 @@ def _names_file(steps: Sequence[Step], files: Collection[str]) -> str | None:
     return next((path + NAMES_FILE for path in above if path + NAMES_FILE in files), None)
 
 
-def _lines(path: Path) -> list[str]:
+def lines_of(path: Path) -> list[str]:
+    """The lines of a file of names or templates, stripped, without the empty ones.
+
+    Raises:
+        UsageError: it is not UTF-8.
+    """
     text = decode_text(path.read_bytes())
     if text is None:
         raise UsageError(f"{path}: not UTF-8 text")
@@ -203,12 +208,14 @@ def _check_number(
     cure = f"make one folder for each class in {root}/"
     if not num_pictures:
         raise UsageError(f"{place}: no pictures; {cure}")
+    stems = {name.rpartition(".")[0] for name in files if ending(name) in ANY_PICTURE}
+    tables = [name for name in files if ending(name) in TABLE_ENDINGS and name.rpartition(".")[0] not in stems]
+    beside = [shown(name) for name in tables if name.count("/") < 2]
+    cure += f", or name the file that says what they show ({some(beside)})" if beside else ""
     if not level:
         raise UsageError(f"{place}: pictures outside of class folders; {cure}")
     where = f"the folder{'s' if len(level) > 1 else ''} {some([shown(name) for name in sorted(level)])}"
     held = plural(sum(folder.total for folders in level.values() for folder in folders), "picture")
-    beside = [shown(name) for name in files if ending(name) in TABLE_ENDINGS and name.count("/") < 2]
-    cure += f", or name the file that says what they show ({some(beside)})" if beside else ""
     raise UsageError(f"{place}: {held} in {where}, not in folders of several classes; {cure}")
 
 

@@ -1,5 +1,6 @@
 """Read a source once, without decoding pictures: what was understood is said then, and mistakes are found."""
 
+import re
 import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -93,11 +94,17 @@ def surveyed(source: DataSource, read: ReadOptions) -> Survey:
         folders = sorted({str(plan.folder) for plan in source.planned_tables(read)})
         raise UsageError(
             f"{source.name}: none of its {plural(survey.rows, 'picture')} is in {escaped(' or '.join(folders))} "
-            f"(first: {escaped(survey.first_missing)}); say --image-folder FOLDER, what the paths are relative to"
+            f"(first: {escaped(survey.first_missing)}); {_cure_for_missing(survey.first_missing)}"
         )
     survey.shared.count()
     survey.pictures += survey.rejects + survey.shared.num_pictures
     return survey
+
+
+def _cure_for_missing(name: str) -> str:
+    if re.match(r"[A-Za-z]:[/\\\\]|[/~]", name):
+        return "its paths are those of another place: write paths from the folder of the pictures into the table"
+    return "say --image-folder FOLDER, what the paths are relative to"
 
 
 def passed_over(source: DataSource, survey: Survey) -> PassedOver:

@@ -93,6 +93,10 @@ def text_layout(path: Path, *, ending: str, known: Sequence[str]) -> Layout:
         lines = [line for line in islice(iter(lambda: file.readline(MAX_CELL), ""), FIRST_LINES) if line.strip()]
     if not lines:
         raise table_error(path, "the table is empty")
+    if re.fullmatch(r"sep=.?\s*", lines[0]):
+        raise table_error(
+            path, f"its first line is {escaped(lines[0].strip())}, which Excel alone reads; remove that line"
+        )
     if "\0" in lines[0]:
         raise table_error(path, "its text holds zero bytes; save the table as UTF-8")
     separator = _separator(path, lines, ending=ending, known=known)

@@ -11,7 +11,7 @@ from torch import Tensor
 from mlip_cli.data.dataset import RawSample, ShardDataset
 from mlip_cli.data.open import open_prepared
 from mlip_cli.data.sources.class_names import some
-from mlip_cli.data.sources.classes import counted, first_folder
+from mlip_cli.data.sources.classes import counted, first_folder, lines_of
 from mlip_cli.data.sources.listing import is_picture, shown
 from mlip_cli.errors import UsageError
 from mlip_cli.evaluate.datasets import imagenet
@@ -187,20 +187,12 @@ def open_imagenet_shards(benchmark: Benchmark) -> Pictures:
     return Pictures(*imagenet.names_and_templates(), items, _load_sample)
 
 
-def _lines(path: Path) -> list[str]:
-    try:
-        lines = [line.strip() for line in path.read_text("utf-8").splitlines()]
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path}: not UTF-8 text") from error
-    return [line for line in lines if line]
-
-
 def _templates(folder: Path) -> tuple[str, ...]:
     """The templates of templates.txt in `folder`, else the default."""
     path = folder / TEMPLATES_FILE
     if not path.is_file():
         return DEFAULT_TEMPLATES
-    templates = _lines(path)
+    templates = lines_of(path)
     wrong = [template for template in templates if "{c}" not in template]
     if wrong or not templates:
         what = f"{wrong[0]!r} has no {{c}}" if wrong else "no templates"
