@@ -83,7 +83,7 @@ def test_every_layout_gives_the_same_pairs(tmp_path: Path, files: dict[str, byte
         {"wrapper/train/metadata.csv": CARDS[:40], "wrapper/val/metadata.csv": CARDS[:14] + CARDS[40:]}
         | pictures("wrapper/train/", (0, 1))
         | pictures("wrapper/val/", (2,)),
-        {"t.csv": "image,caption,split\n0.png,card 0,train\n1.png,card 1,restval\n2.png,card 2,val2014\n"}
+        {"t.csv": "image,caption,split\n0.png,card 0,trainA\n1.png,card 1,restval\n2.png,card 2,val2014\n"}
         | pictures("Images/"),
         pictures("in/train/", (0, 1))
         | pictures("in/dev/", (2,))

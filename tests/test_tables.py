@@ -117,6 +117,13 @@ def test_every_dialect_gives_the_same_pairs(tmp_path: Path, name: str, content: 
         ),
         (
             "t.tsv",
+            "0\ta card\n1\tb\n",
+            {},
+            ": no header: the first row is 0, a card; say --image-column N and --caption-column N, from 1 to 2, or "
+            "give the table a header",
+        ),
+        (
+            "t.tsv",
             "http://x/0.jpg\tone\n",
             {"image_column": "http://x/0.jpg", "caption_column": "one"},
             ": no column 'http://x/0.jpg' (--image-column); columns are 1, 2; the table has no header, so its columns "

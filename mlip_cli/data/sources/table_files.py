@@ -1,6 +1,5 @@
 """One table: its columns, its rows, and which columns hold pictures and captions."""
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -10,7 +9,7 @@ from typing import Any
 
 from mlip_cli.data.sources.columnar import columnar_rows, columnar_schema
 from mlip_cli.data.sources.json_tables import json_columns, json_line_rows, json_rows
-from mlip_cli.data.sources.records import SPLIT_WORDS, ReadOptions
+from mlip_cli.data.sources.records import SPLIT_WORDS, ReadOptions, words_of
 from mlip_cli.data.sources.text_tables import PICTURE_NAME, Row, shown, table_error, text_layout, text_rows
 from mlip_cli.errors import UsageError
 
@@ -39,7 +38,7 @@ def table_ending(name: str) -> str:
 
 def split_in_name(name: str) -> str | None:
     """The one split that a file's name tells: `captions_val2017.json`, `train-00000-of-00002.parquet`."""
-    splits = {SPLIT_WORDS[word] for word in re.findall("[a-z]+", name.lower()) if word in SPLIT_WORDS}
+    splits = {SPLIT_WORDS[word] for word in words_of(name) if word in SPLIT_WORDS}
     return splits.pop() if len(splits) == 1 else None
 
 
