@@ -103,6 +103,13 @@ def test_what_is_said_of_other_spellings(tmp_path: Path, caplog: pytest.LogCaptu
     ]
 
 
+def test_a_backslash_is_no_normal_form(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    source = write_files(tmp_path / "in", {"t.csv": "image,caption\ni\\0.png,card\n", "i/0.png": picture(0)}) / "t.csv"
+    with caplog.at_level("INFO", logger="mlip_cli"):
+        prepare(source, tmp_path / "out")
+    assert r"1 paths were found by another spelling (first: i\0.png is 0.png)" in caplog.messages
+
+
 @pytest.mark.parametrize(
     ("files", "options", "wanted"),
     [

@@ -47,7 +47,8 @@ class Survey:
         self.rows += 1
         if record.found_as:
             name, found = (unicodedata.normalize("NFC", text) for text in (record.detail, record.found_as))
-            form = ", in another Unicode normal form" if name.endswith(found) else ""
+            is_form = name.endswith(found) and not record.detail.endswith(record.found_as)
+            form = ", in another Unicode normal form" if is_form else ""
             names = f"{escaped(record.detail)} is {escaped(record.found_as)}{form}"
             self.spelled.add("paths were found by another spelling", names)
         if record.reject:
