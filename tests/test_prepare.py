@@ -291,8 +291,8 @@ def test_a_small_source_without_a_single_good_row_fails(tmp_path: Path) -> None:
     with pytest.raises(SourceError) as error:
         prepare(source, tmp_path / "out")
     assert str(error.value) == (
-        f"{source}: none of the 2 rows became a sample (first: a.png row 0: not JPEG, PNG, WEBP, GIF, BMP or TIFF); "
-        "nothing was kept"
+        f"{source}: none of the 2 rows became a sample: 1 x no caption, 1 x not a picture (first: a.png row 0: not "
+        "JPEG, PNG, WEBP, GIF, BMP or TIFF); nothing was kept"
     )
     assert not (tmp_path / "out").exists()
 

@@ -157,13 +157,27 @@ CASES = {
     "a caption a line": Case(
         sample("a", A, "one\n two \r\nthree\n"),
         [(A, ["one", "two", "three"])],
-        notes="1 samples with a caption a line in KEY.txt (first: 0.tar: a)",
+        notes="1 samples with several captions in KEY.txt (first: 0.tar: a)",
     ),
     "paragraphs": Case(sample("a", A, "one\n\ntwo\n"), [(A, ["one\n\ntwo"])]),
     "a key of KEY.json": Case(
         [("a.jpg", A), ("a.txt", "short"), ("a.json", json.dumps(JSON)), ("a.cls", "1")],
         [(A, ["a better text"])],
         columns=Columns(caption="re_caption"),
+    ),
+    "a list in KEY.json": Case([("a.jpg", A), ("a.json", '["one", "two"]'), ("a.cls", "1")], [(A, ["one", "two"])]),
+    "a list as a text in KEY.json": Case(
+        [("a.jpg", A), ("a.json", json.dumps({"caption": "['one', 'two']"})), ("a.cls", "1")], [(A, ["one", "two"])]
+    ),
+    "a list in KEY.txt": Case(
+        sample("a", A, '["one", "two"]'),
+        [(A, ["one", "two"])],
+        notes="1 samples with several captions in KEY.txt (first: 0.tar: a)",
+    ),
+    "a talk in KEY.json": Case(
+        [("a.jpg", A), ("a.json", json.dumps({"talk": [{"from": "gpt", "value": "one"}]})), ("a.cls", "1")],
+        [(A, ["one"])],
+        columns=Columns(caption="talk"),
     ),
     "a key that is not there": Case(
         [("a.jpg", A), ("a.json", json.dumps(JSON)), ("a.cls", "1")],

@@ -37,6 +37,11 @@ from mlip_cli.terminal.panel import progress
 FIRST_ROWS = 1_000
 """This many rows are enough to see that most rows of a source fail. Fewer than FEWEST_ROWS are not."""
 FEWEST_ROWS = 10
+CURES = {
+    "caption is not UTF-8": "save the texts as UTF-8, for example with iconv -f latin1 -t utf-8",
+    "caption too long": "cut the texts: training reads the first words alone",
+}
+"""What helps where most rows fail for a reason that does not say it."""
 
 BYTES_A_PIXEL = 0.5
 """Estimate for the check of disk space: between JPEG and lossless WebP of photographs at 256 pixels."""
@@ -180,7 +185,9 @@ def _check_reasons(work: Workspace, results: Sequence[PartResult], *, enough: in
     for reason, n in _reasons(results).most_common(1):
         if rows >= enough and n > rows / 2:
             example = _first_reject(work, results)
-            raise SourceError(f"{n} of the {which}{rows} rows fail for the same reason: {reason} (first: {example})")
+            cure = f"; {CURES[reason]}" if reason in CURES else ""
+            same = f"{n} of the {which}{rows} rows fail for the same reason: {reason} (first: {example}){cure}"
+            raise SourceError(same)
 
 
 def _reasons(results: Sequence[PartResult]) -> Counter[str]:
@@ -211,7 +218,8 @@ def _write_splits(
     table = np.concatenate(tables)
     if not len(table):
         rows = plural(sum(result.rows for result in results), "row")
-        raise SourceError(f"none of the {rows} became a sample (first: {_first_reject(work, results)})")
+        reasons = ", ".join(f"{n:,} x {reason}" for reason, n in _reasons(results).most_common())
+        raise SourceError(f"none of the {rows} became a sample: {reasons} (first: {_first_reject(work, results)})")
     starts = np.cumsum([len(part) for part in tables])[:-1]
     places = np.split(assign_splits(table, holdout=holdout), starts)
     work.finished.mkdir()

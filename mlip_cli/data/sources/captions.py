@@ -41,6 +41,7 @@ ODD = {
     ),
     "numbers": re.compile(r"[-+]?[0-9][0-9., ]*$"),
     "ids": re.compile(r"(?=\S*[0-9])[\w-]{12,}$|[a-zA-Z]{0,4}[_-]?[0-9]{3,}$"),
+    "bytes as Python shows them": re.compile(r"b'.*'$|b\".*\"$", re.DOTALL),
     "HTML": re.compile(
         r".*(</?(p|b|i|a|br|div|span|img|h[1-6]|li|ul|em|strong|html)\b[^>]{0,99}>|&(amp|lt|gt|quot|nbsp|#[0-9]+);)",
         re.DOTALL | re.IGNORECASE,
@@ -82,6 +83,11 @@ def _weight(value: Any) -> float:
         return float(value) if isinstance(value, int | float) else math.nan
     except OverflowError:  # JSON has integers that no float can hold
         return math.inf
+
+
+def captions_of_text(text: str) -> tuple[Caption, ...]:
+    """The captions of a file of text: those of a list, else its lines (see `caption_lines`)."""
+    return captions_of(listed(text) or caption_lines(text))
 
 
 def listed(text: str) -> list[str] | None:

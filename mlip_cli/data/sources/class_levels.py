@@ -1,10 +1,12 @@
 """The levels of a tree of pictures: folders of splits, folders that wrap others, and the folders below."""
 
 import re
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
-from mlip_cli.data.sources.records import split_in_name, split_of_name
+from mlip_cli.data.sources.records import split_in_name, split_of_folder, split_of_name
 
 NO_CLASS = re.compile(
     "(?:image|img|picture|pic|photo|data|dataset|jpg|jpeg|png|jpegimage|rgb|raw|file|frame|thumb|thumbnail|mask|label|"
@@ -92,6 +94,14 @@ def split_and_class(steps: Sequence[Step], names: Collection[str], folder: str) 
     return split, next((name for name in parts[len(steps) : len(steps) + 1] if name in names), None)
 
 
+def splits_in(files: Collection[str]) -> dict[str, str | None]:
+    """File -> its split, by a folder at the top or below folders that wrap all the others."""
+    folders = {name: name.rpartition("/")[0] for name in files}
+    steps, _ = descended(tree_of(Counter(folders.values())))
+    found = {folder: split_and_class(steps, (), folder)[0] for folder in set(folders.values())}
+    return {name: split_of_folder(Path(name))[0] or found[folder] for name, folder in folders.items()}
+
+
 def split_folders(steps: Sequence[Step], folders: Iterable[str]) -> tuple[str, ...]:
     """The folders of the first step that has several. Those without class folders are left out."""
     depth = next((depth for depth, step in enumerate(steps) if len(step) > 1), None)
@@ -109,3 +119,22 @@ def below_wrappers(folders: Sequence[Folder]) -> Mapping[str, Sequence[Folder]]:
     while len(inside) == 1 and (deeper := inside_of(*inside.values())):
         inside = deeper
     return inside
+
+
+def groups(level: Mapping[str, Sequence[Folder]]) -> dict[str, list[str]]:
+    """Folders whose pictures all lie in several folders inside, and the names of these."""
+    found = {}
+    for name, folders in level.items():
+        inside = inside_of(folders)
+        num_deeper = sum(folder.total for own in inside.values() for folder in own)
+        if len(inside) > 1 and num_deeper == sum(folder.total for folder in folders):
+            found[name] = sorted(inside)
+    return found
+
+
+def are_letters(level: Mapping[str, Sequence[Folder]]) -> bool:
+    """Whether folders are an index of those inside, as in a/abbey, a/alley, b/barn."""
+    return bool(level) and all(
+        len(name) == 1 and inside and all(inner.lower().startswith(name.lower()) and inner != name for inner in inside)
+        for name, inside in ((name, inside_of(folders)) for name, folders in level.items())
+    )

@@ -3,14 +3,17 @@
 import os
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from mlip_cli.data.sources.class_levels import (
     Folder,
     Step,
+    are_letters,
     below_wrappers,
     descended,
+    groups,
+    inside_of,
     is_mixed,
     path_of,
     split_and_class,
@@ -50,6 +53,8 @@ class ClassFolders:
     """What names the classes, relative to the root."""
     splits: tuple[str, ...]
     """Folders of several splits, the best to evaluate on first; none where the classes are those of one split."""
+    groups: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Class folder -> the folders inside, where all classes have several and no other pictures."""
 
     def place(self, picture: str) -> tuple[str | None, str | None]:
         """Split and class folder of a picture; no class folder if it lies in none."""
@@ -67,12 +72,16 @@ class ClassFolders:
         return f"{plural(self.num_pictures, 'picture')} in {classes}{where}: {some(self.names.values())}"
 
     def tell(self, place: str) -> None:
-        """Say what names the classes, as in `classnames.txt: 1 = rose, 2 = tulip ...`, and warn of doubtful names."""
+        """Say what names the classes, as in `classnames.txt: 1 = rose, 2 = tulip ...`, and warn of what is doubtful."""
         if self.names_file:
             pairs = [f"{escaped(folder)} = {name}" for folder, name in self.names.items()]
             say(f"{place}: {self.names_file}: {some(pairs)}")
         for caution in doubts_about(self.names):
             warn(f"{place}: {caution}")
+        for folder, inside in list(self.groups.items())[:1]:
+            held = f"{escaped(folder)}: {some(list(map(escaped, inside)))}"
+            cure = "if those are the classes, move them up to one folder"
+            warn(f"{place}: each class holds folders of pictures ({held}); {cure}")
 
 
 def find_classes(root: Path, files: Sequence[str], *, place: str) -> ClassFolders:
@@ -91,6 +100,7 @@ def find_classes(root: Path, files: Sequence[str], *, place: str) -> ClassFolder
     given = None if names_file is None else read_lines(root / names_file)
     if given is None or len(given) != len(folders) or len(folders) < 2:
         _refuse_parts(place, steps, level)
+        _refuse_letters(place, level)
         folders = [name for name in folders if not is_mixed(name)]
         _check_number(root, place, files, level, top.total)
     if given is not None and len(given) != len(folders):
@@ -105,7 +115,9 @@ def find_classes(root: Path, files: Sequence[str], *, place: str) -> ClassFolder
     full = {classes[folder_of(name)] for name in filter(is_picture, files)}
     empty = tuple(folder for folder in folders if folder not in full)
     splits = split_folders(steps, [folder for folder, name in classes.items() if name is not None])
-    return ClassFolders(steps, names, num_pictures, passed_over, empty, names_file, splits)
+    grouped = groups(level)
+    grouped = grouped if grouped.keys() >= set(folders) - set(empty) else {}
+    return ClassFolders(steps, names, num_pictures, passed_over, empty, names_file, splits, grouped)
 
 
 def folder_of(file: str) -> str:
@@ -147,6 +159,21 @@ def _refuse_parts(place: str, steps: Sequence[Step], level: Mapping[str, Sequenc
         )
 
 
+def _refuse_letters(place: str, level: Mapping[str, Sequence[Folder]]) -> None:
+    """Refuse the letters of a/abbey, a/alley, b/barn.
+
+    Raises:
+        UsageError: all folders are letters.
+    """
+    if are_letters(level):
+        names = sorted(level)
+        example = f"{names[0]}/{escaped(min(inside_of(level[names[0]])))}"
+        raise UsageError(
+            f"{place}: {some(names)} are letters above the classes ({example}) and not classes; move the classes up to "
+            "one folder"
+        )
+
+
 def _check_number(
     root: Path, place: str, files: Sequence[str], level: Mapping[str, Sequence[Folder]], num_pictures: int
 ) -> None:
@@ -160,12 +187,14 @@ def _check_number(
     cure = f"make one folder for each class in {root}/"
     if not num_pictures:
         raise UsageError(f"{place}: no pictures; {cure}")
+    stems = {name.rpartition(".")[0] for name in files if is_picture(name) or is_unread_picture(name)}
+    tables = [name for name in files if is_table(name) and name.rpartition(".")[0] not in stems]
+    beside = [escaped(name) for name in tables if name.count("/") < 2]
+    cure += f", or name the file that says what they show ({some(beside)})" if beside else ""
     if not level:
         raise UsageError(f"{place}: pictures outside of class folders; {cure}")
     where = f"the folder{'s' if len(level) > 1 else ''} {some([escaped(name) for name in sorted(level)])}"
     held = plural(sum(folder.total for folders in level.values() for folder in folders), "picture")
-    beside = [escaped(name) for name in files if is_table(name) and name.count("/") < 2]
-    cure += f", or name the file that says what they show ({some(beside)})" if beside else ""
     raise UsageError(f"{place}: {held} in {where}, not in folders of several classes; {cure}")
 
 

@@ -33,6 +33,7 @@ from mlip_cli.errors import UsageError
 from mlip_cli.paths import encodable, escaped
 from mlip_cli.terminal.output import plural
 
+ARCHIVES = (".zip", ".rar", ".7z")
 MOST_NAMED = 5
 """Tables that are named; more are counted."""
 ANY_COLUMNS = ReadOptions()
@@ -213,8 +214,13 @@ def find_source(source: str, *, format: str = "auto", read: ReadOptions = ANY_CO
         raise UsageError(f"{source}: not of format {format}: {_what_is_there(found)}; looked for {LOOKED_FOR}")
     nothing = ", no pictures" if found.is_folder and found.files else ""
     missing = ", but no captions for the pictures" if found.images() else nothing
+    stems = {name.rpartition(".")[0] for name in found.images()}
+    if any(name.endswith(".json") and name.rpartition(".")[0] in stems for name in found.names):
+        missing += "; a .json beside a picture is not read: write its caption to a .txt"
     is_unread = any(map(is_unread_picture, found.names)) and not found.images()
     unread = "; convert its pictures to JPEG" if is_unread else ""
+    packed = [name for name in found.names if name.lower().endswith(ARCHIVES)]
+    unread += f"; unpack {escaped(packed[0])} first" if packed and not found.images() else ""
     unread += "".join(f"; {escaped(name)}: {why}" for name, why in islice(inner.unread_tables.items(), MOST_NAMED))
     raise UsageError(f"{source}: {_what_is_there(found)}{missing}{unread}; looked for {LOOKED_FOR}")
 

@@ -66,8 +66,8 @@ def _document_rows(path: Path, size: int, mtime_ns: int) -> Sequence[Row] | None
     if rows is None:
         raise table_error(
             path,
-            "JSON of no known form; known are an array of objects, COCO's images and annotations, "
-            "and captions by file name",
+            "JSON of no known form; known are an array of objects (pandas: orient='records'), COCO's images and "
+            "annotations of captions, and captions by file name",
         )
     return rows
 
@@ -88,7 +88,8 @@ def _rows_of(document: Any) -> list[Row] | None:
             {"image": name, **value} if isinstance(value, dict) else {"image": name, "caption": value}
             for name, value in document.items()
         ]
-    return [document] if document and not tables else None
+    is_row = any(isinstance(value, str) for value in document.values())  # columns hold lists or objects
+    return [document] if is_row and not tables else None
 
 
 def _coco_rows(images: list[dict[str, Any]], annotations: list[dict[str, Any]]) -> list[Row] | None:

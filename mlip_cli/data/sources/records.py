@@ -178,15 +178,20 @@ def plain_values(row: Mapping[str, Any], *, without: Collection[str | None] = ()
     }
 
 
+def words_of(name: str) -> list[str]:
+    """The words of a name, in lower case: train and images of TrainImages, train and a of trainA."""
+    return [word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", name)]
+
+
 def split_of_name(folder: str) -> str | None:
     """The split that a folder's name says: train2017, val_256, ILSVRC2012_img_val, but not bullet_train."""
-    words = [word for word in re.findall(r"[a-z]+", folder.lower()) if not BESIDE_SPLITS.fullmatch(word)]
+    words = [word for word in words_of(folder) if not BESIDE_SPLITS.fullmatch(word)]
     return SPLIT_WORDS.get(words[0]) if len(words) == 1 else None
 
 
 def split_in_name(name: str) -> str | None:
     """The one split among the words of a name: captions_val2017.json, train-00000-of-00002.parquet, cars_train."""
-    splits = {SPLIT_WORDS[word] for word in re.findall("[a-z]+", name.lower()) if word in SPLIT_WORDS}
+    splits = {SPLIT_WORDS[word] for word in words_of(name) if word in SPLIT_WORDS}
     return splits.pop() if len(splits) == 1 else None
 
 

@@ -1,5 +1,6 @@
 """Read a source once, without decoding pictures: what was understood is said then, and mistakes are found."""
 
+import re
 import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -45,7 +46,8 @@ class Survey:
         self.rows += 1
         if record.found_as:
             name, found = (unicodedata.normalize("NFC", text) for text in (record.detail, record.found_as))
-            form = ", in another Unicode normal form" if name.endswith(found) else ""
+            is_form = name.endswith(found) and not record.detail.endswith(record.found_as)
+            form = ", in another Unicode normal form" if is_form else ""
             self.spelled.add("paths were found by another spelling", f"{record.detail} is {record.found_as}{form}")
         if record.reject:
             self.rejects += 1
@@ -91,11 +93,17 @@ def surveyed(source: DataSource, read: ReadOptions) -> Survey:
         folders = sorted({str(plan.folder) for plan in source.planned_tables(read)})
         raise UsageError(
             f"{source.name}: none of its {plural(survey.rows, 'picture')} is in {escaped(' or '.join(folders))} "
-            f"(first: {escaped(survey.first_missing)}); say --image-folder FOLDER, what the paths are relative to"
+            f"(first: {escaped(survey.first_missing)}); {_cure_for_missing(survey.first_missing)}"
         )
     survey.shared.count()
     survey.pictures += survey.rejects + survey.shared.num_pictures
     return survey
+
+
+def _cure_for_missing(name: str) -> str:
+    if re.match(r"[A-Za-z]:[/\\\\]|[/~]", name):
+        return "its paths are those of another place: write paths from the folder of the pictures into the table"
+    return "say --image-folder FOLDER, what the paths are relative to"
 
 
 def passed_over(source: DataSource, survey: Survey) -> PassedOver:
@@ -132,7 +140,7 @@ def _unread(source: DataSource, survey: Survey) -> Iterator[tuple[str, str]]:
             same = finder.same(str(source.root / name))
             if same not in survey.named and not survey.shared.rows_of(same):
                 yield "pictures that no row names", name
-        elif source.format == "sidecar" and name.endswith(TEXT_ENDINGS):
+        elif source.format == "sidecar" and name.lower().endswith(TEXT_ENDINGS):
             yield "texts without a picture", name
         elif is_table(name) and ending(name) != "txt":
             yield "tables", name

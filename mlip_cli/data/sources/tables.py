@@ -27,6 +27,9 @@ from mlip_cli.data.sources.text_tables import Row, table_error
 from mlip_cli.errors import UsageError
 from mlip_cli.paths import escaped
 
+LONGEST_NAME = 4_096
+"""Characters of a path on Linux."""
+
 
 @dataclass(frozen=True)
 class TablePlan:
@@ -141,6 +144,8 @@ def _picture(cell: Any, finder: PathFinder) -> PictureCell:
     if "://" in name and not name.startswith("file:"):
         return PictureCell(reject="picture is an address", detail=f"{name}: download it, say with img2dataset")
     near = f"; {found.near}" if found.near else ""
+    if len(name) > LONGEST_NAME:  # a picture in base64, perhaps
+        return PictureCell(reject="no file name", detail=f"{name[:60]}... of {len(name):,} characters")
     return PictureCell(reject="picture missing", detail=f"{name}: no such file{near}")
 
 

@@ -93,12 +93,16 @@ def text_layout(path: Path, *, ending: str, known: Sequence[str]) -> Layout:
         lines = [line for line in islice(iter(lambda: file.readline(MAX_CELL), ""), FIRST_LINES) if line.strip()]
     if not lines:
         raise table_error(path, "the table is empty")
+    if re.fullmatch(r"sep=.?\s*", lines[0]):
+        raise table_error(
+            path, f"its first line is {escaped(lines[0].strip())}, which Excel alone reads; remove that line"
+        )
     if "\0" in lines[0]:
         raise table_error(path, "its text holds zero bytes; save the table as UTF-8")
     separator = _separator(path, lines, ending=ending, known=known)
     is_quoted = _is_quoted(lines[0], separator, ending=ending)
     first = [cell.strip() for cell in next(iter(_cells(lines, separator, is_quoted=is_quoted)), [])]
-    if any(_names_a_picture(path, cell) for cell in first):
+    if any(_names_a_picture(path, cell) or _is_stem(path, cell) for cell in first if cell.lower() not in known):
         return Layout(tuple(str(place) for place, _ in enumerate(first, 1)), separator, is_quoted, has_header=False)
     if twice := sorted({column for column in first if first.count(column) > 1}):
         raise table_error(path, f"column {twice[0]!r} is there twice")
@@ -182,6 +186,16 @@ def _separator(path: Path, lines: Sequence[str], *, ending: str, known: Sequence
 def _names_a_picture(path: Path, cell: str) -> bool:
     cell = cell.strip()
     return bool(cell) and (bool(PICTURE_NAME.match(cell)) or os.path.isfile(path.parent / cell))
+
+
+def _is_stem(path: Path, cell: str) -> bool:
+    """Whether a picture beside the table, or in a folder beside it, has this name and an ending."""
+    if not cell or "/" in cell or "\0" in cell:
+        return False
+    with os.scandir(path.parent) as entries:
+        folders = [str(path.parent), *(entry.path for entry in entries if entry.is_dir())]
+    names = [f"{cell}.{ending}" for known in PICTURE_ENDINGS for ending in (known, known.upper())]
+    return any(os.path.isfile(os.path.join(folder, name)) for folder in folders for name in names)
 
 
 def table_error(path: Path, problem: str, *, line: int | None = None) -> UsageError:
