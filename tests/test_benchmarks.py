@@ -155,7 +155,8 @@ def test_bad_folders_get_one_line(tmp_path: Path) -> None:
     write(tmp_path / "texts" / "a.txt", "text")
     assert usage_error(f"folder:{tmp_path}", tmp_path) == f"folder:{tmp_path}: no pictures{cure}"
     write(tmp_path / "a.jpg", picture())
-    message = f"folder:{tmp_path}: pictures outside of class folders{cure}"
+    beside = ", or name the file that says what they show (texts/a.txt)"
+    message = f"folder:{tmp_path}: pictures outside of class folders{cure}{beside}"
     assert usage_error(f"folder:{tmp_path}", tmp_path) == message
 
 

@@ -136,7 +136,7 @@ def _guessed(table: Table, what: str, groups: Sequence[Sequence[str]]) -> str:
     if len(found) == 1:
         return found[0]
     problem = f"columns {' and '.join(found)} could both be the {what}" if found else f"no column for the {what}"
-    is_whole = len(table.columns) == 1 and table_ending(table.path.name) in (".csv", ".tsv", ".txt")
+    is_whole = len(table.columns) == 1 and table_ending(table.path.name) in ("csv", "tsv", "txt")
     cure = "part its cells by commas or tabs" if is_whole else f"say --{what}-column NAME"
     raise table_error(table.path, f"{problem}; {_columns(table)}; {cure}")
 
