@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlip_cli.data.sources.classes import ClassFolders, find_classes
+from mlip_cli.data.sources.classes import ClassFolders, find_classes, lines_of
 from mlip_cli.data.sources.listing import is_leftover, shown, walk
 from mlip_cli.errors import UsageError
 
@@ -35,6 +35,20 @@ def names_in(folder: Path) -> list[str]:
 def folders_in(folder: Path) -> list[str]:
     """Names of the folders in `folder`, sorted, without hidden ones and leftovers."""
     return sorted(child.name for child in folder.iterdir() if child.is_dir() and not is_leftover(child.name))
+
+
+def templates_in(path: Path) -> tuple[str, ...]:
+    """The templates of a file, one a line.
+
+    Raises:
+        UsageError: there are none, or one has no place for the class name.
+    """
+    templates = lines_of(path)
+    wrong = [template for template in templates if "{c}" not in template]
+    if wrong or not templates:
+        what = f"{wrong[0]!r} has no {{c}}" if wrong else "no templates"
+        raise UsageError(f"{path}: {what}; write one template a line, with {{c}} for the class name")
+    return tuple(templates)
 
 
 def classes_in(name: str, folder: Path) -> ClassFolders:

@@ -11,11 +11,11 @@ from torch import Tensor
 from mlip_cli.data.dataset import RawSample, ShardDataset
 from mlip_cli.data.open import open_prepared
 from mlip_cli.data.sources.class_names import some
-from mlip_cli.data.sources.classes import counted, first_folder, lines_of
+from mlip_cli.data.sources.classes import counted, first_folder
 from mlip_cli.data.sources.listing import is_picture, shown
 from mlip_cli.errors import UsageError
 from mlip_cli.evaluate.datasets import imagenet
-from mlip_cli.evaluate.datasets.benchmark import Benchmark, classes_in, folders_in, names_in
+from mlip_cli.evaluate.datasets.benchmark import Benchmark, classes_in, folders_in, names_in, templates_in
 from mlip_cli.evaluate.datasets.clip_benchmark import open_built, open_web_shards
 from mlip_cli.evaluate.datasets.pictures import Names, Pictures, read_picture
 from mlip_cli.terminal.output import plural, say, warn
@@ -192,12 +192,7 @@ def _templates(folder: Path) -> tuple[str, ...]:
     path = folder / TEMPLATES_FILE
     if not path.is_file():
         return DEFAULT_TEMPLATES
-    templates = lines_of(path)
-    wrong = [template for template in templates if "{c}" not in template]
-    if wrong or not templates:
-        what = f"{wrong[0]!r} has no {{c}}" if wrong else "no templates"
-        raise UsageError(f"{path}: {what}; write one template a line, with {{c}} for the class name")
-    return tuple(templates)
+    return templates_in(path)
 
 
 OPENERS: dict[str, Callable[[Benchmark], Pictures]] = {
