@@ -6,6 +6,7 @@ from pathlib import Path
 from mlip_cli.data.sources.classes import ClassFolders, find_classes
 from mlip_cli.data.sources.listing import is_leftover, walk
 from mlip_cli.errors import UsageError
+from mlip_cli.files import read_lines
 from mlip_cli.paths import escaped
 
 
@@ -36,6 +37,20 @@ def names_in(folder: Path) -> list[str]:
 def folders_in(folder: Path) -> list[str]:
     """Names of the folders in `folder`, sorted, without hidden ones and leftovers."""
     return sorted(child.name for child in folder.iterdir() if child.is_dir() and not is_leftover(child.name))
+
+
+def templates_in(path: Path) -> tuple[str, ...]:
+    """The templates of a file, one a line.
+
+    Raises:
+        UsageError: there are none, or one has no place for the class name.
+    """
+    templates = read_lines(path)
+    wrong = [template for template in templates if "{c}" not in template]
+    if wrong or not templates:
+        what = f"{wrong[0]!r} has no {{c}}" if wrong else "no templates"
+        raise UsageError(f"{path}: {what}; write one template a line, with {{c}} for the class name")
+    return tuple(templates)
 
 
 def classes_in(name: str, folder: Path) -> ClassFolders:

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ from mlip_cli.data.sources.records import UnusableSampleError
 from mlip_cli.data.sources.tar_samples import GUESSED, TarNotes, parts_of_sample, samples_of
 from mlip_cli.data.tar import check_not_compressed, open_tar, read_members
 from mlip_cli.errors import RunError, UsageError
-from mlip_cli.evaluate.datasets.benchmark import Benchmark
+from mlip_cli.evaluate.datasets.benchmark import Benchmark, templates_in
 from mlip_cli.evaluate.datasets.pictures import Pictures, read_picture
 from mlip_cli.files import read_lines
 from mlip_cli.paths import escaped
@@ -107,21 +108,22 @@ def open_web_shards(benchmark: Benchmark) -> Pictures:
         RunError: a shard is damaged, or most samples have no label.
     """
     root, part = benchmark.root, benchmark.root / "test"
-    kind = _lines(root / "dataset_type.txt")[:1] if (root / "dataset_type.txt").is_file() else ["classification"]
+    kind = read_lines(root / "dataset_type.txt")[:1] if (root / "dataset_type.txt").is_file() else ["classification"]
     if kind != ["classification"]:
         raise UsageError(
             f"{benchmark.name}: a data set for {' '.join(kind)}; eval-zeroshot needs one for classification"
         )
-    count = _lines(part / "nshards.txt")
-    if len(count) != 1 or not count[0].isdigit():
+    count = read_lines(_written(part / "nshards.txt"))
+    if len(count) != 1 or not re.fullmatch("[0-9]{1,9}", count[0]):
         raise UsageError(f"{part / 'nshards.txt'}: not a number of shards")
-    tars = [part / f"{i}.tar" for i in range(int(count[0]))]
+    num_tars, num_there = int(count[0]), sum(1 for _ in part.glob("*.tar"))
+    tars = [part / f"{i}.tar" for i in range(min(num_tars, num_there + 1))]  # the number may be wrong, and huge
     missing = [tar for tar in tars if not tar.is_file()]
     if missing:
-        raise UsageError(f"{benchmark.name}: {len(missing)} of {len(tars)} shards are missing, such as {missing[0]}")
-    class_names, templates = (
-        tuple(_lines(root / name)) for name in ("classnames.txt", "zeroshot_classification_templates.txt")
-    )
+        num_missing = num_tars - len(tars) + len(missing)
+        raise UsageError(f"{benchmark.name}: {num_missing} of {num_tars} shards are missing, such as {missing[0]}")
+    class_names = tuple(read_lines(_written(root / "classnames.txt")))
+    templates = templates_in(_written(root / "zeroshot_classification_templates.txt"))
     for tar in tars:
         check_not_compressed(tar, "evaluation")
     notes = TarNotes()
@@ -135,10 +137,10 @@ def open_web_shards(benchmark: Benchmark) -> Pictures:
     return Pictures(class_names, templates, items, _load_tar_item, passed_over=notes.passed_over)
 
 
-def _lines(path: Path) -> list[str]:
+def _written(path: Path) -> Path:
     if not path.is_file():
         raise UsageError(f"{path}: missing; write it with clip_benchmark_export_wds")
-    return read_lines(path)
+    return path
 
 
 def labelled_pictures(tar: Path, notes: TarNotes) -> Iterator[TarItem]:

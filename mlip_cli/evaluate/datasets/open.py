@@ -15,10 +15,9 @@ from mlip_cli.data.sources.classes import count_pictures, first_folder
 from mlip_cli.data.sources.listing import is_picture
 from mlip_cli.errors import UsageError
 from mlip_cli.evaluate.datasets import imagenet
-from mlip_cli.evaluate.datasets.benchmark import Benchmark, classes_in, folders_in, names_in
+from mlip_cli.evaluate.datasets.benchmark import Benchmark, classes_in, folders_in, names_in, templates_in
 from mlip_cli.evaluate.datasets.clip_benchmark import open_built, open_web_shards
 from mlip_cli.evaluate.datasets.pictures import Names, Pictures, read_picture
-from mlip_cli.files import read_lines
 from mlip_cli.paths import escaped
 from mlip_cli.terminal.output import plural, say, warn
 
@@ -190,12 +189,7 @@ def _templates(folder: Path) -> tuple[str, ...]:
     path = folder / TEMPLATES_FILE
     if not path.is_file():
         return DEFAULT_TEMPLATES
-    templates = read_lines(path)
-    wrong = [template for template in templates if "{c}" not in template]
-    if wrong or not templates:
-        what = f"{wrong[0]!r} has no {{c}}" if wrong else "no templates"
-        raise UsageError(f"{path}: {what}; write one template a line, with {{c}} for the class name")
-    return tuple(templates)
+    return templates_in(path)
 
 
 OPENERS: dict[str, Callable[[Benchmark], Pictures]] = {
