@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mlip_cli.data.sources.classes import ClassFolders, find_classes
 from mlip_cli.data.sources.folders import class_records
@@ -23,7 +24,6 @@ from mlip_cli.data.sources.records import (
     checked_captions,
     json_bytes,
 )
-from mlip_cli.data.sources.shared_pictures import SharedPictures
 from mlip_cli.data.sources.sidecars import sidecar_records, sidecars_of
 from mlip_cli.data.sources.table_layouts import check_tables, found_tables, is_metadata, wrapped_in
 from mlip_cli.data.sources.tables import TablePlan, planned_tables, table_records
@@ -32,6 +32,9 @@ from mlip_cli.data.sources.tars import TAR_ENDINGS, tar_records
 from mlip_cli.errors import UsageError
 from mlip_cli.paths import encodable, escaped
 from mlip_cli.terminal.output import plural
+
+if TYPE_CHECKING:  # it imports numpy
+    from mlip_cli.data.sources.shared_pictures import SharedPictures
 
 ARCHIVES = (".zip", ".rar", ".7z")
 MOST_NAMED = 5
@@ -246,7 +249,7 @@ def read_rows(source: DataSource, read: ReadOptions) -> Iterator[Record]:
     return islice(map(checked_captions, SOURCE_FORMATS[source.format].records(source, read)), read.limit)
 
 
-def read_records(source: DataSource, read: ReadOptions, shared: SharedPictures) -> Iterator[Record]:
+def read_records(source: DataSource, read: ReadOptions, shared: "SharedPictures") -> Iterator[Record]:
     """The rows of the source, those that share a picture as one.
 
     Raises:
