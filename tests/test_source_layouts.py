@@ -164,6 +164,21 @@ def test_shards_that_are_not_there_are_said(tmp_path: Path, caplog: pytest.LogCa
     assert "2 of 3 shards of train are here" in caplog.messages
 
 
+@pytest.mark.parametrize(("column", "is_warned"), [("", True), (",split", False)])
+def test_splits_in_paths_that_no_column_tells_are_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, column: str, is_warned: bool
+) -> None:
+    rows = "".join(
+        f"{split}/{i}.png,card {i}{column and f',{split}'}\n" for split in ("train", "test") for i in range(3)
+    )
+    files = {"metadata.csv": f"file_name,caption{column}\n{rows}"} | pictures("train/") | pictures("test/")
+    prepare(write_files(tmp_path / "in", files), tmp_path / "out")
+    warning = (
+        "its pictures lie in folders of test and train, which no column says; add a column split, or all are one split"
+    )
+    assert (warning in caplog.messages) == is_warned
+
+
 def test_pictures_of_no_known_ending_alone(tmp_path: Path) -> None:
     source = write_files(tmp_path / "in", {"a.heic": "", "a.txt": "a card"})
     with pytest.raises(UsageError) as error:
