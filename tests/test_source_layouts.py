@@ -164,19 +164,14 @@ def test_shards_that_are_not_there_are_said(tmp_path: Path, caplog: pytest.LogCa
     assert "2 of 3 shards of train are here" in caplog.messages
 
 
-@pytest.mark.parametrize(("column", "is_warned"), [("", True), (",split", False)])
-def test_splits_in_paths_that_no_column_tells_are_said(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, column: str, is_warned: bool
+@pytest.mark.parametrize(("column", "splits"), [("", {"train": 3, "test": 3}), (",validation", {"validation": 6})])
+def test_folders_in_a_table_tell_splits_and_a_column_goes_before_them(
+    tmp_path: Path, column: str, splits: dict[str, int]
 ) -> None:
-    rows = "".join(
-        f"{split}/{i}.png,card {i}{column and f',{split}'}\n" for split in ("train", "test") for i in range(3)
-    )
-    files = {"metadata.csv": f"file_name,caption{column}\n{rows}"} | pictures("train/") | pictures("test/")
-    prepare(write_files(tmp_path / "in", files), tmp_path / "out")
-    warning = (
-        "its pictures lie in folders of test and train, which no column says; add a column split, or all are one split"
-    )
-    assert (warning in caplog.messages) == is_warned
+    rows = "".join(f"{split}/{i}.png,card {i}{column}\n" for split in ("train", "test") for i in range(3))
+    files = {"metadata.csv": f"file_name,caption{column and ',split'}\n{rows}"} | pictures("train/") | pictures("test/")
+    found = prepare(write_files(tmp_path / "in", files), tmp_path / "out")["splits"]
+    assert {split: own["num_samples"] for split, own in found.items()} == splits
 
 
 def test_pictures_of_no_known_ending_alone(tmp_path: Path) -> None:

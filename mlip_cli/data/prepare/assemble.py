@@ -128,9 +128,6 @@ def _say_understood(source: DataSource, read: ReadOptions, survey: Survey, passe
         say(f"not read: {passed.in_words()}{cure}")
     if source.is_folder and source.format == "metadata" and (missing := missing_shards(source.tables)):
         warn(missing)
-    if source.format == "metadata" and len(survey.unread_splits) > 1:
-        words = " and ".join(sorted(survey.unread_splits))
-        warn(f"its pictures lie in folders of {words}, which no column says; add a column split, or all are one split")
     for name, why in source.unread_tables.items() if source.format == "classes" else ():
         warn(f"{escaped(name)}: not read as a table: {why}")
     for text in survey.looks.warnings(are_classes=source.format == "classes"):

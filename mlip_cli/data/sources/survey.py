@@ -4,13 +4,12 @@ import re
 import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from mlip_cli.data.sources.captions import CaptionLooks, shortened
 from mlip_cli.data.sources.find import LOOKED_FOR, DataSource, read_rows
 from mlip_cli.data.sources.listing import PassedOver, ending, is_picture, is_table, is_unread_picture, kind_of
 from mlip_cli.data.sources.picture_paths import PathFinder
-from mlip_cli.data.sources.records import ReadOptions, Record, split_of_folder
+from mlip_cli.data.sources.records import ReadOptions, Record
 from mlip_cli.data.sources.shared_pictures import SharedPictures
 from mlip_cli.data.sources.sidecars import TEXT_ENDINGS
 from mlip_cli.errors import RunError, UsageError
@@ -41,8 +40,6 @@ class Survey:
     looks: CaptionLooks = field(default_factory=CaptionLooks)
     spelled: PassedOver = field(default_factory=PassedOver)
     """Paths that were found by another spelling."""
-    unread_splits: set[str] = field(default_factory=set)
-    """Splits that folders of pictures tell, where their rows tell none."""
 
     def add(self, record: Record) -> None:
         """Count a row and what it says."""
@@ -59,8 +56,6 @@ class Survey:
                 self.missing += 1
                 self.first_missing = self.first_missing or record.detail
             return
-        if record.split is None and (split := split_of_folder(Path(record.detail))[0]):
-            self.unread_splits.add(split)
         self.captions += len(record.captions)
         self.looks.look_at(record.captions)
         if record.same:

@@ -100,8 +100,9 @@ class PictureCell(NamedTuple):
 def _record(plan: TablePlan, finder: PathFinder, number: int, row: Row) -> Record:
     if isinstance(row, str):
         return Record(plan.name, number, None, (), reject=row)
-    split, label, columns = plan.split, row.get("class"), [column for column, _ in plan.chosen.captions]
+    label, columns = row.get("class"), [column for column, _ in plan.chosen.captions]
     cell = _picture(row.get(plan.chosen.image), finder)
+    split = plan.split or split_of_folder(Path(cell.detail))[0]
     if row.get("split") is not None:
         word = str(row["split"]).strip()
         split = SPLIT_WORDS.get(word.lower()) or split_in_name(word)
