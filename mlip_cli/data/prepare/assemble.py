@@ -68,7 +68,7 @@ def prepare(source: DataSource, out: Path, read: ReadOptions, request: dict[str,
     with progress(None, "counting rows"):
         survey = surveyed(source, read)
     passed = passed_over(source, survey)
-    _say_understood(source, read, survey, passed)
+    _say_understood(source, survey, passed)
     _check_disk(
         out, num_rows=survey.pictures, size=request["size"], source_bytes=sum(file.size for file in source.files)
     )
@@ -113,12 +113,12 @@ def prepare(source: DataSource, out: Path, read: ReadOptions, request: dict[str,
     return summary
 
 
-def _say_understood(source: DataSource, read: ReadOptions, survey: Survey, passed: PassedOver) -> None:
+def _say_understood(source: DataSource, survey: Survey, passed: PassedOver) -> None:
     """What was understood of the source, the first pairs, what is not read, and what looks wrong."""
     say(f"{source.name}: {source.describe()}; {survey.in_words()}")
     source.notes.tell_readings(source.name, say=say)
     if source.format == "metadata":
-        say("; ".join(dict.fromkeys(plan.in_words() for plan in source.planned_tables(read))))
+        say("; ".join(dict.fromkeys(plan.in_words() for plan in source.table_plans)))
     if survey.first:
         say(f"first: {'; '.join(survey.first)}")
     if survey.spelled.counts:

@@ -112,13 +112,14 @@ class DataSource:
         files = tuple(replace(file, name=file.name[len(wrapper) + 1 :]) for file in self.files)
         return replace(self, root=self.root / wrapper, files=files)
 
-    def planned_tables(self, read: ReadOptions) -> list[TablePlan]:
+    @cached_property
+    def table_plans(self) -> list[TablePlan]:
         """How the tables are read.
 
         Raises:
             UsageError: a table cannot be read, its columns cannot be guessed, or its pictures lie in several folders.
         """
-        return planned_tables(self.root, self.tables, read, pictures=self.images() if self.is_folder else None)
+        return planned_tables(self.root, self.tables, self.read, pictures=self.images() if self.is_folder else None)
 
     def images(self) -> list[str]:
         """The files with the ending of a picture."""
@@ -144,7 +145,8 @@ class DataSource:
 
 def _described_tables(source: DataSource) -> str:
     names = ", ".join(map(escaped, source.tables[:MOST_NAMED]))
-    return f"pictures in {names}{f' and {len(source.tables) - MOST_NAMED} more' * (len(source.tables) > MOST_NAMED)}"
+    num_others = len(source.tables) - MOST_NAMED
+    return f"pictures in {names} and {num_others} more" if num_others > 0 else f"pictures in {names}"
 
 
 def _described_sidecars(source: DataSource) -> str:
@@ -169,7 +171,7 @@ SOURCE_FORMATS = {
     ),
     "metadata": SourceFormat(
         fits=lambda found: bool(found.tables),
-        records=lambda source, read: table_records(source.planned_tables(read)),
+        records=lambda source, read: table_records(source.table_plans),
         describe=_described_tables,
     ),
     "webdataset": SourceFormat(
@@ -215,17 +217,29 @@ def find_source(source: str, *, format: str = "auto", read: ReadOptions = ANY_CO
             return recognised
     if format != "auto":
         raise UsageError(f"{source}: not of format {format}: {_what_is_there(found)}; looked for {LOOKED_FOR}")
-    nothing = ", no pictures" if found.is_folder and found.files else ""
-    missing = ", but no captions for the pictures" if found.images() else nothing
+    reasons = [f"{escaped(name)}: {reason}" for name, reason in islice(inner.unread_tables.items(), MOST_NAMED)]
+    why = "; ".join([f"{_what_is_there(found)}{_missing(found)}", *_cures(found), *reasons])
+    raise UsageError(f"{source}: {why}; looked for {LOOKED_FOR}")
+
+
+def _missing(found: DataSource) -> str:
+    """What a source of no known format lacks."""
+    if found.images():
+        return ", but no captions for the pictures"
+    return ", no pictures" if found.is_folder and found.files else ""
+
+
+def _cures(found: DataSource) -> Iterator[str]:
+    """What to do about files that are not read as they are."""
     stems = {name.rpartition(".")[0] for name in found.images()}
     if any(name.endswith(".json") and name.rpartition(".")[0] in stems for name in found.names):
-        missing += "; a .json beside a picture is not read: write its caption to a .txt"
-    is_unread = any(map(is_unread_picture, found.names)) and not found.images()
-    unread = "; convert its pictures to JPEG" if is_unread else ""
-    packed = [name for name in found.names if name.lower().endswith(ARCHIVES)]
-    unread += f"; unpack {escaped(packed[0])} first" if packed and not found.images() else ""
-    unread += "".join(f"; {escaped(name)}: {why}" for name, why in islice(inner.unread_tables.items(), MOST_NAMED))
-    raise UsageError(f"{source}: {_what_is_there(found)}{missing}{unread}; looked for {LOOKED_FOR}")
+        yield "a .json beside a picture is not read: write its caption to a .txt"
+    if found.images():
+        return
+    if any(map(is_unread_picture, found.names)):
+        yield "convert its pictures to JPEG"
+    if packed := [name for name in found.names if name.lower().endswith(ARCHIVES)]:
+        yield f"unpack {escaped(packed[0])} first"
 
 
 def _check_tables(source: DataSource, *, is_named: bool) -> None:

@@ -90,7 +90,7 @@ def surveyed(source: DataSource, read: ReadOptions) -> Survey:
     if survey.rows == 0:
         raise UsageError(f"{source.name}: read as {source.format}, it has no records; looked for {LOOKED_FOR}")
     if survey.missing == survey.rows and source.format == "metadata":
-        folders = sorted({str(plan.folder) for plan in source.planned_tables(read)})
+        folders = sorted({str(plan.folder) for plan in source.table_plans})
         raise UsageError(
             f"{source.name}: none of its {plural(survey.rows, 'picture')} is in {escaped(' or '.join(folders))} "
             f"(first: {escaped(survey.first_missing)}); {_cure_for_missing(survey.first_missing)}"
