@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-from mlip_cli.errors import UsageError
+from mlip_cli.errors import RunError, UsageError
 from mlip_cli.evaluate.datasets.benchmark import Benchmark
 from mlip_cli.evaluate.datasets.find import find_benchmark
 from mlip_cli.recipe.config import Recipe
@@ -17,6 +17,9 @@ VALIDATION = "validation"
 
 SWEPT_METHODS = tuple(method for method in METHODS if method != "random_drop")
 """Methods that merge. `random_drop` is for training only; a run that trained with it is swept as guided."""
+
+FAILURES = (UsageError, RunError, OSError)
+"""Errors of one data set that let the others be measured."""
 
 Failures = dict[str, Exception]
 """Errors by the name of their data set."""
@@ -70,7 +73,7 @@ def find_wanted(names: Sequence[str], *, root: Path | None, own: str | None = No
     for name in dict.fromkeys(names):
         try:
             benchmark = None if name == own else find_benchmark(name, root=root)
-        except (UsageError, OSError) as error:
+        except FAILURES as error:
             wanted.failures[name] = error
             continue
         if benchmark is not None:
