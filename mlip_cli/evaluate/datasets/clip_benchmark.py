@@ -13,7 +13,7 @@ from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
 from mlip_cli.data.pictures import RejectedPictureError, pillow_to_rgb
-from mlip_cli.data.sources.listing import is_leftover
+from mlip_cli.data.sources.listing import PassedOver, is_leftover
 from mlip_cli.data.sources.records import UnusableSampleError
 from mlip_cli.data.sources.tar_samples import GUESSED, TarNotes, parts_of_sample, samples_of
 from mlip_cli.data.tar import check_not_compressed, open_tar, read_members
@@ -24,8 +24,6 @@ from mlip_cli.files import read_lines
 from mlip_cli.paths import escaped
 from mlip_cli.terminal.output import say
 
-LEFT_OUT_SAMPLES = "samples "
-"""How the words for samples that are not measured begin."""
 IMAGENETV2_FOLDER = "ImageNetV2-matched-frequency"
 IMAGENETV2_PICTURES = 10_000
 
@@ -113,7 +111,7 @@ def open_web_shards(benchmark: Benchmark) -> Pictures:
         raise UsageError(
             f"{benchmark.name}: a data set for {' '.join(kind)}; eval-zeroshot needs one for classification"
         )
-    count = read_lines(_written(part / "nshards.txt"))
+    count = read_lines(_required(part / "nshards.txt"))
     if len(count) != 1 or not re.fullmatch("[0-9]{1,9}", count[0]):
         raise UsageError(f"{part / 'nshards.txt'}: not a number of shards")
     num_tars, num_there = int(count[0]), sum(1 for _ in part.glob("*.tar"))
@@ -122,32 +120,33 @@ def open_web_shards(benchmark: Benchmark) -> Pictures:
     if missing:
         num_missing = num_tars - len(tars) + len(missing)
         raise UsageError(f"{benchmark.name}: {num_missing} of {num_tars} shards are missing, such as {missing[0]}")
-    class_names = tuple(read_lines(_written(root / "classnames.txt")))
-    templates = templates_in(_written(root / "zeroshot_classification_templates.txt"))
+    class_names = tuple(read_lines(_required(root / "classnames.txt")))
+    templates = templates_in(_required(root / "zeroshot_classification_templates.txt"))
     for tar in tars:
         check_not_compressed(tar, "evaluation")
-    notes = TarNotes()
-    items = [item for tar in tars for item in labelled_pictures(tar, notes)]
+    notes, left_out = TarNotes(), PassedOver()
+    items = [item for tar in tars for item in labelled_pictures(tar, notes, left_out)]
     notes.tell_readings(benchmark.name, say=say)
-    num_left_out = sum(n for kind, n in notes.passed_over.counts.items() if kind.startswith(LEFT_OUT_SAMPLES))
-    if num_left_out > len(items) > 0:
-        raise RunError(f"{part}: {notes.passed_over.in_words()}; only {len(items):,} others have a picture and a class")
+    if sum(left_out.counts.values()) > len(items) > 0:
+        raise RunError(f"{part}: {left_out.in_words()}; only {len(items):,} others have a picture and a class")
     if not items:
         raise UsageError(f"{part}: no pictures with a .cls beside them")
-    return Pictures(class_names, templates, items, _load_tar_item, passed_over=notes.passed_over)
+    left_out.update(notes.passed_over)
+    return Pictures(class_names, templates, items, _load_tar_item, passed_over=left_out)
 
 
-def _written(path: Path) -> Path:
+def _required(path: Path) -> Path:
+    """`path`, once it is seen that the file is there."""
     if not path.is_file():
         raise UsageError(f"{path}: missing; write it with clip_benchmark_export_wds")
     return path
 
 
-def labelled_pictures(tar: Path, notes: TarNotes) -> Iterator[TarItem]:
+def labelled_pictures(tar: Path, notes: TarNotes, left_out: PassedOver) -> Iterator[TarItem]:
     """The pictures of a webdataset tar with the class number in a `.cls` beside each.
 
     Args:
-        notes: are added to.
+        notes: are added to. left_out: samples without a picture and a class are added to it.
 
     Raises:
         RunError: the tar is damaged, or a `.cls` holds no number.
@@ -158,10 +157,10 @@ def labelled_pictures(tar: Path, notes: TarNotes) -> Iterator[TarItem]:
             try:
                 parts = parts_of_sample(sample, GUESSED)
             except UnusableSampleError as error:
-                notes.passed_over.add(f"{LEFT_OUT_SAMPLES}with {error}", f"{tar.name}: {sample.key}")
+                left_out.add(f"samples with {error}", f"{tar.name}: {sample.key}")
                 continue
             if "cls" not in parts:
-                notes.passed_over.add(f"{LEFT_OUT_SAMPLES}without a class number", f"{tar.name}: {sample.key}")
+                left_out.add("samples without a class number", f"{tar.name}: {sample.key}")
                 continue
             label = opened.read(min(parts["cls"].size, 16), parts["cls"].offset).strip()
             if not label.isdigit():
