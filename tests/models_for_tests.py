@@ -1,7 +1,6 @@
 """Small real recipes and batches for tests."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,6 @@ from mlip_cli.losses.features import features_of
 from mlip_cli.losses.objective import Objective
 from mlip_cli.losses.words import count_captions
 from mlip_cli.model.clip import CLIP, build_model
-from mlip_cli.model.text import word_mask
 from mlip_cli.recipe.config import Recipe
 from mlip_cli.recipe.load import recipe_yaml
 from mlip_cli.runs.checkpoint import save_checkpoint
@@ -66,11 +64,6 @@ def loss_terms(objective: Objective, encoded: Encoded, batch: Batch) -> dict[str
     counts = count_captions(batch.token_ids, encoded.text_mask) if objective.counts_captions else None
     features = features_of(encoded, token_losses=objective.batch_token_losses, labels=batch.labels)
     return objective.batch_terms(features) | objective.sample_terms(encoded, batch.token_ids, counts)
-
-
-def with_word_ids(batch: Batch) -> Batch:
-    """The batch with the words that losses over words ask for."""
-    return replace(batch, word_ids=count_captions(batch.token_ids, word_mask(batch.token_ids)).word_ids)
 
 
 def make_run(folder: Path, recipe: Recipe, *, seed: int = 0) -> None:

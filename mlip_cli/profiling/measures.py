@@ -15,6 +15,7 @@ from mlip_cli.model.clip import CLIP
 from mlip_cli.profiling import flops
 from mlip_cli.profiling.breakdown import break_down, limit
 from mlip_cli.profiling.loader import measure_loader
+from mlip_cli.profiling.own_picture import losses_of_pictures
 from mlip_cli.profiling.result import (
     Gflops,
     LoaderFacts,
@@ -99,6 +100,7 @@ def measure(
         mfu=step_gflops / 1000 / step_s / peak,
         matmul=found.matmul,
         float32_matmul_precision=torch.get_float32_matmul_precision(),
+        token_losses=losses_of_pictures(profiled, datasets, batch_size=batch_size),
         peak_memory=StepMemory(what=f"training step of {batch_size} pairs", **vars(found.memory)),
     )
 
@@ -129,7 +131,7 @@ def speeds_of_towers(profiled: ProfiledModel, batch: Batch, rounds: int) -> list
 
     def text() -> None:
         with torch.inference_mode(), precision.autocast(device):
-            model.encode_text(batch.token_ids)
+            model.encode_text(batch.token_ids[: len(batch.images)])
 
     images: dict[str, Callable[[], None]] = {"image tower, rate 0": partial(image, model.merge_plan(0.0))}
     if model.plan.at:

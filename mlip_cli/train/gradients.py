@@ -84,16 +84,21 @@ def add_gradients(
         plan: merges of this step.
         part: opens a context by name around each part of the work, for a clock.
     """
-    counts = None
-    if objective.counts_captions:
-        counts = count_captions(batch.token_ids, word_mask(batch.token_ids))
-        batch = replace(batch, word_ids=counts.word_ids)
+    batch, counts = captions_counted(objective, batch)
     if micro_batch_size is None or micro_batch_size >= len(batch.images):
         terms = _at_once(model, objective, batch, counts, precision, plan, part)
     else:
         micro_batches = batch.split(micro_batch_size)
         terms = _by_micro_batches(model, objective, micro_batches, counts, precision, plan, part)
     return {name: value.detach() for name, value in terms.items()}
+
+
+def captions_counted(objective: Objective, batch: Batch) -> tuple[Batch, CaptionCounts | None]:
+    """The batch with the words of the global batch, and the counts of its captions, if a loss needs them."""
+    if not objective.counts_captions:
+        return batch, None
+    counts = count_captions(batch.token_ids, word_mask(batch.token_ids))
+    return replace(batch, word_ids=counts.word_ids), counts
 
 
 def _at_once(
