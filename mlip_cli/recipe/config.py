@@ -130,6 +130,9 @@ class Vision(Section):
     """Number of transformer blocks."""
     num_heads: Blocks | None = None
     """Attention heads in each block. The number must divide `width`."""
+    pool: Literal["mean"] | None = None
+    """Source of the picture's feature. mean: the mean of the patch tokens after the last norm; a tower given by sizes
+    then has no class token. null: the way of the architecture, which for a tower given by sizes is a class token."""
     drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Stochastic depth: probability of skipping the last block, falling linearly to 0 at the first."""
 
