@@ -89,6 +89,8 @@ def _batches(
         start_step=0,
         stop_step=num_steps,
         num_workers=0,
+        with_labels=recipe.losses.positives == "concept",
+        with_other_crop=recipe.losses.align is not None,
         part=part,
     )
 

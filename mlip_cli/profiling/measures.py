@@ -26,7 +26,7 @@ from mlip_cli.profiling.result import (
     StepMemory,
 )
 from mlip_cli.profiling.step import ClockedSeconds, ClockedStep, RepeatedStep, step_parts
-from mlip_cli.profiling.subject import ProfiledModel, caption_length, pinned, random_batch
+from mlip_cli.profiling.subject import ProfiledModel, caption_length, pinned
 from mlip_cli.profiling.timing import SquareMatmul, Timing, measure_interleaved, peak_memory, square_matmul
 from mlip_cli.recipe.config import Recipe
 from mlip_cli.recipe.merge_plan import MergePlan
@@ -34,6 +34,7 @@ from mlip_cli.runs.folder import now
 from mlip_cli.terminal.output import say
 from mlip_cli.terminal.panel import progress
 from mlip_cli.train.gradients import Precision
+from mlip_cli.train.noise import noise_batch
 from mlip_cli.train.setup import num_workers
 from mlip_cli.types import Batch
 
@@ -47,7 +48,7 @@ def measure(
     """Count and time everything on random pictures and words; the loader reads real ones."""
     model, recipe, device = profiled.model, profiled.recipe, profiled.device
     num_tokens, tokens_from = caption_length(recipe, datasets)
-    batch = random_batch(profiled, batch_size=batch_size, num_tokens=num_tokens)
+    batch = noise_batch(profiled.recipe, batch_size=batch_size, num_tokens=num_tokens, device=profiled.device)
     towers = speeds_of_towers(profiled, batch, rounds)
     loader = loader_facts(recipe, datasets)
     found = measure_step(profiled, batch, rounds)
