@@ -118,7 +118,7 @@ def cpu_s(run: Run) -> float | None:
     """CPU seconds of the training; None if a session was killed before it could say."""
     path = run.folder / CPU_TIMES
     lines = path.read_text().splitlines() if path.is_file() else []
-    if len(lines) != len(run.read_stamp().sessions):
+    if len(lines) < len(run.read_stamp().sessions):
         return None
     return round(sum(json.loads(line)["cpu_s"] for line in lines), 1)
 

@@ -16,11 +16,12 @@ from pathlib import Path
 
 from mlip_cli.__main__ import main as mlip
 from mlip_cli.runs.folder import Run, checkpoint_name
+from mlip_cli.train.signals import TERMINATED
 
 CPU_TIMES = "cpu_s.jsonl"
 """In the run's folder: a line with the CPU seconds of each session that ended by itself or by a signal."""
 
-POLL_S = 1.0
+POLL_S = 0.2
 
 
 def has_ended(run: Run, stop_at: int | None) -> bool:
@@ -57,7 +58,8 @@ def main() -> None:
     try:
         mlip()
     except SystemExit as end:
-        if not has_ended(run, stop_at) or end.code == 2:
+        is_as_asked = stop_at is not None and has_ended(run, stop_at) and end.code == TERMINATED
+        if end.code and not is_as_asked:
             raise
     finally:
         if run.folder.is_dir():
