@@ -173,7 +173,7 @@ def test_initial_kernels_are_local_around_the_seam() -> None:
 @pytest.mark.parametrize("kind", ["tokens", "dct", None])
 def test_the_branch_runs_under_bf16_autocast_and_reads_its_input(kind: str | None) -> None:
     chosen = {"input": kind} if kind else {}
-    recipe = small_recipe(model={"frequency": {"width": 32, "depth": 1, **chosen}})
+    recipe = small_recipe(model={"frequency": {"placement": "branch", "width": 32, "depth": 1, **chosen}})
     model, images = small_model(recipe, dtype=torch.float32).eval(), small_batch(2).images
 
     def features() -> torch.Tensor:

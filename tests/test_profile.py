@@ -24,11 +24,14 @@ from mlip_cli.profiling.measures import extra_share
 from mlip_cli.profiling.result import ProfileResult
 from mlip_cli.profiling.step import RepeatedStep
 from mlip_cli.profiling.timing import Timing
-from mlip_cli.recipe.config import LOSS_NAMES, Recipe
+from mlip_cli.recipe.config import Recipe
 from mlip_cli.recipe.load import recipe_yaml
 from mlip_cli.report import profiles
 from mlip_cli.terminal.endings import exit_code
+from mlip_cli.train.noise import noise_batch
 
+CPU = torch.device("cpu")
+LOSSES = ("spatial_global", "spatial_token", "frequency_global", "frequency_token")
 SMALL_DATA = {"train": "data/colors", "num_workers": 2}
 
 
@@ -155,7 +158,7 @@ def test_parts_add_up_to_the_step(run: ProfiledRun) -> None:
     assert sum(row["seconds"] for row in inside) + left["seconds"] == pytest.approx(result["whole_s"])
     assert sum(row["share"] for row in inside) + left["share"] == pytest.approx(1)
     assert {row["group"] for row in inside} == {"data", "forward", "losses", "backward", "optimizer"}
-    assert {row["part"] for row in inside if row["group"] == "losses"} == {*LOSS_NAMES, "shared by all losses"}
+    assert {row["part"] for row in inside if row["group"] == "losses"} == {*LOSSES, "shared by all losses"}
     assert 0 < left["outside_s"] < result["whole_s"]
     assert result["clocks_cost"] > -1
     assert result["limit"].keys() == {"part", "why"}

@@ -1,6 +1,6 @@
 """What the losses between all pairs of a batch read of it."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -73,7 +73,7 @@ def with_other_pictures(encoded: Encoded) -> Encoded:
     return replace(encoded, word_features=words, **{name: tensor.roll(1, 0) for name, tensor in found.items()})
 
 
-def features_of(encoded: Encoded, *, token_losses: Sequence[str] = (), labels: Tensor | None = None) -> Features:
+def features_of(encoded: Encoded, *, token_losses: Collection[str] = (), labels: Tensor | None = None) -> Features:
     """The part of `encoded` that losses between all pairs of a batch read.
 
     Args:

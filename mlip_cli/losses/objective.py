@@ -37,9 +37,10 @@ class Objective:
 
     def __init__(self, losses: Losses) -> None:
         self.terms: dict[str, Term] = {name: term for name in LOSS_NAMES if (term := getattr(losses, name)) is not None}
-        self.batch_token_losses = tuple(
-            name for name, term in self.terms.items() if isinstance(term, TokenLoss) and is_over_batch(term)
-        )
+        self.batch_token_losses = {
+            name: term.kind for name, term in self.terms.items() if isinstance(term, TokenLoss) and is_over_batch(term)
+        }
+        """Token loss over the batch -> its kind."""
         self.counts_captions = not all(is_over_batch(term) for term in self.terms.values())
         """True if there are losses inside pairs, which need `count_captions`."""
         self.shares_concepts = losses.positives == "concept"
@@ -120,7 +121,7 @@ class Objective:
         """
         read = features.tensors
         tokens, sizes, scale = read[f"tokens.{name}"], read[f"sizes.{name}"], read[f"scale.{name}"]
-        if self.terms[name].kind == "filip":
+        if self.batch_token_losses[name] == "filip":
             image_scores, text_scores = filip_scores(
                 tokens, sizes, *map(gather, filip_words(text_tokens, caption_mask))
             )

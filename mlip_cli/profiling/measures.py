@@ -54,7 +54,14 @@ def measure(
     found = measure_step(profiled, batch, rounds)
     plan, step_s = model.plan, found.timings[STEP].median_s
     parts = break_down(found.seconds, step_parts(found.step), loader=loader, batch_size=batch_size)
-    step_gflops = flops.step_gflops(model, model.training_plan, batch_size=batch_size, num_text_tokens=num_tokens)
+    step_gflops = flops.step_gflops(
+        model,
+        model.training_plan,
+        batch_size=batch_size,
+        num_text_tokens=num_tokens,
+        captions_per_image=profiled.recipe.data.captions_per_image,
+        other_crop=batch.other_images is not None,
+    )
     peak = next(line.tflops for line in found.matmul if line.precision == recipe.train.precision)
     return ProfileResult(
         measured_at=now(),
