@@ -124,7 +124,8 @@ def test_questions_ask_for_new_names_of_tokens_that_five_pictures_show() -> None
     assert training_of(trained * 3, tokens_of).tags == {"round"}
     assert questions_of(one("round cup"), training, tokens_of) == ["names", "tags"]
     assert questions_of(one("blue round cup"), training, tokens_of) == ["tags"]
-    assert questions_of(one("blue cup"), training, tokens_of) == ["tags"]  # an old name
+    assert questions_of(one("blue cup"), training_of(trained * 2, tokens_of), tokens_of) == ["tags"]  # an old name
+    assert questions_of(one("cup blue"), training_of(trained * 2, tokens_of), tokens_of) == ["names", "tags"]
     assert questions_of(one("blue cup", concept="c1", source="fluent"), training, tokens_of) == ["style"]
     assert questions_of(one("round cup", source="fluent"), training, tokens_of) == []
 
