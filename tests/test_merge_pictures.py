@@ -23,7 +23,7 @@ from mlip_cli.evaluate.panels import (
     spread,
 )
 from mlip_cli.evaluate.sweep import numbers_at_random
-from mlip_cli.model.merging import frequency_guidance, match, mid_ranks, patch_dct
+from mlip_cli.model.merging import frequency_guidance, mid_ranks, patch_dct, ward_cost
 from mlip_cli.types import MergeStage
 
 
@@ -54,11 +54,11 @@ def test_groups_grow_from_stage_to_stage() -> None:
 def test_stages_show_the_guidance_that_the_matching_used(monkeypatch: pytest.MonkeyPatch) -> None:
     received: list[Tensor] = []
 
-    def spy(metric: Tensor, guidance: Tensor, parity: Tensor, num_groups: int, *, strength: float) -> Tensor:
+    def spy(keys: Tensor, sizes: Tensor, guidance: Tensor, *halves: Tensor, strength: float) -> Tensor:
         received.append(guidance)
-        return match(metric, guidance, parity, num_groups, strength=strength)
+        return ward_cost(keys, sizes, guidance, *halves, strength=strength)
 
-    monkeypatch.setattr("mlip_cli.model.merge_pass.match", spy)
+    monkeypatch.setattr("mlip_cli.model.merge_pass.ward_cost", spy)
     images, (first, second) = stages_of(0.5, "guided")
     for stage in (first, second):
         assert stage.spatial is not None

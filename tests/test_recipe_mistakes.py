@@ -186,7 +186,7 @@ def test_a_mistake_in_a_parent_is_reported_in_the_parent() -> None:
         (["model.merging.rate=0.7"], "model.merging.rate=0.7: merge rate 0.7: the merge before block 2 would take 16 tokens to 5, and one merge removes at most half; lower the rate or add places to model.merging.at"),
         (["model.merging.rate=0.01"], "model.merging.rate=0.01: merge rate 0.01: removes none of 16 tokens; use 0, or at least 0.063"),
         (["model.merging={method: tome, guidance: inverse}"], "model.merging={method: tome, guidance: inverse}: model.merging.guidance: inverse has no effect with method tome; set it to mixed"),
-        (["model.merging={method: tome, strength: 1.0}"], "model.merging={method: tome, strength: 1.0}: model.merging.strength: 1.0 has no effect with method tome; set it to 0.25"),
+        (["model.merging={method: tome, strength: 1.0}"], "model.merging={method: tome, strength: 1.0}: model.merging.strength: 1.0 has no effect with method tome; set it to 2.0"),
         (["model={init: runs/a, freeze: text, text: {dropout: 0.1}}"], "model={init: runs/a, freeze: text, text: {dropout: 0.1}}: model.text.dropout: 0.1 has no effect in a frozen tower; set it to 0"),
         (["model.frequency={placement: stem, width: 8, depth: 1}", "losses.frequency_token={}"], "model.frequency={placement: stem, width: 8, depth: 1}: model.frequency.width: 8, but the blocks of a stem are as wide as the tower; use 32"),
         (["model.frequency={placement: stem, width: 32}", "losses.frequency_token={}"], "model.frequency={placement: stem, width: 32}: model.frequency.depth: 2 leaves no attention block in a tower of 2 blocks; use less"),

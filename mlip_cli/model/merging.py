@@ -1,4 +1,4 @@
-"""Token merging as pure functions: a matching, a weighted mean, guidance.
+"""Token merging as pure functions: the cost of a merge, a matching, a weighted mean, guidance.
 
 Sources: bipartite soft matching and proportional attention, "Token Merging: Your ViT But Faster" (Bolya et al., ICLR
 2023); guidance by the spatial and the frequency domain, our reading of MLIP (Zhang et al., ICML 2024); random drops of
@@ -28,30 +28,59 @@ def index_parity(n: int, *, device: torch.device | None = None) -> Tensor:
     return torch.arange(n, device=device) % 2 == 1
 
 
-@torch.no_grad()
-def match(metric: Tensor, guidance: Tensor | None, parity: Tensor, num_groups: int, *, strength: float) -> Tensor:
-    """Group N tokens into K: (B, N, d), (B, N) in [0, 1] or None, (N,) bool, K -> (B, N) int64 in [0, K).
+def halves(parity: Tensor) -> tuple[Tensor, Tensor]:
+    """Numbers of the even and of the odd tokens: (N,) bool -> (N - N//2,), (N//2,).
 
-    Each token of the even set proposes its best edge to a token of the odd set, and the N-K best edges merge. An edge
-    is the cosine similarity, less `strength` times the larger guidance of its two ends. Equal edges merge in token
-    order. Groups are numbered by their smallest token. `parity` comes from `grid_parity` or `index_parity`: floor(N/2)
-    of its tokens are odd. (Counting them here would break a compiled graph in two.)
+    `parity` comes from `grid_parity` or `index_parity`: floor(N/2) of its tokens are odd. (Counting them here would
+    break a compiled graph in two.)
     """
-    batch, n, _ = metric.shape
+    n = len(parity)
+    even, odd = parity.int().argsort(stable=True).split([n - n // 2, n // 2])
+    return even, odd
+
+
+@torch.no_grad()
+def cosine_cost(keys: Tensor, even: Tensor, odd: Tensor) -> Tensor:
+    """Minus the cosine similarity of each even to each odd token (ToMe): (B, N, d) -> (B, N - N//2, N//2)."""
+    keys = F.normalize(keys.to(torch.promote_types(keys.dtype, torch.float32)), dim=-1, eps=1e-6)
+    with torch.autocast(keys.device.type, enabled=False):
+        return -(keys[:, even] @ keys[:, odd].transpose(1, 2))
+
+
+@torch.no_grad()
+def ward_cost(keys: Tensor, sizes: Tensor, guidance: Tensor, even: Tensor, odd: Tensor, *, strength: float) -> Tensor:
+    """What merging an even and an odd token changes: (B, N, d), (B, N), (B, N) in [0, 1] -> (B, N - N//2, N//2).
+
+    The squared distances of all patches to the key of their token grow by s_i s_j / (s_i + s_j) * |k_i - k_j|^2 in sum
+    (Ward, 1963). The larger guidance g of the two ends multiplies it by 1 + strength * g: equal tokens merge for nothing, and
+    a change of an important token costs more. Our reading of MLIP.
+    """
+    keys = keys.to(torch.promote_types(keys.dtype, torch.float32))
+    keys = keys - keys.mean(1, keepdim=True)  # smaller numbers cancel less
+    a, b = keys[:, even], keys[:, odd]
+    squares = (a.square().sum(-1)[:, :, None], b.square().sum(-1)[:, None])
+    with torch.autocast(keys.device.type, enabled=False):
+        distances = (squares[0] + squares[1] - 2 * a @ b.transpose(1, 2)).clamp(min=0)
+    size_a, size_b = sizes[:, even, None], sizes[:, None, odd]
+    weights = 1 + strength * torch.maximum(guidance[:, even, None], guidance[:, None, odd])
+    return distances * (size_a * size_b / (size_a + size_b)) * weights
+
+
+@torch.no_grad()
+def match(cost: Tensor, even: Tensor, odd: Tensor, num_groups: int) -> Tensor:
+    """Group N tokens into K at the least cost: (B, N - N//2, N//2), K -> (B, N) int64 in [0, K).
+
+    Each even token proposes its cheapest odd token, and the N-K cheapest proposals merge (bipartite soft matching).
+    Equal costs merge in token order. Groups are numbered by their smallest token.
+    """
+    batch, n = len(cost), len(even) + len(odd)
     removed = n - num_groups
     assert 0 <= removed <= n // 2, (n, num_groups)
-    index = torch.arange(n, device=metric.device).expand(batch, n)
+    index = torch.arange(n, device=cost.device).expand(batch, n)
     if removed == 0:
         return index.clone()
-    even, odd = parity.int().argsort(stable=True).split([n - n // 2, n // 2])
-    metric = F.normalize(metric.to(torch.promote_types(metric.dtype, torch.float32)), dim=-1, eps=1e-6)
-    with torch.autocast(metric.device.type, enabled=False):
-        edges = metric[:, even] @ metric[:, odd].transpose(1, 2)
-    if guidance is not None:
-        guidance = guidance.to(edges.dtype)
-        edges = edges - strength * torch.maximum(guidance[:, even, None], guidance[:, None, odd])
-    best, partner = edges.max(dim=-1)
-    proposers = best.argsort(dim=-1, descending=True, stable=True)[:, :removed]
+    least, partner = cost.min(dim=-1)
+    proposers = least.argsort(dim=-1, stable=True)[:, :removed]
 
     target = index.clone()
     target.scatter_(1, even[proposers], odd[partner.gather(1, proposers)])

@@ -29,7 +29,7 @@ from mlip_cli.terminal.output import print_lines, print_table
 SETTINGS = (("guided", 0.3), ("guided", 0.5), ("tome", 0.3), ("tome", 0.5), ("random_drop", 0.5))
 BATCH_SIZE, ROUNDS = 4, 5
 PARTS = {
-    "matching": ("match",),
+    "matching": ("cosine_cost", "ward_cost", "match"),
     "guidance": ("frequency_guidance", "mid_ranks", "mix_guidance", "group_mean"),
     "merging": ("merge_tokens", "group_sizes", "size_mask", "compose"),
 }
