@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from mlip_cli.evaluate.datasets.benchmark import Benchmark
 from mlip_cli.evaluate.datasets.find import find_benchmark
 from mlip_cli.evaluate.datasets.open import open_benchmark
 from mlip_cli.evaluate.evaluators import measure_runs
-from mlip_cli.evaluate.merge_points import Point, speeds
+from mlip_cli.evaluate.merge_points import Point, distortions, speeds
 from mlip_cli.evaluate.results import (
     FailedData,
     PairedTest,
@@ -44,6 +44,10 @@ FAILURES = (UsageError, RunError, OSError)
 
 PREPARED = frozenset({"openmoji", "shards", "imagenet_shards"})
 """Kinds of data sets that `prepare-data` writes, with a card."""
+
+
+DISTORTED_PICTURES = 1_000
+"""Pictures of a data set on which the distortion is measured, or all if there are fewer."""
 
 
 @dataclass(frozen=True)
@@ -251,7 +255,10 @@ def measure_sweep(
     failed = {name: str(error) for name, error in failures.items()}
     for dataset in datasets:
         try:
-            scores.append(dataset.measure(points))
+            found = dataset.measure(points)
+            images = torch.stack([chosen.image for chosen in dataset.choose(DISTORTED_PICTURES)])
+            moved = distortions(loaded, points, images, batch_size=batch_size)
+            scores.append(replace(found, distortion=moved))
         except FAILURES as error:
             failed[dataset.name] = str(error)
     return SweepResult(

@@ -52,8 +52,8 @@ def ward_cost(keys: Tensor, sizes: Tensor, guidance: Tensor, even: Tensor, odd: 
     """What merging an even and an odd token changes: (B, N, d), (B, N), (B, N) in [0, 1] -> (B, N - N//2, N//2).
 
     The squared distances of all patches to the key of their token grow by s_i s_j / (s_i + s_j) * |k_i - k_j|^2 in sum
-    (Ward, 1963). The larger guidance g of the two ends multiplies it by 1 + strength * g: equal tokens merge for nothing, and
-    a change of an important token costs more. Our reading of MLIP.
+    (Ward, 1963). The larger guidance g of the two ends multiplies it by 1 + strength * g. So equal tokens merge for
+    nothing, and a change of an important token costs more. Our reading of MLIP.
     """
     keys = keys.to(torch.promote_types(keys.dtype, torch.float32))
     keys = keys - keys.mean(1, keepdim=True)  # smaller numbers cancel less
