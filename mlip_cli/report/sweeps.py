@@ -28,11 +28,14 @@ from mlip_cli.report.tables import (
 )
 from mlip_cli.terminal.output import percent, plural
 
-PARETO = "pareto"
-"""Beginning of the names of chart files."""
+PARETO, DISTORTION = "pareto", "distortion"
+"""Beginnings of the names of chart files."""
 
 CUT = "Whiskers are 95 % intervals. The table has those that leave the chart."
 """Below a chart of accuracy against speed."""
+
+MOVED = "Distortion says how far merging moves the features of pictures. It needs no labels, and lower is better."
+"""Below a chart of distortion against speed."""
 
 
 def print_sweep(sweep: SweepResult) -> None:
@@ -158,6 +161,7 @@ def sweep_section(record: RunRecord, charts: Mapping[str, Chart]) -> Html:
         "sweep",
         "Merge sweep",
         *(figure(chart.in_page(), CUT, kind="wide") for name, chart in charts.items() if name.startswith(PARETO)),
+        *(figure(chart.in_page(), MOVED, kind="wide") for name, chart in charts.items() if name.startswith(DISTORTION)),
         note(f"Step {sweep.step:,}."),
         *tables(sweep_tables(sweep)),
         *map(note, failures_words(sweep)),
@@ -167,8 +171,14 @@ def sweep_section(record: RunRecord, charts: Mapping[str, Chart]) -> Html:
 def sweep_charts(record: RunRecord) -> dict[str, Chart]:
     """Charts that are written as files too, by name: accuracy against speed on each data set."""
     sweep = record.newest(SweepResult)
-    charts = [*pareto_charts([(record.name, sweep)]), *_distortion_charts(sweep)] if sweep is not None else []
-    return {PARETO if number == 1 else f"{PARETO}_{number}": chart for number, chart in enumerate(charts, start=1)}
+    if sweep is None:
+        return {}
+    named = {PARETO: pareto_charts([(record.name, sweep)]), DISTORTION: _distortion_charts(sweep)}
+    return {
+        name if number == 1 else f"{name}_{number}": chart
+        for name, charts in named.items()
+        for number, chart in enumerate(charts, start=1)
+    }
 
 
 def _distortion_charts(sweep: SweepResult) -> list[Chart]:
@@ -180,13 +190,14 @@ def _distortion_charts(sweep: SweepResult) -> list[Chart]:
         for point in dataset.distortion:
             by_method.setdefault(str(point.method), [(1.0, 0.0)]).append((speeds[point.key], 1000 * point.mean))
         if by_method:
+            curves = [
+                Curve(name, [x for x, _ in dots], [y for _, y in dots], series)
+                for series, (name, dots) in enumerate(by_method.items())
+            ]
             charts.append(
                 curves_chart(
                     f"{dataset.dataset}: distortion against speed",
-                    [
-                        Curve(name, *zip(*dots, strict=True), series=i)
-                        for i, (name, dots) in enumerate(by_method.items())
-                    ],
+                    curves,
                     x_label="measured speed, × rate 0 of the same run",
                     y_label="1000 × (1 − cosine to the unmerged feature)",
                 )
