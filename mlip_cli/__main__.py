@@ -9,8 +9,9 @@ def main() -> None:
     if is_listening:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     from mlip_cli import cli
-    from mlip_cli.terminal import endings
+    from mlip_cli.terminal import endings, output
 
+    output.open_streams()
     if is_listening:
         signal.signal(signal.SIGINT, endings.interrupt)
     cli.main()

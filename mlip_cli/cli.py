@@ -8,14 +8,17 @@ import typer
 
 from mlip_cli import __version__
 from mlip_cli.terminal.endings import exit_code
-from mlip_cli.terminal.output import say, start_logging
+from mlip_cli.terminal.output import start_logging
 from mlip_cli.terminal.values import (
     checked_measured_run,
+    checked_path,
     checked_run,
+    checked_text,
     complete_override,
     complete_recipe,
     flat,
     split,
+    split_datasets,
     split_rates,
 )
 
@@ -46,18 +49,23 @@ Device = Annotated[
     Literal["auto", "cuda", "mps", "cpu"], typer.Option(metavar="NAME", help="auto, cuda, mps (untested) or cpu.")
 ]
 DataRoot = Annotated[
-    Path | None, typer.Option(help="Folder that holds data sets. Default: $MLIP_DATA, else data/.", show_default=False)
+    Path | None,
+    typer.Option(
+        callback=checked_path,
+        help="Folder that holds data sets. Default: $MLIP_DATA, else data/.",
+        show_default=False,
+    ),
 ]
 Datasets = Annotated[
     list[list] | None,
     typer.Option(
         "--dataset",
-        parser=split,
+        parser=split_datasets,
         metavar="NAME[,NAME]",
         help="Data sets. Repeat the option, or separate names by commas.",
     ),
 ]
-BatchSize = Annotated[int, typer.Option(min=1, help="Pictures in one forward pass.")]
+BatchSize = Annotated[int, typer.Option(min=1, max=65_536, help="Pictures in one forward pass.")]
 
 
 @app.callback()
@@ -72,9 +80,19 @@ def _root(
 @app.command(epilog="Example: mlip prepare-data openmoji data/openmoji")
 def prepare_data(
     source: Annotated[
-        str, typer.Argument(metavar="SOURCE", help="A folder, a table, a tar, a pattern of tars, or openmoji.")
+        str,
+        typer.Argument(
+            metavar="SOURCE",
+            callback=checked_text,
+            help="A folder, a table, a tar (.tar.gz too), a pattern of tars, or openmoji.",
+        ),
     ],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write train/ and validation/ or test/ into.")],
+    out: Annotated[
+        Path,
+        typer.Argument(
+            metavar="OUT", callback=checked_path, help="Folder to write train/ and validation/ or test/ into."
+        ),
+    ],
     format: Annotated[
         str,
         typer.Option(help="auto, openmoji, metadata, sidecar, classes or webdataset; auto: detected from the files."),
@@ -82,26 +100,46 @@ def prepare_data(
     size: Annotated[
         int | None,
         typer.Option(
-            min=8, help="Short side of stored pictures, in pixels. Default: 256; openmoji: 64.", show_default=False
+            min=8,
+            max=4_096,
+            help="Short side of stored pictures, in pixels. Default: 256; openmoji: 64.",
+            show_default=False,
         ),
     ] = None,
     holdout: Annotated[
-        float,
+        float | None,
         typer.Option(
-            min=0.0, max=0.5, help="Share of the pictures to hold out as validation/, if the source has no splits."
+            min=0.0,
+            max=0.5,
+            help="Share of the pictures to hold out as validation/, if the source has no splits. Default: a tenth; of "
+            "more than 5,000 rows 500 pictures; of more than 25,000 a fiftieth.",
+            show_default=False,
         ),
-    ] = 0.02,
-    limit: Annotated[int | None, typer.Option(min=1, help="Use only the first N records of the source.")] = None,
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, max=10**12, help="Use only the first N rows of the source.")
+    ] = None,
     image_column: Annotated[
-        str | None, typer.Option(help="Column that holds the picture's path. Default: found by its name.")
+        str | None,
+        typer.Option(help="Column that holds the picture's path, or its field in a tar. Default: found by its name."),
     ] = None,
     caption_column: Annotated[
-        str | None, typer.Option(help="Column that holds the caption. Default: found by its name.")
+        str | None,
+        typer.Option(
+            metavar="NAME[:WEIGHT][,...]",
+            help="Column that holds the caption, or its key in a tar's KEY.json; several columns of a table, with "
+            "weights: title:2,text. Default: found by its name.",
+        ),
+    ] = None,
+    image_folder: Annotated[
+        str | None, typer.Option(help="Folder that paths in a table are relative to. Default: found, or the table's.")
     ] = None,
     skin_tones: Annotated[
         bool, typer.Option("--skin-tones", help="openmoji only: include the skin-tone variants.")
     ] = False,
-    workers: Annotated[int | None, typer.Option(min=1, help="Number of processes. Default: one for each core.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, max=1_024, help="Number of processes. Default: one for each core.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Turn pictures and captions into shards that training reads."""
@@ -112,7 +150,7 @@ def prepare_data(
         source,
         out,
         format=format,
-        read=ReadOptions(limit, image_column, caption_column, skin_tones),
+        read=ReadOptions(limit, image_column, caption_column, skin_tones, image_folder),
         size=size,
         holdout=holdout,
         workers=workers,
@@ -126,6 +164,7 @@ def pretrain(
         str,
         typer.Argument(
             metavar="RECIPE",
+            callback=checked_text,
             autocompletion=complete_recipe,
             help="A recipe file, or the name of a shipped recipe.",
         ),
@@ -139,7 +178,8 @@ def pretrain(
         ),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Run folder to write. Default: runs/RECIPE-TIME.", show_default=False)
+        Path | None,
+        typer.Option(callback=checked_path, help="Run folder to write. Default: runs/RECIPE-TIME.", show_default=False),
     ] = None,
     resume: Annotated[
         bool,
@@ -177,13 +217,14 @@ def merge_sweep(
     dataset: Datasets = None,
     data_root: DataRoot = None,
     batch_size: BatchSize = 64,
-    rounds: Annotated[int, typer.Option(min=5, help="Timed rounds. Each round measures all rates in turn.")] = 9,
-    pictures: Annotated[int, typer.Option(min=0, help="Number of pictures to draw merges on; 0: none.")] = 8,
+    rounds: Annotated[
+        int, typer.Option(min=5, max=10_000, help="Timed rounds. Each round measures all rates in turn.")
+    ] = 9,
+    pictures: Annotated[int, typer.Option(min=0, max=1_000, help="Number of pictures to draw merges on; 0: none.")] = 8,
     device: Device = "auto",
     json: Json = False,
 ) -> None:
     """Measure speed and accuracy at several merge rates."""
-    say("loading PyTorch")
     from mlip_cli.commands import merge_sweep as command
 
     command.merge_sweep(
@@ -243,12 +284,11 @@ def profile(
         ),
     ] = None,
     batch_size: BatchSize = 32,
-    rounds: Annotated[int, typer.Option(min=5, help="Timed rounds.")] = 5,
+    rounds: Annotated[int, typer.Option(min=5, max=10_000, help="Timed rounds.")] = 5,
     device: Device = "auto",
     json: Json = False,
 ) -> None:
     """Measure parameters, GFLOPs, throughput and memory."""
-    say("loading PyTorch")
     from mlip_cli.commands import profile as command
 
     command.profile(target, batch_size=batch_size, rounds=rounds, device=device, as_json=json)
@@ -265,6 +305,7 @@ def report(
     out: Annotated[
         Path | None,
         typer.Option(
+            callback=checked_path,
             help="File to write. Default: RUN/report.html; for several runs, comparison.html beside them.",
             show_default=False,
         ),

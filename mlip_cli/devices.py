@@ -4,6 +4,8 @@ import ctypes
 import os
 import platform
 import resource
+import shlex
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -74,6 +76,19 @@ def pick_device(name: str) -> torch.device:
             )
         return torch.device("cuda", number)
     return torch.device(name)
+
+
+def compiler(device: str) -> tuple[str, str]:
+    """The language and the command of the compiler that torch.compile calls for a device; $CXX or $CC may name it."""
+    if device == "cuda":
+        return "C", os.environ.get("CC") or "gcc"
+    return "C++", os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
+
+
+def find_compiler(device: str) -> str | None:
+    """Where that compiler lies; None if it is not installed."""
+    words = shlex.split(compiler(device)[1])
+    return shutil.which(words[0]) if words else None
 
 
 def synchronize(device: torch.device) -> None:

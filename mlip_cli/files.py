@@ -1,15 +1,17 @@
-"""Files that are either whole or absent, and locks between processes."""
+"""Files that are either whole or absent, JSON that is checked when it is read, and locks between processes."""
 
 import errno
 import fcntl
 import json
 import os
+import re
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from mlip_cli.errors import RunError
+from mlip_cli.errors import RunError, UsageError
 
 GIB = 2**30
 """Bytes."""
@@ -27,10 +29,29 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def temporary_path(path: Path) -> Path:
+    """The name beside `path` that this process writes under until the content is whole."""
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def writer_of(path: Path) -> int | None:
+    """The number of the process that made a temporary name; None: the name is not one of `temporary_path`."""
+    found = re.fullmatch(r"\..+\.(\d+)\.tmp", path.name)
+    return int(found[1]) if found else None
+
+
+def remove(path: Path) -> None:
+    """Delete a file, a folder with all that is in it, or a link, whose target stays. What is missing is fine."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary name beside `path`. On success it is synced and renamed to `path`, on any error removed."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_path(path)
     try:
         yield temporary
         with open(temporary, "rb") as file:
@@ -63,13 +84,40 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_text(path: Path, content: str) -> None:
-    """Replace `path` atomically with UTF-8 text."""
-    write_bytes(path, content.encode())
+    """Replace `path` atomically with UTF-8 text. What UTF-8 lacks, as in some names of files, is escaped as in JSON."""
+    write_bytes(path, content.encode("utf-8", "backslashreplace"))
 
 
 def write_json(path: Path, value: Any) -> None:
     """Replace `path` atomically with strict, readable JSON."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object that a file holds.
+
+    Raises:
+        ValueError: it holds something else; the text says what.
+    """
+    try:
+        value = json.loads(path.read_bytes())
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if not isinstance(value, dict):
+        raise ValueError("not a JSON object")
+    return value
+
+
+def read_own_object(path: Path, *, cure: str) -> dict[str, Any]:
+    """The same for a file that mlip writes whole, so that damage came from elsewhere.
+
+    Raises:
+        UsageError: it holds something else; the message ends with `cure`.
+    """
+    try:
+        return read_object(path)
+    except ValueError as error:
+        raise UsageError(f"{path}: damaged ({error}); {cure}") from None
 
 
 def lock(file: IO[Any], *, when_held: Callable[[], None]) -> None:

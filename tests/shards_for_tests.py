@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from mlip_cli.data.index import write_index
+from mlip_cli.data.index import HEADER, RECORD, checksum, index_path, place_of, write_index
 from mlip_cli.data.prepare.shards import sample_parts, tar_writer, verify_tar
 from mlip_cli.data.tokenizer import Tokenizer
 from mlip_cli.files import write_json
@@ -72,6 +72,17 @@ def index_shard(path: Path, num_tokens: Sequence[int]) -> dict[str, Any]:
     verified = verify_tar(path, num_tokens)
     write_index(path, verified.records, tar_bytes=verified.num_bytes, sha256=verified.sha256)
     return {"name": path.name, "n": len(verified.records), "bytes": verified.num_bytes, "sha256": verified.sha256}
+
+
+def give_checksums(path: Path) -> None:
+    """Write the index of a tar of ours that was changed in place as if it had been written so."""
+    header = np.fromfile(index_path(path), HEADER, count=1)[0]
+    records = np.fromfile(index_path(path), RECORD, offset=HEADER.itemsize)
+    content = path.read_bytes()
+    for record in records:
+        place = place_of(record, is_prepared=True)
+        record["crc32"] = checksum(record, content[place.start : place.end])
+    write_index(path, records, tar_bytes=len(content), sha256=bytes(header["sha256"]).hex())
 
 
 def _names(i: int) -> tuple[str, str]:

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from shards_for_tests import make_dataset
 
+from mlip_cli.data.sources.wordnet import imagenet_classes
 from mlip_cli.errors import RunError, UsageError
 from mlip_cli.evaluate.datasets.find import CLIP_BENCHMARK, SETS, data_root, find_benchmark
 from mlip_cli.evaluate.datasets.open import names_of, open_benchmark
@@ -145,7 +146,9 @@ def test_folder_with_names_and_templates(tmp_path: Path) -> None:
 
 
 def test_bad_folders_get_one_line(tmp_path: Path) -> None:
-    assert usage_error(f"folder:{tmp_path}/no", tmp_path) == f"folder:{tmp_path}/no: no such folder"
+    assert usage_error(f"folder:{tmp_path}/no", tmp_path) == (
+        f"folder:{tmp_path}/no: no such folder; name one that holds a folder of pictures for each class"
+    )
     assert usage_error("folder:", tmp_path) == "folder:: no path; write folder:PATH"
     cure = f"; make one folder for each class in {tmp_path}/"
     assert usage_error(f"folder:{tmp_path}", tmp_path) == f"folder:{tmp_path}: no pictures{cure}"
@@ -162,7 +165,7 @@ PPM = b"P6 2 2 255 " + bytes(12)
 
 @pytest.mark.parametrize("content", [picture()[:300], PPM, b""])
 def test_a_picture_that_cannot_be_read_is_named(content: bytes, tmp_path: Path) -> None:
-    write(tmp_path / "cat" / "a.jpg", picture())
+    write(tmp_path / "dog" / "a.jpg", picture())
     broken = write(tmp_path / "cat" / "b.jpg", content)
     with pytest.raises(RunError, match=rf"^{broken}: (damaged|not a) picture: .*; repair this picture or remove it$"):
         labels(opened(f"folder:{tmp_path}", tmp_path))
@@ -196,7 +199,11 @@ def test_equal_pictures_accept_each_others_names() -> None:
 def test_imagenet_from_wordnet_folders(tmp_path: Path) -> None:
     for wnid in WNIDS:
         write(tmp_path / "imagenet" / "val" / wnid / "ILSVRC2012_val_00000001.JPEG", picture())
+        write(tmp_path / "imagenet" / "val" / wnid / "._ILSVRC2012_val_00000001.JPEG", "")
+    write(tmp_path / "imagenet" / "val" / ".ipynb_checkpoints" / "a.JPEG", picture())
+    write(tmp_path / "imagenet" / "val" / WNIDS[0] / "a.heic", "")
     pictures = opened("imagenet", tmp_path)
+    assert pictures.passed_over.in_words() == f"1 .heic files (first: {WNIDS[0]}/a.heic)"
     assert labels(pictures) == [0, 1, 999]
     assert len(pictures.class_names) == 1000
     assert len(pictures.templates) == 80
@@ -207,6 +214,7 @@ def test_imagenet_from_wordnet_folders(tmp_path: Path) -> None:
 def test_imagenet_from_class_numbers_and_shards(tmp_path: Path) -> None:
     for i in range(1000):
         (tmp_path / "a" / "imagenet" / "val" / f"{i:03d}").mkdir(parents=True)
+    (tmp_path / "a" / "imagenet" / "val" / ".ipynb_checkpoints").mkdir()
     write(tmp_path / "a" / "imagenet" / "val" / "002" / "x.jpeg", picture())
     assert labels(opened("imagenet", tmp_path / "a")) == [2]
     root = tmp_path / "b" / "imagenet-1k"
@@ -244,6 +252,27 @@ def test_clip_benchmark_builds_from_a_local_folder(tmp_path: Path, capsys: pytes
     assert "angry" in pictures.class_names
     assert len(pictures.templates) == 6
     assert capsys.readouterr().out == ""
+
+
+def test_clip_benchmark_passes_over_hidden_files_and_folders(tmp_path: Path) -> None:
+    for i in range(7):
+        write(tmp_path / "fer2013" / "test" / f"class{i}" / "a.jpg", picture())
+    before = find_benchmark("fer2013", root=tmp_path).fingerprint
+    for leftover in ("class1/._a.jpg", "class2/.ipynb_checkpoints/a.jpg", "__MACOSX/a.jpg", ".cache/a.jpg"):
+        write(tmp_path / "fer2013" / "test" / leftover, picture())
+    assert find_benchmark("fer2013", root=tmp_path).fingerprint == before
+    assert labels(opened("fer2013", tmp_path)) == list(range(7))
+
+
+def test_clip_benchmarks_imagenet_is_read_by_its_wordnet_ids(tmp_path: Path) -> None:
+    """torchvision's ImageNet knows a class by each of its English names, so it has more names than folders."""
+    root = tmp_path / "imagenet1k"
+    for wnid in imagenet_classes():
+        write(root / "val" / wnid / "a.JPEG", picture())
+    torch.save(({wnid: (f"{wnid} a", f"{wnid} b") for wnid in imagenet_classes()}, []), root / "meta.bin")
+    pictures = opened("imagenet1k", tmp_path)
+    assert [pictures.load(i)[1] for i in (0, 482, 999)] == [0, 482, 999]
+    assert (pictures.num_pictures, pictures.class_names[482]) == (1000, "cassette player")
 
 
 def test_clip_benchmark_class_count_is_checked(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import re
 import pytest
 
 from mlip_cli.report import canvas, charts
+from mlip_cli.report.canvas import literal
 from mlip_cli.report.charts import ChartBar, Curve, Dot, bars_chart, curves_chart, dots_chart
 from mlip_cli.report.page import CSS, Html, definitions, element, page, section, table, tables
 from mlip_cli.report.tables import Spread, Table, print_tables
@@ -121,3 +122,7 @@ def test_elements_escape_everything_but_markup() -> None:
     )
     assert "<script" not in written
     assert '<a href="#a">A &amp; B</a>' in written
+
+
+def test_names_that_no_font_takes_are_escaped() -> None:
+    assert literal("caf\udce9\x1b $") == r"caf\udce9\x1b \$"

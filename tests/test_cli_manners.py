@@ -85,10 +85,10 @@ def test_wrong_usage_is_one_line(arguments: list[str], message: str) -> None:
 
 def test_a_reader_that_leaves_the_pipe_ends_the_command_without_an_error() -> None:
     code = (
-        "import os, sys; from mlip_cli import cli\n"
+        "import os, sys; from mlip_cli import __main__, cli\n"
         "from mlip_cli.terminal import output\n"
         "cli.app = lambda **_: output.print_lines('x' * 200_000)\n"
-        "sys.argv = ['mlip']; cli.main()"
+        "sys.argv = ['mlip']; __main__.main()"
     )
     reader, writer = os.pipe()
     os.close(reader)

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from shards_for_tests import index_shard, make_dataset
+from shards_for_tests import give_checksums, index_shard, make_dataset
 
 from mlip_cli.data.dataset import BadSampleError, RawSample, ShardDataset
 from mlip_cli.data.index import HEADER, RECORD, index_path
@@ -172,13 +172,9 @@ def said(sample: RawSample) -> tuple[Any, ...]:
     return sample.captions, sample.info.label, sample.info.meta
 
 
-def differing(a: bytes, b: bytes) -> int:
-    return sum(x != y for x, y in zip(a, b, strict=True))
-
-
 @pytest.mark.slow
 def test_bytes_flipped_at_500_random_places_of_a_shard(folder: Path, whole: Path) -> None:
-    """A sample is the one it says it is, with at most that one byte of it changed, or it is bad and named."""
+    """A sample is the one that was written, or it is bad and named."""
     shard = folder / "train-000000.tar"
     content = shard.read_bytes()
     expected = {sample.key: sample for sample in samples(open_prepared(whole)) if isinstance(sample, RawSample)}
@@ -195,12 +191,10 @@ def test_bytes_flipped_at_500_random_places_of_a_shard(folder: Path, whole: Path
             assert len(good) >= N - 1
             num_bad += len(bad)
             assert all(error.shard == str(shard) and error.reason for error in bad)
-            for sample in good:
-                own = expected[sample.key]
-                assert differing(sample.image, own.image) + (said(sample) != said(own)) <= 1
+            assert all(sample == expected[sample.key]._replace(shard=str(shard)) for sample in good)
             file.seek(at)
             file.write(content[at : at + 1])
-    assert 20 < num_bad < 400  # most places are padding or pictures
+    assert 100 < num_bad < 400  # the others are padding and KEY.txt, which nobody reads
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -233,8 +227,6 @@ def test_bits_flipped_at_200_random_places_of_an_index(folder: Path) -> None:
     for _ in range(200):
         at = generator.randrange(len(content))
         index.write_bytes(content[:at] + bytes([content[at] ^ 1 << generator.randrange(8)]) + content[at + 1 :])
-        if 24 <= at < HEADER.itemsize:
-            continue  # the tar's sha256, which nobody reads where the shards lie on this machine
         with pytest.raises(RunError, match=r"train-000000\.(idx|tar): .*prepare the data again"):
             open_prepared(folder)
         refused += 1
@@ -283,7 +275,7 @@ def write_shard(
     """A data set of one shard of these encoded pictures, whatever they are; `captions` overwrite those of KEY.json."""
     folder.mkdir()
     path = folder / "train-000000.tar"
-    fields = {"captions": [{"text": "words", "weight": 1.0}], "class": label, "meta": {"room": " " * 99}}
+    fields = {"captions": [{"text": "words", "weight": 1.0}], "class": label, "meta": {"room": " " * 999}}
     fields |= dict.fromkeys(("width", "height", "original_width", "original_height"), 32)
     with tar_writer(path) as writer:
         for i, picture in enumerate(pictures):
@@ -295,6 +287,7 @@ def write_shard(
         for record, own in zip(records, captions, strict=False):
             file.seek(int(record["offset"]) + int(record["json_offset"]))
             file.write(json.dumps({"captions": own}).encode().ljust(int(record["json_size"])))
+    give_checksums(path)
     return folder
 
 
@@ -339,6 +332,7 @@ def test_decompression_bombs_cost_neither_memory_nor_time(tmp_path: Path, image_
         ([{"text": " \n\t", "weight": 1.0}], "no caption"),
         ([{"text": "x", "weight": 0}], "caption weight is not positive"),
         ([{"text": "x", "weight": "heavy"}], "caption weight is not positive"),
+        ([{"text": "x", "weight": 10**80}, {"text": "y", "weight": 10**400}], "caption weight is not positive"),
         ([{"text": "half \ud83d", "weight": 1.0}], "caption is not UTF-8"),
         ([{"weight": 1.0}], "no caption"),
         ([3], "no caption"),

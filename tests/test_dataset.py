@@ -10,11 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from shards_for_tests import index_shard, make_dataset
+from shards_for_tests import give_checksums, index_shard, make_dataset
 
 from mlip_cli.data import dataset as module
 from mlip_cli.data.dataset import BadSampleError
-from mlip_cli.data.index import HEADER, RECORD, index_path
+from mlip_cli.data.index import HEADER, RECORD, WITHOUT_CHECKSUMS, index_path
 from mlip_cli.data.open import open_prepared, open_sources
 from mlip_cli.data.tokenizer import Tokenizer
 from mlip_cli.errors import RunError, UsageError
@@ -36,9 +36,9 @@ def overwrite(path: Path, at: int, content: bytes) -> None:
 
 
 def rewrite_index(shard: Path, records: np.ndarray) -> None:
-    """Change records of an index that has no checksum, as they were written before there were any."""
+    """Change records of an index of the first format, which has no checksums."""
     header = np.fromfile(index_path(shard), HEADER, count=1)
-    header["crc32"] = 0
+    header["magic"], header["crc32"] = WITHOUT_CHECKSUMS, 0
     overwrite(index_path(shard), 0, header.tobytes() + records.tobytes())
 
 
@@ -112,6 +112,12 @@ def test_a_damaged_record_is_a_bad_sample(folder: Path) -> None:
     shard = folder / "train-000000.tar"
     record = record_of(shard, 3)
     overwrite(shard, int(record["offset"]) + int(record["json_offset"]), b"[1, ")
+    with pytest.raises(BadSampleError) as error:
+        open_prepared(folder).read(3)
+    assert str(error.value) == (
+        f"{shard}: sample 00-000003: its bytes are not those that mlip prepare-data wrote: its checksum is wrong"
+    )
+    give_checksums(shard)
     with pytest.raises(BadSampleError, match=r"train-000000.tar: sample 00-000003: KEY.json is not JSON$"):
         open_prepared(folder).read(3)
 

@@ -26,7 +26,7 @@ from mlip_cli.evaluate.datasets.find import find_benchmark
 from mlip_cli.evaluate.datasets.open import OPENMOJI_GROUPS, open_benchmark
 from mlip_cli.evaluate.datasets.pictures import batches
 from mlip_cli.evaluate.evaluators import retrieval_words, training_evaluators, zeroshot_words
-from mlip_cli.evaluate.statistics import mcnemar
+from mlip_cli.evaluate.statistics import Interval, mcnemar
 from mlip_cli.evaluate.stored import EvaluatedCheckpoint, Measured
 from mlip_cli.evaluate.validation import validation_pairs
 from mlip_cli.evaluate.zeroshot import class_embeddings, normalized
@@ -105,6 +105,7 @@ def test_runs_and_rates_on_openmoji(place: Path, capsys: pytest.CaptureFixture[s
         assert result["names"]["num_candidates"] == 30
         assert result["names"]["r1_chance"] == pytest.approx((28 * 1 + 2 * 2) / 30 / 30)
         assert result["images_per_s"] > 0
+        assert result["passed_over"] == {"counts": {}, "first": {}}
         assert ("spatial_plus_frequency" in result) == ("frequency" in result) == (result["run"] == "mlip")
     assert "compared_to_first" not in results[0]
     assert 0 <= results[3]["compared_to_first"]["name_r1"]["p"] <= 1
@@ -202,7 +203,10 @@ def test_top_5_stands_beside_its_chance_where_there_are_many_classes() -> None:
 
 def test_words_of_evaluators_name_what_they_count() -> None:
     scores = {"mean_per_class_recall": 0.5, "chance": 0.25, "acc1": 0.5, "n": 1234}
+    scores["mean_per_class_recall_interval"] = Interval(0.25, 0.75)
     assert zeroshot_words(scores) == "mean recall 50.0 % (chance 25.0), top-1 50.0 %; 1,234 pictures"
+    scores["mean_per_class_recall_interval"] = Interval(0.2, 0.24)
+    assert "top-1 50.0 %, below chance: are the class names right?; 1,234 pictures" in zeroshot_words(scores)
     way = {f"r{k}{of}": 0.1 for k in (1, 5, 10) for of in ("", "_chance")}
     words = retrieval_words({"image_to_text": {**way, "n": 161}, "text_to_image": {**way, "n": 1}})
     assert re.findall(r"; (.*?)\)", words) == ["161 pictures", "1 caption"]
@@ -324,7 +328,9 @@ def test_ctrl_c_says_that_finished_data_sets_are_kept(
 def test_a_reason_names_its_data_set_once(place: Path, caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(RunError):
         evaluate("runs/clip", datasets=["shards:gone", "openmoji"])
-    assert caplog.messages[-1] == "shards:gone: not evaluated: no such folder; mlip prepare-data makes one"
+    assert caplog.messages[-1] == (
+        "shards:gone: not evaluated: no such folder; name one that mlip prepare-data wrote, such as OUT/test"
+    )
 
 
 def test_nothing_but_wrong_usage_is_wrong_usage(place: Path) -> None:
@@ -353,7 +359,8 @@ def test_nothing_but_wrong_usage_is_wrong_usage(place: Path) -> None:
     with pytest.raises(UsageError) as error:
         evaluate("runs/a b", datasets=["openmoji"])
     assert str(error.value) == (
-        "runs/a b: it holds no complete checkpoint; continue it with mlip pretrain RECIPE --out 'runs/a b' --resume"
+        "runs/a b: it holds no complete checkpoint; continue it with "
+        "mlip pretrain 'runs/a b/recipe.yaml' --out 'runs/a b' --resume"
     )
     with pytest.raises(UsageError, match=r"merge rate 0\.9"):
         evaluate("runs/clip", datasets=["openmoji"], rates=(0.9,))

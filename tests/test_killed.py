@@ -3,7 +3,10 @@
 import json
 import os
 import random
+import re
+import shutil
 import signal
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,6 +28,7 @@ from killed_for_tests import (
     leftovers,
     metrics,
     moments,
+    pretrain,
     processes_marked,
     torchrun,
     train_on_small_disk,
@@ -102,6 +106,50 @@ def test_a_run_killed_at_any_moment_continues_to_the_bit(
     assert_same_run(tmp_path / "run", whole(ranks, precision))
     kept = [checkpoint_name(step) for step in (STEPS // EVERY.checkpoint * EVERY.checkpoint, STEPS)]
     assert sorted(os.listdir(tmp_path / "run" / "checkpoints")) == kept
+
+
+def begin_to_train(arguments: Sequence[str], environment: dict[str, str], words: str) -> None:
+    """Body of a forked process: a training that dies by SIGKILL at the call of `os` that the environment numbers.
+
+    Every system call that makes, renames or syncs a file of the run is a moment at which it can be killed.
+    """
+    count = 0
+
+    def counted(event: str, given: tuple[Any, ...]) -> None:
+        nonlocal count
+        if event in ("open", "os.mkdir", "os.rename") and arguments[-2] in str(given[0]):
+            count += 1
+            if count == int(environment["KILL_AT"]):
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(counted)
+    pretrain(arguments, {}, words)
+
+
+def test_the_same_command_works_after_a_kill_in_the_first_moments(recipe: Path, tmp_path: Path) -> None:
+    """At each of the first changes of a run folder, and at random times in the first second."""
+    folder, words = tmp_path / "run", tmp_path / "words"
+    arguments = [str(recipe), "train.steps=2", "evaluate.every_steps=null", "--resume", "--out", str(folder), "--json"]
+    found = set()
+    for number in range(1, 9):
+        if number % 3 == 1:
+            shutil.rmtree(folder, ignore_errors=True)
+        process = FORKS.Process(target=begin_to_train, args=(arguments, {"KILL_AT": str(number)}, str(words)))
+        process.start()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL, words.read_text()
+        found.add(tuple(sorted(re.sub(r"\d+", "N", path.name) for path in folder.iterdir())) if folder.exists() else ())
+    assert (".recipe.yaml.N.tmp",) in found
+    draw = random.Random(0)
+    for _ in range(3):
+        with Forked(arguments, words) as training:
+            wait_until(folder.exists, what="it does not begin")
+            time.sleep(draw.random())
+            training.kill()
+    with Forked(arguments, words) as training:
+        assert training.join() == [0], training.said()
+    assert [line["step"] for line in metrics(folder)] == [1, 2, 2]
+    assert leftovers(folder) == []
 
 
 def save_on_and_on(folder: str) -> None:

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "mlip_cli"
 
 ORDER = (
-    {"__init__", "errors", "files", "types"},
+    {"__init__", "errors", "files", "paths", "types"},
     {"recipe"},
     {"terminal"},
     {"devices", "distributed"},
@@ -35,6 +35,7 @@ STRANGERS = {("data", "model"), ("model", "data"), ("losses", "model"), ("losses
 LIGHT = (
     "errors",
     "files",
+    "paths",
     "recipe",
     "terminal",
     "report",

@@ -25,14 +25,15 @@ from mlip_cli.data.open import open_prepared
 from mlip_cli.data.pictures import RejectedPictureError, open_picture
 from mlip_cli.data.transforms import decode
 from mlip_cli.errors import RunError, Stopped, UsageError
+from mlip_cli.evaluate import sweep as sweep_module
 from mlip_cli.evaluate.datasets.find import find_benchmark
 from mlip_cli.evaluate.datasets.open import open_benchmark
 from mlip_cli.evaluate.datasets.pictures import batches
 from mlip_cli.evaluate.evaluators import training_evaluators
-from mlip_cli.evaluate.merge_points import SWEPT_METHODS
 from mlip_cli.evaluate.panels import draw_groups, draw_guidance, panel_pictures
-from mlip_cli.evaluate.sweep import FAILURES, agreement, find_datasets, numbers_at_random
+from mlip_cli.evaluate.sweep import FAILURES, agreement, numbers_at_random, open_datasets
 from mlip_cli.evaluate.validation import validation_pairs
+from mlip_cli.evaluate.wanted import SWEPT_METHODS, find_wanted
 from mlip_cli.profiling.flops import image_gflops
 from mlip_cli.recipe import merge_plan
 from mlip_cli.report.sweeps import print_sweep
@@ -141,7 +142,7 @@ def test_ctrl_c_says_that_nothing_was_written(place: Path, monkeypatch: pytest.M
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(merge_sweep, "measure_sweep", interrupted)
+    monkeypatch.setattr(sweep_module, "measure_sweep", interrupted)
     with pytest.raises(Stopped, match=r"^interrupted; nothing was written$") as stop:
         sweep("runs/clip")
     assert stop.value.exit_code == 130
@@ -214,7 +215,7 @@ def test_tables_of_retrieval(place: Path, capsys: pytest.CaptureFixture[str]) ->
 def test_mistakes_show_before_anything_is_measured(
     place: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], message: str
 ) -> None:
-    monkeypatch.setattr(merge_sweep, "measure_sweep", lambda *_, **__: pytest.fail("measured"))
+    monkeypatch.setattr(sweep_module, "measure_sweep", lambda *_, **__: pytest.fail("measured"))
     with pytest.raises(UsageError) as error:
         sweep("runs/mlip", **changes)
     assert str(error.value).startswith(message)
@@ -353,7 +354,8 @@ def attributed(folder: Path, text: str) -> None:
 def test_merge_pictures_carry_what_the_licence_asks_for(
     place: Path, capsys: pytest.CaptureFixture[str], names: list[str]
 ) -> None:
-    [dataset], _ = find_datasets(load_run("runs/pairs", device="cpu"), names, root=None, batch_size=4)
+    wanted = find_wanted(names, root=None, own="validation")
+    [dataset], _ = open_datasets(load_run("runs/pairs", device="cpu"), wanted, batch_size=4)
     assert dataset.attribution == ()
     attributed(place / "data/colors", "All colours designed by us. License: CC BY 4.0")
     sweep("runs/pairs", datasets=names, num_pictures=1)
@@ -365,7 +367,8 @@ def test_merge_pictures_carry_what_the_licence_asks_for(
 def test_a_validation_picture_that_cannot_be_decoded_is_a_failure_with_its_place(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    [dataset], _ = find_datasets(load_run("runs/pairs", device="cpu"), ["validation"], root=None, batch_size=4)
+    wanted = find_wanted(["validation"], root=None, own="validation")
+    [dataset], _ = open_datasets(load_run("runs/pairs", device="cpu"), wanted, batch_size=4)
 
     def broken(_: object, **__: object) -> Tensor:
         raise RejectedPictureError("damaged picture", "cut off")

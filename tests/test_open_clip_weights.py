@@ -65,6 +65,108 @@ def test_other_spellings_of_the_names_are_read() -> None:
         assert all(torch.equal(found[name], plain[name]) for name in plain)
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "module.{}",
+        "_orig_mod.{}",
+        "model.{}",
+        "model._orig_mod.module.{}",
+        "module._orig_mod.{}",
+        "_orig_mod.module.model.{}",
+        "_fsdp_wrapped_module.{}",
+    ],
+)
+def test_what_wrappers_add_to_names_is_taken_off(name: str) -> None:
+    weights = randomised(open_clip.CLIP(**config())).state_dict()
+    plain = from_open_clip(weights, source="a")
+    found = from_open_clip({name.format(own): tensor for own, tensor in weights.items()}, source="a")
+    assert found.keys() == plain.keys()
+    assert all(torch.equal(found[own], plain[own]) for own in plain)
+
+
+def test_wrappers_in_the_middle_of_names_are_taken_off() -> None:
+    weights = randomised(open_clip.CLIP(**config())).state_dict()
+    found = from_open_clip(
+        {own.replace("visual.", "visual._orig_mod.").replace("mlp.", "mlp._checkpoint_wrapped_module."): tensor
+         for own, tensor in weights.items()} | {"n_averaged": torch.tensor(3)},
+        source="a",
+    )  # fmt: skip
+    assert found.keys() == from_open_clip(weights, source="a").keys()
+
+
+def test_two_models_in_one_file_are_not_mixed() -> None:
+    weights = randomised(open_clip.CLIP(**config())).state_dict()
+    both = weights | {f"module.{own}": tensor for own, tensor in weights.items()}
+    with pytest.raises(UsageError, match=r"^a: two tensors are named .* but for wrappers, one of them module\."):
+        from_open_clip(both, source="a")
+
+
+def by_transformers_names(model: open_clip.CLIP) -> dict[str, torch.Tensor]:
+    """The weights of a CLIP as transformers' CLIPModel keeps them."""
+    weights = {
+        "logit_scale": model.logit_scale,
+        "visual_projection.weight": model.visual.proj.T,
+        "text_projection.weight": model.text_projection.T,
+        "text_model.embeddings.position_ids": torch.arange(16)[None],
+        "text_model.embeddings.token_embedding.weight": model.token_embedding.weight,
+        "text_model.embeddings.position_embedding.weight": model.positional_embedding,
+        "vision_model.embeddings.class_embedding": model.visual.class_embedding,
+        "vision_model.embeddings.patch_embedding.weight": model.visual.conv1.weight,
+        "vision_model.embeddings.position_embedding.weight": model.visual.positional_embedding,
+    }
+    norms = {
+        "vision_model.pre_layrnorm": model.visual.ln_pre,
+        "vision_model.post_layernorm": model.visual.ln_post,
+        "text_model.final_layer_norm": model.ln_final,
+    }
+    for tower, blocks in (
+        ("vision_model", model.visual.transformer.resblocks),
+        ("text_model", model.transformer.resblocks),
+    ):
+        for number, block in enumerate(blocks):
+            place = f"{tower}.encoder.layers.{number}"
+            for third, name in enumerate(("q_proj", "k_proj", "v_proj")):
+                width = block.attn.embed_dim
+                rows = slice(third * width, (third + 1) * width)
+                weights[f"{place}.self_attn.{name}.weight"] = block.attn.in_proj_weight[rows]
+                weights[f"{place}.self_attn.{name}.bias"] = block.attn.in_proj_bias[rows]
+            norms[f"{place}.layer_norm1"], norms[f"{place}.layer_norm2"] = block.ln_1, block.ln_2
+            norms[f"{place}.self_attn.out_proj"] = block.attn.out_proj
+            norms[f"{place}.mlp.fc1"], norms[f"{place}.mlp.fc2"] = block.mlp.c_fc, block.mlp.c_proj
+    for place, module in norms.items():
+        weights |= {f"{place}.weight": module.weight, f"{place}.bias": module.bias}
+    return {name: tensor.detach() for name, tensor in weights.items()}
+
+
+def test_transformers_names_give_the_same_weights() -> None:
+    foreign = randomised(open_clip.CLIP(**config()))
+    plain = from_open_clip(foreign.state_dict(), source="a")
+    theirs = by_transformers_names(foreign)
+    for weights in (theirs, {f"module.{name}": tensor.half() for name, tensor in theirs.items()}):
+        found = from_open_clip(weights, source="a")
+        assert found.keys() == plain.keys()
+        for name, tensor in plain.items():
+            assert torch.equal(found[name], tensor.to(found[name].dtype)), name
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor"),
+    [("q_proj.bias", None), ("k_proj.bias", torch.zeros(3)), ("v_proj.bias", torch.tensor(1.0))],
+)
+def test_query_key_and_value_that_do_not_fit_together_are_named(name: str, tensor: torch.Tensor | None) -> None:
+    weights = by_transformers_names(open_clip.CLIP(**config()))
+    place = f"text_model.encoder.layers.1.self_attn.{name}"
+    weights.pop(place)
+    if tensor is not None:
+        weights[place] = tensor
+    message = (
+        r"^a: transformer\.resblocks\.1\.attn\.in_proj_bias: query, key and value are not three tensors of one shape"
+    )
+    with pytest.raises(UsageError, match=message):
+        from_open_clip(weights, source="a")
+
+
 def test_foreign_parts_are_refused_by_name() -> None:
     resnet = {"visual.layer1.0.conv1.weight": torch.zeros(1), "visual.attnpool.c_proj.weight": torch.zeros(1)}
     with pytest.raises(

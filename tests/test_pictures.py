@@ -1,6 +1,10 @@
 """Every reader shows the same pixels of a file: preparing, training and evaluation, with simplejpeg and without."""
 
 import io
+import struct
+import subprocess
+import sys
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import ExifTags, Image, ImageOps
+from shards_for_tests import give_checksums
 from test_benchmarks import opened, write, write_tar
 from test_data_faults import write_shard
 
@@ -70,6 +75,51 @@ def as_pillow_shows(content: bytes) -> np.ndarray:
     return np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(content))).convert("RGB"))
 
 
+def png_of(header: tuple[int, int, int, int], rows: Sequence[bytes], *, wrong_checksum: bool = False) -> bytes:
+    """A PNG from (width, height, bits, kind of colour) and its packed rows. The checksum is zlib's, not PNG's."""
+    packed = zlib.compress(b"".join(b"\0" + row for row in rows))
+    packed = packed[:-1] + bytes([packed[-1] ^ wrong_checksum])
+    chunks = ((b"IHDR", struct.pack(">IIBBBBB", *header, 0, 0, 0)), (b"IDAT", packed), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+        for name, content in chunks
+    )
+
+
+def gray_png(bits: int) -> tuple[bytes, np.ndarray]:
+    """Grey of 1, 2, 4 or 8 bits, and the pixels: the levels spread over 0 to 255."""
+    levels = np.random.default_rng(bits).integers(0, 1 << bits, (HEIGHT, WIDTH), dtype=np.uint8)
+    places = np.unpackbits(levels[..., None], axis=2)[..., -bits:]
+    rows = [np.packbits(row).tobytes() for row in places.reshape(HEIGHT, -1)]
+    return png_of((WIDTH, HEIGHT, bits, 0), rows), colored(levels * (255 // ((1 << bits) - 1)))
+
+
+def deep_color_png(kind: int, channels: int) -> tuple[bytes, np.ndarray]:
+    """16 bits a channel: Pillow drops the lower 8, which is at most one level below scaling. Alpha is whole."""
+    values = np.random.default_rng(kind).integers(0, 1 << 16, (HEIGHT, WIDTH, channels)).astype(">u2")
+    if channels in (2, 4):
+        values[..., -1] = 0xFFFF
+    shown = (values >> 8).astype(np.uint8)
+    return png_of((WIDTH, HEIGHT, 16, kind), [row.tobytes() for row in values]), (
+        shown[..., :3] if channels > 2 else colored(shown[..., 0])
+    )
+
+
+def colored(gray: np.ndarray) -> np.ndarray:
+    """(H, W) -> (H, W, 3)."""
+    return np.repeat(gray[..., None], 3, axis=2)
+
+
+def ycck_jpeg(image: Image.Image) -> dict[str, bytes]:
+    """As Photoshop writes CMYK; Pillow cannot write it."""
+    if module.simplejpeg_decode is None:
+        return {}
+    from simplejpeg import encode_jpeg
+
+    inks = 255 - np.asarray(image.convert("CMYK"))  # upside down, as Photoshop has them
+    return {"ycck.jpg": encode_jpeg(inks, quality=95, colorspace="CMYK", colorsubsampling="444")}
+
+
 def corpus() -> dict[str, tuple[bytes, np.ndarray]]:
     """Name of a file -> its bytes and the pixels it shows."""
     whole, hidden = np.asarray(picture()), np.asarray(picture()).copy()
@@ -83,6 +133,8 @@ def corpus() -> dict[str, tuple[bytes, np.ndarray]]:
     levels = np.linspace(0, 65535, HEIGHT * WIDTH).reshape(HEIGHT, WIDTH).astype(np.uint16)
     scaled = np.repeat(np.rint(levels / 257).astype(np.uint8)[..., None], 3, axis=2)
     deep = Image.fromarray(levels)
+    gray_alpha = Image.merge("LA", (picture().convert("L"), rgba.getchannel("A")))
+    gray_on_white = np.where(np.asarray(rgba)[..., 3:] == 0, 255, colored(np.asarray(picture().convert("L"))))
     frames: dict[str, Any] = {"save_all": True, "append_images": [Image.new("RGB", (WIDTH, HEIGHT), "red")]}
     gif = palette.convert("RGB").quantize(16)
     jpegs = {f"turned_{n}.jpg": turned(n, "JPEG", quality=90) for n in range(1, 9)} | {
@@ -90,6 +142,9 @@ def corpus() -> dict[str, tuple[bytes, np.ndarray]]:
         "cmyk.jpg": encoded(picture().convert("CMYK"), "JPEG"),
         "gray.jpg": encoded(picture().convert("L"), "JPEG"),
         "really_a_jpeg.png": encoded(picture(), "JPEG", progressive=True),
+        "lossy.webp": encoded(picture(), "WEBP", quality=80),
+        "cmyk.tif": encoded(picture().convert("CMYK"), "TIFF"),
+        **ycck_jpeg(picture()),
     }
     return (
         {name: (content, as_pillow_shows(content)) for name, content in jpegs.items()}
@@ -106,6 +161,13 @@ def corpus() -> dict[str, tuple[bytes, np.ndarray]]:
             "deep.tif": (encoded(deep, "TIFF"), scaled),
             "animated.gif": (encoded(gif, "GIF", **frames), np.asarray(gif.convert("RGB"))),
             "animated.webp": (encoded(picture(), "WEBP", lossless=True, **frames), whole),
+            "see_through.gif": (encoded(palette, "GIF", transparency=keyed), shown),
+            "gray_and_alpha.png": (encoded(gray_alpha, "PNG"), gray_on_white.astype(np.uint8)),
+            "packed.tif": (encoded(picture(), "TIFF", compression="tiff_lzw"), whole),
+            "pages.tif": (encoded(picture(), "TIFF", **frames), whole),
+            "bits.tif": (encoded(picture().convert("1"), "TIFF"), np.asarray(picture().convert("1").convert("RGB"))),
+            **{f"gray_{bits}.png": gray_png(bits) for bits in (1, 2, 4, 8)},
+            **{f"deep_{kind}.png": deep_color_png(kind, channels) for kind, channels in ((2, 3), (4, 2), (6, 4))},
             "plain.bmp": (encoded(picture(), "BMP"), whole),
             "really_a_tiff.jpg": (turned(3, "TIFF"), whole),
         }
@@ -138,6 +200,7 @@ def shards_of(folder: Path, contents: Sequence[bytes]) -> Path:
     for stand_in, content in zip(stand_ins, contents, strict=True):
         members = members.replace(stand_in, content)
     tar.write_bytes(members)
+    give_checksums(tar)
     return tar.parent
 
 
@@ -165,6 +228,12 @@ def in_class_folders(folder: Path, contents: Sequence[bytes]) -> list[Any]:
     even, odd = (range(first, len(contents), 2) for first in (0, 1))
     order = [*even, *odd]
     return as_evaluated(f"folder:{folder}", folder, [order.index(i) for i in range(len(contents))])
+
+
+def in_imagenet(folder: Path, contents: Sequence[bytes]) -> list[Any]:
+    for i, (name, content) in enumerate(zip(CORPUS, contents, strict=True)):
+        write(folder / "imagenet" / "val" / "n01440764" / f"{i:02d}_{name}", content)
+    return as_evaluated("imagenet", folder, range(len(contents)))
 
 
 def in_prepared_shards(folder: Path, contents: Sequence[bytes]) -> list[Any]:
@@ -196,23 +265,73 @@ def hashed(pixels: Any) -> int:
     return hash_pixels(Image.fromarray(pixels.permute(1, 2, 0).numpy()))
 
 
-@pytest.mark.usefixtures("decoder")
-@pytest.mark.parametrize(
-    "read",
-    [
-        as_prepared,
-        as_trained_on_from_shards,
-        as_trained_on_from_tars,
-        in_class_folders,
-        in_prepared_shards,
-        in_web_shards,
-        in_clip_benchmarks_folders,
-    ],
+READERS = (
+    as_prepared,
+    as_trained_on_from_shards,
+    as_trained_on_from_tars,
+    in_class_folders,
+    in_imagenet,
+    in_prepared_shards,
+    in_web_shards,
+    in_clip_benchmarks_folders,
 )
+
+
+@pytest.mark.usefixtures("decoder")
+@pytest.mark.parametrize("read", READERS)
 def test_every_reader_shows_the_same_pixels(read: Callable[[Path, Sequence[bytes]], list[Any]], tmp_path: Path) -> None:
     found = read(tmp_path, [content for content, _ in CORPUS.values()])
     wanted = [hash_pixels(Image.fromarray(pixels)) for _, pixels in CORPUS.values()]
     assert [name for name, a, b in zip(CORPUS, found, wanted, strict=True) if a != b] == []
+
+
+def test_prepared_pictures_are_exact_but_for_jpegs() -> None:
+    wrong = []
+    for name, (content, pixels) in CORPUS.items():
+        stored = store(content, size=256)
+        assert (stored.format == "jpg") == (content[:2] == b"\xff\xd8"), name
+        if stored.format != "jpg" and not np.array_equal(to_array(open_picture(stored.content)), pixels):
+            wrong.append(name)
+    assert wrong == []
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
+def test_prepared_jpegs_are_close(mode: str) -> None:
+    """JPEG is stored as JPEG of quality 92: less than two of 255 levels off on average, where there is no noise."""
+    content = encoded(picture().resize((160, 96), Image.Resampling.BICUBIC).convert(mode), "JPEG", quality=95)
+    off = to_array(open_picture(store(content, size=256).content)).astype(int) - as_pillow_shows(content)
+    assert np.abs(off).mean() < 2
+
+
+def test_inks_are_what_photoshop_means_by_them() -> None:
+    """Light is 255 - ink, in CMYK and in YCCK."""
+    red = encoded(Image.new("CMYK", (16, 16), (0, 255, 255, 0)), "JPEG", quality=95)
+    assert np.abs(to_array(open_picture(red)).astype(int) - (255, 0, 0)).max() <= 2
+    for content in ycck_jpeg(picture(64, 48)).values():
+        assert Image.open(io.BytesIO(content)).info["adobe_transform"] == 2
+        assert np.abs(to_array(open_picture(content)).astype(int) - np.asarray(picture(64, 48))).mean() < 2
+
+
+PNG_WITH_WRONG_CHECKSUM = png_of((WIDTH, HEIGHT, 8, 2), [bytes(3 * WIDTH)] * HEIGHT, wrong_checksum=True)
+SOUND = encoded(picture(), "PNG")
+
+
+def test_a_png_with_a_wrong_checksum_is_named_by_every_reader_and_kills_no_process(tmp_path: Path) -> None:
+    """In a process of its own: there are decoders that end in a segmentation fault."""
+    code = (
+        "import sys; sys.path.append('tests'); import test_pictures as t; from pathlib import Path\n"
+        "t.CORPUS = dict.fromkeys(('sound.png', 'damaged.png'))\n"
+        "for number, read in enumerate(t.READERS):\n"
+        "    Path(sys.argv[1], str(number)).mkdir()\n"
+        "    try: print(read(Path(sys.argv[1], str(number)), [t.SOUND, t.PNG_WITH_WRONG_CHECKSUM]))\n"
+        "    except Exception as error: print(error)\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert [line for line in lines if "damaged picture: broken data stream" not in line] == []
+    assert len(lines) == len(READERS)
 
 
 @pytest.mark.parametrize("name", ["turned_6.jpg", "turned_6.tif", "turned_8.png", "deep.png", "rgba.webp"])

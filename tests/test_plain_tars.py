@@ -22,6 +22,7 @@ from mlip_cli.data.loader import training_loader
 from mlip_cli.data.open import open_sources
 from mlip_cli.data.order import Order
 from mlip_cli.data.sources.records import Caption
+from mlip_cli.data.sources.tar_samples import Columns
 from mlip_cli.data.tokenizer import Tokenizer
 from mlip_cli.errors import UsageError
 from mlip_cli.evaluate.validation import evaluation_loader
@@ -145,7 +146,10 @@ def test_names_texts_and_endings_of_all_kinds(tmp_path: Path, cache: Cache, said
     assert dataset.read(2).info.label == "thing"
     assert dataset.read(2).info.meta == {"url": "x"}
     assert dataset.read(0).key == "dots.in.key"
-    assert said == [f"{tmp_path}/in: indexing 1 tar, 0.00 GiB; this is done once"]
+    assert said == [
+        f"{tmp_path}/in: indexing 1 tar, 0.00 GiB; this is done once",
+        f"{tmp_path}/in: not read: 1 .pyd members (first: program.pyd)",
+    ]
 
 
 @pytest.mark.parametrize("format", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
@@ -223,11 +227,15 @@ def test_unusable_samples_are_counted(folder: Path, cache: Cache, said: list[str
     }
     tar = write_tar(folder / "0000.tar", members)
     dataset = opened(folder, cache)
-    assert captions(dataset) == [[f"picture number {i}"] for i in range(24)]
+    assert captions(dataset) == [*([f"picture number {i}"] for i in range(8)), ["moving"]] + [
+        [f"picture number {i}"] for i in range(8, 24)
+    ]
     assert said[1:] == [
-        f"{folder}: 8 samples cannot be used and 24 can: 2 no caption, 1 KEY.json is not a JSON object, "
-        "1 a picture that is not JPEG, PNG or WebP; mlip prepare-data reads it, 1 caption is not UTF-8, "
-        f"1 empty picture, 1 no picture, 1 several pictures (first: {tar}: sample twice: several pictures)"
+        f"{folder}: not read: 1 members without ending (first: readme)",
+        f"{folder}: 7 samples cannot be used and 25 can: 2 no caption, 1 KEY.json is not a JSON object, "
+        "1 caption is not UTF-8, 1 empty picture, 1 no picture, 1 several pictures "
+        f"(first: {tar}: sample twice: several pictures: jpg, png; name one by --image-column, or image_column in a "
+        "recipe)",
     ]
 
 
@@ -254,9 +262,9 @@ def test_an_index_is_made_once_and_again_for_a_tar_that_changed(
     made: list[str] = []
     index_one = module._index_one
 
-    def spied(pair: tuple[Path, Path]) -> None:
+    def spied(pair: tuple[Path, Path], columns: Columns) -> None:
         made.append(pair[0].name)
-        index_one(pair)
+        index_one(pair, columns)
 
     monkeypatch.setattr(module, "_index_one", spied)
     first = opened(folder, cache)
@@ -300,19 +308,15 @@ def test_what_cannot_be_read_in_any_order_is_refused(folder: Path, cache: Cache,
             opened(path, cache)
         return str(error.value)
 
-    stream = "a stream can only be read from its start, so a run could not shuffle it or resume in its middle; save"
-    for path in ("pipe:curl -s x", "https://host/{0000..0009}.tar"):
-        assert (
-            message(path) == f"{path}: {stream} it as tars and name these, or prepare them (mlip prepare-data TARS OUT)"
-        )
     for split in ("train", "test"):
         shutil.copytree(folder, tmp_path / "both" / split)
     assert message(tmp_path / "both").endswith("/both: tars of several splits (test, train); name the folder of one")
     assert opened(tmp_path / "both" / "train", cache).num_samples == 24
     write_tar(tmp_path / "no" / "0.tar", {"a.jpg": picture(0), "b.txt": "alone"})
     assert message(tmp_path / "no") == (
-        f"{tmp_path}/no: no sample of 1 tar can be used (1 no caption, 1 no picture); a sample is a picture with "
-        "KEY.txt or KEY.json; mlip prepare-data lists the samples that it rejects"
+        f"{tmp_path}/no: no sample of 1 tar can be used: 1 no caption, 1 no picture (first: {tmp_path}/no/0.tar: "
+        "sample a: no caption); a sample is a picture with KEY.txt or KEY.json; mlip prepare-data lists the samples "
+        "that it rejects"
     )
     assert message(tmp_path / "gone").startswith(f"{tmp_path}/gone: no such file or folder")
 

@@ -20,6 +20,7 @@ from mlip_cli.data.prepare.assemble import SourceError, assign_splits
 from mlip_cli.data.prepare.parts import NO_SPLIT
 from mlip_cli.data.prepare.shards import PART_ROW
 from mlip_cli.data.sources import records
+from mlip_cli.data.sources.records import held_out_share
 from mlip_cli.data.tokenizer import Tokenizer
 from mlip_cli.errors import UsageError
 
@@ -47,6 +48,7 @@ def test_rows_are_samples_plus_rejects_and_a_truncated_jpeg_stops_nothing(
     assert json.loads(capsys.readouterr().out) == summary
     assert caplog.messages == [
         f"{source}: 7 pictures, captions in .txt files; 7 rows",
+        'first: 00000.png "picture number 0"; 00001.png "picture number 1"; 00002.png "picture number 2"',
         "7 rows: 5 samples, 2 rejects",
         "  1 x damaged picture",
         "  1 x not a picture",
@@ -115,13 +117,37 @@ def test_holdout_is_by_pixels_and_stable(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("given", "rows", "share"),
+    [
+        (None, 10, 0.1),
+        (None, 5_000, 0.1),
+        (None, 10_000, 0.05),
+        (None, 25_000, 0.02),
+        (None, 10**7, 0.02),
+        (0.0, 10, 0.0),
+        (0.3, 10**7, 0.3),
+    ],
+)
+def test_small_sources_hold_out_a_tenth(given: float | None, rows: int, share: float) -> None:
+    assert held_out_share(given, rows) == share
+
+
+def test_the_default_share_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", logger="mlip_cli"):
+        summary = prepare(write_sidecars(tmp_path / "in", 60), tmp_path / "out", holdout=None)
+    assert summary["request"]["holdout"] is None
+    assert 0 < summary["splits"]["validation"]["num_samples"] < 20
+    assert "held out by the hash of the pixels (--holdout 0.1, at most 5,000)" in caplog.text
+
+
 def test_the_number_of_held_out_samples_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     source = write_sidecars(tmp_path / "in", 30)
     with caplog.at_level("INFO", logger="mlip_cli"):
         summary = prepare(source, tmp_path / "out", holdout=0.1)
     n = summary["splits"]["validation"]["num_samples"]
     assert 0 < n < 10
-    start = caplog.messages.index(f"{source}: 30 pictures, captions in .txt files; 30 rows") + 1
+    start = caplog.messages.index(f"{source}: 30 pictures, captions in .txt files; 30 rows") + 2
     samples_held_out = "1 sample" if n == 1 else f"{n} samples"
     assert caplog.messages[start : start + 3] == [
         f"validation/ is {n} of 30 samples, held out by the hash of the pixels (--holdout 0.1, at most 5,000); the "
@@ -217,7 +243,7 @@ def test_a_folder_with_other_files_is_left_alone(tmp_path: Path) -> None:
     assert str(error.value) == f"{out}: holds other files; name a new folder"
     with pytest.raises(UsageError) as error:
         prepare(source, out / "thesis.tex")
-    assert str(error.value) == f"{out / 'thesis.tex'}: is a file; OUT must be a folder"
+    assert str(error.value) == f"OUT {out / 'thesis.tex'}: {out / 'thesis.tex'} is a file; name another folder"
     assert [path.name for path in out.iterdir()] == ["thesis.tex"]
 
 

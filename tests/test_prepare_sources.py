@@ -12,6 +12,7 @@ from sources_for_tests import picture, prepare, rejects, samples, texts, write_f
 
 from mlip_cli.data.tar import DamagedTarError
 from mlip_cli.errors import UsageError
+from mlip_cli.paths import escaped
 
 
 def test_csv_with_its_traps(tmp_path: Path) -> None:
@@ -172,7 +173,7 @@ def test_folders_behind_links_are_read_and_loops_are_not(tmp_path: Path) -> None
 
 def test_pipes_and_devices_are_rejected_as_pictures(tmp_path: Path) -> None:
     """Reading one would wait for ever."""
-    source = write_files(tmp_path / "in", {"dog/0.png": picture(0), "dog/1.png": picture(1)})
+    source = write_files(tmp_path / "in", {"cat/0.png": picture(0), "dog/1.png": picture(1)})
     os.mkfifo(source / "dog" / "2.jpg")
     (source / "dog" / "3.jpg").symlink_to("/dev/zero")
     assert prepare(source, tmp_path / "folder")["rows"] == 2
@@ -215,7 +216,7 @@ def test_file_names_that_are_not_utf_8(tmp_path: Path) -> None:
     assert prepare(source, tmp_path / "out")["rows"] == 1
     odd = os.fsdecode(b"caf\xe9")
     for names in ((odd, tmp_path / "new"), (source, tmp_path / odd)):
-        with pytest.raises(UsageError, match=r"caf\\udce9: the name is not UTF-8; rename it$"):
+        with pytest.raises(UsageError, match=r"caf\\udce9: a name that is not UTF-8; rename it$"):
             prepare(*names)
 
 
@@ -286,8 +287,8 @@ def test_a_cut_tar_stops_the_work_before_it_starts(tmp_path: Path) -> None:
 
 
 LOOKED_FOR = (
-    "looked for metadata.csv, .tsv, .jsonl or .parquet; .tar files; pictures with a .txt of the same name; "
-    "one folder of pictures a class"
+    "looked for a table (.csv, .tsv, .txt, .json, .jsonl, .parquet, .arrow) with columns of pictures and captions; "
+    ".tar files; pictures with a .txt of the same name; one folder of pictures a class"
 )
 
 
@@ -392,10 +393,24 @@ def test_options_for_other_sources_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"^--skin-tones: for the source openmoji only; leave it out$"):
         prepare(source, tmp_path / "out", skin_tones=True)
     with pytest.raises(
-        UsageError, match=r"^--image-column, --caption-column: for tables only, and .* is read as sidecar$"
+        UsageError, match=r"^--image-column, --caption-column: for tables and tars only, and .* is read as sidecar$"
     ):
         prepare(source, tmp_path / "out", image_column="x")
     with pytest.raises(UsageError, match=r"^--format jpeg: no such format; use auto, openmoji, metadata"):
         prepare(source, tmp_path / "out", format="jpeg")
     with pytest.raises(UsageError, match=r"lies inside the source .*; name a folder elsewhere$"):
         prepare(source, source / "out")
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("Übung 猫 \U0001f468\u200d\U0001f469.jpg", "Übung 猫 \U0001f468\u200d\U0001f469.jpg"),
+        ("a\nb\t\x00", r"a\nb\t\x00"),
+        ("\x1b[31mred\x9b\x7f", r"\x1b[31mred\x9b\x7f"),
+        ("caf\udce9", r"caf\udce9"),
+        ("\u202egpj.exe\u2028", r"\u202egpj.exe\u2028"),
+    ],
+)
+def test_what_is_shown_of_a_name_stays_on_its_line(text: str, shown: str) -> None:
+    assert escaped(text) == shown

@@ -212,13 +212,13 @@ def test_what_is_written_is_read_alike_by_yaml_1_1() -> None:
         "@x",
         "é\x85",
     ]
-    folders = json.dumps(names)
-    recipe = load_recipe(write("x.yaml", SMALL), [f"data.train={folders}", "optim.eps=1e-8", "optim.lr=1e-300"]).recipe
-    assert [source.path for source in recipe.data.train] == names
+    overrides = [f"evaluate.zeroshot={json.dumps(names)}", "optim.eps=1e-8", "optim.lr=1e-300"]
+    recipe = load_recipe(write("x.yaml", SMALL), overrides).recipe
+    assert recipe.evaluate.zeroshot == tuple(names)
     text = recipe_yaml(recipe)
     assert load_recipe(write("again.yaml", text)).recipe == recipe
     other = yaml.safe_load(text)
-    assert [source["path"] for source in other["data"]["train"]] == names
+    assert other["evaluate"]["zeroshot"] == names
     assert (other["optim"]["eps"], other["optim"]["lr"]) == (1e-8, 1e-300)
 
 
@@ -260,3 +260,59 @@ def test_a_recipe_is_found_by_path_then_by_name() -> None:
     assert find_recipe("baselines/flip") == find_recipe("recipes/baselines/flip.yaml")
     assert find_recipe("baselines/flip") == recipes_folder() / "baselines" / "flip.yaml"
     assert find_recipe("smoke.yaml") == recipes_folder() / "smoke.yaml"
+
+
+EPOCHS_WIN = "train.epochs: 3 replaces train.steps of x.yaml:4, which is null now"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "nulls", "notes"),
+    [
+        (["train.epochs=3"], ["train.steps"], [EPOCHS_WIN]),
+        (
+            ["train={epochs: 3}"],
+            ["train.steps"],
+            ["train.epochs: 3 replaces train.steps of x.yaml:4, which is null now"],
+        ),
+        (["train.epochs=3", "train.steps=null"], ["train.steps"], []),
+        (["train.epochs=null"], ["train.epochs"], []),
+        (
+            ["model.vision.timm=vit_tiny_patch16_224"],
+            [f"model.vision.{size}" for size in ("patch_size", "width", "depth", "num_heads")],
+            [
+                f"model.vision.timm: vit_tiny_patch16_224 replaces model.vision.{size} of x.yaml:3, which is null now"
+                for size in ("patch_size", "width", "depth", "num_heads")
+            ],
+        ),
+        (
+            ["model.frequency=null"],
+            ["model.frequency", "losses.frequency_global"],
+            ["model.frequency: null replaces losses.frequency_global of x.yaml:2, which is null now"],
+        ),
+    ],
+)
+def test_a_later_layer_wins_over_keys_that_exclude_its_own(
+    overrides: list[str], nulls: list[str], notes: list[str]
+) -> None:
+    branch = "losses: {frequency_global: {}}\nmodel: {frequency: {width: 8}}\n"
+    write("parent.yaml", SMALL)
+    with_branch = "model.frequency" in nulls
+    write("x.yaml", "extends: parent.yaml\n" + branch if with_branch else SMALL)
+    loaded = load_recipe("x.yaml", overrides)
+    tree = loaded.recipe.model_dump()
+    for name in nulls:
+        value: Any = tree
+        for part in name.split("."):
+            value = value[part]
+        assert value is None, name
+        assert loaded.origins[name] in ("command line", "default")
+    assert [*loaded.notes] == notes
+
+
+def test_a_file_wins_over_its_parent_in_the_same_way() -> None:
+    write("parent.yaml", SMALL)
+    write("child.yaml", "extends: parent.yaml\ntrain: {epochs: 2}\n")
+    loaded = load_recipe("child.yaml")
+    assert (loaded.recipe.train.steps, loaded.recipe.train.epochs) == (None, 2)
+    assert loaded.origins["train.steps"] == "child.yaml:2"
+    assert loaded.notes == ("train.epochs: 2 replaces train.steps of parent.yaml:4, which is null now",)

@@ -13,6 +13,9 @@ from mlip_cli.recipe.load import find_recipe, load_recipe, recipe_schema
 from mlip_cli.recipe.schema import is_section, node_at, paths
 from mlip_cli.recipe.shipped import recipe_names
 
+STREAM = "a stream can only be read from its start, so a run could not shuffle it or resume in its middle; save it as tars and name these, or prepare them (mlip prepare-data TARS OUT)"
+NOT_HERE = "a URL or a stream, and a path of this machine is needed; copy the data to a disk"
+
 
 @pytest.fixture(autouse=True)
 def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -49,7 +52,7 @@ optim.lr: 4
     )
     assert mistakes("bad.yaml", "evaluate.zeroshot=openmoji", "model.merging.at=[2, 0]") == [
         "bad.yaml:1: seed: expected a whole number of at least 0 and below 4294967296, not 'yes'",
-        "bad.yaml:3: data.train[0]: expected text or a section with the keys path, weight, format, not 5",
+        "bad.yaml:3: data.train[0]: expected text or a section with the keys path, weight, format, caption_column, image_column, not 5",
         "bad.yaml:3: unknown key data.train[1].wieght; did you mean data.train[1].weight?",
         "bad.yaml:4: unknown key data.batch_sise; did you mean train.global_batch_size?",
         "bad.yaml:6: duplicate key data.image_size; first in line 5",
@@ -57,10 +60,10 @@ optim.lr: 4
         "bad.yaml:8: data.augment.crop_scale: expected a list of 2 numbers above 0 and at most 1, or null, not [0.5]",
         "bad.yaml:8: data.augment.flip: expected true or false, not 'no'",
         "bad.yaml:8: data.augment.color_jitter: expected a number above 0 and at most 1 or null, not 1.5",
-        "bad.yaml:10: model.vision.patch_size: expected a whole number above 0 or null, not -8",
-        "bad.yaml:10: model.vision.width: expected a whole number above 0 or null, not 1.0",
+        "bad.yaml:10: model.vision.patch_size: expected a whole number above 0 and at most 65536 or null, not -8",
+        "bad.yaml:10: model.vision.width: expected a whole number above 0 and at most 65536 or null, not 1.0",
         "bad.yaml:11: model.frequency.width is missing",
-        "bad.yaml:11: model.frequency.depth: expected a whole number above 0, not 'a'",
+        "bad.yaml:11: model.frequency.depth: expected a whole number above 0 and at most 256, not 'a'",
         "bad.yaml:12: optim: cannot be null or empty; its keys: lr, betas, eps, weight_decay, warmup_steps, layer_decay, clip_grad_norm, ema_horizon",
         "bad.yaml:13: losses.spatial_token.kind: expected one of sparc, filip, not 'flip'",
         "bad.yaml:13: unknown key losses.spatial_globl; did you mean losses.spatial_global?",
@@ -70,7 +73,7 @@ optim.lr: 4
         "bad.yaml:15: unknown key merging; did you mean model.merging?",
         "bad.yaml:16: unknown key optim.lr; dots are for the command line, in a file write lr under optim",
         "command line: evaluate.zeroshot=openmoji: expected a list of text, not 'openmoji'",
-        "command line: model.merging.at=[2, 0]: model.merging.at[1]: expected a whole number above 0, not 0",
+        "command line: model.merging.at=[2, 0]: model.merging.at[1]: expected a whole number above 0 and at most 256, not 0",
     ]
 
 
@@ -79,8 +82,8 @@ optim.lr: 4
     [
         (["optim.lr=fast"], ["optim.lr=fast: expected a number above 0, not 'fast'"]),
         (["optim.lr=.inf"], ["optim.lr=.inf: expected a number above 0, not Infinity"]),
-        (["train.steps=1e3"], ["train.steps=1e3: expected a whole number above 0 or null, not 1000.0"]),
-        (["train.steps=true"], ["train.steps=true: expected a whole number above 0 or null, not true"]),
+        (["train.steps=1e3"], ["train.steps=1e3: expected a whole number above 0 and at most 1000000000 or null, not 1000.0"]),
+        (["train.steps=true"], ["train.steps=true: expected a whole number above 0 and at most 1000000000 or null, not true"]),
         (["optim.lr="], ["optim.lr=: no value after =; optim.lr=null removes one, and a value that begins with # needs quotes"]),
         (["log.wandb=#a"], ["log.wandb=#a: no value after =; log.wandb=null removes one, and a value that begins with # needs quotes"]),
         (["optim.lr"], ["optim.lr: expected key=value, as in optim.lr=1e-3"]),
@@ -167,16 +170,22 @@ def test_a_mistake_in_a_parent_is_reported_in_the_parent() -> None:
     ("overrides", "expected"),
     [
         (["train.steps=null"], "train.steps=null: neither train.steps nor train.epochs is given; give one of them"),
-        (["train.epochs=3"], "train.epochs=3: 3 and train.steps 5 are both given; set one of them to null"),
+        (["train={steps: 5, epochs: 3}"], "train={steps: 5, epochs: 3}: train.epochs: 3 and train.steps 5 are both given; set one of them to null"),
         (["train.micro_batch_size=8"], "train.micro_batch_size=8: 8 is more than train.global_batch_size 4; set it to null"),
         (["train={precision: fp16, device: cpu}"], "train={precision: fp16, device: cpu}: train.precision: fp16 needs train.device cuda, not cpu; use bf16 or fp32"),
+        (["data.train=[{path: a, caption_column: b}]"], "data.train=[{path: a, caption_column: b}]: a has a caption_column or image_column, which need format: webdataset"),
         (["data.train=[{path: a, weight: 1}, b]"], "data.train=[{path: a, weight: 1}, b]: b has no weight but other folders do; give all of them a weight, or none"),
         (["data.train=[a, a]"], "data.train=[a, a]: a is listed twice"),
+        (["data.train=[a, ./a/]"], "data.train=[a, ./a/]: ./a/ is listed twice, also as a"),
+        (["evaluate.zeroshot=[folder:b/../a, folder:./a]"], "evaluate.zeroshot=[folder:b/../a, folder:./a]: folder:a is listed twice"),
+        (["data.train=pipe:curl -s x"], f"data.train=pipe:curl -s x: pipe:curl -s x: {STREAM}"),
+        (["data.train={path: https://host/0.tar, format: webdataset}"], f"data.train={{path: https://host/0.tar, format: webdataset}}: https://host/0.tar: {STREAM}"),
+        (["data.validation=s3:bucket/x"], "data.validation=s3:bucket/x: s3:bucket/x: a URL begins with s3://"),
         (["data.validation={path: a, weight: 1}"], "data.validation={path: a, weight: 1}: weights work in data.train only; list the folders without weights"),
         (["data.augment.crop_scale=[0.9, 0.5]"], "data.augment.crop_scale=[0.9, 0.5]: [0.9, 0.5] is not in ascending order"),
         (["data.image_size=36"], "data.image_size=36: 36 is not a multiple of model.vision.patch_size 8; use 32 or 40"),
         (["data.image_size=4"], "data.image_size=4: 4 is not a multiple of model.vision.patch_size 8; use 8"),
-        (["model.vision.timm=vit_x"], "model.vision.timm=vit_x: vit_x defines the tower, and so does patch_size, width, depth, num_heads; set one of the two to null"),
+        (["model.vision={timm: vit_x, width: 32}"], "model.vision={timm: vit_x, width: 32}: model.vision.timm: vit_x defines the tower, and so does width; set one of the two to null"),
         (["model.vision.num_heads=3"], "model.vision.num_heads=3: 3 heads do not divide width 32"),
         (["model.text.num_heads=7"], "model.text.num_heads=7: 7 heads do not divide width 512"),
         (["model.merging.at=[]"], "model.merging.at=[]: no block given; name some, or set model.merging to null"),
@@ -266,3 +275,46 @@ def test_every_key_of_a_recipe_says_what_it_expects() -> None:
             assert lines[0].startswith(f"command line: {path}={{x: 1}}: expected ")
             assert lines[0].endswith(", not a section")
         assert node_at(schema, path.split(".")) is not None
+
+
+HALF = "holds half of a character; write the character itself"
+DEEP = "more than 20 levels of nesting"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("[" * 5000, f"x.yaml:1: {DEEP}"),
+        ("{a: " * 5000, f"x.yaml:1: {DEEP}"),
+        ("- " * 5000, f"x.yaml:1: {DEEP}"),
+        ('seed: "\\ud800"\n', rf"x.yaml:1: '\ud800' {HALF}"),
+        ('"\\ud800": 1\n', rf"x.yaml:1: '\ud800' {HALF}"),
+        ('seed: "\\UFFFFFFFF"\n', "x.yaml:1: not YAML: a number in it is too large: Python int too large to convert to C int"),
+        ('"a\\nb": 1\n', r"x.yaml:1: unknown key a\nb; known here: extends, seed, data, model, losses, optim, train, evaluate, log"),
+        ('"a\\eb": 1\n', r"x.yaml:1: unknown key a\x1bb; known here: extends, seed, data, model, losses, optim, train, evaluate, log"),
+        ('extends: "a\\0b"\n', r"x.yaml:1: extends: a\x00b: a name with control characters; rename it"),
+        (f"extends: {'x' * 300}\n", f"x.yaml:1: extends: {'x' * 60}...: too long for a path, 300 characters; shorten it"),
+        ("extends: ~nobody-here/x\n", "x.yaml:1: extends: ~nobody-here/x: there is no user nobody-here; correct it, or write ./~nobody-here/x for a file or folder of this name"),
+        ("extends: ''\n", "x.yaml:1: extends: an empty path; write . for the current folder"),
+        ("#" * 300_000, "x.yaml:1: more than 256 KiB, not a recipe"),
+        (f"seed: {'9' * 5000}\n", f"x.yaml:1: seed: expected a whole number of at least 0 and below 4294967296, not '{'9' * 56}..."),
+    ],
+)  # fmt: skip
+def test_hostile_files(text: str, expected: str) -> None:
+    assert expected in mistakes(write("x.yaml", text))
+
+
+@pytest.mark.parametrize("key", ["train.steps", "train.global_batch_size", "model.vision.width", "data.num_workers", "log.every_steps", "optim.warmup_steps", "optim.ema_horizon", "model.merging.at", "train.keep.last"])  # fmt: skip
+def test_whole_numbers_have_upper_bounds(key: str) -> None:
+    value = [2, 10**30] if key == "model.merging.at" else 10**30
+    [mistake] = mistakes(write("x.yaml", SMALL), f"{key}={value}")
+    assert mistake.startswith(f"command line: {key}={value}: ")
+    assert " and at most " in mistake
+
+
+def test_a_damaged_stamp_beside_a_recipe_hides_no_mistake() -> None:
+    write("runs/old/recipe.yaml", SMALL + "old_key: 3\n")
+    write("runs/old/run.json", "[")
+    key, stamp = mistakes("runs/old/recipe.yaml")
+    assert key.startswith("runs/old/recipe.yaml:")
+    assert stamp.startswith("runs/old/run.json: damaged (")

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import pwd
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ from models_for_tests import small_recipe
 from shards_for_tests import make_dataset
 
 from mlip_cli.data import remote as module
+from mlip_cli.data.cache import ShardCache
 from mlip_cli.data.dataset import ShardDataset
 from mlip_cli.data.loader import training_loader
 from mlip_cli.data.open import open_prepared, open_sources
@@ -413,6 +415,21 @@ def test_the_users_own_cache(trouble: Trouble, tmp_path: Path, monkeypatch: pyte
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     [dataset] = open_sources([Source(path=trouble.url)], cache=Cache())
     assert dataset.remote.folder.parent == tmp_path / "home" / ".cache" / "mlip"
+
+
+def test_a_user_without_an_account_and_a_home_is_told_to_name_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_account(key: object) -> None:
+        raise KeyError(key)
+
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("getpwuid", "getpwnam"):
+        monkeypatch.setattr(pwd, name, no_account)
+    with pytest.raises(UsageError) as error:
+        ShardCache.of(Cache())
+    assert str(error.value) == (
+        "data.cache.folder: this account has no home folder for a cache; set it, or $XDG_CACHE_HOME, to a folder"
+    )
 
 
 def test_urls_of_a_recipe_stay_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import webdataset
 
-from mlip_cli.data.index import index_path, read_records
+from mlip_cli.data.index import checksum, index_path, read_records
 from mlip_cli.data.prepare import shards
 from mlip_cli.data.prepare.pixels import encode
 from mlip_cli.data.prepare.shards import StoredSamples, sample_parts, tar_writer, verify_tar, write_split
@@ -144,7 +144,9 @@ def test_index_is_tarfiles_own_view(tmp_path: Path) -> None:
             for name, member in parts.items():
                 assert record["offset"] + record[f"{name}_offset"] == member.offset_data
                 assert record[f"{name}_size"] == member.size
-            assert (record["width"], record["height"]) == (10 + i, 8)
+            read = (parts["image"], parts["json"])
+            end = max(member.offset_data + member.size for member in read)
+            assert record["crc32"] == checksum(record, path.read_bytes()[int(record["offset"]) : end])
             assert (record["num_captions"], record["num_tokens"]) == (1 + i % 2, i)
     content = path.read_bytes()
     assert card["shards"] == [

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from subprocess import CompletedProcess
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from forks_for_tests import mlip
 from killed_for_tests import Forked, wait_until
 from killed_for_tests import pretrain as run_pretrain
 from models_for_tests import small_recipe
+from safetensors.torch import save_file
 from shards_for_tests import make_dataset
 
 from mlip_cli.commands.pretrain import pretrain
@@ -238,10 +240,11 @@ def disturbed(step: int, error: str | None, arguments: Sequence[str], environmen
     run_pretrain(arguments, environment, words)
 
 
-def run_disturbed(recipe: Path, folder: Path, *, step: int, error: str | None = None) -> tuple[int, str]:
+def run_disturbed(recipe: Path, folder: Path, *overrides: str, step: int, error: str | None = None) -> tuple[int, str]:
     """Exit code and words of a training with a disturbed evaluation."""
     words = folder.with_name("words")
-    with Forked([str(recipe), "--out", str(folder)], words, body=partial(disturbed, step, error)) as training:
+    arguments = [str(recipe), *overrides, "--out", str(folder)]
+    with Forked(arguments, words, body=partial(disturbed, step, error)) as training:
         return training.join()[0], training.said()
 
 
@@ -281,6 +284,43 @@ def test_another_recipe_or_other_data_is_refused_on_resume(recipe: Path, whole: 
     )
     permitted = run(recipe, "--out", str(whole), "--resume", "log.every_steps=2", "train.keep.last=1")
     assert permitted.returncode == 0, permitted.stderr
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_where_its_data_lies_now(recipe: Path, whole: Path, tmp_path: Path) -> None:
+    folder, data = tmp_path / "run", tmp_path / "job1"
+    shutil.copytree(recipe.parent / "train", data)
+    run_disturbed(recipe, folder, f"data.train={data}", f"data.validation={data}", step=4)
+    moved = data.rename(tmp_path / "job2")
+    again = ["--out", str(folder), "--resume", f"data.train={moved}", f"data.validation={moved}"]
+    resumed = run(recipe, *again)
+    assert resumed.returncode == 0, resumed.stderr
+    assert f"data.train: the same data lies elsewhere now: {data} -> {moved}\n" in resumed.stderr
+    assert metrics(folder) == metrics(whole)
+    assert (folder / "recipe.yaml").read_text().count(str(moved)) == 2
+    assert list(json.loads((folder / "run.json").read_text())["data"]) == [str(moved)]
+
+
+@pytest.mark.slow
+def test_a_state_that_is_not_that_of_a_training_is_refused(recipe: Path, whole: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    (folder / "run.json").unlink()
+    checkpoint = folder / "checkpoints" / "step_0000012"
+    whole_state = load_state(checkpoint)
+    weights = load_weights(checkpoint)
+    without = {name: weights[name] for name in list(weights)[1:]}
+    for state, kept, message in (
+        ([1], weights, "state.pt: not a state (list)"),
+        ({"progress": {}}, weights, "state.pt: not the state of a training (no data, environment, optimizer, random,"),
+        (whole_state, without, "model.safetensors: weights of another model"),
+    ):
+        torch.save(state, checkpoint / "state.pt")
+        save_file(kept, checkpoint / "model.safetensors")
+        done = run(recipe, "--out", str(folder), "--resume")
+        assert done.returncode == 2, done.stderr
+        assert f"error: {checkpoint}/{message}" in done.stderr
+        assert f"; remove {checkpoint}, and mlip takes the checkpoint before it" in done.stderr
 
 
 @pytest.mark.slow
@@ -418,7 +458,10 @@ def test_a_full_disk_ends_the_run_with_one_line_and_keeps_the_last_checkpoint(re
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["data.train=/nowhere"], "/nowhere: no such folder; make it with: mlip prepare-data SOURCE /"),
+        (
+            ["data.train=/nowhere"],
+            "/nowhere: no such folder; make it with: mlip prepare-data SOURCE /nowhere, and",
+        ),
         (
             ["train.global_batch_size=64"],
             "train.global_batch_size: 64 is more than the 40 samples of data.train; use 40 or less",
@@ -469,7 +512,8 @@ def test_dry_run_shows_every_value_with_its_origin_and_what_follows(recipe: Path
     assert "merging (guided): patch tokens per block 16 11 8 8, true rate 0.500" in done.stdout
     assert "40 samples / 8 = 5 steps an epoch" in done.stdout
     missing = run("cc12m", "--dry-run", cwd=tmp_path)
-    assert missing.returncode == 0, missing.stderr
+    assert missing.returncode == 2, missing.stderr
+    assert missing.stderr.splitlines()[-1] == "error: --dry-run: 2 data sets missing, see above: no training yet"
     assert (
         "missing: data/cc12m/train: no such folder; make it with: mlip prepare-data SOURCE data/cc12m" in missing.stdout
     )
@@ -504,6 +548,7 @@ def test_a_dry_run_refuses_what_the_start_would(recipe: Path, tmp_path: Path, mo
     assert refused(out="taken").startswith("--out taken: exists already; add --resume")
     assert refused(out="taken", resume=True).startswith("--out taken: not a run folder")
     assert refused(out="file/run") == f"--out file/run: {tmp_path}/file is a file; name another folder"
-    monkeypatch.setattr(os, "access", lambda path, _: path != tmp_path)
-    assert refused(out="new/run") == f"--out new/run: nothing can be written in {tmp_path}; name another folder"
+    monkeypatch.setattr(tempfile, "mkdtemp", Mock(side_effect=PermissionError(13, "Permission denied")))
+    words = f"--out new/run: nothing can be written in {tmp_path} (Permission denied); name another folder"
+    assert refused(out="new/run") == words
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "taken"]

@@ -16,6 +16,7 @@ from packaging.requirements import Requirement
 
 from mlip_cli.errors import RunError, UsageError
 from mlip_cli.files import GIB
+from mlip_cli.paths import read_variable
 from mlip_cli.recipe.load import load_recipe
 from mlip_cli.recipe.shipped import recipe_names, recipes_folder
 from mlip_cli.runs.folder import RUNS
@@ -119,6 +120,7 @@ def torch_build() -> Iterator[Check]:
     yield Check("torch", "ok", f"{torch.__version__}, {build}, {cpu}, {torch.get_num_threads()} threads")
     yield _devices()
     yield _bf16()
+    yield _compiler()
 
 
 def _devices() -> Check:
@@ -139,6 +141,21 @@ def _devices() -> Check:
     if torch.backends.mps.is_available():
         return Check("devices", "warn", "cpu, mps", "mps is untested; train.device=cpu is the safe choice")
     return Check("devices", "ok", f"cpu with {os.cpu_count()} cores: enough for the demo and the tests")
+
+
+def _compiler() -> Check:
+    """The compiler that train.compile needs on this machine's best device."""
+    import torch
+
+    from mlip_cli.devices import compiler, find_compiler
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    language, command = compiler(device)
+    found = find_compiler(device)
+    if found is None:
+        fix = "apt install g++; without one, leave train.compile at false"
+        return Check("compiler", "warn", f"no {language} compiler, {command}, for train.compile", fix)
+    return Check("compiler", "ok", f"{found}, for train.compile")
 
 
 def _bf16() -> Check:
@@ -210,8 +227,11 @@ def open_files() -> Iterator[Check]:
 def data() -> Iterator[Check]:
     """The first sample of every prepared data set under data/ and $MLIP_DATA."""
     roots = {"data": Path("data")}
-    if os.environ.get("MLIP_DATA"):
-        roots["$MLIP_DATA"] = Path(os.environ["MLIP_DATA"])
+    try:
+        if own := read_variable("MLIP_DATA"):
+            roots["$MLIP_DATA"] = Path(own)
+    except UsageError as error:
+        yield Check("$MLIP_DATA", "fail", str(error), "set it to a folder")
     for name, root in roots.items():
         if not root.is_dir():
             fix = (

@@ -15,7 +15,7 @@ from mlip_cli.profiling.flops import frequency_gflops, image_gflops, parameters,
 from mlip_cli.recipe.config import Cache, Recipe, Source
 from mlip_cli.recipe.load import LoadedRecipe, recipe_yaml
 from mlip_cli.runs.initial_weights import check_initial
-from mlip_cli.terminal.output import print_json, print_lines, print_prose
+from mlip_cli.terminal.output import plural, print_json, print_lines, print_prose
 from mlip_cli.train.facts import cautions, facts, preflight
 from mlip_cli.train.setup import num_workers, open_data, training_device
 
@@ -40,20 +40,27 @@ def describe(loaded: LoadedRecipe, *, resumes: bool, as_json: bool) -> None:
 
     Raises:
         UsageError: the ranks cannot share the batch, the data cannot fill it, the model cannot be built, `model.init`
-            does not fit it, or an evaluation data set is unknown.
+            does not fit it, or an evaluation data set is unknown; at the end, if data is missing.
     """
     recipe = loaded.recipe
     planned = plan(recipe, resumes=resumes)
     if as_json:
         print_json({"recipe": recipe.model_dump(mode="json"), "origins": loaded.origins, **_facts(recipe, planned)})
-        return
+    else:
+        _print(loaded, planned)
+    if planned.missing:
+        raise UsageError(f"--dry-run: {plural(len(planned.missing), 'data set')} missing, see above: no training yet")
+
+
+def _print(loaded: LoadedRecipe, planned: Planned) -> None:
+    recipe = loaded.recipe
     print_lines(recipe_yaml(recipe, loaded.origins))
     print_lines("")
     print_prose("\n".join(_lines(recipe, planned)))
-    for line in planned.missing:
-        print_lines(f"missing: {line}")  # with a command to copy, which is not folded
     for line in planned.cautions:
         print_prose(f"caution: {line}")
+    for line in planned.missing:
+        print_lines(f"missing: {line}")  # with a command to copy, which is not folded
 
 
 def plan(recipe: Recipe, *, resumes: bool) -> Planned:

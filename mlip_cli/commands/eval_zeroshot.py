@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mlip_cli.errors import RunError, UsageError
-from mlip_cli.evaluate.stored import Measurement, complete, default_datasets, find_benchmarks, find_checkpoints
+from mlip_cli.evaluate.stored import Measurement, complete, default_datasets, find_checkpoints
+from mlip_cli.evaluate.wanted import check_rates, find_wanted
 from mlip_cli.report.scores import print_zeroshot
 from mlip_cli.report.write import rebuild_if_older
 from mlip_cli.terminal.output import plural, print_json, warn
@@ -24,20 +25,23 @@ def eval_zeroshot(
 
     Raises:
         UsageError: no such run or data set, or a merge rate that no plan reaches.
-        RunError: some data sets could not be evaluated; the others are printed all the same.
+        RunError: some data sets could not be evaluated, or some results not stored; what there is is printed before.
     """
     checkpoints = find_checkpoints(runs)
     names = list(dict.fromkeys(datasets or default_datasets(checkpoints)))
-    benchmarks, failures = find_benchmarks(names, data_root)
+    for checkpoint in checkpoints:
+        check_rates(checkpoint.run.read_recipe(), merge_rates)
+    wanted = find_wanted(names, root=data_root)
     rates: list[float | None] = list(dict.fromkeys(merge_rates)) or [None]
     rows = {
         benchmark.name: [
             Measurement(checkpoint, benchmark, rate, batch_size, device) for checkpoint in checkpoints for rate in rates
         ]
-        for benchmark in benchmarks
+        for benchmark in wanted.found.values()
+        if benchmark is not None
     }
-    found, measuring_failures = complete(rows)
-    failures |= measuring_failures
+    found, failures, unstored = complete(rows)
+    failures = wanted.failures | failures
     if not found:
         raise _one_error(failures)
     results = {name: found[name] for name in names if name in found}
@@ -47,6 +51,8 @@ def eval_zeroshot(
         print_json({"results": flat, "failed": failed})
     else:
         print_zeroshot(results, failed=list(failures))
+    if unstored:
+        raise RunError("\n".join(unstored))
     for run in {own.run.folder.resolve(): own.run for own in checkpoints}.values():
         rebuild_if_older(run)
     if failures:

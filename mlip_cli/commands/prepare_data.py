@@ -5,10 +5,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from mlip_cli.data.prepare.summary import next_commands
-from mlip_cli.data.prepare.workspace import Workspace, finished_summary
+from mlip_cli.data.prepare.workspace import DONE, Workspace, finished_summary
 from mlip_cli.data.sources.find import DataSource, find_source
-from mlip_cli.data.sources.records import ReadOptions, printable
+from mlip_cli.data.sources.records import ReadOptions, check_utf8
 from mlip_cli.errors import UsageError
+from mlip_cli.paths import check_can_be_made
 from mlip_cli.terminal.output import print_json, say
 
 DEFAULT_SIZE = {"openmoji": 64}
@@ -23,20 +24,22 @@ def prepare_data(
     format: str,
     read: ReadOptions,
     size: int | None,
-    holdout: float,
+    holdout: float | None,
     workers: int | None,
     as_json: bool,
 ) -> None:
     """Prepare `source` in `out`, or say that it is prepared; the summary goes to stdout.
 
     Raises:
-        UsageError: the source does not exist, its columns cannot be guessed, or OUT holds something else.
+        UsageError: the source does not exist, its columns cannot be guessed, or OUT cannot be made or holds something
+            else.
         RunError: a damaged tar, a source of which most rows fail, a full disk, a killed worker.
     """
     for name in (source, str(out)):
-        if printable(name) != name:
-            raise UsageError(f"{printable(name)}: the name is not UTF-8; rename it")
-    found = find_source(source, format=format)
+        check_utf8(name)
+    if not (out / DONE).is_file():
+        check_can_be_made(out, option="OUT")
+    found = find_source(source, format=format, read=read)
     _check_options(found, out, read)
     size = size or DEFAULT_SIZE.get(found.format, OTHER_SIZE)
     request = {"format": found.format, "size": size, "holdout": holdout, **vars(read)}
@@ -60,9 +63,11 @@ def prepare_data(
 def _check_options(source: DataSource, out: Path, read: ReadOptions) -> None:
     if read.skin_tones and source.format != "openmoji":
         raise UsageError("--skin-tones: for the source openmoji only; leave it out")
-    if (read.image_column or read.caption_column) and source.format != "metadata":
+    if (read.image_column or read.caption_column) and source.format not in ("metadata", "webdataset"):
         raise UsageError(
-            f"--image-column, --caption-column: for tables only, and {source.name} is read as {source.format}"
+            f"--image-column, --caption-column: for tables and tars only, and {source.name} is read as {source.format}"
         )
-    if source.is_folder and out.resolve().is_relative_to(source.root.resolve()):
+    if read.image_folder and source.format != "metadata":
+        raise UsageError(f"--image-folder: for tables only, and {source.name} is read as {source.format}")
+    if source.is_folder and out.resolve().is_relative_to(Path(source.name).resolve()):
         raise UsageError(f"{out}: lies inside the source {source.name}; name a folder elsewhere")

@@ -1,13 +1,18 @@
 """`mlip pretrain`: checks without torch, then the training (commands/training.py), then the run folder on stdout."""
 
-import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-from mlip_cli.errors import Stopped
+from mlip_cli.errors import RunError, Stopped, UsageError
+from mlip_cli.evaluate.datasets.find import find_benchmark
+from mlip_cli.paths import check_can_be_made
+from mlip_cli.recipe.config import Recipe
 from mlip_cli.recipe.load import load_recipe
-from mlip_cli.runs.folder import RUNS, Run
-from mlip_cli.runs.start import check_can_be_made, check_trackers, choose_start, command_to_resume, find_init
-from mlip_cli.terminal.output import is_main, print_json, print_lines, say
+from mlip_cli.runs.contents import read_metrics
+from mlip_cli.runs.folder import CURES, RUNS, Run
+from mlip_cli.runs.start import check_trackers, choose_start, command_to_resume, find_init
+from mlip_cli.terminal.output import is_main, print_json, print_lines, say, warn
 
 
 def pretrain(
@@ -19,14 +24,17 @@ def pretrain(
         Stopped: a signal came; the message ends with the command that resumes the run.
     """
     loaded = load_recipe(source, overrides)
+    for note in loaded.notes:
+        say(note)
     start = choose_start(loaded.recipe, loaded.name, out=out, resume=resume)
     if not start.resumes and loaded.recipe.model.init is not None:
         find_init(loaded.recipe.model.init)
     check_trackers(loaded.recipe.log)
+    if not (start.resumes and start.run.is_finished()):
+        check_can_be_made(start.run.folder, option="--out")
     if dry_run:
         from mlip_cli.commands.dry_run import describe
 
-        check_can_be_made(start.run.folder)
         describe(loaded, resumes=start.resumes, as_json=as_json)
         return
     run = start.run
@@ -36,6 +44,7 @@ def pretrain(
         if resume and not start.resumes:
             missing = f"no unfinished run of this recipe in {RUNS}/" if out is None else f"no checkpoint in {out}"
             say(f"--resume: {missing}; a new run starts")
+        check_data(loaded.recipe)
         say(f"{loaded.name}: opening the data and building the model")
         from mlip_cli.commands.training import train_run
 
@@ -48,11 +57,36 @@ def pretrain(
         print_run(run, as_json=as_json)
 
 
+def check_data(recipe: Recipe) -> None:
+    """Check that all data is there, before torch is loaded.
+
+    Raises:
+        UsageError: some is missing, one line each.
+    """
+    from mlip_cli.data.open import check_there
+
+    sources = (*recipe.data.train, *(recipe.data.validation or ()))
+    checks: list[Callable[[], object]] = [partial(check_there, sources)]
+    checks += [partial(find_benchmark, name) for name in recipe.evaluate.zeroshot]
+    missing = []
+    for check in checks:
+        try:
+            check()
+        except UsageError as error:
+            missing.append(str(error))
+    if missing:
+        raise UsageError("\n".join(missing))
+
+
 def print_run(run: Run, *, as_json: bool) -> None:
     """The run folder on stdout; as JSON with its last measures."""
     if not as_json:
         print_lines(str(run.folder))
         return
-    lines = [json.loads(line) for line in run.metrics.read_text(encoding="utf-8").splitlines()]
+    lines, damaged = read_metrics(run.metrics)
+    for number in damaged:
+        warn(f"{run.metrics}:{number}: not a line of metrics; {CURES[run.metrics.name]}")
+    if not lines:
+        raise RunError(f"{run.metrics}: no line of metrics is left; the weights are in {run.checkpoints}")
     last = {key: value for line in lines if line["step"] == lines[-1]["step"] for key, value in line.items()}
     print_json({"run": str(run.folder), "step": last["step"], "metrics": last})

@@ -1,12 +1,13 @@
 """`mlip profile`: parameters, operations, speed and memory of a run's model or a recipe's."""
 
-from mlip_cli.devices import batch_named
-from mlip_cli.errors import interrupted_as
-from mlip_cli.profiling.measures import measure
-from mlip_cli.profiling.subject import load_profiled, training_data
+from pathlib import Path
+
+from mlip_cli.errors import RunError, UsageError, interrupted_as
+from mlip_cli.recipe.load import load_recipe
+from mlip_cli.recipe.shipped import find_recipe
 from mlip_cli.report.profiles import print_profile
 from mlip_cli.report.write import rebuild
-from mlip_cli.runs.folder import checkpoint_name
+from mlip_cli.runs.folder import checkpoint_name, find_checkpoint, newest_in_words
 from mlip_cli.terminal.output import print_json, say
 
 
@@ -18,9 +19,16 @@ def profile(target: str | None, *, batch_size: int, rounds: int, device: str, as
 
     Raises:
         UsageError: no such run or recipe.
-        RunError: the device has no memory for the batch.
+        RunError: the device has no memory for the batch, or the result cannot be stored; then it is printed before.
     """
+    unstored = None
     with interrupted_as("interrupted; nothing was written"):
+        target = checked_target(target)
+        say("loading PyTorch")
+        from mlip_cli.devices import batch_named
+        from mlip_cli.profiling.measures import measure
+        from mlip_cli.profiling.subject import load_profiled, training_data
+
         profiled = load_profiled(target, device)
         datasets = training_data(profiled.recipe)
         real = ", the loader real ones" if datasets else ""
@@ -29,11 +37,26 @@ def profile(target: str | None, *, batch_size: int, rounds: int, device: str, as
             result = measure(profiled, datasets, batch_size=batch_size, rounds=rounds)
     if profiled.run is not None and profiled.step is not None:
         path = profiled.run.evals / f"profile_{checkpoint_name(profiled.step)}.json"
-        result.write(path)
-        say(f"written to {path}")
+        unstored = result.why_unstored(path)
+        if unstored is None:
+            say(f"written to {path}")
     if as_json:
         print_json(result.to_json())
     else:
         print_profile(result)
+    if unstored:
+        raise RunError(unstored)
     if profiled.run is not None:
         rebuild(profiled.run)
+
+
+def checked_target(target: str | None) -> str:
+    """The checkpoint of a run, or the recipe, that `target` names. Nothing here loads torch; raises as `profile`."""
+    if target is None or Path(target).is_dir():
+        return str(find_checkpoint(target)[1])
+    try:
+        find_recipe(target)
+    except UsageError as error:  # the name might have been meant as a run
+        raise UsageError(f"{error}; no run lies there either: {newest_in_words()}") from None
+    load_recipe(target)
+    return target

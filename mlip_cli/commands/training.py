@@ -29,7 +29,7 @@ from mlip_cli.train.journal import Journal, StallWarning
 from mlip_cli.train.loop import Timetable, train
 from mlip_cli.train.metrics import MetricsFile
 from mlip_cli.train.micro_batches import chosen_micro_batch_size
-from mlip_cli.train.resume import Saver, restore
+from mlip_cli.train.resume import Saver, check_room, restore
 from mlip_cli.train.setup import (
     TrainingData,
     build,
@@ -60,6 +60,9 @@ def train_run(recipe: Recipe, start: Start) -> Run:
         pairs = validation_pairs(recipe, tokenizer, device=device, beside=data.datasets)
         wait_for_ranks()
         evaluators = training_evaluators(recipe, tokenizer, pairs, device=device)
+        room = partial(check_room, run.checkpoints, training, recipe.train, steps=data.total_steps - progress.step)
+        if checkpoint is None:
+            room()
         if start.is_named_by_us:
             run = Run(Path(from_main(str(claimed(run.folder)) if is_main() else "")))
 
@@ -67,6 +70,8 @@ def train_run(recipe: Recipe, start: Start) -> Run:
             reported(run),
             recorded(run, recipe, device=device, fingerprints=data.fingerprints, step=progress.step),
         ):
+            if checkpoint is not None:
+                room()
             say(f"run folder: {run.folder}")
             of_model = facts(recipe, training.plain, data.total_steps)
             for line in [*lines, *init.facts, *of_model, *resume_facts(start, progress.step)]:
@@ -165,7 +170,8 @@ def reported(run: Run) -> Iterator[None]:
         yield
     except (Stopped, RunError) as error:
         with suppress(OSError, RunError):  # on a full disk the first error is the one to show
-            rebuild(run)
+            if run.recipe.is_file():  # a page alone would make the folder one that is not a run's
+                rebuild(run)
         if isinstance(error, Stopped):
             raise Stopped(f"{error}, saved in {run.folder}", exit_code=error.exit_code) from None
         raise

@@ -1,5 +1,6 @@
 """Counts samples that cannot be used or are slow to decode, warns about them, and ends the run at too many."""
 
+import math
 from collections import deque
 from collections.abc import Sequence
 from typing import Self
@@ -11,6 +12,9 @@ from mlip_cli.types import BadSample
 
 BAD_WINDOW = 10_000
 MAX_BAD_IN_A_ROW = 100
+CHANCE = 10
+"""As many bad samples may come early by chance, if `data.max_bad_share` allows as many of a whole window."""
+DEVIATIONS = 3
 
 
 class BadSampleLimit:
@@ -18,7 +22,6 @@ class BadSampleLimit:
 
     def __init__(self, max_bad_share: float) -> None:
         self.max_bad_share = max_bad_share
-        self.allowed = round(max_bad_share * BAD_WINDOW)
         self.recent: deque[bool] = deque(maxlen=BAD_WINDOW)
         self.in_a_row = 0
 
@@ -38,12 +41,19 @@ class BadSampleLimit:
             if self.in_a_row >= MAX_BAD_IN_A_ROW:
                 last = place_and_reason(bad_samples[-1])
                 raise RunError(f"{last}; the last {self.in_a_row} samples were all bad; prepare the data again")
-        num_bad = sum(self.recent) if bad_samples else 0
-        if num_bad > self.allowed:
+        num_bad, allowed = sum(self.recent) if bad_samples else 0, self.allowed
+        if num_bad > allowed:
             raise RunError(
                 f"{place_and_reason(bad_samples[-1])}; {num_bad} of the last {len(self.recent):,} samples were bad, "
-                f"data.max_bad_share {self.max_bad_share:g} allows {self.allowed} of {BAD_WINDOW:,}"
+                f"data.max_bad_share {self.max_bad_share:g} allows {allowed} of so many"
             )
+
+    @property
+    def allowed(self) -> int:
+        """How many of the recent samples may be bad: the share of a whole window; of fewer, three deviations more."""
+        expected = self.max_bad_share * len(self.recent)
+        by_chance = max(CHANCE, math.floor(expected + DEVIATIONS * math.sqrt(expected)))
+        return min(round(self.max_bad_share * BAD_WINDOW), by_chance)
 
 
 class SlowPictures:

@@ -8,7 +8,6 @@ CACHE/KEY/*.tar, *.idx  whole files: a file gets its name when it is complete an
 All processes of the machine share it. mlip deletes only files that a killed process left half-written.
 """
 
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,8 +16,11 @@ from pathlib import Path
 
 from mlip_cli.errors import RunError, UsageError
 from mlip_cli.files import GIB, lock
+from mlip_cli.paths import read_path, read_variable
 from mlip_cli.recipe.config import Cache
 from mlip_cli.terminal.output import say
+
+LOCAL = "name a folder on a local disk of this machine"
 
 
 @dataclass(frozen=True)
@@ -30,9 +32,12 @@ class ShardCache:
 
     @classmethod
     def of(cls, config: Cache) -> "ShardCache":
-        """The cache that a recipe names, or the user's own."""
-        own = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlip"
-        folder = own if config.folder is None else Path(config.folder).expanduser()
+        """The cache that a recipe names, or the user's own.
+
+        Raises:
+            UsageError: the recipe names none, and this account has no home folder.
+        """
+        folder = _own_folder() if config.folder is None else Path(config.folder)
         return cls(folder.absolute(), int(config.gib * GIB))
 
     def subfolder(self, name: str) -> Path:
@@ -86,8 +91,17 @@ class ShardCache:
             )
 
     def _unusable(self, error: OSError) -> UsageError:
-        cure = "name a folder on a local disk of this machine"
-        return UsageError(f"data.cache.folder: {self.folder}: {error.strerror}; {cure}")
+        return UsageError(f"data.cache.folder: {self.folder}: {error.strerror}; {LOCAL}")
+
+
+def _own_folder() -> Path:
+    if own := read_variable("XDG_CACHE_HOME"):
+        return Path(own, "mlip")
+    try:
+        return Path(read_path("~"), ".cache", "mlip")
+    except UsageError:
+        what = "this account has no home folder for a cache"
+        raise UsageError(f"data.cache.folder: {what}; set it, or $XDG_CACHE_HOME, to a folder") from None
 
 
 def _in_words(folder: Path) -> str:

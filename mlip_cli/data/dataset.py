@@ -16,16 +16,32 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from mlip_cli.data.index import FORMAT_ENDINGS, FORMATS, Place, check_size, place_of, read_checked, read_records
+from mlip_cli.data.index import (
+    FORMATS,
+    Place,
+    check_is_named,
+    check_size,
+    checksum,
+    has_checksums,
+    place_of,
+    read_checked,
+    read_records,
+)
 from mlip_cli.data.remote import RemoteShards
-from mlip_cli.data.sources.records import Caption, UnusableSampleError, printable, usable_captions
-from mlip_cli.data.sources.tars import TEXT_ENDINGS, Stated, ending_of, key_of, stated
-from mlip_cli.data.tar import BLOCK, Member, Read, member_at, walk
+from mlip_cli.data.sources.records import Caption, UnusableSampleError, usable_captions
+from mlip_cli.data.sources.tar_samples import FIELDS_OF, GUESSED, Columns, ending_of, key_and_field
+from mlip_cli.data.sources.tars import Stated, stated
+from mlip_cli.data.tar import BLOCK, Member, Read, walk
 from mlip_cli.errors import RunError
+from mlip_cli.paths import escaped
+from mlip_cli.terminal.output import warn
 
 MAX_OPEN_SHARDS = 256
 MAX_GAP_BYTES = 1 << 18
-"""A sample is read in one go, unless more bytes than these lie between its parts."""
+"""A sample of a tar that mlip did not write is read in one go, unless more bytes than these lie between its parts."""
+HEADER_BYTES = 8 * BLOCK
+"""Room for the PAX or long-name headers of the last part in that one go; where they are longer, it is read again."""
+WRONG_CHECKSUM = "its bytes are not those that mlip prepare-data wrote: its checksum is wrong"
 
 
 class BadSampleError(RunError):
@@ -44,7 +60,7 @@ class RawSample(NamedTuple):
 
     key: str
     image: bytes
-    """The encoded picture (JPEG, PNG or WebP)."""
+    """The encoded picture."""
     captions: tuple[Caption, ...]
     """One at least; none is empty, and all weights are positive."""
     info: Stated
@@ -58,6 +74,9 @@ class _OpenShard:
     descriptor: int
     num_bytes: int
     records: NDArray[np.void]
+    has_checksums: bool
+    at_first_dot: bool
+    """Where the keys of its samples end."""
 
 
 class ShardDataset:
@@ -70,8 +89,8 @@ class ShardDataset:
         indexes: the index of each tar.
         card: what dataset.json says, or the like for tars as they are.
         name: the folder, pattern or URL, as the recipe names it.
-        is_prepared: mlip wrote the tars. Each must then be as long as its index says, and KEY.txt is not read, since
-            KEY.json repeats it.
+        columns: which fields are picture and captions; None: mlip wrote the tars. Each must then be as long as its
+            index says, its samples have checksums, and KEY.txt is not read, since KEY.json repeats it.
         remote: where the tars come from, if they lie elsewhere.
 
     Raises:
@@ -85,13 +104,13 @@ class ShardDataset:
         card: dict[str, Any],
         *,
         name: str,
-        is_prepared: bool,
+        columns: Columns | None,
         remote: RemoteShards | None = None,
     ) -> None:
         self.tars, self.indexes, self.card = tars, indexes, card
         self.name, self.remote = name, remote
         self.fingerprint: str = card["fingerprint"]
-        self._is_prepared = is_prepared
+        self._is_prepared, self._columns = columns is None, columns or GUESSED
         self._ends = list(accumulate(shard["n"] for shard in card["shards"]))
         self._num_tokens = self._read_num_tokens()
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
@@ -133,14 +152,17 @@ class ShardDataset:
         """
         number, row = self._place(id)
         shard = self._opened(number)
-        place, tar = place_of(shard.records[row], without_txt=self._is_prepared), str(self.tars[number])
+        record, tar = shard.records[row], str(self.tars[number])
+        place = place_of(record, is_prepared=self._is_prepared)
         try:
-            key, parts = _read_parts(shard, place, one_header=self._is_prepared)
+            key, parts, is_whole = _read_parts(shard, record, place)
         except (ValueError, OSError) as error:  # OSError: a bad block of the disk
             raise BadSampleError(tar, f"at byte {place.start}", str(error)) from error
+        if not is_whole:
+            raise BadSampleError(tar, key, WRONG_CHECKSUM)
         image = parts.pop("image")
         try:
-            info = stated(parts)
+            info = stated(parts, self._columns)
             captions = usable_captions(info.captions)
         except UnusableSampleError as error:
             raise BadSampleError(tar, key, str(error)) from error
@@ -159,17 +181,20 @@ class ShardDataset:
             self.close()
 
     def _read_num_tokens(self) -> NDArray[np.uint16]:
-        columns = []
+        columns, without_checksums = [], 0
         for tar, index, shard in zip(self.tars, self.indexes, self.card["shards"], strict=True):
             header, records = read_checked(index)
-            if self._is_prepared and self.remote is None:
-                check_size(tar, header)
-            if len(records) != shard["n"]:
-                raise RunError(
-                    f"{index}: {len(records)} samples where dataset.json says {shard['n']}; prepare the data again "
-                    "(mlip prepare-data)"
-                )
+            if self._is_prepared:
+                check_is_named(index, header, shard)
+                without_checksums += not has_checksums(header)
+                if self.remote is None:
+                    check_size(tar, header)
             columns.append(np.array(records["num_tokens"]))
+        if without_checksums:
+            warn(
+                f"{self.name}: this data set was prepared before samples had checksums, so a damaged sample may be "
+                "trained on; prepare it again"
+            )
         return np.concatenate([np.zeros(0, np.uint16), *columns])
 
     def _place(self, id: int) -> tuple[int, int]:
@@ -189,47 +214,57 @@ class ShardDataset:
         if self._is_prepared:
             check_size(self.tars[number], header)
         descriptor = os.open(self.tars[number], os.O_RDONLY | os.O_CLOEXEC)
-        self._open[number] = _OpenShard(descriptor, os.fstat(descriptor).st_size, records)
+        size, at_first_dot = os.fstat(descriptor).st_size, self.card["shards"][number].get("at_first_dot", False)
+        own_checksums = self._is_prepared and has_checksums(header)
+        self._open[number] = _OpenShard(descriptor, size, records, own_checksums, at_first_dot)
         return self._open[number]
 
 
-def _read_parts(shard: _OpenShard, place: Place, *, one_header: bool) -> tuple[str, dict[str, bytes]]:
-    """Key of a sample and the bytes of its parts, each checked against its header in the tar.
-
-    Args:
-        one_header: no PAX or long-name headers precede the headers, so other members need not be looked at.
+def _read_parts(shard: _OpenShard, record: np.void, place: Place) -> tuple[str, dict[str, bytes], bool]:
+    """Key of a sample, the bytes of its parts, and whether its checksum is right, if it has one.
 
     Raises:
         ValueError: what lies there is not what the index says.
         OSError: the disk cannot be read.
     """
-    start, parts = place.start, place.parts
-    end = max((at + size for at, size in parts.values()), default=0)
-    if end > shard.num_bytes:
+    if place.end > shard.num_bytes:
         raise ValueError("the index places it behind the end of the shard")
-    if "image" not in parts:
+    if "image" not in place.parts:
         raise ValueError("the index places no picture")
     if place.format >= len(FORMATS):
         raise ValueError(f"the index names picture format {place.format}; formats are 0 to {len(FORMATS) - 1}")
+    if not shard.has_checksums:
+        return *_parts_by_headers(shard, place), True
+    content = _read_whole(shard.descriptor, place.end - place.start, place.start)
+    if checksum(record, content) != place.crc32:
+        return *_parts_by_headers(shard, place), False
+    parts = {}
+    for part, (header, size) in place.parts.items():
+        at = header + BLOCK - place.start
+        parts[part] = content[at : at + size]
+    at = place.parts["image"][0] - place.start
+    name = content[at : at + 100].partition(b"\0")[0].decode()
+    return name.rpartition(".")[0], parts, True
+
+
+def _parts_by_headers(shard: _OpenShard, place: Place) -> tuple[str, dict[str, bytes]]:
+    """Key of a sample and the bytes of its parts, each checked against its header in the tar.
+
+    Raises:
+        ValueError: what lies there is not what the index says.
+        OSError: the disk cannot be read.
+    """
     read: Read = partial(_read_whole, shard.descriptor)
-    if end - start <= MAX_GAP_BYTES + sum(size for _, size in parts.values()):
-        read = partial(_part_of, read(end - start, start), start)
-    found: dict[int, Member] = {}
-    if one_header:
-        found = {at: member_at(read, at - BLOCK) for at, _ in parts.values()}
-    else:
-        for member in walk(read, length=shard.num_bytes, start=start):
-            found[member.offset] = member
-            if member.offset + member.size >= end:
-                break
+    if place.end - place.start <= MAX_GAP_BYTES + sum(size for _, size in place.parts.values()):
+        read = _Window(shard.descriptor, place.start, place.end + HEADER_BYTES - place.start)
     keys, contents = set(), {}
-    for part, (at, size) in parts.items():
-        endings = FORMAT_ENDINGS[place.format] if part == "image" else TEXT_ENDINGS[part]
-        keys.add(_checked_key(found.get(at), size, endings))
-        contents[part] = read(size, at)
+    for part, (header, size) in place.parts.items():
+        member = next(walk(read, length=shard.num_bytes, start=header), None)
+        keys.add(_checked_key(member, part, size, at_first_dot=shard.at_first_dot))
+        contents[part] = read(size, member.offset) if member else b""
     if len(keys) != 1:
-        raise ValueError(f"its parts belong to {' and '.join(sorted(map(printable, keys)))}")
-    return printable(keys.pop()), contents
+        raise ValueError(f"its parts belong to {' and '.join(sorted(map(escaped, keys)))}")
+    return escaped(keys.pop()), contents
 
 
 def _read_whole(descriptor: int, size: int, at: int) -> bytes:
@@ -239,14 +274,25 @@ def _read_whole(descriptor: int, size: int, at: int) -> bytes:
     return content
 
 
-def _part_of(content: bytes, start: int, size: int, at: int) -> bytes:
-    return content[at - start : at - start + size]
+class _Window:
+    """Some bytes of a tar, read at once; what lies outside is read when it is asked for."""
+
+    def __init__(self, descriptor: int, start: int, size: int) -> None:
+        self.descriptor, self.start = descriptor, start
+        self.content = os.pread(descriptor, size, start)
+
+    def __call__(self, size: int, at: int) -> bytes:
+        found = self.content[at - self.start : at - self.start + size]
+        return found if len(found) == size else _read_whole(self.descriptor, size, at)
 
 
-def _checked_key(member: Member | None, size: int, endings: Sequence[str]) -> str:
+def _checked_key(member: Member | None, part: str, size: int, *, at_first_dot: bool) -> str:
     """Key of the member at the place of a part; ValueError where it is not what the index says."""
+    endings = FIELDS_OF[part]
     if member is None:
         raise ValueError(f"no member begins where the index places .{endings[0]}")
-    if member.size != size or not member.is_file or ending_of(member.name) not in endings:
-        raise ValueError(f"{member.name!r} of {member.size} bytes where the index says .{endings[0]} of {size}")
-    return key_of(member.name)
+    key, field = key_and_field(member.name, at_first_dot=at_first_dot)
+    if member.size != size or not member.is_file or ending_of(field) not in endings:
+        name = escaped(member.name)
+        raise ValueError(f"{name!r} of {member.size} bytes where the index says .{endings[0]} of {size}")
+    return key

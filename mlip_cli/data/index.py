@@ -1,6 +1,7 @@
 """SHARD.idx, the index that makes reading a sample one `pread`, and dataset.json, the card of a folder of shards.
 
 An index is little endian: a header of 56 bytes, then one record of 40 bytes a sample, in the order of the tar.
+Indexes of the first format hold width and height in the place of `crc32`. They are read, but not all damage shows.
 """
 
 import json
@@ -11,14 +12,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mlip_cli.data.tar import Member
+from mlip_cli.data.tar import BLOCK, Member
 from mlip_cli.errors import RunError, UsageError
 from mlip_cli.files import write_bytes
 
-INDEX_MAGIC = b"MLIPIDX1"
+INDEX_MAGIC = b"MLIPIDX2"
+WITHOUT_CHECKSUMS = b"MLIPIDX1"
+"""Of indexes that were written before samples had checksums."""
 FORMATS = ("jpg", "png", "webp")
-FORMAT_ENDINGS = (("jpg", "jpeg", "jpe", "jfif"), ("png",), ("webp",))
-"""How the names of pictures of each of FORMATS end."""
 MAX_TOKENS = 65_535
 """The most that a record can hold; longer captions are recorded as this long."""
 CURE = "prepare the data again (mlip prepare-data)"
@@ -27,19 +28,19 @@ HEADER = np.dtype([("magic", "S8"), ("n", "<u4"), ("crc32", "<u4"), ("tar_bytes"
 RECORD = np.dtype(
     [
         ("offset", "<u8"),  # of the first tar header of the sample
-        ("image_offset", "<u4"),  # of the bytes, from there; likewise below
+        ("image_offset", "<u4"),  # from there; of the bytes, but in a tar not ours of the first header; likewise below
         ("image_size", "<u4"),  # 0: the sample has no such part; likewise below
         ("txt_offset", "<u4"),
         ("txt_size", "<u4"),
         ("json_offset", "<u4"),
         ("json_size", "<u4"),
-        ("width", "<u2"),
-        ("height", "<u2"),
-        ("format", "u1"),  # place in FORMATS
+        ("crc32", "<u4"),  # see `checksum`; 0 for tars that mlip did not write
+        ("format", "u1"),  # place in FORMATS; 0 for tars that mlip did not write
         ("num_captions", "u1"),
         ("num_tokens", "<u2"),  # CLIP tokens of the longest caption, BOS and EOS included, before any cut
     ]
 )
+CRC_AT: int = RECORD.fields["crc32"][1]  # type: ignore[index]
 assert HEADER.itemsize == 56
 assert RECORD.itemsize == 40
 
@@ -49,8 +50,8 @@ def index_path(shard: Path) -> Path:
     return shard.with_suffix(".idx")
 
 
-def place_parts(record: np.void, members: Mapping[str, Member]) -> None:
-    """Write into a record where the parts of its sample lie.
+def place_parts(record: np.void, members: Mapping[str, Member], *, by_header: bool = False) -> None:
+    """Write into a record where the parts of its sample lie: their bytes, or the first header of each.
 
     Raises:
         ValueError: a part ends 4 GiB or more behind the start of the sample.
@@ -59,7 +60,8 @@ def place_parts(record: np.void, members: Mapping[str, Member]) -> None:
     for part, member in members.items():
         if member.offset + member.size - start >= 2**32:
             raise ValueError("larger than 4 GiB")
-        record[f"{part}_offset"], record[f"{part}_size"] = member.offset - start, member.size
+        record[f"{part}_offset"] = (member.header_offset if by_header else member.offset) - start
+        record[f"{part}_size"] = member.size
 
 
 class Place(NamedTuple):
@@ -67,23 +69,43 @@ class Place(NamedTuple):
 
     start: int
     """Byte of the tar at which the first header of the sample begins."""
+    end: int
+    """Byte behind the last part that is read."""
     parts: dict[str, tuple[int, int]]
-    """Part -> the byte of the tar at which its bytes begin, and their number."""
+    """Part -> the byte of the tar at which its first header begins, and the number of its bytes."""
+    crc32: int
     format: int
     """Of the picture: its place in FORMATS, if the index is not damaged."""
 
 
-def place_of(record: np.void, *, without_txt: bool) -> Place:
-    """Read all fields of a record at once. Field by field, numpy takes several times as long."""
-    start, image, image_size, txt, txt_size, json_at, json_size, _, _, format, *_ = record.item()
-    parts = {}
+def place_of(record: np.void, *, is_prepared: bool) -> Place:
+    """Read all fields of a record at once. Field by field, numpy takes several times as long.
+
+    Args:
+        is_prepared: mlip wrote the tar. Each part has one header, and KEY.txt is not read: KEY.json repeats it.
+    """
+    start, image, image_size, txt, txt_size, json_at, json_size, crc32, format, *_ = record.item()
+    at = start - BLOCK if is_prepared else start
+    parts, end = {}, start
     if image_size:
-        parts["image"] = start + image, image_size
-    if txt_size and not without_txt:
-        parts["txt"] = start + txt, txt_size
+        parts["image"] = at + image, image_size
+        end = at + image + image_size
+    if txt_size and not is_prepared:
+        parts["txt"] = at + txt, txt_size
+        end = max(end, at + txt + txt_size)
     if json_size:
-        parts["json"] = start + json_at, json_size
-    return Place(start, parts, format)
+        parts["json"] = at + json_at, json_size
+        end = max(end, at + json_at + json_size)
+    return Place(start, end + BLOCK, parts, crc32, format)
+
+
+def checksum(record: np.void, content: bytes) -> int:
+    """crc32 of a record but for its own checksum, and then of the bytes of the tar from `start` to `end` of its place.
+
+    So it knows which bytes are the picture and which the captions, not only that all are there.
+    """
+    own = record.tobytes()
+    return zlib.crc32(content, zlib.crc32(own[:CRC_AT] + own[CRC_AT + 4 :]))
 
 
 def write_index(shard: Path, records: np.ndarray, *, tar_bytes: int, sha256: str) -> None:
@@ -107,6 +129,24 @@ def read_checked(index: Path) -> tuple[np.void, np.ndarray]:
     if stated and zlib.crc32(records.tobytes()) != stated:  # 0: written before there were checksums
         raise RunError(f"{index}: damaged: its checksum is wrong; {CURE}")
     return header, records
+
+
+def has_checksums(header: np.void) -> bool:
+    """Whether the samples of the index have checksums."""
+    return bool(header["magic"] == INDEX_MAGIC)
+
+
+def check_is_named(index: Path, header: np.void, shard: Mapping[str, Any]) -> None:
+    """Check that an index is the one that a shard of dataset.json means, as far as both say.
+
+    Raises:
+        RunError: it belongs to another shard.
+    """
+    own = {"n": int(header["n"]), "bytes": int(header["tar_bytes"]), "sha256": bytes(header["sha256"]).hex()}
+    names = {"n": "samples", "bytes": "bytes", "sha256": "as sha256 of the shard"}
+    for name, words in names.items():
+        if name in shard and shard[name] != own[name]:
+            raise RunError(f"{index}: {own[name]} {words} where dataset.json says {shard[name]}; {CURE}")
 
 
 def check_size(tar: Path, header: np.void) -> None:
@@ -133,7 +173,7 @@ def read_records(path: Path) -> tuple[np.void, np.ndarray]:
     """
     try:
         size, header = path.stat().st_size, np.fromfile(path, HEADER, count=1)
-        if len(header) == 0 or header["magic"][0] != INDEX_MAGIC:
+        if len(header) == 0 or header["magic"][0] not in (INDEX_MAGIC, WITHOUT_CHECKSUMS):
             raise RunError(f"{path}: not an index of mlip; {CURE}")
         n = int(header["n"][0])
         needed = HEADER.itemsize + n * RECORD.itemsize

@@ -1,11 +1,15 @@
 """Open training data: prepared shards, prepared shards at a URL, or tars as they are."""
 
+import shlex
 from collections.abc import Sequence
+from itertools import combinations
 from pathlib import Path
 
 from mlip_cli.data.dataset import ShardDataset
 from mlip_cli.data.index import index_path, parse_card
 from mlip_cli.data.remote import RemoteShards, check_fit, is_url
+from mlip_cli.data.sources.find import find_source
+from mlip_cli.data.sources.records import SPLITS
 from mlip_cli.errors import UsageError
 from mlip_cli.recipe.config import Cache, Source
 
@@ -20,19 +24,44 @@ def open_sources(
         beside: other data sets in use; the cache must have room for them too.
 
     Raises:
-        UsageError: a folder is missing, not prepared or empty, or the cache cannot hold what lies elsewhere.
+        UsageError: a folder is missing, not prepared, empty or listed twice, or the cache cannot hold what lies
+            elsewhere.
         RunError: the network failed.
     """
     datasets = [_open_source(source, cache or Cache()) for source in sources]
+    for first, second in combinations(datasets, 2):
+        if first.place == second.place:
+            raise UsageError(f"{second.name}: the same data as {first.name}; list it once")
     check_fit([dataset.remote for dataset in (*beside, *datasets) if dataset.remote is not None])
     return datasets
+
+
+def check_there(sources: Sequence[Source]) -> None:
+    """Check that local data is where the recipe says, without opening it: the rest needs more time.
+
+    Raises:
+        UsageError: some is missing or not prepared, one line each.
+    """
+    missing = []
+    for source in sources:
+        try:
+            if source.format == "webdataset":
+                find_source(source.path, format="webdataset")
+            elif not is_url(source.path):
+                check_prepared(Path(source.path))
+        except UsageError as error:
+            missing.append(str(error))
+    if missing:
+        raise UsageError("\n".join(missing))
 
 
 def _open_source(source: Source, cache: Cache) -> ShardDataset:
     if source.format == "webdataset":
         from mlip_cli.data.plain_tars import index_tars
+        from mlip_cli.data.sources.tar_samples import Columns
 
-        return ShardDataset(*index_tars(source.path, cache), name=source.path, is_prepared=False)
+        columns = Columns(source.image_column, source.caption_column)
+        return ShardDataset(*index_tars(source.path, columns, cache), name=source.path, columns=columns)
     if is_url(source.path):
         remote = RemoteShards(source.path, cache)
         return _prepared(remote.folder, name=remote.url, remote=remote)
@@ -46,9 +75,18 @@ def open_prepared(folder: Path) -> ShardDataset:
         UsageError: the folder is not a prepared data set; the message names the command that makes one.
         RunError: an index is missing or damaged, or does not belong to its shard.
     """
+    check_prepared(folder)
+    return _prepared(folder, name=str(folder))
+
+
+def check_prepared(folder: Path) -> None:
+    """Check that `folder` has the card of a prepared data set.
+
+    Raises:
+        UsageError: as `open_prepared`.
+    """
     if not (folder / "dataset.json").is_file():
         raise UsageError(_why_not_prepared(folder))
-    return _prepared(folder, name=str(folder))
 
 
 def _prepared(folder: Path, *, name: str, remote: RemoteShards | None = None) -> ShardDataset:
@@ -56,15 +94,20 @@ def _prepared(folder: Path, *, name: str, remote: RemoteShards | None = None) ->
     path = folder / "dataset.json"
     card = parse_card(path.read_bytes(), place=str(path), folder=name)
     tars = [folder / shard["name"] for shard in card["shards"]]
-    return ShardDataset(tars, list(map(index_path, tars)), card, name=name, is_prepared=True, remote=remote)
+    return ShardDataset(tars, list(map(index_path, tars)), card, name=name, columns=None, remote=remote)
 
 
 def _why_not_prepared(folder: Path) -> str:
     source = "openmoji" if folder.parent.name == "openmoji" else "SOURCE"
+    quoted = shlex.quote(str(folder))
     if not folder.exists():
-        return f"{folder}: no such folder; make it with: mlip prepare-data {source} {folder.parent}"
+        if folder.name in SPLITS:
+            cure = f"make it with: mlip prepare-data {source} {shlex.quote(str(folder.parent))}"
+        else:  # prepare-data names the parts of what it writes
+            cure = f"make it with: mlip prepare-data SOURCE {quoted}, and name {folder / SPLITS[0]}"
+        return f"{folder}: no such folder; {cure}"
     if not folder.is_dir():
-        return f"{folder}: a file, not a folder of shards; prepare it: mlip prepare-data {folder} OUT"
+        return f"{folder}: a file, not a folder of shards; prepare it: mlip prepare-data {quoted} OUT"
     as_they_are = f"data.train: [{{path: {folder}, format: webdataset}}]"
     parts = sorted(child.parent for child in folder.glob("*/dataset.json"))
     if parts:
@@ -72,7 +115,7 @@ def _why_not_prepared(folder: Path) -> str:
     what = "no dataset.json"
     if any(folder.glob("*.tar")):
         if not any(folder.glob("*.idx")):
-            cure = f"prepare them: mlip prepare-data {folder} OUT, or read them as they are: {as_they_are}"
+            cure = f"prepare them: mlip prepare-data {quoted} OUT, or read them as they are: {as_they_are}"
             return f"{folder}: tars without index; {cure}"
         what = "shards without dataset.json"
-    return f"{folder}: {what}; prepare it: mlip prepare-data {folder} OUT"
+    return f"{folder}: {what}; prepare it: mlip prepare-data {quoted} OUT"

@@ -1,7 +1,8 @@
 """The bytes of a picture become RGB pixels here, and only here: for preparing data, training and evaluation.
 
-The content says the format, not the name. EXIF turns the picture upright. Transparent pixels lie on white, 16 bits are
-scaled to 8, and an animation gives its first frame. simplejpeg decodes JPEGs where it is installed (the extra `fast`).
+The content says the format, not the name. EXIF turns the picture upright. Transparent pixels lie on white, and an
+animation gives its first frame. 16 bits of grey are scaled to 8; of 16 bits a colour Pillow drops the lower 8, which is
+at most one level of 255 below scaling. simplejpeg decodes JPEGs where it is installed (the extra `fast`).
 Pillow decodes everything else, and gives the same pixels of a JPEG to the bit.
 """
 

@@ -10,28 +10,35 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mlip_cli.data.cache import ShardCache
-from mlip_cli.data.index import FORMAT_ENDINGS, RECORD, place_parts, write_index
+from mlip_cli.data.index import RECORD, place_parts, write_index
 from mlip_cli.data.prepare.workers import run_parallel
-from mlip_cli.data.remote import is_url
 from mlip_cli.data.sources.find import DataSource, find_source
-from mlip_cli.data.sources.records import json_bytes, printable, split_of_folder, usable_captions
-from mlip_cli.data.sources.tars import chosen_members, ending_of, stated, tar_samples
-from mlip_cli.data.tar import DamagedTarError, Member
+from mlip_cli.data.sources.listing import PassedOver
+from mlip_cli.data.sources.records import UnusableSampleError, json_bytes, split_of_folder, usable_captions
+from mlip_cli.data.sources.tar_samples import Columns, TarNotes, TarSample, parts_of_sample, samples_of
+from mlip_cli.data.sources.tars import CAPTION_LINES, stated
+from mlip_cli.data.tar import DamagedTarError, Member, OpenTar, check_not_compressed, open_tar, read_members
 from mlip_cli.data.tokenizer import count_tokens
-from mlip_cli.errors import UsageError
+from mlip_cli.errors import RunError, UsageError
 from mlip_cli.files import GIB, full_disk_named, write_json
+from mlip_cli.paths import escaped
 from mlip_cli.recipe.config import Cache
 from mlip_cli.terminal.output import plural, say, warn
 from mlip_cli.terminal.panel import progress
 
 MOST_NAMED = 10
 """Damaged tars that are named; more are counted."""
+ENOUGH_SAMPLES = 50
+"""Of so many, most must be usable."""
+RULES = 2
+"""Changes when samples are found in another way, so that older indexes in the cache are not read."""
 PARALLEL_BYTES = GIB
 """Below this, one process has read the tars before others have started."""
 
@@ -49,23 +56,33 @@ class IndexedTar:
     first_reject: str
     damage: str | None
     """Where and how the tar is damaged; the samples before that point are used."""
+    at_first_dot: bool
+    """Where the keys of its samples end."""
+    read_as: dict[str, dict[str, Any]]
+    passed_over: dict[str, dict[str, Any]]
+
+    @property
+    def notes(self) -> TarNotes:
+        """How the tar was read, and what of it is not read."""
+        return TarNotes(PassedOver(**self.read_as), PassedOver(**self.passed_over))
 
 
-def index_tars(path: str, cache: Cache) -> tuple[list[Path], list[Path], dict[str, Any]]:
+def index_tars(path: str, columns: Columns, cache: Cache) -> tuple[list[Path], list[Path], dict[str, Any]]:
     """Tars, the index of each, and a card like that of prepared data; indexes are made where there are none yet.
 
     Damaged tars are named, unusable samples counted.
 
     Args:
         path: a folder of tars, one tar, or a pattern like `tars/{0000..0099}.tar` or `tars/*.tar`.
-        cache: where the indexes are kept; a tar is known by its path, size and time.
+        cache: where the indexes are kept; a tar is known by its path, size and time, and by the columns.
 
     Raises:
-        UsageError: there are no tars, they are of several splits, they are a stream, or no sample can be used.
+        UsageError: there are no tars, they are of several splits, compressed or a stream, or no sample can be used.
+        RunError: most samples cannot be used, for one reason.
     """
     source = _find(path)
     tars = [source.root / name for name in source.tars()]
-    indexes, known = _indexed(path, tars, ShardCache.of(cache))
+    indexes, known = _indexed(path, tars, columns, ShardCache.of(cache))
     _tell(path, tars, known)
     listing = [[name, own.num_bytes, own.sha256] for name, own in zip(source.tars(), known, strict=True)]
     card = {
@@ -73,7 +90,12 @@ def index_tars(path: str, cache: Cache) -> tuple[list[Path], list[Path], dict[st
         "num_bytes": sum(own.num_bytes for own in known),
         "fingerprint": hashlib.sha256(json_bytes(listing)).hexdigest(),
         "shards": [
-            {"name": str(tar.absolute()), "n": own.num_samples, "bytes": own.num_bytes}
+            {
+                "name": str(tar.absolute()),
+                "n": own.num_samples,
+                "bytes": own.num_bytes,
+                "at_first_dot": own.at_first_dot,
+            }
             for tar, own in zip(tars, known, strict=True)
         ],
         "provenance": {"webdataset": path},
@@ -82,11 +104,6 @@ def index_tars(path: str, cache: Cache) -> tuple[list[Path], list[Path], dict[st
 
 
 def _find(path: str) -> DataSource:
-    if path.startswith("pipe:") or is_url(path):
-        raise UsageError(
-            f"{path}: a stream can only be read from its start, so a run could not shuffle it or resume in its middle; "
-            "save it as tars and name these, or prepare them (mlip prepare-data TARS OUT)"
-        )
     source = find_source(path, format="webdataset")
     splits = {split_of_folder(Path(name))[0] for name in source.tars()}
     if len(splits) > 1:
@@ -95,29 +112,34 @@ def _find(path: str) -> DataSource:
     return source
 
 
-def _indexed(path: str, tars: Sequence[Path], cache: ShardCache) -> tuple[list[Path], list[IndexedTar]]:
+def _indexed(
+    path: str, tars: Sequence[Path], columns: Columns, cache: ShardCache
+) -> tuple[list[Path], list[IndexedTar]]:
     """The index of each tar, and what is known about the tar."""
     folder = cache.subfolder("tars")
-    indexes = [folder / f"{_identity(tar)}.idx" for tar in tars]
+    indexes = [folder / f"{_identity(tar, columns)}.idx" for tar in tars]
     missing = [(tar, index) for tar, index in zip(tars, indexes, strict=True) if not _about(index).is_file()]
     if missing:
         with cache.locked(), full_disk_named(cache.folder, "make room, or set data.cache.folder"):
-            _index_all(path, [pair for pair in missing if not _about(pair[1]).is_file()])
+            _index_all(path, [pair for pair in missing if not _about(pair[1]).is_file()], columns)
     return indexes, [IndexedTar(**json.loads(_about(index).read_bytes())) for index in indexes]
 
 
-def _index_all(path: str, pairs: Sequence[tuple[Path, Path]]) -> None:
+def _index_all(path: str, pairs: Sequence[tuple[Path, Path]], columns: Columns) -> None:
+    for tar, _ in pairs:
+        check_not_compressed(tar, "training")
     num_bytes = sum(tar.stat().st_size for tar, _ in pairs)
     say(f"{path}: indexing {plural(len(pairs), 'tar')}, {num_bytes / GIB:.2f} GiB; this is done once")
     num_workers = min(len(pairs), os.cpu_count() or 1) if num_bytes >= PARALLEL_BYTES else 1
     with progress(len(pairs), "indexes") as bar:
-        for _ in run_parallel(_index_one, pairs, num_workers=num_workers):
+        for _ in run_parallel(partial(_index_one, columns=columns), pairs, num_workers=num_workers):
             bar.advance(bar.task_ids[0], 1)
 
 
-def _identity(tar: Path) -> str:
+def _identity(tar: Path, columns: Columns) -> str:
     stat = tar.stat()
-    return hashlib.sha256(json_bytes([str(tar.resolve()), stat.st_size, stat.st_mtime_ns])).hexdigest()[:32]
+    known_by = [RULES, escaped(str(tar.resolve())), stat.st_size, stat.st_mtime_ns, columns.image, columns.caption]
+    return hashlib.sha256(json_bytes(known_by)).hexdigest()[:32]
 
 
 def _about(index: Path) -> Path:
@@ -125,50 +147,69 @@ def _about(index: Path) -> Path:
     return index.with_suffix(".json")
 
 
-def _index_one(pair: tuple[Path, Path]) -> None:
+def _index_one(pair: tuple[Path, Path], columns: Columns) -> None:
     """Write the index of a tar, and then its IndexedTar: where that exists, the index is whole."""
     tar, index = pair
     rows: list[np.void] = []
     digest = hashlib.sha256()
     rejects: Counter[str] = Counter()
-    first_reject, damage = "", None
-    descriptor = os.open(tar, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        for key, members in tar_samples(tar):
+    first_reject, notes = "", TarNotes()
+    members, damage = _members_before_damage(tar)
+    samples, at_first_dot = samples_of(members, columns, notes, tar=str(tar), is_cut=damage is not None)
+    with open_tar(tar) as opened:
+        for sample in samples:
             try:
-                rows.append(_index_record(descriptor, members))
-                digest.update(f"{key}\n".encode("utf-8", "surrogateescape"))  # names are bytes of any kind
+                rows.append(_index_record(opened, sample, columns, notes))
+                digest.update(f"{sample.key}\n".encode("utf-8", "surrogateescape"))  # names are bytes of any kind
             except ValueError as error:
                 rejects[str(error)] += 1
-                first_reject = first_reject or f"{tar}: sample {printable(key)}: {error}"
-    except DamagedTarError as error:
-        damage = str(error)
-    finally:
-        os.close(descriptor)
+                detail = getattr(error, "detail", "")
+                words = f"{error}: {escaped(detail)}" if detail else str(error)
+                first_reject = first_reject or f"{tar}: sample {escaped(sample.key)}: {words}"
     records = np.array(rows, RECORD) if rows else np.zeros(0, RECORD)
     num_bytes = tar.stat().st_size
     write_index(index, records, tar_bytes=num_bytes, sha256="00" * 32)  # the pictures were not read
     digest.update(records.tobytes())
-    own = IndexedTar(num_bytes, len(rows), digest.hexdigest(), dict(sorted(rejects.items())), first_reject, damage)
+    own = IndexedTar(
+        num_bytes=num_bytes,
+        num_samples=len(rows),
+        sha256=digest.hexdigest(),
+        rejects=dict(sorted(rejects.items())),
+        first_reject=first_reject,
+        damage=damage,
+        at_first_dot=at_first_dot,
+        read_as=asdict(notes.read_as),
+        passed_over=asdict(notes.passed_over),
+    )
     write_json(_about(index), asdict(own))
 
 
-def _index_record(descriptor: int, members: Sequence[Member]) -> np.void:
+def _members_before_damage(tar: Path) -> tuple[list[Member], str | None]:
+    """The members of a tar up to its end or its damage, and where and how it is damaged."""
+    members: list[Member] = []
+    try:
+        members.extend(read_members(tar))
+    except DamagedTarError as error:
+        return members, str(error)
+    return members, None
+
+
+def _index_record(tar: OpenTar, sample: TarSample, columns: Columns, notes: TarNotes) -> np.void:
     """The record of a sample; a ValueError says why the sample cannot be used."""
-    parts = chosen_members(members)
+    parts = parts_of_sample(sample, columns)
     parts.pop("cls", None)  # a record has no place for it
-    image = parts["image"]
-    format = next((number for number, names in enumerate(FORMAT_ENDINGS) if ending_of(image.name) in names), None)
-    if format is None:
-        raise ValueError("a picture that is not JPEG, PNG or WebP; mlip prepare-data reads it")
-    if image.size == 0:
+    if parts["image"].size == 0:
         raise ValueError("empty picture")
-    info = stated({part: os.pread(descriptor, m.size, m.offset) for part, m in parts.items() if part != "image"})
+    info = stated({part: tar.read(m.size, m.offset) for part, m in parts.items() if part != "image"}, columns)
+    if not info.captions:
+        raise UnusableSampleError("no caption", detail=info.without_captions)
     captions = usable_captions(info.captions)
     record = np.zeros(1, RECORD)[0]
-    place_parts(record, parts)
-    record["format"], record["num_captions"] = format, len(captions)
+    place_parts(record, parts, by_header=True)
+    record["num_captions"] = len(captions)
     record["num_tokens"] = count_tokens(caption.text for caption in captions)
+    if info.has_lines:
+        notes.read_as.add(CAPTION_LINES, f"{tar.path}: {escaped(sample.key)}")
     return record
 
 
@@ -177,6 +218,7 @@ def _tell(path: str, tars: Sequence[Path], known: Sequence[IndexedTar]) -> None:
 
     Raises:
         UsageError: no sample can be used.
+        RunError: most of them cannot, for one reason.
     """
     damaged = [own for own in known if own.damage]
     for own in damaged[:MOST_NAMED]:
@@ -186,11 +228,22 @@ def _tell(path: str, tars: Sequence[Path], known: Sequence[IndexedTar]) -> None:
     rejects = sum((Counter(own.rejects) for own in known), Counter[str]())
     reasons = ", ".join(f"{n:,} {reason}" for reason, n in rejects.most_common())
     num_samples = sum(own.num_samples for own in known)
+    first = next((own.first_reject for own in known if own.first_reject), "")
     if num_samples == 0:
+        why = f"{reasons} (first: {first})" if rejects else "there are none"
         raise UsageError(
-            f"{path}: no sample of {plural(len(tars), 'tar')} can be used ({reasons or 'there are none'}); a sample is "
-            "a picture with KEY.txt or KEY.json; mlip prepare-data lists the samples that it rejects"
+            f"{path}: no sample of {plural(len(tars), 'tar')} can be used: {why}; a sample is a picture with KEY.txt "
+            "or KEY.json; mlip prepare-data lists the samples that it rejects"
         )
+    notes = TarNotes()
+    for own in known:
+        notes.add(own.notes)
+    notes.tell_readings(path, say=say)
+    if notes.passed_over.counts:
+        say(f"{path}: not read: {notes.passed_over.in_words()}")
+    total = num_samples + rejects.total()
+    for reason, n in rejects.most_common(1) if total >= ENOUGH_SAMPLES else ():
+        if n > total / 2:
+            raise RunError(f"{path}: {n:,} of {total:,} samples fail for the same reason: {reason} (first: {first})")
     if rejects:
-        first = next(own.first_reject for own in known if own.first_reject)
         warn(f"{path}: {rejects.total():,} samples cannot be used and {num_samples:,} can: {reasons} (first: {first})")

@@ -15,7 +15,7 @@ from threading import Event
 from typing import Any
 
 from mlip_cli.data.cache import ShardCache
-from mlip_cli.data.index import HEADER, RECORD, index_path, parse_card, read_records
+from mlip_cli.data.index import HEADER, RECORD, index_path, parse_card, read_checked
 from mlip_cli.errors import RunError, UsageError
 from mlip_cli.files import FULL_DISK, GIB, atomic_path, full_disk_named, write_bytes, write_text
 from mlip_cli.recipe.config import Cache
@@ -148,7 +148,7 @@ class RemoteShards:
                 )
             return
         try:
-            header, records = read_records(path)
+            header, records = read_checked(path)
             is_its_index = len(records) == shard["n"] and bytes(header["sha256"]).hex() == shard["sha256"]
         except RunError:
             is_its_index = False

@@ -6,13 +6,14 @@ The format: POSIX.1-2017 `pax` (ustar interchange format) and GNU tar's manual, 
 """
 
 import os
+import zlib
 from collections.abc import Callable, Generator, Iterator
-from functools import partial
+from contextlib import closing, contextmanager
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import NamedTuple
-from zlib import adler32
+from typing import IO, NamedTuple, cast
 
-from mlip_cli.errors import RunError
+from mlip_cli.errors import RunError, UsageError
 
 BLOCK = 512
 MAX_EXTENSION_BYTES = 1 << 20
@@ -23,6 +24,16 @@ EXTENSIONS = (b"x", b"g", b"L", b"K")
 ZEROS = bytes(BLOCK)
 ADLER_MODULUS = 65_521
 """adler32 sums bytes modulo this number, ten times as fast as sum(); a header's checksum is compared modulo it too."""
+
+COMPRESSIONS = {
+    b"\x1f\x8b": ("gzip", "gzip"),
+    b"BZh": ("bz2", "bzip2"),
+    b"\xfd7zXZ\0": ("lzma", "xz"),
+    b"\x28\xb5\x2f\xfd": ("zstd", "zstd"),
+}
+"""First bytes of a compressed file -> its format, by the name of Python's module where there is one, and its tool."""
+NO_END = 1 << 62
+"""Length of a tar that nobody knows before it is decompressed."""
 
 Read = Callable[[int, int], bytes]
 """(size, at) -> the bytes of the tar from byte `at` on; fewer than `size` at its end."""
@@ -54,18 +65,111 @@ def padded(size: int) -> int:
     return (size + BLOCK - 1) // BLOCK * BLOCK
 
 
+class OpenTar(NamedTuple):
+    """A tar that is open for reading; behind its end there are no bytes."""
+
+    path: Path
+    read: Read
+    length: int
+    is_compressed: bool
+
+
+def compression_of(path: Path) -> tuple[str, str] | None:
+    """The format of a compressed file and the tool that unpacks it, by its first bytes; None for other files."""
+    with open(path, "rb") as file:
+        head = file.read(6)
+    return next((names for magic, names in COMPRESSIONS.items() if head.startswith(magic)), None)
+
+
+def check_not_compressed(tar: Path, purpose: str) -> None:
+    """See that a tar can be read in any order.
+
+    Raises:
+        UsageError: it is compressed.
+    """
+    if compression := compression_of(tar):
+        _, tool = compression
+        raise UsageError(
+            f"{tar}: is {tool}, and {purpose} needs random access; unpack it: {tool} -dc < {tar} > UNPACKED.tar"
+        )
+
+
+@contextmanager
+def open_tar(path: Path) -> Iterator[OpenTar]:
+    """Open a tar. A compressed one is best read in order: to go back, it is decompressed from its start again.
+
+    Raises:
+        UsageError: it is zstd.
+        DamagedTarError: (in the block) the compressed data are damaged.
+    """
+    compression = compression_of(path)
+    if compression is None:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            yield OpenTar(path, partial(os.pread, descriptor), os.fstat(descriptor).st_size, False)
+        finally:
+            os.close(descriptor)
+        return
+    format, tool = compression
+    if format == "zstd":
+        raise UsageError(f"{path}: is zstd, which is not read; unpack it: {tool} -dc < {path} > UNPACKED.tar")
+    with closing(_decompressed(path, format)) as file, _damage_named(path, format):
+        yield OpenTar(path, partial(_read_in_order, file), NO_END, True)
+
+
+def read_decompressed(path: str, size: int, at: int) -> bytes:
+    """Bytes of what a compressed file holds. Each process keeps the last file open, so that reading on is fast.
+
+    Raises:
+        DamagedTarError: the compressed data are damaged.
+    """
+    file, format = _kept_open(path)
+    with _damage_named(Path(path), format):
+        return _read_in_order(file, size, at)
+
+
+@lru_cache(maxsize=1)
+def _kept_open(path: str) -> tuple[IO[bytes], str]:
+    format, _ = cast(tuple[str, str], compression_of(Path(path)))
+    return _decompressed(Path(path), format), format
+
+
+def _decompressed(path: Path, format: str) -> IO[bytes]:
+    from importlib import import_module
+
+    return cast(IO[bytes], import_module(format).open(path))
+
+
+@contextmanager
+def _damage_named(path: Path, format: str) -> Iterator[None]:
+    errors: list[type[Exception]] = [EOFError, OSError, zlib.error]
+    if format == "lzma":
+        from lzma import LZMAError
+
+        errors.append(LZMAError)
+    try:
+        yield
+    except tuple(errors) as error:
+        raise DamagedTarError(f"{path}: damaged {format}: {error}") from error
+
+
+def _read_in_order(file: IO[bytes], size: int, at: int) -> bytes:
+    file.seek(at)
+    return file.read(size)
+
+
 def read_members(path: Path) -> Iterator[Member]:
     """The members of a tar, in order.
 
     Raises:
+        UsageError: it is compressed by zstd.
         DamagedTarError: a header's checksum is wrong, the file ends inside a member or without the end-of-archive
             block, or something follows that block.
     """
-    with open(path, "rb") as file:
-        read, length = partial(os.pread, file.fileno()), os.fstat(file.fileno()).st_size
+    with open_tar(path) as tar:
         try:
-            end = yield from walk(read, length=length)
-            _check_end(read, end, length)
+            end = yield from walk(tar.read, length=tar.length)
+            _check_end(tar.read, end, tar.length)
         except HeaderError as error:
             raise DamagedTarError(f"{path}: {error}") from None
 
@@ -98,17 +202,6 @@ def walk(read: Read, *, length: int, start: int = 0) -> Generator[Member, None, 
     return at
 
 
-def member_at(read: Read, at: int) -> Member:
-    """The member whose only header lies at byte `at`: none of PAX or long names precedes it.
-
-    Raises:
-        HeaderError: no header lies there, or a damaged one.
-    """
-    header = read(BLOCK, at)
-    kind, size = _checked_header(header, at)
-    return _member(_name(header), kind, size, at=at, first=at)
-
-
 def _member(name: str, kind: bytes, size: int, *, at: int, first: int) -> Member:
     return Member(name, first, at + BLOCK, size, kind in REGULAR and not name.endswith("/"))
 
@@ -118,7 +211,7 @@ def _checked_header(header: bytes, at: int) -> tuple[bytes, int]:
     if len(header) < BLOCK:
         raise HeaderError(f"no tar header at byte {at}")
     field = header[148:156]  # counts as spaces in the sum
-    found = (adler32(header) & 0xFFFF) - 1 - sum(field) + 8 * ord(" ")
+    found = (zlib.adler32(header) & 0xFFFF) - 1 - sum(field) + 8 * ord(" ")
     if (found - _number(field, at)) % ADLER_MODULUS:
         raise HeaderError(f"no tar header at byte {at}: its checksum is wrong")
     kind = header[156:157]

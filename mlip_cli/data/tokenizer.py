@@ -4,12 +4,8 @@ Importing `open_clip` itself takes nine seconds (models, training, hub clients),
 and every worker process pays.
 """
 
-import importlib.util
-import sys
 from collections.abc import Iterable, Sequence
 from functools import cache, lru_cache
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -17,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mlip_cli.data.index import MAX_TOKENS
-from mlip_cli.errors import RunError
+from mlip_cli.data.packages import open_clip_module
 from mlip_cli.types import VOCAB_SIZE
 
 LENGTHS = (8, 16, 24, 32, 48, 77)
@@ -68,30 +64,6 @@ def _ids(text: str) -> tuple[int, ...]:
 @cache
 def _bpe() -> Any:
     return open_clip_module("tokenizer").SimpleTokenizer()
-
-
-def open_clip_folder() -> Path:
-    """The folder of the installed package open_clip, found without importing it.
-
-    Raises:
-        RunError: open_clip is not installed.
-    """
-    package = importlib.util.find_spec("open_clip")
-    if package is None or package.origin is None:
-        raise RunError("open_clip is not installed; pip install open_clip_torch")
-    return Path(package.origin).parent
-
-
-def open_clip_module(name: str) -> ModuleType:
-    """One module of open_clip, loaded from its file alone unless the whole package is loaded already."""
-    if f"open_clip.{name}" in sys.modules:
-        return sys.modules[f"open_clip.{name}"]
-    spec = importlib.util.spec_from_file_location(f"mlip_cli_open_clip_{name}", open_clip_folder() / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def count_tokens(captions: Iterable[str]) -> int:

@@ -17,12 +17,12 @@ from mlip_cli.evaluate.datasets.pictures import batches
 from mlip_cli.evaluate.measure import NAME_RECALL_AT, Candidate, measure
 from mlip_cli.evaluate.results import DIRECTIONS
 from mlip_cli.evaluate.retrieval import RECALL_AT, image_text_retrieval, in_batch, modality_gap
-from mlip_cli.evaluate.statistics import metric_prefix
+from mlip_cli.evaluate.statistics import BELOW_CHANCE, is_below_chance, metric_prefix
 from mlip_cli.evaluate.together import OnBatch
 from mlip_cli.evaluate.validation import BATCH_SIZE, DecodedBatches, ValidationPairs, tokenize
 from mlip_cli.recipe.config import Recipe
 from mlip_cli.runs.loading import LoadedRun, MergedEncoder
-from mlip_cli.terminal.output import percent, plural
+from mlip_cli.terminal.output import percent, plural, say
 from mlip_cli.terminal.panel import progress
 from mlip_cli.types import Encoder
 
@@ -61,6 +61,7 @@ def measure_runs(
         UsageError, RunError, OSError: the data is damaged, or the device has too little memory for the batch.
     """
     pictures = open_benchmark(benchmark)
+    say(f"{benchmark.words}: {pictures.in_words()}")
     scores: dict[int, dict[str, Any]] = {}
     for size in sorted({loaded.model.image_size for loaded, _ in encoders}):
         candidates = {
@@ -108,6 +109,7 @@ def training_evaluators(
 def _zeroshot_evaluator(benchmark: Benchmark, recipe: Recipe, tokenizer: Tokenizer, device: torch.device) -> Evaluator:
     size = recipe.data.image_size
     pictures = open_benchmark(benchmark)
+    say(f"{benchmark.words}: {pictures.in_words()}")
     read_ahead = device.type == "cuda"
     read = partial(batches, pictures, size=size, batch_size=BATCH_SIZE, read_ahead=read_ahead)
     decoded = DecodedBatches(read, size=size)
@@ -138,6 +140,8 @@ def zeroshot_words(scores: Mapping[str, Any]) -> str:
         f"mean recall {percent(scores['mean_per_class_recall'])} % (chance {percent(scores['chance'])}), "
         f"top-1 {percent(scores['acc1'])} %"
     )
+    if is_below_chance(scores["mean_per_class_recall_interval"], scores["chance"]):
+        words += f", {BELOW_CHANCE}"
     if names := scores.get("names"):
         recalls = [f"R@{k} {percent(names[f'r{k}'])} % ({percent(names[f'r{k}_chance'])})" for k in NAME_RECALL_AT]
         words += f", name {', '.join(recalls)}"

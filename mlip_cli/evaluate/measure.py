@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from statistics import median
 from typing import Any
@@ -191,6 +191,7 @@ def _scores(
         **by_kind.pop("spatial"),
         **by_kind,
         "right": right,
+        "passed_over": asdict(pictures.passed_over),
         "predicted": " ".join(map(str, answers.top["spatial"][:, 0].tolist())),
     }
     if classifier.is_timed:

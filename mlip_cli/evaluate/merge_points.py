@@ -8,17 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mlip_cli.errors import UsageError
 from mlip_cli.evaluate.results import Distortion, Setting, SpeedAtSetting
 from mlip_cli.evaluate.statistics import Interval
 from mlip_cli.profiling.flops import image_gflops
 from mlip_cli.profiling.timing import measure_interleaved, peak_memory
-from mlip_cli.recipe import merge_plan
 from mlip_cli.runs.loading import LoadedRun, MergedEncoder, at_rate
 from mlip_cli.terminal.panel import progress
-
-SWEPT_METHODS = tuple(method for method in merge_plan.METHODS if method != "random_drop")
-"""Methods that merge. `random_drop` is for training only; a run that trained with it is swept as guided."""
 
 
 @dataclass(frozen=True)
@@ -35,17 +30,6 @@ class Point:
     def setting(self) -> Setting:
         """The point in results."""
         return Setting(method=self.method, rate=self.rate, true_rate=self.encoder.plan.rate)
-
-
-def check_methods(methods: Sequence[str]) -> None:
-    """Refuse a method that does not merge, before weights are loaded.
-
-    Raises:
-        UsageError: there is one.
-    """
-    for method in methods:
-        if method not in SWEPT_METHODS:
-            raise UsageError(f"--methods {method}: not a method to sweep; use {' or '.join(SWEPT_METHODS)}")
 
 
 def sweep_points(loaded: LoadedRun, rates: Sequence[float], methods: Sequence[str]) -> list[Point]:

@@ -4,11 +4,12 @@ Scores and shares are fractions in [0, 1]; intervals are 95 % intervals; times a
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
+from mlip_cli.data.sources.listing import PassedOver
 from mlip_cli.evaluate.statistics import Interval
 from mlip_cli.profiling.result import PeakMemory
 from mlip_cli.runs.result_files import Result
@@ -122,6 +123,8 @@ class ZeroshotResult(AllFeaturesScores, Result):
     """Number of the class that each picture got, with spaces between them."""
     images_per_s: float
     timed_batches: int
+    passed_over: PassedOver = field(default_factory=PassedOver)
+    """Files of the data set that were not read."""
 
     @property
     def data(self) -> tuple[str, str]:
@@ -244,6 +247,8 @@ class ZeroshotSweep(SweptData):
     chance: float
     majority_share: float
     points: Sequence[ZeroshotAtSetting]
+    passed_over: PassedOver = field(default_factory=PassedOver)
+    """Files of the data set that were not read."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 MANY_CLASSES = 20
 """With fewer classes top-5 says little: chance alone reaches 25 % or more."""
 
+BELOW_CHANCE = "below chance: are the class names right?"
+
 Z95 = 1.959963984540054
 
 RESAMPLES = 2000
@@ -36,6 +38,11 @@ def wilson(hits: int, n: int) -> Interval:
     low = 0.0 if hits == 0 else centre - half
     high = 1.0 if hits == n else centre + half
     return Interval(low, high)
+
+
+def is_below_chance(interval: Interval, chance: float) -> bool:
+    """Whether a score is worse than guessing, beyond its 95 % interval."""
+    return interval.high < chance
 
 
 def mean_recall_interval(hits: Sequence[int], counts: Sequence[int]) -> Interval:

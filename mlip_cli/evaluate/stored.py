@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlip_cli.errors import RunError, UsageError, interrupted_as
-from mlip_cli.evaluate.datasets.find import Benchmark, find_benchmark
+from mlip_cli.evaluate.datasets.benchmark import Benchmark
 from mlip_cli.evaluate.results import ZeroshotResult
 from mlip_cli.evaluate.statistics import paired
-from mlip_cli.recipe.load import load_recipe
+from mlip_cli.evaluate.wanted import Failures
 from mlip_cli.runs.folder import Run, find_checkpoint, now
 from mlip_cli.terminal.output import plural, say, warn
 
@@ -24,9 +24,6 @@ if TYPE_CHECKING:
 
 PROTOCOL = 1
 """Raised when the same data and weights would give other numbers: results of other protocols are measured again."""
-
-Failures = dict[str, Exception]
-"""Errors by the name of their data set."""
 
 
 @dataclass(frozen=True)
@@ -145,28 +142,16 @@ def default_datasets(checkpoints: Sequence[EvaluatedCheckpoint]) -> list[str]:
     Raises:
         UsageError: the recipes name no data set.
     """
-    recipes = [load_recipe(str(checkpoint.run.recipe)).recipe for checkpoint in checkpoints]
+    recipes = [checkpoint.run.read_recipe() for checkpoint in checkpoints]
     names = [name for recipe in recipes for name in recipe.evaluate.zeroshot]
     if not names:
         raise UsageError("no data set: the recipe's evaluate.zeroshot is empty; name one, as in --dataset openmoji")
     return names
 
 
-def find_benchmarks(names: Sequence[str], root: Path | None) -> tuple[list[Benchmark], Failures]:
-    """The data sets that are there, and the errors of the others."""
-    benchmarks: list[Benchmark] = []
-    failures: Failures = {}
-    for name in names:
-        try:
-            benchmarks.append(find_benchmark(name, root=root))
-        except (UsageError, OSError) as error:
-            failures[name] = error
-    return benchmarks, failures
-
-
 @interrupted_as("interrupted; results of finished data sets are kept; repeat the command to continue")
-def complete(rows: Mapping[str, Sequence[Measurement]]) -> tuple[dict[str, list[Measured]], Failures]:
-    """Results on each data set, stored or measured now, and the errors of the other data sets.
+def complete(rows: Mapping[str, Sequence[Measurement]]) -> tuple[dict[str, list[Measured]], Failures, list[str]]:
+    """Results on each data set, stored or measured now; the errors of the other data sets; what could not be stored.
 
     Args:
         rows: the wanted results by data set.
@@ -181,17 +166,21 @@ def complete(rows: Mapping[str, Sequence[Measurement]]) -> tuple[dict[str, list[
         say(f"{plural(len(found), 'row')} measured before, in evals/ of the runs; to measure: {len(missing)}")
     loaded = _load(missing) if missing else {}
     failures: Failures = {}
+    unstored: list[str] = []
     for dataset, own in rows.items():
         try:
-            found |= _measure([row for row in own if row not in found], loaded)
+            measured = _measure([row for row in own if row not in found], loaded)
         except (UsageError, RunError, OSError) as error:
             failures[dataset] = error
+            continue
+        found |= measured
+        unstored += [why for row, result in measured.items() if (why := result.why_unstored(row.path))]
     results = {
         dataset: [Measured(row.checkpoint, found[row]) for row in own]
         for dataset, own in rows.items()
         if dataset not in failures
     }
-    return results, failures
+    return results, failures, unstored
 
 
 def _load(rows: Sequence[Measurement]) -> dict[Path, "LoadedRun"]:
@@ -209,13 +198,13 @@ def _load(rows: Sequence[Measurement]) -> dict[Path, "LoadedRun"]:
 
 
 def _measure(rows: Sequence[Measurement], loaded: Mapping[Path, "LoadedRun"]) -> dict[Measurement, ZeroshotResult]:
-    """Measure rows of one data set side by side and write each result into its run folder."""
+    """Measure rows of one data set side by side."""
     if not rows:
         return {}
     from mlip_cli.evaluate.evaluators import measure_runs
     from mlip_cli.runs.loading import at_rate
 
-    say(f"{rows[0].benchmark.name}: {plural(len(rows), 'row')} to measure, in turn on each batch")
+    say(f"{rows[0].benchmark.words}: {plural(len(rows), 'row')} to measure, in turn on each batch")
     runs = [loaded[row.checkpoint.folder] for row in rows]
     encoders = [at_rate(run.model, row.merge_rate) for run, row in zip(runs, rows, strict=True)]
     measured_at = now()
@@ -236,5 +225,4 @@ def _measure(rows: Sequence[Measurement], loaded: Mapping[Path, "LoadedRun"]) ->
                 **scores_of_row,
             }
         )
-        results[row].write(row.path)
     return results

@@ -4,7 +4,6 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -12,11 +11,11 @@ from torch import Tensor
 from mlip_cli import __version__
 from mlip_cli.data.loader import decoded
 from mlip_cli.data.prepare.summary import attributions
+from mlip_cli.data.sources.listing import PassedOver
 from mlip_cli.data.transforms import evaluation_transform
 from mlip_cli.devices import batch_named, device_name
 from mlip_cli.errors import RunError, UsageError
 from mlip_cli.evaluate.datasets.benchmark import Benchmark
-from mlip_cli.evaluate.datasets.find import find_benchmark
 from mlip_cli.evaluate.datasets.open import open_benchmark
 from mlip_cli.evaluate.evaluators import measure_runs
 from mlip_cli.evaluate.merge_points import Point, distortions, speeds
@@ -32,11 +31,11 @@ from mlip_cli.evaluate.results import (
 )
 from mlip_cli.evaluate.retrieval import Ranks, image_text_ranks
 from mlip_cli.evaluate.statistics import paired
-from mlip_cli.evaluate.validation import VALIDATION, ValidationPairs, validation_pairs
+from mlip_cli.evaluate.validation import ValidationPairs, validation_pairs
+from mlip_cli.evaluate.wanted import VALIDATION, WantedData
 from mlip_cli.runs.folder import now
 from mlip_cli.runs.loading import LoadedRun
 from mlip_cli.runs.result_files import checked
-from mlip_cli.terminal.output import say
 from mlip_cli.terminal.panel import progress
 
 FAILURES = (UsageError, RunError, OSError)
@@ -76,33 +75,20 @@ class SweepDataset:
     """Draws so many pictures at random with seed 0, in the order of the data set; raises one of FAILURES."""
 
 
-def find_datasets(
-    loaded: LoadedRun, names: Sequence[str], *, root: Path | None, batch_size: int
+def open_datasets(
+    loaded: LoadedRun, wanted: WantedData, *, batch_size: int
 ) -> tuple[list[SweepDataset], dict[str, Exception]]:
-    """The named data sets, else those of the recipe, else the validation set; and the errors of those not found.
-
-    Raises:
-        UsageError, OSError: none of the named data sets is there.
-    """
-    recipe = loaded.recipe
-    wanted = list(dict.fromkeys(names)) or list(recipe.evaluate.zeroshot)
-    if not wanted and recipe.data.validation is not None:
-        wanted = [VALIDATION]
-    if not wanted:
-        say("no scores: the recipe has no evaluate.zeroshot and no data.validation; name data sets with --dataset")
-    found: list[SweepDataset] = []
-    failures: dict[str, Exception] = {}
-    for name in wanted:
+    """The data sets that were found, and the errors of all others."""
+    opened: list[SweepDataset] = []
+    failures = dict(wanted.failures)
+    for name, benchmark in wanted.found.items():
         try:
-            if name == VALIDATION:
-                found.append(_validation(loaded))
-            else:
-                found.append(_benchmark(find_benchmark(name, root=root), loaded, batch_size=batch_size))
+            own = _validation(loaded) if benchmark is None else _benchmark(benchmark, loaded, batch_size=batch_size)
         except FAILURES as error:
             failures[name] = error
-    if names and not found:
-        raise next(iter(failures.values()))
-    return found, failures
+        else:
+            opened.append(own)
+    return opened, failures
 
 
 def numbers_at_random(wanted: int, num_pictures: int) -> list[int]:
@@ -143,6 +129,7 @@ def accuracies(benchmark: Benchmark, loaded: LoadedRun, points: Sequence[Point],
         num_classes=unmerged["num_classes"],
         chance=unmerged["chance"],
         majority_share=unmerged["majority_share"],
+        passed_over=PassedOver(**unmerged["passed_over"]),
         points=[
             checked(
                 ZeroshotAtSetting,

@@ -17,14 +17,12 @@ from mlip_cli.data.transforms import evaluation_transform, least_size
 from mlip_cli.distributed import world_size
 from mlip_cli.errors import RunError
 from mlip_cli.evaluate.together import OnBatch, on_all_ranks
+from mlip_cli.evaluate.wanted import VALIDATION
 from mlip_cli.evaluate.zeroshot import normalized, text_features
 from mlip_cli.recipe.config import Recipe
 from mlip_cli.types import Encoder
 
 T = TypeVar("T")
-VALIDATION = "validation"
-"""Name of the run's own validation set."""
-
 BATCH_SIZE = 128
 KEPT_BYTES = 1 << 30
 """Most bytes of decoded pictures that stay in memory between evaluations, for each data set and rank. Larger sets are

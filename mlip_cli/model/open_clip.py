@@ -1,6 +1,8 @@
-"""Weights by OpenCLIP's names, which are OpenAI's too: renamed to ours, and the recipe that they fit.
+"""Weights by OpenCLIP's names, which are OpenAI's too, or by those of transformers' CLIPModel: renamed to ours, and the
+recipe that they fit.
 
-Both sides name the same tensors. Only names, transposed projections and axes of length one differ.
+All sides name the same tensors. Only names, transposed projections and axes of length one differ; transformers also
+keeps query, key and value apart.
 """
 
 import json
@@ -9,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import timm
+import torch
 from torch import Tensor
 
 from mlip_cli.errors import UsageError
@@ -48,8 +51,38 @@ LEADING_AXES = {"visual.class_embedding": 2, "visual.positional_embedding": 1}
 """Number of axes of length one that come first here and that OpenCLIP does not have."""
 SCALARS = ("logit_scale", "logit_bias")
 """() or (1,) in OpenCLIP, (1,) here."""
-NO_WEIGHTS = ("attn_mask", "input_resolution", "context_length", "vocab_size")
-"""Entries of older files that repeat what the shapes say."""
+NO_WEIGHTS = (
+    *("attn_mask", "input_resolution", "context_length", "vocab_size"),
+    *("text_model.embeddings.position_ids", "vision_model.embeddings.position_ids", "n_averaged"),
+)
+"""Entries of some files that repeat what the shapes say, or count what an average is of."""
+
+WRAPPERS = ("module", "model", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+"""What DDP and averages, Lightning, torch.compile, FSDP and recomputation add to names, in front or in between."""
+
+OF_TRANSFORMERS = {
+    "vision_model.embeddings.class_embedding": "visual.class_embedding",
+    "vision_model.embeddings.patch_embedding.": "visual.conv1.",
+    "vision_model.embeddings.position_embedding.weight": "visual.positional_embedding",
+    "vision_model.pre_layrnorm.": "visual.ln_pre.",  # spelled like this there
+    "vision_model.encoder.layers.": "visual.transformer.resblocks.",
+    "vision_model.post_layernorm.": "visual.ln_post.",
+    "visual_projection.weight": "visual.proj",
+    "text_model.embeddings.token_embedding.": "token_embedding.",
+    "text_model.embeddings.position_embedding.weight": "positional_embedding",
+    "text_model.encoder.layers.": "transformer.resblocks.",
+    "text_model.final_layer_norm.": "ln_final.",
+    "text_projection.weight": "text_projection",
+}
+"""Beginnings of transformers' names -> OpenCLIP's."""
+BLOCKS_OF_TRANSFORMERS = {
+    ".layer_norm1.": ".ln_1.",
+    ".self_attn.out_proj.": ".attn.out_proj.",
+    ".layer_norm2.": ".ln_2.",
+    ".mlp.fc1.": ".mlp.c_fc.",
+    ".mlp.fc2.": ".mlp.c_proj.",
+}
+QUERY_KEY_VALUE = re.compile(r"(.+)\.self_attn\.([qkv])_proj\.(weight|bias)")
 
 ONLY_OURS = ("frequency.", "frequency_projection.", "token_projections.", "log_scales.", "logit_biases.")
 """Beginnings of the names that OpenCLIP has no tensor for, but for the scale and the bias of spatial_global."""
@@ -60,25 +93,75 @@ READ = "mlip reads plain ViTs that pool by a class token, with causal text trans
 def from_open_clip(weights: Mapping[str, Tensor], *, source: str) -> dict[str, Tensor]:
     """OpenCLIP's weights by our names and in our shapes, some as views.
 
-    Names may begin with `module.`, as OpenCLIP's trainer writes them, or `text.`, as in models with a separate text
-    tower. `source` begins the message of an error.
+    What wrappers add to names is taken off, as is `text.` of models with a separate text tower; transformers' names
+    are read too. `source` begins the message of an error.
 
     Raises:
-        UsageError: names of parts that our towers do not have.
+        UsageError: names of parts that our towers do not have, or two tensors for one part.
     """
     found, unknown = {}, []
-    for given, tensor in weights.items():
-        name = given.removeprefix("module.").removeprefix("text.")
+    for name, tensor in from_transformers(unwrapped(weights, source=source), source=source).items():
+        name = name.removeprefix("text.")
         ours = _our_name(name)
         if ours is not None:
-            tensor = tensor.T if name in TRANSPOSED else tensor[(None,) * LEADING_AXES.get(name, 0)]
-            found[ours] = tensor.reshape(1) if name in SCALARS else tensor
+            tensor = _transposed(tensor) if name in TRANSPOSED else tensor[(None,) * LEADING_AXES.get(name, 0)]
+            found[ours] = tensor.reshape(-1) if name in SCALARS else tensor
         elif name not in NO_WEIGHTS:
             unknown.append(name)
     if unknown:
         more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
         raise UsageError(f"{source}: {', '.join(unknown[:3])}{more}: no such part here; {READ}")
     return found
+
+
+def unwrapped(weights: Mapping[str, Tensor], *, source: str) -> dict[str, Tensor]:
+    """The same tensors by their names without those of wrappers, such as `module.` and `_orig_mod.`, in any order.
+
+    Raises:
+        UsageError: two names are the same without them.
+    """
+    found: dict[str, Tensor] = {}
+    for given, tensor in weights.items():
+        name = ".".join(part for part in given.split(".") if part not in WRAPPERS)
+        if name in found:
+            raise UsageError(f"{source}: two tensors are named {name} but for wrappers, one of them {given}; keep one")
+        found[name] = tensor
+    return found
+
+
+def from_transformers(weights: Mapping[str, Tensor], *, source: str) -> dict[str, Tensor]:
+    """The weights of transformers' CLIPModel by OpenCLIP's names and in its shapes; other names stay as they are.
+
+    Raises:
+        UsageError: query, key and value of a block do not fit together.
+    """
+    found: dict[str, Tensor] = {}
+    apart: dict[str, dict[str, Tensor]] = {}
+    for given, tensor in weights.items():
+        start = next((start for start in OF_TRANSFORMERS if given.startswith(start)), None)
+        if start is None:
+            found[given] = tensor
+            continue
+        name = OF_TRANSFORMERS[start] + given.removeprefix(start)
+        one_of_three = QUERY_KEY_VALUE.fullmatch(name)
+        if one_of_three is not None:
+            block, letter, kind = one_of_three.groups()
+            apart.setdefault(f"{block}.attn.in_proj_{kind}", {})[letter] = tensor
+            continue
+        for theirs, own in BLOCKS_OF_TRANSFORMERS.items():
+            name = name.replace(theirs, own)
+        found[name] = _transposed(tensor) if name in TRANSPOSED else tensor
+    for name, parts in apart.items():
+        if len(parts) < 3 or len({tensor.shape for tensor in parts.values()}) > 1 or not parts["q"].ndim:
+            raise UsageError(
+                f"{source}: {name}: query, key and value are not three tensors of one shape; save them again"
+            )
+        found[name] = torch.cat([parts[letter] for letter in "qkv"])
+    return found
+
+
+def _transposed(tensor: Tensor) -> Tensor:
+    return tensor.T if tensor.ndim == 2 else tensor  # of another shape it fits nowhere, which loading says
 
 
 def _our_name(name: str) -> str | None:

@@ -16,8 +16,7 @@ from mlip_cli.model.blocks import set_fused_attention
 from mlip_cli.model.clip import CLIP, build_model
 from mlip_cli.recipe.config import Recipe
 from mlip_cli.recipe.load import load_recipe
-from mlip_cli.recipe.shipped import find_recipe
-from mlip_cli.runs.folder import Run, newest_in_words
+from mlip_cli.runs.folder import Run
 from mlip_cli.runs.loading import load_run
 from mlip_cli.terminal.output import say
 from mlip_cli.types import VOCAB_SIZE, Batch
@@ -48,7 +47,6 @@ def load_profiled(target: str | None, device: str) -> ProfiledModel:
         run = load_run(target, device=device)
         model = _as_trained(run.model, run.recipe)
         return ProfiledModel(f"{run.label}, step {run.step}", run.recipe, model, run.device, run.run, run.step)
-    _check_named(target)
     loaded = load_recipe(target)
     where = pick_device(device)
     model = _as_trained(build_model(loaded.recipe), loaded.recipe).to(where).eval()
@@ -66,18 +64,6 @@ def _as_trained(model: CLIP, recipe: Recipe) -> CLIP:
     if recipe.model.freeze is not None:
         model.freeze(recipe.model.freeze)
     return model
-
-
-def _check_named(target: str) -> None:
-    """Find the recipe; a name that is unknown might have been meant as a run, so the error says which runs there are.
-
-    Raises:
-        UsageError: there is no such recipe.
-    """
-    try:
-        find_recipe(target)
-    except UsageError as error:
-        raise UsageError(f"{error}; no run lies there either: {newest_in_words()}") from None
 
 
 def training_data(recipe: Recipe) -> list[ShardDataset]:

@@ -1,10 +1,11 @@
 """Mistakes between several keys. Each check is a function recipe -> [(dotted key, what is wrong and what to do)]."""
 
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterator, Sequence
 
 from mlip_cli.errors import UsageError
-from mlip_cli.recipe.config import LOSS_NAMES, Recipe
-from mlip_cli.recipe.init_source import open_clip_file
+from mlip_cli.paths import is_elsewhere
+from mlip_cli.recipe.config import LOSS_NAMES, Recipe, Source
 from mlip_cli.recipe.merge_plan import DEFAULT, MergePlan, default_places, stem_depth, wrong_places, wrong_stem
 
 Found = Iterator[tuple[str, str]]
@@ -43,9 +44,36 @@ def _sources(recipe: Recipe) -> Found:
     if any(source.weight is not None for source in recipe.data.validation or ()):
         yield "data.validation", "weights work in data.train only; list the folders without weights"
     for name, sources in (("data.train", recipe.data.train), ("data.validation", recipe.data.validation or ())):
-        folders = [source.path for source in sources]
-        for folder in sorted({f for f in folders if folders.count(f) > 1}):
-            yield name, f"{folder} is listed twice"
+        for source in sources:
+            if source.format != "webdataset" and (source.caption_column or source.image_column):
+                yield name, f"{source.path} has a caption_column or image_column, which need format: webdataset"
+        yield from ((name, wrong) for source in sources if (wrong := _wrong_place(source)))
+        yield from _twice(name, [source.path for source in sources])
+    yield from _twice("evaluate.zeroshot", recipe.evaluate.zeroshot)
+
+
+def _wrong_place(source: Source) -> str | None:
+    """Why data of this format cannot lie there, with the cure; None if it can."""
+    if not is_elsewhere(source.path):
+        return None
+    if source.format == "webdataset" or source.path.startswith("pipe:"):
+        return (
+            f"{source.path}: a stream can only be read from its start, so a run could not shuffle it or resume in its "
+            "middle; save it as tars and name these, or prepare them (mlip prepare-data TARS OUT)"
+        )
+    scheme = source.path.partition(":")[0]
+    return None if "://" in source.path else f"{source.path}: a URL begins with {scheme}://"
+
+
+def _twice(name: str, places: Sequence[str]) -> Found:
+    """Places that are listed twice, also where they are spelled in two ways."""
+    first: dict[str, str] = {}
+    for place in places:
+        kind, colon, path = place.partition(":") if place.startswith(("folder:", "shards:")) else ("", "", place)
+        one = place.rstrip("/") if is_elsewhere(place) else f"{kind}{colon}{os.path.realpath(path)}"
+        if one in first:
+            yield name, f"{place} is listed twice" + (f", also as {first[one]}" if first[one] != place else "")
+        first.setdefault(one, place)
 
 
 def _best(recipe: Recipe) -> Found:
@@ -145,13 +173,6 @@ def _frequency(recipe: Recipe) -> Found:
         yield f"model.frequency.{key}", wrong
 
 
-def _init(recipe: Recipe) -> Found:
-    try:
-        open_clip_file(recipe.model.init or "")
-    except UsageError as error:
-        yield "model.init", str(error)
-
-
 def _freeze(recipe: Recipe) -> Found:
     model = recipe.model
     if model.freeze is not None and model.init is None:
@@ -187,7 +208,7 @@ def _losses(recipe: Recipe) -> Found:
 
 CHECKS: tuple[Callable[[Recipe], Found], ...] = (
     *(_sources, _best, _crop, _patches, _vision, _heads, _frequency, _merging, _guidance),
-    *(_init, _freeze, _losses, _smoothing, _length, _batch, _precision),
+    *(_freeze, _losses, _smoothing, _length, _batch, _precision),
 )
 
 

@@ -2,11 +2,21 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from mlip_cli.paths import is_elsewhere, read_dataset_name, read_path
+from mlip_cli.recipe.init_source import read_init
 
 LOSS_NAMES = ("spatial_global", "spatial_token", "frequency_global", "frequency_token")
 
-Positive = Annotated[int, Field(gt=0)]
+Size = Annotated[int, Field(gt=0, le=65_536)]
+"""Pixels, or numbers in a vector."""
+Blocks = Annotated[int, Field(gt=0, le=256)]
+"""Blocks of a tower, heads, and places among blocks."""
+Samples = Annotated[int, Field(gt=0, le=2**24)]
+"""Samples that are in memory at once."""
+Count = Annotated[int, Field(gt=0, le=10**9)]
+"""Steps, passes, checkpoints."""
 PositiveFloat = Annotated[float, Field(gt=0)]
 AreaShare = Annotated[float, Field(gt=0, le=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -20,17 +30,27 @@ class Section(BaseModel):
     )
 
 
+LocalPath = Annotated[str, AfterValidator(read_path)]
+AnyPath = Annotated[str, AfterValidator(lambda path: path if is_elsewhere(path) else read_path(path))]
+"""A path, a URL or a stream; `checks` knows which of them fits where."""
+
+
 class Source(Section):
     """One folder of training data."""
 
-    path: Annotated[str, Field(min_length=1)]
+    path: Annotated[AnyPath, Field(min_length=1)]
     """Folder that `mlip prepare-data` wrote, relative to the current folder, or its URL, such as s3://bucket/folder."""
     weight: PositiveFloat | None = None
     """Share of this folder in every batch, relative to the other weights. null: in proportion to its size."""
     format: Literal["shards", "webdataset"] = "shards"
     """shards: what `mlip prepare-data` wrote. webdataset: tars of any origin, as a folder or a pattern like
-    tars/{0000..0099}.tar. Their pictures are JPEG, PNG or WebP; their captions are KEY.txt or `caption` in KEY.json.
+    tars/{0000..0099}.tar. Their captions are KEY.txt, a caption a line, or `captions` or `caption` in KEY.json.
     mlip indexes each tar once, in `data.cache`."""
+    caption_column: Annotated[str, Field(min_length=1)] | None = None
+    """For webdataset: the key of KEY.json that holds the caption, such as re_caption, or, with a dot, the field of a
+    text, such as long.txt. null: as above."""
+    image_column: Annotated[str, Field(min_length=1)] | None = None
+    """For webdataset: the field of the picture, such as input.jpg, where a sample has several. null: the only one."""
 
 
 def _as_sources(value: Any) -> Any:
@@ -68,7 +88,7 @@ class Augment(Section):
 class Cache(Section):
     """Local copies of the shards that lie at URLs."""
 
-    folder: str | None = None
+    folder: LocalPath | None = None
     """Folder on a local disk. null: `mlip` in $XDG_CACHE_HOME, or in ~/.cache if that is not set."""
     gib: PositiveFloat = 100.0
     """Most that the cache holds, in GiB. All data of a run must fit. mlip deletes no copies: it names those that you
@@ -82,16 +102,17 @@ class Data(Section):
     """Data to train on: a folder, a list of folders, or a list of {path, weight, format}."""
     validation: OptionalSources = None
     """Data for image-text retrieval during training, in the same form as `train`. null: no retrieval."""
-    image_size: Positive = 224
+    image_size: Size = 224
     """Height and width of the model's input, in pixels."""
     captions: Literal["first", "sample"] = "sample"
     """first: always the first caption. sample: drawn by weight, from (seed, epoch, id)."""
     augment: Augment = Augment()
     """Random changes of training pictures."""
-    num_workers: Annotated[int, Field(ge=0)] | None = None
+    num_workers: Annotated[int, Field(ge=0, le=1_024)] | None = None
     """Loader processes for each rank. null: mlip chooses from cores and ranks, and prints the number."""
     max_bad_share: Annotated[float, Field(ge=0, le=1)] = 0.01
-    """Training stops when more than this share of the last 10,000 samples cannot be read."""
+    """Training stops when more than this share of the last 10,000 samples cannot be read. While fewer were read, chance
+    has room: at most 10, or three standard deviations above this share, whichever is more."""
     cache: Cache = Cache()
     """The cache for shards at URLs."""
 
@@ -101,13 +122,13 @@ class Vision(Section):
 
     timm: str | None = None
     """Name of a timm VisionTransformer, with random weights. null: the four sizes below define the tower."""
-    patch_size: Positive | None = None
+    patch_size: Size | None = None
     """Side of a square patch in pixels."""
-    width: Positive | None = None
+    width: Size | None = None
     """Width of the tokens."""
-    depth: Positive | None = None
+    depth: Blocks | None = None
     """Number of transformer blocks."""
-    num_heads: Positive | None = None
+    num_heads: Blocks | None = None
     """Attention heads in each block. The number must divide `width`."""
     drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Stochastic depth: probability of skipping the last block, falling linearly to 0 at the first."""
@@ -116,11 +137,11 @@ class Vision(Section):
 class Text(Section):
     """The text tower: a causal transformer of timm blocks over CLIP's BPE tokens."""
 
-    width: Positive = 512
+    width: Size = 512
     """Width of the tokens."""
-    depth: Positive = 12
+    depth: Blocks = 12
     """Number of transformer blocks."""
-    num_heads: Positive = 8
+    num_heads: Blocks = 8
     """Attention heads in each block. The number must divide `width`."""
     context_length: Annotated[int, Field(ge=4, le=1024)] = 77
     """Most tokens of a caption, BOS and EOS included. Longer captions are cut."""
@@ -139,9 +160,9 @@ class Frequency(Section):
     input: Literal["tokens", "dct"] = "dct"
     """tokens: the tower's patch tokens with positions; a stem always reads these. dct: an orthonormal block DCT of each
     patch's pixels."""
-    width: Positive
+    width: Size
     """Width of the branch. With input `tokens`, a width other than the tower's adds a linear layer."""
-    depth: Positive = 2
+    depth: Blocks = 2
     """Number of spectral blocks."""
 
     @model_validator(mode="before")
@@ -163,7 +184,7 @@ class Merging(Section):
     """Source of a token's importance in guided merging: both domains, one of them, or 1 - mixed as a control."""
     strength: PositiveFloat = 2.0
     """How much more a change of the most important token counts than one of the least important, in guided merging."""
-    at: tuple[Positive, ...] | None = None
+    at: tuple[Blocks, ...] | None = None
     """Blocks before which tokens merge, counted from 1. null: two places in the first half of the tower; for
     random_drop, the first block."""
     active: tuple[Share, Share] = (0.0, 1.0)
@@ -173,9 +194,9 @@ class Merging(Section):
 class Model(Section):
     """Towers, frequency branch, token merging, and the weights that they start from."""
 
-    embed_dim: Positive = 512
+    embed_dim: Size = 512
     """Width of the joint space of images and texts."""
-    token_dim: Positive = 128
+    token_dim: Size = 128
     """Width of the joint space of patches and words. Token losses use it."""
     vision: Vision
     """The image tower."""
@@ -185,7 +206,7 @@ class Model(Section):
     """The frequency branch. null: no branch."""
     merging: Merging | None = None
     """Token merging. null: no merging."""
-    init: str | None = None
+    init: Annotated[str, AfterValidator(read_init)] | None = None
     """Weights that a new run starts from: a run folder, a checkpoint, or open_clip:ARCH:FILE. null: random weights."""
     freeze: Literal["image", "text"] | None = None
     """Tower that keeps the weights of `init`, with its projection into the joint space. null: both towers train."""
@@ -239,13 +260,13 @@ class Optim(Section):
     """Small term that keeps AdamW's division finite."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.2
     """Decoupled weight decay. It skips vectors, positions, class token, filters and scales."""
-    warmup_steps: Annotated[int, Field(ge=0)] = 2000
+    warmup_steps: Annotated[int, Field(ge=0, le=10**9)] = 2000
     """Steps of linear warm-up."""
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Lowers the learning rate by this factor block by block towards the input. Use it with `model.init`."""
     clip_grad_norm: PositiveFloat | None = None
     """Largest norm of the whole gradient. null: no clipping. The norm is logged either way."""
-    ema_horizon: Positive | None = None
+    ema_horizon: Annotated[int, Field(gt=0, le=10**12)] | None = None
     """Samples over which weights are averaged exponentially. Evaluations and model.safetensors use the averaged
     weights; the raw weights needed to resume are saved beside them. null: no averaging."""
 
@@ -253,7 +274,7 @@ class Optim(Section):
 class CheckpointEvery(Section):
     """When to save, besides the last step: by steps or by time, whichever comes first."""
 
-    steps: Positive | None = None
+    steps: Count | None = None
     """Steps between checkpoints. null: not by steps."""
     minutes: PositiveFloat | None = 15.0
     """Minutes between checkpoints. null: not by time."""
@@ -262,25 +283,26 @@ class CheckpointEvery(Section):
 class Keep(Section):
     """Which checkpoints stay on disk."""
 
-    last: Positive = 3
+    last: Count = 3
     """Number of newest checkpoints to keep."""
-    best: Positive | None = None
+    best: Count | None = None
     """Number of best checkpoints to keep as well, by evaluate.best_metric. null: none."""
-    every_steps: Positive | None = None
+    every_steps: Count | None = None
     """Also keep checkpoints whose step is a multiple of this. null: none."""
 
 
 class Train(Section):
     """How long training runs, on what device, and how it uses memory."""
 
-    steps: Positive | None = None
+    steps: Count | None = None
     """Length in steps. Give exactly one of `steps` and `epochs`."""
-    epochs: Positive | None = None
+    epochs: Count | None = None
     """Length in passes over the data. Give exactly one of `steps` and `epochs`."""
-    global_batch_size: Positive
+    global_batch_size: Samples
     """Samples in a step, over all ranks."""
     micro_batch_size: Annotated[
-        Positive | Literal["auto"] | None, Field(json_schema_extra={"x-expected": "a number, auto or null"})
+        Samples | Literal["auto"] | None,
+        Field(json_schema_extra={"x-expected": "a whole number above 0 and at most 16777216, auto or null"}),
     ] = None
     """Samples in one forward pass. The gradient stays that of the whole batch; only dropout, drop path and random_drop
     draw other numbers. null: the rank's share. auto: on CUDA the first of the share, its half, its quarter, ... that
@@ -312,9 +334,9 @@ class Train(Section):
 class Evaluate(Section):
     """Measures during training."""
 
-    every_steps: Positive | None = None
+    every_steps: Count | None = None
     """Steps between evaluations. The last step is always evaluated. null: only the last step."""
-    zeroshot: tuple[str, ...] = ()
+    zeroshot: tuple[Annotated[str, AfterValidator(read_dataset_name)], ...] = ()
     """Data sets of `mlip eval-zeroshot` to measure at each evaluation."""
     best_metric: str | None = None
     """Name in metrics.jsonl of the measure by which train.keep.best compares checkpoints; larger is better. null:
@@ -324,7 +346,7 @@ class Evaluate(Section):
 class Log(Section):
     """What is written while training."""
 
-    every_steps: Positive = 10
+    every_steps: Count = 10
     """Steps between lines of metrics.jsonl."""
     tensorboard: bool = False
     """Also write the metrics to RUN/tensorboard. It needs pip install "mlip-cli[tensorboard]"."""

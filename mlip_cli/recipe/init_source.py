@@ -1,8 +1,9 @@
 """The value of `model.init`: a run, a checkpoint, or a file of weights by OpenCLIP's names."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mlip_cli.errors import UsageError
+from mlip_cli.paths import read_path
 
 OPEN_CLIP = "open_clip:"
 
@@ -33,3 +34,13 @@ def open_clip_file(init: str) -> OpenClipFile | None:
             f"expected open_clip:ARCH:FILE, as in open_clip:ViT-B-32-quickgelu:weights.safetensors, not {init}"
         )
     return OpenClipFile(architecture, file)
+
+
+def read_init(init: str) -> str:
+    """`init` with its path as `read_path` reads it.
+
+    Raises:
+        UsageError: it lacks a part, or its path cannot be one.
+    """
+    foreign = open_clip_file(init)
+    return read_path(init) if foreign is None else str(replace(foreign, file=read_path(foreign.file)))

@@ -13,16 +13,21 @@ from pydantic import ValidationError
 from pydantic.json_schema import GenerateJsonSchema
 
 from mlip_cli import __version__
-from mlip_cli.errors import RecipeError
+from mlip_cli.errors import RecipeError, UsageError
+from mlip_cli.files import read_object
+from mlip_cli.paths import escaped, read_path
 from mlip_cli.recipe.checks import check
 from mlip_cli.recipe.config import Recipe, Source
 from mlip_cli.recipe.init_source import open_clip_file
+from mlip_cli.recipe.layers import layered
 from mlip_cli.recipe.schema import Node, dotted
 from mlip_cli.recipe.shipped import find_recipe as find_recipe
-from mlip_cli.recipe.tree import Key, Mistake, Place, Tree, merge, parse
+from mlip_cli.recipe.tree import DEEPEST, Key, Mistake, Place, Tree, merge, parse
 from mlip_cli.recipe.words import explain, shown
 
 COMMAND_LINE = "command line"
+MOST_BYTES = 2**18
+"""Size of a recipe file; longer lists of folders are patterns."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,8 @@ class LoadedRecipe:
     """Dotted key of every leaf -> `recipes/x.yaml:12`, `command line` or `default`."""
     name: str
     """The file's name without .yaml."""
+    notes: tuple[str, ...] = ()
+    """Values that gave way to later ones, in words."""
 
 
 def load_recipe(source: str, overrides: Sequence[str] = ()) -> LoadedRecipe:
@@ -45,7 +52,7 @@ def load_recipe(source: str, overrides: Sequence[str] = ()) -> LoadedRecipe:
         right."""
     file = find_recipe(source)
     written = _read(file, ())
-    tree = merge(written, _overrides(overrides))
+    tree = layered(written, _overrides(overrides))
     mistakes = list(tree.mistakes)
     recipe = None
     if written.value is not None:
@@ -60,7 +67,7 @@ def load_recipe(source: str, overrides: Sequence[str] = ()) -> LoadedRecipe:
     if recipe is None or mistakes:
         raise RecipeError("\n".join(_report(mistakes, file)))
     origins = {dotted(key): _origin(tree.places.get(key)) for key, _ in _leaves(_plain(recipe))}
-    return LoadedRecipe(recipe, origins, file.stem)
+    return LoadedRecipe(recipe, origins, file.stem, tuple(tree.notes))
 
 
 class _Schema(GenerateJsonSchema):
@@ -94,7 +101,7 @@ def absolute_paths(recipe: Recipe) -> Recipe:
 
     cache = recipe.data.cache
     if cache.folder is not None:
-        cache = cache.model_copy(update={"folder": os.path.abspath(os.path.expanduser(cache.folder))})
+        cache = cache.model_copy(update={"folder": os.path.abspath(cache.folder)})
     data = {"train": absolute(recipe.data.train), "validation": absolute(recipe.data.validation), "cache": cache}
     init = recipe.model.init
     foreign = open_clip_file(init) if init else None
@@ -128,9 +135,16 @@ def recipe_yaml(recipe: Recipe, origins: Mapping[str, str] | None = None) -> str
     return "".join(f"{text:<{width}}  {origin}".rstrip() + "\n" for text, origin in lines)
 
 
+def override(key: str, value: Any) -> str:
+    """`key=value` that the command line reads back as this value."""
+    return f"{key}={_flow(value)}"
+
+
 def _read(file: Path, children: tuple[Path, ...]) -> Tree:
     """Read one file and the files it extends. The value is None if one cannot be read. `children` extend this file."""
     shown = os.path.normpath(file)
+    if file.stat().st_size > MOST_BYTES:
+        return Tree(mistakes=[Mistake(Place(shown, 1), f"more than {MOST_BYTES // 1024} KiB, not a recipe")])
     try:
         text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
@@ -149,10 +163,12 @@ def _read(file: Path, children: tuple[Path, ...]) -> Tree:
 
 def _extended(tree: Tree, file: Path, parent: Any, chain: tuple[Path, ...]) -> Tree:
     place = tree.places[("extends",)]
-    path = file.parent / str(parent)
-    if not isinstance(parent, str):
-        problem = f"extends: expected the path of a recipe, not {shown(parent)}"
-    elif path.resolve() in [link.resolve() for link in chain]:
+    try:
+        path = file.parent / read_path(parent if isinstance(parent, str) else "")
+    except UsageError as error:
+        wrong = str(error) if isinstance(parent, str) else f"expected the path of a recipe, not {shown(parent)}"
+        return Tree(mistakes=[*tree.mistakes, Mistake(place, f"extends: {wrong}")])
+    if path.resolve() in [link.resolve() for link in chain]:
         links = " -> ".join(os.path.normpath(link) for link in (*chain, path))
         problem = f"extends: these recipes extend each other in a circle: {links}"
     elif not path.is_file():
@@ -160,7 +176,7 @@ def _extended(tree: Tree, file: Path, parent: Any, chain: tuple[Path, ...]) -> T
     else:
         base = _read(path, chain)
         if base.value is not None:
-            return merge(base, tree)
+            return layered(base, tree)
         return Tree(mistakes=base.mistakes + tree.mistakes)
     return Tree(mistakes=[*tree.mistakes, Mistake(place, problem)])
 
@@ -189,7 +205,7 @@ def _problem(key: str, equals: str, value: str) -> str | None:
     """The mistake in the form of an override, if there is one."""
     if not equals:
         return "expected key=value, as in optim.lr=1e-3"
-    if not re.fullmatch(r"[^.\s]+(\.[^.\s]+)*", key):
+    if not re.fullmatch(r"[^.\s]+(\.[^.\s]+)*", key) or key.count(".") >= DEEPEST:
         return "expected a key before =, as in optim.lr=1e-3"
     if not value.strip() or value.lstrip().startswith("#"):
         return f"no value after =; {key}=null removes one, and a value that begins with # needs quotes"
@@ -208,9 +224,13 @@ def _report(mistakes: list[Mistake], file: Path) -> Iterator[str]:
     """The lines of a RecipeError: files first, by line, then the command line."""
     for place, text in sorted(mistakes, key=lambda m: (not m.place.line, m.place)):
         key = "" if place.line else place.source.removeprefix(f"{COMMAND_LINE}: ").partition("=")[0]
-        yield f"{place}: {text.removeprefix(f'{key}: ')}"
+        yield escaped(f"{place}: {text.removeprefix(f'{key}: ')}")
     stamp = file.with_name("run.json")
-    made_by = json.loads(stamp.read_text()).get("mlip_version") if stamp.is_file() else None
+    try:
+        made_by = read_object(stamp).get("mlip_version") if stamp.is_file() else None
+    except ValueError as error:
+        yield f"{stamp}: damaged ({error}), so what made the recipe is unknown"
+        return
     if made_by not in (None, __version__) and any(m.place.line for m in mistakes):
         yield f"{file}: made by mlip {made_by}, this is mlip {__version__}; use that version, or start a new run"
 

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 from mlip_cli.errors import UsageError
+from mlip_cli.paths import read_path
 from mlip_cli.recipe.schema import Node, choices, closest, is_section, paths
 
 
@@ -30,7 +31,7 @@ def find_recipe(source: str) -> Path:
     Raises:
         UsageError: there is no such file. It names the nearest shipped recipe and lists all of them.
     """
-    path = Path(source)
+    path = Path(read_path(source))
     if path.is_file():
         return path
     if path.is_dir():

@@ -5,11 +5,16 @@ PyYAML's own resolvers are those of YAML 1.1, in which `1e-4` is text, `no` is f
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import yaml
+
+DEEPEST = 20
+"""Levels of nesting, of which recipes need five."""
+LONGEST_NUMBER = 100
+"""Digits; longer ones are text."""
 
 Key = tuple[str | int, ...]
 """Keys and list positions from the root: ("data", "train", 1)."""
@@ -39,12 +44,18 @@ class Tree:
     value: Any = None
     places: dict[Key, Place] = field(default_factory=dict)
     mistakes: list[Mistake] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    """Values that gave way to later ones, in words."""
 
     def place_of(self, key: Key) -> Place | None:
         """The place of `key`, or of the innermost written section around it."""
         while key and key not in self.places:
             key = key[:-1]
         return self.places.get(key)
+
+
+_HALF = re.compile("[\ud800-\udbff](?![\udc00-\udfff])|(?<![\ud800-\udbff])[\udc00-\udfff]")
+"""Half of a pair of UTF-16; two escapes that make a pair are one character."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -72,7 +83,7 @@ def _scalar(node: yaml.ScalarNode) -> Any:
         return None
     if kind == "bool":
         return text.lower() == "true"
-    if kind == "int":
+    if kind == "int" and len(text) <= LONGEST_NUMBER:
         return int(text, 0) if text[:2] in ("0o", "0x") else int(text)
     if kind == "float":
         return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
@@ -90,10 +101,7 @@ def parse(text: str, source: str, *, root: Key = (), first_line: int = 1) -> Tre
 
     tree = Tree()
     try:
-        for event in yaml.parse(text, _Loader):
-            if getattr(event, "anchor", None) or getattr(event, "tag", None):
-                problem = "anchors, aliases and tags (&, *, !) are not part of recipes"
-                tree.mistakes.append(Mistake(at(event.start_mark), problem))
+        tree.mistakes += [Mistake(at(mark), problem) for mark, problem in _foreign(text)]
         node = None if tree.mistakes else yaml.compose(text, _Loader)
     except yaml.MarkedYAMLError as error:
         tree.mistakes.append(Mistake(at(error.problem_mark or error.context_mark), f"not YAML: {_problem(error)}"))
@@ -102,10 +110,27 @@ def parse(text: str, source: str, *, root: Key = (), first_line: int = 1) -> Tre
         line = text.count("\n", 0, error.position) + 1 if first_line else first_line
         tree.mistakes.append(Mistake(Place(source, line), f"not YAML: {error.reason}"))
         return tree
+    except (ValueError, OverflowError) as error:  # PyYAML computes with digits that it has not checked
+        tree.mistakes.append(Mistake(Place(source, first_line), f"not YAML: a number in it is too large: {error}"))
+        return tree
     if node is not None:
         tree.places[root] = at(node.start_mark)
         tree.value = _data(node, root, tree, at)
     return tree
+
+
+def _foreign(text: str) -> Iterator[tuple[Any, str]]:
+    """What YAML has and recipes have not: [(mark, what is wrong)]. Reading stops where the nesting is too deep."""
+    depth = 0
+    for event in yaml.parse(text, _Loader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > DEEPEST:
+            yield event.start_mark, f"more than {DEEPEST} levels of nesting"
+            return
+        if getattr(event, "anchor", None) or getattr(event, "tag", None):
+            yield event.start_mark, "anchors, aliases and tags (&, *, !) are not part of recipes"
+        if isinstance(event, yaml.ScalarEvent) and _HALF.search(event.value):
+            yield event.start_mark, f"{event.value!r} holds half of a character; write the character itself"
 
 
 def _problem(error: yaml.MarkedYAMLError) -> str:
@@ -147,7 +172,7 @@ def merge(base: Tree, top: Tree) -> Tree:
     """`top` over `base`: mappings merge and keep their first place; everything else is replaced."""
     places = dict(base.places)
     value = _merged(base.value, top.value, (), places)
-    return Tree(value, top.places | places, base.mistakes + top.mistakes)
+    return Tree(value, top.places | places, base.mistakes + top.mistakes, base.notes + top.notes)
 
 
 def _merged(old: Any, new: Any, key: Key, places: dict[Key, Place]) -> Any:

@@ -19,6 +19,8 @@ def explain(error: ValidationError, data: dict[str, Any], schema: Node) -> list[
         elif detail["type"] == "missing" and isinstance(detail["loc"][-1], str):
             key = (*key, detail["loc"][-1])
             text = f"{dotted(key)} is missing"
+        elif detail["type"] == "value_error":  # raised by a function of ours
+            text = f"{dotted(key)}: {detail['msg'].removeprefix('Value error, ')}"
         else:
             text = _unexpected(schema, key, value)
         found.setdefault(key, text)

@@ -2,6 +2,7 @@
 
 import html
 import io
+import logging
 import math
 import re
 import warnings
@@ -10,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from mlip_cli.paths import escaped
 from mlip_cli.report.page import Html
 
 if TYPE_CHECKING:
@@ -114,11 +116,12 @@ def drawn(
     layout: Literal["constrained"] | None = "constrained",
 ) -> Iterator[Chart]:
     """Yield an empty chart for the block to fill. Without a layout the block sets the margins."""
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # without a home folder it warns of its cache
     import matplotlib as mpl
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    with mpl.rc_context({**STYLE, "svg.hashsalt": title}):  # the same chart gives the same bytes
+    with mpl.rc_context({**STYLE, "svg.hashsalt": escaped(title)}):  # the same chart gives the same bytes
         figure = Figure(figsize=size, layout=layout)
         axes = figure.add_subplot()
         axes.set_title(literal(title))
@@ -142,5 +145,5 @@ def _recoloured(svg: str, colours: Mapping[str, str]) -> str:
 
 
 def literal(text: str) -> str:
-    """Text that matplotlib does not read as a formula."""
-    return text.replace("$", r"\$")
+    """Text that matplotlib does not read as a formula; its fonts take no control characters."""
+    return escaped(text, keep="\n").replace("$", r"\$")

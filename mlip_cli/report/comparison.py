@@ -57,7 +57,7 @@ def _runs_section(records: Sequence[RunRecord], links: Mapping[str, str]) -> Htm
                 f"{record.last_step:,}",
                 record.last_loss,
                 *(_recall(record, way) for way in DIRECTIONS),
-                record.stamp.get("end_reason") or "not ended",
+                record.stamp.end_reason or "not ended",
             ]
         )
     columns = ["run", "method", "batch", "steps", "loss", *(f"{words} R@5 %" for words in DIRECTIONS.values()), "ended"]

@@ -1,5 +1,6 @@
 """The parts of a page that show pictures: retrieval both ways, and what merged into one token."""
 
+import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -59,9 +60,10 @@ def _recalls(gallery: GalleryResult) -> Table:
 def _why_no_gallery(record: RunRecord) -> str:
     if record.recipe is not None and record.recipe.data.validation is None:
         return "The recipe has no data.validation, so there is nothing to retrieve."
-    if record.stamp.get("end_reason") == "finished":
+    if record.stamp.end_reason == "finished":
         return "The run has no retrieval results."
-    return "Retrieval is measured at the end of training; mlip pretrain --resume continues the run."
+    go_on = shlex.join(["mlip", "pretrain", str(record.run.recipe), "--out", str(record.run.folder), "--resume"])
+    return f"Retrieval is measured at the end of training; {go_on} continues the run."
 
 
 def _queries(queries: Iterable[Html]) -> Html:

@@ -1,20 +1,20 @@
 """A run as its files show it: no weights, no data, no torch."""
 
-import json
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from mlip_cli.data.prepare.summary import attributions
 from mlip_cli.evaluate.picture_results import GalleryResult, MergePicturesResult
 from mlip_cli.evaluate.results import SweepResult, ZeroshotResult
+from mlip_cli.files import read_object
 from mlip_cli.profiling.result import ProfileResult
 from mlip_cli.recipe.config import Recipe
 from mlip_cli.recipe.load import load_recipe
-from mlip_cli.runs.folder import Run
+from mlip_cli.runs.contents import DataCard, MetricsLine, Stamp, read_cards, read_metrics
+from mlip_cli.runs.folder import CURES, Run
 from mlip_cli.runs.result_files import Result
 from mlip_cli.terminal.output import warn
 
@@ -26,7 +26,6 @@ KINDS: dict[str, type[Result]] = {
 MEASURED = "loss"
 """Only lines about training steps have this key."""
 
-JsonObject = dict[str, Any]
 Kind = TypeVar("Kind", bound=Result)
 Content = TypeVar("Content")
 
@@ -40,14 +39,15 @@ class RunRecord:
     recipe: Recipe | None
     """None: it does not validate with this version."""
     recipe_text: str
-    stamp: JsonObject
-    steps: list[JsonObject]
+    stamp: Stamp
+    """Empty where there is none, and where it is damaged."""
+    steps: list[MetricsLine]
     """Lines of metrics.jsonl about training."""
-    evaluations: list[JsonObject]
+    evaluations: list[MetricsLine]
     """Lines of metrics.jsonl with measures taken during training."""
     results: Sequence[Result]
     """Of evals/, in the order of their steps and times."""
-    cards: dict[str, JsonObject]
+    cards: dict[str, DataCard]
     """Data card by the role of the data, such as `training`."""
     damaged: list[str] = field(default_factory=list)
     """A line about each file that could not be read."""
@@ -73,7 +73,8 @@ class RunRecord:
     @cached_property
     def attributions(self) -> list[str]:
         """The attributions that the licences of the data ask for."""
-        return list(attributions(self.cards.values()))
+        found = (card.provenance.attribution for card in self.cards.values())
+        return list(dict.fromkeys(text for text in found if text))
 
     def all_of(self, kind: type[Kind]) -> list[Kind]:
         """The results of a kind, in the order of their steps and times."""
@@ -93,7 +94,10 @@ def read_run(folder: Path, *, name: str | None = None) -> RunRecord:
     """
     run = Run(folder)
     damaged: list[str] = []
-    lines = _read_metrics(run.metrics, damaged)
+    lines, damaged_lines = read_metrics(run.metrics)
+    for number in damaged_lines:
+        cure = CURES[run.metrics.name]
+        damaged.append(f"{run.metrics}:{number}: not a line of metrics; left out of the report; {cure}")
     found = [_attempt(path, _read_result, damaged) for path in sorted(run.evals.glob("*.json"))]
     results = [result for result in found if result is not None]
     record = RunRecord(
@@ -101,11 +105,11 @@ def read_run(folder: Path, *, name: str | None = None) -> RunRecord:
         name=name or folder.resolve().name,
         recipe=_attempt(run.recipe, lambda path: load_recipe(str(path)).recipe, damaged),
         recipe_text=run.recipe.read_text("utf-8", errors="replace") if run.recipe.is_file() else "",
-        stamp=_attempt(run.stamp, _read_object, damaged) or {},
+        stamp=_attempt(run.stamp, Stamp.read, damaged) or Stamp(),
         steps=[line for line in lines if MEASURED in line],
         evaluations=[line for line in lines if MEASURED not in line],
         results=sorted(results, key=lambda result: (result.step or 0, result.measured_at or "")),
-        cards=_attempt(run.data_cards, _read_object, damaged) or {},
+        cards=_attempt(run.data_cards, read_cards, damaged) or {},
         damaged=damaged,
     )
     for line in damaged:
@@ -120,37 +124,14 @@ def _attempt(path: Path, read: Callable[[Path], Content], damaged: list[str]) ->
     try:
         return read(path)
     except ValueError as error:  # RecipeError too
-        cure = "; remove it, or measure again" if path.parent.name == "evals" else ""
-        damaged.append(f"{path}: cannot be read ({str(error).splitlines()[0]}); left out of the report{cure}")
+        cure = CURES.get(path.name, "remove it, or measure again")
+        damaged.append(f"{path}: cannot be read ({str(error).splitlines()[0]}); left out of the report; {cure}")
         return None
 
 
-def _read_object(path: Path) -> JsonObject:
-    value = json.loads(path.read_text("utf-8"))
-    if not isinstance(value, dict):
-        raise ValueError("not a JSON object")
-    return value
-
-
 def _read_result(path: Path) -> Result:
-    value = _read_object(path)
+    value = read_object(path)
     kind = value.get("kind")
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         raise ValueError(f"kind: {kind!r} is not one of {', '.join(KINDS)}: another version wrote it")
     return KINDS[kind].from_json(value)
-
-
-def _read_metrics(path: Path, damaged: list[str]) -> list[JsonObject]:
-    """Whole lines. A last line without its end is still being written and is left out."""
-    if not path.is_file():
-        return []
-    lines: list[JsonObject] = []
-    for number, text in enumerate(path.read_text("utf-8", errors="replace").splitlines(keepends=True), start=1):
-        if not text.endswith("\n"):
-            break
-        try:
-            line = json.loads(text)
-            lines.append({**line, "step": int(line["step"])})
-        except (ValueError, KeyError, TypeError):
-            damaged.append(f"{path}:{number}: not a line of metrics; left out of the report")
-    return lines

@@ -57,9 +57,9 @@ def _lead(record: RunRecord) -> str:
     parts = [method(record)]
     cards = [card for role, card in record.cards.items() if role.startswith(TRAINING)]
     if cards:
-        sources = dict.fromkeys(card.get("provenance", {}).get("source") or card["folder"] for card in cards)
-        parts.append(f"on {plural(sum(card['num_samples'] for card in cards), 'sample')} of {' and '.join(sources)}")
-    end = record.stamp.get("end_reason")
+        sources = dict.fromkeys(card.provenance.source or card.folder for card in cards)
+        parts.append(f"on {plural(sum(card.num_samples for card in cards), 'sample')} of {' and '.join(sources)}")
+    end = record.stamp.end_reason
     if end is None or end == "finished":
         steps = record.recipe.train.steps if record.recipe is not None else None
         parts.append(f"step {record.last_step:,}" + (f" of {steps:,}" if steps else ""))
@@ -136,27 +136,25 @@ def _data_section(record: RunRecord) -> Html:
     """The data cards in short."""
     parts = []
     for role, card in record.cards.items():
-        provenance, statistics = card.get("provenance", {}), card.get("statistics", {})
         spreads = [
-            [name.replace("_", " "), *(f"{spread[key]:,}" for key in ("min", "median", "mean", "max"))]
-            for name, spread in statistics.items()
-            if isinstance(spread, dict) and "median" in spread
+            [name.replace("_", " "), *(f"{value:,}" for value in (own.min, own.median, own.mean, own.max))]
+            for name, own in card.spreads.items()
         ]
-        classes = [f"{name} {count:,}" for name, count in statistics.get("classes", {}).items()]
-        num_classes = plural(statistics.get("num_classes", 0), "class", "classes")
-        if statistics.get("num_classes") != len(classes):
+        classes = [f"{name} {count:,}" for name, count in card.classes.items()]
+        num_classes = plural(card.num_classes, "class", "classes")
+        if card.num_classes != len(classes):
             num_classes += f", the {len(classes)} most frequent"
         parts += [
-            element("h3", f"{role}: {plural(card['num_samples'], 'sample')}"),
+            element("h3", f"{role}: {plural(card.num_samples, 'sample')}"),
             definitions(
                 [
-                    ("folder", card["folder"]),
-                    ("source", provenance.get("source")),
-                    ("prepared by", provenance.get("tool")),
-                    ("bytes", f"{card['num_bytes']:,}" if "num_bytes" in card else None),
-                    ("fingerprint", card["fingerprint"][:16]),
-                    ("licence", provenance.get("license")),
-                    ("attribution", provenance.get("attribution")),
+                    ("folder", card.folder),
+                    ("source", card.provenance.source),
+                    ("prepared by", card.provenance.tool),
+                    ("bytes", f"{card.num_bytes:,}" if card.num_bytes is not None else None),
+                    ("fingerprint", card.fingerprint[:16]),
+                    ("licence", card.provenance.license),
+                    ("attribution", card.provenance.attribution),
                 ]
             ),
             details("Numbers", table(Table(["a sample's", "min", "median", "mean", "max"], spreads)))
@@ -169,21 +167,22 @@ def _data_section(record: RunRecord) -> Html:
 
 def _recipe_section(record: RunRecord) -> Html:
     stamp = record.stamp
-    versions = stamp.get("versions", {}).items()
     keys = ("started", "from_step", "device", "ranks", "threads", "command")
-    sessions = [[session[key] for key in keys] for session in stamp.get("sessions", [])]
+    sessions = [[getattr(session, key) for key in keys] for session in stamp.sessions]
+    versions = ", ".join(f"{name} {version or 'not installed'}" for name, version in stamp.versions.items())
+    made_by = f"{stamp.mlip_version}, commit {stamp.commit or 'unknown'}" if stamp.mlip_version else None
     return section(
         "recipe",
         "Recipe and stamp",
         definitions(
             [
-                ("mlip", f"{stamp['mlip_version']}, commit {stamp.get('commit') or 'unknown'}" if stamp else None),
-                ("versions", ", ".join(f"{name} {version or 'not installed'}" for name, version in versions) or None),
-                ("platform", stamp.get("platform")),
-                ("seed", stamp.get("seed")),
-                ("started", stamp.get("started")),
-                ("ended", stamp.get("ended")),
-                ("why it ended", stamp.get("end_reason")),
+                ("mlip", made_by),
+                ("versions", versions or None),
+                ("platform", stamp.platform),
+                ("seed", stamp.seed),
+                ("started", stamp.started),
+                ("ended", stamp.ended),
+                ("why it ended", stamp.end_reason),
             ]
         ),
         element("h3", "Sessions"),

@@ -18,6 +18,7 @@ from mlip_cli.report.tables import (
     Cell,
     Table,
     data_words,
+    doubts,
     names_words,
     percent_cell,
     print_tables,
@@ -56,7 +57,8 @@ def zeroshot_tables(dataset: str, rows: Sequence[ZeroshotRow], *, notes: Sequenc
     Top-5 where there are many classes, and recall of names where there are names, stand in a second table: each fits 80
     columns.
     """
-    first = rows[0].result
+    results = [row.result for row in rows]
+    first = results[0]
     lines: list[list[Cell]] = []
     more: list[list[Cell]] = []
     several = any(len(_features(row.result)) > 1 for row in rows)
@@ -77,7 +79,7 @@ def zeroshot_tables(dataset: str, rows: Sequence[ZeroshotRow], *, notes: Sequenc
             more.append([*head, top5, recall_cell(own.names, 1), recall_cell(own.names, 5)])
     heads = ("run", "step", "true rate", "feature")
     columns = (*heads, "mean recall %", "top-1 %", "images/s", *VERSUS)
-    tables = [Table(columns, lines, dataset, [data_words(first, first), *notes])]
+    tables = [Table(columns, lines, dataset, [data_words(first, first), *doubts(first, results), *notes])]
     if first.names or first.num_classes >= MANY_CLASSES:
         titles = (*heads, "top-5 %", "name R@1 %", "name R@5 %")
         words = [names_words(first.names)] if first.names else []

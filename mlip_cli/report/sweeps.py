@@ -17,6 +17,7 @@ from mlip_cli.report.tables import (
     Cell,
     Table,
     data_words,
+    doubts,
     machine_words,
     names_words,
     percent_cell,
@@ -112,7 +113,11 @@ def _swept_zeroshot(dataset: ZeroshotSweep) -> list[Table]:
         ]
         for point in dataset.points
     ]
-    notes = [data_words(dataset, first), *([names_words(first.names)] if first.names else [])]
+    notes = [
+        data_words(dataset, first),
+        *doubts(dataset, dataset.points),
+        *([names_words(first.names)] if first.names else []),
+    ]
     titles = ("method", "rate", "mean recall %", "top-1 %", "name R@5 %")
     scores = Table(titles, rows, dataset.dataset, notes).without_empty_columns()
     beside: list[list[Cell]] = [

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 
+from mlip_cli.data.sources.listing import shown
 from mlip_cli.evaluate.results import (
     PairedTest,
     Recalls,
@@ -12,7 +13,7 @@ from mlip_cli.evaluate.results import (
     ZeroshotScores,
     ZeroshotSweep,
 )
-from mlip_cli.evaluate.statistics import MANY_CLASSES, Interval
+from mlip_cli.evaluate.statistics import BELOW_CHANCE, MANY_CLASSES, Interval, is_below_chance
 from mlip_cli.profiling.result import ProfileResult
 from mlip_cli.terminal.output import percent, plural, print_lines, print_prose, print_table
 
@@ -61,7 +62,7 @@ def print_tables(tables: Iterable[Table], *, notes: Sequence[str] = ()) -> None:
         if number:
             print_lines("")
         cells = [[str(cell) if isinstance(cell, Spread) else cell for cell in row] for row in table.rows]
-        print_table(table.columns, cells, title=table.title)
+        print_table(table.columns, cells, title=shown(table.title) if table.title else None)
         for note in table.notes:
             print_prose(note)
     if notes:
@@ -111,6 +112,13 @@ def data_words(result: ZeroshotResult | ZeroshotSweep, scores: ZeroshotScores) -
     if result.num_classes >= MANY_CLASSES:
         chance += f", of top-5 {percent(5 / result.num_classes)} %"
     return f"{pictures}, {plural(result.num_classes, 'class', 'classes')}: {chance}; {INTERVALS}"
+
+
+def doubts(result: ZeroshotResult | ZeroshotSweep, scores: Sequence[ZeroshotScores]) -> list[str]:
+    """Lines about files that were not read, and about scores that are worse than guessing."""
+    lines = [f"passed over: {result.passed_over.in_words()}"] if result.passed_over.counts else []
+    is_worse = any(is_below_chance(own.mean_per_class_recall_interval, result.chance) for own in scores)
+    return [*lines, BELOW_CHANCE] if is_worse else lines
 
 
 def names_words(names: Recalls) -> str:

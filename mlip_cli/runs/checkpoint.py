@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mlip_cli.errors import UsageError
-from mlip_cli.files import full_disk_named, sync_folder
-from mlip_cli.runs.folder import STATE, checkpoint_folders, checkpoint_name, step_of
+from mlip_cli.files import full_disk_named, remove, sync_folder, temporary_path
+from mlip_cli.runs.folder import STATE, checkpoint_folders, checkpoint_name, step_of, whole_checkpoints
+from mlip_cli.terminal.output import warn
 
 WEIGHTS = "model.safetensors"
 TRAINING_WEIGHTS = "training.safetensors"
@@ -39,19 +40,21 @@ def save_checkpoint(
     """
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / checkpoint_name(step)
-    temporary = folder / f".{final.name}.{os.getpid()}.tmp"
+    temporary = temporary_path(final)
+    is_first = not whole_checkpoints(folder)
+    cure = "make room and start again: no checkpoint was saved yet" if is_first else "make room and go on with --resume"
     try:
-        with full_disk_named(final, "make room and go on with --resume"):
+        with full_disk_named(final, cure):
             temporary.mkdir()
             parts = {WEIGHTS: weights} | ({TRAINING_WEIGHTS: training_weights} if training_weights else {})
             _write_parts(temporary, final, parts=parts, state=state)
             sync_folder(temporary)
             aside = folder / f".{final.name}.old.tmp"
-            if final.exists():
+            if os.path.lexists(final):
                 os.replace(final, aside)
             os.replace(temporary, final)
             sync_folder(folder)
-            shutil.rmtree(aside, ignore_errors=True)
+            _delete(aside)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -63,7 +66,9 @@ def _write_parts(temporary: Path, final: Path, *, parts: dict[str, dict[str, Ten
             save_file({name: tensor.detach().contiguous() for name, tensor in weights.items()}, temporary / part)
         with open(temporary / STATE, "wb") as file:  # given a path, torch would hide the reason of a failure
             torch.save(state, file)
+        mode = (temporary / STATE).stat().st_mode
         for path in temporary.iterdir():
+            path.chmod(mode)  # safetensors hides its files from everybody else
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
     except (RuntimeError, SafetensorError) as error:
@@ -84,21 +89,34 @@ def _system_error(error: BaseException) -> int | None:
 def remove_old_checkpoints(folder: Path, *, last: int, every_steps: int | None, also: Collection[int] = ()) -> None:
     """Keep the newest `last` checkpoints, those at multiples of `every_steps`, and those of the steps in `also`.
 
-    Folders with other names stay.
+    What is not whole is not counted, and goes if it is older than these. A link goes, and its target stays. Folders
+    with other names stay.
     """
-    for path in checkpoint_folders(folder)[:-last]:
-        if not (every_steps and step_of(path) % every_steps == 0) and step_of(path) not in also:
-            shutil.rmtree(path)
+    kept = whole_checkpoints(folder)[-last:]
+    for path in checkpoint_folders(folder):
+        is_old = bool(kept) and step_of(path) < step_of(kept[0])
+        if is_old and not (every_steps and step_of(path) % every_steps == 0) and step_of(path) not in also:
+            half = temporary_path(path)
+            os.replace(path, half)  # a kill while it is deleted leaves nothing that looks like a checkpoint
+            _delete(half)
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete the unfinished checkpoint of a killed process; the checkpoint that it was replacing stays."""
+    """Delete what a killed process had not finished to write or to delete; what it was replacing stays."""
     for aside in folder.glob(".step_*.old.tmp"):
         replaced = folder / aside.name.removeprefix(".").removesuffix(".old.tmp")
-        if not replaced.exists():
+        if not os.path.lexists(replaced):
             os.replace(aside, replaced)
     for path in folder.glob(".step_*.tmp"):
-        shutil.rmtree(path)
+        _delete(path)
+
+
+def _delete(path: Path) -> None:
+    """Delete what no longer looks like a checkpoint; where that fails the training goes on, and the next one tries."""
+    try:
+        remove(path)
+    except OSError as error:  # such as a file that another machine reads on a network disk
+        warn(f"{path}: could not be deleted ({error.strerror}); the next mlip pretrain in this run tries it again")
 
 
 def load_weights(checkpoint: Path, name: str = WEIGHTS) -> dict[str, Tensor]:
@@ -111,7 +129,7 @@ def load_weights(checkpoint: Path, name: str = WEIGHTS) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise _damaged(path, f"not a whole safetensors file ({error})") from None
+        raise damaged(path, f"not a whole safetensors file ({error})") from None
 
 
 def load_state(checkpoint: Path) -> dict[str, Any]:
@@ -122,9 +140,12 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
     """
     path = _part(checkpoint, STATE)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises another type for every kind of damage
-        raise _damaged(path, f"not a whole checkpoint ({type(error).__name__})") from error
+        raise damaged(path, f"not a whole checkpoint ({type(error).__name__})") from error
+    if not isinstance(state, dict):
+        raise damaged(path, f"not a state ({type(state).__name__})")
+    return state
 
 
 def _part(checkpoint: Path, name: str) -> Path:
@@ -134,5 +155,6 @@ def _part(checkpoint: Path, name: str) -> Path:
     return path
 
 
-def _damaged(path: Path, what: str) -> UsageError:
+def damaged(path: Path, what: str) -> UsageError:
+    """The error of a file of a checkpoint."""
     return UsageError(f"{path}: {what}; remove {path.parent}, and mlip takes the checkpoint before it")

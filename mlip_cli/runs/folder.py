@@ -1,20 +1,34 @@
 """The run folder, which is all that commands share: its files, its stamp, and how to find the newest run."""
 
-import json
+import os
 import re
 import shlex
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
-from mlip_cli.errors import UsageError
-from mlip_cli.files import write_text
+from mlip_cli.errors import RecipeError, UsageError
+from mlip_cli.files import remove, write_text, writer_of
+from mlip_cli.recipe.config import Recipe
+from mlip_cli.recipe.load import load_recipe
+from mlip_cli.runs.contents import DataCard, Stamp, read_cards
 from mlip_cli.terminal.output import say
 
 RUNS = Path("runs")
 MOST_RUNS_NAMED = 3
+
+CURES = {
+    "run.json": "remove it: the run goes on, and only the record of its earlier sessions is lost",
+    "data.json": "remove it: a training that goes on here writes it anew",
+    "recipe.yaml": "restore it from a copy: it says what the weights of this run are",
+    "metrics.jsonl": "delete the line",
+}
+"""What to do about a damaged file of a run, by its name."""
+
+Content = TypeVar("Content")
 
 CHECKPOINT_NAME = re.compile(r"step_\d+")
 STATE = "state.pt"
@@ -39,6 +53,11 @@ def step_of(checkpoint: Path) -> int:
 def checkpoint_folders(folder: Path) -> list[Path]:
     """Folders that are named like checkpoints, ordered by step."""
     return sorted((path for path in folder.glob("step_*") if CHECKPOINT_NAME.fullmatch(path.name)), key=step_of)
+
+
+def whole_checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoints, ordered by step."""
+    return [path for path in checkpoint_folders(folder) if (path / STATE).is_file()]
 
 
 @dataclass(frozen=True)
@@ -95,16 +114,80 @@ class Run:
 
     def latest_checkpoint(self) -> Path | None:
         """The newest complete checkpoint, or None."""
-        whole = [path for path in checkpoint_folders(self.checkpoints) if (path / STATE).is_file()]
+        whole = whole_checkpoints(self.checkpoints)
         return whole[-1] if whole else None
 
-    def read_stamp(self) -> dict[str, Any]:
-        """Content of run.json, or {} before it is written."""
-        return json.loads(self.stamp.read_text()) if self.stamp.is_file() else {}
+    def read_stamp(self) -> Stamp:
+        """Content of run.json; an empty stamp before it is written.
+
+        Raises:
+            UsageError: the file is damaged.
+        """
+        return _read(self.stamp, Stamp.read) or Stamp()
+
+    def read_cards(self) -> dict[str, DataCard]:
+        """Content of data.json; no cards before it is written.
+
+        Raises:
+            UsageError: the file is damaged.
+        """
+        return _read(self.data_cards, read_cards) or {}
+
+    def read_recipe(self) -> Recipe:
+        """The recipe that the run began with.
+
+        Raises:
+            RecipeError: it does not load; the last line says what to do.
+        """
+        try:
+            return load_recipe(str(self.recipe)).recipe
+        except RecipeError as error:
+            is_of_another_version = f"{self.recipe}: made by mlip" in str(error)
+            cure = "" if is_of_another_version else f"\n{self.recipe}: damaged; {CURES[self.recipe.name]}"
+            raise RecipeError(f"{error}{cure}") from None
 
     def is_finished(self) -> bool:
         """True when training reached its last step."""
-        return self.read_stamp().get("end_reason") == "finished"
+        return self.read_stamp().end_reason == "finished"
+
+
+def _read(path: Path, read: Callable[[Path], Content]) -> Content | None:
+    """The content of a file; None: there is no file."""
+    if not path.is_file():
+        return None
+    try:
+        return read(path)
+    except ValueError as error:
+        raise UsageError(f"{path}: damaged ({error}); {CURES[path.name]}") from None
+
+
+def holds_nothing(folder: Path) -> bool:
+    """Whether a folder is empty but for temporary files of ours, which a process that was killed leaves."""
+    return all(writer_of(path) is not None for path in folder.iterdir())
+
+
+def sweep(run: Run) -> None:
+    """Delete temporary files of killed processes; the run's lock is held.
+
+    Other commands write results and pages beside a training, so that the files of a process that lives here stay.
+    """
+    for path in run.folder.rglob(".*.tmp"):
+        writer = writer_of(path)
+        if writer is None or path.is_relative_to(run.checkpoints):  # these have a sweep of their own
+            continue
+        if writer == os.getpid() or not _lives(writer):
+            remove(path)
+
+
+def _lives(process: int) -> bool:
+    """Whether this machine has a process of this number."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):  # somebody else's
+        return True
+    return True
 
 
 def default_folder(recipe_name: str) -> Path:
@@ -175,7 +258,7 @@ def find_checkpoint(target: str | None) -> tuple[Run, Path]:
         run = Run(path)
         newest = run.latest_checkpoint()
         if newest is None:
-            go_on = f"mlip pretrain RECIPE --out {shlex.quote(str(path))} --resume"
+            go_on = shlex.join(["mlip", "pretrain", str(run.recipe), "--out", str(path), "--resume"])
             raise UsageError(f"{path}: it holds no complete checkpoint; continue it with {go_on}")
         return run, newest
     run = Run(path.parent.parent)

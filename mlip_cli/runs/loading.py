@@ -17,7 +17,6 @@ from mlip_cli.errors import UsageError
 from mlip_cli.model.blocks import set_fused_attention
 from mlip_cli.model.clip import CLIP, build_model
 from mlip_cli.recipe.config import Recipe
-from mlip_cli.recipe.load import load_recipe
 from mlip_cli.recipe.merge_plan import MergePlan
 from mlip_cli.runs.checkpoint import load_weights
 from mlip_cli.runs.folder import Run, find_checkpoint, step_of
@@ -78,7 +77,7 @@ def load_run(target: str | None, *, device: str) -> LoadedRun:
         UsageError: no such run, no checkpoint in it, a damaged one, or a checkpoint of another model.
     """
     run, checkpoint = find_checkpoint(target)
-    recipe = load_recipe(str(run.recipe)).recipe
+    recipe = run.read_recipe()
     weights = load_weights(checkpoint)
     where = pick_device(device)
     with torch.random.fork_rng(devices=[]):

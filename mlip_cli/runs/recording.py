@@ -20,7 +20,8 @@ from mlip_cli.files import full_disk_named, lock, write_json, write_text
 from mlip_cli.recipe.config import Recipe
 from mlip_cli.recipe.load import absolute_paths, recipe_yaml
 from mlip_cli.runs.checkpoint import remove_leftovers
-from mlip_cli.runs.folder import RUNS, Run, now, remember_latest, step_of
+from mlip_cli.runs.folder import RUNS, Run, now, remember_latest, step_of, sweep
+from mlip_cli.runs.result_files import json_value
 from mlip_cli.runs.start import command_line
 from mlip_cli.terminal.output import is_main, logger
 
@@ -55,6 +56,7 @@ def recorded(
             run.checkpoints.mkdir(exist_ok=True)
             run.evals.mkdir(exist_ok=True)
             remove_leftovers(run.checkpoints)
+            sweep(run)
             if run.folder.absolute().parent == RUNS.absolute():
                 remember_latest(run)
             with stamped(run, recipe, device=device, fingerprints=fingerprints, step=step):
@@ -91,7 +93,7 @@ def locked_log(run: Run) -> Iterator[None]:
     def refuse() -> None:
         raise UsageError(f"{run.folder}: another mlip pretrain is running here; wait for it, or name another --out")
 
-    log = _LogFile(run.log, encoding="utf-8")
+    log = _LogFile(run.log, encoding="utf-8", errors="backslashreplace")
     log.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     try:
         assert log.stream is not None  # it is opened with its handler
@@ -154,10 +156,10 @@ def stamped(
         "platform": f"{platform.system()} {platform.machine()}, {sys.byteorder} endian",
         "seed": recipe.seed,
         "data": fingerprints,
-        "started": earlier.get("started", session["started"]),
+        "started": earlier.started or session["started"],
         "ended": None,
         "end_reason": None,
-        "sessions": [*earlier.get("sessions", []), session],
+        "sessions": [*map(json_value, earlier.sessions), session],
     }
     write_json(run.stamp, stamp)
     reason = "interrupted"

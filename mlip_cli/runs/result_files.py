@@ -1,14 +1,13 @@
 """Results as typed values: read from JSON, which is checked, and written as JSON into RUN/evals/. No torch."""
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from mlip_cli.files import write_json
+from mlip_cli.files import read_object, write_json
 
 Checked = TypeVar("Checked")
 
@@ -45,7 +44,7 @@ class Result:
         Raises:
             ValueError: the file is not such a result; the text says why.
         """
-        return cls.from_json(json.loads(path.read_bytes()))
+        return cls.from_json(read_object(path))
 
     def to_json(self) -> dict[str, Any]:
         """What `from_json` reads."""
@@ -55,6 +54,14 @@ class Result:
         """Replace the file atomically; its folder is made where it is missing."""
         path.parent.mkdir(exist_ok=True)
         write_json(path, self.to_json())
+
+    def why_unstored(self, path: Path) -> str | None:
+        """Write the file; what was measured must be printed even where that fails, so an error comes back as words."""
+        try:
+            self.write(path)
+        except OSError as error:
+            return f"{path}: {error.strerror}; what was measured is printed, but not stored"
+        return None
 
 
 def json_value(value: Any) -> Any:

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 from mlip_cli.errors import RecipeError, UsageError
 from mlip_cli.recipe.config import Log, Recipe
 from mlip_cli.recipe.init_source import OpenClipFile, open_clip_file
-from mlip_cli.recipe.load import absolute_paths, differences, load_recipe
-from mlip_cli.runs.folder import Run, all_runs, default_folder, find_checkpoint
+from mlip_cli.recipe.load import absolute_paths, differences
+from mlip_cli.runs.folder import Run, all_runs, default_folder, find_checkpoint, holds_nothing
+from mlip_cli.runs.moved_data import Change, changed_by_moves, check_moves, is_move
 from mlip_cli.terminal.output import say
 
 MICRO_BATCHES = "train.micro_batch_size"
@@ -44,7 +44,7 @@ class Start:
     resumes: bool
     is_named_by_us: bool = False
     """True if mlip chose the name. If another run takes it first, a number is added."""
-    changes: tuple[tuple[str, Any, Any], ...] = ()
+    changes: tuple[Change, ...] = ()
     """Permitted differences from the recipe that the run began with."""
 
 
@@ -58,28 +58,33 @@ def drawn_by_forward_passes(recipe: Recipe) -> str | None:
     return "random_drop" if merging is not None and merging.method == "random_drop" and merging.rate else None
 
 
-def forbidden_changes(changes: list[tuple[str, Any, Any]], recipe: Recipe) -> list[tuple[str, Any, Any]]:
-    """Those of `changes` that a resumed run may not make."""
+def forbidden_changes(changes: Sequence[Change], recipe: Recipe) -> list[Change]:
+    """Those of `changes` that a resumed run may not make. Data may lie elsewhere, if it is the same: see moved_data."""
     fixed = () if drawn_by_forward_passes(recipe) is None else (MICRO_BATCHES,)
-    return [c for c in changes if c[0] in fixed or not any(c[0] == k or c[0].startswith(k + ".") for k in MAY_CHANGE)]
+    return [change for change in changes if change[0] in fixed or not _is_allowed(change)]
 
 
-def changes_since(run: Run, recipe: Recipe) -> list[tuple[str, Any, Any]]:
+def _is_allowed(change: Change) -> bool:
+    return is_move(change) or any(change[0] == key or change[0].startswith(key + ".") for key in MAY_CHANGE)
+
+
+def changes_since(run: Run, recipe: Recipe) -> list[Change]:
     """Differences between the recipe inside `run` and `recipe`."""
-    return differences(load_recipe(str(run.recipe)).recipe, absolute_paths(recipe))
+    return differences(run.read_recipe(), absolute_paths(recipe))
 
 
 def choose_start(recipe: Recipe, name: str, *, out: Path | None, resume: bool) -> Start:
     """Choose by --out and --resume.
 
     Raises:
-        UsageError: the folder exists without --resume, is not a run folder, or began with another recipe.
+        UsageError: the folder exists without --resume, is not a run folder, is damaged, or began with another recipe or
+            with other data.
     """
     if out is None:
         return _newest_unfinished(recipe, name) if resume else _new(name)
     run = Run(out)
     if not resume or not run.recipe.is_file():
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if out.exists() and not (out.is_dir() and holds_nothing(out)):
             exists = "exists already; add --resume to go on with it, or name another folder"
             strange = "not a run folder (no recipe.yaml inside); name another folder"
             raise UsageError(f"--out {out}: {strange if resume else exists}")
@@ -93,20 +98,24 @@ def choose_start(recipe: Recipe, name: str, *, out: Path | None, resume: bool) -
             f"--resume {out}: the recipe differs from the one this run began with ({shown}); "
             "undo the change, or start a new run with another --out"
         )
+    check_moves(run, recipe, changes)
     return Start(run, resumes=run.latest_checkpoint() is not None, changes=tuple(changes))
 
 
 def _newest_unfinished(recipe: Recipe, name: str) -> Start:
     for run in reversed(all_runs()):
-        if run.latest_checkpoint() is None or run.is_finished():
+        if run.latest_checkpoint() is None:
             continue
         try:
+            if run.is_finished():
+                continue
             changes = changes_since(run, recipe)
+            if not forbidden_changes(changes, recipe) and not changed_by_moves(run, recipe, changes):
+                return Start(run, resumes=True, changes=tuple(changes))
         except RecipeError as error:
             say(f"skipping {run.folder}: its recipe does not load with this version: {str(error).splitlines()[0]}")
-            continue
-        if not forbidden_changes(changes, recipe):
-            return Start(run, resumes=True, changes=tuple(changes))
+        except UsageError as error:
+            say(f"skipping {run.folder}: {error}")
     return _new(name)
 
 
@@ -127,19 +136,6 @@ def check_trackers(log: Log) -> None:
             except PackageNotFoundError:
                 cure = f'pip install "mlip-cli[{name}]"'
                 raise UsageError(f"log.{name}: the package {name} is not installed; {cure}") from None
-
-
-def check_can_be_made(folder: Path) -> None:
-    """Check that the run folder can be made, without making it.
-
-    Raises:
-        UsageError: a file has its place, or the folder around it is read-only.
-    """
-    above = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not above.is_dir():
-        raise UsageError(f"--out {folder}: {above} is a file; name another folder")
-    if not os.access(above, os.W_OK | os.X_OK):
-        raise UsageError(f"--out {folder}: nothing can be written in {above}; name another folder")
 
 
 def command_to_resume(source: str, overrides: Sequence[str], *, out: Path | None) -> str:

@@ -10,7 +10,8 @@ from types import FrameType
 import typer
 
 from mlip_cli.errors import RunError, Stopped, UsageError
-from mlip_cli.terminal.output import is_main, say, say_to_copy
+from mlip_cli.paths import escaped
+from mlip_cli.terminal.output import ReaderLeft, drop_streams, is_main, say, say_to_copy
 from mlip_cli.terminal.values import checked_measured_run
 
 
@@ -31,6 +32,7 @@ def exit_code(app: typer.Typer) -> int:
     """Run the command in `sys.argv`, print an error as one line, and return the exit code."""
     try:
         code = app(args=sys.argv[1:] or ["--help"], prog_name="mlip", standalone_mode=False)
+        sys.stdout.flush()
     except typer.TyperException as error:
         return _fail(_wrong_usage(error), 2)
     except UsageError as error:
@@ -43,11 +45,11 @@ def exit_code(app: typer.Typer) -> int:
         return stop.exit_code
     except (KeyboardInterrupt, typer.Abort):
         return _fail("interrupted", 130)
-    except BrokenPipeError:
-        # The reader of the pipe left, as `head` does. Python flushes stdout at exit, so it gets somewhere to write.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except ReaderLeft:
+        drop_streams()
         return 128 + signal.SIGPIPE
     except OSError as error:
+        drop_streams()
         return _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error), 1)
     except RunError as error:
         return _fail(str(error), 1)
@@ -64,6 +66,14 @@ def _wrong_usage(error: typer.TyperException) -> str:
     option = getattr(error, "option_name", "")
     if option.startswith("--") and "." in option:
         return f"{place}: {option}: recipe keys have no dashes; write {option.removeprefix('--')}=VALUE"
+    similar = set(getattr(error, "possibilities", None) or ()) - {"--help"}
+    if (
+        place == "mlip pretrain"
+        and message.startswith("No such option")
+        and not similar
+        and (key := _recipe_key(option))
+    ):
+        return f"{place}: no such option: {option}; for the recipe's {key} write {key}=VALUE"
     message = _list_with_spaces(message, context) if context else message
     message = re.sub(r"\. Did you mean| \(Did you mean", "; did you mean", message)
     message = re.sub(r" \(Possible options: (.*)\)", r"; did you mean \1?", message)
@@ -73,6 +83,14 @@ def _wrong_usage(error: typer.TyperException) -> str:
     cure = "" if ";" in message else f"; try {place} --help"
     is_sentence = message[1:2].islower()
     return f"{place}: {message[:1].lower() if is_sentence else message[:1]}{message[1:]}{cure}"
+
+
+def _recipe_key(option: str) -> str | None:
+    """`--steps` -> train.steps; None if no key of a recipe is similar."""
+    from mlip_cli.recipe.schema import guess
+    from mlip_cli.recipe.shipped import read_schema
+
+    return guess(read_schema(), (), option.removeprefix("--").replace("-", "_"))
 
 
 def _list_with_spaces(message: str, context: typer.Context) -> str:
@@ -92,6 +110,6 @@ def _fail(message: str, code: int) -> int:
         traceback.print_exc()
     # Every rank prints its error: it may concern one machine only.
     who = "" if is_main() else f"rank {os.environ['RANK']}: "
-    for line in message.splitlines() or [""]:
-        print(f"{who}error: {line}", file=sys.stderr)
+    for line in message.split("\n"):
+        print(f"{who}error: {escaped(line)}", file=sys.stderr)
     return code

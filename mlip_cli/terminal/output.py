@@ -3,6 +3,7 @@
 Rich is imported only when something is drawn, so that help and version appear at once.
 """
 
+import io
 import json
 import logging
 import os
@@ -14,6 +15,8 @@ from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from mlip_cli.paths import escaped
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -24,6 +27,46 @@ NARROWEST_TEXT = 12
 """Narrowest text column, in characters. On a terminal with less room the table is not folded."""
 
 _NUMBER = re.compile(r"[-+~<>±]?\.?\d")
+
+
+class ReaderLeft(Exception):
+    """Nobody reads stdout or stderr any more, as after `| head`."""
+
+
+class _Stream(io.TextIOWrapper):
+    """stdout or stderr. Writing raises `ReaderLeft` where Python has BrokenPipeError, which libraries turn into exit
+    code 1."""
+
+    def write(self, text: str) -> int:
+        try:
+            return super().write(text)
+        except BrokenPipeError:
+            raise ReaderLeft from None
+
+    def flush(self) -> None:
+        try:
+            super().flush()
+        except BrokenPipeError:
+            raise ReaderLeft from None
+
+
+def open_streams() -> None:
+    """Replace stdout and stderr of this process: what their encoding lacks is escaped, and a closed one takes all."""
+    for name in ("stdout", "stderr"):
+        old = getattr(sys, name)  # None: the shell closed it
+        buffer = old.buffer if old else io.BufferedWriter(io.FileIO(os.devnull, "w"))
+        encoding, by_line = (old.encoding, old.line_buffering) if old else ("utf-8", False)
+        stream = _Stream(buffer, encoding, "backslashreplace", line_buffering=by_line or name == "stderr")
+        setattr(sys, name, stream)
+
+
+def drop_streams() -> None:
+    """Send to nowhere what stdout and stderr still hold and cannot write."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (ReaderLeft, OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def is_main() -> bool:
@@ -51,7 +94,7 @@ class _Words(logging.Handler):
         if getattr(record, "is_on_panel", False):
             return
         prefix = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
-        text = prefix + self.format(record)
+        text = prefix + escaped(self.format(record), keep="\n\t")
         if draws() and not getattr(record, "is_to_copy", False):
             text = folded(text, error_console().width)
         error_console().print(text, soft_wrap=True)
@@ -62,6 +105,7 @@ def start_logging() -> None:
     logger.handlers = [_Words()]
     logger.setLevel(logging.INFO if is_main() else logging.ERROR)
     logger.propagate = False
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns where an account has no home folder
 
 
 def say(text: str) -> None:
@@ -85,7 +129,11 @@ def print_json(value: Any) -> None:
 
 
 def print_lines(text: str) -> None:
-    """Print plain text on stdout."""
+    """Print plain text on stdout; control characters in it are escaped."""
+    _print(escaped(text, keep="\n\t"))
+
+
+def _print(text: str) -> None:
     if is_main():
         sys.stdout.write(text.rstrip("\n") + "\n")
         sys.stdout.flush()
@@ -123,7 +171,7 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], *, title:
         width = max([len(column), *(len(str(row[i])) for row in rows)])
         least_width += width if one_word else min(width, NARROWEST_TEXT)
     for row in rows:
-        table.add_row(*[Text("-" if cell is None else str(cell)) for cell in row])
+        table.add_row(*[Text("-" if cell is None else escaped(str(cell))) for cell in row])
     console = Console(file=sys.stdout, highlight=False, force_terminal=sys.stdout.isatty())
     terminal_width = console.width
     console.width = 1_000_000  # to measure without a limit
@@ -131,7 +179,7 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], *, title:
     console.width = terminal_width if fits else console.measure(table).maximum
     with console.capture() as drawn:
         console.print(table)
-    print_lines("\n".join(line.rstrip() for line in drawn.get().splitlines()))
+    _print("\n".join(line.rstrip() for line in drawn.get().splitlines()))
 
 
 def is_number(cell: Any) -> bool:

@@ -1,8 +1,15 @@
 """Values on the command line: how they are parsed, checked and completed. Imports nothing heavy."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import typer
+
+from mlip_cli.errors import UsageError
+from mlip_cli.paths import read_dataset_name, read_path
+
+T = TypeVar("T")
 
 DATASETS = ("openmoji", "digits", "imagenet")
 """Names of our own data sets. As a RUN they are a mistake."""
@@ -16,6 +23,29 @@ def split(text: str) -> list[str]:
     if not all(parts):
         raise typer.BadParameter(f"{text!r} has an empty part; lists look like a,b")
     return parts
+
+
+def _read(read: Callable[[str], T], text: str) -> T:
+    """`read(text)`; its error also names the option or argument."""
+    try:
+        return read(text)
+    except UsageError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def checked_path(value: Path | None) -> Path | None:
+    """A file or folder, as `read_path` reads it."""
+    return None if value is None else Path(_read(read_path, str(value)))
+
+
+def checked_text(value: str) -> str:
+    """A path that may also be a name."""
+    return _read(read_path, value)
+
+
+def split_datasets(text: str) -> list[str]:
+    """`openmoji,folder:~/x` -> [openmoji, folder:/home/me/x]."""
+    return [_read(read_dataset_name, name) for name in split(text)]
 
 
 def split_rates(text: str) -> list[float]:
@@ -39,14 +69,16 @@ def flat(lists: list[list]) -> list:
 
 def checked_run(value: str) -> str:
     """Refuse a RUN that is a number: it is the tail of a list written with spaces."""
-    if value.replace(".", "", 1).isdigit() and not Path(value).exists():
+    path = _read(read_path, value)
+    if value.replace(".", "", 1).isdigit() and not Path(path).exists():
         raise typer.BadParameter(f"{value!r} is a number, not a run; lists take commas, as in 0.3,{value}")
-    return value
+    return path
 
 
 def checked_measured_run(value: str) -> str:
     """Refuse a RUN that is a number or the name of a data set."""
-    if (value in DATASETS or value.startswith(FAMILIES)) and not Path(value).exists():
+    path = _read(read_path, value)
+    if (value in DATASETS or value.startswith(FAMILIES)) and not Path(path).exists():
         raise typer.BadParameter(
             f"{value!r} is a data set, not a run; name it with --dataset {value} (lists take commas)"
         )

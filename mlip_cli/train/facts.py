@@ -9,6 +9,7 @@ from mlip_cli.distributed import world_size
 from mlip_cli.model.clip import CLIP
 from mlip_cli.recipe.config import Recipe
 from mlip_cli.recipe.merge_plan import DEFAULT, MOST_IN_ONE_MERGE, MergePlan, merging_steps
+from mlip_cli.runs.moved_data import is_move, move_in_words
 from mlip_cli.runs.start import Start
 from mlip_cli.terminal.output import plural
 from mlip_cli.train.setup import num_workers
@@ -92,7 +93,10 @@ def resume_facts(start: Start, step: int) -> list[str]:
     """Lines about the run that is resumed, and the permitted changes of its recipe."""
     if not start.resumes:
         return []
-    changes = [f"changed: {path}: {old} -> {new}" for path, old, new in start.changes]
+    changes = [
+        move_in_words(change) if is_move(change) else "changed: {}: {} -> {}".format(*change)
+        for change in start.changes
+    ]
     return [f"resuming {start.run.folder} after step {step:,}", *changes]
 
 

@@ -10,6 +10,7 @@ import torch
 
 from mlip_cli.distributed import all_max
 from mlip_cli.files import write_text
+from mlip_cli.runs.contents import metrics_line
 from mlip_cli.types import BadSample, Batch
 
 
@@ -36,27 +37,23 @@ class MetricsFile:
         return finite
 
     def cut_back(self, step: int, *, measured_step: int) -> None:
-        """Drop lines of steps after `step`, lines of evaluations after `measured_step`, and a damaged last line.
+        """Drop lines of steps after `step`, lines of evaluations after `measured_step`, and damaged lines.
 
         A run that goes on writes them again, and no step stands twice.
         """
         if self.path is None or not self.path.exists():
             return
-        kept = []
-        for line in self.path.read_text(encoding="utf-8").splitlines(keepends=True):
-            if not line.endswith("\n") or not _is_kept(line, step, measured_step):
-                break
-            kept.append(line)
-        write_text(self.path, "".join(kept))
+        lines = self.path.read_text("utf-8", errors="replace").splitlines(keepends=True)
+        write_text(self.path, "".join(line for line in lines if _is_kept(line, step, measured_step)))
 
 
 def _is_kept(line: str, step: int, measured_step: int) -> bool:
-    """Whether a whole line belongs to a step up to `step` or to an evaluation up to `measured_step`."""
+    """Whether a line is whole and belongs to a step up to `step` or to an evaluation up to `measured_step`."""
     try:
-        found = json.loads(line)
-        return bool(found["step"] <= (step if "loss" in found else min(step, measured_step)))
-    except (ValueError, KeyError, TypeError):
+        found = metrics_line(line)
+    except ValueError:
         return False
+    return line.endswith("\n") and bool(found["step"] <= (step if "loss" in found else min(step, measured_step)))
 
 
 class Stopwatch:

@@ -1,5 +1,6 @@
 """Save a running training as a checkpoint, and restore it to the bit."""
 
+import shutil
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -8,19 +9,27 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from mlip_cli.distributed import full_on_main, parallel, rank, sharded_like, world_size
+from mlip_cli.distributed import from_all, full_on_main, parallel, rank, sharded_like, world_size
 from mlip_cli.errors import UsageError
+from mlip_cli.files import GIB
 from mlip_cli.recipe.config import Train
 from mlip_cli.runs.checkpoint import (
     TRAINING_WEIGHTS,
+    WEIGHTS,
+    damaged,
     load_state,
     load_weights,
     remove_old_checkpoints,
     save_checkpoint,
 )
+from mlip_cli.runs.folder import STATE, whole_checkpoints
+from mlip_cli.runs.moved_data import changed_data
 from mlip_cli.terminal.output import is_main, warn
 from mlip_cli.train.gradients import RandomState
 from mlip_cli.train.state import Progress, Training
+
+KEYS = {"progress", "optimizer", "scaler", "random", "data", "environment"}
+"""What the state of a checkpoint holds."""
 
 
 def environment(training: Training) -> dict[str, Any]:
@@ -102,6 +111,41 @@ class Saver:
         self.last_saved_s = time.monotonic()
 
 
+def checkpoint_bytes(training: Training) -> int:
+    """About how much a checkpoint takes on disk."""
+    plain = training.plain
+    weights = sum(tensor.numel() * tensor.element_size() for tensor in plain.state_dict().values())
+    trained = sum(p.numel() * p.element_size() for p in plain.parameters() if p.requires_grad)
+    return weights + (0 if training.average is None else trained) + 2 * trained  # AdamW keeps two moments
+
+
+def check_room(folder: Path, training: Training, config: Train, *, steps: int) -> None:
+    """Check that a checkpoint fits on the disk, and warn if those that the recipe keeps do not; all ranks take part.
+
+    Args:
+        folder: of the checkpoints; those that it holds already are counted.
+        steps: those still to be taken.
+
+    Raises:
+        UsageError: not one more fits.
+    """
+    size, keep, every = checkpoint_bytes(training), config.keep, config.checkpoint_every
+    above = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
+    free, num_present = from_all((shutil.disk_usage(above).free, len(whole_checkpoints(folder))))[0]
+    is_free = f"{free / GIB:.2f} GiB are free on this disk"
+    if free < size:
+        cure = "make room and go on with --resume" if num_present else "make room, or name another --out"
+        raise UsageError(f"{folder}: a checkpoint takes about {size / GIB:.2f} GiB, and {is_free}; {cure}")
+    still = steps if every.minutes is not None or every.steps is None else steps // every.steps + 1
+    kept = keep.last + (keep.best or 0) + (0 if keep.every_steps is None else steps // keep.every_steps)
+    needed = size * min(still, kept + 1 - num_present)  # one goes when the next one is whole
+    if is_main() and free < needed:
+        warn(
+            f"{folder}: the checkpoints that train.keep asks for take about {needed / GIB:.2f} GiB, and {is_free}; "
+            "make room, or keep fewer"
+        )
+
+
 def restore(checkpoint: Path, training: Training, *, data: dict[str, str]) -> tuple[Progress, RandomState | None]:
     """Load weights, optimiser and scaler of `checkpoint`; return the progress and the random state of this rank.
 
@@ -111,18 +155,21 @@ def restore(checkpoint: Path, training: Training, *, data: dict[str, str]) -> tu
         UsageError: the checkpoint is damaged, or the data has changed since.
     """
     state = load_state(checkpoint)
-    if state["data"] != data:
-        changed = sorted(
-            path for path in data.keys() | state["data"].keys() if data.get(path) != state["data"].get(path)
-        )
+    missing = KEYS - state.keys()
+    if missing:
+        raise damaged(checkpoint / STATE, f"not the state of a training (no {', '.join(sorted(missing))})")
+    changed = changed_data(list(state["data"].items()), list(data.items()))
+    if changed:
         raise UsageError(
-            f"{checkpoint}: the data has changed since ({', '.join(changed)}); restore it, or start a new run with "
+            f"{checkpoint}: the data has changed since: {changed}; restore it, or start a new run with "
             f"model.init={checkpoint}"
         )
     weights, own = load_weights(checkpoint), training.plain.state_dict()
     if training.average is not None:
         training.average.load(weights)
         weights |= load_weights(checkpoint, TRAINING_WEIGHTS)
+    if {name: tensor.shape for name, tensor in weights.items()} != {name: own[name].shape for name in own}:
+        raise damaged(checkpoint / WEIGHTS, "weights of another model")
     training.plain.load_state_dict({name: sharded_like(weights[name], own[name]) for name in weights})
     training.optimizer.load_state_dict(sharded_state(state["optimizer"], training.optimizer))
     training.precision.scaler.load_state_dict(state["scaler"])

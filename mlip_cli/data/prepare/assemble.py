@@ -23,18 +23,21 @@ from mlip_cli.data.prepare.shards import StoredSamples, write_split
 from mlip_cli.data.prepare.summary import SplitSummary, Summary, next_commands
 from mlip_cli.data.prepare.workers import run_parallel
 from mlip_cli.data.prepare.workspace import PartOptions, PartResult, Workspace, opened
-from mlip_cli.data.sources.find import DataSource, count_records, read_records
+from mlip_cli.data.sources.find import DataSource, read_records
+from mlip_cli.data.sources.listing import PassedOver
 from mlip_cli.data.sources.openmoji import attribution
-from mlip_cli.data.sources.records import MAX_HELD_OUT, SPLITS, ReadOptions, parts_of
-from mlip_cli.data.sources.tables import columns_in_words
+from mlip_cli.data.sources.records import MAX_HELD_OUT, SPLITS, ReadOptions, held_out_share, parts_of
+from mlip_cli.data.sources.survey import Survey, cure_for, passed_over, surveyed
+from mlip_cli.data.sources.table_layouts import missing_shards
 from mlip_cli.errors import RunError, UsageError, interrupted_as
 from mlip_cli.files import GIB, full_disk_named
-from mlip_cli.terminal.output import plural, say
+from mlip_cli.paths import escaped
+from mlip_cli.terminal.output import plural, say, warn
 from mlip_cli.terminal.panel import progress
 
 FIRST_ROWS = 1_000
 """This many rows are enough to see that most rows of a source fail. Fewer than FEWEST_ROWS are not."""
-FEWEST_ROWS = 50
+FEWEST_ROWS = 10
 
 BYTES_A_PIXEL = 0.5
 """Estimate for the check of disk space: between JPEG and lossless WebP of photographs at 256 pixels."""
@@ -59,11 +62,12 @@ def prepare(source: DataSource, out: Path, read: ReadOptions, request: dict[str,
     """
     started = time.monotonic()
     with progress(None, "counting rows"):
-        num_rows = count_records(source, read)
-    say(f"{source.name}: {source.describe()}; {plural(num_rows, 'row')}")
-    if source.format == "metadata":
-        say(columns_in_words(source.root, source.tables(), read))
-    _check_disk(out, num_rows=num_rows, size=request["size"], source_bytes=sum(file.size for file in source.files))
+        survey = surveyed(source, read)
+    passed = passed_over(source, survey)
+    _say_understood(source, read, survey, passed)
+    _check_disk(
+        out, num_rows=survey.pictures, size=request["size"], source_bytes=sum(file.size for file in source.files)
+    )
     provenance = {"tool": f"mlip-cli {__version__}", "source": source.name, **request}
     if source.format == "openmoji":
         provenance |= {"packages": list(source.versions), **attribution()}
@@ -74,20 +78,23 @@ def prepare(source: DataSource, out: Path, read: ReadOptions, request: dict[str,
         opened(out, request) as work,
     ):
         try:
-            results = _prepare_parts(work, source, read, request, num_rows=num_rows, num_workers=num_workers)
-            splits, is_held_out = _write_splits(work, results, holdout=request["holdout"], provenance=provenance)
+            results = _prepare_parts(work, source, read, survey, request, num_workers=num_workers)
+            share = held_out_share(request["holdout"], survey.pictures)
+            splits, is_held_out = _write_splits(work, results, holdout=share, provenance=provenance)
         except SourceError as error:
             work.discard()
             raise SourceError(f"{source.name}: {error}; nothing was kept") from None
         num_rejects = _write_rejects(work, results)
         num_samples = sum(split.num_samples for split in splits.values())
-        if num_samples + num_rejects != num_rows:
-            raise RunError(f"{out}: {num_rows} rows in, but {num_samples} samples and {num_rejects} rejects out")
+        if num_samples + num_rejects != survey.pictures:
+            raise RunError(
+                f"{out}: {survey.pictures} pictures in, but {num_samples} samples, {num_rejects} rejects out"
+            )
         summary = Summary(
             out=str(out),
             source=source.name,
             request=request,
-            rows=num_rows,
+            rows=survey.rows,
             rejects=num_rejects,
             reasons=dict(_reasons(results).most_common()),
             splits=splits,
@@ -95,18 +102,40 @@ def prepare(source: DataSource, out: Path, read: ReadOptions, request: dict[str,
             attribution=provenance.get("attribution"),
             seconds=round(time.monotonic() - started, 2),
             next=next_commands(source.format, out, splits),
+            pictures=survey.pictures,
+            passed_over=passed.counts | survey.spelled.counts,
         )
         work.publish(summary)
     return summary
+
+
+def _say_understood(source: DataSource, read: ReadOptions, survey: Survey, passed: PassedOver) -> None:
+    """What was understood of the source, the first pairs, what is not read, and what looks wrong."""
+    say(f"{source.name}: {source.describe()}; {survey.in_words()}")
+    source.notes.tell_readings(source.name, say=say)
+    if source.format == "metadata":
+        say("; ".join(dict.fromkeys(plan.in_words() for plan in source.planned_tables(read))))
+    if survey.first:
+        say(f"first: {'; '.join(survey.first)}")
+    if survey.spelled.counts:
+        say(survey.spelled.in_words())
+    if passed.counts:
+        say(f"not read: {passed.in_words()}{cure_for(passed)}")
+    if source.is_folder and source.format == "metadata" and (missing := missing_shards(source.tables)):
+        warn(missing)
+    for name, why in source.unread_tables.items() if source.format == "classes" else ():
+        warn(f"{escaped(name)}: not read as a table: {why}")
+    for text in survey.looks.warnings(are_classes=source.format == "classes"):
+        warn(text)
 
 
 def _prepare_parts(
     work: Workspace,
     source: DataSource,
     read: ReadOptions,
+    survey: Survey,
     request: Mapping[str, Any],
     *,
-    num_rows: int,
     num_workers: int,
 ) -> list[PartResult]:
     """Prepare the parts that are not finished yet. Returns all results, in the order of the source.
@@ -118,30 +147,36 @@ def _prepare_parts(
     options = PartOptions(str(work.parts), request["size"], render=source.format == "openmoji")
     results = work.results()
     done = frozenset(results)
-    todo = (part for part in parts_of(read_records(source, read)) if part.number not in done)
-    with progress(num_rows, "preparing") as bar:
+    todo = (part for part in parts_of(read_records(source, read, survey.shared)) if part.number not in done)
+    with progress(survey.pictures, "preparing") as bar:
         bar.advance(bar.task_ids[0], sum(result.rows for result in results.values()))
-        _check_first_rows(work, results, enough=FIRST_ROWS)
+        _check_first_rows(work, results)
         for result in run_parallel(partial(prepare_part, options=options), todo, num_workers=num_workers):
             results[result.number] = result
             bar.advance(bar.task_ids[0], result.rows)
-            _check_first_rows(work, results, enough=FIRST_ROWS)
-    if (rows := sum(result.rows for result in results.values())) != num_rows:
-        raise RunError(f"{work.out}: {rows} rows where {num_rows} were counted; did the source change? Start again")
-    _check_first_rows(work, results, enough=FEWEST_ROWS)
-    return [results[number] for number in sorted(results)]
+            _check_first_rows(work, results)
+    if (rows := sum(result.source_rows for result in results.values())) != survey.rows:
+        raise RunError(f"{work.out}: {rows} rows where {survey.rows} were counted; did the source change? Start again")
+    ordered = [results[number] for number in sorted(results)]
+    _check_reasons(work, ordered, enough=FEWEST_ROWS, which="")
+    return ordered
 
 
-def _check_first_rows(work: Workspace, results: Mapping[int, PartResult], *, enough: int) -> None:
-    """Stop early if the source is a wrong folder or a wrong column is read: most rows fail for one reason."""
+def _check_first_rows(work: Workspace, results: Mapping[int, PartResult]) -> None:
+    """Stop early if the source is a wrong folder or a wrong column is read."""
     first: list[PartResult] = []
     while len(first) in results and sum(result.rows for result in first) < FIRST_ROWS:
         first.append(results[len(first)])
-    rows = sum(result.rows for result in first)
-    for reason, n in _reasons(first).most_common(1):
+    _check_reasons(work, first, enough=FIRST_ROWS, which="first ")
+
+
+def _check_reasons(work: Workspace, results: Sequence[PartResult], *, enough: int, which: str) -> None:
+    """Raise a SourceError where most of the rows fail for one reason. `which` rows these are is said."""
+    rows = sum(result.rows for result in results)
+    for reason, n in _reasons(results).most_common(1):
         if rows >= enough and n > rows / 2:
-            example = _first_reject(work, first)
-            raise SourceError(f"{n} of the first {rows} rows fail for the same reason: {reason} (first: {example})")
+            example = _first_reject(work, results)
+            raise SourceError(f"{n} of the {which}{rows} rows fail for the same reason: {reason} (first: {example})")
 
 
 def _reasons(results: Sequence[PartResult]) -> Counter[str]:
@@ -185,7 +220,11 @@ def _write_splits(
         if any(len(stored.records) for stored in samples):
             card = write_split(work.finished / split, split, samples, provenance=provenance)
             splits[split] = SplitSummary(
-                card["num_samples"], card["num_bytes"], card["fingerprint"], num_shards=len(card["shards"])
+                card["num_samples"],
+                card["num_bytes"],
+                card["fingerprint"],
+                num_shards=len(card["shards"]),
+                distinct_captions=card["statistics"]["distinct_captions"],
             )
     return splits, "validation" in splits and not has_own_splits(table)
 

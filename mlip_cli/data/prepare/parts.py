@@ -15,9 +15,11 @@ from mlip_cli.data.pictures import RejectedPictureError
 from mlip_cli.data.prepare.pixels import StoredPicture, store
 from mlip_cli.data.prepare.shards import PART_ROW, sample_parts, tar_writer, verify_tar
 from mlip_cli.data.prepare.workspace import PartOptions, PartResult
-from mlip_cli.data.sources.records import SPLITS, PicturePlace, Record, SourcePart, printable
+from mlip_cli.data.sources.records import SPLITS, PictureBytes, PicturePlace, Record, SourcePart, encodable
+from mlip_cli.data.tar import read_decompressed
 from mlip_cli.data.tokenizer import count_tokens
 from mlip_cli.files import atomic_path, write_bytes, write_json
+from mlip_cli.paths import escaped
 
 MAX_FILE_BYTES = 512 << 20
 NO_SPLIT = 255
@@ -28,11 +30,13 @@ def prepare_part(part: SourcePart, options: PartOptions) -> PartResult:
     tar = Path(options.folder, f"part-{part.number:06d}.tar")
     rows: list[tuple[int, int, int]] = []
     rejects: list[dict[str, Any]] = []
+    contents = _decompressed(part)
     with atomic_path(tar) as temporary:
         with tar_writer(temporary) as writer:
             for position, record in enumerate(part.records):
                 try:
-                    sample, picture = _make_sample(record, position + part.first_row, options)
+                    content = contents.get(record.picture) if isinstance(record.picture, PicturePlace) else None
+                    sample, picture = _make_sample(record, content, position + part.first_row, options)
                 except RejectedPictureError as reject:
                     rejects.append(_reject(record, reject))
                     continue
@@ -48,17 +52,33 @@ def prepare_part(part: SourcePart, options: PartOptions) -> PartResult:
     lines = "".join(json.dumps(reject) + "\n" for reject in rejects)
     write_bytes(tar.with_suffix(".rejects.jsonl"), lines.encode())
     reasons = dict(sorted(Counter(reject["reason"] for reject in rejects).items()))
-    result = PartResult(part.number, len(part.records), tar.name, reasons)
+    source_rows = sum(record.num_rows for record in part.records)
+    result = PartResult(part.number, len(part.records), tar.name, reasons, source_rows)
     write_json(tar.with_suffix(".json"), asdict(result))
     return result
 
 
-def _make_sample(record: Record, row: int, options: PartOptions) -> tuple[dict[str, Any], StoredPicture]:
-    """The sample of a record and its picture. A RejectedPictureError says why a record becomes a reject."""
+def _decompressed(part: SourcePart) -> dict[PicturePlace, bytes]:
+    """The pictures that lie in compressed files, read in the order in which they lie there, so that it is read once."""
+    found = (record.picture for record in part.records)
+    places = [place for place in found if isinstance(place, PicturePlace) and place.is_compressed]
+    places.sort(key=lambda place: (place.path, place.offset))
+    sizes = [(place, place.size or 0) for place in places]
+    return {place: read_decompressed(place.path, n, place.offset) for place, n in sizes if n <= MAX_FILE_BYTES}
+
+
+def _make_sample(
+    record: Record, content: bytes | None, row: int, options: PartOptions
+) -> tuple[dict[str, Any], StoredPicture]:
+    """The sample of a record and its picture, whose bytes are read if they are not at hand.
+
+    Raises:
+        RejectedPictureError: says why the record becomes a reject.
+    """
     if record.reject or record.picture is None:
         raise RejectedPictureError(record.reject or "no picture", record.detail)
-    content = _read_picture(record.picture)
-    if options.render:
+    content = _read_picture(record.picture) if content is None else content
+    if options.render and isinstance(record.picture, PicturePlace):
         from mlip_cli.data.sources.openmoji import render
 
         picture = store(render(Path(record.picture.path), size=options.size), size=options.size)
@@ -66,19 +86,21 @@ def _make_sample(record: Record, row: int, options: PartOptions) -> tuple[dict[s
         picture = store(content, size=options.size)
     fields = {
         "captions": [asdict(caption) for caption in record.captions],
-        "class": None if record.label is None else printable(record.label),
+        "class": None if record.label is None else encodable(record.label),
         "width": picture.width,
         "height": picture.height,
         "original_width": picture.original_width,
         "original_height": picture.original_height,
         "sha256": hashlib.sha256(content).hexdigest(),
-        "source": {"file": printable(record.file), "row": record.row},
+        "source": {"file": encodable(record.file), "row": record.row},
         "meta": dict(record.meta),
     }
     return sample_parts(f"{row:09d}", image=picture.content, format=picture.format, fields=fields), picture
 
 
-def _read_picture(picture: PicturePlace) -> bytes:
+def _read_picture(picture: PicturePlace | PictureBytes) -> bytes:
+    if isinstance(picture, PictureBytes):
+        return picture.content
     try:
         if not stat.S_ISREG(os.stat(picture.path).st_mode) and not os.path.isdir(picture.path):
             raise RejectedPictureError("picture is not a file", "a pipe or a device")  # reading it could wait for ever
@@ -96,4 +118,4 @@ def _read_picture(picture: PicturePlace) -> bytes:
 
 def _reject(record: Record, error: RejectedPictureError) -> dict[str, Any]:
     detail = error.detail if not record.detail or record.detail == error.detail else f"{record.detail}: {error.detail}"
-    return {"file": printable(record.file), "row": record.row, "reason": error.reason, "detail": printable(detail)}
+    return {"file": escaped(record.file), "row": record.row, "reason": error.reason, "detail": escaped(detail)}

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mlip_cli.data.index import FORMATS, RECORD, place_parts, write_index
+from mlip_cli.data.index import FORMATS, RECORD, checksum, place_of, place_parts, write_index
 from mlip_cli.data.sources.records import json_bytes
 from mlip_cli.data.tar import BLOCK, Member, read_members
 from mlip_cli.errors import RunError
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 SHARD_SAMPLES = 10_000
 SHARD_BYTES = 512 << 20
+SIZES = ("width", "height", "original_width", "original_height")
+"""Fields of KEY.json, of which dataset.json tells minimum, median, mean and maximum."""
 TAR_RECORD = 20 * BLOCK
 """Tars are padded to a multiple of this."""
 
@@ -60,10 +62,12 @@ class VerifiedTar:
 
     records: NDArray[np.void]
     """(n,) of RECORD."""
-    original_sizes: NDArray[np.int64]
-    """(n, 2): width and height of each picture before it was stored."""
+    sizes: NDArray[np.int64]
+    """(n, 4): width and height of each picture, and both before it was stored."""
     caption_words: list[int]
     """Number of words of each caption."""
+    captions: NDArray[np.int64]
+    """The hash of each distinct caption; another in the next process."""
     classes: Counter[str]
     num_bytes: int
     sha256: str
@@ -77,8 +81,9 @@ def verify_tar(path: Path, num_tokens: Sequence[int] | NDArray[np.uint16]) -> Ve
     """
     records = np.zeros(len(num_tokens), RECORD)
     records["num_tokens"] = num_tokens
-    original_sizes: list[tuple[int, int]] = []
+    sizes: list[list[int]] = []
     caption_words: list[int] = []
+    captions: set[int] = set()
     classes: Counter[str] = Counter()
     keys: set[str] = set()
     with open(path, "rb") as file:
@@ -87,16 +92,18 @@ def verify_tar(path: Path, num_tokens: Sequence[int] | NDArray[np.uint16]) -> Ve
             if not KEY.fullmatch(key) or key in keys or len(keys) == len(records):
                 raise RunError(f"{path}: read again, its sample {key!r} is not what was written; is the disk sound?")
             fields = _index_sample(path, file.fileno(), records[len(keys)], parts)
-            original_sizes.append((fields["original_width"], fields["original_height"]))
+            sizes.append([fields[name] for name in SIZES])
             caption_words += [len(caption["text"].split()) for caption in fields["captions"]]
+            captions.update(hash(caption["text"]) for caption in fields["captions"])
             classes.update([] if fields["class"] is None else [fields["class"]])
             keys.add(key)
         num_bytes = os.fstat(file.fileno()).st_size
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     if len(keys) != len(records):
         raise RunError(f"{path}: read again, it has {len(keys)} of {len(records)} samples; is the disk sound?")
-    sizes = np.array(original_sizes, np.int64).reshape(-1, 2)
-    return VerifiedTar(records, sizes, caption_words, classes, num_bytes, sha256)
+    distinct = np.array(list(captions), np.int64)
+    numbers = np.array(sizes, np.int64).reshape(-1, len(SIZES))
+    return VerifiedTar(records, numbers, caption_words, distinct, classes, num_bytes, sha256)
 
 
 def _index_sample(path: Path, descriptor: int, record: np.void, parts: Mapping[str, Member]) -> dict[str, Any]:
@@ -113,26 +120,25 @@ def _index_sample(path: Path, descriptor: int, record: np.void, parts: Mapping[s
         fields = {}
     if not fields or head[at : at + len(first_bytes)] != first_bytes:
         raise RunError(f"{path}: read again, {parts['json'].name} or its picture is damaged; is the disk sound?")
-    record["width"], record["height"] = fields["width"], fields["height"]
     record["format"], record["num_captions"] = FORMATS.index(format), len(fields["captions"])
+    place = place_of(record, is_prepared=True)
+    record["crc32"] = checksum(record, os.pread(descriptor, place.end - place.start, place.start))
     return fields
 
 
 def _statistics(tars: Sequence[VerifiedTar]) -> dict[str, Any]:
     """Minimum, median, mean and maximum of each number; formats; the 100 most frequent classes."""
     records = np.concatenate([tar.records for tar in tars])
-    original_sizes = np.concatenate([tar.original_sizes for tar in tars])
+    sizes = np.concatenate([tar.sizes for tar in tars])
     words = np.concatenate([np.array(tar.caption_words) for tar in tars])
     classes = sum((tar.classes for tar in tars), Counter[str]())
     formats = Counter(FORMATS[code] for code in records["format"])
     return {
-        "width": _spread(records["width"]),
-        "height": _spread(records["height"]),
-        "original_width": _spread(original_sizes[:, 0]),
-        "original_height": _spread(original_sizes[:, 1]),
+        **{name: _spread(sizes[:, column]) for column, name in enumerate(SIZES)},
         "image_bytes": _spread(records["image_size"]),
         "captions": _spread(records["num_captions"]),
         "words": _spread(words),
+        "distinct_captions": len(np.unique(np.concatenate([tar.captions for tar in tars]))),
         "longest_caption_tokens": _spread(records["num_tokens"]),
         f"share_over_{CONTEXT_LENGTH}_tokens": round(float((records["num_tokens"] > CONTEXT_LENGTH).mean()), 6),
         "formats": dict(sorted(formats.items())),

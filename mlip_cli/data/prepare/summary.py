@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlip_cli.data.sources.records import MAX_HELD_OUT
+from mlip_cli.data.sources.records import MAX_HELD_OUT, held_out_share
 from mlip_cli.errors import UsageError
 from mlip_cli.terminal.output import plural, print_table, say, say_to_copy, warn
 
@@ -35,6 +35,8 @@ class SplitSummary:
     num_bytes: int
     fingerprint: str
     num_shards: int
+    distinct_captions: int | None = None
+    """None in summaries of earlier versions."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,10 @@ class Summary:
     seconds: float
     next: dict[str, str]
     """Trainings to go on with, by the hardware they need."""
+    pictures: int
+    """Samples and rejects. Rows that name one picture are one; a row that cannot be used is a reject by itself."""
+    passed_over: dict[str, int]
+    """What was found beside that and not read, or found by another spelling, by kind."""
 
     @classmethod
     def read(cls, path: Path) -> "Summary":
@@ -67,7 +73,8 @@ class Summary:
         try:
             fields = json.loads(path.read_bytes())
             splits = {split: SplitSummary(**values) for split, values in fields["splits"].items()}
-            return cls(**(fields | {"splits": splits}))
+            earlier = {"pictures": fields["rows"], "passed_over": {}}  # each row was a picture, and nothing was counted
+            return cls(**(earlier | fields | {"splits": splits}))
         except (ValueError, KeyError, TypeError):
             raise UsageError(f"{path}: not written by mlip prepare-data; name another folder") from None
 
@@ -82,8 +89,9 @@ class Summary:
     def show_notes(self) -> None:
         """Say to stderr what was held out and rejected, and the next command."""
         self._show_held_out()
-        num_samples = self.rows - self.rejects
-        say(f"{plural(self.rows, 'row')}: {plural(num_samples, 'sample')}, {plural(self.rejects, 'reject')}")
+        num_samples = self.pictures - self.rejects
+        pictures = f", {plural(self.pictures, 'picture')}" if self.pictures != self.rows else ""
+        say(f"{plural(self.rows, 'row')}{pictures}: {plural(num_samples, 'sample')}, {plural(self.rejects, 'reject')}")
         for reason, n in self.reasons.items():
             say(f"  {n:,} x {reason}")
         if self.rejects:
@@ -97,10 +105,10 @@ class Summary:
             warn(f"fewer than {FEWEST_TO_TRAIN} samples to train on: too few for a contrastive loss")
 
     def _show_held_out(self) -> None:
-        holdout = self.request["holdout"]
+        holdout = held_out_share(self.request["holdout"], self.rows)
         if self.held_out:
             num_held_out = self.splits["validation"].num_samples
-            num_samples = plural(self.rows - self.rejects, "sample")
+            num_samples = plural(self.pictures - self.rejects, "sample")
             say(
                 f"validation/ is {num_held_out:,} of {num_samples}, held out by the hash of the pixels "
                 f"(--holdout {holdout:g}, at most {MAX_HELD_OUT:,}); the source has no splits"
@@ -120,16 +128,21 @@ def attributions(cards: Iterable[Mapping[str, Any]]) -> tuple[str, ...]:
 
 def next_commands(format: str, out: Path, splits: Mapping[str, SplitSummary]) -> dict[str, str]:
     """Trainings to go on with, by the hardware they need; none for a few pictures."""
-    from mlip_cli.recipe.load import load_recipe  # here, because each worker process imports this module
+    from mlip_cli.recipe.load import load_recipe, override  # here, because each worker process imports this module
 
     if format == "openmoji" and out == DEMO_FOLDER:
         return {"no GPU": "mlip pretrain recipes/openmoji.yaml"}
     train = "train" if "train" in splits else next(iter(splits))
-    num_samples = splits[train].num_samples
+    num_samples, distinct = splits[train].num_samples, splits[train].distinct_captions
     if num_samples < FEWEST_TO_TRAIN:
         return {}
     held_out = next((split for split in ("validation", "test") if split in splits and split != train), None)
-    changes = [f"data.train={out / train}", f"data.validation={out / held_out if held_out else 'null'}"]
+    changes = [
+        override("data.train", str(out / train)),
+        override("data.validation", str(out / held_out) if held_out else None),
+    ]
+    if distinct is not None and 2 * distinct <= num_samples:  # else pictures of one class are each other's negatives
+        changes.append("losses.positives=concept")
     recipes = {"no GPU": "openmoji"} if format == "openmoji" else {"no GPU": "laptop", "one GPU": "single_gpu"}
     return {
         need: shlex.join(["mlip", "pretrain", name, *changes, *_fitted(load_recipe(name).recipe, num_samples)])

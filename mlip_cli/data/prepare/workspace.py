@@ -7,18 +7,19 @@ OUT/.prepare/finished/      splits and rejects, moved to OUT at the end
 OUT/prepared.json           written last: a folder without it is not finished
 """
 
-import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from mlip_cli.data.prepare.summary import Summary
+from mlip_cli.data.sources.records import escaped
 from mlip_cli.errors import UsageError
-from mlip_cli.files import lock, sync_folder, write_json
+from mlip_cli.files import lock, read_own_object, remove, sync_folder, write_json
 
 OWN_FOLDER = ".prepare"
 DONE = "prepared.json"
@@ -46,6 +47,8 @@ class PartResult:
     """Name in parts/. The tables of samples and rejects lie beside it."""
     reasons: dict[str, int]
     """Rejects by reason."""
+    source_rows: int = 0
+    """Rows of the source. Those that share a picture became one."""
 
     @property
     def rejects(self) -> int:
@@ -72,8 +75,15 @@ class Workspace:
 
     def results(self) -> dict[int, PartResult]:
         """The finished parts by number."""
-        found = [PartResult(**json.loads(path.read_bytes())) for path in self.parts.glob("*.json")]
-        return {result.number: result for result in found}
+        found: dict[int, PartResult] = {}
+        for path in self.parts.glob("*.json"):
+            cure = f"remove {self.out} and prepare it again"
+            try:
+                result = PartResult(**read_own_object(path, cure=cure))
+            except TypeError:
+                raise UsageError(f"{path}: damaged (it describes no part); {cure}") from None
+            found[result.number] = result
+        return found
 
     def publish(self, summary: Summary) -> None:
         """Move the finished splits to OUT, write prepared.json, and remove the rest."""
@@ -88,8 +98,8 @@ class Workspace:
 
     def discard(self) -> None:
         """Remove everything of an unfinished run, and OUT if it is then empty."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-        if self.out.is_dir() and not any(self.out.iterdir()):
+        remove(self.folder)
+        if self.out.is_dir() and not self.out.is_symlink() and not any(self.out.iterdir()):
             self.out.rmdir()
 
 
@@ -102,8 +112,6 @@ def finished_summary(out: Path, request: Mapping[str, Any]) -> Summary | None:
     """
     if not out.exists():
         return None
-    if not out.is_dir():
-        raise UsageError(f"{out}: is a file; OUT must be a folder")
     if (out / DONE).is_file():
         summary = Summary.read(out / DONE)
         _check_same(out, summary.request, request, state="was prepared")
@@ -113,12 +121,28 @@ def finished_summary(out: Path, request: Mapping[str, Any]) -> Summary | None:
                     f"{out}: was prepared, but {split}/dataset.json is gone; remove {out} and prepare it again"
                 )
         return summary
+    if os.path.lexists(out / OWN_FOLDER):
+        refuse_links(out)
     half_done = out / OWN_FOLDER / "request.json"
     if half_done.is_file():
-        _check_same(out, json.loads(half_done.read_bytes()), request, state="is half prepared")
+        old = read_own_object(half_done, cure=f"remove {out} and prepare it again")
+        _check_same(out, old, request, state="is half prepared")
     elif any(path.name != OWN_FOLDER for path in out.iterdir()):
         raise UsageError(f"{out}: holds other files; name a new folder")
     return None
+
+
+def refuse_links(out: Path) -> None:
+    """Check that what would be written to OUT, or deleted there, stays in it. OUT itself may be a link to a folder.
+
+    Raises:
+        UsageError: there is a link in OUT, or in our folder there.
+    """
+    for path in chain(out.glob("*"), (out / OWN_FOLDER).rglob("*")):  # in this order: the second follows a first link
+        if path.is_symlink():
+            raise UsageError(
+                f"{escaped(str(path))}: a link, which could lead out of {out}; remove it, or name another folder"
+            )
 
 
 @contextmanager
@@ -126,8 +150,9 @@ def opened(out: Path, request: Mapping[str, Any]) -> Iterator[Workspace]:
     """The workspace of OUT, locked and with its request. Half-written files are removed before and after.
 
     Raises:
-        UsageError: another process writes here.
+        UsageError: another process writes here, or a link lies where this one would.
     """
+    refuse_links(out)
     work = Workspace(out)
     work.parts.mkdir(parents=True, exist_ok=True)
 

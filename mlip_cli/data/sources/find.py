@@ -8,30 +8,39 @@ import hashlib
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 
-from mlip_cli.data.sources.folders import class_folder, class_records, sidecar_records
-from mlip_cli.data.sources.listing import PICTURE_ENDINGS, walk
+from mlip_cli.data.sources.classes import ClassFolders, find_classes
+from mlip_cli.data.sources.folders import class_records
+from mlip_cli.data.sources.listing import PICTURE_ENDINGS, UNREAD_PICTURE_ENDINGS, walk
 from mlip_cli.data.sources.openmoji import installed_versions, openmoji_records
 from mlip_cli.data.sources.records import (
-    SPLIT_WORDS,
     ReadOptions,
     Record,
     checked_captions,
+    encodable,
     json_bytes,
-    printable,
 )
-from mlip_cli.data.sources.tables import table_records
-from mlip_cli.data.sources.tars import tar_records
+from mlip_cli.data.sources.shared_pictures import SharedPictures
+from mlip_cli.data.sources.sidecars import sidecar_records, sidecars_of
+from mlip_cli.data.sources.table_files import TABLE_ENDINGS, table_ending
+from mlip_cli.data.sources.table_layouts import check_tables, found_tables, has_metadata, wrapped_in
+from mlip_cli.data.sources.tables import TablePlan, planned_tables, table_records
+from mlip_cli.data.sources.tar_samples import Columns, TarNotes
+from mlip_cli.data.sources.tars import TAR_ENDINGS, tar_records
 from mlip_cli.errors import UsageError
-from mlip_cli.terminal.output import plural
+from mlip_cli.paths import escaped
+from mlip_cli.terminal.output import plural, say, warn
 
-TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
+MOST_NAMED = 5
+"""Tables that are named; more are counted."""
+ANY_COLUMNS = ReadOptions()
 LOOKED_FOR = (
-    "metadata.csv, .tsv, .jsonl or .parquet; .tar files; pictures with a .txt of the same name; one folder of pictures "
-    "a class"
+    "a table (.csv, .tsv, .txt, .json, .jsonl, .parquet, .arrow) with columns of pictures and captions; .tar files; "
+    "pictures with a .txt of the same name; one folder of pictures a class"
 )
 
 
@@ -62,40 +71,88 @@ class DataSource:
     """False when the user named files one by one or by a pattern."""
     versions: tuple[str, ...] = ()
     """Of the packages that a built-in source comes from."""
+    read: ReadOptions = ANY_COLUMNS
+    """Columns that the user named tell the tables of a folder."""
+    notes: TarNotes = field(default_factory=TarNotes)
+    """Of tars, each time that their records are read."""
 
     def fingerprint(self) -> str:
         """Changes when a file is added, removed, resized or touched."""
-        listing = [[printable(file.name), file.size, file.mtime_ns] for file in self.files]
+        listing = [[encodable(file.name), file.size, file.mtime_ns] for file in self.files]
         return hashlib.sha256(json_bytes([self.format, listing, self.versions])).hexdigest()
 
+    @cached_property
+    def _tables(self) -> tuple[list[str], dict[str, str]]:
+        names = [file.name for file in self.files]
+        if self.is_folder:
+            return found_tables(self.root, names, self.read)
+        return [name for name in names if table_ending(name) in TABLE_ENDINGS], {}
+
+    @property
     def tables(self) -> list[str]:
-        """The files with metadata: those of a folder are named metadata.* and lie in it or in a split's folder."""
-        tables = [file.name for file in self.files if file.suffix in TABLE_SUFFIXES]
-        return [name for name in tables if _is_metadata(Path(name))] if self.is_folder else tables
+        """The tables that are read."""
+        return self._tables[0]
+
+    @property
+    def unread_tables(self) -> dict[str, str]:
+        """Other tables of a folder -> why they are not read."""
+        return self._tables[1]
+
+    @cached_property
+    def sidecars(self) -> dict[str, str]:
+        """Picture -> its text, in a folder."""
+        return sidecars_of(file.name for file in self.files) if self.is_folder else {}
+
+    def unwrapped(self) -> "DataSource":
+        """The same without the folders that hold everything."""
+        wrapper = wrapped_in([file.name for file in self.files]) if self.is_folder else ""
+        if not wrapper:
+            return self
+        files = tuple(replace(file, name=file.name[len(wrapper) + 1 :]) for file in self.files)
+        return replace(self, root=self.root / wrapper, files=files)
+
+    def planned_tables(self, read: ReadOptions) -> list[TablePlan]:
+        """How the tables are read.
+
+        Raises:
+            UsageError: a table cannot be read, its columns cannot be guessed, or its pictures lie in several folders.
+        """
+        return planned_tables(self.root, self.tables, read, pictures=self.images() if self.is_folder else None)
 
     def images(self) -> list[str]:
         """The files with the ending of a picture."""
         return [file.name for file in self.files if file.suffix[1:] in PICTURE_ENDINGS]
 
+    def unread_pictures(self) -> list[str]:
+        """The files with the ending of a picture that we do not read."""
+        return [file.name for file in self.files if file.suffix[1:] in UNREAD_PICTURE_ENDINGS]
+
     def tars(self) -> list[str]:
-        """The files that end in .tar."""
-        return [file.name for file in self.files if file.suffix == ".tar"]
+        """The tars, compressed ones too."""
+        return [file.name for file in self.files if file.name.lower().endswith(TAR_ENDINGS)]
+
+    @cached_property
+    def classes(self) -> ClassFolders:
+        """The classes, where the format is `classes`.
+
+        Raises:
+            UsageError, RunError: as `find_classes`.
+        """
+        return find_classes(self.root, [file.name for file in self.files], place=escaped(self.name))
 
     def describe(self) -> str:
         """What was recognised, in words."""
         return SOURCE_FORMATS[self.format].describe(self)
 
 
-def _has_sidecars(found: DataSource) -> bool:
-    names = {file.name for file in found.files}
-    return found.is_folder and any(str(Path(image).with_suffix(".txt")) in names for image in found.images())
+def _described_tables(source: DataSource) -> str:
+    names = ", ".join(map(escaped, source.tables[:MOST_NAMED]))
+    return f"pictures in {names}{f' and {len(source.tables) - MOST_NAMED} more' * (len(source.tables) > MOST_NAMED)}"
 
 
-def _described_pictures(source: DataSource, captions: str, files_per_picture: int) -> str:
-    num_images = len(source.images())
-    others = len(source.files) - num_images * files_per_picture
-    ignored = f" ({plural(others, 'other file')} {'is' if others == 1 else 'are'} not read)" if others > 0 else ""
-    return f"{plural(num_images, 'picture')}, {captions}{ignored}"
+def _described_sidecars(source: DataSource) -> str:
+    endings = sorted({Path(text).suffix for text in source.sidecars.values()})
+    return f"{plural(len(source.images()), 'picture')}, captions in {' and '.join(endings)} files"
 
 
 @dataclass(frozen=True)
@@ -114,54 +171,73 @@ SOURCE_FORMATS = {
         describe=lambda source: ", ".join(source.versions),
     ),
     "metadata": SourceFormat(
-        fits=lambda found: bool(found.tables()),
-        records=lambda source, read: table_records(source.root, source.tables(), read),
-        describe=lambda source: f"pictures in {', '.join(source.tables())}",
+        fits=lambda found: bool(found.tables),
+        records=lambda source, read: table_records(source.planned_tables(read)),
+        describe=_described_tables,
     ),
     "webdataset": SourceFormat(
         fits=lambda found: bool(found.tars()),
-        records=lambda source, read: tar_records(source.root, source.tars()),
+        records=lambda source, read: tar_records(
+            source.root, source.tars(), Columns(read.image_column, read.caption_column), source.notes
+        ),
         describe=lambda source: plural(len(source.tars()), "webdataset tar"),
     ),
     "sidecar": SourceFormat(
-        fits=_has_sidecars,
-        records=lambda source, read: sidecar_records(source.root, source.images()),
-        describe=lambda source: _described_pictures(source, "captions in .txt files", 2),
+        fits=lambda found: bool(found.sidecars),
+        records=lambda source, read: sidecar_records(source.root, source.images(), source.sidecars),
+        describe=_described_sidecars,
     ),
     "classes": SourceFormat(
-        fits=lambda found: found.is_folder and any(map(class_folder, found.images())),
-        records=lambda source, read: class_records(source.root, source.images()),
-        describe=lambda source: _described_pictures(source, "a folder a class", 1),
+        fits=lambda found: found.is_folder and any("/" in name for name in found.images()),
+        records=lambda source, read: class_records(source.root, source.images(), source.classes),
+        describe=lambda source: source.classes.in_words(),
     ),
 }
 """By the word of --format. Where several fit, the first is taken."""
 
 
-def find_source(source: str, *, format: str = "auto") -> DataSource:
+def find_source(source: str, *, format: str = "auto", read: ReadOptions = ANY_COLUMNS) -> DataSource:
     """Recognise SOURCE by its files, or check that it is of the given format.
 
     Raises:
-        UsageError: SOURCE does not exist, holds nothing usable, or is not of this format.
+        UsageError: SOURCE does not exist, holds nothing usable, is not of this format, or could be of several.
     """
     if format not in ("auto", *SOURCE_FORMATS):
         *words, last = SOURCE_FORMATS
         raise UsageError(f"--format {format}: no such format; use auto, {', '.join(words)} or {last}")
-    found = _found(source, format)
-    possible = [name for name, known in SOURCE_FORMATS.items() if known.fits(found)]
-    if format != "auto" and format not in possible:
+    found = replace(_found(source, format), read=read)
+    inner = found.unwrapped()
+    for name, known in SOURCE_FORMATS.items():
+        candidate = inner if name in ("metadata", "sidecar") else found
+        if format in ("auto", name) and known.fits(candidate):
+            recognised = replace(candidate, format=name)
+            if name == "metadata":
+                _check_tables(recognised, is_named=format == name)
+            if name == "classes":
+                _caution(recognised)
+            return recognised
+    if format != "auto":
         raise UsageError(f"{source}: not of format {format}: {_what_is_there(found)}; looked for {LOOKED_FOR}")
-    if not possible:
-        nothing = ", no pictures" if found.is_folder and found.files else ""
-        missing = ", but no captions for the pictures" if found.images() else nothing
-        raise UsageError(f"{source}: {_what_is_there(found)}{missing}; looked for {LOOKED_FOR}")
-    recognised = replace(found, format=possible[0] if format == "auto" else format)
-    if recognised.format == "metadata":
-        _check_tables(recognised)
-    return recognised
+    nothing = ", no pictures" if found.is_folder and found.files else ""
+    missing = ", but no captions for the pictures" if found.images() else nothing
+    unread = "; convert its pictures to JPEG" if found.unread_pictures() and not found.images() else ""
+    unread += "".join(f"; {escaped(name)}: {why}" for name, why in islice(inner.unread_tables.items(), MOST_NAMED))
+    raise UsageError(f"{source}: {_what_is_there(found)}{missing}{unread}; looked for {LOOKED_FOR}")
 
 
-def read_records(source: DataSource, read: ReadOptions) -> Iterator[Record]:
-    """The records of the source in their own order, captions checked.
+def _check_tables(source: DataSource, *, is_named: bool) -> None:
+    if not source.is_folder:
+        return
+    check_tables(source.name, source.tables)
+    if source.sidecars and not is_named and not has_metadata(source.tables):
+        raise UsageError(
+            f"{source.name}: captions in {', '.join(map(escaped, source.tables))} and in "
+            f"{plural(len(source.sidecars), 'text')} of pictures; say --format metadata or --format sidecar"
+        )
+
+
+def read_rows(source: DataSource, read: ReadOptions) -> Iterator[Record]:
+    """The rows of the source in their own order, captions checked.
 
     Raises:
         UsageError: a table cannot be read, or its columns cannot be guessed.
@@ -170,17 +246,14 @@ def read_records(source: DataSource, read: ReadOptions) -> Iterator[Record]:
     return islice(map(checked_captions, SOURCE_FORMATS[source.format].records(source, read)), read.limit)
 
 
-def count_records(source: DataSource, read: ReadOptions) -> int:
-    """Read the source once, without pictures, so that a broken table or tar is found before the work starts.
+def read_records(source: DataSource, read: ReadOptions, shared: SharedPictures) -> Iterator[Record]:
+    """The rows of the source, those that share a picture as one.
 
     Raises:
-        UsageError: no records, or a table that cannot be read.
-        DamagedTarError: a tar is not whole.
+        UsageError: as `read_rows`.
+        DamagedTarError: as `read_rows`.
     """
-    num_records = sum(1 for _ in read_records(source, read))
-    if num_records == 0:
-        raise UsageError(f"{source.name}: read as {source.format}, it has no records; looked for {LOOKED_FOR}")
-    return num_records
+    return shared.merged(read_rows(source, read))
 
 
 def _found(source: str, format: str) -> DataSource:
@@ -205,31 +278,25 @@ def _what_is_there(found: DataSource) -> str:
         return "a file of no known kind"
     counts = Counter(file.suffix or "files without ending" for file in found.files)
     most = sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:5]
-    return ", ".join(f"{n} {suffix}" for suffix, n in most)
+    return ", ".join(f"{n} {escaped(suffix)}" for suffix, n in most)
 
 
-def _check_tables(source: DataSource) -> None:
-    folders = [str(Path(name).parent) for name in source.tables()]
-    for folder in folders:
-        if folders.count(folder) > 1:
-            names = ", ".join(name for name in source.tables() if str(Path(name).parent) == folder)
-            raise UsageError(f"{source.name}: several tables: {names}; name one of them as SOURCE")
-    if "." in folders and len(folders) > 1:
-        raise UsageError(
-            f"{source.name}: a table here and others in folders: {', '.join(source.tables())}; name one as SOURCE"
-        )
+def _caution(source: DataSource) -> None:
+    """Show what names the classes, and warn of names that say little.
 
-
-def _is_metadata(name: Path) -> bool:
-    """metadata.* in the source's root or in the folder of a split."""
-    is_at_root = len(name.parts) == 1 or (len(name.parts) == 2 and name.parts[0].lower() in SPLIT_WORDS)
-    return is_at_root and name.stem == "metadata" and name.suffix in TABLE_SUFFIXES
+    Raises:
+        UsageError, RunError: as `find_classes`.
+    """
+    if named := source.classes.named():
+        say(f"{escaped(source.name)}: {named}")
+    for caution in source.classes.cautions():
+        warn(f"{escaped(source.name)}: {caution}")
 
 
 def _file(root: Path, path: Path) -> SourceFile:
     try:
         stat = path.stat()
-    except FileNotFoundError:  # a broken link: its row becomes a reject later
+    except OSError:  # a broken link, or one that leads to itself: its row becomes a reject later
         return SourceFile(str(path.relative_to(root)), 0, 0)
     return SourceFile(str(path.relative_to(root)), stat.st_size, stat.st_mtime_ns)
 

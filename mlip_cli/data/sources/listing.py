@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -36,6 +36,17 @@ def is_leftover(name: str) -> bool:
     return name.startswith(".") or name.lower() in LEFTOVERS
 
 
+def ending(name: str) -> str:
+    """`jpg` of a/B.JPG; "" where there is none."""
+    _, dot, last = name.rpartition(".")
+    return last.lower() if dot and "/" not in last else ""
+
+
+def is_picture(name: str) -> bool:
+    """Whether a file of this name is read as a picture."""
+    return ending(name) in PICTURE_ENDINGS
+
+
 def walk(folder: Path, above: tuple[tuple[int, int], ...] = ()) -> Iterator[Path]:
     """Regular files and broken links under `folder`, without hidden ones and leftovers, in no order.
 
@@ -50,15 +61,28 @@ def walk(folder: Path, above: tuple[tuple[int, int], ...] = ()) -> Iterator[Path
             if is_leftover(entry.name):
                 continue
             path = Path(entry.path)
-            if entry.is_dir():
+            try:
+                is_folder, is_file = entry.is_dir(), entry.is_file()
+            except OSError:  # a link that leads to itself: broken like any other
+                is_folder, is_file = False, True
+            if is_folder:
                 yield from walk(path, (*above, here))
-            elif entry.is_file() or not path.exists():  # reading a pipe or a device would wait for ever
+            elif is_file or not path.exists():  # reading a pipe or a device would wait for ever
                 yield path
 
 
-def number_order(names: list[str]) -> list[str]:
-    """Sorted as numbers where all names are numbers, else as text."""
-    return sorted(names, key=int) if all(re.fullmatch(r"[0-9]+", name) for name in names) else sorted(names)
+def shown(name: str) -> str:
+    """A name for messages: escapes for line breaks, control characters and bytes that are not UTF-8."""
+    return "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in name)
+
+
+def number_order(names: Collection[str]) -> list[str]:
+    """Sorted by number where all names begin alike and with a number (2, 10; 2.cat, 10.dog; c2, c10), else as text."""
+    ordered = sorted(names)
+    found = {name: re.match(r"(\D*)([0-9]+)(?![^\W_])", name) for name in ordered}
+    numbers = {name: int(match[2]) for name, match in found.items() if match}
+    starts = {match and match[1] for match in found.values()}
+    return sorted(ordered, key=numbers.__getitem__) if starts != {None} and len(starts) == 1 else ordered
 
 
 @dataclass
@@ -72,7 +96,14 @@ class PassedOver:
     def add(self, kind: str, example: str) -> None:
         """Count one."""
         self.counts[kind] = self.counts.get(kind, 0) + 1
-        self.first.setdefault(kind, example)
+        if kind not in self.first:
+            self.first[kind] = shown(example)
+
+    def update(self, other: "PassedOver") -> None:
+        """Count what another one counts."""
+        for kind, n in other.counts.items():
+            self.counts[kind] = self.counts.get(kind, 0) + n
+        self.first = {**other.first, **self.first}
 
     def in_words(self) -> str:
         """`12 .heic files (first: a/1.heic), 3 texts without a picture (first: b.txt)`, the most frequent first."""

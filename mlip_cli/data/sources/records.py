@@ -2,30 +2,43 @@
 
 import json
 import math
+import os
+import re
+import sys
 from codecs import BOM_UTF8
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
+
+from mlip_cli.errors import UsageError
+from mlip_cli.paths import escaped
 
 MAX_CAPTION_BYTES = 64 * 1024
 MAX_CAPTIONS = 255
 PART_ROWS = 500
+PART_BYTES = 64 << 20
+"""A part ends here where its records carry the bytes of their pictures: each worker holds one."""
 MAX_HELD_OUT = 5_000
+ENOUGH_HELD_OUT = 500
 
 SPLITS = ("train", "validation", "test")
 SPLIT_WORDS = {
     "train": "train",
     "training": "train",
+    "restval": "train",
     "validation": "validation",
     "valid": "validation",
     "val": "validation",
     "dev": "validation",
     "test": "test",
     "testing": "test",
+    "eval": "test",
+    "evaluation": "test",
 }
 """Names of splits in sources -> one of SPLITS."""
+BESIDE_SPLITS = re.compile("ilsvrc|imgs?|images?|pictures?|photos?|data|dataset|set|split|folder|seg|large|small|px")
+"""Words that stand beside a split in the name of its folder: ILSVRC2012_img_val, test_set, train_large."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +56,15 @@ class PicturePlace:
     path: str
     offset: int = 0
     size: int | None = None
+    is_compressed: bool = False
+    """`offset` counts the bytes that come out of a compressed file."""
+
+
+@dataclass(frozen=True)
+class PictureBytes:
+    """The encoded bytes of a picture that lies in a table."""
+
+    content: bytes
 
 
 @dataclass(frozen=True)
@@ -53,7 +75,7 @@ class Record:
     """File that holds the row, relative to the source."""
     row: int
     """Place of the row in that file, from 0."""
-    picture: PicturePlace | None
+    picture: PicturePlace | PictureBytes | None
     captions: tuple[Caption, ...]
     split: str | None = None
     label: str | None = None
@@ -63,16 +85,24 @@ class Record:
     """Reason why the row cannot become a sample, if that is known without its picture."""
     detail: str = ""
     """What the reason is about: a file name, a value."""
+    same: str = ""
+    """Equal for rows that name the same picture, which become one record; empty where each row has its own."""
+    found_as: str = ""
+    """File that was found by another spelling of its name."""
+    num_rows: int = 1
+    """Rows of the source that became this record."""
 
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """Which records of the source to read, and which columns of a table hold them."""
+    """Which rows of the source to read, and which columns of a table hold them."""
 
     limit: int | None = None
     image_column: str | None = None
     caption_column: str | None = None
     skin_tones: bool = False
+    image_folder: str | None = None
+    """What paths in a table are relative to."""
 
 
 @dataclass(frozen=True)
@@ -87,11 +117,16 @@ class SourcePart:
 
 def parts_of(records: Iterable[Record]) -> Iterator[SourcePart]:
     """Cut a source into parts. Their size does not depend on the number of workers, so the output does not either."""
-    rows = iter(records)
-    number = 0
-    while part := tuple(islice(rows, PART_ROWS)):
-        yield SourcePart(number, number * PART_ROWS, part)
-        number += 1
+    number = first_row = num_bytes = 0
+    part: list[Record] = []
+    for record in records:
+        part.append(record)
+        num_bytes += len(record.picture.content) if isinstance(record.picture, PictureBytes) else 0
+        if len(part) == PART_ROWS or num_bytes >= PART_BYTES:
+            yield SourcePart(number, first_row, tuple(part))
+            number, first_row, num_bytes, part = number + 1, first_row + len(part), 0, []
+    if part:
+        yield SourcePart(number, first_row, tuple(part))
 
 
 def checked_captions(record: Record) -> Record:
@@ -143,28 +178,70 @@ def captions_of(value: Any) -> tuple[Caption, ...]:
         if isinstance(item, str):
             captions.append(Caption(item))
         elif isinstance(item, dict) and isinstance(item.get("text"), str):
-            weight = item.get("weight", 1.0)
-            captions.append(Caption(item["text"], float(weight) if isinstance(weight, int | float) else math.nan))
+            captions.append(Caption(item["text"], _weight(item.get("weight", 1.0))))
     return tuple(captions)
+
+
+def caption_lines(text: str) -> list[str]:
+    """The captions of a text: its lines if there are several and none of them is empty, else the whole."""
+    lines = text.strip().splitlines()
+    return lines if len(lines) > 1 and all(line.strip() for line in lines) else [text]
+
+
+def _weight(value: Any) -> float:
+    try:
+        return float(value) if isinstance(value, int | float) else math.nan
+    except OverflowError:  # JSON has integers that no float can hold
+        return math.inf
 
 
 def plain_values(row: Mapping[str, Any], *, without: Collection[str | None] = ()) -> dict[str, Any]:
     """The texts, booleans and finite numbers of `row`, which KEY.json keeps as `meta`."""
     return {
-        printable(key): printable(value) if isinstance(value, str) else value
+        encodable(key): encodable(value) if isinstance(value, str) else value
         for key, value in row.items()
         if key not in without and (math.isfinite(value) if isinstance(value, float) else isinstance(value, str | int))
     }
 
 
-def printable(text: str) -> str:
-    """`text` with escapes for what UTF-8 cannot encode."""
+def encodable(text: str) -> str:
+    """`text` with escapes for what UTF-8 cannot encode: what files of ours hold."""
     return text.encode("utf-8", "backslashreplace").decode()
+
+
+def check_utf8(name: str, *, place: str = "") -> None:
+    """Refuse a name that is not UTF-8, or that Python here does not read as UTF-8.
+
+    Raises:
+        UsageError: it begins with `place`, and has the cure.
+    """
+    if encodable(name) == name:
+        return
+    try:
+        os.fsencode(name).decode("utf-8")
+    except UnicodeDecodeError:
+        raise UsageError(f"{place}{escaped(name)}: a name that is not UTF-8; rename it") from None
+    encoding = sys.getfilesystemencoding()
+    raise UsageError(f"{place}{escaped(name)}: Python reads names as {encoding} here; set PYTHONUTF8=1")
+
+
+def split_of_name(folder: str) -> str | None:
+    """The split that a folder's name says: train2017, val_256, ILSVRC2012_img_val, but not bullet_train."""
+    words = [word for word in re.findall(r"[a-z]+", folder.lower()) if not BESIDE_SPLITS.fullmatch(word)]
+    return SPLIT_WORDS.get(words[0]) if len(words) == 1 else None
+
+
+def held_out_share(given: float | None, num_pictures: int) -> float:
+    """The share of a source without splits that becomes validation: as given, or a tenth of a small source.
+
+    The default falls to a fiftieth where that is enough to measure by.
+    """
+    return given if given is not None else min(0.1, max(0.02, ENOUGH_HELD_OUT / num_pictures))
 
 
 def split_of_folder(relative: Path) -> tuple[str | None, Path]:
     """`train/dog/x.jpg` -> ("train", `dog/x.jpg`); `dog/x.jpg` -> (None, `dog/x.jpg`)."""
-    split = SPLIT_WORDS.get(relative.parts[0].lower()) if len(relative.parts) > 1 else None
+    split = split_of_name(relative.parts[0]) if len(relative.parts) > 1 else None
     return (split, Path(*relative.parts[1:])) if split else (None, relative)
 
 

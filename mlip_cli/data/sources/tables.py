@@ -1,174 +1,198 @@
-"""Tables of pictures and captions: metadata.csv, .tsv, .jsonl, .parquet; paths are relative to the table."""
+"""Tables of pictures and captions as records. Paths are relative to the table, or to the folder of its pictures."""
 
-import csv
-import json
+import os
 from collections.abc import Iterator, Sequence
-from itertools import chain, islice
+from dataclasses import dataclass, replace
+from hashlib import blake2b
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from mlip_cli.data.sources.captions import captions_in
+from mlip_cli.data.sources.listing import PICTURE_ENDINGS, is_leftover
+from mlip_cli.data.sources.paths import PathFinder, spellings
 from mlip_cli.data.sources.records import (
     SPLIT_WORDS,
+    Caption,
+    PictureBytes,
     PicturePlace,
     ReadOptions,
     Record,
-    captions_of,
     plain_values,
     split_of_folder,
 )
+from mlip_cli.data.sources.table_files import FIRST_NAMES, Chosen, Table, chosen_columns, open_table, split_in_name
+from mlip_cli.data.sources.text_tables import Row, table_error
 from mlip_cli.errors import UsageError
-
-IMAGE_COLUMNS = ("file_name", "image", "image_path", "filepath", "path")
-CAPTION_COLUMNS = ("caption", "captions", "text", "title")
-MAX_CELL = 1 << 24
-
-Row = dict[str, Any] | str
-"""Cells by column, or the reason why the row cannot be read."""
+from mlip_cli.paths import escaped
 
 
-def table_records(root: Path, tables: Sequence[str], read: ReadOptions) -> Iterator[Record]:
+@dataclass(frozen=True)
+class TablePlan:
+    """A table, and how it is read."""
+
+    name: str
+    """Relative to the source."""
+    table: Table
+    chosen: Chosen
+    folder: Path
+    """What the names of pictures are relative to."""
+    split: str | None
+
+    def in_words(self) -> str:
+        """For the line before the work."""
+        header = "" if self.table.has_header else "; the table has no header"
+        beside = "" if self.folder == self.table.path.parent else f"; pictures in {escaped(str(self.folder))}"
+        return self.chosen.in_words() + beside + header
+
+
+def planned_tables(
+    root: Path, tables: Sequence[str], read: ReadOptions, *, pictures: Sequence[str] | None
+) -> list[TablePlan]:
+    """How each table is read.
+
+    Args:
+        pictures: the pictures in a source that is a folder; None where the user named the tables themselves.
+
+    Raises:
+        UsageError: a table is not of its format, no column (or more than one) can hold pictures or captions, or its
+            pictures lie in several folders.
+    """
+    plans = []
+    for name in tables:
+        table = open_table(root / name)
+        chosen = chosen_columns(table, read)
+        split = split_of_folder(Path(name))[0] or (split_in_name(Path(name).name) if pictures is not None else None)
+        if read.image_folder:
+            folder = Path(read.image_folder)
+            if not folder.is_dir():
+                raise UsageError(f"--image-folder {folder}: no such folder; name the folder of the pictures")
+        else:
+            folder = _picture_folder(root, table, chosen.image, pictures)
+        plans.append(TablePlan(name, table, chosen, folder, split))
+    return plans
+
+
+def table_records(plans: Sequence[TablePlan]) -> Iterator[Record]:
     """The rows of the tables, in order. Columns `split` and `class` mean what they say; the others become `meta`.
 
     Raises:
-        UsageError: a table is not of its format, or no column (or more than one) can hold pictures or captions.
+        UsageError: a table is damaged.
     """
-    for table in tables:
-        path = root / table
-        columns, rows = _read_table(path)
-        image, caption = _chosen(path, columns, read)
-        for number, row in enumerate(rows):
-            if isinstance(row, str):
-                yield Record(table, number, None, (), reject=row)
-            else:
-                yield _record(path, table, number, row, image=image, caption=caption)
+    for plan in plans:
+        finder = PathFinder(plan.folder)
+        for number, row in enumerate(plan.table.rows()):
+            yield _record(plan, finder, number, row)
 
 
-def columns_in_words(root: Path, tables: Sequence[str], read: ReadOptions) -> str:
-    """The columns that hold pictures and captions, named by the user or guessed.
+class PictureCell(NamedTuple):
+    """What a cell says about a picture; fields as in Record."""
 
-    Raises:
-        UsageError: as `table_records`.
-    """
-    found = {_chosen(root / table, _read_table(root / table)[0], read) for table in tables}
-    return "; ".join(f"pictures: column {image!r}, captions: column {caption!r}" for image, caption in sorted(found))
-
-
-def _chosen(path: Path, columns: Sequence[str], read: ReadOptions) -> tuple[str, str]:
-    image = read.image_column or _guessed(path, "image", IMAGE_COLUMNS, columns)
-    caption = read.caption_column or _guessed(path, "caption", CAPTION_COLUMNS, columns)
-    for flag, column in (("image", image), ("caption", caption)):
-        if column not in columns:
-            raise UsageError(f"{path}: no column {column!r} (--{flag}-column); columns are {', '.join(columns)}")
-    return image, caption
+    picture: PicturePlace | PictureBytes | None = None
+    detail: str = ""
+    same: str = ""
+    found_as: str = ""
+    reject: str | None = None
 
 
-def _record(path: Path, table: str, number: int, row: dict[str, Any], *, image: str, caption: str) -> Record:
-    split, _ = split_of_folder(Path(table))
-    name, reason = row.get(image), None
+def _record(plan: TablePlan, finder: PathFinder, number: int, row: Row) -> Record:
+    if isinstance(row, str):
+        return Record(plan.name, number, None, (), reject=row)
+    split, label, columns = plan.split, row.get("class"), [column for column, _ in plan.chosen.captions]
+    cell = _picture(row.get(plan.chosen.image), finder)
     if row.get("split") is not None:
-        split = SPLIT_WORDS.get(str(row["split"]).strip().lower())
-        reason = None if split else "unknown split"
-    if not (isinstance(name, str) and name.strip()):
-        reason, name = "no file name", ""
-    label = row.get("class")
+        word = str(row["split"]).strip()
+        split = SPLIT_WORDS.get(word.lower()) or split_in_name(word)
+        if split is None and not cell.reject:
+            cell = PictureCell(reject="unknown split", detail=str(row["split"]))
     return Record(
-        file=table,
+        file=plan.name,
         row=number,
-        picture=PicturePlace(str(path.parent / name.strip())),
-        captions=captions_of(row.get(caption)),
+        captions=tuple(_captions(row, plan.chosen)),
         split=split,
         label=None if label is None else str(label),
-        meta=plain_values(row, without=(image, caption, "split", "class")),
-        reject=reason,
-        detail=str(row["split"]) if reason == "unknown split" else name.strip(),
+        meta=plain_values(row, without=(plan.chosen.image, *columns, "split", "class")),
+        **cell._asdict(),
     )
 
 
-def _guessed(path: Path, what: str, candidates: Sequence[str], columns: Sequence[str]) -> str:
-    found = [column for column in columns if column.lower() in candidates]
-    if len(found) == 1:
-        return found[0]
-    problem = f"columns {' and '.join(found)} could both be the {what}" if found else f"no column for the {what}"
-    raise UsageError(f"{path}: {problem}; columns are {', '.join(columns)}; say --{what}-column NAME")
+def _captions(row: dict[str, Any], chosen: Chosen) -> Iterator[Caption]:
+    for column, weight in chosen.captions:
+        for caption in captions_in(row.get(column)):
+            yield caption if weight == 1 else replace(caption, weight=caption.weight * weight)
 
 
-def _read_table(path: Path) -> tuple[list[str], Iterator[Row]]:
-    """Names of the columns, and the rows."""
-    if path.suffix.lower() == ".jsonl":
-        examples = [row for row in islice(_jsonl_rows(path), 100) if isinstance(row, dict)]
-        columns = list(dict.fromkeys(chain.from_iterable(examples)))
-        if not columns:
-            raise UsageError(f"{path}: the table is empty, or not one JSON object a line")
-        return columns, _jsonl_rows(path)
-    rows = _parquet_rows(path) if path.suffix.lower() == ".parquet" else _csv_rows(path)
-    return list(next(rows)), rows
+def _picture(cell: Any, finder: PathFinder) -> PictureCell:
+    """The picture of a cell: bytes, {bytes, path}, or the name of a file."""
+    if isinstance(cell, list) and len(cell) == 1:
+        cell = cell[0]
+    content, name = (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (cell, cell)
+    if isinstance(content, bytes):
+        detail = name if isinstance(name, str) else ""
+        return PictureCell(PictureBytes(content), detail, blake2b(content, digest_size=16).hexdigest())
+    if isinstance(cell, list) and cell:
+        return PictureCell(reject="several pictures")
+    if not (isinstance(name, str) and name.strip()):
+        return PictureCell(reject="no file name")
+    name = name.strip()
+    found = finder.find(name)
+    if found.path:
+        found_as = os.path.basename(found.path) if found.is_guess else ""
+        return PictureCell(PicturePlace(found.path), name, finder.same(found.path), found_as)
+    if "://" in name and not name.startswith("file:"):
+        return PictureCell(reject="picture is an address", detail=f"{name}: download it, say with img2dataset")
+    near = f"; {found.near}" if found.near else ""
+    return PictureCell(reject="picture missing", detail=f"{name}: no such file{near}")
 
 
-def _csv_rows(path: Path) -> Iterator[Row]:
-    """The header as a dict of None, then the rows.
+def _picture_folder(root: Path, table: Table, image: str, pictures: Sequence[str] | None) -> Path:
+    """The folder that the first names are relative to: that of the table, or the one in the source where they lie.
 
-    CSV by RFC 4180; TSV without quoting, where one lone quote would swallow the rows after it. Bytes that are not UTF-8
-    become lone surrogates, which caption checking finds.
+    Raises:
+        UsageError: there are several.
     """
-    csv.field_size_limit(MAX_CELL)
-    rules: dict[str, Any] = {"strict": True}
-    if path.suffix.lower() == ".tsv":
-        rules = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
-    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        reader = csv.reader(file, **rules)
-        try:
-            columns = [column.strip() for column in next(reader, [])]
-            if not columns:
-                raise UsageError(f"{path}: the table is empty")
-            if twice := sorted({column for column in columns if columns.count(column) > 1}):
-                raise UsageError(f"{path}: column {twice[0]!r} is there twice")
-            yield dict.fromkeys(columns)
-            for cells in reader:
-                if len(cells) == len(columns):
-                    yield dict(zip(columns, cells, strict=True))
-                elif cells:  # an empty line is no row
-                    yield f"row of {len(cells)} cells under {len(columns)} columns"
-        except csv.Error as error:
-            cure = "a cell that starts with a quote must end with one and double those inside; or use .tsv or .jsonl"
-            raise UsageError(f"{path}:{reader.line_num}: not CSV ({error}); {cure}") from None
+    names = []
+    for row in islice(table.rows(), FIRST_NAMES):
+        cell = row.get(image) if isinstance(row, dict) else None
+        name = cell.get("path") if isinstance(cell, dict) and cell.get("bytes") is None else cell
+        if isinstance(name, str) and name.strip():
+            names.append(name.strip())
+    here = PathFinder(table.path.parent)
+    if not names or any(here.find(name).path for name in names):
+        return table.path.parent
+    if pictures is None:
+        root, pictures = table.path.parent, _pictures_below(table.path.parent)
+    for name in names:
+        base = list(spellings(name))[-1].lower()
+        ends = tuple({base, *(base + "." + picture.rpartition(".")[2].lower() for picture in pictures[:FIRST_NAMES])})
+        folders = {
+            picture[: len(picture) - len(end)].rstrip("/")
+            for picture in pictures
+            for end in ends
+            if picture.lower().endswith("/" + end)
+        }
+        fitting = sorted(folder for folder in folders if _has_most(root / folder, names))
+        if len(fitting) > 1:
+            raise table_error(
+                table.path,
+                f"its pictures could lie in {' and '.join(map(escaped, fitting[:3]))}; say --image-folder FOLDER",
+            )
+        if fitting:
+            return root / fitting[0]
+    return table.path.parent
 
 
-def _jsonl_rows(path: Path) -> Iterator[Row]:
-    with open(path, "rb") as file:
-        for line in file:
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line.decode("utf-8-sig"))
-            except UnicodeDecodeError:
-                yield "row is not UTF-8"
-            except (json.JSONDecodeError, RecursionError):
-                yield "row is not JSON"
-            else:
-                yield row if isinstance(row, dict) else "row is not a JSON object"
+def _has_most(folder: Path, names: Sequence[str]) -> bool:
+    finder = PathFinder(folder)
+    return sum(bool(finder.find(name).path) for name in names) * 2 > len(names)
 
 
-def _parquet_rows(path: Path) -> Iterator[Row]:
-    """The columns as a dict of None, then the rows. Text that is not UTF-8 becomes lone surrogates, as in CSV."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        file = pq.ParquetFile(path)
-        yield dict.fromkeys(file.schema_arrow.names)
-        for batch in file.iter_batches():
-            columns = {}
-            for name, column in zip(batch.schema.names, batch.columns, strict=True):
-                if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
-                    binary = pa.large_binary() if pa.types.is_large_string(column.type) else pa.binary()
-                    columns[name] = [_text(value) for value in column.view(binary).to_pylist()]
-                else:
-                    columns[name] = column.to_pylist()
-            for cells in zip(*columns.values(), strict=True):
-                yield dict(zip(columns, cells, strict=True))
-    except pa.ArrowInvalid as error:
-        raise UsageError(f"{path}: not a Parquet file ({str(error).splitlines()[0]})") from None
-
-
-def _text(value: bytes | None) -> str | None:
-    return None if value is None else value.decode("utf-8", "surrogateescape")
+def _pictures_below(folder: Path) -> list[str]:
+    """The pictures in the folders that lie in this one."""
+    folders = [entry.name for entry in os.scandir(folder) if not is_leftover(entry.name) and entry.is_dir()]
+    return [
+        f"{name}/{picture}"
+        for name in sorted(folders)
+        for picture in os.listdir(folder / name)
+        if picture.rpartition(".")[2].lower() in PICTURE_ENDINGS
+    ]

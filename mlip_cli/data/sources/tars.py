@@ -1,30 +1,40 @@
-"""The samples of webdataset tars, such as those of img2dataset; nothing is unpacked."""
+"""What the samples of webdataset tars, such as those of img2dataset, say; nothing is unpacked."""
 
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mlip_cli.data.sources.listing import PICTURE_ENDINGS
 from mlip_cli.data.sources.records import (
     Caption,
     PicturePlace,
     Record,
     UnusableSampleError,
+    caption_lines,
     captions_of,
     decode_text,
     plain_values,
     split_of_folder,
 )
-from mlip_cli.data.tar import Member, read_members
+from mlip_cli.data.sources.tar_samples import (
+    GUESSED,
+    MAX_TEXT_BYTES,
+    PICTURE_FIELDS,
+    Columns,
+    TarNotes,
+    TarSample,
+    ending_of,
+    parts_of_sample,
+    samples_of,
+)
+from mlip_cli.data.tar import OpenTar, open_tar, read_members
+from mlip_cli.paths import escaped
 
-TEXT_ENDINGS = {"txt": ("txt", "caption", "text"), "json": ("json",), "cls": ("cls",)}
-"""Texts of a sample -> their endings; the first ending that a sample has is read."""
-ENDINGS = frozenset((*PICTURE_ENDINGS, *(ending for endings in TEXT_ENDINGS.values() for ending in endings)))
+TAR_ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst")
+"""Endings of file names, in lower case, by which tars are found."""
 CLASS_NAMES = ("class", "label")
-MAX_TEXT_BYTES = 1 << 20
+
+CAPTION_LINES = "samples with a caption a line in KEY.txt"
 
 OURS = {
     "captions",
@@ -41,80 +51,62 @@ OURS = {
 """Fields of a KEY.json that do not go into `meta`: mlip writes them itself."""
 
 
-def tar_records(root: Path, tars: Sequence[str]) -> Iterator[Record]:
+def tar_records(
+    root: Path, tars: Sequence[str], columns: Columns = GUESSED, notes: TarNotes | None = None
+) -> Iterator[Record]:
     """One record a sample.
 
-    Captions come from KEY.json (`captions`, as mlip writes them, or `caption`), else from KEY.txt.
+    Captions come from KEY.json (`captions`, as mlip writes them, or `caption`), else from KEY.txt, a caption a line.
+
+    Args:
+        notes: are added to.
 
     Raises:
         DamagedTarError: a tar is not whole; to go on with the samples before the damage would hide the loss.
     """
+    notes = TarNotes() if notes is None else notes
     for tar in tars:
-        path = root / tar
         split, _ = split_of_folder(Path(tar))
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            for row, (key, members) in enumerate(tar_samples(path)):
-                yield _record(path, descriptor, members, file=tar, row=row, key=key, split=split)
-        finally:
-            os.close(descriptor)
+        samples, _ = samples_of(read_members(root / tar), columns, notes, tar=tar)
+        with open_tar(root / tar) as opened:
+            opened = _with_texts_read(opened, samples) if opened.is_compressed else opened
+            for row, sample in enumerate(samples):
+                yield _record(opened, sample, columns, notes, file=tar, row=row, split=split)
 
 
-def tar_samples(path: Path) -> Iterator[tuple[str, list[Member]]]:
-    """(key, members with endings that mlip reads) of each sample: a run of members of one key.
-
-    The sample in which a damaged tar ends is not given: it may not be whole.
-
-    Raises:
-        DamagedTarError: the tar is not whole.
-    """
-    for key, members in groupby(read_members(path), key=lambda member: key_of(member.name)):
-        if known := [member for member in members if member.is_file and ending_of(member.name) in ENDINGS]:
-            yield key, known
-
-
-def key_of(name: str) -> str:
-    """`a/b.c.jpg` -> `a/b.c`: members of one key are one sample."""
-    folder, slash, base = name.rpartition("/")
-    return folder + slash + base.rpartition(".")[0]
-
-
-def ending_of(name: str) -> str:
-    """`a/b.c.JPG` -> `jpg`"""
-    return name.rpartition(".")[2].lower()
-
-
-def chosen_members(members: Sequence[Member]) -> dict[str, Member]:
-    """The members of a sample that are read, by part: image, txt, json and cls. Empty texts count as missing.
-
-    Raises:
-        UnusableSampleError: there is not one picture, or a text is too long.
-    """
-    pictures = [member for member in members if ending_of(member.name) in PICTURE_ENDINGS]
-    if len(pictures) != 1:
-        raise UnusableSampleError("several pictures" if pictures else "no picture")
-    chosen = {"image": pictures[0]}
-    texts = {ending_of(member.name): member for member in members if member.size}
-    for part, endings in TEXT_ENDINGS.items():
-        if found := [texts[ending] for ending in endings if ending in texts]:
-            chosen[part] = found[0]
-            if found[0].size > MAX_TEXT_BYTES:
-                raise UnusableSampleError("caption too long", detail=found[0].name)
-    return chosen
+def _with_texts_read(tar: OpenTar, samples: Sequence[TarSample]) -> OpenTar:
+    """The same tar with all texts in memory, read in the order in which they lie there."""
+    members = {member for sample in samples for member in sample.fields.values() if member.size <= MAX_TEXT_BYTES}
+    texts = [member for member in members if ending_of(member.name).lower() not in PICTURE_FIELDS]
+    texts.sort(key=lambda member: member.offset)
+    contents = {(member.size, member.offset): tar.read(member.size, member.offset) for member in texts}
+    return tar._replace(read=lambda size, at: contents[size, at])
 
 
 def _record(
-    path: Path, descriptor: int, members: Sequence[Member], *, file: str, row: int, key: str, split: str | None
+    tar: OpenTar, sample: TarSample, columns: Columns, notes: TarNotes, *, file: str, row: int, split: str | None
 ) -> Record:
     picture = None
     try:
-        parts = chosen_members(members)
+        parts = parts_of_sample(sample, columns)
         image = parts.pop("image")
-        picture = PicturePlace(str(path), image.offset, image.size)
-        info = stated({part: os.pread(descriptor, m.size, m.offset) for part, m in parts.items()})
+        picture = PicturePlace(str(tar.path), image.offset, image.size, is_compressed=tar.is_compressed)
+        info = stated({part: tar.read(m.size, m.offset) for part, m in parts.items()}, columns)
     except UnusableSampleError as error:
-        return Record(file, row, picture, (), split=split, reject=str(error), detail=error.detail or key)
-    return Record(file, row, picture, info.captions, split=split, label=info.label, meta=info.meta, detail=key)
+        detail = f"{sample.key}: {error.detail}" if error.detail else sample.key
+        return Record(file, row, picture, (), split=split, reject=str(error), detail=detail)
+    if info.has_lines:
+        notes.read_as.add(CAPTION_LINES, f"{file}: {escaped(sample.key)}")
+    return Record(
+        file,
+        row,
+        picture,
+        info.captions,
+        split=split,
+        label=info.label,
+        meta=info.meta,
+        detail=sample.key if info.captions else f"{sample.key}{info.without_captions}",
+    )
 
 
 class Stated(NamedTuple):
@@ -125,6 +117,15 @@ class Stated(NamedTuple):
     """KEY.json."""
     cls: str | None
     """KEY.cls."""
+
+    has_lines: bool = False
+    """KEY.txt holds several captions, one a line."""
+
+    @property
+    def without_captions(self) -> str:
+        """What to say of a sample that has no captions."""
+        keys = ", ".join(escaped(key) for key, value in self.fields.items() if captions_of(value))
+        return f": KEY.json has {keys}; name one by --caption-column, or caption_column in a recipe" if keys else ""
 
     @property
     def label(self) -> str | None:
@@ -141,7 +142,7 @@ class Stated(NamedTuple):
         return plain_values(ours if isinstance(ours, dict) else {}) | plain_values(self.fields, without=OURS)
 
 
-def stated(contents: Mapping[str, bytes]) -> Stated:
+def stated(contents: Mapping[str, bytes], columns: Columns = GUESSED) -> Stated:
     """What the texts of a sample (txt, json, cls) say.
 
     Raises:
@@ -152,15 +153,21 @@ def stated(contents: Mapping[str, bytes]) -> Stated:
         raise UnusableSampleError("caption is not UTF-8")
     try:
         fields = json.loads(texts["json"] or "null") if "json" in texts else {}
-    except (json.JSONDecodeError, RecursionError):
+    except (ValueError, RecursionError):  # not only JSONDecodeError: a number may have too many digits
         raise UnusableSampleError("KEY.json is not JSON") from None
     if not isinstance(fields, dict):
         raise UnusableSampleError("KEY.json is not a JSON object")
-    return Stated(_captions(fields, texts.get("txt")), fields, texts.get("cls"))
+    captions, has_lines = _captions(fields, texts.get("txt"), columns)
+    return Stated(captions, fields, texts.get("cls"), has_lines)
 
 
-def _captions(fields: dict[str, Any], text: str | None) -> tuple[Caption, ...]:
-    for name in ("captions", "caption"):
+def _captions(fields: dict[str, Any], text: str | None, columns: Columns) -> tuple[tuple[Caption, ...], bool]:
+    """The captions, and whether they are several lines of KEY.txt."""
+    if columns.caption_key is not None:
+        return captions_of(fields.get(columns.caption_key)), False
+    names = ("captions", "caption") if columns.caption is None else ()
+    for name in names:
         if (captions := captions_of(fields.get(name))) and (name == "captions" or text is None):
-            return captions
-    return captions_of(text)
+            return captions, False
+    lines = caption_lines(text) if text and text.strip() else []
+    return captions_of(lines), len(lines) > 1

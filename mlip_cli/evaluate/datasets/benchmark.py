@@ -3,7 +3,9 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlip_cli.data.sources.listing import PICTURE_ENDINGS, is_leftover, number_order, walk
+from mlip_cli.data.sources.classes import ClassFolders, find_classes
+from mlip_cli.data.sources.listing import is_leftover, shown, walk
+from mlip_cli.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -19,13 +21,35 @@ class Benchmark:
     fingerprint: str
     """Changes when the data, the class names or the templates change."""
 
+    @property
+    def words(self) -> str:
+        """The name for messages."""
+        return shown(self.name)
 
-def class_folders(folder: Path) -> list[Path]:
-    """Folders in `folder` in the order of their classes: by name, or by number where all are numbers."""
-    names = [child.name for child in folder.iterdir() if child.is_dir() and not is_leftover(child.name)]
-    return [folder / name for name in number_order(names)]
+
+def names_in(folder: Path) -> list[str]:
+    """All files anywhere under `folder`, relative to it and sorted, without hidden files and leftovers."""
+    return sorted(str(path.relative_to(folder)) for path in walk(folder))
 
 
-def pictures_in(folder: Path) -> list[Path]:
-    """Picture files anywhere under `folder`, sorted."""
-    return sorted(path for path in walk(folder) if path.suffix[1:].lower() in PICTURE_ENDINGS)
+def folders_in(folder: Path) -> list[str]:
+    """Names of the folders in `folder`, sorted, without hidden ones and leftovers."""
+    return sorted(child.name for child in folder.iterdir() if child.is_dir() and not is_leftover(child.name))
+
+
+def classes_in(name: str, folder: Path) -> ClassFolders:
+    """The classes of the evaluation set `folder:PATH`.
+
+    Raises:
+        UsageError: the folder holds several splits of a data set, or no classes (see `find_classes`).
+        RunError: most of its pictures cannot be used.
+    """
+    found = find_classes(folder, names_in(folder), place=shown(name))
+    if found.splits:
+        words, first = " and ".join(map(shown, found.splits)), f"{shown(name.rstrip('/'))}/{shown(found.splits[0])}"
+        if len(found.splits) == 1:
+            raise UsageError(f"{shown(name)}: {words} is a split of a data set and not a class; name {first}")
+        raise UsageError(
+            f"{shown(name)}: {words} are splits of a data set and not classes; name one of them, such as {first}"
+        )
+    return found

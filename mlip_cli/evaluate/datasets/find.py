@@ -6,14 +6,16 @@ Finding imports no torch, so results that are stored already are found at once.
 import difflib
 import hashlib
 import json
-import os
+import shlex
 from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from pathlib import Path
 
+from mlip_cli.data.sources.records import check_utf8
 from mlip_cli.errors import UsageError
 from mlip_cli.evaluate.datasets import imagenet
-from mlip_cli.evaluate.datasets.benchmark import Benchmark, class_folders, pictures_in
+from mlip_cli.evaluate.datasets.benchmark import Benchmark, classes_in, names_in
+from mlip_cli.paths import read_variable
 
 # Names of clip-benchmark with one label a picture and no TensorFlow.
 CLIP_BENCHMARK = (
@@ -52,8 +54,12 @@ class UnknownDataSetError(UsageError):
 
 
 def data_root(given: Path | None) -> Path:
-    """Where data sets lie: the given folder, else $MLIP_DATA, else data/."""
-    return given if given is not None else Path(os.environ.get("MLIP_DATA") or "data")
+    """Where data sets lie: the given folder, else $MLIP_DATA, else data/.
+
+    Raises:
+        UsageError: $MLIP_DATA cannot be a path.
+    """
+    return given if given is not None else Path(read_variable("MLIP_DATA") or "data")
 
 
 def find_benchmark(name: str, *, root: Path | None = None) -> Benchmark:
@@ -62,7 +68,9 @@ def find_benchmark(name: str, *, root: Path | None = None) -> Benchmark:
     Raises:
         UnknownDataSetError: with a guess.
         UsageError: the data is not there; says what to do about it.
+        RunError: most pictures of a folder cannot be used.
     """
+    check_utf8(name)
     prefix = next((key for key in SETS if key.endswith((":", "/")) and name.startswith(key)), name)
     if prefix.endswith(":"):
         path = name.removeprefix(prefix)
@@ -82,12 +90,12 @@ def find_benchmark(name: str, *, root: Path | None = None) -> Benchmark:
 
 
 def tree_fingerprint(root: Path) -> str:
-    """Digest of the names, sizes and times of all files under `root`, without reading them."""
+    """Digest of the names, sizes and times of the files under `root` that count, without reading them."""
     return _digest(
-        (str(path.relative_to(root)), status.st_size, status.st_mtime_ns)
-        for path in sorted(root.rglob("*"))
-        if path.is_file()
-        for status in (path.stat(),)
+        (name, status.st_size, status.st_mtime_ns)
+        for name in names_in(root)
+        if (root / name).is_file()  # not a broken link
+        for status in ((root / name).stat(),)
     )
 
 
@@ -112,7 +120,8 @@ def _shards_fingerprint(folder: Path) -> str:
 def _openmoji(name: str, root: Path) -> Benchmark:
     folder = root / "openmoji" / "test"
     if not (folder / "dataset.json").is_file():
-        raise UsageError(f"openmoji: no prepared data in {folder}; run mlip prepare-data openmoji {root / 'openmoji'}")
+        command = shlex.join(["mlip", "prepare-data", "openmoji", str(root / "openmoji")])
+        raise UsageError(f"openmoji: no prepared data in {folder}; run {command}")
     return Benchmark(name, "openmoji", folder, _shards_fingerprint(folder))
 
 
@@ -122,16 +131,16 @@ def _digits(name: str, _root: Path) -> Benchmark:
 
 def _folder(name: str, folder: Path) -> Benchmark:
     if not folder.is_dir():
-        raise UsageError(f"{name}: no such folder")
-    if not any(pictures_in(child) for child in class_folders(folder)):
-        found = "pictures outside of class folders" if pictures_in(folder) else "no pictures"
-        raise UsageError(f"{name}: {found}; make one folder for each class in {folder}/")
-    return Benchmark(name, "folder", folder, tree_fingerprint(folder))
+        near = difflib.get_close_matches(folder.name, [path.name for path in folder.parent.glob("*/")], n=1)
+        guess = f"did you mean folder:{folder.with_name(near[0])}? " if near else ""
+        raise UsageError(f"{name}: no such folder; {guess}name one that holds a folder of pictures for each class")
+    classes = classes_in(name, folder)
+    return Benchmark(name, "folder", folder, _digest([tree_fingerprint(folder), dict(classes.names)]))
 
 
 def _shards(name: str, folder: Path) -> Benchmark:
     if not folder.is_dir():
-        raise UsageError(f"{name}: no such folder; mlip prepare-data makes one")
+        raise UsageError(f"{name}: no such folder; name one that mlip prepare-data wrote, such as OUT/test")
     if not (folder / "dataset.json").is_file():
         inside = sorted(path.parent for path in folder.glob("*/dataset.json"))
         cure = f"name {' or '.join(map(str, inside))}" if inside else "prepare the data with mlip prepare-data"

@@ -1,15 +1,17 @@
 """ImageNet-1k's validation set in the layouts that people have on their disks. Finding it needs no torch."""
 
-import re
-from functools import cache
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from mlip_cli.data.packages import open_clip_module
+from mlip_cli.data.sources.wordnet import WNID, imagenet_classes, imagenet_names
 from mlip_cli.errors import UsageError
+from mlip_cli.evaluate.datasets.benchmark import folders_in
 
 NUM_CLASSES = 1000
 NAMES = ("imagenet", "imagenet1k", "imagenet-1k", "ImageNet", "ILSVRC2012", "ILSVRC")
 PARTS = ("val", "validation", "test", "ILSVRC/Data/CLS-LOC/val", "Data/CLS-LOC/val", "")
-WNID = re.compile(r"n\d{8}")
 
 
 def find_pictures(root: Path) -> tuple[str, Path]:
@@ -39,7 +41,7 @@ def find_pictures(root: Path) -> tuple[str, Path]:
 
 
 def _has_class_folders(folder: Path) -> bool:
-    names = [child.name for child in folder.glob("*/")]
+    names = folders_in(folder) if folder.is_dir() else []
     if any(WNID.fullmatch(name) for name in names):
         return True
     return len(names) == NUM_CLASSES and all(name.isdigit() and int(name) < NUM_CLASSES for name in names)
@@ -51,24 +53,23 @@ def class_of(name: str) -> int:
     Raises:
         UsageError: the name is neither.
     """
-    if name in wnids():
-        return wnids()[name]
+    if name in imagenet_classes():
+        return imagenet_classes()[name]
     if name.isdigit() and int(name) < NUM_CLASSES:
         return int(name)
     raise UsageError(f"imagenet: {name!r} is neither one of the 1,000 WordNet ids nor a number below 1000")
 
 
-@cache
-def wnids() -> dict[str, int]:
-    """WordNet id -> class, in the order of the class names."""
-    from clip_benchmark.datasets.builder import all_imagenet_wordnet_ids
+def class_of_sample(label: str, meta: Mapping[str, Any]) -> int:
+    """Class 0 to 999 of a sample that `prepare-data` wrote, by the WordNet id that it keeps, else by its label.
 
-    return {wnid: i for i, wnid in enumerate(all_imagenet_wordnet_ids)}
+    Raises:
+        UsageError: as `class_of`.
+    """
+    return class_of(str(meta.get("wnid", label)))
 
 
 def names_and_templates() -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The 1,000 class names and 80 templates of OpenAI's protocol, from open_clip's file alone."""
-    from mlip_cli.data.tokenizer import open_clip_module  # imports torch
-
-    module = open_clip_module("zero_shot_metadata")
-    return tuple(module.IMAGENET_CLASSNAMES), tuple(template("{c}") for template in module.OPENAI_IMAGENET_TEMPLATES)
+    templates = open_clip_module("zero_shot_metadata").OPENAI_IMAGENET_TEMPLATES
+    return imagenet_names(), tuple(template("{c}") for template in templates)

@@ -1,6 +1,6 @@
 """Open an evaluation set that was found: one function for each kind of storage."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,12 +10,15 @@ from torch import Tensor
 
 from mlip_cli.data.dataset import RawSample, ShardDataset
 from mlip_cli.data.open import open_prepared
+from mlip_cli.data.sources.class_names import some
+from mlip_cli.data.sources.classes import counted, first_folder
+from mlip_cli.data.sources.listing import is_picture, shown
 from mlip_cli.errors import UsageError
 from mlip_cli.evaluate.datasets import imagenet
-from mlip_cli.evaluate.datasets.benchmark import Benchmark, class_folders, pictures_in
+from mlip_cli.evaluate.datasets.benchmark import Benchmark, classes_in, folders_in, names_in
 from mlip_cli.evaluate.datasets.clip_benchmark import open_built, open_web_shards
 from mlip_cli.evaluate.datasets.pictures import Names, Pictures, read_picture
-from mlip_cli.terminal.output import warn
+from mlip_cli.terminal.output import plural, say, warn
 
 OPENMOJI_GROUPS = (
     "activities",
@@ -30,6 +33,7 @@ OPENMOJI_GROUPS = (
 )
 OPENMOJI_TEMPLATES = ("{c}", "an emoji of {c}")
 DEFAULT_TEMPLATES = ("a photo of a {c}.",)
+TEMPLATES_FILE = "templates.txt"
 DIGITS_TEMPLATES = ('a photo of the number: "{c}".',)
 
 
@@ -90,21 +94,30 @@ def open_digits(_benchmark: Benchmark) -> Pictures:
 
 
 def open_folder(benchmark: Benchmark) -> Pictures:
-    root, folders = benchmark.root, class_folders(benchmark.root)
-    names, names_file = [folder.name.replace("_", " ") for folder in folders], root / "classnames.txt"
-    if names_file.is_file():
-        names = _lines(names_file)
-        if len(names) != len(folders):
-            raise UsageError(
-                f"{names_file}: {len(names)} names for {len(folders)} class folders; write one name a line, in the "
-                "order of the folders"
-            )
-    found = [pictures_in(folder) for folder in folders]
-    for folder, paths in zip(folders, found, strict=True):
-        if not paths:
-            warn(f"{folder}: this class has no pictures; its name is still a candidate")
-    files = [(path, label) for label, paths in enumerate(found) for path in paths]
-    return Pictures(tuple(names), _templates(root), files, _load_file)
+    """Class folders, where `find_classes` finds them."""
+    name, root, found = benchmark.words, benchmark.root, classes_in(benchmark.name, benchmark.root)
+    if found.wrapper:
+        say(f"{name}: the class folders lie in {shown(found.wrapper)}")
+    if named := found.named():
+        say(f"{name}: {named}")
+    for caution in found.cautions():
+        warn(f"{name}: {caution}")
+    if found.empty:
+        without = f"{plural(len(found.empty), 'class', 'classes')} without pictures ({some(found.empty)})"
+        warn(f"{name}: {without}; the names are still candidates")
+    numbers = {folder: number for number, folder in enumerate(found.names)}
+    files = _labelled_files(root, lambda file: numbers.get(found.place(file)[1] or ""))
+    inside = root / (found.wrapper or "")
+    templates = _templates(inside if (inside / TEMPLATES_FILE).is_file() else root)
+    return Pictures(tuple(found.names.values()), templates, files, _load_file, passed_over=found.passed_over)
+
+
+def _labelled_files(root: Path, class_of: Callable[[str], int | None]) -> list[tuple[Path, int]]:
+    """The picture files under `root` that have a class, by class and name."""
+    labels = [(class_of(name), name) for name in names_in(root) if is_picture(name)]
+    return [
+        (root / name, label) for label, name in sorted((label, name) for label, name in labels if label is not None)
+    ]
 
 
 def _load_file(item: tuple[Path, int]) -> tuple[Tensor, int]:
@@ -117,7 +130,7 @@ def open_shards(benchmark: Benchmark) -> Pictures:
     shards = open_prepared(benchmark.root)
     names = sorted(set(_classes(benchmark, [shards.read(id).info.label for id in range(shards.num_samples)])))
     numbers = {name: i for i, name in enumerate(names)}
-    items = _Labelled(shards, numbers.__getitem__)
+    items = _Labelled(shards, lambda label, meta: numbers[label])
     return Pictures(tuple(names), _templates(benchmark.root), items, _load_sample)
 
 
@@ -126,14 +139,15 @@ class _Labelled(Sequence[Any]):
     """Samples of shards with their classes; indexing reads a sample."""
 
     shards: ShardDataset
-    class_of: Callable[[str], int]
+    class_of: Callable[[str, Mapping[str, Any]], int]
+    """Label and meta of a sample -> its class."""
 
     def __len__(self) -> int:
         return self.shards.num_samples
 
     def __getitem__(self, number: Any) -> tuple[RawSample, int]:
         sample = self.shards.read(number)
-        return sample, self.class_of(str(sample.info.label))
+        return sample, self.class_of(str(sample.info.label), sample.info.meta)
 
 
 def _load_sample(item: tuple[RawSample, int]) -> tuple[Tensor, int]:
@@ -158,16 +172,18 @@ def _classes(benchmark: Benchmark, labels: Sequence[str | None]) -> list[str]:
 
 def open_imagenet_folders(benchmark: Benchmark) -> Pictures:
     """ImageNet's validation pictures in class folders."""
-    folders = [(folder, imagenet.class_of(folder.name)) for folder in class_folders(benchmark.root)]
-    files = [(path, label) for folder, label in folders for path in pictures_in(folder)]
+    root = benchmark.root
+    numbers = {folder: imagenet.class_of(folder) for folder in folders_in(root)}
+    _, passed_over = counted(benchmark.name, names_in(root), first_folder)
+    files = _labelled_files(root, lambda file: numbers.get(first_folder(file) or ""))
     if not files:
         raise UsageError("imagenet: class folders, but no pictures in them; unpack the validation pictures there")
-    return Pictures(*imagenet.names_and_templates(), files, _load_file)
+    return Pictures(*imagenet.names_and_templates(), files, _load_file, passed_over=passed_over)
 
 
 def open_imagenet_shards(benchmark: Benchmark) -> Pictures:
     """ImageNet's validation pictures as mlip prepare-data wrote them."""
-    items = _Labelled(open_prepared(benchmark.root), imagenet.class_of)
+    items = _Labelled(open_prepared(benchmark.root), imagenet.class_of_sample)
     return Pictures(*imagenet.names_and_templates(), items, _load_sample)
 
 
@@ -181,7 +197,7 @@ def _lines(path: Path) -> list[str]:
 
 def _templates(folder: Path) -> tuple[str, ...]:
     """The templates of templates.txt in `folder`, else the default."""
-    path = folder / "templates.txt"
+    path = folder / TEMPLATES_FILE
     if not path.is_file():
         return DEFAULT_TEMPLATES
     templates = _lines(path)

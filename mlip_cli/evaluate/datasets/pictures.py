@@ -3,15 +3,18 @@
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mlip_cli.data.pictures import RejectedPictureError, open_picture
+from mlip_cli.data.sources.class_names import some
+from mlip_cli.data.sources.listing import PassedOver
 from mlip_cli.data.transforms import decode, evaluation_transform
 from mlip_cli.errors import RunError
+from mlip_cli.terminal.output import plural
 
 MAX_THREADS = 16
 
@@ -37,11 +40,19 @@ class Pictures:
     load: Callable[[Any], tuple[Tensor, int]]
     """Item -> uint8 (3, H, W), class."""
     names: Names | None = None
+    passed_over: PassedOver = field(default_factory=PassedOver)
 
     @property
     def num_pictures(self) -> int:
         """Pictures in the set."""
         return len(self.items)
+
+    def in_words(self) -> str:
+        """`4 pictures in 2 classes: cat, dog; prompts like 'a photo of a cat.'`, and what is passed over."""
+        classes = f"{plural(len(self.class_names), 'class', 'classes')}: {some(self.class_names)}"
+        prompt = self.templates[0].replace("{c}", self.class_names[0])
+        words = f"{plural(self.num_pictures, 'picture')} in {classes}; prompts like {prompt!r}"
+        return f"{words}; passed over: {self.passed_over.in_words()}" if self.passed_over.counts else words
 
 
 def batches(

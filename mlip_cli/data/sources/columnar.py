@@ -1,0 +1,120 @@
+"""Tables in columns: Parquet and Arrow, with the pictures inside them or beside them."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlip_cli.data.sources.text_tables import Row, table_error
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+BATCH_ROWS = 4_096
+BATCH_PICTURES = 64
+"""Rows that are held at once where pictures lie in the table."""
+ARROW_FILE = b"ARROW1"
+"""First bytes of Arrow's file format. Its stream format, in which `datasets` saves, has none."""
+
+
+def columnar_schema(path: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(all columns, those whose cells hold encoded pictures).
+
+    Raises:
+        UsageError: the file is neither Parquet nor Arrow.
+    """
+    with _named(path):
+        schema = _schema(path)
+        return tuple(schema.names), tuple(field.name for field in schema if _holds_bytes(field.type))
+
+
+def columnar_rows(path: Path) -> Iterator[Row]:
+    """The rows. Text that is not UTF-8 becomes lone surrogates, as in CSV.
+
+    Raises:
+        UsageError: the file is damaged.
+    """
+    import pyarrow as pa
+
+    with _named(path):
+        for batch in _batches(path):
+            columns = {}
+            for name, column in zip(batch.schema.names, batch.columns, strict=True):
+                if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+                    binary = pa.large_binary() if pa.types.is_large_string(column.type) else pa.binary()
+                    columns[name] = [_text(value) for value in column.view(binary).to_pylist()]
+                else:
+                    columns[name] = column.to_pylist()
+            for cells in zip(*columns.values(), strict=True):
+                yield dict(zip(columns, cells, strict=True))
+
+
+class _named:
+    """Turns what pyarrow raises on a file that it cannot read into a UsageError."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        import pyarrow as pa
+
+        if isinstance(error, pa.ArrowException | OSError | UnicodeDecodeError):
+            what = "a Parquet file" if self.path.suffix.lower() == ".parquet" else "an Arrow file"
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise table_error(self.path, f"not {what} ({reason})") from None
+
+
+def _schema(path: Path) -> "pa.Schema":
+    import pyarrow.parquet as pq
+
+    if path.suffix.lower() == ".parquet":
+        with pq.ParquetFile(path) as file:
+            return file.schema_arrow
+    with open(path, "rb") as file:
+        return _arrow_reader(file).schema
+
+
+def _batches(path: Path) -> Iterator["pa.RecordBatch"]:
+    import pyarrow.parquet as pq
+
+    if path.suffix.lower() == ".parquet":
+        with pq.ParquetFile(path) as file:
+            has_pictures = any(_holds_bytes(field.type) for field in file.schema_arrow)
+            yield from file.iter_batches(BATCH_PICTURES if has_pictures else BATCH_ROWS)
+        return
+    with open(path, "rb") as file:
+        reader = _arrow_reader(file)
+        whole = (
+            (reader.get_batch(i) for i in range(reader.num_record_batches))
+            if hasattr(reader, "num_record_batches")
+            else reader
+        )
+        for batch in whole:
+            for start in range(0, batch.num_rows, BATCH_PICTURES):
+                yield batch.slice(start, BATCH_PICTURES)
+
+
+def _arrow_reader(file: Any) -> Any:
+    import pyarrow.ipc
+
+    is_file = file.read(len(ARROW_FILE)) == ARROW_FILE
+    file.seek(0)
+    return pyarrow.ipc.open_file(file) if is_file else pyarrow.ipc.open_stream(file)
+
+
+def _holds_bytes(kind: "pa.DataType") -> bool:
+    """Bytes, or what `datasets` calls an image: {bytes, path}; or a list of them."""
+    import pyarrow as pa
+
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return _holds_bytes(kind.value_type)
+    if pa.types.is_struct(kind):
+        place = kind.get_field_index("bytes")
+        return place >= 0 and _holds_bytes(kind.field(place).type)
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+
+def _text(value: bytes | None) -> str | None:
+    return None if value is None else value.decode("utf-8", "surrogateescape")

@@ -1,0 +1,136 @@
+"""Tables as JSON: an object a line, one array of objects, COCO's captions, Karpathy's splits, captions by file name."""
+
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any, TypeGuard
+
+from mlip_cli.data.sources.text_tables import PICTURE_NAME, Row, opened_text, table_error
+
+FIRST_ROWS = 100
+"""This many rows tell the columns."""
+
+
+def json_columns(path: Path, rows: Callable[[], Iterator[Row]]) -> tuple[str, ...]:
+    """The names in the first objects.
+
+    Raises:
+        UsageError: there are no objects.
+    """
+    examples = [row for row in islice(rows(), FIRST_ROWS) if isinstance(row, dict)]
+    columns = tuple(dict.fromkeys(chain.from_iterable(examples)))
+    if not columns:
+        raise table_error(path, "the table is empty, or not one JSON object a line")
+    return columns
+
+
+def json_line_rows(path: Path) -> Iterator[Row]:
+    """The rows of a file with a JSON object a line.
+
+    Raises:
+        UsageError: the text is damaged.
+    """
+    with opened_text(path) as file:
+        for line in file:
+            if line.strip():
+                yield _object(line)
+
+
+def json_rows(path: Path) -> Iterator[Row]:
+    """The rows of a file that is one JSON document, or has an object a line.
+
+    Raises:
+        UsageError: it is not JSON, or of a form that we do not know.
+    """
+    stat = path.stat()
+    rows = _document_rows(path, stat.st_size, stat.st_mtime_ns)
+    return json_line_rows(path) if rows is None else iter(rows)
+
+
+@lru_cache(maxsize=1)
+def _document_rows(path: Path, size: int, mtime_ns: int) -> Sequence[Row] | None:
+    """The rows of a JSON document, or None where the file has an object a line. It is parsed once."""
+    with opened_text(path) as file:
+        text = file.read()
+    try:
+        document = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        lines = text.lstrip().split("\n", 2)
+        if len(lines) > 1 and isinstance(_object(lines[0]), dict):
+            return None
+        raise table_error(path, f"not JSON ({error})") from None
+    rows = _rows_of(document)
+    if rows is None:
+        raise table_error(
+            path,
+            "JSON of no known form; known are an array of objects, COCO's images and annotations, "
+            "and captions by file name",
+        )
+    return rows
+
+
+def _rows_of(document: Any) -> list[Row] | None:
+    if isinstance(document, list):
+        return [row if isinstance(row, dict) else "row is not a JSON object" for row in document]
+    if not isinstance(document, dict):
+        return None
+    images, annotations = document.get("images"), document.get("annotations")
+    if _are_objects(images) and _are_objects(annotations):
+        return _coco_rows(images, annotations)
+    tables = [value for value in document.values() if _are_objects(value)]
+    if len(tables) == 1:
+        return [_with_folder(row) for row in tables[0]]
+    if document and all(PICTURE_NAME.match(name) for name in islice(document, FIRST_ROWS)):
+        return [
+            {"image": name, **value} if isinstance(value, dict) else {"image": name, "caption": value}
+            for name, value in document.items()
+        ]
+    return [document] if document and not tables else None
+
+
+def _coco_rows(images: list[dict[str, Any]], annotations: list[dict[str, Any]]) -> list[Row] | None:
+    """A row for each annotation, then one for each image without any. None where annotations are no captions."""
+    if not any("caption" in annotation for annotation in annotations):
+        return None
+    by_id = {str(image.get("id")): image for image in images}
+    bare = dict(by_id)
+    rows: list[Row] = []
+    for annotation in annotations:
+        image_id = str(annotation.get("image_id"))
+        bare.pop(image_id, None)
+        image = by_id.get(image_id)
+        rows.append(_merged(image, annotation) if image else f"no image of id {image_id}")
+    return rows + [_merged(image, {"caption": None}) for image in bare.values()]
+
+
+def _merged(image: dict[str, Any], annotation: dict[str, Any]) -> dict[str, Any]:
+    return {**image, **annotation, "id": image.get("id")}
+
+
+def _with_folder(row: dict[str, Any]) -> dict[str, Any]:
+    """Karpathy's JSON of COCO has the folder in `filepath` and the name in `filename`."""
+    folder, name = row.get("filepath"), row.get("filename")
+    if isinstance(folder, str) and isinstance(name, str) and not PICTURE_NAME.match(folder):
+        return {key: value for key, value in row.items() if key != "filepath"} | {
+            "filename": os.path.join(folder, name)
+        }
+    return row
+
+
+def _are_objects(value: Any) -> TypeGuard[list[dict[str, Any]]]:
+    return isinstance(value, list) and bool(value) and all(isinstance(item, dict) for item in value)
+
+
+def _object(line: str) -> Row:
+    try:
+        line.encode()
+    except UnicodeEncodeError:
+        return "row is not UTF-8"
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return "row is not JSON"
+    return row if isinstance(row, dict) else "row is not a JSON object"

@@ -1,0 +1,103 @@
+"""Rows that name the same picture become one record with all their captions."""
+
+from array import array
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from hashlib import blake2b
+from typing import TYPE_CHECKING
+
+from mlip_cli.data.sources.records import Record, checked_captions
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+
+@dataclass
+class SharedPictures:
+    """How many rows name each picture: 8 bytes a row while they are counted, 16 a picture then."""
+
+    seen: "array[int]" = field(default_factory=lambda: array("Q"))
+    hashes: "NDArray[np.uint64] | None" = None
+    """Of the names of the pictures, sorted."""
+    num_rows: "NDArray[np.int64] | None" = None
+    """Of each picture."""
+
+    def add(self, record: Record) -> None:
+        """Note a row that can be used."""
+        self.seen.append(_hash(record.same))
+
+    def count(self) -> None:
+        """Find out which pictures several rows name, after the last row."""
+        import numpy as np
+
+        self.hashes, self.num_rows = np.unique(np.frombuffer(self.seen, np.uint64), return_counts=True)
+        self.seen = array("Q")
+
+    @property
+    def num_pictures(self) -> int:
+        """Of the rows that were counted."""
+        return 0 if self.hashes is None else len(self.hashes)
+
+    def fewest_and_most(self) -> tuple[int, int]:
+        """Rows of a picture."""
+        return (
+            (0, 0)
+            if self.num_rows is None or not len(self.num_rows)
+            else (
+                int(self.num_rows.min()),
+                int(self.num_rows.max()),
+            )
+        )
+
+    def rows_of(self, name: str) -> int:
+        """How many rows name this picture, by `same` of their records."""
+        if self.hashes is None or self.num_rows is None:
+            return 0
+        place = int(self.hashes.searchsorted(_hash(name)))
+        is_there = place < len(self.hashes) and int(self.hashes[place]) == _hash(name)
+        return int(self.num_rows[place]) if is_there else 0
+
+    def merged(self, records: Iterable[Record]) -> Iterator[Record]:
+        """Records of the same rows, one a picture, in the order in which pictures have all their rows.
+
+        A row that is a reject stays by itself. Memory holds the pictures whose rows are not complete.
+        """
+        waiting: dict[str, list[Record]] = {}
+        for record in records:
+            num_rows = self.rows_of(record.same) if record.same and not record.reject else 1
+            if num_rows <= 1:
+                yield record
+                continue
+            rows = waiting.setdefault(record.same, [])
+            if rows:
+                rows[-1] = replace(rows[-1], picture=None)  # the last row has it too, and bytes take room
+            rows.append(record)
+            if len(rows) == num_rows:
+                yield _one(waiting.pop(record.same))
+        yield from map(_one, waiting.values())  # two pictures of one hash
+
+
+def _hash(name: str) -> int:
+    return int.from_bytes(blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8).digest())
+
+
+def _one(rows: list[Record]) -> Record:
+    """One record of rows that name one picture. What only some of them say of it is left out of `meta`."""
+    first, last = rows[0], rows[-1]
+    splits = {row.split for row in rows if row.split}
+    labels = {row.label for row in rows if row.label}
+    merged = replace(
+        first,
+        picture=last.picture,
+        captions=tuple(caption for row in rows for caption in row.captions),
+        split=min(splits, default=None),
+        label=min(labels, default=None),
+        meta={key: value for key, value in first.meta.items() if all(row.meta.get(key) == value for row in rows)},
+        num_rows=len(rows),
+    )
+    for what, found in (("split", splits), ("class", labels)):
+        if len(found) > 1:
+            values = " and ".join(sorted(found)[:3])
+            return replace(merged, reject=f"rows of one picture differ in {what}", detail=f"{first.detail}: {values}")
+    return checked_captions(merged)

@@ -1,0 +1,149 @@
+"""Read a source once, without decoding pictures: what was understood is said then, and mistakes are found."""
+
+import unicodedata
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from mlip_cli.data.sources.captions import CaptionLooks, shortened
+from mlip_cli.data.sources.find import LOOKED_FOR, DataSource, read_rows
+from mlip_cli.data.sources.listing import PICTURE_ENDINGS, UNREAD_PICTURE_ENDINGS, PassedOver
+from mlip_cli.data.sources.paths import PathFinder
+from mlip_cli.data.sources.records import ReadOptions, Record
+from mlip_cli.data.sources.shared_pictures import SharedPictures
+from mlip_cli.data.sources.sidecars import TEXT_ENDINGS
+from mlip_cli.data.sources.table_files import TABLE_ENDINGS, table_ending
+from mlip_cli.errors import RunError, UsageError
+from mlip_cli.paths import escaped
+from mlip_cli.terminal.output import plural
+
+FIRST_PAIRS = 3
+
+
+@dataclass
+class Survey:
+    """What is known of a source before the work."""
+
+    rows: int = 0
+    captions: int = 0
+    rejects: int = 0
+    """Rows that cannot become samples, whatever their pictures hold."""
+    missing: int = 0
+    """Rows whose picture is not there."""
+    first_missing: str = ""
+    named: set[str] = field(default_factory=set)
+    """Pictures of rejects, by `same`."""
+    pictures: int = 0
+    """Records that the work reads: rows that share a picture are one."""
+    shared: SharedPictures = field(default_factory=SharedPictures)
+    first: list[str] = field(default_factory=list)
+    """The first pairs, in words."""
+    looks: CaptionLooks = field(default_factory=CaptionLooks)
+    spelled: PassedOver = field(default_factory=PassedOver)
+    """Paths that were found by another spelling."""
+
+    def add(self, record: Record) -> None:
+        """Note a row."""
+        self.rows += 1
+        if record.found_as:
+            name, found = (unicodedata.normalize("NFC", text) for text in (record.detail, record.found_as))
+            form = ", in another Unicode normal form" if name.endswith(found) else ""
+            names = f"{escaped(record.detail)} is {escaped(record.found_as)}{form}"
+            self.spelled.add("paths were found by another spelling", names)
+        if record.reject:
+            self.rejects += 1
+            self.named.add(record.same)
+            if record.reject == "picture missing":
+                self.missing += 1
+                self.first_missing = self.first_missing or record.detail
+            return
+        self.captions += len(record.captions)
+        self.looks.look_at(record.captions)
+        if record.same:
+            self.shared.add(record)
+        else:
+            self.pictures += 1
+        if len(self.first) < FIRST_PAIRS:
+            picture = record.detail or record.file
+            self.first.append(f"{escaped(picture)} {' '.join(shortened(c.text) for c in record.captions[:2])}")
+
+    def in_words(self) -> str:
+        """`300 rows, 60 pictures with 5 captions each`, or the rows alone where each has a picture of its own."""
+        rows = plural(self.rows, "row")
+        least, most = self.shared.fewest_and_most()
+        if most <= 1:
+            return rows
+        many = f"{least} to {most}" if least != most else str(most)
+        what = "captions" if self.captions == self.rows - self.rejects else "rows"
+        return f"{rows}, {plural(self.shared.num_pictures, 'picture')} with {many} {what} each"
+
+
+def surveyed(source: DataSource, read: ReadOptions) -> Survey:
+    """Read the source once, so that a broken table or tar is found before the work starts.
+
+    Raises:
+        UsageError: no records, no picture that is there, or a table that cannot be read.
+        DamagedTarError: a tar is not whole.
+    """
+    survey = Survey()
+    for record in read_rows(source, read):
+        survey.add(record)
+    if survey.rows == 0:
+        raise UsageError(f"{source.name}: read as {source.format}, it has no records; looked for {LOOKED_FOR}")
+    if survey.missing == survey.rows and source.format == "metadata":
+        folders = sorted({str(plan.folder) for plan in source.planned_tables(read)})
+        raise UsageError(
+            f"{source.name}: none of its {plural(survey.rows, 'picture')} is in {escaped(' or '.join(folders))} "
+            f"(first: {escaped(survey.first_missing)}); say --image-folder FOLDER, what the paths are relative to"
+        )
+    survey.shared.count()
+    survey.pictures += survey.rejects + survey.shared.num_pictures
+    return survey
+
+
+def passed_over(source: DataSource, survey: Survey) -> PassedOver:
+    """The files of a folder that are not read, by kind.
+
+    Raises:
+        RunError: most of the pictures cannot be read.
+    """
+    passed = PassedOver()
+    for kind, name in _unread(source, survey) if source.is_folder else ():
+        passed.add(kind, escaped(name))
+    passed.update(source.notes.passed_over)
+    unread = {kind: n for kind, n in passed.counts.items() if kind.removesuffix(" files")[1:] in UNREAD_PICTURE_ENDINGS}
+    num_unread, num_read = sum(unread.values()), len(source.images())
+    if num_unread > num_read and source.format in ("sidecar", "classes"):
+        kinds = ", ".join(f"{n:,} {kind} (first: {passed.first[kind]})" for kind, n in unread.items())
+        raise RunError(
+            f"{source.name}: most of its pictures cannot be read: {kinds}; {num_read:,} can; convert the others to JPEG"
+        )
+    return passed
+
+
+def _unread(source: DataSource, survey: Survey) -> Iterator[tuple[str, str]]:
+    """(kind, name) of each file that is not read."""
+    read = {"metadata": source.tables, "webdataset": source.tars(), "sidecar": list(source.sidecars.values())}
+    is_read = frozenset(read.get(source.format, []))
+    finder = PathFinder(source.root)
+    for file in source.files:
+        ending = file.suffix[1:]
+        if file.name in is_read:
+            continue
+        if ending in PICTURE_ENDINGS and source.format == "metadata":
+            name = finder.same(str(source.root / file.name))
+            if name not in survey.named and not survey.shared.rows_of(name):
+                yield "pictures that no row names", file.name
+        elif ending in PICTURE_ENDINGS and source.format in ("sidecar", "classes"):
+            continue  # each is a row
+        elif source.format == "sidecar" and file.name.endswith(TEXT_ENDINGS):
+            yield "texts without a picture", file.name
+        elif table_ending(file.name) in TABLE_ENDINGS and ending != "txt":
+            yield "tables", file.name
+        else:
+            yield f"{escaped(file.suffix)} files" if file.suffix else "files without ending", file.name
+
+
+def cure_for(passed: PassedOver) -> str:
+    """What makes unread pictures readable; empty where there are none."""
+    unread = any(kind.removesuffix(" files")[1:] in UNREAD_PICTURE_ENDINGS for kind in passed.counts)
+    return "; convert the pictures among them to JPEG" if unread else ""

@@ -1,0 +1,172 @@
+"""One table: its columns, its rows, and which columns hold pictures and captions."""
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from mlip_cli.data.sources.columnar import columnar_rows, columnar_schema
+from mlip_cli.data.sources.json_tables import json_columns, json_line_rows, json_rows
+from mlip_cli.data.sources.records import SPLIT_WORDS, ReadOptions
+from mlip_cli.data.sources.text_tables import PICTURE_NAME, Row, shown, table_error, text_layout, text_rows
+from mlip_cli.errors import UsageError
+
+IMAGE_COLUMNS = (
+    ("file_name", "image", "image_path", "filepath", "path"),
+    ("filename", "image_name", "img", "img_path", "img_name", "images", "image_file", "image_filename", "imagepath",
+     "imagename", "file", "file_path", "filepaths", "picture", "photo", "jpg", "png"),
+    ("image_id", "image_uid"),
+)  # fmt: skip
+CAPTION_COLUMNS = (
+    ("caption", "captions", "text", "title"),
+    ("comment", "comments", "raw", "description", "sentence", "sentences", "prompt", "alt", "alt_text", "alttext",
+     "conversations", "messages", "txt"),
+)  # fmt: skip
+"""Names that tell what a column holds, in lower case. The first group of which a table has a name decides."""
+KNOWN_COLUMNS = tuple(name for group in (*IMAGE_COLUMNS, *CAPTION_COLUMNS) for name in group)
+FIRST_NAMES = 20
+"""This many rows tell that a table names pictures, and which folder the names are relative to."""
+TABLE_ENDINGS = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet", ".arrow", ".json", ".txt")
+
+
+def table_ending(name: str) -> str:
+    """`.csv` of `a/B.CSV.gz`."""
+    return Path(name.lower().removesuffix(".gz")).suffix
+
+
+def split_in_name(name: str) -> str | None:
+    """The one split that a file's name tells: `captions_val2017.json`, `train-00000-of-00002.parquet`."""
+    splits = {SPLIT_WORDS[word] for word in re.findall("[a-z]+", name.lower()) if word in SPLIT_WORDS}
+    return splits.pop() if len(splits) == 1 else None
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table that can be read."""
+
+    path: Path
+    columns: tuple[str, ...]
+    rows: Callable[[], Iterator[Row]]
+    has_header: bool = True
+    holding_pictures: tuple[str, ...] = ()
+    """Columns whose cells are encoded pictures."""
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The columns that are read."""
+
+    image: str
+    captions: tuple[tuple[str, float], ...]
+    """Column and weight of each."""
+
+    def in_words(self) -> str:
+        """For the line before the work."""
+        captions = " and ".join(
+            repr(column) if weight == 1 else f"{column!r} of weight {weight:g}" for column, weight in self.captions
+        )
+        return f"pictures: column {self.image!r}, captions: column {captions}"
+
+
+def open_table(path: Path) -> Table:
+    """A table by the ending of its name.
+
+    Raises:
+        UsageError: it is not of this format, or empty.
+    """
+    ending = table_ending(path.name)
+    if ending in (".parquet", ".arrow"):
+        columns, holding_pictures = columnar_schema(path)
+        return Table(path, columns, partial(columnar_rows, path), holding_pictures=holding_pictures)
+    if ending in (".json", ".jsonl", ".ndjson"):
+        rows = partial(json_rows if ending == ".json" else json_line_rows, path)
+        return Table(path, json_columns(path, rows), rows)
+    layout = text_layout(path, ending=ending, known=KNOWN_COLUMNS)
+    return Table(path, layout.columns, partial(text_rows, path, layout), has_header=layout.has_header)
+
+
+def chosen_columns(table: Table, read: ReadOptions) -> Chosen:
+    """The columns that hold pictures and captions, named by the user or guessed.
+
+    Raises:
+        UsageError: no column (or more than one) can hold them.
+    """
+    if not table.has_header and not (read.image_column and read.caption_column):
+        return _chosen_by_content(table, read)
+    named = _named(table, "image", read.image_column) if read.image_column else None
+    return Chosen(named or _guessed(table, "image", IMAGE_COLUMNS), _captions(table, read.caption_column))
+
+
+def _captions(table: Table, option: str | None) -> tuple[tuple[str, float], ...]:
+    """The columns of --caption-column: one name, or several with weights, `title:2,text`."""
+    if option is None:
+        return ((_guessed(table, "caption", CAPTION_COLUMNS), 1.0),)
+    if (column := _match(table, option)) is not None or not {",", ":"} & set(option):
+        return ((column or _named(table, "caption", option), 1.0),)
+    chosen: dict[str, float] = {}
+    for part in option.split(","):
+        name, colon, number = part.rpartition(":")
+        if (column := _match(table, part)) is not None or not colon:
+            chosen[column or _named(table, "caption", part.strip())] = 1.0
+            continue
+        try:
+            weight = float(number)
+        except ValueError:
+            weight = 0.0
+        if not 0 < weight < float("inf"):
+            raise UsageError(f"--caption-column {part.strip()}: {number!r} is not a weight above 0; say NAME:WEIGHT")
+        chosen[_named(table, "caption", name.strip())] = weight
+    return tuple(chosen.items())
+
+
+def _match(table: Table, name: str) -> str | None:
+    """The column of this name, or the one that differs in case only."""
+    if name in table.columns:
+        return name
+    alike = [column for column in table.columns if column.strip().lower() == name.strip().lower()]
+    return alike[0] if len(alike) == 1 else None
+
+
+def _named(table: Table, what: str, name: str) -> str:
+    if (column := _match(table, name)) is None:
+        header = "" if table.has_header else "; the table has no header, so its columns are numbers"
+        raise table_error(
+            table.path, f"no column {name!r} (--{what}-column); columns are {shown(table.columns)}{header}"
+        )
+    return column
+
+
+def _guessed(table: Table, what: str, groups: Sequence[Sequence[str]]) -> str:
+    if what == "image" and len(table.holding_pictures) == 1:
+        return table.holding_pictures[0]
+    names = {column: column.strip().lower().replace(" ", "_").replace("-", "_") for column in table.columns}
+    found: list[str] = []
+    for group in groups:
+        found = found or [column for column, name in names.items() if name in group]
+    if what == "caption":
+        found = found or [column for column, name in names.items() if name.endswith("caption")]
+    if len(found) == 1:
+        return found[0]
+    problem = f"columns {' and '.join(found)} could both be the {what}" if found else f"no column for the {what}"
+    raise table_error(table.path, f"{problem}; columns are {shown(table.columns)}; say --{what}-column NAME")
+
+
+def _chosen_by_content(table: Table, read: ReadOptions) -> Chosen:
+    """The columns of a table without a header: of two, one names a picture in the first row and one does not.
+
+    Raises:
+        UsageError: there are more, or they cannot be told apart.
+    """
+    row: Any = next((row for row in islice(table.rows(), 1) if isinstance(row, dict)), {})
+    pictures = [column for column, cell in row.items() if PICTURE_NAME.match(cell.strip())]
+    if len(table.columns) == 2 and len(pictures) == 1 and not (read.image_column or read.caption_column):
+        caption = next(column for column in table.columns if column != pictures[0])
+        return Chosen(pictures[0], ((caption, 1.0),))
+    raise table_error(
+        table.path,
+        f"no header: the first row is {shown(list(row.values()))}; say --image-column N and "
+        f"--caption-column N, from 1 to {len(table.columns)}, or give the table a header",
+    )

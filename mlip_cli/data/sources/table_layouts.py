@@ -1,0 +1,180 @@
+"""Which files of a folder are its table, or the tables of its splits and shards."""
+
+import mmap
+import re
+from collections import Counter
+from collections.abc import Sequence
+from itertools import chain, islice
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+from mlip_cli.data.sources.listing import PICTURE_ENDINGS
+from mlip_cli.data.sources.records import SPLIT_WORDS, ReadOptions, split_of_folder
+from mlip_cli.data.sources.table_files import (
+    CAPTION_COLUMNS,
+    FIRST_NAMES,
+    TABLE_ENDINGS,
+    Table,
+    chosen_columns,
+    open_table,
+    split_in_name,
+    table_ending,
+)
+from mlip_cli.data.sources.text_tables import PICTURE_NAME
+from mlip_cli.errors import UsageError
+from mlip_cli.paths import escaped
+
+DEEPEST = 3
+"""Parts of a table's path in a folder that is searched."""
+MOST_TEXTS = 50
+"""More texts or JSON files than these are no tables: each would be opened."""
+NO_TABLES = re.compile(
+    r"(dataset_infos?|state|dataset_dict|dataset|sizes|prepared|package)\.json|cache-.*\.arrow|rejects\.parquet"
+)
+"""Files that others and we write beside data."""
+JSON_CAPTION = re.compile(
+    rb'"(%s|\w*caption|[^"]*\.(jpe?g|png|webp))"\s*:' % "|".join(chain.from_iterable(CAPTION_COLUMNS)).encode()
+)
+SHARD = re.compile(r"(^|[-_.])(\d+-of-\d+|\d{3,})$")
+SPLIT_AND_YEAR = re.compile(rf"(?<![a-z])({'|'.join(SPLIT_WORDS)})(\d{{2,4}})?(?![a-z])")
+
+
+class TablePlace(NamedTuple):
+    """What the name of a table says."""
+
+    folder: str
+    """Without that of a split."""
+    series: str
+    """Its name without split and number."""
+    split: str | None
+    shard: str
+
+
+def found_tables(root: Path, names: Sequence[str], read: ReadOptions) -> tuple[list[str], dict[str, str]]:
+    """(the tables of a folder, why others are not read): metadata.*, or all whose columns tell pictures and captions.
+
+    A folder with tars has no other table than metadata.*: those of img2dataset lie beside its tars.
+    """
+    tables = [name for name in names if table_ending(name) in TABLE_ENDINGS]
+    tables = [name for name in tables if not NO_TABLES.fullmatch(PurePosixPath(name).name)]
+    if metadata := [name for name in tables if _is_metadata(PurePosixPath(name))]:
+        return metadata, {}
+    if any(name.endswith(".tar") for name in names):
+        return [], {}
+    stems = {name.rpartition(".")[0] for name in names if name.rpartition(".")[2].lower() in PICTURE_ENDINGS}
+    tables = [
+        name
+        for name in tables
+        if len(PurePosixPath(name).parts) <= DEEPEST and name.removesuffix(".gz").rpartition(".")[0] not in stems
+    ]
+    texts = [name for name in tables if table_ending(name) in (".txt", ".json")]
+    opened = [name for name in tables if len(texts) <= MOST_TEXTS or table_ending(name) not in (".txt", ".json")]
+    problems = {name: _problem(root / name, read) for name in opened}
+    return [name for name, problem in problems.items() if problem == ""], {k: v for k, v in problems.items() if v}
+
+
+def has_metadata(tables: Sequence[str]) -> bool:
+    """Whether the tables have the name that says so."""
+    return any(_is_metadata(PurePosixPath(name)) for name in tables)
+
+
+def wrapped_in(names: Sequence[str]) -> str:
+    """The folders that hold everything, but for that of a split: `a/b`, or nothing."""
+    folders = [PurePosixPath(name).parts[:-1] for name in names]
+    shared: list[str] = []
+    for part in folders[0] if folders else ():
+        at = len(shared)
+        if part.lower() in SPLIT_WORDS or any(len(parts) <= at or parts[at] != part for parts in folders):
+            break
+        shared.append(part)
+    return "/".join(shared)
+
+
+def check_tables(source: str, tables: Sequence[str]) -> None:
+    """Several tables are one data set where they are its splits or its numbered shards.
+
+    Raises:
+        UsageError: they are not.
+    """
+    places = [place_of(name) for name in tables]
+    series = {(place.folder, place.series) for place in places}
+    if len(series) == 1 and len(set(places)) == len(places) and not _mixed(places):
+        return
+    if len(tables) > 1:
+        names = ", ".join(map(escaped, tables))
+        folders = {str(PurePosixPath(name).parent) for name in tables}
+        if "." in folders and len(folders) > 1:
+            raise UsageError(f"{source}: a table here and others in folders: {names}; name one as SOURCE")
+        raise UsageError(f"{source}: several tables: {names}; name one of them as SOURCE")
+
+
+def missing_shards(tables: Sequence[str]) -> str:
+    """`1 of 2 shards of train are here`, by the numbers in their names; empty where all are."""
+    found = Counter(
+        (place.split, int(place.shard.rpartition("-of-")[2]))
+        for place in map(place_of, tables)
+        if "-of-" in place.shard
+    )
+    return ", ".join(
+        f"{n} of {total} shards{f' of {split}' if split else ''} are here"
+        for (split, total), n in found.items()
+        if n < total
+    )
+
+
+def place_of(name: str) -> TablePlace:
+    """`data/train-00000-of-00002.parquet` -> data, .parquet, train, 00000-of-00002."""
+    split, relative = split_of_folder(Path(name))
+    base = relative.name.lower().removesuffix(".gz")
+    ending = table_ending(base)
+    stem = base.removesuffix(ending)
+    shard = SHARD.search(stem)
+    stem = SHARD.sub("", stem)
+    own = SPLIT_AND_YEAR.search(stem)
+    if own and not split and split_in_name(base):
+        split, stem = SPLIT_WORDS[own[1]], SPLIT_AND_YEAR.sub("", stem)
+    return TablePlace(str(relative.parent), stem.strip("-_. ") + ending, split, shard[2] if shard else "")
+
+
+def _mixed(places: Sequence[TablePlace]) -> bool:
+    """A table of no split among those of splits, or a whole one among shards."""
+    return len({place.split is None for place in places}) > 1 or len({place.shard == "" for place in places}) > 1
+
+
+def _is_metadata(name: PurePosixPath) -> bool:
+    """metadata.* in the source's root or in the folder of a split."""
+    is_at_root = len(name.parts) == 1 or (len(name.parts) == 2 and name.parts[0].lower() in SPLIT_WORDS)
+    return is_at_root and name.name.removesuffix(".gz").rpartition(".")[0] == "metadata"
+
+
+def _problem(path: Path, read: ReadOptions) -> str | None:
+    """Why a table is not read: nothing where it can be, None where a file is no table."""
+    ending = table_ending(path.name)
+    if ending == ".json" and path.suffix != ".gz" and not _mentions_captions(path):
+        return None
+    is_any_text = ending in (".txt", ".json")
+    try:
+        table = open_table(path)
+        is_any_text = is_any_text and not _names_pictures(table)
+        if not table.has_header and not _names_pictures(table):
+            return None
+        chosen_columns(table, read)
+    except UsageError as error:
+        return None if is_any_text else str(error).removeprefix(f"{escaped(str(path))}: ")
+    return ""
+
+
+def _names_pictures(table: Table) -> bool:
+    """Whether most of the first rows have several cells, and one of them is a picture's name."""
+    rows = list(islice(table.rows(), FIRST_NAMES))
+    cells = [list(row.values()) for row in rows if isinstance(row, dict) and len(row) > 1]
+    named = sum(any(PICTURE_NAME.fullmatch(str(cell).strip()) for cell in row) for row in cells)
+    return named * 2 > len(rows)
+
+
+def _mentions_captions(path: Path) -> bool:
+    """Whether a JSON file has a caption's name in it: to parse those of object detection takes minutes."""
+    if not path.stat().st_size:
+        return False
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return JSON_CAPTION.search(content) is not None

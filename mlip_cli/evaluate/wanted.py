@@ -1,0 +1,92 @@
+"""What evaluations are asked for, checked before torch is loaded: methods, merge rates, data sets."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlip_cli.errors import UsageError
+from mlip_cli.evaluate.datasets.benchmark import Benchmark
+from mlip_cli.evaluate.datasets.find import find_benchmark
+from mlip_cli.recipe import merge_plan
+from mlip_cli.recipe.config import Merging, Recipe
+from mlip_cli.terminal.output import say
+
+VALIDATION = "validation"
+"""Name of the run's own validation set."""
+
+SWEPT_METHODS = tuple(method for method in merge_plan.METHODS if method != "random_drop")
+"""Methods that merge. `random_drop` is for training only; a run that trained with it is swept as guided."""
+
+Failures = dict[str, Exception]
+"""Errors by the name of their data set."""
+
+
+@dataclass(frozen=True)
+class WantedData:
+    """Data sets by name, in the order in which they were asked for, and the errors of those that are not there."""
+
+    found: dict[str, Benchmark | None]
+    """None: the run's own validation set, which is looked at when it is opened."""
+    failures: Failures
+
+
+def check_methods(methods: Sequence[str]) -> None:
+    """Refuse a method that does not merge.
+
+    Raises:
+        UsageError: there is one.
+    """
+    for method in methods:
+        if method not in SWEPT_METHODS:
+            raise UsageError(f"--methods {method}: not a method to sweep; use {' or '.join(SWEPT_METHODS)}")
+
+
+def check_rates(recipe: Recipe, rates: Sequence[float], methods: Sequence[str] = ()) -> None:
+    """Check that the image tower reaches the rates; of a tower that timm names, only torch knows the depth.
+
+    Raises:
+        UsageError: no plan reaches a rate.
+    """
+    vision, own = recipe.model.vision, recipe.model.merging or Merging()
+    if vision.depth is None or vision.patch_size is None:
+        return
+    drops = own.method == "random_drop"
+    for method in methods or ["guided" if drops else own.method]:
+        for rate in rates:
+            merge_plan.MergePlan.resolve(
+                depth=vision.depth,
+                num_patches=(recipe.data.image_size // vision.patch_size) ** 2,
+                rate=rate,
+                at=None if drops else own.at,
+                method=method,
+                stem=merge_plan.stem_depth(recipe.model.frequency),
+            )
+
+
+def wanted_names(recipe: Recipe, names: Sequence[str]) -> list[str]:
+    """The named data sets, else those of the recipe, else its validation set."""
+    own = [VALIDATION] if recipe.data.validation is not None else []
+    return list(names) or list(recipe.evaluate.zeroshot) or own
+
+
+def find_wanted(names: Sequence[str], *, root: Path | None, own: str | None = None) -> WantedData:
+    """Find data sets by name. Data that is named twice, also in two spellings, is found once.
+
+    Args:
+        own: the name that means the run's validation set; None: no name does.
+    """
+    wanted = WantedData({}, {})
+    names_of: dict[tuple[str, Path], str] = {}
+    for name in dict.fromkeys(names):
+        try:
+            benchmark = None if name == own else find_benchmark(name, root=root)
+        except (UsageError, OSError) as error:
+            wanted.failures[name] = error
+            continue
+        if benchmark is not None:
+            first = names_of.setdefault((benchmark.kind, benchmark.root.resolve()), name)
+            if first != name:
+                say(f"{name}: the same data as {first}")
+                continue
+        wanted.found[name] = benchmark
+    return wanted

@@ -1,0 +1,104 @@
+"""Paths and names that people hand over: how they are read, checked and shown."""
+
+import errno
+import os
+import re
+import sys
+import tempfile
+from pathlib import Path
+
+from mlip_cli.errors import UsageError
+
+_UNSHOWN = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Control characters, ends of lines, what turns the direction of writing, and what UTF-8 cannot encode."""
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+_ELSEWHERE = re.compile(r"(pipe|s3|s3a|gs|gcs|https?|ftp|hdfs|hf|az|abfs|file):|[A-Za-z][\w+.-]+:/")
+"""How a path begins that is a stream or a URL."""
+
+
+def escaped(text: str, *, keep: str = "") -> str:
+    r"""`text` on one line that is safe to print: `a<newline>b` -> `a\nb`, an escape character -> `\x1b`.
+
+    Args:
+        keep: characters that stay as they are.
+    """
+    return _UNSHOWN.sub(lambda match: match[0] if match[0] in keep else _escape(match[0]), text)
+
+
+def _escape(character: str) -> str:
+    return character.encode("unicode_escape").decode()
+
+
+def read_path(text: str) -> str:
+    """A local path as typed, with `~` and `~NAME` replaced by the home folder; it need not exist.
+
+    Raises:
+        UsageError: it is empty, a URL or a stream, no file can have this name, or the home folder is not known.
+    """
+    if not text:
+        raise UsageError("an empty path; write . for the current folder")
+    if _CONTROL.search(text):
+        raise UsageError(f"{escaped(text)}: a name with control characters; rename it")
+    if is_elsewhere(text):
+        raise UsageError(f"{text}: a URL or a stream, and a path of this machine is needed; copy the data to a disk")
+    path = os.path.expanduser(text)
+    if path.startswith("~"):
+        name = path.partition("/")[0]
+        what = "the home folder is not known; set HOME" if name == "~" else f"there is no user {name[1:]}; correct it"
+        raise UsageError(f"{text}: {what}, or write ./{text} for a file or folder of this name")
+    try:
+        os.lstat(path)
+    except UnicodeEncodeError:
+        encoding = sys.getfilesystemencoding()
+        raise UsageError(f"{text}: file names are {encoding} here, which lacks a letter; set PYTHONUTF8=1") from None
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise UsageError(f"{text[:60]}...: too long for a path, {len(path):,} characters; shorten it") from None
+    return path
+
+
+def read_variable(name: str) -> str | None:
+    """The path in an environment variable; None if it is not set or empty.
+
+    Raises:
+        UsageError: it cannot be a path.
+    """
+    text = os.environ.get(name)
+    try:
+        return read_path(text) if text else None
+    except UsageError as error:
+        raise UsageError(f"${name}: {error}") from None
+
+
+def is_elsewhere(text: str) -> bool:
+    """True for URLs, whatever the protocol, and for `pipe:`: what a path of this machine cannot be."""
+    return _ELSEWHERE.match(text) is not None
+
+
+def read_dataset_name(text: str) -> str:
+    """The name of an evaluation set; where it holds a path, as in folder:~/x, that is read and shortened.
+
+    Raises:
+        UsageError: the path cannot be one.
+    """
+    kind, colon, path = text.partition(":")
+    return f"{kind}:{os.path.normpath(read_path(path))}" if colon and path else text
+
+
+def check_can_be_made(folder: Path, *, option: str) -> None:
+    """Check that files can be written into `folder`, which need not exist; nothing of it stays.
+
+    Raises:
+        UsageError: a file has its place, or the folder around it is read-only or full.
+    """
+    place = f"{option} {folder}"
+    above = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    if not above.exists():
+        raise UsageError(f"{place}: {above} is a link to nothing; make the folder that it names, or remove the link")
+    if not above.is_dir():
+        raise UsageError(f"{place}: {above} is a file; name another folder")
+    try:
+        os.rmdir(tempfile.mkdtemp(prefix=".mlip-", dir=above))
+    except OSError as error:
+        reason = f"nothing can be written in {above} ({error.strerror})"
+        raise UsageError(f"{place}: {reason}; name another folder") from None
