@@ -2,12 +2,31 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
 from mlip_cli import __version__
 from mlip_cli.terminal.endings import exit_code
+from mlip_cli.terminal.options import (
+    BatchSize,
+    CaptionColumn,
+    DataRoot,
+    Datasets,
+    Device,
+    Format,
+    Holdout,
+    ImageColumn,
+    ImageFolder,
+    Json,
+    Limit,
+    Out,
+    Run,
+    ShortSide,
+    SkinTones,
+    Source,
+    Workers,
+)
 from mlip_cli.terminal.output import start_logging
 from mlip_cli.terminal.values import (
     checked_measured_run,
@@ -18,7 +37,6 @@ from mlip_cli.terminal.values import (
     complete_recipe,
     flat,
     split,
-    split_datasets,
     split_rates,
 )
 
@@ -38,36 +56,6 @@ def _show_version(value: bool) -> None:
         raise typer.Exit()
 
 
-Run = Annotated[
-    str | None,
-    typer.Argument(
-        metavar="RUN", parser=checked_measured_run, help="Run folder or checkpoint. Default: the newest run in runs/."
-    ),
-]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
-Device = Annotated[
-    Literal["auto", "cuda", "mps", "cpu"], typer.Option(metavar="NAME", help="auto, cuda, mps (untested) or cpu.")
-]
-DataRoot = Annotated[
-    Path | None,
-    typer.Option(
-        callback=checked_path,
-        help="Folder that holds data sets. Default: $MLIP_DATA, else data/.",
-        show_default=False,
-    ),
-]
-Datasets = Annotated[
-    list[list] | None,
-    typer.Option(
-        "--dataset",
-        parser=split_datasets,
-        metavar="NAME[,NAME]",
-        help="Data sets. Repeat the option, or separate names by commas.",
-    ),
-]
-BatchSize = Annotated[int, typer.Option(min=1, max=65_536, help="Pictures in one forward pass.")]
-
-
 @app.callback()
 def _root(
     version: Annotated[
@@ -79,67 +67,17 @@ def _root(
 
 @app.command(epilog="Example: mlip prepare-data openmoji data/openmoji")
 def prepare_data(
-    source: Annotated[
-        str,
-        typer.Argument(
-            metavar="SOURCE",
-            callback=checked_text,
-            help="A folder, a table, a tar (.tar.gz too), a pattern of tars, or openmoji.",
-        ),
-    ],
-    out: Annotated[
-        Path,
-        typer.Argument(
-            metavar="OUT", callback=checked_path, help="Folder to write train/ and validation/ or test/ into."
-        ),
-    ],
-    format: Annotated[
-        str,
-        typer.Option(help="auto, openmoji, metadata, sidecar, classes or webdataset; auto: detected from the files."),
-    ] = "auto",
-    size: Annotated[
-        int | None,
-        typer.Option(
-            min=8,
-            max=4_096,
-            help="Short side of stored pictures, in pixels. Default: 256; openmoji: 64.",
-            show_default=False,
-        ),
-    ] = None,
-    holdout: Annotated[
-        float | None,
-        typer.Option(
-            min=0.0,
-            max=0.5,
-            help="Share of the pictures to hold out as validation/, if the source has no splits. Default: a tenth; of "
-            "more than 5,000 rows 500 pictures; of more than 25,000 a fiftieth.",
-            show_default=False,
-        ),
-    ] = None,
-    limit: Annotated[
-        int | None, typer.Option(min=1, max=10**12, help="Use only the first N rows of the source.")
-    ] = None,
-    image_column: Annotated[
-        str | None,
-        typer.Option(help="Column that holds the picture's path, or its field in a tar. Default: found by its name."),
-    ] = None,
-    caption_column: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME[:WEIGHT][,...]",
-            help="Column that holds the caption, or its key in a tar's KEY.json; several columns of a table, with "
-            "weights: title:2,text. Default: found by its name.",
-        ),
-    ] = None,
-    image_folder: Annotated[
-        str | None, typer.Option(help="Folder that paths in a table are relative to. Default: found, or the table's.")
-    ] = None,
-    skin_tones: Annotated[
-        bool, typer.Option("--skin-tones", help="openmoji only: include the skin-tone variants.")
-    ] = False,
-    workers: Annotated[
-        int | None, typer.Option(min=1, max=1_024, help="Number of processes. Default: one for each core.")
-    ] = None,
+    source: Source,
+    out: Out,
+    format: Format = "auto",
+    size: ShortSide = None,
+    holdout: Holdout = None,
+    limit: Limit = None,
+    image_column: ImageColumn = None,
+    caption_column: CaptionColumn = None,
+    image_folder: ImageFolder = None,
+    skin_tones: SkinTones = False,
+    workers: Workers = None,
     json: Json = False,
 ) -> None:
     """Turn pictures and captions into shards that training reads."""

@@ -78,17 +78,17 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def compiler(device: str) -> tuple[str, str]:
-    """The language and the command of the compiler that torch.compile calls for a device; $CXX or $CC may name it."""
+def find_compiler(device: str) -> tuple[str, str | None]:
+    """The compiler that torch.compile calls for a device, as in `C++ compiler, g++`, and where it lies, or None.
+
+    $CXX or $CC may name it.
+    """
     if device == "cuda":
-        return "C", os.environ.get("CC") or "gcc"
-    return "C++", os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
-
-
-def find_compiler(device: str) -> str | None:
-    """Where that compiler lies; None if it is not installed."""
-    words = shlex.split(compiler(device)[1])
-    return shutil.which(words[0]) if words else None
+        language, command = "C", os.environ.get("CC") or "gcc"
+    else:
+        language, command = "C++", os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
+    program = shlex.split(command)[:1]
+    return f"{language} compiler, {command}", shutil.which(program[0]) if program else None
 
 
 def synchronize(device: torch.device) -> None:

@@ -48,6 +48,11 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def free_bytes(folder: Path) -> int:
+    """Free bytes on the disk where `folder` lies, or would lie if it were made."""
+    return shutil.disk_usage(next(path for path in (folder, *folder.absolute().parents) if path.is_dir())).free
+
+
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary name beside `path`. On success it is synced and renamed to `path`, on any error removed."""
@@ -93,19 +98,40 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object that a file holds.
+def read_lines(path: Path) -> list[str]:
+    """The lines of a UTF-8 text without the spaces around them; empty ones are left out.
 
     Raises:
-        ValueError: it holds something else; the text says what.
+        UsageError: it is not UTF-8.
     """
     try:
-        value = json.loads(path.read_bytes())
+        text = path.read_text("utf-8-sig")
+    except UnicodeDecodeError:
+        raise UsageError(f"{path}: not UTF-8 text") from None
+    return [line for line in map(str.strip, text.splitlines()) if line]
+
+
+def parse_object(text: str | bytes, *, constant: Callable[[str], Any] | None = None) -> dict[str, Any]:
+    """The JSON object that a text is.
+
+    Args:
+        constant: makes the values of NaN and infinities from their names; None: they are floats.
+
+    Raises:
+        ValueError: it is something else; the text says what.
+    """
+    try:
+        value = json.loads(text, parse_constant=constant)
     except RecursionError:
         raise ValueError("nested too deeply") from None
     if not isinstance(value, dict):
         raise ValueError("not a JSON object")
     return value
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object that a file holds; raises as `parse_object`."""
+    return parse_object(path.read_bytes())
 
 
 def read_own_object(path: Path, *, cure: str) -> dict[str, Any]:

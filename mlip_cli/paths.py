@@ -29,6 +29,30 @@ def _escape(character: str) -> str:
     return character.encode("unicode_escape").decode()
 
 
+def encodable(text: str) -> str:
+    """`text` with escapes for what UTF-8 cannot encode: what files of ours hold."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def check_utf8(name: str, *, place: str = "") -> None:
+    """Refuse a name that is not UTF-8, or that Python here does not read as UTF-8.
+
+    Raises:
+        UsageError: it begins with `place`, and has the cure.
+    """
+    if encodable(name) == name:
+        return
+    try:
+        os.fsencode(name).decode("utf-8")
+    except UnicodeDecodeError:
+        raise UsageError(f"{place}{escaped(name)}: a name that is not UTF-8; rename it") from None
+    raise _wrong_encoding(f"{place}{escaped(name)}")
+
+
+def _wrong_encoding(place: str) -> UsageError:
+    return UsageError(f"{place}: Python reads names as {sys.getfilesystemencoding()} here; set PYTHONUTF8=1")
+
+
 def read_path(text: str) -> str:
     """A local path as typed, with `~` and `~NAME` replaced by the home folder; it need not exist.
 
@@ -49,8 +73,7 @@ def read_path(text: str) -> str:
     try:
         os.lstat(path)
     except UnicodeEncodeError:
-        encoding = sys.getfilesystemencoding()
-        raise UsageError(f"{text}: file names are {encoding} here, which lacks a letter; set PYTHONUTF8=1") from None
+        raise _wrong_encoding(text) from None
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
             raise UsageError(f"{text[:60]}...: too long for a path, {len(path):,} characters; shorten it") from None

@@ -186,8 +186,9 @@ def tars(draw: Draw) -> Files:
     """Tars of samples, their members in order or in none."""
     pairs = _pairs(draw, most_captions=3)
     prefix = draw(st.sampled_from(("", "./", "pairs/", "./a.b/")))
-    stem = draw(st.sampled_from(("{:06d}", "s.{}", "x{}")))
     picture, text = draw(st.sampled_from((("", "txt"), ("input.", "outputs.txt"), ("", "json"), ("", "captions"))))
+    dotted = () if picture else ("s.{}",)  # no rule tells a dotted key from a field of two parts
+    stem = draw(st.sampled_from(("{:06d}", "x{}", *dotted)))
     half = draw(st.integers(1, len(pairs)))
     form = draw(st.sampled_from((tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)))
     files = Files()

@@ -144,6 +144,17 @@ def test_data_named_in_two_spellings_is_one_data_set(tmp_path: Path, monkeypatch
     assert [*wanted.failures] == ["folder:d"]
 
 
+def test_data_that_mostly_cannot_be_read_leaves_the_other_data_standing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    heic = {f"bad/{name}/{i}.heic": "" for name in ("cat", "dog") for i in range(3)}
+    write_files(tmp_path, heic | {f"{name}/0.png": picture(0) for name in ("bad/cat", "bad/dog", "c/cat", "c/dog")})
+    wanted = find_wanted(["folder:bad", "folder:c"], root=None)
+    assert [*wanted.found] == ["folder:c"]
+    assert str(wanted.failures["folder:bad"]).startswith("folder:bad: 6 of 8 pictures cannot be used: 6 .heic files")
+
+
 @pytest.mark.parametrize(
     ("variable", "is_there"), [(None, False), ("cxx", True), ("cxx -pipe", True), ("gone", False), ("", False)]
 )

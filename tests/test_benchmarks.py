@@ -155,6 +155,7 @@ def test_bad_folders_get_one_line(tmp_path: Path) -> None:
     write(tmp_path / "texts" / "a.txt", "text")
     assert usage_error(f"folder:{tmp_path}", tmp_path) == f"folder:{tmp_path}: no pictures{cure}"
     write(tmp_path / "a.jpg", picture())
+    cure += ", or name the file that says what they show (texts/a.txt)"
     message = f"folder:{tmp_path}: pictures outside of class folders{cure}"
     assert usage_error(f"folder:{tmp_path}", tmp_path) == message
 
@@ -307,6 +308,10 @@ def test_web_shards(tmp_path: Path) -> None:
     )
     missing = f"wds/vtab/pets: 1 of 2 shards are missing, such as {root}/test/1.tar"
     assert usage_error("wds/vtab/pets", tmp_path) == missing
+    write(root / "test" / "nshards.txt", "999999999")
+    missing = f"wds/vtab/pets: 999999998 of 999999999 shards are missing, such as {root}/test/1.tar"
+    assert usage_error("wds/vtab/pets", tmp_path) == missing
+    write(root / "test" / "nshards.txt", "\ufeff2\n")
     write_tar(root / "test" / "1.tar", {"s2.jpg": picture(), "s2.cls": b"2"})
     pictures = opened("wds/vtab/pets", tmp_path)
     assert pictures.class_names == ("cat", "dog")
@@ -314,6 +319,15 @@ def test_web_shards(tmp_path: Path) -> None:
         labels(pictures)
     write_tar(root / "test" / "1.tar", {"s2.jpg": picture(), "s2.cls": b"1"})
     assert labels(opened("wds/vtab/pets", tmp_path)) == [1, 0, 1]
+    for name, content, message in (
+        ("test/nshards.txt", "9" * 30, "not a number of shards"),
+        ("zeroshot_classification_templates.txt", "a {}\n", "'a {}' has no {c}; write one template a line"),
+        ("classnames.txt", b"caf\xe9\n", "not UTF-8 text"),
+    ):
+        before = (root / name).read_bytes()
+        (root / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+        assert usage_error("wds/vtab/pets", tmp_path).startswith(f"{root / name}: {message}")
+        (root / name).write_bytes(before)
     cut = (root / "test" / "1.tar").read_bytes()[:1000]
     write(root / "test" / "1.tar", cut)
     with pytest.raises(RunError, match="cut at byte 1000"):

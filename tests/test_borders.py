@@ -23,7 +23,7 @@ from borders_for_tests import (
     training_pairs,
 )
 from hypothesis import HealthCheck, given, settings
-from sources_for_tests import prepare, samples, write_files
+from sources_for_tests import prepare, rejects, samples, write_files
 
 from mlip_cli.evaluate.datasets.find import find_benchmark
 from mlip_cli.evaluate.datasets.open import open_benchmark
@@ -58,7 +58,7 @@ def check_damaged(files: Files) -> None:
             found = [sample for split in summary["splits"] for sample in samples(out, split)]
             prepared = [(sample["image"], caption["text"]) for sample in found for caption in sample["captions"]]
             check_pairs(prepared)
-            check_counts(summary, found)
+            check_counts(summary, found, out)
         if any(name.endswith(".tar") for name in files):
             check_tars(source, prepared)
         if isinstance(summary, dict) and summary["request"]["format"] == "classes":
@@ -70,9 +70,11 @@ def check_pairs(pairs: list[tuple[bytes, str]]) -> None:
     assert not wrong, f"(picture, caption of another one): {wrong}"
 
 
-def check_counts(summary: dict, found: list[dict]) -> None:
-    """Rows in are captions' rows and rejects out, and the summary says what lies on the disk."""
+def check_counts(summary: dict, found: list[dict], out: Path) -> None:
+    """Pictures in are samples and rejects out, as the summary says and as they lie on the disk."""
     assert sum(split["num_samples"] for split in summary["splits"].values()) == len(found)
+    assert len(rejects(out)) == summary["rejects"]
+    assert summary["pictures"] == len(found) + summary["rejects"] <= summary["rows"]
 
 
 def check_tars(source: Path, prepared: list[tuple[bytes, str]] | None) -> None:
@@ -80,9 +82,10 @@ def check_tars(source: Path, prepared: list[tuple[bytes, str]] | None) -> None:
     pairs = outcome_of(lambda: training_pairs(source, source.parent / "cache"))
     if isinstance(pairs, Exception):
         return
+    pairs = [(image, caption) for image, caption in pairs if _is_whole(image)]  # training names the others
     check_pairs(pairs)
     if prepared is not None:
-        trained = {(number_of(image), caption) for image, caption in pairs if _is_whole(image)}
+        trained = {(number_of(image), caption) for image, caption in pairs}
         assert trained == {(number_of(image), caption) for image, caption in prepared}
 
 

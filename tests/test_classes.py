@@ -130,10 +130,18 @@ REFUSED: dict[str, tuple[Files, str]] = {
         f"{{1}}: 4 pictures in the folders images_001, images_002, not in folders of several classes; {MAKE}",
     ),
     "flat splits": (tree("train2017", "val2017"), f"{{1}}: pictures outside of class folders; {MAKE}"),
+    "a text beside each picture": (
+        tree("dog", more={"dog/0.json": "{}"}),
+        f"{{1}}: 2 pictures in the folder dog, not in folders of several classes; {MAKE}",
+    ),
     "domains": (
         tree(*under("amazon/images", "dslr/images", "webcam/images")),
         "{1}: amazon, dslr, webcam hold the same folders (cat, dog), so they are parts of a data set and not classes; "
         "name one, such as {1}/amazon; if they are classes, name them in classnames.txt",
+    ),
+    "letters": (
+        tree("SUN/a/abbey", "SUN/a/alley", "SUN/b/barn/indoor"),
+        "{1}: a, b are letters above the classes (a/abbey) and not classes; move the classes up to one folder",
     ),
     "not UTF-8": (tree(os.fsdecode(b"caf\xe9"), "dog"), "{1}: caf\\udce9: a name that is not UTF-8; rename it"),
     "a space": (tree(" ", "dog"), "{1}: a class folder called ' '; give it a name that can be read"),
@@ -170,8 +178,9 @@ def test_preparing_and_evaluating_refuse_the_same_layouts(layout: str, tmp_path:
 
 SPLITS = {
     "train": "train", "train2017": "train", "Training": "train", "training_set": "train", "seg_train": "train",
-    "val_256": "validation", "valid": "validation", "ILSVRC2012_img_val": "validation", "test-images": "test",
-    "testing": "test", "evaluation": "test", "bullet_train": None, "test_tube": None, "trains": None, "images": None,
+    "TrainImages": "train", "val_256": "validation", "valid": "validation", "ILSVRC2012_img_val": "validation",
+    "test-images": "test", "testing": "test", "evaluation": "test", "bullet_train": None, "test_tube": None,
+    "trains": None, "images": None,
 }  # fmt: skip
 
 
@@ -181,7 +190,12 @@ def test_names_of_splits() -> None:
 
 @pytest.mark.parametrize(
     ("train", "held_out", "split"),
-    [("train2017", "val2017", "validation"), ("Training", "testing", "test"), ("cars_train", "cars_test", "test")],
+    [
+        ("train2017", "val2017", "validation"),
+        ("Training", "testing", "test"),
+        ("cars_train", "cars_test", "test"),
+        ("trainA", "testA", "test"),
+    ],
 )
 def test_splits_are_splits_in_preparing_and_refused_in_evaluating(
     tmp_path: Path, train: str, held_out: str, split: str
@@ -243,6 +257,13 @@ def test_pictures_beside_the_classes_are_rejects_and_passed_over(tmp_path: Path)
             ],
         ),
         (tree("10", "2", more={"classnames.txt": "oak\nash\n"}), []),
+        (
+            tree("Aves/owl", "Aves/2", "Plantae/oak", "Plantae/elm"),
+            [
+                "each class holds folders of pictures (Aves: 2, owl); if those are the classes, move them up to one "
+                "folder"
+            ],
+        ),
     ],
 )
 def test_doubtful_names_are_warned_of(
@@ -370,3 +391,9 @@ def test_the_proposed_training_knows_that_classes_share_captions(
     commands = list(summary["next"].values())
     assert len(commands) == 2
     assert ["losses.positives=concept" in command for command in commands] == [is_proposed] * 2
+
+
+def test_names_and_templates_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    more = {"classnames.txt": "\ufeffoak\r\nash\r\n", "templates.txt": "\ufeffone {c}.\r\n"}
+    pictures = opened(f"folder:{write_files(tmp_path, tree('1', '2', more=more))}", tmp_path)
+    assert (pictures.class_names, pictures.templates) == (("oak", "ash"), ("one {c}.",))

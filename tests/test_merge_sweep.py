@@ -31,9 +31,9 @@ from mlip_cli.evaluate.datasets.open import open_benchmark
 from mlip_cli.evaluate.datasets.pictures import batches
 from mlip_cli.evaluate.evaluators import training_evaluators
 from mlip_cli.evaluate.panels import draw_groups, draw_guidance, panel_pictures
-from mlip_cli.evaluate.sweep import FAILURES, agreement, numbers_at_random, open_datasets
+from mlip_cli.evaluate.sweep import agreement, numbers_at_random, open_datasets
 from mlip_cli.evaluate.validation import validation_pairs
-from mlip_cli.evaluate.wanted import SWEPT_METHODS, find_wanted
+from mlip_cli.evaluate.wanted import FAILURES, SWEPT_METHODS, find_wanted
 from mlip_cli.profiling.flops import image_gflops
 from mlip_cli.recipe import merge_plan
 from mlip_cli.report.sweeps import print_sweep

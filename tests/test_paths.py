@@ -107,12 +107,14 @@ def test_tilde_in_recipes_names_and_variables(home: Path, monkeypatch: pytest.Mo
 def test_tilde_on_the_command_line(home: Path) -> None:
     names = [f"{name}/{i}.png" for name in ("cat", "dog") for i in range(4)]
     write_files(home / "c", {name: picture(i) for i, name in enumerate(names)})
+    write(f"{home}/t.csv", "image,caption\n" + "".join(f"{name},a pet\n" for name in names))
     make_dataset(home / "d" / "train", n=16)
     write(f"{home}/x.yaml", SMALL)
     small = ["data.train=~/d/train", "train.steps=1", "log.every_steps=1"]
     small += ["model.text={width: 32, depth: 1, num_heads: 2, context_length: 8}", "model.embed_dim=16"]
     for arguments in (
         ["prepare-data", "~/c", "~/out", "--size", "32", "--workers", "1"],
+        ["prepare-data", "~/t.csv", "~/table", "--image-folder", "~/c", "--size", "32", "--workers", "1"],
         ["pretrain", "~/x.yaml", "--out=~/runs/x", *small],
         ["eval-zeroshot", "~/runs/x", "--dataset", "folder:~/c", "--device", "cpu"],
         ["report", "~/runs/x", "--out", "~/page.html"],
@@ -121,7 +123,8 @@ def test_tilde_on_the_command_line(home: Path) -> None:
         done = mlip(*arguments)
         assert done.returncode == 0, done.stderr
     assert [*Path.cwd().iterdir()] == []
-    assert sorted(path.name for path in home.glob("[!.]*")) == ["c", "d", "out", "page.html", "runs", "x.yaml"]
+    made = ["c", "d", "out", "page.html", "runs", "t.csv", "table", "x.yaml"]
+    assert sorted(path.name for path in home.glob("[!.]*")) == made
 
 
 PLACES = (
@@ -149,7 +152,7 @@ def test_what_an_encoding_lacks_is_escaped(tmp_path: Path, environment: dict[str
         if stream == "stderr":
             assert (done.returncode, done.stderr.decode(encoding).split(": no such run")[0]) == (2, f"error: {shown}")
         elif "LC_ALL" in environment and shown != "café":
-            cure = "the name is not UTF-8; or Python reads it as ascii; try PYTHONUTF8=1"
+            cure = "Python reads names as ascii here; set PYTHONUTF8=1"
             assert (done.returncode, done.stderr.decode()) == (2, f"error: {shown}: {cure}\n")
         else:
             assert done.returncode == 0

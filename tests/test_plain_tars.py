@@ -310,7 +310,8 @@ def test_what_cannot_be_read_in_any_order_is_refused(folder: Path, cache: Cache,
 
     for split in ("train", "test"):
         shutil.copytree(folder, tmp_path / "both" / split)
-    assert message(tmp_path / "both").endswith("/both: tars of several splits (test, train); name the folder of one")
+    cure = "name the folder of one, or a pattern"
+    assert message(tmp_path / "both").endswith(f"/both: tars of several splits (test, train); {cure}")
     assert opened(tmp_path / "both" / "train", cache).num_samples == 24
     write_tar(tmp_path / "no" / "0.tar", {"a.jpg": picture(0), "b.txt": "alone"})
     assert message(tmp_path / "no") == (

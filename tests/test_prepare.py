@@ -141,6 +141,19 @@ def test_the_default_share_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixt
     assert "held out by the hash of the pixels (--holdout 0.1, at most 5,000)" in caplog.text
 
 
+def test_the_share_is_one_of_pictures_and_not_of_rows(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(records, "ENOUGH_HELD_OUT", 3)
+    rows = "".join(f"{i % 30}.png,card {i}\n" for i in range(300))
+    pictures = {f"{i}.png": picture(i) for i in range(30)}
+    with caplog.at_level("INFO", logger="mlip_cli"):
+        prepare(
+            write_files(tmp_path / "in", pictures | {"t.csv": f"image,caption\n{rows}"}), tmp_path / "out", holdout=None
+        )
+    assert "held out by the hash of the pixels (--holdout 0.1, at most 5,000)" in caplog.text
+
+
 def test_the_number_of_held_out_samples_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     source = write_sidecars(tmp_path / "in", 30)
     with caplog.at_level("INFO", logger="mlip_cli"):
@@ -278,8 +291,8 @@ def test_a_small_source_without_a_single_good_row_fails(tmp_path: Path) -> None:
     with pytest.raises(SourceError) as error:
         prepare(source, tmp_path / "out")
     assert str(error.value) == (
-        f"{source}: none of the 2 rows became a sample (first: a.png row 0: not JPEG, PNG, WEBP, GIF, BMP or TIFF); "
-        "nothing was kept"
+        f"{source}: none of the 2 rows became a sample: 1 x no caption, 1 x not a picture (first: a.png row 0: not "
+        "JPEG, PNG, WEBP, GIF, BMP or TIFF); nothing was kept"
     )
     assert not (tmp_path / "out").exists()
 

@@ -216,7 +216,7 @@ def test_room_for_checkpoints_is_looked_at_before_the_first_step(
     def checked(free: float, folder: str) -> str:
         caplog.clear()
         disk = shutil.disk_usage(tmp_path)._replace(free=int(free * size))
-        monkeypatch.setattr(resume.shutil, "disk_usage", lambda path: disk)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: disk)
         try:
             resume.check_room(tmp_path / folder, training, config, steps=100)
         except UsageError as error:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,15 @@ def pictures(folder: str, numbers: tuple[int, ...] = (0, 1, 2)) -> dict[str, byt
     return {f"{folder}{i}.png": picture(i) for i in numbers}
 
 
+def tar_of(*numbers: int) -> bytes:
+    """A tar of pictures with their texts."""
+    with tempfile.TemporaryDirectory() as folder:
+        members = {
+            f"{i}.{end}": content for i in numbers for end, content in (("png", picture(i)), ("txt", f"card {i}"))
+        }
+        return write_tar(Path(folder, "0.tar"), members).read_bytes()
+
+
 def captions(pattern: str) -> dict[str, bytes | str]:
     """Their texts, a file each."""
     return {pattern.format(i): f"card {i}\n" for i in range(3)}
@@ -50,6 +60,9 @@ def captions(pattern: str) -> dict[str, bytes | str]:
         pictures("a/b/") | captions("a/b/{}.txt"),
         pictures("images/") | captions("captions/{}.txt"),
         pictures("d/images/x/") | captions("d/texts/x/{}.png.txt"),
+        pictures("") | captions("{}.TXT"),
+        pictures("cafe\u0301") | captions("caf\u00e9{}.txt"),
+        pictures("images/cafe\u0301") | captions("texts/caf\u00e9{}.txt"),
     ],
 )
 def test_every_layout_gives_the_same_pairs(tmp_path: Path, files: dict[str, bytes | str]) -> None:
@@ -70,11 +83,16 @@ def test_every_layout_gives_the_same_pairs(tmp_path: Path, files: dict[str, byte
         {"wrapper/train/metadata.csv": CARDS[:40], "wrapper/val/metadata.csv": CARDS[:14] + CARDS[40:]}
         | pictures("wrapper/train/", (0, 1))
         | pictures("wrapper/val/", (2,)),
-        {"t.csv": "image,caption,split\n0.png,card 0,train\n1.png,card 1,restval\n2.png,card 2,val2014\n"}
+        {"t.csv": "image,caption,split\n0.png,card 0,trainA\n1.png,card 1,restval\n2.png,card 2,val2014\n"}
         | pictures("Images/"),
         pictures("in/train/", (0, 1))
         | pictures("in/dev/", (2,))
         | {"in/train/0.txt": "card 0", "in/train/1.txt": "card 1", "in/dev/2.txt": "card 2"},
+        pictures("images/train/", (0, 1))
+        | pictures("images/val/", (2,))
+        | {"captions/train/0.txt": "card 0", "captions/train/1.txt": "card 1", "captions/val/2.txt": "card 2"},
+        {f"cc3m-{name}.tar": tar_of(*numbers) for name, numbers in (("train-0000", (0, 1)), ("validation-0000", (2,)))},
+        {f"wds/{name}/0.tar": tar_of(*numbers) for name, numbers in (("train", (0, 1)), ("val", (2,)))},
     ],
 )
 def test_splits_in_names_and_columns(tmp_path: Path, files: dict[str, bytes | str]) -> None:
@@ -112,8 +130,19 @@ def test_splits_in_names_and_columns(tmp_path: Path, files: dict[str, bytes | st
             "id, breed; say --image-column NAME",
         ),
         (
+            pictures("") | {f"{i}.json": '{"caption": "a card"}' for i in range(3)},
+            ": 3 .json, 3 .png, but no captions for the pictures; a .json beside a picture is not read: write its "
+            "caption to a .txt; looked for ",
+        ),
+        ({"a.zip": "PK"}, ": 1 .zip, no pictures; unpack a.zip first; looked for "),
+        (
+            pictures("train/") | {"captions.json": '{"data": [{"image_path": "train/0.png", "text_of": "a"}]}'},
+            ": pictures outside of class folders; make one folder for each class in {0}/, or name the file that says "
+            "what they show (captions.json)",
+        ),
+        (
             pictures("images/") | {f"labels/{i}.txt": "0 0.5 0.5" for i in range(3)} | {"x.png": picture(9)},
-            ": 3 of 4 pictures",
+            ": 3 pictures in the folder images, not in folders of several classes; ",
         ),
     ],
 )
@@ -126,13 +155,23 @@ def test_what_cannot_be_told_apart_is_asked_for(
         return
     with pytest.raises(UsageError) as error:
         prepare(source, tmp_path / "out")
-    assert str(error.value).startswith(f"{source}{message}")
+    assert str(error.value).startswith(f"{source}{message.format(source)}")
 
 
 def test_shards_that_are_not_there_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     files = {f"data/train-0000{i}-of-00003.csv": "image,caption\n../0.png,a\n" for i in (0, 2)} | pictures("")
     prepare(write_files(tmp_path / "in", files), tmp_path / "out")
     assert "2 of 3 shards of train are here" in caplog.messages
+
+
+@pytest.mark.parametrize(("column", "splits"), [("", {"train": 3, "test": 3}), (",validation", {"validation": 6})])
+def test_folders_in_a_table_tell_splits_and_a_column_goes_before_them(
+    tmp_path: Path, column: str, splits: dict[str, int]
+) -> None:
+    rows = "".join(f"{split}/{i}.png,card {i}{column}\n" for split in ("train", "test") for i in range(3))
+    files = {"metadata.csv": f"file_name,caption{column and ',split'}\n{rows}"} | pictures("train/") | pictures("test/")
+    found = prepare(write_files(tmp_path / "in", files), tmp_path / "out")["splits"]
+    assert {split: own["num_samples"] for split, own in found.items()} == splits
 
 
 def test_pictures_of_no_known_ending_alone(tmp_path: Path) -> None:
@@ -173,6 +212,7 @@ def test_a_table_that_is_not_read_is_named_beside_classes(tmp_path: Path, caplog
         ("one", ["one"]),
         ("one\n\nthe same", ["one\n\nthe same"]),
         ("\n one line \n", ["one line"]),
+        ('["one", "two"]\n', ["one", "two"]),
     ],
 )
 def test_a_caption_a_line(tmp_path: Path, text: str, wanted: list[str]) -> None:

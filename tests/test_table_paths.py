@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from sources_for_tests import picture, prepare, rejects, samples, write_files
 
-from mlip_cli.data.sources.paths import PathFinder
-from mlip_cli.errors import UsageError
+from mlip_cli.data.sources.picture_paths import PathFinder
+from mlip_cli.errors import RunError, UsageError
 
 NFC, NFD = (unicodedata.normalize(form, "é") for form in ("NFC", "NFD"))
 FILES = {
@@ -103,6 +103,13 @@ def test_what_is_said_of_other_spellings(tmp_path: Path, caplog: pytest.LogCaptu
     ]
 
 
+def test_a_backslash_is_no_normal_form(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    source = write_files(tmp_path / "in", {"t.csv": "image,caption\ni\\0.png,card\n", "i/0.png": picture(0)}) / "t.csv"
+    with caplog.at_level("INFO", logger="mlip_cli"):
+        prepare(source, tmp_path / "out")
+    assert r"1 paths were found by another spelling (first: i\0.png is 0.png)" in caplog.messages
+
+
 @pytest.mark.parametrize(
     ("files", "options", "wanted"),
     [
@@ -150,3 +157,20 @@ def test_pictures_that_could_lie_in_two_folders(tmp_path: Path) -> None:
         )
     with pytest.raises(UsageError, match=r"^--image-folder /nowhere: no such folder; name the folder of the pictures$"):
         prepare(source, tmp_path / "out", image_folder="/nowhere")
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("/home/a/0.png", "its paths are those of another place: write paths from the folder of the pictures"),
+        (r"C:\a\0.png", "its paths are those of another place: write paths from the folder of the pictures"),
+        ("pictures/0.png", "say --image-folder FOLDER, what the paths are relative to"),
+        ("x" * 5_000, f"no file name (first: t.csv row 0: {'x' * 60}... of 5,000 characters)"),
+    ],
+)
+def test_what_helps_where_no_picture_is_found(tmp_path: Path, name: str, words: str) -> None:
+    rows = "".join(f"{name},card {i}\n" for i in range(12))
+    source = write_files(tmp_path / "in", {"t.csv": f"image,caption\n{rows}"}) / "t.csv"
+    with pytest.raises((UsageError, RunError)) as error:
+        prepare(source, tmp_path / "out")
+    assert words in str(error.value)

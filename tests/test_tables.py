@@ -120,6 +120,13 @@ def test_every_dialect_gives_the_same_pairs(tmp_path: Path, name: str, content: 
         ),
         (
             "t.tsv",
+            "0\ta card\n1\tb\n",
+            {},
+            ": no header: the first row is 0, a card; say --image-column N and --caption-column N, from 1 to 2, or "
+            "give the table a header",
+        ),
+        (
+            "t.tsv",
             "http://x/0.jpg\tone\n",
             {"image_column": "http://x/0.jpg", "caption_column": "one"},
             ": no column 'http://x/0.jpg' (--image-column); columns are 1, 2; the table has no header, so its columns "
@@ -137,8 +144,17 @@ def test_every_dialect_gives_the_same_pairs(tmp_path: Path, name: str, content: 
             "t.json",
             '{"images": [{"id": 1}], "annotations": [{"bbox": []}]}',
             {},
-            ": JSON of no known form; known are an array of objects, COCO's images and annotations, and captions by "
-            "file name",
+            ": JSON of no known form; known are an array of objects (pandas: orient='records'), COCO's images and "
+            "annotations of captions, and captions by file name",
+        ),
+        ("t.json", '{"image": {"0": "i/0.png"}, "caption": {"0": "a card"}}', {}, ": JSON of no known form; "),
+        ("t.json", '{"image": ["i/0.png", "i/1.png"], "caption": ["a", "b"]}', {}, ": JSON of no known form; "),
+        ("t.csv", "sep=;\nimage;caption\n", {}, ": its first line is sep=;, which Excel alone reads; remove that line"),
+        (
+            "t.txt",
+            "i/0.png a card\n",
+            {},
+            ": no column for the image; the only column is i/0.png a card; part its cells by commas or tabs",
         ),
         ("t.arrow", b"?" * 100, {}, ": not an Arrow file ("),
         (
@@ -368,6 +384,10 @@ def test_equal_pictures_in_a_table_are_one_and_big_ones_make_small_parts(
         (
             ["nan"] * 2 + ["NULL"] + ["x y"] * 2 + ["z", "v", "w"],
             '3 of 8 captions are words for a missing value: "nan", "NULL"',
+        ),
+        (
+            ["b'a'", 'b"it\'s"', "b'b c'", "b'"],
+            '3 of 4 captions look like bytes as Python shows them: "b\'a\'", "b"it\'s"", "b\'b c\'"',
         ),
         (["a photo"] * 6 + ["other"], '6 of 7 captions are the same: "a photo"'),
         (["a dog", "Dog", "2 dogs", "dog.", "a 4x4", "nan bread"], None),

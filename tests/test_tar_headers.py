@@ -9,6 +9,8 @@ import pytest
 from PIL import Image
 
 from mlip_cli.data.open import open_sources
+from mlip_cli.data.sources.listing import PassedOver
+from mlip_cli.data.sources.tar_samples import GUESSED, TarNotes
 from mlip_cli.data.sources.tars import tar_records
 from mlip_cli.data.tar import DamagedTarError
 from mlip_cli.evaluate.datasets import clip_benchmark
@@ -111,7 +113,7 @@ def by_training(path: Path, cache: Path, said: list[str]) -> list[bytes] | str:
 
 def by_preparing(path: Path) -> list[bytes] | str:
     try:
-        records = list(tar_records(path.parent, [path.name]))
+        records = list(tar_records(path.parent, [path.name], GUESSED, TarNotes()))
     except DamagedTarError as error:
         return str(error)
     content = path.read_bytes()
@@ -121,7 +123,7 @@ def by_preparing(path: Path) -> list[bytes] | str:
 
 def by_evaluation(path: Path) -> list[bytes] | str:
     try:
-        items = list(clip_benchmark.labelled_pictures(path))
+        items = list(clip_benchmark.labelled_pictures(path, TarNotes(), PassedOver()))
     except DamagedTarError as error:
         return str(error)
     content = path.read_bytes()

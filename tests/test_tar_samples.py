@@ -157,13 +157,27 @@ CASES = {
     "a caption a line": Case(
         sample("a", A, "one\n two \r\nthree\n"),
         [(A, ["one", "two", "three"])],
-        notes="1 samples with a caption a line in KEY.txt (first: 0.tar: a)",
+        notes="1 samples with several captions in KEY.txt (first: 0.tar: a)",
     ),
     "paragraphs": Case(sample("a", A, "one\n\ntwo\n"), [(A, ["one\n\ntwo"])]),
     "a key of KEY.json": Case(
         [("a.jpg", A), ("a.txt", "short"), ("a.json", json.dumps(JSON)), ("a.cls", "1")],
         [(A, ["a better text"])],
         columns=Columns(caption="re_caption"),
+    ),
+    "a list in KEY.json": Case([("a.jpg", A), ("a.json", '["one", "two"]'), ("a.cls", "1")], [(A, ["one", "two"])]),
+    "a list as a text in KEY.json": Case(
+        [("a.jpg", A), ("a.json", json.dumps({"caption": "['one', 'two']"})), ("a.cls", "1")], [(A, ["one", "two"])]
+    ),
+    "a list in KEY.txt": Case(
+        sample("a", A, '["one", "two"]'),
+        [(A, ["one", "two"])],
+        notes="1 samples with several captions in KEY.txt (first: 0.tar: a)",
+    ),
+    "a talk in KEY.json": Case(
+        [("a.jpg", A), ("a.json", json.dumps({"talk": [{"from": "gpt", "value": "one"}]})), ("a.cls", "1")],
+        [(A, ["one"])],
+        columns=Columns(caption="talk"),
     ),
     "a key that is not there": Case(
         [("a.jpg", A), ("a.json", json.dumps(JSON)), ("a.cls", "1")],
@@ -222,15 +236,17 @@ def test_three_readers_give_one_answer(name: str, tmp_path: Path, monkeypatch: p
         with pytest.raises(UsageError, match=rf"no sample of 1 tar can be used: .*{reasons[0]}"):
             opened(path, tmp_path / "cache", **named)
     if columns == Columns():
-        pictures = [path.read_bytes()[at : at + size] for _, at, size, _ in labelled_pictures(path)]
+        pictures = [
+            path.read_bytes()[at : at + size] for _, at, size, _ in labelled_pictures(path, TarNotes(), PassedOver())
+        ]
         assert pictures == [image for image, _ in expected]
 
 
 def test_pictures_without_a_class_number_are_counted(tmp_path: Path) -> None:
     (tmp_path / "0.tar").write_bytes(as_tar([*PAIRED, ("c.jpg", A), ("d.cls", "1")]))
-    notes = TarNotes()
-    assert len(list(labelled_pictures(tmp_path / "0.tar", notes))) == 2
-    assert notes.passed_over == PassedOver(
+    left_out = PassedOver()
+    assert len(list(labelled_pictures(tmp_path / "0.tar", TarNotes(), left_out))) == 2
+    assert left_out == PassedOver(
         {"samples without a class number": 1, "samples with no picture": 1},
         {"samples without a class number": "0.tar: c", "samples with no picture": "0.tar: d"},
     )

@@ -10,7 +10,7 @@ from forks_for_tests import own_group
 from killed_for_tests import Forked
 from models_for_tests import small_model, small_recipe, small_training
 from PIL import Image
-from shards_for_tests import make_dataset
+from shards_for_tests import give_checksums, make_dataset
 
 from mlip_cli.commands.training import measure
 from mlip_cli.data.tokenizer import Tokenizer
@@ -113,6 +113,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, 
     content = tar.read_bytes()
     at = content.rindex(b"IDAT")
     tar.write_bytes(content[:at] + bytes(40) + content[at + 40 :])
+    give_checksums(tar)  # a picture that was damaged before it was prepared
     for name in ("red", "blue", "green"):
         (folder / "classes" / name).mkdir(parents=True)
         for number in range(3):

@@ -15,10 +15,11 @@ import pytest
 from mlip_cli.errors import Stopped, UsageError
 from mlip_cli.recipe.config import Log
 from mlip_cli.runs import start as run_start
+from mlip_cli.runs.contents import MetricsLine
 from mlip_cli.runs.folder import Run
 from mlip_cli.runs.start import check_trackers
 from mlip_cli.train.metrics import MetricsFile
-from mlip_cli.train.trackers import MetricsLine, Trackers, opened_trackers
+from mlip_cli.train.trackers import Trackers, opened_trackers
 
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 

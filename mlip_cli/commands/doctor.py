@@ -147,14 +147,12 @@ def _compiler() -> Check:
     """The compiler that train.compile needs on this machine's best device."""
     import torch
 
-    from mlip_cli.devices import compiler, find_compiler
+    from mlip_cli.devices import find_compiler
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    language, command = compiler(device)
-    found = find_compiler(device)
+    wanted, found = find_compiler("cuda" if torch.cuda.is_available() else "cpu")
     if found is None:
         fix = "apt install g++; without one, leave train.compile at false"
-        return Check("compiler", "warn", f"no {language} compiler, {command}, for train.compile", fix)
+        return Check("compiler", "warn", f"no {wanted}, for train.compile", fix)
     return Check("compiler", "ok", f"{found}, for train.compile")
 
 

@@ -1,18 +1,17 @@
 """`mlip pretrain --dry-run`: shows what would run, and reads one sample of each data set at most."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from mlip_cli.commands.missing import missing_data, missing_sources
 from mlip_cli.data.open import open_sources
 from mlip_cli.distributed import world_size
 from mlip_cli.errors import UsageError
-from mlip_cli.evaluate.datasets.find import UnknownDataSetError, find_benchmark
 from mlip_cli.model.clip import CLIP, build_model
 from mlip_cli.profiling.flops import frequency_gflops, image_gflops, parameters, text_gflops
-from mlip_cli.recipe.config import Cache, Recipe, Source
+from mlip_cli.recipe.config import Recipe, Source
 from mlip_cli.recipe.load import LoadedRecipe, recipe_yaml
 from mlip_cli.runs.initial_weights import check_initial
 from mlip_cli.terminal.output import plural, print_json, print_lines, print_prose
@@ -71,8 +70,12 @@ def plan(recipe: Recipe, *, resumes: bool) -> Planned:
         check_initial(recipe)
     if recipe.model.freeze is not None:
         model.freeze(recipe.model.freeze)
-    device, steps, lines, missing = training_device(recipe), recipe.train.steps, [], list(_missing(recipe))
-    if not any(_missing_sources(recipe.data.train, recipe.data.cache)):
+
+    def look(source: Source) -> None:
+        open_sources([source], cache=recipe.data.cache)
+
+    device, steps, lines, missing = training_device(recipe), recipe.train.steps, [], list(missing_data(recipe, look))
+    if not any(missing_sources(recipe.data.train, look)):
         data = open_data(recipe)
         lines = preflight(data.datasets, data.order, recipe.train.global_batch_size, world_size())
         steps = data.total_steps
@@ -120,24 +123,3 @@ def _gflops(model: CLIP) -> dict[str, float]:
         "gflops_per_image_frequency_branch": frequency_gflops(model, model.training_plan),
         "gflops_per_text": text_gflops(model, model.context_length),
     }
-
-
-def _missing(recipe: Recipe) -> Iterator[str]:
-    """Missing data sets of the recipe, each with its cure."""
-    yield from _missing_sources(recipe.data.train, recipe.data.cache)
-    yield from _missing_sources(recipe.data.validation or (), recipe.data.cache)
-    for name in recipe.evaluate.zeroshot:
-        try:
-            find_benchmark(name)
-        except UnknownDataSetError:
-            raise
-        except UsageError as error:
-            yield str(error)
-
-
-def _missing_sources(sources: tuple[Source, ...], cache: Cache) -> Iterator[str]:
-    for source in sources:
-        try:
-            open_sources([source], cache=cache)
-        except UsageError as error:
-            yield str(error)

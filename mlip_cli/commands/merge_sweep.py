@@ -82,5 +82,6 @@ def check_sweep(
     if datasets and not wanted.found:
         raise next(iter(wanted.failures.values()))
     if VALIDATION in datasets:
-        check_there(recipe.data.validation or ())
+        for source in recipe.data.validation or ():
+            check_there(source)
     return checkpoint, wanted

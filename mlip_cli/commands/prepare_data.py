@@ -7,9 +7,9 @@ from pathlib import Path
 from mlip_cli.data.prepare.summary import next_commands
 from mlip_cli.data.prepare.workspace import DONE, Workspace, finished_summary
 from mlip_cli.data.sources.find import DataSource, find_source
-from mlip_cli.data.sources.records import ReadOptions, check_utf8
+from mlip_cli.data.sources.records import ReadOptions
 from mlip_cli.errors import UsageError
-from mlip_cli.paths import check_can_be_made
+from mlip_cli.paths import check_can_be_made, check_utf8
 from mlip_cli.terminal.output import print_json, say
 
 DEFAULT_SIZE = {"openmoji": 64}

@@ -1,11 +1,9 @@
 """`mlip pretrain`: checks without torch, then the training (commands/training.py), then the run folder on stdout."""
 
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
+from mlip_cli.commands.missing import missing_data
 from mlip_cli.errors import RunError, Stopped, UsageError
-from mlip_cli.evaluate.datasets.find import find_benchmark
 from mlip_cli.paths import check_can_be_made
 from mlip_cli.recipe.config import Recipe
 from mlip_cli.recipe.load import load_recipe
@@ -65,16 +63,7 @@ def check_data(recipe: Recipe) -> None:
     """
     from mlip_cli.data.open import check_there
 
-    sources = (*recipe.data.train, *(recipe.data.validation or ()))
-    checks: list[Callable[[], object]] = [partial(check_there, sources)]
-    checks += [partial(find_benchmark, name) for name in recipe.evaluate.zeroshot]
-    missing = []
-    for check in checks:
-        try:
-            check()
-        except UsageError as error:
-            missing.append(str(error))
-    if missing:
+    if missing := list(missing_data(recipe, check_there)):
         raise UsageError("\n".join(missing))
 
 

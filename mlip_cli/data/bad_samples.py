@@ -13,7 +13,7 @@ from mlip_cli.types import BadSample
 BAD_WINDOW = 10_000
 MAX_BAD_IN_A_ROW = 100
 CHANCE = 10
-"""As many bad samples may come early by chance, if `data.max_bad_share` allows as many of a whole window."""
+"""So many bad samples may come early by chance, if `data.max_bad_share` allows as many in a whole window."""
 DEVIATIONS = 3
 
 
@@ -50,7 +50,7 @@ class BadSampleLimit:
 
     @property
     def allowed(self) -> int:
-        """How many of the recent samples may be bad: the share of a whole window; of fewer, three deviations more."""
+        """How many of the recent samples may be bad: the share, and before the window is full three deviations more."""
         expected = self.max_bad_share * len(self.recent)
         by_chance = max(CHANCE, math.floor(expected + DEVIATIONS * math.sqrt(expected)))
         return min(round(self.max_bad_share * BAD_WINDOW), by_chance)

@@ -8,14 +8,13 @@ CACHE/KEY/*.tar, *.idx  whole files: a file gets its name when it is complete an
 All processes of the machine share it. mlip deletes only files that a killed process left half-written.
 """
 
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from mlip_cli.errors import RunError, UsageError
-from mlip_cli.files import GIB, lock
+from mlip_cli.files import GIB, free_bytes, lock
 from mlip_cli.paths import read_path, read_variable
 from mlip_cli.recipe.config import Cache
 from mlip_cli.terminal.output import say
@@ -83,7 +82,7 @@ class ShardCache:
                 f"more exceed the {self.most_bytes / GIB:g} allowed; set it higher, or delete folders that no run "
                 f"reads ({folders})"
             )
-        free = shutil.disk_usage(self.folder).free
+        free = free_bytes(self.folder)
         if needed > free:
             raise RunError(
                 f"{self.folder}: {needed / GIB:.2f} GiB needed, {free / GIB:.2f} GiB free on this disk; make room, or "

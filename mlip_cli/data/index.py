@@ -4,7 +4,6 @@ An index is little endian: a header of 56 bytes, then one record of 40 bytes a s
 Indexes of the first format hold width and height in the place of `crc32`. They are read, but not all damage shows.
 """
 
-import json
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +13,7 @@ import numpy as np
 
 from mlip_cli.data.tar import BLOCK, Member
 from mlip_cli.errors import RunError, UsageError
-from mlip_cli.files import write_bytes
+from mlip_cli.files import parse_object, write_bytes
 
 INDEX_MAGIC = b"MLIPIDX2"
 WITHOUT_CHECKSUMS = b"MLIPIDX1"
@@ -86,16 +85,11 @@ def place_of(record: np.void, *, is_prepared: bool) -> Place:
     """
     start, image, image_size, txt, txt_size, json_at, json_size, crc32, format, *_ = record.item()
     at = start - BLOCK if is_prepared else start
-    parts, end = {}, start
-    if image_size:
-        parts["image"] = at + image, image_size
-        end = at + image + image_size
-    if txt_size and not is_prepared:
-        parts["txt"] = at + txt, txt_size
-        end = max(end, at + txt + txt_size)
-    if json_size:
-        parts["json"] = at + json_at, json_size
-        end = max(end, at + json_at + json_size)
+    read = {"image": (at + image, image_size), "json": (at + json_at, json_size)}
+    if not is_prepared:
+        read["txt"] = at + txt, txt_size
+    parts = {part: place for part, place in read.items() if place[1]}
+    end = max((header + size for header, size in parts.values()), default=start)
     return Place(start, end + BLOCK, parts, crc32, format)
 
 
@@ -193,11 +187,11 @@ def parse_card(content: bytes, *, place: str, folder: str) -> dict[str, Any]:
         UsageError: it is not a card of mlip, or its data set holds no samples.
     """
     try:
-        card = json.loads(content)
+        card = parse_object(content)
         shards = [(shard["name"], int(shard["n"])) for shard in card["shards"]]
         fingerprint = card["fingerprint"]
     except (ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{place}: not written by mlip prepare-data ({error!r}); prepare the data again") from error
     if not fingerprint or sum(n for _, n in shards) == 0:
         raise UsageError(f"{folder}: the data set holds no samples; prepare it again (mlip prepare-data)")
-    return dict(card)
+    return card

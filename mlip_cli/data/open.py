@@ -2,7 +2,6 @@
 
 import shlex
 from collections.abc import Sequence
-from itertools import combinations
 from pathlib import Path
 
 from mlip_cli.data.dataset import ShardDataset
@@ -24,35 +23,24 @@ def open_sources(
         beside: other data sets in use; the cache must have room for them too.
 
     Raises:
-        UsageError: a folder is missing, not prepared, empty or listed twice, or the cache cannot hold what lies
-            elsewhere.
+        UsageError: a folder is missing, not prepared or empty, or the cache cannot hold what lies elsewhere.
         RunError: the network failed.
     """
     datasets = [_open_source(source, cache or Cache()) for source in sources]
-    for first, second in combinations(datasets, 2):
-        if first.place == second.place:
-            raise UsageError(f"{second.name}: the same data as {first.name}; list it once")
     check_fit([dataset.remote for dataset in (*beside, *datasets) if dataset.remote is not None])
     return datasets
 
 
-def check_there(sources: Sequence[Source]) -> None:
+def check_there(source: Source) -> None:
     """Check that local data is where the recipe says, without opening it: the rest needs more time.
 
     Raises:
-        UsageError: some is missing or not prepared, one line each.
+        UsageError: it is missing or not prepared.
     """
-    missing = []
-    for source in sources:
-        try:
-            if source.format == "webdataset":
-                find_source(source.path, format="webdataset")
-            elif not is_url(source.path):
-                check_prepared(Path(source.path))
-        except UsageError as error:
-            missing.append(str(error))
-    if missing:
-        raise UsageError("\n".join(missing))
+    if source.format == "webdataset":
+        find_source(source.path, format="webdataset")
+    elif not is_url(source.path):
+        check_prepared(Path(source.path))
 
 
 def _open_source(source: Source, cache: Cache) -> ShardDataset:

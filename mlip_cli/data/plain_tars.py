@@ -5,7 +5,6 @@ captions. It is made on first use and kept in the cache.
 """
 
 import hashlib
-import json
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -21,13 +20,13 @@ from mlip_cli.data.index import RECORD, place_parts, write_index
 from mlip_cli.data.prepare.workers import run_parallel
 from mlip_cli.data.sources.find import DataSource, find_source
 from mlip_cli.data.sources.listing import PassedOver
-from mlip_cli.data.sources.records import UnusableSampleError, json_bytes, split_of_folder, usable_captions
+from mlip_cli.data.sources.records import UnusableSampleError, json_bytes, usable_captions
 from mlip_cli.data.sources.tar_samples import Columns, TarNotes, TarSample, parts_of_sample, samples_of
-from mlip_cli.data.sources.tars import CAPTION_LINES, stated
+from mlip_cli.data.sources.tars import SEVERAL_CAPTIONS, splits_of_tars, stated
 from mlip_cli.data.tar import DamagedTarError, Member, OpenTar, check_not_compressed, open_tar, read_members
 from mlip_cli.data.tokenizer import count_tokens
 from mlip_cli.errors import RunError, UsageError
-from mlip_cli.files import GIB, full_disk_named, write_json
+from mlip_cli.files import GIB, full_disk_named, read_own_object, write_json
 from mlip_cli.paths import escaped
 from mlip_cli.recipe.config import Cache
 from mlip_cli.terminal.output import plural, say, warn
@@ -36,9 +35,9 @@ from mlip_cli.terminal.panel import progress
 MOST_NAMED = 10
 """Damaged tars that are named; more are counted."""
 ENOUGH_SAMPLES = 50
-"""Of so many, most must be usable."""
-RULES = 2
-"""Changes when samples are found in another way, so that older indexes in the cache are not read."""
+"""Most samples must be usable, if there are at least so many."""
+RULES = 3
+"""A number that is raised when samples are found in another way. Older indexes in the cache are not read then."""
 PARALLEL_BYTES = GIB
 """Below this, one process has read the tars before others have started."""
 
@@ -105,10 +104,10 @@ def index_tars(path: str, columns: Columns, cache: Cache) -> tuple[list[Path], l
 
 def _find(path: str) -> DataSource:
     source = find_source(path, format="webdataset")
-    splits = {split_of_folder(Path(name))[0] for name in source.tars()}
+    splits = set(splits_of_tars(source.tars()).values())
     if len(splits) > 1:
         words = ", ".join(sorted(split or "none" for split in splits))
-        raise UsageError(f"{path}: tars of several splits ({words}); name the folder of one")
+        raise UsageError(f"{path}: tars of several splits ({words}); name the folder of one, or a pattern")
     return source
 
 
@@ -122,7 +121,9 @@ def _indexed(
     if missing:
         with cache.locked(), full_disk_named(cache.folder, "make room, or set data.cache.folder"):
             _index_all(path, [pair for pair in missing if not _about(pair[1]).is_file()], columns)
-    return indexes, [IndexedTar(**json.loads(_about(index).read_bytes())) for index in indexes]
+    return indexes, [
+        IndexedTar(**read_own_object(_about(index), cure="remove it, and mlip makes it anew")) for index in indexes
+    ]
 
 
 def _index_all(path: str, pairs: Sequence[tuple[Path, Path]], columns: Columns) -> None:
@@ -209,7 +210,7 @@ def _index_record(tar: OpenTar, sample: TarSample, columns: Columns, notes: TarN
     record["num_captions"] = len(captions)
     record["num_tokens"] = count_tokens(caption.text for caption in captions)
     if info.has_lines:
-        notes.read_as.add(CAPTION_LINES, f"{tar.path}: {escaped(sample.key)}")
+        notes.read_as.add(SEVERAL_CAPTIONS, f"{tar.path}: {sample.key}")
     return record
 
 

@@ -89,9 +89,11 @@ def check_not_compressed(tar: Path, purpose: str) -> None:
     """
     if compression := compression_of(tar):
         _, tool = compression
-        raise UsageError(
-            f"{tar}: is {tool}, and {purpose} needs random access; unpack it: {tool} -dc < {tar} > UNPACKED.tar"
-        )
+        raise UsageError(f"{tar}: is {tool}, and {purpose} needs random access; {_unpack(tar, tool)}")
+
+
+def _unpack(tar: Path, tool: str) -> str:
+    return f"unpack it: {tool} -dc < {tar} > UNPACKED.tar"
 
 
 @contextmanager
@@ -112,7 +114,7 @@ def open_tar(path: Path) -> Iterator[OpenTar]:
         return
     format, tool = compression
     if format == "zstd":
-        raise UsageError(f"{path}: is zstd, which is not read; unpack it: {tool} -dc < {path} > UNPACKED.tar")
+        raise UsageError(f"{path}: is zstd, which is not read; {_unpack(path, tool)}")
     with closing(_decompressed(path, format)) as file, _damage_named(path, format):
         yield OpenTar(path, partial(_read_in_order, file), NO_END, True)
 

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from mlip_cli.evaluate.panels import MAP_COLORS, as_webp, panel_pictures, stage_panels
 from mlip_cli.evaluate.picture_results import DrawnPicture, DrawnSetting, DrawnStage, MergePicturesResult, StageTokens
-from mlip_cli.evaluate.sweep import FAILURES, ChosenPicture, Point, SweepDataset
+from mlip_cli.evaluate.sweep import ChosenPicture, Point, SweepDataset
+from mlip_cli.evaluate.wanted import FAILURES
 from mlip_cli.files import write_bytes
 from mlip_cli.runs.loading import LoadedRun
 from mlip_cli.runs.result_files import checked

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlip_cli.errors import RunError, UsageError, interrupted_as
+from mlip_cli.errors import UsageError, interrupted_as
 from mlip_cli.evaluate.datasets.benchmark import Benchmark
 from mlip_cli.evaluate.results import ZeroshotResult
 from mlip_cli.evaluate.statistics import paired
-from mlip_cli.evaluate.wanted import Failures
+from mlip_cli.evaluate.wanted import FAILURES, Failures
 from mlip_cli.runs.folder import Run, find_checkpoint, now
 from mlip_cli.terminal.output import plural, say, warn
 
@@ -170,7 +170,7 @@ def complete(rows: Mapping[str, Sequence[Measurement]]) -> tuple[dict[str, list[
     for dataset, own in rows.items():
         try:
             measured = _measure([row for row in own if row not in found], loaded)
-        except (UsageError, RunError, OSError) as error:
+        except FAILURES as error:
             failures[dataset] = error
             continue
         found |= measured

@@ -1,6 +1,5 @@
 """A merge sweep: speed and scores of one model at several merge rates, beside the unmerged model."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,7 +13,7 @@ from mlip_cli.data.prepare.summary import attributions
 from mlip_cli.data.sources.listing import PassedOver
 from mlip_cli.data.transforms import evaluation_transform
 from mlip_cli.devices import batch_named, device_name
-from mlip_cli.errors import RunError, UsageError
+from mlip_cli.errors import UsageError
 from mlip_cli.evaluate.datasets.benchmark import Benchmark
 from mlip_cli.evaluate.datasets.open import open_benchmark
 from mlip_cli.evaluate.evaluators import measure_runs
@@ -32,14 +31,12 @@ from mlip_cli.evaluate.results import (
 from mlip_cli.evaluate.retrieval import Ranks, image_text_ranks
 from mlip_cli.evaluate.statistics import paired
 from mlip_cli.evaluate.validation import ValidationPairs, validation_pairs
-from mlip_cli.evaluate.wanted import VALIDATION, WantedData
+from mlip_cli.evaluate.wanted import FAILURES, VALIDATION, WantedData
+from mlip_cli.files import read_object
 from mlip_cli.runs.folder import now
 from mlip_cli.runs.loading import LoadedRun
 from mlip_cli.runs.result_files import checked
 from mlip_cli.terminal.panel import progress
-
-FAILURES = (UsageError, RunError, OSError)
-"""Errors of one data set that let the others be measured."""
 
 PREPARED = frozenset({"openmoji", "shards", "imagenet_shards"})
 """Kinds of data sets that `prepare-data` writes, with a card."""
@@ -99,7 +96,7 @@ def numbers_at_random(wanted: int, num_pictures: int) -> list[int]:
 
 def _benchmark(benchmark: Benchmark, loaded: LoadedRun, *, batch_size: int) -> SweepDataset:
     is_prepared = benchmark.kind in PREPARED
-    cards = [json.loads((benchmark.root / "dataset.json").read_bytes())] if is_prepared else []
+    cards = [read_object(benchmark.root / "dataset.json")] if is_prepared else []
     return SweepDataset(
         name=benchmark.name,
         fingerprint=benchmark.fingerprint,

@@ -2,20 +2,24 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
-from mlip_cli.errors import UsageError
+from mlip_cli.errors import RunError, UsageError
 from mlip_cli.evaluate.datasets.benchmark import Benchmark
 from mlip_cli.evaluate.datasets.find import find_benchmark
-from mlip_cli.recipe import merge_plan
-from mlip_cli.recipe.config import Merging, Recipe
+from mlip_cli.recipe.config import Recipe
+from mlip_cli.recipe.merge_plan import METHODS, plan_of_recipe
 from mlip_cli.terminal.output import say
 
 VALIDATION = "validation"
 """Name of the run's own validation set."""
 
-SWEPT_METHODS = tuple(method for method in merge_plan.METHODS if method != "random_drop")
+SWEPT_METHODS = tuple(method for method in METHODS if method != "random_drop")
 """Methods that merge. `random_drop` is for training only; a run that trained with it is swept as guided."""
+
+FAILURES = (UsageError, RunError, OSError)
+"""Errors of one data set that let the others be measured."""
 
 Failures = dict[str, Exception]
 """Errors by the name of their data set."""
@@ -47,20 +51,9 @@ def check_rates(recipe: Recipe, rates: Sequence[float], methods: Sequence[str] =
     Raises:
         UsageError: no plan reaches a rate.
     """
-    vision, own = recipe.model.vision, recipe.model.merging or Merging()
-    if vision.depth is None or vision.patch_size is None:
-        return
-    drops = own.method == "random_drop"
-    for method in methods or ["guided" if drops else own.method]:
-        for rate in rates:
-            merge_plan.MergePlan.resolve(
-                depth=vision.depth,
-                num_patches=(recipe.data.image_size // vision.patch_size) ** 2,
-                rate=rate,
-                at=None if drops else own.at,
-                method=method,
-                stem=merge_plan.stem_depth(recipe.model.frequency),
-            )
+    swept: Sequence[str | None] = methods or [None]
+    for method, rate in product(swept, rates):
+        plan_of_recipe(recipe, rate, method)
 
 
 def wanted_names(recipe: Recipe, names: Sequence[str]) -> list[str]:
@@ -80,13 +73,13 @@ def find_wanted(names: Sequence[str], *, root: Path | None, own: str | None = No
     for name in dict.fromkeys(names):
         try:
             benchmark = None if name == own else find_benchmark(name, root=root)
-        except (UsageError, OSError) as error:
+        except FAILURES as error:
             wanted.failures[name] = error
             continue
         if benchmark is not None:
             first = names_of.setdefault((benchmark.kind, benchmark.root.resolve()), name)
             if first != name:
-                say(f"{name}: the same data as {first}")
+                say(f"{name}: this is the same data as {first}, which is measured once")
                 continue
         wanted.found[name] = benchmark
     return wanted

@@ -18,9 +18,9 @@ from mlip_cli.model.frequency import FrequencyBranch
 from mlip_cli.model.merging import patch_dct
 from mlip_cli.model.text import TextTower, caption_mask, pool_text, word_mask
 from mlip_cli.model.vision import ImageTower, TowerOutput
-from mlip_cli.recipe.config import LOSS_NAMES, Merging, Recipe
+from mlip_cli.recipe.config import LOSS_NAMES, Recipe
 from mlip_cli.recipe.config import Model as ModelConfig
-from mlip_cli.recipe.merge_plan import MergePlan
+from mlip_cli.recipe.merge_plan import MergePlan, plan_for
 from mlip_cli.types import VOCAB_SIZE, Batch, Encoded, ImageFeatures, MergeStage
 
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -153,25 +153,14 @@ class CLIP(nn.Module):
         }
 
     def merge_plan(self, rate: float, method: str | None = None) -> MergePlan:
-        """The plan for `rate`, with the places, guidance and strength of the recipe, or the defaults without any.
-
-        `method` None is the recipe's method, or guided if the recipe drops patches, since only training drops.
+        """The plan of this tower for `rate`, as `plan_for` makes it.
 
         Raises:
             UsageError: no plan reaches the rate, or the tower cannot merge.
         """
-        own = self.merging or Merging()
-        dropping = own.method == "random_drop"
-        method = method or ("guided" if dropping else own.method)
-        plan = MergePlan.resolve(
-            depth=self.vision.depth,
-            num_patches=self.vision.num_patches,
-            rate=rate,
-            at=own.at if dropping == (method == "random_drop") else None,
-            method=method,
-            guidance=own.guidance,
-            strength=own.strength,
-            stem=self.vision.stem_depth,
+        tower = self.vision
+        plan = plan_for(
+            self.merging, rate, method, depth=tower.depth, num_patches=tower.num_patches, stem=tower.stem_depth
         )
         if plan.at and not plan.drops:
             self.vision.check_merging()

@@ -37,13 +37,13 @@ class ProfiledModel:
     """Step of the checkpoint."""
 
 
-def load_profiled(target: str | None, device: str) -> ProfiledModel:
-    """The model of a run or a checkpoint (a folder), of the newest run (None), or of a recipe, with random weights.
+def load_profiled(target: str, device: str) -> ProfiledModel:
+    """The model of a run or a checkpoint (a folder), or of a recipe, with random weights.
 
     Raises:
         UsageError: there is no such run or recipe.
     """
-    if target is None or Path(target).is_dir():
+    if Path(target).is_dir():
         run = load_run(target, device=device)
         model = _as_trained(run.model, run.recipe)
         return ProfiledModel(f"{run.label}, step {run.step}", run.recipe, model, run.device, run.run, run.step)

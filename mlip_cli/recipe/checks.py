@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from mlip_cli.errors import UsageError
 from mlip_cli.paths import is_elsewhere
 from mlip_cli.recipe.config import LOSS_NAMES, Recipe, Source
-from mlip_cli.recipe.merge_plan import DEFAULT, MergePlan, default_places, stem_depth, wrong_places, wrong_stem
+from mlip_cli.recipe.merge_plan import DEFAULT, default_places, plan_of_recipe, stem_depth, wrong_places, wrong_stem
 
 Found = Iterator[tuple[str, str]]
 
@@ -137,14 +137,7 @@ def _merging(recipe: Recipe) -> Found:
     if not vision.depth or not vision.patch_size or recipe.data.image_size % vision.patch_size:
         return
     try:
-        MergePlan.resolve(
-            depth=vision.depth,
-            num_patches=(recipe.data.image_size // vision.patch_size) ** 2,
-            rate=merging.rate,
-            at=merging.at,
-            method=method,
-            stem=stem,
-        )
+        plan_of_recipe(recipe, merging.rate, method)
     except UsageError as error:
         yield "model.merging.rate", str(error)
 

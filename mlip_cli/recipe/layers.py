@@ -6,6 +6,7 @@ Some keys exclude each other. Whoever sets one of them in a later layer need not
 from dataclasses import dataclass
 from typing import Any
 
+from mlip_cli.recipe.checks import SIZES
 from mlip_cli.recipe.schema import dotted
 from mlip_cli.recipe.tree import Key, Tree, merge
 
@@ -26,13 +27,13 @@ STEPS, EPOCHS, TIMM, FREQUENCY = (
     ("model", "vision", "timm"),
     ("model", "frequency"),
 )
-SIZES = tuple(("model", "vision", name) for name in ("patch_size", "width", "depth", "num_heads"))
+OF_VISION: tuple[Key, ...] = tuple(("model", "vision", name) for name in SIZES)
 
 EXCLUSIONS = (
     Exclusion(STEPS, (EPOCHS,)),
     Exclusion(EPOCHS, (STEPS,)),
-    Exclusion(TIMM, SIZES),
-    *(Exclusion(size, (TIMM,)) for size in SIZES),
+    Exclusion(TIMM, OF_VISION),
+    *(Exclusion(size, (TIMM,)) for size in OF_VISION),
     Exclusion(FREQUENCY, (("losses", "frequency_global"), ("losses", "frequency_token")), is_null=True),
 )
 

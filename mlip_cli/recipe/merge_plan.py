@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Self, get_args
 
 from mlip_cli.errors import UsageError
-from mlip_cli.recipe.config import Frequency, Merging
+from mlip_cli.recipe.config import Frequency, Merging, Recipe
 
 MOST_IN_ONE_MERGE = 0.35
 """A single merge of a larger share of the tokens leaves guidance little to decide."""
@@ -214,3 +214,38 @@ class MergePlan:
             for block in range(1, depth + 1)
         )
         return cls(tokens, num_patches, method, tuple(counts), guidance, strength)
+
+
+def plan_for(
+    merging: Merging | None, rate: float, method: str | None = None, *, depth: int, num_patches: int, stem: int
+) -> MergePlan:
+    """The plan for `rate`, with the places, guidance and strength of the recipe, or the defaults without any.
+
+    `method` None is the recipe's method, or guided if the recipe drops patches, since only training drops.
+
+    Raises:
+        UsageError: no plan reaches the rate.
+    """
+    own = merging or DEFAULT
+    drops = merge_method(own.method).drops
+    method = method or ("guided" if drops else own.method)
+    return MergePlan.resolve(
+        depth=depth,
+        num_patches=num_patches,
+        rate=rate,
+        at=own.at if drops == merge_method(method).drops else None,
+        method=method,
+        guidance=own.guidance,
+        strength=own.strength,
+        stem=stem,
+    )
+
+
+def plan_of_recipe(recipe: Recipe, rate: float, method: str | None = None) -> MergePlan | None:
+    """The same for the recipe's image tower; None if timm names the tower, whose depth only torch knows."""
+    vision = recipe.model.vision
+    if vision.depth is None or vision.patch_size is None:
+        return None
+    num_patches = (recipe.data.image_size // vision.patch_size) ** 2
+    stem = stem_depth(recipe.model.frequency)
+    return plan_for(recipe.model.merging, rate, method, depth=vision.depth, num_patches=num_patches, stem=stem)

@@ -4,7 +4,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 
-from mlip_cli.data.sources.listing import shown
 from mlip_cli.evaluate.results import (
     PairedTest,
     Recalls,
@@ -14,6 +13,7 @@ from mlip_cli.evaluate.results import (
     ZeroshotSweep,
 )
 from mlip_cli.evaluate.statistics import BELOW_CHANCE, MANY_CLASSES, Interval, is_below_chance
+from mlip_cli.paths import escaped
 from mlip_cli.profiling.result import ProfileResult
 from mlip_cli.terminal.output import percent, plural, print_lines, print_prose, print_table
 
@@ -62,7 +62,7 @@ def print_tables(tables: Iterable[Table], *, notes: Sequence[str] = ()) -> None:
         if number:
             print_lines("")
         cells = [[str(cell) if isinstance(cell, Spread) else cell for cell in row] for row in table.rows]
-        print_table(table.columns, cells, title=shown(table.title) if table.title else None)
+        print_table(table.columns, cells, title=escaped(table.title) if table.title else None)
         for note in table.notes:
             print_prose(note)
     if notes:

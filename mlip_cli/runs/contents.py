@@ -1,12 +1,11 @@
 """What run.json, data.json and metrics.jsonl of a run hold, as values that are checked when they are read. No torch."""
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mlip_cli.files import read_object
+from mlip_cli.files import parse_object, read_object
 from mlip_cli.runs.result_files import checked
 
 
@@ -60,7 +59,7 @@ class Provenance:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Spread:
+class Statistic:
     """A statistic of the samples."""
 
     min: int | float
@@ -78,7 +77,7 @@ class DataCard:
     num_samples: int
     num_bytes: int | None = None
     provenance: Provenance = Provenance()
-    spreads: dict[str, Spread] = field(default_factory=dict)
+    spreads: dict[str, Statistic] = field(default_factory=dict)
     """Statistics by name."""
     classes: dict[str, int] = field(default_factory=dict)
     """Samples of the most frequent classes."""
@@ -116,7 +115,7 @@ def read_cards(path: Path) -> dict[str, DataCard]:
     return cards
 
 
-MetricsLine = dict[str, Any]
+MetricsLine = Mapping[str, Any]
 """Numbers by name, `step` among them; None where a number was not finite."""
 
 
@@ -126,11 +125,8 @@ def metrics_line(text: str) -> MetricsLine:
     Raises:
         ValueError: it is not one.
     """
-    try:
-        line = json.loads(text, parse_constant=lambda name: None)
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-    if not isinstance(line, dict) or not isinstance(line.get("step"), int):
+    line = parse_object(text, constant=lambda name: None)
+    if not isinstance(line.get("step"), int):
         raise ValueError("no step")
     if not all(isinstance(value, int | float | None) for value in line.values()):
         raise ValueError("not only numbers")

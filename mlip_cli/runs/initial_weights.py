@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
-from mlip_cli.data.packages import open_clip_folder
+from mlip_cli.data.packages import package_folder
 from mlip_cli.errors import UsageError
 from mlip_cli.model.clip import CLIP
 from mlip_cli.model.frequency import regrid_kernel
@@ -141,7 +141,7 @@ def open_clip_configuration(name: str) -> dict[str, Any]:
     Raises:
         UsageError: OpenCLIP has no configuration of this name.
     """
-    files = {path.stem: path for path in (open_clip_folder() / "model_configs").glob("*.json")}
+    files = {path.stem: path for path in (package_folder("open_clip") / "model_configs").glob("*.json")}
     if name not in files:
         close = ", ".join(difflib.get_close_matches(name, files, 3)) or "ViT-B-32-quickgelu"
         raise UsageError(f"model.init: OpenCLIP has no architecture {name!r}; names look like {close}")

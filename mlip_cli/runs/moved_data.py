@@ -14,7 +14,7 @@ ROLES = {"data.train": "training", "data.validation": "validation"}
 Change = tuple[str, Any, Any]
 """Key of the recipe, old value, new value."""
 
-Place = tuple[str, str]
+DataPlace = tuple[str, str]
 """Folder or URL of a data set, and its fingerprint."""
 
 
@@ -33,7 +33,7 @@ def move_in_words(change: Change) -> str:
     return f"{key}: the same data lies elsewhere now: {', '.join(moved)}"
 
 
-def changed_data(before: Sequence[Place], now: Sequence[Place]) -> str:
+def changed_data(before: Sequence[DataPlace], now: Sequence[DataPlace]) -> str:
     """Words for the data sets that are not what they were; an empty text if all fingerprints are equal."""
     pairs = zip_longest(before, now, fillvalue=("no data set", ""))
     return "; ".join(f"{_in_words(old)} is now {_in_words(new)}" for old, new in pairs if old[1] != new[1])
@@ -74,6 +74,6 @@ def check_moves(run: Run, recipe: Recipe, changes: Iterable[Change]) -> None:
         )
 
 
-def _in_words(place: Place) -> str:
+def _in_words(place: DataPlace) -> str:
     path, fingerprint = place
     return f"{path} (fingerprint {fingerprint[:16]})" if fingerprint else path

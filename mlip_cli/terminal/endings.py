@@ -110,6 +110,10 @@ def _fail(message: str, code: int) -> int:
         traceback.print_exc()
     # Every rank prints its error: it may concern one machine only.
     who = "" if is_main() else f"rank {os.environ['RANK']}: "
-    for line in message.split("\n"):
-        print(f"{who}error: {escaped(line)}", file=sys.stderr)
+    try:
+        for line in message.split("\n"):
+            print(f"{who}error: {escaped(line)}", file=sys.stderr)
+    except ReaderLeft:
+        drop_streams()
+        return 128 + signal.SIGPIPE
     return code

@@ -38,9 +38,9 @@ def checked_path(value: Path | None) -> Path | None:
     return None if value is None else Path(_read(read_path, str(value)))
 
 
-def checked_text(value: str) -> str:
+def checked_text(value: str | None) -> str | None:
     """A path that may also be a name."""
-    return _read(read_path, value)
+    return None if value is None else _read(read_path, value)
 
 
 def split_datasets(text: str) -> list[str]:

@@ -1,6 +1,5 @@
 """Save a running training as a checkpoint, and restore it to the bit."""
 
-import shutil
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -11,7 +10,7 @@ import torch.distributed as dist
 
 from mlip_cli.distributed import from_all, full_on_main, parallel, rank, sharded_like, world_size
 from mlip_cli.errors import UsageError
-from mlip_cli.files import GIB
+from mlip_cli.files import GIB, free_bytes
 from mlip_cli.recipe.config import Train
 from mlip_cli.runs.checkpoint import (
     TRAINING_WEIGHTS,
@@ -130,8 +129,7 @@ def check_room(folder: Path, training: Training, config: Train, *, steps: int) -
         UsageError: not one more fits.
     """
     size, keep, every = checkpoint_bytes(training), config.keep, config.checkpoint_every
-    above = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
-    free, num_present = from_all((shutil.disk_usage(above).free, len(whole_checkpoints(folder))))[0]
+    free, num_present = from_all((free_bytes(folder), len(whole_checkpoints(folder))))[0]
     is_free = f"{free / GIB:.2f} GiB are free on this disk"
     if free < size:
         cure = "make room and go on with --resume" if num_present else "make room, or name another --out"

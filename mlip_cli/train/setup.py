@@ -10,7 +10,7 @@ from mlip_cli.data.loader import default_num_workers, training_loader
 from mlip_cli.data.open import open_sources
 from mlip_cli.data.order import Order
 from mlip_cli.data.pictures import jpeg_decoder
-from mlip_cli.devices import compiler, find_compiler, pick_device
+from mlip_cli.devices import find_compiler, pick_device
 from mlip_cli.distributed import rank, world_size, wrap
 from mlip_cli.errors import UsageError
 from mlip_cli.losses.objective import Objective
@@ -54,9 +54,9 @@ def training_device(recipe: Recipe) -> torch.device:
             f"train.precision: fp16 needs CUDA, and train.device {recipe.train.device} is {device.type} here; "
             "use bf16 or fp32"
         )
-    if recipe.train.compile and find_compiler(device.type) is None:
-        language, command = compiler(device.type)
-        raise UsageError(f"train.compile: needs a {language} compiler, {command}; apt install g++, or set it to false")
+    wanted, found = find_compiler(device.type)
+    if recipe.train.compile and found is None:
+        raise UsageError(f"train.compile: needs a {wanted}; apt install g++, or set it to false")
     return device
 
 

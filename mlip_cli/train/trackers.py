@@ -2,7 +2,7 @@
 
 import os
 import secrets
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -10,11 +10,9 @@ from typing import Any, Literal, Protocol
 from mlip_cli.errors import Stopped, UsageError
 from mlip_cli.files import write_text
 from mlip_cli.recipe.config import Log
+from mlip_cli.runs.contents import MetricsLine
 from mlip_cli.runs.folder import Run
 from mlip_cli.terminal.output import say, warn
-
-MetricsLine = Mapping[str, float | None]
-"""A line of metrics.jsonl; None stands for a number that is not finite."""
 
 MOST_FINISHING_S = 20.0
 """W&B may send the rest for so long when a training ends; schedulers often wait 30 s after SIGTERM."""

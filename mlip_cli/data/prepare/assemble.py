@@ -6,7 +6,6 @@ workers nor on the order of their work.
 
 import json
 import os
-import shutil
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -24,13 +23,13 @@ from mlip_cli.data.prepare.summary import SplitSummary, Summary, next_commands
 from mlip_cli.data.prepare.workers import run_parallel
 from mlip_cli.data.prepare.workspace import PartOptions, PartResult, Workspace, opened
 from mlip_cli.data.sources.find import DataSource, read_records
-from mlip_cli.data.sources.listing import PassedOver
+from mlip_cli.data.sources.listing import PassedOver, is_unread_picture
 from mlip_cli.data.sources.openmoji import attribution
 from mlip_cli.data.sources.records import MAX_HELD_OUT, SPLITS, ReadOptions, held_out_share, parts_of
-from mlip_cli.data.sources.survey import Survey, cure_for, passed_over, surveyed
+from mlip_cli.data.sources.survey import Survey, passed_over, surveyed
 from mlip_cli.data.sources.table_layouts import missing_shards
 from mlip_cli.errors import RunError, UsageError, interrupted_as
-from mlip_cli.files import GIB, full_disk_named
+from mlip_cli.files import GIB, free_bytes, full_disk_named
 from mlip_cli.paths import escaped
 from mlip_cli.terminal.output import plural, say, warn
 from mlip_cli.terminal.panel import progress
@@ -38,6 +37,11 @@ from mlip_cli.terminal.panel import progress
 FIRST_ROWS = 1_000
 """This many rows are enough to see that most rows of a source fail. Fewer than FEWEST_ROWS are not."""
 FEWEST_ROWS = 10
+CURES = {
+    "caption is not UTF-8": "save the texts as UTF-8, for example with iconv -f latin1 -t utf-8",
+    "caption too long": "cut the texts: training reads the first words alone",
+}
+"""What helps where most rows fail for a reason that does not say it."""
 
 BYTES_A_PIXEL = 0.5
 """Estimate for the check of disk space: between JPEG and lossless WebP of photographs at 256 pixels."""
@@ -64,7 +68,7 @@ def prepare(source: DataSource, out: Path, read: ReadOptions, request: dict[str,
     with progress(None, "counting rows"):
         survey = surveyed(source, read)
     passed = passed_over(source, survey)
-    _say_understood(source, read, survey, passed)
+    _say_understood(source, survey, passed)
     _check_disk(
         out, num_rows=survey.pictures, size=request["size"], source_bytes=sum(file.size for file in source.files)
     )
@@ -109,18 +113,19 @@ def prepare(source: DataSource, out: Path, read: ReadOptions, request: dict[str,
     return summary
 
 
-def _say_understood(source: DataSource, read: ReadOptions, survey: Survey, passed: PassedOver) -> None:
+def _say_understood(source: DataSource, survey: Survey, passed: PassedOver) -> None:
     """What was understood of the source, the first pairs, what is not read, and what looks wrong."""
     say(f"{source.name}: {source.describe()}; {survey.in_words()}")
     source.notes.tell_readings(source.name, say=say)
     if source.format == "metadata":
-        say("; ".join(dict.fromkeys(plan.in_words() for plan in source.planned_tables(read))))
+        say("; ".join(dict.fromkeys(plan.in_words() for plan in source.table_plans)))
     if survey.first:
         say(f"first: {'; '.join(survey.first)}")
     if survey.spelled.counts:
         say(survey.spelled.in_words())
     if passed.counts:
-        say(f"not read: {passed.in_words()}{cure_for(passed)}")
+        cure = "; convert the pictures among them to JPEG" if any(map(is_unread_picture, source.names)) else ""
+        say(f"not read: {passed.in_words()}{cure}")
     if source.is_folder and source.format == "metadata" and (missing := missing_shards(source.tables)):
         warn(missing)
     for name, why in source.unread_tables.items() if source.format == "classes" else ():
@@ -171,12 +176,18 @@ def _check_first_rows(work: Workspace, results: Mapping[int, PartResult]) -> Non
 
 
 def _check_reasons(work: Workspace, results: Sequence[PartResult], *, enough: int, which: str) -> None:
-    """Raise a SourceError where most of the rows fail for one reason. `which` rows these are is said."""
+    """Check that the rows do not mostly fail for one reason. `which` says which rows these are.
+
+    Raises:
+        SourceError: they do.
+    """
     rows = sum(result.rows for result in results)
     for reason, n in _reasons(results).most_common(1):
         if rows >= enough and n > rows / 2:
             example = _first_reject(work, results)
-            raise SourceError(f"{n} of the {which}{rows} rows fail for the same reason: {reason} (first: {example})")
+            cure = f"; {CURES[reason]}" if reason in CURES else ""
+            same = f"{n} of the {which}{rows} rows fail for the same reason: {reason} (first: {example}){cure}"
+            raise SourceError(same)
 
 
 def _reasons(results: Sequence[PartResult]) -> Counter[str]:
@@ -207,7 +218,8 @@ def _write_splits(
     table = np.concatenate(tables)
     if not len(table):
         rows = plural(sum(result.rows for result in results), "row")
-        raise SourceError(f"none of the {rows} became a sample (first: {_first_reject(work, results)})")
+        reasons = ", ".join(f"{n:,} x {reason}" for reason, n in _reasons(results).most_common())
+        raise SourceError(f"none of the {rows} became a sample: {reasons} (first: {_first_reject(work, results)})")
     starts = np.cumsum([len(part) for part in tables])[:-1]
     places = np.split(assign_splits(table, holdout=holdout), starts)
     work.finished.mkdir()
@@ -280,7 +292,7 @@ def _check_disk(out: Path, *, num_rows: int, size: int, source_bytes: int) -> No
     if source_bytes:
         sample = min(sample, 2 * source_bytes / max(1, num_rows))
     needed = int(2 * num_rows * (sample + BYTES_A_SAMPLE))
-    free = shutil.disk_usage(next(folder for folder in (out, *out.absolute().parents) if folder.exists())).free
+    free = free_bytes(out)
     if needed > free:
         raise UsageError(
             f"{out}: about {needed / GIB:.1f} GiB needed, {free / GIB:.1f} GiB free on this disk; make room, name a "

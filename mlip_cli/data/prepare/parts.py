@@ -15,11 +15,11 @@ from mlip_cli.data.pictures import RejectedPictureError
 from mlip_cli.data.prepare.pixels import StoredPicture, store
 from mlip_cli.data.prepare.shards import PART_ROW, sample_parts, tar_writer, verify_tar
 from mlip_cli.data.prepare.workspace import PartOptions, PartResult
-from mlip_cli.data.sources.records import SPLITS, PictureBytes, PicturePlace, Record, SourcePart, encodable
+from mlip_cli.data.sources.records import SPLITS, PictureBytes, PicturePlace, Record, SourcePart
 from mlip_cli.data.tar import read_decompressed
 from mlip_cli.data.tokenizer import count_tokens
 from mlip_cli.files import atomic_path, write_bytes, write_json
-from mlip_cli.paths import escaped
+from mlip_cli.paths import encodable, escaped
 
 MAX_FILE_BYTES = 512 << 20
 NO_SPLIT = 255

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 SHARD_SAMPLES = 10_000
 SHARD_BYTES = 512 << 20
-SIZES = ("width", "height", "original_width", "original_height")
+SIZE_FIELDS = ("width", "height", "original_width", "original_height")
 """Fields of KEY.json, of which dataset.json tells minimum, median, mean and maximum."""
 TAR_RECORD = 20 * BLOCK
 """Tars are padded to a multiple of this."""
@@ -92,7 +92,7 @@ def verify_tar(path: Path, num_tokens: Sequence[int] | NDArray[np.uint16]) -> Ve
             if not KEY.fullmatch(key) or key in keys or len(keys) == len(records):
                 raise RunError(f"{path}: read again, its sample {key!r} is not what was written; is the disk sound?")
             fields = _index_sample(path, file.fileno(), records[len(keys)], parts)
-            sizes.append([fields[name] for name in SIZES])
+            sizes.append([fields[name] for name in SIZE_FIELDS])
             caption_words += [len(caption["text"].split()) for caption in fields["captions"]]
             captions.update(hash(caption["text"]) for caption in fields["captions"])
             classes.update([] if fields["class"] is None else [fields["class"]])
@@ -102,7 +102,7 @@ def verify_tar(path: Path, num_tokens: Sequence[int] | NDArray[np.uint16]) -> Ve
     if len(keys) != len(records):
         raise RunError(f"{path}: read again, it has {len(keys)} of {len(records)} samples; is the disk sound?")
     distinct = np.array(list(captions), np.int64)
-    numbers = np.array(sizes, np.int64).reshape(-1, len(SIZES))
+    numbers = np.array(sizes, np.int64).reshape(-1, len(SIZE_FIELDS))
     return VerifiedTar(records, numbers, caption_words, distinct, classes, num_bytes, sha256)
 
 
@@ -134,7 +134,7 @@ def _statistics(tars: Sequence[VerifiedTar]) -> dict[str, Any]:
     classes = sum((tar.classes for tar in tars), Counter[str]())
     formats = Counter(FORMATS[code] for code in records["format"])
     return {
-        **{name: _spread(sizes[:, column]) for column, name in enumerate(SIZES)},
+        **{name: _spread(sizes[:, column]) for column, name in enumerate(SIZE_FIELDS)},
         "image_bytes": _spread(records["image_size"]),
         "captions": _spread(records["num_captions"]),
         "words": _spread(words),

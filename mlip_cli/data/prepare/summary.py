@@ -1,6 +1,5 @@
 """The summary of prepared data: what prepared.json holds, what a user reads of it, and the next command."""
 
-import json
 import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -9,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlip_cli.data.sources.records import MAX_HELD_OUT, held_out_share
 from mlip_cli.errors import UsageError
+from mlip_cli.files import read_object
 from mlip_cli.terminal.output import plural, print_table, say, say_to_copy, warn
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ class Summary:
             UsageError: the file is not one of ours.
         """
         try:
-            fields = json.loads(path.read_bytes())
+            fields = read_object(path)
             splits = {split: SplitSummary(**values) for split, values in fields["splits"].items()}
             earlier = {"pictures": fields["rows"], "passed_over": {}}  # each row was a picture, and nothing was counted
             return cls(**(earlier | fields | {"splits": splits}))
@@ -105,7 +105,7 @@ class Summary:
             warn(f"fewer than {FEWEST_TO_TRAIN} samples to train on: too few for a contrastive loss")
 
     def _show_held_out(self) -> None:
-        holdout = held_out_share(self.request["holdout"], self.rows)
+        holdout = held_out_share(self.request["holdout"], self.pictures)
         if self.held_out:
             num_held_out = self.splits["validation"].num_samples
             num_samples = plural(self.pictures - self.rejects, "sample")

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from mlip_cli.data.prepare.summary import Summary
-from mlip_cli.data.sources.records import escaped
 from mlip_cli.errors import UsageError
 from mlip_cli.files import lock, read_own_object, remove, sync_folder, write_json
+from mlip_cli.paths import escaped
 
 OWN_FOLDER = ".prepare"
 DONE = "prepared.json"
@@ -49,10 +49,6 @@ class PartResult:
     """Rejects by reason."""
     source_rows: int = 0
     """Rows of the source. Those that share a picture became one."""
-
-    @property
-    def rejects(self) -> int:
-        return sum(self.reasons.values())
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
-"""Captions as the cells of tables hold them, and what captions are that hardly anyone means to train on."""
+"""Captions as the cells of tables and the texts of samples hold them, and captions that hardly anyone wants."""
 
 import ast
 import io
 import json
+import math
 import re
 import tokenize
 from collections import Counter
@@ -10,27 +11,28 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from mlip_cli.data.sources.records import Caption, captions_of
+from mlip_cli.data.sources.records import Caption
 from mlip_cli.paths import escaped
 
 MOST_LOOKED_AT = 20_000
-"""The first captions tell what all look like."""
+"""Captions that are looked at: the first ones tell what all look like."""
 MANY = 0.5
-"""This share of captions of one odd kind is worth a warning."""
+"""A warning is given if more than this share of the captions is of one odd kind,"""
 SOME = 0.05
-"""This share is, where the caption is the word for a value that is missing."""
+"""or if more than this share is words for a missing value."""
 FEWEST = 3
+"""No warning is given of fewer captions."""
 LOOKED_AT = 300
 """Characters of a caption that tell its looks."""
 LONGEST_LIST = 1 << 20
 """Characters of a cell in which a list is looked for."""
-SHOWN = 60
+MOST_CHARACTERS = 60
 """Characters of a caption in a message."""
 
 TEXT_KEYS = ("text", "caption", "raw", "sentence")
 """Where the objects of a list hold their text."""
 ASKED, ANSWERED = ("from", "role"), ("value", "content")
-ANSWERS = ("gpt", "assistant", "model")
+ANSWERING = ("gpt", "assistant", "model")
 
 ODD = {
     "lists": re.compile(r"\[.*\]$|[\[(]\s*['\"]|\{.*\}$", re.DOTALL),
@@ -39,6 +41,7 @@ ODD = {
     ),
     "numbers": re.compile(r"[-+]?[0-9][0-9., ]*$"),
     "ids": re.compile(r"(?=\S*[0-9])[\w-]{12,}$|[a-zA-Z]{0,4}[_-]?[0-9]{3,}$"),
+    "bytes as Python shows them": re.compile(r"b'.*'$|b\".*\"$", re.DOTALL),
     "HTML": re.compile(
         r".*(</?(p|b|i|a|br|div|span|img|h[1-6]|li|ul|em|strong|html)\b[^>]{0,99}>|&(amp|lt|gt|quot|nbsp|#[0-9]+);)",
         re.DOTALL | re.IGNORECASE,
@@ -47,17 +50,48 @@ ODD = {
 MISSING = frozenset(("nan", "none", "null", "n/a", "na", "#n/a", "<na>", "undefined", "nil"))
 
 
-def captions_in(cell: Any) -> tuple[Caption, ...]:
-    """The captions of a cell: a text, a list, a list that is written as a text, or a talk about a picture."""
-    if isinstance(cell, str):
-        return captions_of(listed(cell) or cell)
-    if isinstance(cell, list) and any(isinstance(turn, dict) and turn.keys() & set(ASKED) for turn in cell):
-        return captions_of(_first_answer(cell))
-    return captions_of([_text_of(item) for item in cell] if isinstance(cell, list | tuple) else _text_of(cell))
+def captions_of(value: Any) -> tuple[Caption, ...]:
+    """The captions of a cell or of a key of KEY.json: a text, a list, a list written as a text, or a conversation.
+
+    The items of a list are texts or objects such as {text, weight}. Other values give no captions.
+    """
+    if isinstance(value, str):
+        value = listed(value) or value
+    elif isinstance(value, list) and any(isinstance(turn, dict) and turn.keys() & set(ASKED) for turn in value):
+        value = _first_answer(value)
+    values = value if isinstance(value, list | tuple) else [value]
+    return tuple(caption for caption in map(_caption, values) if caption)
+
+
+def caption_lines(text: str) -> list[str]:
+    """The captions of a text: its lines if there are several and none of them is empty, else the whole."""
+    lines = text.strip().splitlines()
+    return lines if len(lines) > 1 and all(line.strip() for line in lines) else [text]
+
+
+def _caption(item: Any) -> Caption | None:
+    if isinstance(item, str):
+        return Caption(item)
+    if not isinstance(item, dict):
+        return None
+    text = next((item[key] for key in TEXT_KEYS if isinstance(item.get(key), str)), None)
+    return None if text is None else Caption(text, _weight(item.get("weight", 1.0)))
+
+
+def _weight(value: Any) -> float:
+    try:
+        return float(value) if isinstance(value, int | float) else math.nan
+    except OverflowError:  # JSON has integers that no float can hold
+        return math.inf
+
+
+def captions_of_text(text: str) -> tuple[Caption, ...]:
+    """The captions of a file of text: those of a list, else its lines (see `caption_lines`)."""
+    return captions_of(listed(text) or caption_lines(text))
 
 
 def listed(text: str) -> list[str] | None:
-    """The texts of a list in JSON's, Python's or NumPy's words, or None where `text` is no such list."""
+    """The texts of a list in JSON's, Python's or NumPy's words, or None if `text` is not such a list."""
     text = text.strip()
     if not (text.startswith("[") and text.endswith("]")) or len(text) > LONGEST_LIST:
         return None
@@ -83,17 +117,9 @@ def _python_texts(text: str) -> Iterator[str | None]:
 def _first_answer(turns: list[Any]) -> str | None:
     """What the model says first, in the talks of LLaVA and its like."""
     for turn in turns:
-        if isinstance(turn, dict) and any(turn.get(key) in ANSWERS for key in ASKED):
+        if isinstance(turn, dict) and any(turn.get(key) in ANSWERING for key in ASKED):
             return next((turn[key] for key in ANSWERED if isinstance(turn.get(key), str)), None)
     return None
-
-
-def _text_of(item: Any) -> Any:
-    """`{"raw": "a dog", "sentid": 3}` -> `{"text": "a dog", ...}`, as `captions_of` wants it."""
-    if isinstance(item, dict) and "text" not in item:
-        key = next((key for key in TEXT_KEYS if isinstance(item.get(key), str)), None)
-        return item | {"text": item[key]} if key else item
-    return item
 
 
 @dataclass
@@ -143,4 +169,4 @@ def _quoted(texts: list[str]) -> str:
 def shortened(text: str) -> str:
     """A caption in a message: in quotes, on one line, not long."""
     text = escaped(text)
-    return f'"{text if len(text) <= SHOWN else text[:SHOWN] + "..."}"'
+    return f'"{text if len(text) <= MOST_CHARACTERS else text[:MOST_CHARACTERS] + "..."}"'

@@ -1,10 +1,12 @@
 """The levels of a tree of pictures: folders of splits, folders that wrap others, and the folders below."""
 
 import re
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
-from mlip_cli.data.sources.records import split_of_name
+from mlip_cli.data.sources.records import split_in_name, split_of_folder, split_of_name
 
 NO_CLASS = re.compile(
     "(?:image|img|picture|pic|photo|data|dataset|jpg|jpeg|png|jpegimage|rgb|raw|file|frame|thumb|thumbnail|mask|label|"
@@ -18,7 +20,7 @@ Step = Mapping[str, str | None]
 
 @dataclass
 class Folder:
-    """Pictures, those of unread kinds too."""
+    """A folder, with the number of pictures in it and below it; those of unread kinds count too."""
 
     total: int = 0
     folders: dict[str, "Folder"] = field(default_factory=dict)
@@ -57,20 +59,12 @@ def inside_of(folders: Sequence[Folder]) -> dict[str, list[Folder]]:
 
 def _splits(level: Mapping[str, Sequence[Folder]]) -> dict[str, str | None]:
     """Folders of splits among others, by their names; a class `train` beside `bus` has no folders inside."""
-    found = {name: split for name in level if (split := split_of_name(name))}
-    if not found or len(found) < len(level):
-        loose = {name: split for name in level if (split := _split_in(name))}
-        if len(loose) == len(level) and len(set(loose.values())) > 1:  # cars_train, cars_test
-            return dict(loose)
-        inside = inside_of([folder for name in found for folder in level[name]])
-        return dict(found) if len(inside) > 1 else {}
-    return dict(found)
-
-
-def _split_in(name: str) -> str | None:
-    """The split of a name of several words, one of which is a split's."""
-    found = {split for word in re.findall(r"[a-z]+", name.lower()) if (split := split_of_name(word))}
-    return found.pop() if len(found) == 1 else None
+    found: dict[str, str | None] = {name: split for name in level if (split := split_of_name(name))}
+    loose: dict[str, str | None] = {name: split for name in level if (split := split_in_name(name))}
+    if len(found) < len(level) == len(loose) and len(set(loose.values())) > 1:  # cars_train, cars_test
+        return loose
+    inside = inside_of([folder for name in found for folder in level[name]])
+    return found if len(found) == len(level) or len(inside) > 1 else {}
 
 
 def _wrapper(level: Mapping[str, Sequence[Folder]]) -> dict[str, str | None]:
@@ -81,6 +75,7 @@ def _wrapper(level: Mapping[str, Sequence[Folder]]) -> dict[str, str | None]:
 
 
 def is_mixed(name: str) -> bool:
+    """Whether a folder of this name holds pictures of all kinds."""
     return bool(NO_CLASS.fullmatch(re.sub(r"[\W\d_]+", "", name.lower())))
 
 
@@ -89,7 +84,7 @@ def path_of(steps: Sequence[Step]) -> str | None:
     return "".join(f"{name}/" for step in steps for name in step) if all(len(step) == 1 for step in steps) else None
 
 
-def place_of(steps: Sequence[Step], names: Collection[str], folder: str) -> tuple[str | None, str | None]:
+def split_and_class(steps: Sequence[Step], names: Collection[str], folder: str) -> tuple[str | None, str | None]:
     """Split and class of the files in a folder."""
     split, parts = None, folder.split("/")
     for depth, step in enumerate(steps):
@@ -97,6 +92,14 @@ def place_of(steps: Sequence[Step], names: Collection[str], folder: str) -> tupl
             return split, None
         split = step[parts[depth]] or split
     return split, next((name for name in parts[len(steps) : len(steps) + 1] if name in names), None)
+
+
+def splits_in(files: Collection[str]) -> dict[str, str | None]:
+    """File -> its split, by a folder at the top or below folders that wrap all the others."""
+    folders = {name: name.rpartition("/")[0] for name in files}
+    steps, _ = descended(tree_of(Counter(folders.values())))
+    found = {folder: split_and_class(steps, (), folder)[0] for folder in set(folders.values())}
+    return {name: split_of_folder(Path(name))[0] or found[folder] for name, folder in folders.items()}
 
 
 def split_folders(steps: Sequence[Step], folders: Iterable[str]) -> tuple[str, ...]:
@@ -110,9 +113,28 @@ def split_folders(steps: Sequence[Step], folders: Iterable[str]) -> tuple[str, .
     return tuple("/".join(path) for path in ranked)
 
 
-def unwrapped(folders: Sequence[Folder]) -> Mapping[str, Sequence[Folder]]:
+def below_wrappers(folders: Sequence[Folder]) -> Mapping[str, Sequence[Folder]]:
     """The folders in `folders`, or where that is one with folders inside, those."""
     inside = inside_of(folders)
     while len(inside) == 1 and (deeper := inside_of(*inside.values())):
         inside = deeper
     return inside
+
+
+def groups(level: Mapping[str, Sequence[Folder]]) -> dict[str, list[str]]:
+    """Folders whose pictures all lie in several folders inside, and the names of these."""
+    found = {}
+    for name, folders in level.items():
+        inside = inside_of(folders)
+        num_deeper = sum(folder.total for own in inside.values() for folder in own)
+        if len(inside) > 1 and num_deeper == sum(folder.total for folder in folders):
+            found[name] = sorted(inside)
+    return found
+
+
+def are_letters(level: Mapping[str, Sequence[Folder]]) -> bool:
+    """Whether folders are an index of those inside, as in a/abbey, a/alley, b/barn."""
+    return bool(level) and all(
+        len(name) == 1 and inside and all(inner.lower().startswith(name.lower()) and inner != name for inner in inside)
+        for name, inside in ((name, inside_of(folders)) for name, folders in level.items())
+    )

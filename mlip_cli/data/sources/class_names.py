@@ -13,7 +13,7 @@ IDS = (re.compile(r"n[0-9]{8}[-_. ]+(?=.*[^\W\d_])"), re.compile(r"[0-9]+[-_. ]+
 """What stands before the words in n02085620-Chihuahua and 001.Black_footed_Albatross."""
 SAYS_NOTHING = re.compile(r"(?:[a-z]|class|label|category|id)?[\W\d_]*\d[\W\d_]*", re.IGNORECASE)
 """Numbers, dates, class_7, c0, WordNet ids."""
-SHOWN = 3
+MOST_SHOWN = 3
 
 
 def class_names(folders: Sequence[str]) -> dict[str, str]:
@@ -39,10 +39,10 @@ def one_line(name: str) -> str:
 
 def some(names: Collection[str]) -> str:
     """The first three of them."""
-    return ", ".join(list(names)[:SHOWN]) + (" ..." if len(names) > SHOWN else "")
+    return ", ".join(list(names)[:MOST_SHOWN]) + (" ..." if len(names) > MOST_SHOWN else "")
 
 
-def cautions(names: Mapping[str, str]) -> list[str]:
+def doubts_about(names: Mapping[str, str]) -> list[str]:
     """What is doubtful about the names of classes (by folder), a sentence each."""
     alike = defaultdict(list)
     for folder, name in names.items():

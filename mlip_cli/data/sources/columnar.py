@@ -1,8 +1,10 @@
 """Tables in columns: Parquet and Arrow, with the pictures inside them or beside them."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from mlip_cli.data.sources.text_tables import Row, table_error
 
@@ -22,8 +24,7 @@ def columnar_schema(path: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
     Raises:
         UsageError: the file is neither Parquet nor Arrow.
     """
-    with _named(path):
-        schema = _schema(path)
+    with _opened(path) as (schema, _):
         return tuple(schema.names), tuple(field.name for field in schema if _holds_bytes(field.type))
 
 
@@ -35,8 +36,8 @@ def columnar_rows(path: Path) -> Iterator[Row]:
     """
     import pyarrow as pa
 
-    with _named(path):
-        for batch in _batches(path):
+    with _opened(path) as (_, batches):
+        for batch in batches:
             columns = {}
             for name, column in zip(batch.schema.names, batch.columns, strict=True):
                 if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
@@ -48,60 +49,36 @@ def columnar_rows(path: Path) -> Iterator[Row]:
                 yield dict(zip(columns, cells, strict=True))
 
 
-class _named:
-    """Turns what pyarrow raises on a file that it cannot read into a UsageError."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        import pyarrow as pa
-
-        if isinstance(error, pa.ArrowException | OSError | UnicodeDecodeError):
-            what = "a Parquet file" if self.path.suffix.lower() == ".parquet" else "an Arrow file"
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise table_error(self.path, f"not {what} ({reason})") from None
-
-
-def _schema(path: Path) -> "pa.Schema":
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple["pa.Schema", Iterator["pa.RecordBatch"]]]:
+    """The schema and the rows of a file. What pyarrow raises on a file that it cannot read becomes a UsageError."""
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    if path.suffix.lower() == ".parquet":
-        with pq.ParquetFile(path) as file:
-            return file.schema_arrow
-    with open(path, "rb") as file:
-        return _arrow_reader(file).schema
+    is_parquet = path.suffix.lower() == ".parquet"
+    opener: Any = pq.ParquetFile if is_parquet else partial(open, mode="rb")
+    try:
+        with opener(path) as file:
+            if is_parquet:
+                has_pictures = any(_holds_bytes(field.type) for field in file.schema_arrow)
+                yield file.schema_arrow, file.iter_batches(BATCH_PICTURES if has_pictures else BATCH_ROWS)
+            else:
+                yield _arrow_batches(file)
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise table_error(path, f"not {'a Parquet' if is_parquet else 'an Arrow'} file ({reason})") from None
 
 
-def _batches(path: Path) -> Iterator["pa.RecordBatch"]:
-    import pyarrow.parquet as pq
-
-    if path.suffix.lower() == ".parquet":
-        with pq.ParquetFile(path) as file:
-            has_pictures = any(_holds_bytes(field.type) for field in file.schema_arrow)
-            yield from file.iter_batches(BATCH_PICTURES if has_pictures else BATCH_ROWS)
-        return
-    with open(path, "rb") as file:
-        reader = _arrow_reader(file)
-        whole = (
-            (reader.get_batch(i) for i in range(reader.num_record_batches))
-            if hasattr(reader, "num_record_batches")
-            else reader
-        )
-        for batch in whole:
-            for start in range(0, batch.num_rows, BATCH_PICTURES):
-                yield batch.slice(start, BATCH_PICTURES)
-
-
-def _arrow_reader(file: Any) -> Any:
+def _arrow_batches(file: IO[bytes]) -> tuple["pa.Schema", Iterator["pa.RecordBatch"]]:
     import pyarrow.ipc
 
     is_file = file.read(len(ARROW_FILE)) == ARROW_FILE
     file.seek(0)
-    return pyarrow.ipc.open_file(file) if is_file else pyarrow.ipc.open_stream(file)
+    reader = pyarrow.ipc.open_file(file) if is_file else pyarrow.ipc.open_stream(file)
+    whole = map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader
+    return reader.schema, (
+        batch.slice(start, BATCH_PICTURES) for batch in whole for start in range(0, batch.num_rows, BATCH_PICTURES)
+    )
 
 
 def _holds_bytes(kind: "pa.DataType") -> bool:

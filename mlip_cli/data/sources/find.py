@@ -12,29 +12,31 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mlip_cli.data.sources.classes import ClassFolders, find_classes
 from mlip_cli.data.sources.folders import class_records
-from mlip_cli.data.sources.listing import PICTURE_ENDINGS, UNREAD_PICTURE_ENDINGS, walk
+from mlip_cli.data.sources.listing import is_picture, is_table, is_unread_picture, kind_of, walk
 from mlip_cli.data.sources.openmoji import installed_versions, openmoji_records
 from mlip_cli.data.sources.records import (
     ReadOptions,
     Record,
     checked_captions,
-    encodable,
     json_bytes,
 )
-from mlip_cli.data.sources.shared_pictures import SharedPictures
 from mlip_cli.data.sources.sidecars import sidecar_records, sidecars_of
-from mlip_cli.data.sources.table_files import TABLE_ENDINGS, table_ending
-from mlip_cli.data.sources.table_layouts import check_tables, found_tables, has_metadata, wrapped_in
+from mlip_cli.data.sources.table_layouts import check_tables, found_tables, is_metadata, wrapped_in
 from mlip_cli.data.sources.tables import TablePlan, planned_tables, table_records
 from mlip_cli.data.sources.tar_samples import Columns, TarNotes
 from mlip_cli.data.sources.tars import TAR_ENDINGS, tar_records
 from mlip_cli.errors import UsageError
-from mlip_cli.paths import escaped
-from mlip_cli.terminal.output import plural, say, warn
+from mlip_cli.paths import encodable, escaped
+from mlip_cli.terminal.output import plural
 
+if TYPE_CHECKING:  # it imports numpy
+    from mlip_cli.data.sources.shared_pictures import SharedPictures
+
+ARCHIVES = (".zip", ".rar", ".7z")
 MOST_NAMED = 5
 """Tables that are named; more are counted."""
 ANY_COLUMNS = ReadOptions()
@@ -52,11 +54,6 @@ class SourceFile:
     size: int
     mtime_ns: int
 
-    @property
-    def suffix(self) -> str:
-        """`.jpg` of `a/B.JPG`."""
-        return Path(self.name).suffix.lower()
-
 
 @dataclass(frozen=True)
 class DataSource:
@@ -72,9 +69,9 @@ class DataSource:
     versions: tuple[str, ...] = ()
     """Of the packages that a built-in source comes from."""
     read: ReadOptions = ANY_COLUMNS
-    """Columns that the user named tell the tables of a folder."""
+    """Columns that the user named also tell which files of a folder are tables."""
     notes: TarNotes = field(default_factory=TarNotes)
-    """Of tars, each time that their records are read."""
+    """What is noted about tars whenever their records are read."""
 
     def fingerprint(self) -> str:
         """Changes when a file is added, removed, resized or touched."""
@@ -82,11 +79,15 @@ class DataSource:
         return hashlib.sha256(json_bytes([self.format, listing, self.versions])).hexdigest()
 
     @cached_property
+    def names(self) -> list[str]:
+        """The names of the files."""
+        return [file.name for file in self.files]
+
+    @cached_property
     def _tables(self) -> tuple[list[str], dict[str, str]]:
-        names = [file.name for file in self.files]
         if self.is_folder:
-            return found_tables(self.root, names, self.read)
-        return [name for name in names if table_ending(name) in TABLE_ENDINGS], {}
+            return found_tables(self.root, self.names, self.read)
+        return list(filter(is_table, self.names)), {}
 
     @property
     def tables(self) -> list[str]:
@@ -101,35 +102,32 @@ class DataSource:
     @cached_property
     def sidecars(self) -> dict[str, str]:
         """Picture -> its text, in a folder."""
-        return sidecars_of(file.name for file in self.files) if self.is_folder else {}
+        return sidecars_of(self.names) if self.is_folder else {}
 
     def unwrapped(self) -> "DataSource":
         """The same without the folders that hold everything."""
-        wrapper = wrapped_in([file.name for file in self.files]) if self.is_folder else ""
+        wrapper = wrapped_in(self.names) if self.is_folder else ""
         if not wrapper:
             return self
         files = tuple(replace(file, name=file.name[len(wrapper) + 1 :]) for file in self.files)
         return replace(self, root=self.root / wrapper, files=files)
 
-    def planned_tables(self, read: ReadOptions) -> list[TablePlan]:
+    @cached_property
+    def table_plans(self) -> list[TablePlan]:
         """How the tables are read.
 
         Raises:
             UsageError: a table cannot be read, its columns cannot be guessed, or its pictures lie in several folders.
         """
-        return planned_tables(self.root, self.tables, read, pictures=self.images() if self.is_folder else None)
+        return planned_tables(self.root, self.tables, self.read, pictures=self.images() if self.is_folder else None)
 
     def images(self) -> list[str]:
         """The files with the ending of a picture."""
-        return [file.name for file in self.files if file.suffix[1:] in PICTURE_ENDINGS]
-
-    def unread_pictures(self) -> list[str]:
-        """The files with the ending of a picture that we do not read."""
-        return [file.name for file in self.files if file.suffix[1:] in UNREAD_PICTURE_ENDINGS]
+        return list(filter(is_picture, self.names))
 
     def tars(self) -> list[str]:
         """The tars, compressed ones too."""
-        return [file.name for file in self.files if file.name.lower().endswith(TAR_ENDINGS)]
+        return [name for name in self.names if name.lower().endswith(TAR_ENDINGS)]
 
     @cached_property
     def classes(self) -> ClassFolders:
@@ -138,7 +136,7 @@ class DataSource:
         Raises:
             UsageError, RunError: as `find_classes`.
         """
-        return find_classes(self.root, [file.name for file in self.files], place=escaped(self.name))
+        return find_classes(self.root, self.names, place=escaped(self.name))
 
     def describe(self) -> str:
         """What was recognised, in words."""
@@ -147,7 +145,8 @@ class DataSource:
 
 def _described_tables(source: DataSource) -> str:
     names = ", ".join(map(escaped, source.tables[:MOST_NAMED]))
-    return f"pictures in {names}{f' and {len(source.tables) - MOST_NAMED} more' * (len(source.tables) > MOST_NAMED)}"
+    num_others = len(source.tables) - MOST_NAMED
+    return f"pictures in {names} and {num_others} more" if num_others > 0 else f"pictures in {names}"
 
 
 def _described_sidecars(source: DataSource) -> str:
@@ -172,7 +171,7 @@ SOURCE_FORMATS = {
     ),
     "metadata": SourceFormat(
         fits=lambda found: bool(found.tables),
-        records=lambda source, read: table_records(source.planned_tables(read)),
+        records=lambda source, read: table_records(source.table_plans),
         describe=_described_tables,
     ),
     "webdataset": SourceFormat(
@@ -214,22 +213,40 @@ def find_source(source: str, *, format: str = "auto", read: ReadOptions = ANY_CO
             if name == "metadata":
                 _check_tables(recognised, is_named=format == name)
             if name == "classes":
-                _caution(recognised)
+                recognised.classes.tell(escaped(source))
             return recognised
     if format != "auto":
         raise UsageError(f"{source}: not of format {format}: {_what_is_there(found)}; looked for {LOOKED_FOR}")
-    nothing = ", no pictures" if found.is_folder and found.files else ""
-    missing = ", but no captions for the pictures" if found.images() else nothing
-    unread = "; convert its pictures to JPEG" if found.unread_pictures() and not found.images() else ""
-    unread += "".join(f"; {escaped(name)}: {why}" for name, why in islice(inner.unread_tables.items(), MOST_NAMED))
-    raise UsageError(f"{source}: {_what_is_there(found)}{missing}{unread}; looked for {LOOKED_FOR}")
+    reasons = [f"{escaped(name)}: {reason}" for name, reason in islice(inner.unread_tables.items(), MOST_NAMED)]
+    why = "; ".join([f"{_what_is_there(found)}{_missing(found)}", *_cures(found), *reasons])
+    raise UsageError(f"{source}: {why}; looked for {LOOKED_FOR}")
+
+
+def _missing(found: DataSource) -> str:
+    """What a source of no known format lacks."""
+    if found.images():
+        return ", but no captions for the pictures"
+    return ", no pictures" if found.is_folder and found.files else ""
+
+
+def _cures(found: DataSource) -> Iterator[str]:
+    """What to do about files that are not read as they are."""
+    stems = {name.rpartition(".")[0] for name in found.images()}
+    if any(name.endswith(".json") and name.rpartition(".")[0] in stems for name in found.names):
+        yield "a .json beside a picture is not read: write its caption to a .txt"
+    if found.images():
+        return
+    if any(map(is_unread_picture, found.names)):
+        yield "convert its pictures to JPEG"
+    if packed := [name for name in found.names if name.lower().endswith(ARCHIVES)]:
+        yield f"unpack {escaped(packed[0])} first"
 
 
 def _check_tables(source: DataSource, *, is_named: bool) -> None:
     if not source.is_folder:
         return
     check_tables(source.name, source.tables)
-    if source.sidecars and not is_named and not has_metadata(source.tables):
+    if source.sidecars and not is_named and not any(map(is_metadata, source.tables)):
         raise UsageError(
             f"{source.name}: captions in {', '.join(map(escaped, source.tables))} and in "
             f"{plural(len(source.sidecars), 'text')} of pictures; say --format metadata or --format sidecar"
@@ -246,7 +263,7 @@ def read_rows(source: DataSource, read: ReadOptions) -> Iterator[Record]:
     return islice(map(checked_captions, SOURCE_FORMATS[source.format].records(source, read)), read.limit)
 
 
-def read_records(source: DataSource, read: ReadOptions, shared: SharedPictures) -> Iterator[Record]:
+def read_records(source: DataSource, read: ReadOptions, shared: "SharedPictures") -> Iterator[Record]:
     """The rows of the source, those that share a picture as one.
 
     Raises:
@@ -276,21 +293,9 @@ def _what_is_there(found: DataSource) -> str:
         return "the folder is empty"
     if not found.is_folder:
         return "a file of no known kind"
-    counts = Counter(file.suffix or "files without ending" for file in found.files)
+    counts = Counter(kind_of(name).removesuffix(" files") for name in found.names)
     most = sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:5]
-    return ", ".join(f"{n} {escaped(suffix)}" for suffix, n in most)
-
-
-def _caution(source: DataSource) -> None:
-    """Show what names the classes, and warn of names that say little.
-
-    Raises:
-        UsageError, RunError: as `find_classes`.
-    """
-    if named := source.classes.named():
-        say(f"{escaped(source.name)}: {named}")
-    for caution in source.classes.cautions():
-        warn(f"{escaped(source.name)}: {caution}")
+    return ", ".join(f"{n} {escaped(kind)}" for kind, n in most)
 
 
 def _file(root: Path, path: Path) -> SourceFile:

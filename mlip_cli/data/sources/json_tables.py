@@ -10,7 +10,7 @@ from typing import Any, TypeGuard
 
 from mlip_cli.data.sources.text_tables import PICTURE_NAME, Row, opened_text, table_error
 
-FIRST_ROWS = 100
+EXAMPLE_ROWS = 100
 """This many rows tell the columns."""
 
 
@@ -20,7 +20,7 @@ def json_columns(path: Path, rows: Callable[[], Iterator[Row]]) -> tuple[str, ..
     Raises:
         UsageError: there are no objects.
     """
-    examples = [row for row in islice(rows(), FIRST_ROWS) if isinstance(row, dict)]
+    examples = [row for row in islice(rows(), EXAMPLE_ROWS) if isinstance(row, dict)]
     columns = tuple(dict.fromkeys(chain.from_iterable(examples)))
     if not columns:
         raise table_error(path, "the table is empty, or not one JSON object a line")
@@ -66,8 +66,8 @@ def _document_rows(path: Path, size: int, mtime_ns: int) -> Sequence[Row] | None
     if rows is None:
         raise table_error(
             path,
-            "JSON of no known form; known are an array of objects, COCO's images and annotations, "
-            "and captions by file name",
+            "JSON of no known form; known are an array of objects (pandas: orient='records'), COCO's images and "
+            "annotations of captions, and captions by file name",
         )
     return rows
 
@@ -83,16 +83,17 @@ def _rows_of(document: Any) -> list[Row] | None:
     tables = [value for value in document.values() if _are_objects(value)]
     if len(tables) == 1:
         return [_with_folder(row) for row in tables[0]]
-    if document and all(PICTURE_NAME.match(name) for name in islice(document, FIRST_ROWS)):
+    if document and all(PICTURE_NAME.match(name) for name in islice(document, EXAMPLE_ROWS)):
         return [
             {"image": name, **value} if isinstance(value, dict) else {"image": name, "caption": value}
             for name, value in document.items()
         ]
-    return [document] if document and not tables else None
+    is_row = any(isinstance(value, str) for value in document.values())  # columns hold lists or objects
+    return [document] if is_row and not tables else None
 
 
 def _coco_rows(images: list[dict[str, Any]], annotations: list[dict[str, Any]]) -> list[Row] | None:
-    """A row for each annotation, then one for each image without any. None where annotations are no captions."""
+    """A row for each annotation, then one for each image without any. None if the annotations are not captions."""
     if not any("caption" in annotation for annotation in annotations):
         return None
     by_id = {str(image.get("id")): image for image in images}

@@ -6,6 +6,8 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from mlip_cli.paths import escaped
+
 PICTURE_ENDINGS = ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff")
 """Endings of file names, in lower case, by which pictures are found."""
 UNREAD_PICTURE_ENDINGS = (
@@ -25,6 +27,8 @@ UNREAD_PICTURE_ENDINGS = (
     "tga",
 )
 """Endings of pictures that are not read. They are named, so that nobody misses them later."""
+TABLE_ENDINGS = ("csv", "tsv", "jsonl", "ndjson", "parquet", "arrow", "json", "txt")
+"""Endings of files that may be tables, in lower case; .gz may follow."""
 LEFTOVERS = frozenset(
     ("__macosx", "thumbs.db", "desktop.ini", "lost+found", "system volume information", "$recycle.bin", "@eadir")
 )
@@ -42,9 +46,29 @@ def ending(name: str) -> str:
     return last.lower() if dot and "/" not in last else ""
 
 
+def kind_of(name: str) -> str:
+    """`.jpg files` of a/B.JPG, or `files without ending`."""
+    return f".{ending(name)} files" if ending(name) else "files without ending"
+
+
+def table_ending(name: str) -> str:
+    """`csv` of a/B.CSV.gz."""
+    return ending(name.lower().removesuffix(".gz"))
+
+
+def is_table(name: str) -> bool:
+    """Whether a file of this name may be a table."""
+    return table_ending(name) in TABLE_ENDINGS
+
+
 def is_picture(name: str) -> bool:
     """Whether a file of this name is read as a picture."""
     return ending(name) in PICTURE_ENDINGS
+
+
+def is_unread_picture(name: str) -> bool:
+    """Whether a file of this name is a picture that is not read."""
+    return ending(name) in UNREAD_PICTURE_ENDINGS
 
 
 def walk(folder: Path, above: tuple[tuple[int, int], ...] = ()) -> Iterator[Path]:
@@ -71,11 +95,6 @@ def walk(folder: Path, above: tuple[tuple[int, int], ...] = ()) -> Iterator[Path
                 yield path
 
 
-def shown(name: str) -> str:
-    """A name for messages: escapes for line breaks, control characters and bytes that are not UTF-8."""
-    return "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in name)
-
-
 def number_order(names: Collection[str]) -> list[str]:
     """Sorted by number where all names begin alike and with a number (2, 10; 2.cat, 10.dog; c2, c10), else as text."""
     ordered = sorted(names)
@@ -94,10 +113,11 @@ class PassedOver:
     first: dict[str, str] = field(default_factory=dict)
 
     def add(self, kind: str, example: str) -> None:
-        """Count one."""
+        """Count one. What is shown of names is escaped."""
+        kind = escaped(kind)
         self.counts[kind] = self.counts.get(kind, 0) + 1
         if kind not in self.first:
-            self.first[kind] = shown(example)
+            self.first[kind] = escaped(example)
 
     def update(self, other: "PassedOver") -> None:
         """Count what another one counts."""

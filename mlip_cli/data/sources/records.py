@@ -2,19 +2,18 @@
 
 import json
 import math
-import os
 import re
-import sys
 from codecs import BOM_UTF8
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from mlip_cli.errors import UsageError
-from mlip_cli.paths import escaped
+from mlip_cli.paths import encodable
 
 MAX_CAPTION_BYTES = 64 * 1024
+MAX_TEXT_BYTES = 1 << 20
+"""A longer text beside a picture is not read."""
 MAX_CAPTIONS = 255
 PART_ROWS = 500
 PART_BYTES = 64 << 20
@@ -170,31 +169,6 @@ def usable_captions(captions: Sequence[Caption]) -> tuple[Caption, ...]:
     return tuple(caption if text == caption.text else replace(caption, text=text) for caption, text in stripped)
 
 
-def captions_of(value: Any) -> tuple[Caption, ...]:
-    """Captions from a cell: a text, a list of texts, or a list of {text, weight}. Other values give none."""
-    values = value if isinstance(value, list | tuple) else [value]
-    captions = []
-    for item in values:
-        if isinstance(item, str):
-            captions.append(Caption(item))
-        elif isinstance(item, dict) and isinstance(item.get("text"), str):
-            captions.append(Caption(item["text"], _weight(item.get("weight", 1.0))))
-    return tuple(captions)
-
-
-def caption_lines(text: str) -> list[str]:
-    """The captions of a text: its lines if there are several and none of them is empty, else the whole."""
-    lines = text.strip().splitlines()
-    return lines if len(lines) > 1 and all(line.strip() for line in lines) else [text]
-
-
-def _weight(value: Any) -> float:
-    try:
-        return float(value) if isinstance(value, int | float) else math.nan
-    except OverflowError:  # JSON has integers that no float can hold
-        return math.inf
-
-
 def plain_values(row: Mapping[str, Any], *, without: Collection[str | None] = ()) -> dict[str, Any]:
     """The texts, booleans and finite numbers of `row`, which KEY.json keeps as `meta`."""
     return {
@@ -204,31 +178,21 @@ def plain_values(row: Mapping[str, Any], *, without: Collection[str | None] = ()
     }
 
 
-def encodable(text: str) -> str:
-    """`text` with escapes for what UTF-8 cannot encode: what files of ours hold."""
-    return text.encode("utf-8", "backslashreplace").decode()
-
-
-def check_utf8(name: str, *, place: str = "") -> None:
-    """Refuse a name that is not UTF-8, or that Python here does not read as UTF-8.
-
-    Raises:
-        UsageError: it begins with `place`, and has the cure.
-    """
-    if encodable(name) == name:
-        return
-    try:
-        os.fsencode(name).decode("utf-8")
-    except UnicodeDecodeError:
-        raise UsageError(f"{place}{escaped(name)}: a name that is not UTF-8; rename it") from None
-    encoding = sys.getfilesystemencoding()
-    raise UsageError(f"{place}{escaped(name)}: Python reads names as {encoding} here; set PYTHONUTF8=1")
+def words_of(name: str) -> list[str]:
+    """The words of a name, in lower case: train and images of TrainImages, train and a of trainA."""
+    return [word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", name)]
 
 
 def split_of_name(folder: str) -> str | None:
     """The split that a folder's name says: train2017, val_256, ILSVRC2012_img_val, but not bullet_train."""
-    words = [word for word in re.findall(r"[a-z]+", folder.lower()) if not BESIDE_SPLITS.fullmatch(word)]
+    words = [word for word in words_of(folder) if not BESIDE_SPLITS.fullmatch(word)]
     return SPLIT_WORDS.get(words[0]) if len(words) == 1 else None
+
+
+def split_in_name(name: str) -> str | None:
+    """The one split among the words of a name: captions_val2017.json, train-00000-of-00002.parquet, cars_train."""
+    splits = {SPLIT_WORDS[word] for word in words_of(name) if word in SPLIT_WORDS}
+    return splits.pop() if len(splits) == 1 else None
 
 
 def held_out_share(given: float | None, num_pictures: int) -> float:

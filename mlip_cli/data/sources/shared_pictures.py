@@ -4,13 +4,11 @@ from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
-from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
 
 from mlip_cli.data.sources.records import Record, checked_captions
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
 
 
 @dataclass
@@ -18,10 +16,10 @@ class SharedPictures:
     """How many rows name each picture: 8 bytes a row while they are counted, 16 a picture then."""
 
     seen: "array[int]" = field(default_factory=lambda: array("Q"))
-    hashes: "NDArray[np.uint64] | None" = None
-    """Of the names of the pictures, sorted."""
-    num_rows: "NDArray[np.int64] | None" = None
-    """Of each picture."""
+    hashes: NDArray[np.uint64] = field(default_factory=lambda: np.empty(0, np.uint64))
+    """Hashes of the names of the pictures, sorted."""
+    num_rows: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+    """How many rows name each picture."""
 
     def add(self, record: Record) -> None:
         """Note a row that can be used."""
@@ -29,31 +27,20 @@ class SharedPictures:
 
     def count(self) -> None:
         """Find out which pictures several rows name, after the last row."""
-        import numpy as np
-
         self.hashes, self.num_rows = np.unique(np.frombuffer(self.seen, np.uint64), return_counts=True)
         self.seen = array("Q")
 
     @property
     def num_pictures(self) -> int:
-        """Of the rows that were counted."""
-        return 0 if self.hashes is None else len(self.hashes)
+        """How many pictures the counted rows name."""
+        return len(self.hashes)
 
     def fewest_and_most(self) -> tuple[int, int]:
-        """Rows of a picture."""
-        return (
-            (0, 0)
-            if self.num_rows is None or not len(self.num_rows)
-            else (
-                int(self.num_rows.min()),
-                int(self.num_rows.max()),
-            )
-        )
+        """The fewest and the most rows that name one picture; 0 and 0 if no row names one."""
+        return (int(self.num_rows.min()), int(self.num_rows.max())) if len(self.num_rows) else (0, 0)
 
     def rows_of(self, name: str) -> int:
         """How many rows name this picture, by `same` of their records."""
-        if self.hashes is None or self.num_rows is None:
-            return 0
         place = int(self.hashes.searchsorted(_hash(name)))
         is_there = place < len(self.hashes) and int(self.hashes[place]) == _hash(name)
         return int(self.num_rows[place]) if is_there else 0

@@ -1,17 +1,17 @@
 """Read a source once, without decoding pictures: what was understood is said then, and mistakes are found."""
 
+import re
 import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from mlip_cli.data.sources.captions import CaptionLooks, shortened
 from mlip_cli.data.sources.find import LOOKED_FOR, DataSource, read_rows
-from mlip_cli.data.sources.listing import PICTURE_ENDINGS, UNREAD_PICTURE_ENDINGS, PassedOver
-from mlip_cli.data.sources.paths import PathFinder
+from mlip_cli.data.sources.listing import PassedOver, ending, is_picture, is_table, is_unread_picture, kind_of
+from mlip_cli.data.sources.picture_paths import PathFinder
 from mlip_cli.data.sources.records import ReadOptions, Record
 from mlip_cli.data.sources.shared_pictures import SharedPictures
 from mlip_cli.data.sources.sidecars import TEXT_ENDINGS
-from mlip_cli.data.sources.table_files import TABLE_ENDINGS, table_ending
 from mlip_cli.errors import RunError, UsageError
 from mlip_cli.paths import escaped
 from mlip_cli.terminal.output import plural
@@ -42,13 +42,13 @@ class Survey:
     """Paths that were found by another spelling."""
 
     def add(self, record: Record) -> None:
-        """Note a row."""
+        """Count a row and what it says."""
         self.rows += 1
         if record.found_as:
             name, found = (unicodedata.normalize("NFC", text) for text in (record.detail, record.found_as))
-            form = ", in another Unicode normal form" if name.endswith(found) else ""
-            names = f"{escaped(record.detail)} is {escaped(record.found_as)}{form}"
-            self.spelled.add("paths were found by another spelling", names)
+            is_form = name.endswith(found) and not record.detail.endswith(record.found_as)
+            form = ", in another Unicode normal form" if is_form else ""
+            self.spelled.add("paths were found by another spelling", f"{record.detail} is {record.found_as}{form}")
         if record.reject:
             self.rejects += 1
             self.named.add(record.same)
@@ -90,14 +90,20 @@ def surveyed(source: DataSource, read: ReadOptions) -> Survey:
     if survey.rows == 0:
         raise UsageError(f"{source.name}: read as {source.format}, it has no records; looked for {LOOKED_FOR}")
     if survey.missing == survey.rows and source.format == "metadata":
-        folders = sorted({str(plan.folder) for plan in source.planned_tables(read)})
+        folders = sorted({str(plan.folder) for plan in source.table_plans})
         raise UsageError(
             f"{source.name}: none of its {plural(survey.rows, 'picture')} is in {escaped(' or '.join(folders))} "
-            f"(first: {escaped(survey.first_missing)}); say --image-folder FOLDER, what the paths are relative to"
+            f"(first: {escaped(survey.first_missing)}); {_cure_for_missing(survey.first_missing)}"
         )
     survey.shared.count()
     survey.pictures += survey.rejects + survey.shared.num_pictures
     return survey
+
+
+def _cure_for_missing(name: str) -> str:
+    if re.match(r"[A-Za-z]:[/\\\\]|[/~]", name):
+        return "its paths are those of another place: write paths from the folder of the pictures into the table"
+    return "say --image-folder FOLDER, what the paths are relative to"
 
 
 def passed_over(source: DataSource, survey: Survey) -> PassedOver:
@@ -108,14 +114,16 @@ def passed_over(source: DataSource, survey: Survey) -> PassedOver:
     """
     passed = PassedOver()
     for kind, name in _unread(source, survey) if source.is_folder else ():
-        passed.add(kind, escaped(name))
+        passed.add(kind, name)
     passed.update(source.notes.passed_over)
-    unread = {kind: n for kind, n in passed.counts.items() if kind.removesuffix(" files")[1:] in UNREAD_PICTURE_ENDINGS}
-    num_unread, num_read = sum(unread.values()), len(source.images())
-    if num_unread > num_read and source.format in ("sidecar", "classes"):
-        kinds = ", ".join(f"{n:,} {kind} (first: {passed.first[kind]})" for kind, n in unread.items())
+    pictures = PassedOver()
+    for name in filter(is_unread_picture, source.names):
+        pictures.add(kind_of(name), name)
+    num_read = len(source.images())
+    if sum(pictures.counts.values()) > num_read and source.format == "sidecar":
         raise RunError(
-            f"{source.name}: most of its pictures cannot be read: {kinds}; {num_read:,} can; convert the others to JPEG"
+            f"{source.name}: most of its pictures cannot be read: {pictures.in_words()}; {num_read:,} can; convert the "
+            "others to JPEG"
         )
     return passed
 
@@ -125,25 +133,16 @@ def _unread(source: DataSource, survey: Survey) -> Iterator[tuple[str, str]]:
     read = {"metadata": source.tables, "webdataset": source.tars(), "sidecar": list(source.sidecars.values())}
     is_read = frozenset(read.get(source.format, []))
     finder = PathFinder(source.root)
-    for file in source.files:
-        ending = file.suffix[1:]
-        if file.name in is_read:
+    for name in source.names:
+        if name in is_read or (is_picture(name) and source.format in ("sidecar", "classes")):
             continue
-        if ending in PICTURE_ENDINGS and source.format == "metadata":
-            name = finder.same(str(source.root / file.name))
-            if name not in survey.named and not survey.shared.rows_of(name):
-                yield "pictures that no row names", file.name
-        elif ending in PICTURE_ENDINGS and source.format in ("sidecar", "classes"):
-            continue  # each is a row
-        elif source.format == "sidecar" and file.name.endswith(TEXT_ENDINGS):
-            yield "texts without a picture", file.name
-        elif table_ending(file.name) in TABLE_ENDINGS and ending != "txt":
-            yield "tables", file.name
+        if is_picture(name) and source.format == "metadata":
+            same = finder.same(str(source.root / name))
+            if same not in survey.named and not survey.shared.rows_of(same):
+                yield "pictures that no row names", name
+        elif source.format == "sidecar" and name.lower().endswith(TEXT_ENDINGS):
+            yield "texts without a picture", name
+        elif is_table(name) and ending(name) != "txt":
+            yield "tables", name
         else:
-            yield f"{escaped(file.suffix)} files" if file.suffix else "files without ending", file.name
-
-
-def cure_for(passed: PassedOver) -> str:
-    """What makes unread pictures readable; empty where there are none."""
-    unread = any(kind.removesuffix(" files")[1:] in UNREAD_PICTURE_ENDINGS for kind in passed.counts)
-    return "; convert the pictures among them to JPEG" if unread else ""
+            yield kind_of(name), name

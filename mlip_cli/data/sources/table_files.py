@@ -1,6 +1,5 @@
 """One table: its columns, its rows, and which columns hold pictures and captions."""
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -10,8 +9,9 @@ from typing import Any
 
 from mlip_cli.data.sources.columnar import columnar_rows, columnar_schema
 from mlip_cli.data.sources.json_tables import json_columns, json_line_rows, json_rows
-from mlip_cli.data.sources.records import SPLIT_WORDS, ReadOptions
-from mlip_cli.data.sources.text_tables import PICTURE_NAME, Row, shown, table_error, text_layout, text_rows
+from mlip_cli.data.sources.listing import table_ending
+from mlip_cli.data.sources.records import ReadOptions
+from mlip_cli.data.sources.text_tables import PICTURE_NAME, Row, cells_in_words, table_error, text_layout, text_rows
 from mlip_cli.errors import UsageError
 
 IMAGE_COLUMNS = (
@@ -29,18 +29,6 @@ CAPTION_COLUMNS = (
 KNOWN_COLUMNS = tuple(name for group in (*IMAGE_COLUMNS, *CAPTION_COLUMNS) for name in group)
 FIRST_NAMES = 20
 """This many rows tell that a table names pictures, and which folder the names are relative to."""
-TABLE_ENDINGS = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet", ".arrow", ".json", ".txt")
-
-
-def table_ending(name: str) -> str:
-    """`.csv` of `a/B.CSV.gz`."""
-    return Path(name.lower().removesuffix(".gz")).suffix
-
-
-def split_in_name(name: str) -> str | None:
-    """The one split that a file's name tells: `captions_val2017.json`, `train-00000-of-00002.parquet`."""
-    splits = {SPLIT_WORDS[word] for word in re.findall("[a-z]+", name.lower()) if word in SPLIT_WORDS}
-    return splits.pop() if len(splits) == 1 else None
 
 
 @dataclass(frozen=True)
@@ -64,7 +52,7 @@ class Chosen:
     """Column and weight of each."""
 
     def in_words(self) -> str:
-        """For the line before the work."""
+        """Which columns are read, for the line before the work."""
         captions = " and ".join(
             repr(column) if weight == 1 else f"{column!r} of weight {weight:g}" for column, weight in self.captions
         )
@@ -78,11 +66,11 @@ def open_table(path: Path) -> Table:
         UsageError: it is not of this format, or empty.
     """
     ending = table_ending(path.name)
-    if ending in (".parquet", ".arrow"):
+    if ending in ("parquet", "arrow"):
         columns, holding_pictures = columnar_schema(path)
         return Table(path, columns, partial(columnar_rows, path), holding_pictures=holding_pictures)
-    if ending in (".json", ".jsonl", ".ndjson"):
-        rows = partial(json_rows if ending == ".json" else json_line_rows, path)
+    if ending in ("json", "jsonl", "ndjson"):
+        rows = partial(json_rows if ending == "json" else json_line_rows, path)
         return Table(path, json_columns(path, rows), rows)
     layout = text_layout(path, ending=ending, known=KNOWN_COLUMNS)
     return Table(path, layout.columns, partial(text_rows, path, layout), has_header=layout.has_header)
@@ -104,14 +92,11 @@ def _captions(table: Table, option: str | None) -> tuple[tuple[str, float], ...]
     """The columns of --caption-column: one name, or several with weights, `title:2,text`."""
     if option is None:
         return ((_guessed(table, "caption", CAPTION_COLUMNS), 1.0),)
-    if (column := _match(table, option)) is not None or not {",", ":"} & set(option):
-        return ((column or _named(table, "caption", option), 1.0),)
     chosen: dict[str, float] = {}
-    for part in option.split(","):
+    for part in [option] if _match(table, option) is not None else option.split(","):
         name, colon, number = part.rpartition(":")
-        if (column := _match(table, part)) is not None or not colon:
-            chosen[column or _named(table, "caption", part.strip())] = 1.0
-            continue
+        if not colon or _match(table, part) is not None:
+            name, number = part, "1"
         try:
             weight = float(number)
         except ValueError:
@@ -134,7 +119,7 @@ def _named(table: Table, what: str, name: str) -> str:
     if (column := _match(table, name)) is None:
         header = "" if table.has_header else "; the table has no header, so its columns are numbers"
         raise table_error(
-            table.path, f"no column {name!r} (--{what}-column); columns are {shown(table.columns)}{header}"
+            table.path, f"no column {name!r} (--{what}-column); columns are {cells_in_words(table.columns)}{header}"
         )
     return column
 
@@ -151,7 +136,14 @@ def _guessed(table: Table, what: str, groups: Sequence[Sequence[str]]) -> str:
     if len(found) == 1:
         return found[0]
     problem = f"columns {' and '.join(found)} could both be the {what}" if found else f"no column for the {what}"
-    raise table_error(table.path, f"{problem}; columns are {shown(table.columns)}; say --{what}-column NAME")
+    is_whole = len(table.columns) == 1 and table_ending(table.path.name) in ("csv", "tsv", "txt")
+    cure = "part its cells by commas or tabs" if is_whole else f"say --{what}-column NAME"
+    raise table_error(table.path, f"{problem}; {_columns(table)}; {cure}")
+
+
+def _columns(table: Table) -> str:
+    what = "the only column is" if len(table.columns) == 1 else "columns are"
+    return f"{what} {cells_in_words(table.columns)}"
 
 
 def _chosen_by_content(table: Table, read: ReadOptions) -> Chosen:
@@ -167,6 +159,6 @@ def _chosen_by_content(table: Table, read: ReadOptions) -> Chosen:
         return Chosen(pictures[0], ((caption, 1.0),))
     raise table_error(
         table.path,
-        f"no header: the first row is {shown(list(row.values()))}; say --image-column N and "
+        f"no header: the first row is {cells_in_words(row.values())}; say --image-column N and "
         f"--caption-column N, from 1 to {len(table.columns)}, or give the table a header",
     )

@@ -8,30 +8,27 @@ from itertools import chain, islice
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from mlip_cli.data.sources.listing import PICTURE_ENDINGS
-from mlip_cli.data.sources.records import SPLIT_WORDS, ReadOptions, split_of_folder
+from mlip_cli.data.sources.listing import is_picture, is_table, table_ending
+from mlip_cli.data.sources.records import SPLIT_WORDS, ReadOptions, split_in_name, split_of_folder
 from mlip_cli.data.sources.table_files import (
     CAPTION_COLUMNS,
     FIRST_NAMES,
-    TABLE_ENDINGS,
     Table,
     chosen_columns,
     open_table,
-    split_in_name,
-    table_ending,
 )
 from mlip_cli.data.sources.text_tables import PICTURE_NAME
 from mlip_cli.errors import UsageError
 from mlip_cli.paths import escaped
 
-DEEPEST = 3
-"""Parts of a table's path in a folder that is searched."""
+MOST_LEVELS = 3
+"""A table is looked for in a folder and so many levels below it, its own name included."""
 MOST_TEXTS = 50
-"""More texts or JSON files than these are no tables: each would be opened."""
+"""More texts or JSON files than these are not looked at, since each would be opened."""
 NO_TABLES = re.compile(
     r"(dataset_infos?|state|dataset_dict|dataset|sizes|prepared|package)\.json|cache-.*\.arrow|rejects\.parquet"
 )
-"""Files that others and we write beside data."""
+"""Files that other programs and mlip write beside data."""
 JSON_CAPTION = re.compile(
     rb'"(%s|\w*caption|[^"]*\.(jpe?g|png|webp))"\s*:' % "|".join(chain.from_iterable(CAPTION_COLUMNS)).encode()
 )
@@ -43,39 +40,33 @@ class TablePlace(NamedTuple):
     """What the name of a table says."""
 
     folder: str
-    """Without that of a split."""
+    """The folder of the table, without that of a split."""
     series: str
-    """Its name without split and number."""
+    """The name of the table without split and number."""
     split: str | None
     shard: str
 
 
 def found_tables(root: Path, names: Sequence[str], read: ReadOptions) -> tuple[list[str], dict[str, str]]:
-    """(the tables of a folder, why others are not read): metadata.*, or all whose columns tell pictures and captions.
+    """The tables of a folder, and why others are not read: metadata.*, or all that name pictures and captions.
 
     A folder with tars has no other table than metadata.*: those of img2dataset lie beside its tars.
     """
-    tables = [name for name in names if table_ending(name) in TABLE_ENDINGS]
-    tables = [name for name in tables if not NO_TABLES.fullmatch(PurePosixPath(name).name)]
-    if metadata := [name for name in tables if _is_metadata(PurePosixPath(name))]:
+    tables = [name for name in names if is_table(name) and not NO_TABLES.fullmatch(PurePosixPath(name).name)]
+    if metadata := [name for name in tables if is_metadata(name)]:
         return metadata, {}
     if any(name.endswith(".tar") for name in names):
         return [], {}
-    stems = {name.rpartition(".")[0] for name in names if name.rpartition(".")[2].lower() in PICTURE_ENDINGS}
+    stems = {name.rpartition(".")[0] for name in names if is_picture(name)}
     tables = [
         name
         for name in tables
-        if len(PurePosixPath(name).parts) <= DEEPEST and name.removesuffix(".gz").rpartition(".")[0] not in stems
+        if len(PurePosixPath(name).parts) <= MOST_LEVELS and name.removesuffix(".gz").rpartition(".")[0] not in stems
     ]
-    texts = [name for name in tables if table_ending(name) in (".txt", ".json")]
-    opened = [name for name in tables if len(texts) <= MOST_TEXTS or table_ending(name) not in (".txt", ".json")]
+    texts = {name for name in tables if table_ending(name) in ("txt", "json")}
+    opened = [name for name in tables if len(texts) <= MOST_TEXTS or name not in texts]
     problems = {name: _problem(root / name, read) for name in opened}
     return [name for name, problem in problems.items() if problem == ""], {k: v for k, v in problems.items() if v}
-
-
-def has_metadata(tables: Sequence[str]) -> bool:
-    """Whether the tables have the name that says so."""
-    return any(_is_metadata(PurePosixPath(name)) for name in tables)
 
 
 def wrapped_in(names: Sequence[str]) -> str:
@@ -96,7 +87,7 @@ def check_tables(source: str, tables: Sequence[str]) -> None:
     Raises:
         UsageError: they are not.
     """
-    places = [place_of(name) for name in tables]
+    places = [table_place(name) for name in tables]
     series = {(place.folder, place.series) for place in places}
     if len(series) == 1 and len(set(places)) == len(places) and not _mixed(places):
         return
@@ -112,7 +103,7 @@ def missing_shards(tables: Sequence[str]) -> str:
     """`1 of 2 shards of train are here`, by the numbers in their names; empty where all are."""
     found = Counter(
         (place.split, int(place.shard.rpartition("-of-")[2]))
-        for place in map(place_of, tables)
+        for place in map(table_place, tables)
         if "-of-" in place.shard
     )
     return ", ".join(
@@ -122,18 +113,18 @@ def missing_shards(tables: Sequence[str]) -> str:
     )
 
 
-def place_of(name: str) -> TablePlace:
+def table_place(name: str) -> TablePlace:
     """`data/train-00000-of-00002.parquet` -> data, .parquet, train, 00000-of-00002."""
     split, relative = split_of_folder(Path(name))
     base = relative.name.lower().removesuffix(".gz")
     ending = table_ending(base)
-    stem = base.removesuffix(ending)
+    stem = base.removesuffix(f".{ending}")
     shard = SHARD.search(stem)
     stem = SHARD.sub("", stem)
     own = SPLIT_AND_YEAR.search(stem)
     if own and not split and split_in_name(base):
         split, stem = SPLIT_WORDS[own[1]], SPLIT_AND_YEAR.sub("", stem)
-    return TablePlace(str(relative.parent), stem.strip("-_. ") + ending, split, shard[2] if shard else "")
+    return TablePlace(str(relative.parent), f"{stem.strip('-_. ')}.{ending}", split, shard[2] if shard else "")
 
 
 def _mixed(places: Sequence[TablePlace]) -> bool:
@@ -141,18 +132,19 @@ def _mixed(places: Sequence[TablePlace]) -> bool:
     return len({place.split is None for place in places}) > 1 or len({place.shard == "" for place in places}) > 1
 
 
-def _is_metadata(name: PurePosixPath) -> bool:
+def is_metadata(name: str) -> bool:
     """metadata.* in the source's root or in the folder of a split."""
-    is_at_root = len(name.parts) == 1 or (len(name.parts) == 2 and name.parts[0].lower() in SPLIT_WORDS)
-    return is_at_root and name.name.removesuffix(".gz").rpartition(".")[0] == "metadata"
+    folder, _, base = name.rpartition("/")
+    is_at_root = not folder or folder.lower() in SPLIT_WORDS
+    return is_at_root and base.removesuffix(".gz").rpartition(".")[0] == "metadata"
 
 
 def _problem(path: Path, read: ReadOptions) -> str | None:
-    """Why a table is not read: nothing where it can be, None where a file is no table."""
+    """Why a table is not read: "" if it can be read, None if the file is not a table."""
     ending = table_ending(path.name)
-    if ending == ".json" and path.suffix != ".gz" and not _mentions_captions(path):
+    if ending == "json" and path.suffix != ".gz" and not _mentions_captions(path):
         return None
-    is_any_text = ending in (".txt", ".json")
+    is_any_text = ending in ("txt", "json")
     try:
         table = open_table(path)
         is_any_text = is_any_text and not _names_pictures(table)

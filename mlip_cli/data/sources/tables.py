@@ -8,9 +8,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mlip_cli.data.sources.captions import captions_in
-from mlip_cli.data.sources.listing import PICTURE_ENDINGS, is_leftover
-from mlip_cli.data.sources.paths import PathFinder, spellings
+from mlip_cli.data.sources.captions import captions_of
+from mlip_cli.data.sources.listing import ending, is_leftover, is_picture
+from mlip_cli.data.sources.picture_paths import PathFinder, spellings
 from mlip_cli.data.sources.records import (
     SPLIT_WORDS,
     Caption,
@@ -19,12 +19,16 @@ from mlip_cli.data.sources.records import (
     ReadOptions,
     Record,
     plain_values,
+    split_in_name,
     split_of_folder,
 )
-from mlip_cli.data.sources.table_files import FIRST_NAMES, Chosen, Table, chosen_columns, open_table, split_in_name
+from mlip_cli.data.sources.table_files import FIRST_NAMES, Chosen, Table, chosen_columns, open_table
 from mlip_cli.data.sources.text_tables import Row, table_error
 from mlip_cli.errors import UsageError
 from mlip_cli.paths import escaped
+
+LONGEST_NAME = 4_096
+"""Characters of a path on Linux."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,7 @@ class TablePlan:
     split: str | None
 
     def in_words(self) -> str:
-        """For the line before the work."""
+        """How the table is read, for the line before the work."""
         header = "" if self.table.has_header else "; the table has no header"
         beside = "" if self.folder == self.table.path.parent else f"; pictures in {escaped(str(self.folder))}"
         return self.chosen.in_words() + beside + header
@@ -58,17 +62,15 @@ def planned_tables(
         UsageError: a table is not of its format, no column (or more than one) can hold pictures or captions, or its
             pictures lie in several folders.
     """
+    given = Path(read.image_folder) if read.image_folder else None
+    if given and not given.is_dir():
+        raise UsageError(f"--image-folder {given}: no such folder; name the folder of the pictures")
     plans = []
     for name in tables:
         table = open_table(root / name)
         chosen = chosen_columns(table, read)
         split = split_of_folder(Path(name))[0] or (split_in_name(Path(name).name) if pictures is not None else None)
-        if read.image_folder:
-            folder = Path(read.image_folder)
-            if not folder.is_dir():
-                raise UsageError(f"--image-folder {folder}: no such folder; name the folder of the pictures")
-        else:
-            folder = _picture_folder(root, table, chosen.image, pictures)
+        folder = given or _picture_folder(root, table, chosen.image, pictures)
         plans.append(TablePlan(name, table, chosen, folder, split))
     return plans
 
@@ -98,8 +100,9 @@ class PictureCell(NamedTuple):
 def _record(plan: TablePlan, finder: PathFinder, number: int, row: Row) -> Record:
     if isinstance(row, str):
         return Record(plan.name, number, None, (), reject=row)
-    split, label, columns = plan.split, row.get("class"), [column for column, _ in plan.chosen.captions]
+    label, columns = row.get("class"), [column for column, _ in plan.chosen.captions]
     cell = _picture(row.get(plan.chosen.image), finder)
+    split = plan.split or split_of_folder(Path(cell.detail))[0]
     if row.get("split") is not None:
         word = str(row["split"]).strip()
         split = SPLIT_WORDS.get(word.lower()) or split_in_name(word)
@@ -118,7 +121,7 @@ def _record(plan: TablePlan, finder: PathFinder, number: int, row: Row) -> Recor
 
 def _captions(row: dict[str, Any], chosen: Chosen) -> Iterator[Caption]:
     for column, weight in chosen.captions:
-        for caption in captions_in(row.get(column)):
+        for caption in captions_of(row.get(column)):
             yield caption if weight == 1 else replace(caption, weight=caption.weight * weight)
 
 
@@ -142,6 +145,8 @@ def _picture(cell: Any, finder: PathFinder) -> PictureCell:
     if "://" in name and not name.startswith("file:"):
         return PictureCell(reject="picture is an address", detail=f"{name}: download it, say with img2dataset")
     near = f"; {found.near}" if found.near else ""
+    if len(name) > LONGEST_NAME:  # a picture in base64, perhaps
+        return PictureCell(reject="no file name", detail=f"{name[:60]}... of {len(name):,} characters")
     return PictureCell(reject="picture missing", detail=f"{name}: no such file{near}")
 
 
@@ -164,7 +169,7 @@ def _picture_folder(root: Path, table: Table, image: str, pictures: Sequence[str
         root, pictures = table.path.parent, _pictures_below(table.path.parent)
     for name in names:
         base = list(spellings(name))[-1].lower()
-        ends = tuple({base, *(base + "." + picture.rpartition(".")[2].lower() for picture in pictures[:FIRST_NAMES])})
+        ends = tuple({base, *(base + "." + ending(picture) for picture in pictures[:FIRST_NAMES])})
         folders = {
             picture[: len(picture) - len(end)].rstrip("/")
             for picture in pictures
@@ -190,9 +195,4 @@ def _has_most(folder: Path, names: Sequence[str]) -> bool:
 def _pictures_below(folder: Path) -> list[str]:
     """The pictures in the folders that lie in this one."""
     folders = [entry.name for entry in os.scandir(folder) if not is_leftover(entry.name) and entry.is_dir()]
-    return [
-        f"{name}/{picture}"
-        for name in sorted(folders)
-        for picture in os.listdir(folder / name)
-        if picture.rpartition(".")[2].lower() in PICTURE_ENDINGS
-    ]
+    return [f"{name}/{file}" for name in sorted(folders) for file in os.listdir(folder / name) if is_picture(file)]

@@ -6,20 +6,19 @@ rule, the field `c.jpg` of `a/b`. Of each tar the rule is taken by which more sa
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import NamedTuple
 
 from mlip_cli.data.sources.listing import PICTURE_ENDINGS, PassedOver, is_leftover
-from mlip_cli.data.sources.records import UnusableSampleError
+from mlip_cli.data.sources.records import MAX_TEXT_BYTES, UnusableSampleError
 from mlip_cli.data.tar import Member
-from mlip_cli.paths import escaped
 
 PICTURE_FIELDS = (*PICTURE_ENDINGS, "img", "image")
 TEXT_FIELDS = {"txt": ("txt", "caption", "text", "cap"), "json": ("json",), "cls": ("cls",)}
 """Texts of a sample -> their endings; the first ending that a sample has is read."""
 FIELDS_OF = {"image": PICTURE_FIELDS, **TEXT_FIELDS}
 """Parts of a sample -> endings of the members that can be it."""
-READ = frozenset(ending for endings in FIELDS_OF.values() for ending in endings)
-MAX_TEXT_BYTES = 1 << 20
+READ_FIELDS = frozenset(ending for endings in FIELDS_OF.values() for ending in endings)
 
 
 @dataclass(frozen=True)
@@ -73,13 +72,6 @@ class TarSample(NamedTuple):
     """Why it cannot be told which of its members belong together."""
 
 
-class _Named(NamedTuple):
-    """A member that holds bytes, under its name without `./`."""
-
-    name: str
-    member: Member
-
-
 def key_and_field(name: str, *, at_first_dot: bool) -> tuple[str, str]:
     """(`a/b.c`, `jpg`) of `a/b.c.JPG`, or (`a/b`, `c.jpg`) if the key ends at the first dot."""
     folder, slash, base = name.removeprefix("./").rpartition("/")
@@ -107,7 +99,7 @@ def samples_of(
     named = list(_readable(members, notes.passed_over))
     samples = _grouped(named, at_first_dot=False)
     at_first_dot = False
-    if any(name.rpartition("/")[2].count(".") > 1 for name, _ in named):
+    if any(member.name.rpartition("/")[2].count(".") > 1 for member in named):
         others = _grouped(named, at_first_dot=True)
         at_first_dot = _value(others, columns) > _value(samples, columns)
         samples = others if at_first_dot else samples
@@ -119,7 +111,7 @@ def samples_of(
     seen: set[str] = set()
     for key, _, _ in samples:
         if key in seen:
-            notes.read_as.add("samples whose key is there before them", f"{tar}: {escaped(key)}")
+            notes.read_as.add("samples whose key is there before them", f"{tar}: {key}")
         seen.add(key)
     return samples, at_first_dot
 
@@ -168,8 +160,8 @@ def _chosen(fields: Mapping[str, Member], part: str, wanted: str | None) -> Memb
     return fields[found[0]] if found else None
 
 
-def _readable(members: Iterable[Member], passed_over: PassedOver) -> Iterator[_Named]:
-    """Members that hold bytes and are not hidden; others are counted."""
+def _readable(members: Iterable[Member], passed_over: PassedOver) -> Iterator[Member]:
+    """Members that hold bytes and are not hidden, without `./` in front of their names; others are counted."""
     for member in members:
         name = member.name.removeprefix("./")
         if any(is_leftover(part) for part in name.split("/") if part not in (".", "..")):
@@ -178,18 +170,18 @@ def _readable(members: Iterable[Member], passed_over: PassedOver) -> Iterator[_N
         ending = ending_of(base).lower()
         if not member.is_file:
             if base:  # else a folder
-                passed_over.add("links, devices or sparse files", escaped(name))
-        elif "." in base and ending in READ:
-            yield _Named(name, member)
+                passed_over.add("links, devices or sparse files", name)
+        elif "." in base and ending in READ_FIELDS:
+            yield member._replace(name=name)
         else:
             kind = f".{ending} members" if "." in base else "members without ending"
-            passed_over.add(escaped(kind), escaped(name))
+            passed_over.add(kind, name)
 
 
-def _grouped(named: Sequence[_Named], *, at_first_dot: bool) -> list[TarSample]:
+def _grouped(members: Sequence[Member], *, at_first_dot: bool) -> list[TarSample]:
     by_key: dict[str, list[tuple[int, str, Member]]] = {}
-    for position, (name, member) in enumerate(named):
-        key, own = key_and_field(name, at_first_dot=at_first_dot)
+    for position, member in enumerate(members):
+        key, own = key_and_field(member.name, at_first_dot=at_first_dot)
         by_key.setdefault(key, []).append((position, own, member))
     found: list[tuple[int, TarSample]] = []
     for key, parts in by_key.items():
@@ -201,19 +193,14 @@ def _grouped(named: Sequence[_Named], *, at_first_dot: bool) -> list[TarSample]:
 
 
 def _is_one(parts: Sequence[tuple[int, str, Member]]) -> bool:
-    """No field is there twice."""
+    """Whether no field occurs twice."""
     return len({own for _, own, _ in parts}) == len(parts)
 
 
 def _runs(parts: Sequence[tuple[int, str, Member]]) -> Iterator[list[tuple[int, str, Member]]]:
-    """Cut into neighbours of the tar."""
-    run = [parts[0]]
-    for part in parts[1:]:
-        if part[0] != run[-1][0] + 1:
-            yield run
-            run = []
-        run.append(part)
-    yield run
+    """The parts, cut into runs of neighbours in the tar."""
+    for _, run in groupby(enumerate(parts), key=lambda item: item[1][0] - item[0]):
+        yield [part for _, part in run]
 
 
 def _value(samples: Sequence[TarSample], columns: Columns) -> tuple[int, int]:

@@ -2,23 +2,22 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
+from mlip_cli.data.sources.captions import captions_of, captions_of_text
+from mlip_cli.data.sources.class_levels import splits_in
 from mlip_cli.data.sources.records import (
+    MAX_TEXT_BYTES,
     Caption,
     PicturePlace,
     Record,
     UnusableSampleError,
-    caption_lines,
-    captions_of,
     decode_text,
     plain_values,
-    split_of_folder,
+    split_in_name,
 )
 from mlip_cli.data.sources.tar_samples import (
-    GUESSED,
-    MAX_TEXT_BYTES,
     PICTURE_FIELDS,
     Columns,
     TarNotes,
@@ -34,7 +33,7 @@ TAR_ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz"
 """Endings of file names, in lower case, by which tars are found."""
 CLASS_NAMES = ("class", "label")
 
-CAPTION_LINES = "samples with a caption a line in KEY.txt"
+SEVERAL_CAPTIONS = "samples with several captions in KEY.txt"
 
 OURS = {
     "captions",
@@ -51,12 +50,11 @@ OURS = {
 """Fields of a KEY.json that do not go into `meta`: mlip writes them itself."""
 
 
-def tar_records(
-    root: Path, tars: Sequence[str], columns: Columns = GUESSED, notes: TarNotes | None = None
-) -> Iterator[Record]:
+def tar_records(root: Path, tars: Sequence[str], columns: Columns, notes: TarNotes) -> Iterator[Record]:
     """One record a sample.
 
-    Captions come from KEY.json (`captions`, as mlip writes them, or `caption`), else from KEY.txt, a caption a line.
+    Without names in `columns`, the captions are `captions` of KEY.json, as mlip writes them, else KEY.txt, a caption a
+    line, else `caption` of KEY.json.
 
     Args:
         notes: are added to.
@@ -64,14 +62,20 @@ def tar_records(
     Raises:
         DamagedTarError: a tar is not whole; to go on with the samples before the damage would hide the loss.
     """
-    notes = TarNotes() if notes is None else notes
+    splits = splits_of_tars(tars)
     for tar in tars:
-        split, _ = split_of_folder(Path(tar))
         samples, _ = samples_of(read_members(root / tar), columns, notes, tar=tar)
         with open_tar(root / tar) as opened:
             opened = _with_texts_read(opened, samples) if opened.is_compressed else opened
             for row, sample in enumerate(samples):
-                yield _record(opened, sample, columns, notes, file=tar, row=row, split=split)
+                yield _record(opened, sample, columns, notes, file=tar, row=row, split=splits[tar])
+
+
+def splits_of_tars(tars: Sequence[str]) -> dict[str, str | None]:
+    """Tar -> its split: by its folder, or by its name where the names tell several (cc3m-train-0000.tar)."""
+    by_name = {tar: split_in_name(PurePosixPath(tar).name) for tar in tars}
+    is_telling = len(set(by_name.values())) > 1 and None not in by_name.values()
+    return {tar: split or (by_name[tar] if is_telling else None) for tar, split in splits_in(tars).items()}
 
 
 def _with_texts_read(tar: OpenTar, samples: Sequence[TarSample]) -> OpenTar:
@@ -96,7 +100,7 @@ def _record(
         detail = f"{sample.key}: {error.detail}" if error.detail else sample.key
         return Record(file, row, picture, (), split=split, reject=str(error), detail=detail)
     if info.has_lines:
-        notes.read_as.add(CAPTION_LINES, f"{file}: {escaped(sample.key)}")
+        notes.read_as.add(SEVERAL_CAPTIONS, f"{file}: {sample.key}")
     return Record(
         file,
         row,
@@ -105,7 +109,7 @@ def _record(
         split=split,
         label=info.label,
         meta=info.meta,
-        detail=sample.key if info.captions else f"{sample.key}{info.without_captions}",
+        detail=": ".join(filter(None, (sample.key, "" if info.captions else info.without_captions))),
     )
 
 
@@ -125,7 +129,11 @@ class Stated(NamedTuple):
     def without_captions(self) -> str:
         """What to say of a sample that has no captions."""
         keys = ", ".join(escaped(key) for key, value in self.fields.items() if captions_of(value))
-        return f": KEY.json has {keys}; name one by --caption-column, or caption_column in a recipe" if keys else ""
+        if keys:
+            return f"KEY.json has {keys}; name one by --caption-column, or caption_column in a recipe"
+        if self.fields:
+            return f"KEY.json has {', '.join(map(escaped, self.fields))}, and no text in them"
+        return "KEY.cls is a class and no caption" if self.cls is not None else ""
 
     @property
     def label(self) -> str | None:
@@ -142,7 +150,7 @@ class Stated(NamedTuple):
         return plain_values(ours if isinstance(ours, dict) else {}) | plain_values(self.fields, without=OURS)
 
 
-def stated(contents: Mapping[str, bytes], columns: Columns = GUESSED) -> Stated:
+def stated(contents: Mapping[str, bytes], columns: Columns) -> Stated:
     """What the texts of a sample (txt, json, cls) say.
 
     Raises:
@@ -155,6 +163,8 @@ def stated(contents: Mapping[str, bytes], columns: Columns = GUESSED) -> Stated:
         fields = json.loads(texts["json"] or "null") if "json" in texts else {}
     except (ValueError, RecursionError):  # not only JSONDecodeError: a number may have too many digits
         raise UnusableSampleError("KEY.json is not JSON") from None
+    if isinstance(fields, list) and captions_of(fields):
+        fields = {"captions": fields}
     if not isinstance(fields, dict):
         raise UnusableSampleError("KEY.json is not a JSON object")
     captions, has_lines = _captions(fields, texts.get("txt"), columns)
@@ -169,5 +179,5 @@ def _captions(fields: dict[str, Any], text: str | None, columns: Columns) -> tup
     for name in names:
         if (captions := captions_of(fields.get(name))) and (name == "captions" or text is None):
             return captions, False
-    lines = caption_lines(text) if text and text.strip() else []
-    return captions_of(lines), len(lines) > 1
+    captions = captions_of_text(text) if text and text.strip() else ()
+    return captions, len(captions) > 1

@@ -7,7 +7,7 @@ import io
 import os
 import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -83,7 +83,7 @@ def text_layout(path: Path, *, ending: str, known: Sequence[str]) -> Layout:
     """Find what separates the cells, and whether the first row is a header.
 
     Args:
-        ending: of the table: .csv, .tsv or .txt. known: names of columns that tell a header.
+        ending: of the table: csv, tsv or txt. known: names of columns that tell a header.
 
     Raises:
         UsageError: the table is empty or not text, two of its columns have one name, or its cells can be read in
@@ -93,12 +93,16 @@ def text_layout(path: Path, *, ending: str, known: Sequence[str]) -> Layout:
         lines = [line for line in islice(iter(lambda: file.readline(MAX_CELL), ""), FIRST_LINES) if line.strip()]
     if not lines:
         raise table_error(path, "the table is empty")
+    if re.fullmatch(r"sep=.?\s*", lines[0]):
+        raise table_error(
+            path, f"its first line is {escaped(lines[0].strip())}, which Excel alone reads; remove that line"
+        )
     if "\0" in lines[0]:
         raise table_error(path, "its text holds zero bytes; save the table as UTF-8")
     separator = _separator(path, lines, ending=ending, known=known)
     is_quoted = _is_quoted(lines[0], separator, ending=ending)
     first = [cell.strip() for cell in next(iter(_cells(lines, separator, is_quoted=is_quoted)), [])]
-    if any(_names_a_picture(path, cell) for cell in first):
+    if any(_names_a_picture(path, cell) or _is_stem(path, cell) for cell in first if cell.lower() not in known):
         return Layout(tuple(str(place) for place, _ in enumerate(first, 1)), separator, is_quoted, has_header=False)
     if twice := sorted({column for column in first if first.count(column) > 1}):
         raise table_error(path, f"column {twice[0]!r} is there twice")
@@ -106,7 +110,7 @@ def text_layout(path: Path, *, ending: str, known: Sequence[str]) -> Layout:
 
 
 def text_rows(path: Path, layout: Layout) -> Iterator[Row]:
-    """The rows below the header. An empty line is no row.
+    """The rows below the header. An empty line is not a row.
 
     Raises:
         UsageError: a quote is not closed, or the text is damaged.
@@ -132,7 +136,7 @@ def _is_quoted(first: str, separator: str, *, ending: str) -> bool:
     Tabs and pipes go without quoting, where one lone quote would swallow the rows after it, unless all cells of the
     first line are quoted. Excel and pandas quote cells of .csv files also where tabs separate them.
     """
-    if separator in ",;" or (separator == "\t" and ending == ".csv"):
+    if separator in ",;" or (separator == "\t" and ending == "csv"):
         return True
     return all(re.fullmatch(r'\s*"[^"]*"\s*', cell) for cell in first.split(separator))
 
@@ -159,7 +163,7 @@ def _cells(lines: Sequence[str], separator: str, *, is_quoted: bool) -> list[lis
 
 def _separator(path: Path, lines: Sequence[str], *, ending: str, known: Sequence[str]) -> str:
     """The one that splits all first rows alike, and the first row into cells that we know."""
-    own = "\t" if ending == ".tsv" else ","
+    own = "\t" if ending == "tsv" else ","
     fitting = [separator for separator in SEPARATORS if separator in lines[0]]
     if len(fitting) <= 1:
         return (*fitting, own)[0]
@@ -184,11 +188,21 @@ def _names_a_picture(path: Path, cell: str) -> bool:
     return bool(cell) and (bool(PICTURE_NAME.match(cell)) or os.path.isfile(path.parent / cell))
 
 
+def _is_stem(path: Path, cell: str) -> bool:
+    """Whether a picture beside the table, or in a folder beside it, has this name and an ending."""
+    if not cell or "/" in cell or "\0" in cell:
+        return False
+    with os.scandir(path.parent) as entries:
+        folders = [str(path.parent), *(entry.path for entry in entries if entry.is_dir())]
+    names = [f"{cell}.{ending}" for known in PICTURE_ENDINGS for ending in (known, known.upper())]
+    return any(os.path.isfile(os.path.join(folder, name)) for folder in folders for name in names)
+
+
 def table_error(path: Path, problem: str, *, line: int | None = None) -> UsageError:
     """The error to raise for a table that cannot be read."""
     return UsageError(f"{escaped(str(path))}{'' if line is None else f':{line}'}: {problem}")
 
 
-def shown(cells: Sequence[Any]) -> str:
+def cells_in_words(cells: Iterable[Any]) -> str:
     """Cells or columns in a message, on one line."""
     return ", ".join(escaped(str(cell)) for cell in cells)

@@ -33,4 +33,4 @@ def _first_lemmas() -> dict[str, str]:
 
 def _lines_of_timm(name: str) -> list[str]:
     """A list that the package timm brings along."""
-    return (package_folder("timm", pip="timm") / "data" / "_info" / name).read_text("utf-8").splitlines()
+    return (package_folder("timm") / "data" / "_info" / name).read_text("utf-8").splitlines()

@@ -4,8 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlip_cli.data.sources.classes import ClassFolders, find_classes
-from mlip_cli.data.sources.listing import is_leftover, shown, walk
+from mlip_cli.data.sources.listing import is_leftover, walk
 from mlip_cli.errors import UsageError
+from mlip_cli.files import read_lines
+from mlip_cli.paths import escaped
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class Benchmark:
     @property
     def words(self) -> str:
         """The name for messages."""
-        return shown(self.name)
+        return escaped(self.name)
 
 
 def names_in(folder: Path) -> list[str]:
@@ -37,6 +39,20 @@ def folders_in(folder: Path) -> list[str]:
     return sorted(child.name for child in folder.iterdir() if child.is_dir() and not is_leftover(child.name))
 
 
+def templates_in(path: Path) -> tuple[str, ...]:
+    """The templates of a file, one a line.
+
+    Raises:
+        UsageError: there are none, or one has no place for the class name.
+    """
+    templates = read_lines(path)
+    wrong = [template for template in templates if "{c}" not in template]
+    if wrong or not templates:
+        what = f"{wrong[0]!r} has no {{c}}" if wrong else "no templates"
+        raise UsageError(f"{path}: {what}; write one template a line, with {{c}} for the class name")
+    return tuple(templates)
+
+
 def classes_in(name: str, folder: Path) -> ClassFolders:
     """The classes of the evaluation set `folder:PATH`.
 
@@ -44,12 +60,13 @@ def classes_in(name: str, folder: Path) -> ClassFolders:
         UsageError: the folder holds several splits of a data set, or no classes (see `find_classes`).
         RunError: most of its pictures cannot be used.
     """
-    found = find_classes(folder, names_in(folder), place=shown(name))
+    place = escaped(name)
+    found = find_classes(folder, names_in(folder), place=place)
     if found.splits:
-        words, first = " and ".join(map(shown, found.splits)), f"{shown(name.rstrip('/'))}/{shown(found.splits[0])}"
+        words, first = " and ".join(map(escaped, found.splits)), f"{place.rstrip('/')}/{escaped(found.splits[0])}"
         if len(found.splits) == 1:
-            raise UsageError(f"{shown(name)}: {words} is a split of a data set and not a class; name {first}")
+            raise UsageError(f"{place}: {words} is a split of a data set and not a class; name {first}")
         raise UsageError(
-            f"{shown(name)}: {words} are splits of a data set and not classes; name one of them, such as {first}"
+            f"{place}: {words} are splits of a data set and not classes; name one of them, such as {first}"
         )
     return found

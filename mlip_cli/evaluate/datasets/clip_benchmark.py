@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,18 +13,17 @@ from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
 from mlip_cli.data.pictures import RejectedPictureError, pillow_to_rgb
-from mlip_cli.data.sources.listing import is_leftover
+from mlip_cli.data.sources.listing import PassedOver, is_leftover
 from mlip_cli.data.sources.records import UnusableSampleError
 from mlip_cli.data.sources.tar_samples import GUESSED, TarNotes, parts_of_sample, samples_of
 from mlip_cli.data.tar import check_not_compressed, open_tar, read_members
 from mlip_cli.errors import RunError, UsageError
-from mlip_cli.evaluate.datasets.benchmark import Benchmark
+from mlip_cli.evaluate.datasets.benchmark import Benchmark, templates_in
 from mlip_cli.evaluate.datasets.pictures import Pictures, read_picture
+from mlip_cli.files import read_lines
 from mlip_cli.paths import escaped
 from mlip_cli.terminal.output import say
 
-LEFT_OUT = "samples "
-"""How the words for samples that are not measured begin."""
 IMAGENETV2_FOLDER = "ImageNetV2-matched-frequency"
 IMAGENETV2_PICTURES = 10_000
 
@@ -106,60 +106,61 @@ def open_web_shards(benchmark: Benchmark) -> Pictures:
         RunError: a shard is damaged, or most samples have no label.
     """
     root, part = benchmark.root, benchmark.root / "test"
-    kind = _lines(root / "dataset_type.txt")[:1] if (root / "dataset_type.txt").is_file() else ["classification"]
+    kind = read_lines(root / "dataset_type.txt")[:1] if (root / "dataset_type.txt").is_file() else ["classification"]
     if kind != ["classification"]:
         raise UsageError(
             f"{benchmark.name}: a data set for {' '.join(kind)}; eval-zeroshot needs one for classification"
         )
-    count = _lines(part / "nshards.txt")
-    if len(count) != 1 or not count[0].isdigit():
+    count = read_lines(_required(part / "nshards.txt"))
+    if len(count) != 1 or not re.fullmatch("[0-9]{1,9}", count[0]):
         raise UsageError(f"{part / 'nshards.txt'}: not a number of shards")
-    tars = [part / f"{i}.tar" for i in range(int(count[0]))]
+    num_tars, num_there = int(count[0]), sum(1 for _ in part.glob("*.tar"))
+    tars = [part / f"{i}.tar" for i in range(min(num_tars, num_there + 1))]  # the number may be wrong, and huge
     missing = [tar for tar in tars if not tar.is_file()]
     if missing:
-        raise UsageError(f"{benchmark.name}: {len(missing)} of {len(tars)} shards are missing, such as {missing[0]}")
-    class_names, templates = (
-        tuple(_lines(root / name)) for name in ("classnames.txt", "zeroshot_classification_templates.txt")
-    )
+        num_missing = num_tars - len(tars) + len(missing)
+        raise UsageError(f"{benchmark.name}: {num_missing} of {num_tars} shards are missing, such as {missing[0]}")
+    class_names = tuple(read_lines(_required(root / "classnames.txt")))
+    templates = templates_in(_required(root / "zeroshot_classification_templates.txt"))
     for tar in tars:
         check_not_compressed(tar, "evaluation")
-    notes = TarNotes()
-    items = [item for tar in tars for item in labelled_pictures(tar, notes)]
+    notes, left_out = TarNotes(), PassedOver()
+    items = [item for tar in tars for item in labelled_pictures(tar, notes, left_out)]
     notes.tell_readings(benchmark.name, say=say)
-    num_left_out = sum(n for kind, n in notes.passed_over.counts.items() if kind.startswith(LEFT_OUT))
-    if num_left_out > len(items) > 0:
-        raise RunError(f"{part}: {notes.passed_over.in_words()}; only {len(items):,} others have a picture and a class")
+    if sum(left_out.counts.values()) > len(items) > 0:
+        raise RunError(f"{part}: {left_out.in_words()}; only {len(items):,} others have a picture and a class")
     if not items:
         raise UsageError(f"{part}: no pictures with a .cls beside them")
-    return Pictures(class_names, templates, items, _load_tar_item, passed_over=notes.passed_over)
+    left_out.update(notes.passed_over)
+    return Pictures(class_names, templates, items, _load_tar_item, passed_over=left_out)
 
 
-def _lines(path: Path) -> list[str]:
+def _required(path: Path) -> Path:
+    """`path`, once it is seen that the file is there."""
     if not path.is_file():
         raise UsageError(f"{path}: missing; write it with clip_benchmark_export_wds")
-    return [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()]
+    return path
 
 
-def labelled_pictures(tar: Path, notes: TarNotes | None = None) -> Iterator[TarItem]:
+def labelled_pictures(tar: Path, notes: TarNotes, left_out: PassedOver) -> Iterator[TarItem]:
     """The pictures of a webdataset tar with the class number in a `.cls` beside each.
 
     Args:
-        notes: are added to.
+        notes: are added to. left_out: samples without a picture and a class are added to it.
 
     Raises:
         RunError: the tar is damaged, or a `.cls` holds no number.
     """
-    notes = TarNotes() if notes is None else notes
     samples, _ = samples_of(read_members(tar), GUESSED, notes, tar=tar.name)
     with open_tar(tar) as opened:
         for sample in samples:
             try:
                 parts = parts_of_sample(sample, GUESSED)
             except UnusableSampleError as error:
-                notes.passed_over.add(f"{LEFT_OUT}with {error}", f"{tar.name}: {escaped(sample.key)}")
+                left_out.add(f"samples with {error}", f"{tar.name}: {sample.key}")
                 continue
             if "cls" not in parts:
-                notes.passed_over.add(f"{LEFT_OUT}without a class number", f"{tar.name}: {escaped(sample.key)}")
+                left_out.add("samples without a class number", f"{tar.name}: {sample.key}")
                 continue
             label = opened.read(min(parts["cls"].size, 16), parts["cls"].offset).strip()
             if not label.isdigit():

@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from pathlib import Path
 
-from mlip_cli.data.sources.records import check_utf8
 from mlip_cli.errors import UsageError
 from mlip_cli.evaluate.datasets import imagenet
 from mlip_cli.evaluate.datasets.benchmark import Benchmark, classes_in, names_in
-from mlip_cli.paths import read_variable
+from mlip_cli.files import read_object
+from mlip_cli.paths import check_utf8, read_variable
 
 # Names of clip-benchmark with one label a picture and no TensorFlow.
 CLIP_BENCHMARK = (
@@ -109,8 +109,8 @@ def _digest(parts: Iterable[object]) -> str:
 def _shards_fingerprint(folder: Path) -> str:
     """Digest of the prepared data set's fingerprint and the templates file beside it."""
     try:
-        fingerprint = json.loads((folder / "dataset.json").read_bytes())["fingerprint"]
-    except (ValueError, KeyError, TypeError) as error:
+        fingerprint = read_object(folder / "dataset.json")["fingerprint"]
+    except (ValueError, KeyError) as error:
         message = f"{folder / 'dataset.json'}: mlip prepare-data did not write it; prepare the data again"
         raise UsageError(message) from error
     templates = folder / "templates.txt"

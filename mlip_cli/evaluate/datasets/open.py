@@ -11,13 +11,14 @@ from torch import Tensor
 from mlip_cli.data.dataset import RawSample, ShardDataset
 from mlip_cli.data.open import open_prepared
 from mlip_cli.data.sources.class_names import some
-from mlip_cli.data.sources.classes import counted, first_folder
-from mlip_cli.data.sources.listing import is_picture, shown
+from mlip_cli.data.sources.classes import count_pictures, first_folder
+from mlip_cli.data.sources.listing import is_picture
 from mlip_cli.errors import UsageError
 from mlip_cli.evaluate.datasets import imagenet
-from mlip_cli.evaluate.datasets.benchmark import Benchmark, classes_in, folders_in, names_in
+from mlip_cli.evaluate.datasets.benchmark import Benchmark, classes_in, folders_in, names_in, templates_in
 from mlip_cli.evaluate.datasets.clip_benchmark import open_built, open_web_shards
 from mlip_cli.evaluate.datasets.pictures import Names, Pictures, read_picture
+from mlip_cli.paths import escaped
 from mlip_cli.terminal.output import plural, say, warn
 
 OPENMOJI_GROUPS = (
@@ -97,11 +98,8 @@ def open_folder(benchmark: Benchmark) -> Pictures:
     """Class folders, where `find_classes` finds them."""
     name, root, found = benchmark.words, benchmark.root, classes_in(benchmark.name, benchmark.root)
     if found.wrapper:
-        say(f"{name}: the class folders lie in {shown(found.wrapper)}")
-    if named := found.named():
-        say(f"{name}: {named}")
-    for caution in found.cautions():
-        warn(f"{name}: {caution}")
+        say(f"{name}: the class folders lie in {escaped(found.wrapper)}")
+    found.tell(name)
     if found.empty:
         without = f"{plural(len(found.empty), 'class', 'classes')} without pictures ({some(found.empty)})"
         warn(f"{name}: {without}; the names are still candidates")
@@ -114,10 +112,9 @@ def open_folder(benchmark: Benchmark) -> Pictures:
 
 def _labelled_files(root: Path, class_of: Callable[[str], int | None]) -> list[tuple[Path, int]]:
     """The picture files under `root` that have a class, by class and name."""
-    labels = [(class_of(name), name) for name in names_in(root) if is_picture(name)]
-    return [
-        (root / name, label) for label, name in sorted((label, name) for label, name in labels if label is not None)
-    ]
+    labels = ((class_of(name), name) for name in filter(is_picture, names_in(root)))
+    labelled = sorted((label, name) for label, name in labels if label is not None)
+    return [(root / name, label) for label, name in labelled]
 
 
 def _load_file(item: tuple[Path, int]) -> tuple[Tensor, int]:
@@ -174,7 +171,7 @@ def open_imagenet_folders(benchmark: Benchmark) -> Pictures:
     """ImageNet's validation pictures in class folders."""
     root = benchmark.root
     numbers = {folder: imagenet.class_of(folder) for folder in folders_in(root)}
-    _, passed_over = counted(benchmark.name, names_in(root), first_folder)
+    _, passed_over = count_pictures(benchmark.name, names_in(root), first_folder)
     files = _labelled_files(root, lambda file: numbers.get(first_folder(file) or ""))
     if not files:
         raise UsageError("imagenet: class folders, but no pictures in them; unpack the validation pictures there")
@@ -187,25 +184,12 @@ def open_imagenet_shards(benchmark: Benchmark) -> Pictures:
     return Pictures(*imagenet.names_and_templates(), items, _load_sample)
 
 
-def _lines(path: Path) -> list[str]:
-    try:
-        lines = [line.strip() for line in path.read_text("utf-8").splitlines()]
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path}: not UTF-8 text") from error
-    return [line for line in lines if line]
-
-
 def _templates(folder: Path) -> tuple[str, ...]:
     """The templates of templates.txt in `folder`, else the default."""
     path = folder / TEMPLATES_FILE
     if not path.is_file():
         return DEFAULT_TEMPLATES
-    templates = _lines(path)
-    wrong = [template for template in templates if "{c}" not in template]
-    if wrong or not templates:
-        what = f"{wrong[0]!r} has no {{c}}" if wrong else "no templates"
-        raise UsageError(f"{path}: {what}; write one template a line, with {{c}} for the class name")
-    return tuple(templates)
+    return templates_in(path)
 
 
 OPENERS: dict[str, Callable[[Benchmark], Pictures]] = {

@@ -9,17 +9,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import unquote
 
-from mlip_cli.data.sources.listing import PICTURE_ENDINGS
+from mlip_cli.data.sources.listing import is_picture
 
 MOST_FOLDERS = 256
-"""Listings of folders that are kept."""
+"""The most listings of folders that are kept."""
 MOST_COMPARED = 20_000
-"""Names among which the nearest is looked for."""
+"""The most names among which the nearest is looked for."""
 MOST_NEAREST = 100
-"""Times that it is looked for: each takes a while."""
+"""The most searches for a nearest name: each takes a while."""
 
 LEAST_NEAR = 0.85
-"""Share of equal characters from which on a name is near another: more than 3.png has of 4.png."""
+"""A name is near another if at least this share of their characters is equal. 3.png is not near 4.png."""
 
 
 @dataclass(frozen=True)
@@ -110,10 +110,9 @@ class PathFinder:
             except OSError:  # no folder, or one that cannot be listed: nothing is found there
                 names = []
             for name in names:
-                stem, dot, ending = name.rpartition(".")
                 listing.setdefault(_key(name), []).append(name)
-                if dot and ending.lower() in PICTURE_ENDINGS:
-                    listing.setdefault(_key(stem) + ".*", []).append(name)
+                if is_picture(name):
+                    listing.setdefault(_key(name.rpartition(".")[0]) + ".*", []).append(name)
             self.listings[folder] = listing
         return self.listings[folder]
 
@@ -122,7 +121,7 @@ class PathFinder:
         if ".." in folders or any("\0" in folder for folder in folders):
             return ""
         listing = self._listing(os.path.join(self.folder, *folders))
-        pictures = [key for key in listing if key.rpartition(".")[2] in PICTURE_ENDINGS]
+        pictures = [key for key in listing if is_picture(key)]
         if self.num_nearest == MOST_NEAREST or len(pictures) > MOST_COMPARED:
             return ""
         self.num_nearest += 1

@@ -1,0 +1,94 @@
+"""Options and arguments of the command line that several commands share, and those of prepare-data."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from mlip_cli.terminal.values import checked_measured_run, checked_path, checked_text, split_datasets
+
+Run = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="RUN", parser=checked_measured_run, help="Run folder or checkpoint. Default: the newest run in runs/."
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
+Device = Annotated[
+    Literal["auto", "cuda", "mps", "cpu"], typer.Option(metavar="NAME", help="auto, cuda, mps (untested) or cpu.")
+]
+DataRoot = Annotated[
+    Path | None,
+    typer.Option(
+        callback=checked_path,
+        help="Folder that holds data sets. Default: $MLIP_DATA, else data/.",
+        show_default=False,
+    ),
+]
+Datasets = Annotated[
+    list[list] | None,
+    typer.Option(
+        "--dataset",
+        parser=split_datasets,
+        metavar="NAME[,NAME]",
+        help="Data sets. Repeat the option, or separate names by commas.",
+    ),
+]
+BatchSize = Annotated[int, typer.Option(min=1, max=65_536, help="Pictures in one forward pass.")]
+
+Source = Annotated[
+    str,
+    typer.Argument(
+        metavar="SOURCE",
+        callback=checked_text,
+        help="A folder, a table, a tar (.tar.gz too), a pattern of tars, or openmoji.",
+    ),
+]
+Out = Annotated[
+    Path,
+    typer.Argument(metavar="OUT", callback=checked_path, help="Folder to write train/ and validation/ or test/ into."),
+]
+Format = Annotated[
+    str,
+    typer.Option(help="auto, openmoji, metadata, sidecar, classes or webdataset; auto: detected from the files."),
+]
+ShortSide = Annotated[
+    int | None,
+    typer.Option(
+        min=8,
+        max=4_096,
+        help="Short side of stored pictures, in pixels. Default: 256; openmoji: 64.",
+        show_default=False,
+    ),
+]
+Holdout = Annotated[
+    float | None,
+    typer.Option(
+        min=0.0,
+        max=0.5,
+        help="Share of the pictures to hold out as validation/, if the source has no splits. Default: a tenth; of "
+        "more than 5,000 pictures 500; of more than 25,000 a fiftieth.",
+        show_default=False,
+    ),
+]
+Limit = Annotated[int | None, typer.Option(min=1, max=10**12, help="Use only the first N rows of the source.")]
+ImageColumn = Annotated[
+    str | None,
+    typer.Option(help="Column that holds the picture's path, or its field in a tar. Default: found by its name."),
+]
+CaptionColumn = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME[:WEIGHT][,...]",
+        help="Column that holds the caption, or its key in a tar's KEY.json; several columns of a table, with "
+        "weights: title:2,text. Default: found by its name.",
+    ),
+]
+ImageFolder = Annotated[
+    str | None,
+    typer.Option(
+        callback=checked_text, help="Folder that paths in a table are relative to. Default: found, or the table's."
+    ),
+]
+SkinTones = Annotated[bool, typer.Option("--skin-tones", help="openmoji only: include the skin-tone variants.")]
+Workers = Annotated[int | None, typer.Option(min=1, max=1_024, help="Number of processes. Default: one for each core.")]
