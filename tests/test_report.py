@@ -164,7 +164,7 @@ def test_the_page_shows_what_the_files_say(made: Path) -> None:
     for point in sweep["points"]:
         assert f"{point['speedup']:.2f}" in page
     assert "mlip pretrain" not in re.sub("<[^>]*>", "", page).split("Sessions")[0]
-    assert sorted(path.name for path in (made / "mlip" / "pictures").glob("*.svg")) == ["pareto.svg", "profile.svg"]
+    assert sorted(path.name for path in (made / "mlip" / "pictures").glob("*.svg")) == ["distortion.svg", "pareto.svg", "profile.svg"]
 
 
 def test_results_are_read_as_they_were_written(made: Path) -> None:
