@@ -420,7 +420,7 @@ def test_a_run_that_dropped_patches_is_swept_as_guided(place: Path, capsys: pyte
     sweep("runs/flip")
     points = printed(capsys)["points"]
     assert [(p["method"], p["rate"]) for p in points] == [(None, 0.0), ("guided", 0.5)]
-    assert points[1]["tokens_per_block"] == [16, 11, 11, 8]
+    assert points[1]["tokens_per_block"] == [16, 13, 10, 8]
     model = load_run("runs/flip", device="cpu").model
     assert at_rate(model, None).plan == at_rate(model, 0.0).plan
     assert (at_rate(model, 0.5).plan.guidance, at_rate(model, 0.5).plan.strength) == ("spatial", 1.0)

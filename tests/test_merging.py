@@ -259,27 +259,46 @@ def test_distinctness_of_an_outlier_is_largest() -> None:
 
 
 def test_default_places() -> None:
-    assert [default_places(d) for d in (4, 6, 12, 24, 2, 3)] == [(2, 4), (2, 4), (3, 5), (6, 10), (2,), (2,)]
+    """Half of the tower, or four places where it has them."""
+    for depth, last in ((1, 2), (2, 2), (3, 3), (4, 4), (6, 5), (8, 5), (12, 7), (24, 13)):
+        assert default_places(depth) == default_places(depth, "tome") == tuple(range(2, last + 1))
+    assert default_places(12, "random_drop") == (1,)
 
 
 def test_plan_counts_tokens_and_says_its_true_rate() -> None:
     plan = resolve(0.5)
-    assert plan.tokens == (196, 196, 139, 139, *(98,) * 8)
+    assert plan.tokens == (196, 175, 156, 139, 123, 110, *(98,) * 6)
     assert plan.rate == 0.5
-    assert plan.merges == {3: 139, 5: 98}
+    assert plan.merges == {2: 175, 3: 156, 4: 139, 5: 123, 6: 110, 7: 98}
     assert resolve(0.0).tokens == (196,) * 12
     assert resolve(0.0).at == ()
     assert resolve(0.3, num_patches=49, depth=4, at=(2, 3)).tokens == (49, 41, 34, 34)
 
 
 def test_a_rate_that_no_plan_reaches_is_refused() -> None:
-    with pytest.raises(UsageError) as caught:
-        resolve(0.8)
-    assert str(caught.value) == (
+    message = (
         "merge rate 0.8: the merge before block 3 would take 196 tokens to 88, and one merge removes at most half; "
-        "lower the rate or add places to model.merging.at"
+        "lower the rate"
     )
-    assert resolve(0.75).tokens[-1] == 49
+    with pytest.raises(UsageError) as caught:
+        resolve(0.8, at=(3, 5))
+    assert str(caught.value) == message + " or add places to model.merging.at"
+    with pytest.raises(UsageError) as caught:
+        resolve(0.8, depth=4, stem=2)
+    assert str(caught.value) == message
+    assert resolve(0.75, at=(3, 5)).tokens[-1] == 49
+
+
+def test_rate_09_is_reached_by_default_where_four_merges_fit() -> None:
+    for depth in range(1, 25):
+        for stem in range(min(depth, 5)):
+            if depth - max(stem, 1) >= 4:
+                plan = resolve(0.9, depth=depth, num_patches=256, stem=stem)
+                assert plan.tokens[-1] == 26
+            else:
+                with pytest.raises(UsageError, match=r"at most half; lower the rate$|beyond the tower's depth"):
+                    resolve(0.9, depth=depth, num_patches=256, stem=stem)
+    assert resolve(0.875, depth=4, num_patches=256).tokens == (256, 128, 64, 32)
 
 
 @pytest.mark.parametrize(

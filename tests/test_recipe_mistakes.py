@@ -192,7 +192,7 @@ def test_a_mistake_in_a_parent_is_reported_in_the_parent() -> None:
         (["model.merging.at=[2, 2]"], "model.merging.at=[2, 2]: [2, 2] does not ascend; name each block once, the first one first"),
         (["model.merging.at=[1, 2]"], "model.merging.at=[1, 2]: [1, 2] starts too early; the first place for guided is 2"),
         (["model.merging.at=[2, 3]"], "model.merging.at=[2, 3]: [2, 3] goes beyond the tower's depth 2; the last block is 2"),
-        (["model.merging.rate=0.7"], "model.merging.rate=0.7: merge rate 0.7: the merge before block 2 would take 16 tokens to 5, and one merge removes at most half; lower the rate or add places to model.merging.at"),
+        (["model.merging.rate=0.7"], "model.merging.rate=0.7: merge rate 0.7: the merge before block 2 would take 16 tokens to 5, and one merge removes at most half; lower the rate"),
         (["model.merging.rate=0.01"], "model.merging.rate=0.01: merge rate 0.01: removes none of 16 tokens; use 0, or at least 0.063"),
         (["model.merging={method: tome, guidance: inverse}"], "model.merging={method: tome, guidance: inverse}: model.merging.guidance: inverse has no effect with method tome; set it to mixed"),
         (["model.merging={method: tome, strength: 1.0}"], "model.merging={method: tome, strength: 1.0}: model.merging.strength: 1.0 has no effect with method tome; set it to 2.0"),

@@ -147,11 +147,12 @@ class MergePass:
             else grid_parity(*self.patches.grid, device=device)
         )
         even, odd = halves(parity)
-        keys = tokens if self.keys is None else self.keys[:, self.patches.num_prefix :]
+        keys = as_read(tokens) if self.keys is None else self.keys[:, self.patches.num_prefix :]
         if guidance is None:
             cost = cosine_cost(keys, even, odd)
         else:
-            cost = ward_cost(keys, self.sizes, guidance.used, even, odd, strength=self.plan.strength)
+            sizes = self.sizes if self.assigns else None
+            cost = ward_cost(keys, sizes, guidance.used, even, odd, strength=self.plan.strength)
         return match(cost, even, odd, num_groups)
 
     def _guide(self, tokens: Tensor) -> Guidance | None:
@@ -168,4 +169,12 @@ class MergePass:
         """What one patch of each token weighs: attention is per token, and a large one draws it for all its patches."""
         if self.first_row is not None:
             return self.first_row[:, self.patches.num_prefix :] / self.sizes
-        return distinctness(nn.functional.layer_norm(tokens, tokens.shape[-1:]), self.sizes)
+        return distinctness(as_read(tokens), self.sizes)
+
+
+def as_read(tokens: Tensor) -> Tensor:
+    """Tokens as a block with a norm reads them, so that large activations do not decide alone: (B, N, D) -> (B, N, D).
+
+    They serve as keys behind a block that returns none, such as that of a stem.
+    """
+    return nn.functional.layer_norm(tokens, tokens.shape[-1:], eps=1e-6)

@@ -8,6 +8,7 @@ patches, "Scaling Language-Image Pre-training via Masking" (FLIP, Li et al., CVP
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -44,26 +45,35 @@ def cosine_cost(keys: Tensor, even: Tensor, odd: Tensor) -> Tensor:
     """Minus the cosine similarity of each even to each odd token (ToMe): (B, N, d) -> (B, N - N//2, N//2)."""
     keys = F.normalize(keys.to(torch.promote_types(keys.dtype, torch.float32)), dim=-1, eps=1e-6)
     with torch.autocast(keys.device.type, enabled=False):
-        return -(keys[:, even] @ keys[:, odd].transpose(1, 2))
+        return -(keys.index_select(1, even) @ keys.index_select(1, odd).transpose(1, 2))
 
 
 @torch.no_grad()
-def ward_cost(keys: Tensor, sizes: Tensor, guidance: Tensor, even: Tensor, odd: Tensor, *, strength: float) -> Tensor:
+def ward_cost(
+    keys: Tensor, sizes: Tensor | None, guidance: Tensor, even: Tensor, odd: Tensor, *, strength: float
+) -> Tensor:
     """What merging an even and an odd token changes: (B, N, d), (B, N), (B, N) in [0, 1] -> (B, N - N//2, N//2).
 
     The squared distances of all patches to the key of their token grow by s_i s_j / (s_i + s_j) * |k_i - k_j|^2 in sum
     (Ward, 1963). The larger guidance g of the two ends multiplies it by 1 + strength * g. So equal tokens merge for
-    nothing, and a change of an important token costs more. Our reading of MLIP.
+    nothing, and a change of an important token costs more. Our reading of MLIP. `sizes` None: each token is one patch.
     """
     keys = keys.to(torch.promote_types(keys.dtype, torch.float32))
-    keys = keys - keys.mean(1, keepdim=True)  # smaller numbers cancel less
-    a, b = keys[:, even], keys[:, odd]
-    squares = (a.square().sum(-1)[:, :, None], b.square().sum(-1)[:, None])
+    middle = keys.mean(1, keepdim=True)  # smaller numbers cancel less
+    a, b = (keys.index_select(1, half).sub_(middle) for half in (even, odd))
+    squares_a, squares_b = (torch.linalg.vector_norm(half, dim=-1).square_() for half in (a, b))
+    cost = squares_a[:, :, None] + squares_b[:, None]
     with torch.autocast(keys.device.type, enabled=False):
-        distances = (squares[0] + squares[1] - 2 * a @ b.transpose(1, 2)).clamp(min=0)
-    size_a, size_b = sizes[:, even, None], sizes[:, None, odd]
-    weights = 1 + strength * torch.maximum(guidance[:, even, None], guidance[:, None, odd])
-    return distances * (size_a * size_b / (size_a + size_b)) * weights
+        torch.baddbmm(cost, a, b.transpose(1, 2), alpha=-2, out=cost)
+    weights = 1 + strength * guidance
+    if sizes is None:
+        weights = weights / 2
+    factor = torch.maximum(weights[:, even, None], weights[:, None, odd])
+    cost.mul_(factor)
+    if sizes is not None:
+        shares = sizes.reciprocal()
+        cost.div_(torch.add(shares[:, even, None], shares[:, None, odd], out=factor))
+    return cost
 
 
 @torch.no_grad()

@@ -220,7 +220,8 @@ class ImageTower(nn.Module):
         """
         embedded = self.embed(images)
         x = self.trunk.norm_pre(self.trunk.patch_drop(embedded))
-        patches = Patches(self.grid, self.patch_size, self.num_prefix, self.trunk.cls_token is not None)
+        pools_class_token = self.trunk.cls_token is not None and self.trunk.global_pool == "token"
+        patches = Patches(self.grid, self.patch_size, self.num_prefix, has_class_token=pools_class_token)
         merging = MergePass(images, plan, patches=patches, replay=assign, spectrum=spectrum)
         merges, stem_tokens = plan.merges, None
         again: bool = self.trunk.grad_checkpointing
