@@ -4,8 +4,9 @@
 
 A row is one run, set of pictures, method, choice of places and rate: the mean, the median and the 95th percentile of
 1 - cosine to the unmerged feature, the tokens that the blocks see and the CPU time of the image tower as shares of the
-unmerged ones, and how many blank and how many drawn patches a token holds at the end of the tower. No labels are
-needed. Rates that the places cannot reach are left out. Times are taken in turn with the unmerged tower, one thread.
+unmerged ones; of blank and of drawn patches how many share a token at the end of the tower, and their mean guidance at
+each merge. No labels are needed. Rates that the places cannot reach are left out. Times are taken in turn with the
+unmerged tower, on one thread.
 """
 
 import argparse
@@ -30,6 +31,8 @@ from mlip_cli.runs.loading import load_run
 
 RATES = (0.3, 0.5, 0.7, 0.75, 0.8, 0.9)
 BATCH_SIZE, ROUNDS = 32, 9
+LOOKED_AT = 96
+"""Pictures of each set of which the groups and the guidance are looked at."""
 BLANK = 4
 """Largest difference between two pixels of a blank patch, of 255."""
 
@@ -89,15 +92,19 @@ def time_share(model: CLIP, images: Tensor, plan: MergePlan) -> float:
 
 
 @torch.inference_mode()
-def patches_a_token(model: CLIP, images: Tensor, plan: MergePlan) -> dict[str, float]:
-    """How many blank and how many drawn patches share a token: patches by the tokens that they fill."""
-    p, groups = model.vision.patch_size, model.merge_stages(images, plan)[-1].groups
+def blank_and_drawn(model: CLIP, images: Tensor, plan: MergePlan) -> dict[str, Any]:
+    """Of blank and of drawn patches: patches by the tokens that they fill, and mean guidance at each merge."""
+    p, stages = model.vision.patch_size, model.merge_stages(images, plan)
     patches = images.unfold(2, p, p).unfold(3, p, p).permute(0, 2, 3, 1, 4, 5).flatten(1, 2).flatten(2).int()
-    blank = patches.amax(-1) - patches.amin(-1) <= BLANK
+    is_blank = patches.amax(-1) - patches.amin(-1) <= BLANK
+    groups, found = stages[-1].groups, {}
     sizes = torch.zeros(groups.shape).scatter_add(1, groups, torch.ones(groups.shape)).gather(1, groups)
-    return {
-        name: (of.sum() / (of / sizes).sum()).item() for name, of in (("blank", blank), ("drawn", ~blank)) if of.any()
-    }
+    for name, chosen in (("blank", is_blank), ("drawn", ~is_blank)):
+        shares = chosen / sizes
+        found[f"{name}_patches_a_token"] = round((chosen.sum() / shares.sum()).item(), 2)
+        maps = [stage.mixed for stage in stages if stage.mixed is not None]
+        found[f"{name}_guidance"] = [round(values[chosen].mean().item(), 3) for values in maps]
+    return found
 
 
 def measure(run: Path, sets: dict[str, Path], options: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -125,7 +132,7 @@ def measure(run: Path, sets: dict[str, Path], options: argparse.Namespace) -> It
                     "mean": float(f"{moved.mean():.4g}"),
                     "median": float(f"{moved.median():.4g}"),
                     "p95": float(f"{moved.quantile(0.95):.4g}"),
-                    "patches_a_token": {k: round(v, 2) for k, v in patches_a_token(model, images, plan).items()},
+                    **blank_and_drawn(model, images[:LOOKED_AT], plan),
                 }
 
 
