@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
+from mlip_cli.evaluate.merge_pictures import spread_evenly
 from mlip_cli.evaluate.panels import (
     MAP_SHARE,
     as_webp,
@@ -195,3 +196,9 @@ def test_pictures_are_drawn_at_random_and_always_the_same() -> None:
     assert numbers_at_random(4, 400) == numbers_at_random(4, 400) == sorted(set(numbers_at_random(4, 400)))
     assert max(numbers_at_random(4, 400)) > 20
     assert numbers_at_random(8, 5) == [0, 1, 2, 3, 4]
+
+
+def test_of_many_merges_the_first_the_last_and_one_between_are_drawn() -> None:
+    merges = [MergeStage(block, torch.zeros(1, 4), None, None, None) for block in range(2, 14)]
+    shown = {n: [stage.block for stage in spread_evenly(merges[:n])] for n in (0, 1, 2, 3, 4, 6, 12)}
+    assert shown == {0: [], 1: [2], 2: [2, 3], 3: [2, 3, 4], 4: [2, 4, 5], 6: [2, 4, 7], 12: [2, 8, 13]}
