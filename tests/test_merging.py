@@ -259,17 +259,17 @@ def test_distinctness_of_an_outlier_is_largest() -> None:
 
 
 def test_default_places() -> None:
-    """Half of the tower, or four places where it has them."""
-    for depth, last in ((1, 2), (2, 2), (3, 3), (4, 4), (6, 5), (8, 5), (12, 7), (24, 13)):
+    """A third of the tower, or four places where it has them."""
+    for depth, last in ((1, 2), (2, 2), (3, 3), (4, 4), (5, 5), (6, 5), (12, 5), (15, 6), (24, 9)):
         assert default_places(depth) == default_places(depth, "tome") == tuple(range(2, last + 1))
     assert default_places(12, "random_drop") == (1,)
 
 
 def test_plan_counts_tokens_and_says_its_true_rate() -> None:
     plan = resolve(0.5)
-    assert plan.tokens == (196, 175, 156, 139, 123, 110, *(98,) * 6)
+    assert plan.tokens == (196, 165, 139, 117, *(98,) * 8)
     assert plan.rate == 0.5
-    assert plan.merges == {2: 175, 3: 156, 4: 139, 5: 123, 6: 110, 7: 98}
+    assert plan.merges == {2: 165, 3: 139, 4: 117, 5: 98}
     assert resolve(0.0).tokens == (196,) * 12
     assert resolve(0.0).at == ()
     assert resolve(0.3, num_patches=49, depth=4, at=(2, 3)).tokens == (49, 41, 34, 34)

@@ -112,7 +112,7 @@ def test_stages_of_merges_behind_a_stem_keep_the_numbers_of_blocks() -> None:
 
 
 def test_default_places_begin_right_behind_a_stem() -> None:
-    for stem, first, last in ((1, 2, 7), (2, 3, 7), (6, 7, 10), (10, 11, 12)):
+    for stem, first, last in ((1, 2, 5), (2, 3, 6), (6, 7, 10), (10, 11, 12)):
         assert default_places(12, stem=stem) == tuple(range(first, last + 1))
     assert default_places(4, stem=2) == (3, 4)
     assert default_places(12, "random_drop", stem=2) == (3,)

@@ -8,14 +8,19 @@ patches, "Scaling Language-Image Pre-training via Masking" (FLIP, Li et al., CVP
 """
 
 import math
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 SPATIAL_SHARE = 0.5
-"""Share of the spatial guidance in the mean of both domains; our choice."""
+"""Share of the spatial guidance in the mean of both domains; our choice.
+
+Features moved 1.08 times as far with either domain alone, 1.04 times with shares of 0.25 and 0.75 (standard errors
+0.04). Such factors in this file and its neighbours are geometric means of 1 - cosine to the unmerged feature over two
+trained models (CLIP and MLIP, 64 patches), four sets of pictures, three of them of sources that training never saw,
+and the rates 0.5, 0.7 and 0.8: tests/ablation/results/merging/variants.json.
+"""
 
 
 def grid_parity(h: int, w: int, *, device: torch.device | None = None) -> Tensor:
@@ -57,6 +62,9 @@ def ward_cost(
     The squared distances of all patches to the key of their token grow by s_i s_j / (s_i + s_j) * |k_i - k_j|^2 in sum
     (Ward, 1963). The larger guidance g of the two ends multiplies it by 1 + strength * g. So equal tokens merge for
     nothing, and a change of an important token costs more. Our reading of MLIP. `sizes` None: each token is one patch.
+
+    The cost without guidance moves features 0.40 times as far as ToMe's rule. Strengths of 0 to 4 differ from 2 by less
+    than twice the standard error (factors of 0.98 to 1.05, each +-0.03); 8 moves them 1.09 times as far.
     """
     keys = keys.to(torch.promote_types(keys.dtype, torch.float32))
     middle = keys.mean(1, keepdim=True)  # smaller numbers cancel less

@@ -185,8 +185,8 @@ class Merging(Section):
     strength: PositiveFloat = 2.0
     """How much more a change of the most important token counts than one of the least important, in guided merging."""
     at: tuple[Blocks, ...] | None = None
-    """Blocks before which tokens merge, counted from 1. null: each block up to the middle of the tower, at least four
-    where it has them; for random_drop, the first block."""
+    """Blocks before which tokens merge, counted from 1. null: as many as a third of the tower has, four or more, from
+    the earliest place on; for random_drop, the first block."""
     active: tuple[Share, Share] = (0.0, 1.0)
     """First and last share of the training steps in which tokens merge. No tokens merge before or after."""
 

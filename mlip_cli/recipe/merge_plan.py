@@ -78,7 +78,7 @@ def default_places(depth: int, method: str = DEFAULT.method, *, stem: int = 0) -
     earliest = earliest_place(method, stem)
     if merge_method(method).drops:
         return (earliest,)
-    last = min(max(depth // 2 + 1, earliest + FEWEST_MERGES - 1), depth)
+    last = min(earliest - 1 + max(depth // 3, FEWEST_MERGES), depth)
     return tuple(range(earliest, max(last, earliest) + 1))
 
 

@@ -7,6 +7,10 @@ A row is one run, set of pictures, method, choice of places and rate: the mean, 
 unmerged ones; of blank and of drawn patches how many share a token at the end of the tower, and their mean guidance at
 each merge. No labels are needed. Rates that the places cannot reach are left out. Times are taken in turn with the
 unmerged tower, on one thread.
+
+results/merging holds what we measured: distortion.json by this program, distortion_before.json by it with the code of
+commit a975000 (minus cosine plus a quarter of the larger guidance, two places), places.json and places_time.json for
+more choices of places, and variants.json for single parts of the rule changed by hand.
 """
 
 import argparse
@@ -29,9 +33,8 @@ from mlip_cli.model.clip import CLIP
 from mlip_cli.recipe.merge_plan import MergePlan
 from mlip_cli.runs.loading import load_run
 
-RATES = (0.3, 0.5, 0.7, 0.75, 0.8, 0.9)
-BATCH_SIZE, ROUNDS = 32, 9
-LOOKED_AT = 96
+BATCH_SIZE, ROUNDS = 32, 5
+LOOKED_AT = 64
 """Pictures of each set of which the groups and the guidance are looked at."""
 BLANK = 4
 """Largest difference between two pixels of a blank patch, of 255."""
@@ -50,11 +53,13 @@ def pictures(tar: Path, size: int, limit: int) -> Tensor:
     return torch.stack(found)
 
 
-def plans(model: CLIP, method: str, places: Sequence[Sequence[int] | None]) -> Iterator[tuple[float, MergePlan]]:
+def plans(
+    model: CLIP, method: str, places: Sequence[Sequence[int] | None], rates: Sequence[float]
+) -> Iterator[tuple[float, MergePlan]]:
     """The plans that reach their rates, with the default strength: (rate asked for, plan)."""
     tower = model.vision
     for at in places:
-        for rate in RATES:
+        for rate in rates:
             try:
                 yield (
                     rate,
@@ -114,7 +119,7 @@ def measure(run: Path, sets: dict[str, Path], options: argparse.Namespace) -> It
     unmerged = {name: features(model, images, model.merge_plan(0.0)) for name, images in read.items()}
     first = next(iter(read.values()))[:BATCH_SIZE]
     for method in options.methods:
-        for rate, plan in plans(model, method, options.places):
+        for rate, plan in plans(model, method, options.places, options.rates):
             share = time_share(model, first, plan)
             tokens = sum(plan.tokens) / (plan.num_patches * len(plan.tokens))
             for name, images in read.items():
@@ -142,6 +147,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, nargs="+", required=True)
     parser.add_argument("--pictures", nargs="+", required=True, help="NAME=TAR")
     parser.add_argument("--methods", nargs="+", default=["guided", "tome"])
+    parser.add_argument("--rates", type=float, nargs="+", default=[0.3, 0.5, 0.7, 0.8])
     parser.add_argument("--places", nargs="+", default=["default"], help="default, or blocks such as 2,3,4")
     parser.add_argument("--limit", type=int, default=384, help="pictures of each tar")
     options = parser.parse_args()
