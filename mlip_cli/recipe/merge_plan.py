@@ -73,7 +73,17 @@ def earliest_place(method: str, stem: int) -> int:
 def default_places(depth: int, method: str = DEFAULT.method, *, stem: int = 0) -> tuple[int, ...]:
     """Blocks before which tokens merge or drop where the recipe names none.
 
-    Merges: DOCSTRING
+    Drops need no features: before the first block behind the stem. Merges: as many as a third of the tower has blocks,
+    four or more, each removing the same share, from the earliest place on: 4 -> (2, 3, 4), 6 and 12 -> (2, 3, 4, 5), 24
+    -> (2, ..., 9). A tower with fewer than four places cannot reach a rate of 0.9: 4 blocks reach 0.875, or 0.75 behind
+    a stem of 2.
+
+    Measured as 1000 x (1 - cosine) to the unmerged feature, on trained towers of width 128 and 64 patches
+    (tests/ablation/results/merging). At equal tokens, summed over the blocks, several small merges move the features
+    far less than two: 4 blocks 0.007 against 0.040 at 0.73 of the tokens, 12 blocks 0.007 at 0.60 against 0.080 at
+    0.62. At equal CPU time, 12 blocks at 0.75 of the unmerged tower's: 0.007, against 0.080 with (3, 5) and about 0.1
+    with (2, ..., 7), because a merge takes as long as half a block of such a narrow tower. With 4, 6 and 24 blocks the
+    difference to two merges is within the noise there.
     """
     earliest = earliest_place(method, stem)
     if merge_method(method).drops:
