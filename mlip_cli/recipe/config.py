@@ -12,6 +12,8 @@ LOSS_NAMES = (
     *("frequency_global", "frequency_words", "frequency_token"),
     "align",
 )
+FREQUENCY_LOSSES = ("frequency_global", "frequency_words", "frequency_token", "align")
+"""Losses that read what the spectral blocks make."""
 
 Size = Annotated[int, Field(gt=0, le=65_536)]
 """Pixels, or numbers in a vector."""
