@@ -192,8 +192,8 @@ def test_a_plain_run_starts_mlip_and_mlip_starts_a_plain_run(tmp_path: Path) -> 
 
 TEXT = {"width": 32, "depth": 2, "num_heads": 2, "context_length": 16}
 WIDE = {"patch_size": 8, "width": 192, "depth": 4, "num_heads": 2}
-NARROWER_BRANCH = {"width": 24, "depth": 1}
-FITTING_BRANCH = {"width": 32, "depth": 1}
+NARROWER_BRANCH = {"placement": "branch", "width": 24, "depth": 1}
+FITTING_BRANCH = {"placement": "branch", "width": 32, "depth": 1}
 """As wide as the tower."""
 OTHER_STEM = {"placement": "stem", "width": 32, "depth": 2}
 

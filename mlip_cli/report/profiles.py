@@ -65,7 +65,7 @@ def _token_losses(profile: ProfileResult) -> list[Table]:
     if not profile.token_losses:
         return []
     rows: list[list[Cell]] = [[own.loss, f"{own.right:.3f}", f"{own.other:.3f}"] for own in profile.token_losses]
-    note = "a loss that is as low with another caption's picture does not look at the picture"
+    note = "a loss that is as low with another picture does not look at the picture"
     pairs = profile.token_losses[0].pairs
     return [Table((f"token loss, {pairs} training pairs", "its picture", "another"), rows, notes=[note])]
 
