@@ -203,10 +203,10 @@ OTHER_STEM = {"placement": "stem", "width": 32, "depth": 2}
     ("theirs", "ours", "words"),
     [
         ({}, {"embed_dim": 24}, "model.embed_dim 24 (there 16)"),
-        ({}, {"frequency": {"width": 24, "depth": 2}}, "model.frequency.depth 2 (there 1)"),
+        ({}, {"frequency": NARROWER_BRANCH | {"depth": 2}}, "model.frequency.depth 2 (there 1)"),
         (
             {"frequency": FITTING_BRANCH},
-            {"frequency": {"width": 24, "depth": 1}},
+            {"frequency": NARROWER_BRANCH},
             "model.frequency.width 24 (there 32)",
         ),
         (
