@@ -44,7 +44,8 @@ with drawing.training_panel(240) as panel:
 def test_panel_in_a_pipe_is_one_plain_line_a_step() -> None:
     done = in_pipe(TRAIN)
     assert done.stdout == ""
-    assert done.stderr.splitlines() == [
+    lines = re.sub(r"ETA 0:0\d", "ETA 0:00", done.stderr).splitlines()  # a busy machine takes its time
+    assert lines == [
         "step 10/240  loss 3.900  spatial_global 3.100  812.4 images/s  data wait 1 %  memory 1.50 GiB  ETA -:--",
         "saved checkpoints/step_0000010 [bold]after[/bold] 10 steps",
         "step 20/240  loss 3.800  spatial_global 3.100  812.4 images/s  data wait 1 %  memory 1.50 GiB  ETA 0:00",
@@ -141,7 +142,10 @@ def test_the_first_step_shows_its_losses_at_once_and_only_on_a_terminal() -> Non
         panel.glance({"step": 1, "loss": 4.852, "images_per_s": 21.5})
         panel.step_done(1)
     """
-    assert screen(on_terminal(code)[0])[1:3] == ["loss", "4.852"]
+    received = on_terminal(code.replace("panel.step_done(1)", "import os; os._exit(0)"))[0]
+    shown = screen(received)
+    assert shown[0].startswith("step 1/200 "), "the losses come with their step"
+    assert shown[1:3] == ["loss", "4.852"]
     assert in_pipe(code).stderr.startswith("step 1/200: first step after 0.")
     assert "4.852" not in in_pipe(code).stderr
 

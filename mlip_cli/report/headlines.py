@@ -156,7 +156,7 @@ def difference(first: Score, other: Score) -> Difference:
     if first.right and len(first.right) == len(other.right):
         test = PairedTest(**paired(first.right, other.right))
         is_shown = test.p < SIGNIFICANT and test.difference * points > 0
-        return Difference(points, is_shown, f"the intervals overlap, p {test.p:.2g} on the same pictures")
+        return Difference(points, is_shown, f"the intervals overlap, p {test.p:.2g} by top-1 on the same pictures")
     return Difference(points, False, "the intervals overlap")
 
 

@@ -107,10 +107,15 @@ class TrainingPanel:
         losses = [f"{name} {value}" for name, value in _losses(metrics)]
         step = f"step {self._step}/{self.total_steps}"
         self._log("  ".join([step, *losses, *_rates(metrics), f"ETA {clock(self._left_s)}"]))
-        self.glance(metrics)
+        self._show(metrics)
 
     def glance(self, metrics: Mapping[str, float]) -> None:
-        """Show `metrics` on a terminal alone: those of a session's first step, which may come long before a line."""
+        """Show `metrics` on a terminal alone: those of a session's first step, long before the first line."""
+        if self._is_live:
+            self._advance(int(metrics["step"]))
+            self._show(metrics)
+
+    def _show(self, metrics: Mapping[str, float]) -> None:
         self._metrics = metrics
         self._remember_losses(metrics)
         self._draw()
