@@ -164,7 +164,7 @@ def test_a_spark_is_made_of_the_means_of_equal_parts_of_the_steps() -> None:
     assert history.spark(8) == ""
     for step in range(4 * MOST_POINTS + 1):
         history.add(step, float(step))
-    assert len(history.points) < MOST_POINTS
+    assert history.points == [(step + 7, step + 3.5) for step in range(0, 4 * MOST_POINTS, 8)], "means of 8 steps each"
     assert history.spark(8) == BLOCKS
     rare = History([(0, 1.0), (90, 0.0), (95, 0.0), (100, 0.0)])
     assert rare.spark(4) == "███▁", "a part without a value repeats the one before"

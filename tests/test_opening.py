@@ -74,9 +74,19 @@ MANY, FEW = "1" * 60 + "0" * 40, "1" * 40 + "0" * 60
     [
         (score(0.4, 0.3, 0.5), score(0.6, 0.51, 0.7), True, "the intervals do not overlap"),
         (score(0.4, 0.3, 0.5), score(0.6, 0.5, 0.7), False, "the intervals overlap"),
-        (score(0.4, 0.3, 0.6, right=FEW), score(0.6, 0.5, 0.7, right=MANY), True, "p 1.9e-06 by top-1 on the same pictures"),
+        (
+            score(0.4, 0.3, 0.6, right=FEW),
+            score(0.6, 0.5, 0.7, right=MANY),
+            True,
+            "p 1.9e-06 by top-1 on the same pictures",
+        ),
         (score(0.4, 0.3, 0.6, right=FEW), score(0.4, 0.3, 0.7, right=FEW), False, "p 1 by top-1 on the same pictures"),
-        (score(0.6, 0.3, 0.6, right=FEW), score(0.4, 0.3, 0.7, right=MANY), False, "p 1.9e-06 by top-1 on the same pictures"),
+        (
+            score(0.6, 0.3, 0.6, right=FEW),
+            score(0.4, 0.3, 0.7, right=MANY),
+            False,
+            "p 1.9e-06 by top-1 on the same pictures",
+        ),
         (score(0.4, 0.3, 0.6, right=FEW), score(0.6, 0.5, 0.7, right=MANY[:50]), False, "the intervals overlap"),
     ],
 )

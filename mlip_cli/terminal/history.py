@@ -9,7 +9,7 @@ from rich.text import Text
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 MOST_POINTS = 512
-"""A longer history is halved: each two points become their mean."""
+"""At so many points a history is halved: each two become their mean."""
 
 
 @dataclass
@@ -17,26 +17,35 @@ class History:
     """Values over the steps."""
 
     points: list[tuple[float, float]] = field(default_factory=list)
-    """(step, value), in the order of the steps."""
+    """(step, value), in the order of the steps; each is the mean of `stride` values and has the step of the last."""
+    stride: int = 1
+    newest: list[tuple[float, float]] = field(default_factory=list)
+    """Values that do not fill a point yet."""
 
     def add(self, step: float, value: float) -> None:
         """Add the newest value."""
-        self.points.append((step, value))
-        if len(self.points) >= MOST_POINTS:
+        self.newest.append((step, value))
+        if len(self.newest) < self.stride:
+            return
+        self.points.append((step, fmean(own for _, own in self.newest)))
+        self.newest = []
+        if len(self.points) == MOST_POINTS:
             pairs = zip(self.points[::2], self.points[1::2], strict=True)
             self.points = [(late, (first + second) / 2) for (_, first), (late, second) in pairs]
+            self.stride *= 2
 
     def spark(self, width: int) -> str:
         """The values from the first step to the newest in `width` blocks, each the mean of its part of the steps.
 
         The lowest value is the lowest block. A part without a value repeats the block before it.
         """
-        if len(self.points) < 2 or width < 2:
+        points = [*self.points, *self.newest]
+        if len(points) < 2 or points[0][0] == points[-1][0] or width < 2:
             return ""
-        (start, _), (end, _) = self.points[0], self.points[-1]
+        (start, _), (end, _) = points[0], points[-1]
         parts: dict[int, list[float]] = {}
-        width = min(width, len(self.points))
-        for step, value in self.points:
+        width = min(width, len(points))
+        for step, value in points:
             parts.setdefault(min(int((step - start) / (end - start) * width), width - 1), []).append(value)
         means = {part: fmean(values) for part, values in parts.items()}
         low, high = min(means.values()), max(means.values())
