@@ -23,7 +23,9 @@ with drawing.training_panel(240) as panel:
 
 FOUR_LOSSES = """
 import os
-losses = dict(zip(drawing.LOSS_KEYS, (4.912, 3.641, 0.523, 3.669, 0.376)))
+losses = {
+    "loss": 4.912, "spatial_global": 3.641, "spatial_token": 0.523, "frequency_global": 3.669, "frequency_token": 0.376
+}
 rates = {"images_per_s": 1812.4, "data_wait_share": 0.012, "peak_gib": 1.5, "lr": 4.1667e-4}
 counts = {"skipped_steps": 0, "bad_samples": 12}
 with drawing.training_panel(240) as panel:
@@ -41,11 +43,15 @@ with drawing.training_panel(240) as panel:
 """
 
 
+def at_once(lines: str) -> str:
+    """Lines without the seconds that a busy machine takes."""
+    return re.sub(r"0:\d\d", "0:00", lines)
+
+
 def test_panel_in_a_pipe_is_one_plain_line_a_step() -> None:
     done = in_pipe(TRAIN)
     assert done.stdout == ""
-    lines = re.sub(r"ETA 0:0\d", "ETA 0:00", done.stderr).splitlines()  # a busy machine takes its time
-    assert lines == [
+    assert at_once(done.stderr).splitlines() == [
         "step 10/240  loss 3.900  spatial_global 3.100  812.4 images/s  data wait 1 %  memory 1.50 GiB  ETA -:--",
         "saved checkpoints/step_0000010 [bold]after[/bold] 10 steps",
         "step 20/240  loss 3.800  spatial_global 3.100  812.4 images/s  data wait 1 %  memory 1.50 GiB  ETA 0:00",
@@ -56,12 +62,12 @@ def test_panel_in_a_pipe_is_one_plain_line_a_step() -> None:
 
 
 def test_panel_stays_plain_in_a_pipe_where_colours_are_forced() -> None:
-    assert in_pipe(TRAIN, FORCE_COLOR="1").stderr == in_pipe(TRAIN).stderr
+    assert at_once(in_pipe(TRAIN, FORCE_COLOR="1").stderr) == at_once(in_pipe(TRAIN).stderr)
 
 
 def test_panel_on_a_terminal_is_redrawn_below_the_log() -> None:
     received, _ = on_terminal(TRAIN)
-    shown = screen(received)
+    shown = [at_once(line) for line in screen(received)]
     assert shown[:3] == [f"saved checkpoints/step_{s:07} [bold]after[/bold] {s} steps" for s in (10, 20, 240)]
     assert re.fullmatch(r"step 240/240  ━+  0:00 elapsed  ETA 0:00", shown[3])
     assert len(shown[3]) == 76
@@ -126,7 +132,7 @@ with drawing.training_panel(240, line_every=10, steps_per_epoch=11) as panel:
 @pytest.mark.parametrize(("width", "steps"), [(80, 5), (120, 7)])
 def test_panel_shows_the_course_of_losses_and_scores(width: int, steps: int) -> None:
     shown = [" ".join(line.split()) for line in screen(on_terminal(EPOCHS, width=width)[0], width)]
-    assert re.fullmatch(r"step 80/240 ━[━╸╺ ]* epoch 7\.3/21\.8 0:00 elapsed ETA 0:0\d", shown[0])
+    assert re.fullmatch(r"step 80/240 ━[━╸╺ ]* epoch 7\.3/21\.8 0:0\d elapsed ETA 0:\d\d", shown[0])
     assert shown[1:3] == ["loss", "2.000 █▅▄▄▃▂▂▁"], "from the earlier session's line on"
     first, *later = [20, 30, 40, 50, 60, 70, 80][-steps:]
     scores = ["31.0", "20.0", "25.0", "30.0", "26.0", "27.0", "28.0"][-steps:]
