@@ -78,14 +78,14 @@ MANY, FEW = "1" * 60 + "0" * 40, "1" * 40 + "0" * 60
             score(0.4, 0.3, 0.6, right=FEW),
             score(0.6, 0.5, 0.7, right=MANY),
             True,
-            "p 1.9e-06 by top-1 on the same pictures",
+            "p 1.9e-06 by the paired test",
         ),
-        (score(0.4, 0.3, 0.6, right=FEW), score(0.4, 0.3, 0.7, right=FEW), False, "p 1 by top-1 on the same pictures"),
+        (score(0.4, 0.3, 0.6, right=FEW), score(0.4, 0.3, 0.7, right=FEW), False, "p 1 by the paired test"),
         (
             score(0.6, 0.3, 0.6, right=FEW),
             score(0.4, 0.3, 0.7, right=MANY),
             False,
-            "p 1.9e-06 by top-1 on the same pictures",
+            "p 1.9e-06 by the paired test",
         ),
         (score(0.4, 0.3, 0.6, right=FEW), score(0.6, 0.5, 0.7, right=MANY[:50]), False, "the intervals overlap"),
     ],
@@ -176,6 +176,15 @@ def test_scores_on_other_data_are_not_compared() -> None:
     assert compared([first, other]) == []
     assert verdict("x", "y", []) == "y and x were not measured on the same data."
     assert "were not measured on the same data" in comparison_opening([first, other], methods={"x": "", "y": ""})
+
+
+def test_the_data_sets_of_the_recipe_come_first() -> None:
+    recipe = small_recipe(evaluate={"zeroshot": ["pets", "birds", "gone"]})
+    results = [zeroshot_result(dataset=name) for name in ("birds", "fish", "pets")]
+    run = record(*results, gallery(0.2, 0.15, 0.25), recipe=recipe)
+    ways = ["text to image R@5", "image to text R@5"]
+    means = [f"{name}: mean recall" for name in ("pets", "birds", "fish")]
+    assert [own.name for own in scores_of(run)] == [*means[:2], *ways, means[2]]
 
 
 def test_scores_are_those_at_the_merge_rate_of_the_recipe() -> None:

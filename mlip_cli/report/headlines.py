@@ -61,10 +61,13 @@ class Score:
 
 
 def scores_of(record: RunRecord) -> list[Score]:
-    """Retrieval on the validation pairs both ways, then each data set at the recipe's merge rate."""
+    """The recipe's data sets at its merge rate, then retrieval on the validation pairs, then other data sets."""
     gallery = record.newest(GalleryResult)
-    found = [] if gallery is None else [_retrieval(gallery, way) for way in ASKS]
-    return [*found, *map(_zeroshot, newest_zeroshot(record))]
+    pairs = [] if gallery is None else [_retrieval(gallery, way) for way in ASKS]
+    asked = list(record.recipe.evaluate.zeroshot) if record.recipe is not None else []
+    results = {result.dataset: result for result in newest_zeroshot(record)}
+    own = [results.pop(name) for name in asked if name in results]
+    return [*map(_zeroshot, own), *pairs, *map(_zeroshot, results.values())]
 
 
 def _retrieval(gallery: GalleryResult, way: str) -> Score:
@@ -156,7 +159,7 @@ def difference(first: Score, other: Score) -> Difference:
     if first.right and len(first.right) == len(other.right):
         test = PairedTest(**paired(first.right, other.right))
         is_shown = test.p < SIGNIFICANT and test.difference * points > 0
-        return Difference(points, is_shown, f"the intervals overlap, p {test.p:.2g} by top-1 on the same pictures")
+        return Difference(points, is_shown, f"the intervals overlap, p {test.p:.2g} by the paired test")
     return Difference(points, False, "the intervals overlap")
 
 
