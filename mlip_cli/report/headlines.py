@@ -91,7 +91,7 @@ def _zeroshot(result: ZeroshotResult) -> Score:
         name=f"{result.dataset}: mean recall",
         data=(result.data_fingerprint,),
         question=f"Does it name the class of a picture of {result.dataset}, one of {result.num_classes:,}?",
-        answer=f"Of a class it names {share} of the pictures right, in the mean over the classes",
+        answer=f"It puts {share} of the pictures of a class into the right one, on average",
         value=result.mean_per_class_recall,
         interval=result.mean_per_class_recall_interval,
         chance=result.chance,
