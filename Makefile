@@ -61,10 +61,10 @@ format: $(READY) ## Format the code and mend what can be mended
 bench: $(READY) ## Run the measurements of tests/benchmarks, an hour or two; nothing else should run beside them
 	@$(RUN) -m pytest -q -s -o python_files='bench_*.py' -o timeout=0 tests/benchmarks
 
-ablation: $(READY) ## Train and compare recipes/ablation, a day: DATA=FOLDER_OF_TARS [STAGES=ABCDE] (goes on where it stopped)
+ablation: $(READY) ## Train and compare recipes/ablation, days: DATA=FOLDER_OF_TARS [STAGES=PSHFCTE] [JOBS=N] (goes on where it stopped)
 	@test -n "$(DATA)" || { echo "error: name the data: make ablation DATA=FOLDER_OF_TARS" >&2; exit 2; }
-	@test -f data/ablation/prepared.json || PYTHONPATH=tests $(RUN) -m ablation.prepare "$(DATA)" data/ablation
-	@PYTHONPATH=tests $(RUN) -m ablation.train_all data/ablation runs/ablation --stages $(or $(STAGES),ABCDE)
+	@test -d data/ablation/train_half || PYTHONPATH=tests $(RUN) -m ablation.prepare "$(DATA)" data/ablation
+	@PYTHONPATH=tests $(RUN) -m ablation.train_all data/ablation runs/ablation $(if $(STAGES),--stages $(STAGES)) $(if $(JOBS),--jobs $(JOBS))
 	@PYTHONPATH=tests $(RUN) -m ablation.verdict runs/ablation
 
 schema: $(READY) ## Write recipes/schema.json from the models of config.py

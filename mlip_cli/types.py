@@ -132,12 +132,12 @@ class MergeStage(_Movable):
     groups: Tensor
     """(B, N) int64: the group of each patch after this merge, groups numbered by their smallest patch."""
     spatial: Tensor | None
-    """(B, N) in [0, 1]: rank of the patch's token before this merge, by the attention to the whole token. A token of
-    several patches ranks higher. None without guidance."""
+    """(B, N) in [0, 1]: rank of the patch's token before this merge, by the attention to one of its patches. None
+    without guidance."""
     frequency: Tensor | None
     """(B, N) in [0, 1]: the same in the frequency domain, as the mean over the token's patches."""
     mixed: Tensor | None
-    """(B, N) in [0, 1]: the guidance that the matching used."""
+    """(B, N) in [0, 1]: the guidance that the cost of a merge used."""
 
 
 class Encoder(Protocol):

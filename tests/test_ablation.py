@@ -1,44 +1,40 @@
-"""The ablation's own arithmetic against plain loops, and its queue on real, tiny trainings."""
+"""The ablation's data and queue on real, tiny trainings."""
 
 import io
 import json
 import os
 import subprocess
 import tarfile
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import forks_for_tests
 import numpy as np
 import pytest
-import torch
 from ablation import prepare as prepare_module
 from ablation import train_all as train_all_module
-from ablation.mosaics import quadrants
-from ablation.pointing import Maps, Pointer, Queries, measure_pointing, right_shares
-from ablation.pointing_runs import point
 from ablation.prepare import training_captions
-from ablation.runs import RUNS, AblationRun
-from ablation.scores import WAYS, Contrast, Rows, bootstrap, contrast, holm, macro, numbered
-from ablation.train_all import RECIPES, Queue, train_all
-from ablation.verdict import CONTRASTS, Results, contrasts, read, table
-from models_for_tests import make_run, small_recipe
+from ablation.questions import questions_of, split_of, training_of
+from ablation.results import found_in, read
+from ablation.runs import AblationRun, Found, Measured
+from ablation.stages import Decision, Stage
+from ablation.train_all import Queue, train_all, train_stages
+from ablation.verdict import COLUMNS, arms_of, table
 from PIL import Image
-from shards_for_tests import make_dataset
-from torch import Tensor
-
-from mlip_cli.recipe.load import differences, load_recipe
-from mlip_cli.runs.loading import at_rate, load_run
 
 TINY = (
     "train.steps=2",
     "train.global_batch_size=8",
     "optim.warmup_steps=1",
+    "optim.ema_horizon=16",
     "model.embed_dim=16",
+    "model.token_dim=16",
     "model.vision.width=16",
-    "model.vision.depth=1",
+    "model.vision.depth=2",
     "model.text.width=16",
     "model.text.depth=1",
     "data.image_size=16",
@@ -57,20 +53,21 @@ def write_tar(path: Path, samples: list[dict[str, object]]) -> None:
 
 
 def sample(number: int, prefix: str) -> dict[str, object]:
+    """Three pictures a concept, one of them in the hidden style."""
     return {
-        "caption": f"{prefix} {number // 2}",
-        "tags": ["round", "red", "old"][: number % 4],
-        "concept": f"{prefix}{number // 2}",
-        "source": "ab"[number % 2],
-        "group": ["food", "tools"][number // 2 % 2],
+        "caption": f"{prefix} {number // 3}",
+        "tags": ["round", "red", "old"][: number // 3 % 4],
+        "concept": f"{prefix}{number // 3}",
+        "source": ("a", "b", "fluent")[number % 3],
+        "group": "food",
     }
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tars")
-    write_tar(folder / "train-000.tar", [sample(i, "dish") for i in range(60)])
-    write_tar(folder / "test-000.tar", [sample(i, "bowl") for i in range(12)])
+    write_tar(folder / "train-000.tar", [sample(i, "red dish") for i in range(90)])
+    write_tar(folder / "test-000.tar", [sample(i, ("dish", "bowl")[i // 3 % 2]) for i in range(18)])
     with open(folder / "log", "w") as log, pytest.MonkeyPatch.context() as patch:
 
         def run(command: Sequence[str], *, check: bool) -> None:
@@ -98,180 +95,148 @@ def test_captions_have_up_to_three_tags_in_equal_shares() -> None:
     assert np.allclose(weights / weights.sum(), 0.25, atol=0.02)
 
 
+def test_a_concept_is_held_or_trained_and_the_hidden_style_is_never_trained() -> None:
+    concepts = [f"c{i}" for i in range(2000)]
+    plain = [split_of(concept, "a", is_test=False) for concept in concepts]
+    hidden = [split_of(concept, "fluent", is_test=False) for concept in concepts]
+    assert {"none" if one == "validation" else "train" for one in plain} == {"none", "train"}
+    assert all((style == "none") == (own == "validation") for own, style in zip(plain, hidden, strict=True))
+    assert Counter(plain)["validation"] / 2000 == pytest.approx(0.1, abs=0.02)
+    assert Counter(hidden)["test"] / 1800 == pytest.approx(0.5, abs=0.04)
+    assert split_of("c0", "a", is_test=True) == "test"
+    assert split_of("c0", "fluent", is_test=True) == "none"
+
+
+def test_questions_ask_for_new_names_of_tokens_that_five_pictures_show() -> None:
+    words: dict[str, int] = {}
+
+    def tokens_of(text: str) -> list[int]:
+        return [words.setdefault(word.strip(","), len(words)) for word in text.split()]
+
+    def one(name: str, *tags: str, concept: str = "held", source: str = "a") -> dict[str, Any]:
+        return {"name": name, "tags": list(tags), "concept": concept, "source": source}
+
+    trained = [one("blue cup", "round", concept=f"c{i}") for i in range(4)] + [one("tea", "round cup", concept="c4")]
+    training = training_of(trained, tokens_of)
+    assert training.tokens == {words["round"], words["cup"]}  # blue: four pictures
+    assert training.tags == set()
+    assert training_of(trained * 2, tokens_of).tags == set()  # round: eight pictures
+    assert training_of(trained * 3, tokens_of).tags == {"round"}
+    assert questions_of(one("round cup"), training, tokens_of) == ["names", "tags"]
+    assert questions_of(one("blue round cup"), training, tokens_of) == ["tags"]
+    assert questions_of(one("blue cup"), training_of(trained * 2, tokens_of), tokens_of) == ["tags"]  # an old name
+    assert questions_of(one("cup blue"), training_of(trained * 2, tokens_of), tokens_of) == ["names", "tags"]
+    assert questions_of(one("blue cup", concept="c1", source="fluent"), training, tokens_of) == ["style"]
+    assert questions_of(one("round cup", source="fluent"), training, tokens_of) == []
+
+
 @pytest.mark.slow
-def test_a_concept_is_in_one_split(data: Path) -> None:
-    from ablation.measure import samples
+def test_the_data_hold_each_picture_once_with_its_questions(data: Path) -> None:
+    from ablation.measure import samples_of
 
-    concepts = {split: {s["concept"] for s in samples(data / split)} for split in ("train", "validation", "test")}
-    assert all(concepts.values())
-    assert concepts["test"] == {f"bowl{i}" for i in range(6)}
-    assert not concepts["train"] & concepts["validation"]
-    assert len(concepts["train"] | concepts["validation"]) == 30
+    split = {name: samples_of(data / name) for name in ("train", "train_half", "validation", "test")}
+    concepts = {name: {one["concept"] for one in own} for name, own in split.items()}
+    train = Counter((one["concept"], one["source"]) for one in split["train"])
+    assert {source for _, source in train} == {"a", "b"}
+    assert 15 <= len(split["train_half"]) <= len(split["train"]) - 15
+    assert not Counter((one["concept"], one["source"]) for one in split["train_half"]) - train
+    for name in ("validation", "test"):
+        style = [one for one in split[name] if one["questions"] == "style"]
+        assert style
+        assert all(one["source"] == "fluent" and one["concept"] in concepts["train"] for one in style)
+        held = [one for one in split[name] if one not in style]
+        assert held
+        assert not {one["concept"] for one in held} & concepts["train"]
+        assert all(one["questions"] in ("names tags", "tags") and one["source"] != "fluent" for one in held)
+        assert {tag for one in held for tag in one["tags"].split(", ")} <= {"", "round", "red", "old"}
+    test = [one for one in split["test"] if one["questions"] != "style"]
+    assert {one["name"].split()[0] for one in test if "names" in one["questions"]} <= {"dish"}
+    assert all(one["questions"] == "tags" for one in test if one["name"].startswith("bowl"))
+    assert sum(len(split[name]) for name in ("train", "validation", "test")) == 90 + 12 - held_in_hidden_style(split)
 
 
-@pytest.mark.slow
-def test_every_recipe_of_the_ablation_loads() -> None:
-    for run in RUNS:
-        load_recipe(str(RECIPES / f"{run.recipe}.yaml"), run.overrides)
-    assert len({run.label for run in RUNS}) == len(RUNS)
+def held_in_hidden_style(split: dict[str, list[dict[str, Any]]]) -> int:
+    """Concepts of train-*.tar that validation holds: their pictures of the hidden style are nowhere."""
+    return len({one["concept"] for one in split["validation"] if one["questions"] != "style"})
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("forks")
 def test_the_queue_trains_measures_and_skips(data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    runs = [AblationRun("A", "clip", seed, "test", "clip", TINY) for seed in (0, 1)]
+    runs = [AblationRun("S", "clip", seed, "train_half", "test", TINY) for seed in (0, 1)]
     queue = Queue(data, tmp_path)
     train_all(runs, queue, jobs=2)
     assert "2 of 2 runs to do" in capfd.readouterr().out
-    result = json.loads(queue.result(runs[0]).read_bytes())
+    result = json.loads(queue.result("clip-0").read_bytes())
     assert result["step"] == 2
-    pictures = json.loads((tmp_path / "results" / "pictures_test.json").read_bytes())
-    assert len(pictures["concepts"]) == 12  # every name of test is new
-    assert sorted(result["at"]) == ["own"]
-    ranks = [int(rank) for rank in result["at"]["own"]["spatial"]["image_to_text"].split()]
-    assert len(ranks) == 12
-    assert all(1 <= rank <= 6 for rank in ranks)
-    assert len(result["at"]["own"]["group_hits"]) == 12
-    assert set(result["at"]["own"]["group_hits"]) <= {"0", "1"}
+    assert 0 < result["cpu_s"] < 100
+    assert "path: train_half" in result["recipe"]
+    pictures = json.loads((tmp_path / "results" / "pictures_test.json").read_bytes())["questions"]
+    for name, question in pictures.items():
+        found = result["at"]["own"]["spatial"][name]
+        assert len(found["image_to_text"].split()) == len(question["concepts"]) == len(question["sources"]) > 0
     train_all(runs, queue, jobs=2)
     assert "0 of 2 runs to do" in capfd.readouterr().out
-    with pytest.raises(SystemExit, match=r"clip-0.json: the recipe has changed since \(optim.lr 0.0005 -> 0.1\); "):
+    with pytest.raises(SystemExit, match=r"clip-0.json: the recipe has changed since \(optim.lr 0.001 -> 0.1\); "):
         train_all([replace(runs[0], overrides=(*TINY, "optim.lr=0.1"))], queue, jobs=1)
     with pytest.raises(SystemExit, match=r"\(model.merging null -> a section\)"):
         train_all([replace(runs[0], overrides=(*TINY, "model.merging={method: random_drop}"))], queue, jobs=1)
-    (line,) = table(read(tmp_path / "results"))
-    assert line[:3] == ["clip", "rate 0.00", "2"]
+    (line,) = table(arms_of(read(tmp_path / "results")))
+    assert line[:5] == ["clip", "test", "2", "2", "spatial"]
+    assert len(line) == len(COLUMNS)
+    assert found_in(tmp_path / "results")["clip-0"].cpu_s == result["cpu_s"]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("forks")
+def test_a_long_training_stops_after_its_last_measured_step(data: Path, tmp_path: Path) -> None:
+    every = ("train.steps=100000", "train.checkpoint_every.steps=50", "train.keep.every_steps=50")
+    stem = ("model.frequency={placement: stem, depth: 1}", "losses.frequency_global={weight: 0.5}")
+    run = AblationRun("P", "long", 0, "train", "validation", (*TINY[1:], *every, *stem), checkpoints=(50, 100))
+    queue = Queue(data, tmp_path)
+    train_all([run], queue, jobs=1)
+    first, last = (json.loads(queue.result(name).read_bytes()) for name in ("long-0@50", "long-0@100"))
+    assert (first["step"], last["step"]) == (50, 100)
+    assert first["at"] != last["at"]
+    assert sorted(last["at"]["own"]) == ["frequency", "rate", "spatial", "sum"]
+    assert [line[:3] for line in table(arms_of(read(tmp_path / "results")))[::3]] == [
+        ["long@50", "validation", "50"],
+        ["long@100", "validation", "100"],
+    ]
+    queue.result("long-0@100").unlink()
+    before = (tmp_path / "runs" / "long-0" / "metrics.jsonl").read_bytes()
+    train_all([run], queue, jobs=1)
+    assert json.loads(queue.result("long-0@100").read_bytes()) == last
+    assert (tmp_path / "runs" / "long-0" / "metrics.jsonl").read_bytes() == before
 
 
 @pytest.mark.usefixtures("forks")
 def test_a_failed_training_ends_the_queue_with_the_place_of_its_log(data: Path, tmp_path: Path) -> None:
     queue = Queue(data, tmp_path)
-    run = AblationRun("A", "clip", 0, "test", "clip", (*TINY, "model.vision.timm=no_such", "train.micro_batch_size=2"))
-    broken = [AblationRun("A", "clip", 0, "test", "clip", (*TINY, "model.init=nowhere")), run]
+    run = AblationRun("S", "clip", 0, "train", "test", (*TINY, "model.vision.timm=no_such", "train.micro_batch_size=2"))
+    broken = [AblationRun("S", "clip", 0, "train", "test", (*TINY, "model.init=nowhere")), run]
     with pytest.raises(Exception, match=r"model\.vision\.timm"):  # before any training
         train_all(broken, queue, jobs=1)
     with pytest.raises(RuntimeError, match=r"clip-0: ended with 2; see .*clip-0.log"):
         train_all(broken[:1], queue, jobs=1)
     assert "nowhere" in (tmp_path / "logs" / "clip-0.log").read_text()
-    assert not queue.result(run).exists()
+    assert not queue.result("clip-0").exists()
 
 
-def slow_macro(values: list[float], sources: list[int]) -> float:
-    by_source: dict[int, list[float]] = {}
-    for value, source in zip(values, sources, strict=True):
-        by_source.setdefault(source, []).append(value)
-    return float(np.mean([np.mean(v) for v in by_source.values()]))
-
-
-def test_macro_and_bootstrap_equal_plain_loops() -> None:
-    random = np.random.default_rng(3)
-    concepts = random.integers(0, 7, size=40)
-    concepts[:7] = range(7)
-    sources = concepts % 3
-    values = random.random((4, 40))
-    assert macro(values[0], sources) == pytest.approx(slow_macro(list(values[0]), list(sources)))
-
-    found = bootstrap(Rows(values, concepts, sources), resamples=50, seed=5)
-    draws = np.random.default_rng(5)
-    for mean in found:
-        drawn = draws.integers(7, size=7)
-        seeds = draws.integers(4, size=4)
-        pictures = [i for concept in drawn for i in np.flatnonzero(concepts == concept)]
-        assert mean == pytest.approx(
-            slow_macro([float(values[seeds, i].mean()) for i in pictures], [int(sources[i]) for i in pictures])
-        )
-
-
-@pytest.mark.slow
-def test_a_contrast_covers_a_known_difference_and_no_difference() -> None:
-    random = np.random.default_rng(0)
-    concepts, sources = numbered([str(i // 2) for i in range(600)]), numbered(["ab"[i % 2] for i in range(600)])
-    base = random.random((5, 600))
-    noise = 0.02 * random.standard_normal((5, 600))
-    better = contrast("x", Rows(base + 0.01 + noise, concepts, sources), Rows(base, concepts, sources))
-    assert better.low < 0.01 < better.high
-    assert better.verdict(better.p) == "better"
-    same = contrast("x", Rows(base + noise, concepts, sources), Rows(base, concepts, sources))
-    assert same.low < 0 < same.high
-    assert same.verdict(same.p) == "not shown"
-    assert better.verdict(0.06) == "not shown"
-    worse = contrast("x", Rows(base, concepts, sources), Rows(base + 0.01 + noise, concepts, sources))
-    assert (worse.low, worse.high) == pytest.approx((-better.high, -better.low), abs=2e-4)
-    assert worse.verdict(worse.p) == "worse"
-
-
-@pytest.mark.parametrize(
-    ("agree", "seeds", "verdict"), [(5, 5, "better"), (4, 5, "better"), (3, 5, "not shown"), (4, 4, "not shown")]
-)
-def test_seeds_have_to_agree_and_to_be_five(agree: int, seeds: int, verdict: str) -> None:
-    assert Contrast("x", 0.02, 0.01, 0.03, 0.001, agree, seeds).verdict(0.004) == verdict
-
-
-def test_contrasts_pair_the_seeds_of_both_runs_and_name_missing_ones(capfd: pytest.CaptureFixture[str]) -> None:
-    def results(place: dict[int, int]) -> Results:
-        return {
-            seed: {
-                "concepts": ["a", "b", "c"],
-                "sources": ["s", "s", "s"],
-                "at": {"own": {"spatial": dict.fromkeys(WAYS, f"{number} {number} {number}")}},
-            }
-            for seed, number in place.items()
-        }
-
-    everything = {"clip": results({0: 4, 1: 4, 2: 1}), "mlip": results({1: 2, 0: 2, 7: 1}), "branch": {}}
-    (found,) = contrasts(everything)
-    assert (found.name, found.num_seeds, found.difference) == (CONTRASTS[0][0], 2, pytest.approx(0.25))
-    assert "branch - none: no seed yet of both branch and clip" in capfd.readouterr().out
-
-
-def test_contrasts_are_of_runs_with_five_seeds() -> None:
-    on_test = [run.name for run in RUNS if run.split == "test"]
-    assert all(on_test.count(name) == 5 for _, *names in CONTRASTS for name in names)
-
-
-def test_the_stronger_recipes_share_what_makes_them_stronger() -> None:
-    def changes(plain: str, strong: str) -> set[tuple[str, str]]:
-        before, after = (load_recipe(str(RECIPES / f"{name}.yaml")).recipe for name in (plain, strong))
-        return {(key, str(new)) for key, _, new in differences(before, after)}
-
-    of_clip = changes("clip", "clip_strong")
-    assert changes("mlip", "mlip_strong") == of_clip | {("losses.frequency_global.label_smoothing", "0.1")}
-
-
-def test_holm_adjusts_as_by_hand() -> None:
-    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert holm([0.5, 0.6]) == [1.0, 1.0]
-    assert holm([0.02], among=4) == [0.08]
-    assert holm([0.01, 0.005], among=4) == pytest.approx([0.03, 0.02])
-
-
-def test_patches_that_carry_their_colour_point_and_equal_patches_guess() -> None:
-    colors = torch.tensor([[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 0], [0, 255, 255], [255, 0, 255]])
-    names = [str(i % 6) for i in range(38)]
-    tiles = colors[[int(name) for name in names]].to(torch.uint8)[:, :, None, None].expand(-1, 3, 10, 10)
-
-    def queries(texts: Sequence[str]) -> Queries:
-        return {"feature": colors[[int(text) for text in texts]] / 127.5 - 1}
-
-    def knows(images: Tensor, queries: Queries) -> Maps:
-        patches = torch.nn.functional.avg_pool2d(images.float() / 127.5 - 1, 4).flatten(2)
-        return {"feature": queries["feature"] @ patches}
-
-    def guesses(images: Tensor, queries: Queries) -> Maps:
-        return {"feature": torch.zeros(len(images), 4, 25)}
-
-    pointer = Pointer("colors: run", 20, (5, 5), torch.device("cpu"), queries, (knows, guesses))
-    assert measure_pointing(tiles, names, pointer, batch_size=3) == [{"feature": 1.0}, {"feature": 0.25}]
-    tied = torch.zeros(1, 4, 25)
-    tied[..., [0, 4, 12]] = 1  # the first two quadrants, and the middle, which counts for none
-    assert right_shares(tied, quadrants((5, 5))).tolist() == [[0.5, 0.5, 0.0, 0.0]]
-
-
-def test_a_run_points_in_mosaics_of_prepared_data(tmp_path: Path) -> None:
-    make_run(tmp_path / "run", small_recipe())
-    make_dataset(tmp_path / "data", n=26)
-    run = load_run(str(tmp_path / "run"), device="cpu")
-    own, unmerged = point(run, [at_rate(run.model, rate) for rate in (None, 0.0)], tmp_path / "data", batch_size=4)
-    assert own.keys() == unmerged.keys() == {"feature", "tokens", "frequency_tokens"}
-    assert all(0 <= accuracy <= 1 for accuracy in own.values())
-    assert own["frequency_tokens"] == unmerged["frequency_tokens"]  # they never merge
+def test_stages_follow_until_one_says_stop_or_lacks_a_result(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = []
+    monkeypatch.setattr(train_all_module, "train_all", lambda runs, queue, jobs: begun.append([r.name for r in runs]))
+    first = Stage("X", lambda found: [AblationRun("X", "x", 0, "train", "test")], lambda found: Decision(True, "well"))
+    second = Stage("Y", lambda found: [AblationRun("Y", "y", 0, "train", "test")], lambda found: Decision(False, "no"))
+    third = Stage("Z", lambda found: [AblationRun("Z", str(found["x-0"].lr), 0, "train", "test")])
+    queue = Queue(tmp_path, tmp_path)
+    train_stages([first, second, third], queue, jobs=1)
+    assert begun == [["x"], ["y"]]
+    assert capfd.readouterr().out == "stage X\ngo on: well\nstage Y\nstop: no\n"
+    with pytest.raises(SystemExit, match="stage Z: no result of x-0 yet; train the stages before it"):
+        train_stages([third], queue, jobs=1)
+    monkeypatch.setattr(train_all_module, "found_in", lambda folder: Found({"x-0": Measured(2.5, None)}))
+    train_stages([third], queue, jobs=1)
+    assert begun[-1] == ["2.5"]

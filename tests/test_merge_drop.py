@@ -111,7 +111,7 @@ def test_training_drops_and_evaluation_sees_all() -> None:
         assert torch.equal(found.spatial, expected.spatial)
         assert torch.equal(model.encode_image(batch.images, model.plan), expected.spatial)
     assert model.merge_plan(0.5).method == "guided"
-    assert model.merge_plan(0.5).at == (2, 4)
+    assert model.merge_plan(0.5).at == (2, 3, 4)
 
 
 def test_a_drop_is_the_tower_on_the_kept_patches() -> None:

@@ -13,7 +13,7 @@ from mlip_cli.errors import UsageError
 from mlip_cli.model import merge_pass, vision
 from mlip_cli.model.clip import CLIP
 from mlip_cli.model.merge_pass import MergePass, Patches
-from mlip_cli.model.merging import grid_parity
+from mlip_cli.model.merging import grid_parity, halves
 from mlip_cli.recipe.merge_plan import GUIDANCE, METHODS, MergePlan
 
 
@@ -37,7 +37,7 @@ def test_577_tokens_under_bf16_autocast_keep_their_sizes() -> None:
     assert torch.equal(counts, encoded.sizes[0].long())
 
 
-def guided(model: CLIP, guidance: str, *, strength: float = 0.25) -> MergePlan:
+def guided(model: CLIP, guidance: str, *, strength: float = 2.0) -> MergePlan:
     return replace(model.merge_plan(0.5, "guided"), guidance=guidance, strength=strength)
 
 
@@ -73,18 +73,17 @@ def test_a_nan_pixel_spoils_only_its_own_picture(method: str, value: float) -> N
 
 
 def test_each_kind_of_guidance_uses_its_own_maps(monkeypatch: pytest.MonkeyPatch) -> None:
-    received: list[tuple[Tensor | None, float]] = []
-    match = merge_pass.match
+    received: list[tuple[Tensor, float]] = []
+    ward_cost = merge_pass.ward_cost
 
-    def spy(metric: Tensor, guidance: Tensor | None, parity: Tensor, num_groups: int, *, strength: float) -> Tensor:
+    def spy(keys: Tensor, sizes: Tensor, guidance: Tensor, *halves: Tensor, strength: float) -> Tensor:
         received.append((guidance, strength))
-        return match(metric, guidance, parity, num_groups, strength=strength)
+        return ward_cost(keys, sizes, guidance, *halves, strength=strength)
 
-    monkeypatch.setattr(merge_pass, "match", spy)
+    monkeypatch.setattr(merge_pass, "ward_cost", spy)
     model, images = small_model().eval(), small_batch().images
     first = {g: model.merge_stages(images, guided(model, g, strength=0.5 + i))[0] for i, g in enumerate(GUIDANCE)}
     for (used, strength), (i, stage) in zip(received[::2], enumerate(first.values()), strict=True):
-        assert used is not None
         assert strength == 0.5 + i
         assert torch.equal(used, stage.mixed)
     mixed = first["mixed"]
@@ -175,7 +174,10 @@ def test_matching_and_drops_alone_break_no_graph() -> None:
     drops = MergePlan.resolve(depth=2, num_patches=15, rate=0.4, at=(1,), method="random_drop")
 
     def matched(tokens: Tensor) -> Tensor:
-        return merge_pass.match(tokens, tokens[..., 0].sigmoid(), grid_parity(3, 5), 9, strength=0.25)
+        even, odd = halves(grid_parity(3, 5))
+        guidance = tokens[..., 0].sigmoid()
+        cost = merge_pass.ward_cost(tokens, torch.ones(2, 15), guidance, even, odd, strength=2.0)
+        return merge_pass.match(cost, even, odd, 9)
 
     def dropped(tokens: Tensor) -> Tensor:
         return MergePass(tokens, drops, patches=patches).merge(tokens, 9)

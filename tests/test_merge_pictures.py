@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
+from mlip_cli.evaluate.merge_pictures import spread_evenly
 from mlip_cli.evaluate.panels import (
     MAP_SHARE,
     as_webp,
@@ -23,7 +24,7 @@ from mlip_cli.evaluate.panels import (
     spread,
 )
 from mlip_cli.evaluate.sweep import numbers_at_random
-from mlip_cli.model.merging import frequency_guidance, match, mid_ranks, patch_dct
+from mlip_cli.model.merging import frequency_guidance, mid_ranks, patch_dct, ward_cost
 from mlip_cli.types import MergeStage
 
 
@@ -54,11 +55,11 @@ def test_groups_grow_from_stage_to_stage() -> None:
 def test_stages_show_the_guidance_that_the_matching_used(monkeypatch: pytest.MonkeyPatch) -> None:
     received: list[Tensor] = []
 
-    def spy(metric: Tensor, guidance: Tensor, parity: Tensor, num_groups: int, *, strength: float) -> Tensor:
+    def spy(keys: Tensor, sizes: Tensor, guidance: Tensor, *halves: Tensor, strength: float) -> Tensor:
         received.append(guidance)
-        return match(metric, guidance, parity, num_groups, strength=strength)
+        return ward_cost(keys, sizes, guidance, *halves, strength=strength)
 
-    monkeypatch.setattr("mlip_cli.model.merge_pass.match", spy)
+    monkeypatch.setattr("mlip_cli.model.merge_pass.ward_cost", spy)
     images, (first, second) = stages_of(0.5, "guided")
     for stage in (first, second):
         assert stage.spatial is not None
@@ -195,3 +196,9 @@ def test_pictures_are_drawn_at_random_and_always_the_same() -> None:
     assert numbers_at_random(4, 400) == numbers_at_random(4, 400) == sorted(set(numbers_at_random(4, 400)))
     assert max(numbers_at_random(4, 400)) > 20
     assert numbers_at_random(8, 5) == [0, 1, 2, 3, 4]
+
+
+def test_of_many_merges_the_first_the_last_and_one_between_are_drawn() -> None:
+    merges = [MergeStage(block, torch.zeros(1, 4), None, None, None) for block in range(2, 14)]
+    shown = {n: [stage.block for stage in spread_evenly(merges[:n])] for n in (0, 1, 2, 3, 4, 6, 12)}
+    assert shown == {0: [], 1: [2], 2: [2, 3], 3: [2, 3, 4], 4: [2, 4, 5], 6: [2, 4, 7], 12: [2, 8, 13]}

@@ -19,10 +19,12 @@ def resolve(**changes: Any) -> MergePlan:
 @pytest.mark.parametrize(
     ("settings", "at", "tokens"),
     [
-        ({"rate": 0.03, "num_patches": 64}, (3, 5), (64, 64, 63, 63, 62)),
-        ({"rate": 0.05, "num_patches": 64}, (3, 5), (64, 64, 62, 62, 61)),
+        ({"rate": 0.03, "num_patches": 64, "at": (3, 5)}, (3, 5), (64, 64, 63, 63, 62)),
+        ({"rate": 0.05, "num_patches": 64, "at": (3, 5)}, (3, 5), (64, 64, 62, 62, 61)),
         # the first merge would remove half of a token and is left out
-        ({"rate": 0.01, "num_patches": 64}, (5,), (64, 64, 64, 64, 63)),
+        ({"rate": 0.01, "num_patches": 64, "at": (3, 5)}, (5,), (64, 64, 64, 64, 63)),
+        # of four merges by default, one would remove less than half of a token
+        ({"rate": 0.05, "num_patches": 64}, (2, 3, 5), (64, 63, 62, 62, 61)),
     ],
 )
 def test_small_rates_are_kept(settings: dict[str, Any], at: tuple[int, ...], tokens: tuple[int, ...]) -> None:

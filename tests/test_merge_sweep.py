@@ -8,6 +8,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from models_for_tests import make_run, small_recipe
@@ -25,6 +26,9 @@ from mlip_cli.data.pictures import RejectedPictureError, open_picture
 from mlip_cli.data.transforms import decode
 from mlip_cli.errors import RunError, Stopped, UsageError
 from mlip_cli.evaluate import sweep as sweep_module
+from mlip_cli.evaluate.datasets.find import find_benchmark
+from mlip_cli.evaluate.datasets.open import open_benchmark
+from mlip_cli.evaluate.datasets.pictures import batches
 from mlip_cli.evaluate.evaluators import training_evaluators
 from mlip_cli.evaluate.panels import draw_groups, draw_guidance, panel_pictures
 from mlip_cli.evaluate.sweep import agreement, numbers_at_random, open_datasets
@@ -95,6 +99,26 @@ def test_every_setting_stands_beside_the_unmerged_model(place: Path, capsys: pyt
         test = point["paired"]["acc1"]
         assert point["acc1"] - unmerged["acc1"] == pytest.approx(test["difference"])
         assert test["won"] + test["lost"] <= 24 * (1 - point["agreement"]) + 1e-9
+
+
+@pytest.mark.slow
+def test_distortion_is_how_far_merging_moves_the_features(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sweep("runs/mlip", rates=[0.25, 0.5], methods=["tome", "guided"])
+    [dataset] = printed(capsys)["datasets"]
+    loaded = load_run("runs/mlip", device="cpu")
+    pictures = open_benchmark(find_benchmark("shards:data/colors"))
+    batch = next(iter(batches(pictures, range(1), size=32, batch_size=24, read_ahead=False)))[0]
+    model = loaded.model
+    with torch.no_grad():
+        unmerged = model.encode_image(batch, model.merge_plan(0.0)).double()
+        for found in dataset["distortion"]:
+            merged = model.encode_image(batch, model.merge_plan(found["rate"], found["method"])).double()
+            distances = [1 - float(a @ b / (a.norm() * b.norm())) for a, b in zip(unmerged, merged, strict=True)]
+            assert found["n"] == 24
+            assert found["mean"] == pytest.approx(np.mean(distances), abs=1e-6)
+            assert found["p95"] == pytest.approx(np.quantile(distances, 0.95), abs=1e-6)
+    assert [(d["method"], d["rate"]) for d in dataset["distortion"]] == [
+        ("tome", 0.25), ("tome", 0.5), ("guided", 0.25), ("guided", 0.5)]  # fmt: skip
 
 
 @pytest.mark.slow
@@ -172,7 +196,7 @@ def test_tables_of_retrieval(place: Path, capsys: pytest.CaptureFixture[str]) ->
     lines = capsys.readouterr().out.splitlines()
     words = r"24 pictures, 48 captions: chance [\d.]+/[\d.]+/[\d.]+ %; in brackets: 95 % intervals"
     assert sum(bool(re.fullmatch(words, line)) for line in lines) == 2
-    assert sum(line.startswith("guided   0.5") for line in lines) == 4
+    assert sum(line.startswith("guided   0.5") for line in lines) == 5  # speed, tokens, distortion, two directions
     assert sum(line.startswith(("image to text  guided", "text to image  guided")) for line in lines) == 2
     assert max(len(line) for line in lines if line.startswith(("method", "none", "guided"))) <= 80
 
@@ -396,7 +420,7 @@ def test_a_run_that_dropped_patches_is_swept_as_guided(place: Path, capsys: pyte
     sweep("runs/flip")
     points = printed(capsys)["points"]
     assert [(p["method"], p["rate"]) for p in points] == [(None, 0.0), ("guided", 0.5)]
-    assert points[1]["tokens_per_block"] == [16, 11, 11, 8]
+    assert points[1]["tokens_per_block"] == [16, 13, 10, 8]
     model = load_run("runs/flip", device="cpu").model
     assert at_rate(model, None).plan == at_rate(model, 0.0).plan
     assert (at_rate(model, 0.5).plan.guidance, at_rate(model, 0.5).plan.strength) == ("spatial", 1.0)

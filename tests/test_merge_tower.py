@@ -83,6 +83,25 @@ def test_at_rate_0_a_tower_is_timms_bit_for_bit(towers: Towers, request: pytest.
         assert torch.equal(ours.pooled, plain.forward_head(theirs, pre_logits=True))
 
 
+def test_class_attention_guides_only_where_the_class_token_is_the_feature(
+    towers: Towers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the class token, if there is one, is pooled away, and nothing says that it looks at what matters."""
+    tower, plain = towers
+    asked: list[bool] = []
+    attend = vision.attend
+
+    def spy(*arguments: Any, with_row: bool) -> Any:
+        asked.append(with_row)
+        return attend(*arguments, with_row=with_row)
+
+    monkeypatch.setattr(vision, "attend", spy)
+    images = torch.randn(2, 3, *tower.trunk.patch_embed.img_size, dtype=torch.float64)
+    tower(images, plan_of(tower, 0.5, method="guided"))
+    if all(isinstance(block, ObservedBlock) for block in tower.trunk.blocks):
+        assert asked == [plain.cls_token is not None and plain.global_pool == "token"]
+
+
 def test_merging_duplicates_changes_nothing(towers: Towers, monkeypatch: pytest.MonkeyPatch) -> None:
     """A tower of which patches are copies of each other gives the same with one token for each set of copies."""
     tower, _ = towers

@@ -3,6 +3,7 @@
 import copy
 import math
 import pickle
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -11,15 +12,18 @@ from models_for_tests import small_batch, small_model
 from scipy.fft import dctn
 from scipy.stats import rankdata
 from timm.models.vision_transformer import Block
+from torch import Tensor
 
 from mlip_cli.errors import UsageError
 from mlip_cli.model.merging import (
     compose,
+    cosine_cost,
     distinctness,
     frequency_guidance,
     grid_parity,
     group_mean,
     group_sizes,
+    halves,
     index_parity,
     last_step,
     match,
@@ -28,11 +32,12 @@ from mlip_cli.model.merging import (
     patch_dct,
     size_mask,
     unmerge_tokens,
+    ward_cost,
 )
 from mlip_cli.model.vision import ObservedBlock, attend
 from mlip_cli.recipe.merge_plan import MergePlan, default_places
 
-STRENGTH = 0.25
+STRENGTH = 2.0
 
 
 def resolve(rate: float, **changes: object) -> MergePlan:
@@ -40,23 +45,18 @@ def resolve(rate: float, **changes: object) -> MergePlan:
     return MergePlan.resolve(rate=rate, **(settings | changes))  # type: ignore[arg-type]
 
 
-def loop_match(metric: np.ndarray, guidance: np.ndarray | None, odd: np.ndarray, num_groups: int) -> list[int]:
+def loop_match(cost: Callable[[int, int], float], odd: Sequence[bool], num_groups: int) -> list[int]:
     """`match` for one image, in loops."""
-    n = len(metric)
-    unit = metric / np.linalg.norm(metric, axis=1, keepdims=True)
+    n = len(odd)
     proposals = []
     for i in range(n):
         if odd[i]:
             continue
-        best, partner = -math.inf, -1
+        least, partner = math.inf, -1
         for j in range(n):
-            if odd[j]:
-                edge = unit[i] @ unit[j]
-                if guidance is not None:
-                    edge -= STRENGTH * max(guidance[i], guidance[j])
-                if edge > best:
-                    best, partner = edge, j
-        proposals.append((-best, i, partner))
+            if odd[j] and cost(i, j) < least:
+                least, partner = cost(i, j), j
+        proposals.append((least, i, partner))
     target = list(range(n))
     for _, i, partner in sorted(proposals)[: n - num_groups]:
         target[i] = partner
@@ -65,19 +65,60 @@ def loop_match(metric: np.ndarray, guidance: np.ndarray | None, odd: np.ndarray,
     return [order.index(members[target[i]]) for i in range(n)]
 
 
-@pytest.mark.parametrize("guided", [False, True])
-@pytest.mark.parametrize(("h", "w", "num_groups"), [(4, 4, 9), (3, 5, 8), (5, 5, 13), (4, 6, 24)])
-def test_match_equals_loops(h: int, w: int, num_groups: int, guided: bool) -> None:
-    generator = torch.Generator().manual_seed(h * w)
-    metric = torch.randn(3, h * w, 6, generator=generator, dtype=torch.float64)
-    guidance = torch.rand(3, h * w, generator=generator, dtype=torch.float64) if guided else None
+def tome(keys: Tensor, parity: Tensor, num_groups: int) -> Tensor:
+    """Groups by similarity alone."""
+    even, odd = halves(parity)
+    return match(cosine_cost(keys, even, odd), even, odd, num_groups)
+
+
+def guided(keys: Tensor, guidance: Tensor, parity: Tensor, num_groups: int, *, sizes: Tensor | None = None) -> Tensor:
+    """Groups by what a merge changes, for tokens of one patch or of `sizes`."""
+    even, odd = halves(parity)
+    sizes = torch.ones(keys.shape[:2], dtype=keys.dtype) if sizes is None else sizes
+    return match(ward_cost(keys, sizes, guidance, even, odd, strength=STRENGTH), even, odd, num_groups)
+
+
+SHAPES = [(4, 4, 9), (3, 5, 8), (5, 5, 13), (4, 6, 24)]
+
+
+@pytest.mark.parametrize(("h", "w", "num_groups"), SHAPES)
+def test_matching_by_similarity_equals_loops(h: int, w: int, num_groups: int) -> None:
+    keys = torch.randn(3, h * w, 6, generator=torch.Generator().manual_seed(h * w), dtype=torch.float64)
     parity = grid_parity(h, w)
-    found = match(metric, guidance, parity, num_groups, strength=STRENGTH)
+    found = tome(keys, parity, num_groups)
     for i in range(3):
-        expected = loop_match(
-            metric[i].numpy(), None if guidance is None else guidance[i].numpy(), parity.numpy(), num_groups
-        )
-        assert found[i].tolist() == expected
+        unit = keys[i].numpy() / np.linalg.norm(keys[i].numpy(), axis=1, keepdims=True)
+        assert found[i].tolist() == loop_match(lambda a, b, u=unit: -u[a] @ u[b], parity.tolist(), num_groups)
+
+
+@pytest.mark.parametrize(("h", "w", "num_groups"), SHAPES)
+def test_guided_matching_equals_loops_that_merge_and_measure_the_change(h: int, w: int, num_groups: int) -> None:
+    generator = torch.Generator().manual_seed(h * w)
+    keys = torch.randn(3, h * w, 6, generator=generator, dtype=torch.float64)
+    guidance = torch.rand(3, h * w, generator=generator, dtype=torch.float64)
+    sizes = torch.randint(1, 6, (3, h * w), generator=generator).double()
+    parity = grid_parity(h, w)
+    found = guided(keys, guidance, parity, num_groups, sizes=sizes)
+    for i in range(3):
+
+        def cost(a: int, b: int, i: int = i) -> float:
+            """Squared distances of the patches of two tokens to the mean of all of them, before and after the merge."""
+            patches = keys[i, a].repeat(int(sizes[i, a]), 1), keys[i, b].repeat(int(sizes[i, b]), 1)
+            together = torch.cat(patches)
+            change = (together - together.mean(0)).square().sum()
+            change = change - sum((own - own.mean(0)).square().sum() for own in patches)
+            return float(change * (1 + STRENGTH * max(guidance[i, a], guidance[i, b])))
+
+        assert found[i].tolist() == loop_match(cost, parity.tolist(), num_groups)
+
+
+def test_equal_tokens_merge_for_nothing_however_important_they_are() -> None:
+    keys = torch.randn(1, 16, 4, generator=torch.Generator().manual_seed(0))
+    keys[0, 5] = keys[0, 6] + 1e-4
+    guidance = torch.zeros(1, 16)
+    guidance[0, 5] = 1.0
+    assign = guided(keys, guidance, grid_parity(4, 4), 15)
+    assert assign[0, 5] == assign[0, 6]
 
 
 def test_parity_is_a_chequerboard_on_even_grids() -> None:
@@ -87,24 +128,26 @@ def test_parity_is_a_chequerboard_on_even_grids() -> None:
 
 
 def test_strong_guidance_keeps_a_token_out_of_every_merge() -> None:
-    metric = torch.ones(1, 16, 4) + 0.01 * torch.randn(1, 16, 4, generator=torch.Generator().manual_seed(0))
+    keys = torch.ones(1, 16, 4) + 0.01 * torch.randn(1, 16, 4, generator=torch.Generator().manual_seed(0))
     guidance = torch.zeros(1, 16)
     guidance[0, 5] = 1.0
-    assign = match(metric, guidance, grid_parity(4, 4), 9, strength=STRENGTH)
+    even, odd = halves(grid_parity(4, 4))
+    cost = ward_cost(keys, torch.ones(1, 16), guidance, even, odd, strength=1e3)
+    assign = match(cost, even, odd, 9)
     assert (assign == assign[0, 5]).sum() == 1
-    assert (match(metric, None, grid_parity(4, 4), 8, strength=STRENGTH)[0].bincount() > 1).any()
+    assert (tome(keys, grid_parity(4, 4), 8)[0].bincount() > 1).any()
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, 1e30])
 def test_ties_zero_keys_and_blank_tokens_give_groups_without_nan(value: float) -> None:
     x = torch.full((2, 16, 4), value)
-    assign = match(x, torch.zeros(2, 16), grid_parity(4, 4), 8, strength=STRENGTH)
+    assign = guided(x, torch.zeros(2, 16), grid_parity(4, 4), 8)
     assert sorted(set(assign[0].tolist())) == list(range(8))
     assert torch.isfinite(merge_tokens(x, torch.ones(2, 16), assign, 8)).all()
 
 
 def test_groups_are_numbered_by_their_smallest_patch() -> None:
-    assign = match(torch.randn(4, 36, 5), None, grid_parity(6, 6), 20, strength=STRENGTH)
+    assign = tome(torch.randn(4, 36, 5), grid_parity(6, 6), 20)
     for row in assign.tolist():
         firsts = [row.index(g) for g in range(20)]
         assert firsts == sorted(firsts)
@@ -114,7 +157,7 @@ def test_merge_is_the_weighted_mean_and_sizes_are_exact() -> None:
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(2, 10, 3, generator=generator, dtype=torch.float64)
     sizes = torch.randint(1, 5, (2, 10), generator=generator).double()
-    assign = match(x, None, index_parity(10), 6, strength=STRENGTH)
+    assign = tome(x, index_parity(10), 6)
     merged, merged_sizes = merge_tokens(x, sizes, assign, 6), group_sizes(sizes, assign, 6)
     for b in range(2):
         for g in range(6):
@@ -141,9 +184,9 @@ def test_sizes_of_577_tokens_stay_exact_under_bf16_autocast() -> None:
 
 def test_compose_unmerge_and_last_step_agree() -> None:
     x = torch.randn(2, 16, 3)
-    first = match(x, None, grid_parity(4, 4), 10, strength=STRENGTH)
+    first = tome(x, grid_parity(4, 4), 10)
     y = merge_tokens(x, torch.ones(2, 16), first, 10)
-    second = match(y, None, index_parity(10), 6, strength=STRENGTH)
+    second = tome(y, index_parity(10), 6)
     both = compose(first, second)
     z = merge_tokens(y, group_sizes(torch.ones(2, 16), first, 10), second, 6)
     assert torch.equal(unmerge_tokens(z, both), unmerge_tokens(unmerge_tokens(z, second), first))
@@ -216,27 +259,46 @@ def test_distinctness_of_an_outlier_is_largest() -> None:
 
 
 def test_default_places() -> None:
-    assert [default_places(d) for d in (4, 6, 12, 24, 2, 3)] == [(2, 4), (2, 4), (3, 5), (6, 10), (2,), (2,)]
+    """A third of the tower, or four places where it has them."""
+    for depth, last in ((1, 2), (2, 2), (3, 3), (4, 4), (5, 5), (6, 5), (12, 5), (15, 6), (24, 9)):
+        assert default_places(depth) == default_places(depth, "tome") == tuple(range(2, last + 1))
+    assert default_places(12, "random_drop") == (1,)
 
 
 def test_plan_counts_tokens_and_says_its_true_rate() -> None:
     plan = resolve(0.5)
-    assert plan.tokens == (196, 196, 139, 139, *(98,) * 8)
+    assert plan.tokens == (196, 165, 139, 117, *(98,) * 8)
     assert plan.rate == 0.5
-    assert plan.merges == {3: 139, 5: 98}
+    assert plan.merges == {2: 165, 3: 139, 4: 117, 5: 98}
     assert resolve(0.0).tokens == (196,) * 12
     assert resolve(0.0).at == ()
     assert resolve(0.3, num_patches=49, depth=4, at=(2, 3)).tokens == (49, 41, 34, 34)
 
 
 def test_a_rate_that_no_plan_reaches_is_refused() -> None:
-    with pytest.raises(UsageError) as caught:
-        resolve(0.8)
-    assert str(caught.value) == (
+    message = (
         "merge rate 0.8: the merge before block 3 would take 196 tokens to 88, and one merge removes at most half; "
-        "lower the rate or add places to model.merging.at"
+        "lower the rate"
     )
-    assert resolve(0.75).tokens[-1] == 49
+    with pytest.raises(UsageError) as caught:
+        resolve(0.8, at=(3, 5))
+    assert str(caught.value) == message + " or add places to model.merging.at"
+    with pytest.raises(UsageError) as caught:
+        resolve(0.8, depth=4, stem=2)
+    assert str(caught.value) == message
+    assert resolve(0.75, at=(3, 5)).tokens[-1] == 49
+
+
+def test_rate_09_is_reached_by_default_where_four_merges_fit() -> None:
+    for depth in range(1, 25):
+        for stem in range(min(depth, 5)):
+            if depth - max(stem, 1) >= 4:
+                plan = resolve(0.9, depth=depth, num_patches=256, stem=stem)
+                assert plan.tokens[-1] == 26
+            else:
+                with pytest.raises(UsageError, match=r"at most half; lower the rate$|beyond the tower's depth"):
+                    resolve(0.9, depth=depth, num_patches=256, stem=stem)
+    assert resolve(0.875, depth=4, num_patches=256).tokens == (256, 128, 64, 32)
 
 
 @pytest.mark.parametrize(

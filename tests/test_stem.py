@@ -14,6 +14,7 @@ from torch import nn
 from mlip_cli.commands import merge_sweep
 from mlip_cli.commands.profile import profile
 from mlip_cli.errors import UsageError
+from mlip_cli.model import merge_pass
 from mlip_cli.model.frequency import StemBlock, convolve_by_fft, place_stem
 from mlip_cli.model.vision import ImageTower
 from mlip_cli.recipe.checks import check
@@ -62,7 +63,7 @@ def test_a_named_tower_takes_a_stem(name: str) -> None:
     assert [isinstance(block, StemBlock) for block in tower.trunk.blocks] == [True] * 3 + [False] * 9
     prefix = tower.num_prefix
     plan = MergePlan.resolve(depth=12, num_patches=tower.num_patches, rate=0.5, at=None, method="guided", stem=3)
-    assert plan.at == (5, 7)
+    assert plan.at[0] == 4  # right behind the stem
     images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         found = tower(images, plan)
@@ -104,25 +105,62 @@ def test_every_parameter_of_a_stem_trains_and_its_kernels_do_not_decay() -> None
 def test_stages_of_merges_behind_a_stem_keep_the_numbers_of_blocks() -> None:
     model = small_model(stem_recipe(2, merging={"rate": 0.25}))
     stages = model.merge_stages(small_batch().images, model.plan)
-    assert [stage.block for stage in stages] == [4]
-    assert (stages[0].groups.max(1).values == model.plan.tokens[3] - 1).all()
-    assert stages[0].spatial is not None
+    assert [stage.block for stage in stages] == [3, 4]
+    for stage in stages:
+        assert (stage.groups.max(1).values == model.plan.tokens[stage.block - 1] - 1).all()
+        assert stage.spatial is not None
 
 
-def test_default_places_leave_a_stem_alone() -> None:
-    assert [default_places(12, stem=stem) for stem in (0, 1, 2, 6)] == [(3, 5), (3, 5), (4, 6), (8, 10)]
-    assert default_places(4, stem=2) == (4,)
+def test_default_places_begin_right_behind_a_stem() -> None:
+    for stem, first, last in ((1, 2, 5), (2, 3, 6), (6, 7, 10), (10, 11, 12)):
+        assert default_places(12, stem=stem) == tuple(range(first, last + 1))
+    assert default_places(4, stem=2) == (3, 4)
     assert default_places(12, "random_drop", stem=2) == (3,)
+
+
+@pytest.mark.parametrize("method", ["guided", "tome"])
+def test_right_behind_a_stem_the_tokens_that_the_next_block_reads_serve_as_keys(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    received: list[torch.Tensor] = []
+    rule = {"guided": "ward_cost", "tome": "cosine_cost"}[method]
+    cost = getattr(merge_pass, rule)
+
+    def spy(keys: torch.Tensor, *others: Any, **options: Any) -> torch.Tensor:
+        received.append(keys)
+        return cost(keys, *others, **options)
+
+    monkeypatch.setattr(merge_pass, rule, spy)
+    model, images = small_model(stem_recipe(2, merging={"rate": 0.5})).eval(), small_batch().images
+    pixels, (first, second, third, _) = model.normalize(images), model.vision.trunk.blocks
+    model.encode_image(images, model.merge_plan(0.5, method))
+    behind = second(first(model.vision.embed(pixels)))
+    assert torch.equal(third.norm1.bias, torch.zeros(32))
+    assert torch.equal(received[0], third.norm1(behind)[:, 1:])
+    assert received[1].shape == (8, 11, 16)  # the keys of an attention block, averaged over its heads
+
+
+def test_large_activations_behind_a_stem_do_not_decide_alone() -> None:
+    """Scaling a token, which the next block's norm undoes, changes no group."""
+    plan = MergePlan.resolve(depth=4, num_patches=16, rate=0.5, at=(3,), method="guided", stem=2)
+    patches = merge_pass.Patches((4, 4), 8, 0, has_class_token=False)
+    tokens, images = torch.randn(2, 16, 32, dtype=torch.float64), small_model().normalize(small_batch().images[:2])
+    found = []
+    for scale in (torch.ones(16, 1), torch.logspace(0, 3, 16)[:, None]):
+        state = merge_pass.MergePass(images, plan, patches=patches)
+        state.merge(tokens * scale, 8)
+        found.append(state.assigns[0])
+    assert torch.equal(*found)
 
 
 @pytest.mark.parametrize(
     ("places", "depth", "method", "message"),
     [
-        ((3, 5), 12, "tome", "[3, 5] starts too early; the first place for tome is 4"),
-        ((2,), None, "guided", "[2] starts too early; the first place for guided is 4"),
+        ((2, 5), 12, "tome", "[2, 5] starts too early; the first place for tome is 3"),
+        ((1,), None, "guided", "[1] starts too early; the first place for guided is 3"),
         ((2,), 12, "random_drop", "[2] starts too early; the first place for random_drop is 3"),
-        ((4,), 3, "guided", "[4] goes beyond the tower's depth 3; set model.merging to null"),
-        ((4,), 12, "guided", None),
+        ((4,), 3, "guided", "[4] goes beyond the tower's depth 3; the last block is 3"),
+        ((3,), 12, "guided", None),
         ((3,), 12, "random_drop", None),
     ],
 )  # fmt: skip
@@ -137,8 +175,8 @@ def test_places_inside_a_stem_are_refused(
 
 
 def test_a_recipe_says_where_merges_behind_its_stem_start() -> None:
-    too_early = "[2, 3] starts too early; the first place for guided is 3"
-    assert check(stem_recipe(merging={"at": [2, 3]})) == [("model.merging.at", too_early)]
+    too_early = "[1, 3] starts too early; the first place for guided is 2"
+    assert check(stem_recipe(merging={"at": [1, 3]})) == [("model.merging.at", too_early)]
     assert check(stem_recipe(merging={"rate": 0.25})) == []
     [(place, _)] = check(stem_recipe(4))
     assert place == "model.frequency.depth"

@@ -18,6 +18,10 @@ from mlip_cli.files import write_bytes
 from mlip_cli.runs.loading import LoadedRun
 from mlip_cli.runs.result_files import checked
 from mlip_cli.terminal.output import plural, say, warn
+from mlip_cli.types import MergeStage
+
+DRAWN_STAGES = 3
+"""Merges drawn of each picture, the first and the last among them: a deep tower merges too often to look at all."""
 
 WRITERS = 8
 """Threads that write files; each waits for the disk, so there may be more of them than cores."""
@@ -104,7 +108,8 @@ def _point(
 ) -> DrawnSetting:
     plan, images = point.encoder.plan, torch.stack([picture.image for picture in chosen])
     with torch.inference_mode():
-        stages = [stage.to("cpu") for stage in loaded.model.merge_stages(images.to(loaded.device), plan)]
+        merges = loaded.model.merge_stages(images.to(loaded.device), plan)
+    stages = [stage.to("cpu") for stage in spread_evenly(merges)]
     written = []
     for stage in stages:
         paths = {}
@@ -126,3 +131,9 @@ def _point(
             for i, (picture, path) in enumerate(zip(chosen, pictures, strict=True))
         ],
     )
+
+
+def spread_evenly(merges: Sequence[MergeStage]) -> list[MergeStage]:
+    """At most DRAWN_STAGES of all merges: the first, the last, and those between at equal steps."""
+    last, shown = len(merges) - 1, min(len(merges), DRAWN_STAGES)
+    return [merges[round(i * last / max(shown - 1, 1))] for i in range(shown)]

@@ -5,8 +5,10 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
-from mlip_cli.evaluate.results import Setting, SpeedAtSetting
+from mlip_cli.evaluate.results import Distortion, Setting, SpeedAtSetting
 from mlip_cli.evaluate.statistics import Interval
 from mlip_cli.profiling.flops import image_gflops
 from mlip_cli.profiling.timing import measure_interleaved, peak_memory
@@ -75,3 +77,20 @@ def speeds(loaded: LoadedRun, points: Sequence[Point], *, batch_size: int, round
         )
         for point, own, timing, function in zip(points, gflops, timings.values(), functions.values(), strict=True)
     ]
+
+
+@torch.inference_mode()
+def distortions(loaded: LoadedRun, points: Sequence[Point], images: Tensor, *, batch_size: int) -> list[Distortion]:
+    """How far each point that merges moves the features of (n, 3, S, S) uint8 images; the first point merges none."""
+
+    def features(point: Point) -> Tensor:
+        encoded = [point.encoder.encode_image(batch.to(loaded.device)).float() for batch in images.split(batch_size)]
+        return F.normalize(torch.cat(encoded), dim=-1)
+
+    unmerged = features(points[0])
+    found = []
+    for point in points[1:]:
+        distances = 1 - (features(point) * unmerged).sum(-1)
+        mean, p95 = distances.mean().item(), distances.quantile(0.95).item()
+        found.append(Distortion(**vars(point.setting), n=len(images), mean=mean, p95=p95))
+    return found

@@ -211,6 +211,17 @@ class RetrievalAtSetting(Setting):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Distortion(Setting):
+    """How far merging moves image features: 1 - cosine to the unmerged feature of the same picture, in [0, 2]."""
+
+    n: int
+    """Pictures, drawn at random."""
+    mean: float
+    p95: float
+    """95th percentile."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class SweptData:
     """A data set of a sweep."""
 
@@ -218,6 +229,8 @@ class SweptData:
     fingerprint: str
     n: int
     """Pictures."""
+    distortion: Sequence[Distortion] = ()
+    """At every setting that merges. Empty in results of earlier versions."""
 
     @property
     def data(self) -> tuple[str, str]:

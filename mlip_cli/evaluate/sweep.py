@@ -1,7 +1,7 @@
 """A merge sweep: speed and scores of one model at several merge rates, beside the unmerged model."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -17,7 +17,7 @@ from mlip_cli.errors import UsageError
 from mlip_cli.evaluate.datasets.benchmark import Benchmark
 from mlip_cli.evaluate.datasets.open import open_benchmark
 from mlip_cli.evaluate.evaluators import measure_runs
-from mlip_cli.evaluate.merge_points import Point, speeds
+from mlip_cli.evaluate.merge_points import Point, distortions, speeds
 from mlip_cli.evaluate.results import (
     FailedData,
     PairedTest,
@@ -40,6 +40,10 @@ from mlip_cli.terminal.panel import progress
 
 PREPARED = frozenset({"openmoji", "shards", "imagenet_shards"})
 """Kinds of data sets that `prepare-data` writes, with a card."""
+
+
+DISTORTED_PICTURES = 1_000
+"""Pictures of a data set on which the distortion is measured, or all if there are fewer."""
 
 
 @dataclass(frozen=True)
@@ -235,7 +239,10 @@ def measure_sweep(
     failed = {name: str(error) for name, error in failures.items()}
     for dataset in datasets:
         try:
-            scores.append(dataset.measure(points))
+            found = dataset.measure(points)
+            images = torch.stack([chosen.image for chosen in dataset.choose(DISTORTED_PICTURES)])
+            moved = distortions(loaded, points, images, batch_size=batch_size)
+            scores.append(replace(found, distortion=moved))
         except FAILURES as error:
             failed[dataset.name] = str(error)
     return SweepResult(

@@ -18,7 +18,7 @@ from mlip_cli.model.frequency import FrequencyBranch
 from mlip_cli.model.merging import patch_dct
 from mlip_cli.model.text import TextTower, caption_mask, pool_text, word_mask
 from mlip_cli.model.vision import ImageTower, TowerOutput
-from mlip_cli.recipe.config import LOSS_NAMES, Recipe, WordsLoss
+from mlip_cli.recipe.config import FREQUENCY_LOSSES, LOSS_NAMES, Recipe, WordsLoss
 from mlip_cli.recipe.config import Model as ModelConfig
 from mlip_cli.recipe.merge_plan import MergePlan, plan_for
 from mlip_cli.types import VOCAB_SIZE, Batch, Encoded, ImageFeatures, MergeStage
@@ -98,8 +98,7 @@ class CLIP(nn.Module):
 
         self.frequency: FrequencyBranch | nn.LayerNorm | None = None
         self.frequency_projection: nn.Linear | None = None
-        read_by = [name for name in losses if name.startswith("frequency_") or name == "align"]
-        if config.frequency is not None and read_by:
+        if config.frequency is not None and losses.keys() & set(FREQUENCY_LOSSES):
             if self.vision.stem_depth:
                 self.frequency = nn.LayerNorm(self.vision.width)
             else:

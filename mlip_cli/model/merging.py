@@ -1,4 +1,4 @@
-"""Token merging as pure functions: a matching, a weighted mean, guidance.
+"""Token merging as pure functions: the cost of a merge, a matching, a weighted mean, guidance.
 
 Sources: bipartite soft matching and proportional attention, "Token Merging: Your ViT But Faster" (Bolya et al., ICLR
 2023); guidance by the spatial and the frequency domain, our reading of MLIP (Zhang et al., ICML 2024); random drops of
@@ -14,7 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 SPATIAL_SHARE = 0.5
-"""Share of the spatial guidance in the mean of both domains; our choice."""
+"""Share of the spatial guidance in the mean of both domains; our choice.
+
+Features moved 1.08 times as far with either domain alone, 1.04 times with shares of 0.25 and 0.75 (standard errors
+0.04). Such factors in this file and its neighbours are geometric means of 1 - cosine to the unmerged feature over two
+trained models (CLIP and MLIP, 64 patches), four sets of pictures, three of them of sources that training never saw,
+and the rates 0.5, 0.7 and 0.8: tests/ablation/results/merging/variants.json.
+"""
 
 
 def grid_parity(h: int, w: int, *, device: torch.device | None = None) -> Tensor:
@@ -28,30 +34,71 @@ def index_parity(n: int, *, device: torch.device | None = None) -> Tensor:
     return torch.arange(n, device=device) % 2 == 1
 
 
-@torch.no_grad()
-def match(metric: Tensor, guidance: Tensor | None, parity: Tensor, num_groups: int, *, strength: float) -> Tensor:
-    """Group N tokens into K: (B, N, d), (B, N) in [0, 1] or None, (N,) bool, K -> (B, N) int64 in [0, K).
+def halves(parity: Tensor) -> tuple[Tensor, Tensor]:
+    """Numbers of the even and of the odd tokens: (N,) bool -> (N - N//2,), (N//2,).
 
-    Each token of the even set proposes its best edge to a token of the odd set, and the N-K best edges merge. An edge
-    is the cosine similarity, less `strength` times the larger guidance of its two ends. Equal edges merge in token
-    order. Groups are numbered by their smallest token. `parity` comes from `grid_parity` or `index_parity`: floor(N/2)
-    of its tokens are odd. (Counting them here would break a compiled graph in two.)
+    `parity` comes from `grid_parity` or `index_parity`: floor(N/2) of its tokens are odd. (Counting them here would
+    break a compiled graph in two.)
     """
-    batch, n, _ = metric.shape
+    n = len(parity)
+    even, odd = parity.int().argsort(stable=True).split([n - n // 2, n // 2])
+    return even, odd
+
+
+@torch.no_grad()
+def cosine_cost(keys: Tensor, even: Tensor, odd: Tensor) -> Tensor:
+    """Minus the cosine similarity of each even to each odd token (ToMe): (B, N, d) -> (B, N - N//2, N//2)."""
+    keys = F.normalize(keys.to(torch.promote_types(keys.dtype, torch.float32)), dim=-1, eps=1e-6)
+    with torch.autocast(keys.device.type, enabled=False):
+        return -(keys.index_select(1, even) @ keys.index_select(1, odd).transpose(1, 2))
+
+
+@torch.no_grad()
+def ward_cost(
+    keys: Tensor, sizes: Tensor | None, guidance: Tensor, even: Tensor, odd: Tensor, *, strength: float
+) -> Tensor:
+    """What merging an even and an odd token changes: (B, N, d), (B, N), (B, N) in [0, 1] -> (B, N - N//2, N//2).
+
+    The squared distances of all patches to the key of their token grow by s_i s_j / (s_i + s_j) * |k_i - k_j|^2 in sum
+    (Ward, 1963). The larger guidance g of the two ends multiplies it by 1 + strength * g. So equal tokens merge for
+    nothing, and a change of an important token costs more. Our reading of MLIP. `sizes` None: each token is one patch.
+
+    The cost without guidance moves features 0.40 times as far as ToMe's rule. Strengths of 0 to 4 differ from 2 by less
+    than twice the standard error (factors of 0.98 to 1.05, each +-0.03); 8 moves them 1.09 times as far.
+    """
+    keys = keys.to(torch.promote_types(keys.dtype, torch.float32))
+    middle = keys.mean(1, keepdim=True)  # smaller numbers cancel less
+    a, b = (keys.index_select(1, half).sub_(middle) for half in (even, odd))
+    squares_a, squares_b = (torch.linalg.vector_norm(half, dim=-1).square_() for half in (a, b))
+    cost = squares_a[:, :, None] + squares_b[:, None]
+    with torch.autocast(keys.device.type, enabled=False):
+        torch.baddbmm(cost, a, b.transpose(1, 2), alpha=-2, out=cost)
+    weights = 1 + strength * guidance
+    if sizes is None:
+        weights = weights / 2
+    factor = torch.maximum(weights[:, even, None], weights[:, None, odd])
+    cost.mul_(factor)
+    if sizes is not None:
+        shares = sizes.reciprocal()
+        cost.div_(torch.add(shares[:, even, None], shares[:, None, odd], out=factor))
+    return cost
+
+
+@torch.no_grad()
+def match(cost: Tensor, even: Tensor, odd: Tensor, num_groups: int) -> Tensor:
+    """Group N tokens into K at the least cost: (B, N - N//2, N//2), K -> (B, N) int64 in [0, K).
+
+    Each even token proposes its cheapest odd token, and the N-K cheapest proposals merge (bipartite soft matching).
+    Equal costs merge in token order. Groups are numbered by their smallest token.
+    """
+    batch, n = len(cost), len(even) + len(odd)
     removed = n - num_groups
     assert 0 <= removed <= n // 2, (n, num_groups)
-    index = torch.arange(n, device=metric.device).expand(batch, n)
+    index = torch.arange(n, device=cost.device).expand(batch, n)
     if removed == 0:
         return index.clone()
-    even, odd = parity.int().argsort(stable=True).split([n - n // 2, n // 2])
-    metric = F.normalize(metric.to(torch.promote_types(metric.dtype, torch.float32)), dim=-1, eps=1e-6)
-    with torch.autocast(metric.device.type, enabled=False):
-        edges = metric[:, even] @ metric[:, odd].transpose(1, 2)
-    if guidance is not None:
-        guidance = guidance.to(edges.dtype)
-        edges = edges - strength * torch.maximum(guidance[:, even, None], guidance[:, None, odd])
-    best, partner = edges.max(dim=-1)
-    proposers = best.argsort(dim=-1, descending=True, stable=True)[:, :removed]
+    least, partner = cost.min(dim=-1)
+    proposers = least.argsort(dim=-1, stable=True)[:, :removed]
 
     target = index.clone()
     target.scatter_(1, even[proposers], odd[partner.gather(1, proposers)])

@@ -7,7 +7,7 @@ prefix tokens, width D and MLP width M, an image tower takes these multiply-adds
     patch embedding       N * 3p^2 * D
     attention of a block  t * 4D^2 + 2 * t^2 * D      t = P + tokens in the block; a merge stands before its block,
     MLP of a block        t * 2 * D * M               so the block before the merge still runs on all of them
-    a merge of n tokens   ceil(n/2) * floor(n/2) * d  matching on keys of width d; the means are sums, not products
+    a merge of n tokens   ceil(n/2) * floor(n/2) * d  matching on keys of width d, tokens (D) right behind a stem
     guidance              N * 2p^3                    DCT of the grey picture, once, for the frequency domain
     head                  D * E
     a block of a stem     a global filter, and N * 2 * D * M for its MLP, on patches alone
@@ -57,7 +57,7 @@ def _attentions(block: nn.Module) -> list[nn.Module]:
 
 
 def merge_macs(before: int, *, metric_width: int) -> int:
-    """Multiply-adds of one merge: similarities between two halves of the tokens before it."""
+    """Multiply-adds of one merge: products of two halves of the keys, for cosines as for squared distances."""
     return math.ceil(before / 2) * (before // 2) * metric_width
 
 
@@ -99,11 +99,11 @@ def image_gflops(model: CLIP, plan: MergePlan) -> dict[str, float]:
 def _merging_macs(model: CLIP, plan: MergePlan) -> int:
     """Multiply-adds of all merges of `plan` and of their guidance; dropping tokens takes none."""
     tower = model.vision
-    observed = tower.trunk.blocks[tower.stem_depth]
-    metric_width = observed.attn.head_dim if isinstance(observed, ObservedBlock) else tower.width
     macs, before = 0, tower.num_patches
-    for _, after in sorted(plan.merges.items()):
+    for place, after in sorted(plan.merges.items()):
         if after < before and not plan.drops:
+            seen = tower.trunk.blocks[place - 2]  # it returns its keys, or its tokens serve as such
+            metric_width = seen.attn.head_dim if isinstance(seen, ObservedBlock) else tower.width
             macs += merge_macs(before, metric_width=metric_width)
         before = after
     channels = 3 if reads_pixels(model) else 1  # guidance of one channel, unless it shares the branch's spectrum

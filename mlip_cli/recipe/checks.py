@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from mlip_cli.errors import UsageError
 from mlip_cli.paths import is_elsewhere
-from mlip_cli.recipe.config import LOSS_NAMES, Recipe, Source
+from mlip_cli.recipe.config import FREQUENCY_LOSSES, LOSS_NAMES, Recipe, Source
 from mlip_cli.recipe.merge_plan import DEFAULT, default_places, plan_of_recipe, stem_depth, wrong_places, wrong_stem
 
 Found = Iterator[tuple[str, str]]
@@ -188,7 +188,7 @@ def _smoothing(recipe: Recipe) -> Found:
 
 def _losses(recipe: Recipe) -> Found:
     on = [name for name in LOSS_NAMES if getattr(recipe.losses, name) is not None]
-    needs_frequency = [name for name in on if name.startswith("frequency_") or name == "align"]
+    needs_frequency = [name for name in on if name in FREQUENCY_LOSSES]
     frequency = recipe.model.frequency
     if recipe.losses.spatial_global is None:
         yield "losses.spatial_global", "it alone trains the feature that evaluation uses, but is null; give it a kind"

@@ -12,6 +12,8 @@ LOSS_NAMES = (
     *("frequency_global", "frequency_words", "frequency_token"),
     "align",
 )
+FREQUENCY_LOSSES = ("frequency_global", "frequency_words", "frequency_token", "align")
+"""Losses that read what the spectral blocks make."""
 
 Size = Annotated[int, Field(gt=0, le=65_536)]
 """Pixels, or numbers in a vector."""
@@ -191,15 +193,15 @@ class Merging(Section):
     rate: Annotated[float, Field(ge=0, lt=1)] = 0.5
     """Fraction of the patch tokens that are gone at the end of the tower."""
     method: Literal["guided", "tome", "random_drop"] = "guided"
-    """guided: bipartite soft matching that spares important tokens. tome: bipartite soft matching by similarity alone.
-    random_drop: training drops random patches and evaluation sees all of them (FLIP)."""
+    """guided: the merges that change least, where a change of an important token counts more. tome: the merges of the
+    most similar tokens. random_drop: training drops random patches and evaluation sees all of them (FLIP)."""
     guidance: Literal["mixed", "spatial", "frequency", "inverse"] = "mixed"
     """Source of a token's importance in guided merging: both domains, one of them, or 1 - mixed as a control."""
-    strength: PositiveFloat = 0.25
-    """Weight of the guidance, which lies in [0, 1], against the cosine similarity in guided merging."""
+    strength: PositiveFloat = 2.0
+    """How much more a change of the most important token counts than one of the least important, in guided merging."""
     at: tuple[Blocks, ...] | None = None
-    """Blocks before which tokens merge, counted from 1. null: two places in the first half of the tower; for
-    random_drop, the first block."""
+    """Blocks before which tokens merge, counted from 1. null: as many as a third of the tower has, four or more, from
+    the earliest place on; for random_drop, the first block."""
     active: tuple[Share, Share] = (0.0, 1.0)
     """First and last share of the training steps in which tokens merge. No tokens merge before or after."""
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlip_cli.recipe.checks import SIZES
+from mlip_cli.recipe.config import FREQUENCY_LOSSES
 from mlip_cli.recipe.schema import dotted
 from mlip_cli.recipe.tree import Key, Tree, merge
 
@@ -34,7 +35,7 @@ EXCLUSIONS = (
     Exclusion(EPOCHS, (STEPS,)),
     Exclusion(TIMM, OF_VISION),
     *(Exclusion(size, (TIMM,)) for size in OF_VISION),
-    Exclusion(FREQUENCY, (("losses", "frequency_global"), ("losses", "frequency_token")), is_null=True),
+    Exclusion(FREQUENCY, tuple(("losses", name) for name in FREQUENCY_LOSSES), is_null=True),
 )
 
 _ABSENT = object()

@@ -184,7 +184,8 @@ def merges_section(record: RunRecord) -> Html:
             "p",
             f"Pictures of {result.dataset}, drawn {result.chosen}. Patches of one colour are one token, and a token "
             "keeps its colour from stage to stage. Untinted patches are tokens of their own. The guidance of each "
-            "merge stands beside it: a brighter patch matters more and merges less.",
+            "merge stands beside it: a brighter patch matters more and merges less. Of many merges, three are shown: "
+            "the first, the middle and the last.",
         ),
         element("p", "guidance: merges first ", bar, " is kept apart", class_="note"),
         *settings,

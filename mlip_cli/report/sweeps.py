@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from mlip_cli.evaluate.results import DIRECTIONS, RetrievalSweep, SweepResult, ZeroshotSweep
 from mlip_cli.evaluate.statistics import Interval
 from mlip_cli.report.canvas import Chart
-from mlip_cli.report.charts import Dot, dots_chart
+from mlip_cli.report.charts import Curve, Dot, curves_chart, dots_chart
 from mlip_cli.report.page import Html, command, figure, note, section, tables
 from mlip_cli.report.record import RunRecord
 from mlip_cli.report.scores import by_data
@@ -29,11 +29,14 @@ from mlip_cli.report.tables import (
 )
 from mlip_cli.terminal.output import percent, plural
 
-PARETO = "pareto"
-"""Beginning of the names of chart files."""
+PARETO, DISTORTION = "pareto", "distortion"
+"""Beginnings of the names of chart files."""
 
 CUT = "Whiskers are 95 % intervals. The table has those that leave the chart."
 """Below a chart of accuracy against speed."""
+
+MOVED = "Distortion says how far merging moves the features of pictures. It needs no labels, and lower is better."
+"""Below a chart of distortion against speed."""
 
 
 def print_sweep(sweep: SweepResult) -> None:
@@ -67,9 +70,26 @@ def sweep_tables(sweep: SweepResult) -> list[Table]:
         )
     tokens = [[*point.words, tokens_words(point.tokens_per_block)] for point in sweep.points]
     shown = [Table(columns, speeds, notes=notes), Table(("method", "rate", "tokens in each block"), tokens)]
+    if any(dataset.distortion for dataset in sweep.datasets):
+        shown.append(_distortions(sweep))
     for dataset in sweep.datasets:
         shown += _swept_zeroshot(dataset) if isinstance(dataset, ZeroshotSweep) else _swept_retrieval(dataset)
     return shown
+
+
+def _distortions(sweep: SweepResult) -> Table:
+    """How far features move at each setting, on each data set."""
+    measured = [dataset for dataset in sweep.datasets if dataset.distortion]
+    rows: list[list[Cell]] = [
+        [*points[0].words, *(f"{1000 * value:.3g}" for point in points for value in (point.mean, point.p95))]
+        for points in zip(*(dataset.distortion for dataset in measured), strict=True)
+    ]
+    titles = [f"{dataset.dataset}: {what}" for dataset in measured for what in ("mean", "95th percentile")]
+    n = max(dataset.distortion[0].n for dataset in measured)
+    note = (
+        f"1000 x (1 - cosine to the unmerged feature), of up to {plural(n, 'picture')} a data set; no labels are needed"
+    )
+    return Table(("method", "rate", *titles), rows, "distortion", [note])
 
 
 def failures_words(sweep: SweepResult) -> list[str]:
@@ -146,6 +166,7 @@ def sweep_section(record: RunRecord, charts: Mapping[str, Chart]) -> Html:
         "sweep",
         "Merge sweep",
         *(figure(chart.in_page(), CUT, kind="wide") for name, chart in charts.items() if name.startswith(PARETO)),
+        *(figure(chart.in_page(), MOVED, kind="wide") for name, chart in charts.items() if name.startswith(DISTORTION)),
         note(f"Step {sweep.step:,}."),
         *tables(sweep_tables(sweep)),
         *map(note, failures_words(sweep)),
@@ -155,8 +176,38 @@ def sweep_section(record: RunRecord, charts: Mapping[str, Chart]) -> Html:
 def sweep_charts(record: RunRecord) -> dict[str, Chart]:
     """Charts that are written as files too, by name: accuracy against speed on each data set."""
     sweep = record.newest(SweepResult)
-    charts = pareto_charts([(record.name, sweep)]) if sweep is not None else []
-    return {PARETO if number == 1 else f"{PARETO}_{number}": chart for number, chart in enumerate(charts, start=1)}
+    if sweep is None:
+        return {}
+    named = {PARETO: pareto_charts([(record.name, sweep)]), DISTORTION: _distortion_charts(sweep)}
+    return {
+        name if number == 1 else f"{name}_{number}": chart
+        for name, charts in named.items()
+        for number, chart in enumerate(charts, start=1)
+    }
+
+
+def _distortion_charts(sweep: SweepResult) -> list[Chart]:
+    """Distortion against measured speed on each data set, one curve a method."""
+    speeds = {point.key: point.speedup for point in sweep.points}
+    charts = []
+    for dataset in sweep.datasets:
+        by_method: dict[str, list[tuple[float, float]]] = {}
+        for point in dataset.distortion:
+            by_method.setdefault(str(point.method), [(1.0, 0.0)]).append((speeds[point.key], 1000 * point.mean))
+        if by_method:
+            curves = [
+                Curve(name, [x for x, _ in dots], [y for _, y in dots], series)
+                for series, (name, dots) in enumerate(by_method.items())
+            ]
+            charts.append(
+                curves_chart(
+                    f"{dataset.dataset}: distortion against speed",
+                    curves,
+                    x_label="measured speed, × rate 0 of the same run",
+                    y_label="1000 × (1 − cosine to the unmerged feature)",
+                )
+            )
+    return charts
 
 
 def pareto_charts(sweeps: Sequence[tuple[str, SweepResult]]) -> list[Chart]:

@@ -1,37 +1,34 @@
-"""Pictures with names and tags become the ablation's train/, validation/, test/: ablation.prepare SOURCE OUT.
+"""Pictures with names and tags become the ablation's data: ablation.prepare SOURCE OUT.
 
 SOURCE holds tars named train-*.tar and test-*.tar; a sample is a picture and KEY.json with `caption` (its name),
-`tags`, `concept`, `source` and `group`. A tenth of the training concepts becomes validation/, so that no choice looks
-at test/. Captions of train/ are the name with 0 to 3 of its tags, drawn here once; those of the others the name alone.
+`tags`, `concept`, `source` and `group`. OUT gets train/, train_half/ (half of its pairs), validation/ and test/. The
+last two hold the pictures of three questions, which questions.py defines; `questions` in a sample's meta names its own.
+Captions of train/ are the name with 0 to 3 of its tags, drawn here once; those of the others the name alone.
 """
 
-import hashlib
 import json
 import random
+import shutil
 import subprocess
 import sys
 import tarfile
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+from ablation.questions import draw, questions_of, split_of, training_of
+
+from mlip_cli.data.tokenizer import Tokenizer
 
 DRAWS = 24
 """Captions drawn for a training picture; equal ones become one of a larger weight."""
 
 MOST_TAGS = 3
-VALIDATION_SHARE = 0.1
+CONTEXT_LENGTH = 77
 FIELDS = ("caption", "tags", "concept", "source", "group")
 PICTURES = (".webp", ".png", ".jpg", ".jpeg")
-
-
-def split_of(tar: Path, concept: str) -> str:
-    """train, validation or test; a concept is in one of them alone."""
-    if tar.name.startswith("test"):
-        return "test"
-    draw = int.from_bytes(hashlib.sha256(concept.encode()).digest()[:8], "big") / 2**64
-    return "validation" if draw < VALIDATION_SHARE else "train"
 
 
 def training_captions(name: str, tags: list[str], key: str) -> list[dict[str, Any]]:
@@ -44,8 +41,8 @@ def training_captions(name: str, tags: list[str], key: str) -> list[dict[str, An
     return [{"text": text, "weight": float(count)} for text, count in counts.items()]
 
 
-def rows(tar: Path, pictures: Path) -> Iterator[dict[str, Any]]:
-    """The rows of the table that `mlip prepare-data` reads; pictures are written as files of their own."""
+def read_samples(tar: Path, pictures: Path) -> Iterator[dict[str, Any]]:
+    """The samples of a tar with `key`, `image`, `name` and `split`; pictures are written as files of their own."""
     fields: dict[str, dict[str, Any]] = {}
     names: dict[str, str] = {}
     with tarfile.open(tar) as archive:
@@ -63,14 +60,43 @@ def rows(tar: Path, pictures: Path) -> Iterator[dict[str, Any]]:
         lacks = [name for name in FIELDS if name not in sample] + ([] if key in names else ["picture"])
         if lacks:
             raise SystemExit(f"{tar}: sample {key} has no {lacks[0]}; each needs a picture and {', '.join(FIELDS)}")
-        split, name = split_of(tar, sample["concept"]), sample["caption"]
-        yield {
-            "image": names[key],
-            "captions": training_captions(name, sample["tags"], key) if split == "train" else [{"text": name}],
-            "split": split,
-            "name": name,
-            **{column: sample[column] for column in ("concept", "source", "group")},
-        }
+        split = split_of(sample["concept"], sample["source"], is_test=tar.name.startswith("test"))
+        yield sample | {"key": key, "image": names[key], "name": sample["caption"], "split": split}
+
+
+def rows(samples: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The rows of the table that `mlip prepare-data` reads; pictures of no question are left out."""
+    tokens_of = token_reader()
+    training = training_of([one for one in samples if one["split"] == "train"], tokens_of)
+    for one in samples:
+        row = {key: one[key] for key in ("image", "split", "name", "concept", "source", "group")}
+        if one["split"] == "train":
+            yield row | {"captions": training_captions(one["name"], one["tags"], one["key"])}
+        elif one["split"] != "none" and (questions := questions_of(one, training, tokens_of)):
+            tags = sorted(set(one["tags"]) & set(training.tags)) if "tags" in questions else []
+            yield row | {
+                "captions": [{"text": one["name"]}],
+                "questions": " ".join(questions),
+                "tags": ", ".join(tags),
+            }
+
+
+def token_reader() -> Callable[[str], Iterable[int]]:
+    """CLIP's tokens of a text, without the two that begin and end every text."""
+    tokenizer = Tokenizer(CONTEXT_LENGTH)
+
+    def tokens_of(text: str) -> Iterable[int]:
+        return tokenizer.encode([text], length=tokenizer.count(text))[0, 1:-1].tolist()
+
+    return tokens_of
+
+
+def prepare(table: Sequence[dict[str, Any]], pictures: Path, out: Path, *options: str) -> None:
+    """Have `mlip prepare-data` write a table's splits."""
+    with open(pictures / "metadata.jsonl", "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in table)
+    command = [sys.executable, "-m", "mlip_cli", "prepare-data", str(pictures), str(out), "--size", "64", *options]
+    subprocess.run(command, check=True)
 
 
 def main(source: Path, out: Path) -> None:
@@ -78,10 +104,13 @@ def main(source: Path, out: Path) -> None:
     if not tars:
         raise SystemExit(f"{source}: no .tar files; name the folder of train-*.tar and test-*.tar")
     with tempfile.TemporaryDirectory() as folder:
-        table = Path(folder) / "metadata.jsonl"
-        with open(table, "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for tar in tars for row in rows(tar, Path(folder)))
-        subprocess.run([sys.executable, "-m", "mlip_cli", "prepare-data", folder, str(out), "--size", "64"], check=True)
+        pictures = Path(folder) / "pictures"
+        pictures.mkdir()
+        table = list(rows([sample for tar in tars for sample in read_samples(tar, pictures)]))
+        half = [row for row in table if row["split"] == "train" and draw(f"half {row['image']}") < 0.5]
+        prepare(half, pictures, Path(folder) / "half", "--holdout", "0")
+        prepare(table, pictures, out)
+        shutil.move(Path(folder) / "half" / "train", out / "train_half")
 
 
 if __name__ == "__main__":

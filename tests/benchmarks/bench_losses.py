@@ -1,18 +1,13 @@
-"""What the losses cost: four terms against one, exact FILIP against the naive form, the sigmoid loss in chunks.
+"""What the losses cost: token losses beside a step, exact FILIP against the naive form, the sigmoid loss in chunks.
 
     make bench                    or, alone:    python tests/benchmarks/bench_losses.py
-
-Four against one: with a ViT-S/16 at 224 px, the parts that only the losses need, which are the token heads, the
-projection of the frequency feature and the losses themselves, forward and backward, from given tower outputs. Their
-time with four terms less that with one, over the time of a whole plain CLIP step (forward, loss and backward). What
-the frequency branch costs is none of it: it is a column of its own, the whole step of four terms less all of this.
 
 Everything that is compared runs in turn in one process; ratios are medians inside rounds. Memory is that of tensors at
 most, by PyTorch's allocator, the inputs not counted.
 """
 
+import json
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from itertools import accumulate
 from statistics import median
@@ -23,29 +18,34 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from mlip_cli.devices import device_name
-from mlip_cli.losses.contrastive import CHUNK_LOGITS, sigmoid_loss
-from mlip_cli.losses.features import features_of
+from mlip_cli.losses.contrastive import CHUNK_LOGITS, cross_entropy, sigmoid_loss
 from mlip_cli.losses.filip import CHUNK_SIMILARITIES_ELSEWHERE, filip_scores, filip_words
 from mlip_cli.losses.objective import Objective
+from mlip_cli.losses.pooled import caption_queries, pooled_scores
+from mlip_cli.losses.words import count_captions, words_sum
 from mlip_cli.model.blocks import set_fused_attention
-from mlip_cli.model.clip import CLIP
+from mlip_cli.model.clip import build_model
+from mlip_cli.model.text import word_mask
 from mlip_cli.profiling.timing import measure_interleaved
-from mlip_cli.recipe.config import Frequency, GlobalLoss, Losses, Model, Text, TokenLoss, Vision
+from mlip_cli.recipe.config import Recipe
 from mlip_cli.terminal.output import print_lines, print_table
 from mlip_cli.train.gradients import Precision, add_gradients
-from mlip_cli.types import VOCAB_SIZE, Batch, Encoded
+from mlip_cli.train.noise import noise_batch
+from mlip_cli.types import VOCAB_SIZE
 
 CPU = torch.device("cpu")
-BATCH_SIZE, NUM_TOKENS, ROUNDS = 32, 16, 5
-PATCHES, WORDS, TOKEN_DIM = 64, 16, 128
-ONE = Losses()
-FOUR = {
-    kind: Losses(
-        frequency_global=GlobalLoss(), spatial_token=TokenLoss(kind=kind), frequency_token=TokenLoss(kind=kind)
-    )
-    for kind in ("sparc", "filip")
-}
+PAIRS, PATCHES, WORDS, TOKEN_DIM, ROUNDS = 256, 64, 16, 128, 5
 MIB, GIB = 2**20, 2**30
+RECIPE = {
+    "data": {"train": "unused", "image_size": 64},
+    "model": {
+        "embed_dim": 128,
+        "vision": {"patch_size": 8, "width": 128, "depth": 6, "num_heads": 2},
+        "text": {"width": 128, "depth": 4, "num_heads": 2, "context_length": WORDS},
+    },
+    "train": {"steps": 1, "global_batch_size": PAIRS},
+}
+"""Plain CLIP with 64 patches: beside so small a tower losses cost the most."""
 
 
 def peak_bytes(function: Callable[[], object]) -> int:
@@ -57,92 +57,76 @@ def peak_bytes(function: Callable[[], object]) -> int:
     return max(accumulate(changes))
 
 
-def vit_s_16(losses: Losses) -> CLIP:
-    """Towers of the small size, with a frequency branch of two blocks where a loss asks for it."""
-    kinds = {
-        name: term.kind for name in losses.model_fields_set | {"spatial_global"} if (term := getattr(losses, name))
-    }
-    config = Model(
-        vision=Vision(timm="vit_small_patch16_224"),
-        text=Text(width=384, depth=12, num_heads=6, context_length=NUM_TOKENS),
-        frequency=Frequency(width=384, depth=2) if "frequency_global" in kinds else None,
-    )
-    torch.manual_seed(0)
-    model = CLIP(config, image_size=224, losses=kinds, global_batch_size=BATCH_SIZE)
+def whole_step(recipe: Recipe, pairs: int) -> Callable[[], object]:
+    """Forward, loss and backward."""
+    model = build_model(recipe).train()
     set_fused_attention(model, False)
-    return model.train()
-
-
-def noise_batch() -> Batch:
-    """Captions of all lengths that fit."""
-    images = torch.randint(256, (BATCH_SIZE, 3, 224, 224), dtype=torch.uint8)
-    token_ids = torch.randint(1, VOCAB_SIZE - 2, (BATCH_SIZE, NUM_TOKENS))
-    ends = torch.arange(BATCH_SIZE) % (NUM_TOKENS - 3) + 3
-    token_ids[:, 0] = VOCAB_SIZE - 2
-    token_ids[torch.arange(BATCH_SIZE), ends] = VOCAB_SIZE - 1
-    return Batch(images, token_ids, keys=("",) * BATCH_SIZE)
-
-
-def whole_step(model: CLIP, losses: Losses, batch: Batch) -> Callable[[], object]:
-    """Forward, losses and backward."""
-    precision = Precision.named("fp32", CPU)
-    plan = model.training_plan
-    return lambda: add_gradients(model, Objective(losses), batch, precision=precision, micro_batch_size=None, plan=plan)
-
-
-def only_for_losses(model: CLIP, losses: Losses, batch: Batch) -> Callable[[], object]:
-    """Heads that exist for losses alone, losses, and the way back to what the towers gave."""
-    heads = {f"{name}_tokens": head for name, head in model.token_projections.items()}
-    heads["image_tokens"] = heads.pop("spatial_tokens", None)  # type: ignore[arg-type]
-    heads["frequency_features"] = model.frequency_projection  # type: ignore[assignment]
-    heads = {name: head for name, head in heads.items() if head is not None}
-    inputs: dict[str, Tensor] = {}
-    hooks = [
-        head.register_forward_pre_hook(lambda _, given, name=name: inputs.update({name: given[0]}))
-        for name, head in heads.items()
-    ]
-    encoded: Encoded = model(batch, model.training_plan)
-    for hook in hooks:
-        hook.remove()
-    objective = Objective(losses)
-    leaves = {name: x.detach().requires_grad_() for name, x in inputs.items()}
-    towers = {name: getattr(encoded, name).detach().requires_grad_() for name in ("image_features", "text_features")}
-    scales = {name: scale.detach().requires_grad_() for name, scale in encoded.scales.items()}
+    batch = noise_batch(recipe, batch_size=pairs, num_tokens=WORDS, device=CPU)
+    objective, plan, precision = Objective(recipe.losses), model.training_plan, Precision.named("fp32", CPU)
 
     def run() -> None:
-        own = {name: heads[name](leaf) for name, leaf in leaves.items()}
-        given = replace(encoded, **towers, **own, scales=scales)
-        terms = objective.batch_terms(features_of(given, token_losses=objective.batch_token_losses))
-        terms |= objective.sample_terms(given, objective.count_captions(given.text_mask))
-        objective.total(terms).backward()
+        add_gradients(model, objective, batch, precision=precision, micro_batch_size=None, plan=plan)
         model.zero_grad(set_to_none=True)
 
     return run
 
 
-def test_four_terms_against_one() -> None:
-    batch, rows = noise_batch(), []
-    one = vit_s_16(ONE)
-    for kind, losses in FOUR.items():
-        four = vit_s_16(losses)
-        functions = {
-            "step of one": whole_step(one, ONE, batch),
-            "step of four": whole_step(four, losses, batch),
-            "losses of one": only_for_losses(one, ONE, batch),
-            "losses of four": only_for_losses(four, losses, batch),
-        }
+def words(pairs: int) -> Callable[[], object]:
+    """The loss over the words of one domain, from its mean token on; captions draw from as many words as pairs."""
+    token_ids = torch.randint(1, 3 * pairs, (pairs, WORDS))
+    token_ids[:, 0], token_ids[:, -1] = VOCAB_SIZE - 2, VOCAB_SIZE - 1
+    head, embeddings = torch.nn.Linear(TOKEN_DIM, TOKEN_DIM, bias=False), torch.nn.Embedding(3 * pairs, TOKEN_DIM)
+    tokens = torch.randn(pairs, PATCHES, TOKEN_DIM).requires_grad_()
+
+    def run() -> None:
+        mask = word_mask(token_ids)
+        counts = count_captions(token_ids, mask)
+        vocabulary = embeddings(counts.word_ids)
+        loss = words_sum(head(tokens.mean(1)), vocabulary, token_ids, mask, torch.tensor([14.0]), counts)
+        (loss / counts.with_words).backward()
+
+    return run
+
+
+def over_batch(kind: str, pairs: int) -> Callable[[], object]:
+    """A token loss over the batch of one domain, with its heads."""
+    patches, sizes, text_tokens, mask = token_inputs(pairs)
+    heads = [torch.nn.Linear(TOKEN_DIM, TOKEN_DIM, bias=False) for _ in range(2)]
+    scale = torch.tensor([14.0])
+
+    def run() -> None:
+        own, texts = heads[0](patches), heads[1](text_tokens)
+        if kind == "pooled":
+            scores = pooled_scores(own, sizes, caption_queries(texts, mask), scale)
+            loss = sum(cross_entropy(scale * x, offset=0) for x in (scores, scores.T))
+        else:
+            both = filip_scores(own, sizes, *filip_words(texts, mask))
+            loss = sum(cross_entropy(scale * x, offset=0) for x in (both[0], both[1].T))
+        loss.backward()
+
+    return run
+
+
+def test_token_losses_beside_a_step() -> None:
+    """What one domain's loss adds, as a share of the step of plain CLIP; and how it grows with the batch."""
+    recipe = Recipe.model_validate_json(json.dumps(RECIPE))
+    makers = {"words": words, "pooled": partial(over_batch, "pooled"), "filip": partial(over_batch, "filip")}
+    rows = []
+    for pairs in (PAIRS, 4 * PAIRS):
+        step = whole_step(recipe, pairs)
+        functions = {"step": step} | {name: make(pairs) for name, make in makers.items()}
         timings = measure_interleaved(functions, ROUNDS)
-        seconds = {name: timing.seconds for name, timing in timings.items()}
-        rounds = list(zip(*seconds.values(), strict=True))
-        extra = median((losses4 - losses1) / step1 for step1, _, losses1, losses4 in rounds)
-        branch = median((step4 - losses4 - step1 + losses1) / step1 for step1, step4, losses1, losses4 in rounds)
-        medians = [f"{median(values):.3f}" for values in seconds.values()]
-        rows.append([kind, *medians, f"{extra:.1%}", f"{branch:.1%}"])
-    columns = ["token loss", *(f"{name} s" for name in functions), "(four - one) / step of one", "frequency branch"]
-    print_table(columns, rows)
+        for name in makers:
+            shares = [own / whole for own, whole in zip(timings[name].seconds, timings["step"].seconds, strict=True)]
+            low, high = min(shares), max(shares)
+            share = f"{median(shares):.1%} ({low:.1%}-{high:.1%})"
+            memory, of_step = (peak_bytes(functions[which]) / MIB for which in (name, "step"))
+            rows.append([f"{pairs}", name, share, f"{memory:.0f}", f"{of_step:.0f}"])
+    print_table(["pairs", "loss", "of the step's time (range)", "MiB", "MiB of the step"], rows)
     print_lines(
-        f"ViT-S/16 at 224 px, batch of {BATCH_SIZE}, {NUM_TOKENS} text tokens, fp32, {device_name(CPU)}, "
-        f"{torch.get_num_threads()} threads; aim for the last but one column: 3 % or less"
+        f"{PATCHES} patches, {WORDS} words, {TOKEN_DIM} dimensions, fp32, {device_name(CPU)}, "
+        f"{torch.get_num_threads()} threads; words grow with the pairs times their words, pooled and filip with the "
+        "square of the pairs: per step, 4 times as many pairs have 4 times the share"
     )
 
 
@@ -237,6 +221,6 @@ def test_sigmoid_loss_in_chunks() -> None:
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    test_four_terms_against_one()
+    test_token_losses_beside_a_step()
     test_exact_filip_against_the_naive_form()
     test_sigmoid_loss_in_chunks()

@@ -2,11 +2,13 @@
 
     make bench                    or, alone:    python tests/benchmarks/bench_merging.py
 
-Three tables: speed-ups at each rate beside those of the operations (aims: 0.92 of them, and 1.5x at rate 0.5), both
-kinds of attention, and where the time of the merges goes. All settings of a table run in turn in every round of one
-process; speed-ups are medians of ratios inside rounds. Random weights: no kernel is faster or slower for them.
+Four tables: speed-ups at each rate beside those of the operations (aims: 0.92 of them, and 1.5x at rate 0.5), both
+kinds of attention, where the time of the merges goes, and the matching alone by both rules (aim: guided within 10 % of
+ToMe's). All settings of a table run in turn in every round of one process; speed-ups are medians of ratios inside
+rounds. Random weights: no kernel is faster or slower for them.
 """
 
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
@@ -19,17 +21,20 @@ from mlip_cli.devices import device_name
 from mlip_cli.model import merge_pass
 from mlip_cli.model.blocks import set_fused_attention
 from mlip_cli.model.clip import CLIP
+from mlip_cli.model.merging import cosine_cost, halves, index_parity, match, ward_cost
 from mlip_cli.profiling.clock import PartClock
 from mlip_cli.profiling.flops import image_gflops
 from mlip_cli.profiling.timing import measure_interleaved
 from mlip_cli.recipe.config import Model, Text, Vision
-from mlip_cli.recipe.merge_plan import MergePlan
+from mlip_cli.recipe.merge_plan import DEFAULT, MergePlan
 from mlip_cli.terminal.output import print_lines, print_table
 
 SETTINGS = (("guided", 0.3), ("guided", 0.5), ("tome", 0.3), ("tome", 0.5), ("random_drop", 0.5))
 BATCH_SIZE, ROUNDS = 4, 5
+MATCHED_TOKENS, MATCHED_BATCH, MATCHED_ROUNDS = (64, 196, 256, 576), 32, 41
+KEY_WIDTH = 64
 PARTS = {
-    "matching": ("match",),
+    "matching": ("cosine_cost", "ward_cost", "match"),
     "guidance": ("frequency_guidance", "mid_ranks", "mix_guidance", "group_mean"),
     "merging": ("merge_tokens", "group_sizes", "size_mask", "compose"),
 }
@@ -129,6 +134,29 @@ def shares(model: CLIP, dtype: torch.dtype) -> list[list[str]]:
     return rows
 
 
+def matchings(num_tokens: int) -> list[str]:
+    """A row of the fourth table: CPU time of matchings that remove a fifth, of single patches and of merged tokens."""
+    keys = torch.randn(MATCHED_BATCH, num_tokens, KEY_WIDTH)
+    guidance, sizes = torch.rand(MATCHED_BATCH, num_tokens), torch.randint(1, 6, (MATCHED_BATCH, num_tokens)).float()
+    even, odd = halves(index_parity(num_tokens))
+    costs: list[Callable[[], torch.Tensor]] = [
+        lambda: cosine_cost(keys, even, odd),
+        lambda: ward_cost(keys, None, guidance, even, odd, strength=DEFAULT.strength),
+        lambda: ward_cost(keys, sizes, guidance, even, odd, strength=DEFAULT.strength),
+    ]
+    repeats = max(1, 2000 // num_tokens)
+
+    def milliseconds(cost: Callable[[], torch.Tensor]) -> float:
+        start = time.process_time()
+        for _ in range(repeats):
+            match(cost(), even, odd, num_tokens - num_tokens // 5)
+        return 1000 * (time.process_time() - start) / repeats
+
+    tome, patches, merged = zip(*([milliseconds(cost) for cost in costs] for _ in range(MATCHED_ROUNDS)), strict=True)
+    ratios = [median(own / base for own, base in zip(guided, tome, strict=True)) for guided in (patches, merged)]
+    return [str(num_tokens), f"{median(tome):.2f}", *(f"{ratio:.2f}" for ratio in ratios)]
+
+
 def test_speed_of_merging() -> None:
     torch.manual_seed(0)
     model, dtypes = vit_b_16(), (torch.float32, torch.bfloat16)
@@ -139,6 +167,8 @@ def test_speed_of_merging() -> None:
     columns = ["precision", "part", "ms a merge", "share of the tower"]
     rows = [row for dtype in dtypes for row in shares(model, dtype)]
     print_table(columns, rows, title="guided merges at rate 0.5")
+    columns = ["tokens", "ToMe's rule, CPU ms", "guided / ToMe's, patches", "guided / ToMe's, merged tokens"]
+    print_table(columns, [matchings(n) for n in MATCHED_TOKENS], title=f"matching, batch of {MATCHED_BATCH}")
     print_lines(f"batch of {BATCH_SIZE}, {device_name(torch.device('cpu'))}, {torch.get_num_threads()} threads")
 
 
