@@ -7,6 +7,7 @@ import time
 import pytest
 from terminals_for_tests import in_pipe, on_terminal, screen
 
+from mlip_cli.terminal.history import BLOCKS, MOST_POINTS, History
 from mlip_cli.terminal.panel import TrainingPanel
 
 TRAIN = """
@@ -22,7 +23,9 @@ with drawing.training_panel(240) as panel:
 
 FOUR_LOSSES = """
 import os
-losses = dict(zip(drawing.LOSS_KEYS, (4.912, 3.641, 0.523, 3.669, 0.376)))
+losses = {
+    "loss": 4.912, "spatial_global": 3.641, "spatial_token": 0.523, "frequency_global": 3.669, "frequency_token": 0.376
+}
 rates = {"images_per_s": 1812.4, "data_wait_share": 0.012, "peak_gib": 1.5, "lr": 4.1667e-4}
 counts = {"skipped_steps": 0, "bad_samples": 12}
 with drawing.training_panel(240) as panel:
@@ -40,10 +43,15 @@ with drawing.training_panel(240) as panel:
 """
 
 
+def at_once(lines: str) -> str:
+    """Lines without the seconds that a busy machine takes."""
+    return re.sub(r"0:\d\d", "0:00", lines)
+
+
 def test_panel_in_a_pipe_is_one_plain_line_a_step() -> None:
     done = in_pipe(TRAIN)
     assert done.stdout == ""
-    assert done.stderr.splitlines() == [
+    assert at_once(done.stderr).splitlines() == [
         "step 10/240  loss 3.900  spatial_global 3.100  812.4 images/s  data wait 1 %  memory 1.50 GiB  ETA -:--",
         "saved checkpoints/step_0000010 [bold]after[/bold] 10 steps",
         "step 20/240  loss 3.800  spatial_global 3.100  812.4 images/s  data wait 1 %  memory 1.50 GiB  ETA 0:00",
@@ -54,18 +62,18 @@ def test_panel_in_a_pipe_is_one_plain_line_a_step() -> None:
 
 
 def test_panel_stays_plain_in_a_pipe_where_colours_are_forced() -> None:
-    assert in_pipe(TRAIN, FORCE_COLOR="1").stderr == in_pipe(TRAIN).stderr
+    assert at_once(in_pipe(TRAIN, FORCE_COLOR="1").stderr) == at_once(in_pipe(TRAIN).stderr)
 
 
 def test_panel_on_a_terminal_is_redrawn_below_the_log() -> None:
     received, _ = on_terminal(TRAIN)
-    shown = screen(received)
+    shown = [at_once(line) for line in screen(received)]
     assert shown[:3] == [f"saved checkpoints/step_{s:07} [bold]after[/bold] {s} steps" for s in (10, 20, 240)]
-    assert re.fullmatch(r"step 240/240  ━+  ETA 0:00", shown[3])
+    assert re.fullmatch(r"step 240/240  ━+  0:00 elapsed  ETA 0:00", shown[3])
     assert len(shown[3]) == 76
     assert shown[4:] == [
-        "loss   spatial_global",
-        "1.600  3.100",
+        "loss       spatial_global",
+        "1.600 ██▁  3.100 ▁▁▁",
         "images/s  data wait  memory    lr",
         "812.4     1 %        1.50 GiB  0.001",
         "",
@@ -82,7 +90,8 @@ def test_panel_with_all_there_is(width: int, colours: dict[str, str]) -> None:
     fold = "\n" if width == 80 else ""
     folded = f"{warning}{fold + '  ' if fold else ' '}without saving, the words fold"
     measured = f"{words}{fold or ' '}2.1 % (0.3), R@5 9.1 % (1.3); n 383"
-    assert [re.sub("━[━╸╺ ]*|\\d+:\\d+$", "━ ", line) for line in shown if "━" in line] == ["step 11/240  ━ ETA ━ "]
+    top = [re.sub(r"━[━╸╺ ]*|\d+:\d+", "━ ", line) for line in shown if "━" in line]
+    assert top == ["step 11/240  ━ ━  elapsed  ETA ━ "]
     assert [line for line in shown if "━" not in line] == [
         *folded.splitlines(),
         "loss   spatial_global  spatial_token  frequency_global  frequency_token",
@@ -103,6 +112,68 @@ def test_panel_wraps_by_whole_cells() -> None:
         *(["frequency_token"], ["0.376"], ["images/s", "data", "wait", "memory"], ["1,812", "1", "%", "1.50", "GiB"]),
         *(["lr", "skipped", "steps", "bad", "samples"], ["0.000417", "0", "12"]),
     ]
+
+
+EPOCHS = """
+from mlip_cli.terminal.history import Headline
+with drawing.training_panel(240, line_every=10, steps_per_epoch=11) as panel:
+    panel.recall({"step": 20, "samples_seen": 2560, "loss": 5.0, "spatial_global": None})
+    panel.recall({"step": 20, "samples_seen": 2560, "pets_acc1": 0.31})
+    panel.glance({"step": 21, "loss": 4.0})
+    panel.step_done(21)
+    for step, score in ((30, 0.2), (40, 0.25), (50, 0.3), (60, 0.26), (70, 0.27), (80, 0.28)):
+        panel.update({"step": step, "loss": 4.0 - step / 40})
+        pets = Headline("pets_acc1", "pets acc1", score, 0.1)
+        panel.measured(step, "pets", f"top-1 {100 * score:.1f} %", headline=pets)
+        panel.measured(step, "birds", "top-1 5.0 %", headline=Headline("birds_acc1", "birds acc1", 0.05))
+"""
+
+
+@pytest.mark.parametrize(("width", "steps"), [(80, 5), (120, 7)])
+def test_panel_shows_the_course_of_losses_and_scores(width: int, steps: int) -> None:
+    shown = [" ".join(line.split()) for line in screen(on_terminal(EPOCHS, width=width)[0], width)]
+    assert re.fullmatch(r"step 80/240 ━[━╸╺ ]* epoch 7\.3/21\.8 0:0\d elapsed ETA 0:\d\d", shown[0])
+    assert shown[1:3] == ["loss", "2.000 █▅▄▄▃▂▂▁"], "from the earlier session's line on"
+    first, *later = [20, 30, 40, 50, 60, 70, 80][-steps:]
+    scores = ["31.0", "20.0", "25.0", "30.0", "26.0", "27.0", "28.0"][-steps:]
+    assert shown[3] == f"evaluation, % chance step {first} {' '.join(map(str, later))} best"
+    assert shown[4] == f"pets acc1 10.0 {' '.join(scores)} 31.0 at 20"
+    assert shown[5] == f"birds acc1 {' '.join(['5.0'] * min(steps, 6))} 5.0 at 30"
+    assert shown[6:8] == ["step 80: pets: top-1 28.0 %", "step 80: birds: top-1 5.0 %"]
+
+
+def test_the_first_step_shows_its_losses_at_once_and_only_on_a_terminal() -> None:
+    code = """
+    with drawing.training_panel(200, line_every=10) as panel:
+        panel.glance({"step": 1, "loss": 4.852, "images_per_s": 21.5})
+        panel.step_done(1)
+    """
+    received = on_terminal(code.replace("panel.step_done(1)", "import os; os._exit(0)"))[0]
+    shown = screen(received)
+    assert shown[0].startswith("step 1/200 "), "the losses come with their step"
+    assert shown[1:3] == ["loss", "4.852"]
+    assert in_pipe(code).stderr.startswith("step 1/200: first step after 0.")
+    assert "4.852" not in in_pipe(code).stderr
+
+
+def test_a_terminal_without_block_characters_gets_no_curves() -> None:
+    code = TRAIN.replace(
+        "with drawing", "import sys\nsys.stderr.reconfigure(encoding='ascii', errors='replace')\nwith drawing", 1
+    )
+    shown = screen(on_terminal(code)[0])
+    assert "1.600  3.100" in shown
+    assert not any("?" in line for line in shown[4:6])
+
+
+def test_a_spark_is_made_of_the_means_of_equal_parts_of_the_steps() -> None:
+    history = History()
+    assert history.spark(8) == ""
+    for step in range(4 * MOST_POINTS + 1):
+        history.add(step, float(step))
+    assert history.points == [(step + 7, step + 3.5) for step in range(0, 4 * MOST_POINTS, 8)], "means of 8 steps each"
+    assert history.spark(8) == BLOCKS
+    rare = History([(0, 1.0), (90, 0.0), (95, 0.0), (100, 0.0)])
+    assert rare.spark(4) == "███▁", "a part without a value repeats the one before"
 
 
 def test_panel_says_what_it_does_instead_of_steps() -> None:

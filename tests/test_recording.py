@@ -4,6 +4,8 @@ import errno
 import json
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -35,7 +37,7 @@ from mlip_cli.train.setup import training_device
 from mlip_cli.train.state import Progress
 from mlip_cli.train.step import Stepper, StepSettings
 from mlip_cli.train.trackers import Trackers
-from mlip_cli.types import Encoder
+from mlip_cli.types import Batch, Encoder
 
 CPU = torch.device("cpu")
 FULL_DEVICE = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
@@ -138,6 +140,43 @@ def test_ctrl_c_does_not_end_the_evaluation_of_the_last_step(
     assert saved == [at]
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "a_acc1" in line] == [step for step in left if not left[step]]
+
+
+def test_a_terminal_shows_the_first_step_of_a_session_long_before_its_first_line(tmp_path: Path) -> None:
+    recipe, model = small_recipe(), small_model(dtype=torch.float32)
+    training, panel = small_training(model), TrainingPanel(8, is_live=True)
+    seen: list[list[int]] = []
+
+    def batches() -> Iterator[Batch]:
+        for _ in range(2):
+            yield small_batch()
+            losses = panel._losses.get("loss")
+            seen.append([int(step) for step, _ in losses.points] if losses else [])
+        raise RunError("enough")
+
+    with pytest.raises(RunError, match="enough"):
+        train(
+            Stepper(training, Objective(recipe.losses), SETTINGS),
+            batches(),
+            Progress(step=3),
+            timetable=Timetable(total_steps=8, log_every=8, evaluate_every=None),
+            plan_of=lambda _: model.training_plan,
+            evaluate=lambda *_: {},
+            saver=Saver(tmp_path, recipe.train, training, data={}, best_metric=None),
+            journal=Journal(MetricsFile(tmp_path / "metrics.jsonl"), panel, Trackers()),
+        )
+    assert seen == [[4], [4]], "after the first step, and not after the second"
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_the_stamp_adds_the_cpu_time_of_a_session_and_of_its_children(tmp_path: Path) -> None:
+    burn = "import time\nwhile time.process_time() < 0.3: pass"
+    for _ in range(2):
+        with opened(tmp_path / "run"):
+            subprocess.run([sys.executable, "-c", burn], check=True)
+    own = [session["cpu_s"] for session in json.loads((tmp_path / "run" / "run.json").read_text())["sessions"]]
+    assert len(own) == 2
+    assert min(own) >= 0.29
 
 
 def test_a_full_disk_names_the_run_and_the_stamp_says_why_it_ended(tmp_path: Path) -> None:

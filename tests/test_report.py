@@ -133,6 +133,17 @@ def test_a_browser_draws_the_whole_page_and_fetches_nothing(
     assert chromium.evaluate(UNREADABLE) == []
 
 
+@pytest.mark.parametrize("name", PAGES)
+def test_a_telephone_shows_what_came_out_without_scrolling(made: Path, chromium: Browser, name: str) -> None:
+    chromium.open(made / name, width=400, scheme="light")
+    ends = chromium.evaluate(
+        "['.outcome', '.bars .track'].map(part => document.querySelector(part).getBoundingClientRect().bottom)"
+    )
+    assert max(ends) <= 800
+    above = "document.querySelector('.outcome').compareDocumentPosition(document.querySelector('svg'))"
+    assert chromium.evaluate(above) & 4, "before the first chart"  # DOCUMENT_POSITION_FOLLOWING
+
+
 def test_the_browser_test_sees_what_is_wrong(chromium: Browser, tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     page.write_text(
@@ -187,6 +198,18 @@ def test_the_comparison_has_both_runs_their_differences_and_links(made: Path) ->
     assert "model.frequency" in page
     assert "<th>won</th><th" in page or "won</th>" in page
     assert page.count(">mlip</text>") > 5, "curves overlaid"
+    galleries = [
+        json.loads(next((made / name / "evals").glob("gallery_*.json")).read_text()) for name in ("clip", "mlip")
+    ]
+    for way in ("text_to_image", "image_to_text"):
+        asked = [[query["asked"]["text"] for query in gallery[way]] for gallery in galleries]
+        assert asked[0] == asked[1], "the same queries"
+    right = sum(
+        own["is_right"] for gallery in galleries for query in gallery["text_to_image"] for own in query["found"]
+    )
+    assert page.count('class="words right"') == right
+    assert "mlip: every setting" in page
+    assert "images/s</th>" not in page.split('id="scores"')[1].split("</section>")[0]
 
 
 def test_a_page_is_made_of_files_alone_and_the_same_each_time(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -113,6 +113,7 @@ def test_a_run_leaves_all_that_later_commands_need(whole: Path) -> None:
     stamp = json.loads((whole / "run.json").read_text())
     assert stamp["end_reason"] == "finished"
     assert stamp["sessions"][0]["command"].startswith("mlip pretrain")
+    assert stamp["sessions"][0]["cpu_s"] > 0.5
     assert stamp["versions"]["torch"] == torch.__version__
     lines = metrics(whole)
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 4, 5, 6, 7, 8, 8, 9, 10, 11, 12, 12]

@@ -1,5 +1,6 @@
 """A training by a recipe: where data, model, steps, evaluators and the run folder meet."""
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from functools import partial
@@ -11,16 +12,18 @@ from mlip_cli.data.tokenizer import Tokenizer
 from mlip_cli.devices import batch_named, full_memory_named
 from mlip_cli.distributed import from_main, process_group, rank, wait_for_ranks, world_size
 from mlip_cli.errors import RunError, Stopped, UsageError
-from mlip_cli.evaluate.evaluators import Evaluator, training_evaluators
+from mlip_cli.evaluate.evaluators import Evaluator, Measures, training_evaluators
 from mlip_cli.evaluate.gallery import find_pairs, write_gallery
 from mlip_cli.evaluate.together import EvaluationStopped, OnBatch
 from mlip_cli.evaluate.validation import BATCH_SIZE, ValidationPairs, validation_pairs
 from mlip_cli.files import write_json
 from mlip_cli.recipe.config import Log, Recipe
 from mlip_cli.report.write import rebuild
+from mlip_cli.runs.contents import read_metrics
 from mlip_cli.runs.folder import Run, claimed
 from mlip_cli.runs.recording import data_cards, recorded
 from mlip_cli.runs.start import MICRO_BATCHES, Start, drawn_by_forward_passes
+from mlip_cli.terminal.history import Headline
 from mlip_cli.terminal.output import is_main, say, warn
 from mlip_cli.terminal.panel import TrainingPanel, training_panel
 from mlip_cli.train.facts import cautions, facts, preflight, resume_facts
@@ -127,11 +130,15 @@ def run_loop(
             log if is_main() else Log(), run, config=recipe.model_dump(mode="json"), step=progress.step
         ) as trackers,
         closing(batches),  # type: ignore[type-var]
-        training_panel(data.total_steps, line_every=log.every_steps) as panel,
+        training_panel(
+            data.total_steps, line_every=log.every_steps, steps_per_epoch=data.order.steps_per_epoch
+        ) as panel,
         batch_named(MICRO_BATCHES, min(share, micro_batch_size or share), note=memory_note(recipe)),
     ):
         metrics = MetricsFile(run.metrics if is_main() else None)
         metrics.cut_back(progress.step, measured_step=progress.measured_step)
+        for line in read_metrics(run.metrics)[0] if is_main() else []:
+            panel.recall(line)
         if random is not None:
             random.restore(training.device)
         train(
@@ -212,13 +219,22 @@ def measure(
             for evaluator in evaluators:
                 with evaluation_memory_named(f"step {step}: evaluating {evaluator.name}"):
                     found = evaluator.measure(encoder, on_batch_of(evaluator, panel, is_stopping))
-                panel.measured(step, evaluator.name, found.words)
+                panel.measured(step, evaluator.name, found.words, headline=headline_of(evaluator, found))
                 measures |= found.values
     except EvaluationStopped:
         warn(f"step {step}: the evaluation was stopped before its end, and its measures are not written")
         return None
     panel.doing(None)
     return measures
+
+
+def headline_of(evaluator: Evaluator, found: Measures) -> Headline | None:
+    """The score that the panel follows: openmoji_mean_recall -> openmoji mean recall."""
+    metric = evaluator.headline
+    if metric is None:
+        return None
+    words = re.sub(r" r(\d+)$", r" R@\1", metric.replace("_", " "))
+    return Headline(metric, words, found.values[metric], found.chances.get(metric))
 
 
 def on_batch_of(evaluator: Evaluator, panel: TrainingPanel, is_stopping: Callable[[], bool]) -> OnBatch:

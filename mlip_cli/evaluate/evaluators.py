@@ -1,7 +1,7 @@
 """Measure encoders on data sets: for `eval-zeroshot`, for `merge-sweep` and during training."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -35,6 +35,8 @@ class Measures:
     """By name in metrics.jsonl: fractions such as `openmoji_mean_recall`, and the modality gap in [0, 2]."""
     words: str
     """The same in a line of text: in per cent, with chance and n."""
+    chances: dict[str, float] = field(default_factory=dict)
+    """Chance levels of values that have one."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,8 @@ class Evaluator:
     """Names of its values."""
     measure: Callable[[Encoder, OnBatch], Measures]
     """All ranks take part, and all of them get the result. Stops when OnBatch raises EvaluationStopped."""
+    headline: str | None = None
+    """The value that the panel follows."""
 
 
 def measure_runs(
@@ -103,7 +107,7 @@ def training_evaluators(
     if best is not None and best not in metrics:
         known = ", ".join(metrics)
         raise UsageError(f"evaluate.best_metric: {best}: this recipe does not measure it; take one of {known}")
-    return evaluators
+    return [replace(own, headline=best) if best in own.metrics else own for own in evaluators]
 
 
 def _zeroshot_evaluator(benchmark: Benchmark, recipe: Recipe, tokenizer: Tokenizer, device: torch.device) -> Evaluator:
@@ -126,12 +130,14 @@ def _zeroshot_evaluator(benchmark: Benchmark, recipe: Recipe, tokenizer: Tokeniz
             is_timed=False,
             on_batch=on_batch,
         )
-        found = [scores["mean_per_class_recall"], scores["acc1"]]
+        found, chances = [scores["mean_per_class_recall"], scores["acc1"]], [scores["chance"]] * 2
         if pictures.names:
             found += [scores["names"][f"r{k}"] for k in NAME_RECALL_AT]
-        return Measures(dict(zip(metrics, found, strict=True)), zeroshot_words(scores))
+            chances += [scores["names"][f"r{k}_chance"] for k in NAME_RECALL_AT]
+        values, levels = (dict(zip(metrics, own, strict=True)) for own in (found, chances))
+        return Measures(values, zeroshot_words(scores), levels)
 
-    return Evaluator(benchmark.name, pictures.num_pictures, metrics, evaluate)
+    return Evaluator(benchmark.name, pictures.num_pictures, metrics, evaluate, headline=metrics[0])
 
 
 def zeroshot_words(scores: Mapping[str, Any]) -> str:
@@ -164,9 +170,12 @@ def _retrieval_evaluator(pairs: ValidationPairs, batch_size: int) -> Evaluator:
             f"{retrieval_words(scores)}; in-batch top-1 {percent(batches.acc1)} % (chance {percent(batches.chance)}; "
             f"{batches.batch_size:,} pairs), modality gap {gap:.3f}"
         )
-        return Measures(dict(zip(metrics, found, strict=True)), words)
+        chances = [*(scores[way][f"r{k}_chance"] for way, k in recalls), batches.chance]
+        values, levels = dict(zip(metrics, found, strict=True)), dict(zip(metrics[:-1], chances, strict=True))
+        return Measures(values, words, levels)
 
-    return Evaluator("validation", pairs.num_pictures, metrics, evaluate)
+    headline = "validation_text_to_image_r5"
+    return Evaluator("validation", pairs.num_pictures, metrics, evaluate, headline=headline)
 
 
 def retrieval_words(scores: Mapping[str, Mapping[str, Any]]) -> str:

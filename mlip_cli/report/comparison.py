@@ -1,21 +1,34 @@
-"""One page about several runs: scores side by side, curves in shared charts, differences of the recipes."""
+"""One page about several runs: what their scores show, pictures and scores side by side, curves in shared charts."""
 
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mlip_cli.evaluate.picture_results import GalleryResult
-from mlip_cli.evaluate.results import DIRECTIONS, SweepResult, ZeroshotResult
+from mlip_cli.evaluate.results import SweepResult, ZeroshotResult
 from mlip_cli.recipe.load import differences
+from mlip_cli.report.costs import costs_table
 from mlip_cli.report.curves import curves_section
-from mlip_cli.report.page import Html, command, element, figure, joined, note, page, section, table
+from mlip_cli.report.galleries import compared_galleries
+from mlip_cli.report.opening import comparison_opening
+from mlip_cli.report.page import (
+    Html,
+    command,
+    details,
+    element,
+    figure,
+    joined,
+    note,
+    page,
+    section,
+    table,
+    tables,
+)
 from mlip_cli.report.record import RunRecord
 from mlip_cli.report.run_page import known_chances, method
 from mlip_cli.report.scores import compared_scores
-from mlip_cli.report.sweeps import CUT, pareto_charts
-from mlip_cli.report.tables import INTERVALS, Cell, Table, recall_cell
+from mlip_cli.report.sweeps import CUT, failures_words, pareto_charts, sweep_tables
+from mlip_cli.report.tables import Table
 from mlip_cli.runs.result_files import Result
-from mlip_cli.terminal.output import percent
 
 
 def comparison_page(records: Sequence[RunRecord], *, links: Mapping[str, str], written: str) -> str:
@@ -31,11 +44,12 @@ def comparison_page(records: Sequence[RunRecord], *, links: Mapping[str, str], w
         f"{len(records)} runs · mlip",
         heading=f"{len(records)} runs compared",
         lead=[
-            element("p", "Paired tests compare each run with the first one."),
+            comparison_opening(records, methods={record.name: method(record) for record in records}),
             *(note(line) for record in records for line in record.damaged),
         ],
         sections=[
             _runs_section(records, links),
+            compared_galleries(records),
             _scores_section(records),
             _sweeps_section(records),
             curves_section(records, chances=chances),
@@ -46,41 +60,8 @@ def comparison_page(records: Sequence[RunRecord], *, links: Mapping[str, str], w
 
 
 def _runs_section(records: Sequence[RunRecord], links: Mapping[str, str]) -> Html:
-    rows = []
-    for record in records:
-        batch_size = record.recipe.train.global_batch_size if record.recipe is not None else None
-        rows.append(
-            [
-                element("a", record.name, href=links[record.name]),
-                method(record),
-                None if batch_size is None else f"{batch_size:,}",
-                f"{record.last_step:,}",
-                record.last_loss,
-                *(_recall(record, way) for way in DIRECTIONS),
-                record.stamp.end_reason or "not ended",
-            ]
-        )
-    columns = ["run", "method", "batch", "steps", "loss", *(f"{words} R@5 %" for words in DIRECTIONS.values()), "ended"]
-    return section(
-        "runs",
-        "Runs",
-        table(Table(columns, rows)),
-        note(
-            "Compare losses only between recipes with the same batch size, terms and weights: the loss of guessing is "
-            f"ln(batch). {INTERVALS.capitalize()}."
-        ),
-    )
-
-
-def _recall(record: RunRecord, way: str) -> Cell:
-    """R@5 on the validation set at the end of training, else the last value measured during training."""
-    gallery = record.newest(GalleryResult)
-    if gallery is not None:
-        return recall_cell(gallery.scores[way], 5)
-    measured = [line for line in record.evaluations if f"validation_{way}_r5" in line]
-    if not measured:
-        return None
-    return f"{percent(measured[-1][f'validation_{way}_r5'])} at step {measured[-1]['step']:,}"
+    heads = {record.name: [element("a", record.name, href=links[record.name]), method(record)] for record in records}
+    return section("runs", "Runs and their cost", *tables([costs_table(records, heads=heads)]))
 
 
 def _unmeasured(records: Sequence[RunRecord], kind: type[Result], measured_by: str) -> list[Html]:
@@ -97,7 +78,12 @@ def _scores_section(records: Sequence[RunRecord]) -> Html:
 def _sweeps_section(records: Sequence[RunRecord]) -> Html:
     sweeps = [(record.name, sweep) for record in records if (sweep := record.newest(SweepResult)) is not None]
     charts = [figure(chart.in_page(), CUT, kind="wide") for chart in pareto_charts(sweeps)]
-    return section("sweep", "Merge sweeps", *charts, *_unmeasured(records, SweepResult, "mlip merge-sweep"))
+    numbers = [
+        details(f"{name}: every setting", *tables(sweep_tables(sweep)), *map(note, failures_words(sweep)))
+        for name, sweep in sweeps
+    ]
+    unmeasured = _unmeasured(records, SweepResult, "mlip merge-sweep")
+    return section("sweep", "Merge sweeps", *charts, *numbers, *unmeasured)
 
 
 def _recipes_section(records: Sequence[RunRecord]) -> Html:

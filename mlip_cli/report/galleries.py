@@ -46,6 +46,63 @@ def gallery_section(record: RunRecord) -> Html:
     )
 
 
+def compared_galleries(records: Sequence[RunRecord]) -> Html:
+    """The same queries, with what each run finds for them."""
+    title = "Retrieval, side by side"
+    found = [(record, gallery) for record in records if (gallery := record.newest(GalleryResult)) is not None]
+    if len(found) < 2 or len({tuple(gallery.fingerprints) for _, gallery in found}) > 1:
+        why = "There are no two runs with retrieval results" if len(found) < 2 else "The runs' validation sets differ"
+        return section("retrieval", title, note(f"{why}, so no pictures stand beside each other."))
+    _, first = found[0]
+    of_texts = [(record, {own.asked.text: own for own in gallery.text_to_image}) for record, gallery in found]
+    of_pictures = [(record, {_file(own): own for own in gallery.image_to_text}) for record, gallery in found]
+    return section(
+        "retrieval",
+        title,
+        note(f"The queries were drawn {first.chosen}. ✓ right, ✗ wrong; → is the right answer where it was not found."),
+        element("h3", "Text → images"),
+        _queries(_text_beside(own) for own in _common(of_texts)),
+        element("h3", "Image → texts"),
+        _queries(_picture_beside(own, first.num_texts) for own in _common(of_pictures)),
+        *map(note, dict.fromkeys(text for record, _ in found for text in record.attributions)),
+    )
+
+
+Answers = list[tuple[RunRecord, GalleryQuery]]
+"""One query, as each run answers it."""
+
+
+def _common(by_run: Sequence[tuple[RunRecord, dict[str, GalleryQuery]]]) -> list[Answers]:
+    """The queries that every run was asked."""
+    asked = [name for name in by_run[0][1] if all(name in own for _, own in by_run)]
+    return [[(record, own[name]) for record, own in by_run] for name in asked]
+
+
+def _file(query: GalleryQuery) -> str:
+    """The file of a query's picture; it is named by the picture's number in the validation set."""
+    return Path(str(query.asked.picture)).name
+
+
+def _text_beside(answers: Answers) -> Html:
+    rows = [
+        part
+        for record, query in answers
+        for part in (element("p", record.name, class_="note"), _pictures_found(query, record.run.folder))
+    ]
+    return element("div", element("p", f"“{answers[0][1].asked.text}”", class_="asked"), *rows, class_="query")
+
+
+def _picture_beside(answers: Answers, num_texts: int) -> Html:
+    record, query = answers[0]
+    lists = [
+        part
+        for own, found in answers
+        for part in (element("p", own.name, class_="note"), _texts_found(found, num_texts))
+    ]
+    question = _question(query, record.run.folder)
+    return element("div", question, element("div", *lists, class_="answers"), class_="query row")
+
+
 def _recalls(gallery: GalleryResult) -> Table:
     """Recall over the whole validation set, both ways, with chance."""
     rows: list[list[Cell]] = []
@@ -71,16 +128,16 @@ def _queries(queries: Iterable[Html]) -> Html:
 
 
 def _text_query(query: GalleryQuery, folder: Path) -> Html:
+    asked = element("p", f"“{query.asked.text}”", class_="asked")
+    return element("div", asked, _pictures_found(query, folder), class_="query")
+
+
+def _pictures_found(query: GalleryQuery, folder: Path) -> Html:
     found = [_answer(answer, answer.text, folder) for answer in query.found]
     if not any(answer.is_right for answer in query.found):
         own = query.first_right
         found.append(_answer(own, f"place {query.rank + 1:,}: {own.text}", folder))
-    return element(
-        "div",
-        element("p", f"“{query.asked.text}”", class_="asked"),
-        element("ol", *found, class_="found"),
-        class_="query",
-    )
+    return element("ol", *found, class_="found")
 
 
 def _answer(answer: Shown, words: str, folder: Path) -> Html:
@@ -91,16 +148,19 @@ def _answer(answer: Shown, words: str, folder: Path) -> Html:
 
 
 def _picture_query(query: GalleryQuery, num_texts: int, folder: Path) -> Html:
+    return element("div", _question(query, folder), _texts_found(query, num_texts), class_="query row")
+
+
+def _question(query: GalleryQuery, folder: Path) -> Html:
+    return element("div", embedded_image(folder, str(query.asked.picture), alt=query.asked.text), class_="question")
+
+
+def _texts_found(query: GalleryQuery, num_texts: int) -> Html:
     answers = [element("li", answer.text, class_="right" if answer.is_right else "wrong") for answer in query.found]
     if not any(answer.is_right for answer in query.found):
         words = f"place {query.rank + 1:,} of {num_texts:,}: {query.first_right.text}"
         answers.append(element("li", words, class_="owed"))
-    return element(
-        "div",
-        element("div", embedded_image(folder, str(query.asked.picture), alt=query.asked.text), class_="question"),
-        element("ol", *answers, class_="answers"),
-        class_="query row",
-    )
+    return element("ol", *answers, class_="answers")
 
 
 def merges_section(record: RunRecord) -> Html:

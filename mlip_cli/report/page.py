@@ -112,24 +112,6 @@ def definitions(pairs: Iterable[tuple[str, Child]]) -> Html:
     )
 
 
-def tiles(tiles: Iterable[tuple[str, Child, Child]]) -> Html:
-    """The main results in large type: (name, value, note)."""
-    return element(
-        "div",
-        *(
-            element(
-                "div",
-                element("div", name, class_="tile-name"),
-                element("div", value, class_="tile-value"),
-                element("div", beside, class_="note"),
-                class_="tile",
-            )
-            for name, value, beside in tiles
-        ),
-        class_="tiles",
-    )
-
-
 def figure(picture: Html, caption: Child = None, *, kind: str = "chart") -> Html:
     """A picture with a caption."""
     return element("figure", picture, element("figcaption", caption) if caption else None, class_=kind)

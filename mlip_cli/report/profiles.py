@@ -3,9 +3,11 @@
 import sys
 from collections.abc import Iterable, Mapping
 
+from mlip_cli.evaluate.results import SweepResult
 from mlip_cli.profiling.result import ProfileResult, StepPart
 from mlip_cli.report.canvas import Chart
 from mlip_cli.report.charts import ChartBar, bars_chart
+from mlip_cli.report.headlines import shown_setting, speed_words
 from mlip_cli.report.page import Html, command, figure, note, section, tables
 from mlip_cli.report.record import RunRecord
 from mlip_cli.report.tables import Cell, Table, machine_words, print_tables, speedup_cell, tokens_words
@@ -140,7 +142,21 @@ def profile_section(record: RunRecord, charts: Mapping[str, Chart]) -> Html:
         figure(charts[BREAKDOWN].in_page(), kind="wide"),
         *map(note, profile_notes(profile)),
         *tables(model_tables(profile)),
+        *map(note, _other_speed(record, profile)),
     )
+
+
+def _other_speed(record: RunRecord, profile: ProfileResult) -> list[str]:
+    """A line on the speed-up of the merge sweep, where this page has both."""
+    sweep = record.newest(SweepResult)
+    point = shown_setting(record, sweep) if sweep is not None else None
+    if sweep is None or point is None or profile.merging is None:
+        return []
+    return [
+        f"The speed-up in the opening of this page is the merge sweep's, of batches of {sweep.batch_size} in fp32 with "
+        f"all settings in turn: at rate {point.true_rate:.2f} {speed_words(point)}. The one above is this profile's, "
+        f"of batches of {profile.batch_size} in {profile.precision}."
+    ]
 
 
 def profile_charts(record: RunRecord) -> dict[str, Chart]:

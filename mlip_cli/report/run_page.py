@@ -3,25 +3,19 @@
 from collections.abc import Mapping
 
 from mlip_cli.evaluate.picture_results import GalleryResult
-from mlip_cli.evaluate.results import DIRECTIONS, SweepResult, ZeroshotResult
+from mlip_cli.evaluate.results import DIRECTIONS, ZeroshotResult
 from mlip_cli.evaluate.statistics import metric_prefix
 from mlip_cli.report.canvas import Chart
 from mlip_cli.report.curves import curves_section
 from mlip_cli.report.galleries import gallery_section, merges_section
-from mlip_cli.report.page import Html, definitions, details, element, joined, note, page, section, table, tiles
+from mlip_cli.report.opening import run_opening
+from mlip_cli.report.page import Html, definitions, details, element, joined, note, page, section, table
 from mlip_cli.report.profiles import profile_section
 from mlip_cli.report.record import RunRecord
-from mlip_cli.report.scores import rate_words, scores_section
+from mlip_cli.report.scores import scores_section
 from mlip_cli.report.sweeps import sweep_section
-from mlip_cli.report.tables import (
-    RECALLS_SHOWN,
-    Spread,
-    Table,
-    percent_cell,
-    recall_cell,
-    speedup_cell,
-)
-from mlip_cli.terminal.output import percent, plural
+from mlip_cli.report.tables import RECALLS_SHOWN, Table
+from mlip_cli.terminal.output import plural
 
 TRAINING = "training"
 """Role of the cards of training data; several are numbered."""
@@ -37,7 +31,7 @@ def run_page(record: RunRecord, charts: Mapping[str, Chart], *, written: str) ->
     return page(
         f"{record.name} · mlip",
         heading=record.name,
-        lead=[element("p", _lead(record)), *(note(line) for line in record.damaged), _tiles(record)],
+        lead=[note(_lead(record)), run_opening(record), *(note(line) for line in record.damaged)],
         sections=[
             scores_section(record),
             curves_section([record], chances=known_chances(record)),
@@ -63,6 +57,8 @@ def _lead(record: RunRecord) -> str:
     if end is None or end == "finished":
         steps = record.recipe.train.steps if record.recipe is not None else None
         parts.append(f"step {record.last_step:,}" + (f" of {steps:,}" if steps else ""))
+    if record.last_loss is not None:
+        parts.append(f"loss {record.last_loss}")
     return ", ".join(parts) + f": {end or 'not ended'}."
 
 
@@ -76,42 +72,6 @@ def method(record: RunRecord) -> str:
         return "CLIP"
     name = "MLIP" if recipe.model.frequency is not None else "CLIP"
     return name + (f" with {merging.method} merging at rate {merging.rate:g}" if merging is not None else "")
-
-
-def _tiles(record: RunRecord) -> Html:
-    found: list[tuple[str, str, str]] = []
-    if record.last_loss is not None:
-        found.append(("loss", record.last_loss, f"at step {record.last_step:,}"))
-    for result in _newest_results(record):
-        score = percent_cell(result.mean_per_class_recall, result.mean_per_class_recall_interval)
-        beside = f"chance {percent(result.chance)} %; n {result.n:,}"
-        found.append(_tile(f"{result.dataset}: mean recall, rate {rate_words(result)}", score, " %", beside))
-    gallery = record.newest(GalleryResult)
-    if gallery is not None:
-        recalls = gallery.scores["text_to_image"]
-        beside = f"chance {percent(recalls.r5_chance)} %; n {recalls.n:,}"
-        found.append(_tile("text to image R@5", recall_cell(recalls, 5), " %", beside))
-    sweep = record.newest(SweepResult)
-    merged = [point for point in sweep.points if point.method] if sweep is not None else []
-    if merged:
-        best = max(merged, key=lambda point: point.speedup)
-        name = f"speed, {best.method} at rate {best.true_rate:.2f}"
-        found.append(_tile(name, speedup_cell(best.speedup, best.speedup_interval), "×"))
-    return tiles(found)
-
-
-def _tile(name: str, number: Spread | None, unit: str, beside: str = "") -> tuple[str, str, str]:
-    assert number is not None, name
-    return name, f"{number.value}{unit}", f"95 %: {number.low}–{number.high}" + (f"; {beside}" if beside else "")
-
-
-def _newest_results(record: RunRecord) -> list[ZeroshotResult]:
-    """The newest checkpoint's result on each data set, at the recipe's merge rate where it was measured."""
-    merging = record.recipe.model.merging if record.recipe is not None else None
-    rate = merging.rate if merging is not None else 0.0
-    results = record.all_of(ZeroshotResult)
-    results.sort(key=lambda result: (result.step, result.merge_rate is None or result.merge_rate == rate))
-    return list({result.dataset: result for result in results}.values())
 
 
 def known_chances(record: RunRecord) -> dict[str, float]:

@@ -10,6 +10,7 @@ from mlip_cli.evaluate.results import PairedTest, ZeroshotResult, ZeroshotScores
 from mlip_cli.evaluate.statistics import MANY_CLASSES, paired
 from mlip_cli.evaluate.stored import Measured
 from mlip_cli.report.charts import ChartBar, bars_chart
+from mlip_cli.report.headlines import by_recall, class_interval, far_apart, newest_zeroshot
 from mlip_cli.report.page import Html, command, details, figure, note, section, tables
 from mlip_cli.report.record import RunRecord
 from mlip_cli.report.tables import (
@@ -51,11 +52,17 @@ class ZeroshotRow:
     """Against the first run at the same merge rate."""
 
 
-def zeroshot_tables(dataset: str, rows: Sequence[ZeroshotRow], *, notes: Sequence[str] = ()) -> list[Table]:
+def zeroshot_tables(
+    dataset: str, rows: Sequence[ZeroshotRow], *, notes: Sequence[str] = (), with_speed: bool = True
+) -> list[Table]:
     """Scores on one data set, with a row for each kind of feature.
 
     Top-5 where there are many classes, and recall of names where there are names, stand in a second table: each fits 80
     columns.
+
+    Args:
+        with_speed: show images/s, which the pages take from merge-sweep and profile instead: these repeat their
+            measurement.
     """
     results = [row.result for row in rows]
     first = results[0]
@@ -66,7 +73,8 @@ def zeroshot_tables(dataset: str, rows: Sequence[ZeroshotRow], *, notes: Sequenc
         step = None if row.step is None else f"{row.step:,}"
         for feature, own in _features(row.result).items():
             head = [row.run, step, rate_words(row.result), feature if several else None]
-            beside: list[Cell] = [f"{row.result.images_per_s:,.0f}", *versus_cells(row.test)]
+            speed = f"{row.result.images_per_s:,.0f}" if with_speed else None
+            beside: list[Cell] = [speed, *versus_cells(row.test)]
             lines.append(
                 [
                     *head,
@@ -79,12 +87,24 @@ def zeroshot_tables(dataset: str, rows: Sequence[ZeroshotRow], *, notes: Sequenc
             more.append([*head, top5, recall_cell(own.names, 1), recall_cell(own.names, 5)])
     heads = ("run", "step", "true rate", "feature")
     columns = (*heads, "mean recall %", "top-1 %", "images/s", *VERSUS)
-    tables = [Table(columns, lines, dataset, [data_words(first, first), *doubts(first, results), *notes])]
+    words = [data_words(first, first), *doubts(first, results), *notes]
+    tables = [Table(columns, lines, dataset, words)]
     if first.names or first.num_classes >= MANY_CLASSES:
         titles = (*heads, "top-5 %", "name R@1 %", "name R@5 %")
         words = [names_words(first.names)] if first.names else []
         tables.append(Table(titles, more, f"{dataset}: more scores", words))
     return [table.without_empty_columns() for table in tables]
+
+
+def _classes_words(group: Sequence[Measured], numbers: Mapping[str, int]) -> list[str]:
+    """A line about the best and the worst class of each checkpoint, if its mean hides them, at its first rate."""
+    lines = []
+    for label, result in {own.checkpoint.label: own.result for own in reversed(group)}.items():
+        if (apart := far_apart(result.per_class)) is not None:
+            best, worst = (f"{own.class_} {percent(own.recall)} % of {own.n:,}" for own in apart)
+            run = f"run {numbers[label]}, " if label in numbers else ""
+            lines.append(f"recall by class ({run}rate {rate_words(result)}): from {worst} to {best}")
+    return lines[::-1]
 
 
 def _features(result: ZeroshotResult) -> dict[str, ZeroshotScores]:
@@ -113,7 +133,11 @@ def print_zeroshot(measured: Mapping[str, Sequence[Measured]], *, failed: Sequen
             "images/s: some rows were measured in an earlier call, so compare speeds with care (measured_at in --json)"
         )
     tables_of_sets = [
-        zeroshot_tables(dataset, [ZeroshotRow(own.result, numbers.get(own.checkpoint.label)) for own in group])
+        zeroshot_tables(
+            dataset,
+            [ZeroshotRow(own.result, numbers.get(own.checkpoint.label)) for own in group],
+            notes=_classes_words(group, numbers),
+        )
         for dataset, group in measured.items()
     ]
     print_tables(chain.from_iterable(tables_of_sets), notes=notes)
@@ -133,8 +157,8 @@ def by_data(results: Iterable[tuple[tuple[str, str], Own]]) -> dict[str, list[Ow
 
 
 def scores_section(record: RunRecord) -> Html:
-    """Scores at every checkpoint and rate, later steps first, and the recall by class of the newest checkpoint."""
-    results = record.all_of(ZeroshotResult)
+    """Scores at every checkpoint and rate, later steps first, and recall by class at the recipe's merge rate."""
+    results, headlines = record.all_of(ZeroshotResult), newest_zeroshot(record)
     parts: list[Html] = []
     if not results:
         names = record.recipe.evaluate.zeroshot if record.recipe is not None else ()
@@ -143,27 +167,24 @@ def scores_section(record: RunRecord) -> Html:
     for name, own in by_data((result.data, result) for result in results).items():
         last = {(result.step, result.true_merge_rate): result for result in own}.values()
         ordered = sorted(last, key=lambda result: (-result.step, result.true_merge_rate))
-        parts += tables(zeroshot_tables(name, [ZeroshotRow(result, step=result.step) for result in ordered]))
-        parts.append(_by_class(ordered[0]))
+        rows = [ZeroshotRow(result, step=result.step) for result in ordered]
+        parts += tables(zeroshot_tables(name, rows, with_speed=False))
+        parts += [_by_class(result) for result in ordered if any(result is headline for headline in headlines)]
     return section("results", "Zero-shot", *parts)
 
 
 def _by_class(result: ZeroshotResult) -> Html:
-    """Recall of each class, or of the best and the worst where there are many."""
-    classes = sorted(
-        ((own.recall, own) for own in result.per_class if own.recall is not None),
-        key=lambda pair: (-pair[0], pair[1].class_),
-    )
+    """Recall of each class, or of the best and the worst where there are many; unfolded where the mean hides them."""
+    classes = by_recall(result.per_class)
     is_cut = len(classes) > 2 * CLASSES_SHOWN
     bars = [
-        ChartBar(own.class_[:40], 100 * recall, f"{percent(recall)} % of {own.n:,}")
-        for recall, own in ([*classes[:CLASSES_SHOWN], *classes[-CLASSES_SHOWN:]] if is_cut else classes)
+        ChartBar(own.class_[:40], 100 * (own.recall or 0.0), f"{percent(own.recall)} % of {own.n:,}")
+        for own in ([*classes[:CLASSES_SHOWN], *classes[-CLASSES_SHOWN:]] if is_cut else classes)
     ]
     which = f": the {CLASSES_SHOWN} best and the {CLASSES_SHOWN} worst of {len(classes):,}" if is_cut else ""
     title = f"{result.dataset}: recall by class, step {result.step:,}, merge rate {rate_words(result)}"
-    return details(
-        f"Recall by class{which}", figure(bars_chart(title, bars, x_label="recall %").in_page(), kind="wide")
-    )
+    chart = figure(bars_chart(title, bars, x_label="recall %").in_page(), kind="wide")
+    return details(f"Recall by class{which}", chart, is_open=far_apart(result.per_class) is not None)
 
 
 def compared_scores(records: Sequence[RunRecord]) -> list[Html]:
@@ -175,11 +196,12 @@ def compared_scores(records: Sequence[RunRecord]) -> list[Html]:
             (*result.data, result.true_merge_rate): result for result in record.all_of(ZeroshotResult)
         }.values()
     ]
-    return [
-        part
-        for name, own in by_data((result.data, (run, result)) for run, result in newest).items()
-        for part in tables(_compared(name, own))
-    ]
+    headlines = [result for record in records for result in newest_zeroshot(record)]
+    parts = []
+    for name, own in by_data((result.data, (run, result)) for run, result in newest).items():
+        by_class = [(run, result) for run, result in own if any(result is headline for headline in headlines)]
+        parts += tables([*_compared(name, own), *_compared_classes(name, by_class)])
+    return parts
 
 
 def _compared(dataset: str, results: Sequence[tuple[str, ZeroshotResult]]) -> list[Table]:
@@ -191,7 +213,24 @@ def _compared(dataset: str, results: Sequence[tuple[str, ZeroshotResult]]) -> li
         for run, result in sorted(results, key=lambda pair: (runs.index(pair[0]), pair[1].true_merge_rate))
     ]
     won = f"won / lost: pictures that only this run / only {runs[0]} classifies correctly at the same merge rate"
-    return zeroshot_tables(dataset, rows, notes=[f"{won}; {PAIRED_TEST}"])
+    return zeroshot_tables(dataset, rows, notes=[f"{won}; {PAIRED_TEST}"], with_speed=False)
+
+
+def _compared_classes(dataset: str, results: Sequence[tuple[str, ZeroshotResult]]) -> list[Table]:
+    """Recall of each class by each run, the first run's best first; none where no mean hides its classes."""
+    if not any(far_apart(result.per_class) for _, result in results):
+        return []
+    recalls = [{own.class_: own for own in by_recall(result.per_class)} for _, result in results]
+    names = list(recalls[0])
+    if len(names) > 2 * CLASSES_SHOWN:
+        names = [*names[:CLASSES_SHOWN], *names[-CLASSES_SHOWN:]]
+    rows: list[list[Cell]] = []
+    for name in names:
+        found = [own.get(name) for own in recalls]
+        cells = [None if own is None else percent_cell(own.recall, class_interval(own)) for own in found]
+        rows.append([name, f"{recalls[0][name].n:,}", *cells])
+    titles = [f"{run}, rate {result.true_merge_rate:.2f}: recall %" for run, result in results]
+    return [Table(("class", "pictures", *titles), rows, f"{dataset}: recall by class")]
 
 
 def _tested(first: ZeroshotResult | None, result: ZeroshotResult) -> PairedTest | None:

@@ -19,6 +19,8 @@ class Session:
     device: str | None = None
     ranks: int | None = None
     threads: int | None = None
+    cpu_s: float | None = None
+    """CPU time of rank 0 and its loader processes; None: the session was killed, or an earlier version wrote it."""
 
 
 @dataclass(frozen=True, kw_only=True)

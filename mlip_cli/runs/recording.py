@@ -1,6 +1,7 @@
 """The run folder during training: its lock, recipe, log.txt and stamp."""
 
 import logging
+import os
 import platform
 import subprocess
 import sys
@@ -140,7 +141,7 @@ def stamped(
     run: Run, recipe: Recipe, *, device: torch.device, fingerprints: dict[str, str], step: int
 ) -> Iterator[None]:
     """Write when and where the block began, and later why it ended: finished, stopped, interrupted or failed."""
-    session = {
+    session: dict[str, Any] = {
         "command": command_line(),
         "started": now(),
         "from_step": step,
@@ -162,6 +163,7 @@ def stamped(
         "sessions": [*map(json_value, earlier.sessions), session],
     }
     write_json(run.stamp, stamp)
+    began_s = sum(os.times()[:4])
     reason = "interrupted"
     try:
         yield
@@ -173,5 +175,6 @@ def stamped(
         reason = f"failed: {error}"
         raise
     finally:
+        session["cpu_s"] = round(sum(os.times()[:4]) - began_s, 2)  # of this process and of children that have ended
         with suppress(OSError):  # on a full disk, the first error is the one to show
             write_json(run.stamp, {**stamp, "ended": now(), "end_reason": reason})

@@ -3,6 +3,7 @@
 Colours are the terminal's own (bold, dim, green, red, cyan), so that all are readable on white and on black.
 """
 
+import math
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -18,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mlip_cli.recipe.config import LOSS_NAMES
+from mlip_cli.terminal.history import Headline, History, Scores
 from mlip_cli.terminal.output import clock, draws, error_console, logger, say
 
 LOSS_KEYS = ("loss", *LOSS_NAMES)
@@ -29,6 +31,11 @@ REDRAW_EVERY_S = 0.1
 """A terminal is redrawn for small steps at most this often."""
 ECHO = 4
 """Columns that stay free at the right: a terminal writes ^C where the cursor is, and must not wrap for it."""
+
+WIDE_ENOUGH = 64
+"""Columns from which on the panel shows the epoch, the time that has passed and the table of evaluations."""
+NARROWEST_CELL, WIDEST_CELL = 10, 24
+"""Columns of a loss with its curve."""
 
 Cell = tuple[str, str]
 """A name and the value that stands below it."""
@@ -71,15 +78,19 @@ def progress(total: int | None, label: str) -> Iterator[WorkProgress]:
 class TrainingPanel:
     """The state of a training run: redrawn in place on a terminal, one complete line an update in a pipe."""
 
-    def __init__(self, total_steps: int, *, line_every: int = 1, is_live: bool) -> None:
-        self.total_steps = total_steps
+    def __init__(
+        self, total_steps: int, *, line_every: int = 1, steps_per_epoch: float | None = None, is_live: bool
+    ) -> None:
+        self.total_steps, self.steps_per_epoch = total_steps, steps_per_epoch
         self._line_every, self._is_live = line_every, is_live
         self._step = 0
         self._first: tuple[int, float] | None = None
         """The first step of this session, and the time when it was done."""
         self._left_s: float | None = None
         self._metrics: Mapping[str, float] = {}
+        self._losses: dict[str, History] = {}
         self._measures: dict[str, str] = {}
+        self._scores = Scores()
         self._activity: str | None = None
         self._started_s = self._last_drawn_s = self._last_line_s = time.monotonic()
         # No thread redraws it: it is redrawn when there is something new. Log lines appear above it.
@@ -96,8 +107,31 @@ class TrainingPanel:
         losses = [f"{name} {value}" for name, value in _losses(metrics)]
         step = f"step {self._step}/{self.total_steps}"
         self._log("  ".join([step, *losses, *_rates(metrics), f"ETA {clock(self._left_s)}"]))
+        self._show(metrics)
+
+    def glance(self, metrics: Mapping[str, float]) -> None:
+        """Show `metrics` on a terminal alone: those of a session's first step, long before the first line."""
+        if self._is_live:
+            self._advance(int(metrics["step"]))
+            self._show(metrics)
+
+    def _show(self, metrics: Mapping[str, float]) -> None:
         self._metrics = metrics
+        self._remember_losses(metrics)
         self._draw()
+
+    def recall(self, line: Mapping[str, float | None]) -> None:
+        """Take over a line of metrics.jsonl that an earlier session wrote."""
+        if "loss" in line:
+            self._remember_losses(line)
+        else:
+            self._scores.remember(line)
+
+    def _remember_losses(self, line: Mapping[str, float | None]) -> None:
+        for key in LOSS_KEYS:
+            value = line.get(key)
+            if value is not None and math.isfinite(value):
+                self._losses.setdefault(key, History()).add(float(line["step"] or 0), value)
 
     def step_done(self, step: int) -> None:
         """Move to a step. A pipe gets a line for the first step of a session alone, if `update` has not written one."""
@@ -116,8 +150,13 @@ class TrainingPanel:
         self._left_s = (self.total_steps - step) * (now_s - first_s) / (step - first) if step > first else None
         self._step, self._activity = step, None
 
-    def measured(self, step: int, name: str, words: str) -> None:
-        """Show the result of an evaluator, or how long a checkpoint took, until the next one of this `name`."""
+    def measured(self, step: int, name: str, words: str, *, headline: Headline | None = None) -> None:
+        """Show the result of an evaluator, or how long a checkpoint took, until the next one of this `name`.
+
+        The score of `headline` also stands in a table with those of earlier evaluations.
+        """
+        if headline is not None:
+            self._scores.add(step, headline)
         self._log(f"step {step}: {name}: {words}")
         self._measures[name] = f"step {step}: {name}: {words}"
         self._draw()
@@ -148,27 +187,60 @@ class TrainingPanel:
             self.live.refresh()
 
     def _rendered(self) -> RenderableType:
+        width = max(error_console().width - ECHO, 1)
+        cells = [_columns(self._loss_cells(width)), _columns(_rate_cells(self._metrics))]
+        words = [Text(line) for line in self._measures.values()]
+        scores = self._scores.table(width) if width >= WIDE_ENOUGH else None
+        if self._activity:
+            words.append(Text(self._activity, style="cyan"))
+        parts = [self._top(width), *cells, *([scores] if scores is not None else []), *words]
+        return Constrain(Group(*parts), width)
+
+    def _top(self, width: int) -> RenderableType:
+        """Step, bar and times; narrow terminals have no room for the epoch and the time that has passed."""
+        words = [f"ETA {clock(self._left_s)}"]
+        if width >= WIDE_ENOUGH:
+            words.insert(0, f"{clock(time.monotonic() - self._started_s)} elapsed")
+            if self.steps_per_epoch is not None:
+                done, total = (f"{steps / self.steps_per_epoch:.1f}" for steps in (self._step, self.total_steps))
+                words.insert(0, f"epoch {done}/{total}")
         top = Table.grid(padding=(0, 2), expand=True)
         top.add_column(no_wrap=True)
         top.add_column(ratio=1)
-        top.add_column(no_wrap=True)
         bar = ProgressBar(self.total_steps, self._step, style="dim", complete_style="cyan", finished_style="green")
-        top.add_row(Text(f"step {self._step}/{self.total_steps}", style="bold"), bar, f"ETA {clock(self._left_s)}")
-        cells = [_columns(_losses(self._metrics)), _columns(_rate_cells(self._metrics))]
-        words = [Text(line) for line in self._measures.values()]
-        if self._activity:
-            words.append(Text(self._activity, style="cyan"))
-        return Constrain(Group(top, *cells, *words), max(error_console().width - ECHO, 1))
+        for _ in words:
+            top.add_column(no_wrap=True)
+        top.add_row(Text(f"step {self._step}/{self.total_steps}", style="bold"), bar, *words)
+        return top
+
+    def _loss_cells(self, width: int) -> list[Cell]:
+        """The losses, each with its curve so far, as wide as the terminal has room for."""
+        losses = _losses(self._metrics)
+        if not (error_console().encoding or "").startswith("utf"):
+            return losses
+        widths = range(WIDEST_CELL, NARROWEST_CELL, -1)
+        taken = 2 * (len(losses) - 1)
+        fitting = (own for own in widths if taken + sum(max(own, len(name)) for name, _ in losses) <= width)
+        cell = next(fitting, NARROWEST_CELL)
+        return [
+            (name, f"{value} {self._losses[name].spark(max(cell, len(name)) - len(value) - 1)}".rstrip())
+            if name in self._losses
+            else (name, value)
+            for name, value in losses
+        ]
 
 
 @contextmanager
-def training_panel(total_steps: int, *, line_every: int = 1) -> Iterator[TrainingPanel]:
+def training_panel(
+    total_steps: int, *, line_every: int = 1, steps_per_epoch: float | None = None
+) -> Iterator[TrainingPanel]:
     """Open the panel of a training; its last state stays on the screen.
 
     Args:
         line_every: steps from one `update` to the next.
+        steps_per_epoch: None where sources are mixed by weight, so that there are no epochs.
     """
-    panel = TrainingPanel(total_steps, line_every=line_every, is_live=draws())
+    panel = TrainingPanel(total_steps, line_every=line_every, steps_per_epoch=steps_per_epoch, is_live=draws())
     with panel.live if draws() else nullcontext():
         panel.doing("waiting for the first batch")
         try:

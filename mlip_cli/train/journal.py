@@ -28,6 +28,10 @@ class Journal:
         if self.stall is not None:
             self.stall.check(line)
 
+    def glance(self, line: Mapping[str, float]) -> None:
+        """Show a line on the panel alone, as that of the first step."""
+        self.panel.glance(line)
+
     def step_done(self, step: int) -> None:
         """Tell the panel that a step is done. Called after every step."""
         self.panel.step_done(step)

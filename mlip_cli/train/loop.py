@@ -69,7 +69,7 @@ def train(
         Stopped: a signal came; the state is saved.
         RunError: too many steps in a row had no finite gradient.
     """
-    total_steps = timetable.total_steps
+    total_steps, first_step = timetable.total_steps, progress.step + 1
     watch = Stopwatch(batches, stepper.training.device)
     # if a signal or an error ended an evaluation, it is repeated before the next step
     was_ended = progress.measured_step < progress.step and timetable.evaluates(progress.step)
@@ -84,6 +84,8 @@ def train(
                     count(progress, stepper.guard, watch)
                     journal.line(line_of(taken, stepper=stepper, progress=progress, watch=watch))
                     watch.restart()
+                elif step == first_step:
+                    journal.glance(line_of(taken, stepper=stepper, progress=progress, watch=watch))
                 journal.step_done(step)
 
             evaluates = timetable.evaluates(step)
