@@ -26,6 +26,9 @@ from mlip_cli.terminal.output import percent, plural, say
 from mlip_cli.terminal.panel import progress
 from mlip_cli.types import Encoder
 
+WAYS = {"picture": "pictures", "name": "names"}
+"""What is looked for among the names and pictures of a data set -> its recalls."""
+
 
 @dataclass(frozen=True)
 class Measures:
@@ -113,7 +116,7 @@ def _zeroshot_evaluator(benchmark: Benchmark, recipe: Recipe, tokenizer: Tokeniz
     read_ahead = device.type == "cuda"
     read = partial(batches, pictures, size=size, batch_size=BATCH_SIZE, read_ahead=read_ahead)
     decoded = DecodedBatches(read, size=size)
-    of_names = tuple(f"name_r{k}" for k in NAME_RECALL_AT) if pictures.names else ()
+    of_names = tuple(f"{way}_r{k}" for way in WAYS for k in NAME_RECALL_AT) if pictures.names else ()
     metrics = tuple(f"{metric_prefix(benchmark.name)}_{name}" for name in ("mean_recall", "acc1", *of_names))
 
     def evaluate(encoder: Encoder, on_batch: OnBatch) -> Measures:
@@ -128,7 +131,7 @@ def _zeroshot_evaluator(benchmark: Benchmark, recipe: Recipe, tokenizer: Tokeniz
         )
         found = [scores["mean_per_class_recall"], scores["acc1"]]
         if pictures.names:
-            found += [scores["names"][f"r{k}"] for k in NAME_RECALL_AT]
+            found += [scores[way][f"r{k}"] for way in WAYS.values() for k in NAME_RECALL_AT]
         return Measures(dict(zip(metrics, found, strict=True)), zeroshot_words(scores))
 
     return Evaluator(benchmark.name, pictures.num_pictures, metrics, evaluate)
@@ -136,16 +139,21 @@ def _zeroshot_evaluator(benchmark: Benchmark, recipe: Recipe, tokenizer: Tokeniz
 
 def zeroshot_words(scores: Mapping[str, Any]) -> str:
     """Scores of `evaluate.measure.measure` in a line of text."""
-    words = (
-        f"mean recall {percent(scores['mean_per_class_recall'])} % (chance {percent(scores['chance'])}), "
-        f"top-1 {percent(scores['acc1'])} %"
-    )
-    if is_below_chance(scores["mean_per_class_recall_interval"], scores["chance"]):
-        words += f", {BELOW_CHANCE}"
-    if names := scores.get("names"):
-        recalls = [f"R@{k} {percent(names[f'r{k}'])} % ({percent(names[f'r{k}_chance'])})" for k in NAME_RECALL_AT]
-        words += f", name {', '.join(recalls)}"
-    return f"{words}; {plural(scores['n'], 'picture')}"
+    recall, interval = scores["mean_per_class_recall"], scores["mean_per_class_recall_interval"]
+    words = [
+        f"mean recall {percent(recall)} % (chance {percent(scores['chance'])})",
+        f"top-1 {percent(scores['acc1'])} %",
+    ]
+    if is_below_chance(interval, scores["chance"]):
+        words.append(BELOW_CHANCE)
+    if "names" in scores:
+        asks_names_alone = scores["names"]["num_candidates"] == scores["num_classes"]
+        words = [] if asks_names_alone else words
+        for way, key in WAYS.items():
+            own = scores[key]
+            recalls = [f"R@{k} {percent(own[f'r{k}'])} % ({percent(own[f'r{k}_chance'])})" for k in NAME_RECALL_AT]
+            words.append(f"{way} {', '.join(recalls)}")
+    return f"{', '.join(words)}; {plural(scores['n'], 'picture')}"
 
 
 def _retrieval_evaluator(pairs: ValidationPairs, batch_size: int) -> Evaluator:
