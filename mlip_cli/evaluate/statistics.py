@@ -80,6 +80,21 @@ def mcnemar(only_first: int, only_second: int) -> float:
     return min(1.0, 2 * tail)
 
 
+def paired_interval(won: int, lost: int, n: int) -> Interval:
+    """Interval of the difference of two shares of the same n samples, in [-1, 1].
+
+    Adjusted Wald interval of Bonett and Price (2012, "Adjusted Wald confidence interval for a difference of binomial
+    proportions based on paired data"): one sample is added to those won and to those lost. Without any difference it is
+    not empty.
+    """
+    if min(won, lost) < 0 or won + lost > n or n == 0:
+        raise ValueError(f"{won} won and {lost} lost among {n}")
+    more, less = (won + 1) / (n + 2), (lost + 1) / (n + 2)
+    centre = more - less
+    half = Z95 * sqrt((more + less - centre**2) / (n + 2))
+    return Interval(max(-1.0, centre - half), min(1.0, centre + half))
+
+
 def sign_flips(gains: Sequence[int]) -> float:
     """Exact two-sided p of the randomisation test that gives each gain a random sign (Fisher 1935, section 21).
 

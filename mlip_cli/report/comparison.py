@@ -14,6 +14,7 @@ from mlip_cli.report.run_page import known_chances, method
 from mlip_cli.report.scores import compared_scores
 from mlip_cli.report.sweeps import CUT, pareto_charts
 from mlip_cli.report.tables import INTERVALS, Cell, Table, recall_cell
+from mlip_cli.report.verdict import time_chart, verdicts
 from mlip_cli.runs.result_files import Result
 from mlip_cli.terminal.output import percent
 
@@ -35,6 +36,7 @@ def comparison_page(records: Sequence[RunRecord], *, links: Mapping[str, str], w
             *(note(line) for record in records for line in record.damaged),
         ],
         sections=[
+            _verdict_section(records),
             _runs_section(records, links),
             _scores_section(records),
             _sweeps_section(records),
@@ -43,6 +45,13 @@ def comparison_page(records: Sequence[RunRecord], *, links: Mapping[str, str], w
         ],
         foot=joined(note(line) for line in [written, *attributions]),
     )
+
+
+def _verdict_section(records: Sequence[RunRecord]) -> Html:
+    sentences = verdicts(records) or ["The runs were not measured on the same data yet."]
+    chart = time_chart(records)
+    charts = [figure(chart.in_page(), "Bars are 95 % intervals.", kind="wide")] if chart is not None else []
+    return section("verdict", "Verdict", *(element("p", sentence) for sentence in sentences), *charts)
 
 
 def _runs_section(records: Sequence[RunRecord], links: Mapping[str, str]) -> Html:

@@ -152,6 +152,7 @@ def _data_section(record: RunRecord) -> Html:
                 [
                     ("folder", card.folder),
                     ("source", card.provenance.source),
+                    ("holds", card.provenance.holds),
                     ("prepared by", card.provenance.tool),
                     ("bytes", f"{card.num_bytes:,}" if card.num_bytes is not None else None),
                     ("fingerprint", card.fingerprint[:16]),

@@ -40,6 +40,8 @@ class SplitSummary:
     num_shards: int
     distinct_captions: int | None = None
     """None in summaries of earlier versions."""
+    holds: str | None = None
+    """In words, where the source says more than the name of the split."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,9 @@ class Summary:
 
     def show_notes(self) -> None:
         """Say to stderr what was held out and rejected, and the next command."""
+        for name, split in self.splits.items():
+            if split.holds:
+                say(f"{name}/ holds {split.holds}")
         self._show_held_out()
         num_samples = self.pictures - self.rejects
         pictures = f", {plural(self.pictures, 'picture')}" if self.pictures != self.rows else ""

@@ -41,8 +41,8 @@ class Place:
 
 TRAIN = Place("train")
 TEST = Place("test")
-UNSEEN_TONE = Place(COMBINATIONS, "skin tone with an activity")
-UNSEEN_GENDER = Place(COMBINATIONS, "gender with an activity")
+UNSEEN_TONE = Place(COMBINATIONS, "skin tone and activity")
+UNSEEN_GENDER = Place(COMBINATIONS, "gender and activity")
 
 
 @dataclass(frozen=True)

