@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mlip_cli.data.sources import openmoji
+from mlip_cli.data.sources import find, openmoji
 from mlip_cli.data.sources.combinations import (
     TONES,
     TRAIN,
@@ -204,6 +204,13 @@ def test_missing_extra_says_how_to_install(monkeypatch: pytest.MonkeyPatch) -> N
     assert str(error.value) == 'openmoji: needs resvg-py-that-is-not-there; pip install "mlip-cli[demo]"'
     with pytest.raises(UsageError, match=r"^pictures: --format openmoji reads no folder"):
         find_source("pictures", format="openmoji")
+
+
+def test_another_rule_for_splits_is_other_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = find_source("openmoji").fingerprint()
+    assert find_source("openmoji").fingerprint() == before
+    monkeypatch.setattr(find, "SPLIT_RULE", (0,))
+    assert find_source("openmoji").fingerprint() != before
 
 
 def test_attribution_names_the_licence() -> None:
