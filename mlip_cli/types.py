@@ -9,10 +9,10 @@ Shape legend, used in every docstring:
     K  patch tokens that remain after merging   L  text tokens
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, fields, replace
-from typing import Any, Protocol, Self
+from dataclasses import dataclass, field, fields, replace
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
@@ -28,11 +28,11 @@ class _Movable:
     """A dataclass whose tensors move to a device together."""
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Self:
-        moved: dict[str, Any] = {}
-        for field in fields(self):  # type: ignore[arg-type]
-            value = getattr(self, field.name)
-            moved[field.name] = value.to(device, non_blocking=non_blocking) if isinstance(value, Tensor) else value
-        return type(self)(**moved)
+        return self._with_tensors(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def _with_tensors(self, change: Callable[[Tensor], Tensor]) -> Self:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
+        return type(self)(**{name: change(v) if isinstance(v, Tensor) else v for name, v in values.items()})
 
 
 @dataclass(frozen=True)
@@ -51,18 +51,32 @@ class Batch(_Movable):
     images: Tensor
     """(B, 3, H, W): uint8 pixels, or normalised floats."""
     token_ids: Tensor
-    """(B, L) int64: BOS, caption, EOS, zeros."""
+    """(B*C, L) int64: BOS, caption, EOS, zeros; the C captions of a picture follow one another. C is mostly 1."""
     keys: tuple[str, ...]
     """Key of each sample, for messages."""
     bad_samples: tuple[BadSample, ...] = ()
     """Samples of this share that were replaced."""
     labels: Tensor | None = None
     """(B,) int64: samples with the same label show the same concept; None: every sample differs."""
+    other_images: Tensor | None = None
+    """(B, 3, H, W): another crop of each picture, for a branch that reads one."""
+    word_ids: Tensor | None = None
+    """(V,) int64: the words of the global batch, for losses over them."""
 
-    def pin_memory(self) -> "Batch":
+    def pin_memory(self) -> Self:
         """The batch in pinned memory, so that copies to a GPU do not wait. Torch's DataLoader calls it too."""
-        labels = None if self.labels is None else self.labels.pin_memory()
-        return replace(self, images=self.images.pin_memory(), token_ids=self.token_ids.pin_memory(), labels=labels)
+        return self._with_tensors(lambda tensor: tensor.pin_memory())
+
+    def split(self, size: int) -> list[Self]:
+        """Micro-batches of up to `size` samples."""
+        captions = len(self.token_ids) // len(self.images)
+        starts = range(0, len(self.images), size)
+        rows = {"images": 1, "token_ids": captions, "labels": 1, "other_images": 1}
+        given = {name: n for name, n in rows.items() if getattr(self, name) is not None}
+        return [
+            replace(self, **{name: getattr(self, name)[n * start : n * (start + size)] for name, n in given.items()})
+            for start in starts
+        ]
 
 
 @dataclass(frozen=True)
@@ -77,12 +91,12 @@ class ImageFeatures:
 
 @dataclass(frozen=True)
 class Encoded:
-    """Everything that the losses read of a batch. Features are not normalised."""
+    """Everything that the losses read of a batch with C captions a picture. Features are not normalised."""
 
     image_features: Tensor
     """(B, E)"""
     text_features: Tensor
-    """(B, E)"""
+    """(B*C, E)"""
     frequency_features: Tensor | None
     """(B, E)"""
     image_tokens: Tensor | None
@@ -90,19 +104,23 @@ class Encoded:
     token_sizes: Tensor
     """(B, K): number of patches that each token stands for; at least fp32."""
     frequency_tokens: Tensor | None
-    """(B, N, T): projected tokens of the frequency branch, one per patch."""
+    """(B, N, T): projected frequency tokens, one per patch."""
     text_tokens: Tensor | None
-    """(B, L, T): projected text tokens."""
+    """(B*C, L, T): projected text tokens."""
     text_mask: Tensor
-    """(B, L) bool: words, without BOS, EOS, padding and repeated ids."""
+    """(B*C, L) bool: words, without BOS, EOS, padding and repeated ids."""
     scales: dict[str, Tensor]
     """Loss -> logit scale (1,), exponentiated."""
     biases: dict[str, Tensor]
     """Sigmoid loss -> logit bias (1,)."""
     caption_mask: Tensor
-    """(B, L) bool: every word and EOS, without BOS and padding."""
+    """(B*C, L) bool: every word and EOS, without BOS and padding."""
     assign: tuple[Tensor, ...] = ()
     """One tensor (B, N) per merge: the group of every original patch."""
+    word_features: Mapping[str, Tensor] = field(default_factory=dict)
+    """Loss over words -> (B, W): the mean of the domain's tokens, projected to the width W of the text tower."""
+    vocabulary: Tensor | None = None
+    """(V, W): embeddings of the words of the global batch."""
 
 
 @dataclass(frozen=True)

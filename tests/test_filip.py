@@ -57,13 +57,13 @@ def features(tokens: dict[str, Tensor], scale: Tensor, **changes: Any) -> Featur
     everyone = torch.eye(len(tokens["patches"]), 8, dtype=tokens["patches"].dtype)
     tensors = {
         IMAGE: everyone,
-        TEXT: everyone,
+        TEXT: everyone[:, None],
         "scale.spatial_global": torch.ones_like(scale),
         "scale.spatial_token": scale,
         "tokens.spatial_token": tokens["patches"],
         "sizes.spatial_token": tokens["sizes"],
-        TEXT_TOKENS: tokens["words"],
-        CAPTION_MASK: tokens["mask"],
+        TEXT_TOKENS: tokens["words"][:, None],
+        CAPTION_MASK: tokens["mask"][:, None],
     }
     return Features(tensors, **changes)
 

@@ -30,6 +30,10 @@ CPU = torch.device("cpu")
 SIGMOID = {"spatial_global": {"kind": "sigmoid"}}
 FILIP = {"spatial_token": {"kind": "filip"}, "frequency_token": {"kind": "filip", "weight": 0.25}}
 SMOOTH = {"spatial_global": {"label_smoothing": 0.1}}
+WORDS_AND_POOLED = {
+    **{f"{domain}_words": {"weight": 0.5} for domain in ("spatial", "frequency")},
+    **{f"{domain}_token": {"kind": "pooled"} for domain in ("spatial", "frequency")},
+}
 CONCEPT = {"positives": "concept"}
 RECIPES = {
     "clip": small_recipe(mlip=False),
@@ -38,8 +42,15 @@ RECIPES = {
     "mlip_sigmoid": small_recipe(losses=SIGMOID),
     "filip": small_recipe(losses=FILIP),
     "filip_sparc": small_recipe(losses=SMOOTH | CONCEPT | {"spatial_token": {"kind": "filip"}}),
+    "stem": small_recipe(
+        mlip=False,
+        data={"captions_per_image": 3},
+        model={"frequency": {"depth": 1}, "merging": {"rate": 0.25, "at": [3]}},
+        losses={"frequency_global": {}, **WORDS_AND_POOLED},
+    ),
+    "align": small_recipe(losses=CONCEPT | WORDS_AND_POOLED | {"align": {"weight": 0.5}}),
 }
-SHARDED = ("mlip_sigmoid", "filip_sparc")
+SHARDED = ("mlip_sigmoid", "filip_sparc", "align")
 """Recipes whose gradient is also computed with sharded weights: between them they have every kind of loss."""
 WORDS = [1, 2, 3, 4, 1, 6, 1, 1]
 """Of each caption: two ranks have 3 and 1 captions that losses inside pairs can use, and different numbers of words."""
@@ -48,7 +59,10 @@ WORDS = [1, 2, 3, 4, 1, 6, 1, 1]
 def batch_for(recipe: Recipe) -> Batch:
     """With concepts that two ranks, and several micro-batches, have in common."""
     labels = torch.tensor([4, 1, 2, 4, 1, 1, 7, 4]) if recipe.losses.positives == "concept" else None
-    return replace(small_batch(words=WORDS), labels=labels)
+    batch = small_batch(words=WORDS * recipe.data.captions_per_image)
+    token_ids = torch.where(batch.token_ids < 3000, batch.token_ids % 50, batch.token_ids)  # captions share words
+    other_images = small_batch(seed=1).images if recipe.losses.align is not None else None
+    return replace(batch, token_ids=token_ids, labels=labels, other_images=other_images)
 
 
 def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -79,12 +93,12 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(name: str, micro_bat
 
 
 def test_micro_batches_need_no_loss_over_the_whole_batch() -> None:
-    recipe = small_recipe(mlip=False, losses={"spatial_global": None, "spatial_token": {}})
+    recipe = small_recipe(mlip=False, losses={"spatial_global": None, "spatial_token": {"kind": "sparc"}})
     whole, parts = (one_process(recipe, size) for size in (None, 3))
     assert relative_error(parts, whole) < 1e-10
 
 
-@pytest.mark.parametrize("name", ["mlip", "filip_sparc"])
+@pytest.mark.parametrize("name", ["mlip", "filip_sparc", "stem", "align"])
 def test_micro_batches_report_the_same_terms(name: str) -> None:
     recipe = RECIPES[name]
     model = small_model(recipe)
@@ -94,7 +108,7 @@ def test_micro_batches_report_the_same_terms(name: str) -> None:
             precision=Precision.named("fp32", CPU), micro_batch_size=size, plan=model.training_plan,
         ) for size in (None, 3)
     ]  # fmt: skip
-    assert terms[0].keys() == terms[1].keys() == set(LOSS_NAMES)
+    assert terms[0].keys() == terms[1].keys() == set(Objective(recipe.losses).terms)
     for name, value in terms[0].items():
         torch.testing.assert_close(terms[1][name], value, rtol=1e-12, atol=0)
 
@@ -161,16 +175,11 @@ def test_micro_batches_replay_dropout() -> None:
     found = gradients(model)
     model.zero_grad()
     torch.manual_seed(5)
-    halves = [model(b, model.plan) for b in (small_part(batch, 0, 4), small_part(batch, 4, 8))]
+    halves = [model(part, model.plan) for part in batch.split(4)]
     first, second = (features_of(half) for half in halves)
     both = {name: torch.cat([first.tensors[name], second.tensors[name]]) for name in (IMAGE, TEXT)}
     objective.total(objective.batch_terms(replace(first, tensors=first.tensors | both))).backward()
     assert relative_error(found, gradients(model)) < 1e-10
-
-
-def small_part(batch, start, stop):  # type: ignore[no-untyped-def]
-    labels = None if batch.labels is None else batch.labels[start:stop]
-    return replace(batch, images=batch.images[start:stop], token_ids=batch.token_ids[start:stop], labels=labels)
 
 
 def gradients_on_ranks(names: Sequence[str], environment: dict[str, str], out: str) -> None:
@@ -181,14 +190,13 @@ def gradients_on_ranks(names: Sequence[str], environment: dict[str, str], out: s
     results, precision = {}, Precision.named("fp32", CPU)
     with process_group(CPU):
         share = 8 // world_size()
-        rows = slice(rank() * share, (rank() + 1) * share)
         for name, parallel, micro in product(names, ("ddp", "fsdp"), (None, share // 2)):
             if parallel == "fsdp" and name not in SHARDED:
                 continue
             recipe = RECIPES[name]
             plain = small_model(recipe).train()
             model = wrap(plain, CPU, parallel=parallel, units=plain.blocks())
-            batch = small_part(batch_for(recipe), rows.start, rows.stop)
+            batch = batch_for(recipe).split(share)[rank()]
             add_gradients(
                 model, Objective(recipe.losses), batch,
                 precision=precision, micro_batch_size=micro, plan=plain.training_plan,
@@ -199,7 +207,7 @@ def gradients_on_ranks(names: Sequence[str], environment: dict[str, str], out: s
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("ranks", "names"), [(2, list(RECIPES)), (4, ["filip_sparc"])])
+@pytest.mark.parametrize(("ranks", "names"), [(2, list(RECIPES)), (4, ["filip_sparc", "stem", "align"])])
 def test_gloo_processes_give_the_one_process_gradient(tmp_path: Path, ranks: int, names: list[str]) -> None:
     """Captions have 1 to 6 words, and the ranks different numbers of usable ones."""
     with Forked(names, tmp_path / "gradients.pt", ranks=ranks, body=gradients_on_ranks) as forked:

@@ -61,6 +61,7 @@ def batches(
     num_workers: int = 0,
     context_length: int = 24,
     with_labels: bool = False,
+    with_other_crop: bool = False,
     **data: Any,
 ) -> Iterator[Batch]:
     settings = {"augment": AUGMENT, "image_size": 16} | data
@@ -78,6 +79,7 @@ def batches(
         stop_step=stop,
         num_workers=num_workers,
         with_labels=with_labels,
+        with_other_crop=with_other_crop,
     )
 
 
@@ -241,6 +243,41 @@ def test_epochs_and_seeds_differ_in_order_crops_and_captions(folder: Path) -> No
     same_caption = sum(torch.equal(a[1], b[1]) for a, b in twice)
     assert len(twice) * 0.1 < same_caption < len(twice) * 0.6
     assert next(batches([dataset], seed=1)).keys != whole[0].keys
+
+
+def test_several_captions_come_once_before_they_come_again(folder: Path) -> None:
+    dataset = open_prepared(folder)
+    tokenizer = Tokenizer(24)
+    own = {
+        raw.key: [tokenizer.encode([caption.text])[0].tolist() for caption in raw.captions]
+        for raw in map(dataset.read, range(dataset.num_samples))
+    }
+    for count in (2, 3, 5):
+        orders = set()
+        for batch in batches([dataset], captions_per_image=count):
+            assert len(batch.token_ids) == count * G
+            for key, ids in zip(batch.keys, batch.token_ids.split(count), strict=True):
+                width = ids.shape[1]
+                drawn = [own[key].index(row + [0] * (24 - width)) for row in ids.tolist()]
+                assert sorted(drawn[:3]) == sorted(set(drawn[:3]))
+                assert len(set(drawn[3:])) == len(drawn[3:])
+                orders.add(tuple(drawn))
+        assert len(orders) > 3
+
+
+def test_another_crop_leaves_all_else_as_it_is(folder: Path) -> None:
+    dataset = open_prepared(folder)
+    plain = {"augment": Augment(crop_scale=(0.3, 1.0))}
+    for one, two in zip(batches([dataset], **plain), batches([dataset], with_other_crop=True, **plain), strict=True):
+        assert torch.equal(one.images, two.images)
+        assert torch.equal(one.token_ids, two.token_ids)
+        assert one.other_images is None
+        assert two.other_images is not None
+        assert two.other_images.shape == two.images.shape
+        assert not torch.equal(two.other_images, two.images)
+    shares = [next(batches([dataset], rank=rank, world_size=2, with_other_crop=True)) for rank in range(2)]
+    whole = next(batches([dataset], with_other_crop=True)).other_images
+    assert torch.equal(torch.cat([share.other_images for share in shares]), whole)
 
 
 def test_first_caption(folder: Path) -> None:

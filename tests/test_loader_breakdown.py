@@ -69,7 +69,7 @@ def test_seconds_are_those_of_one_sample(data: ShardDataset, monkeypatch: pytest
     monkeypatch.setattr(ShardDataset, "read", slow(ShardDataset.read, 1))
     monkeypatch.setattr(loader, "decode", slow(loader.decode, 2))
     monkeypatch.setattr(loader, "training_transform", slow(loader.training_transform, 4))
-    monkeypatch.setattr(loader, "_choose_caption", slow(loader._choose_caption, 8))
+    monkeypatch.setattr(loader, "_choose_captions", slow(loader._choose_captions, 8))
     cost = measure_loader(small_recipe(), [data], num_workers=2)
     assert cost.sample_seconds == {"read": 1, "decode": 2, "transform": 4, "tokenize and collate": 8}
     assert cost.loader_images_per_s == 2 / 15

@@ -1,6 +1,7 @@
 """Odd but finite inputs give finite losses and gradients; what is not finite is never hidden. In fp32, as trained."""
 
 from dataclasses import fields, replace
+from typing import Literal
 
 import pytest
 import torch
@@ -9,15 +10,21 @@ from torch import Tensor
 from mlip_cli.losses.features import features_of
 from mlip_cli.losses.objective import Objective
 from mlip_cli.losses.token_alignment import sparc_sum
-from mlip_cli.recipe.config import GlobalLoss, Losses, TokenLoss
+from mlip_cli.losses.words import count_captions
+from mlip_cli.recipe.config import LOSS_NAMES, GlobalLoss, Losses, TokenLoss, WordsLoss
 from mlip_cli.types import Encoded
 
+KINDS: tuple[Literal["sparc", "filip", "pooled"], ...] = ("sparc", "filip", "pooled")
 LOSSES = {
     "infonce": Losses(spatial_global=GlobalLoss(), frequency_global=GlobalLoss(label_smoothing=0.1)),
     "sigmoid": Losses(spatial_global=GlobalLoss(kind="sigmoid"), frequency_global=GlobalLoss(kind="sigmoid")),
-    "sparc": Losses(spatial_token=TokenLoss(), frequency_token=TokenLoss()),
-    "filip": Losses(spatial_token=TokenLoss(kind="filip"), frequency_token=TokenLoss(kind="filip")),
+    "align": Losses(align=GlobalLoss()),
+    "words": Losses(spatial_global=None, spatial_words=WordsLoss(), frequency_words=WordsLoss()),
+    **{kind: Losses(spatial_token=TokenLoss(kind=kind), frequency_token=TokenLoss(kind=kind)) for kind in KINDS},
 }
+
+TOKEN_IDS = torch.arange(28).reshape(4, 7) % 19
+"""Some words are in several captions, none twice in one. The vocabulary of `encoded` is that of all ids."""
 
 
 def encoded(n: int = 4) -> Encoded:
@@ -26,7 +33,6 @@ def encoded(n: int = 4) -> Encoded:
     def leaf(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=draws).requires_grad_()
 
-    names = ("spatial_global", "spatial_token", "frequency_global", "frequency_token")
     words = torch.arange(7) < torch.tensor([6, 3, 5, 2] * n)[:n, None]
     return Encoded(
         image_features=leaf(n, 8),
@@ -37,21 +43,27 @@ def encoded(n: int = 4) -> Encoded:
         frequency_tokens=leaf(n, 9, 6),
         text_tokens=leaf(n, 7, 6),
         text_mask=words & (torch.arange(7) > 0),
-        scales={name: torch.tensor([100.0], requires_grad=True) for name in names},
-        biases={name: torch.tensor([-10.0], requires_grad=True) for name in names},
+        scales={name: torch.tensor([100.0], requires_grad=True) for name in LOSS_NAMES},
+        biases={name: torch.tensor([-10.0], requires_grad=True) for name in LOSS_NAMES},
         caption_mask=words,
+        word_features={name: leaf(n, 6) for name in ("spatial_words", "frequency_words")},
+        vocabulary=leaf(int(TOKEN_IDS.max()) + 1, 6),
     )
 
 
 def terms_of(losses: Losses, given: Encoded) -> dict[str, Tensor]:
+    token_ids = TOKEN_IDS[: len(given.text_mask)]
+    counts = count_captions(token_ids, given.text_mask)
+    assert given.vocabulary is not None
+    given = replace(given, vocabulary=given.vocabulary[counts.word_ids])
     objective = Objective(losses)
     terms = objective.batch_terms(features_of(given, token_losses=objective.batch_token_losses))
-    return terms | objective.sample_terms(given, objective.count_captions(given.text_mask))
+    return terms | objective.sample_terms(given, token_ids, counts)
 
 
 def assert_finite(terms: dict[str, Tensor], given: Encoded) -> None:
     leaves = [x for x in (getattr(given, f.name) for f in fields(given)) if isinstance(x, Tensor) and x.requires_grad]
-    leaves += [*given.scales.values(), *given.biases.values()]
+    leaves += [*given.scales.values(), *given.biases.values(), *given.word_features.values()]
     grads = torch.autograd.grad(torch.stack(list(terms.values())).sum(), leaves, allow_unused=True)
     assert len(terms) >= 2
     assert all(term.isfinite() for term in terms.values())
@@ -68,8 +80,11 @@ def filled(given: Encoded, value: float) -> Encoded:
         "image_tokens",
         "frequency_tokens",
         "text_tokens",
+        "vocabulary",
     )
-    return replace(given, **{name: torch.full_like(getattr(given, name), value).requires_grad_() for name in tensors})
+    means = {name: torch.full_like(mean, value).requires_grad_() for name, mean in given.word_features.items()}
+    alike = {name: torch.full_like(getattr(given, name), value).requires_grad_() for name in tensors}
+    return replace(given, word_features=means, **alike)
 
 
 @pytest.mark.parametrize("kind", LOSSES)
@@ -89,7 +104,7 @@ def test_a_batch_of_one_is_defined_and_has_nothing_to_contrast_with(kind: str) -
     given = encoded(1)
     terms = terms_of(LOSSES[kind], given)
     assert_finite(terms, given)
-    if kind in ("infonce", "filip"):
+    if kind in ("infonce", "align", "filip", "pooled"):
         assert all(term.item() == 0 for term in terms.values())
 
 
@@ -108,14 +123,19 @@ def test_one_value_that_is_not_finite_is_seen_in_every_term_that_reads_it(kind: 
     given = encoded()
     names = {
         "image": ("image_features", "frequency_features", "image_tokens", "frequency_tokens"),
-        "text": ("text_features", "text_tokens"),
+        "text": ("text_features", "text_tokens", "vocabulary"),
     }[side]
-    spoiled = {}
-    for name in names:
-        tensor = getattr(given, name).detach().clone()
-        tensor[(1, 1, 0)[: tensor.ndim]] = value
-        spoiled[name] = tensor.requires_grad_()
-    assert not any(term.isfinite() for term in terms_of(LOSSES[kind], replace(given, **spoiled)).values())
+
+    def spoil(tensor: Tensor) -> Tensor:
+        tensor = tensor.detach().clone()
+        tensor[(1, 2, 0)[: tensor.ndim]] = value  # of the second caption, the last word
+        return tensor.requires_grad_()
+
+    spoiled = {name: spoil(getattr(given, name)) for name in names}
+    if side == "image":
+        spoiled["word_features"] = {name: spoil(mean) for name, mean in given.word_features.items()}
+    read = terms_of(LOSSES[kind], replace(given, **spoiled))
+    assert not any(term.isfinite() for name, term in read.items() if side == "image" or name != "align")
 
 
 def test_a_padded_word_that_is_not_finite_is_not_read() -> None:

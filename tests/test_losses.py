@@ -6,13 +6,14 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
-from models_for_tests import small_batch, small_model, small_recipe
+from models_for_tests import loss_terms, small_batch, small_model, small_recipe
 
 from mlip_cli.losses.contrastive import info_nce, sigmoid_loss
-from mlip_cli.losses.features import IMAGE, TEXT, Features, features_of
+from mlip_cli.losses.features import IMAGE, TEXT, Features
 from mlip_cli.losses.objective import Objective
 from mlip_cli.losses.token_alignment import grouped_patches, sparc_sum
-from mlip_cli.recipe.config import LOSS_NAMES, GlobalLoss, Losses, TokenLoss
+from mlip_cli.losses.words import count_captions
+from mlip_cli.recipe.config import GlobalLoss, Losses, TokenLoss
 
 
 def random_features(n: int = 6, width: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
@@ -110,11 +111,11 @@ def test_constant_patches_make_all_words_one_group_and_stay_finite() -> None:
 def test_objective_logs_every_term_and_sums_them_by_weight() -> None:
     recipe = small_recipe()
     objective, model = Objective(recipe.losses), small_model(recipe)
-    encoded = model(small_batch(), model.training_plan)
-    count = objective.count_captions(encoded.text_mask)
-    terms = objective.batch_terms(features_of(encoded)) | objective.sample_terms(encoded, count)
-    assert sorted(terms) == sorted(LOSS_NAMES)
+    batch = small_batch()
+    encoded = model(batch, model.training_plan)
+    terms = loss_terms(objective, encoded, batch)
     weights = {"spatial_global": 1.0, "spatial_token": 1.0, "frequency_global": 0.5, "frequency_token": 0.25}
+    assert terms.keys() == weights.keys()
     assert objective.total(terms).item() == pytest.approx(
         sum(w * terms[n].item() for n, w in weights.items()), rel=1e-12
     )
@@ -127,9 +128,9 @@ def test_token_terms_are_means_over_usable_captions() -> None:
     recipe = small_recipe()
     objective = Objective(recipe.losses)
     model = small_model(recipe)
-    encoded = model(small_batch(4, words=[1, 2, 5, 1]), model.training_plan)
-    count = objective.count_captions(encoded.text_mask)
-    assert count == 2
+    batch = small_batch(4, words=[1, 2, 5, 1])
+    encoded = model(batch, model.training_plan)
+    assert count_captions(batch.token_ids, encoded.text_mask).valid == 2
     one_by_one = [
         sparc_sum(
             encoded.image_tokens[i : i + 1], encoded.token_sizes[i : i + 1], encoded.text_tokens[i : i + 1],
@@ -137,17 +138,17 @@ def test_token_terms_are_means_over_usable_captions() -> None:
         ).item() for i in range(4)
     ]  # fmt: skip
     assert one_by_one[0] == one_by_one[3] == 0
-    found = objective.sample_terms(encoded, count)["spatial_token"].item()
+    found = loss_terms(objective, encoded, batch)["spatial_token"].item()
     assert found == pytest.approx(sum(one_by_one) / 2, rel=1e-12)
-    nothing = model(small_batch(4, words=[1, 1, 1, 1]), model.training_plan)
-    assert objective.sample_terms(nothing, objective.count_captions(nothing.text_mask))["spatial_token"].item() == 0
+    batch = small_batch(4, words=[1, 1, 1, 1])
+    assert loss_terms(objective, model(batch, model.training_plan), batch)["spatial_token"].item() == 0
 
 
 def test_logits_are_fp32_even_under_autocast() -> None:
     objective = Objective(Losses())
     images, texts = (x.detach() for x in random_features(width=64))
     scale = {"scale.spatial_global": torch.tensor([50.0])}
-    features = Features({IMAGE: images.float(), TEXT: texts.float()} | scale)
+    features = Features({IMAGE: images.float(), TEXT: texts.float()[:, None]} | scale)
     plain = objective.batch_terms(features)["spatial_global"]
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(objective.batch_terms(features)["spatial_global"], plain)
@@ -155,13 +156,10 @@ def test_logits_are_fp32_even_under_autocast() -> None:
 
 def test_every_kind_in_the_recipe_has_its_function() -> None:
     batch = small_batch()
-    for model, loss, found_in in ((GlobalLoss, "spatial_global", 0), (TokenLoss, "spatial_token", None)):
+    for model, loss in ((GlobalLoss, "spatial_global"), (TokenLoss, "spatial_token")):
         for kind in model.model_fields["kind"].annotation.__args__:  # type: ignore[union-attr]
             recipe = small_recipe(mlip=False, losses={loss: {"kind": kind}})
             objective, clip = Objective(recipe.losses), small_model(recipe)
-            encoded = clip(batch, clip.training_plan)
-            over_batch = objective.batch_terms(features_of(encoded, token_losses=objective.batch_token_losses))
-            inside_pairs = objective.sample_terms(encoded, objective.count_captions(encoded.text_mask))
-            expected_in = (1 if kind == "sparc" else 0) if found_in is None else found_in
-            assert loss in (over_batch, inside_pairs)[expected_in]
-            assert loss not in (over_batch, inside_pairs)[1 - expected_in]
+            terms = loss_terms(objective, clip(batch, clip.training_plan), batch)
+            assert terms.keys() == {"spatial_global", loss}
+            assert (loss in objective.batch_token_losses) == (kind in ("pooled", "filip"))

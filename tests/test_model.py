@@ -86,6 +86,25 @@ def test_pooling_after_a_merge_counts_every_patch_once(pool: str) -> None:
     torch.testing.assert_close(merged.pooled, whole.pooled, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("name", [None, "vit_tiny_patch16_224"], ids=["sizes", "name"])
+def test_mean_pooling_is_the_mean_of_the_normalised_patch_tokens_by_size(name: str | None) -> None:
+    if name is None:
+        vision = Vision(patch_size=8, width=32, depth=4, num_heads=2, pool="mean")
+    else:
+        vision = Vision(timm=name, pool="mean")
+    size = 32 if name is None else 64
+    torch.manual_seed(0)
+    tower = ImageTower(vision, image_size=size).double().eval()
+    assert (tower.trunk.cls_token is None) is (name is None)  # weights for a tower by name come with one
+    plan = partial(MergePlan.resolve, depth=tower.depth, num_patches=tower.num_patches, at=(2, 3), method="guided")
+    for rate in (0.0, 0.5):
+        output = tower(torch.randn(2, 3, size, size).double(), plan(rate=rate))
+        assert output.tokens.shape[1] == plan(rate=rate).tokens[-1]
+        mean = (output.tokens * output.sizes[..., None]).sum(1) / tower.num_patches
+        torch.testing.assert_close(output.pooled, mean, rtol=1e-12, atol=1e-12)
+        assert output.tokens.mean(-1).abs().max() < 1e-9  # behind the last norm, whose bias starts at 0
+
+
 @pytest.mark.slow
 def test_towers_that_cannot_be_used_are_refused_by_name() -> None:
     with pytest.raises(UsageError) as caught:
@@ -154,7 +173,7 @@ def test_initial_kernels_are_local_around_the_seam() -> None:
 @pytest.mark.parametrize("kind", ["tokens", "dct", None])
 def test_the_branch_runs_under_bf16_autocast_and_reads_its_input(kind: str | None) -> None:
     chosen = {"input": kind} if kind else {}
-    recipe = small_recipe(model={"frequency": {"width": 32, "depth": 1, **chosen}})
+    recipe = small_recipe(model={"frequency": {"placement": "branch", "width": 32, "depth": 1, **chosen}})
     model, images = small_model(recipe, dtype=torch.float32).eval(), small_batch(2).images
 
     def features() -> torch.Tensor:

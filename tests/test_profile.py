@@ -24,11 +24,14 @@ from mlip_cli.profiling.measures import extra_share
 from mlip_cli.profiling.result import ProfileResult
 from mlip_cli.profiling.step import RepeatedStep
 from mlip_cli.profiling.timing import Timing
-from mlip_cli.recipe.config import LOSS_NAMES, Recipe
+from mlip_cli.recipe.config import Recipe
 from mlip_cli.recipe.load import recipe_yaml
 from mlip_cli.report import profiles
 from mlip_cli.terminal.endings import exit_code
+from mlip_cli.train.noise import noise_batch
 
+CPU = torch.device("cpu")
+LOSSES = ("spatial_global", "spatial_token", "frequency_global", "frequency_token")
 SMALL_DATA = {"train": "data/colors", "num_workers": 2}
 
 
@@ -155,7 +158,7 @@ def test_parts_add_up_to_the_step(run: ProfiledRun) -> None:
     assert sum(row["seconds"] for row in inside) + left["seconds"] == pytest.approx(result["whole_s"])
     assert sum(row["share"] for row in inside) + left["share"] == pytest.approx(1)
     assert {row["group"] for row in inside} == {"data", "forward", "losses", "backward", "optimizer"}
-    assert {row["part"] for row in inside if row["group"] == "losses"} == {*LOSS_NAMES, "shared by all losses"}
+    assert {row["part"] for row in inside if row["group"] == "losses"} == {*LOSSES, "shared by all losses"}
     assert 0 < left["outside_s"] < result["whole_s"]
     assert result["clocks_cost"] > -1
     assert result["limit"].keys() == {"part", "why"}
@@ -260,7 +263,7 @@ def test_micro_batches_as_large_as_the_batch_are_measured_at_once(
 ) -> None:
     write_recipe("micro.yaml", by_micro_batches(4))
     profiled = profile_subject.load_profiled("micro.yaml", "cpu")
-    batch = profile_subject.random_batch(profiled, batch_size=4, num_tokens=9)
+    batch = noise_batch(profiled.recipe, batch_size=4, num_tokens=9, device=CPU)
     with caplog.at_level("INFO", logger="mlip_cli"):
         assert measures.repeated_step(profiled, batch).micro_batch_size is None
     assert caplog.messages == [
@@ -324,11 +327,11 @@ def test_timed_training_steps_make_gradients_and_leave_the_weights_alone(place: 
     gradients: dict[str, bool] = {}
     for name, parameter in profiled.model.named_parameters():
         parameter.register_hook(lambda grad, name=name: gradients.update({name: bool(grad.abs().sum() > 0)}))
-    batch = profile_subject.random_batch(profiled, batch_size=4, num_tokens=9)
+    batch = noise_batch(profiled.recipe, batch_size=4, num_tokens=9, device=CPU)
     RepeatedStep(profiled.model.train(), profiled.recipe, batch, profiled.device)()
     after = profiled.model.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
-    assert {f"log_scales.{name}" for name in LOSS_NAMES} <= gradients.keys()
+    assert {f"log_scales.{name}" for name in profiled.model.log_scales} <= gradients.keys()
     assert sum(gradients.values()) > 0.9 * len(list(profiled.model.parameters()))
 
 

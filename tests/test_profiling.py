@@ -39,7 +39,7 @@ TINY = {"patch_size": 4, "width": 32, "depth": 5, "num_heads": 2}
 
 @pytest.fixture(scope="module")
 def tiny() -> CLIP:
-    return build(TINY, image_size=32, frequency=config.Frequency(input="dct", width=16, depth=2))
+    return build(TINY, image_size=32, frequency=config.Frequency(placement="branch", input="dct", width=16, depth=2))
 
 
 def filter_gflops_of(h: int, w: int, width: int) -> float:
@@ -94,7 +94,7 @@ def test_frequency_branch_is_products_as_counted_and_filters_by_formula(
     input: str, rate: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(frequency, "takes_products", lambda device: False)  # the formula is that of the FFT
-    model = build(TINY, image_size=32, frequency=config.Frequency(input=input, width=16, depth=2))
+    model = build(TINY, image_size=32, frequency=config.Frequency(placement="branch", input=input, width=16, depth=2))
     plan, images = model.merge_plan(rate), torch.rand(1, 3, 32, 32)
     both = counted_gflops(model.image_features, images, plan)
     alone = counted_gflops(model.encode_image, images, plan)
@@ -146,7 +146,7 @@ def test_parts_of_the_parameters_add_up(tiny: CLIP) -> None:
 
 def test_token_heads_count_every_token_they_read(tiny: CLIP) -> None:
     plan = tiny.merge_plan(0.5, "tome")
-    expected = 2e-9 * 12 * (plan.tokens[-1] * 32 + 64 * 16 + 10 * 24)
+    expected = 2e-9 * (12 * (plan.tokens[-1] * 32 + 64 * 16 + 10 * 24) + 24 * (32 + 16))
     assert flops.token_head_gflops(tiny, plan, 10) == pytest.approx(expected)
 
 
@@ -171,6 +171,16 @@ def test_a_step_is_three_times_the_forward_pass_with_all_that_training_adds(tiny
     step = partial(flops.step_gflops, tiny, plan, batch_size=5, num_text_tokens=10)
     tiny.requires_grad_(True)
     assert step() == pytest.approx(3 * 5 * (forward + added))
+    three = partial(step, captions_per_image=3)
+    assert three() - step() == pytest.approx(
+        3
+        * 5
+        * (
+            2 * flops.text_gflops(tiny, 10)
+            + flops.token_head_gflops(tiny, plan, 30)
+            - flops.token_head_gflops(tiny, plan, 10)
+        )
+    )
     tiny.freeze("text")  # forward alone
     assert step() == pytest.approx(5 * (3 * (forward + added) - 2 * flops.text_gflops(tiny, 10)))
 

@@ -62,10 +62,9 @@ optim.lr: 4
         "bad.yaml:8: data.augment.color_jitter: expected a number above 0 and at most 1 or null, not 1.5",
         "bad.yaml:10: model.vision.patch_size: expected a whole number above 0 and at most 65536 or null, not -8",
         "bad.yaml:10: model.vision.width: expected a whole number above 0 and at most 65536 or null, not 1.0",
-        "bad.yaml:11: model.frequency.width is missing",
         "bad.yaml:11: model.frequency.depth: expected a whole number above 0 and at most 256, not 'a'",
         "bad.yaml:12: optim: cannot be null or empty; its keys: lr, betas, eps, weight_decay, warmup_steps, layer_decay, clip_grad_norm, ema_horizon",
-        "bad.yaml:13: losses.spatial_token.kind: expected one of sparc, filip, not 'flip'",
+        "bad.yaml:13: losses.spatial_token.kind: expected one of pooled, filip, sparc, not 'flip'",
         "bad.yaml:13: unknown key losses.spatial_globl; did you mean losses.spatial_global?",
         "bad.yaml:14: train.global_batch_size is missing",
         "bad.yaml:14: train.precision: expected one of bf16, fp32, fp16, not 'fp8'",
@@ -201,7 +200,7 @@ def test_a_mistake_in_a_parent_is_reported_in_the_parent() -> None:
         (["model.frequency={placement: stem, width: 32}", "losses.frequency_token={}"], "model.frequency={placement: stem, width: 32}: model.frequency.depth: 2 leaves no attention block in a tower of 2 blocks; use less"),
         (["model={vision: {depth: 1}, merging: {}}"], "model={vision: {depth: 1}, merging: {}}: model.merging.at: [2] goes beyond the tower's depth 1; set model.merging to null"),
         (["losses.frequency_token={}"], "losses.frequency_token={}: it needs model.frequency, which is null; give that, or set this loss to null"),
-        (["model.frequency={width: 8}"], "model.frequency={width: 8}: no loss trains it; give losses.frequency_global or losses.frequency_token, or set it to null"),
+        (["model.frequency={placement: branch}"], "model.frequency={placement: branch}: no loss trains it; give losses.frequency_global or losses.align, or set it to null"),
     ],
 )  # fmt: skip
 def test_mistakes_between_keys(overrides: list[str], expected: str) -> None:

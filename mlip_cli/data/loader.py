@@ -46,6 +46,7 @@ def training_loader(
     num_workers: int,
     pin_memory: bool = False,
     with_labels: bool = False,
+    with_other_crop: bool = False,
     part: PartOf = nullcontext,
 ) -> Iterator[Batch]:
     """This rank's share of the batches of steps start_step .. stop_step - 1; closing the iterator ends the workers.
@@ -53,15 +54,28 @@ def training_loader(
     The batches are the same for any number of workers, and the shares of all ranks together are the same for any number
     of ranks. Text is as wide as the longest caption of the global batch needs (`padded_length`), equal on all ranks.
     A bad sample is named in `Batch.bad_samples` and replaced by another of its source; a longer caption of that one is
-    cut to the width. With labels, samples of one concept (see `label_of`) have one label. `part` opens a context around
-    each part of the work on a sample.
+    cut to the width. With labels, samples of one concept (see `label_of`) have one label. With another crop, every
+    picture comes a second time, changed by draws of its own. `part` opens a context around each part of the work on a
+    sample.
 
     Raises:
         UsageError: the global batch does not divide by the ranks.
         RunError: (while iterating) there are too many bad samples, or a worker process died.
     """
     check_divides(global_batch_size, world_size)
-    steps = _Steps(datasets, order, data, context_length, global_batch_size, seed, rank, world_size, with_labels, part)
+    share = global_batch_size // world_size
+    steps = _Steps(
+        datasets=datasets,
+        order=order,
+        data=data,
+        tokenizer=Tokenizer(context_length),
+        global_batch_size=global_batch_size,
+        seed=seed,
+        places=range(rank * share, (rank + 1) * share),
+        with_labels=with_labels,
+        with_other_crop=with_other_crop,
+        part=part,
+    )
     for dataset in datasets:
         dataset.fetch()
     loader = data_loader(steps, range(start_step, stop_step), num_workers, pin_memory=pin_memory)
@@ -121,36 +135,31 @@ class _Step:
 @dataclass(frozen=True)
 class _Example:
     image: Tensor
-    caption: str
+    captions: tuple[str, ...]
     key: str
     label: int | None
     """None if labels were not asked for."""
+    other_image: Tensor | None
+    """None if no other crop was asked for."""
     slow: tuple[BadSample, ...]
     """The sample itself, if only Pillow could decode its picture."""
 
 
+@dataclass(frozen=True, kw_only=True)
 class _Steps(Dataset[_Step | Exception]):
     """Item `step` is this rank's share of the batch of that step, or the error that prevented it."""
 
-    def __init__(
-        self,
-        datasets: Sequence[ShardDataset],
-        order: Order,
-        data: Data,
-        context_length: int,
-        global_batch_size: int,
-        seed: int,
-        rank: int,
-        world_size: int,
-        with_labels: bool,
-        part: PartOf,
-    ) -> None:
-        self.with_labels, self.part = with_labels, part
-        self.datasets, self.order, self.data, self.seed = datasets, order, data, seed
-        self.tokenizer = Tokenizer(context_length)
-        self.global_batch_size = global_batch_size
-        share = global_batch_size // world_size
-        self.places = range(rank * share, (rank + 1) * share)
+    datasets: Sequence[ShardDataset]
+    order: Order
+    data: Data
+    tokenizer: Tokenizer
+    global_batch_size: int
+    seed: int
+    places: range
+    """Positions of this rank's share in the global batch."""
+    with_labels: bool
+    with_other_crop: bool
+    part: PartOf
 
     def __getitem__(self, step: int) -> _Step | Exception:
         try:
@@ -171,10 +180,11 @@ class _Steps(Dataset[_Step | Exception]):
         length = padded_length(self._longest(positions), self.tokenizer.context_length)
         batch = Batch(
             images=torch.stack([example.image for example in examples]),
-            token_ids=self.tokenizer.encode([example.caption for example in examples], length=length),
+            token_ids=self.tokenizer.encode([text for example in examples for text in example.captions], length=length),
             keys=tuple(example.key for example in examples),
             bad_samples=tuple(bad_samples),
             labels=torch.tensor([example.label for example in examples]) if self.with_labels else None,
+            other_images=_stacked([example.other_image for example in examples]),
         )
         return _Step(batch, tuple(replaced), sum((example.slow for example in examples), ()))
 
@@ -202,34 +212,55 @@ class _Steps(Dataset[_Step | Exception]):
             raw = self.datasets[position.source].read(position.index)
         seed = hash_of(self.seed, _AUGMENTATION, position.source, position.epoch, position.index)
         draws = torch.Generator().manual_seed(seed >> 1)
-        caption = _choose_caption(raw.captions, self.data.captions == "sample", draws)
+        captions = _choose_captions(raw.captions, self.data, draws)
         size, augment = self.data.image_size, self.data.augment
         slow: list[BadSample] = []
         with self.part(DECODE_PICTURE), _bad_sample_named(raw):
             picture = open_picture(raw.image)
-            crop = training_crop(picture.height, picture.width, augment=augment, generator=draws)
-            image = decode(
+            crops = [training_crop(picture.height, picture.width, augment=augment, generator=draws)]
+            if self.with_other_crop:
+                crops.append(training_crop(picture.height, picture.width, augment=augment, generator=draws))
+            least = [least_size(crop, size) for crop in crops]
+            pixels = decode(
                 picture,
-                least=least_size(crop, size),
+                least=(max(height for height, _ in least), max(width for _, width in least)),
                 on_fallback=lambda reason: slow.append(BadSample(raw.shard, raw.key, reason)),
             )
         with self.part(TRANSFORM_PICTURE):
-            image = training_transform(image, crop=crop, size=size, augment=augment, generator=draws)
-        label = label_of(raw.info.meta, caption) if self.with_labels else None
-        return _Example(image, caption, raw.key, label, tuple(slow))
+            image, *other = (
+                training_transform(pixels, crop=crop, size=size, augment=augment, generator=draws) for crop in crops
+            )
+        label = label_of(raw.info.meta, captions[0]) if self.with_labels else None
+        return _Example(image, captions, raw.key, label, other[0] if other else None, tuple(slow))
+
+
+def _stacked(images: Sequence[Tensor | None]) -> Tensor | None:
+    given = [image for image in images if image is not None]
+    return torch.stack(given) if given else None
 
 
 def _position(positions: Positions, place: int) -> Position:
     return Position(int(positions.source[place]), int(positions.index[place]), int(positions.epoch[place]))
 
 
-def _choose_caption(captions: Sequence[Caption], sample: bool, generator: torch.Generator) -> str:
-    """The first caption, or one drawn by weight."""
-    if not sample:
-        return captions[0].text
+def _choose_captions(captions: Sequence[Caption], data: Data, generator: torch.Generator) -> tuple[str, ...]:
+    """The first caption, or `data.captions_per_image` drawn by weight; none comes twice before all came once."""
+    if data.captions == "first":
+        return (captions[0].text,)
+    chosen: list[str] = []
+    left = list(captions)
+    for _ in range(data.captions_per_image):
+        left = left or list(captions)
+        drawn = _draw_caption(left, generator)
+        chosen.append(drawn.text)
+        left.remove(drawn)
+    return tuple(chosen)
+
+
+def _draw_caption(captions: Sequence[Caption], generator: torch.Generator) -> Caption:
     ends = list(accumulate(caption.weight for caption in captions))
     drawn = torch.rand((), dtype=torch.float64, generator=generator).item() * ends[-1]
-    return next((caption.text for caption, end in zip(captions, ends, strict=True) if drawn < end), captions[-1].text)
+    return next((caption for caption, end in zip(captions, ends, strict=True) if drawn < end), captions[-1])
 
 
 def _training_batches(loader: DataLoader[Any], limit: BadSampleLimit) -> Generator[Batch, None, None]:

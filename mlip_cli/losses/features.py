@@ -1,7 +1,7 @@
 """What the losses between all pairs of a batch read of it."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,9 +16,9 @@ TEXT_TOKENS, CAPTION_MASK = "text_tokens", "caption_mask"
 class Features:
     """Tensors by name; micro-batches are cached in this form.
 
-    Rows of a batch: IMAGE, TEXT and, with a branch, FREQUENCY (B, E). For token losses over the whole batch:
-    `tokens.LOSS` (B, K, T), `sizes.LOSS` (B, K), TEXT_TOKENS (B, L, T) and CAPTION_MASK (B, L). Shared by all rows:
-    `scale.LOSS` and, of sigmoid losses, `bias.LOSS` (1,).
+    Rows of a batch with C captions a picture: IMAGE (B, E), TEXT (B, C, E) and, with a frequency head, FREQUENCY
+    (B, E). For token losses over the whole batch: `tokens.LOSS` (B, K, T), `sizes.LOSS` (B, K), TEXT_TOKENS
+    (B, C, L, T) and CAPTION_MASK (B, C, L). Shared by all rows: `scale.LOSS` and, of sigmoid losses, `bias.LOSS` (1,).
     """
 
     tensors: dict[str, Tensor]
@@ -65,19 +65,29 @@ def image_tokens(encoded: Encoded, loss: str) -> tuple[Tensor, Tensor]:
     return encoded.frequency_tokens, torch.ones_like(encoded.frequency_tokens[..., 0])
 
 
-def features_of(encoded: Encoded, *, token_losses: Sequence[str] = (), labels: Tensor | None = None) -> Features:
+def with_other_pictures(encoded: Encoded) -> Encoded:
+    """The same captions, each with the picture of the sample before it; the first with that of the last."""
+    own = {"image_features", "frequency_features", "image_tokens", "token_sizes", "frequency_tokens"}
+    found = {name: tensor for name in own if (tensor := getattr(encoded, name)) is not None}
+    words = {name: features.roll(1, 0) for name, features in encoded.word_features.items()}
+    return replace(encoded, word_features=words, **{name: tensor.roll(1, 0) for name, tensor in found.items()})
+
+
+def features_of(encoded: Encoded, *, token_losses: Collection[str] = (), labels: Tensor | None = None) -> Features:
     """The part of `encoded` that losses between all pairs of a batch read.
 
     Args:
         token_losses: names of the token losses among them.
         labels: those of the batch.
     """
-    tensors = {IMAGE: encoded.image_features, TEXT: encoded.text_features}
+    by_picture = len(encoded.image_features), -1
+    tensors = {IMAGE: encoded.image_features, TEXT: encoded.text_features.unflatten(0, by_picture)}
     if encoded.frequency_features is not None:
         tensors[FREQUENCY] = encoded.frequency_features
     for loss in token_losses:
         assert encoded.text_tokens is not None
-        tensors[TEXT_TOKENS], tensors[CAPTION_MASK] = encoded.text_tokens, encoded.caption_mask
+        tensors[TEXT_TOKENS] = encoded.text_tokens.unflatten(0, by_picture)
+        tensors[CAPTION_MASK] = encoded.caption_mask.unflatten(0, by_picture)
         tensors[f"tokens.{loss}"], tensors[f"sizes.{loss}"] = image_tokens(encoded, loss)
     tensors |= {f"scale.{loss}": scale for loss, scale in encoded.scales.items()}
     tensors |= {f"bias.{loss}": bias for loss, bias in encoded.biases.items()}

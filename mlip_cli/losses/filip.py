@@ -17,6 +17,11 @@ CHUNK_SIMILARITIES_ELSEWHERE = 2**22
 """16 MiB, which stay in the cache of a core."""
 
 
+def similarities_at_once(device: torch.device) -> int:
+    """The most similarities of patches and words, or captions, to hold at one time on a device."""
+    return CHUNK_SIMILARITIES.get(device.type, CHUNK_SIMILARITIES_ELSEWHERE)
+
+
 def filip_words(words: Tensor, caption_mask: Tensor) -> tuple[Tensor, Tensor]:
     """Normalised words for `filip_scores`, and their weights: (B, L, T), (B, L) bool -> (B, L, T), (B, L).
 
@@ -44,7 +49,7 @@ def filip_scores(
         chunk_similarities: most similarities at one time; None: the number for the device.
     """
     dtype = torch.promote_types(patches.dtype, torch.float32)
-    most = chunk_similarities or CHUNK_SIMILARITIES.get(patches.device.type, CHUNK_SIMILARITIES_ELSEWHERE)
+    most = chunk_similarities or similarities_at_once(patches.device)
     sizes = sizes.to(dtype)
     num_texts = max(1, most // (patches.shape[0] * patches.shape[1] * words.shape[1]))
     return _Scores.apply(

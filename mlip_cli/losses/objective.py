@@ -1,5 +1,6 @@
 """The weighted sum of named losses: some compare all pairs of the global batch, others the tokens inside a pair."""
 
+from collections.abc import Iterable
 from contextlib import nullcontext
 
 import torch
@@ -10,33 +11,38 @@ from mlip_cli.distributed import gather, rank, world_size
 from mlip_cli.losses.contrastive import cross_entropy, info_nce, sigmoid_loss
 from mlip_cli.losses.features import CAPTION_MASK, FREQUENCY, IMAGE, TEXT, TEXT_TOKENS, Features, image_tokens
 from mlip_cli.losses.filip import filip_scores, filip_words
-from mlip_cli.losses.token_alignment import is_valid, sparc_sum
-from mlip_cli.recipe.config import LOSS_NAMES, GlobalLoss, Losses, TokenLoss
+from mlip_cli.losses.pooled import caption_queries, pooled_scores
+from mlip_cli.losses.token_alignment import sparc_sum
+from mlip_cli.losses.words import CaptionCounts, words_sum
+from mlip_cli.recipe.config import LOSS_NAMES, GlobalLoss, Losses, TokenLoss, WordsLoss
 from mlip_cli.types import Encoded, PartOf
 
-IMAGE_SIDE = {"spatial_global": IMAGE, "frequency_global": FREQUENCY}
-"""Global loss -> the image feature that it compares with the text feature."""
+SIDES = {"spatial_global": (IMAGE, TEXT), "frequency_global": (FREQUENCY, TEXT), "align": (IMAGE, FREQUENCY)}
+"""Global loss -> the two features of a pair that it compares."""
+
+Term = GlobalLoss | WordsLoss | TokenLoss
 
 
-def is_over_batch(term: GlobalLoss | TokenLoss) -> bool:
+def is_over_batch(term: Term) -> bool:
     """True for a loss between all pairs of the global batch, False for one inside each pair."""
-    return isinstance(term, GlobalLoss) or term.kind == "filip"
+    return isinstance(term, GlobalLoss) or (isinstance(term, TokenLoss) and term.kind != "sparc")
 
 
 class Objective:
     """Named losses and their weights; the mean over ranks of `total` is the loss of the global batch.
 
-    Logits are at least fp32, whatever precision the towers computed in. `part` opens a context by the name of each loss
-    while that loss is computed.
+    Of several captions a picture, a loss is the mean over them. Logits are at least fp32, whatever precision the towers
+    computed in. `part` opens a context by the name of each loss while that loss is computed.
     """
 
     def __init__(self, losses: Losses) -> None:
-        self.terms: dict[str, GlobalLoss | TokenLoss] = {
-            name: term for name in LOSS_NAMES if (term := getattr(losses, name)) is not None
+        self.terms: dict[str, Term] = {name: term for name in LOSS_NAMES if (term := getattr(losses, name)) is not None}
+        self.batch_token_losses = {
+            name: term.kind for name, term in self.terms.items() if isinstance(term, TokenLoss) and is_over_batch(term)
         }
-        self.batch_token_losses = tuple(
-            name for name, term in self.terms.items() if isinstance(term, TokenLoss) and is_over_batch(term)
-        )
+        """Token loss over the batch -> its kind."""
+        self.counts_captions = not all(is_over_batch(term) for term in self.terms.values())
+        """True if there are losses inside pairs, which need `count_captions`."""
         self.shares_concepts = losses.positives == "concept"
 
     def batch_terms(self, features: Features, part: PartOf = nullcontext) -> dict[str, Tensor]:
@@ -53,72 +59,125 @@ class Objective:
         if not on:
             return {}
         dtype = torch.promote_types(features.tensors[IMAGE].dtype, torch.float32)
-        read = [*(IMAGE_SIDE[name] for name in on), TEXT]
+        read = list(dict.fromkeys(feature for name in on for feature in SIDES[name]))
         local = [F.normalize(features.tensors[name].to(dtype), dim=-1) for name in read]
-        everyone = gather(torch.cat(local, dim=1)).split([x.shape[1] for x in local], dim=1)
-        texts, all_texts = local[-1], everyone[-1]
-        offset = rank() * len(texts)
+        everyone = gather(torch.cat([x.flatten(1) for x in local], dim=1)).split([x[0].numel() for x in local], dim=1)
+        own = dict(zip(read, map(_captions_apart, local), strict=True))
+        all_ranks = {
+            name: _captions_apart(x.unflatten(1, mine.shape[1:]))
+            for name, x, mine in zip(read, everyone, local, strict=True)
+        }
+        offset = rank() * len(local[0])
         terms = {}
-        for (name, term), images, all_images in zip(on.items(), local, everyone, strict=False):
-            scale = features.tensors[f"scale.{name}"]
+        for name, term in on.items():
+            left, right = SIDES[name]
             with part(name):
-                if term.kind == "sigmoid":
-                    bias = features.tensors[f"bias.{name}"]
-                    terms[name] = sigmoid_loss(images, all_texts, scale, bias, offset=offset, labels=labels)
-                else:
-                    terms[name] = info_nce(
-                        images,
-                        texts,
-                        all_images,
-                        all_texts,
-                        scale,
-                        offset=offset,
-                        label_smoothing=term.label_smoothing,
-                        labels=labels,
+                terms[name] = _mean(
+                    self._global_term(
+                        name, term, features, (own[left][0], mine, all_ranks[left][0], others), offset, labels
                     )
+                    for mine, others in zip(own[right], all_ranks[right], strict=True)
+                )
         return terms
+
+    def _global_term(
+        self,
+        name: str,
+        term: GlobalLoss,
+        features: Features,
+        sides: tuple[Tensor, Tensor, Tensor, Tensor],
+        offset: int,
+        labels: Tensor | None,
+    ) -> Tensor:
+        """One global loss for one caption a picture: 0-d; `sides` are those of this rank and of all ranks."""
+        left, right, all_left, all_right = sides
+        scale = features.tensors[f"scale.{name}"]
+        if term.kind == "sigmoid":
+            bias = features.tensors[f"bias.{name}"]
+            return sigmoid_loss(left, all_right, scale, bias, offset=offset, labels=labels)
+        smoothing = term.label_smoothing
+        return info_nce(
+            left, right, all_left, all_right, scale, offset=offset, label_smoothing=smoothing, labels=labels
+        )
 
     def _token_terms(self, features: Features, labels: Tensor | None, part: PartOf) -> dict[str, Tensor]:
-        """Ranks gather the tokens of texts and the scores of images, never the tokens of images."""
-        if not self.batch_token_losses:
-            return {}
+        """Token losses over the batch, mean over the captions of a picture."""
         read = features.tensors
-        words, word_weights = (gather(x) for x in filip_words(read[TEXT_TOKENS], read[CAPTION_MASK]))
-        offset = rank() * len(read[TEXT_TOKENS])
         terms = {}
         for name in self.batch_token_losses:
+            captions = zip(read[TEXT_TOKENS].unbind(1), read[CAPTION_MASK].unbind(1), strict=True)
             with part(name):
-                tokens, sizes = read[f"tokens.{name}"], read[f"sizes.{name}"]
-                image_scores, text_scores = filip_scores(tokens, sizes, words, word_weights)
-                own = slice(offset, offset + len(image_scores))
-                sides = (image_scores, gather(text_scores)[:, own].T)
-                image_to_text, text_to_image = (
-                    cross_entropy(read[f"scale.{name}"] * scores, offset=offset, labels=labels) for scores in sides
+                terms[name] = _mean(
+                    self._token_term(name, features, text_tokens, mask, labels) for text_tokens, mask in captions
                 )
-                terms[name] = (image_to_text + text_to_image) / 2
         return terms
 
-    def sample_terms(self, encoded: Encoded, num_captions: Tensor, part: PartOf = nullcontext) -> dict[str, Tensor]:
+    def _token_term(
+        self, name: str, features: Features, text_tokens: Tensor, caption_mask: Tensor, labels: Tensor | None
+    ) -> Tensor:
+        """One token loss for one caption (B, L, T) a picture: 0-d.
+
+        Ranks gather the tokens of texts and the scores of images, never the tokens of images.
+        """
+        read = features.tensors
+        tokens, sizes, scale = read[f"tokens.{name}"], read[f"sizes.{name}"], read[f"scale.{name}"]
+        if self.batch_token_losses[name] == "filip":
+            image_scores, text_scores = filip_scores(
+                tokens, sizes, *map(gather, filip_words(text_tokens, caption_mask))
+            )
+        else:
+            image_scores = text_scores = pooled_scores(
+                tokens, sizes, gather(caption_queries(text_tokens, caption_mask)), scale
+            )
+        offset = rank() * len(tokens)
+        sides = image_scores, gather(text_scores)[:, offset : offset + len(tokens)].T
+        return _mean(cross_entropy(scale * scores, offset=offset, labels=labels) for scores in sides)
+
+    def sample_terms(
+        self, encoded: Encoded, token_ids: Tensor, counts: CaptionCounts | None, part: PartOf = nullcontext
+    ) -> dict[str, Tensor]:
         """Losses inside pairs: one 0-d tensor each, not weighted.
 
-        `num_captions` is the sum of `count_captions` over the global batch.
+        Args:
+            token_ids: (B*C, L), those that `encoded` comes from.
+            counts: of the global batch; None if `counts_captions` is False.
         """
-        terms = {}
+        terms: dict[str, Tensor] = {}
         with torch.autocast(encoded.image_features.device.type, enabled=False):
             for name, term in self.terms.items():
                 if is_over_batch(term):
                     continue
+                assert counts is not None
                 with part(name):
-                    tokens, sizes = image_tokens(encoded, name)
-                    assert encoded.text_tokens is not None
-                    loss_sum = sparc_sum(tokens, sizes, encoded.text_tokens, encoded.text_mask, encoded.scales[name])
-                    terms[name] = loss_sum * world_size() / num_captions.clamp(min=1)
+                    if isinstance(term, WordsLoss):
+                        loss_sum, number = self._words_sum(name, encoded, token_ids, counts), counts.with_words
+                    else:
+                        loss_sum, number = self._sparc_sum(name, encoded), counts.valid
+                    terms[name] = loss_sum * world_size() / number.clamp(min=1)
         return terms
 
-    def count_captions(self, text_mask: Tensor) -> Tensor:
-        """Number of captions of this share that losses inside pairs can use: (B, L) bool -> 0-d."""
-        return is_valid(text_mask).sum()
+    def _words_sum(self, name: str, encoded: Encoded, token_ids: Tensor, counts: CaptionCounts) -> Tensor:
+        assert encoded.vocabulary is not None
+        features, scale = encoded.word_features[name], encoded.scales[name]
+        return words_sum(features, encoded.vocabulary, token_ids, encoded.text_mask, scale, counts)
+
+    def _sparc_sum(self, name: str, encoded: Encoded) -> Tensor:
+        tokens, sizes = image_tokens(encoded, name)
+        assert encoded.text_tokens is not None
+        captions = len(encoded.text_tokens) // len(tokens)
+        tokens, sizes = (x.repeat_interleave(captions, 0) if captions > 1 else x for x in (tokens, sizes))
+        return sparc_sum(tokens, sizes, encoded.text_tokens, encoded.text_mask, encoded.scales[name])
 
     def total(self, terms: dict[str, Tensor]) -> Tensor:
         """Weighted sum of `terms`: 0-d."""
         return torch.stack([self.terms[name].weight * value for name, value in terms.items()]).sum()
+
+
+def _captions_apart(features: Tensor) -> tuple[Tensor, ...]:
+    """(B, E) -> itself; (B, C, E) -> one (B, E) for each caption of a picture."""
+    return features.unbind(1) if features.ndim == 3 else (features,)
+
+
+def _mean(values: Iterable[Tensor]) -> Tensor:
+    terms = list(values)
+    return torch.stack(terms).mean() if len(terms) > 1 else terms[0]

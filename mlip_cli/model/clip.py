@@ -18,7 +18,7 @@ from mlip_cli.model.frequency import FrequencyBranch
 from mlip_cli.model.merging import patch_dct
 from mlip_cli.model.text import TextTower, caption_mask, pool_text, word_mask
 from mlip_cli.model.vision import ImageTower, TowerOutput
-from mlip_cli.recipe.config import LOSS_NAMES, Recipe
+from mlip_cli.recipe.config import LOSS_NAMES, Recipe, WordsLoss
 from mlip_cli.recipe.config import Model as ModelConfig
 from mlip_cli.recipe.merge_plan import MergePlan, plan_for
 from mlip_cli.types import VOCAB_SIZE, Batch, Encoded, ImageFeatures, MergeStage
@@ -36,15 +36,26 @@ def linear(inputs: int, outputs: int) -> nn.Linear:
 
 
 def token_heads(config: ModelConfig, losses: Collection[str], *, vision_width: int) -> nn.ModuleDict:
-    """Projections of the tokens that the token losses among `losses` compare: of patches, and then of words too."""
-    widths = {}
-    if "spatial_token" in losses:
-        widths["spatial"] = vision_width
-    if "frequency_token" in losses and config.frequency is not None:
-        widths["frequency"] = config.frequency.width
-    if widths:
-        widths["text"] = config.text.width
-    return nn.ModuleDict({name: linear(width, config.token_dim) for name, width in widths.items()})
+    """Projections that losses of tokens and words among `losses` read.
+
+    Tokens and words go to the width `token_dim`, where they are compared. The mean token of a loss over words goes to
+    the width of the text tower, whose word embeddings it is compared with.
+    """
+    image_widths = {"spatial": vision_width}
+    if config.frequency is not None:
+        image_widths["frequency"] = frequency_width(config, vision_width)
+    compared = {name: width for name, width in image_widths.items() if f"{name}_token" in losses}
+    if compared:
+        compared["text"] = config.text.width
+    heads = {name: linear(width, config.token_dim) for name, width in compared.items()}
+    over_words = {f"{name}_words": width for name, width in image_widths.items() if f"{name}_words" in losses}
+    return nn.ModuleDict(heads | {name: linear(width, config.text.width) for name, width in over_words.items()})
+
+
+def frequency_width(config: ModelConfig, vision_width: int) -> int:
+    """Width of the frequency tokens: that of the branch, or the tower's."""
+    assert config.frequency is not None
+    return config.frequency.width or vision_width
 
 
 def scales_and_biases(
@@ -87,17 +98,19 @@ class CLIP(nn.Module):
 
         self.frequency: FrequencyBranch | nn.LayerNorm | None = None
         self.frequency_projection: nn.Linear | None = None
-        if config.frequency is not None and self.vision.stem_depth:
-            self.frequency = nn.LayerNorm(self.vision.width)
-        elif config.frequency is not None:
-            self.frequency = FrequencyBranch(
-                config.frequency,
-                grid=self.vision.grid,
-                patch_size=self.vision.patch_size,
-                tower_width=self.vision.width,
-            )
-        if config.frequency is not None and "frequency_global" in losses:
-            self.frequency_projection = linear(config.frequency.width, config.embed_dim)
+        read_by = [name for name in losses if name.startswith("frequency_") or name == "align"]
+        if config.frequency is not None and read_by:
+            if self.vision.stem_depth:
+                self.frequency = nn.LayerNorm(self.vision.width)
+            else:
+                self.frequency = FrequencyBranch(
+                    config.frequency,
+                    grid=self.vision.grid,
+                    patch_size=self.vision.patch_size,
+                    tower_width=self.vision.width,
+                )
+            if losses.keys() & {"frequency_global", "align"}:
+                self.frequency_projection = linear(frequency_width(config, self.vision.width), config.embed_dim)
 
         self.token_projections = token_heads(config, losses, vision_width=self.vision.width)
         self.log_scales, self.logit_biases = scales_and_biases(losses, global_batch_size=global_batch_size)
@@ -194,13 +207,18 @@ class CLIP(nn.Module):
 
     def forward(self, batch: Batch, plan: MergePlan, assign: tuple[Tensor, ...] | None = None) -> Encoded:
         """Everything that the losses read of a batch; `assign` repeats the merges of an earlier pass over it."""
-        tower = self.image_tower(batch.images, plan, assign=assign, with_branch=self.frequency is not None)
+        reads_same = self.frequency is not None and batch.other_images is None
+        tower = self.image_tower(batch.images, plan, assign=assign, with_branch=reads_same)
         hidden = self.text(batch.token_ids)
         frequency_features = frequency_tokens = None
+        heads, means = self.token_projections, {}
+        if "spatial_words" in heads:
+            means["spatial_words"] = _mean_token(tower.tokens, tower.sizes)
         if self.frequency is not None:
-            tokens = self.frequency_tokens(tower)
+            tokens = self.frequency_tokens(tower, batch.other_images)
+            means["frequency_words"] = mean = tokens.mean(1)
             if self.frequency_projection is not None:
-                frequency_features = self.frequency_projection(tokens.mean(1))
+                frequency_features = self.frequency_projection(mean)
             frequency_tokens = self._project("frequency", tokens)
         return Encoded(
             image_features=self.image_projection(tower.pooled),
@@ -215,6 +233,8 @@ class CLIP(nn.Module):
             biases=dict(self.logit_biases.items()),
             caption_mask=caption_mask(batch.token_ids),
             assign=tower.assign,
+            word_features={name: heads[name](mean) for name, mean in means.items() if name in heads},
+            vocabulary=None if batch.word_ids is None else self.text.token_embedding(batch.word_ids),
         )
 
     def image_tower(
@@ -230,17 +250,34 @@ class CLIP(nn.Module):
         spectrum = patch_dct(images, self.vision.patch_size) if needs_spectrum else None
         return self.vision(images, plan, assign=assign, spectrum=spectrum)
 
-    def frequency_tokens(self, tower: TowerOutput) -> Tensor:
-        """Tokens (B, N, width) of the branch beside the tower, or of the stem in it; they never merge."""
-        if isinstance(self.frequency, FrequencyBranch):
-            if tower.spectrum is not None:
-                return self.frequency(tower.spectrum.flatten(2).to(self.pixel_mean.dtype))
-            return self.frequency(tower.embedded[:, self.vision.num_prefix :])
-        assert self.frequency is not None
-        return self.frequency(tower.stem_tokens)
+    def frequency_tokens(self, tower: TowerOutput, other_images: Tensor | None = None) -> Tensor:
+        """Tokens (B, N, width) of the branch beside the tower, or of the stem in it; they never merge.
+
+        With `other_images` (B, 3, H, W), uint8 or normalised, a branch reads these instead of the tower's.
+        """
+        if not isinstance(self.frequency, FrequencyBranch):
+            assert self.frequency is not None
+            return self.frequency(tower.stem_tokens)
+        spectrum, embedded = tower.spectrum, tower.embedded
+        if other_images is not None:
+            images = self.normalize(other_images)
+            if self.frequency.reads_pixels:
+                spectrum = patch_dct(images, self.vision.patch_size)
+            else:
+                embedded = self.vision.embed(images)
+        if self.frequency.reads_pixels:
+            assert spectrum is not None
+            return self.frequency(spectrum.flatten(2).to(self.pixel_mean.dtype))
+        return self.frequency(embedded[:, self.vision.num_prefix :])
 
     def _project(self, name: str, tokens: Tensor) -> Tensor | None:
         return self.token_projections[name](tokens) if name in self.token_projections else None
+
+
+def _mean_token(tokens: Tensor, sizes: Tensor) -> Tensor:
+    """Mean over patches: (B, K, D), (B, K) -> (B, D)."""
+    weights = (sizes / sizes.sum(1, keepdim=True)).to(tokens.dtype)
+    return (weights[:, None] @ tokens)[:, 0]
 
 
 def _blocks_above(
@@ -253,7 +290,8 @@ def _blocks_above(
 
 def build_model(recipe: Recipe) -> CLIP:
     """The recipe's model with random weights, drawn from torch's global generator."""
-    losses = {name: term.kind for name in LOSS_NAMES if (term := getattr(recipe.losses, name)) is not None}
+    terms = {name: term for name in LOSS_NAMES if (term := getattr(recipe.losses, name)) is not None}
+    losses = {name: "words" if isinstance(term, WordsLoss) else term.kind for name, term in terms.items()}
     return CLIP(
         recipe.model,
         image_size=recipe.data.image_size,

@@ -182,10 +182,11 @@ class FrequencyBranch(nn.Module):
         super().__init__()
         self.grid = grid
         self.reads_pixels = config.input == "dct"
+        width = config.width or tower_width
         inputs = 3 * patch_size**2 if self.reads_pixels else tower_width
-        self.input = nn.Linear(inputs, config.width) if inputs != config.width or self.reads_pixels else nn.Identity()
-        self.blocks = nn.ModuleList(SpectralBlock(*grid, config.width) for _ in range(config.depth))
-        self.norm = nn.LayerNorm(config.width)
+        self.input = nn.Linear(inputs, width) if inputs != width or self.reads_pixels else nn.Identity()
+        self.blocks = nn.ModuleList(SpectralBlock(*grid, width) for _ in range(config.depth))
+        self.norm = nn.LayerNorm(width)
 
     def forward(self, x: Tensor) -> Tensor:
         """DCT coefficients (B, N, 3*p*p) or embedded patches (B, N, D) -> normalised tokens (B, N, width)."""

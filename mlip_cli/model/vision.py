@@ -2,6 +2,7 @@
 
 import difflib
 from dataclasses import dataclass
+from typing import Any
 
 import timm
 import torch
@@ -116,6 +117,9 @@ def build_trunk(config: Vision, *, image_size: int) -> VisionTransformer:
     Raises:
         UsageError: an unknown name, a tower of another class, or an image size that does not fit.
     """
+    pooling: dict[str, Any] = {}
+    if config.pool == "mean":
+        pooling = {"global_pool": "avg", "fc_norm": False}
     if config.timm is None:
         return VisionTransformer(
             img_size=image_size,
@@ -126,6 +130,8 @@ def build_trunk(config: Vision, *, image_size: int) -> VisionTransformer:
             num_classes=0,
             drop_path_rate=config.drop_path,
             block_fn=ObservedBlock,
+            class_token=config.pool is None,
+            **pooling,
         )
     name, dot, _ = config.timm.partition(".")
     if dot:
@@ -157,6 +163,7 @@ def build_trunk(config: Vision, *, image_size: int) -> VisionTransformer:
         img_size=image_size,
         drop_path_rate=config.drop_path,
         **own_block,
+        **pooling,
     )
 
 
@@ -220,7 +227,8 @@ class ImageTower(nn.Module):
         """
         embedded = self.embed(images)
         x = self.trunk.norm_pre(self.trunk.patch_drop(embedded))
-        patches = Patches(self.grid, self.patch_size, self.num_prefix, self.trunk.cls_token is not None)
+        attends = self.trunk.cls_token is not None and self.trunk.global_pool == "token"
+        patches = Patches(self.grid, self.patch_size, self.num_prefix, has_class_token=attends)
         merging = MergePass(images, plan, patches=patches, replay=assign, spectrum=spectrum)
         merges, stem_tokens = plan.merges, None
         again: bool = self.trunk.grad_checkpointing

@@ -120,17 +120,20 @@ def reads_pixels(model: CLIP) -> bool:
     return isinstance(model.frequency, FrequencyBranch) and model.frequency.reads_pixels
 
 
-def frequency_gflops(model: CLIP, plan: MergePlan) -> float:
+def frequency_gflops(model: CLIP, plan: MergePlan, *, other_crop: bool = False) -> float:
     """GFLOPs of the frequency branch for one image: its blocks and its projection, not its token head.
 
-    A stem's blocks belong to the image tower, so only the projection counts here.
+    A stem's blocks belong to the image tower, so only the projection counts here. A branch that reads another crop
+    embeds it, or takes its DCT, by itself.
     """
     branch, macs, filters = model.frequency, 0, 0.0
     if isinstance(branch, FrequencyBranch):
         filters = sum(filter_gflops(cast(SpectralBlock, block)) for block in branch.blocks)
         macs = model.vision.num_patches * linear_weights([branch])
-        if branch.reads_pixels and not plan.asks_frequency:  # else guidance has made the spectrum
+        if branch.reads_pixels and (other_crop or not plan.asks_frequency):  # else guidance has made the spectrum
             macs += dct_macs(model, 3)
+        elif other_crop:
+            macs += model.vision.num_patches * 3 * model.vision.patch_size**2 * model.vision.width
     if model.frequency_projection is not None:
         macs += model.frequency_projection.weight.numel()
     return gflops(macs) + filters
@@ -139,7 +142,8 @@ def frequency_gflops(model: CLIP, plan: MergePlan) -> float:
 def token_head_gflops(model: CLIP, plan: MergePlan, num_text_tokens: int) -> float:
     """GFLOPs of the projections that only token losses read, for one pair."""
     counts = {"spatial": plan.tokens[-1], "frequency": plan.num_patches, "text": num_text_tokens}
-    return gflops(sum(counts[name] * linear_weights([head]) for name, head in model.token_projections.items()))
+    heads = model.token_projections.items()  # those of losses over words read the mean token
+    return gflops(sum(counts.get(name, 1) * linear_weights([head]) for name, head in heads))
 
 
 def text_gflops(model: CLIP, num_tokens: int) -> float:
@@ -149,7 +153,15 @@ def text_gflops(model: CLIP, num_tokens: int) -> float:
     return gflops(macs + model.text_projection.weight.numel())
 
 
-def step_gflops(model: CLIP, plan: MergePlan, *, batch_size: int, num_text_tokens: int) -> float:
+def step_gflops(
+    model: CLIP,
+    plan: MergePlan,
+    *,
+    batch_size: int,
+    num_text_tokens: int,
+    captions_per_image: int = 1,
+    other_crop: bool = False,
+) -> float:
     """GFLOPs of a training step by definition: three times those of the forward pass at `plan`.
 
     The backward pass of a matrix product is two such products; a frozen tower has none. A forward pass that is done
@@ -157,11 +169,12 @@ def step_gflops(model: CLIP, plan: MergePlan, *, batch_size: int, num_text_token
     """
     towers = {
         model.vision: sum(image_gflops(model, plan).values()),
-        model.text: text_gflops(model, num_text_tokens),
+        model.text: captions_per_image * text_gflops(model, num_text_tokens),
     }
     learns = {tower: any(parameter.requires_grad for parameter in tower.parameters()) for tower in towers}
     pair = sum((3 if learns[tower] else 1) * gflops_of_tower for tower, gflops_of_tower in towers.items())
-    pair += 3 * (frequency_gflops(model, plan) + token_head_gflops(model, plan, num_text_tokens))
+    pair += 3 * frequency_gflops(model, plan, other_crop=other_crop)
+    pair += 3 * token_head_gflops(model, plan, captions_per_image * num_text_tokens)
     return batch_size * pair
 
 

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from statistics import median
 
 import torch
@@ -47,7 +47,7 @@ def measure_loader(recipe: Recipe, datasets: Sequence[ShardDataset], *, num_work
         with wall.part(name), cpu.part(name):
             yield
 
-    batches = _batches(recipe, datasets, batch_size=batch_size, num_steps=rounds + 1, part=part)
+    batches = training_batches(recipe, datasets, batch_size=batch_size, num_steps=rounds + 1, part=part)
     seconds, bad = [], 0
     with one_thread(), closing(batches):  # type: ignore[type-var]
         next(batches)  # loads the vocabulary and opens shards
@@ -67,8 +67,8 @@ def measure_loader(recipe: Recipe, datasets: Sequence[ShardDataset], *, num_work
     )
 
 
-def _batches(
-    recipe: Recipe, datasets: Sequence[ShardDataset], *, batch_size: int, num_steps: int, part: PartOf
+def training_batches(
+    recipe: Recipe, datasets: Sequence[ShardDataset], *, batch_size: int, num_steps: int, part: PartOf = nullcontext
 ) -> Iterator[Batch]:
     """The recipe's training batches at another size, loaded in this process."""
     order = Order(
@@ -89,6 +89,8 @@ def _batches(
         start_step=0,
         stop_step=num_steps,
         num_workers=0,
+        with_labels=recipe.losses.positives == "concept",
+        with_other_crop=recipe.losses.align is not None,
         part=part,
     )
 

@@ -15,6 +15,7 @@ from mlip_cli.model.clip import CLIP
 from mlip_cli.profiling import flops
 from mlip_cli.profiling.breakdown import break_down, limit
 from mlip_cli.profiling.loader import measure_loader
+from mlip_cli.profiling.own_picture import losses_of_pictures
 from mlip_cli.profiling.result import (
     Gflops,
     LoaderFacts,
@@ -26,7 +27,7 @@ from mlip_cli.profiling.result import (
     StepMemory,
 )
 from mlip_cli.profiling.step import ClockedSeconds, ClockedStep, RepeatedStep, step_parts
-from mlip_cli.profiling.subject import ProfiledModel, caption_length, pinned, random_batch
+from mlip_cli.profiling.subject import ProfiledModel, caption_length, pinned
 from mlip_cli.profiling.timing import SquareMatmul, Timing, measure_interleaved, peak_memory, square_matmul
 from mlip_cli.recipe.config import Recipe
 from mlip_cli.recipe.merge_plan import MergePlan
@@ -34,6 +35,7 @@ from mlip_cli.runs.folder import now
 from mlip_cli.terminal.output import say
 from mlip_cli.terminal.panel import progress
 from mlip_cli.train.gradients import Precision
+from mlip_cli.train.noise import noise_batch
 from mlip_cli.train.setup import num_workers
 from mlip_cli.types import Batch
 
@@ -47,13 +49,20 @@ def measure(
     """Count and time everything on random pictures and words; the loader reads real ones."""
     model, recipe, device = profiled.model, profiled.recipe, profiled.device
     num_tokens, tokens_from = caption_length(recipe, datasets)
-    batch = random_batch(profiled, batch_size=batch_size, num_tokens=num_tokens)
+    batch = noise_batch(profiled.recipe, batch_size=batch_size, num_tokens=num_tokens, device=profiled.device)
     towers = speeds_of_towers(profiled, batch, rounds)
     loader = loader_facts(recipe, datasets)
     found = measure_step(profiled, batch, rounds)
     plan, step_s = model.plan, found.timings[STEP].median_s
     parts = break_down(found.seconds, step_parts(found.step), loader=loader, batch_size=batch_size)
-    step_gflops = flops.step_gflops(model, model.training_plan, batch_size=batch_size, num_text_tokens=num_tokens)
+    step_gflops = flops.step_gflops(
+        model,
+        model.training_plan,
+        batch_size=batch_size,
+        num_text_tokens=num_tokens,
+        captions_per_image=profiled.recipe.data.captions_per_image,
+        other_crop=batch.other_images is not None,
+    )
     peak = next(line.tflops for line in found.matmul if line.precision == recipe.train.precision)
     return ProfileResult(
         measured_at=now(),
@@ -91,6 +100,7 @@ def measure(
         mfu=step_gflops / 1000 / step_s / peak,
         matmul=found.matmul,
         float32_matmul_precision=torch.get_float32_matmul_precision(),
+        token_losses=losses_of_pictures(profiled, datasets, batch_size=batch_size),
         peak_memory=StepMemory(what=f"training step of {batch_size} pairs", **vars(found.memory)),
     )
 
@@ -121,7 +131,7 @@ def speeds_of_towers(profiled: ProfiledModel, batch: Batch, rounds: int) -> list
 
     def text() -> None:
         with torch.inference_mode(), precision.autocast(device):
-            model.encode_text(batch.token_ids)
+            model.encode_text(batch.token_ids[: len(batch.images)])
 
     images: dict[str, Callable[[], None]] = {"image tower, rate 0": partial(image, model.merge_plan(0.0))}
     if model.plan.at:

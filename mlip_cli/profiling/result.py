@@ -89,6 +89,18 @@ class Limit:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LossOfPictures:
+    """A token loss of a trained model on one training batch."""
+
+    loss: str
+    pairs: int
+    right: float
+    """With the picture of each caption."""
+    other: float
+    """With the picture of another caption: where this is no higher, the loss does not look at the picture."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class MatmulSpeed:
     """Large products of square matrices."""
 
@@ -161,3 +173,5 @@ class ProfileResult(Result):
     matmul: Sequence[MatmulSpeed]
     float32_matmul_precision: str
     peak_memory: StepMemory
+    token_losses: Sequence[LossOfPictures] = ()
+    """Empty without data, for random weights, and in results of earlier versions."""

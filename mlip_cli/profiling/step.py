@@ -62,10 +62,7 @@ class RepeatedStep:
         """Functions that run a piece of the step alone, on a batch that lies on the device; they hold a gradient."""
         stepper, optimizer = self.stepper, self.stepper.training.optimizer
         size = self.micro_batch_size or len(batch.images)
-        micro_batches = [
-            Batch(images, token_ids, keys=())
-            for images, token_ids in zip(batch.images.split(size), batch.token_ids.split(size), strict=True)
-        ]
+        micro_batches = batch.split(size)
         stepper.add_gradients(batch, self.plan)
         gradients = [(parameter, parameter.grad) for parameter in self.model.parameters()]
         optimizer.zero_grad(set_to_none=True)

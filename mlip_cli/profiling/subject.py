@@ -19,7 +19,7 @@ from mlip_cli.recipe.load import load_recipe
 from mlip_cli.runs.folder import Run
 from mlip_cli.runs.loading import load_run
 from mlip_cli.terminal.output import say
-from mlip_cli.types import VOCAB_SIZE, Batch
+from mlip_cli.types import Batch
 
 
 @dataclass(frozen=True)
@@ -85,17 +85,6 @@ def caption_length(recipe: Recipe, datasets: Sequence[ShardDataset]) -> tuple[in
     size = min(recipe.train.global_batch_size, dataset.num_samples)
     longest = [dataset.num_tokens(generator.integers(dataset.num_samples, size=size)).max() for _ in range(25)]
     return padded_length(int(np.median(longest)), most), f"batches of {dataset.name}"
-
-
-def random_batch(profiled: ProfiledModel, *, batch_size: int, num_tokens: int) -> Batch:
-    """Pictures of noise, captions of `num_tokens` words drawn from the whole vocabulary."""
-    generator = torch.Generator().manual_seed(0)
-    size = profiled.model.image_size
-    images = torch.randint(256, (batch_size, 3, size, size), dtype=torch.uint8, generator=generator)
-    token_ids = torch.randint(1, VOCAB_SIZE - 2, (batch_size, num_tokens), generator=generator)
-    token_ids[:, 0], token_ids[:, -1] = VOCAB_SIZE - 2, VOCAB_SIZE - 1
-    labels = torch.arange(batch_size) if profiled.recipe.losses.positives == "concept" else None
-    return Batch(images, token_ids, keys=("",) * batch_size, labels=labels).to(profiled.device)
 
 
 def pinned(batch: Batch, device: torch.device) -> Batch:

@@ -180,7 +180,7 @@ def _freeze(recipe: Recipe) -> Found:
 
 
 def _smoothing(recipe: Recipe) -> Found:
-    for name in ("spatial_global", "frequency_global"):
+    for name in ("spatial_global", "frequency_global", "align"):
         term = getattr(recipe.losses, name)
         if term is not None and term.kind == "sigmoid" and term.label_smoothing:
             yield f"losses.{name}.label_smoothing", "it works with kind infonce only; set it to 0"
@@ -188,20 +188,30 @@ def _smoothing(recipe: Recipe) -> Found:
 
 def _losses(recipe: Recipe) -> Found:
     on = [name for name in LOSS_NAMES if getattr(recipe.losses, name) is not None]
-    frequency = [name for name in on if name.startswith("frequency_")]
+    needs_frequency = [name for name in on if name.startswith("frequency_") or name == "align"]
+    frequency = recipe.model.frequency
     if recipe.losses.spatial_global is None:
         yield "losses.spatial_global", "it alone trains the feature that evaluation uses, but is null; give it a kind"
-    if recipe.model.frequency is None:
-        for name in frequency:
+    if frequency is None:
+        for name in needs_frequency:
             yield f"losses.{name}", "it needs model.frequency, which is null; give that, or set this loss to null"
-    elif not frequency:
-        cure = "give losses.frequency_global or losses.frequency_token, or set it to null"
+    elif frequency.placement == "branch" and not needs_frequency:
+        cure = "give losses.frequency_global or losses.align, or set it to null"
         yield "model.frequency", f"no loss trains it; {cure}"
+    elif frequency.placement == "stem" and recipe.losses.align is not None:
+        cure = "set model.frequency.placement to branch, or this loss to null"
+        yield "losses.align", f"it needs a branch beside the tower, and the recipe has a stem; {cure}"
+
+
+def _captions(recipe: Recipe) -> Found:
+    count = recipe.data.captions_per_image
+    if count > 1 and recipe.data.captions == "first":
+        yield "data.captions_per_image", f"{count}, but data.captions first takes one; set data.captions to sample"
 
 
 CHECKS: tuple[Callable[[Recipe], Found], ...] = (
     *(_sources, _best, _crop, _patches, _vision, _heads, _frequency, _merging, _guidance),
-    *(_freeze, _losses, _smoothing, _length, _batch, _precision),
+    *(_freeze, _losses, _captions, _smoothing, _length, _batch, _precision),
 )
 
 

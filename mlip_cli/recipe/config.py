@@ -7,7 +7,11 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from mlip_cli.paths import is_elsewhere, read_dataset_name, read_path
 from mlip_cli.recipe.init_source import read_init
 
-LOSS_NAMES = ("spatial_global", "spatial_token", "frequency_global", "frequency_token")
+LOSS_NAMES = (
+    *("spatial_global", "spatial_words", "spatial_token"),
+    *("frequency_global", "frequency_words", "frequency_token"),
+    "align",
+)
 
 Size = Annotated[int, Field(gt=0, le=65_536)]
 """Pixels, or numbers in a vector."""
@@ -106,6 +110,9 @@ class Data(Section):
     """Height and width of the model's input, in pixels."""
     captions: Literal["first", "sample"] = "sample"
     """first: always the first caption. sample: drawn by weight, from (seed, epoch, id)."""
+    captions_per_image: Annotated[int, Field(gt=0, le=64)] = 1
+    """Captions of a picture in a batch. Losses are means over them. A picture with fewer captions repeats them; no
+    caption comes twice before all came once."""
     augment: Augment = Augment()
     """Random changes of training pictures."""
     num_workers: Annotated[int, Field(ge=0, le=1_024)] | None = None
@@ -130,6 +137,9 @@ class Vision(Section):
     """Number of transformer blocks."""
     num_heads: Blocks | None = None
     """Attention heads in each block. The number must divide `width`."""
+    pool: Literal["mean"] | None = None
+    """Source of the picture's feature. mean: the mean of the patch tokens after the last norm; a tower given by sizes
+    then has no class token. null: the way of the architecture, which for a tower given by sizes is a class token."""
     drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Stochastic depth: probability of skipping the last block, falling linearly to 0 at the first."""
 
@@ -152,16 +162,18 @@ class Text(Section):
 
 
 class Frequency(Section):
-    """The frequency branch: spectral blocks (global filters) beside the image tower."""
+    """Spectral blocks (global filters): the first stage of the image tower, or a branch beside it."""
 
-    placement: Literal["branch", "stem"] = "branch"
-    """branch: beside the tower, for supervision only; the image tower stays a plain ViT. stem: the first `depth` blocks
-    of the tower are spectral, and the attention blocks continue from their tokens."""
+    placement: Literal["stem", "branch"] = "stem"
+    """stem: the first `depth` blocks of the tower are spectral, and the attention blocks continue from their tokens.
+    branch: beside the tower, which stays a plain ViT. A branch on `dct` teaches the text tower alone; with
+    losses.align it teaches the image tower too."""
     input: Literal["tokens", "dct"] = "dct"
     """tokens: the tower's patch tokens with positions; a stem always reads these. dct: an orthonormal block DCT of each
     patch's pixels."""
-    width: Size
-    """Width of the branch. With input `tokens`, a width other than the tower's adds a linear layer."""
+    width: Size | None = None
+    """Width of a branch. With input `tokens`, a width other than the tower's adds a linear layer. null: the tower's
+    width; a stem has no other."""
     depth: Blocks = 2
     """Number of spectral blocks."""
 
@@ -169,7 +181,8 @@ class Frequency(Section):
     @classmethod
     def _input_of_a_stem(cls, given: Any) -> Any:
         """A stem reads tokens, so a recipe need not say so."""
-        return {"input": "tokens"} | given if isinstance(given, dict) and given.get("placement") == "stem" else given
+        is_stem = isinstance(given, dict) and given.get("placement", "stem") == "stem"
+        return {"input": "tokens"} | given if is_stem else given
 
 
 class Merging(Section):
@@ -223,30 +236,47 @@ class GlobalLoss(Section):
     """Share of infonce's target that is spread evenly over the batch."""
 
 
+class WordsLoss(Section):
+    """A loss between one vector for each picture and the words of its captions: which words of the batch are in them
+    (after SuperCLIP, Zhao et al. 2025)."""
+
+    weight: PositiveFloat = 1.0
+    """Factor in the total."""
+
+
 class TokenLoss(Section):
     """A loss between patches and words."""
 
-    kind: Literal["sparc", "filip"] = "sparc"
-    """sparc: each word against the patches it attends to, inside each pair (Bica et al. 2024). filip: for all pairs of
-    the global batch, each patch's best word and each word's best patch (Yao et al., ICLR 2022)."""
+    kind: Literal["pooled", "filip", "sparc"] = "pooled"
+    """pooled: for all pairs of the global batch, the patches that a caption attends to against that caption (after
+    FLAIR, Xiao et al., CVPR 2025). filip: for all pairs of the global batch, each patch's best word and each word's
+    best patch (Yao et al., ICLR 2022). sparc: each word against the patches it attends to, inside each pair (Bica et
+    al., ICML 2024); the words alone can lower it, whatever the picture shows."""
     weight: PositiveFloat = 1.0
     """Factor in the total."""
 
 
 class Losses(Section):
-    """The weighted sum that training minimises: two domains x two levels. Each term is null or {kind, weight}."""
+    """The weighted sum that training minimises. Each term is null or a section with a weight."""
 
     spatial_global: GlobalLoss | None = GlobalLoss()
     """Image feature of the spatial tower against the text feature."""
+    spatial_words: WordsLoss | None = None
+    """Mean of the spatial patch tokens against the words of the batch."""
     spatial_token: TokenLoss | None = None
     """Spatial patch tokens against words."""
     frequency_global: GlobalLoss | None = None
-    """Feature of the frequency branch against the text feature."""
+    """Mean of the frequency tokens against the text feature."""
+    frequency_words: WordsLoss | None = None
+    """Mean of the frequency tokens against the words of the batch."""
     frequency_token: TokenLoss | None = None
-    """Tokens of the frequency branch against words."""
+    """Frequency tokens against words."""
+    align: GlobalLoss | None = None
+    """Image feature of the spatial tower against the feature of the branch, which then reads another crop of the
+    picture. It needs model.frequency.placement branch."""
     positives: Literal["pair", "concept"] = "pair"
     """pair: a picture matches only its own caption. concept: in losses over the batch, pictures of one concept also
-    match each other's captions. The concept is `concept` in the sample's meta, or else the caption itself."""
+    match each other's captions. The concept is `concept` in the sample's meta, or else the first drawn caption."""
 
 
 class Optim(Section):

@@ -52,7 +52,7 @@ def wrong_stem(frequency: Frequency, *, width: int | None, depth: int | None) ->
     A size of None is unknown and not checked.
     """
     wrong = []
-    if width is not None and frequency.width != width:
+    if None not in (width, frequency.width) and frequency.width != width:
         wrong.append(("width", f"{frequency.width}, but the blocks of a stem are as wide as the tower; use {width}"))
     if depth is not None and frequency.depth >= depth:
         wrong.append(("depth", f"{frequency.depth} leaves no attention block in a tower of {depth} blocks; use less"))

@@ -27,7 +27,7 @@ def print_profile(profile: ProfileResult) -> None:
 def model_tables(profile: ProfileResult) -> list[Table]:
     """Parameters, operations, speeds."""
     parameters = Table(("part", "parameters"), [[name, f"{count:,}"] for name, count in profile.parameters.items()])
-    return [parameters, *_operations(profile), _speeds(profile)]
+    return [parameters, *_operations(profile), _speeds(profile), *_token_losses(profile)]
 
 
 def _operations(profile: ProfileResult) -> list[Table]:
@@ -58,6 +58,16 @@ def _operations(profile: ProfileResult) -> list[Table]:
         notes=[f"tokens of a caption: {profile.caption_tokens} ({profile.caption_tokens_from})"],
     )
     return [tower.without_empty_columns(), others]
+
+
+def _token_losses(profile: ProfileResult) -> list[Table]:
+    """Each token loss with the right pictures and with others, where they were compared."""
+    if not profile.token_losses:
+        return []
+    rows: list[list[Cell]] = [[own.loss, f"{own.right:.3f}", f"{own.other:.3f}"] for own in profile.token_losses]
+    note = "a loss that is as low with another caption's picture does not look at the picture"
+    pairs = profile.token_losses[0].pairs
+    return [Table((f"token loss, {pairs} training pairs", "its picture", "another"), rows, notes=[note])]
 
 
 def _speeds(profile: ProfileResult) -> Table:

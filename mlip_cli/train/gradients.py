@@ -6,9 +6,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from mlip_cli.distributed import all_sum, gradients_kept_back, unwrap
+from mlip_cli.distributed import gradients_kept_back, unwrap
 from mlip_cli.losses.features import Features, features_of
 from mlip_cli.losses.objective import Objective
+from mlip_cli.losses.words import CaptionCounts, count_captions
+from mlip_cli.model.text import word_mask
 from mlip_cli.recipe.merge_plan import MergePlan
 from mlip_cli.types import Batch, Encoded, PartOf
 
@@ -82,18 +84,28 @@ def add_gradients(
         plan: merges of this step.
         part: opens a context by name around each part of the work, for a clock.
     """
+    batch, counts = captions_counted(objective, batch)
     if micro_batch_size is None or micro_batch_size >= len(batch.images):
-        terms = _at_once(model, objective, batch, precision, plan, part)
+        terms = _at_once(model, objective, batch, counts, precision, plan, part)
     else:
-        micro_batches = _split(batch, micro_batch_size)
-        terms = _by_micro_batches(model, objective, micro_batches, precision, plan, part)
+        micro_batches = batch.split(micro_batch_size)
+        terms = _by_micro_batches(model, objective, micro_batches, counts, precision, plan, part)
     return {name: value.detach() for name, value in terms.items()}
+
+
+def captions_counted(objective: Objective, batch: Batch) -> tuple[Batch, CaptionCounts | None]:
+    """The batch with the words of the global batch, and the counts of its captions, if a loss needs them."""
+    if not objective.counts_captions:
+        return batch, None
+    counts = count_captions(batch.token_ids, word_mask(batch.token_ids))
+    return replace(batch, word_ids=counts.word_ids), counts
 
 
 def _at_once(
     model: nn.Module,
     objective: Objective,
     batch: Batch,
+    counts: CaptionCounts | None,
     precision: Precision,
     plan: MergePlan,
     part: PartOf,
@@ -101,9 +113,8 @@ def _at_once(
     with part(FORWARD), precision.autocast(batch.images.device):
         encoded: Encoded = model(batch, plan=plan)
     with part(LOSSES):
-        num_captions = all_sum(objective.count_captions(encoded.text_mask))
         terms = objective.batch_terms(_features(objective, encoded, batch), part)
-        terms = {**terms, **objective.sample_terms(encoded, num_captions, part)}
+        terms = {**terms, **objective.sample_terms(encoded, batch.token_ids, counts, part)}
         loss = precision.scaler.scale(objective.total(terms))
     with part(BACKWARD):
         loss.backward()
@@ -114,6 +125,7 @@ def _by_micro_batches(
     model: nn.Module,
     objective: Objective,
     micro_batches: list[Batch],
+    counts: CaptionCounts | None,
     precision: Precision,
     plan: MergePlan,
     part: PartOf,
@@ -124,7 +136,7 @@ def _by_micro_batches(
     2021). The second pass repeats the random numbers and merges of the first. Losses inside pairs need no cache.
     """
     device = micro_batches[0].images.device
-    states, features, merges, captions = [], [], [], []
+    states, features, merges = [], [], []
     with part(FORWARD_WITHOUT_GRAPH):
         for own in micro_batches:
             states.append(RandomState.read(device))
@@ -132,10 +144,8 @@ def _by_micro_batches(
                 encoded = unwrap(model)(own, plan=plan)
             features.append(_features(objective, encoded, own))
             merges.append(encoded.assign)
-            captions.append(objective.count_captions(encoded.text_mask))
         del encoded  # its tokens take most of a micro-batch's memory
     with part(LOSSES):
-        num_captions = all_sum(torch.stack(captions).sum())
         whole = Features.joined(features)
         leaves = whole.leaves()
         terms = objective.batch_terms(whole, part)
@@ -157,7 +167,7 @@ def _by_micro_batches(
             with part(FORWARD), precision.autocast(device):
                 encoded = model(own, plan=plan, assign=merges[i])
             with part(LOSSES):
-                sample_terms = objective.sample_terms(encoded, num_captions, part)
+                sample_terms = objective.sample_terms(encoded, own.token_ids, counts, part)
                 surrogates = []
                 if gradients:
                     surrogates.append(_features(objective, encoded, own).surrogate(gradients, rows, share=share))
@@ -172,11 +182,3 @@ def _by_micro_batches(
 
 def _features(objective: Objective, encoded: Encoded, batch: Batch) -> Features:
     return features_of(encoded, token_losses=objective.batch_token_losses, labels=batch.labels)
-
-
-def _split(batch: Batch, size: int) -> list[Batch]:
-    images, token_ids = batch.images.split(size), batch.token_ids.split(size)
-    labels = [None] * len(images) if batch.labels is None else batch.labels.split(size)
-    return [
-        replace(batch, images=i, token_ids=t, labels=own) for i, t, own in zip(images, token_ids, labels, strict=True)
-    ]

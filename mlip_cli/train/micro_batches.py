@@ -10,10 +10,8 @@ from mlip_cli.recipe.config import Recipe
 from mlip_cli.recipe.merge_plan import MergePlan
 from mlip_cli.terminal.output import say
 from mlip_cli.train.gradients import RandomState, add_gradients
+from mlip_cli.train.noise import noise_batch
 from mlip_cli.train.state import Progress, Training
-from mlip_cli.types import VOCAB_SIZE, Batch
-
-BOS, EOS = VOCAB_SIZE - 2, VOCAB_SIZE - 1
 
 
 def chosen_micro_batch_size(recipe: Recipe, training: Training, progress: Progress, *, share: int) -> int | None:
@@ -55,16 +53,13 @@ def largest_that_fits(share: int, attempt: Callable[[int], None]) -> int:
 def try_once(recipe: Recipe, training: Training, *, share: int, size: int) -> None:
     """Compute a gradient by micro-batches of `size` and drop it, beside the optimiser's moments.
 
-    The pictures are blank and the texts as long as they can be. No rank waits for another one.
+    The texts are as long as they can be. No rank waits for another one.
 
     Raises:
         torch.OutOfMemoryError: it does not fit.
     """
-    length, side = recipe.model.text.context_length, recipe.data.image_size
-    token_ids = torch.full((share, length), 1, device=training.device)
-    token_ids[:, 0], token_ids[:, -1] = BOS, EOS
-    images = torch.zeros(share, 3, side, side, dtype=torch.uint8, device=training.device)
-    labels = torch.arange(share, device=training.device) if recipe.losses.positives == "concept" else None
+    length = recipe.model.text.context_length
+    batch = noise_batch(recipe, batch_size=share, num_tokens=length, device=training.device)
     parameters = [] if training.optimizer.state else list(training.plain.parameters())
     moments = [torch.empty_like(parameter) for parameter in parameters if parameter.requires_grad for _ in range(2)]
     try:
@@ -72,7 +67,7 @@ def try_once(recipe: Recipe, training: Training, *, share: int, size: int) -> No
             add_gradients(
                 training.plain.train(),
                 Objective(recipe.losses),
-                Batch(images, token_ids, keys=(), labels=labels),
+                batch,
                 precision=training.precision,
                 micro_batch_size=size,
                 plan=least_merging(recipe, training),

@@ -136,6 +136,7 @@ def open_batches(recipe: Recipe, data: TrainingData, device: torch.device, *, st
         num_workers=num_workers(recipe),
         pin_memory=device.type == "cuda",
         with_labels=recipe.losses.positives == "concept",
+        with_other_crop=recipe.losses.align is not None,
     )
 
 

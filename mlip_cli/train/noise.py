@@ -1,0 +1,27 @@
+"""Batches of noise with the shapes of a recipe's, to find out what a step costs."""
+
+import torch
+
+from mlip_cli.recipe.config import Recipe
+from mlip_cli.types import VOCAB_SIZE, Batch
+
+BOS, EOS = VOCAB_SIZE - 2, VOCAB_SIZE - 1
+
+
+def noise_batch(recipe: Recipe, *, batch_size: int, num_tokens: int, device: torch.device) -> Batch:
+    """Pictures of noise, captions of `num_tokens` words drawn from the whole vocabulary."""
+    generator = torch.Generator().manual_seed(0)
+    side, captions = recipe.data.image_size, recipe.data.captions_per_image * batch_size
+
+    def pictures() -> torch.Tensor:
+        return torch.randint(256, (batch_size, 3, side, side), dtype=torch.uint8, generator=generator)
+
+    token_ids = torch.randint(1, BOS, (captions, num_tokens), generator=generator)
+    token_ids[:, 0], token_ids[:, -1] = BOS, EOS
+    return Batch(
+        pictures(),
+        token_ids,
+        keys=("",) * batch_size,
+        labels=torch.arange(batch_size) if recipe.losses.positives == "concept" else None,
+        other_images=pictures() if recipe.losses.align is not None else None,
+    ).to(device)
