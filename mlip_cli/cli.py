@@ -23,7 +23,6 @@ from mlip_cli.terminal.options import (
     Out,
     Run,
     ShortSide,
-    SkinTones,
     Source,
     Workers,
 )
@@ -76,7 +75,6 @@ def prepare_data(
     image_column: ImageColumn = None,
     caption_column: CaptionColumn = None,
     image_folder: ImageFolder = None,
-    skin_tones: SkinTones = False,
     workers: Workers = None,
     json: Json = False,
 ) -> None:
@@ -88,7 +86,7 @@ def prepare_data(
         source,
         out,
         format=format,
-        read=ReadOptions(limit, image_column, caption_column, skin_tones, image_folder),
+        read=ReadOptions(limit, image_column, caption_column, image_folder),
         size=size,
         holdout=holdout,
         workers=workers,

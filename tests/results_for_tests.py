@@ -24,7 +24,7 @@ def zeroshot_result(
 ) -> ZeroshotResult:
     """A result; `features` adds those of a frequency branch."""
     own = {"per_class": [], **scores("acc1", "acc5", "mean_per_class_recall")}
-    own |= {key: more[key] for key in ("names",) if key in more}
+    own |= {key: more[key] for key in ("names", "pictures", "per_class") if key in more}
     value = {
         "protocol": 1,
         "dataset": dataset,

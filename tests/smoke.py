@@ -13,7 +13,7 @@ SMOKE = str(Path(__file__).parents[1] / "recipes" / "smoke.yaml")
 COMMANDS = (
     ("prepare-data", "openmoji", "data/openmoji", "--limit", "200"),
     ("pretrain", SMOKE, "--out", "runs/smoke"),
-    ("eval-zeroshot", "runs/smoke", "--dataset", "openmoji", "--merge-rate", "0,0.5"),
+    ("eval-zeroshot", "runs/smoke", "--dataset", "openmoji,openmoji_combinations", "--merge-rate", "0,0.5"),
     ("merge-sweep", "--rates", "0.3,0.5", "--rounds", "5", "--batch-size", "16"),
     ("profile", "--rounds", "5", "--batch-size", "8"),
     ("report", "runs/smoke"),

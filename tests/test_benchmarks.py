@@ -64,7 +64,8 @@ def test_unknown_name_gets_a_guess_or_the_list(tmp_path: Path) -> None:
     assert usage_error("cifer10", tmp_path) == "unknown data set 'cifer10'; did you mean cifar10?"
     message = usage_error("things", tmp_path)
     assert message.startswith(
-        "unknown data set 'things'; use openmoji, digits, imagenet, folder:PATH, shards:PATH, wds/NAME, or a name of "
+        "unknown data set 'things'; use openmoji, openmoji_combinations, digits, imagenet, folder:PATH, shards:PATH, "
+        "wds/NAME, or a name of "
     )
     assert "\n" not in message
 
@@ -185,6 +186,9 @@ def test_shards_take_the_class_from_the_record(tmp_path: Path) -> None:
 def test_missing_openmoji_names_the_command(tmp_path: Path) -> None:
     assert usage_error("openmoji", tmp_path) == (
         f"openmoji: no prepared data in {tmp_path}/openmoji/test; run mlip prepare-data openmoji {tmp_path}/openmoji"
+    )
+    assert usage_error("openmoji_combinations", tmp_path).startswith(
+        f"openmoji_combinations: no prepared data in {tmp_path}/openmoji/combinations; run mlip prepare-data openmoji"
     )
 
 

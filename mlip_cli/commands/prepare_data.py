@@ -61,8 +61,6 @@ def prepare_data(
 
 
 def _check_options(source: DataSource, out: Path, read: ReadOptions) -> None:
-    if read.skin_tones and source.format != "openmoji":
-        raise UsageError("--skin-tones: for the source openmoji only; leave it out")
     if (read.image_column or read.caption_column) and source.format not in ("metadata", "webdataset"):
         raise UsageError(
             f"--image-column, --caption-column: for tables and tars only, and {source.name} is read as {source.format}"

@@ -8,10 +8,11 @@ from urllib.parse import quote
 
 from mlip_cli.errors import UsageError
 from mlip_cli.report.comparison import comparison_page
+from mlip_cli.report.headlines import compared, verdict
 from mlip_cli.report.record import RunRecord, read_run
 from mlip_cli.report.write import write_page, write_run_page, written_line
 from mlip_cli.runs.folder import Run, newest_in_words, newest_run
-from mlip_cli.terminal.output import print_json, print_lines
+from mlip_cli.terminal.output import print_json, print_lines, say
 
 
 def report(targets: Sequence[str], *, out: Path | None, as_json: bool) -> None:
@@ -38,6 +39,9 @@ def report(targets: Sequence[str], *, out: Path | None, as_json: bool) -> None:
             write_run_page(record, record.run.report)
         links = {record.name: quote(os.path.relpath(record.run.report, path.parent)) for record in records}
         write_page(path, comparison_page(records, links=links, written=written_line()))
+        comparisons = compared(records)
+        for record in records[1:]:
+            say(verdict(records[0].name, record.name, comparisons))
     path = _short(path)
     if as_json:
         print_json({"report": str(path), "runs": [str(run.folder) for run in runs]})

@@ -13,7 +13,7 @@ from mlip_cli.errors import UsageError
 from mlip_cli.evaluate.datasets.benchmark import Benchmark
 from mlip_cli.evaluate.datasets.find import find_benchmark
 from mlip_cli.evaluate.datasets.open import open_benchmark
-from mlip_cli.evaluate.datasets.pictures import batches
+from mlip_cli.evaluate.datasets.pictures import Pictures, batches
 from mlip_cli.evaluate.measure import NAME_RECALL_AT, Candidate, measure
 from mlip_cli.evaluate.results import DIRECTIONS
 from mlip_cli.evaluate.retrieval import RECALL_AT, image_text_retrieval, in_batch, modality_gap
@@ -25,6 +25,9 @@ from mlip_cli.runs.loading import LoadedRun, MergedEncoder
 from mlip_cli.terminal.output import percent, plural, say
 from mlip_cli.terminal.panel import progress
 from mlip_cli.types import Encoder
+
+WAYS = {"picture": "pictures", "name": "names"}
+"""What is looked for among the names and pictures of a data set -> its recalls."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +120,7 @@ def _zeroshot_evaluator(benchmark: Benchmark, recipe: Recipe, tokenizer: Tokeniz
     read_ahead = device.type == "cuda"
     read = partial(batches, pictures, size=size, batch_size=BATCH_SIZE, read_ahead=read_ahead)
     decoded = DecodedBatches(read, size=size)
-    of_names = tuple(f"name_r{k}" for k in NAME_RECALL_AT) if pictures.names else ()
+    of_names = tuple(f"{way}_r{k}" for way in WAYS for k in NAME_RECALL_AT) if pictures.names else ()
     metrics = tuple(f"{metric_prefix(benchmark.name)}_{name}" for name in ("mean_recall", "acc1", *of_names))
 
     def evaluate(encoder: Encoder, on_batch: OnBatch) -> Measures:
@@ -132,26 +135,38 @@ def _zeroshot_evaluator(benchmark: Benchmark, recipe: Recipe, tokenizer: Tokeniz
         )
         found, chances = [scores["mean_per_class_recall"], scores["acc1"]], [scores["chance"]] * 2
         if pictures.names:
-            found += [scores["names"][f"r{k}"] for k in NAME_RECALL_AT]
-            chances += [scores["names"][f"r{k}_chance"] for k in NAME_RECALL_AT]
+            recalls = [(scores[way], k) for way in WAYS.values() for k in NAME_RECALL_AT]
+            found += [own[f"r{k}"] for own, k in recalls]
+            chances += [own[f"r{k}_chance"] for own, k in recalls]
         values, levels = (dict(zip(metrics, own, strict=True)) for own in (found, chances))
         return Measures(values, zeroshot_words(scores), levels)
 
-    return Evaluator(benchmark.name, pictures.num_pictures, metrics, evaluate, headline=metrics[0])
+    headline = f"{metric_prefix(benchmark.name)}_picture_r1" if asks_names_alone(pictures) else metrics[0]
+    return Evaluator(benchmark.name, pictures.num_pictures, metrics, evaluate, headline=headline)
+
+
+def asks_names_alone(pictures: Pictures) -> bool:
+    """Whether each name is a class: then retrieval says everything."""
+    return pictures.names is not None and len(pictures.names.texts) == len(pictures.class_names)
 
 
 def zeroshot_words(scores: Mapping[str, Any]) -> str:
     """Scores of `evaluate.measure.measure` in a line of text."""
-    words = (
-        f"mean recall {percent(scores['mean_per_class_recall'])} % (chance {percent(scores['chance'])}), "
-        f"top-1 {percent(scores['acc1'])} %"
-    )
-    if is_below_chance(scores["mean_per_class_recall_interval"], scores["chance"]):
-        words += f", {BELOW_CHANCE}"
-    if names := scores.get("names"):
-        recalls = [f"R@{k} {percent(names[f'r{k}'])} % ({percent(names[f'r{k}_chance'])})" for k in NAME_RECALL_AT]
-        words += f", name {', '.join(recalls)}"
-    return f"{words}; {plural(scores['n'], 'picture')}"
+    recall, interval = scores["mean_per_class_recall"], scores["mean_per_class_recall_interval"]
+    words = [
+        f"mean recall {percent(recall)} % (chance {percent(scores['chance'])})",
+        f"top-1 {percent(scores['acc1'])} %",
+    ]
+    if is_below_chance(interval, scores["chance"]):
+        words.append(BELOW_CHANCE)
+    if "names" in scores:
+        asks_names_alone = scores["names"]["num_candidates"] == scores["num_classes"]
+        words = [] if asks_names_alone else words
+        for way, key in WAYS.items():
+            own = scores[key]
+            recalls = [f"R@{k} {percent(own[f'r{k}'])} % ({percent(own[f'r{k}_chance'])})" for k in NAME_RECALL_AT]
+            words.append(f"{way} {', '.join(recalls)}")
+    return f"{', '.join(words)}; {plural(scores['n'], 'picture')}"
 
 
 def _retrieval_evaluator(pairs: ValidationPairs, batch_size: int) -> Evaluator:

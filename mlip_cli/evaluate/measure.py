@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mlip_cli.devices import synchronize
 from mlip_cli.evaluate.datasets.pictures import Pictures
-from mlip_cli.evaluate.retrieval import Ranks, ranks
+from mlip_cli.evaluate.retrieval import image_text_ranks
 from mlip_cli.evaluate.together import OnBatch, on_all_ranks
 from mlip_cli.evaluate.zeroshot import class_embeddings, classification, finite_rows, require_finite, top_classes, unit
 from mlip_cli.types import Encoder, ImageFeatures
@@ -44,8 +44,8 @@ class _Answers:
 
     top: dict[str, Tensor]
     """Best classes of each picture: (n, k)."""
-    name_ranks: dict[str, Tensor]
-    """Rank of each picture's first right name: (n,). Empty for data sets without names."""
+    features: dict[str, Tensor]
+    """Unit vectors: (n, E). Empty for data sets without names."""
     is_finite: dict[str, Tensor]
     """Whether each feature is finite: (n,)."""
 
@@ -59,8 +59,8 @@ class _Classifier:
         self.seconds: list[tuple[int, float]] = []
         self.has_frequency: bool | None = None
 
-    def answers(self, images: Tensor, accepted: Sequence[Sequence[int]]) -> _Answers:
-        """Classify a batch (B, 3, H, W) uint8 on the CPU; `accepted` are the right names of each picture."""
+    def answers(self, images: Tensor) -> _Answers:
+        """Classify a batch (B, 3, H, W) uint8 on the CPU."""
         images = images.to(self.candidate.device)
         found = self._timed_features(images) if self.is_timed else self.encoder.image_features(images)
         is_finite = {"image": finite_rows(found.spatial).cpu()}
@@ -69,10 +69,9 @@ class _Classifier:
             is_finite["frequency"] = finite_rows(found.frequency).cpu()
             features["frequency"] = unit(found.frequency)
             features["spatial_plus_frequency"] = unit(features["spatial"] + features["frequency"])
-        names = self.names
         return _Answers(
             top={kind: top_classes(own, self.classes).cpu() for kind, own in features.items()},
-            name_ranks={} if names is None else {kind: ranks(own, names, accepted) for kind, own in features.items()},
+            features={} if self.names is None else {kind: own.cpu() for kind, own in features.items()},
             is_finite=is_finite,
         )
 
@@ -130,11 +129,8 @@ def measure(
     classifiers = [_Classifier(candidate, *texts[id(candidate.weights)], is_timed=is_timed) for candidate in candidates]
 
     def classify(numbers: range) -> Iterator[tuple[Tensor, list[_Answers]]]:
-        start = numbers.start * batch_size
         for images, labels in read(numbers):
-            accepted = pictures.names.accepted[start : start + len(images)] if pictures.names else []
-            answers = [classifier.answers(images, accepted) for classifier in classifiers]
-            start += len(images)
+            answers = [classifier.answers(images) for classifier in classifiers]
             on_batch(len(images))
             yield labels, answers
 
@@ -175,13 +171,15 @@ def _scores(
     counts = labels.bincount(minlength=len(pictures.class_names))
     by_kind = {kind: classification(top, labels, pictures.class_names) for kind, top in answers.top.items()}
     right = {"acc1": "".join("01"[hit] for hit in (answers.top["spatial"][:, 0] == labels).tolist())}
-    if pictures.names:
-        accepted = [len(own) for own in pictures.names.accepted]
-        for kind, found in answers.name_ranks.items():
-            names = Ranks(found, accepted, len(pictures.names.texts))
+    if pictures.names and classifier.names is not None:
+        for kind, features in answers.features.items():
+            found = image_text_ranks(features, classifier.names.cpu(), pictures.names.accepted)
+            names, of_names = found["image_to_text"], found["text_to_image"]
             by_kind[kind]["names"] = names.recalls(at=NAME_RECALL_AT)
+            by_kind[kind]["pictures"] = of_names.recalls(at=NAME_RECALL_AT)
             if kind == "spatial":
                 right |= {f"name_{k}": hits for k, hits in names.right(at=NAME_RECALL_AT).items()}
+                right |= {f"picture_{k}": hits for k, hits in of_names.right(at=NAME_RECALL_AT).items()}
     result: dict[str, Any] = {
         "n": len(labels),
         "num_classes": len(pictures.class_names),

@@ -72,7 +72,14 @@ class ZeroshotScores:
     mean_per_class_recall_interval: Interval
     per_class: Sequence[ClassRecall]
     names: Recalls | None = None
-    """Where the data set has a name for each picture."""
+    """Image to text, where the data set has a name for each picture."""
+    pictures: Recalls | None = None
+    """Text to image, likewise: a picture of each name."""
+
+    @property
+    def asks_names_alone(self) -> bool:
+        """Whether each name is a class: then the recalls say everything."""
+        return self.names is not None and self.names.num_candidates == len(self.per_class)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ from mlip_cli.data.transforms import evaluation_transform
 from mlip_cli.devices import batch_named, device_name
 from mlip_cli.errors import UsageError
 from mlip_cli.evaluate.datasets.benchmark import Benchmark
+from mlip_cli.evaluate.datasets.find import OPENMOJI_SPLITS
 from mlip_cli.evaluate.datasets.open import open_benchmark
 from mlip_cli.evaluate.evaluators import measure_runs
 from mlip_cli.evaluate.merge_points import Point, distortions, speeds
@@ -38,7 +39,7 @@ from mlip_cli.runs.loading import LoadedRun
 from mlip_cli.runs.result_files import checked
 from mlip_cli.terminal.panel import progress
 
-PREPARED = frozenset({"openmoji", "shards", "imagenet_shards"})
+PREPARED = frozenset({*OPENMOJI_SPLITS, "shards", "imagenet_shards"})
 """Kinds of data sets that `prepare-data` writes, with a card."""
 
 

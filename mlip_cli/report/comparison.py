@@ -28,6 +28,7 @@ from mlip_cli.report.run_page import known_chances, method
 from mlip_cli.report.scores import compared_scores
 from mlip_cli.report.sweeps import CUT, failures_words, pareto_charts, sweep_tables
 from mlip_cli.report.tables import Table
+from mlip_cli.report.time_chart import time_chart
 from mlip_cli.runs.result_files import Result
 
 
@@ -48,6 +49,7 @@ def comparison_page(records: Sequence[RunRecord], *, links: Mapping[str, str], w
             *(note(line) for record in records for line in record.damaged),
         ],
         sections=[
+            _time_section(records),
             _runs_section(records, links),
             compared_galleries(records),
             _scores_section(records),
@@ -57,6 +59,14 @@ def comparison_page(records: Sequence[RunRecord], *, links: Mapping[str, str], w
         ],
         foot=joined(note(line) for line in [written, *attributions]),
     )
+
+
+def _time_section(records: Sequence[RunRecord]) -> Html:
+    """The main score against training time, where it was measured during training."""
+    chart = time_chart(records)
+    if chart is None:
+        return element("div")
+    return section("time", "Accuracy against time", figure(chart.in_page(), "Bars are 95 % intervals.", kind="wide"))
 
 
 def _runs_section(records: Sequence[RunRecord], links: Mapping[str, str]) -> Html:

@@ -14,7 +14,7 @@ from mlip_cli.evaluate.results import (
 )
 from mlip_cli.evaluate.statistics import Interval, paired, wilson
 from mlip_cli.report.record import RunRecord
-from mlip_cli.report.tables import speedup_cell
+from mlip_cli.report.tables import main_score, speedup_cell
 from mlip_cli.terminal.output import percent, plural
 
 SIGNIFICANT = 0.05
@@ -86,16 +86,29 @@ def _retrieval(gallery: GalleryResult, way: str) -> Score:
 
 
 def _zeroshot(result: ZeroshotResult) -> Score:
-    share = _share(result.mean_per_class_recall, result.mean_per_class_recall_interval)
+    score = main_score(result, chance=result.chance)
+    share = _share(score.value, score.interval)
+    if result.asks_names_alone and result.pictures is not None:
+        of = result.pictures
+        return Score(
+            name=f"{result.dataset}: {score.words}",
+            data=(result.data_fingerprint,),
+            question=f"Does it find the right picture of {result.dataset} for a name, among {of.num_candidates:,}?",
+            answer=f"The right picture comes first for {share} of {plural(of.n, 'name')}",
+            value=score.value,
+            interval=score.interval,
+            chance=score.chance,
+            right=result.right.get(score.measure, ""),
+        )
     return Score(
         name=f"{result.dataset}: mean recall",
         data=(result.data_fingerprint,),
         question=f"Does it name the class of a picture of {result.dataset}, one of {result.num_classes:,}?",
         answer=f"It puts {share} of the pictures of a class into the right one, on average",
-        value=result.mean_per_class_recall,
-        interval=result.mean_per_class_recall_interval,
-        chance=result.chance,
-        right=result.right.get("acc1", ""),
+        value=score.value,
+        interval=score.interval,
+        chance=score.chance,
+        right=result.right.get(score.measure, ""),
         per_class=result.per_class,
     )
 

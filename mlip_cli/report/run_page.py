@@ -88,7 +88,9 @@ def known_chances(record: RunRecord) -> dict[str, float]:
         prefix = metric_prefix(result.dataset)
         chances |= {f"{prefix}_{name}": result.chance for name in ("mean_recall", "acc1")}
         if result.names:
-            chances |= {f"{prefix}_name_r{k}": result.names.at(k).chance for k in (1, 5)}
+            chances |= {
+                f"{prefix}_{way}_r{k}": result.names.at(k).chance for way in ("name", "picture") for k in (1, 5)
+            }
     return chances
 
 
@@ -110,6 +112,7 @@ def _data_section(record: RunRecord) -> Html:
                 [
                     ("folder", card.folder),
                     ("source", card.provenance.source),
+                    ("holds", card.provenance.holds),
                     ("prepared by", card.provenance.tool),
                     ("bytes", f"{card.num_bytes:,}" if card.num_bytes is not None else None),
                     ("fingerprint", card.fingerprint[:16]),

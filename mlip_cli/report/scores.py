@@ -17,9 +17,11 @@ from mlip_cli.report.tables import (
     PAIRED_TEST,
     VERSUS,
     Cell,
+    MainScore,
     Table,
     data_words,
     doubts,
+    main_score,
     names_words,
     percent_cell,
     print_tables,
@@ -30,6 +32,8 @@ from mlip_cli.terminal.output import percent
 
 CLASSES_SHOWN = 20
 """So many best and so many worst classes are shown where there are more than both together."""
+
+HEADS = ("run", "step", "true rate", "feature")
 
 Own = TypeVar("Own")
 
@@ -66,31 +70,31 @@ def zeroshot_tables(
     """
     results = [row.result for row in rows]
     first = results[0]
+    if first.asks_names_alone:
+        return _retrieval_tables(dataset, rows, notes=notes, with_speed=with_speed)
     lines: list[list[Cell]] = []
     more: list[list[Cell]] = []
     several = any(len(_features(row.result)) > 1 for row in rows)
     for row in rows:
-        step = None if row.step is None else f"{row.step:,}"
         for feature, own in _features(row.result).items():
-            head = [row.run, step, rate_words(row.result), feature if several else None]
-            speed = f"{row.result.images_per_s:,.0f}" if with_speed else None
-            beside: list[Cell] = [speed, *versus_cells(row.test)]
+            head = _head(row, feature if several else None)
             lines.append(
                 [
                     *head,
                     percent_cell(own.mean_per_class_recall, own.mean_per_class_recall_interval),
                     percent_cell(own.acc1, own.acc1_interval),
-                    *(beside if own is row.result else [None] * len(beside)),
+                    *_beside(row, own, with_speed=with_speed),
                 ]
             )
             top5 = percent_cell(own.acc5, own.acc5_interval) if first.num_classes >= MANY_CLASSES else None
-            more.append([*head, top5, recall_cell(own.names, 1), recall_cell(own.names, 5)])
-    heads = ("run", "step", "true rate", "feature")
-    columns = (*heads, "mean recall %", "top-1 %", "images/s", *VERSUS)
+            more.append(
+                [*head, top5, recall_cell(own.names, 1), recall_cell(own.names, 5), recall_cell(own.pictures, 5)]
+            )
+    columns = (*HEADS, "mean recall %", "top-1 %", "images/s", *VERSUS)
     words = [data_words(first, first), *doubts(first, results), *notes]
     tables = [Table(columns, lines, dataset, words)]
     if first.names or first.num_classes >= MANY_CLASSES:
-        titles = (*heads, "top-5 %", "name R@1 %", "name R@5 %")
+        titles = (*HEADS, "top-5 %", "name R@1 %", "name R@5 %", "picture R@5 %")
         words = [names_words(first.names)] if first.names else []
         tables.append(Table(titles, more, f"{dataset}: more scores", words))
     return [table.without_empty_columns() for table in tables]
@@ -105,6 +109,37 @@ def _classes_words(group: Sequence[Measured], numbers: Mapping[str, int]) -> lis
             run = f"run {numbers[label]}, " if label in numbers else ""
             lines.append(f"recall by class ({run}rate {rate_words(result)}): from {worst} to {best}")
     return lines[::-1]
+
+
+def _retrieval_tables(
+    dataset: str, rows: Sequence[ZeroshotRow], *, notes: Sequence[str], with_speed: bool
+) -> list[Table]:
+    """Recalls both ways on a data set whose classes are the names of its pictures."""
+    first = rows[0].result
+    several = any(len(_features(row.result)) > 1 for row in rows)
+    found = [(row, feature, own) for row in rows for feature, own in _features(row.result).items()]
+    lines: dict[str, list[list[Cell]]] = {"text to image": [], "image to text": []}
+    for row, feature, own in found:
+        head = _head(row, feature if several else None)
+        to_image, to_text = ([recall_cell(recalls, k) for k in (1, 5)] for recalls in (own.pictures, own.names))
+        lines["text to image"].append([*head, *to_image, *_beside(row, own, with_speed=with_speed)])
+        lines["image to text"].append([*head, *to_text])
+    columns = (*HEADS, "R@1 %", "R@5 %", "images/s", *VERSUS)
+    notes_of = {"text to image": [data_words(first, first), *notes], "image to text": []}
+    tables = [Table(columns[: len(own[0])], own, f"{dataset}: {way}", notes_of[way]) for way, own in lines.items()]
+    return [table.without_empty_columns() for table in tables]
+
+
+def _head(row: ZeroshotRow, feature: str | None) -> list[Cell]:
+    """Cells of the columns HEADS."""
+    return [row.run, None if row.step is None else f"{row.step:,}", rate_words(row.result), feature]
+
+
+def _beside(row: ZeroshotRow, own: ZeroshotScores, *, with_speed: bool) -> list[Cell]:
+    """Speed, if it is asked for, and paired test, which belong to the spatial feature."""
+    speed = f"{row.result.images_per_s:,.0f}" if with_speed else None
+    beside: list[Cell] = [speed, *versus_cells(row.test)]
+    return beside if own is row.result else [None] * len(beside)
 
 
 def _features(result: ZeroshotResult) -> dict[str, ZeroshotScores]:
@@ -212,7 +247,7 @@ def _compared(dataset: str, results: Sequence[tuple[str, ZeroshotResult]]) -> li
         ZeroshotRow(result, run, result.step, _tested(reference.get(result.true_merge_rate), result))
         for run, result in sorted(results, key=lambda pair: (runs.index(pair[0]), pair[1].true_merge_rate))
     ]
-    won = f"won / lost: pictures that only this run / only {runs[0]} classifies correctly at the same merge rate"
+    won = f"won / lost: {_main(results[0][1]).won} this run alone / by {runs[0]} alone, at the same merge rate"
     return zeroshot_tables(dataset, rows, notes=[f"{won}; {PAIRED_TEST}"], with_speed=False)
 
 
@@ -237,4 +272,9 @@ def _tested(first: ZeroshotResult | None, result: ZeroshotResult) -> PairedTest 
     """Against the first run's result, on the same pictures."""
     if first is None or first is result:
         return None
-    return PairedTest(**paired(first.right["acc1"], result.right["acc1"]))
+    measure = _main(result).measure
+    return PairedTest(**paired(first.right[measure], result.right[measure]))
+
+
+def _main(result: ZeroshotResult) -> MainScore:
+    return main_score(result, chance=result.chance)

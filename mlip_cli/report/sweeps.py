@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from mlip_cli.evaluate.results import DIRECTIONS, RetrievalSweep, SweepResult, ZeroshotSweep
+from mlip_cli.evaluate.results import DIRECTIONS, RetrievalSweep, SweepResult, ZeroshotScores, ZeroshotSweep
 from mlip_cli.evaluate.statistics import Interval
 from mlip_cli.report.canvas import Chart
 from mlip_cli.report.charts import Curve, Dot, curves_chart, dots_chart
@@ -19,6 +19,7 @@ from mlip_cli.report.tables import (
     data_words,
     doubts,
     machine_words,
+    main_score,
     names_words,
     percent_cell,
     print_tables,
@@ -103,31 +104,37 @@ def scatters(interval: Interval) -> bool:
 
 
 def _swept_zeroshot(dataset: ZeroshotSweep) -> list[Table]:
-    first = dataset.points[0]
+    first, asks_names_alone = dataset.points[0], dataset.points[0].asks_names_alone
     rows: list[list[Cell]] = [
         [
             *point.words,
-            percent_cell(point.mean_per_class_recall, point.mean_per_class_recall_interval),
-            percent_cell(point.acc1, point.acc1_interval),
+            *(recall_cell(point.pictures if asks_names_alone else None, k) for k in (1, 5)),
+            *_class_cells(None if asks_names_alone else point),
             recall_cell(point.names, 5),
         ]
         for point in dataset.points
     ]
-    notes = [
-        data_words(dataset, first),
-        *doubts(dataset, dataset.points),
-        *([names_words(first.names)] if first.names else []),
-    ]
-    titles = ("method", "rate", "mean recall %", "top-1 %", "name R@5 %")
+    names = [names_words(first.names)] if first.names and not asks_names_alone else []
+    notes = [data_words(dataset, first), *doubts(dataset, dataset.points), *names]
+    titles = ("method", "rate", "picture R@1 %", "picture R@5 %", "mean recall %", "top-1 %", "name R@5 %")
     scores = Table(titles, rows, dataset.dataset, notes).without_empty_columns()
+    shown = main_score(first, chance=dataset.chance)
     beside: list[list[Cell]] = [
-        [*point.words, percent(point.agreement), *versus_cells(point.paired["acc1"])]
+        [*point.words, percent(point.agreement), *versus_cells(point.paired[shown.measure])]
         for point in dataset.points
         if point.method
     ]
-    won = f"won / lost: pictures that only this setting / only rate 0 classifies correctly; {PAIRED_TEST}"
+    won = f"won / lost: {shown.won} this setting alone / by rate 0 alone; {PAIRED_TEST}"
     columns = ("method", "rate", "same class %", *VERSUS)
     return [scores, *_beside(dataset.dataset, columns, beside, note=won)]
+
+
+def _class_cells(scores: ZeroshotScores | None) -> list[Cell]:
+    """Mean recall and top-1."""
+    if scores is None:
+        return [None, None]
+    recall = percent_cell(scores.mean_per_class_recall, scores.mean_per_class_recall_interval)
+    return [recall, percent_cell(scores.acc1, scores.acc1_interval)]
 
 
 def _swept_retrieval(dataset: RetrievalSweep) -> list[Table]:
@@ -224,7 +231,8 @@ def pareto_charts(sweeps: Sequence[tuple[str, SweepResult]]) -> list[Chart]:
         if isinstance(first, RetrievalSweep):
             label, chance = "image to text R@1", first.points[0].image_to_text.r1_chance
         else:
-            label, chance = "mean recall", first.chance
+            shown = main_score(first.points[0], chance=first.chance)
+            label, chance = shown.words, shown.chance
         chart = dots_chart(
             f"{name}: {label} against speed",
             series,
@@ -240,7 +248,8 @@ def _accuracies(scores: ZeroshotSweep | RetrievalSweep) -> list[tuple[float, Int
     """The score to show and its interval, at each setting."""
     if isinstance(scores, RetrievalSweep):
         return [(point.image_to_text.r1, point.image_to_text.r1_interval) for point in scores.points]
-    return [(point.mean_per_class_recall, point.mean_per_class_recall_interval) for point in scores.points]
+    shown = [main_score(point, chance=scores.chance) for point in scores.points]
+    return [(own.value, own.interval) for own in shown]
 
 
 def _dots(sweep: SweepResult, scores: ZeroshotSweep | RetrievalSweep) -> dict[str, list[Dot]]:

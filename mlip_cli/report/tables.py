@@ -107,6 +107,8 @@ def tokens_words(tokens: Iterable[int]) -> str:
 
 def data_words(result: ZeroshotResult | ZeroshotSweep, scores: ZeroshotScores) -> str:
     """Pictures, classes and chance level of a data set."""
+    if scores.asks_names_alone and scores.names is not None:
+        return f"{plural(result.n, 'picture')}, {names_words(scores.names)}; {INTERVALS}"
     pictures = plural(result.n, "picture") + (" of concepts that training did not see" if scores.names else "")
     chance = f"chance {percent(result.chance)} %"
     if result.num_classes >= MANY_CLASSES:
@@ -125,6 +127,30 @@ def names_words(names: Recalls) -> str:
     """Number of names and chance level."""
     chances = ", ".join(f"R@{k} {percent(names.at(k).chance)} %" for k in (1, 5))
     return f"{plural(names.num_candidates, 'name')}: chance {chances}"
+
+
+@dataclass(frozen=True)
+class MainScore:
+    """The score of a data set that charts and paired tests take."""
+
+    words: str
+    value: float
+    interval: Interval
+    chance: float
+    measure: str
+    """Its name among the answers to single pictures."""
+    won: str
+    """What a won or lost answer is."""
+
+
+def main_score(scores: ZeroshotScores, *, chance: float) -> MainScore:
+    """Text to image R@1 where each name is a class, else the mean recall, whose level of guessing is `chance`."""
+    if scores.asks_names_alone and scores.pictures is not None:
+        share = scores.pictures.at(1)
+        won = "names whose picture comes first by"
+        return MainScore("text to image R@1", share.value, share.interval, share.chance, "picture_r1", won)
+    value, interval = scores.mean_per_class_recall, scores.mean_per_class_recall_interval
+    return MainScore("mean recall", value, interval, chance, "acc1", "pictures that are classified correctly by")
 
 
 VERSUS = ("won", "lost", "p")

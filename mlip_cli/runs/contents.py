@@ -56,6 +56,8 @@ class Provenance:
 
     source: str | None = None
     tool: str | None = None
+    holds: str | None = None
+    """What the split holds, where the source says more than its name."""
     license: str | None = None
     attribution: str | None = None
 

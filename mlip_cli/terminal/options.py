@@ -90,5 +90,4 @@ ImageFolder = Annotated[
         callback=checked_text, help="Folder that paths in a table are relative to. Default: found, or the table's."
     ),
 ]
-SkinTones = Annotated[bool, typer.Option("--skin-tones", help="openmoji only: include the skin-tone variants.")]
 Workers = Annotated[int | None, typer.Option(min=1, max=1_024, help="Number of processes. Default: one for each core.")]

@@ -11,7 +11,7 @@ from mlip_cli.paths import read_dataset_name, read_path
 
 T = TypeVar("T")
 
-DATASETS = ("openmoji", "digits", "imagenet")
+DATASETS = ("openmoji", "openmoji_combinations", "digits", "imagenet")
 """Names of our own data sets. As a RUN they are a mistake."""
 FAMILIES = ("folder:", "shards:", "wds/")
 """Beginnings of other data sets' names."""

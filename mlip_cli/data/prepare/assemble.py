@@ -24,7 +24,7 @@ from mlip_cli.data.prepare.workers import run_parallel
 from mlip_cli.data.prepare.workspace import PartOptions, PartResult, Workspace, opened
 from mlip_cli.data.sources.find import DataSource, read_records
 from mlip_cli.data.sources.listing import PassedOver, is_unread_picture
-from mlip_cli.data.sources.openmoji import attribution
+from mlip_cli.data.sources.openmoji import attribution, split_words
 from mlip_cli.data.sources.records import MAX_HELD_OUT, SPLITS, ReadOptions, held_out_share, parts_of
 from mlip_cli.data.sources.survey import Survey, passed_over, surveyed
 from mlip_cli.data.sources.table_layouts import missing_shards
@@ -73,8 +73,10 @@ def prepare(source: DataSource, out: Path, read: ReadOptions, request: dict[str,
         out, num_rows=survey.pictures, size=request["size"], source_bytes=sum(file.size for file in source.files)
     )
     provenance = {"tool": f"mlip-cli {__version__}", "source": source.name, **request}
+    holds: dict[str, str] = {}
     if source.format == "openmoji":
         provenance |= {"packages": list(source.versions), **attribution()}
+        holds = split_words(read.limit)
     again = "run the same command again: it goes on"
     with (
         interrupted_as(f"{out}: interrupted; {again}"),
@@ -84,7 +86,7 @@ def prepare(source: DataSource, out: Path, read: ReadOptions, request: dict[str,
         try:
             results = _prepare_parts(work, source, read, survey, request, num_workers=num_workers)
             share = held_out_share(request["holdout"], survey.pictures)
-            splits, is_held_out = _write_splits(work, results, holdout=share, provenance=provenance)
+            splits, is_held_out = _write_splits(work, results, holdout=share, provenance=provenance, holds=holds)
         except SourceError as error:
             work.discard()
             raise SourceError(f"{source.name}: {error}; nothing was kept") from None
@@ -207,9 +209,17 @@ def _first_reject(work: Workspace, results: Sequence[PartResult]) -> str:
 
 
 def _write_splits(
-    work: Workspace, results: Sequence[PartResult], *, holdout: float, provenance: Mapping[str, Any]
+    work: Workspace,
+    results: Sequence[PartResult],
+    *,
+    holdout: float,
+    provenance: Mapping[str, Any],
+    holds: Mapping[str, str],
 ) -> tuple[dict[str, SplitSummary], bool]:
     """Put the parts together to splits in `work.finished`. The second value is True if we drew validation.
+
+    Args:
+        holds: what a split holds, in words, where the source says more than its name.
 
     Raises:
         SourceError: no row became a sample.
@@ -230,13 +240,15 @@ def _write_splits(
             for result, part, place in zip(results, tables, places, strict=True)
         ]
         if any(len(stored.records) for stored in samples):
-            card = write_split(work.finished / split, split, samples, provenance=provenance)
+            own = {**provenance, "holds": holds[split]} if split in holds else provenance
+            card = write_split(work.finished / split, split, samples, provenance=own)
             splits[split] = SplitSummary(
                 card["num_samples"],
                 card["num_bytes"],
                 card["fingerprint"],
                 num_shards=len(card["shards"]),
                 distinct_captions=card["statistics"]["distinct_captions"],
+                holds=holds.get(split),
             )
     return splits, "validation" in splits and not has_own_splits(table)
 

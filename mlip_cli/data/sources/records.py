@@ -21,7 +21,8 @@ PART_BYTES = 64 << 20
 MAX_HELD_OUT = 5_000
 ENOUGH_HELD_OUT = 500
 
-SPLITS = ("train", "validation", "test")
+SPLITS = ("train", "validation", "test", "combinations")
+"""The last one is of the built-in source alone."""
 SPLIT_WORDS = {
     "train": "train",
     "training": "train",
@@ -99,7 +100,6 @@ class ReadOptions:
     limit: int | None = None
     image_column: str | None = None
     caption_column: str | None = None
-    skin_tones: bool = False
     image_folder: str | None = None
     """What paths in a table are relative to."""
 

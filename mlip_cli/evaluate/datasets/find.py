@@ -49,6 +49,10 @@ CLIP_BENCHMARK = (
 )
 
 
+OPENMOJI_SPLITS = {"openmoji": "test", "openmoji_combinations": "combinations"}
+"""Evaluation set -> the split that it reads: things that training never shows, and parts never shown together."""
+
+
 class UnknownDataSetError(UsageError):
     """No evaluation set has this name."""
 
@@ -118,11 +122,11 @@ def _shards_fingerprint(folder: Path) -> str:
 
 
 def _openmoji(name: str, root: Path) -> Benchmark:
-    folder = root / "openmoji" / "test"
+    folder = root / "openmoji" / OPENMOJI_SPLITS[name]
     if not (folder / "dataset.json").is_file():
         command = shlex.join(["mlip", "prepare-data", "openmoji", str(root / "openmoji")])
-        raise UsageError(f"openmoji: no prepared data in {folder}; run {command}")
-    return Benchmark(name, "openmoji", folder, _shards_fingerprint(folder))
+        raise UsageError(f"{name}: no prepared data in {folder}; run {command}")
+    return Benchmark(name, name, folder, _shards_fingerprint(folder))
 
 
 def _digits(name: str, _root: Path) -> Benchmark:
@@ -175,7 +179,7 @@ def _web_shards(name: str, root: Path) -> Benchmark:
 
 
 SETS: dict[str, Callable[[str, Path], Benchmark]] = {
-    "openmoji": _openmoji,
+    **dict.fromkeys(OPENMOJI_SPLITS, _openmoji),
     "digits": _digits,
     "imagenet": _imagenet,
     "folder:": _folder,

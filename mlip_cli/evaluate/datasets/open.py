@@ -66,6 +66,15 @@ def open_openmoji(benchmark: Benchmark) -> Pictures:
     )
 
 
+def open_combinations(benchmark: Benchmark) -> Pictures:
+    """Held-out pictures of OpenMoji whose names are the classes and what retrieval looks for."""
+    shards = open_prepared(benchmark.root)
+    samples = [shards.read(id) for id in range(shards.num_samples)]
+    names = names_of([(sample.info.meta["name"], sample.image) for sample in samples])
+    items = [(sample, names.texts.index(sample.info.meta["name"])) for sample in samples]
+    return Pictures(names.texts, OPENMOJI_TEMPLATES, items, _load_sample, names)
+
+
 def names_of(pictures: Sequence[tuple[str, bytes]]) -> Names:
     """Distinct names, and the right ones for each (name, picture): its own and those of pictures with equal bytes.
 
@@ -194,6 +203,7 @@ def _templates(folder: Path) -> tuple[str, ...]:
 
 OPENERS: dict[str, Callable[[Benchmark], Pictures]] = {
     "openmoji": open_openmoji,
+    "openmoji_combinations": open_combinations,
     "digits": open_digits,
     "folder": open_folder,
     "shards": open_shards,

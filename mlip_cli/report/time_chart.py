@@ -1,0 +1,95 @@
+"""The main score of runs against the time of their training, from files alone."""
+
+from collections.abc import Iterator, Sequence
+
+from mlip_cli.evaluate.results import ZeroshotResult
+from mlip_cli.evaluate.statistics import metric_prefix
+from mlip_cli.report.canvas import DASHES, MARKERS, MUTED, NUM_SERIES, SERIES, Chart, drawn, literal
+from mlip_cli.report.record import RunRecord
+from mlip_cli.report.tables import main_score
+
+MEASURES = {"picture_r1": "picture_r1", "acc1": "mean_recall"}
+"""Answers to single pictures -> the measure in metrics.jsonl that they belong to."""
+
+
+def _unmerged(record: RunRecord) -> list[ZeroshotResult]:
+    """The newest result without merging on each data set, in the order of the recipe; data sets it lacks come last."""
+    found = {own.dataset: own for own in record.all_of(ZeroshotResult) if own.true_merge_rate == 0}
+    names = list(record.recipe.evaluate.zeroshot) if record.recipe is not None else []
+    order = {name: number for number, name in enumerate(names)}
+    return sorted(found.values(), key=lambda own: order.get(own.dataset, len(order)))
+
+
+def training_seconds(record: RunRecord) -> Iterator[tuple[int, float]]:
+    """(step, seconds of training until then) of each logged line; evaluations do not count.
+
+    The speed of a line is that of the stretch since the line before.
+    """
+    seconds, before = 0.0, 0
+    for line in record.steps:
+        samples, speed = line.get("samples_seen"), line.get("images_per_s")
+        if not samples or not speed:
+            continue
+        seconds += (samples - before) / speed
+        before = samples
+        yield int(line["step"]), seconds
+
+
+def time_chart(records: Sequence[RunRecord]) -> Chart | None:
+    """The main score of the first shared data set against seconds of training; None where nothing was measured."""
+    for result in _unmerged(records[0]):
+        score = main_score(result, chance=result.chance)
+        key = f"{metric_prefix(result.dataset)}_{MEASURES[score.measure]}"
+        curves = {record.name: _curve(record, key) for record in records}
+        if not all(curves.values()):
+            continue
+        with drawn(
+            f"{result.dataset}: {score.words} against training time",
+            x_label="seconds of training, without evaluations",
+            y_label=f"{score.words} %",
+            size=(6.4, 3.6),
+        ) as chart:
+            for number, record in enumerate(records):
+                seconds, values = zip(*curves[record.name], strict=True)
+                own = next((own for own in _unmerged(record) if own.data == result.data), None)
+                _draw(chart, number, record.name, seconds, values, own)
+            chart.axes.axhline(100 * score.chance, color=MUTED, linestyle=":", linewidth=1.2, label="chance")
+            chart.axes.set_xlim(left=0)
+            chart.axes.set_ylim(bottom=0)
+            chart.legend(len(records) + 1)
+        return chart
+    return None
+
+
+def _curve(record: RunRecord, key: str) -> list[tuple[float, float]]:
+    """(seconds, score in per cent) of each evaluation."""
+    seconds = dict(training_seconds(record))
+    return [
+        (seconds[line["step"]], 100 * line[key])
+        for line in record.evaluations
+        if line.get(key) is not None and line["step"] in seconds
+    ]
+
+
+def _draw(
+    chart: Chart,
+    number: int,
+    name: str,
+    seconds: Sequence[float],
+    values: Sequence[float],
+    result: ZeroshotResult | None,
+) -> None:
+    """A curve, and the 95 % interval of the stored result at its end."""
+    colour = SERIES[number % NUM_SERIES]
+    chart.axes.plot(
+        seconds,
+        values,
+        color=colour,
+        linestyle=DASHES[number % len(DASHES)],
+        marker=MARKERS[number % len(MARKERS)],
+        markersize=4,
+        label=literal(name),
+    )
+    if result is not None:
+        low, high = main_score(result, chance=result.chance).interval
+        chart.axes.vlines(seconds[-1], 100 * low, 100 * high, color=colour, linewidth=1.2)
