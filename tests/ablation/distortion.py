@@ -10,7 +10,8 @@ unmerged tower, on one thread.
 
 results/merging holds what we measured: distortion.json by this program, distortion_before.json by it with the code of
 commit a975000 (minus cosine plus a quarter of the larger guidance, two places), places.json and places_time.json for
-more choices of places, and variants.json for single parts of the rule changed by hand.
+more choices of places, variants.json for single parts of the rule changed by hand, and merge_sweep_patch_4.json for
+the sweep of a model of 256 patches.
 """
 
 import argparse
