@@ -35,7 +35,7 @@ def record(name: str, *results: ZeroshotResult, speed: float = 100.0, **more: An
 
 def test_a_difference_that_the_interval_shows() -> None:
     assert verdicts([record("a", asked(100)), record("b", asked(130), speed=80.0)]) == [
-        "names, 200 names (chance 0.5 %): the right picture comes first for 50.0 % by a and 65.0 % by b; "
+        "names, 200 names (chance 0.5 %): a puts the right picture first for 50.0 %, b for 65.0 %; "
         "+15.0 points (95 % interval +9.8 to +19.9): a gain is shown between these two runs, and training took 1.25 "
         "times as long."
     ]
@@ -53,7 +53,7 @@ def test_a_difference_that_the_interval_does_not_show() -> None:
 def test_a_sentence_says_what_merging_changes() -> None:
     first, other = record("a", asked(100)), record("b", asked(100), asked(96, rate=0.3), asked(60, rate=0.5))
     assert verdicts([first, other])[1] == (
-        "b at merge rate 0.50: the right picture comes first for 30.0 % instead of 50.0 %; "
+        "b at merge rate 0.50 puts the right picture first for 30.0 % instead of 50.0 %; "
         "-20.0 points (95 % interval -25.5 to -14.1): a loss is shown."
     )
 
@@ -67,7 +67,7 @@ def test_other_data_gives_no_sentence_and_no_picture() -> None:
 def test_classes_are_compared_by_accuracy() -> None:
     results = [zeroshot_result(right={"acc1": right}) for right in ("1100", "1111")]
     [sentence] = verdicts([record("a", results[0]), record("b", results[1])])
-    assert sentence.startswith("digits, 4 pictures (chance 10.0 %): the right class for 50.0 % by a and 100.0 % by b;")
+    assert sentence.startswith("digits, 4 pictures (chance 10.0 %): a finds the right class for 50.0 %, b for 100.0 %;")
 
 
 def test_time_is_that_of_each_stretch() -> None:

@@ -73,7 +73,7 @@ def _beside_first(first: RunRecord, other: RunRecord) -> str | None:
         ratio = _time_ratio(first, other)
         longer = f", and training took {ratio:.2f} times as long" if ratio else ""
         return (
-            f"{asked}: {_words(score)} {percent(a)} % by {first.name} and {percent(b)} % by {other.name}; "
+            f"{asked}: {first.name} {_does(score)} {percent(a)} %, {other.name} for {percent(b)} %; "
             f"{_difference(found)} between these two runs{longer}."
         )
     return None
@@ -91,10 +91,8 @@ def _merged(record: RunRecord) -> str | None:
             continue
         found = Compared(result, max(own, key=lambda other: other.true_merge_rate))
         a, b = found.shares
-        return (
-            f"{record.name} at merge rate {found.other.true_merge_rate:.2f}: {_words(found.score)} {percent(b)} % "
-            f"instead of {percent(a)} %; {_difference(found)}."
-        )
+        merged = f"{record.name} at merge rate {found.other.true_merge_rate:.2f}"
+        return f"{merged} {_does(found.score)} {percent(b)} % instead of {percent(a)} %; {_difference(found)}."
     return None
 
 
@@ -110,8 +108,8 @@ def _asked(score: MainScore) -> str:
     return "name" if score.measure == "picture_r1" else "picture"
 
 
-def _words(score: MainScore) -> str:
-    return "the right picture comes first for" if score.measure == "picture_r1" else "the right class for"
+def _does(score: MainScore) -> str:
+    return "puts the right picture first for" if score.measure == "picture_r1" else "finds the right class for"
 
 
 def _difference(found: Compared) -> str:
