@@ -30,7 +30,7 @@ main {{ display: grid; gap: 0 32px; grid-template-columns: 1fr 1fr; }}
 h2 {{ border: 0; margin: 0.4em 0; padding: 0.4em 0 0; }}
 #verdict h2 {{ display: none; }}
 #verdict > p {{ display: block; max-width: none; }}
-.wide svg {{ max-width: 900px; }}
+.wide svg {{ max-width: 720px; }}
 .queries {{ display: block; }}
 .found {{ grid-template-columns: repeat(6, 1fr); }}
 .merges {{ grid-template-columns: repeat(var(--columns), 190px); }}
