@@ -117,7 +117,8 @@ def _zeroshot_evaluator(benchmark: Benchmark, recipe: Recipe, tokenizer: Tokeniz
     read = partial(batches, pictures, size=size, batch_size=BATCH_SIZE, read_ahead=read_ahead)
     decoded = DecodedBatches(read, size=size)
     of_names = tuple(f"{way}_r{k}" for way in WAYS for k in NAME_RECALL_AT) if pictures.names else ()
-    metrics = tuple(f"{metric_prefix(benchmark.name)}_{name}" for name in ("mean_recall", "acc1", *of_names))
+    of_classes = () if pictures.asks_names_alone else ("mean_recall", "acc1")
+    metrics = tuple(f"{metric_prefix(benchmark.name)}_{name}" for name in (*of_classes, *of_names))
 
     def evaluate(encoder: Encoder, on_batch: OnBatch) -> Measures:
         [scores] = measure(
@@ -129,7 +130,7 @@ def _zeroshot_evaluator(benchmark: Benchmark, recipe: Recipe, tokenizer: Tokeniz
             is_timed=False,
             on_batch=on_batch,
         )
-        found = [scores["mean_per_class_recall"], scores["acc1"]]
+        found = [scores["mean_per_class_recall"], scores["acc1"]] if of_classes else []
         if pictures.names:
             found += [scores[way][f"r{k}"] for way in WAYS.values() for k in NAME_RECALL_AT]
         return Measures(dict(zip(metrics, found, strict=True)), zeroshot_words(scores))

@@ -17,6 +17,7 @@ from mlip_cli.report.tables import (
     RECALLS_SHOWN,
     Spread,
     Table,
+    main_score,
     percent_cell,
     recall_cell,
     speedup_cell,
@@ -83,9 +84,10 @@ def _tiles(record: RunRecord) -> Html:
     if record.last_loss is not None:
         found.append(("loss", record.last_loss, f"at step {record.last_step:,}"))
     for result in _newest_results(record):
-        score = percent_cell(result.mean_per_class_recall, result.mean_per_class_recall_interval)
-        beside = f"chance {percent(result.chance)} %; n {result.n:,}"
-        found.append(_tile(f"{result.dataset}: mean recall, rate {rate_words(result)}", score, " %", beside))
+        main = main_score(result, chance=result.chance)
+        score = percent_cell(main.value, main.interval)
+        beside = f"chance {percent(main.chance)} %; n {result.n:,}"
+        found.append(_tile(f"{result.dataset}: {main.words}, rate {rate_words(result)}", score, " %", beside))
     gallery = record.newest(GalleryResult)
     if gallery is not None:
         recalls = gallery.scores["text_to_image"]
