@@ -29,7 +29,8 @@ demo: $(READY) ## Prepare OpenMoji, pretrain CLIP and MLIP, compare and report b
 		$(MLIP) prepare-data openmoji data/openmoji && \
 		$(MLIP) pretrain recipes/openmoji_clip.yaml --out runs/openmoji_clip --resume && \
 		$(MLIP) pretrain recipes/openmoji.yaml --out runs/openmoji --resume && \
-		$(MLIP) eval-zeroshot runs/openmoji_clip runs/openmoji --merge-rate 0,0.5 && \
+		$(MLIP) eval-zeroshot runs/openmoji_clip runs/openmoji --merge-rate 0,0.5 \
+			--dataset openmoji_combinations,openmoji && \
 		{ ls runs/openmoji/evals/merge_sweep_* >/dev/null 2>&1 || \
 			$(MLIP) merge-sweep runs/openmoji --rates 0.3,0.5 --dataset openmoji_combinations; } && \
 		{ ls runs/openmoji/evals/profile_* >/dev/null 2>&1 || $(MLIP) profile runs/openmoji; } && \

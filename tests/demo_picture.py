@@ -13,7 +13,7 @@ from browser_for_tests import Browser, browser, find_browser
 
 from mlip_cli.evaluate.results import Recalls, ZeroshotResult
 from mlip_cli.report.galleries import gallery_section, merges_section
-from mlip_cli.report.headlines import compared, verdict
+from mlip_cli.report.headlines import compared, merging_sentence, verdict
 from mlip_cli.report.page import Html, element, figure, joined, note, page, section
 from mlip_cli.report.record import RunRecord, read_run
 from mlip_cli.report.tables import recall_cell
@@ -21,15 +21,21 @@ from mlip_cli.report.time_chart import time_chart
 
 MODELS = {"openmoji_clip": "CLIP", "openmoji": "MLIP"}
 COLUMNS = ("model", "merge rate", "text to image R@1 %", "R@5 %", "image to text R@1 %", "unseen things R@5 %")
-WIDTH = 820
+WIDTH = 1080
 QUERIES = 3
 """Queries that the picture shows, the first of those that were drawn."""
 SHORTER = f"""
 nav, footer, section > p:not(.asked), section > .scroll, h2 + p, .note {{ display: none; }}
+main {{ display: grid; gap: 0 32px; grid-template-columns: 1fr 1fr; }}
+#verdict, #merging {{ grid-column: 1 / 3; }}
 h2 {{ border: 0; margin: 0.4em 0; padding: 0.4em 0 0; }}
+#verdict h2 {{ display: none; }}
 #verdict > p {{ display: block; max-width: none; }}
+.wide svg {{ max-width: 720px; }}
 .queries {{ display: block; }}
-.query:nth-child(n+{QUERIES + 1}), .merges:nth-child(n+3) {{ display: none; }}
+.found {{ grid-template-columns: repeat(6, 1fr); }}
+.merges {{ grid-template-columns: repeat(var(--columns), 190px); }}
+.query:nth-child(n+{QUERIES + 1}), .merges:nth-child(n+2) {{ display: none; }}
 h3, .queries ~ .queries, details ~ details {{ display: none; }}
 """
 
@@ -66,9 +72,11 @@ def cell(recalls: Recalls | None, k: int) -> str:
 
 
 def document(records: list[RunRecord]) -> str:
-    """Verdict, accuracy against time, the first queries by each model, and what merged in two pictures."""
+    """Verdict, accuracy against time, the first queries by each model, and what merged in one picture."""
     chart = time_chart(records)
-    parts: list[Html] = [element("p", verdict(records[0].name, records[1].name, compared(records)))]
+    first, other = records
+    said = verdict(first.name, other.name, compared(records)), merging_sentence(other)
+    parts: list[Html] = [element("p", sentence) for sentence in said if sentence]
     parts += [figure(chart.in_page(), kind="wide")] if chart is not None else []
     found = [named(gallery_section(record), f"{record.name} looks for pictures of a text") for record in records]
     whole = page(

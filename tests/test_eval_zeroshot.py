@@ -421,7 +421,8 @@ def test_comparison_is_paired() -> None:
 def test_training_evaluators_measure_what_the_command_measures(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     evaluate("runs/mlip", datasets=["openmoji"])
     [result] = printed(capsys)["results"]
-    recipe = small_recipe(mlip=True, data={"validation": "data/openmoji/test"}, evaluate={"zeroshot": ["openmoji"]})
+    names = ["openmoji", "openmoji_combinations"]
+    recipe = small_recipe(mlip=True, data={"validation": "data/openmoji/test"}, evaluate={"zeroshot": names})
     model = at_rate(load_run("runs/mlip", device="cpu").model, None)
     tokenizer = Tokenizer(16)
     evaluators = training_evaluators(recipe, tokenizer, validation_pairs(recipe, tokenizer, device="cpu"))
@@ -429,6 +430,10 @@ def test_training_evaluators_measure_what_the_command_measures(place: Path, caps
     measures = found["validation"].values | found["openmoji"].values
     assert measures["openmoji_mean_recall"] == pytest.approx(result["mean_per_class_recall"])
     assert measures["openmoji_name_r5"] == pytest.approx(result["names"]["r5"])
+    assert measures["openmoji_picture_r5"] == pytest.approx(result["pictures"]["r5"])
+    asked = found["openmoji_combinations"]
+    assert set(asked.values) == {f"openmoji_combinations_{way}_r{k}" for way in ("picture", "name") for k in (1, 5)}
+    assert asked.words.startswith("picture R@1 ")
     assert {f"validation_{way}_r{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)} < set(measures)
     for path in Path("data/openmoji/test").glob("*.tar"):
         path.unlink()  # decoded pictures are kept: a second evaluation reads nothing

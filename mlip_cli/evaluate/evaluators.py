@@ -13,7 +13,7 @@ from mlip_cli.errors import UsageError
 from mlip_cli.evaluate.datasets.benchmark import Benchmark
 from mlip_cli.evaluate.datasets.find import find_benchmark
 from mlip_cli.evaluate.datasets.open import open_benchmark
-from mlip_cli.evaluate.datasets.pictures import Pictures, batches
+from mlip_cli.evaluate.datasets.pictures import batches
 from mlip_cli.evaluate.measure import NAME_RECALL_AT, Candidate, measure
 from mlip_cli.evaluate.results import DIRECTIONS
 from mlip_cli.evaluate.retrieval import RECALL_AT, image_text_retrieval, in_batch, modality_gap
@@ -121,7 +121,8 @@ def _zeroshot_evaluator(benchmark: Benchmark, recipe: Recipe, tokenizer: Tokeniz
     read = partial(batches, pictures, size=size, batch_size=BATCH_SIZE, read_ahead=read_ahead)
     decoded = DecodedBatches(read, size=size)
     of_names = tuple(f"{way}_r{k}" for way in WAYS for k in NAME_RECALL_AT) if pictures.names else ()
-    metrics = tuple(f"{metric_prefix(benchmark.name)}_{name}" for name in ("mean_recall", "acc1", *of_names))
+    of_classes = () if pictures.asks_names_alone else ("mean_recall", "acc1")
+    metrics = tuple(f"{metric_prefix(benchmark.name)}_{name}" for name in (*of_classes, *of_names))
 
     def evaluate(encoder: Encoder, on_batch: OnBatch) -> Measures:
         [scores] = measure(
@@ -133,7 +134,9 @@ def _zeroshot_evaluator(benchmark: Benchmark, recipe: Recipe, tokenizer: Tokeniz
             is_timed=False,
             on_batch=on_batch,
         )
-        found, chances = [scores["mean_per_class_recall"], scores["acc1"]], [scores["chance"]] * 2
+        found, chances = [], []
+        if of_classes:
+            found, chances = [scores["mean_per_class_recall"], scores["acc1"]], [scores["chance"]] * 2
         if pictures.names:
             recalls = [(scores[way], k) for way in WAYS.values() for k in NAME_RECALL_AT]
             found += [own[f"r{k}"] for own, k in recalls]
@@ -141,13 +144,7 @@ def _zeroshot_evaluator(benchmark: Benchmark, recipe: Recipe, tokenizer: Tokeniz
         values, levels = (dict(zip(metrics, own, strict=True)) for own in (found, chances))
         return Measures(values, zeroshot_words(scores), levels)
 
-    headline = f"{metric_prefix(benchmark.name)}_picture_r1" if asks_names_alone(pictures) else metrics[0]
-    return Evaluator(benchmark.name, pictures.num_pictures, metrics, evaluate, headline=headline)
-
-
-def asks_names_alone(pictures: Pictures) -> bool:
-    """Whether each name is a class: then retrieval says everything."""
-    return pictures.names is not None and len(pictures.names.texts) == len(pictures.class_names)
+    return Evaluator(benchmark.name, pictures.num_pictures, metrics, evaluate, headline=metrics[0])
 
 
 def zeroshot_words(scores: Mapping[str, Any]) -> str:

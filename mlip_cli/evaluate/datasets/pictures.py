@@ -43,6 +43,11 @@ class Pictures:
     passed_over: PassedOver = field(default_factory=PassedOver)
 
     @property
+    def asks_names_alone(self) -> bool:
+        """Whether each name is a class: then retrieval says everything."""
+        return self.names is not None and self.names.texts == self.class_names
+
+    @property
     def num_pictures(self) -> int:
         """Pictures in the set."""
         return len(self.items)
