@@ -203,8 +203,7 @@ def open_clip(model: str, settings: Settings, folder: Path, *, overlay: Path, ex
 def ours(
     name: str, vision: Mapping[str, Any], text: Mapping[str, Any], settings: Settings, folder: Path, *, is_mlip: bool
 ) -> Trainer:
-    """`mlip pretrain`, as CLIP or with branch, four losses and merging at rate 0.5 as in recipes/cc12m.yaml."""
-    depth, width = vision.get("depth", 12), vision.get("width", 768)
+    """`mlip pretrain`, as CLIP or with the frequency stage, losses and merging of recipes/cc12m.yaml."""
     tree: dict[str, Any] = {
         "data": {
             "train": str(settings.data),
@@ -223,12 +222,13 @@ def ours(
         "log": {"every_steps": 1},
     }
     if is_mlip:
-        tree["model"]["frequency"] = {"width": width, "depth": 2}
-        tree["model"]["merging"] = {"rate": 0.5, "at": [depth // 4, depth // 4 + 2]}
+        tree["model"]["vision"] = vision | {"pool": "mean"}
+        tree["model"]["frequency"] = {"placement": "stem", "depth": 2}
+        tree["model"]["merging"] = {"rate": 0.5}
         tree["losses"] = {
-            "spatial_token": {"weight": 0.1},
-            "frequency_global": {"weight": 0.25},
-            "frequency_token": {"weight": 0.1},
+            "spatial_words": {"weight": 0.5},
+            "frequency_global": {"weight": 0.5},
+            "frequency_words": {"weight": 0.25},
         }
     folder.mkdir(parents=True, exist_ok=True)
     recipe = folder / f"{re.sub('[^a-z]+', '_', name.lower())}.yaml"
