@@ -10,8 +10,8 @@ unmerged tower, on one thread.
 
 results/merging holds what we measured: distortion.json by this program, distortion_before.json by it with the code of
 commit a975000 (minus cosine plus a quarter of the larger guidance, two places), places.json and places_time.json for
-more choices of places, variants.json for single parts of the rule changed by hand, and merge_sweep_patch_4.json for
-the sweep of a model of 256 patches.
+more choices of places, variants.json for single parts of the rule changed by hand, distortion_by_distance.json with
+the distance from the mean in the place of class attention, and merge_sweep_patch_4.json for a model of 256 patches.
 """
 
 import argparse
