@@ -482,7 +482,10 @@ def test_a_worker_that_gets_its_data_pickled_makes_the_same_batches(folder: Path
     dataset = open_prepared(folder)
     order = Order([42], None, seed=0, global_batch_size=G)
     data = Data(train=(Source(path="unused"),), augment=AUGMENT, image_size=16)
-    steps = module._Steps([dataset], order, data, 24, G, 0, 0, 1, with_labels=False, part=nullcontext)
+    steps = module._Steps(
+        datasets=[dataset], order=order, data=data, tokenizer=Tokenizer(24), global_batch_size=G, seed=0,
+        places=range(G), with_labels=False, with_other_crop=False, part=nullcontext,
+    )  # fmt: skip
     here = steps[3].batch
     assert_equal(pickle.loads(pickle.dumps(steps))[3].batch, here)  # noqa: S301 - our own bytes
     loader = DataLoader(steps, sampler=[3], batch_size=None, num_workers=1, multiprocessing_context=FORKS)

@@ -49,7 +49,7 @@ def comparison_page(records: Sequence[RunRecord], *, links: Mapping[str, str], w
             *(note(line) for record in records for line in record.damaged),
         ],
         sections=[
-            _time_section(records),
+            *_time_section(records),
             _runs_section(records, links),
             compared_galleries(records),
             _scores_section(records),
@@ -61,12 +61,12 @@ def comparison_page(records: Sequence[RunRecord], *, links: Mapping[str, str], w
     )
 
 
-def _time_section(records: Sequence[RunRecord]) -> Html:
+def _time_section(records: Sequence[RunRecord]) -> list[Html]:
     """The main score against training time, where it was measured during training."""
     chart = time_chart(records)
     if chart is None:
-        return element("div")
-    return section("time", "Accuracy against time", figure(chart.in_page(), "Bars are 95 % intervals.", kind="wide"))
+        return []
+    return [section("time", "Accuracy against time", figure(chart.in_page(), "Bars are 95 % intervals.", kind="wide"))]
 
 
 def _runs_section(records: Sequence[RunRecord], links: Mapping[str, str]) -> Html:
