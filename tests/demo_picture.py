@@ -22,7 +22,7 @@ from mlip_cli.report.time_chart import time_chart
 MODELS = {"openmoji_clip": "CLIP", "openmoji": "MLIP"}
 COLUMNS = ("model", "merge rate", "text to image R@1 %", "R@5 %", "image to text R@1 %", "unseen things R@5 %")
 WIDTH = 1080
-QUERIES = 3
+QUERIES = 2
 """Queries that the picture shows, the first of those that were drawn."""
 SHORTER = f"""
 nav, footer, section > p:not(.asked), section > .scroll, h2 + p, .note {{ display: none; }}

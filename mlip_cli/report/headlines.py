@@ -25,6 +25,13 @@ WIDE = 0.25
 
 NOT_SHOWN = "not shown"
 
+MERGED_MEASURES = {
+    "picture_r1": "text to image R@1",
+    "acc1": "top-1",
+    "text_to_image_r5": "text to image R@5",
+}
+"""Paired measures of a sweep by which a page says what merging costs, the first ones first -> in words."""
+
 ASKS = {"text_to_image": ("text", "picture"), "image_to_text": ("picture", "text")}
 """What a query is, and what it looks for."""
 
@@ -256,7 +263,7 @@ def merging_sentence(record: RunRecord) -> str | None:
     text = f"Merging ({point.method}, rate {point.true_rate:.2f}) makes the image tower {speed_words(point)}"
     for dataset in sweep.datasets[:1]:
         own = next(own for own in dataset.points if own.key == point.key)
-        key, name = ("acc1", "top-1") if "acc1" in own.paired else ("text_to_image_r5", "text to image R@5")
+        key, name = next((key, name) for key, name in MERGED_MEASURES.items() if key in own.paired)
         test = own.paired[key]
         words = "shown" if test.p < SIGNIFICANT else NOT_SHOWN
         text += f"; {dataset.dataset} {name} {100 * test.difference:+.1f} points, a change is {words} (p {test.p:.2g})"

@@ -204,7 +204,8 @@ def scores_section(record: RunRecord) -> Html:
         ordered = sorted(last, key=lambda result: (-result.step, result.true_merge_rate))
         rows = [ZeroshotRow(result, step=result.step) for result in ordered]
         parts += tables(zeroshot_tables(name, rows, with_speed=False))
-        parts += [_by_class(result) for result in ordered if any(result is headline for headline in headlines)]
+        shown = [own for own in ordered if not own.asks_names_alone and any(own is headline for headline in headlines)]
+        parts += map(_by_class, shown)
     return section("results", "Zero-shot", *parts)
 
 
