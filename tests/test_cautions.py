@@ -8,7 +8,7 @@ from models_for_tests import small_model, small_recipe
 
 from mlip_cli.commands.dry_run import plan
 from mlip_cli.recipe.config import Recipe
-from mlip_cli.train.facts import cautions
+from mlip_cli.train.facts import cautions, facts
 
 NOTHING_MERGES = "changes nothing while model.merging.rate is 0; give a rate, or leave it out"
 NO_STEP = "model.merging.active [0, 0.01] contains none of the 8 steps of the run: nothing merges in training; widen it"
@@ -53,3 +53,17 @@ def test_layer_decay_without_trained_weights_is_named() -> None:
 
 def test_a_dry_run_tells_them_too() -> None:
     assert plan(recipe_with(layer_decay=0.75), resumes=False).cautions == [SLOW]
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, ["the frequency branch teaches the text tower alone; losses.align makes it teach the image tower"]),
+        ({"losses": {"align": {}}}, []),
+        ({"model": {"frequency": {"placement": "stem", "depth": 1}, "merging": None}}, []),
+    ],
+)
+def test_what_a_branch_can_teach_is_told(changes: dict[str, Any], expected: list[str]) -> None:
+    recipe = small_recipe(**changes)
+    told = [line for line in facts(recipe, small_model(recipe), 8) if "branch" in line]
+    assert told == expected

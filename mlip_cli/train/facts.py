@@ -35,7 +35,16 @@ def facts(recipe: Recipe, model: CLIP, total_steps: int | None) -> list[str]:
             f"{word} ({plan.method}): patch tokens per block {tokens}, true rate {plan.rate:.3f}"
             f"{phase(recipe, total_steps)}"
         )
-    return lines
+    return lines + _taught_by_branch(recipe)
+
+
+def _taught_by_branch(recipe: Recipe) -> list[str]:
+    """A line about a branch whose losses do not reach the blocks of the image tower."""
+    frequency = recipe.model.frequency
+    if frequency is None or frequency.placement != "branch" or recipe.losses.align is not None:
+        return []
+    taught = "the text tower alone" if frequency.input == "dct" else "the text tower and the patch embedding alone"
+    return [f"the frequency branch teaches {taught}; losses.align makes it teach the image tower"]
 
 
 def phase(recipe: Recipe, total_steps: int | None) -> str:
