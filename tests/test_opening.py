@@ -156,11 +156,13 @@ def test_a_run_without_results_says_that_nothing_is_shown() -> None:
 
 def test_the_verdict_on_two_runs_is_what_their_intervals_allow() -> None:
     first = record(gallery(0.2, 0.15, 0.25), name="clip")
+    scores = "text to image R@5 {}, image to text R@5 {} points"
+    shown = f"As trained here, mlip is {{}} at {scores}, beside clip. Other seeds may differ."
+    not_shown = f"It is not shown that mlip is better or worse than clip: {scores.format('+4.0', '+4.0')}."
     for (value, low, high), expected in {
-        (0.24, 0.2, 0.3): "It is not shown that mlip is better or worse than clip: text to image R@5 +4.0, image to "
-        "text R@5 +4.0 points.",
-        (0.4, 0.3, 0.5): "Beside clip, mlip is better at text to image R@5 +20.0, image to text R@5 +20.0 points.",
-        (0.1, 0.0, 0.14): "Beside clip, mlip is worse at text to image R@5 -10.0, image to text R@5 -10.0 points.",
+        (0.24, 0.2, 0.3): not_shown,
+        (0.4, 0.3, 0.5): shown.format("better", "+20.0", "+20.0"),
+        (0.1, 0.0, 0.14): shown.format("worse", "-10.0", "-10.0"),
     }.items():
         other = record(gallery(value, low, high), name="mlip")
         assert verdict("clip", "mlip", compared([first, other])) == expected

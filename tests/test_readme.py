@@ -125,7 +125,6 @@ LINES: dict[str, Smaller | Callable[[str], None]] = {
     "mlip prepare-data photos.csv data/photos --image-column path --caption-column title": Smaller(more="--workers 1"),
     "mlip prepare-data my_classes data/classes": Smaller(more="--workers 1"),
     "mlip pretrain recipes/cc12m.yaml --dry-run": Smaller(),
-    "mlip pretrain recipes/baselines/clip.yaml --dry-run": Smaller(more="train.global_batch_size=8"),
     "mlip pretrain recipes/single_gpu.yaml": Smaller(),
     "mlip pretrain recipes/single_gpu.yaml train.micro_batch_size=64 --out runs/small_batches": Smaller(
         {"train.micro_batch_size=64": "train.micro_batch_size=4"}

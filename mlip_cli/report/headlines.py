@@ -226,7 +226,7 @@ def verdict(first: str, run: str, comparisons: Sequence[Comparison]) -> str:
     said = [f"{how} {_all({name: differences[name] for name in names})} points" for how, names in ways.items() if names]
     open_ones = [name for name, own in differences.items() if not own.is_shown]
     rest = f"; a difference at {', '.join(open_ones)} is {NOT_SHOWN}" if open_ones else ""
-    return f"Beside {first}, {run} is {' and '.join(said)}{rest}."
+    return f"As trained here, {run} is {' and '.join(said)}, beside {first}{rest}. Other seeds may differ."
 
 
 def _all(differences: dict[str, Difference]) -> str:
