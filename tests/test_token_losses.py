@@ -13,6 +13,7 @@ from mlip_cli.losses.features import with_other_pictures
 from mlip_cli.losses.objective import Objective
 from mlip_cli.losses.pooled import caption_queries, pooled_scores
 from mlip_cli.losses.words import CaptionCounts, count_captions, words_sum
+from mlip_cli.model.merging import unmerge_tokens
 from mlip_cli.model.text import caption_mask, word_mask
 from mlip_cli.recipe.config import Recipe
 from mlip_cli.train.gradients import captions_counted
@@ -149,6 +150,18 @@ def test_losses_of_several_captions_are_means_over_them() -> None:
         expected = sum(terms[name] for terms in apart) / 3
         tolerance = 0.05 if name.endswith("words") else 1e-12  # 1 + captions, in the weights, is another number
         assert value.item() == pytest.approx(expected.item(), rel=tolerance), name
+
+
+def test_words_are_asked_of_the_mean_over_patches_also_after_merges() -> None:
+    recipe = stem()
+    _, encoded, batch = encode(recipe, small_batch())
+    model = small_model(recipe)
+    tower = model.image_tower(batch.images, model.training_plan)
+    assert tower.sizes.max() > 1
+    patches = unmerge_tokens(tower.tokens, tower.assign[-1])
+    for name, tokens in {"spatial_words": patches, "frequency_words": model.frequency_tokens(tower)}.items():
+        expected = model.token_projections[name](tokens).mean(1)
+        torch.testing.assert_close(encoded.word_features[name], expected, rtol=1e-10, atol=1e-12)
 
 
 def test_a_branch_that_reads_another_crop_sees_that_one_alone() -> None:
