@@ -6,8 +6,9 @@ from typing import Any
 from results_for_tests import recalls, zeroshot_result
 
 from mlip_cli.evaluate.results import ZeroshotResult
+from mlip_cli.report.costs import training_seconds
 from mlip_cli.report.record import RunRecord
-from mlip_cli.report.time_chart import time_chart, training_seconds
+from mlip_cli.report.time_chart import time_chart
 from mlip_cli.runs.contents import Stamp
 from mlip_cli.runs.folder import Run
 

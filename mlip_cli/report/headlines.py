@@ -11,6 +11,7 @@ from mlip_cli.evaluate.results import (
     SpeedAtSetting,
     SweepResult,
     ZeroshotResult,
+    ZeroshotScores,
 )
 from mlip_cli.evaluate.statistics import Interval, paired, wilson
 from mlip_cli.report.record import RunRecord
@@ -25,12 +26,8 @@ WIDE = 0.25
 
 NOT_SHOWN = "not shown"
 
-MERGED_MEASURES = {
-    "picture_r1": "text to image R@1",
-    "acc1": "top-1",
-    "text_to_image_r5": "text to image R@5",
-}
-"""Paired measures of a sweep by which a page says what merging costs, the first ones first -> in words."""
+MERGED_MEASURES = {"picture_r1": "text to image R@1", "acc1": "top-1", "text_to_image_r5": "text to image R@5"}
+"""Paired measures of a sweep by which a page says what merging costs -> in words."""
 
 ASKS = {"text_to_image": ("text", "picture"), "image_to_text": ("picture", "text")}
 """What a query is, and what it looks for."""
@@ -263,8 +260,10 @@ def merging_sentence(record: RunRecord) -> str | None:
     text = f"Merging ({point.method}, rate {point.true_rate:.2f}) makes the image tower {speed_words(point)}"
     for dataset in sweep.datasets[:1]:
         own = next(own for own in dataset.points if own.key == point.key)
-        key, name = next((key, name) for key, name in MERGED_MEASURES.items() if key in own.paired)
+        is_zeroshot = isinstance(own, ZeroshotScores)
+        key = main_score(own, chance=0.0).measure if is_zeroshot else "text_to_image_r5"
         test = own.paired[key]
         words = "shown" if test.p < SIGNIFICANT else NOT_SHOWN
-        text += f"; {dataset.dataset} {name} {100 * test.difference:+.1f} points, a change is {words} (p {test.p:.2g})"
+        name, points = MERGED_MEASURES[key], 100 * test.difference
+        text += f"; {dataset.dataset} {name} {points:+.1f} points, a change is {words} (p {test.p:.2g})"
     return f"{text}."

@@ -1,10 +1,11 @@
 """The main score of runs against the time of their training, from files alone."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from mlip_cli.evaluate.results import ZeroshotResult
 from mlip_cli.evaluate.statistics import metric_prefix
 from mlip_cli.report.canvas import DASHES, MARKERS, MUTED, NUM_SERIES, SERIES, Chart, drawn, literal
+from mlip_cli.report.costs import training_seconds
 from mlip_cli.report.record import RunRecord
 from mlip_cli.report.tables import main_score
 
@@ -18,21 +19,6 @@ def _unmerged(record: RunRecord) -> list[ZeroshotResult]:
     names = list(record.recipe.evaluate.zeroshot) if record.recipe is not None else []
     order = {name: number for number, name in enumerate(names)}
     return sorted(found.values(), key=lambda own: order.get(own.dataset, len(order)))
-
-
-def training_seconds(record: RunRecord) -> Iterator[tuple[int, float]]:
-    """(step, seconds of training until then) of each logged line; evaluations do not count.
-
-    The speed of a line is that of the stretch since the line before.
-    """
-    seconds, before = 0.0, 0
-    for line in record.steps:
-        samples, speed = line.get("samples_seen"), line.get("images_per_s")
-        if not samples or not speed:
-            continue
-        seconds += (samples - before) / speed
-        before = samples
-        yield int(line["step"]), seconds
 
 
 def time_chart(records: Sequence[RunRecord]) -> Chart | None:
