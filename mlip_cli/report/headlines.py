@@ -14,6 +14,7 @@ from mlip_cli.evaluate.results import (
     ZeroshotScores,
 )
 from mlip_cli.evaluate.statistics import Interval, paired, wilson
+from mlip_cli.recipe.merge_plan import merge_method
 from mlip_cli.report.record import RunRecord
 from mlip_cli.report.tables import main_score, speedup_cell
 from mlip_cli.terminal.output import percent, plural
@@ -124,7 +125,7 @@ def _share(value: float, interval: Interval) -> str:
 def newest_zeroshot(record: RunRecord) -> list[ZeroshotResult]:
     """The newest checkpoint's result on each data set, at the recipe's merge rate where it was measured."""
     merging = record.recipe.model.merging if record.recipe is not None else None
-    rate = merging.rate if merging is not None else 0.0
+    rate = 0.0 if merging is None or merge_method(merging.method).drops else merging.rate
     results = record.all_of(ZeroshotResult)
     results.sort(key=lambda result: (result.step, result.merge_rate is None or result.merge_rate == rate))
     return list({result.dataset: result for result in results}.values())
