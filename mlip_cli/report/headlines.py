@@ -261,8 +261,9 @@ def merging_sentence(record: RunRecord) -> str | None:
     text = f"Merging ({point.method}, rate {point.true_rate:.2f}) makes the image tower {speed_words(point)}"
     for dataset in sweep.datasets[:1]:
         own = next(own for own in dataset.points if own.key == point.key)
-        is_zeroshot = isinstance(own, ZeroshotScores)
-        key = main_score(own, chance=0.0).measure if is_zeroshot else "text_to_image_r5"
+        key = "text_to_image_r5"
+        if isinstance(own, ZeroshotScores):
+            key = main_score(own, chance=0.0).measure
         test = own.paired[key]
         words = "shown" if test.p < SIGNIFICANT else NOT_SHOWN
         name, points = MERGED_MEASURES[key], 100 * test.difference
