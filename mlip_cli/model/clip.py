@@ -245,7 +245,7 @@ class CLIP(nn.Module):
         """
         images = self.normalize(images)
         shares_spectrum = isinstance(self.frequency, FrequencyBranch) and self.frequency.reads_pixels
-        needs_spectrum = shares_spectrum and (with_branch or plan.asks_frequency)
+        needs_spectrum = shares_spectrum and (with_branch or (plan.asks_frequency and assign is None))
         spectrum = patch_dct(images, self.vision.patch_size) if needs_spectrum else None
         return self.vision(images, plan, assign=assign, spectrum=spectrum)
 
