@@ -86,7 +86,7 @@ class ImageFeatures:
     spatial: Tensor
     """(B, E), not normalised, as from `encode_image`."""
     frequency: Tensor | None
-    """(B, E), not normalised, or None without a frequency branch."""
+    """(B, E), not normalised, or None without a frequency head."""
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,12 @@ def test_layer_decay_without_trained_weights_is_named() -> None:
     assert cautions(recipe, small_model(recipe).training_plan, 8) == []
 
 
+def test_alignment_of_a_crop_with_itself_is_named() -> None:
+    recipe = small_recipe(losses={"align": {}}, data={"augment": {"crop_scale": None}})
+    same = "data.augment.crop_scale null gives losses.align the same crop twice; give a range"
+    assert cautions(recipe, small_model(recipe).training_plan, 8) == [same]
+
+
 def test_a_dry_run_tells_them_too() -> None:
     assert plan(recipe_with(layer_decay=0.75), resumes=False).cautions == [SLOW]
 

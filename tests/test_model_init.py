@@ -107,10 +107,13 @@ def test_an_architecture_that_does_not_fit_is_refused_with_the_recipe_that_fits(
     assert str(refused.value) == (
         "model.init: open_clip:tiny does not fit the recipe: model.embed_dim 24 (there 16); model.vision.timm "
         f'"{TINY}" (there "{TINY_QUICK}"); model.text.activation "gelu" (there "quick_gelu"); use '
-        f"model: {{embed_dim: 16, vision: {{timm: {TINY_QUICK}}}, "
+        f"model: {{embed_dim: 16, vision: {{timm: {TINY_QUICK}, pool: null}}, "
         "text: {width: 32, depth: 2, num_heads: 2, context_length: 16, activation: quick_gelu}} "
         "(its own data.image_size is 32; for others the positions are resampled)"
     )
+    with_stem = recipe_for({"timm": TINY, "pool": "mean"}, model={"frequency": {"placement": "stem"}})
+    with pytest.raises(UsageError, match=r"pool: null\}, .*quick_gelu\}, frequency: null\} \(its own"):
+        check_initial(with_init(with_stem, tiny_file))
     by_sizes = with_init(small_recipe(), tiny_file)
     with pytest.raises(UsageError, match=r"model.vision.patch_size 8 \(there null\); model.vision.width 32"):
         check_initial(by_sizes)

@@ -3,11 +3,13 @@
 from pathlib import Path
 from typing import Any
 
+from models_for_tests import small_recipe
 from results_for_tests import recalls, zeroshot_result
 
 from mlip_cli.evaluate.results import ZeroshotResult
+from mlip_cli.report.costs import training_seconds
 from mlip_cli.report.record import RunRecord
-from mlip_cli.report.time_chart import time_chart, training_seconds
+from mlip_cli.report.time_chart import time_chart
 from mlip_cli.runs.contents import Stamp
 from mlip_cli.runs.folder import Run
 
@@ -18,6 +20,7 @@ def asked(hits: int, *, rate: float = 0.0, first_hit: int = 0) -> ZeroshotResult
     """A result on 200 names, each of them a class, of which `hits` are found, from the name `first_hit` on."""
     right = "".join("01"[first_hit <= number < first_hit + hits] for number in range(NAMES))
     own = {**recalls(1, 5), "n": NAMES, "num_candidates": NAMES, "r1": hits / NAMES, "r1_chance": 1 / NAMES}
+    own |= {"r1_interval": (hits / NAMES - 0.05, hits / NAMES + 0.05)}
     classes = [{"class": str(number), "n": 1, "recall": 1.0} for number in range(NAMES)]
     answers = {"right": {"picture_r1": right, "acc1": right}, "names": own, "pictures": own}
     return zeroshot_result(dataset="names", rate=rate, num_classes=NAMES, per_class=classes, **answers)
@@ -49,3 +52,11 @@ def test_the_picture_has_a_curve_for_each_run() -> None:
     assert [list(line.get_xdata()) for line in chart.axes.get_lines()[:2]] == [[10.0, 20.0], [20.0, 40.0]]
     assert list(chart.axes.get_lines()[0].get_ydata()) == [10.0, 20.0]
     assert "names: text to image R@1 against training time" in chart.as_file()
+
+
+def test_the_interval_at_the_end_of_a_curve_is_that_of_the_merge_rate_of_training() -> None:
+    recipe = small_recipe(model={"merging": {"rate": 0.5}})
+    chart = time_chart([record("a", asked(20, rate=0.0), asked(100, rate=0.5), recipe=recipe)])
+    assert chart is not None
+    [[(_, low), (_, high)]] = chart.axes.collections[0].get_segments()
+    assert low < 50 < high

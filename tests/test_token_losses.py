@@ -52,6 +52,15 @@ def words_in_loops(features: Tensor, embeddings: dict[int, Tensor], captions: li
     return total
 
 
+def test_a_batch_without_words_still_reaches_every_parameter() -> None:
+    ids = torch.tensor([[BOS, EOS, 0]])
+    counts, features, scale = counts_of(ids), torch.ones(1, 5, requires_grad=True), torch.ones(1, requires_grad=True)
+    words_sum(features, torch.ones(0, 5), ids, word_mask(ids), scale, counts).backward()
+    for leaf in (features, scale):
+        assert leaf.grad is not None
+        assert not leaf.grad.any()
+
+
 @pytest.mark.parametrize("captions_per_image", [1, 3])
 def test_words_equal_loops_with_their_gradients(captions_per_image: int) -> None:
     draws = torch.Generator().manual_seed(0)

@@ -84,7 +84,7 @@ def plan(recipe: Recipe, *, resumes: bool) -> Planned:
 
 def _lines(recipe: Recipe, planned: Planned) -> list[str]:
     """What a run would print before its first step, the device and the costs."""
-    image, unmerged, branch, text = (f"{cost:.3g}" for cost in _gflops(planned.model).values())
+    image, unmerged, branch, text = (f"{cost:.3g}" for cost in _gflops(recipe, planned.model).values())
     counted = ", ".join(f"{name} {count:,}" for name, count in parameters(planned.model).items())
     return [
         f"device: {planned.device}",
@@ -108,7 +108,7 @@ def _facts(recipe: Recipe, planned: Planned) -> dict[str, Any]:
         "parameters_that_train": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "patch_tokens_per_block": list(merges.tokens),
         "true_merge_rate": merges.rate,
-        **_gflops(model),
+        **_gflops(recipe, model),
         "steps": planned.steps,
         "data": planned.data,
         "missing": planned.missing,
@@ -116,10 +116,11 @@ def _facts(recipe: Recipe, planned: Planned) -> dict[str, Any]:
     }
 
 
-def _gflops(model: CLIP) -> dict[str, float]:
+def _gflops(recipe: Recipe, model: CLIP) -> dict[str, float]:
+    other_crop = recipe.losses.align is not None
     return {
         "gflops_per_image": sum(image_gflops(model, model.training_plan).values()),
         "gflops_per_image_unmerged": sum(image_gflops(model, model.merge_plan(0.0)).values()),
-        "gflops_per_image_frequency_branch": frequency_gflops(model, model.training_plan),
+        "gflops_per_image_frequency_branch": frequency_gflops(model, model.training_plan, other_crop=other_crop),
         "gflops_per_text": text_gflops(model, model.context_length),
     }

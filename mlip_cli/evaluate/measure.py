@@ -107,7 +107,7 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Scores of each candidate, in their order; strict JSON, fractions in [0, 1].
 
-    Spatial features (`encode_image`) are on the top level; with a frequency branch `frequency` and
+    Spatial features (`encode_image`) are on the top level; with a frequency head `frequency` and
     `spatial_plus_frequency` (the sum of the normalised features) hold the same scores for those features. `right` holds
     one character a picture, for paired tests. `predicted` holds the number of each picture's predicted class, in one
     line.
@@ -116,7 +116,7 @@ def measure(
         read: numbers of batches -> those batches: uint8 images (B, 3, S, S) and classes (B,), on the CPU. Ranks of one
             process group read some of them each.
         dataset: name of the data set, for messages.
-        is_timed: also measure `images_per_s`; a frequency branch then takes one more pass.
+        is_timed: also measure `images_per_s`; a frequency head then takes one more pass.
         on_batch: see `OnBatch`.
 
     Raises:

@@ -84,7 +84,7 @@ class ZeroshotScores:
 
 @dataclass(frozen=True, kw_only=True)
 class AllFeaturesScores(ZeroshotScores):
-    """Scores of the spatial feature, which `encode_image` gives, and with a frequency branch of the others."""
+    """Scores of the spatial feature, which `encode_image` gives, and with a frequency head of the others."""
 
     frequency: ZeroshotScores | None = None
     spatial_plus_frequency: ZeroshotScores | None = None

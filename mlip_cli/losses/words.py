@@ -56,7 +56,7 @@ def words_sum(
         token_ids, text_mask: (B*C, L), C captions a picture.
     """
     if not len(vocabulary):
-        return 0.0 * features.sum()
+        return 0.0 * (scale * features).sum()  # all ranks have a gradient for both
     dtype = torch.promote_types(features.dtype, torch.float32)
     features, vocabulary = F.normalize(features.to(dtype), dim=-1), F.normalize(vocabulary.to(dtype), dim=-1)
     log_probabilities = (scale * features @ vocabulary.T).log_softmax(-1)

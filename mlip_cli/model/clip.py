@@ -1,4 +1,4 @@
-"""The whole model: two towers, the frequency branch, projections into the joint spaces, logit scales.
+"""The whole model: two towers, frequency stage or branch, projections into the joint spaces, logit scales.
 
     model = build_model(load_recipe("recipes/openmoji.yaml").recipe)  # mlip_cli.recipe.load; random weights
     model.image_features(images, model.merge_plan(0.5))  # images (B, 3, H, W): uint8 pixels or normalised floats
@@ -76,7 +76,7 @@ def scales_and_biases(
 
 
 class CLIP(nn.Module):
-    """CLIP, or MLIP with a frequency branch, token heads and token merging.
+    """CLIP, or MLIP with a frequency stage or branch, heads for its losses, and token merging.
 
     A head exists only if a loss trains it. `losses` maps the names of active losses to their kind. Every call with
     images takes a merge plan: `plan`, `training_plan` or `merge_plan(rate)`.
@@ -245,7 +245,7 @@ class CLIP(nn.Module):
         """
         images = self.normalize(images)
         shares_spectrum = isinstance(self.frequency, FrequencyBranch) and self.frequency.reads_pixels
-        needs_spectrum = shares_spectrum and (with_branch or plan.asks_frequency)
+        needs_spectrum = shares_spectrum and (with_branch or (plan.asks_frequency and assign is None))
         spectrum = patch_dct(images, self.vision.patch_size) if needs_spectrum else None
         return self.vision(images, plan, assign=assign, spectrum=spectrum)
 

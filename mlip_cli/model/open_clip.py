@@ -250,9 +250,9 @@ def model_section(configuration: Mapping[str, Any], *, source: str) -> ModelConf
     )
 
 
-def as_yaml(section: ModelConfig) -> str:
-    """A section from `model_section` as one line of YAML."""
-    values = section.model_dump(
-        include={"embed_dim": True, "vision": {"timm"}, "text": True}, exclude={"text": {"dropout"}}
-    )
+def as_yaml(section: ModelConfig, *, with_frequency: bool) -> str:
+    """A section from `model_section` as one line of YAML, if asked for with its `frequency: null`."""
+    shown: dict[str, Any] = {"embed_dim": True, "vision": {"timm", "pool"}, "text": True}
+    shown |= {"frequency": True} if with_frequency else {}
+    values = section.model_dump(include=shown, exclude={"text": {"dropout"}})
     return f"model: {json.dumps(values)}".replace('"', "")

@@ -49,7 +49,7 @@ def measure(
     """Count and time everything on random pictures and words; the loader reads real ones."""
     model, recipe, device = profiled.model, profiled.recipe, profiled.device
     num_tokens, tokens_from = caption_length(recipe, datasets)
-    batch = noise_batch(profiled.recipe, batch_size=batch_size, num_tokens=num_tokens, device=profiled.device)
+    batch = noise_batch(recipe, batch_size=batch_size, num_tokens=num_tokens, device=device)
     towers = speeds_of_towers(profiled, batch, rounds)
     loader = loader_facts(recipe, datasets)
     found = measure_step(profiled, batch, rounds)
@@ -60,7 +60,7 @@ def measure(
         model.training_plan,
         batch_size=batch_size,
         num_text_tokens=num_tokens,
-        captions_per_image=profiled.recipe.data.captions_per_image,
+        captions_per_image=recipe.data.captions_per_image,
         other_crop=batch.other_images is not None,
     )
     peak = next(line.tflops for line in found.matmul if line.precision == recipe.train.precision)
@@ -84,7 +84,7 @@ def measure(
         merging=ProfiledMerging(method=plan.method, rate=plan.rate, before_blocks=plan.at) if plan.at else None,
         tokens_per_block=plan.tokens,
         prefix_tokens=model.vision.num_prefix,
-        gflops=gflops_of(model, num_tokens),
+        gflops=gflops_of(model, num_tokens, other_crop=batch.other_images is not None),
         speed=(*towers, *(speed(name, timing, batch_size) for name, timing in found.timings.items())),
         micro_batch_size=found.step.micro_batch_size,
         step_s=step_s,
@@ -105,15 +105,19 @@ def measure(
     )
 
 
-def gflops_of(model: CLIP, num_tokens: int) -> Gflops:
-    """Operations of one image, with the merges of evaluation and without, and of one caption of `num_tokens`."""
+def gflops_of(model: CLIP, num_tokens: int, *, other_crop: bool) -> Gflops:
+    """Operations of one image, with the merges of evaluation and without, and of one caption of `num_tokens`.
+
+    Args:
+        other_crop: the branch reads another crop in training.
+    """
     parts, whole = flops.image_gflops(model, model.plan), flops.image_gflops(model, model.merge_plan(0.0))
     return Gflops(
         image_tower=sum(parts.values()),
         image_tower_by_part=parts,
         image_tower_unmerged=sum(whole.values()),
         image_tower_unmerged_by_part=whole,
-        frequency_branch=flops.frequency_gflops(model, model.plan),
+        frequency_branch=flops.frequency_gflops(model, model.plan, other_crop=other_crop),
         token_heads=flops.token_head_gflops(model, model.plan, num_tokens),
         text_tower=flops.text_gflops(model, num_tokens),
         text_tower_at_context_length=flops.text_gflops(model, model.context_length),

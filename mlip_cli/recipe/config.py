@@ -200,14 +200,14 @@ class Merging(Section):
     strength: PositiveFloat = 2.0
     """How much more a change of the most important token counts than one of the least important, in guided merging."""
     at: tuple[Blocks, ...] | None = None
-    """Blocks before which tokens merge, counted from 1. null: as many as a third of the tower has, four or more, from
-    the earliest place on; for random_drop, the first block."""
+    """Blocks before which tokens merge, counted from 1. null: a third of the tower's blocks, four or more, from the
+    earliest possible one on; for random_drop, that one alone."""
     active: tuple[Share, Share] = (0.0, 1.0)
     """First and last share of the training steps in which tokens merge. No tokens merge before or after."""
 
 
 class Model(Section):
-    """Towers, frequency branch, token merging, and the weights that they start from."""
+    """Towers, frequency stage or branch, token merging, and the weights that they start from."""
 
     embed_dim: Size = 512
     """Width of the joint space of images and texts."""
@@ -218,7 +218,7 @@ class Model(Section):
     text: Text = Text()
     """The text tower."""
     frequency: Frequency | None = None
-    """The frequency branch. null: no branch."""
+    """The frequency stage of the image tower, or a branch beside it. null: neither."""
     merging: Merging | None = None
     """Token merging. null: no merging."""
     init: Annotated[str, AfterValidator(read_init)] | None = None

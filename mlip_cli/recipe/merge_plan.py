@@ -73,9 +73,9 @@ def earliest_place(method: str, stem: int) -> int:
 def default_places(depth: int, method: str = DEFAULT.method, *, stem: int = 0) -> tuple[int, ...]:
     """Blocks before which tokens merge or drop where the recipe names none.
 
-    Drops need no features: before the first block behind the stem. Merges: as many as a third of the tower has blocks,
-    four or more, each removing the same share, from the earliest place on: 4 -> (2, 3, 4), 6 and 12 -> (2, 3, 4, 5), 24
-    -> (2, ..., 9). A tower with fewer than four places cannot reach a rate of 0.9: 4 blocks reach 0.875, or 0.75 behind
+    Drops need no features: before the first block behind the stem. Merges: before a third of the tower's blocks, four
+    or more, from the earliest place on, each removing the same share: 4 -> (2, 3, 4), 6 and 12 -> (2, 3, 4, 5), 24 ->
+    (2, ..., 9). A tower with fewer than four places cannot reach a rate of 0.9: 4 blocks reach 0.875, or 0.75 behind
     a stem of 2.
 
     Measured as 1000 x (1 - cosine) to the unmerged feature, on trained towers of width 128 and 64 patches
@@ -131,7 +131,7 @@ class MergePlan:
     guidance: str = DEFAULT.guidance
     """A name in `GUIDANCE`; guided merging alone reads it."""
     strength: float = DEFAULT.strength
-    """How much guidance in [0, 1] multiplies the cost of a merge; guided merging alone reads it."""
+    """Guidance g in [0, 1] multiplies the cost of a merge by 1 + strength * g; guided merging alone reads it."""
 
     @property
     def rate(self) -> float:

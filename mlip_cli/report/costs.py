@@ -1,6 +1,6 @@
 """What a training cost: steps, samples and time, from metrics.jsonl and run.json."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from mlip_cli.evaluate.results import SweepResult
 from mlip_cli.report.headlines import shown_setting
@@ -19,18 +19,24 @@ LOSSES = (
 )
 
 
-def steps_s(record: RunRecord) -> float | None:
-    """Seconds that the steps took; None where no speed is logged.
+def training_seconds(record: RunRecord) -> Iterator[tuple[int, float]]:
+    """(step, seconds of training until then) of each logged line; evaluations do not count.
 
-    Each line of metrics.jsonl has the speed since the line before, over all ranks.
+    The speed of a line is that since the line before, over all ranks.
     """
-    seconds, seen = 0.0, 0
+    seconds, before = 0.0, 0
     for line in record.steps:
-        samples, images_per_s = line.get("samples_seen"), line.get("images_per_s")
-        if samples and images_per_s:
-            seconds += (samples - seen) / images_per_s
-            seen = samples
-    return seconds or None
+        samples, speed = line.get("samples_seen"), line.get("images_per_s")
+        if not samples or not speed:
+            continue
+        seconds += (samples - before) / speed
+        before = samples
+        yield int(line["step"]), seconds
+
+
+def steps_s(record: RunRecord) -> float | None:
+    """Seconds that the steps took; None where no speed is logged."""
+    return max((seconds for _, seconds in training_seconds(record)), default=None)
 
 
 def cpu_s(record: RunRecord) -> float | None:
@@ -50,7 +56,7 @@ def equal_terms(records: Sequence[RunRecord]) -> str:
     seen = [samples_seen(record) for record in records]
     same_data = len(datas) == 1 and datas != {()}
     if same_data and len(set(seen)) == 1:
-        return f"Both saw {seen[0]:,} samples of the same data." if len(seen) == 2 else f"Each saw {seen[0]:,} samples."
+        return f"{'Both' if len(seen) == 2 else 'All'} saw {seen[0]:,} samples of the same data."
     data = "the same data" if same_data else "data that differs"
     return f"They saw {', '.join(f'{number:,}' for number in seen)} samples of {data}, so more than the method differs."
 

@@ -11,8 +11,10 @@ from mlip_cli.evaluate.results import (
     SpeedAtSetting,
     SweepResult,
     ZeroshotResult,
+    ZeroshotScores,
 )
 from mlip_cli.evaluate.statistics import Interval, paired, wilson
+from mlip_cli.recipe.merge_plan import merge_method
 from mlip_cli.report.record import RunRecord
 from mlip_cli.report.tables import main_score, speedup_cell
 from mlip_cli.terminal.output import percent, plural
@@ -25,12 +27,8 @@ WIDE = 0.25
 
 NOT_SHOWN = "not shown"
 
-MERGED_MEASURES = {
-    "picture_r1": "text to image R@1",
-    "acc1": "top-1",
-    "text_to_image_r5": "text to image R@5",
-}
-"""Paired measures of a sweep by which a page says what merging costs, the first ones first -> in words."""
+MERGED_MEASURES = {"picture_r1": "text to image R@1", "acc1": "top-1", "text_to_image_r5": "text to image R@5"}
+"""Paired measures of a sweep by which a page says what merging costs -> in words."""
 
 ASKS = {"text_to_image": ("text", "picture"), "image_to_text": ("picture", "text")}
 """What a query is, and what it looks for."""
@@ -127,7 +125,7 @@ def _share(value: float, interval: Interval) -> str:
 def newest_zeroshot(record: RunRecord) -> list[ZeroshotResult]:
     """The newest checkpoint's result on each data set, at the recipe's merge rate where it was measured."""
     merging = record.recipe.model.merging if record.recipe is not None else None
-    rate = merging.rate if merging is not None else 0.0
+    rate = 0.0 if merging is None or merge_method(merging.method).drops else merging.rate
     results = record.all_of(ZeroshotResult)
     results.sort(key=lambda result: (result.step, result.merge_rate is None or result.merge_rate == rate))
     return list({result.dataset: result for result in results}.values())
@@ -263,8 +261,11 @@ def merging_sentence(record: RunRecord) -> str | None:
     text = f"Merging ({point.method}, rate {point.true_rate:.2f}) makes the image tower {speed_words(point)}"
     for dataset in sweep.datasets[:1]:
         own = next(own for own in dataset.points if own.key == point.key)
-        key, name = next((key, name) for key, name in MERGED_MEASURES.items() if key in own.paired)
+        key = "text_to_image_r5"
+        if isinstance(own, ZeroshotScores):
+            key = main_score(own, chance=0.0).measure
         test = own.paired[key]
         words = "shown" if test.p < SIGNIFICANT else NOT_SHOWN
-        text += f"; {dataset.dataset} {name} {100 * test.difference:+.1f} points, a change is {words} (p {test.p:.2g})"
+        name, points = MERGED_MEASURES[key], 100 * test.difference
+        text += f"; {dataset.dataset} {name} {points:+.1f} points, a change is {words} (p {test.p:.2g})"
     return f"{text}."

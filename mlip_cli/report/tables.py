@@ -147,7 +147,7 @@ def main_score(scores: ZeroshotScores, *, chance: float) -> MainScore:
     """Text to image R@1 where each name is a class, else the mean recall, whose level of guessing is `chance`."""
     if scores.asks_names_alone and scores.pictures is not None:
         share = scores.pictures.at(1)
-        won = "names whose picture comes first by"
+        won = "names whose picture is found first by"
         return MainScore("text to image R@1", share.value, share.interval, share.chance, "picture_r1", won)
     value, interval = scores.mean_per_class_recall, scores.mean_per_class_recall_interval
     return MainScore("mean recall", value, interval, chance, "acc1", "pictures that are classified correctly by")

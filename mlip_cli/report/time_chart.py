@@ -1,10 +1,12 @@
 """The main score of runs against the time of their training, from files alone."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from mlip_cli.evaluate.results import ZeroshotResult
 from mlip_cli.evaluate.statistics import metric_prefix
 from mlip_cli.report.canvas import DASHES, MARKERS, MUTED, NUM_SERIES, SERIES, Chart, drawn, literal
+from mlip_cli.report.costs import training_seconds
+from mlip_cli.report.headlines import newest_zeroshot
 from mlip_cli.report.record import RunRecord
 from mlip_cli.report.tables import main_score
 
@@ -12,32 +14,16 @@ MEASURES = {"picture_r1": "picture_r1", "acc1": "mean_recall"}
 """Answers to single pictures -> the measure in metrics.jsonl that they belong to."""
 
 
-def _unmerged(record: RunRecord) -> list[ZeroshotResult]:
-    """The newest result without merging on each data set, in the order of the recipe; data sets it lacks come last."""
-    found = {own.dataset: own for own in record.all_of(ZeroshotResult) if own.true_merge_rate == 0}
+def _results(record: RunRecord) -> list[ZeroshotResult]:
+    """As training measures, at the recipe's merge rate, in the order of the recipe; data sets it lacks come last."""
     names = list(record.recipe.evaluate.zeroshot) if record.recipe is not None else []
     order = {name: number for number, name in enumerate(names)}
-    return sorted(found.values(), key=lambda own: order.get(own.dataset, len(order)))
-
-
-def training_seconds(record: RunRecord) -> Iterator[tuple[int, float]]:
-    """(step, seconds of training until then) of each logged line; evaluations do not count.
-
-    The speed of a line is that of the stretch since the line before.
-    """
-    seconds, before = 0.0, 0
-    for line in record.steps:
-        samples, speed = line.get("samples_seen"), line.get("images_per_s")
-        if not samples or not speed:
-            continue
-        seconds += (samples - before) / speed
-        before = samples
-        yield int(line["step"]), seconds
+    return sorted(newest_zeroshot(record), key=lambda own: order.get(own.dataset, len(order)))
 
 
 def time_chart(records: Sequence[RunRecord]) -> Chart | None:
     """The main score of the first shared data set against seconds of training; None where nothing was measured."""
-    for result in _unmerged(records[0]):
+    for result in _results(records[0]):
         score = main_score(result, chance=result.chance)
         key = f"{metric_prefix(result.dataset)}_{MEASURES[score.measure]}"
         curves = {record.name: _curve(record, key) for record in records}
@@ -51,7 +37,7 @@ def time_chart(records: Sequence[RunRecord]) -> Chart | None:
         ) as chart:
             for number, record in enumerate(records):
                 seconds, values = zip(*curves[record.name], strict=True)
-                own = next((own for own in _unmerged(record) if own.data == result.data), None)
+                own = next((own for own in _results(record) if own.data == result.data), None)
                 _draw(chart, number, record.name, seconds, values, own)
             chart.axes.axhline(100 * score.chance, color=MUTED, linestyle=":", linewidth=1.2, label="chance")
             chart.axes.set_xlim(left=0)

@@ -71,20 +71,22 @@ def check_initial(recipe: Recipe) -> OpenClipFile | Path:
     """
     assert recipe.model.init is not None
     source = find_init(recipe.model.init)
+    has_stem = stem_depth(recipe.model.frequency) > 0
     if isinstance(source, OpenClipFile):
         place = f"open_clip:{source.architecture}"
         configuration = open_clip_configuration(source.architecture)
         section = model_section(configuration, source=f"model.init: {place}")
         other = recipe.model_copy(update={"model": section})
         size = configuration["vision_cfg"].get("image_size", 224)
-        cure = f"use {as_yaml(section)} (its own data.image_size is {size}; for others the positions are resampled)"
+        lines = as_yaml(section, with_frequency=has_stem)
+        cure = f"use {lines} (its own data.image_size is {size}; for others the positions are resampled)"
     else:
         place, run = str(source), Run(source.parent.parent)
         other = run.read_recipe()
         cure = f"take these values from {run.recipe}, or set model.init to null"
     decide = ["model.embed_dim", "model.vision", "model.text"]
-    branches = recipe.model.frequency, other.model.frequency
-    if all(branches) or any(stem_depth(branch) for branch in branches):
+    stages = recipe.model.frequency, other.model.frequency
+    if all(stages) or has_stem or stem_depth(other.model.frequency):
         decide.append("model.frequency")
     wrong = [
         f"{key} {json.dumps(mine)} (there {json.dumps(theirs)})"
@@ -99,8 +101,8 @@ def check_initial(recipe: Recipe) -> OpenClipFile | Path:
 def load_initial(model: CLIP, recipe: Recipe) -> InitNotes:
     """Load the weights that `model.init` names into `model`, and say what they leave open.
 
-    Parts that the weights lack (frequency branch, token heads, scales of losses) keep their random values, and parts
-    that the model lacks are ignored. Positions and global filters are brought to the grid of the recipe's image size.
+    Parts that the weights lack (frequency branch, heads and scales of losses) keep their random values, and parts that
+    the model lacks are ignored. Positions and global filters are brought to the grid of the recipe's image size.
 
     Raises:
         UsageError: no such weights, damaged ones, or those of another architecture.

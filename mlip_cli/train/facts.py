@@ -90,6 +90,8 @@ def _idle_keys(recipe: Recipe, total_steps: int | None) -> list[str]:
             f"model.merging.active [{first:g}, {last:g}] contains none of the {plural(total_steps, 'step')} of the "
             "run: nothing merges in training; widen it"
         )
+    if recipe.losses.align is not None and recipe.data.augment.crop_scale is None:
+        lines.append("data.augment.crop_scale null gives losses.align the same crop twice; give a range")
     if layer_decay < 1 and recipe.model.init is None:
         lines.append(
             f"optim.layer_decay {layer_decay:g} is for trained weights, and model.init is null: it slows the lower "

@@ -56,7 +56,7 @@ def natural(name: str) -> tuple[str, int]:
 
 
 def other_measures(result: Result, at: str, feature: str) -> dict[str, float]:
-    """The measures of old, as means over the questions."""
+    """Reciprocal rank and recalls, as means over the questions."""
     found: dict[str, list[float]] = defaultdict(list)
     for name in QUESTIONS:
         ranks = result["at"][at][feature][name]
