@@ -117,7 +117,7 @@ def _facts(recipe: Recipe, planned: Planned) -> dict[str, Any]:
 
 
 def _gflops(recipe: Recipe, model: CLIP) -> dict[str, float]:
-    other_crop = recipe.losses.align is not None
+    other_crop = recipe.losses.read_other_crop
     return {
         "gflops_per_image": sum(image_gflops(model, model.training_plan).values()),
         "gflops_per_image_unmerged": sum(image_gflops(model, model.merge_plan(0.0)).values()),

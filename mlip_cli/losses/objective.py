@@ -43,7 +43,7 @@ class Objective:
         """Token loss over the batch -> its kind."""
         self.counts_captions = not all(is_over_batch(term) for term in self.terms.values())
         """True if there are losses inside pairs, which need `count_captions`."""
-        self.shares_concepts = losses.positives == "concept"
+        self.shares_concepts = losses.read_labels
 
     def batch_terms(self, features: Features, part: PartOf = nullcontext) -> dict[str, Tensor]:
         """Losses between all pairs of the global batch: one 0-d tensor each, not weighted."""

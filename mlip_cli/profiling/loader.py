@@ -89,8 +89,8 @@ def training_batches(
         start_step=0,
         stop_step=num_steps,
         num_workers=0,
-        with_labels=recipe.losses.positives == "concept",
-        with_other_crop=recipe.losses.align is not None,
+        with_labels=recipe.losses.read_labels,
+        with_other_crop=recipe.losses.read_other_crop,
         part=part,
     )
 

@@ -18,7 +18,14 @@ from mlip_cli.losses.objective import Objective
 from mlip_cli.model.clip import CLIP
 from mlip_cli.profiling.clock import PartClock
 from mlip_cli.recipe.config import Recipe
-from mlip_cli.train.gradients import BACKWARD, FORWARD, FORWARD_WITHOUT_GRAPH, LOSSES, Precision
+from mlip_cli.train.gradients import (
+    BACKWARD,
+    FORWARD,
+    FORWARD_WITHOUT_GRAPH,
+    LOSSES,
+    Precision,
+    captions_counted,
+)
 from mlip_cli.train.optim import Schedule, build_optimizer, set_learning_rate
 from mlip_cli.train.state import Training
 from mlip_cli.train.step import COPY, OPTIMIZER, Stepper, StepSettings
@@ -62,7 +69,7 @@ class RepeatedStep:
         """Functions that run a piece of the step alone, on a batch that lies on the device; they hold a gradient."""
         stepper, optimizer = self.stepper, self.stepper.training.optimizer
         size = self.micro_batch_size or len(batch.images)
-        micro_batches = batch.split(size)
+        micro_batches = captions_counted(self.objective, batch)[0].split(size)
         stepper.add_gradients(batch, self.plan)
         gradients = [(parameter, parameter.grad) for parameter in self.model.parameters()]
         optimizer.zero_grad(set_to_none=True)

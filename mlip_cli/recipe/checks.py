@@ -198,7 +198,7 @@ def _losses(recipe: Recipe) -> Found:
     elif frequency.placement == "branch" and not needs_frequency:
         cure = "give losses.frequency_global or losses.align, or set it to null"
         yield "model.frequency", f"no loss trains it; {cure}"
-    elif frequency.placement == "stem" and recipe.losses.align is not None:
+    elif frequency.placement == "stem" and recipe.losses.read_other_crop:
         cure = "set model.frequency.placement to branch, or this loss to null"
         yield "losses.align", f"it needs a branch beside the tower, and the recipe has a stem; {cure}"
 

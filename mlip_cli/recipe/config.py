@@ -280,6 +280,16 @@ class Losses(Section):
     """pair: a picture matches only its own caption. concept: in losses over the batch, pictures of one concept also
     match each other's captions. The concept is `concept` in the sample's meta, or else the first drawn caption."""
 
+    @property
+    def read_labels(self) -> bool:
+        """Whether a batch needs the concept of each picture."""
+        return self.positives == "concept"
+
+    @property
+    def read_other_crop(self) -> bool:
+        """Whether a batch needs another crop of each picture."""
+        return self.align is not None
+
 
 class Optim(Section):
     """AdamW with linear warm-up and cosine decay to zero."""

@@ -48,13 +48,14 @@ def time_chart(records: Sequence[RunRecord]) -> Chart | None:
 
 
 def _curve(record: RunRecord, key: str) -> list[tuple[float, float]]:
-    """(seconds, score in per cent) of each evaluation."""
-    seconds = dict(training_seconds(record))
-    return [
-        (seconds[line["step"]], 100 * line[key])
-        for line in record.evaluations
-        if line.get(key) is not None and line["step"] in seconds
-    ]
+    """(seconds, score in per cent) of each evaluation, at the last logged step before it."""
+    logged = list(training_seconds(record))
+    curve = []
+    for line in record.evaluations:
+        before = [seconds for step, seconds in logged if step <= line["step"]]
+        if line.get(key) is not None and before:
+            curve.append((before[-1], 100 * line[key]))
+    return curve
 
 
 def _draw(

@@ -41,7 +41,7 @@ def facts(recipe: Recipe, model: CLIP, total_steps: int | None) -> list[str]:
 def _taught_by_branch(recipe: Recipe) -> list[str]:
     """A line about a branch whose losses do not reach the blocks of the image tower."""
     frequency = recipe.model.frequency
-    if frequency is None or frequency.placement != "branch" or recipe.losses.align is not None:
+    if frequency is None or frequency.placement != "branch" or recipe.losses.read_other_crop:
         return []
     taught = "the text tower alone" if frequency.input == "dct" else "the text tower and the patch embedding alone"
     return [f"the frequency branch teaches {taught}; losses.align makes it teach the image tower"]
@@ -90,7 +90,7 @@ def _idle_keys(recipe: Recipe, total_steps: int | None) -> list[str]:
             f"model.merging.active [{first:g}, {last:g}] contains none of the {plural(total_steps, 'step')} of the "
             "run: nothing merges in training; widen it"
         )
-    if recipe.losses.align is not None and recipe.data.augment.crop_scale is None:
+    if recipe.losses.read_other_crop and recipe.data.augment.crop_scale is None:
         lines.append("data.augment.crop_scale null gives losses.align the same crop twice; give a range")
     if layer_decay < 1 and recipe.model.init is None:
         lines.append(

@@ -9,7 +9,10 @@ BOS, EOS = VOCAB_SIZE - 2, VOCAB_SIZE - 1
 
 
 def noise_batch(recipe: Recipe, *, batch_size: int, num_tokens: int, device: torch.device) -> Batch:
-    """Pictures of noise, captions of `num_tokens` words drawn from the whole vocabulary."""
+    """Pictures of noise, captions of `num_tokens` words drawn from the whole vocabulary.
+
+    So losses over words meet more words than in a batch of captions, which share most of theirs.
+    """
     generator = torch.Generator().manual_seed(0)
     side, captions = recipe.data.image_size, recipe.data.captions_per_image * batch_size
 
@@ -22,6 +25,6 @@ def noise_batch(recipe: Recipe, *, batch_size: int, num_tokens: int, device: tor
         pictures(),
         token_ids,
         keys=("",) * batch_size,
-        labels=torch.arange(batch_size) if recipe.losses.positives == "concept" else None,
-        other_images=pictures() if recipe.losses.align is not None else None,
+        labels=torch.arange(batch_size) if recipe.losses.read_labels else None,
+        other_images=pictures() if recipe.losses.read_other_crop else None,
     ).to(device)

@@ -135,8 +135,8 @@ def open_batches(recipe: Recipe, data: TrainingData, device: torch.device, *, st
         stop_step=data.total_steps,
         num_workers=num_workers(recipe),
         pin_memory=device.type == "cuda",
-        with_labels=recipe.losses.positives == "concept",
-        with_other_crop=recipe.losses.align is not None,
+        with_labels=recipe.losses.read_labels,
+        with_other_crop=recipe.losses.read_other_crop,
     )
 
 
