@@ -324,7 +324,7 @@ def test_openmoji_small(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> Non
     assert "CC BY-SA 4.0" in caplog.messages[-3]
     assert caplog.messages[-1] == (
         f"mlip pretrain openmoji data.train={tmp_path}/out/train data.validation={tmp_path}/out/combinations"
-        " train.global_batch_size=4"
+        " train.global_batch_size=4 optim.warmup_steps=22"
     )
     card = open_prepared(tmp_path / "out" / "test").card
     assert card["provenance"]["license"] == "CC BY-SA 4.0"
