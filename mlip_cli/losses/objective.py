@@ -1,7 +1,8 @@
 """The weighted sum of named losses: some compare all pairs of the global batch, others the tokens inside a pair."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +44,7 @@ class Objective:
         """Token loss over the batch -> its kind."""
         self.counts_captions = not all(is_over_batch(term) for term in self.terms.values())
         """True if there are losses inside pairs, which need `count_captions`."""
+        self.reads_words = any(isinstance(term, WordsLoss) for term in self.terms.values())
         self.shares_concepts = losses.read_labels
 
     def batch_terms(self, features: Features, part: PartOf = nullcontext) -> dict[str, Tensor]:
@@ -71,34 +73,13 @@ class Objective:
         terms = {}
         for name, term in on.items():
             left, right = SIDES[name]
+            loss = _global_loss(name, term, features, offset=offset, labels=labels)
             with part(name):
                 terms[name] = _mean(
-                    self._global_term(
-                        name, term, features, (own[left][0], mine, all_ranks[left][0], others), offset, labels
-                    )
+                    loss(own[left][0], mine, all_ranks[left][0], others)
                     for mine, others in zip(own[right], all_ranks[right], strict=True)
                 )
         return terms
-
-    def _global_term(
-        self,
-        name: str,
-        term: GlobalLoss,
-        features: Features,
-        sides: tuple[Tensor, Tensor, Tensor, Tensor],
-        offset: int,
-        labels: Tensor | None,
-    ) -> Tensor:
-        """One global loss for one caption a picture: 0-d; `sides` are those of this rank and of all ranks."""
-        left, right, all_left, all_right = sides
-        scale = features.tensors[f"scale.{name}"]
-        if term.kind == "sigmoid":
-            bias = features.tensors[f"bias.{name}"]
-            return sigmoid_loss(left, all_right, scale, bias, offset=offset, labels=labels)
-        smoothing = term.label_smoothing
-        return info_nce(
-            left, right, all_left, all_right, scale, offset=offset, label_smoothing=smoothing, labels=labels
-        )
 
     def _token_terms(self, features: Features, labels: Tensor | None, part: PartOf) -> dict[str, Tensor]:
         """Token losses over the batch, mean over the captions of a picture."""
@@ -171,6 +152,20 @@ class Objective:
     def total(self, terms: dict[str, Tensor]) -> Tensor:
         """Weighted sum of `terms`: 0-d."""
         return torch.stack([self.terms[name].weight * value for name, value in terms.items()]).sum()
+
+
+def _global_loss(
+    name: str, term: GlobalLoss, features: Features, *, offset: int, labels: Tensor | None
+) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """A global loss as a function of both sides of this rank (B, E), and then of both sides of all ranks (W*B, E)."""
+    scale = features.tensors[f"scale.{name}"]
+    if term.kind == "infonce":
+        smoothing = term.label_smoothing
+        return partial(info_nce, scale=scale, offset=offset, label_smoothing=smoothing, labels=labels)
+    bias = features.tensors[f"bias.{name}"]
+    return lambda left, _right, _all_left, all_right: sigmoid_loss(
+        left, all_right, scale, bias, offset=offset, labels=labels
+    )
 
 
 def _captions_apart(features: Tensor) -> tuple[Tensor, ...]:

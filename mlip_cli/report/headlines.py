@@ -95,26 +95,23 @@ def _zeroshot(result: ZeroshotResult) -> Score:
     share = _share(score.value, score.interval)
     if result.asks_names_alone and result.pictures is not None:
         of = result.pictures
-        return Score(
-            name=f"{result.dataset}: {score.words}",
-            data=(result.data_fingerprint,),
-            question=f"Does it find the right picture of {result.dataset} for a name, among {of.num_candidates:,}?",
-            answer=f"The right picture comes first for {share} of {plural(of.n, 'name')}",
-            value=score.value,
-            interval=score.interval,
-            chance=score.chance,
-            right=result.right.get(score.measure, ""),
-        )
+        per_class: Sequence[ClassRecall] = ()
+        question = f"Does it find the right picture of {result.dataset} for a name, among {of.num_candidates:,}?"
+        answer = f"The right picture comes first for {share} of {plural(of.n, 'name')}"
+    else:
+        per_class = result.per_class
+        question = f"Does it name the class of a picture of {result.dataset}, one of {result.num_classes:,}?"
+        answer = f"It puts {share} of the pictures of a class into the right one, on average"
     return Score(
-        name=f"{result.dataset}: mean recall",
+        name=f"{result.dataset}: {score.words}",
         data=(result.data_fingerprint,),
-        question=f"Does it name the class of a picture of {result.dataset}, one of {result.num_classes:,}?",
-        answer=f"It puts {share} of the pictures of a class into the right one, on average",
+        question=question,
+        answer=answer,
         value=score.value,
         interval=score.interval,
         chance=score.chance,
         right=result.right.get(score.measure, ""),
-        per_class=result.per_class,
+        per_class=per_class,
     )
 
 

@@ -98,7 +98,7 @@ def captions_counted(objective: Objective, batch: Batch) -> tuple[Batch, Caption
     if not objective.counts_captions:
         return batch, None
     counts = count_captions(batch.token_ids, word_mask(batch.token_ids))
-    return replace(batch, word_ids=counts.word_ids), counts
+    return (replace(batch, word_ids=counts.word_ids) if objective.reads_words else batch), counts
 
 
 def _at_once(
