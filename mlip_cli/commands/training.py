@@ -37,6 +37,7 @@ from mlip_cli.train.setup import (
     TrainingData,
     build,
     build_stepper,
+    num_workers,
     open_batches,
     open_data,
     plan_by_step,
@@ -121,7 +122,14 @@ def run_loop(
         random: the state of the generators that a resumed run goes on with.
     """
     config, log = recipe.train, recipe.log
-    batches = open_batches(recipe, data, training.device, start_step=progress.step)
+    batches = open_batches(
+        recipe,
+        data.datasets,
+        data.order,
+        steps=range(progress.step, data.total_steps),
+        num_workers=num_workers(recipe),
+        pin_memory=training.device.type == "cuda",
+    )
     wait_for_ranks()
     share = config.global_batch_size // world_size()
     micro_batch_size = chosen_micro_batch_size(recipe, training, progress, share=share)

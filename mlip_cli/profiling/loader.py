@@ -8,11 +8,11 @@ from statistics import median
 import torch
 
 from mlip_cli.data.dataset import ShardDataset
-from mlip_cli.data.loader import DECODE_PICTURE, READ_SAMPLE, TRANSFORM_PICTURE, training_loader
-from mlip_cli.data.order import Order
+from mlip_cli.data.loader import DECODE_PICTURE, READ_SAMPLE, TRANSFORM_PICTURE
 from mlip_cli.profiling.clock import PartClock
 from mlip_cli.profiling.result import LoaderFacts
 from mlip_cli.recipe.config import Recipe
+from mlip_cli.train.setup import open_batches, order_of
 from mlip_cli.types import Batch, PartOf
 
 SAMPLES = 256
@@ -71,28 +71,8 @@ def training_batches(
     recipe: Recipe, datasets: Sequence[ShardDataset], *, batch_size: int, num_steps: int, part: PartOf = nullcontext
 ) -> Iterator[Batch]:
     """The recipe's training batches at another size, loaded in this process."""
-    order = Order(
-        [dataset.num_samples for dataset in datasets],
-        [source.weight for source in recipe.data.train],
-        seed=recipe.seed,
-        global_batch_size=batch_size,
-    )
-    return training_loader(
-        datasets,
-        order,
-        data=recipe.data,
-        context_length=recipe.model.text.context_length,
-        global_batch_size=batch_size,
-        seed=recipe.seed,
-        rank=0,
-        world_size=1,
-        start_step=0,
-        stop_step=num_steps,
-        num_workers=0,
-        with_labels=recipe.losses.read_labels,
-        with_other_crop=recipe.losses.read_other_crop,
-        part=part,
-    )
+    order = order_of(recipe, datasets, global_batch_size=batch_size)
+    return open_batches(recipe, datasets, order, steps=range(num_steps), num_workers=0, part=part)
 
 
 def batch_seconds(loader: LoaderFacts, batch_size: int) -> dict[str, float]:

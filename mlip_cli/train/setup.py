@@ -1,6 +1,7 @@
 """Builds the parts of a training from a recipe: device, data in its order, model, optimiser, stepper."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +25,7 @@ from mlip_cli.train.gradients import Precision
 from mlip_cli.train.optim import Schedule, build_optimizer
 from mlip_cli.train.state import Training
 from mlip_cli.train.step import Stepper, StepSettings
-from mlip_cli.types import Batch
+from mlip_cli.types import Batch, PartOf
 
 
 @dataclass(frozen=True)
@@ -63,12 +64,7 @@ def training_device(recipe: Recipe) -> torch.device:
 def open_data(recipe: Recipe) -> TrainingData:
     """Open the training shards and fix their order and the number of steps."""
     datasets = open_sources(recipe.data.train, cache=recipe.data.cache)
-    order = Order(
-        [dataset.num_samples for dataset in datasets],
-        [source.weight for source in recipe.data.train],
-        seed=recipe.seed,
-        global_batch_size=recipe.train.global_batch_size,
-    )
+    order = order_of(recipe, datasets, global_batch_size=recipe.train.global_batch_size)
     if recipe.train.steps is not None:
         return TrainingData(datasets, order, recipe.train.steps)
     assert recipe.train.epochs is not None
@@ -120,23 +116,43 @@ def plan_by_step(merging: Merging | None, model: CLIP, total_steps: int) -> Call
     return lambda step: model.training_plan if step in steps else unmerged
 
 
-def open_batches(recipe: Recipe, data: TrainingData, device: torch.device, *, start_step: int) -> Iterator[Batch]:
-    """This rank's share of every batch after `start_step`."""
+def order_of(recipe: Recipe, datasets: Sequence[ShardDataset], *, global_batch_size: int) -> Order:
+    """The order of the recipe's samples in batches of this size."""
+    return Order(
+        [dataset.num_samples for dataset in datasets],
+        [source.weight for source in recipe.data.train],
+        seed=recipe.seed,
+        global_batch_size=global_batch_size,
+    )
+
+
+def open_batches(
+    recipe: Recipe,
+    datasets: Sequence[ShardDataset],
+    order: Order,
+    *,
+    steps: range,
+    num_workers: int,
+    pin_memory: bool = False,
+    part: PartOf = nullcontext,
+) -> Iterator[Batch]:
+    """This rank's share of the batches of these steps, with all that the recipe's losses read."""
     return training_loader(
-        data.datasets,
-        data.order,
+        datasets,
+        order,
         data=recipe.data,
         context_length=recipe.model.text.context_length,
-        global_batch_size=recipe.train.global_batch_size,
+        global_batch_size=order.global_batch_size,
         seed=recipe.seed,
         rank=rank(),
         world_size=world_size(),
-        start_step=start_step,
-        stop_step=data.total_steps,
-        num_workers=num_workers(recipe),
-        pin_memory=device.type == "cuda",
+        start_step=steps.start,
+        stop_step=steps.stop,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
         with_labels=recipe.losses.read_labels,
         with_other_crop=recipe.losses.read_other_crop,
+        part=part,
     )
 
 
