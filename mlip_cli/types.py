@@ -17,9 +17,6 @@ from typing import Protocol, Self
 import torch
 from torch import Tensor
 
-VOCAB_SIZE = 49408
-"""Size of CLIP's byte-pair vocabulary; the last two ids are BOS and EOS."""
-
 PartOf = Callable[[str], AbstractContextManager[object]]
 """The name of a part of some work -> a context that is open while that part runs, for a clock."""
 

@@ -1,41 +1,15 @@
-"""Tiny CLIPs of OpenCLIP, towers of timm that have their form, and the comparison of features."""
+"""Tiny CLIPs of OpenCLIP, recipes of the same form, and the comparison of features."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import open_clip
-import timm
 import torch
 from models_for_tests import small_recipe
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from mlip_cli.recipe.config import Recipe
 
-TINY = "vit_tiny_patch8_clip_for_tests"
-TINY_QUICK = "vit_tiny_patch8_clip_quickgelu_for_tests"
 TEXTS = ["a dog", "!!! wow !", "a red balloon with quite a long string over the roofs", "x"]
-
-
-@contextmanager
-def tiny_towers() -> Iterator[None]:
-    """Towers of timm with the form of OpenAI's, but small: `TINY` with GELU, `TINY_QUICK` with QuickGELU."""
-
-    def tower(**changes: Any) -> Any:
-        sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2, "pre_norm": True}
-        norm = {"norm_layer": lambda width, **kinds: nn.LayerNorm(width, eps=1e-5, **kinds)}
-
-        def build(**given: Any) -> VisionTransformer:
-            ours = {key: value for key, value in given.items() if not key.startswith(("pretrained", "cache"))}
-            return VisionTransformer(**sizes | norm | changes | ours)
-
-        return build
-
-    registry = timm.models._registry._model_entrypoints
-    registry[TINY], registry[TINY_QUICK] = tower(), tower(act_layer="quick_gelu")
-    yield
-    del registry[TINY], registry[TINY_QUICK]
 
 
 def config(*, quick_gelu: bool = False, vision: dict[str, Any] | None = None, **top: Any) -> dict[str, Any]:
@@ -55,11 +29,16 @@ def randomised(model: nn.Module, seed: int = 0) -> Any:
     return model.eval()
 
 
-def recipe_for(vision: dict[str, Any], *, activation: str = "gelu", **changes: Any) -> Recipe:
+TOWER = {"patch_size": 8, "width": 32, "depth": 4, "num_heads": 2, "pre_norm": True, "norm_eps": 1e-5}
+"""The image tower of `config`, as a recipe has it."""
+
+
+def recipe_for(*, activation: str = "gelu", **changes: Any) -> Recipe:
+    """A recipe of the form of `config`."""
     recipe = small_recipe(mlip=False, **changes)
     text = recipe.model.text.model_copy(update={"activation": activation})
-    section = recipe.model.model_copy(update={"vision": recipe.model.vision.model_validate(vision), "text": text})
-    return recipe.model_copy(update={"model": section})
+    vision = recipe.model.vision.model_validate(TOWER | {"activation": activation})
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"vision": vision, "text": text})})
 
 
 def token_ids(length: int) -> Tensor:

@@ -36,7 +36,9 @@ def opened(name: str, root: Path) -> Pictures:
 
 
 def labels(pictures: Pictures, *, batch_size: int = 2) -> list[int]:
-    read = list(batches(pictures, range(pictures.num_pictures), size=8, batch_size=batch_size, read_ahead=False))
+    read = list(
+        batches(pictures, range(pictures.num_pictures), size=8, resize="crop", batch_size=batch_size, read_ahead=False)
+    )
     assert all(images.dtype == torch.uint8 and images.shape[1:] == (3, 8, 8) for images, _ in read)
     assert sum(len(images) for images, _ in read) == pictures.num_pictures
     return torch.cat([labels for _, labels in read]).tolist()

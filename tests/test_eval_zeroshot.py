@@ -120,7 +120,7 @@ def test_combinations_are_retrieved_both_ways(place: Path, capsys: pytest.Captur
     encoder = at_rate(run.model, 0.5)
     pictures = open_benchmark(find_benchmark("openmoji_combinations", root=place / "data"))
     assert pictures.class_names == tuple(sorted(f"thing {i}" for i in range(30)))
-    [(images, _)] = batches(pictures, range(1), size=32, batch_size=30, read_ahead=True)
+    [(images, _)] = batches(pictures, range(1), size=32, resize="crop", batch_size=30, read_ahead=True)
     with torch.no_grad():
         tokens = [
             run.tokenizer.encode([f"{start}{name}" for name in pictures.class_names]) for start in ("", "an emoji of ")
@@ -155,7 +155,7 @@ def test_scores_are_those_of_a_plain_computation(place: Path, capsys: pytest.Cap
     run = load_run("runs/mlip", device="cpu")
     encoder = at_rate(run.model, 0.5)
     pictures = open_benchmark(find_benchmark("shards:data/colors", root=place))
-    [(images, labels)] = batches(pictures, range(1), size=32, batch_size=40, read_ahead=True)
+    [(images, labels)] = batches(pictures, range(1), size=32, resize="crop", batch_size=40, read_ahead=True)
     with torch.no_grad():
         classes = class_embeddings(
             pictures.class_names,
@@ -388,8 +388,8 @@ def test_nothing_but_wrong_usage_is_wrong_usage(place: Path) -> None:
         with pytest.raises(UsageError) as error:
             evaluate(target, datasets=["openmoji"])
         assert str(error.value) == (
-            f"{target}: not a run folder (no recipe.yaml) and not a checkpoint of one; "
-            "name RUN, or RUN/checkpoints/step_NUMBER"
+            f"{target}: not a run folder (no recipe.yaml) and not a checkpoint of one; name RUN, "
+            "RUN/checkpoints/step_NUMBER, open_clip:ARCH:FILE, or a folder with open_clip_config.json or config.json"
         )
     Path("runs/a b").mkdir()
     Path("runs/a b/recipe.yaml").write_bytes(Path("runs/clip/recipe.yaml").read_bytes())

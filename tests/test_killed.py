@@ -41,10 +41,10 @@ from shards_for_tests import make_dataset
 
 from mlip_cli.data.order import Order
 from mlip_cli.data.tokenizer import Tokenizer
+from mlip_cli.recipe.config import VOCAB_SIZE
 from mlip_cli.recipe.load import load_recipe, recipe_yaml
 from mlip_cli.runs.checkpoint import load_state, load_weights, remove_leftovers, remove_old_checkpoints, save_checkpoint
 from mlip_cli.runs.folder import Run, checkpoint_folders, checkpoint_name, step_of
-from mlip_cli.types import VOCAB_SIZE
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 

@@ -70,7 +70,7 @@ def batches(
         datasets,
         order,
         data=Data(train=(Source(path="unused"),), **settings),
-        context_length=context_length,
+        tokenizer=Tokenizer(context_length),
         global_batch_size=G,
         seed=seed,
         rank=rank,
@@ -520,7 +520,7 @@ def test_preflight_says_what_was_found(tmp_path: Path, folder: Path) -> None:
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_evaluation_reads_everything_once_in_order(folder: Path, num_workers: int) -> None:
     dataset = open_prepared(folder)
-    found = list(evaluation_loader(dataset, image_size=16, batch_size=20, num_workers=num_workers))
+    found = list(evaluation_loader(dataset, data=Data(train=(), image_size=16), batch_size=20, num_workers=num_workers))
     assert [len(images) for images in found] == [20, 20, 2]
     samples = [dataset.read(id) for id in range(42)]
     expected = torch.stack([evaluation_transform(decode(open_picture(sample.image)), size=16) for sample in samples])
@@ -531,7 +531,7 @@ def test_evaluation_refuses_to_leave_a_sample_out(tmp_path: Path) -> None:
     folder = make_dataset(tmp_path / "x", n=16)
     spoil(folder, 5)
     with pytest.raises(RunError, match=r"train-000000.tar: sample 00-000005: not a picture: "):
-        list(evaluation_loader(open_prepared(folder), image_size=16, batch_size=4, num_workers=0))
+        list(evaluation_loader(open_prepared(folder), data=Data(train=(), image_size=16), batch_size=4, num_workers=0))
 
 
 def test_default_number_of_workers(monkeypatch: pytest.MonkeyPatch) -> None:

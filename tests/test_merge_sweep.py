@@ -107,7 +107,7 @@ def test_distortion_is_how_far_merging_moves_the_features(place: Path, capsys: p
     [dataset] = printed(capsys)["datasets"]
     loaded = load_run("runs/mlip", device="cpu")
     pictures = open_benchmark(find_benchmark("shards:data/colors"))
-    batch = next(iter(batches(pictures, range(1), size=32, batch_size=24, read_ahead=False)))[0]
+    batch = next(iter(batches(pictures, range(1), size=32, resize="crop", batch_size=24, read_ahead=False)))[0]
     model = loaded.model
     with torch.no_grad():
         unmerged = model.encode_image(batch, model.merge_plan(0.0)).double()

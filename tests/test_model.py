@@ -109,7 +109,7 @@ def test_mean_pooling_is_the_mean_of_the_normalised_patch_tokens_by_size(name: s
 def test_towers_that_cannot_be_used_are_refused_by_name() -> None:
     with pytest.raises(UsageError) as caught:
         ImageTower(Vision(timm="beit_base_patch16_224"), image_size=224)
-    with pytest.raises(UsageError, match=r"augreg_in21k names trained weights, and mlip does not load them; write vi"):
+    with pytest.raises(UsageError, match=r"augreg_in21k names trained weights, which mlip does not download; write vi"):
         ImageTower(Vision(timm="vit_tiny_patch16_224.augreg_in21k"), image_size=224)
     assert str(caught.value) == (
         "model.vision.timm: beit_base_patch16_224 is a Beit; use a VisionTransformer or its distilled form, "
@@ -129,7 +129,7 @@ def test_the_text_tower_equals_open_clips() -> None:
     torch.manual_seed(0)
     theirs = open_clip.transformer.TextTransformer(context_length=77, width=32, heads=2, layers=3, output_dim=16).eval()
     nn.init.normal_(theirs.positional_embedding, std=0.01)
-    ours = TextTower(Text(width=32, depth=3, num_heads=2, context_length=77), vocab_size=49408).eval()
+    ours = TextTower(Text(width=32, depth=3, num_heads=2, context_length=77)).eval()
     ours.token_embedding = theirs.token_embedding
     ours.positional_embedding = theirs.positional_embedding
     ours.norm.load_state_dict(theirs.ln_final.state_dict())
@@ -249,7 +249,7 @@ def test_plain_blocks_without_keys_merge_by_their_tokens() -> None:
 def test_text_dropout_follows_attention_and_mlp_and_each_activation_is_its_formula(activation: str) -> None:
     torch.manual_seed(0)
     config = Text(width=32, depth=2, num_heads=2, context_length=8, activation=activation, dropout=0.5)
-    tower = TextTower(config, vocab_size=100).train()
+    tower = TextTower(config).train()
     ids = torch.arange(16).view(2, 8)
 
     def mlp(block: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -267,12 +267,12 @@ def test_text_dropout_follows_attention_and_mlp_and_each_activation_is_its_formu
         x = x + nn.functional.dropout(mlp(block, block.norm2(x)), 0.5)
     torch.testing.assert_close(found, tower.norm(x))
     assert not torch.allclose(found, tower.eval()(ids))
-    plain = TextTower(Text(width=32, depth=2, num_heads=2, context_length=8), vocab_size=100)
+    plain = TextTower(Text(width=32, depth=2, num_heads=2, context_length=8, vocab_size=100))
     assert tower.state_dict().keys() == plain.state_dict().keys()
 
 
 def test_without_dropout_training_draws_no_random_numbers_in_the_text_tower() -> None:
-    tower = TextTower(Text(width=32, depth=2, num_heads=2, context_length=8), vocab_size=100)
+    tower = TextTower(Text(width=32, depth=2, num_heads=2, context_length=8, vocab_size=100))
     state, ids = torch.get_rng_state(), torch.arange(16).view(2, 8)
     assert torch.equal(tower.train()(ids), tower.eval()(ids))
     assert torch.equal(torch.get_rng_state(), state)

@@ -1,6 +1,5 @@
 """`model.init`: starts from files that others wrote, from runs, at other image sizes, and what is refused."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,21 +7,16 @@ import open_clip
 import pytest
 import torch
 from models_for_tests import make_run, small_model, small_recipe
-from open_clip_for_tests import TINY, TINY_QUICK, assert_same_features, config, randomised, recipe_for, tiny_towers
+from open_clip_for_tests import assert_same_features, config, randomised, recipe_for
 from safetensors.torch import save_file
 from torch import nn
 
 from mlip_cli.errors import UsageError
-from mlip_cli.model.open_clip import TIMM_TOWERS
 from mlip_cli.recipe.config import Recipe
-from mlip_cli.runs import initial_weights
-from mlip_cli.runs.initial_weights import check_initial, load_initial, open_clip_configuration, read_weights
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _towers() -> Iterator[None]:
-    with tiny_towers():
-        yield
+from mlip_cli.runs import foreign, initial_weights
+from mlip_cli.runs.foreign import open_clip_configuration
+from mlip_cli.runs.initial_weights import check_initial, load_initial
+from mlip_cli.runs.weight_files import read_weights
 
 
 def with_init(recipe: Recipe, init: str | Path) -> Recipe:
@@ -33,25 +27,26 @@ def with_init(recipe: Recipe, init: str | Path) -> Recipe:
 def tiny_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """`model.init` of a tiny CLIP with QuickGELU, of an architecture that only this test knows."""
     known = {"tiny": config(quick_gelu=True), "tiny-gelu": config()}
-    monkeypatch.setitem(TIMM_TOWERS, (8, 32, 4, 2, 128), TINY)
-    monkeypatch.setattr(initial_weights, "open_clip_configuration", lambda name: known[name])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(foreign, "open_clip_configuration", lambda name: known[name])
     save_file(randomised(open_clip.CLIP(**known["tiny"])).state_dict(), tmp_path / "tiny.safetensors")
     return f"open_clip:tiny:{tmp_path / 'tiny.safetensors'}"
 
 
 @pytest.mark.slow
 def test_a_run_starts_from_a_foreign_file(tiny_file: str) -> None:
-    recipe = with_init(recipe_for({"timm": TINY_QUICK}, activation="quick_gelu"), tiny_file)
+    recipe = with_init(recipe_for(activation="quick_gelu"), tiny_file)
     model = small_model(recipe, dtype=torch.float32).eval()
     notes = load_initial(model, recipe)
-    assert notes.facts == (f"model.init: weights of {tiny_file}",)
+    [copied] = Path("runs/foreign").glob("tiny-*/checkpoints/step_0000000")
+    assert notes.facts == (f"model.init: weights of {copied}",)
     assert notes.cautions == ()
     assert_same_features(model, randomised(open_clip.CLIP(**config(quick_gelu=True))))
     assert model.log_scales["spatial_global"] == randomised(open_clip.CLIP(**config(quick_gelu=True))).logit_scale
 
 
 def test_a_foreign_file_starts_mlip_with_the_rest_at_random(tiny_file: str) -> None:
-    plain = recipe_for({"timm": TINY_QUICK}, activation="quick_gelu")
+    plain = recipe_for(activation="quick_gelu")
     mlip = small_recipe()
     section = plain.model.model_copy(update={"frequency": mlip.model.frequency, "merging": mlip.model.merging})
     recipe = with_init(mlip.model_copy(update={"model": section}), tiny_file)
@@ -70,7 +65,7 @@ def test_a_foreign_file_starts_mlip_with_the_rest_at_random(tiny_file: str) -> N
 
 
 def test_scale_and_bias_of_another_kind_of_loss_are_not_taken(tiny_file: str) -> None:
-    recipe = recipe_for({"timm": TINY_QUICK}, activation="quick_gelu", losses={"spatial_global": {"kind": "sigmoid"}})
+    recipe = recipe_for(activation="quick_gelu", losses={"spatial_global": {"kind": "sigmoid"}})
     model = small_model(recipe, dtype=torch.float32)
     scale = model.log_scales["spatial_global"].clone()
     notes = load_initial(model, with_init(recipe, tiny_file))
@@ -90,40 +85,33 @@ def test_a_bias_of_another_kind_of_loss_is_left_out_with_its_scale(tmp_path: Pat
     assert torch.equal(model.log_scales["spatial_global"], scale)
 
 
-def test_a_start_from_a_gelu_architecture_warns_of_quickgelu(tiny_file: str) -> None:
-    recipe = with_init(recipe_for({"timm": TINY}), tiny_file.replace(":tiny:", ":tiny-gelu:"))
-    assert load_initial(small_model(recipe, dtype=torch.float32), recipe).facts[1] == (
-        "model.init: tiny-gelu uses GELU; OpenAI's weights need QuickGELU, as in ViT-B-32-quickgelu; a file does not "
-        "say which one it was trained with"
-    )
-
-
-def test_an_architecture_that_does_not_fit_is_refused_with_the_recipe_that_fits(
-    tiny_file: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    recipe = with_init(recipe_for({"timm": TINY}, model={"embed_dim": 24}), tiny_file)
+def test_an_architecture_that_does_not_fit_is_refused_with_the_keys_that_differ(tiny_file: str) -> None:
+    recipe = with_init(recipe_for(model={"embed_dim": 24}), tiny_file)
     with pytest.raises(UsageError) as refused:
         check_initial(recipe)
     assert str(refused.value) == (
-        "model.init: open_clip:tiny does not fit the recipe: model.embed_dim 24 (there 16); model.vision.timm "
-        f'"{TINY}" (there "{TINY_QUICK}"); model.text.activation "gelu" (there "quick_gelu"); use '
-        f"model: {{embed_dim: 16, vision: {{timm: {TINY_QUICK}, pool: null}}, "
-        "text: {width: 32, depth: 2, num_heads: 2, context_length: 16, activation: quick_gelu}} "
-        "(its own data.image_size is 32; for others the positions are resampled)"
+        f"model.init: {tiny_file} does not fit the recipe: model.embed_dim 24 (there 16); model.vision.activation "
+        '"gelu" (there "quick_gelu"); model.text.activation "gelu" (there "quick_gelu"); take these values, or leave '
+        "model.vision out of the recipe, and mlip takes the whole model from the weights"
     )
-    with_stem = recipe_for({"timm": TINY, "pool": "mean"}, model={"frequency": {"placement": "stem"}})
-    with pytest.raises(UsageError, match=r"pool: null\}, .*quick_gelu\}, frequency: null\} \(its own"):
-        check_initial(with_init(with_stem, tiny_file))
-    by_sizes = with_init(small_recipe(), tiny_file)
-    with pytest.raises(UsageError, match=r"model.vision.patch_size 8 \(there null\); model.vision.width 32"):
-        check_initial(by_sizes)
+
+
+def test_other_pixels_than_those_of_the_weights_are_named(tiny_file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(initial_weights, "warn", said.append)
+    half = [0.5, 0.5, 0.5]
+    check_initial(with_init(recipe_for(activation="quick_gelu", data={"pixel_mean": half}), tiny_file))
+    assert said == [
+        "data.pixel_mean: [0.5, 0.5, 0.5], but the weights of model.init were trained with "
+        "[0.48145466, 0.4578275, 0.40821073]"
+    ]
 
 
 def test_a_file_in_half_precision_is_resampled_in_full(tiny_file: str) -> None:
     file = Path(tiny_file.rpartition(":")[2])
     half = {name: tensor.half() for name, tensor in read_weights(file).items()}
     save_file(half, file)
-    recipe = recipe_for({"timm": TINY_QUICK}, activation="quick_gelu", data={"image_size": 48})
+    recipe = recipe_for(activation="quick_gelu", data={"image_size": 48})
     model = small_model(recipe, dtype=torch.float32)
     notes = load_initial(model, with_init(recipe, tiny_file))
     assert "model.init: vision.trunk.pos_embed resampled from 4 x 4 to 6 x 6 patches" in notes.facts
@@ -135,27 +123,27 @@ def test_a_file_in_half_precision_is_resampled_in_full(tiny_file: str) -> None:
 def test_a_stem_does_not_start_from_a_foreign_file(tiny_file: str) -> None:
     stem = {"frequency": {"placement": "stem", "width": 32, "depth": 2}, "merging": None}
     recipe = with_init(small_recipe(model=stem), tiny_file)
-    with pytest.raises(UsageError, match=r'; model.frequency {"placement": "stem", .*} \(there null\); use model: '):
+    with pytest.raises(UsageError, match=r'; model.frequency {"placement": "stem", .*} \(there null\); take'):
         check_initial(recipe)
 
 
 def test_unknown_architectures_and_missing_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(
-        UsageError, match=r"^model.init: OpenCLIP has no architecture 'ViT-B-23'; names look like ViT-B-32"
+        UsageError, match=r"^open_clip:ViT-B-23: OpenCLIP has no architecture 'ViT-B-23'; names look like ViT-B-32"
     ):
         open_clip_configuration("ViT-B-23")
     recipe = with_init(small_recipe(), f"open_clip:ViT-B-32:{tmp_path}/none.pt")
-    with pytest.raises(
-        UsageError, match=r"none.pt: no such file; model.init=open_clip:ARCH:FILE reads a local file of weights"
-    ):
+    with pytest.raises(UsageError, match=r"none.pt: no such file; open_clip:ARCH:FILE reads a local file of weights"):
         check_initial(recipe)
 
 
 def test_a_file_of_another_architecture_than_named_is_refused(tiny_file: str, tmp_path: Path) -> None:
     small = config(quick_gelu=True) | {"embed_dim": 8}
     save_file(randomised(open_clip.CLIP(**small)).state_dict(), tmp_path / "tiny.safetensors")
-    recipe = with_init(recipe_for({"timm": TINY_QUICK}, activation="quick_gelu"), tiny_file)
-    with pytest.raises(UsageError, match=r"tiny.safetensors: weights of another model: 2 tensors differ from the rec"):
+    recipe = with_init(recipe_for(activation="quick_gelu"), tiny_file)
+    with pytest.raises(
+        UsageError, match=r"weights of another model: image_projection.weight \(8, 32\) \(expected \(16,"
+    ):
         load_initial(small_model(recipe), recipe)
 
 
@@ -163,16 +151,16 @@ def test_mistakes_of_a_file_or_a_configuration_are_named_with_their_place_once(
     tiny_file: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = Path(tiny_file.rpartition(":")[2])
-    recipe = with_init(recipe_for({"timm": TINY_QUICK}, activation="quick_gelu"), tiny_file)
+    recipe = with_init(recipe_for(activation="quick_gelu"), tiny_file)
     save_file({"visual.layer1.weight": torch.zeros(1)}, file)
-    with pytest.raises(UsageError, match=rf"^{file}: visual.layer1.weight: no such part here; "):
+    with pytest.raises(UsageError, match=rf"^{tiny_file}: visual.layer1.weight: no such part here; "):
         load_initial(small_model(recipe), recipe)
     file.write_bytes(b"no")
     with pytest.raises(UsageError, match=rf"^{file}: not a whole safetensors file \("):
         load_initial(small_model(recipe), recipe)
     pooled = config(vision={"pool_type": "avg"})
-    monkeypatch.setattr(initial_weights, "open_clip_configuration", lambda name: pooled)
-    with pytest.raises(UsageError, match=r"^model.init: open_clip:tiny: vision_cfg.pool_type avg: no such part here; "):
+    monkeypatch.setattr(foreign, "open_clip_configuration", lambda name: pooled)
+    with pytest.raises(UsageError, match=r"^open_clip:tiny: vision_cfg.pool_type avg: no such part here; "):
         check_initial(recipe)
 
 
@@ -240,8 +228,8 @@ def test_a_run_of_another_form_is_refused_by_the_keys_that_differ(
     with pytest.raises(UsageError) as refused:
         check_initial(recipe)
     assert str(refused.value) == (
-        f"model.init: {tmp_path}/run/checkpoints/step_0000008 does not fit the recipe: {words}; take these values from "
-        f"{tmp_path}/run/recipe.yaml, or set model.init to null"
+        f"model.init: {tmp_path}/run does not fit the recipe: {words}; take these values, or leave model.vision out of "
+        "the recipe, and mlip takes the whole model from the weights"
     )
 
 

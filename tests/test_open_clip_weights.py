@@ -1,43 +1,29 @@
 """Weights by OpenCLIP's names: equal features, and the architectures that have such weights."""
 
 import re
-from collections.abc import Iterator
-from typing import Any
 
 import open_clip
 import pytest
 import timm
 import torch
-import yaml
 from models_for_tests import small_model
-from open_clip_for_tests import (
-    TINY,
-    TINY_QUICK,
-    assert_same_features,
-    config,
-    randomised,
-    recipe_for,
-    tiny_towers,
-)
+from open_clip_for_tests import assert_same_features, config, randomised, recipe_for
 from torch import nn
 
+from mlip_cli.data.packages import package_folder
 from mlip_cli.errors import UsageError
 from mlip_cli.model.clip import CLIP, build_model
-from mlip_cli.model.open_clip import TIMM_TOWERS, as_yaml, from_open_clip, model_section
-from mlip_cli.recipe.config import Recipe
-from mlip_cli.runs.initial_weights import open_clip_configuration
+from mlip_cli.model.open_clip import from_open_clip
+from mlip_cli.recipe.architecture import TIMM_TOWERS, WITH_QUICKGELU, of_open_clip
+from mlip_cli.recipe.config import Recipe, Train
+from mlip_cli.runs.foreign import open_clip_configuration
+from mlip_cli.runs.importing import _as_built
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _towers() -> Iterator[None]:
-    with tiny_towers():
-        yield
-
-
-@pytest.mark.parametrize(("tower", "activation"), [(TINY, "gelu"), (TINY_QUICK, "quick_gelu")])
-def test_features_equal_open_clips(tower: str, activation: str) -> None:
+@pytest.mark.parametrize("activation", ["gelu", "quick_gelu"])
+def test_features_equal_open_clips(activation: str) -> None:
     foreign = randomised(open_clip.CLIP(**config(quick_gelu=activation == "quick_gelu")))
-    model = small_model(recipe_for({"timm": tower}, activation=activation), dtype=torch.float32).eval()
+    model = small_model(recipe_for(activation=activation), dtype=torch.float32).eval()
     model.load_state_dict(from_open_clip(foreign.state_dict(), source="a"))
     assert_same_features(model, foreign)
 
@@ -176,13 +162,11 @@ def test_foreign_parts_are_refused_by_name() -> None:
 
 
 def published(name: str) -> CLIP:
-    """The model, without numbers, of the recipe that mlip names for an architecture."""
-    configuration = open_clip_configuration(name)
-    tree = yaml.safe_load(as_yaml(model_section(configuration, source=name), with_frequency=False))
-    tree |= {"data": {"train": "x"}, "train": {"steps": 1, "global_batch_size": 2}}
-    tree["data"]["image_size"] = configuration["vision_cfg"]["image_size"]
+    """The model, without numbers, of an architecture."""
+    described = of_open_clip(open_clip_configuration(name), source=name)
+    recipe = Recipe(data=described.data, model=described.model, train=Train(global_batch_size=2))
     with torch.device("meta"):
-        return build_model(Recipe.model_validate(tree, strict=False)).eval()
+        return build_model(recipe).eval()
 
 
 @pytest.mark.slow
@@ -192,24 +176,47 @@ def published(name: str) -> CLIP:
         ("ViT-B-32", "vit_base_patch32_clip_224"),
         ("ViT-L-14-336-quickgelu", "vit_large_patch14_clip_quickgelu_224"),
         ("ViT-bigG-14", "vit_gigantic_patch14_clip_224"),
+        ("ViT-e-14", None),
+        ("ViT-L-14-CLIPA-336", None),
+        ("ViT-SO400M-16-SigLIP2-256", "vit_so400m_patch16_siglip_256"),
+        ("ViT-M-16-alt", None),
     ],
 )
-def test_mlip_names_a_recipe_of_the_same_shapes_for_published_architectures(name: str, tower: str) -> None:
+def test_published_architectures_have_the_same_shapes(name: str, tower: str | None) -> None:
     configuration = open_clip_configuration(name)
-    line = as_yaml(model_section(configuration, source=name), with_frequency=False)
-    assert f"vision: {{timm: {tower}, pool: null}}" in line
+    described = of_open_clip(configuration, source=name)
+    assert described.model.vision.timm == tower
     with torch.device("meta"):
-        foreign = open_clip.CLIP(**configuration)
-    mine, other = published(name).state_dict(), from_open_clip(foreign.state_dict(), source=name)
-    assert {n: t.shape for n, t in mine.items()} == {n: t.shape for n, t in other.items()}
+        custom = configuration.pop("custom_text", False)
+        foreign = (open_clip.CustomTextCLIP if custom else open_clip.CLIP)(**configuration)
+    mine, other = published(name), from_open_clip(foreign.state_dict(), source=name)
+    other = _as_built(other, mine)
+    own = {n: t.shape for n, t in mine.state_dict().items() if not n.startswith("log")}
+    assert own == {n: t.shape for n, t in other.items() if not n.startswith("log")}
+
+
+def test_all_other_architectures_are_refused_by_name_and_reason() -> None:
+    """Those with a ResNet, a text tower of transformers, or a decoder. Building refuses timm's other kinds."""
+    names = [path.stem for path in (package_folder("open_clip") / "model_configs").glob("*.json")]
+    refused = {}
+    for name in names:
+        try:
+            of_open_clip(open_clip_configuration(name), source=name)
+        except UsageError as error:
+            refused[name] = str(error)
+    assert len(names) - len(refused) >= 100
+    assert all(re.match("RN|coca|nllb|mt5|roberta|xlm|convnext_large_d", name) for name in refused)
+    assert all(why.startswith(f"{name}: ") and "no such part here" in why for name, why in refused.items())
 
 
 @pytest.mark.slow
 def test_towers_of_timm_have_the_numbers_of_the_table() -> None:
     """And no tower of timm for CLIP is missing from it."""
     known = {name.rpartition("_")[0] for name in TIMM_TOWERS.values()}
-    names = [name for name in timm.list_models("vit_*_clip_*") if name not in (TINY, TINY_QUICK)]
+    names = timm.list_models("vit_*_clip_*")
     assert {re.sub("_quickgelu|_[0-9]+$", "", name) for name in names} == known
+    quick = {own for own in known if any(part in own for part in WITH_QUICKGELU)}
+    assert {re.sub("_quickgelu|_[0-9]+$", "", name) for name in names if "_quickgelu" in name} == quick
     for numbers, name in TIMM_TOWERS.items():
         with torch.device("meta"):
             trunk = timm.create_model(name, num_classes=0)
@@ -233,33 +240,3 @@ def test_a_published_architecture_gives_the_same_features() -> None:
     ours.vision.trunk.blocks, ours.text.blocks = ours.vision.trunk.blocks[:2], ours.text.blocks[:2]
     ours.load_state_dict(from_open_clip(foreign.state_dict(), source="a"), assign=True)
     assert_same_features(ours, foreign, image_size=224, length=77, n=2)
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"vision_cfg": {"layers": [3, 4, 6, 3]}}, "vision_cfg.layers [3, 4, 6, 3]"),
-        ({"vision_cfg": {"timm_model_name": "vit_base_patch16_siglip_256"}}, "vision_cfg.timm_model_name vit_base"),
-        ({"vision_cfg": {"pool_type": "avg"}}, "vision_cfg.pool_type avg"),
-        ({"vision_cfg": {"ls_init_value": 1e-4}}, "vision_cfg.ls_init_value 0.0001"),
-        ({"text_cfg": {"norm_kwargs": {"eps": 1e-6}}}, "text_cfg.norm_kwargs {'eps': 1e-06}: no such part here"),
-        (
-            {"text_cfg": {"no_causal_mask": True, "vocab_size": 32000}},
-            "text_cfg.no_causal_mask True, text_cfg.voc",
-        ),
-        ({"multimodal_cfg": {"width": 512}}, "multimodal_cfg {'width': 512}: no such part here"),
-    ],
-)
-def test_configurations_with_parts_that_are_not_ours_are_refused(change: dict[str, Any], words: str) -> None:
-    changed = config()
-    for key, value in change.items():
-        changed[key] = changed.get(key, {}) | value
-    with pytest.raises(UsageError) as refused:
-        model_section(changed, source="tiny")
-    assert str(refused.value).startswith(f"tiny: {words}")
-
-
-def test_a_form_that_no_known_tower_has_is_refused() -> None:
-    for name, configuration in (("ViT-e-14", open_clip_configuration("ViT-e-14")), ("tiny", config())):
-        with pytest.raises(UsageError, match=rf"^{name}: mlip knows no tower of timm with this form; use another arch"):
-            model_section(configuration, source=name)

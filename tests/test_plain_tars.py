@@ -181,7 +181,7 @@ def batches(dataset: ShardDataset, start: int, stop: int, **options: Any) -> lis
             [dataset],
             order,
             data=Data(train=(Source(path="unused"),), augment=Augment(flip=True), image_size=16),
-            context_length=16,
+            tokenizer=Tokenizer(16),
             global_batch_size=G,
             seed=0,
             start_step=start,
@@ -203,7 +203,7 @@ def test_order_and_resume_are_exact(folder: Path, cache: Cache) -> None:
         assert a.keys == b.keys == parts[0].keys + parts[1].keys
         expected = Tokenizer(16).encode([f"picture number {int(key)}" for key in a.keys])
         assert torch.equal(a.token_ids, expected[:, : a.token_ids.shape[1]])
-    evaluated = evaluation_loader(opened(folder, cache), image_size=8, batch_size=9, num_workers=0)
+    evaluated = evaluation_loader(opened(folder, cache), data=Data(train=(), image_size=8), batch_size=9, num_workers=0)
     assert sum(map(len, evaluated)) == 24
 
 

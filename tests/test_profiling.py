@@ -29,7 +29,11 @@ def build(vision: dict[str, Any], *, image_size: int, **changes: Any) -> CLIP:
     model = config.Model(embed_dim=20, token_dim=12, vision=config.Vision(**vision), text=text, **changes)
     losses = LOSSES if "frequency" in changes else {"spatial_global": "infonce"}
     with torch.device("meta"):  # without random weights: the counter reads shapes alone
-        built = CLIP(model, image_size=image_size, losses=losses, global_batch_size=4).eval().requires_grad_(False)
+        built = (
+            CLIP(model, data=config.Data(train=(), image_size=image_size), losses=losses, global_batch_size=4)
+            .eval()
+            .requires_grad_(False)
+        )
     set_fused_attention(built, False)  # the counter sees matrix products, not fused kernels
     return built.to_empty(device="cpu")  # merges need autocast, which the device meta has not
 

@@ -269,7 +269,8 @@ def test_every_key_of_a_recipe_says_what_it_expects() -> None:
     schema = recipe_schema()
     for path, node in paths(schema):
         if path != "extends" and not is_section(schema, node) and path not in ("data.train", "data.validation"):
-            lines = mistakes("smoke", f"{path}={{x: 1}}")
+            found = mistakes("smoke", f"{path}={{x: 1}}")
+            lines = [line for line in found if not line.endswith(" is missing")]  # keys of the same new section
             assert len(lines) == 1
             assert lines[0].startswith(f"command line: {path}={{x: 1}}: expected ")
             assert lines[0].endswith(", not a section")

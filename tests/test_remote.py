@@ -25,6 +25,7 @@ from mlip_cli.data.dataset import ShardDataset
 from mlip_cli.data.loader import training_loader
 from mlip_cli.data.open import open_prepared, open_sources
 from mlip_cli.data.order import Order
+from mlip_cli.data.tokenizer import Tokenizer
 from mlip_cli.errors import RunError, UsageError
 from mlip_cli.evaluate.validation import evaluation_loader
 from mlip_cli.files import GIB
@@ -101,7 +102,7 @@ def batches(dataset: ShardDataset, *, start: int = 0, stop: int = 5, num_workers
         [dataset],
         order,
         data=Data(train=(Source(path="unused"),), augment=Augment(), image_size=16),
-        context_length=16,
+        tokenizer=Tokenizer(16),
         global_batch_size=G,
         seed=0,
         rank=0,

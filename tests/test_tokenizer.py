@@ -8,7 +8,8 @@ import open_clip
 import pytest
 import torch
 
-from mlip_cli.data.tokenizer import Tokenizer, padded_length
+from mlip_cli.data.tokenizer import Tokenizer
+from mlip_cli.recipe.config import VOCAB_SIZE
 
 CAPTIONS = [
     "a photo of a cat",
@@ -34,7 +35,7 @@ def test_ids_are_those_of_open_clip(context_length: int) -> None:
 def test_a_cut_caption_keeps_its_end() -> None:
     ids = Tokenizer(77).encode(["word " * 200], length=8)
     assert ids.shape == (1, 8)
-    assert ids[0, -1] == Tokenizer.vocab_size - 1
+    assert ids[0, -1] == VOCAB_SIZE - 1
     assert torch.equal(ids, Tokenizer(8).encode(["word " * 200]))
 
 
@@ -46,13 +47,13 @@ def test_count_is_before_any_cut() -> None:
 
 
 def test_vocabulary_size() -> None:
-    assert Tokenizer.vocab_size == open_clip.get_tokenizer("ViT-B-32").vocab_size
+    assert open_clip.get_tokenizer("ViT-B-32").vocab_size == VOCAB_SIZE
 
 
 def test_padded_length() -> None:
-    assert [padded_length(n, 77) for n in (2, 8, 9, 24, 25, 49, 77, 500)] == [8, 8, 16, 24, 32, 77, 77, 77]
-    assert [padded_length(n, 20) for n in (8, 16, 17, 500)] == [8, 16, 20, 20]
-    assert [padded_length(n, 100) for n in (48, 77, 78)] == [48, 77, 100]
+    assert [Tokenizer(77).padded_length(n) for n in (2, 8, 9, 24, 25, 49, 77, 500)] == [8, 8, 16, 24, 32, 77, 77, 77]
+    assert [Tokenizer(20).padded_length(n) for n in (8, 16, 17, 500)] == [8, 16, 20, 20]
+    assert [Tokenizer(100).padded_length(n) for n in (48, 77, 78)] == [48, 77, 100]
 
 
 def test_pickles_small() -> None:

@@ -19,7 +19,7 @@ from mlip_cli.data.transforms import (
     training_crop,
     training_transform,
 )
-from mlip_cli.recipe.config import Augment
+from mlip_cli.recipe.config import Augment, Data
 
 STRONG = Augment(crop_scale=(0.2, 1.0), flip=True, color_jitter=0.4)
 
@@ -30,8 +30,9 @@ def pixels(image: Image.Image) -> Tensor:
 
 def trained(image: Tensor, *, augment: Augment, generator: torch.Generator, size: int = 16) -> Tensor:
     """What training makes of a whole picture."""
-    crop = training_crop(*image.shape[-2:], augment=augment, generator=generator)
-    return training_transform(image, crop=crop, size=size, augment=augment, generator=generator)
+    data = Data(train=(), image_size=size, augment=augment)
+    crop = training_crop(*image.shape[-2:], data=data, generator=generator)
+    return training_transform(image, crop=crop, data=data, generator=generator)
 
 
 def test_a_crop_of_a_picture_made_smaller_is_large_enough() -> None:
@@ -59,13 +60,17 @@ def test_pictures_made_smaller_train_like_whole_ones() -> None:
     content = encoded(picture(320, 240), "JPEG", quality=95)
     whole, augment = decode(open_picture(content)), Augment(crop_scale=(0.3, 1.0))
     for seed in range(20):
-        crop = training_crop(240, 320, augment=augment, generator=torch.Generator().manual_seed(seed))
+        crop = training_crop(
+            240, 320, data=Data(train=(), augment=augment), generator=torch.Generator().manual_seed(seed)
+        )
         assert crop is not None
         smaller = decode(open_picture(content), least=least_size(crop, 24))
         assert smaller.shape[-1] < 320
         a_pixel_off = whole.roll((-(crop.height // 24), -(crop.width // 24)), dims=(1, 2))
         expected, found, other = (
-            training_transform(image, crop=crop, size=24, augment=Augment(), generator=torch.Generator()).float()
+            training_transform(
+                image, crop=crop, data=Data(train=(), image_size=24), generator=torch.Generator()
+            ).float()
             for image in (whole, smaller, a_pixel_off)
         )
         assert (found - expected).abs().mean() < 0.5 * (other - expected).abs().mean()

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from mlip_cli.errors import UsageError
-from mlip_cli.runs.initial_weights import read_weights
+from mlip_cli.runs.weight_files import read_weights
 
 
 def test_files_that_torch_saved_are_read_without_running_them(tmp_path: Path) -> None:

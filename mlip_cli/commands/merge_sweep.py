@@ -8,7 +8,7 @@ from mlip_cli.errors import RunError, interrupted_as
 from mlip_cli.evaluate.wanted import VALIDATION, WantedData, check_methods, check_rates, find_wanted, wanted_names
 from mlip_cli.report.sweeps import print_sweep
 from mlip_cli.report.write import rebuild
-from mlip_cli.runs.folder import find_checkpoint
+from mlip_cli.runs.find import find_checkpoint
 from mlip_cli.terminal.output import plural, print_json, say
 
 

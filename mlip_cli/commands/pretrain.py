@@ -9,7 +9,7 @@ from mlip_cli.recipe.config import Recipe
 from mlip_cli.recipe.load import load_recipe
 from mlip_cli.runs.contents import read_metrics
 from mlip_cli.runs.folder import CURES, RUNS, Run
-from mlip_cli.runs.start import check_trackers, choose_start, command_to_resume, find_init
+from mlip_cli.runs.start import check_init_there, check_trackers, choose_start, command_to_resume, recipe_of_init
 from mlip_cli.terminal.output import is_main, print_json, print_lines, say, warn
 
 
@@ -21,12 +21,12 @@ def pretrain(
     Raises:
         Stopped: a signal came; the message ends with the command that resumes the run.
     """
-    loaded = load_recipe(source, overrides)
+    loaded = load_recipe(source, overrides, of_init=recipe_of_init)
     for note in loaded.notes:
         say(note)
     start = choose_start(loaded.recipe, loaded.name, out=out, resume=resume)
     if not start.resumes and loaded.recipe.model.init is not None:
-        find_init(loaded.recipe.model.init)
+        check_init_there(loaded.recipe.model.init)
     check_trackers(loaded.recipe.log)
     if not (start.resumes and start.run.is_finished()):
         check_can_be_made(start.run.folder, option="--out")
@@ -63,6 +63,8 @@ def check_data(recipe: Recipe) -> None:
     """
     from mlip_cli.data.open import check_there
 
+    if not recipe.data.train:
+        raise UsageError("data.train: no data to train on; name a folder that mlip prepare-data wrote")
     if missing := list(missing_data(recipe, check_there)):
         raise UsageError("\n".join(missing))
 

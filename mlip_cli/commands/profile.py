@@ -7,7 +7,8 @@ from mlip_cli.recipe.load import load_recipe
 from mlip_cli.recipe.shipped import find_recipe
 from mlip_cli.report.profiles import print_profile
 from mlip_cli.report.write import rebuild
-from mlip_cli.runs.folder import checkpoint_name, find_checkpoint, newest_in_words
+from mlip_cli.runs.find import find_checkpoint
+from mlip_cli.runs.folder import checkpoint_name, newest_in_words
 from mlip_cli.terminal.output import print_json, say
 
 

@@ -60,7 +60,7 @@ def train_run(recipe: Recipe, start: Start) -> Run:
         progress, random = Progress(), None
         if checkpoint is not None:
             progress, random = restore(checkpoint, training, data=data.fingerprints)
-        tokenizer = Tokenizer(recipe.model.text.context_length)
+        tokenizer = Tokenizer.of(recipe.model.text)
         pairs = validation_pairs(recipe, tokenizer, device=device, beside=data.datasets)
         wait_for_ranks()
         evaluators = training_evaluators(recipe, tokenizer, pairs, device=device)

@@ -19,7 +19,7 @@ from mlip_cli.data.loader_processes import data_loader, items_of
 from mlip_cli.data.order import MAX_ATTEMPTS, Order, Position, Positions, hash_of
 from mlip_cli.data.pictures import RejectedPictureError, open_picture
 from mlip_cli.data.sources.records import Caption
-from mlip_cli.data.tokenizer import Tokenizer, padded_length
+from mlip_cli.data.tokenizer import Tokenizer
 from mlip_cli.data.transforms import decode, least_size, training_crop, training_transform
 from mlip_cli.errors import RunError, UsageError
 from mlip_cli.recipe.config import Data
@@ -36,7 +36,7 @@ def training_loader(
     order: Order,
     *,
     data: Data,
-    context_length: int,
+    tokenizer: Tokenizer,
     global_batch_size: int,
     seed: int,
     rank: int,
@@ -52,7 +52,7 @@ def training_loader(
     """This rank's share of the batches of steps start_step .. stop_step - 1; closing the iterator ends the workers.
 
     The batches are the same for any number of workers, and the shares of all ranks together are the same for any number
-    of ranks. Text is as wide as the longest caption of the global batch needs (`padded_length`), equal on all ranks.
+    of ranks. Text is as wide as the longest caption of the global batch needs, equal on all ranks.
     A bad sample is named in `Batch.bad_samples` and replaced by another of its source; a longer caption of that one is
     cut to the width. With labels, samples of one concept (see `label_of`) have one label. With another crop, every
     picture comes a second time, changed by draws of its own. `part` opens a context around each part of the work on a
@@ -68,7 +68,7 @@ def training_loader(
         datasets=datasets,
         order=order,
         data=data,
-        tokenizer=Tokenizer(context_length),
+        tokenizer=tokenizer,
         global_batch_size=global_batch_size,
         seed=seed,
         places=range(rank * share, (rank + 1) * share),
@@ -177,7 +177,7 @@ class _Steps(Dataset[_Step | Exception]):
             examples.append(example)
             bad_samples += bad
             replaced.append(bool(bad))
-        length = padded_length(self._longest(positions), self.tokenizer.context_length)
+        length = self.tokenizer.padded_length(self._longest(positions))
         batch = Batch(
             images=torch.stack([example.image for example in examples]),
             token_ids=self.tokenizer.encode([text for example in examples for text in example.captions], length=length),
@@ -213,23 +213,20 @@ class _Steps(Dataset[_Step | Exception]):
         seed = hash_of(self.seed, _AUGMENTATION, position.source, position.epoch, position.index)
         draws = torch.Generator().manual_seed(seed >> 1)
         captions = _choose_captions(raw.captions, self.data, draws)
-        size, augment = self.data.image_size, self.data.augment
         slow: list[BadSample] = []
         with self.part(DECODE_PICTURE), _bad_sample_named(raw):
             picture = open_picture(raw.image)
-            crops = [training_crop(picture.height, picture.width, augment=augment, generator=draws)]
+            crops = [training_crop(picture.height, picture.width, data=self.data, generator=draws)]
             if self.with_other_crop:
-                crops.append(training_crop(picture.height, picture.width, augment=augment, generator=draws))
-            least = [least_size(crop, size) for crop in crops]
+                crops.append(training_crop(picture.height, picture.width, data=self.data, generator=draws))
+            least = [least_size(crop, self.data.image_size) for crop in crops]
             pixels = decode(
                 picture,
                 least=(max(height for height, _ in least), max(width for _, width in least)),
                 on_fallback=lambda reason: slow.append(BadSample(raw.shard, raw.key, reason)),
             )
         with self.part(TRANSFORM_PICTURE):
-            image, *other = (
-                training_transform(pixels, crop=crop, size=size, augment=augment, generator=draws) for crop in crops
-            )
+            image, *other = (training_transform(pixels, crop=crop, data=self.data, generator=draws) for crop in crops)
         label = label_of(raw.info.meta, captions[0]) if self.with_labels else None
         return _Example(image, captions, raw.key, label, other[0] if other else None, tuple(slow))
 

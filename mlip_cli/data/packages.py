@@ -1,5 +1,6 @@
 """Files of installed packages, read without importing the packages, which would take seconds."""
 
+import importlib
 import importlib.util
 import sys
 from pathlib import Path
@@ -9,6 +10,10 @@ from mlip_cli.errors import RunError
 
 NAMES_OF_PIP = {"open_clip": "open_clip_torch"}
 """Packages that pip knows by another name."""
+
+
+ALONE = "mlip_cli_open_clip"
+"""Name of a package with open_clip's modules and without what importing open_clip does."""
 
 
 def package_folder(name: str) -> Path:
@@ -24,13 +29,11 @@ def package_folder(name: str) -> Path:
 
 
 def open_clip_module(name: str) -> ModuleType:
-    """One module of open_clip, loaded from its file alone unless the whole package is loaded already."""
+    """One module of open_clip, with those that it imports itself, unless the whole package is loaded already."""
     if f"open_clip.{name}" in sys.modules:
         return sys.modules[f"open_clip.{name}"]
-    file = package_folder("open_clip") / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(f"mlip_cli_open_clip_{name}", file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    if ALONE not in sys.modules:
+        bare = ModuleType(ALONE)
+        bare.__path__ = [str(package_folder("open_clip"))]
+        sys.modules[ALONE] = bare
+    return importlib.import_module(f"{ALONE}.{name}")

@@ -10,7 +10,7 @@ from torch.nn.functional import interpolate
 from torchvision.transforms.v2 import functional as F
 
 from mlip_cli.data.pictures import EncodedPicture, to_array
-from mlip_cli.recipe.config import Augment
+from mlip_cli.recipe.config import Data, Resize
 
 CROP_RATIO = (3 / 4, 4 / 3)
 CROP_ATTEMPTS = 10
@@ -50,8 +50,13 @@ def decode(
     return torch.from_numpy(to_array(picture, least=least, on_fallback=on_fallback)).permute(2, 0, 1)
 
 
-def evaluation_transform(image: Tensor, *, size: int) -> Tensor:
-    """uint8 (3, H, W) -> (3, size, size): short side resized (bicubic, antialiased), centre cropped."""
+def evaluation_transform(image: Tensor, *, size: int, resize: Resize = "crop") -> Tensor:
+    """uint8 (3, H, W) -> (3, size, size): short side resized (bicubic, antialiased), centre cropped.
+
+    With `resize` squash both sides are resized to `size`.
+    """
+    if resize == "squash":
+        return _resized(image, size, size)
     height, width = image.shape[-2:]
     short = min(height, width)
     height, width = size * height // short, size * width // short
@@ -59,11 +64,10 @@ def evaluation_transform(image: Tensor, *, size: int) -> Tensor:
     return _resized(image, height, width)[:, top : top + size, left : left + size]
 
 
-def training_crop(height: int, width: int, *, augment: Augment, generator: torch.Generator) -> Crop | None:
-    """Draw the part of a picture that training uses; None where training uses the centre, as evaluation does."""
-    if augment.crop_scale is None:
-        return None
-    return Crop(*_draw_crop(height, width, augment.crop_scale, generator), of=(height, width))
+def training_crop(height: int, width: int, *, data: Data, generator: torch.Generator) -> Crop | None:
+    """Draw the part of a picture that training uses; None where training uses the whole, as evaluation does."""
+    scale = data.augment.crop_scale
+    return None if scale is None else Crop(*_draw_crop(height, width, scale, generator), of=(height, width))
 
 
 def least_size(crop: Crop | None, size: int) -> tuple[int, int]:
@@ -71,15 +75,14 @@ def least_size(crop: Crop | None, size: int) -> tuple[int, int]:
     return (size, size) if crop is None else crop.least(size)
 
 
-def training_transform(
-    image: Tensor, *, crop: Crop | None, size: int, augment: Augment, generator: torch.Generator
-) -> Tensor:
+def training_transform(image: Tensor, *, crop: Crop | None, data: Data, generator: torch.Generator) -> Tensor:
     """uint8 (3, H, W) -> (3, size, size): `crop` resized, then changed at random, all draws from `generator`.
 
     The picture may have shrunk since `crop` was drawn.
     """
+    size, augment = data.image_size, data.augment
     if crop is None:
-        image = evaluation_transform(image, size=size)
+        image = evaluation_transform(image, size=size, resize=data.resize)
     else:
         top, left, height, width = crop.within(*image.shape[-2:])
         part = image[:, top : top + height, left : left + width]

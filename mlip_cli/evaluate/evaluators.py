@@ -20,7 +20,7 @@ from mlip_cli.evaluate.retrieval import RECALL_AT, image_text_retrieval, in_batc
 from mlip_cli.evaluate.statistics import BELOW_CHANCE, is_below_chance, metric_prefix
 from mlip_cli.evaluate.together import OnBatch
 from mlip_cli.evaluate.validation import BATCH_SIZE, DecodedBatches, ValidationPairs, tokenize
-from mlip_cli.recipe.config import Recipe
+from mlip_cli.recipe.config import Recipe, Resize
 from mlip_cli.runs.loading import LoadedRun, MergedEncoder
 from mlip_cli.terminal.output import percent, plural, say
 from mlip_cli.terminal.panel import progress
@@ -62,7 +62,7 @@ def measure_runs(
 ) -> list[dict[str, Any]]:
     """Scores of each run at its merge plan on a data set (see `evaluate.measure.measure`), in the order given.
 
-    A picture is decoded once for all runs with the same image size. Each batch goes through all their encoders in turn.
+    A picture is decoded once for all runs that see it alike. Each batch goes through all their encoders in turn.
 
     Raises:
         UsageError, RunError, OSError: the data is damaged, or the device has too little memory for the batch.
@@ -70,17 +70,17 @@ def measure_runs(
     pictures = open_benchmark(benchmark)
     say(f"{benchmark.words}: {pictures.in_words()}")
     scores: dict[int, dict[str, Any]] = {}
-    for size in sorted({loaded.model.image_size for loaded, _ in encoders}):
+    for size, resize in sorted({_view(loaded) for loaded, _ in encoders}):
         candidates = {
             number: Candidate(encoder, loaded.model, partial(tokenize, loaded.tokenizer), loaded.device, loaded.label)
             for number, (loaded, encoder) in enumerate(encoders)
-            if loaded.model.image_size == size
+            if _view(loaded) == (size, resize)
         }
         read_ahead = all(candidate.device.type == "cuda" for candidate in candidates.values())
         with batch_named("--batch-size", batch_size), progress(pictures.num_pictures, benchmark.name) as bar:
             found = measure(
                 pictures,
-                partial(batches, pictures, size=size, batch_size=batch_size, read_ahead=read_ahead),
+                partial(batches, pictures, size=size, resize=resize, batch_size=batch_size, read_ahead=read_ahead),
                 list(candidates.values()),
                 dataset=benchmark.name,
                 batch_size=batch_size,
@@ -88,6 +88,10 @@ def measure_runs(
             )
         scores |= dict(zip(candidates, found, strict=True))
     return [scores[number] for number in range(len(encoders))]
+
+
+def _view(loaded: LoadedRun) -> tuple[int, Resize]:
+    return loaded.recipe.data.image_size, loaded.recipe.data.resize
 
 
 def training_evaluators(
@@ -114,11 +118,11 @@ def training_evaluators(
 
 
 def _zeroshot_evaluator(benchmark: Benchmark, recipe: Recipe, tokenizer: Tokenizer, device: torch.device) -> Evaluator:
-    size = recipe.data.image_size
+    size, resize = recipe.data.image_size, recipe.data.resize
     pictures = open_benchmark(benchmark)
     say(f"{benchmark.words}: {pictures.in_words()}")
     read_ahead = device.type == "cuda"
-    read = partial(batches, pictures, size=size, batch_size=BATCH_SIZE, read_ahead=read_ahead)
+    read = partial(batches, pictures, size=size, resize=resize, batch_size=BATCH_SIZE, read_ahead=read_ahead)
     decoded = DecodedBatches(read, size=size)
     of_names = tuple(f"{way}_r{k}" for way in WAYS for k in NAME_RECALL_AT) if pictures.names else ()
     of_classes = () if pictures.asks_names_alone else ("mean_recall", "acc1")

@@ -16,7 +16,8 @@ from mlip_cli.evaluate.datasets.benchmark import Benchmark
 from mlip_cli.evaluate.results import ZeroshotResult
 from mlip_cli.evaluate.statistics import paired
 from mlip_cli.evaluate.wanted import FAILURES, Failures
-from mlip_cli.runs.folder import Run, find_checkpoint, now
+from mlip_cli.runs.find import find_checkpoint
+from mlip_cli.runs.folder import Run, now
 from mlip_cli.terminal.output import plural, say, warn
 
 if TYPE_CHECKING:

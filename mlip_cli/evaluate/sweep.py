@@ -34,6 +34,7 @@ from mlip_cli.evaluate.statistics import paired
 from mlip_cli.evaluate.validation import ValidationPairs, validation_pairs
 from mlip_cli.evaluate.wanted import FAILURES, VALIDATION, WantedData
 from mlip_cli.files import read_object
+from mlip_cli.recipe.config import Data
 from mlip_cli.runs.folder import now
 from mlip_cli.runs.loading import LoadedRun
 from mlip_cli.runs.result_files import checked
@@ -103,16 +104,17 @@ def _benchmark(benchmark: Benchmark, loaded: LoadedRun, *, batch_size: int) -> S
         fingerprint=benchmark.fingerprint,
         attribution=attributions(cards),
         measure=partial(accuracies, benchmark, loaded, batch_size=batch_size),
-        choose=partial(_choose_of_benchmark, benchmark, loaded.model.image_size),
+        choose=partial(_choose_of_benchmark, benchmark, loaded.recipe.data),
     )
 
 
-def _choose_of_benchmark(benchmark: Benchmark, size: int, wanted: int) -> list[ChosenPicture]:
+def _choose_of_benchmark(benchmark: Benchmark, data: Data, wanted: int) -> list[ChosenPicture]:
     pictures = open_benchmark(benchmark)
     chosen = []
     for number in numbers_at_random(wanted, pictures.num_pictures):
         image, label = pictures.load(pictures.items[number])
-        chosen.append(ChosenPicture(number, pictures.class_names[label], evaluation_transform(image, size=size)))
+        seen = evaluation_transform(image, size=data.image_size, resize=data.resize)
+        chosen.append(ChosenPicture(number, pictures.class_names[label], seen))
     return chosen
 
 
@@ -169,15 +171,19 @@ def _validation(loaded: LoadedRun) -> SweepDataset:
         fingerprint=fingerprint,
         attribution=attributions(dataset.card for dataset in pairs.datasets),
         measure=partial(retrieval, pairs, fingerprint),
-        choose=partial(_choose_of_validation, pairs, loaded.model.image_size),
+        choose=partial(_choose_of_validation, pairs, loaded.recipe.data),
     )
 
 
-def _choose_of_validation(pairs: ValidationPairs, size: int, wanted: int) -> list[ChosenPicture]:
+def _choose_of_validation(pairs: ValidationPairs, data: Data, wanted: int) -> list[ChosenPicture]:
     numbers = numbers_at_random(wanted, pairs.num_pictures)
     samples = [(number, pairs.sample(number)) for number in numbers]
     return [
-        ChosenPicture(number, sample.captions[0].text, evaluation_transform(decoded(sample), size=size))
+        ChosenPicture(
+            number,
+            sample.captions[0].text,
+            evaluation_transform(decoded(sample), size=data.image_size, resize=data.resize),
+        )
         for number, sample in samples
     ]
 

@@ -19,7 +19,7 @@ from mlip_cli.errors import RunError
 from mlip_cli.evaluate.together import OnBatch, on_all_ranks
 from mlip_cli.evaluate.wanted import VALIDATION
 from mlip_cli.evaluate.zeroshot import normalized, text_features
-from mlip_cli.recipe.config import Recipe
+from mlip_cli.recipe.config import Data, Recipe
 from mlip_cli.types import Encoder
 
 T = TypeVar("T")
@@ -67,9 +67,9 @@ class ValidationPairs:
         number = {text: i for i, text in enumerate(self.texts)}
         self.own_texts = [[number[text] for text in own] for own in captions]
         """For each picture the numbers of its texts."""
-        self._image_size = recipe.data.image_size
+        self._data = recipe.data
         self._num_batches = [-(-dataset.num_samples // BATCH_SIZE) for dataset in self.datasets]
-        self._decoded = DecodedBatches(self._read, size=self._image_size)
+        self._decoded = DecodedBatches(self._read, size=self._data.image_size)
 
     def _read(self, numbers: range) -> Iterator[Tensor]:
         """Batches by their numbers among the batches of all data sets. A batch holds pictures of one data set."""
@@ -81,7 +81,7 @@ class ValidationPairs:
                 is_few = len(own) * BATCH_SIZE < FEW_PICTURES
                 yield from evaluation_loader(
                     dataset,
-                    image_size=self._image_size,
+                    data=self._data,
                     batch_size=BATCH_SIZE,
                     num_workers=0 if is_few else default_num_workers(world_size()),
                     numbers=own,
@@ -152,9 +152,9 @@ class DecodedBatches(Generic[T]):
 
 
 def evaluation_loader(
-    dataset: ShardDataset, *, image_size: int, batch_size: int, num_workers: int, numbers: range | None = None
+    dataset: ShardDataset, *, data: Data, batch_size: int, num_workers: int, numbers: range | None = None
 ) -> Iterator[Tensor]:
-    """All pictures of a data set once, in order, resized and centre-cropped: uint8 (B, 3, S, S).
+    """All pictures of a data set once, in order, resized as `data` says: uint8 (B, 3, S, S).
 
     The last batch may be smaller.
 
@@ -168,7 +168,7 @@ def evaluation_loader(
         RunError: (while iterating) a sample cannot be read; a measure over the others would be another measure.
     """
     dataset.fetch()
-    batches = _EvaluationBatches(dataset, image_size, batch_size)
+    batches = _EvaluationBatches(dataset, data, batch_size)
     everything = range(-(-dataset.num_samples // batch_size))
     return items_of(data_loader(batches, everything if numbers is None else numbers, num_workers))
 
@@ -176,14 +176,14 @@ def evaluation_loader(
 class _EvaluationBatches(Dataset[Tensor | Exception]):
     """Item i is the i-th batch, or the error that prevented it."""
 
-    def __init__(self, dataset: ShardDataset, image_size: int, batch_size: int) -> None:
-        self.dataset, self.image_size, self.batch_size = dataset, image_size, batch_size
+    def __init__(self, dataset: ShardDataset, data: Data, batch_size: int) -> None:
+        self.dataset, self.data, self.batch_size = dataset, data, batch_size
 
     def __getitem__(self, i: int) -> Tensor | Exception:
         ids = range(self.dataset.num_samples)[i * self.batch_size : (i + 1) * self.batch_size]
-        size = self.image_size
+        size, resize = self.data.image_size, self.data.resize
         try:
             pictures = [decoded(self.dataset.read(id), least=least_size(None, size)) for id in ids]
-            return torch.stack([evaluation_transform(picture, size=size) for picture in pictures])
+            return torch.stack([evaluation_transform(picture, size=size, resize=resize) for picture in pictures])
         except (RunError, OSError) as error:
             return error

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mlip_cli.distributed import all_sum
 from mlip_cli.losses.token_alignment import is_valid
-from mlip_cli.types import VOCAB_SIZE
+from mlip_cli.recipe.config import VOCAB_SIZE
 
 
 @dataclass(frozen=True)

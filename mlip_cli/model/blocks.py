@@ -1,11 +1,22 @@
 """Ways to run transformer blocks: with recomputed activations, with fused attention, compiled."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
+from timm.layers.activations import QuickGELU
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from mlip_cli.recipe.config import Activation
+
+ACTIVATIONS: dict[Activation, Callable[..., nn.Module]] = {
+    "gelu": nn.GELU,
+    "quick_gelu": QuickGELU,
+    "gelu_tanh": partial(nn.GELU, approximate="tanh"),
+}
+"""Activations of the MLPs. quick_gelu is x * sigmoid(1.702 x), which approximates gelu, as gelu_tanh does."""
 
 
 def run_block(block: nn.Module, x: Tensor, *, again: bool, **named: Any) -> Any:

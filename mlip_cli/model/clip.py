@@ -14,25 +14,39 @@ from typing import Literal, Self
 import torch
 from torch import Tensor, nn
 
+from mlip_cli.errors import UsageError
 from mlip_cli.model.frequency import FrequencyBranch
 from mlip_cli.model.merging import patch_dct
-from mlip_cli.model.text import TextTower, caption_mask, pool_text, word_mask
+from mlip_cli.model.text import TextTower, caption_mask, word_mask
 from mlip_cli.model.vision import ImageTower, TowerOutput
-from mlip_cli.recipe.config import FREQUENCY_LOSSES, LOSS_NAMES, Recipe, WordsLoss
+from mlip_cli.recipe.config import FREQUENCY_LOSSES, LOSS_NAMES, Data, Projection, Recipe, WordsLoss
 from mlip_cli.recipe.config import Model as ModelConfig
 from mlip_cli.recipe.merge_plan import MergePlan, plan_for
-from mlip_cli.types import VOCAB_SIZE, Batch, Encoded, ImageFeatures, MergeStage
-
-PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
-PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
-"""Mean and standard deviation of RGB in [0, 1], as published with CLIP."""
+from mlip_cli.types import Batch, Encoded, ImageFeatures, MergeStage
 
 
-def linear(inputs: int, outputs: int) -> nn.Linear:
-    """A projection without bias, with CLIP's initial values."""
-    layer = nn.Linear(inputs, outputs, bias=False)
+def linear(inputs: int, outputs: int, *, bias: bool = False) -> nn.Linear:
+    """A projection with CLIP's initial values, and a bias of 0 if one is asked for."""
+    layer = nn.Linear(inputs, outputs, bias=bias)
     nn.init.normal_(layer.weight, std=inputs**-0.5)
+    if bias:
+        nn.init.zeros_(layer.bias)
     return layer
+
+
+def projection(kind: Projection, inputs: int, outputs: int, *, tower: str) -> nn.Module:
+    """From a tower to the joint space.
+
+    Raises:
+        UsageError: there is no projection, and the widths differ.
+    """
+    if kind != "none":
+        return linear(inputs, outputs, bias=kind == "with_bias")
+    if inputs != outputs:
+        raise UsageError(
+            f"model.{tower}.projection: none, but the tower is {inputs} wide and model.embed_dim {outputs}; use linear"
+        )
+    return nn.Identity()
 
 
 def token_heads(config: ModelConfig, losses: Collection[str], *, vision_width: int) -> nn.ModuleDict:
@@ -85,16 +99,18 @@ class CLIP(nn.Module):
     pixel_mean: Tensor
     pixel_std: Tensor
 
-    def __init__(self, config: ModelConfig, *, image_size: int, losses: dict[str, str], global_batch_size: int) -> None:
+    def __init__(self, config: ModelConfig, *, data: Data, losses: dict[str, str], global_batch_size: int) -> None:
         super().__init__()
-        self.image_size = image_size
+        self.image_size = image_size = data.image_size
         self.frozen: Literal["image", "text"] | None = None
         self.context_length = config.text.context_length
         self.merging = config.merging
         self.vision = ImageTower(config.vision, image_size=image_size, frequency=config.frequency)
-        self.text = TextTower(config.text, vocab_size=VOCAB_SIZE)
-        self.image_projection = linear(self.vision.width, config.embed_dim)
-        self.text_projection = linear(self.text.width, config.embed_dim)
+        self.text = TextTower(config.text)
+        self.image_projection = projection(
+            config.vision.projection, self.vision.width, config.embed_dim, tower="vision"
+        )
+        self.text_projection = projection(config.text.projection, self.text.width, config.embed_dim, tower="text")
 
         self.frequency: FrequencyBranch | nn.LayerNorm | None = None
         self.frequency_projection: nn.Linear | None = None
@@ -114,8 +130,8 @@ class CLIP(nn.Module):
         self.token_projections = token_heads(config, losses, vision_width=self.vision.width)
         self.log_scales, self.logit_biases = scales_and_biases(losses, global_batch_size=global_batch_size)
 
-        self.register_buffer("pixel_mean", torch.tensor(PIXEL_MEAN)[:, None, None], persistent=False)
-        self.register_buffer("pixel_std", torch.tensor(PIXEL_STD)[:, None, None], persistent=False)
+        self.register_buffer("pixel_mean", torch.tensor(data.pixel_mean)[:, None, None], persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(data.pixel_std)[:, None, None], persistent=False)
         rate = config.merging.rate if config.merging else 0.0
         self.training_plan = self.merge_plan(rate, config.merging.method if config.merging else None)
         """The merges of training; only training drops random patches."""
@@ -202,7 +218,7 @@ class CLIP(nn.Module):
 
     def encode_text(self, token_ids: Tensor) -> Tensor:
         """(B, L) int64, L up to context_length -> (B, E), not normalised."""
-        return self.text_projection(pool_text(self.text(token_ids), token_ids))
+        return self.text_projection(self.text.pool(self.text(token_ids), token_ids))
 
     def forward(self, batch: Batch, plan: MergePlan, assign: tuple[Tensor, ...] | None = None) -> Encoded:
         """Everything that the losses read of a batch; `assign` repeats the merges of an earlier pass over it."""
@@ -221,7 +237,7 @@ class CLIP(nn.Module):
             frequency_tokens = self._project("frequency", tokens)
         return Encoded(
             image_features=self.image_projection(tower.pooled),
-            text_features=self.text_projection(pool_text(hidden, batch.token_ids)),
+            text_features=self.text_projection(self.text.pool(hidden, batch.token_ids)),
             frequency_features=frequency_features,
             image_tokens=self._project("spatial", tower.tokens),
             token_sizes=tower.sizes,
@@ -293,7 +309,7 @@ def build_model(recipe: Recipe) -> CLIP:
     losses = {name: "words" if isinstance(term, WordsLoss) else term.kind for name, term in terms.items()}
     return CLIP(
         recipe.model,
-        image_size=recipe.data.image_size,
+        data=recipe.data,
         losses=losses,
         global_batch_size=recipe.train.global_batch_size,
     )

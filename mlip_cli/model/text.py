@@ -1,22 +1,22 @@
-"""The text tower: token embedding, causal timm blocks, pooling at EOS ("CLIP", Radford et al., ICML 2021)."""
+"""The text tower: token embedding, timm blocks, pooling ("CLIP", Radford et al., ICML 2021).
+
+CLIP's is causal and pools at EOS. SigLIP's ("Sigmoid loss for language image pre-training", Zhai et al., ICCV 2023)
+attends both ways and pools the last token of the padded caption.
+"""
 
 from functools import partial
 
 import torch
-from timm.layers.activations import QuickGELU
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from mlip_cli.model.blocks import run_block
+from mlip_cli.model.blocks import ACTIVATIONS, run_block
 from mlip_cli.recipe.config import Text
 
-ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": nn.GELU, "quick_gelu": QuickGELU}
-"""The recipe's word -> activation of the MLPs. quick_gelu is x * sigmoid(1.702 x), which approximates gelu."""
 
-
-def end_of_text(token_ids: Tensor) -> Tensor:
-    """Position of EOS, the largest id: (B, L) -> (B,)."""
-    return token_ids.argmax(-1)
+def end_of_text(token_ids: Tensor, eos_id: int | None = None) -> Tensor:
+    """Position of the first `eos_id`, or of the largest id, which is CLIP's EOS: (B, L) -> (B,)."""
+    return (token_ids if eos_id is None else (token_ids == eos_id).int()).argmax(-1)
 
 
 def word_mask(token_ids: Tensor) -> Tensor:
@@ -41,22 +41,31 @@ def caption_mask(token_ids: Tensor) -> Tensor:
 class TextTower(nn.Module):
     """Token ids (B, L) -> hidden tokens (B, L, D), L up to context_length.
 
-    Sequences may be shorter than context_length. Attention is causal, so tokens behind EOS change nothing.
+    Where attention is causal and a caption is pooled at its end, tokens behind EOS change nothing, so that sequences
+    may be shorter than context_length.
     """
 
-    def __init__(self, config: Text, *, vocab_size: int) -> None:
+    def __init__(self, config: Text) -> None:
         super().__init__()
         width = config.width
         self.width = width
         self.context_length = config.context_length
         self.grad_checkpointing = False
-        self.token_embedding = nn.Embedding(vocab_size, width)
+        self.is_causal = config.causal
+        self.pools_last = config.pool == "last"
+        self.eos_id = config.eos_id
+        self.token_embedding = nn.Embedding(config.vocab_size, width)
         self.positional_embedding = nn.Parameter(torch.empty(config.context_length, width))
-        norm = partial(nn.LayerNorm, eps=1e-5)  # timm's default, 1e-6, changes CLIP's text features by 4e-3
-        activation = ACTIVATIONS[config.activation]
+        norm = partial(nn.LayerNorm, eps=config.norm_eps)  # 1e-6 would change CLIP's text features by 4e-3
         blocks = [
             Block(
-                width, config.num_heads, qkv_bias=True, proj_drop=config.dropout, norm_layer=norm, act_layer=activation
+                width,
+                config.num_heads,
+                config.mlp_ratio,
+                qkv_bias=True,
+                proj_drop=config.dropout,
+                norm_layer=norm,
+                act_layer=ACTIVATIONS[config.activation],
             )
             for _ in range(config.depth)
         ]
@@ -83,10 +92,14 @@ class TextTower(nn.Module):
     def forward(self, token_ids: Tensor) -> Tensor:
         x = self.token_embedding(token_ids) + self.positional_embedding[: token_ids.shape[1]]
         for block in self.blocks:
-            x = run_block(block, x, again=self.grad_checkpointing, is_causal=True)
+            x = run_block(block, x, again=self.grad_checkpointing, is_causal=self.is_causal)
         return self.norm(x)
 
+    def pool(self, hidden: Tensor, token_ids: Tensor) -> Tensor:
+        """The token at EOS, or the last one: (B, L, D), (B, L) -> (B, D)."""
+        return hidden[:, -1] if self.pools_last else pool_text(hidden, token_ids, self.eos_id)
 
-def pool_text(hidden: Tensor, token_ids: Tensor) -> Tensor:
+
+def pool_text(hidden: Tensor, token_ids: Tensor, eos_id: int | None = None) -> Tensor:
     """The token at EOS: (B, L, D), (B, L) -> (B, D)."""
-    return hidden[torch.arange(len(hidden), device=hidden.device), end_of_text(token_ids)]
+    return hidden[torch.arange(len(hidden), device=hidden.device), end_of_text(token_ids, eos_id)]

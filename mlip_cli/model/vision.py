@@ -2,6 +2,7 @@
 
 import difflib
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import timm
@@ -12,7 +13,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from mlip_cli.errors import UsageError
-from mlip_cli.model.blocks import run_block
+from mlip_cli.model.blocks import ACTIVATIONS, run_block
 from mlip_cli.model.frequency import place_stem
 from mlip_cli.model.merge_pass import Guidance, MergePass, Patches
 from mlip_cli.recipe.config import Frequency, Vision
@@ -112,15 +113,21 @@ def is_observable(block: nn.Module) -> bool:
     return attention.gate is None and isinstance(attention.norm, nn.Identity)
 
 
+POOLING: dict[str, dict[str, Any]] = {
+    "mean": {"global_pool": "avg", "fc_norm": False},
+    "mean_then_norm": {"global_pool": "avg", "fc_norm": True},
+    "map": {"global_pool": "map", "fc_norm": False},
+}
+"""The recipe's word for a pooling -> timm's arguments."""
+
+
 def build_trunk(config: Vision, *, image_size: int) -> VisionTransformer:
     """A randomly initialised timm ViT without classifier.
 
     Raises:
         UsageError: an unknown name, a tower of another class, or an image size that does not fit.
     """
-    pooling: dict[str, Any] = {}
-    if config.pool == "mean":
-        pooling = {"global_pool": "avg", "fc_norm": False}
+    pooling: dict[str, Any] = {} if config.pool is None else POOLING[config.pool]
     if config.timm is None:
         return VisionTransformer(
             img_size=image_size,
@@ -128,17 +135,22 @@ def build_trunk(config: Vision, *, image_size: int) -> VisionTransformer:
             embed_dim=config.width,
             depth=config.depth,
             num_heads=config.num_heads,
+            mlp_ratio=config.mlp_ratio,
             num_classes=0,
+            pre_norm=config.pre_norm,
+            init_values=config.layer_scale,
+            norm_layer=partial(nn.LayerNorm, eps=config.norm_eps),
+            act_layer=ACTIVATIONS[config.activation],
             drop_path_rate=config.drop_path,
             block_fn=ObservedBlock,
-            class_token=config.pool is None,
+            class_token=config.pool in (None, "mean_then_norm"),
             **pooling,
         )
     name, dot, _ = config.timm.partition(".")
     if dot:
         raise UsageError(
-            f"model.vision.timm: {config.timm} names trained weights, and mlip does not load them; write {name} for "
-            "its architecture, and see model.init for weights to start from"
+            f"model.vision.timm: {config.timm} names trained weights, which mlip does not download; write {name} for "
+            "its architecture, and their file as model.vision.init"
         )
     if not timm.is_model(config.timm):
         close = difflib.get_close_matches(config.timm, timm.list_models(), 3)

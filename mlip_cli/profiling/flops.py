@@ -85,7 +85,7 @@ def image_gflops(model: CLIP, plan: MergePlan) -> dict[str, float]:
         "attention": gflops(sum(attention_macs(block, count, width=tower.width) for block, count in seen)),
         "MLP": gflops(sum(mlp_macs(block, count) for block, count in seen)),
         "merging": gflops(_merging_macs(model, plan)),
-        "head": gflops(model.image_projection.weight.numel()),
+        "head": gflops(linear_weights([model.image_projection])),
     }
     pool = trunk.attn_pool
     if pool is not None:  # one query against all tokens
@@ -150,7 +150,7 @@ def text_gflops(model: CLIP, num_tokens: int) -> float:
     """GFLOPs of `encode_text` for one caption of `num_tokens`, padding included; causal attention is counted whole."""
     width = model.text.width
     macs = sum(attention_macs(b, num_tokens, width=width) + mlp_macs(b, num_tokens) for b in model.text.blocks)
-    return gflops(macs + model.text_projection.weight.numel())
+    return gflops(macs + linear_weights([model.text_projection]))
 
 
 def step_gflops(

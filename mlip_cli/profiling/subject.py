@@ -9,7 +9,7 @@ import torch
 
 from mlip_cli.data.dataset import ShardDataset
 from mlip_cli.data.open import open_sources
-from mlip_cli.data.tokenizer import padded_length
+from mlip_cli.data.tokenizer import Tokenizer
 from mlip_cli.devices import pick_device
 from mlip_cli.errors import RunError, UsageError
 from mlip_cli.model.blocks import set_fused_attention
@@ -84,7 +84,7 @@ def caption_length(recipe: Recipe, datasets: Sequence[ShardDataset]) -> tuple[in
     generator = np.random.default_rng(0)
     size = min(recipe.train.global_batch_size, dataset.num_samples)
     longest = [dataset.num_tokens(generator.integers(dataset.num_samples, size=size)).max() for _ in range(25)]
-    return padded_length(int(np.median(longest)), most), f"batches of {dataset.name}"
+    return Tokenizer.of(recipe.model.text).padded_length(int(np.median(longest))), f"batches of {dataset.name}"
 
 
 def pinned(batch: Batch, device: torch.device) -> Batch:

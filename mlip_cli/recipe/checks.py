@@ -5,15 +5,19 @@ from collections.abc import Callable, Iterator, Sequence
 
 from mlip_cli.errors import UsageError
 from mlip_cli.paths import is_elsewhere
-from mlip_cli.recipe.config import FREQUENCY_LOSSES, LOSS_NAMES, Recipe, Source
+from mlip_cli.recipe.config import FREQUENCY_LOSSES, LOSS_NAMES, VOCAB_SIZE, Recipe, Source, Text, Vision
 from mlip_cli.recipe.merge_plan import DEFAULT, default_places, plan_of_recipe, stem_depth, wrong_places, wrong_stem
 
 Found = Iterator[tuple[str, str]]
 
 SIZES = ("patch_size", "width", "depth", "num_heads")
+OF_SIZES = ("mlp_ratio", "activation", "norm_eps", "pre_norm", "layer_scale")
+"""Keys that only a tower given by its sizes has."""
 
 
 def _length(recipe: Recipe) -> Found:
+    if not recipe.data.train:
+        return  # nothing to train on; `pretrain` says so
     if recipe.train.steps is None and recipe.train.epochs is None:
         yield "train.steps", "neither train.steps nor train.epochs is given; give one of them"
     if recipe.train.steps is not None and recipe.train.epochs is not None:
@@ -99,7 +103,15 @@ def _vision(recipe: Recipe) -> Found:
     if vision.timm is not None and given:
         both = f"{vision.timm} defines the tower, and so does {', '.join(given)}"
         yield "model.vision.timm", f"{both}; set one of the two to null"
-    elif vision.timm is None and not given:
+    elif vision.timm is not None:
+        defaults = Vision()
+        for name in OF_SIZES:
+            if getattr(vision, name) != getattr(defaults, name):
+                cure = "leave it out, or give the sizes of the tower instead"
+                yield f"model.vision.{name}", f"{vision.timm} decides it; {cure}"
+        if vision.pool not in (None, "mean"):
+            yield "model.vision.pool", f"{vision.pool} needs a tower given by its sizes; use mean or null"
+    elif not given:
         yield "model.vision", f"give timm, or all of {', '.join(SIZES)}"
     elif vision.timm is None and missing:
         yield "model.vision", f"{', '.join(missing)} missing; give all of {', '.join(SIZES)}, or timm alone"
@@ -209,8 +221,43 @@ def _captions(recipe: Recipe) -> Found:
         yield "data.captions_per_image", f"{count}, but data.captions first takes one; set data.captions to sample"
 
 
+def _text(recipe: Recipe) -> Found:
+    text, key = recipe.model.text, "model.text"
+    if text.tokenizer is None and text.vocab_size != VOCAB_SIZE:
+        yield f"{key}.vocab_size", f"{text.vocab_size}, but CLIP's tokenizer has {VOCAB_SIZE} ids; give {key}.tokenizer"
+    if text.tokenizer is None and text.eos_id is not None:
+        yield f"{key}.eos_id", f"{text.eos_id}, but CLIP's tokenizer ends captions by its largest id; set it to null"
+    if text.tokenizer is not None and text.pool == "eos" and text.eos_id is None:
+        yield f"{key}.eos_id", f"{key}.pool eos needs the id that ends a caption of {text.tokenizer.file}"
+    if text.tokenizer is not None and text.tokenizer.pad_id >= text.vocab_size:
+        yield f"{key}.tokenizer.pad_id", f"{text.tokenizer.pad_id}, but {key}.vocab_size is {text.vocab_size}"
+    if not reads_whole_captions(text):
+        return
+    for name in LOSS_NAMES:
+        if getattr(recipe.losses, name) is not None and name.endswith(("_words", "_token")):
+            yield (
+                f"losses.{name}",
+                "it looks at words, which mlip knows only in a causal tower with CLIP's tokenizer; set it to null",
+            )
+
+
+def reads_whole_captions(text: Text) -> bool:
+    """Whether the tower must always read `context_length` tokens, because padding changes its result or its ids."""
+    return text.tokenizer is not None or not text.causal or text.pool == "last"
+
+
+def _projections(recipe: Recipe) -> Found:
+    model = recipe.model
+    for name, tower in (("vision", model.vision), ("text", model.text)):
+        if tower.projection == "none" and tower.width not in (None, model.embed_dim):
+            yield (
+                f"model.{name}.projection",
+                f"none, but the tower is {tower.width} wide and model.embed_dim {model.embed_dim}; use linear",
+            )
+
+
 CHECKS: tuple[Callable[[Recipe], Found], ...] = (
-    *(_sources, _best, _crop, _patches, _vision, _heads, _frequency, _merging, _guidance),
+    *(_sources, _best, _crop, _patches, _vision, _text, _projections, _heads, _frequency, _merging, _guidance),
     *(_freeze, _losses, _captions, _smoothing, _length, _batch, _precision),
 )
 

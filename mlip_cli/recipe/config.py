@@ -15,6 +15,9 @@ LOSS_NAMES = (
 FREQUENCY_LOSSES = ("frequency_global", "frequency_words", "frequency_token", "align")
 """Losses that read what the spectral blocks make."""
 
+VOCAB_SIZE = 49_408
+"""Size of CLIP's byte-pair vocabulary; the last two ids are BOS and EOS."""
+
 Size = Annotated[int, Field(gt=0, le=65_536)]
 """Pixels, or numbers in a vector."""
 Blocks = Annotated[int, Field(gt=0, le=256)]
@@ -26,6 +29,12 @@ Count = Annotated[int, Field(gt=0, le=10**9)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 AreaShare = Annotated[float, Field(gt=0, le=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Pixel = tuple[Share, Share, Share]
+"""Red, green and blue."""
+Activation = Literal["gelu", "quick_gelu", "gelu_tanh"]
+Projection = Literal["linear", "with_bias", "none"]
+Resize = Literal["crop", "squash"]
+Clean = Literal["whitespace", "lower", "canonicalize"]
 
 
 class Section(BaseModel):
@@ -64,7 +73,7 @@ def _as_sources(value: Any) -> Any:
     return tuple({"path": v} if isinstance(v, str) else v for v in values) if value is not None else None
 
 
-_SOURCES = Annotated[tuple[Source, ...], Field(min_length=1)]
+_SOURCES = tuple[Source, ...]
 _SOURCES_INPUT = str | Source | list[str | Source]
 _SOURCES_IN_WORDS = "a folder, a list of folders or a list of {path, weight}"
 
@@ -74,7 +83,7 @@ Sources = Annotated[
     Field(json_schema_extra={"x-expected": _SOURCES_IN_WORDS}),
 ]
 OptionalSources = Annotated[
-    _SOURCES | None,
+    Annotated[_SOURCES, Field(min_length=1)] | None,
     BeforeValidator(_as_sources, json_schema_input_type=_SOURCES_INPUT | None),
     Field(json_schema_extra={"x-expected": f"{_SOURCES_IN_WORDS}, or null"}),
 ]
@@ -101,15 +110,29 @@ class Cache(Section):
     may delete."""
 
 
+def _above_zero(pixel: tuple[float, float, float]) -> tuple[float, float, float]:
+    if not all(pixel):
+        raise ValueError("the model divides by it; use numbers above 0")
+    return pixel
+
+
 class Data(Section):
     """The data, and how pictures and captions become a batch."""
 
     train: Sources
-    """Data to train on: a folder, a list of folders, or a list of {path, weight, format}."""
+    """Data to train on: a folder, a list of folders, or a list of {path, weight, format}. []: none, in a run whose
+    weights came from elsewhere."""
     validation: OptionalSources = None
     """Data for image-text retrieval during training, in the same form as `train`. null: no retrieval."""
     image_size: Size = 224
     """Height and width of the model's input, in pixels."""
+    resize: Resize = "crop"
+    """How a whole picture becomes square. crop: its short side is resized, and its centre cut out. squash: both sides
+    are resized, as SigLIP was trained."""
+    pixel_mean: Pixel = (0.48145466, 0.4578275, 0.40821073)
+    """Mean of red, green and blue in [0, 1], which the model subtracts. Default: as published with CLIP."""
+    pixel_std: Annotated[Pixel, AfterValidator(_above_zero)] = (0.26862954, 0.26130258, 0.27577711)
+    """Standard deviation of red, green and blue, by which the model divides. Default: as published with CLIP."""
     captions: Literal["first", "sample"] = "sample"
     """first: always the first caption. sample: drawn by weight, from (seed, epoch, id)."""
     captions_per_image: Annotated[int, Field(gt=0, le=64)] = 1
@@ -139,15 +162,44 @@ class Vision(Section):
     """Number of transformer blocks."""
     num_heads: Blocks | None = None
     """Attention heads in each block. The number must divide `width`."""
-    pool: Literal["mean"] | None = None
-    """Source of the picture's feature. mean: the mean of the patch tokens after the last norm; a tower given by sizes
-    then has no class token. null: the way of the architecture, which for a tower given by sizes is a class token."""
+    mlp_ratio: PositiveFloat = 4.0
+    """Width of the MLPs relative to `width`."""
+    activation: Activation = "gelu"
+    """Activation of the MLPs. OpenAI's CLIP weights were trained with quick_gelu."""
+    norm_eps: PositiveFloat = 1e-6
+    """Small term in the norms. CLIP has 1e-5, timm's towers 1e-6."""
+    pre_norm: bool = False
+    """A norm in front of the first block, as in CLIP; the patch embedding then has no bias."""
+    layer_scale: PositiveFloat | None = None
+    """Initial factor of what each block adds, which is learned. null: no such factor."""
+    pool: Literal["mean", "mean_then_norm", "map"] | None = None
+    """Source of the picture's feature. mean: the mean of the patch tokens after the last norm. mean_then_norm: the norm
+    of their mean, beside a class token (CLIPA). map: a query that attends to them (SigLIP). null: the way of the
+    architecture, which for a tower given by sizes is a class token. mean and map have no class token."""
+    projection: Projection = "linear"
+    """From the tower to the joint space: a matrix, a matrix and a bias, or nothing if both are equally wide."""
+    init: Annotated[str, AfterValidator(read_path)] | None = None
+    """File of weights for the image tower alone, by timm's names, such as DINOv2's or AugReg's. null: none."""
     drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Stochastic depth: probability of skipping the last block, falling linearly to 0 at the first."""
 
 
+class TokenizerFile(Section):
+    """A tokenizer of Hugging Face's `tokenizers`, in place of CLIP's byte-pair encoding. The text tower then always
+    reads `context_length` tokens, and no loss over words or tokens can be used."""
+
+    file: LocalPath
+    """The file tokenizer.json. A run keeps a copy."""
+    pad_id: Annotated[int, Field(ge=0, lt=2**20)]
+    """Token behind the end of a caption."""
+    zero_id: Annotated[int, Field(ge=0, lt=2**20)] | None = None
+    """Token that is replaced by 0, as CLIPA does with the separator. null: none."""
+    clean: Clean = "whitespace"
+    """Cleaning of a caption before that: of white space; also to lower case; also of punctuation (SigLIP)."""
+
+
 class Text(Section):
-    """The text tower: a causal transformer of timm blocks over CLIP's BPE tokens."""
+    """The text tower: a transformer of timm blocks, causal over CLIP's BPE tokens by default."""
 
     width: Size = 512
     """Width of the tokens."""
@@ -157,8 +209,24 @@ class Text(Section):
     """Attention heads in each block. The number must divide `width`."""
     context_length: Annotated[int, Field(ge=4, le=1024)] = 77
     """Most tokens of a caption, BOS and EOS included. Longer captions are cut."""
-    activation: Literal["gelu", "quick_gelu"] = "gelu"
+    vocab_size: Annotated[int, Field(gt=2, le=2**20)] = VOCAB_SIZE
+    """Number of token ids. Another than CLIP's needs a `tokenizer`."""
+    tokenizer: TokenizerFile | None = None
+    """Tokenizer. null: CLIP's byte-pair encoding."""
+    mlp_ratio: PositiveFloat = 4.0
+    """Width of the MLPs relative to `width`."""
+    activation: Activation = "gelu"
     """Activation of the MLPs. OpenAI's CLIP weights were trained with quick_gelu."""
+    norm_eps: PositiveFloat = 1e-5
+    """Small term in the norms."""
+    causal: bool = True
+    """A token attends to itself and to those before it. false: to all, with a `tokenizer` or pool last."""
+    pool: Literal["eos", "last"] = "eos"
+    """Source of the caption's feature: the token at the end of the caption, or the last of `context_length`."""
+    eos_id: Annotated[int, Field(ge=0, lt=2**20)] | None = None
+    """Token that ends a caption. null: the largest id, as in CLIP's vocabulary."""
+    projection: Projection = "linear"
+    """From the tower to the joint space: a matrix, a matrix and a bias, or nothing if both are equally wide."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout probability after the attention and the MLP of each block."""
 
@@ -222,7 +290,9 @@ class Model(Section):
     merging: Merging | None = None
     """Token merging. null: no merging."""
     init: Annotated[str, AfterValidator(read_init)] | None = None
-    """Weights that a new run starts from: a run folder, a checkpoint, or open_clip:ARCH:FILE. null: random weights."""
+    """Weights that a new run starts from: a run folder, a checkpoint, open_clip:ARCH:FILE, or a folder of OpenCLIP or
+    Hugging Face. A recipe without `model.vision` takes model, losses and pixels from that run too. null: random
+    weights."""
     freeze: Literal["image", "text"] | None = None
     """Tower that keeps the weights of `init`, with its projection into the joint space. null: both towers train."""
 

@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -43,8 +43,14 @@ class LoadedRecipe:
     """Values that gave way to later ones, in words."""
 
 
-def load_recipe(source: str, overrides: Sequence[str] = ()) -> LoadedRecipe:
+def load_recipe(
+    source: str, overrides: Sequence[str] = (), *, of_init: Callable[[str], Recipe] | None = None
+) -> LoadedRecipe:
     """Read a recipe file or a shipped recipe, and change it by `key=value`.
+
+    Args:
+        of_init: the recipe of the weights that `model.init` names. A recipe without `model.vision` changes that one's
+            model, losses and pixels.
 
     Raises:
         UsageError: there is no such recipe.
@@ -53,6 +59,8 @@ def load_recipe(source: str, overrides: Sequence[str] = ()) -> LoadedRecipe:
     file = find_recipe(source)
     written = _read(file, ())
     tree = layered(written, _overrides(overrides))
+    if of_init is not None and (init := _init_without_vision(tree.value)):
+        tree = layered(_model_of(of_init(init), init), tree)
     mistakes = list(tree.mistakes)
     recipe = None
     if written.value is not None:
@@ -68,6 +76,39 @@ def load_recipe(source: str, overrides: Sequence[str] = ()) -> LoadedRecipe:
         raise RecipeError("\n".join(_report(mistakes, file)))
     origins = {dotted(key): _origin(tree.places.get(key)) for key, _ in _leaves(_plain(recipe))}
     return LoadedRecipe(recipe, origins, file.stem, tuple(tree.notes))
+
+
+OF_INIT: tuple[Key, ...] = (
+    *(("model",), ("losses",)),
+    *(("data", name) for name in ("image_size", "resize", "pixel_mean", "pixel_std")),
+)
+"""What a recipe without `model.vision` takes from the run of `model.init`."""
+
+
+def _init_without_vision(value: Any) -> str | None:
+    """The value of `model.init`, if the recipe has one and no `model.vision`."""
+    model = value.get("model") if isinstance(value, dict) else None
+    if not isinstance(model, dict) or model.get("vision") is not None:
+        return None
+    init = model.get("init")
+    return init if isinstance(init, str) and init else None
+
+
+def _model_of(recipe: Recipe, init: str) -> Tree:
+    """The keys `OF_INIT` of the recipe of `init`, as a layer. Its own start and what it froze are not taken."""
+    tree = parse(recipe_yaml(recipe), f"model.init={init}")
+    taken = Tree({}, places=tree.places)
+    for key in OF_INIT:
+        value: Any = tree.value
+        for part in key:
+            value = value[part]
+        for part in reversed(key):
+            value = {part: value}
+        taken = merge(taken, Tree(value))
+    for name in ("init", "freeze"):
+        taken.value["model"].pop(name)
+    taken.value["model"]["vision"].pop("init")
+    return taken
 
 
 class _Schema(GenerateJsonSchema):

@@ -2,7 +2,6 @@
 
 import os
 import re
-import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -32,7 +31,9 @@ Content = TypeVar("Content")
 
 CHECKPOINT_NAME = re.compile(r"step_\d+")
 STATE = "state.pt"
-"""Written last: a folder without it is not a complete checkpoint."""
+"""Of a training. Written last: a folder with neither this nor ORIGIN is not a complete checkpoint."""
+ORIGIN = "origin.json"
+"""Of weights that no training in this folder made: where they came from."""
 
 
 def now() -> str:
@@ -57,7 +58,12 @@ def checkpoint_folders(folder: Path) -> list[Path]:
 
 def whole_checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints, ordered by step."""
-    return [path for path in checkpoint_folders(folder) if (path / STATE).is_file()]
+    return [path for path in checkpoint_folders(folder) if written_last(path) is not None]
+
+
+def written_last(checkpoint: Path) -> Path | None:
+    """The file that makes a checkpoint complete; None if it is not."""
+    return next((path for name in (STATE, ORIGIN) if (path := checkpoint / name).is_file()), None)
 
 
 @dataclass(frozen=True)
@@ -69,6 +75,11 @@ class Run:
     @property
     def recipe(self) -> Path:
         return self.folder / "recipe.yaml"
+
+    @property
+    def tokenizer(self) -> Path:
+        """The run's copy of `model.text.tokenizer.file`."""
+        return self.folder / "tokenizer.json"
 
     @property
     def stamp(self) -> Path:
@@ -140,7 +151,7 @@ class Run:
             RecipeError: it does not load; the last line says what to do.
         """
         try:
-            return load_recipe(str(self.recipe)).recipe
+            return with_tokenizer(load_recipe(str(self.recipe)).recipe, self.tokenizer)
         except RecipeError as error:
             is_of_another_version = f"{self.recipe}: made by mlip" in str(error)
             cure = "" if is_of_another_version else f"\n{self.recipe}: damaged; {CURES[self.recipe.name]}"
@@ -149,6 +160,16 @@ class Run:
     def is_finished(self) -> bool:
         """True when training reached its last step."""
         return self.read_stamp().end_reason == "finished"
+
+
+def with_tokenizer(recipe: Recipe, file: Path) -> Recipe:
+    """The recipe with `file` as its tokenizer, if it has one that is not CLIP's."""
+    text = recipe.model.text
+    if text.tokenizer is None:
+        return recipe
+    tokenizer = text.tokenizer.model_copy(update={"file": os.path.abspath(file)})
+    model = recipe.model.model_copy(update={"text": text.model_copy(update={"tokenizer": tokenizer})})
+    return recipe.model_copy(update={"model": model})
 
 
 def _read(path: Path, read: Callable[[Path], Content]) -> Content | None:
@@ -218,7 +239,8 @@ def all_runs() -> list[Run]:
 
     def age(run: Run) -> tuple[int, str]:
         checkpoint = run.latest_checkpoint()
-        return ((checkpoint / STATE).stat().st_mtime_ns if checkpoint else 0, run.folder.name)
+        last = checkpoint and written_last(checkpoint)
+        return (last.stat().st_mtime_ns if last else 0, run.folder.name)
 
     return sorted(runs, key=age)
 
@@ -238,33 +260,3 @@ def newest_in_words() -> str:
     if not runs:
         return f"there are no runs in {RUNS}/ yet; mlip pretrain makes them"
     return f"the newest in {RUNS}/: {', '.join(runs[:MOST_RUNS_NAMED])}"
-
-
-def find_checkpoint(target: str | None) -> tuple[Run, Path]:
-    """The run and the checkpoint that `target` names: a run folder, a checkpoint folder, or None for the newest run.
-
-    Raises:
-        UsageError: there is no such run or checkpoint.
-    """
-    if target is None:
-        run = newest_run()
-        checkpoint = run.latest_checkpoint()
-        assert checkpoint is not None
-        return run, checkpoint
-    path = Path(target)
-    if not path.exists():
-        raise UsageError(f"{path}: no such run or checkpoint; {newest_in_words()}")
-    if (path / "recipe.yaml").is_file():
-        run = Run(path)
-        newest = run.latest_checkpoint()
-        if newest is None:
-            go_on = shlex.join(["mlip", "pretrain", str(run.recipe), "--out", str(path), "--resume"])
-            raise UsageError(f"{path}: it holds no complete checkpoint; continue it with {go_on}")
-        return run, newest
-    run = Run(path.parent.parent)
-    if not run.recipe.is_file() or not path.is_dir() or not CHECKPOINT_NAME.fullmatch(path.name):
-        raise UsageError(
-            f"{path}: not a run folder (no recipe.yaml) and not a checkpoint of one; "
-            "name RUN, or RUN/checkpoints/step_NUMBER"
-        )
-    return run, path

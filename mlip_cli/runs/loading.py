@@ -19,7 +19,8 @@ from mlip_cli.model.clip import CLIP, build_model
 from mlip_cli.recipe.config import Recipe
 from mlip_cli.recipe.merge_plan import MergePlan
 from mlip_cli.runs.checkpoint import load_weights
-from mlip_cli.runs.folder import Run, find_checkpoint, step_of
+from mlip_cli.runs.find import find_checkpoint
+from mlip_cli.runs.folder import Run, step_of
 from mlip_cli.types import ImageFeatures
 
 
@@ -90,7 +91,7 @@ def load_run(target: str | None, *, device: str) -> LoadedRun:
         run=run,
         recipe=recipe,
         model=model,
-        tokenizer=Tokenizer(recipe.model.text.context_length),
+        tokenizer=Tokenizer.of(recipe.model.text),
         checkpoint=checkpoint,
         step=step_of(checkpoint),
         device=where,

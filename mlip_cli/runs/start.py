@@ -10,9 +10,10 @@ from pathlib import Path
 
 from mlip_cli.errors import RecipeError, UsageError
 from mlip_cli.recipe.config import Log, Recipe
-from mlip_cli.recipe.init_source import OpenClipFile, open_clip_file
 from mlip_cli.recipe.load import absolute_paths, differences
-from mlip_cli.runs.folder import Run, all_runs, default_folder, find_checkpoint, holds_nothing
+from mlip_cli.runs.find import find_checkpoint
+from mlip_cli.runs.folder import Run, all_runs, default_folder, holds_nothing
+from mlip_cli.runs.foreign import find_foreign
 from mlip_cli.runs.moved_data import Change, changed_by_moves, check_moves, is_move
 from mlip_cli.terminal.output import say
 
@@ -150,15 +151,25 @@ def command_line() -> str:
     return shlex.join(["mlip", *sys.argv[1:]])
 
 
-def find_init(init: str) -> OpenClipFile | Path:
-    """The file, or the checkpoint's folder, that `model.init` names.
+def check_init_there(init: str) -> None:
+    """Check that there are weights under the name `init`. Reads none.
 
     Raises:
         UsageError: there is no such run, checkpoint or file.
     """
-    foreign = open_clip_file(init)
+    if find_foreign(init) is None:
+        find_checkpoint(init)
+
+
+def recipe_of_init(init: str) -> Recipe:
+    """The recipe of the run that `model.init` names, or the one that weights of another program get.
+
+    Raises:
+        UsageError: there is no such run, checkpoint or file, or mlip cannot read it.
+    """
+    foreign = find_foreign(init)
     if foreign is None:
-        return find_checkpoint(init)[1]
-    if not Path(foreign.file).is_file():
-        raise UsageError(f"{foreign.file}: no such file; model.init=open_clip:ARCH:FILE reads a local file of weights")
-    return foreign
+        return find_checkpoint(init)[0].read_recipe()
+    from mlip_cli.runs.importing import recipe_of
+
+    return recipe_of(foreign)

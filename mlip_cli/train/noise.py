@@ -3,9 +3,7 @@
 import torch
 
 from mlip_cli.recipe.config import Recipe
-from mlip_cli.types import VOCAB_SIZE, Batch
-
-BOS, EOS = VOCAB_SIZE - 2, VOCAB_SIZE - 1
+from mlip_cli.types import Batch
 
 
 def noise_batch(recipe: Recipe, *, batch_size: int, num_tokens: int, device: torch.device) -> Batch:
@@ -19,8 +17,10 @@ def noise_batch(recipe: Recipe, *, batch_size: int, num_tokens: int, device: tor
     def pictures() -> torch.Tensor:
         return torch.randint(256, (batch_size, 3, side, side), dtype=torch.uint8, generator=generator)
 
-    token_ids = torch.randint(1, BOS, (captions, num_tokens), generator=generator)
-    token_ids[:, 0], token_ids[:, -1] = BOS, EOS
+    text = recipe.model.text
+    token_ids = torch.randint(1, text.vocab_size - 2, (captions, num_tokens), generator=generator)
+    token_ids[:, 0] = text.vocab_size - 2  # BOS of CLIP
+    token_ids[:, -1] = text.vocab_size - 1 if text.eos_id is None else text.eos_id
     return Batch(
         pictures(),
         token_ids,

@@ -11,6 +11,7 @@ from mlip_cli.data.loader import default_num_workers, training_loader
 from mlip_cli.data.open import open_sources
 from mlip_cli.data.order import Order
 from mlip_cli.data.pictures import jpeg_decoder
+from mlip_cli.data.tokenizer import Tokenizer
 from mlip_cli.devices import find_compiler, pick_device
 from mlip_cli.distributed import rank, world_size, wrap
 from mlip_cli.errors import UsageError
@@ -141,7 +142,7 @@ def open_batches(
         datasets,
         order,
         data=recipe.data,
-        context_length=recipe.model.text.context_length,
+        tokenizer=Tokenizer.of(recipe.model.text),
         global_batch_size=order.global_batch_size,
         seed=recipe.seed,
         rank=rank(),

@@ -27,6 +27,7 @@ from mlip_cli.data.dataset import ShardDataset
 from mlip_cli.data.loader import training_loader
 from mlip_cli.data.open import open_prepared
 from mlip_cli.data.order import Order
+from mlip_cli.data.tokenizer import Tokenizer
 from mlip_cli.files import write_json
 from mlip_cli.recipe.config import Data, Source
 from mlip_cli.terminal.output import print_lines, print_table
@@ -66,7 +67,7 @@ def first_batch_s(dataset: ShardDataset, folder: Path, *, start_step: int) -> fl
         [dataset],
         order,
         data=Data(train=(Source(path=str(folder)),), image_size=32),
-        context_length=77,
+        tokenizer=Tokenizer(77),
         global_batch_size=BATCH_SIZE,
         seed=0,
         rank=0,

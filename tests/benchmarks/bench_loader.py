@@ -68,11 +68,11 @@ def rows(folder: Path, size: int) -> dict[str, Callable[[], object]]:
     ids = order.positions(np.arange(N)).index.tolist()
     generator, tokenizer = torch.Generator(), Tokenizer(77)
     pictures = [dataset.read(id).image for id in range(N)]
-    crops = [training_crop(*decode(open_picture(p)).shape[-2:], augment=AUGMENT, generator=generator) for p in pictures]
+    data = Data(train=(Source(path=str(folder)),), image_size=size, augment=AUGMENT)
+    crops = [training_crop(*decode(open_picture(p)).shape[-2:], data=data, generator=generator) for p in pictures]
     decoded = [
         decode(open_picture(p), least=least_size(crop, size)) for p, crop in zip(pictures[:128], crops, strict=False)
     ]
-    data = Data(train=(Source(path=str(folder)),), image_size=size, augment=AUGMENT)
     pillow = T.Compose(
         [
             T.RandomResizedCrop(size, (0.5, 1.0), interpolation=T.InterpolationMode.BICUBIC),
@@ -95,7 +95,7 @@ def rows(folder: Path, size: int) -> dict[str, Callable[[], object]]:
             [dataset],
             order,
             data=data,
-            context_length=77,
+            tokenizer=Tokenizer(77),
             global_batch_size=128,
             seed=0,
             rank=0,
@@ -112,7 +112,7 @@ def rows(folder: Path, size: int) -> dict[str, Callable[[], object]]:
 
     def transform_all() -> None:
         for i in range(N):
-            training_transform(decoded[i % 128], crop=crops[i % 128], size=size, augment=AUGMENT, generator=generator)
+            training_transform(decoded[i % 128], crop=crops[i % 128], data=data, generator=generator)
 
     return {
         "read: indexed, permuted order": lambda: [dataset.read(id) for id in ids],

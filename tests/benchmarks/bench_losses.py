@@ -27,11 +27,10 @@ from mlip_cli.model.blocks import set_fused_attention
 from mlip_cli.model.clip import build_model
 from mlip_cli.model.text import word_mask
 from mlip_cli.profiling.timing import measure_interleaved
-from mlip_cli.recipe.config import Recipe
+from mlip_cli.recipe.config import VOCAB_SIZE, Recipe
 from mlip_cli.terminal.output import print_lines, print_table
 from mlip_cli.train.gradients import Precision, add_gradients
 from mlip_cli.train.noise import noise_batch
-from mlip_cli.types import VOCAB_SIZE
 
 CPU = torch.device("cpu")
 PAIRS, PATCHES, WORDS, TOKEN_DIM, ROUNDS = 256, 64, 16, 128, 5

@@ -25,7 +25,7 @@ from mlip_cli.model.merging import cosine_cost, halves, index_parity, match, war
 from mlip_cli.profiling.clock import PartClock
 from mlip_cli.profiling.flops import image_gflops
 from mlip_cli.profiling.timing import measure_interleaved
-from mlip_cli.recipe.config import Model, Text, Vision
+from mlip_cli.recipe.config import Data, Model, Text, Vision
 from mlip_cli.recipe.merge_plan import DEFAULT, MergePlan
 from mlip_cli.terminal.output import print_lines, print_table
 
@@ -43,7 +43,7 @@ PARTS = {
 def vit_b_16() -> CLIP:
     """The image tower of the recipes cc12m and yfcc15m_v1, beside a text tower that is not used."""
     config = Model(vision=Vision(timm="vit_base_patch16_224"), text=Text(width=64, depth=1, num_heads=1))
-    model = CLIP(config, image_size=224, losses={"spatial_global": "infonce"}, global_batch_size=2)
+    model = CLIP(config, data=Data(train=(), image_size=224), losses={"spatial_global": "infonce"}, global_batch_size=2)
     set_fused_attention(model, False)
     return model.eval().requires_grad_(False)
 

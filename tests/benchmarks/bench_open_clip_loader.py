@@ -64,6 +64,7 @@ def our_epoch(data: Path, *, is_normalised: bool) -> Callable[[], int]:
     from mlip_cli.data.loader import training_loader
     from mlip_cli.data.open import open_prepared
     from mlip_cli.data.order import Order
+    from mlip_cli.data.tokenizer import Tokenizer
     from mlip_cli.recipe.config import Augment, Data, Source
 
     dataset = open_prepared(data)
@@ -78,7 +79,7 @@ def our_epoch(data: Path, *, is_normalised: bool) -> Callable[[], int]:
             [dataset],
             order,
             data=settings,
-            context_length=77,
+            tokenizer=Tokenizer(77),
             global_batch_size=BATCH_SIZE,
             seed=0,
             rank=0,

@@ -20,7 +20,7 @@ from mlip_cli.devices import device_name
 from mlip_cli.evaluate.merge_pictures import WRITERS, PanelWriter
 from mlip_cli.evaluate.panels import panel_pictures, stage_panels
 from mlip_cli.model.clip import CLIP
-from mlip_cli.recipe.config import Model, Text, Vision
+from mlip_cli.recipe.config import Data, Model, Text, Vision
 from mlip_cli.terminal.output import print_lines, print_table
 from mlip_cli.types import MergeStage
 
@@ -46,7 +46,7 @@ def three_stages(images: Tensor) -> tuple[MergeStage, ...]:
         vision=Vision(patch_size=16, width=64, depth=6, num_heads=2), text=Text(width=64, depth=1, num_heads=1)
     )
     torch.manual_seed(0)
-    model = CLIP(config, image_size=SIZE, losses={}, global_batch_size=2).eval()
+    model = CLIP(config, data=Data(train=(), image_size=SIZE), losses={}, global_batch_size=2).eval()
     plan = type(model.plan).resolve(depth=6, num_patches=196, rate=0.6, at=(2, 3, 4), method="guided")
     with torch.inference_mode():
         return model.merge_stages(images, plan)

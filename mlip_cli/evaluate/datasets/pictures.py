@@ -14,6 +14,7 @@ from mlip_cli.data.sources.class_names import some
 from mlip_cli.data.sources.listing import PassedOver
 from mlip_cli.data.transforms import decode, evaluation_transform
 from mlip_cli.errors import RunError
+from mlip_cli.recipe.config import Resize
 from mlip_cli.terminal.output import plural
 
 MAX_THREADS = 16
@@ -61,7 +62,7 @@ class Pictures:
 
 
 def batches(
-    pictures: Pictures, numbers: range, *, size: int, batch_size: int, read_ahead: bool
+    pictures: Pictures, numbers: range, *, size: int, resize: Resize, batch_size: int, read_ahead: bool
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """uint8 (B, 3, size, size) and int64 (B,), in order; the last batch may be smaller.
 
@@ -78,7 +79,7 @@ def batches(
         image, label = pictures.load(item)
         if not 0 <= label < len(pictures.class_names):
             raise RunError(f"class {label} in a data set of {len(pictures.class_names)} classes; its labels are wrong")
-        return evaluation_transform(image, size=size), label
+        return evaluation_transform(image, size=size, resize=resize), label
 
     chosen = range(pictures.num_pictures)[numbers.start * batch_size : numbers.stop * batch_size]
     waiting: list[list[Future[tuple[Tensor, int]]]] = []

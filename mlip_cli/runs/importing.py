@@ -1,0 +1,211 @@
+"""Make a run of the weights of another program, once: later calls find it."""
+
+import errno
+import hashlib
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mlip_cli.data.packages import open_clip_module
+from mlip_cli.data.tokenizer import tokenizer_from
+from mlip_cli.errors import UsageError
+from mlip_cli.files import full_disk_named, read_object, sync_folder, temporary_path, write_bytes, write_text
+from mlip_cli.model.clip import CLIP, build_model
+from mlip_cli.model.open_clip import from_open_clip
+from mlip_cli.recipe.architecture import Architecture, with_preprocessing
+from mlip_cli.recipe.checks import check
+from mlip_cli.recipe.config import GlobalLoss, Losses, Recipe, TokenizerFile, Train
+from mlip_cli.recipe.load import recipe_yaml
+from mlip_cli.runs.checkpoint import save_checkpoint
+from mlip_cli.runs.folder import RUNS, Run
+from mlip_cli.runs.foreign import Foreign
+from mlip_cli.runs.weight_files import read_weights
+from mlip_cli.terminal.output import say, warn
+
+IMPORTED = RUNS / "foreign"
+"""Apart from the runs that `mlip pretrain` writes, so that a RUN by default is never one of these."""
+OF_OPENAI = ("input_resolution", "context_length", "vocab_size")
+"""Entries that only OpenAI's own files have."""
+TOKENIZER = "tokenizer.json"
+
+
+def imported(foreign: Foreign) -> tuple[Run, Path]:
+    """The run with these weights, and its checkpoint. It is written if it is not there yet.
+
+    Raises:
+        UsageError: a damaged file, weights of another architecture, or a tokenizer that is missing.
+        RunError: the disk is full.
+    """
+    recipe = recipe_of(foreign)
+    text, sha256 = recipe_yaml(recipe), _sha256(foreign.files)
+    digest = hashlib.sha256(f"{sha256}{text}".encode()).hexdigest()[:8]
+    run = Run(IMPORTED / f"{re.sub(r'[^A-Za-z0-9_.-]+', '_', foreign.name)}-{digest}")
+    checkpoint = run.latest_checkpoint()
+    if checkpoint is not None:
+        say(f"{foreign.shown}: run {run.folder}")
+        return run, checkpoint
+    weights = _fitted(foreign, recipe)
+    origin = {"source": os.path.abspath(foreign.files[0]), "named": foreign.shown, "sha256": sha256}
+    temporary = Run(temporary_path(run.folder))
+    run.folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with full_disk_named(run.folder, "make room and repeat the command"):
+            temporary.folder.mkdir()
+            save_checkpoint(temporary.checkpoints, step=0, weights=weights, origin=origin)
+            if recipe.model.text.tokenizer is not None:
+                write_bytes(temporary.tokenizer, Path(recipe.model.text.tokenizer.file).read_bytes())
+            write_text(temporary.recipe, f"# The model of {foreign.shown}, whose weights lie in checkpoints/.\n{text}")
+            _move(temporary.folder, run.folder)
+    finally:
+        shutil.rmtree(temporary.folder, ignore_errors=True)
+    checkpoint = run.latest_checkpoint()
+    assert checkpoint is not None
+    size = (checkpoint / "model.safetensors").stat().st_size
+    say(f"{foreign.shown}: copied into the run {run.folder} ({size / 1e6:,.0f} MB)")
+    return run, checkpoint
+
+
+def _move(folder: Path, to: Path) -> None:
+    """Rename a folder, unless another process was faster and made the same one."""
+    try:
+        os.replace(folder, to)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+    sync_folder(to.parent)
+
+
+def _sha256(files: tuple[Path, ...]) -> str:
+    """Of the contents of all files, one after the other."""
+    digest = hashlib.sha256()
+    for path in files:
+        with open(path, "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+@cache
+def recipe_of(foreign: Foreign) -> Recipe:
+    """A recipe with this model and no data; the weights are not read.
+
+    Raises:
+        UsageError: its parts do not fit together, or its tokenizer is missing.
+    """
+    described = foreign.architecture
+    if foreign.configuration is not None:
+        described = _as_published(described, foreign.configuration)
+    text = described.model.text.model_copy(update={"tokenizer": _tokenizer(foreign)})
+    recipe = Recipe(
+        data=described.data,
+        model=described.model.model_copy(update={"text": text}),
+        losses=Losses(spatial_global=GlobalLoss(kind="sigmoid" if described.is_sigmoid else "infonce")),
+        train=Train(global_batch_size=1),
+    )
+    mistakes = check(recipe)
+    if mistakes:
+        raise UsageError("\n".join(f"{foreign.shown}: {key}: {wrong}" for key, wrong in mistakes))
+    return recipe
+
+
+def _as_published(described: Architecture, name: str) -> Architecture:
+    """With the pixels that all weights share which OpenCLIP lists for this configuration.
+
+    A file does not say which of them it is. Where they differ, a warning names them.
+    """
+    published = open_clip_module("pretrained")
+    tags = {tag: published.get_pretrained_cfg(name, tag) for tag in published.list_pretrained_tags_by_model(name)}
+    kinds: dict[tuple[object, ...], list[str]] = {}
+    for tag, own in tags.items():
+        key = tuple(own.get("mean") or ()), tuple(own.get("std") or ()), own.get("resize_mode")
+        kinds.setdefault(key, []).append(tag)
+    usual = max(kinds.values(), key=len, default=[])
+    others = sorted(tag for own in kinds.values() if own is not usual for tag in own)
+    if others:
+        warn(
+            f"open_clip:{name}: the weights {', '.join(others)} read other pixels than {', '.join(usual)}; for one of "
+            "them correct data.pixel_mean, data.pixel_std and data.resize in the recipe of the run"
+        )
+    quick = [tag for tag, own in tags.items() if own.get("quick_gelu")]
+    if quick and described.model.text.activation == "gelu":
+        warn(
+            f"open_clip:{name}: GELU; the weights {', '.join(quick)} were trained with QuickGELU and need "
+            f"{name}-quickgelu; a file does not say which it was trained with"
+        )
+    return with_preprocessing(described, tags[usual[0]]) if usual else described
+
+
+def _tokenizer(foreign: Foreign) -> TokenizerFile | None:
+    wanted = foreign.architecture.tokenizer
+    if wanted is None:
+        return None
+    file = foreign.folder / TOKENIZER
+    if not file.is_file():
+        raise UsageError(
+            f"{foreign.shown}: its tokenizer is missing; download {TOKENIZER} and tokenizer_config.json of "
+            f"{wanted.name} into {foreign.folder}"
+        )
+    tokens = tokenizer_from(str(file))
+    beside = file.with_name("tokenizer_config.json")
+    special = read_object(beside) if beside.is_file() else {}
+
+    def id_of(key: str, *usual: str) -> int | None:
+        given = special.get(key)
+        given = given.get("content") if isinstance(given, Mapping) else given
+        names = [given] if isinstance(given, str) else usual
+        return next((own for name in names if (own := tokens.token_to_id(name)) is not None), None)
+
+    pad_id = id_of("pad_token", "<pad>", "[PAD]")
+    if pad_id is None:
+        raise UsageError(f"{file}: no padding token; {beside.name} names it as pad_token")
+    separator = id_of("sep_token", "[SEP]") if wanted.zeroes_separator else None
+    return TokenizerFile(file=str(file), pad_id=pad_id, zero_id=separator, clean=wanted.clean)
+
+
+def _fitted(foreign: Foreign, recipe: Recipe) -> dict[str, Tensor]:
+    """The weights by our names, in fp32, exactly those of the recipe's model.
+
+    Raises:
+        UsageError: they are those of another architecture, or not finite.
+    """
+    place = foreign.shown
+    theirs: dict[str, Tensor] = {}
+    for file in foreign.files:
+        theirs |= read_weights(file)
+    with torch.device("meta"):
+        model = build_model(recipe)
+    weights = _as_built(from_open_clip(theirs, source=place), model)
+    own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    given = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    wrong = [
+        f"{name} {given.get(name, 'missing')} (expected {own.get(name, 'none')})"
+        for name in sorted(own.keys() | given.keys())
+        if own.get(name) != given.get(name)
+    ]
+    if wrong:
+        cure = "name its own architecture" if foreign.configuration else "the configuration beside it is another's"
+        raise UsageError(f"{place}: weights of another model: {'; '.join(wrong[:3])}; {len(wrong)} differ; {cure}")
+    broken = [name for name, tensor in weights.items() if not tensor.isfinite().all()]
+    if broken:
+        raise UsageError(f"{place}: {broken[0]} holds NaN or infinity; use another copy of the weights")
+    if recipe.model.text.activation == "gelu" and all(name in theirs for name in OF_OPENAI):
+        warn(f"{place}: a file of OpenAI, whose models use QuickGELU; name {foreign.configuration}-quickgelu")
+    return {name: tensor.float() for name, tensor in weights.items()}
+
+
+def _as_built(weights: dict[str, Tensor], model: CLIP) -> dict[str, Tensor]:
+    """With the parts of timm's towers that OpenCLIP's do without, at values that change nothing."""
+    own = model.state_dict()
+    bias = "vision.trunk.patch_embed.proj.bias"
+    if bias in own and bias not in weights:
+        weights[bias] = torch.zeros(own[bias].shape)
+    for kind in ("weight", "bias"):
+        last, behind_mean = f"vision.trunk.norm.{kind}", f"vision.trunk.fc_norm.{kind}"
+        if behind_mean in own and last in weights:
+            weights[behind_mean] = weights.pop(last)
+    return weights

@@ -1,0 +1,154 @@
+"""Weights of other programs as a RUN: features equal those of their own classes."""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import pytest
+import torch
+from foreign_for_tests import CONFIGURATIONS, WORDS, towers_of_timm, write_open_clip, write_transformers
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from mlip_cli.errors import UsageError
+from mlip_cli.recipe.architecture import of_open_clip
+from mlip_cli.runs import importing
+from mlip_cli.runs.foreign import open_clip_configuration
+from mlip_cli.runs.loading import LoadedRun, load_run
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.chdir(tmp_path)
+    with towers_of_timm():
+        yield
+
+
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is said and warned of."""
+    lines: list[str] = []
+    for name in ("say", "warn"):
+        monkeypatch.setattr(importing, name, lines.append)
+    return lines
+
+
+def pictures() -> Tensor:
+    return torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+def assert_same(run: LoadedRun, images: Tensor, texts: Tensor) -> None:
+    """Features of the run equal these, and differ between pictures and between texts."""
+    with torch.no_grad():
+        mine = (
+            run.model.encode_image(pictures(), run.model.plan),
+            run.model.encode_text(run.tokenizer.encode(WORDS)),
+        )
+    for own, other in zip(mine, (images, texts), strict=True):
+        own, other = normalize(own, dim=-1), normalize(other, dim=-1)
+        torch.testing.assert_close(own, other, rtol=0, atol=1e-5)
+        assert (other[0] - other[1:]).norm(dim=-1).min() > 0.01
+
+
+@pytest.mark.parametrize("kind", CONFIGURATIONS)
+def test_features_equal_open_clips(kind: str) -> None:
+    theirs = write_open_clip(Path(kind), CONFIGURATIONS[kind])
+    run = load_run(kind, device="cpu")
+    text = CONFIGURATIONS[kind]["text_cfg"]
+    ids = open_clip.get_tokenizer("ViT-B-32", context_length=16)(WORDS)
+    if "hf_tokenizer_name" in text:
+        options = text.get("tokenizer_kwargs", {})
+        ids = open_clip.tokenizer.HFTokenizer(kind, context_length=16, **options)(WORDS)
+    with torch.no_grad():
+        assert_same(run, theirs.encode_image(pictures()), theirs.encode_text(ids))
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_features_equal_those_of_transformers(kind: str) -> None:
+    theirs = write_transformers(Path(kind), kind)
+    run = load_run(kind, device="cpu")
+    ids = run.tokenizer.encode(WORDS)
+    with torch.no_grad():
+        images, texts = theirs.get_image_features(pictures()), theirs.get_text_features(ids)
+    images, texts = (getattr(own, "pooler_output", own) for own in (images, texts))
+    assert_same(run, images, texts)
+
+
+def test_the_second_call_finds_the_run_and_other_weights_get_another(said: list[str]) -> None:
+    write_open_clip(Path("laion"), CONFIGURATIONS["laion"])
+    first, second = (load_run("laion", device="cpu").checkpoint for _ in range(2))
+    assert first == second
+    assert re.fullmatch(r"laion: copied into the run runs/foreign/laion-[0-9a-f]{8} \(\d+ MB\)", said[0])
+    assert re.fullmatch(r"laion: run runs/foreign/laion-[0-9a-f]{8}", said[1])
+    origin = json.loads((first / "origin.json").read_text())
+    assert origin["source"] == str(Path("laion/open_clip_model.safetensors").absolute())
+    weights = open_clip.factory.load_state_dict("laion/open_clip_model.safetensors")
+    torch.save({"state_dict": {f"module.{name}": 2 * tensor for name, tensor in weights.items()}}, "other.pt")
+    Path("laion/open_clip_model.safetensors").unlink()
+    Path("other.pt").rename("laion/open_clip_pytorch_model.bin")
+    assert load_run("laion", device="cpu").checkpoint != first
+
+
+def test_pixels_are_those_of_the_configuration() -> None:
+    write_open_clip(
+        Path("own"), CONFIGURATIONS["laion"], mean=[0.1, 0.2, 0.3], std=[0.4, 0.5, 0.6], resize_mode="squash"
+    )
+    data = load_run("own", device="cpu").recipe.data
+    assert (data.pixel_mean, data.pixel_std, data.resize) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6), "squash")
+    assert of_open_clip(open_clip_configuration("ViT-B-16-SigLIP2"), source="x").data.pixel_mean == (0.5, 0.5, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            {"vision_cfg": {"layers": [3, 4, 6, 3]}},
+            "vision_cfg.layers [3, 4, 6, 3]: no such part here; ",
+        ),
+        ({"vision_cfg": {"attentional_pool": True}}, "vision_cfg.attentional_pool True: no such part here"),
+        ({"text_cfg": {"hf_model_name": "roberta-base"}}, "text_cfg.hf_model_name roberta-base: no such part here"),
+        ({"multimodal_cfg": {"width": 512}}, "multimodal_cfg {'width': 512}: no such part here"),
+        ({"vision_cfg": {"image_size": [32, 48]}}, "vision_cfg.image_size [32, 48]: mlip reads square pictures only"),
+        ({"text_cfg": {"norm_kwargs": {"bias": False}}}, "text_cfg.norm_kwargs {'bias': False}: no such part here"),
+    ],
+)
+def test_configurations_with_parts_that_are_not_ours_are_refused(change: dict[str, Any], words: str) -> None:
+    changed = dict(CONFIGURATIONS["laion"])
+    for key, value in change.items():
+        changed[key] = changed.get(key, {}) | value
+    with pytest.raises(UsageError) as refused:
+        of_open_clip(changed, source="tiny")
+    assert str(refused.value).startswith(f"tiny: {words}")
+
+
+def test_weights_of_another_architecture_are_refused() -> None:
+    write_open_clip(Path("laion"), CONFIGURATIONS["laion"])
+    described = json.loads(Path("laion/open_clip_config.json").read_text())
+    described["model_cfg"]["vision_cfg"]["width"] = 48
+    Path("laion/open_clip_config.json").write_text(json.dumps(described))
+    with pytest.raises(UsageError, match=r"^laion: weights of another model: image_projection\.weight \(16, 32\) "):
+        load_run("laion", device="cpu")
+    assert not list(Path("runs/foreign").glob("*"))
+
+
+def test_a_missing_tokenizer_is_named_with_its_origin() -> None:
+    write_open_clip(Path("siglip"), CONFIGURATIONS["siglip"])
+    Path("siglip/tokenizer.json").unlink()
+    with pytest.raises(
+        UsageError,
+        match=r"^siglip: its tokenizer is missing; download tokenizer\.json and tokenizer_config\.json of somebody/tok",
+    ):
+        load_run("siglip", device="cpu")
+
+
+def test_numbers_that_are_not_finite_are_refused() -> None:
+    write_open_clip(Path("laion"), CONFIGURATIONS["laion"])
+    weights = open_clip.factory.load_state_dict("laion/open_clip_model.safetensors")
+    weights["ln_final.bias"][3] = torch.nan
+    Path("laion/open_clip_model.safetensors").unlink()
+    torch.save(weights, "laion/open_clip_pytorch_model.bin")
+    with pytest.raises(UsageError, match=r"^laion: text\.norm\.bias holds NaN or infinity; use another copy"):
+        load_run("laion", device="cpu")
