@@ -24,6 +24,7 @@ ORDER = (
     {"profiling"},
     {"evaluate"},
     {"report"},
+    {"export"},
     {"commands"},
     {"cli", "__main__"},
 )
