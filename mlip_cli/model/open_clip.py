@@ -49,6 +49,13 @@ OUTSIDE_BLOCKS = {
     "logit_scale": "log_scales.spatial_global",
     "logit_bias": "logit_biases.spatial_global",
 }
+PATCH_BIAS = "vision.trunk.patch_embed.proj.bias"
+FROM_OURS = {
+    **{ours: theirs for theirs, ours in reversed(OUTSIDE_BLOCKS.items()) if ours != PATCH_BIAS},
+    "vision.trunk.fc_norm.weight": "visual.ln_post.weight",
+    "vision.trunk.fc_norm.bias": "visual.ln_post.bias",
+}
+"""Our names -> those of OpenCLIP's own classes, which come first in `OUTSIDE_BLOCKS`."""
 TRANSPOSED = ("visual.proj", "text_projection")
 """(D, E) in OpenCLIP, (E, D) here."""
 LEADING_AXES = {"visual.class_embedding": 2, "visual.positional_embedding": 1}
@@ -203,3 +210,46 @@ def _our_name(name: str) -> str | None:
     if blocks not in BLOCKS or module not in MODULES_OF_A_BLOCK:
         return None
     return f"{BLOCKS[blocks]}.{number}.{MODULES_OF_A_BLOCK[module]}{kind}"
+
+
+def to_open_clip(weights: Mapping[str, Tensor], *, of_timm: bool, custom_text: bool) -> dict[str, Tensor]:
+    """Our weights by OpenCLIP's names and in its shapes: the inverse of `from_open_clip`.
+
+    Parts that only ours has are left out, but for the scale and the bias of spatial_global. A bias of the patch
+    embedding is added to the positions, which changes nothing.
+
+    Args:
+        of_timm: the image tower is OpenCLIP's wrapper of timm, not its own ViT.
+        custom_text: the text tower is a module of its own, so that its names begin with `text.`.
+    """
+    found: dict[str, Tensor] = {}
+    for name, tensor in weights.items():
+        if of_timm and name.startswith("vision."):
+            found[name.replace("vision.", "visual.", 1)] = tensor
+            continue
+        if of_timm and name.startswith("image_projection."):
+            found[name.replace("image_projection", "visual.head.proj")] = tensor
+            continue
+        theirs = _their_name(name)
+        if theirs is None:
+            continue
+        if theirs == "visual.positional_embedding" and PATCH_BIAS in weights:
+            tensor = torch.cat([tensor[:, :1], tensor[:, 1:] + weights[PATCH_BIAS]], dim=1)
+        if theirs == "text_projection" and "text_projection.bias" in weights:
+            theirs = "text_projection.weight"
+        tensor = tensor.T if theirs in TRANSPOSED else tensor.reshape(tensor.shape[LEADING_AXES.get(theirs, 0) :])
+        is_text = name.startswith(("text.", "text_projection."))
+        found["text." * (custom_text and is_text) + theirs] = tensor.reshape(()) if theirs in SCALARS else tensor
+    return found
+
+
+def _their_name(name: str) -> str | None:
+    if name in FROM_OURS:
+        return FROM_OURS[name]
+    for theirs, blocks in BLOCKS.items():
+        in_block = re.fullmatch(rf"{re.escape(blocks)}\.(\d+)\.(.+\.)(weight|bias|gamma)", name)
+        if in_block is not None:
+            number, module, kind = in_block.groups()
+            their_module = next(other for other, own in MODULES_OF_A_BLOCK.items() if own == module)
+            return f"{theirs}.{number}.{their_module}{kind}"
+    return None
