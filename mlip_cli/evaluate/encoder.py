@@ -13,6 +13,7 @@ from mlip_cli.data.pictures import RejectedPictureError, pillow_to_rgb
 from mlip_cli.data.transforms import evaluation_transform
 from mlip_cli.evaluate.validation import tokenize
 from mlip_cli.evaluate.zeroshot import normalized, text_features
+from mlip_cli.recipe.merge_plan import MergePlan
 from mlip_cli.runs.loading import LoadedRun, MergedEncoder, at_rate, load_run
 from mlip_cli.terminal.output import plural, warn
 
@@ -51,6 +52,11 @@ class ImageTextEncoder:
     def merge_rate(self) -> float:
         """The fraction of patch tokens that merge away, as whole tokens allow it."""
         return self._encoder.plan.rate
+
+    @property
+    def plan(self) -> MergePlan:
+        """The merges behind it."""
+        return self._encoder.plan
 
     def encode_image(
         self, images: Sequence[Picture], *, merge_rate: float | None = None, batch_size: int = BATCH_SIZE

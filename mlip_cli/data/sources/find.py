@@ -224,6 +224,22 @@ def find_source(source: str, *, format: str = "auto", read: ReadOptions = ANY_CO
     raise UsageError(f"{source}: {why}; looked for {LOOKED_FOR}")
 
 
+def find_pictures(source: str) -> tuple[DataSource, Iterator[Record]]:
+    """Recognise SOURCE where pictures need no captions, and its records, whose captions are not checked.
+
+    A folder with pictures gives them all, with the texts beside them; everything else is read as `find_source` says.
+
+    Raises:
+        UsageError: as `find_source`.
+    """
+    found = _found(source, "auto")
+    inner = found.unwrapped()
+    if inner.is_folder and inner.images():
+        return inner, sidecar_records(inner.root, inner.images(), inner.sidecars)
+    known = find_source(source)
+    return known, SOURCE_FORMATS[known.format].records(known, ANY_COLUMNS)
+
+
 def _missing(found: DataSource) -> str:
     """What a source of no known format lacks."""
     if found.images():
