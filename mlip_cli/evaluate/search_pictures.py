@@ -48,10 +48,12 @@ class SearchPictures(Protocol):
 
     place: str
     """Where they lie, absolute."""
-    keys: NDArray[np.uint64]
-    """(N,): a number that changes with a picture. By 64 bits, two of a million share one with a chance of 3e-8."""
     passed_over: PassedOver
     """Rows without a picture; pictures that cannot be decoded are added to it."""
+
+    @property
+    def keys(self) -> NDArray[np.uint64]:
+        """(N,): a number that changes with a picture. By 64 bits, two of a million share one with a chance of 3e-8."""
 
     def read(self, number: int) -> FoundPicture:
         """One picture. Not for several threads at once.
@@ -93,7 +95,11 @@ class PreparedPictures:
         self.place, self.datasets = place, datasets
         self.passed_over = PassedOver()
         self._ends = list(accumulate(dataset.num_samples for dataset in datasets))
-        self.keys = np.concatenate([_keys_of_shards(dataset) for dataset in datasets])
+
+    @cached_property
+    def keys(self) -> NDArray[np.uint64]:
+        """A picture is another one once its shard or its place in it has changed."""
+        return np.concatenate([_keys_of_shards(dataset) for dataset in self.datasets])
 
     @cached_property
     def attribution(self) -> tuple[str, ...]:
@@ -126,7 +132,6 @@ class PreparedPictures:
 
 
 def _keys_of_shards(dataset: ShardDataset) -> NDArray[np.uint64]:
-    """A shard never changes under one sha256, so that and the place in it say which picture it is."""
     keys = []
     for shard in dataset.card["shards"]:
         identity = shard.get("sha256") or f"{dataset.fingerprint} {shard['name']}"
@@ -143,7 +148,11 @@ class ListedPictures:
     pictures: Sequence[PicturePlace | PictureBytes]
     captions: Sequence[str | None]
     passed_over: PassedOver = field(default_factory=PassedOver)
-    attribution: tuple[str, ...] = ()
+
+    @property
+    def attribution(self) -> tuple[str, ...]:
+        """Nobody says what their licences ask for."""
+        return ()
 
     @cached_property
     def keys(self) -> NDArray[np.uint64]:

@@ -251,7 +251,7 @@ def _opened(path: Path, dim: int, *, with_vectors: bool) -> _File:
     vectors = np.memmap(path, "<f4", mode="r", offset=HEADER.itemsize + 8 * n, shape=(n, dim))
     if zlib.crc32(keys.tobytes()) != header["crc_keys"][0]:
         raise DamagedVectorsError(path, "the checksum of its keys is wrong")
-    if with_vectors and zlib.crc32(vectors) != header["crc_vectors"][0]:
+    if with_vectors and zlib.crc32(vectors.data) != header["crc_vectors"][0]:
         raise DamagedVectorsError(path, "the checksum of its vectors is wrong")
     return _File(path, keys, vectors)
 

@@ -83,9 +83,7 @@ def _legend(result: SearchResult) -> Html:
 
 def _section(number: int, query: Query, asked: bytes | None, found: Sequence[bytes | None]) -> Html:
     cut = cut_words(query)
-    question = None
-    if asked is not None:
-        question = element("div", image(asked, WEBP, alt=query.words), class_="question")
+    question = None if asked is None else element("div", image(asked, WEBP, alt=query.words), class_="question")
     shown = (
         element("p", shortened(query.words, SHOWN_LENGTH), class_="asked") if len(query.words) > TITLE_LENGTH else None
     )
@@ -93,7 +91,7 @@ def _section(number: int, query: Query, asked: bytes | None, found: Sequence[byt
     return section(
         f"query-{number}",
         shortened(query.words, TITLE_LENGTH),
-        question,
+        element("div", question, class_="row") if question else None,
         shown,
         note(f"{cut[0].upper()}{cut[1:]}.") if cut else None,
         element("ol", *matches, class_="found matches"),
