@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -187,6 +187,14 @@ def eval_zeroshot(
             metavar="RUN", parser=checked_measured_run, help="Run folders or checkpoints. Default: the newest run."
         ),
     ] = None,
+    task: Annotated[
+        Literal["zeroshot", "retrieval"],
+        typer.Option(
+            metavar="NAME",
+            help="zeroshot: classification. retrieval: pictures and captions find each other, by default those of the "
+            "recipe's data.validation.",
+        ),
+    ] = "zeroshot",
     dataset: Datasets = None,
     merge_rate: Annotated[
         list[list] | None,
@@ -199,11 +207,12 @@ def eval_zeroshot(
     device: Device = "auto",
     json: Json = False,
 ) -> None:
-    """Classify the pictures of data sets by text alone."""
+    """Classify the pictures of data sets by text alone, or find pictures by captions."""
     from mlip_cli.commands import eval_zeroshot as command
 
     command.eval_zeroshot(
         runs or [],
+        task=task,
         datasets=flat(dataset or []),
         merge_rates=flat(merge_rate or []),
         data_root=data_root,

@@ -85,7 +85,13 @@ def evaluate(
     rates: tuple[float, ...] = (),
     as_json: bool = True,
 ) -> None:
-    common: dict[str, Any] = {"data_root": None, "batch_size": 16, "device": "cpu", "as_json": as_json}
+    common: dict[str, Any] = {
+        "task": "zeroshot",
+        "data_root": None,
+        "batch_size": 16,
+        "device": "cpu",
+        "as_json": as_json,
+    }
     command.eval_zeroshot(runs, datasets=datasets, merge_rates=rates, **common)
 
 

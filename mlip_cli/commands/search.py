@@ -56,7 +56,7 @@ def search(
         encoder = load_encoder(str(checkpoint), device=device, merge_rate=merge_rate)
         result, thumbnails = search_pictures(encoder, pictures, asked, images=images, top=top, batch_size=batch_size)
     path = out or encoder.loaded.run.folder / "search.html"
-    write_page(path, search_page(result, thumbnails, written=written_line()))
+    write_page(path, search_page(result, thumbnails, written=written_line("the model and the pictures")))
     if as_json:
         print_json({**result.to_json(), "page": str(path)})
     else:
