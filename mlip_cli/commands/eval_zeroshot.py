@@ -1,4 +1,4 @@
-"""`mlip eval-zeroshot`: classification or retrieval by runs at merge rates. Only results that are missing are measured."""
+"""`mlip eval-zeroshot`: classification or retrieval by runs at merge rates. Only missing results are measured."""
 
 from collections.abc import Mapping, Sequence
 from functools import partial

@@ -105,7 +105,7 @@ def print_retrieval(measured: Mapping[str, Sequence[Measured[Any]]], *, failed: 
 
 
 def retrieval_sections(record: RunRecord) -> list[Html]:
-    """Scores of every checkpoint and rate, later steps first, each tested against the first row; none if not measured."""
+    """Scores of every checkpoint and rate, later steps first, each tested against the first; none if not measured."""
     parts: list[Html] = []
     found = record.all_of(RetrievalResult)
     for name, own in by_data((result.data, result) for result in found).items():
