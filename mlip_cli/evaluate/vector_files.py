@@ -27,8 +27,8 @@ assert HEADER.itemsize == 64
 ENDING = ".vectors"
 
 CHECKED_BYTES = 256 << 20
-"""Up to so many bytes the checksums of all vectors are tested at each search, in a quarter of a second. Of more, only
-those of the headers and keys are; cosines beyond 1 still show damage."""
+"""So many bytes of vectors are compared with their checksums at each search, in a quarter of a second. Of more, only
+headers, lengths and keys are; cosines that are not in [-1, 1] still show some damage."""
 CHUNK_ROWS = 16_384
 MOST_FILES = 64
 """More files, or more rows that belong to no picture than rows that do, are written anew as one."""
@@ -71,10 +71,11 @@ class VectorFiles:
     def open(self) -> None:
         """Look at the files that are there now. A damaged file is deleted, with a warning."""
         self._files = []
-        unchecked = sum(path.stat().st_size for path in self._paths()) > CHECKED_BYTES
+        room = CHECKED_BYTES
         for path in self._paths():
             try:
-                self._files.append(_opened(path, self.dim, with_vectors=not unchecked))
+                room -= path.stat().st_size
+                self._files.append(_opened(path, self.dim, with_vectors=room >= 0))
             except DamagedVectorsError as error:
                 self._drop(error)
             except FileNotFoundError:  # another search has just written it anew in a larger one
@@ -99,7 +100,10 @@ class VectorFiles:
         except OSError:
             self._files.append(_File(self.folder, keys, vectors))
             raise
-        self._files.append(_opened(path, self.dim, with_vectors=False))
+        try:
+            self._files.append(_opened(path, self.dim, with_vectors=False))
+        except FileNotFoundError:  # another search has just written it anew in a larger one
+            self._files.append(_File(self.folder, keys, vectors))
 
     def search(self, queries: NDArray[np.float32], keys: NDArray[np.uint64], *, k: int) -> list[Nearest]:
         """The k nearest of the pictures with these keys to each query: (Q, dim), (n,) -> Q results, exact.
