@@ -207,7 +207,7 @@ def eval_zeroshot(
     device: Device = "auto",
     json: Json = False,
 ) -> None:
-    """Classify the pictures of data sets by text alone, or find pictures by captions."""
+    """Classify pictures by text alone, or measure retrieval."""
     from mlip_cli.commands import eval_zeroshot as command
 
     command.eval_zeroshot(
@@ -225,9 +225,6 @@ def eval_zeroshot(
 @app.command(epilog="Example: mlip search runs/openmoji 'a red heart' --images data/openmoji")
 def search(
     run: Annotated[str, typer.Argument(metavar="RUN", parser=checked_measured_run, help="Run folder or checkpoint.")],
-    texts: Annotated[
-        list[str] | None, typer.Argument(metavar="TEXT", help="What to search for; several texts are several searches.")
-    ] = None,
     images: Annotated[
         str,
         typer.Option(
@@ -235,7 +232,10 @@ def search(
             metavar="PATH",
             help="Pictures to search among: a folder, a table, tars, or what prepare-data wrote.",
         ),
-    ] = ...,  # type: ignore[assignment]
+    ],
+    texts: Annotated[
+        list[str] | None, typer.Argument(metavar="TEXT", help="What to search for; several texts are several searches.")
+    ] = None,
     image: Annotated[
         list[Path] | None,
         typer.Option(parser=checked_file, metavar="FILE", help="Search for pictures like this one. May be repeated."),
@@ -253,7 +253,7 @@ def search(
     device: Device = "auto",
     json: Json = False,
 ) -> None:
-    """Find the pictures that are nearest to a text or to a picture."""
+    """Find the pictures nearest to a text or a picture."""
     from mlip_cli.commands import search as command
 
     command.search(
