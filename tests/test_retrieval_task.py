@@ -10,7 +10,7 @@ import pytest
 import torch
 from models_for_tests import make_run, small_recipe
 from shards_for_tests import make_dataset
-from sources_for_tests import picture, write_files, write_sidecars
+from sources_for_tests import picture, write_files, write_sidecars, write_tar
 from torch.nn.functional import normalize
 
 from mlip_cli.commands import eval_zeroshot as command
@@ -226,6 +226,19 @@ def test_a_folder_with_texts_is_pairs(tmp_path: Path) -> None:
     write_sidecars(tmp_path / "mine", 7)
     [pairs] = find_pairs(f"pairs:{tmp_path / 'mine'}", root=None, recipes=[]).open()
     assert pairs.num_samples == 7
+
+
+def test_web_shards_of_clip_benchmark_are_pairs(tmp_path: Path) -> None:
+    """As clip_benchmark_export_wds writes a data set of captions: a text with a caption a line beside each picture."""
+    members: dict[str, bytes | str] = {}
+    for i in range(4):
+        members |= {f"{i:07d}.png": picture(i), f"{i:07d}.txt": "\n".join(f"caption {n} of {i}" for n in range(5))}
+    write_tar(tmp_path / "wds_flickr30k/test/0.tar", members)
+    [pairs] = find_pairs(f"pairs:{tmp_path / 'wds_flickr30k/test'}", root=None, recipes=[]).open()
+    assert [[own.text for own in pairs.read(i).captions] for i in range(4)] == [
+        [f"caption {n} of {i}" for n in range(5)] for i in range(4)
+    ]
+    assert [pairs.read(i).image for i in range(4)] == [picture(i) for i in range(4)]
 
 
 @pytest.mark.parametrize(

@@ -117,6 +117,19 @@ def test_a_folder_a_table_tars_and_shards_hold_the_same_pictures(
     assert {name.split("/")[0] for name in names(found(capsys))} == {"train", "validation"}
 
 
+def test_all_pictures_of_a_folder_are_searched_with_the_captions_of_its_table(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_files(place / "mine", {f"in/{i}.png": picture(i) for i in range(6)})
+    rows = "".join(f"in/{i}.png,caption {i}\n" for i in (0, 1, 9))
+    write_files(place / "mine", {"metadata.csv": f"file_name,caption\n{rows}", "in/4.txt": "beside it"})
+    search("a red square", images="mine", top=9)
+    result = found(capsys)
+    captions = {own["picture"]: own["caption"] for own in result["queries"][0]["found"]}
+    assert captions == {f"in/{i}.png": {0: "caption 0", 1: "caption 1", 4: "beside it"}.get(i) for i in range(6)}
+    assert result["passed_over"].startswith("1 picture missing (first: metadata.csv: row 2: in/9.png: no such file")
+
+
 def test_broken_pictures_are_counted_and_named(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_files(
         place / "mine", {**{f"{i}.png": picture(i) for i in range(4)}, "no.jpg": b"text", "cut.png": picture(9)[:60]}
@@ -124,10 +137,10 @@ def test_broken_pictures_are_counted_and_named(place: Path, capsys: pytest.Captu
     search("a red square", images="mine")
     result = found(capsys)
     assert result["num_pictures"] == 4
-    assert "1 pictures: damaged picture (first: cut.png: " in result["passed_over"]
-    assert "1 pictures: not a picture (first: no.jpg: not JPEG, PNG" in result["passed_over"]
+    assert "1 damaged picture (first: cut.png: " in result["passed_over"]
+    assert "1 not a picture (first: no.jpg: not JPEG, PNG" in result["passed_over"]
     write_files(place / "bad", {"a.png": b"text"})
-    with pytest.raises(UsageError, match="--images bad: none of its pictures can be used: 1 pictures: not a picture"):
+    with pytest.raises(UsageError, match="--images bad: none of its pictures can be used: 1 not a picture"):
         search("a red square", images="bad")
 
 

@@ -220,7 +220,7 @@ def _decoded(
             pixels = pool.map(_pixels, [picture.content for _, picture in batch])
             for (number, picture), found in zip(batch, pixels, strict=True):
                 if isinstance(found, RejectedPictureError):
-                    pictures.passed_over.add(f"pictures: {found.reason}", f"{picture.name}: {found.detail}")
+                    pictures.passed_over.add(found.reason, f"{picture.name}: {found.detail}")
                 else:
                     own.append((number, found))
             if own:

@@ -23,7 +23,6 @@ from mlip_cli.data.sources.listing import PassedOver
 from mlip_cli.data.sources.records import PictureBytes, PicturePlace, Record
 from mlip_cli.errors import UsageError
 from mlip_cli.files import GIB
-from mlip_cli.terminal.output import plural
 
 MOST_BYTES_IN_TABLES = 2 * GIB
 """Pictures inside tables stay in memory while they are searched."""
@@ -180,11 +179,9 @@ def _listed(images: str, records: Iterable[Record], *, root: Path) -> ListedPict
     num_bytes = 0
     for record in records:
         picture = record.picture
-        name = _name(record, root)
         if picture is None:
-            passed_over.add(
-                f"rows: {record.reject or 'no picture'}", f"{name}: {record.detail}" if record.detail else name
-            )
+            row = f"{record.file}: row {record.row}"
+            passed_over.add(record.reject or "no picture", f"{row}: {record.detail}" if record.detail else row)
             continue
         if isinstance(picture, PicturePlace) and picture.is_compressed:
             raise UsageError(
@@ -198,7 +195,7 @@ def _listed(images: str, records: Iterable[Record], *, root: Path) -> ListedPict
                 gib = MOST_BYTES_IN_TABLES // GIB
                 cure = "prepare it with mlip prepare-data, and name the folder that this writes"
                 raise UsageError(f"--images {images}: over {gib} GiB of pictures inside a table; {cure}")
-        found[picture] = first if first is not None and first[1] else (name, caption)
+        found[picture] = first if first is not None and first[1] else (_name(record, root), caption)
     if not found:
         why = f": {passed_over.in_words()}" if passed_over.counts else ""
         raise UsageError(f"--images {images}: no pictures{why}")
@@ -246,10 +243,4 @@ def read_all(pictures: SearchPictures, numbers: Iterable[int]) -> Iterator[tuple
         try:
             yield number, pictures.read(number)
         except RejectedPictureError as error:
-            pictures.passed_over.add(f"pictures: {error.reason}", f"{pictures.name(number)}: {error.detail}")
-
-
-def in_words(pictures: SearchPictures, num_searched: int) -> str:
-    """`3,010 pictures; passed over: 1 pictures: damaged picture (first: a.png: ...)`"""
-    words = plural(num_searched, "picture")
-    return f"{words}; passed over: {pictures.passed_over.in_words()}" if pictures.passed_over.counts else words
+            pictures.passed_over.add(error.reason, f"{pictures.name(number)}: {error.detail}")
