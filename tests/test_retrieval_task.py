@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from models_for_tests import make_run, small_recipe
+from results_for_tests import recalls
 from shards_for_tests import make_dataset
 from sources_for_tests import picture, write_files, write_sidecars, write_tar
 from torch.nn.functional import normalize
@@ -20,6 +21,8 @@ from mlip_cli.errors import RunError, UsageError
 from mlip_cli.evaluate.datasets.pairs import find_pairs
 from mlip_cli.evaluate.datasets.pictures import read_picture
 from mlip_cli.evaluate.merge_points import sweep_points
+from mlip_cli.evaluate.results import PairedTest
+from mlip_cli.evaluate.retrieval_results import RetrievalResult
 from mlip_cli.evaluate.sweep import retrieval
 from mlip_cli.evaluate.validation import validation_pairs
 from mlip_cli.runs.loading import load_run
@@ -144,10 +147,29 @@ def test_a_sweep_finds_the_same(place: Path, capsys: pytest.CaptureFixture[str])
     assert pairs is not None
     swept = retrieval(pairs, "f", sweep_points(loaded, [0.5], []))
     for point, own in zip(swept.points, found, strict=True):
-        assert [point.text_to_image.r1, point.image_to_text.r10] == [
-            own["text_to_image"]["r1"],
-            own["image_to_text"]["r10"],
-        ]
+        assert point.text_to_image.r1 == own["text_to_image"]["r1"]
+        assert point.image_to_text.r10_interval == tuple(own["image_to_text"]["r10_interval"])
+    tests = {name: vars(test) for name, test in swept.points[1].paired.items()}
+    assert {name: test for name, test in found[1]["compared_to_first"].items() if name != "first"} == tests
+
+
+def test_captions_of_a_picture_count_together_in_tests() -> None:
+    """One of two pictures wins with all its captions: by single captions this would look certain."""
+    shared: dict[str, Any] = {
+        **dict.fromkeys(("protocol", "batch_size", "step", "image_size", "true_merge_rate", "merge_rate"), 1),
+        **dict.fromkeys(
+            ("dataset", "data_fingerprint", "checkpoint", "checkpoint_sha256", "device", "device_type"), ""
+        ),
+        "kind": "retrieval", "merge_method": None, "tokens": [], "n": 2, "num_texts": 20, "median_rank": {},
+        **dict.fromkeys(("image_to_text", "text_to_image"), recalls(1, 5, 10)),
+        "picture_of_text": " ".join("0" * 10 + "1" * 10),
+    }
+    first, other = (
+        RetrievalResult.from_json({**shared, "right": {"text_to_image_r5": right, "image_to_text_r5": "01"}})
+        for right in ("0" * 20, "1" * 10 + "0" * 10)
+    )
+    assert other.test_against(first, "text_to_image_r5") == PairedTest(difference=0.5, won=10, lost=0, p=1.0)
+    assert other.test_against(first, "image_to_text_r5").p == 1
 
 
 def test_zero_shot_results_of_the_same_data_have_files_of_their_own(place: Path) -> None:
