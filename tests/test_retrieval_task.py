@@ -160,7 +160,12 @@ def test_captions_of_a_picture_count_together_in_tests() -> None:
         **dict.fromkeys(
             ("dataset", "data_fingerprint", "checkpoint", "checkpoint_sha256", "device", "device_type"), ""
         ),
-        "kind": "retrieval", "merge_method": None, "tokens": [], "n": 2, "num_texts": 20, "median_rank": {},
+        "kind": "retrieval",
+        "merge_method": None,
+        "tokens": [],
+        "n": 2,
+        "num_texts": 20,
+        "median_rank": {},
         **dict.fromkeys(("image_to_text", "text_to_image"), recalls(1, 5, 10)),
         "picture_of_text": " ".join("0" * 10 + "1" * 10),
     }

@@ -265,6 +265,7 @@ def marks(result: dict[str, Any]) -> dict[str, bool | None]:
     return {own["picture"]: own["was_trained_on"] for own in result["queries"][0]["found"]}
 
 
+@pytest.mark.slow
 def test_pictures_of_training_are_told_apart(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (place / "run/recipe.yaml").write_text(
         (place / "run/recipe.yaml").read_text().replace(small_path(place), str(place / "data/train"))

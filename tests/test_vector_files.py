@@ -58,6 +58,7 @@ def test_recall_is_one_against_brute_force(
             assert nearest.items.tolist() == best
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_rows_of_other_pictures_and_double_rows_do_not_matter(
