@@ -34,6 +34,7 @@ demo: $(READY) ## Prepare OpenMoji, pretrain CLIP and MLIP, compare and report b
 		{ ls runs/openmoji/evals/merge_sweep_* >/dev/null 2>&1 || \
 			$(MLIP) merge-sweep runs/openmoji --rates 0.3,0.5 --dataset openmoji_combinations; } && \
 		{ ls runs/openmoji/evals/profile_* >/dev/null 2>&1 || $(MLIP) profile runs/openmoji; } && \
+		$(MLIP) search runs/openmoji "woman judge: dark skin tone" "flag of japan" "a red heart" --images data/openmoji && \
 		report=$$($(MLIP) report runs/openmoji_clip runs/openmoji) && \
 		echo "the demo took $$(($$(date +%s) - start)) s, installation not counted; open in a browser:" >&2 && \
 		echo "$$report"

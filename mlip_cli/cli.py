@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -28,6 +28,7 @@ from mlip_cli.terminal.options import (
 )
 from mlip_cli.terminal.output import start_logging
 from mlip_cli.terminal.values import (
+    checked_file,
     checked_measured_run,
     checked_path,
     checked_run,
@@ -35,6 +36,7 @@ from mlip_cli.terminal.values import (
     complete_override,
     complete_recipe,
     flat,
+    one_rate,
     split,
     split_rates,
 )
@@ -185,6 +187,14 @@ def eval_zeroshot(
             metavar="RUN", parser=checked_measured_run, help="Run folders or checkpoints. Default: the newest run."
         ),
     ] = None,
+    task: Annotated[
+        Literal["zeroshot", "retrieval"],
+        typer.Option(
+            metavar="NAME",
+            help="zeroshot: classification. retrieval: pictures and captions find each other, by default those of the "
+            "recipe's data.validation.",
+        ),
+    ] = "zeroshot",
     dataset: Datasets = None,
     merge_rate: Annotated[
         list[list] | None,
@@ -197,14 +207,63 @@ def eval_zeroshot(
     device: Device = "auto",
     json: Json = False,
 ) -> None:
-    """Classify the pictures of data sets by text alone."""
+    """Classify pictures by text alone, or measure retrieval."""
     from mlip_cli.commands import eval_zeroshot as command
 
     command.eval_zeroshot(
         runs or [],
+        task=task,
         datasets=flat(dataset or []),
         merge_rates=flat(merge_rate or []),
         data_root=data_root,
+        batch_size=batch_size,
+        device=device,
+        as_json=json,
+    )
+
+
+@app.command(epilog="Example: mlip search runs/openmoji 'a red heart' --images data/openmoji")
+def search(
+    run: Annotated[str, typer.Argument(metavar="RUN", parser=checked_measured_run, help="Run folder or checkpoint.")],
+    images: Annotated[
+        str,
+        typer.Option(
+            callback=checked_text,
+            metavar="PATH",
+            help="Pictures to search among: a folder, a table, tars, or what prepare-data wrote.",
+        ),
+    ],
+    texts: Annotated[
+        list[str] | None, typer.Argument(metavar="TEXT", help="What to search for; several texts are several searches.")
+    ] = None,
+    image: Annotated[
+        list[Path] | None,
+        typer.Option(parser=checked_file, metavar="FILE", help="Search for pictures like this one. May be repeated."),
+    ] = None,
+    top: Annotated[int, typer.Option(min=1, max=1_000, help="Number of pictures to show for each search.")] = 10,
+    merge_rate: Annotated[
+        float | None,
+        typer.Option(parser=one_rate, metavar="R", help="Merge rate. Default: the recipe's.", show_default=False),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(callback=checked_path, help="Page to write. Default: RUN/search.html.", show_default=False),
+    ] = None,
+    batch_size: BatchSize = 64,
+    device: Device = "auto",
+    json: Json = False,
+) -> None:
+    """Find the pictures nearest to a text or a picture."""
+    from mlip_cli.commands import search as command
+
+    command.search(
+        run,
+        texts or [],
+        image_queries=image or [],
+        images=images,
+        top=top,
+        merge_rate=merge_rate,
+        out=out,
         batch_size=batch_size,
         device=device,
         as_json=json,

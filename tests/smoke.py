@@ -15,6 +15,8 @@ COMMANDS = (
     ("pretrain", SMOKE, "--out", "runs/smoke"),
     ("eval-zeroshot", "runs/smoke", "--dataset", "openmoji,openmoji_combinations", "--merge-rate", "0,0.5"),
     ("merge-sweep", "--rates", "0.3,0.5", "--rounds", "5", "--batch-size", "16"),
+    ("eval-zeroshot", "--task", "retrieval"),
+    ("search", "runs/smoke", "a red heart", "--images", "data/openmoji"),
     ("profile", "--rounds", "5", "--batch-size", "8"),
     ("report", "runs/smoke"),
 )

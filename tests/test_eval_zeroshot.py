@@ -85,7 +85,13 @@ def evaluate(
     rates: tuple[float, ...] = (),
     as_json: bool = True,
 ) -> None:
-    common: dict[str, Any] = {"data_root": None, "batch_size": 16, "device": "cpu", "as_json": as_json}
+    common: dict[str, Any] = {
+        "task": "zeroshot",
+        "data_root": None,
+        "batch_size": 16,
+        "device": "cpu",
+        "as_json": as_json,
+    }
     command.eval_zeroshot(runs, datasets=datasets, merge_rates=rates, **common)
 
 
@@ -181,8 +187,8 @@ def test_what_is_measured_is_on_the_page_and_read_without_torch(
     first = capsys.readouterr().out
     code = (
         "import sys; from mlip_cli.commands.eval_zeroshot import eval_zeroshot\n"
-        "eval_zeroshot(['runs/clip'], datasets=['openmoji'], merge_rates=[], data_root=None, batch_size=16,"
-        " device='cpu', as_json=False)\n"
+        "eval_zeroshot(['runs/clip'], task='zeroshot', datasets=['openmoji'], merge_rates=[], data_root=None,"
+        " batch_size=16, device='cpu', as_json=False)\n"
         "heavy = {'torch', 'numpy', 'webdataset', 'open_clip', 'sklearn'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )

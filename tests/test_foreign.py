@@ -152,3 +152,22 @@ def test_numbers_that_are_not_finite_are_refused() -> None:
     torch.save(weights, "laion/open_clip_pytorch_model.bin")
     with pytest.raises(UsageError, match=r"^laion: text\.norm\.bias holds NaN or infinity; use another copy"):
         load_run("laion", device="cpu")
+
+
+def test_the_name_of_the_weights_says_how_they_read_pixels(said: list[str]) -> None:
+    """Of ViT-L-14, laion2b_s32b_b82k alone of the weights with GELU reads pixels with mean 0.5."""
+    named = {}
+    for name in ("ViT-L-14", "ViT-L-14/laion2b_s32b_b82k", "ViT-L-14-quickgelu/openai", "ViT-B-16-SigLIP/webli"):
+        described = of_open_clip(open_clip_configuration(name.partition("/")[0]), source=name)
+        architecture, _, tag = name.partition("/")
+        named[name] = importing._as_published(described, architecture, tag or None).data
+    assert [data.pixel_mean[0] for data in named.values()] == [0.48145466, 0.5, 0.48145466, 0.5]
+    assert [data.resize for data in named.values()] == ["crop", "crop", "crop", "squash"]
+    assert "laion2b_s32b_b82k" in said[0]
+    assert "as in open_clip:ViT-L-14/laion2b_s32b_b82k:FILE" in said[0]
+    assert said[1].startswith("open_clip:ViT-L-14: computed with GELU; the weights openai, ")
+    plain = of_open_clip(open_clip_configuration("ViT-L-14"), source="x")
+    with pytest.raises(UsageError, match=r"^open_clip:ViT-L-14/openai: trained with QuickGELU; write open_clip:ViT-L-14"):
+        importing._as_published(plain, "ViT-L-14", "openai")
+    with pytest.raises(UsageError, match=r"^open_clip:ViT-L-14/nobody: OpenCLIP lists no such weights; it has openai, "):
+        importing._as_published(plain, "ViT-L-14", "nobody")

@@ -55,7 +55,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
             pretrain(f"{name}.yaml", [], out=Path("runs", name), resume=False, dry_run=False, as_json=True)
         common: dict[str, Any] = {"data_root": None, "device": "cpu", "as_json": True, "batch_size": 4}
         datasets = ["folder:classes"]
-        eval_zeroshot(["runs/clip", "runs/mlip"], datasets=datasets, merge_rates=[0.0, 0.5], **common)
+        for task, names in (("zeroshot", datasets), ("retrieval", [])):
+            eval_zeroshot(["runs/clip", "runs/mlip"], task=task, datasets=names, merge_rates=[0.0, 0.5], **common)
         merge_sweep(
             "runs/mlip", rates=[0.5], methods=["guided", "tome"], datasets=datasets, rounds=3, num_pictures=2, **common
         )
@@ -197,6 +198,7 @@ def test_the_comparison_has_both_runs_their_differences_and_links(made: Path) ->
     assert '<a href="clip/report.html">clip</a>' in page
     assert "model.frequency" in page
     assert "<th>won</th><th" in page or "won</th>" in page
+    assert "validation: beside clip" in page
     assert page.count(">mlip</text>") > 5, "curves overlaid"
     galleries = [
         json.loads(next((made / name / "evals").glob("gallery_*.json")).read_text()) for name in ("clip", "mlip")
@@ -231,7 +233,7 @@ def test_damaged_files_are_named_and_left_out(runs: Path) -> None:
     report(["runs/mlip"], out=None, as_json=False)
     page = (runs / "mlip" / "report.html").read_text("utf-8")
     assert "broken.json: cannot be read (Unterminated string" in page
-    assert "strange.json: cannot be read (kind: None is not one of zeroshot, gallery," in page
+    assert "strange.json: cannot be read (kind: None is not one of zeroshot, retrieval, gallery," in page
     assert "not finite" in page
     assert re.search(r"metrics\.jsonl:\d+: not a line of metrics; left out of the report", page)
 

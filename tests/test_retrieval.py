@@ -24,7 +24,7 @@ from mlip_cli.evaluate.retrieval import (
     rank_of_first_right,
     ranks,
 )
-from mlip_cli.evaluate.validation import ValidationPairs
+from mlip_cli.evaluate.validation import validation_pairs
 
 
 class Lookup:
@@ -91,7 +91,8 @@ def test_a_nan_score_never_ranks_first() -> None:
 def test_features_that_are_not_finite_are_counted(tmp_path: Path) -> None:
     make_dataset(tmp_path / "pairs", n=6)
     recipe = small_recipe(data={"validation": [str(tmp_path / "pairs")]})
-    pairs = ValidationPairs(recipe, Tokenizer(16), device="cpu")
+    pairs = validation_pairs(recipe, Tokenizer(16), device="cpu")
+    assert pairs is not None
     encoder = SimpleNamespace(
         encode_image=lambda images: torch.where(torch.arange(len(images))[:, None] < 3, torch.nan, torch.ones(1, 4)),
         encode_text=lambda ids: torch.ones(len(ids), 4),

@@ -1,11 +1,15 @@
-"""`mlip eval-zeroshot`: runs at merge rates on data sets. Stored results are read; what is missing is measured."""
+"""`mlip eval-zeroshot`: classification or retrieval by runs at merge rates. Only missing results are measured."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from mlip_cli.errors import RunError, UsageError
-from mlip_cli.evaluate.stored import Measurement, complete, default_datasets, find_checkpoints
+from mlip_cli.evaluate.datasets.find import find_benchmark
+from mlip_cli.evaluate.datasets.pairs import find_pairs
+from mlip_cli.evaluate.stored import RETRIEVAL, TASKS, Measurement, complete, default_datasets, find_checkpoints
 from mlip_cli.evaluate.wanted import check_rates, find_wanted
+from mlip_cli.report.retrieval import print_retrieval
 from mlip_cli.report.scores import print_zeroshot
 from mlip_cli.report.write import rebuild_if_older
 from mlip_cli.terminal.output import plural, print_json, warn
@@ -14,6 +18,7 @@ from mlip_cli.terminal.output import plural, print_json, warn
 def eval_zeroshot(
     runs: Sequence[str],
     *,
+    task: str,
     datasets: Sequence[str],
     merge_rates: Sequence[float],
     data_root: Path | None,
@@ -28,14 +33,19 @@ def eval_zeroshot(
         RunError: some data sets could not be evaluated, or some results not stored; what there is is printed before.
     """
     checkpoints = find_checkpoints(runs)
-    names = list(dict.fromkeys(datasets or default_datasets(checkpoints)))
-    for checkpoint in checkpoints:
-        check_rates(checkpoint.run.read_recipe(), merge_rates)
-    wanted = find_wanted(names, root=data_root)
+    asked = TASKS[task]
+    names = list(dict.fromkeys(datasets or default_datasets(checkpoints, asked)))
+    recipes = [checkpoint.run.read_recipe() for checkpoint in checkpoints]
+    for recipe in recipes:
+        check_rates(recipe, merge_rates)
+    find = partial(find_pairs, recipes=recipes) if asked is RETRIEVAL else find_benchmark
+    wanted = find_wanted(names, root=data_root, find=find)
     rates: list[float | None] = list(dict.fromkeys(merge_rates)) or [None]
     rows = {
         benchmark.name: [
-            Measurement(checkpoint, benchmark, rate, batch_size, device) for checkpoint in checkpoints for rate in rates
+            Measurement(checkpoint, benchmark, rate, batch_size, device, asked)
+            for checkpoint in checkpoints
+            for rate in rates
         ]
         for benchmark in wanted.found.values()
         if benchmark is not None
@@ -50,7 +60,8 @@ def eval_zeroshot(
         failed = [{"dataset": name, "error": str(error)} for name, error in failures.items()]
         print_json({"results": flat, "failed": failed})
     else:
-        print_zeroshot(results, failed=list(failures))
+        show = print_retrieval if asked is RETRIEVAL else print_zeroshot
+        show(results, failed=list(failures))
     if unstored:
         raise RunError("\n".join(unstored))
     for run in {own.run.folder.resolve(): own.run for own in checkpoints}.values():

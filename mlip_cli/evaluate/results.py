@@ -5,12 +5,12 @@ Scores and shares are fractions in [0, 1]; intervals are 95 % intervals; times a
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field
 
 from mlip_cli.data.sources.listing import PassedOver
-from mlip_cli.evaluate.statistics import Interval
+from mlip_cli.evaluate.statistics import Interval, paired
 from mlip_cli.profiling.result import PeakMemory
 from mlip_cli.runs.result_files import Result
 
@@ -91,11 +91,22 @@ class AllFeaturesScores(ZeroshotScores):
     """Of the sum of the normalised features."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class ZeroshotResult(AllFeaturesScores, Result):
-    """One checkpoint at one merge rate on one data set."""
+@dataclass(frozen=True)
+class PairedTest:
+    """Two models on the same samples."""
 
-    KIND: ClassVar[str] = "zeroshot"
+    difference: float
+    won: int
+    """Samples that only this model gets right."""
+    lost: int
+    """Samples that only the other one gets right."""
+    p: float
+    """Of McNemar's exact test, or of its counterpart for clusters (`statistics.paired`)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluatedResult(Result):
+    """One checkpoint at one merge rate on one data set."""
 
     protocol: int
     dataset: str
@@ -118,38 +129,41 @@ class ZeroshotResult(AllFeaturesScores, Result):
     device_type: str
     n: int
     """Pictures."""
-    num_classes: int
-    num_classes_seen: int
-    """Classes with a picture."""
-    chance: float
-    majority_share: float
-    """Share of the most frequent class."""
     right: dict[str, str]
-    """For paired tests: by measure, a character (0 or 1) a picture."""
-    predicted: str
-    """Number of the class that each picture got, with spaces between them."""
-    images_per_s: float
-    timed_batches: int
-    passed_over: PassedOver = field(default_factory=PassedOver)
-    """Files of the data set that were not read."""
+    """For paired tests: by measure, a character (0 or 1) a query."""
 
     @property
     def data(self) -> tuple[str, str]:
         """The data set, and the fingerprint of its data."""
         return self.dataset, self.data_fingerprint
 
+    def clusters(self, measure: str) -> Sequence[int] | None:
+        """The cluster of each query of a measure (see `statistics.paired`); None: the queries are independent."""
+        return None
 
-@dataclass(frozen=True)
-class PairedTest:
-    """Two models on the same samples."""
+    def test_against(self, first: Self, measure: str) -> PairedTest:
+        """This result beside another one on the same data."""
+        return PairedTest(**paired(first.right[measure], self.right[measure], self.clusters(measure)))
 
-    difference: float
-    won: int
-    """Samples that only this model gets right."""
-    lost: int
-    """Samples that only the other one gets right."""
-    p: float
-    """Of McNemar's exact test, or of its counterpart for clusters (`statistics.paired`)."""
+
+@dataclass(frozen=True, kw_only=True)
+class ZeroshotResult(AllFeaturesScores, EvaluatedResult):
+    """Classification by text alone."""
+
+    KIND: ClassVar[str] = "zeroshot"
+
+    num_classes: int
+    num_classes_seen: int
+    """Classes with a picture."""
+    chance: float
+    majority_share: float
+    """Share of the most frequent class."""
+    predicted: str
+    """Number of the class that each picture got, with spaces between them."""
+    images_per_s: float
+    timed_batches: int
+    passed_over: PassedOver = field(default_factory=PassedOver)
+    """Files of the data set that were not read."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -127,6 +127,11 @@ def image_text_ranks(
     }
 
 
+def right_answers(found: Mapping[str, Ranks]) -> dict[str, str]:
+    """What `image_text_ranks` found, for paired tests: answers by measure, such as image_to_text_r1 -> 0110..."""
+    return {f"{way}_{k}": right for way, own in found.items() for k, right in own.right().items()}
+
+
 @dataclass(frozen=True)
 class InBatch:
     """How often the two halves of a pair find each other first in a batch: the question of a contrastive loss."""

@@ -1,4 +1,4 @@
-"""Zero-shot results that are stored in the runs. A result in evals/ is read; only missing results are measured.
+"""Results that are stored in the runs: zero-shot and retrieval. What lies in evals/ is read; only the rest is measured.
 
 Torch is imported only where something is measured, so that stored results are shown at once.
 """
@@ -6,25 +6,64 @@ Torch is imported only where something is measured, so that stored results are s
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from mlip_cli.errors import UsageError, interrupted_as
 from mlip_cli.evaluate.datasets.benchmark import Benchmark
-from mlip_cli.evaluate.results import ZeroshotResult
-from mlip_cli.evaluate.statistics import paired
-from mlip_cli.evaluate.wanted import FAILURES, Failures
+from mlip_cli.evaluate.datasets.pairs import PairData
+from mlip_cli.evaluate.results import EvaluatedResult, ZeroshotResult
+from mlip_cli.evaluate.retrieval_results import RetrievalResult
+from mlip_cli.evaluate.wanted import FAILURES, VALIDATION, Failures
 from mlip_cli.runs.find import find_checkpoint
 from mlip_cli.runs.folder import Run, now
 from mlip_cli.terminal.output import plural, say, warn
 
 if TYPE_CHECKING:
-    from mlip_cli.runs.loading import LoadedRun
+    from mlip_cli.runs.loading import LoadedRun, MergedEncoder
+
+Own = TypeVar("Own", bound=EvaluatedResult)
+
+ANSWERS = ("right", "predicted", "picture_of_text")
+"""Keys of results about single pictures and texts."""
 
 PROTOCOL = 1
 """Raised when the same data and weights would give other numbers: results of other protocols are measured again."""
+
+
+Encoders = Sequence[tuple["LoadedRun", "MergedEncoder"]]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is measured on a data set."""
+
+    name: str
+    result: type[EvaluatedResult]
+    scores: Callable[[Any, Encoders, int], list[dict[str, Any]]]
+    """Data set, runs with their encoders, batch size -> the scores of each, as fields of the result. Imports torch."""
+    prefix: str = ""
+    """Of the names of its files: both tasks may use the same data."""
+
+
+def _zeroshot_scores(benchmark: Benchmark, encoders: Encoders, batch_size: int) -> list[dict[str, Any]]:
+    from mlip_cli.evaluate.evaluators import measure_runs
+
+    return measure_runs(benchmark, encoders, batch_size=batch_size)
+
+
+def _retrieval_scores(data: PairData, encoders: Encoders, batch_size: int) -> list[dict[str, Any]]:
+    from mlip_cli.evaluate.retrieval_runs import measure_retrieval
+
+    return measure_retrieval(data, encoders, batch_size=batch_size)
+
+
+ZEROSHOT = Task("zeroshot", ZeroshotResult, _zeroshot_scores)
+RETRIEVAL = Task("retrieval", RetrievalResult, _retrieval_scores, prefix="retrieval-")
+TASKS = {task.name: task for task in (ZEROSHOT, RETRIEVAL)}
+"""By the word of --task."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +90,7 @@ class Measurement:
     """None for the recipe's."""
     batch_size: int
     device: str
+    task: Task = ZEROSHOT
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -72,14 +112,14 @@ class Measurement:
         key = hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:12]
         rate = "recipe_rate" if self.merge_rate is None else f"rate_{self.merge_rate:g}"
         name = re.sub(r"[^\w.-]+", "_", self.benchmark.name)
-        return self.checkpoint.run.evals / f"{name}-{self.checkpoint.folder.name}-{rate}-{key}.json"
+        return self.checkpoint.run.evals / f"{self.task.prefix}{name}-{self.checkpoint.folder.name}-{rate}-{key}.json"
 
-    def stored(self) -> ZeroshotResult | None:
+    def stored(self) -> EvaluatedResult | None:
         """The result, if it was measured before and its file is whole."""
         if not self.path.is_file():
             return None
         try:
-            result = ZeroshotResult.read(self.path)
+            result = self.task.result.read(self.path)
         except ValueError as error:
             warn(f"{self.path}: damaged ({error}); measured again")
             return None
@@ -87,16 +127,16 @@ class Measurement:
 
 
 @dataclass(frozen=True)
-class Measured:
+class Measured(Generic[Own]):
     """The result of a checkpoint."""
 
     checkpoint: EvaluatedCheckpoint
-    result: ZeroshotResult
+    result: Own
 
-    def to_json(self, first: "Measured") -> dict[str, Any]:
+    def to_json(self, first: "Measured[Own]") -> dict[str, Any]:
         """The result for --json: without the answers to single pictures, with tests against the first row."""
         value = {
-            **{key: own for key, own in self.result.to_json().items() if key not in ("right", "predicted")},
+            **{key: own for key, own in self.result.to_json().items() if key not in ANSWERS},
             "run": self.checkpoint.label,
             "run_folder": str(self.checkpoint.run.folder),
             "is_last_checkpoint": self.checkpoint.is_last,
@@ -104,7 +144,7 @@ class Measured:
         if first is not self:
             value["compared_to_first"] = {
                 "first": {"run": first.checkpoint.label, "merge_rate": first.result.merge_rate},
-                **{name: paired(first.result.right[name], answers) for name, answers in self.result.right.items()},
+                **{name: vars(self.result.test_against(first.result, name)) for name in self.result.right},
             }
         return value
 
@@ -137,12 +177,14 @@ def find_checkpoints(targets: Sequence[str]) -> list[EvaluatedCheckpoint]:
     return checkpoints
 
 
-def default_datasets(checkpoints: Sequence[EvaluatedCheckpoint]) -> list[str]:
-    """The data sets that the recipes of the runs evaluate on.
+def default_datasets(checkpoints: Sequence[EvaluatedCheckpoint], task: Task) -> list[str]:
+    """The data sets that the recipes of the runs evaluate on; for retrieval their validation pairs.
 
     Raises:
         UsageError: the recipes name no data set.
     """
+    if task is RETRIEVAL:
+        return [VALIDATION]
     recipes = [checkpoint.run.read_recipe() for checkpoint in checkpoints]
     names = [name for recipe in recipes for name in recipe.evaluate.zeroshot]
     if not names:
@@ -151,7 +193,7 @@ def default_datasets(checkpoints: Sequence[EvaluatedCheckpoint]) -> list[str]:
 
 
 @interrupted_as("interrupted; results of finished data sets are kept; repeat the command to continue")
-def complete(rows: Mapping[str, Sequence[Measurement]]) -> tuple[dict[str, list[Measured]], Failures, list[str]]:
+def complete(rows: Mapping[str, Sequence[Measurement]]) -> tuple[dict[str, list[Measured[Any]]], Failures, list[str]]:
     """Results on each data set, stored or measured now; the errors of the other data sets; what could not be stored.
 
     Args:
@@ -198,23 +240,23 @@ def _load(rows: Sequence[Measurement]) -> dict[Path, "LoadedRun"]:
     return loaded
 
 
-def _measure(rows: Sequence[Measurement], loaded: Mapping[Path, "LoadedRun"]) -> dict[Measurement, ZeroshotResult]:
+def _measure(rows: Sequence[Measurement], loaded: Mapping[Path, "LoadedRun"]) -> dict[Measurement, EvaluatedResult]:
     """Measure rows of one data set side by side."""
     if not rows:
         return {}
-    from mlip_cli.evaluate.evaluators import measure_runs
     from mlip_cli.runs.loading import at_rate
 
     say(f"{rows[0].benchmark.words}: {plural(len(rows), 'row')} to measure, in turn on each batch")
     runs = [loaded[row.checkpoint.folder] for row in rows]
     encoders = [at_rate(run.model, row.merge_rate) for run, row in zip(runs, rows, strict=True)]
     measured_at = now()
-    scores = measure_runs(rows[0].benchmark, list(zip(runs, encoders, strict=True)), batch_size=rows[0].batch_size)
+    task = rows[0].task
+    scores = task.scores(rows[0].benchmark, list(zip(runs, encoders, strict=True)), rows[0].batch_size)
     results = {}
     for row, run, encoder, scores_of_row in zip(rows, runs, encoders, scores, strict=True):
-        results[row] = ZeroshotResult.from_json(
+        results[row] = task.result.from_json(
             {
-                "kind": ZeroshotResult.KIND,
+                "kind": task.result.KIND,
                 **row.identity,
                 "step": run.step,
                 "true_merge_rate": encoder.plan.rate,

@@ -29,7 +29,8 @@ from mlip_cli.evaluate.results import (
     ZeroshotAtSetting,
     ZeroshotSweep,
 )
-from mlip_cli.evaluate.retrieval import Ranks, image_text_ranks
+from mlip_cli.evaluate.retrieval import right_answers
+from mlip_cli.evaluate.retrieval_runs import ranks_of
 from mlip_cli.evaluate.statistics import paired
 from mlip_cli.evaluate.validation import ValidationPairs, validation_pairs
 from mlip_cli.evaluate.wanted import FAILURES, VALIDATION, WantedData
@@ -38,7 +39,6 @@ from mlip_cli.recipe.config import Data
 from mlip_cli.runs.folder import now
 from mlip_cli.runs.loading import LoadedRun
 from mlip_cli.runs.result_files import checked
-from mlip_cli.terminal.panel import progress
 
 PREPARED = frozenset({*OPENMOJI_SPLITS, "shards", "imagenet_shards"})
 """Kinds of data sets that `prepare-data` writes, with a card."""
@@ -190,14 +190,8 @@ def _choose_of_validation(pairs: ValidationPairs, data: Data, wanted: int) -> li
 
 def retrieval(pairs: ValidationPairs, fingerprint: str, points: Sequence[Point]) -> RetrievalSweep:
     """Retrieval both ways by all points, each beside the unmerged model on the same pairs."""
-    with progress(len(points) * pairs.num_pictures, VALIDATION) as bar:
-        ranks = [
-            image_text_ranks(
-                *pairs.features(point.encoder, on_batch=lambda n: bar.advance(bar.task_ids[0], n)), pairs.own_texts
-            )
-            for point in points
-        ]
-    unmerged = _right(ranks[0])
+    ranks = ranks_of(pairs, [point.encoder for point in points])
+    unmerged = right_answers(ranks[0])
     clusters = {f"{way}_{k}": found.cluster_of for way, found in ranks[0].items() for k in found.right()}
     return RetrievalSweep(
         dataset=VALIDATION,
@@ -209,16 +203,11 @@ def retrieval(pairs: ValidationPairs, fingerprint: str, points: Sequence[Point])
                 **vars(point.setting),
                 image_to_text=Recalls(**own["image_to_text"].recalls()),
                 text_to_image=Recalls(**own["text_to_image"].recalls()),
-                paired=all_paired(unmerged, _right(own), clusters),
+                paired=all_paired(unmerged, right_answers(own), clusters),
             )
             for point, own in zip(points, ranks, strict=True)
         ],
     )
-
-
-def _right(ranks: dict[str, Ranks]) -> dict[str, str]:
-    """The answers by measure, such as image_to_text_r1 -> 0110..."""
-    return {f"{way}_{k}": right for way, found in ranks.items() for k, right in found.right().items()}
 
 
 def measure_sweep(

@@ -1,8 +1,8 @@
-"""The pairs of `data.validation`: for measures, galleries and sweeps."""
+"""Pairs of pictures and captions, such as those of `data.validation`: for measures, galleries, sweeps and retrieval."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -38,21 +38,50 @@ def tokenize(tokenizer: Tokenizer, texts: Sequence[str]) -> Tensor:
     return token_ids[:, : int(token_ids.any(dim=0).nonzero().max()) + 1]
 
 
-class ValidationPairs:
-    """All pictures of `data.validation`, and their distinct captions. A caption of several pictures is right for each.
+class PairSet(Protocol):
+    """A data set of pictures with captions, such as a ShardDataset."""
 
-    For `beside` see `open_sources`.
+    card: dict[str, Any]
+    fingerprint: str
+
+    @property
+    def place(self) -> str:
+        """The absolute folder, or the URL."""
+
+    @property
+    def num_samples(self) -> int:
+        """Number of pictures."""
+
+    def fetch(self) -> None:
+        """Bring what lies elsewhere to this machine."""
+
+    def read(self, id: int) -> RawSample:
+        """One sample; raises BadSampleError."""
+
+
+Set = TypeVar("Set", bound=PairSet)
+
+
+class ValidationPairs(Generic[Set]):
+    """All pictures of some data sets, and their distinct captions. A caption of several pictures is right for each.
+
+    Args:
+        data: how the encoder sees pictures.
+        place: name of the pairs in messages.
+        batch_size: pictures in one forward pass.
     """
 
     def __init__(
         self,
-        recipe: Recipe,
+        datasets: Sequence[Set],
         tokenizer: Tokenizer,
         *,
+        data: Data,
         device: torch.device | str,
-        beside: Sequence[ShardDataset] = (),
+        place: str = VALIDATION,
+        batch_size: int = BATCH_SIZE,
     ) -> None:
-        self.datasets = open_sources(recipe.data.validation or (), cache=recipe.data.cache, beside=beside)
+        self.datasets, self.place = datasets, place
         self.device = torch.device(device)
         self._tokenizer = tokenizer
         captions = [
@@ -67,9 +96,9 @@ class ValidationPairs:
         number = {text: i for i, text in enumerate(self.texts)}
         self.own_texts = [[number[text] for text in own] for own in captions]
         """For each picture the numbers of its texts."""
-        self._data = recipe.data
-        self._num_batches = [-(-dataset.num_samples // BATCH_SIZE) for dataset in self.datasets]
-        self._decoded = DecodedBatches(self._read, size=self._data.image_size)
+        self._data, self._batch_size = data, batch_size
+        self._num_batches = [-(-dataset.num_samples // batch_size) for dataset in self.datasets]
+        self._decoded = DecodedBatches(self._read, size=data.image_size, batch_size=batch_size)
 
     def _read(self, numbers: range) -> Iterator[Tensor]:
         """Batches by their numbers among the batches of all data sets. A batch holds pictures of one data set."""
@@ -78,11 +107,11 @@ class ValidationPairs:
             own = range(max(numbers.start - first, 0), min(numbers.stop - first, num_batches))
             first += num_batches
             if own:
-                is_few = len(own) * BATCH_SIZE < FEW_PICTURES
+                is_few = len(own) * self._batch_size < FEW_PICTURES
                 yield from evaluation_loader(
                     dataset,
                     data=self._data,
-                    batch_size=BATCH_SIZE,
+                    batch_size=self._batch_size,
                     num_workers=0 if is_few else default_num_workers(world_size()),
                     numbers=own,
                 )
@@ -119,25 +148,28 @@ class ValidationPairs:
             tokenize=partial(tokenize, self._tokenizer),
             encode_text=encoder.encode_text,
             device=self.device,
-            place=VALIDATION,
+            place=self.place,
             on_batch=on_batch,
         )
-        return normalized(images, "image", place=VALIDATION), texts
+        return normalized(images, "image", place=self.place), texts
 
 
 def validation_pairs(
     recipe: Recipe, tokenizer: Tokenizer, *, device: torch.device | str, beside: Sequence[ShardDataset] = ()
-) -> ValidationPairs | None:
-    """The pairs of the recipe's `data.validation`; None if it has none."""
-    return ValidationPairs(recipe, tokenizer, device=device, beside=beside) if recipe.data.validation else None
+) -> ValidationPairs[ShardDataset] | None:
+    """The pairs of the recipe's `data.validation`; None if it has none. For `beside` see `open_sources`."""
+    if not recipe.data.validation:
+        return None
+    datasets = open_sources(recipe.data.validation, cache=recipe.data.cache, beside=beside)
+    return ValidationPairs(datasets, tokenizer, data=recipe.data, device=device)
 
 
 class DecodedBatches(Generic[T]):
     """Batches that stay in memory once they are decoded, or are decoded each time where they need too much of it."""
 
-    def __init__(self, read: Callable[[range], Iterable[T]], *, size: int) -> None:
+    def __init__(self, read: Callable[[range], Iterable[T]], *, size: int, batch_size: int = BATCH_SIZE) -> None:
         self._read = read
-        self._most = KEPT_BYTES // (BATCH_SIZE * 3 * size * size)
+        self._most = KEPT_BYTES // (batch_size * 3 * size * size)
         self._batches: dict[int, T] = {}
 
     def of(self, numbers: range) -> Iterator[T]:
@@ -152,7 +184,7 @@ class DecodedBatches(Generic[T]):
 
 
 def evaluation_loader(
-    dataset: ShardDataset, *, data: Data, batch_size: int, num_workers: int, numbers: range | None = None
+    dataset: PairSet, *, data: Data, batch_size: int, num_workers: int, numbers: range | None = None
 ) -> Iterator[Tensor]:
     """All pictures of a data set once, in order, resized as `data` says: uint8 (B, 3, S, S).
 
@@ -176,7 +208,7 @@ def evaluation_loader(
 class _EvaluationBatches(Dataset[Tensor | Exception]):
     """Item i is the i-th batch, or the error that prevented it."""
 
-    def __init__(self, dataset: ShardDataset, data: Data, batch_size: int) -> None:
+    def __init__(self, dataset: PairSet, data: Data, batch_size: int) -> None:
         self.dataset, self.data, self.batch_size = dataset, data, batch_size
 
     def __getitem__(self, i: int) -> Tensor | Exception:

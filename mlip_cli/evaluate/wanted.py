@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from typing import Protocol
 
 from mlip_cli.errors import RunError, UsageError
 from mlip_cli.evaluate.datasets.benchmark import Benchmark
@@ -23,6 +24,12 @@ FAILURES = (UsageError, RunError, OSError)
 
 Failures = dict[str, Exception]
 """Errors by the name of their data set."""
+
+
+class Find(Protocol):
+    """Finds a data set by its name under a data root, or raises one of FAILURES."""
+
+    def __call__(self, name: str, *, root: Path | None) -> Benchmark: ...
 
 
 @dataclass(frozen=True)
@@ -62,17 +69,20 @@ def wanted_names(recipe: Recipe, names: Sequence[str]) -> list[str]:
     return list(names) or list(recipe.evaluate.zeroshot) or own
 
 
-def find_wanted(names: Sequence[str], *, root: Path | None, own: str | None = None) -> WantedData:
+def find_wanted(
+    names: Sequence[str], *, root: Path | None, own: str | None = None, find: Find = find_benchmark
+) -> WantedData:
     """Find data sets by name. Data that is named twice, also in two spellings, is found once.
 
     Args:
         own: the name that means the run's validation set; None: no name does.
+        find: finds one.
     """
     wanted = WantedData({}, {})
     names_of: dict[tuple[str, Path], str] = {}
     for name in dict.fromkeys(names):
         try:
-            benchmark = None if name == own else find_benchmark(name, root=root)
+            benchmark = None if name == own else find(name, root=root)
         except FAILURES as error:
             wanted.failures[name] = error
             continue

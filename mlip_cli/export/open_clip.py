@@ -124,7 +124,7 @@ def configuration(loaded: LoadedRun) -> dict[str, Any]:
     without_stem(model, "open_clip")
     vision, is_quick = _vision(recipe, model)
     text = _text(recipe.model.text)
-    bias = model.logit_biases["spatial_global"] if "spatial_global" in model.logit_biases else None
+    bias = dict(model.logit_biases.items()).get("spatial_global")
     is_custom = (
         "timm_model_name" in vision or text["no_causal_mask"] or text["proj_bias"] or "hf_tokenizer_name" in text
     )

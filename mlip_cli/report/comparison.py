@@ -24,6 +24,7 @@ from mlip_cli.report.page import (
     tables,
 )
 from mlip_cli.report.record import RunRecord
+from mlip_cli.report.retrieval import compared_retrieval
 from mlip_cli.report.run_page import known_chances, method
 from mlip_cli.report.scores import compared_scores
 from mlip_cli.report.sweeps import CUT, failures_words, pareto_charts, sweep_tables
@@ -53,6 +54,7 @@ def comparison_page(records: Sequence[RunRecord], *, links: Mapping[str, str], w
             _runs_section(records, links),
             compared_galleries(records),
             _scores_section(records),
+            *compared_retrieval(records),
             _sweeps_section(records),
             curves_section(records, chances=chances),
             _recipes_section(records),

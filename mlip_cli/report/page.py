@@ -132,8 +132,12 @@ def embedded_image(folder: Path, name: str, *, alt: str, class_: str | None = No
     path = (folder / name).resolve()
     if not path.is_relative_to(folder.resolve()) or not path.is_file() or path.suffix not in MIME:
         return element("span", f"{alt} (no picture {name})")
-    content = base64.b64encode(path.read_bytes()).decode()
-    return element("img", src=f"data:{MIME[path.suffix]};base64,{content}", alt=alt, class_=class_)
+    return image(path.read_bytes(), MIME[path.suffix], alt=alt, class_=class_)
+
+
+def image(content: bytes, mime: str, *, alt: str, class_: str | None = None) -> Html:
+    """A picture, embedded in the page."""
+    return element("img", src=f"data:{mime};base64,{base64.b64encode(content).decode()}", alt=alt, class_=class_)
 
 
 def page(title: str, *, heading: Child, lead: Child, sections: Sequence[Html], foot: Child) -> str:

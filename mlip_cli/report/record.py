@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from mlip_cli.evaluate.picture_results import GalleryResult, MergePicturesResult
 from mlip_cli.evaluate.results import SweepResult, ZeroshotResult
+from mlip_cli.evaluate.retrieval_results import RetrievalResult
 from mlip_cli.files import read_object
 from mlip_cli.profiling.result import ProfileResult
 from mlip_cli.recipe.config import Recipe
@@ -19,7 +20,8 @@ from mlip_cli.runs.result_files import Result
 from mlip_cli.terminal.output import warn
 
 KINDS: dict[str, type[Result]] = {
-    kind.KIND: kind for kind in (ZeroshotResult, GalleryResult, MergePicturesResult, SweepResult, ProfileResult)
+    kind.KIND: kind
+    for kind in (ZeroshotResult, RetrievalResult, GalleryResult, MergePicturesResult, SweepResult, ProfileResult)
 }
 """The results that RUN/evals/ may hold."""
 

@@ -12,6 +12,7 @@ from mlip_cli.report.opening import run_opening
 from mlip_cli.report.page import Html, definitions, details, element, joined, note, page, section, table
 from mlip_cli.report.profiles import profile_section
 from mlip_cli.report.record import RunRecord
+from mlip_cli.report.retrieval import retrieval_sections
 from mlip_cli.report.scores import scores_section
 from mlip_cli.report.sweeps import sweep_section
 from mlip_cli.report.tables import RECALLS_SHOWN, Table
@@ -34,6 +35,7 @@ def run_page(record: RunRecord, charts: Mapping[str, Chart], *, written: str) ->
         lead=[note(_lead(record)), run_opening(record), *(note(line) for line in record.damaged)],
         sections=[
             scores_section(record),
+            *retrieval_sections(record),
             curves_section([record], chances=known_chances(record)),
             gallery_section(record),
             merges_section(record),

@@ -4,10 +4,10 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from mlip_cli.evaluate.results import PairedTest, ZeroshotResult, ZeroshotScores
-from mlip_cli.evaluate.statistics import MANY_CLASSES, paired
+from mlip_cli.evaluate.results import EvaluatedResult, PairedTest, ZeroshotResult, ZeroshotScores
+from mlip_cli.evaluate.statistics import MANY_CLASSES
 from mlip_cli.evaluate.stored import Measured
 from mlip_cli.report.charts import ChartBar, bars_chart
 from mlip_cli.report.headlines import by_recall, class_interval, far_apart, newest_zeroshot
@@ -38,7 +38,7 @@ HEADS = ("run", "step", "true rate", "feature")
 Own = TypeVar("Own")
 
 
-def rate_words(result: ZeroshotResult) -> str:
+def rate_words(result: EvaluatedResult) -> str:
     """The true merge rate, and the one asked for where it is another."""
     true, asked = result.true_merge_rate, result.merge_rate
     return f"{true:.3f}" + (f" (asked {asked:g})" if asked and abs(asked - true) > 5e-4 else "")
@@ -100,7 +100,7 @@ def zeroshot_tables(
     return [table.without_empty_columns() for table in tables]
 
 
-def _classes_words(group: Sequence[Measured], numbers: Mapping[str, int]) -> list[str]:
+def _classes_words(group: Sequence[Measured[ZeroshotResult]], numbers: Mapping[str, int]) -> list[str]:
     """A line about the best and the worst class of each checkpoint, if its mean hides them, at its first rate."""
     lines = []
     for label, result in {own.checkpoint.label: own.result for own in reversed(group)}.items():
@@ -148,12 +148,10 @@ def _features(result: ZeroshotResult) -> dict[str, ZeroshotScores]:
     return {name: scores for name, scores in found.items() if scores is not None}
 
 
-def print_zeroshot(measured: Mapping[str, Sequence[Measured]], *, failed: Sequence[str]) -> None:
-    """Print results by data set. Several checkpoints are numbered in the tables, and the lines below name them.
-
-    Args:
-        failed: data sets that could not be measured.
-    """
+def numbered(
+    measured: Mapping[str, Sequence[Measured[Any]]], failed: Sequence[str]
+) -> tuple[dict[str, int], list[str]]:
+    """The number of each checkpoint by its label, if there are several, and lines that name them and what failed."""
     rows = [own for group in measured.values() for own in group]
     measured_of = {own.checkpoint.label: own for own in rows}
     words = {
@@ -163,6 +161,16 @@ def print_zeroshot(measured: Mapping[str, Sequence[Measured]], *, failed: Sequen
     numbers = {label: number for number, label in enumerate(words, start=1)} if len(words) > 1 else {}
     notes = [f"{dataset}: not evaluated" for dataset in failed]
     notes += [f"run {numbers[label]}: {text}" if numbers else f"measured: {text}" for label, text in words.items()]
+    return numbers, notes
+
+
+def print_zeroshot(measured: Mapping[str, Sequence[Measured[Any]]], *, failed: Sequence[str]) -> None:
+    """Print results by data set. Several checkpoints are numbered in the tables, and the lines below name them.
+
+    Args:
+        failed: data sets that could not be measured.
+    """
+    numbers, notes = numbered(measured, failed)
     if any(len({own.result.measured_at for own in group}) > 1 for group in measured.values()):
         notes.append(
             "images/s: some rows were measured in an earlier call, so compare speeds with care (measured_at in --json)"
@@ -274,7 +282,7 @@ def _tested(first: ZeroshotResult | None, result: ZeroshotResult) -> PairedTest 
     if first is None or first is result:
         return None
     measure = _main(result).measure
-    return PairedTest(**paired(first.right[measure], result.right[measure]))
+    return result.test_against(first, measure)
 
 
 def _main(result: ZeroshotResult) -> MainScore:

@@ -8,11 +8,10 @@ from mlip_cli.report.canvas import Chart
 from mlip_cli.report.charts import Curve, Dot, curves_chart, dots_chart
 from mlip_cli.report.page import Html, command, figure, note, section, tables
 from mlip_cli.report.record import RunRecord
+from mlip_cli.report.retrieval import TESTED, RecallRow, recall_tables
 from mlip_cli.report.scores import by_data
 from mlip_cli.report.tables import (
-    INTERVALS,
     PAIRED_TEST,
-    RECALLS_SHOWN,
     VERSUS,
     Cell,
     Table,
@@ -138,25 +137,23 @@ def _class_cells(scores: ZeroshotScores | None) -> list[Cell]:
 
 
 def _swept_retrieval(dataset: RetrievalSweep) -> list[Table]:
-    shown = []
-    beside: list[list[Cell]] = []
-    pairs = f"{plural(dataset.n, 'picture')}, {plural(dataset.num_texts, 'caption')}"
-    for way, words in DIRECTIONS.items():
-        recalls = [point.recalls[way] for point in dataset.points]
-        rows = [
-            [*point.words, *(recall_cell(own, k) for k in RECALLS_SHOWN)]
-            for point, own in zip(dataset.points, recalls, strict=True)
-        ]
-        columns = ("method", "rate", *(f"R@{k} %" for k in RECALLS_SHOWN))
-        chances = "/".join(f"{percent(recalls[0].at(k).chance)}" for k in RECALLS_SHOWN)
-        notes = [f"{pairs}: chance {chances} %; {INTERVALS}"]
-        shown.append(Table(columns, rows, f"{dataset.dataset}: {words}", notes))
-        beside += [
-            [words, *point.words, *versus_cells(point.paired[f"{way}_r5"])] for point in dataset.points if point.method
-        ]
-    won = f"won / lost: queries that only this setting / only rate 0 answers among the first 5; {PAIRED_TEST}"
-    note = f"{won}, where captions of a picture count together"
-    return [*shown, *_beside(dataset.dataset, ("direction", "method", "rate", *VERSUS), beside, note=note)]
+    rows = [
+        RecallRow(
+            point.words,
+            point.recalls,
+            tests={way: point.paired[f"{way}_r{TESTED}"] for way in DIRECTIONS} if point.method else None,
+        )
+        for point in dataset.points
+    ]
+    return recall_tables(
+        dataset.dataset,
+        ("method", "rate"),
+        rows,
+        n=dataset.n,
+        num_texts=dataset.num_texts,
+        beside="rate 0",
+        won="only this setting / only rate 0",
+    )
 
 
 def _beside(dataset: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]], *, note: str) -> list[Table]:

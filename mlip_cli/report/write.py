@@ -57,6 +57,6 @@ def write_page(path: Path, content: str) -> None:
         write_text(path, content)
 
 
-def written_line() -> str:
+def written_line(source: str = "the files of the run alone") -> str:
     """The line about the page's making: version, time, source."""
-    return f"Written by mlip {__version__} at {datetime.now(UTC):%Y-%m-%d %H:%M} UTC, from the files of the run alone."
+    return f"Written by mlip {__version__} at {datetime.now(UTC):%Y-%m-%d %H:%M} UTC, from {source}."

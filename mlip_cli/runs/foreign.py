@@ -29,8 +29,10 @@ class Foreign:
     files: tuple[Path, ...]
     """The weights, in one file or in several."""
     architecture: Architecture
-    configuration: str | None
+    configuration: str | None = None
     """Name of the configuration, where OpenCLIP has it; a folder brings its own."""
+    tag: str | None = None
+    """OpenCLIP's name of the weights, if the user gave it."""
 
     @property
     def folder(self) -> Path:
@@ -40,6 +42,8 @@ class Foreign:
 
 def find_foreign(target: str) -> Foreign | None:
     """What `target` names, if it is open_clip:ARCH:FILE, or a folder in the layout of OpenCLIP or of transformers.
+
+    ARCH may be ARCH/TAG, with OpenCLIP's name of the weights, which says how they read pixels.
 
     None: something else, such as a run.
 
@@ -51,8 +55,9 @@ def find_foreign(target: str) -> Foreign | None:
         path = Path(file.file).absolute()
         if not path.is_file():
             raise UsageError(f"{path}: no such file; open_clip:ARCH:FILE reads a local file of weights")
-        described = of_open_clip(open_clip_configuration(file.architecture), source=f"open_clip:{file.architecture}")
-        return Foreign(target, file.architecture, (path,), described, file.architecture)
+        name, _, tag = file.architecture.partition("/")
+        described = of_open_clip(open_clip_configuration(name), source=f"open_clip:{name}")
+        return Foreign(target, name, (path,), described, name, tag or None)
     folder = Path(target).absolute()
     if (folder / OPEN_CLIP_CONFIG).is_file():
         return _of_open_clip(folder, target)
@@ -81,13 +86,13 @@ def _of_open_clip(folder: Path, target: str) -> Foreign:
     if not isinstance(configuration, dict) or not isinstance(configuration.get("embed_dim"), int):
         raise UsageError(f"{place}: not a configuration of OpenCLIP (no model_cfg with embed_dim); fetch it again")
     described = with_preprocessing(of_open_clip(configuration, source=str(place)), content.get("preprocess_cfg") or {})
-    return Foreign(target, _name(folder), _weights(folder, WEIGHTS_OF_OPEN_CLIP), described, None)
+    return Foreign(target, _name(folder), _weights(folder, WEIGHTS_OF_OPEN_CLIP), described)
 
 
 def _of_transformers(folder: Path, target: str) -> Foreign:
     place, beside = folder / TRANSFORMERS_CONFIG, folder / "preprocessor_config.json"
     described = of_transformers(_read(place), _read(beside) if beside.is_file() else {}, source=str(place))
-    return Foreign(target, _name(folder), _weights(folder, WEIGHTS_OF_TRANSFORMERS), described, None)
+    return Foreign(target, _name(folder), _weights(folder, WEIGHTS_OF_TRANSFORMERS), described)
 
 
 def _name(folder: Path) -> str:

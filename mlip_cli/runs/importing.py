@@ -99,7 +99,7 @@ def recipe_of(foreign: Foreign) -> Recipe:
     """
     described = foreign.architecture
     if foreign.configuration is not None:
-        described = _as_published(described, foreign.configuration)
+        described = _as_published(described, foreign.configuration, foreign.tag)
     text = described.model.text.model_copy(update={"tokenizer": _tokenizer(foreign)})
     recipe = Recipe(
         data=described.data,
@@ -113,29 +113,41 @@ def recipe_of(foreign: Foreign) -> Recipe:
     return recipe
 
 
-def _as_published(described: Architecture, name: str) -> Architecture:
-    """With the pixels that all weights share which OpenCLIP lists for this configuration.
+def _as_published(described: Architecture, name: str, tag: str | None) -> Architecture:
+    """With the pixels of the weights that OpenCLIP lists for this configuration under `tag`.
 
-    A file does not say which of them it is. Where they differ, a warning names them.
+    Without a tag, those of most of them; a file does not say which of them it is. A warning names the others.
+
+    Raises:
+        UsageError: no such tag, or its weights need QuickGELU.
     """
     published = open_clip_module("pretrained")
-    tags = {tag: published.get_pretrained_cfg(name, tag) for tag in published.list_pretrained_tags_by_model(name)}
+    tags = {own: published.get_pretrained_cfg(name, own) for own in published.list_pretrained_tags_by_model(name)}
+    quick = [own for own, its in tags.items() if its.get("quick_gelu")]
+    needs_quick = quick if described.model.text.activation == "gelu" else []
+    if tag is not None:
+        if tag not in tags:
+            raise UsageError(
+                f"open_clip:{name}/{tag}: OpenCLIP lists no such weights; it has {', '.join(tags) or 'none'}"
+            )
+        if tag in needs_quick:
+            raise UsageError(f"open_clip:{name}/{tag}: trained with QuickGELU; write open_clip:{name}-quickgelu/{tag}")
+        return with_preprocessing(described, tags[tag])
     kinds: dict[tuple[object, ...], list[str]] = {}
-    for tag, own in tags.items():
-        key = tuple(own.get("mean") or ()), tuple(own.get("std") or ()), own.get("resize_mode")
-        kinds.setdefault(key, []).append(tag)
+    for own, its in tags.items():
+        key = tuple(its.get("mean") or ()), tuple(its.get("std") or ()), its.get("resize_mode")
+        kinds.setdefault(key, []).append(own)
     usual = max(kinds.values(), key=len, default=[])
-    others = sorted(tag for own in kinds.values() if own is not usual for tag in own)
+    others = [own for kind in kinds.values() if kind is not usual for own in kind]
     if others:
         warn(
-            f"open_clip:{name}: the weights {', '.join(others)} read other pixels than {', '.join(usual)}; for one of "
-            "them correct data.pixel_mean, data.pixel_std and data.resize in the recipe of the run"
+            f"open_clip:{name}: pixels are read as for {', '.join(usual)}; weights of {', '.join(others)} read other "
+            f"ones: name them, as in open_clip:{name}/{others[0]}:FILE"
         )
-    quick = [tag for tag, own in tags.items() if own.get("quick_gelu")]
-    if quick and described.model.text.activation == "gelu":
+    if needs_quick:
         warn(
-            f"open_clip:{name}: GELU; the weights {', '.join(quick)} were trained with QuickGELU and need "
-            f"{name}-quickgelu; a file does not say which it was trained with"
+            f"open_clip:{name}: computed with GELU; the weights {', '.join(needs_quick)} were trained with QuickGELU "
+            f"and need open_clip:{name}-quickgelu:FILE; a file does not say which it was trained with"
         )
     return with_preprocessing(described, tags[usual[0]]) if usual else described
 

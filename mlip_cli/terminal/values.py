@@ -38,6 +38,11 @@ def checked_path(value: Path | None) -> Path | None:
     return None if value is None else Path(_read(read_path, str(value)))
 
 
+def checked_file(text: str) -> Path:
+    """The same for an option that may be repeated."""
+    return Path(_read(read_path, text))
+
+
 def checked_text(value: str | None) -> str | None:
     """A path that may also be a name."""
     return None if value is None else _read(read_path, value)
@@ -60,6 +65,14 @@ def split_rates(text: str) -> list[float]:
             raise typer.BadParameter(f"{part} is not in [0, 1); a rate is the fraction of patch tokens that merge away")
         rates.append(rate)
     return rates
+
+
+def one_rate(text: str) -> float:
+    """`0.3` -> 0.3, in [0, 1)."""
+    rates = split_rates(text)
+    if len(rates) > 1:
+        raise typer.BadParameter(f"{text!r}: a search has one rate")
+    return rates[0]
 
 
 def flat(lists: list[list]) -> list:

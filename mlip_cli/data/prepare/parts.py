@@ -77,7 +77,7 @@ def _make_sample(
     """
     if record.reject or record.picture is None:
         raise RejectedPictureError(record.reject or "no picture", record.detail)
-    content = _read_picture(record.picture) if content is None else content
+    content = read_picture(record.picture) if content is None else content
     if options.render and isinstance(record.picture, PicturePlace):
         from mlip_cli.data.sources.openmoji import render
 
@@ -98,7 +98,12 @@ def _make_sample(
     return sample_parts(f"{row:09d}", image=picture.content, format=picture.format, fields=fields), picture
 
 
-def _read_picture(picture: PicturePlace | PictureBytes) -> bytes:
+def read_picture(picture: PicturePlace | PictureBytes) -> bytes:
+    """The encoded bytes of a picture; of one in a compressed file see `_decompressed`.
+
+    Raises:
+        RejectedPictureError: it is missing, too large, or cannot be read.
+    """
     if isinstance(picture, PictureBytes):
         return picture.content
     try:

@@ -20,6 +20,7 @@ from mlip_cli.data.sources.folders import class_records
 from mlip_cli.data.sources.listing import is_picture, is_table, is_unread_picture, kind_of, walk
 from mlip_cli.data.sources.openmoji import installed_versions, openmoji_records
 from mlip_cli.data.sources.records import (
+    PicturePlace,
     ReadOptions,
     Record,
     checked_captions,
@@ -32,7 +33,7 @@ from mlip_cli.data.sources.tar_samples import Columns, TarNotes
 from mlip_cli.data.sources.tars import TAR_ENDINGS, tar_records
 from mlip_cli.errors import UsageError
 from mlip_cli.paths import encodable, escaped
-from mlip_cli.terminal.output import plural
+from mlip_cli.terminal.output import plural, say
 
 if TYPE_CHECKING:  # it imports numpy
     from mlip_cli.data.sources.shared_pictures import SharedPictures
@@ -222,6 +223,37 @@ def find_source(source: str, *, format: str = "auto", read: ReadOptions = ANY_CO
     reasons = [f"{escaped(name)}: {reason}" for name, reason in islice(inner.unread_tables.items(), MOST_NAMED)]
     why = "; ".join([f"{_what_is_there(found)}{_missing(found)}", *_cures(found), *reasons])
     raise UsageError(f"{source}: {why}; looked for {LOOKED_FOR}")
+
+
+def find_pictures(source: str) -> tuple[DataSource, Iterator[Record]]:
+    """Recognise SOURCE where pictures need no captions, and its records, whose captions are not checked.
+
+    A folder with pictures gives them all, with the captions of its tables, else of the texts beside them. Everything
+    else is read as `find_source` says.
+
+    Raises:
+        UsageError: as `find_source`.
+    """
+    found = _found(source, "auto")
+    inner = found.unwrapped()
+    if inner.is_folder and inner.images():
+        return inner, _all_pictures(inner)
+    known = find_source(source)
+    return known, SOURCE_FORMATS[known.format].records(known, ANY_COLUMNS)
+
+
+def _all_pictures(folder: DataSource) -> Iterator[Record]:
+    """The rows of the tables of a folder, then its other pictures."""
+    named = set()
+    try:
+        for record in table_records(folder.table_plans):
+            if isinstance(record.picture, PicturePlace):
+                named.add(os.path.realpath(record.picture.path))
+            yield record
+    except UsageError as error:
+        say(f"captions of tables are not read: {error}")
+    others = [name for name in folder.images() if os.path.realpath(folder.root / name) not in named]
+    yield from sidecar_records(folder.root, others, folder.sidecars)
 
 
 def _missing(found: DataSource) -> str:
