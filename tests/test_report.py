@@ -49,7 +49,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 train=str(train),
                 data={"validation": str(validation), "num_workers": 0},
                 log={"every_steps": 1},
-                evaluate={"every_steps": 4},
+                evaluate={"every_steps": 4, "at_start": name == "mlip"},
             )
             Path(f"{name}.yaml").write_text(recipe_yaml(recipe))
             pretrain(f"{name}.yaml", [], out=Path("runs", name), resume=False, dry_run=False, as_json=True)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from mlip_cli.commands.missing import missing_data
 from mlip_cli.errors import RunError, Stopped, UsageError
+from mlip_cli.evaluate.before_after import read_changes
 from mlip_cli.paths import check_can_be_made
 from mlip_cli.recipe.config import Recipe
 from mlip_cli.recipe.load import load_recipe
@@ -68,7 +69,7 @@ def check_data(recipe: Recipe) -> None:
 
 
 def print_run(run: Run, *, as_json: bool) -> None:
-    """The run folder on stdout; as JSON with its last measures."""
+    """The run folder on stdout; as JSON with its last measures, and what changed since step 0 where that is known."""
     if not as_json:
         print_lines(str(run.folder))
         return
@@ -78,4 +79,6 @@ def print_run(run: Run, *, as_json: bool) -> None:
     if not lines:
         raise RunError(f"{run.metrics}: no line of metrics is left; the weights are in {run.checkpoints}")
     last = {key: value for line in lines if line["step"] == lines[-1]["step"] for key, value in line.items()}
-    print_json({"run": str(run.folder), "step": last["step"], "metrics": last})
+    kept = read_changes(run)
+    changes = {"before_after": kept.changes_as_json()} if kept is not None and kept.changes else {}
+    print_json({"run": str(run.folder), "step": last["step"], "metrics": last, **changes})

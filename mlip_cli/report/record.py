@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
 
+from mlip_cli.evaluate.before_after import BeforeAfter
 from mlip_cli.evaluate.picture_results import GalleryResult, MergePicturesResult
 from mlip_cli.evaluate.results import SweepResult, ZeroshotResult
 from mlip_cli.files import read_object
@@ -19,7 +20,8 @@ from mlip_cli.runs.result_files import Result
 from mlip_cli.terminal.output import warn
 
 KINDS: dict[str, type[Result]] = {
-    kind.KIND: kind for kind in (ZeroshotResult, GalleryResult, MergePicturesResult, SweepResult, ProfileResult)
+    kind.KIND: kind
+    for kind in (ZeroshotResult, GalleryResult, MergePicturesResult, SweepResult, ProfileResult, BeforeAfter)
 }
 """The results that RUN/evals/ may hold."""
 
