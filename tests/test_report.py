@@ -22,7 +22,17 @@ from mlip_cli.report.record import KINDS
 pytestmark = pytest.mark.slow
 
 EVIL = ('<script>alert("1")</script> disc', '"><img src=x onerror=alert(2)> & $x^2$ square', "a bar", "日本 é 🙂")
-TITLES = ("Zero-shot", "Curves", "Retrieval", "Merging", "Merge sweep", "Profile", "Data", "Recipe and stamp")
+TITLES = (
+    "Before and after",
+    "Zero-shot",
+    "Curves",
+    "Retrieval",
+    "Merging",
+    "Merge sweep",
+    "Profile",
+    "Data",
+    "Recipe and stamp",
+)
 
 
 @pytest.fixture(scope="module")
