@@ -9,8 +9,11 @@ import typer
 from mlip_cli import __version__
 from mlip_cli.terminal.endings import exit_code
 from mlip_cli.terminal.options import (
+    Averaged,
+    AverageOut,
     BatchSize,
     CaptionColumn,
+    Choose,
     DataRoot,
     Datasets,
     Device,
@@ -24,6 +27,7 @@ from mlip_cli.terminal.options import (
     Run,
     ShortSide,
     Source,
+    Weights,
     Workers,
 )
 from mlip_cli.terminal.output import start_logging
@@ -204,6 +208,34 @@ def eval_zeroshot(
         runs or [],
         datasets=flat(dataset or []),
         merge_rates=flat(merge_rate or []),
+        data_root=data_root,
+        batch_size=batch_size,
+        device=device,
+        as_json=json,
+    )
+
+
+@app.command(epilog="Example: mlip average runs/start runs/tuned --weights 0:1:0.25 --out runs/average")
+def average(
+    runs: Averaged,
+    weights: Weights = None,
+    dataset: Datasets = None,
+    choose: Choose = None,
+    out: AverageOut = None,
+    data_root: DataRoot = None,
+    batch_size: BatchSize = 64,
+    device: Device = "auto",
+    json: Json = False,
+) -> None:
+    """Average the weights of runs, measure them, and write one as a run."""
+    from mlip_cli.commands import average as command
+
+    command.average(
+        runs,
+        weights=None if weights is None else flat(weights),
+        datasets=flat(dataset or []),
+        choose=choose,
+        out=out,
         data_root=data_root,
         batch_size=batch_size,
         device=device,

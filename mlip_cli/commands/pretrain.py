@@ -10,7 +10,7 @@ from mlip_cli.recipe.config import Recipe
 from mlip_cli.recipe.load import load_recipe
 from mlip_cli.runs.contents import read_metrics
 from mlip_cli.runs.folder import CURES, RUNS, Run
-from mlip_cli.runs.start import check_trackers, choose_start, command_to_resume, find_init
+from mlip_cli.runs.start import Start, check_trackers, choose_start, command_to_resume, find_init
 from mlip_cli.terminal.output import is_main, print_json, print_lines, say, warn
 
 
@@ -28,6 +28,8 @@ def pretrain(
     start = choose_start(loaded.recipe, loaded.name, out=out, resume=resume)
     if not start.resumes and loaded.recipe.model.init is not None:
         find_init(loaded.recipe.model.init)
+    if resume:
+        check_can_go_on(start)
     check_trackers(loaded.recipe.log)
     if not (start.resumes and start.run.is_finished()):
         check_can_be_made(start.run.folder, option="--out")
@@ -54,6 +56,19 @@ def pretrain(
             raise Stopped(f"{stop}; go on with:\n{go_on}", exit_code=stop.exit_code) from None
     if is_main():
         print_run(run, as_json=as_json)
+
+
+def check_can_go_on(start: Start) -> None:
+    """Check that the weights of a run that is to be resumed have the state of a training beside them.
+
+    Raises:
+        UsageError: they come from elsewhere.
+    """
+    if start.resumes and not start.run.can_go_on():
+        raise UsageError(
+            f"--resume {start.run.folder}: its weights were not trained here and have no optimiser state; start a new "
+            f"run from them with model.init={start.run.folder}"
+        )
 
 
 def check_data(recipe: Recipe) -> None:

@@ -196,7 +196,7 @@ def _retrieval_evaluator(pairs: ValidationPairs, batch_size: int) -> Evaluator:
         answers = [
             Answers(
                 dataset=VALIDATION,
-                fingerprint=" ".join(dataset.fingerprint for dataset in pairs.datasets),
+                fingerprint=pairs.fingerprint,
                 measure=f"{way}_r5",
                 right=own.right()["r5"],
                 cluster_of=own.cluster_of,

@@ -50,7 +50,7 @@ def changes_table(kept: BeforeAfter) -> Table:
             f"{own.n:,}",
             percent_cell(own.before, own.before_interval),
             percent_cell(own.after, own.after_interval),
-            _points(own),
+            points_cell(own),
             *versus_cells(own.test),
         ]
         for own in kept.changes
@@ -62,7 +62,7 @@ def changes_table(kept: BeforeAfter) -> Table:
     return Table(COLUMNS, rows, f"step {kept.step:,} beside step 0", notes)
 
 
-def _points(change: Change) -> Spread:
+def points_cell(change: Change) -> Spread:
     """Of the paired difference."""
     low, high = change.interval
     return Spread(*(f"{100 * value:+.1f}" for value in (change.test.difference, low, high)))

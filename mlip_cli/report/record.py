@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
 
+from mlip_cli.evaluate.average_results import AverageResult
 from mlip_cli.evaluate.before_after import BeforeAfter
 from mlip_cli.evaluate.picture_results import GalleryResult, MergePicturesResult
 from mlip_cli.evaluate.results import SweepResult, ZeroshotResult
@@ -21,7 +22,15 @@ from mlip_cli.terminal.output import warn
 
 KINDS: dict[str, type[Result]] = {
     kind.KIND: kind
-    for kind in (ZeroshotResult, GalleryResult, MergePicturesResult, SweepResult, ProfileResult, BeforeAfter)
+    for kind in (
+        ZeroshotResult,
+        GalleryResult,
+        MergePicturesResult,
+        SweepResult,
+        ProfileResult,
+        BeforeAfter,
+        AverageResult,
+    )
 }
 """The results that RUN/evals/ may hold."""
 

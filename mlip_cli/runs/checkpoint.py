@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mlip_cli.errors import UsageError
-from mlip_cli.files import full_disk_named, remove, sync_folder, temporary_path
-from mlip_cli.runs.folder import STATE, checkpoint_folders, checkpoint_name, step_of, whole_checkpoints
+from mlip_cli.files import full_disk_named, remove, sync_folder, temporary_path, write_json
+from mlip_cli.runs.folder import ORIGIN, STATE, checkpoint_folders, checkpoint_name, mark_of, step_of, whole_checkpoints
 from mlip_cli.terminal.output import warn
 
 WEIGHTS = "model.safetensors"
@@ -27,12 +27,17 @@ def save_checkpoint(
     *,
     step: int,
     weights: dict[str, Tensor],
-    state: dict[str, Any],
+    state: dict[str, Any] | None = None,
+    origin: dict[str, Any] | None = None,
     training_weights: dict[str, Tensor] | None = None,
 ) -> None:
     """Write folder/step_NNNNNNN under a temporary name, sync it and rename it.
 
     A failure leaves the earlier checkpoints and no half of this one.
+
+    Args:
+        state: of a training that can go on.
+        origin: where the weights come from, if no training of this run made them; one of the two is given.
 
     Raises:
         RunError: the disk is full.
@@ -47,7 +52,7 @@ def save_checkpoint(
         with full_disk_named(final, cure):
             temporary.mkdir()
             parts = {WEIGHTS: weights} | ({TRAINING_WEIGHTS: training_weights} if training_weights else {})
-            _write_parts(temporary, final, parts=parts, state=state)
+            _write_parts(temporary, final, parts=parts, state=state, origin=origin)
             sync_folder(temporary)
             aside = folder / f".{final.name}.old.tmp"
             if os.path.lexists(final):
@@ -59,14 +64,26 @@ def save_checkpoint(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _write_parts(temporary: Path, final: Path, *, parts: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
+def _write_parts(
+    temporary: Path,
+    final: Path,
+    *,
+    parts: dict[str, dict[str, Tensor]],
+    state: dict[str, Any] | None,
+    origin: dict[str, Any] | None,
+) -> None:
     """Write and sync all files; errors of torch and safetensors become the system's own errors again."""
     try:
         for part, weights in parts.items():
             save_file({name: tensor.detach().contiguous() for name, tensor in weights.items()}, temporary / part)
-        with open(temporary / STATE, "wb") as file:  # given a path, torch would hide the reason of a failure
-            torch.save(state, file)
-        mode = (temporary / STATE).stat().st_mode
+        if state is not None:
+            with open(temporary / STATE, "wb") as file:  # given a path, torch would hide the reason of a failure
+                torch.save(state, file)
+        if origin is not None:
+            write_json(temporary / ORIGIN, origin)
+        mark = mark_of(temporary)
+        assert mark is not None, "neither a state nor an origin"
+        mode = mark.stat().st_mode
         for path in temporary.iterdir():
             path.chmod(mode)  # safetensors hides its files from everybody else
             with open(path, "rb") as file:

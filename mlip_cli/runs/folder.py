@@ -32,7 +32,10 @@ Content = TypeVar("Content")
 
 CHECKPOINT_NAME = re.compile(r"step_\d+")
 STATE = "state.pt"
-"""Written last: a folder without it is not a complete checkpoint."""
+"""What a training needs to go on."""
+ORIGIN = "origin.json"
+"""Where weights come from that no training of this run made. A complete checkpoint has either this or STATE, written
+last."""
 
 
 def now() -> str:
@@ -57,7 +60,12 @@ def checkpoint_folders(folder: Path) -> list[Path]:
 
 def whole_checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints, ordered by step."""
-    return [path for path in checkpoint_folders(folder) if (path / STATE).is_file()]
+    return [path for path in checkpoint_folders(folder) if mark_of(path) is not None]
+
+
+def mark_of(checkpoint: Path) -> Path | None:
+    """The file that makes a checkpoint complete: its STATE, else its ORIGIN; None: it is not complete."""
+    return next((mark for name in (STATE, ORIGIN) if (mark := checkpoint / name).is_file()), None)
 
 
 @dataclass(frozen=True)
@@ -147,8 +155,13 @@ class Run:
             raise RecipeError(f"{error}{cure}") from None
 
     def is_finished(self) -> bool:
-        """True when training reached its last step."""
-        return self.read_stamp().end_reason == "finished"
+        """True when training reached its last step, and where no training can go on."""
+        return self.read_stamp().end_reason == "finished" or not self.can_go_on()
+
+    def can_go_on(self) -> bool:
+        """Whether a training can go on from the newest checkpoint; weights from elsewhere have no optimiser state."""
+        newest = self.latest_checkpoint()
+        return newest is None or (newest / STATE).is_file()
 
 
 def _read(path: Path, read: Callable[[Path], Content]) -> Content | None:
@@ -218,7 +231,8 @@ def all_runs() -> list[Run]:
 
     def age(run: Run) -> tuple[int, str]:
         checkpoint = run.latest_checkpoint()
-        return ((checkpoint / STATE).stat().st_mtime_ns if checkpoint else 0, run.folder.name)
+        mark = mark_of(checkpoint) if checkpoint else None
+        return (mark.stat().st_mtime_ns if mark else 0, run.folder.name)
 
     return sorted(runs, key=age)
 
