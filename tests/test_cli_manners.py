@@ -10,7 +10,7 @@ from command_for_tests import mlip
 
 from mlip_cli.terminal.endings import exit_code
 
-COMMANDS = ("prepare-data", "pretrain", "merge-sweep", "eval-zeroshot", "profile", "report", "doctor")
+COMMANDS = ("prepare-data", "pretrain", "merge-sweep", "eval-zeroshot", "average", "profile", "report", "doctor")
 
 
 @pytest.fixture(scope="module")

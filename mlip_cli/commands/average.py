@@ -73,7 +73,8 @@ def average(
     rebuild(wanted.checkpoints[-1].run)
     if wanted.out is not None and chosen is not None:
         rebuild(Run(wanted.out))
-        say(f"{shown.name_of(chosen)}: written to {wanted.out}{_doubt(choose)}")
+        name = f"weight {shown.name_of(chosen)}" if shown.is_path else shown.name_of(chosen)
+        say(f"{name}: written to {wanted.out}{_doubt(choose)}")
     if failures:
         reasons = "; ".join(str(error) for error in failures.values())
         all_sets = plural(len(wanted.data.found) + len(wanted.data.failures), "data set")
@@ -102,9 +103,9 @@ def check_average(
         raise UsageError(f"--out {out}: exists already; name another folder")
     if out is not None:
         check_can_be_made(out, option="--out")
-    recipes = {own.label: own.run.read_recipe() for own in checkpoints}
+    recipes = {str(own.run.folder): own.run.read_recipe() for own in checkpoints}
     check_same_form(recipes)
-    names = wanted_names(recipes[checkpoints[-1].label], datasets)
+    names = wanted_names(recipes[str(checkpoints[-1].run.folder)], datasets)
     if choose is None and out is not None and len(checkpoints) == 2:
         choose = f"{HALF:g}"
     points = wanted_points(len(checkpoints), weights=weights, choose=choose)

@@ -34,7 +34,7 @@ def check_same_form(recipes: Mapping[str, Recipe]) -> None:
     """Check that all recipes describe one architecture. Merging, drop-out and the start change no tensor.
 
     Args:
-        recipes: by what messages call the run.
+        recipes: by the folder of the run.
 
     Raises:
         UsageError: two differ; the message names the keys.

@@ -67,7 +67,7 @@ def ingredients_words(result: AverageResult) -> list[str]:
     words = [own.words for own in result.ingredients]
     if not result.is_path:
         return [f"soup: the mean of the weights of {', '.join(words[:-1])} and {words[-1]}"]
-    return [f"weight 0: {words[0]}; weight 1: {words[1]}; between them: (1 - weight) and weight of theirs, added"]
+    return [f"weight w: (1 - w) times the weights of {words[0]} plus w times those of {words[1]}"]
 
 
 def print_average(result: AverageResult, *, failures: Iterable[str]) -> None:
@@ -144,10 +144,10 @@ def _chart(result: AverageResult, across: AveragedData, up: AveragedData) -> Cha
         series = " to ".join(own.run for own in result.ingredients) if result.is_path else name
         dots.setdefault(series, []).append(dot)
     return dots_chart(
-        f"{up.words} against {across.words}",
+        "averages of the weights",
         dots,
         x_label=f"{across.words} %",
-        y_label=f"{MEASURES[up.measure]} %",
+        y_label=f"{up.words} %",
         chance=100 * up.chance,
     )
 

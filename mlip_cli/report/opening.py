@@ -86,6 +86,8 @@ def comparison_opening(records: Sequence[RunRecord], *, methods: Mapping[str, st
 
 def _so_far(record: RunRecord) -> str:
     """What metrics.jsonl says where no result is stored."""
+    if record.origin is not None:
+        return f"Its weights are {record.origin.words}."
     if record.last_loss is None:
         return "Nothing is logged yet."
     text = f"The loss is {record.last_loss} at step {record.last_step:,}"

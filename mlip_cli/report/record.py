@@ -15,8 +15,8 @@ from mlip_cli.files import read_object
 from mlip_cli.profiling.result import ProfileResult
 from mlip_cli.recipe.config import Recipe
 from mlip_cli.recipe.load import load_recipe
-from mlip_cli.runs.contents import DataCard, MetricsLine, Stamp, read_cards, read_metrics
-from mlip_cli.runs.folder import CURES, Run
+from mlip_cli.runs.contents import DataCard, MetricsLine, Origin, Stamp, read_cards, read_metrics
+from mlip_cli.runs.folder import CURES, ORIGIN, Run
 from mlip_cli.runs.result_files import Result
 from mlip_cli.terminal.output import warn
 
@@ -60,6 +60,8 @@ class RunRecord:
     """Of evals/, in the order of their steps and times."""
     cards: dict[str, DataCard]
     """Data card by the role of the data, such as `training`."""
+    origin: Origin | None = None
+    """Of weights that no training of this run made."""
     damaged: list[str] = field(default_factory=list)
     """A line about each file that could not be read."""
 
@@ -121,6 +123,7 @@ def read_run(folder: Path, *, name: str | None = None) -> RunRecord:
         evaluations=[line for line in lines if MEASURED not in line],
         results=sorted(results, key=lambda result: (result.step or 0, result.measured_at or "")),
         cards=_attempt(run.data_cards, read_cards, damaged) or {},
+        origin=_attempt((run.latest_checkpoint() or run.checkpoints) / ORIGIN, Origin.read, damaged),
         damaged=damaged,
     )
     for line in damaged:
