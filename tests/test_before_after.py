@@ -230,6 +230,7 @@ def test_the_interval_of_a_difference_by_clusters() -> None:
     low, high = paired_interval(first, other, [number // 10 for number in range(100)])
     assert high - low > 1.5 * (alone.high - alone.low)  # ten clusters say less than a hundred questions
     assert paired_interval("01", "01", [0, 0]) == Interval(*paired_interval("0", "0"))
+    assert paired_interval("0101", "1010", [0, 0, 1, 1]) == paired_interval("00", "00")  # each gains what it loses
 
 
 def test_a_change_is_shown_only_where_interval_and_test_agree() -> None:

@@ -24,6 +24,7 @@ pytestmark = pytest.mark.slow
 EVIL = ('<script>alert("1")</script> disc', '"><img src=x onerror=alert(2)> & $x^2$ square', "a bar", "日本 é 🙂")
 TITLES = (
     "Before and after",
+    "Averages of weights",
     "Zero-shot",
     "Curves",
     "Retrieval",
@@ -38,6 +39,7 @@ TITLES = (
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Runs of CLIP and of MLIP, the second with all that a report can show, on captions of markup and formulas."""
+    from mlip_cli.commands.average import average
     from mlip_cli.commands.eval_zeroshot import eval_zeroshot
     from mlip_cli.commands.merge_sweep import merge_sweep
     from mlip_cli.commands.pretrain import pretrain
@@ -61,6 +63,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 log={"every_steps": 1},
                 evaluate={"every_steps": 4, "at_start": name == "mlip"},
             )
+            every = recipe.train.checkpoint_every.model_copy(update={"steps": 4})
+            recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"checkpoint_every": every})})
             Path(f"{name}.yaml").write_text(recipe_yaml(recipe))
             pretrain(f"{name}.yaml", [], out=Path("runs", name), resume=False, dry_run=False, as_json=True)
         common: dict[str, Any] = {"data_root": None, "device": "cpu", "as_json": True, "batch_size": 4}
@@ -70,6 +74,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "runs/mlip", rates=[0.5], methods=["guided", "tome"], datasets=datasets, rounds=3, num_pictures=2, **common
         )
         profile("runs/mlip", batch_size=4, rounds=3, device="cpu", as_json=True)
+        ends = ["runs/mlip/checkpoints/step_0000004", "runs/mlip"]
+        average(ends, weights=[0.5], datasets=["folder:classes", "validation"], choose=None, out=None, **common)
         undrawn.undo()
         report(["runs/clip", "runs/mlip"], out=None, as_json=True)
     return folder / "runs"
