@@ -215,7 +215,7 @@ def eval_zeroshot(
     )
 
 
-@app.command(epilog="Example: mlip average runs/start runs/tuned --weights 0:1:0.25 --out runs/average")
+@app.command(epilog="Example: mlip average runs/start runs/tuned --out runs/mixed")
 def average(
     runs: Averaged,
     weights: Weights = None,
@@ -227,7 +227,7 @@ def average(
     device: Device = "auto",
     json: Json = False,
 ) -> None:
-    """Average the weights of runs, measure them, and write one as a run."""
+    """Average the weights of runs, and measure the averages."""
     from mlip_cli.commands import average as command
 
     command.average(

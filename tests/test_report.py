@@ -192,7 +192,7 @@ def test_the_page_shows_what_the_files_say(made: Path) -> None:
         assert f"{point['speedup']:.2f}" in page
     assert "mlip pretrain" not in re.sub("<[^>]*>", "", page).split("Sessions")[0]
     charts = sorted(path.stem for path in (made / "mlip" / "pictures").glob("*.svg"))
-    assert charts == ["distortion", "pareto", "profile"]
+    assert charts == ["average", "average_2", "distortion", "pareto", "profile"]
 
 
 def test_results_are_read_as_they_were_written(made: Path) -> None:

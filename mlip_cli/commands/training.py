@@ -52,6 +52,10 @@ Keep = Callable[[int, Sequence[Answers]], None]
 """Called with the step and the answers of an evaluation that came to its end."""
 
 
+def keep_nothing(step: int, answers: Sequence[Answers]) -> None:
+    """For a training that compares nothing with step 0."""
+
+
 def train_run(recipe: Recipe, start: Start) -> Run:
     """Train by `recipe`. Mistakes in it or in the data show before the run folder is touched."""
     device = training_device(recipe)
@@ -173,10 +177,10 @@ def run_loop(
 
 
 def keeper(run: Run, recipe: Recipe) -> Keep:
-    """What keeps the answers of evaluations, for a comparison with step 0; nothing does where step 0 has none."""
+    """What keeps the answers of evaluations, for a comparison with step 0, if that is measured."""
     if recipe.evaluate.at_start and is_main():
         return partial(keep_answers, run)
-    return lambda step, answers: None
+    return keep_nothing
 
 
 def stall_warning(recipe: Recipe) -> StallWarning | None:
@@ -233,7 +237,7 @@ def measure(
     step: int,
     is_stopping: Callable[[], bool],
     *,
-    keep: Keep,
+    keep: Keep = keep_nothing,
 ) -> dict[str, float] | None:
     """All measures of the model, without gradients; all ranks share the work and get the result.
 
