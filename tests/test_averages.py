@@ -228,6 +228,10 @@ def test_every_command_reads_the_written_run(place: Path, capsys: pytest.Capture
     report(["runs/mixed"], out=None, as_json=True)
     page = (run.folder / "report.html").read_text()
     assert "averaged." in page
+    shares = [
+        f"{share:.3g} of {name} at step 8" for share, name in zip(said["chosen"], ("start", "tuned"), strict=True)
+    ]
+    assert f"Its weights are an average: {', '.join(shares)}." in page
     assert "<h2>Averages of weights</h2>" in page
     assert (run.pictures / "average.svg").is_file()
     assert (Path("runs/tuned/pictures/average.svg")).is_file()

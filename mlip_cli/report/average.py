@@ -144,10 +144,10 @@ def _chart(result: AverageResult, across: AveragedData, up: AveragedData) -> Cha
         series = " to ".join(own.run for own in result.ingredients) if result.is_path else name
         dots.setdefault(series, []).append(dot)
     return dots_chart(
-        "averages of the weights",
+        f"averages: {up.words}",
         dots,
         x_label=f"{across.words} %",
-        y_label=f"{up.words} %",
+        y_label=f"{MEASURES[up.measure]} %",
         chance=100 * up.chance,
     )
 

@@ -62,7 +62,7 @@ def run_opening(record: RunRecord) -> Html:
             assert own.recall is not None
             bars.append(Bar(own.class_, own.recall, class_interval(own), is_part=True))
     hidden = [_hidden_by_the_mean(score, apart) for score in scores if (apart := far_apart(score.per_class))]
-    said = [scores[0].sentence, *hidden, changed, merging_sentence(record)]
+    said = [scores[0].sentence, _origin(record), *hidden, changed, merging_sentence(record)]
     return _opening(scores[0].question, said, picture([bars]))
 
 
@@ -84,10 +84,15 @@ def comparison_opening(records: Sequence[RunRecord], *, methods: Mapping[str, st
     return _opening(question, said, *shown, note(seeds))
 
 
+def _origin(record: RunRecord) -> str | None:
+    """Where weights come from that were not trained here."""
+    return None if record.origin is None else f"Its weights are {record.origin.words}."
+
+
 def _so_far(record: RunRecord) -> str:
     """What metrics.jsonl says where no result is stored."""
-    if record.origin is not None:
-        return f"Its weights are {record.origin.words}."
+    if (origin := _origin(record)) is not None:
+        return origin
     if record.last_loss is None:
         return "Nothing is logged yet."
     text = f"The loss is {record.last_loss} at step {record.last_step:,}"
