@@ -9,8 +9,11 @@ import typer
 from mlip_cli import __version__
 from mlip_cli.terminal.endings import exit_code
 from mlip_cli.terminal.options import (
+    Averaged,
+    AverageOut,
     BatchSize,
     CaptionColumn,
+    Choose,
     DataRoot,
     Datasets,
     Device,
@@ -24,6 +27,7 @@ from mlip_cli.terminal.options import (
     Run,
     ShortSide,
     Source,
+    Weights,
     Workers,
 )
 from mlip_cli.terminal.output import start_logging
@@ -264,6 +268,34 @@ def search(
         top=top,
         merge_rate=merge_rate,
         out=out,
+        batch_size=batch_size,
+        device=device,
+        as_json=json,
+    )
+
+
+@app.command(epilog="Example: mlip average runs/start runs/tuned --out runs/mixed")
+def average(
+    runs: Averaged,
+    weights: Weights = None,
+    dataset: Datasets = None,
+    choose: Choose = None,
+    out: AverageOut = None,
+    data_root: DataRoot = None,
+    batch_size: BatchSize = 64,
+    device: Device = "auto",
+    json: Json = False,
+) -> None:
+    """Average the weights of runs, and measure the averages."""
+    from mlip_cli.commands import average as command
+
+    command.average(
+        runs,
+        weights=None if weights is None else flat(weights),
+        datasets=flat(dataset or []),
+        choose=choose,
+        out=out,
+        data_root=data_root,
         batch_size=batch_size,
         device=device,
         as_json=json,

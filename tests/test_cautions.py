@@ -47,8 +47,43 @@ def test_keys_without_effect_are_named(changes: dict[str, Any], total_steps: int
 
 def test_layer_decay_without_trained_weights_is_named() -> None:
     recipe = recipe_with(layer_decay=0.75)
-    recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"init": "runs/a"})})
+    recipe = tuned(recipe, lr=1e-5)
     assert cautions(recipe, small_model(recipe).training_plan, 8) == []
+
+
+def tuned(recipe: Recipe, *, lr: float, **model: Any) -> Recipe:
+    """The recipe as one that starts from trained weights."""
+    optim = recipe.optim.model_copy(update={"lr": lr})
+    return recipe.model_copy(
+        update={"model": recipe.model.model_copy(update={"init": "runs/a", **model}), "optim": optim}
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_named"),
+    [
+        ({"lr": 5e-4}, True),
+        ({"lr": 1e-4}, False),
+        ({"lr": 1e-5}, False),
+        ({"lr": 5e-4, "freeze": "image"}, False),
+        ({"lr": 5e-4, "freeze": "text"}, True),
+        ({"lr": 5e-4, "init": None}, False),
+    ],
+)
+def test_a_rate_that_overwrites_trained_weights_is_named(changes: dict[str, Any], is_named: bool) -> None:
+    recipe = tuned(small_recipe(mlip=False), **changes)
+    told = (
+        "optim.lr 0.0005 fits a training from random weights, and model.init gives trained ones: it overwrites what "
+        "they have learned; CLIP is fine-tuned with 1e-6 to 3e-5; set optim.lr=1e-5"
+    )
+    assert cautions(recipe, small_model(small_recipe(mlip=False)).training_plan, 8) == [told] * is_named
+
+
+def test_a_start_without_anything_to_measure_is_named() -> None:
+    told = "evaluate.at_start has nothing to measure; name evaluate.zeroshot or data.validation"
+    for more, expected in (({}, [told]), ({"data": {"validation": "unused"}}, [])):
+        recipe = small_recipe(mlip=False, evaluate={"at_start": True}, **more)
+        assert cautions(recipe, small_model(recipe).training_plan, 8) == expected
 
 
 def test_alignment_of_a_crop_with_itself_is_named() -> None:

@@ -10,7 +10,10 @@ from command_for_tests import mlip
 
 from mlip_cli.terminal.endings import exit_code
 
-COMMANDS = ("prepare-data", "pretrain", "merge-sweep", "eval-zeroshot", "search", "profile", "report", "doctor")
+COMMANDS = (
+    *("prepare-data", "pretrain", "merge-sweep", "eval-zeroshot", "search", "average", "profile", "report"),
+    "doctor",
+)
 
 
 @pytest.fixture(scope="module")

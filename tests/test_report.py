@@ -22,12 +22,24 @@ from mlip_cli.report.record import KINDS
 pytestmark = pytest.mark.slow
 
 EVIL = ('<script>alert("1")</script> disc', '"><img src=x onerror=alert(2)> & $x^2$ square', "a bar", "日本 é 🙂")
-TITLES = ("Zero-shot", "Curves", "Retrieval", "Merging", "Merge sweep", "Profile", "Data", "Recipe and stamp")
+TITLES = (
+    "Before and after",
+    "Averages of weights",
+    "Zero-shot",
+    "Curves",
+    "Retrieval",
+    "Merging",
+    "Merge sweep",
+    "Profile",
+    "Data",
+    "Recipe and stamp",
+)
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Runs of CLIP and of MLIP, the second with all that a report can show, on captions of markup and formulas."""
+    from mlip_cli.commands.average import average
     from mlip_cli.commands.eval_zeroshot import eval_zeroshot
     from mlip_cli.commands.merge_sweep import merge_sweep
     from mlip_cli.commands.pretrain import pretrain
@@ -49,8 +61,10 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 train=str(train),
                 data={"validation": str(validation), "num_workers": 0},
                 log={"every_steps": 1},
-                evaluate={"every_steps": 4},
+                evaluate={"every_steps": 4, "at_start": name == "mlip"},
             )
+            every = recipe.train.checkpoint_every.model_copy(update={"steps": 4})
+            recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"checkpoint_every": every})})
             Path(f"{name}.yaml").write_text(recipe_yaml(recipe))
             pretrain(f"{name}.yaml", [], out=Path("runs", name), resume=False, dry_run=False, as_json=True)
         common: dict[str, Any] = {"data_root": None, "device": "cpu", "as_json": True, "batch_size": 4}
@@ -61,6 +75,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "runs/mlip", rates=[0.5], methods=["guided", "tome"], datasets=datasets, rounds=3, num_pictures=2, **common
         )
         profile("runs/mlip", batch_size=4, rounds=3, device="cpu", as_json=True)
+        ends = ["runs/mlip/checkpoints/step_0000004", "runs/mlip"]
+        average(ends, weights=[0.5], datasets=["folder:classes", "validation"], choose=None, out=None, **common)
         undrawn.undo()
         report(["runs/clip", "runs/mlip"], out=None, as_json=True)
     return folder / "runs"
@@ -177,7 +193,7 @@ def test_the_page_shows_what_the_files_say(made: Path) -> None:
         assert f"{point['speedup']:.2f}" in page
     assert "mlip pretrain" not in re.sub("<[^>]*>", "", page).split("Sessions")[0]
     charts = sorted(path.stem for path in (made / "mlip" / "pictures").glob("*.svg"))
-    assert charts == ["distortion", "pareto", "profile"]
+    assert charts == ["average", "average_2", "distortion", "pareto", "profile"]
 
 
 def test_results_are_read_as_they_were_written(made: Path) -> None:

@@ -72,10 +72,10 @@ def signalled(arguments: Sequence[str], environment: dict[str, str], words: str)
 
     measure = training.measure
 
-    def measured(*given: Any) -> dict[str, float] | None:
+    def measured(*given: Any, **named: Any) -> dict[str, float] | None:
         if given[3] == 4 and os.environ["RANK"] == "0":
             os.kill(os.getpid(), signal.SIGTERM)
-        return measure(*given)
+        return measure(*given, **named)
 
     training.measure = measured
     pretrain(arguments, environment, words)
@@ -92,6 +92,16 @@ def test_an_interrupted_evaluation_is_made_up_before_the_first_step(
     with Forked([*arguments, "--resume"], words, ranks=2) as training:
         assert training.join() == [0, 0], training.said()
     assert metrics(folder) == metrics(sharded)
+
+
+def test_step_0_is_measured_before_the_first_gathered_block(recipe: Path, sharded: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    arguments = [str(recipe), "--out", str(folder), *SHARDED, "evaluate.at_start=true"]
+    with Forked(arguments, tmp_path / "words", ranks=2) as training:
+        assert training.join() == [0, 0], training.said()
+    first, *others = metrics(folder)
+    assert first["step"] == 0
+    assert others == metrics(sharded)
 
 
 def test_a_signal_to_one_rank_stops_all_after_the_same_step(recipe: Path, tmp_path: Path) -> None:

@@ -230,12 +230,12 @@ def disturbed(step: int, error: str | None, arguments: Sequence[str], environmen
 
     measure = training.measure
 
-    def measured(*given: Any) -> dict[str, float] | None:
+    def measured(*given: Any, **named: Any) -> dict[str, float] | None:
         if given[3] == step and error is not None:
             raise RunError(error)
         if given[3] == step:
             os.kill(os.getpid(), signal.SIGTERM)
-        return measure(*given)
+        return measure(*given, **named)
 
     training.measure = measured
     run_pretrain(arguments, environment, words)

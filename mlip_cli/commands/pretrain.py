@@ -4,12 +4,20 @@ from pathlib import Path
 
 from mlip_cli.commands.missing import missing_data
 from mlip_cli.errors import RunError, Stopped, UsageError
+from mlip_cli.evaluate.before_after import read_changes
 from mlip_cli.paths import check_can_be_made
 from mlip_cli.recipe.config import Recipe
 from mlip_cli.recipe.load import load_recipe
 from mlip_cli.runs.contents import read_metrics
 from mlip_cli.runs.folder import CURES, RUNS, Run
-from mlip_cli.runs.start import check_init_there, check_trackers, choose_start, command_to_resume, recipe_of_init
+from mlip_cli.runs.start import (
+    Start,
+    check_init_there,
+    check_trackers,
+    choose_start,
+    command_to_resume,
+    recipe_of_init,
+)
 from mlip_cli.terminal.output import is_main, print_json, print_lines, say, warn
 
 
@@ -27,6 +35,8 @@ def pretrain(
     start = choose_start(loaded.recipe, loaded.name, out=out, resume=resume)
     if not start.resumes and loaded.recipe.model.init is not None:
         check_init_there(loaded.recipe.model.init)
+    if resume:
+        check_can_go_on(start)
     check_trackers(loaded.recipe.log)
     if not (start.resumes and start.run.is_finished()):
         check_can_be_made(start.run.folder, option="--out")
@@ -55,6 +65,19 @@ def pretrain(
         print_run(run, as_json=as_json)
 
 
+def check_can_go_on(start: Start) -> None:
+    """Check that the weights of a run that is to be resumed have the state of a training beside them.
+
+    Raises:
+        UsageError: they come from elsewhere.
+    """
+    if start.resumes and not start.run.can_go_on():
+        raise UsageError(
+            f"--resume {start.run.folder}: its weights were not trained here and have no optimiser state; start a new "
+            f"run from them with model.init={start.run.folder}"
+        )
+
+
 def check_data(recipe: Recipe) -> None:
     """Check that all data is there, before torch is loaded.
 
@@ -70,7 +93,7 @@ def check_data(recipe: Recipe) -> None:
 
 
 def print_run(run: Run, *, as_json: bool) -> None:
-    """The run folder on stdout; as JSON with its last measures."""
+    """The run folder on stdout; as JSON with its last measures, and what changed since step 0 where that is known."""
     if not as_json:
         print_lines(str(run.folder))
         return
@@ -80,4 +103,6 @@ def print_run(run: Run, *, as_json: bool) -> None:
     if not lines:
         raise RunError(f"{run.metrics}: no line of metrics is left; the weights are in {run.checkpoints}")
     last = {key: value for line in lines if line["step"] == lines[-1]["step"] for key, value in line.items()}
-    print_json({"run": str(run.folder), "step": last["step"], "metrics": last})
+    kept = read_changes(run)
+    changes = {"before_after": kept.changes_as_json()} if kept is not None and kept.changes else {}
+    print_json({"run": str(run.folder), "step": last["step"], "metrics": last, **changes})

@@ -7,6 +7,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from mlip_cli.errors import UsageError
+from mlip_cli.evaluate.before_after import BeforeAfter
 from mlip_cli.report.comparison import comparison_page
 from mlip_cli.report.headlines import compared, verdict
 from mlip_cli.report.record import RunRecord, read_run
@@ -44,7 +45,10 @@ def report(targets: Sequence[str], *, out: Path | None, as_json: bool) -> None:
             say(verdict(records[0].name, record.name, comparisons))
     path = _short(path)
     if as_json:
-        print_json({"report": str(path), "runs": [str(run.folder) for run in runs]})
+        kept = {str(record.run.folder): record.newest(BeforeAfter) for record in records}
+        changes = {folder: own.changes_as_json() for folder, own in kept.items() if own is not None and own.changes}
+        beside = {"before_after": changes} if changes else {}
+        print_json({"report": str(path), "runs": [str(run.folder) for run in runs], **beside})
     else:
         print_lines(str(path))
 

@@ -1,7 +1,7 @@
 """A training by a recipe: where data, model, steps, evaluators and the run folder meet."""
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -12,12 +12,14 @@ from mlip_cli.data.tokenizer import Tokenizer
 from mlip_cli.devices import batch_named, full_memory_named
 from mlip_cli.distributed import from_main, process_group, rank, wait_for_ranks, world_size
 from mlip_cli.errors import RunError, Stopped, UsageError
+from mlip_cli.evaluate.before_after import Answers, keep_answers
 from mlip_cli.evaluate.evaluators import Evaluator, Measures, training_evaluators
 from mlip_cli.evaluate.gallery import find_pairs, write_gallery
 from mlip_cli.evaluate.together import EvaluationStopped, OnBatch
 from mlip_cli.evaluate.validation import BATCH_SIZE, ValidationPairs, validation_pairs
 from mlip_cli.files import write_json
 from mlip_cli.recipe.config import Log, Recipe
+from mlip_cli.report.before_after import ending_lines
 from mlip_cli.report.write import rebuild
 from mlip_cli.runs.contents import read_metrics
 from mlip_cli.runs.folder import Run, claimed
@@ -45,6 +47,13 @@ from mlip_cli.train.setup import (
 )
 from mlip_cli.train.state import Progress, Training
 from mlip_cli.train.trackers import opened_trackers
+
+Keep = Callable[[int, Sequence[Answers]], None]
+"""Called with the step and the answers of an evaluation that came to its end."""
+
+
+def keep_nothing(step: int, answers: Sequence[Answers]) -> None:
+    """For a training that compares nothing with step 0."""
 
 
 def train_run(recipe: Recipe, start: Start) -> Run:
@@ -87,6 +96,8 @@ def train_run(recipe: Recipe, start: Start) -> Run:
             run_loop(run, recipe, data, training, progress, evaluators=evaluators, random=random)
             if pairs is not None:
                 show_pairs(run, training, pairs, step=progress.step)
+            for line in ending_lines(run) if is_main() else ():
+                say(line)
     return run
 
 
@@ -153,14 +164,23 @@ def run_loop(
             build_stepper(training, recipe, total_steps=data.total_steps, micro_batch_size=micro_batch_size),
             batches,
             progress,
-            timetable=Timetable(data.total_steps, log.every_steps, recipe.evaluate.every_steps),
+            timetable=Timetable(
+                data.total_steps, log.every_steps, recipe.evaluate.every_steps, recipe.evaluate.at_start
+            ),
             plan_of=plan_by_step(recipe.model.merging, training.plain, data.total_steps),
-            evaluate=partial(measure, training, evaluators, panel),
+            evaluate=partial(measure, training, evaluators, panel, keep=keeper(run, recipe)),
             saver=Saver(
                 run.checkpoints, config, training, data=data.fingerprints, best_metric=recipe.evaluate.best_metric
             ),
             journal=Journal(metrics, panel, trackers, stall=stall_warning(recipe)),
         )
+
+
+def keeper(run: Run, recipe: Recipe) -> Keep:
+    """What keeps the answers of evaluations, for a comparison with step 0, if that is measured."""
+    if recipe.evaluate.at_start and is_main():
+        return partial(keep_answers, run)
+    return keep_nothing
 
 
 def stall_warning(recipe: Recipe) -> StallWarning | None:
@@ -216,12 +236,15 @@ def measure(
     panel: TrainingPanel,
     step: int,
     is_stopping: Callable[[], bool],
+    *,
+    keep: Keep = keep_nothing,
 ) -> dict[str, float] | None:
     """All measures of the model, without gradients; all ranks share the work and get the result.
 
     None if a signal asked any rank to stop meanwhile. An error on one rank is raised on all.
     """
     measures: dict[str, float] = {}
+    answers: list[Answers] = []
     try:
         with torch.no_grad(), training.as_measured() as encoder:
             for evaluator in evaluators:
@@ -229,10 +252,12 @@ def measure(
                     found = evaluator.measure(encoder, on_batch_of(evaluator, panel, is_stopping))
                 panel.measured(step, evaluator.name, found.words, headline=headline_of(evaluator, found))
                 measures |= found.values
+                answers += found.answers
     except EvaluationStopped:
         warn(f"step {step}: the evaluation was stopped before its end, and its measures are not written")
         return None
     panel.doing(None)
+    keep(step, answers)
     return measures
 
 

@@ -10,16 +10,18 @@ import torch
 from mlip_cli.data.tokenizer import Tokenizer
 from mlip_cli.devices import batch_named
 from mlip_cli.errors import UsageError
+from mlip_cli.evaluate.before_after import Answers
 from mlip_cli.evaluate.datasets.benchmark import Benchmark
 from mlip_cli.evaluate.datasets.find import find_benchmark
 from mlip_cli.evaluate.datasets.open import open_benchmark
 from mlip_cli.evaluate.datasets.pictures import batches
 from mlip_cli.evaluate.measure import NAME_RECALL_AT, Candidate, measure
 from mlip_cli.evaluate.results import DIRECTIONS
-from mlip_cli.evaluate.retrieval import RECALL_AT, image_text_retrieval, in_batch, modality_gap
+from mlip_cli.evaluate.retrieval import RECALL_AT, image_text_ranks, in_batch, modality_gap
 from mlip_cli.evaluate.statistics import BELOW_CHANCE, is_below_chance, metric_prefix
 from mlip_cli.evaluate.together import OnBatch
 from mlip_cli.evaluate.validation import BATCH_SIZE, DecodedBatches, ValidationPairs, tokenize
+from mlip_cli.evaluate.wanted import VALIDATION
 from mlip_cli.recipe.config import Recipe, Resize
 from mlip_cli.runs.loading import LoadedRun, MergedEncoder
 from mlip_cli.terminal.output import percent, plural, say
@@ -40,6 +42,8 @@ class Measures:
     """The same in a line of text: in per cent, with chance and n."""
     chances: dict[str, float] = field(default_factory=dict)
     """Chance levels of values that have one."""
+    answers: Sequence[Answers] = ()
+    """To single questions, for paired tests."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +150,11 @@ def _zeroshot_evaluator(benchmark: Benchmark, recipe: Recipe, tokenizer: Tokeniz
             found += [own[f"r{k}"] for own, k in recalls]
             chances += [own[f"r{k}_chance"] for own, k in recalls]
         values, levels = (dict(zip(metrics, own, strict=True)) for own in (found, chances))
-        return Measures(values, zeroshot_words(scores), levels)
+        key = "picture_r1" if pictures.asks_names_alone else "acc1"
+        answers = Answers(
+            dataset=benchmark.name, fingerprint=benchmark.fingerprint, measure=key, right=scores["right"][key]
+        )
+        return Measures(values, zeroshot_words(scores), levels, [answers])
 
     return Evaluator(benchmark.name, pictures.num_pictures, metrics, evaluate, headline=metrics[0])
 
@@ -178,7 +186,8 @@ def _retrieval_evaluator(pairs: ValidationPairs, batch_size: int) -> Evaluator:
 
     def evaluate(encoder: Encoder, on_batch: OnBatch) -> Measures:
         images, texts = pairs.features(encoder, on_batch=on_batch)
-        scores = image_text_retrieval(images, texts, pairs.own_texts)
+        ranked = image_text_ranks(images, texts, pairs.own_texts)
+        scores = {way: own.recalls() for way, own in ranked.items()}
         batches = in_batch(images, texts, pairs.own_texts, batch_size=batch_size)
         gap = modality_gap(images, texts, pairs.own_texts)
         found = [*(scores[way][f"r{k}"] for way, k in recalls), batches.acc1, gap]
@@ -188,7 +197,17 @@ def _retrieval_evaluator(pairs: ValidationPairs, batch_size: int) -> Evaluator:
         )
         chances = [*(scores[way][f"r{k}_chance"] for way, k in recalls), batches.chance]
         values, levels = dict(zip(metrics, found, strict=True)), dict(zip(metrics[:-1], chances, strict=True))
-        return Measures(values, words, levels)
+        answers = [
+            Answers(
+                dataset=VALIDATION,
+                fingerprint=pairs.fingerprint,
+                measure=f"{way}_r5",
+                right=own.right()["r5"],
+                cluster_of=own.cluster_of,
+            )
+            for way, own in ranked.items()
+        ]
+        return Measures(values, words, levels, answers)
 
     headline = "validation_text_to_image_r5"
     return Evaluator("validation", pairs.num_pictures, metrics, evaluate, headline=headline)

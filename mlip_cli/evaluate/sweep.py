@@ -165,12 +165,11 @@ def _validation(loaded: LoadedRun) -> SweepDataset:
     pairs = validation_pairs(loaded.recipe, loaded.tokenizer, device=loaded.device)
     if pairs is None:
         raise UsageError(f"{VALIDATION}: the recipe of {loaded.label} has no data.validation; name another data set")
-    fingerprint = " ".join(dataset.fingerprint for dataset in pairs.datasets)
     return SweepDataset(
         name=VALIDATION,
-        fingerprint=fingerprint,
+        fingerprint=pairs.fingerprint,
         attribution=attributions(dataset.card for dataset in pairs.datasets),
-        measure=partial(retrieval, pairs, fingerprint),
+        measure=partial(retrieval, pairs),
         choose=partial(_choose_of_validation, pairs, loaded.recipe.data),
     )
 
@@ -188,14 +187,14 @@ def _choose_of_validation(pairs: ValidationPairs, data: Data, wanted: int) -> li
     ]
 
 
-def retrieval(pairs: ValidationPairs, fingerprint: str, points: Sequence[Point]) -> RetrievalSweep:
+def retrieval(pairs: ValidationPairs, points: Sequence[Point]) -> RetrievalSweep:
     """Retrieval both ways by all points, each beside the unmerged model on the same pairs."""
     ranks = ranks_of(pairs, [point.encoder for point in points])
     unmerged = right_answers(ranks[0])
     clusters = {f"{way}_{k}": found.cluster_of for way, found in ranks[0].items() for k in found.right()}
     return RetrievalSweep(
         dataset=VALIDATION,
-        fingerprint=fingerprint,
+        fingerprint=pairs.fingerprint,
         n=pairs.num_pictures,
         num_texts=len(pairs.texts),
         points=[

@@ -116,6 +116,11 @@ class ValidationPairs(Generic[Set]):
                     numbers=own,
                 )
 
+    @property
+    def fingerprint(self) -> str:
+        """Of all data sets."""
+        return " ".join(dataset.fingerprint for dataset in self.datasets)
+
     def sample(self, number: int) -> RawSample:
         """The sample of a picture, by its number among all.
 

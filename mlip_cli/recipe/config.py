@@ -448,6 +448,8 @@ class Evaluate(Section):
 
     every_steps: Count | None = None
     """Steps between evaluations. The last step is always evaluated. null: only the last step."""
+    at_start: bool = False
+    """Also evaluate before the first step, as step 0: then the run says what training gained and lost."""
     zeroshot: tuple[Annotated[str, AfterValidator(read_dataset_name)], ...] = ()
     """Data sets of `mlip eval-zeroshot` to measure at each evaluation."""
     best_metric: str | None = None

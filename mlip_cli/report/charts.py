@@ -85,12 +85,12 @@ def curves_chart(
 
 
 def dots_chart(title: str, series: Mapping[str, Sequence[Dot]], *, x_label: str, y_label: str, chance: float) -> Chart:
-    """Accuracy against speed: points with both intervals, joined in the order given.
+    """Accuracy against speed or another accuracy: points with both intervals, joined in the order given.
 
     The points fill the width; the frame cuts an interval that is wider.
     """
-    speeds = [dot.x for dots in series.values() for dot in dots]
-    margin = max(0.08, 0.2 * (max(speeds) - min(speeds)))
+    across = [dot.x for dots in series.values() for dot in dots]
+    margin = max(0.08, 0.2 * (max(across) - min(across)))
     named: set[tuple[float, float]] = set()
     with drawn(title, x_label=x_label, y_label=y_label, size=(6.4, 4.0)) as chart:
         for number, (name, dots) in enumerate(series.items()):
@@ -114,7 +114,7 @@ def dots_chart(title: str, series: Mapping[str, Sequence[Dot]], *, x_label: str,
                     )
                 named.add((dot.x, dot.y))
         chart.axes.axhline(chance, color=MUTED, linestyle=":", linewidth=1.2, label="chance")
-        chart.axes.set_xlim(min(speeds) - margin, max(speeds) + margin)
+        chart.axes.set_xlim(max(0.0, min(across) - margin), max(across) + margin)
         chart.axes.set_ylim(0, 1.08 * chart.axes.get_ylim()[1])
         chart.legend(len(series) + 1)
     return chart

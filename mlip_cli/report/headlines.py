@@ -13,14 +13,11 @@ from mlip_cli.evaluate.results import (
     ZeroshotResult,
     ZeroshotScores,
 )
-from mlip_cli.evaluate.statistics import Interval, paired, wilson
+from mlip_cli.evaluate.statistics import SIGNIFICANT, Interval, paired, wilson
 from mlip_cli.recipe.merge_plan import merge_method
 from mlip_cli.report.record import RunRecord
 from mlip_cli.report.tables import main_score, speedup_cell
 from mlip_cli.terminal.output import percent, plural
-
-SIGNIFICANT = 0.05
-"""A paired test with a smaller p shows a difference."""
 
 WIDE = 0.25
 """Recalls of two classes that are at least so far apart differ widely, if their intervals do not overlap."""

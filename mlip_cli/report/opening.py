@@ -3,8 +3,10 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from mlip_cli.evaluate.before_after import BeforeAfter
 from mlip_cli.evaluate.results import ClassRecall
 from mlip_cli.evaluate.statistics import Interval
+from mlip_cli.report.before_after import changes_sentence
 from mlip_cli.report.canvas import NUM_SERIES
 from mlip_cli.report.costs import equal_terms
 from mlip_cli.report.headlines import (
@@ -49,8 +51,10 @@ class Bar:
 def run_opening(record: RunRecord) -> Html:
     """The opening of the page of one run."""
     scores = scores_of(record)[:MOST_QUESTIONS]
+    kept = record.newest(BeforeAfter)
+    changed = changes_sentence(kept) if kept is not None else None
     if not scores:
-        return _opening("What has it learned?", [_so_far(record)], note(*_measured_by(record)))
+        return _opening("What has it learned?", [_so_far(record), changed], note(*_measured_by(record)))
     bars = []
     for score in scores:
         bars.append(Bar(score.name, score.value, score.interval, score.chance))
@@ -58,7 +62,7 @@ def run_opening(record: RunRecord) -> Html:
             assert own.recall is not None
             bars.append(Bar(own.class_, own.recall, class_interval(own), is_part=True))
     hidden = [_hidden_by_the_mean(score, apart) for score in scores if (apart := far_apart(score.per_class))]
-    said = [scores[0].sentence, *hidden, merging_sentence(record)]
+    said = [scores[0].sentence, _origin(record), *hidden, changed, merging_sentence(record)]
     return _opening(scores[0].question, said, picture([bars]))
 
 
@@ -80,8 +84,15 @@ def comparison_opening(records: Sequence[RunRecord], *, methods: Mapping[str, st
     return _opening(question, said, *shown, note(seeds))
 
 
+def _origin(record: RunRecord) -> str | None:
+    """Where weights come from that were not trained here."""
+    return None if record.origin is None else f"Its weights are {record.origin.words}."
+
+
 def _so_far(record: RunRecord) -> str:
     """What metrics.jsonl says where no result is stored."""
+    if (origin := _origin(record)) is not None:
+        return origin
     if record.last_loss is None:
         return "Nothing is logged yet."
     text = f"The loss is {record.last_loss} at step {record.last_step:,}"

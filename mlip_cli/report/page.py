@@ -89,7 +89,7 @@ def table(shown: Table) -> Html:
 def _cell(value: Child) -> Child:
     """An interval has a quieter colour than its value; None is a dash."""
     if isinstance(value, Spread):
-        return element("span", f"{value.value} ", element("span", f"({value.low}–{value.high})", class_="note"))
+        return element("span", f"{value.value} ", element("span", f"({value.interval('–')})", class_="note"))
     return "–" if value is None else value
 
 

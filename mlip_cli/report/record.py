@@ -7,6 +7,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
 
+from mlip_cli.evaluate.average_results import AverageResult
+from mlip_cli.evaluate.before_after import BeforeAfter
 from mlip_cli.evaluate.picture_results import GalleryResult, MergePicturesResult
 from mlip_cli.evaluate.results import SweepResult, ZeroshotResult
 from mlip_cli.evaluate.retrieval_results import RetrievalResult
@@ -14,14 +16,23 @@ from mlip_cli.files import read_object
 from mlip_cli.profiling.result import ProfileResult
 from mlip_cli.recipe.config import Recipe
 from mlip_cli.recipe.load import load_recipe
-from mlip_cli.runs.contents import DataCard, MetricsLine, Stamp, read_cards, read_metrics
-from mlip_cli.runs.folder import CURES, Run
+from mlip_cli.runs.contents import DataCard, MetricsLine, Origin, Stamp, read_cards, read_metrics
+from mlip_cli.runs.folder import CURES, ORIGIN, Run
 from mlip_cli.runs.result_files import Result
 from mlip_cli.terminal.output import warn
 
 KINDS: dict[str, type[Result]] = {
     kind.KIND: kind
-    for kind in (ZeroshotResult, RetrievalResult, GalleryResult, MergePicturesResult, SweepResult, ProfileResult)
+    for kind in (
+        ZeroshotResult,
+        RetrievalResult,
+        GalleryResult,
+        MergePicturesResult,
+        SweepResult,
+        ProfileResult,
+        BeforeAfter,
+        AverageResult,
+    )
 }
 """The results that RUN/evals/ may hold."""
 
@@ -51,6 +62,8 @@ class RunRecord:
     """Of evals/, in the order of their steps and times."""
     cards: dict[str, DataCard]
     """Data card by the role of the data, such as `training`."""
+    origin: Origin | None = None
+    """Of weights that no training of this run made."""
     damaged: list[str] = field(default_factory=list)
     """A line about each file that could not be read."""
 
@@ -112,6 +125,7 @@ def read_run(folder: Path, *, name: str | None = None) -> RunRecord:
         evaluations=[line for line in lines if MEASURED not in line],
         results=sorted(results, key=lambda result: (result.step or 0, result.measured_at or "")),
         cards=_attempt(run.data_cards, read_cards, damaged) or {},
+        origin=_attempt((run.latest_checkpoint() or run.checkpoints) / ORIGIN, Origin.read, damaged),
         damaged=damaged,
     )
     for line in damaged:

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from mlip_cli.evaluate.picture_results import GalleryResult
 from mlip_cli.evaluate.results import DIRECTIONS, ZeroshotResult
 from mlip_cli.evaluate.statistics import metric_prefix
+from mlip_cli.report.average import average_sections
+from mlip_cli.report.before_after import before_after_sections
 from mlip_cli.report.canvas import Chart
 from mlip_cli.report.curves import curves_section
 from mlip_cli.report.galleries import gallery_section, merges_section
@@ -34,6 +36,8 @@ def run_page(record: RunRecord, charts: Mapping[str, Chart], *, written: str) ->
         heading=record.name,
         lead=[note(_lead(record)), run_opening(record), *(note(line) for line in record.damaged)],
         sections=[
+            *before_after_sections(record),
+            *average_sections(record, charts),
             scores_section(record),
             *retrieval_sections(record),
             curves_section([record], chances=known_chances(record)),

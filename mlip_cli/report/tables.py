@@ -30,9 +30,13 @@ class Spread:
     low: str
     high: str
 
+    def interval(self, dash: str = "-") -> str:
+        """28.0-35.4; -1.2 to +3.4 where the ends have signs"""
+        return f"{self.low}{' to ' if self.low.startswith(('+', '-')) else dash}{self.high}"
+
     def __str__(self) -> str:
         """31.6 (28.0-35.4)"""
-        return f"{self.value} ({self.low}-{self.high})"
+        return f"{self.value} ({self.interval()})"
 
 
 Cell = str | int | Spread | None

@@ -5,6 +5,8 @@ from pathlib import Path
 
 from mlip_cli import __version__
 from mlip_cli.files import full_disk_named, write_text
+from mlip_cli.report.average import CHARTS as AVERAGES
+from mlip_cli.report.average import average_charts
 from mlip_cli.report.profiles import profile_charts
 from mlip_cli.report.record import RunRecord, read_run
 from mlip_cli.report.run_page import run_page
@@ -33,7 +35,7 @@ def write_run_page(record: RunRecord, path: Path) -> None:
     Raises:
         RunError: the disk is full.
     """
-    charts = {**sweep_charts(record), **profile_charts(record)}
+    charts = {**average_charts(record), **sweep_charts(record), **profile_charts(record)}
     write_page(path, run_page(record, charts, written=written_line()))
     if path != record.run.report:
         return
@@ -42,9 +44,10 @@ def write_run_page(record: RunRecord, path: Path) -> None:
         for name, chart in charts.items():
             folder.mkdir(exist_ok=True)
             write_text(folder / f"{name}.svg", chart.as_file())
-    for file in folder.glob(f"{PARETO}*.svg"):
-        if file.stem not in charts:
-            file.unlink()
+    for beginning in (PARETO, AVERAGES):
+        for file in folder.glob(f"{beginning}*.svg"):
+            if file.stem not in charts:
+                file.unlink()
 
 
 def write_page(path: Path, content: str) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mlip_cli.errors import UsageError
 from mlip_cli.files import full_disk_named, remove, sync_folder, temporary_path, write_json
-from mlip_cli.runs.folder import ORIGIN, STATE, checkpoint_folders, checkpoint_name, step_of, whole_checkpoints
+from mlip_cli.runs.folder import ORIGIN, STATE, checkpoint_folders, checkpoint_name, mark_of, step_of, whole_checkpoints
 from mlip_cli.terminal.output import warn
 
 WEIGHTS = "model.safetensors"
@@ -33,9 +33,11 @@ def save_checkpoint(
 ) -> None:
     """Write folder/step_NNNNNNN under a temporary name, sync it and rename it.
 
-    It holds the state of a training, or the origin of weights that came from elsewhere.
-
     A failure leaves the earlier checkpoints and no half of this one.
+
+    Args:
+        state: of a training that can go on.
+        origin: where the weights come from, if no training of this run made them; one of the two is given.
 
     Raises:
         RunError: the disk is full.
@@ -74,13 +76,14 @@ def _write_parts(
     try:
         for part, weights in parts.items():
             save_file({name: tensor.detach().contiguous() for name, tensor in weights.items()}, temporary / part)
-        last = temporary / (ORIGIN if state is None else STATE)
-        if state is None:
-            write_json(last, origin)
-        else:
-            with open(last, "wb") as file:  # given a path, torch would hide the reason of a failure
+        if state is not None:
+            with open(temporary / STATE, "wb") as file:  # given a path, torch would hide the reason of a failure
                 torch.save(state, file)
-        mode = last.stat().st_mode
+        if origin is not None:
+            write_json(temporary / ORIGIN, origin)
+        mark = mark_of(temporary)
+        assert mark is not None, "neither a state nor an origin"
+        mode = mark.stat().st_mode
         for path in temporary.iterdir():
             path.chmod(mode)  # safetensors hides its files from everybody else
             with open(path, "rb") as file:

@@ -51,6 +51,40 @@ class Stamp:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PartOfAverage:
+    """A run whose weights are in an average."""
+
+    run: str
+    step: int
+    coefficient: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """origin.json of a checkpoint: where weights come from that no training of the run made."""
+
+    kind: str
+    """Such as `average`."""
+    runs: Sequence[PartOfAverage] = ()
+    """Of an average."""
+
+    @classmethod
+    def read(cls, path: Path) -> "Origin":
+        """The origin that a file holds.
+
+        Raises:
+            ValueError: it holds something else.
+        """
+        return checked(cls, read_object(path))
+
+    @property
+    def words(self) -> str:
+        """an average: 0.75 of base at step 320, 0.25 of tuned at step 60"""
+        parts = ", ".join(f"{own.coefficient:.3g} of {own.run} at step {own.step:,}" for own in self.runs)
+        return f"an average: {parts}" if parts else self.kind
+
+
+@dataclass(frozen=True, kw_only=True)
 class Provenance:
     """Where prepared data comes from."""
 

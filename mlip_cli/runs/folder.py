@@ -31,9 +31,10 @@ Content = TypeVar("Content")
 
 CHECKPOINT_NAME = re.compile(r"step_\d+")
 STATE = "state.pt"
-"""Of a training. Written last: a folder with neither this nor ORIGIN is not a complete checkpoint."""
+"""What a training needs to go on."""
 ORIGIN = "origin.json"
-"""Of weights that no training in this folder made: where they came from."""
+"""Where weights come from that no training of this run made. A complete checkpoint has either this or STATE, written
+last."""
 
 
 def now() -> str:
@@ -58,12 +59,12 @@ def checkpoint_folders(folder: Path) -> list[Path]:
 
 def whole_checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints, ordered by step."""
-    return [path for path in checkpoint_folders(folder) if written_last(path) is not None]
+    return [path for path in checkpoint_folders(folder) if mark_of(path) is not None]
 
 
-def written_last(checkpoint: Path) -> Path | None:
-    """The file that makes a checkpoint complete; None if it is not."""
-    return next((path for name in (STATE, ORIGIN) if (path := checkpoint / name).is_file()), None)
+def mark_of(checkpoint: Path) -> Path | None:
+    """The file that makes a checkpoint complete: its STATE, else its ORIGIN; None: it is not complete."""
+    return next((mark for name in (STATE, ORIGIN) if (mark := checkpoint / name).is_file()), None)
 
 
 @dataclass(frozen=True)
@@ -158,8 +159,13 @@ class Run:
             raise RecipeError(f"{error}{cure}") from None
 
     def is_finished(self) -> bool:
-        """True when training reached its last step."""
-        return self.read_stamp().end_reason == "finished"
+        """True when training reached its last step, and where no training can go on."""
+        return self.read_stamp().end_reason == "finished" or not self.can_go_on()
+
+    def can_go_on(self) -> bool:
+        """Whether a training can go on from the newest checkpoint; weights from elsewhere have no optimiser state."""
+        newest = self.latest_checkpoint()
+        return newest is None or (newest / STATE).is_file()
 
 
 def with_tokenizer(recipe: Recipe, file: Path) -> Recipe:
@@ -239,8 +245,8 @@ def all_runs() -> list[Run]:
 
     def age(run: Run) -> tuple[int, str]:
         checkpoint = run.latest_checkpoint()
-        last = checkpoint and written_last(checkpoint)
-        return (last.stat().st_mtime_ns if last else 0, run.folder.name)
+        mark = mark_of(checkpoint) if checkpoint else None
+        return (mark.stat().st_mtime_ns if mark else 0, run.folder.name)
 
     return sorted(runs, key=age)
 

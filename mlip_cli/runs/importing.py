@@ -127,9 +127,8 @@ def _as_published(described: Architecture, name: str, tag: str | None) -> Archit
     needs_quick = quick if described.model.text.activation == "gelu" else []
     if tag is not None:
         if tag not in tags:
-            raise UsageError(
-                f"open_clip:{name}/{tag}: OpenCLIP lists no such weights; it has {', '.join(tags) or 'none'}"
-            )
+            known = ", ".join(tags) or "none"
+            raise UsageError(f"open_clip:{name}/{tag}: OpenCLIP lists no such weights; it has {known}")
         if tag in needs_quick:
             raise UsageError(f"open_clip:{name}/{tag}: trained with QuickGELU; write open_clip:{name}-quickgelu/{tag}")
         return with_preprocessing(described, tags[tag])

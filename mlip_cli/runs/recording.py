@@ -136,6 +136,16 @@ def versions() -> dict[str, str | None]:
     return found | {"torch": str(torch.__version__)}  # with the build, which the package's version leaves out
 
 
+def made_with() -> dict[str, Any]:
+    """The program and the machine, for a stamp."""
+    return {
+        "mlip_version": mlip_cli.__version__,
+        "commit": commit(),
+        "versions": versions(),
+        "platform": f"{platform.system()} {platform.machine()}, {sys.byteorder} endian",
+    }
+
+
 @contextmanager
 def stamped(
     run: Run, recipe: Recipe, *, device: torch.device, fingerprints: dict[str, str], step: int
@@ -151,10 +161,7 @@ def stamped(
     }
     earlier = run.read_stamp()
     stamp: dict[str, Any] = {
-        "mlip_version": mlip_cli.__version__,
-        "commit": commit(),
-        "versions": versions(),
-        "platform": f"{platform.system()} {platform.machine()}, {sys.byteorder} endian",
+        **made_with(),
         "seed": recipe.seed,
         "data": fingerprints,
         "started": earlier.started or session["started"],

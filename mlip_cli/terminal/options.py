@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from mlip_cli.terminal.values import checked_measured_run, checked_path, checked_text, split_datasets
+from mlip_cli.terminal.values import checked_measured_run, checked_path, checked_text, split_datasets, split_weights
 
 Run = Annotated[
     str | None,
@@ -35,6 +35,35 @@ Datasets = Annotated[
     ),
 ]
 BatchSize = Annotated[int, typer.Option(min=1, max=65_536, help="Pictures in one forward pass.")]
+
+Averaged = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="START TUNED", parser=checked_measured_run, help="The start and what was tuned from it; or more runs."
+    ),
+]
+Weights = Annotated[
+    list[list] | None,
+    typer.Option(
+        parser=split_weights,
+        metavar="START:END:STEP",
+        help="Shares of the second run, also as a list such as 0,0.3,1. Default: 0:1:0.1. Three or more runs have one "
+        "average, the uniform one.",
+        show_default=False,
+    ),
+]
+Choose = Annotated[
+    str | None,
+    typer.Option(
+        metavar="WEIGHT|best:DATASET", help="The average that --out writes. Default: 0.5.", show_default=False
+    ),
+]
+AverageOut = Annotated[
+    Path | None,
+    typer.Option(
+        "--out", callback=checked_path, help="Run folder to write the chosen average into.", show_default=False
+    ),
+]
 
 Source = Annotated[
     str,

@@ -13,7 +13,7 @@ import sys
 import textwrap
 from collections.abc import Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from mlip_cli.paths import escaped
 
@@ -151,12 +151,18 @@ def print_prose(text: str) -> None:
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], *, title: str | None = None) -> None:
-    """Print a table on stdout. Cells are plain text: brackets and colons are not markup.
+    """Print a table on stdout (see `table_lines`)."""
+    if is_main():
+        _print("\n".join(table_lines(columns, rows, title=title, file=sys.stdout)))
+
+
+def table_lines(
+    columns: Sequence[str], rows: Sequence[Sequence[Any]], *, file: IO[str], title: str | None = None
+) -> list[str]:
+    """The lines of a table for stdout or stderr. Cells are plain text: brackets and colons are not markup.
 
     Columns of numbers are right-aligned, and None becomes a dash. A terminal folds a table that is too wide; in a pipe
     the table is as wide as its content."""
-    if not is_main():
-        return
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -172,14 +178,14 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], *, title:
         least_width += width if one_word else min(width, NARROWEST_TEXT)
     for row in rows:
         table.add_row(*[Text("-" if cell is None else escaped(str(cell))) for cell in row])
-    console = Console(file=sys.stdout, highlight=False, force_terminal=sys.stdout.isatty())
+    console = Console(file=file, highlight=False, force_terminal=file.isatty())
     terminal_width = console.width
     console.width = 1_000_000  # to measure without a limit
     fits = console.file.isatty() and least_width <= terminal_width
     console.width = terminal_width if fits else console.measure(table).maximum
     with console.capture() as drawn:
         console.print(table)
-    _print("\n".join(line.rstrip() for line in drawn.get().splitlines()))
+    return [line.rstrip() for line in drawn.get().splitlines()]
 
 
 def is_number(cell: Any) -> bool:

@@ -75,6 +75,33 @@ def one_rate(text: str) -> float:
     return rates[0]
 
 
+MOST_WEIGHTS = 1_000
+
+
+def split_weights(text: str) -> list[float]:
+    """`0:1:0.25` -> [0, 0.25, 0.5, 0.75, 1]; `0,0.3` -> [0, 0.3]; each in [0, 1]."""
+    parts = text.split(":") if ":" in text else split(text)
+    try:
+        numbers = [float(part) for part in parts]
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not START:END:STEP and not a list; write 0:1:0.1 or 0,0.3,1") from None
+    if ":" in text:
+        numbers = _steps(text, numbers)
+    if not all(0 <= number <= 1 for number in numbers):
+        raise typer.BadParameter(f"{text!r} leaves [0, 1]; a weight is the share of the second run")
+    return numbers
+
+
+def _steps(text: str, numbers: list[float]) -> list[float]:
+    """START, END, STEP -> the numbers from START to END; END is among them where STEP reaches it."""
+    if len(numbers) != 3:
+        raise typer.BadParameter(f"{text!r} is not START:END:STEP; write 0:1:0.1")
+    start, end, step = numbers
+    if not (step > 0 and start <= end and end - start <= step * MOST_WEIGHTS):
+        raise typer.BadParameter(f"{text!r} is not a range of up to {MOST_WEIGHTS:,} steps; write 0:1:0.1")
+    return [round(start + number * step, 10) for number in range(int((end - start) / step + 1e-9) + 1)]
+
+
 def flat(lists: list[list]) -> list:
     """All values of an option that may repeat and may list values."""
     return [value for values in lists for value in values]

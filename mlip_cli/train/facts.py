@@ -14,6 +14,11 @@ from mlip_cli.runs.start import Start
 from mlip_cli.terminal.output import plural
 from mlip_cli.train.setup import num_workers
 
+FINE_TUNING_LR = 1e-4
+"""A higher learning rate is one of training from random weights. Published CLIPs are fine-tuned with 1e-6 to 1e-5 at
+batches of 512 (Goyal et al., CVPR 2023, "Finetune like you pretrain") and with 3e-5 (Wortsman et al., CVPR 2022,
+"Robust fine-tuning of zero-shot models"); they were trained with 5e-4 (Radford et al. 2021)."""
+
 
 def facts(recipe: Recipe, model: CLIP, total_steps: int | None) -> list[str]:
     """Lines about what follows from the recipe; `total_steps` is None if data that is missing leaves it open."""
@@ -60,7 +65,7 @@ def phase(recipe: Recipe, total_steps: int | None) -> str:
 
 def cautions(recipe: Recipe, plan: MergePlan, total_steps: int | None) -> list[str]:
     """Lines about settings that are allowed and probably not meant; for `total_steps` see `facts`."""
-    lines = _idle_keys(recipe, total_steps)
+    lines = _idle_keys(recipe, total_steps) + _overwriting(recipe)
     if plan.largest_merge > MOST_IN_ONE_MERGE:
         lines.append(
             f"one merge removes {plan.largest_merge:.0%} of the tokens and leaves guidance little to choose; add "
@@ -97,7 +102,23 @@ def _idle_keys(recipe: Recipe, total_steps: int | None) -> list[str]:
             f"optim.layer_decay {layer_decay:g} is for trained weights, and model.init is null: it slows the lower "
             "blocks of random weights; set it to 1"
         )
+    if recipe.evaluate.at_start and not recipe.evaluate.zeroshot and recipe.data.validation is None:
+        lines.append("evaluate.at_start has nothing to measure; name evaluate.zeroshot or data.validation")
     return lines
+
+
+def _overwriting(recipe: Recipe) -> list[str]:
+    """A line about a learning rate that fits random weights, where training starts from trained ones.
+
+    A locked image tower is not overwritten, and the text tower beside it is often new.
+    """
+    lr = recipe.optim.lr
+    if recipe.model.init is None or recipe.model.freeze == "image" or lr <= FINE_TUNING_LR:
+        return []
+    return [
+        f"optim.lr {lr:g} fits a training from random weights, and model.init gives trained ones: it overwrites what "
+        "they have learned; CLIP is fine-tuned with 1e-6 to 3e-5; set optim.lr=1e-5"
+    ]
 
 
 def resume_facts(start: Start, step: int) -> list[str]:

@@ -37,14 +37,18 @@ class Timetable:
     total_steps: int
     log_every: int
     evaluate_every: int | None
+    evaluates_at_start: bool = False
+    """Whether step 0, the weights that the training starts from, is evaluated too."""
 
     def logs(self, step: int) -> bool:
         """Every `log_every` steps, and after the last one."""
         return step % self.log_every == 0 or step == self.total_steps
 
     def evaluates(self, step: int) -> bool:
-        """Every `evaluate_every` steps, and after the last one."""
+        """Every `evaluate_every` steps, and after the last one; before the first one if it is asked for."""
         every = self.evaluate_every
+        if step == 0:
+            return self.evaluates_at_start
         return step == self.total_steps or (every is not None and step % every == 0)
 
 
@@ -71,7 +75,7 @@ def train(
     """
     total_steps, first_step = timetable.total_steps, progress.step + 1
     watch = Stopwatch(batches, stepper.training.device)
-    # if a signal or an error ended an evaluation, it is repeated before the next step
+    # if a signal or an error ended an evaluation, it is repeated before the next step; that of step 0 begins a run
     was_ended = progress.measured_step < progress.step and timetable.evaluates(progress.step)
     stepper.training.model.train()
     with StopRequest(stepper.training.device) as stop:
@@ -96,7 +100,7 @@ def train(
                 measure(stepper, progress, partial(evaluate, step, is_stopping), saver=saver, journal=journal)
             was_ended = evaluates and progress.measured_step < step
 
-            saves = is_last or not is_new or saver.is_due(progress)
+            saves = is_last or not (is_new or step == 0) or saver.is_due(progress)
             asked = stop.agreed(save=not saves and saver.is_time(), at_once=evaluates)
             if saves or asked.save:
                 count(progress, stepper.guard, watch)

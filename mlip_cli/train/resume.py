@@ -65,7 +65,8 @@ class Saver:
     def is_due(self, progress: Progress) -> bool:
         """Whether the newest step is to be saved: by its number or its measure, so the same on all ranks."""
         every = self.config.checkpoint_every.steps
-        return progress.is_best or (every is not None and progress.step % every == 0)
+        step = progress.step
+        return progress.is_best or (every is not None and step > 0 and step % every == 0)
 
     def is_time(self) -> bool:
         """Whether this rank's clock says that a checkpoint is due."""

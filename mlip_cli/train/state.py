@@ -51,8 +51,8 @@ class Progress:
     step: int = 0
     skipped_steps: int = 0
     bad_samples: int = 0
-    measured_step: int = 0
-    """The last step after which the model was evaluated."""
+    measured_step: int = -1
+    """The last step after which the model was evaluated; 0: the weights that it started from."""
     best: list[tuple[float, int]] = field(default_factory=list)
     """(measure, step) of the best checkpoints, the best one first."""
     best_metric: str | None = None
