@@ -14,6 +14,7 @@ from mlip_cli.errors import RunError, UsageError
 from mlip_cli.evaluate.datasets.find import CLIP_BENCHMARK, SETS, data_root, find_benchmark
 from mlip_cli.evaluate.datasets.open import names_of, open_benchmark
 from mlip_cli.evaluate.datasets.pictures import Pictures, batches
+from mlip_cli.recipe.config import Data
 from mlip_cli.terminal.values import DATASETS, FAMILIES
 
 WNIDS = ("n01440764", "n01443537", "n15075141")  # classes 0, 1 and 999
@@ -37,7 +38,13 @@ def opened(name: str, root: Path) -> Pictures:
 
 def labels(pictures: Pictures, *, batch_size: int = 2) -> list[int]:
     read = list(
-        batches(pictures, range(pictures.num_pictures), size=8, resize="crop", batch_size=batch_size, read_ahead=False)
+        batches(
+            pictures,
+            range(pictures.num_pictures),
+            data=Data(train=(), image_size=8),
+            batch_size=batch_size,
+            read_ahead=False,
+        )
     )
     assert all(images.dtype == torch.uint8 and images.shape[1:] == (3, 8, 8) for images, _ in read)
     assert sum(len(images) for images, _ in read) == pictures.num_pictures

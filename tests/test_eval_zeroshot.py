@@ -31,6 +31,7 @@ from mlip_cli.evaluate.stored import EvaluatedCheckpoint, Measured
 from mlip_cli.evaluate.validation import validation_pairs
 from mlip_cli.evaluate.zeroshot import class_embeddings, normalized
 from mlip_cli.files import write_json
+from mlip_cli.recipe.config import Data
 from mlip_cli.report.scores import ZeroshotRow, zeroshot_tables
 from mlip_cli.report.write import rebuild_if_older
 from mlip_cli.runs.checkpoint import save_checkpoint
@@ -126,7 +127,7 @@ def test_combinations_are_retrieved_both_ways(place: Path, capsys: pytest.Captur
     encoder = at_rate(run.model, 0.5)
     pictures = open_benchmark(find_benchmark("openmoji_combinations", root=place / "data"))
     assert pictures.class_names == tuple(sorted(f"thing {i}" for i in range(30)))
-    [(images, _)] = batches(pictures, range(1), size=32, resize="crop", batch_size=30, read_ahead=True)
+    [(images, _)] = batches(pictures, range(1), data=Data(train=(), image_size=32), batch_size=30, read_ahead=True)
     with torch.no_grad():
         tokens = [
             run.tokenizer.encode([f"{start}{name}" for name in pictures.class_names]) for start in ("", "an emoji of ")
@@ -161,7 +162,7 @@ def test_scores_are_those_of_a_plain_computation(place: Path, capsys: pytest.Cap
     run = load_run("runs/mlip", device="cpu")
     encoder = at_rate(run.model, 0.5)
     pictures = open_benchmark(find_benchmark("shards:data/colors", root=place))
-    [(images, labels)] = batches(pictures, range(1), size=32, resize="crop", batch_size=40, read_ahead=True)
+    [(images, labels)] = batches(pictures, range(1), data=Data(train=(), image_size=32), batch_size=40, read_ahead=True)
     with torch.no_grad():
         classes = class_embeddings(
             pictures.class_names,

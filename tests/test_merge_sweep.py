@@ -36,6 +36,7 @@ from mlip_cli.evaluate.validation import validation_pairs
 from mlip_cli.evaluate.wanted import FAILURES, SWEPT_METHODS, find_wanted
 from mlip_cli.profiling.flops import image_gflops
 from mlip_cli.recipe import merge_plan
+from mlip_cli.recipe.config import Data
 from mlip_cli.report.sweeps import print_sweep
 from mlip_cli.report.write import rebuild
 from mlip_cli.runs.loading import at_rate, load_run
@@ -107,7 +108,9 @@ def test_distortion_is_how_far_merging_moves_the_features(place: Path, capsys: p
     [dataset] = printed(capsys)["datasets"]
     loaded = load_run("runs/mlip", device="cpu")
     pictures = open_benchmark(find_benchmark("shards:data/colors"))
-    batch = next(iter(batches(pictures, range(1), size=32, resize="crop", batch_size=24, read_ahead=False)))[0]
+    batch = next(
+        iter(batches(pictures, range(1), data=Data(train=(), image_size=32), batch_size=24, read_ahead=False))
+    )[0]
     model = loaded.model
     with torch.no_grad():
         unmerged = model.encode_image(batch, model.merge_plan(0.0)).double()

@@ -145,7 +145,7 @@ def test_a_sweep_finds_the_same(place: Path, capsys: pytest.CaptureFixture[str])
     loaded = load_run("runs/mlip", device="cpu")
     pairs = validation_pairs(loaded.recipe, loaded.tokenizer, device="cpu")
     assert pairs is not None
-    swept = retrieval(pairs, "f", sweep_points(loaded, [0.5], []))
+    swept = retrieval(pairs, sweep_points(loaded, [0.5], []))
     for point, own in zip(swept.points, found, strict=True):
         assert point.text_to_image.r1 == own["text_to_image"]["r1"]
         assert point.image_to_text.r10_interval == tuple(own["image_to_text"]["r10_interval"])

@@ -43,12 +43,12 @@ def _of_benchmark(
     """Top-1, or text to image R@1 where each name is a class. A picture is decoded once for all encoders."""
     pictures = open_benchmark(benchmark)
     say(f"{benchmark.words}: {pictures.in_words()}")
-    size, is_cuda = loaded.model.image_size, loaded.device.type == "cuda"
+    data, is_cuda = loaded.recipe.data, loaded.device.type == "cuda"
     candidates = [Candidate(own, own, partial(tokenize, loaded.tokenizer), loaded.device) for own in encoders]
     with batch_named("--batch-size", batch_size), progress(pictures.num_pictures, benchmark.name) as bar:
         found = measure(
             pictures,
-            partial(batches, pictures, size=size, batch_size=batch_size, read_ahead=is_cuda),
+            partial(batches, pictures, data=data, batch_size=batch_size, read_ahead=is_cuda),
             candidates,
             dataset=benchmark.name,
             batch_size=batch_size,

@@ -74,17 +74,17 @@ def measure_runs(
     pictures = open_benchmark(benchmark)
     say(f"{benchmark.words}: {pictures.in_words()}")
     scores: dict[int, dict[str, Any]] = {}
-    for size, resize in sorted({_view(loaded) for loaded, _ in encoders}):
+    for data in {_view(loaded): loaded.recipe.data for loaded, _ in encoders}.values():
         candidates = {
             number: Candidate(encoder, loaded.model, partial(tokenize, loaded.tokenizer), loaded.device, loaded.label)
             for number, (loaded, encoder) in enumerate(encoders)
-            if _view(loaded) == (size, resize)
+            if _view(loaded) == (data.image_size, data.resize)
         }
         read_ahead = all(candidate.device.type == "cuda" for candidate in candidates.values())
         with batch_named("--batch-size", batch_size), progress(pictures.num_pictures, benchmark.name) as bar:
             found = measure(
                 pictures,
-                partial(batches, pictures, size=size, resize=resize, batch_size=batch_size, read_ahead=read_ahead),
+                partial(batches, pictures, data=data, batch_size=batch_size, read_ahead=read_ahead),
                 list(candidates.values()),
                 dataset=benchmark.name,
                 batch_size=batch_size,
@@ -122,12 +122,12 @@ def training_evaluators(
 
 
 def _zeroshot_evaluator(benchmark: Benchmark, recipe: Recipe, tokenizer: Tokenizer, device: torch.device) -> Evaluator:
-    size, resize = recipe.data.image_size, recipe.data.resize
+    data = recipe.data
     pictures = open_benchmark(benchmark)
     say(f"{benchmark.words}: {pictures.in_words()}")
     read_ahead = device.type == "cuda"
-    read = partial(batches, pictures, size=size, resize=resize, batch_size=BATCH_SIZE, read_ahead=read_ahead)
-    decoded = DecodedBatches(read, size=size)
+    read = partial(batches, pictures, data=data, batch_size=BATCH_SIZE, read_ahead=read_ahead)
+    decoded = DecodedBatches(read, size=data.image_size)
     of_names = tuple(f"{way}_r{k}" for way in WAYS for k in NAME_RECALL_AT) if pictures.names else ()
     of_classes = () if pictures.asks_names_alone else ("mean_recall", "acc1")
     metrics = tuple(f"{metric_prefix(benchmark.name)}_{name}" for name in (*of_classes, *of_names))

@@ -67,6 +67,12 @@ class Origin:
     """Such as `average`."""
     runs: Sequence[PartOfAverage] = ()
     """Of an average."""
+    source: str | None = None
+    """File of weights of another program."""
+    named: str | None = None
+    """As the user named it."""
+    sha256: str | None = None
+    """Of the contents of its files."""
 
     @classmethod
     def read(cls, path: Path) -> "Origin":
@@ -81,7 +87,9 @@ class Origin:
     def words(self) -> str:
         """an average: 0.75 of base at step 320, 0.25 of tuned at step 60"""
         parts = ", ".join(f"{own.coefficient:.3g} of {own.run} at step {own.step:,}" for own in self.runs)
-        return f"an average: {parts}" if parts else self.kind
+        if parts:
+            return f"an average: {parts}"
+        return f"weights of another program: {self.named}" if self.named else self.kind
 
 
 @dataclass(frozen=True, kw_only=True)

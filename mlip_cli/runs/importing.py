@@ -51,7 +51,7 @@ def imported(foreign: Foreign) -> tuple[Run, Path]:
         say(f"{foreign.shown}: run {run.folder}")
         return run, checkpoint
     weights = _fitted(foreign, recipe)
-    origin = {"source": os.path.abspath(foreign.files[0]), "named": foreign.shown, "sha256": sha256}
+    origin = {"kind": "import", "source": os.path.abspath(foreign.files[0]), "named": foreign.shown, "sha256": sha256}
     temporary = Run(temporary_path(run.folder))
     run.folder.parent.mkdir(parents=True, exist_ok=True)
     try:

@@ -14,7 +14,7 @@ from mlip_cli.data.sources.class_names import some
 from mlip_cli.data.sources.listing import PassedOver
 from mlip_cli.data.transforms import decode, evaluation_transform
 from mlip_cli.errors import RunError
-from mlip_cli.recipe.config import Resize
+from mlip_cli.recipe.config import Data
 from mlip_cli.terminal.output import plural
 
 MAX_THREADS = 16
@@ -62,11 +62,12 @@ class Pictures:
 
 
 def batches(
-    pictures: Pictures, numbers: range, *, size: int, resize: Resize, batch_size: int, read_ahead: bool
+    pictures: Pictures, numbers: range, *, data: Data, batch_size: int, read_ahead: bool
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """uint8 (B, 3, size, size) and int64 (B,), in order; the last batch may be smaller.
+    """uint8 (B, 3, S, S) and int64 (B,), in order; the last batch may be smaller.
 
     Args:
+        data: how the encoder sees pictures.
         numbers: numbers of the batches to make.
         read_ahead: decode the next batch while this one is used. That is faster on a GPU; on a CPU it would slow down
             the encoder whose speed is being measured. Loader processes would always read ahead.
@@ -79,7 +80,7 @@ def batches(
         image, label = pictures.load(item)
         if not 0 <= label < len(pictures.class_names):
             raise RunError(f"class {label} in a data set of {len(pictures.class_names)} classes; its labels are wrong")
-        return evaluation_transform(image, size=size, resize=resize), label
+        return evaluation_transform(image, size=data.image_size, resize=data.resize), label
 
     chosen = range(pictures.num_pictures)[numbers.start * batch_size : numbers.stop * batch_size]
     waiting: list[list[Future[tuple[Tensor, int]]]] = []
