@@ -152,12 +152,12 @@ def test_what_a_format_does_not_hold_is_said() -> None:
         (
             {"frequency": {"placement": "stem", "depth": 1}},
             "open_clip",
-            "the first 1 blocks of the image tower are spec",
+            "the image tower begins with 1 spectral block",
         ),
         (
             {"frequency": {"placement": "stem", "depth": 1}},
             "huggingface",
-            "the first 1 blocks of the image tower are sp",
+            "the image tower begins with 1 spectral block",
         ),
         ({"vision": VIT | {"pool": "mean"}}, "open_clip", "model.vision.pool mean of a tower without a name of timm"),
         ({"vision": VIT}, "huggingface", "the image tower is not CLIPModel's: a norm before the blocks, a class token"),
