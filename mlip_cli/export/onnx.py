@@ -115,7 +115,7 @@ def _write_graph(graph: nn.Module, example: Tensor, path: Path, *, names: tuple[
     assert program is not None
     for node in program.model.graph.all_nodes():
         node.metadata_props.clear()  # PyTorch notes the source files of this machine there
-    num_bytes = sum(weight.nbytes for weight in program.model.graph.initializers.values())
+    num_bytes = sum(own.const_value.nbytes for own in program.model.graph.initializers.values() if own.const_value)
     program.save(path, external_data=num_bytes > MOST_IN_ONE_FILE)
 
 
