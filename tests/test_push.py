@@ -62,9 +62,7 @@ def test_a_name_alone_is_that_of_the_user(server: Hub, folder: Path) -> None:
     assert list(server.files) == ["somebody/model"]
 
 
-def test_a_stored_token_is_used(
-    server: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_stored_token_is_used(server: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("HF_TOKEN")
     stored = tmp_path / "token"
     stored.write_text(f"{server.token}\n")
@@ -138,8 +136,8 @@ def test_no_server(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_good")
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     assert re.fullmatch(
-        r"--push a/b: http://127\.0\.0\.1:9 cannot be reached \(.+\); check the network and HF_ENDPOINT, and repeat the "
-        "command",
+        r"--push a/b: http://127\.0\.0\.1:9 cannot be reached \(.+\); "
+        "check the network and HF_ENDPOINT, and repeat the command",
         refusal(folder, "a/b"),
     )
 

@@ -27,14 +27,14 @@ from mlip_cli.runs.contents import DataCard
 from mlip_cli.runs.folder import ORIGIN, Run, step_of
 from mlip_cli.terminal.output import plural
 
-LICENSES = frozenset(
-    ("apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "cc0-1.0", "odbl", "odc-by", "pddl", "unlicense")
-    + tuple(f"cc-{kind}-{version}" for kind in ("by", "by-sa", "by-nc", "by-nc-sa", "by-nd", "by-nc-nd")
-            for version in ("2.0", "3.0", "4.0"))
-)  # fmt: skip
+COMMONS = ("by", "by-sa", "by-nc", "by-nc-sa", "by-nd", "by-nc-nd")
+LICENSES = {
+    *("apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "cc0-1.0", "odbl", "odc-by", "pddl", "unlicense"),
+    *(f"cc-{kind}-{version}" for kind in COMMONS for version in ("2.0", "3.0", "4.0")),
+}
 """Names that the Hub knows in the key `license`."""
 
-MARKUP = re.compile(r"([\\`*_{}\[\]()#|~$^=])")
+MARKUP = re.compile(r"([\\`*_{}\[\]#|~$^=])")
 
 
 def model_card(run: Run, recipe: Recipe, checkpoint: Path, *, format: str, lost: Sequence[str]) -> str:
@@ -87,7 +87,9 @@ def _front_matter(record: RunRecord, format: str) -> str:
         "pipeline_tag": "zero-shot-image-classification",
         "tags": ["clip", "mlip", "image-text-retrieval"],
     }
-    licences = {re.sub(r"\s+", "-", (card.provenance.license or "").strip().lower()) for card in _training_cards(record)}
+    licences = {
+        re.sub(r"\s+", "-", (card.provenance.license or "").strip().lower()) for card in _training_cards(record)
+    }
     if len(licences) == 1 and licences <= LICENSES:
         values["license"] = licences.pop()
     return f"---\n{yaml.safe_dump(values, sort_keys=False)}---\n"
@@ -120,9 +122,7 @@ def markdown_table(table: Table) -> Iterator[str]:
         yield f"**{plain(table.title)}**"
     lines = [table.columns, ["---"] * len(table.columns), *table.rows]
     cells = [["-" if cell is None else str(cell) for cell in line] for line in lines]
-    yield "\n".join(
-        f"| {' | '.join(line if number == 1 else map(plain, line))} |" for number, line in enumerate(cells)
-    )
+    yield "\n".join(f"| {' | '.join(line if number == 1 else map(plain, line))} |" for number, line in enumerate(cells))
     for words in table.notes:
         yield plain(words)
 

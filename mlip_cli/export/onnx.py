@@ -199,8 +199,8 @@ def _not_held(loaded: LoadedRun, encoder: MergedEncoder) -> list[str]:
         lines.append("features of single patches and words, which only losses read, are left out")
     if plan.at:
         lines.append(
-            f"{IMAGE} always merges ({plan.method}, rate {plan.rate:.3f}); another rate takes another export. Where two "
-            "merges cost nearly the same, onnxruntime may choose the other one, because it rounds otherwise"
+            f"{IMAGE} always merges ({plan.method}, rate {plan.rate:.3f}); another rate takes another export. Where "
+            "two merges cost nearly the same, onnxruntime may choose the other one, because it rounds otherwise"
         )
     return lines
 
@@ -217,7 +217,8 @@ def check_onnx(loaded: LoadedRun, encoder: MergedEncoder, folder: Path) -> float
     check_packages()
     generator = torch.Generator().manual_seed(0)
     ids = VOCAB_SIZE if loaded.recipe.model.text.tokenizer is None else loaded.recipe.model.text.vocab_size
-    images, texts = [], []
+    images: list[Tensor] = []
+    texts: list[Tensor] = []
     image_graph, text_graph = _session(folder / IMAGE), _session(folder / TEXT)
     for n in BATCHES:
         pixels = random_pictures(n, loaded.model.image_size, generator)

@@ -74,12 +74,14 @@ picture = picture.resize([{size} * side // short for side in picture.size], Imag
 left, top = (round((side - {size}) / 2) for side in picture.size)
 picture = picture.crop((left, top, left + {size}, top + {size}))"""
     scored = recipe.losses.spatial_global
-    logits = "about[\"logit_scale\"] * images @ texts.T"
+    logits = 'about["logit_scale"] * images @ texts.T'
     ending = "print(images @ texts.T)  # cosines"
     if scored is not None and scored.kind == "infonce":
-        ending = f"logits = {logits}\nprint(np.exp(logits) / np.exp(logits).sum(1, keepdims=True))  # shares of the texts"
+        ending = (
+            f"logits = {logits}\nprint(np.exp(logits) / np.exp(logits).sum(1, keepdims=True))  # shares of the texts"
+        )
     elif scored is not None:
-        ending = f"logits = {logits} + about[\"logit_bias\"]\nprint(1 / (1 + np.exp(-logits)))  # probability of each"
+        ending = f'logits = {logits} + about["logit_bias"]\nprint(1 / (1 + np.exp(-logits)))  # probability of each'
     return f"""
 import json
 
