@@ -33,6 +33,7 @@ class Hub:
     asked: list[str] = field(default_factory=list)
     fails_with: int | None = None
     """Status of every answer about files."""
+    refuses_large_files: bool = False
 
 
 class Refused(Exception):
@@ -99,7 +100,7 @@ def respond(state: Hub, path: str, content: bytes, authorization: str | None) ->
     if path == "/api/repos/create":
         return created(state, json.loads(content))
     if path == "/api/validate-yaml":
-        yaml.safe_load(json.loads(content)["content"].split("---")[1])
+        yaml.safe_load(json.loads(content)["content"].split("---\n")[1])
         return {"warnings": [], "errors": []}
     if path.endswith(".git/info/lfs/objects/batch"):
         return {"objects": [with_place(state, own) for own in json.loads(content)["objects"]]}
@@ -132,6 +133,8 @@ def created(state: Hub, wanted: dict[str, Any]) -> dict[str, str]:
 
 def with_place(state: Hub, wanted: dict[str, Any]) -> dict[str, Any]:
     """Where a large file goes; nowhere if it is there already."""
+    if state.refuses_large_files:
+        return {**wanted, "error": {"code": 422, "message": "no room"}}
     if wanted["oid"] in state.storage:
         return wanted
     return {**wanted, "actions": {"upload": {"href": f"{state.address}/storage/{wanted['oid']}"}}}

@@ -71,7 +71,6 @@ def test_a_stored_token_is_used(server: Hub, folder: Path, monkeypatch: pytest.M
     assert server.files == {"somebody/model": content(folder)}
 
 
-@pytest.mark.slow
 def test_the_server_is_the_one_that_the_environment_names(server: Hub, folder: Path) -> None:
     code = f"from pathlib import Path; from mlip_cli.export.push import push; print(push(Path({str(folder)!r}), 'a/b'))"
     server.user = "a"
@@ -132,12 +131,19 @@ def test_an_existing_repository_of_somebody_else(server: Hub, folder: Path) -> N
     assert not server.files
 
 
+def test_an_answer_that_is_not_the_protocols(server: Hub, folder: Path) -> None:
+    server.refuses_large_files = True
+    words = r"failed \(LFS batch API returned errors: .*no room.*\); check the network"
+    assert re.search(words, refusal(folder, "somebody/model"))
+    assert server.files == {}
+
+
 def test_no_server(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_good")
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     assert re.fullmatch(
-        r"--push a/b: http://127\.0\.0\.1:9 cannot be reached \(.+\); "
-        "check the network and HF_ENDPOINT, and repeat the command",
+        r"--push a/b: the upload to http://127\.0\.0\.1:9 failed \(.+\); "
+        "check the network, HF_ENDPOINT and the rights of the token, and repeat the command",
         refusal(folder, "a/b"),
     )
 

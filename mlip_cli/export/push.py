@@ -70,10 +70,10 @@ def _explained(api: "HfApi", repo: str) -> Iterator[None]:
         said = (error.server_message or "").strip().splitlines()
         words = f"status {status}" + (f", {said[0]}" if said else "")
         raise RunError(f"--push {repo}: {api.endpoint} refused it ({words}); {_cure(status, repo)}") from error
-    except (HTTPError, OSError) as error:
-        words = (str(error) or type(error).__name__).splitlines()[0]
-        cure = "check the network and HF_ENDPOINT, and repeat the command"
-        raise RunError(f"--push {repo}: {api.endpoint} cannot be reached ({words}); {cure}") from error
+    except (HTTPError, OSError, ValueError) as error:  # the last one where an answer is not what it should be
+        words = " ".join(str(error).split()) or type(error).__name__
+        cure = "check the network, HF_ENDPOINT and the rights of the token, and repeat the command"
+        raise RunError(f"--push {repo}: the upload to {api.endpoint} failed ({words}); {cure}") from error
 
 
 def _cure(status: int, repo: str) -> str:
