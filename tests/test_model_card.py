@@ -164,6 +164,7 @@ def test_plain_text_is_shown_as_it_is(text: str) -> None:
     html = MarkdownIt("commonmark").enable("strikethrough").renderInline(plain(text))
     shown = html.replace("&lt;", "<").replace("&gt;", ">").replace("&quot;", '"').replace("&amp;", "&")
     assert shown == text.replace("\n", "\\n")
+    assert not set(plain(text)) & set("<>\n")
 
 
 def test_a_run_without_data_and_scores_says_so(tmp_path: Path, recipe: Recipe) -> None:
