@@ -1,16 +1,22 @@
 """The model card of an export: what it says of a run, and that nothing in it is markup but our own."""
 
 import json
+import re
+import subprocess
+import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from foreign_for_tests import CONFIGURATIONS, write_open_clip
 from markdown_it import MarkdownIt
 from models_for_tests import make_run, small_recipe
+from PIL import Image
 from results_for_tests import recalls, zeroshot_result
+from torch.nn.functional import normalize
 
 from mlip_cli.evaluate.picture_results import GalleryResult
 from mlip_cli.export.card import LICENSES, model_card, plain
@@ -183,3 +189,25 @@ def test_weights_from_elsewhere_are_named_without_their_place(tmp_path: Path, mo
     assert str(tmp_path) not in text
     assert "| losses |" not in text
     assert "license" not in front_matter(text)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("format", ["open_clip", "safetensors"])
+def test_the_program_of_a_card_gives_the_models_cosines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_open_clip(tmp_path / "theirs", CONFIGURATIONS["laion"])
+    loaded = load_run("theirs", device="cpu")
+    folder = {"open_clip": tmp_path / "theirs", "safetensors": loaded.checkpoint}[format]
+    (folder / "recipe.yaml").write_bytes(loaded.run.recipe.read_bytes())
+    Image.new("RGB", (50, 40), "red").save(folder / "picture.jpg")
+    text = model_card(loaded.run, loaded.recipe, loaded.checkpoint, format=format, lost=())
+    program = text.split("```python\n")[1].split("```")[0]
+    ran = subprocess.run([sys.executable, "-c", program], cwd=folder, capture_output=True, text=True)
+    red = torch.tensor([254, 0, 0], dtype=torch.uint8)[None, :, None, None].expand(1, 3, 32, 32)  # as the JPEG has it
+    with torch.no_grad():
+        image = normalize(loaded.model.encode_image(red, loaded.model.plan), dim=-1)
+        texts = normalize(loaded.model.encode_text(loaded.tokenizer.encode(["a dog", "a cat"])), dim=-1)
+    found = [float(number) for number in re.findall(r"-?\d+\.\d+", ran.stdout)]
+    assert found == pytest.approx((image @ texts.T)[0].tolist(), abs=1e-3), ran.stderr

@@ -33,7 +33,8 @@ print(images @ texts.T)  # cosines
 
 
 def _transformers(recipe: Recipe) -> str:
-    return """
+    length = recipe.model.text.context_length
+    return f"""
 import torch
 from PIL import Image
 from transformers import AutoModel, AutoProcessor
@@ -41,7 +42,9 @@ from transformers import AutoModel, AutoProcessor
 model = AutoModel.from_pretrained(".").eval()
 processor = AutoProcessor.from_pretrained(".")
 texts = ["a dog", "a cat"]
-inputs = processor(text=texts, images=Image.open("picture.jpg"), padding="max_length", return_tensors="pt")
+picture = Image.open("picture.jpg").convert("RGB")
+fixed = {{"padding": "max_length", "max_length": {length}, "truncation": True}}  # as in training
+inputs = processor(text=texts, images=picture, return_tensors="pt", **fixed)
 
 with torch.no_grad():
     found = model(**inputs)
@@ -51,18 +54,27 @@ print(found.image_embeds @ found.text_embeds.T)  # cosines
 
 def _safetensors(recipe: Recipe) -> str:
     return """
+import numpy as np
 import torch
 from mlip_cli.data.tokenizer import Tokenizer
+from mlip_cli.data.transforms import evaluation_transform
 from mlip_cli.model.clip import build_model
 from mlip_cli.recipe.load import load_recipe
+from PIL import Image
 from safetensors.torch import load_file
+from torch.nn.functional import normalize
 
 recipe = load_recipe("recipe.yaml").recipe
 model = build_model(recipe).eval()
 model.load_state_dict(load_file("model.safetensors"))
 
+picture = torch.from_numpy(np.array(Image.open("picture.jpg").convert("RGB"))).permute(2, 0, 1)
+pixels = evaluation_transform(picture, size=recipe.data.image_size, resize=recipe.data.resize)
+token_ids = Tokenizer.of(recipe.model.text).encode(["a dog", "a cat"])
 with torch.no_grad():
-    texts = model.encode_text(Tokenizer.of(recipe.model.text).encode(["a dog", "a cat"]))
+    images = normalize(model.encode_image(pixels[None], model.plan), dim=-1)
+    texts = normalize(model.encode_text(token_ids), dim=-1)
+print(images @ texts.T)  # cosines
 """
 
 
