@@ -21,6 +21,7 @@ from torch.nn.functional import normalize
 from mlip_cli.evaluate.picture_results import GalleryResult
 from mlip_cli.export.card import LICENSES, model_card, plain
 from mlip_cli.export.snippets import FORMATS
+from mlip_cli.export.write import write_format
 from mlip_cli.recipe.config import Recipe
 from mlip_cli.runs.find import find_checkpoint
 from mlip_cli.runs.folder import Run
@@ -192,15 +193,16 @@ def test_weights_from_elsewhere_are_named_without_their_place(tmp_path: Path, mo
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("format", ["open_clip", "safetensors"])
+@pytest.mark.parametrize("format", ["open_clip", "huggingface", "safetensors"])
 def test_the_program_of_a_card_gives_the_models_cosines(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     write_open_clip(tmp_path / "theirs", CONFIGURATIONS["laion"])
     loaded = load_run("theirs", device="cpu")
-    folder = {"open_clip": tmp_path / "theirs", "safetensors": loaded.checkpoint}[format]
-    (folder / "recipe.yaml").write_bytes(loaded.run.recipe.read_bytes())
+    folder = tmp_path / "out"
+    folder.mkdir()
+    write_format(loaded, folder, format=format, merge_rate=None)
     Image.new("RGB", (50, 40), "red").save(folder / "picture.jpg")
     text = model_card(loaded.run, loaded.recipe, loaded.checkpoint, format=format, lost=())
     program = text.split("```python\n")[1].split("```")[0]
@@ -210,4 +212,4 @@ def test_the_program_of_a_card_gives_the_models_cosines(
         image = normalize(loaded.model.encode_image(red, loaded.model.plan), dim=-1)
         texts = normalize(loaded.model.encode_text(loaded.tokenizer.encode(["a dog", "a cat"])), dim=-1)
     found = [float(number) for number in re.findall(r"-?\d+\.\d+", ran.stdout)]
-    assert found == pytest.approx((image @ texts.T)[0].tolist(), abs=1e-3), ran.stderr
+    assert found == pytest.approx((image @ texts.T)[0].tolist(), abs=3e-3), ran.stderr
