@@ -224,7 +224,7 @@ def test_wrong_usage_of_the_command_is_one_line(mine: None) -> None:
         (["run", "out", "--merge-rate", "0.5"], "--merge-rate 0.5: only --format onnx holds merges; leave it out"),
         (["run", "out", "--format", "tf"], "--format: 'tf' is not one of 'open_clip', 'huggingface', 'onnx', 'safet"),
         (["run", "out", "--push", "a b"], "--push a b: not the name of a repository"),
-        (["run", "out", "--format", "onnx", "--merge-rate", "0.99"], "no plan"),
+        (["run", "out", "--format", "onnx", "--merge-rate", "0.99"], "merge rate 0.99: the merge before block 2"),
     ):
         done = mlip("export", *words)
         assert (done.returncode, said in done.stderr, Path("out").exists()) == (2, True, False), done.stderr
