@@ -2,9 +2,11 @@
 
 import argparse
 import os
+import pickle
 import shlex
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -105,7 +107,10 @@ def run_cure(message: str) -> None:
     exec(program, {})
 
 
-@pytest.mark.parametrize(("name", "content"), [("a.pt", b"no"), ("a.safetensors", b"no"), ("b.bin", b"PK\x03\x04no")])
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("a.pt", b"no"), ("hello.pt", b"hello\n"), ("a.safetensors", b"no"), ("b.bin", b"PK\x03\x04no")],
+)
 def test_damaged_files_are_refused(tmp_path: Path, name: str, content: bytes) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UsageError, match=rf"^{tmp_path}/{name}: "):
@@ -123,3 +128,16 @@ def test_a_file_without_a_state_dict_is_refused(tmp_path: Path) -> None:
     torch.save([1, 2], tmp_path / "list.pt")
     with pytest.raises(UsageError, match=r"list.pt: no state dict \(names and tensors\)"):
         read_weights(tmp_path / "list.pt")
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_a_pickle_that_runs_a_program_is_refused_and_not_run(tmp_path: Path) -> None:
+    class Program:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return os.system, (f"touch {tmp_path}/ran",)
+
+    for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+        (tmp_path / "a.pt").write_bytes(pickle.dumps({"state_dict": Program()}, protocol))
+        with pytest.raises(UsageError, match=r"a\.pt: (not a|a pickle that torch did not write, which could run any)"):
+            read_weights(tmp_path / "a.pt")
+    assert not (tmp_path / "ran").exists()

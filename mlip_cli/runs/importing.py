@@ -185,11 +185,11 @@ def _fitted(foreign: Foreign, recipe: Recipe) -> dict[str, Tensor]:
         UsageError: they are those of another architecture, or not finite.
     """
     place = foreign.shown
+    with torch.device("meta"):
+        model = build_model(recipe)
     theirs: dict[str, Tensor] = {}
     for file in foreign.files:
         theirs |= read_weights(file)
-    with torch.device("meta"):
-        model = build_model(recipe)
     weights = _as_built(from_open_clip(theirs, source=place), model)
     own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     given = {name: tuple(tensor.shape) for name, tensor in weights.items()}

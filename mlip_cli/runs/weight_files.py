@@ -53,7 +53,7 @@ def read_weights(file: Path) -> dict[str, Tensor]:
             content = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise _refused(file, str(error)) from None
-    except (RuntimeError, EOFError, OSError) as error:
+    except Exception as error:  # torch raises another type for every kind of damage
         raise UsageError(f"{file}: not a whole PyTorch file ({type(error).__name__}); download it again") from error
     weights = _state_dict(content)
     if weights is None:
@@ -83,6 +83,12 @@ def _state_dict(content: object) -> dict[str, Tensor] | None:
 def _refused(file: Path, reason: str) -> UsageError:
     """The error of a file that torch does not read as tensors and plain values."""
     foreign = re.search(r"GLOBAL (\S+)", reason)
+    with open(file, "rb") as opened:
+        is_pickle = opened.read(1) == b"\x80"
+    if foreign is None and is_pickle:
+        return UsageError(
+            f"{file}: a pickle that torch did not write, which could run any program; save its weights as safetensors"
+        )
     if foreign is None:
         return UsageError(
             f"{file}: not a file of tensors and plain values, but a Git LFS pointer, a web page, or another file; "
