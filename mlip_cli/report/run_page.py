@@ -59,6 +59,8 @@ def _lead(record: RunRecord) -> str:
     if cards:
         sources = dict.fromkeys(card.provenance.source or card.folder for card in cards)
         parts.append(f"on {plural(sum(card.num_samples for card in cards), 'sample')} of {' and '.join(sources)}")
+    if record.origin is not None:
+        return f"{', '.join(parts)}. No training in this folder."
     end = record.stamp.end_reason
     if end is None or end == "finished":
         steps = record.recipe.train.steps if record.recipe is not None else None

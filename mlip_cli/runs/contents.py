@@ -89,7 +89,7 @@ class Origin:
         parts = ", ".join(f"{own.coefficient:.3g} of {own.run} at step {own.step:,}" for own in self.runs)
         if parts:
             return f"an average: {parts}"
-        return f"weights of another program: {self.named}" if self.named else self.kind
+        return f"those of {self.named}" if self.named else self.kind
 
 
 @dataclass(frozen=True, kw_only=True)
