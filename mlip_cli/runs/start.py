@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from mlip_cli.errors import RecipeError, UsageError
-from mlip_cli.recipe.config import Log, Recipe
+from mlip_cli.recipe.config import Log, Model, Recipe
 from mlip_cli.recipe.load import absolute_paths, differences
 from mlip_cli.runs.find import find_checkpoint
 from mlip_cli.runs.folder import Run, all_runs, default_folder, holds_nothing, with_tokenizer
@@ -155,14 +155,17 @@ def command_line() -> str:
     return shlex.join(["mlip", *sys.argv[1:]])
 
 
-def check_init_there(init: str) -> None:
-    """Check that there are weights under the name `init`. Reads none.
+def check_inits_there(model: Model) -> None:
+    """Check that the weights are there that a new run starts from. Reads none.
 
     Raises:
         UsageError: there is no such run, checkpoint or file.
     """
-    if find_foreign(init) is None:
-        find_checkpoint(init)
+    if model.init is not None and find_foreign(model.init) is None:
+        find_checkpoint(model.init)
+    tower = model.vision.init
+    if tower is not None and not Path(tower).is_file():
+        raise UsageError(f"model.vision.init: {tower}: no such file; it is a file of weights that timm saved")
 
 
 def recipe_of_init(init: str) -> Recipe:
