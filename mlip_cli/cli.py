@@ -302,6 +302,30 @@ def average(
     )
 
 
+@app.command(epilog="Example: mlip export runs/mine exported --format open_clip")
+def export(
+    run: Annotated[str, typer.Argument(metavar="RUN", parser=checked_measured_run, help="Run folder or checkpoint.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", callback=checked_path, help="Folder to write.")],
+    format: Annotated[
+        Literal["open_clip", "huggingface", "onnx", "safetensors"],
+        typer.Option(metavar="NAME", help="open_clip, huggingface, onnx or safetensors (a run without its training)."),
+    ] = "open_clip",
+    merge_rate: Annotated[
+        float | None,
+        typer.Option(parser=one_rate, metavar="R", help="For onnx. Default: the recipe's rate.", show_default=False),
+    ] = None,
+    push: Annotated[
+        str | None,
+        typer.Option(metavar="REPO", help="Also upload OUT to this repository of Hugging Face.", show_default=False),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Write a model for OpenCLIP, transformers or onnxruntime."""
+    from mlip_cli.commands import export as command
+
+    command.export(run, out, format=format, merge_rate=merge_rate, push=push, as_json=json)
+
+
 @app.command(epilog="Example: mlip profile recipes/cc12m.yaml")
 def profile(
     target: Annotated[

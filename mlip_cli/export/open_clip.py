@@ -19,6 +19,7 @@ from mlip_cli.model.vision import is_observable
 from mlip_cli.recipe.config import Recipe, Text
 from mlip_cli.runs.foreign import OPEN_CLIP_CONFIG, WEIGHTS_OF_OPEN_CLIP
 from mlip_cli.runs.loading import LoadedRun
+from mlip_cli.terminal.output import plural
 
 NOT_IN = "use --format onnx or safetensors, which hold every model"
 
@@ -99,7 +100,7 @@ def without_stem(model: CLIP, format: str) -> None:
         UsageError: its first blocks are spectral.
     """
     if model.vision.stem_depth:
-        raise refused(format, f"the first {model.vision.stem_depth} blocks of the image tower are spectral")
+        raise refused(format, f"the image tower begins with {plural(model.vision.stem_depth, 'spectral block')}")
 
 
 def losses_of_format(recipe: Recipe, model: CLIP) -> list[str]:
@@ -191,7 +192,7 @@ def _timm_vision(name: str, projection: str, size: int, model: CLIP) -> dict[str
         "image_size": size,
         "timm_model_name": name,
         "timm_model_pretrained": False,
-        "timm_pool": "" if there.global_pool == trunk.global_pool else trunk.global_pool,
+        "timm_pool": trunk.global_pool,
         "timm_proj": "none" if projection == "none" else "linear",
         "timm_proj_bias": projection == "with_bias",
     }

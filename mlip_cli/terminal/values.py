@@ -8,6 +8,7 @@ import typer
 
 from mlip_cli.errors import UsageError
 from mlip_cli.paths import read_dataset_name, read_path
+from mlip_cli.recipe.init_source import read_init
 
 T = TypeVar("T")
 
@@ -71,7 +72,7 @@ def one_rate(text: str) -> float:
     """`0.3` -> 0.3, in [0, 1)."""
     rates = split_rates(text)
     if len(rates) > 1:
-        raise typer.BadParameter(f"{text!r}: a search has one rate")
+        raise typer.BadParameter(f"{text!r} is a list; give one rate")
     return rates[0]
 
 
@@ -109,7 +110,7 @@ def flat(lists: list[list]) -> list:
 
 def checked_run(value: str) -> str:
     """Refuse a RUN that is a number: it is the tail of a list written with spaces."""
-    path = _read(read_path, value)
+    path = _read(read_init, value)
     if value.replace(".", "", 1).isdigit() and not Path(path).exists():
         raise typer.BadParameter(f"{value!r} is a number, not a run; lists take commas, as in 0.3,{value}")
     return path
@@ -117,7 +118,7 @@ def checked_run(value: str) -> str:
 
 def checked_measured_run(value: str) -> str:
     """Refuse a RUN that is a number or the name of a data set."""
-    path = _read(read_path, value)
+    path = _read(read_init, value)
     if (value in DATASETS or value.startswith(FAMILIES)) and not Path(path).exists():
         raise typer.BadParameter(
             f"{value!r} is a data set, not a run; name it with --dataset {value} (lists take commas)"

@@ -1,0 +1,238 @@
+"""Write a model in the layout of transformers: `CLIPModel.from_pretrained(FOLDER)` or `SiglipModel` loads it."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from mlip_cli.data.packages import open_clip_module
+from mlip_cli.export.open_clip import activation_of, losses_of_format, plain_tower, refused, without_stem
+from mlip_cli.export.tokenizer import write_tokenizer
+from mlip_cli.files import write_json
+from mlip_cli.model.clip import CLIP
+from mlip_cli.recipe.architecture import ACTIVATIONS_OF_TRANSFORMERS
+from mlip_cli.recipe.config import Recipe
+from mlip_cli.runs.loading import LoadedRun
+
+FORMAT = "huggingface"
+THEIR_ACTIVATIONS: dict[str, str] = {ours: theirs for theirs, ours in ACTIVATIONS_OF_TRANSFORMERS.items()}
+BICUBIC = 3
+"""Pillow's number of the filter."""
+
+
+def write_transformers(loaded: LoadedRun, folder: Path) -> list[str]:
+    """Write configuration, weights, tokenizer and preprocessing into `folder`; return what the format does not hold.
+
+    Raises:
+        UsageError: neither CLIPModel nor SiglipModel has this form.
+    """
+    model = _empty(loaded)
+    names = _names(loaded.model, is_siglip=_is_siglip(loaded.model.vision.trunk))
+    model.load_state_dict({name: tensor.float() for name, tensor in names.items()}, strict=True)
+    model.save_pretrained(folder)
+    _write_tokenizer(loaded.recipe, folder)
+    _write_preprocessing(loaded.recipe, folder)
+    return losses_of_format(loaded.recipe, loaded.model)
+
+
+def loaded_by_transformers(folder: Path) -> tuple[Any, Any]:
+    """The model and the tokenizer that transformers makes of a folder."""
+    import transformers
+
+    return transformers.AutoModel.from_pretrained(folder).eval(), transformers.AutoTokenizer.from_pretrained(folder)
+
+
+def _is_siglip(trunk: VisionTransformer) -> bool:
+    return trunk.global_pool == "map"
+
+
+def _empty(loaded: LoadedRun) -> Any:
+    """A CLIPModel or SiglipModel of the form of a model, with random weights."""
+    import transformers
+
+    recipe, model = loaded.recipe, loaded.model
+    without_stem(model, FORMAT)
+    is_siglip = _is_siglip(model.vision.trunk)
+    text = {
+        **(_siglip_text(recipe) if is_siglip else _clip_text(recipe)),
+        "hidden_size": model.text.width,
+        "intermediate_size": model.text.blocks[0].mlp.fc1.out_features,
+        "num_hidden_layers": len(model.text.blocks),
+        "num_attention_heads": recipe.model.text.num_heads,
+        "vocab_size": recipe.model.text.vocab_size,
+        "max_position_embeddings": recipe.model.text.context_length,
+        "hidden_act": THEIR_ACTIVATIONS[recipe.model.text.activation],
+        "layer_norm_eps": recipe.model.text.norm_eps,
+    }
+    vision = _siglip_vision(recipe, model) if is_siglip else _clip_vision(recipe, model)
+    kind = (
+        (transformers.SiglipConfig, transformers.SiglipModel)
+        if is_siglip
+        else (transformers.CLIPConfig, transformers.CLIPModel)
+    )
+    own = {} if is_siglip else {"projection_dim": recipe.model.embed_dim}
+    return kind[1](kind[0](text_config=text, vision_config=vision, **own))
+
+
+def _clip_text(recipe: Recipe) -> dict[str, Any]:
+    text = recipe.model.text
+    if not text.causal or text.pool != "eos" or text.projection != "linear":
+        raise refused(FORMAT, "the text tower is not CLIPModel's: causal, pooled at the end, projected without a bias")
+    end = text.vocab_size - 1 if text.eos_id is None else text.eos_id
+    return {"eos_token_id": end, "bos_token_id": text.vocab_size - 2, "pad_token_id": end}
+
+
+def _siglip_text(recipe: Recipe) -> dict[str, Any]:
+    text = recipe.model.text
+    if text.causal or text.pool != "last" or text.projection != "with_bias":
+        raise refused(FORMAT, "the text tower is not SiglipModel's: attending both ways, pooled at the last token")
+    if recipe.losses.spatial_global is None or recipe.losses.spatial_global.kind != "sigmoid":
+        raise refused(FORMAT, "SiglipModel has the bias of a sigmoid loss, which this model has not")
+    pad = text.tokenizer.pad_id if text.tokenizer is not None else 0
+    return {"projection_size": recipe.model.embed_dim, "pad_token_id": pad, "bos_token_id": None, "eos_token_id": None}
+
+
+def _clip_vision(recipe: Recipe, model: CLIP) -> dict[str, Any]:
+    plain = plain_tower(model.vision.trunk)
+    projection = recipe.model.vision.projection
+    if plain is None or not plain.has_pre_norm or plain.norms_mean or plain.layer_scale or projection != "linear":
+        raise refused(FORMAT, "the image tower is not CLIPModel's: a norm before the blocks, a class token, no bias")
+    return {
+        "hidden_size": plain.width,
+        "intermediate_size": plain.mlp_width,
+        "num_hidden_layers": plain.depth,
+        "num_attention_heads": plain.num_heads,
+        "image_size": recipe.data.image_size,
+        "patch_size": plain.patch_size,
+        "hidden_act": THEIR_ACTIVATIONS[plain.activation],
+        "layer_norm_eps": plain.eps,
+    }
+
+
+def _siglip_vision(recipe: Recipe, model: CLIP) -> dict[str, Any]:
+    trunk = model.vision.trunk
+    first = trunk.blocks[0]
+    is_plain = (
+        trunk.num_prefix_tokens == 0
+        and not hasattr(first.ls1, "gamma")
+        and isinstance(trunk.norm_pre, nn.Identity)
+        and recipe.model.vision.projection == "none"
+    )
+    if not is_plain:
+        raise refused(FORMAT, "the image tower is not SiglipModel's: no class token, a pooling by attention")
+    return {
+        "hidden_size": trunk.embed_dim,
+        "intermediate_size": first.mlp.fc1.out_features,
+        "num_hidden_layers": len(trunk.blocks),
+        "num_attention_heads": first.attn.num_heads,
+        "image_size": recipe.data.image_size,
+        "patch_size": model.vision.patch_size,
+        "hidden_act": THEIR_ACTIVATIONS[activation_of(first.mlp.act)],
+        "layer_norm_eps": first.norm1.eps,
+    }
+
+
+def _names(model: CLIP, *, is_siglip: bool) -> dict[str, Tensor]:
+    """The weights by transformers' names and in its shapes."""
+    own = model.state_dict()
+    found: dict[str, Tensor] = {"logit_scale": own["log_scales.spatial_global"].reshape(() if not is_siglip else (1,))}
+    for prefix, theirs in (("vision.trunk.blocks.", "vision_model"), ("text.blocks.", "text_model")):
+        for name, tensor in own.items():
+            if name.startswith(prefix):
+                number, _, part = name.removeprefix(prefix).partition(".")
+                found |= _of_block(f"{theirs}.encoder.layers.{number}", part, tensor)
+    found |= {
+        "text_model.embeddings.token_embedding.weight": own["text.token_embedding.weight"],
+        "text_model.embeddings.position_embedding.weight": own["text.positional_embedding"],
+        "vision_model.embeddings.patch_embedding.weight": own["vision.trunk.patch_embed.proj.weight"],
+        "vision_model.embeddings.position_embedding.weight": own["vision.trunk.pos_embed"][0],
+    }
+    pairs = {"text.norm": "text_model.final_layer_norm", "vision.trunk.norm": "vision_model.post_layernorm"}
+    if is_siglip:
+        found["logit_bias"] = own["logit_biases.spatial_global"]
+        pairs |= {
+            "text_projection": "text_model.head",
+            "vision.trunk.patch_embed.proj": "vision_model.embeddings.patch_embedding",
+        }
+        found |= _of_attention_pooling(own)
+    else:
+        found["vision_model.embeddings.class_embedding"] = own["vision.trunk.cls_token"].reshape(-1)
+        found |= {f"{name}_projection.weight": own[f"{ours}_projection.weight"] for name, ours in PROJECTIONS.items()}
+        pairs["vision.trunk.norm_pre"] = "vision_model.pre_layrnorm"  # spelled like this there
+    for ours, theirs in pairs.items():
+        found |= {f"{theirs}.{kind}": own[f"{ours}.{kind}"] for kind in ("weight", "bias")}
+    return found
+
+
+PROJECTIONS = {"visual": "image", "text": "text"}
+PARTS = {"norm1": "layer_norm1", "norm2": "layer_norm2", "attn.proj": "self_attn.out_proj", "mlp.fc1": "mlp.fc1"}
+PARTS["mlp.fc2"] = "mlp.fc2"
+POOLING = {
+    "latent": "probe",
+    "proj.weight": "attention.out_proj.weight",
+    "proj.bias": "attention.out_proj.bias",
+    "norm.weight": "layernorm.weight",
+    "norm.bias": "layernorm.bias",
+}
+
+
+def _of_block(place: str, part: str, tensor: Tensor) -> dict[str, Tensor]:
+    module, _, kind = part.rpartition(".")
+    if module == "attn.qkv":
+        return {
+            f"{place}.self_attn.{letter}_proj.{kind}": own for letter, own in zip("qkv", tensor.chunk(3), strict=True)
+        }
+    return {f"{place}.{PARTS[module]}.{kind}": tensor}
+
+
+def _of_attention_pooling(own: dict[str, Tensor]) -> dict[str, Tensor]:
+    prefix, place, found = "vision.trunk.attn_pool.", "vision_model.head.", {}
+    for name, tensor in own.items():
+        part = name.removeprefix(prefix)
+        if not name.startswith(prefix) or part.startswith("kv."):
+            continue
+        if part.startswith("q."):
+            kind = part.removeprefix("q.")
+            found[f"{place}attention.in_proj_{kind}"] = torch.cat([tensor, own[f"{prefix}kv.{kind}"]])
+        else:
+            found[place + POOLING.get(part, part)] = tensor
+    return found
+
+
+def _write_tokenizer(recipe: Recipe, folder: Path) -> None:
+    """CLIP's own vocabulary by transformers' names, or the run's tokenizer.json."""
+    text = recipe.model.text
+    if text.tokenizer is not None:
+        write_tokenizer(text, folder)
+        return
+    import transformers
+
+    bpe = open_clip_module("tokenizer").SimpleTokenizer()
+    marks = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
+    vocab = {marks.get(token, token): number for token, number in bpe.encoder.items()}
+    merges = [pair for pair, _ in sorted(bpe.bpe_ranks.items(), key=lambda item: item[1])]
+    own = transformers.CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=text.context_length)
+    own.save_pretrained(folder)
+
+
+def _write_preprocessing(recipe: Recipe, folder: Path) -> None:
+    data, size = recipe.data, recipe.data.image_size
+    square = {"height": size, "width": size}
+    squash = data.resize == "squash"
+    settings: dict[str, Any] = {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_resize": True,
+        "size": square if squash else {"shortest_edge": size},
+        "resample": BICUBIC,
+        "do_center_crop": not squash,
+        "crop_size": square,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(data.pixel_mean),
+        "image_std": list(data.pixel_std),
+        "do_convert_rgb": True,
+    }
+    write_json(folder / "preprocessor_config.json", settings)
