@@ -78,6 +78,15 @@ def load_recipe(
     return LoadedRecipe(recipe, origins, file.stem, tuple(tree.notes))
 
 
+def load_without_weights(source: str) -> LoadedRecipe:
+    """A recipe as `load_recipe` reads it; the model of `laptop` stands in for the one that weights would give."""
+    value = _read(find_recipe(source), ()).value
+    model = value.get("model", {}) if isinstance(value, dict) else None
+    if not isinstance(model, dict) or "vision" in model:
+        return load_recipe(source)
+    return load_recipe(source, ["model.init=runs/any"], of_init=lambda _: load_recipe("laptop").recipe)
+
+
 OF_INIT: tuple[Key, ...] = (
     *(("model",), ("losses",)),
     *(("data", name) for name in ("image_size", "resize", "pixel_mean", "pixel_std")),
