@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from command_for_tests import mlip
 from foreign_for_tests import CONFIGURATIONS, towers_of_timm, write_open_clip
+from PIL import Image
 from shards_for_tests import make_dataset
 
 from mlip_cli.recipe.load import load_recipe
@@ -107,3 +108,18 @@ def test_the_recipe_of_a_run_is_taken_with_its_copy() -> None:
     taken = load_recipe("tuning.yaml", ["model.init=runs/tuned"], of_init=recipe_of_init).recipe.model.text.tokenizer
     assert taken is not None
     assert taken.file == str(Path("runs/tuned/tokenizer.json").absolute())
+
+
+def test_an_average_has_the_tokenizer_too() -> None:
+    for name in ("red", "green"):
+        (Path("classes") / name).mkdir(parents=True)
+        Image.new("RGB", (32, 32), name).save(Path("classes") / name / "a.png")
+    tune()
+    done = mlip(
+        *("average", "siglip", "runs/tuned", "--weights", "0.5", "--out", "runs/mixed", "--device", "cpu"),
+        *("--dataset", "folder:classes"),
+    )
+    assert done.returncode == 0, done.stderr
+    shutil.rmtree("siglip")
+    shutil.rmtree("runs/tuned")
+    assert load_run("runs/mixed", device="cpu").tokenizer.encode(["a red balloon"]).shape == (1, 16)

@@ -150,7 +150,7 @@ def test_a_recipe_without_a_model_says_what_to_give() -> None:
     assert re.fullmatch(r".*finetune\.yaml:\d+: (.*)", line)[1] == f"model is missing{GIVE_MODEL}"
     text = SMALL.replace("vision: {patch_size: 8, width: 32, depth: 2, num_heads: 2}", "embed_dim: 8")
     assert mistakes(write("x.yaml", text)) == [f"x.yaml:2: model.vision is missing{GIVE_MODEL}"]
-    assert mistakes("x.yaml", ["model.init=runs/a"]) == [
+    assert mistakes("x.yaml", "model.init=runs/a") == [
         "x.yaml:2: model.vision is missing; mlip pretrain alone takes it from model.init"
     ]
 
