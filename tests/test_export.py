@@ -8,6 +8,7 @@ import open_clip
 import pytest
 import torch
 import transformers
+from command_for_tests import mlip
 from foreign_for_tests import CONFIGURATIONS, WORDS, towers_of_timm, write_open_clip, write_transformers
 from models_for_tests import make_run, small_recipe
 from torch.nn.functional import normalize
@@ -186,3 +187,45 @@ def test_the_run_without_its_training_is_a_run() -> None:
     assert all(torch.equal(copy.model.state_dict()[name], own) for name, own in run.model.state_dict().items())
     assert json.loads((copy.checkpoint / "origin.json").read_text())["named"] == f"run at step {run.step}"
     assert not list(Path("out").rglob("state.pt"))
+
+
+@pytest.fixture
+def mine() -> None:
+    """A run of ours with CLIP's image tower, in half merged."""
+    clip = VIT | {"pre_norm": True, "norm_eps": 1e-5, "activation": "quick_gelu"}
+    text = small_recipe().model.text.model_dump() | {"activation": "quick_gelu"}
+    make_run(
+        Path("run"), small_recipe(mlip=False, model={"vision": clip, "text": text, "merging": {"rate": 0.5}}), seed=3
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("format", ["open_clip", "huggingface", "onnx", "safetensors"])
+def test_the_command_writes_a_folder_with_a_card(format: str, mine: None) -> None:
+    done = mlip("export", "run", "out", "--format", format, "--json")
+    assert done.returncode == 0, done.stderr
+    printed = json.loads(done.stdout)
+    assert printed["largest_difference"] < 1e-5
+    assert "# " in Path("out/README.md").read_text()
+    plain = format in ("open_clip", "huggingface")
+    assert ("token merging (evaluation here merges at the rate 0.500)" in printed["not_held"]) == plain
+    again = mlip("export", "run", "out", "--format", format)
+    assert again.returncode == 2
+    assert again.stderr.endswith("out: exists already; name another folder\n")
+    if format != "onnx":
+        assert mlip("eval-zeroshot", "out", "--dataset", "digits", "--batch-size", "600", "--json").returncode == 0
+
+
+def test_wrong_usage_of_the_command_is_one_line(mine: None) -> None:
+    Path("file").write_text("x")
+    for words, said in (
+        (["nothing", "out"], "nothing: no such run or checkpoint; there are no runs in runs/ yet"),
+        (["run", "file"], "file: exists already; name another folder"),
+        (["run", "out", "--merge-rate", "0.5"], "--merge-rate 0.5: only --format onnx holds merges; leave it out"),
+        (["run", "out", "--format", "tf"], "--format: 'tf' is not one of 'open_clip', 'huggingface', 'onnx', 'safet"),
+        (["run", "out", "--push", "a b"], "--push a b: not the name of a repository"),
+        (["run", "out", "--format", "onnx", "--merge-rate", "0.99"], "merge rate 0.99: the merge before block 2"),
+    ):
+        done = mlip("export", *words)
+        assert (done.returncode, said in done.stderr, Path("out").exists()) == (2, True, False), done.stderr
+        assert not list(Path().glob(".out*"))

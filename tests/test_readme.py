@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import yaml
 from command_for_tests import mlip
+from foreign_for_tests import CONFIGURATIONS, write_open_clip
 from killed_for_tests import Forked
 from pages_for_tests import without_curves
 from shards_for_tests import make_dataset
@@ -44,7 +45,19 @@ optim: {{warmup_steps: 1}}
 train: {{steps: 2, epochs: null, global_batch_size: 8, micro_batch_size: null, precision: fp32, device: cpu}}
 """
 """The shipped recipes under their own names, as a reader's changes to them would be: seconds instead of days."""
+FINETUNE = """
+extends: {shipped}
+data: {{num_workers: 0}}
+optim: {{warmup_steps: 1}}
+train: {{steps: 2, epochs: null, global_batch_size: 8, micro_batch_size: null, precision: fp32, device: cpu}}
+"""
 
+PUBLISHED = "open_clip:ViT-B-32-quickgelu:clip.safetensors"
+"""A file of a few hundred MB, whose place a small folder takes."""
+TUNE = (
+    f"mlip pretrain recipes/finetune.yaml model.init={PUBLISHED} "
+    "evaluate.zeroshot=[folder:my_classes,digits] --out runs/tuned"
+)
 QUICK = "--rounds 5 --batch-size 4"
 SWEPT = f"{QUICK} --pictures 1"
 
@@ -114,7 +127,6 @@ def script_is_there(line: str) -> None:
 LINES: dict[str, Smaller | Callable[[str], None]] = {
     "make demo": make_demo,
     "make test": make,
-    "make test-quick": make,
     "source .venv/bin/activate": environment_is_the_makefiles,
     "mlip prepare-data my_pictures data/mine": Smaller(more="--holdout 0.2 --workers 1"),
     "mlip pretrain recipes/laptop.yaml --out runs/mine": Smaller(),
@@ -125,33 +137,43 @@ LINES: dict[str, Smaller | Callable[[str], None]] = {
     "mlip prepare-data photos.csv data/photos --image-column path --caption-column title": Smaller(more="--workers 1"),
     "mlip prepare-data my_classes data/classes": Smaller(more="--workers 1"),
     "mlip pretrain recipes/cc12m.yaml --dry-run": Smaller(),
-    "mlip pretrain recipes/single_gpu.yaml": Smaller(),
     "mlip pretrain recipes/single_gpu.yaml train.micro_batch_size=64 --out runs/small_batches": Smaller(
         {"train.micro_batch_size=64": "train.micro_batch_size=4"}
     ),
     "torchrun --nproc-per-node 8 -m mlip_cli pretrain recipes/cc12m.yaml --out runs/cc12m": Smaller({"8": "2"}),
     "sbatch recipes/slurm.sbatch recipes/cc12m.yaml runs/cc12m": script_is_there,
-    "mlip pretrain recipes/openmoji.yaml --out runs/openmoji --resume": Smaller(),
     "mlip pretrain recipes/openmoji.yaml --resume": Smaller(),
     "mlip pretrain recipes/openmoji.yaml model.init=runs/openmoji train.steps=500 --out runs/longer": Smaller(
         {"train.steps=500": "train.steps=3"}
     ),
+    f"mlip eval-zeroshot {PUBLISHED} --dataset folder:my_classes": Smaller({PUBLISHED: "published"}),
+    TUNE: Smaller(
+        {
+            f"model.init={PUBLISHED}": "model.init=published",
+            "evaluate.zeroshot=[folder:my_classes,digits]": "evaluate.zeroshot=[folder:my_classes]",
+        }
+    ),
+    f"mlip average {PUBLISHED} runs/tuned --choose 0.5 --out runs/mixed": Smaller({PUBLISHED: "published"}),
+    "mlip export runs/mixed tuned_clip --format huggingface": Smaller(),
     "mlip eval-zeroshot runs/cc12m --dataset imagenet --data-root /data": Smaller(
         {"runs/cc12m": "runs/mine", "/data": "elsewhere"}
     ),
     "mlip eval-zeroshot runs/mine runs/longer --dataset folder:my_classes --merge-rate 0,0.5": Smaller(),
+    "mlip eval-zeroshot runs/mine runs/tuned --task retrieval": Smaller(),
     "mlip merge-sweep runs/mine --rates 0.2,0.3,0.4,0.5 --methods guided,tome --dataset folder:my_classes": Smaller(
         more=SWEPT
     ),
-    "mlip report runs/mine runs/longer --out compared.html": Smaller(),
-    "mlip profile": Smaller(more=QUICK),
-    "mlip doctor": Smaller(),
+    'mlip search runs/mine "a dog on a beach" "a red car" --images my_pictures': Smaller(),
     "mlip prepare-data openmoji data/openmoji": Smaller(more="--limit 60 --size 32 --workers 1"),
     "mlip pretrain recipes/openmoji.yaml": Smaller(),
     "mlip merge-sweep --rates 0.3,0.5": Smaller(more=SWEPT),
     "mlip eval-zeroshot --dataset openmoji": Smaller(),
+    'mlip search runs/openmoji "a flag" --images data/openmoji': Smaller(),
+    "mlip average runs/openmoji runs/longer": Smaller(more="--weights 0,1"),
+    "mlip export runs/openmoji exported --format onnx": Smaller(),
     "mlip profile recipes/cc12m.yaml": Smaller(more=QUICK),
     "mlip report runs/openmoji_clip runs/openmoji": Smaller(),
+    "mlip doctor": Smaller(),
 }
 
 
@@ -169,6 +191,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("readme")
     for name in ("openmoji", "openmoji_clip", "laptop", "single_gpu", "cc12m"):
         write_files(folder, {f"recipes/{name}.yaml": SMALL.format(shipped=ROOT / "recipes" / f"{name}.yaml")})
+    write_files(folder, {"recipes/finetune.yaml": FINETUNE.format(shipped=ROOT / "recipes" / "finetune.yaml")})
+    write_open_clip(folder / "published", CONFIGURATIONS["openai"])
     write_sidecars(folder / "my_pictures", 24)
     write_files(folder, {f"photos/{i}.png": picture(100 + i) for i in range(8)})
     rows = [f"photos/{i}.png,photograph {i}" for i in range(8)]

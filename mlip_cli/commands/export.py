@@ -25,6 +25,14 @@ def export(run: str, out: Path, *, format: str, merge_rate: float | None, push: 
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UsageError(f"{out}: exists already; name another folder")
     check_can_be_made(out, option="OUT")
+    if format == "onnx":
+        from mlip_cli.export.onnx import check_packages
+
+        check_packages()
+    if push is not None:
+        from mlip_cli.export.push import check_push
+
+        check_push(push)
     checkpoint = find_checkpoint(run)[1]
     with interrupted_as("interrupted; nothing was written"):
         say("loading PyTorch")

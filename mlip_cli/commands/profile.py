@@ -9,6 +9,7 @@ from mlip_cli.report.profiles import print_profile
 from mlip_cli.report.write import rebuild
 from mlip_cli.runs.find import find_checkpoint
 from mlip_cli.runs.folder import checkpoint_name, newest_in_words
+from mlip_cli.runs.foreign import find_foreign
 from mlip_cli.terminal.output import print_json, say
 
 
@@ -53,7 +54,7 @@ def profile(target: str | None, *, batch_size: int, rounds: int, device: str, as
 
 def checked_target(target: str | None) -> str:
     """The checkpoint of a run, or the recipe, that `target` names. Nothing here loads torch; raises as `profile`."""
-    if target is None or Path(target).is_dir():
+    if target is None or Path(target).is_dir() or find_foreign(target) is not None:
         return str(find_checkpoint(target)[1])
     try:
         find_recipe(target)

@@ -12,7 +12,9 @@ from mlip_cli.report.comparison import comparison_page
 from mlip_cli.report.headlines import compared, verdict
 from mlip_cli.report.record import RunRecord, read_run
 from mlip_cli.report.write import write_page, write_run_page, written_line
+from mlip_cli.runs.find import find_checkpoint
 from mlip_cli.runs.folder import Run, newest_in_words, newest_run
+from mlip_cli.runs.foreign import find_foreign
 from mlip_cli.terminal.output import print_json, print_lines, say
 
 
@@ -59,6 +61,8 @@ def find_run(target: str) -> Run:
     Raises:
         UsageError: `target` is not a run folder.
     """
+    if find_foreign(target) is not None:
+        return find_checkpoint(target)[0]
     run = Run(Path(target))
     if run.recipe.is_file():
         return run

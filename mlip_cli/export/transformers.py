@@ -53,12 +53,13 @@ def _empty(loaded: LoadedRun) -> Any:
     import transformers
 
     recipe, model = loaded.recipe, loaded.model
+    text_tower: Any = model.text
     without_stem(model, FORMAT)
     is_siglip = _is_siglip(model.vision.trunk)
     text = {
         **(_siglip_text(recipe) if is_siglip else _clip_text(recipe)),
         "hidden_size": model.text.width,
-        "intermediate_size": model.text.blocks[0].mlp.fc1.out_features,
+        "intermediate_size": text_tower.blocks[0].mlp.fc1.out_features,
         "num_hidden_layers": len(model.text.blocks),
         "num_attention_heads": recipe.model.text.num_heads,
         "vocab_size": recipe.model.text.vocab_size,

@@ -83,7 +83,7 @@ class MergePass:
         self.plan = plan
         self.patches = patches
         self.replay = replay
-        self.sizes = torch.ones(len(images), plan.num_patches, dtype=dtype, device=images.device)
+        self.sizes = torch.ones(images.shape[0], plan.num_patches, dtype=dtype, device=images.device)
         self.assigns: list[Tensor] = []
         self.guidance: list[Guidance | None] = []
         self.mask: Tensor | None = None

@@ -91,7 +91,7 @@ def match(cost: Tensor, even: Tensor, odd: Tensor, num_groups: int) -> Tensor:
     Each even token proposes its cheapest odd token, and the N-K cheapest proposals merge (bipartite soft matching).
     Equal costs merge in token order. Groups are numbered by their smallest token.
     """
-    batch, n = len(cost), len(even) + len(odd)
+    batch, n = cost.shape[0], len(even) + len(odd)
     removed = n - num_groups
     assert 0 <= removed <= n // 2, (n, num_groups)
     index = torch.arange(n, device=cost.device).expand(batch, n)

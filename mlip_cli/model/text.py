@@ -102,4 +102,4 @@ class TextTower(nn.Module):
 
 def pool_text(hidden: Tensor, token_ids: Tensor, eos_id: int | None = None) -> Tensor:
     """The token at EOS: (B, L, D), (B, L) -> (B, D)."""
-    return hidden[torch.arange(len(hidden), device=hidden.device), end_of_text(token_ids, eos_id)]
+    return hidden[torch.arange(hidden.shape[0], device=hidden.device), end_of_text(token_ids, eos_id)]

@@ -33,7 +33,7 @@ def gallery_section(record: RunRecord) -> Html:
             f"validation set, step {gallery.step:,}, merge rate {gallery.true_merge_rate:.3f}. A query counts as "
             "right if one of its own is among the first k; ties count against the model.",
         ),
-        table(_recalls(gallery)),
+        table(recalls_table(gallery)),
         note(
             f"The queries below were drawn {gallery.chosen}. Each shows its five best answers, ✓ right and ✗ wrong. "
             f"If none of them is right, → shows the right answer. {INTERVALS.capitalize()}."
@@ -103,7 +103,7 @@ def _picture_beside(answers: Answers, num_texts: int) -> Html:
     return element("div", question, element("div", *lists, class_="answers"), class_="query row")
 
 
-def _recalls(gallery: GalleryResult) -> Table:
+def recalls_table(gallery: GalleryResult) -> Table:
     """Recall over the whole validation set, both ways, with chance."""
     rows: list[list[Cell]] = []
     for way, words in reversed(DIRECTIONS.items()):

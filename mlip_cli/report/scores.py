@@ -199,6 +199,15 @@ def by_data(results: Iterable[tuple[tuple[str, str], Own]]) -> dict[str, list[Ow
     return {name if names[name] == 1 else f"{name} (data {print[:8]})": own for (name, print), own in groups.items()}
 
 
+def newest_by_data(results: Iterable[ZeroshotResult]) -> dict[str, list[ZeroshotResult]]:
+    """The last result of each checkpoint and rate on each data set, later steps first."""
+    found = {}
+    for name, own in by_data((result.data, result) for result in results).items():
+        last = {(result.step, result.true_merge_rate): result for result in own}.values()
+        found[name] = sorted(last, key=lambda result: (-result.step, result.true_merge_rate))
+    return found
+
+
 def scores_section(record: RunRecord) -> Html:
     """Scores at every checkpoint and rate, later steps first, and recall by class at the recipe's merge rate."""
     results, headlines = record.all_of(ZeroshotResult), newest_zeroshot(record)
@@ -207,9 +216,7 @@ def scores_section(record: RunRecord) -> Html:
         names = record.recipe.evaluate.zeroshot if record.recipe is not None else ()
         dataset = "" if names else " --dataset NAME"
         parts.append(note("Not measured yet: ", command(f"mlip eval-zeroshot {record.place}{dataset}")))
-    for name, own in by_data((result.data, result) for result in results).items():
-        last = {(result.step, result.true_merge_rate): result for result in own}.values()
-        ordered = sorted(last, key=lambda result: (-result.step, result.true_merge_rate))
+    for name, ordered in newest_by_data(results).items():
         rows = [ZeroshotRow(result, step=result.step) for result in ordered]
         parts += tables(zeroshot_tables(name, rows, with_speed=False))
         shown = [own for own in ordered if not own.asks_names_alone and any(own is headline for headline in headlines)]
