@@ -2,6 +2,7 @@
 # ruff: noqa: E501 - messages are written out whole
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -141,10 +142,23 @@ def test_text_that_is_not_utf_8() -> None:
     assert mistakes("x.yaml") == ["x.yaml:1: not UTF-8 text"]
 
 
+GIVE_MODEL = "; give model.init=RUN or model.init=open_clip:ARCH:FILE, whose model is then trained, or describe a model"
+
+
+def test_a_recipe_without_a_model_says_what_to_give() -> None:
+    [line] = mistakes("finetune")
+    assert re.fullmatch(r".*finetune\.yaml:\d+: (.*)", line)[1] == f"model is missing{GIVE_MODEL}"
+    text = SMALL.replace("vision: {patch_size: 8, width: 32, depth: 2, num_heads: 2}", "embed_dim: 8")
+    assert mistakes(write("x.yaml", text)) == [f"x.yaml:2: model.vision is missing{GIVE_MODEL}"]
+    assert mistakes("x.yaml", "model.init=runs/a") == [
+        "x.yaml:2: model.vision is missing; mlip pretrain alone takes it from model.init"
+    ]
+
+
 def test_an_empty_recipe_says_what_is_missing() -> None:
     assert mistakes(write("x.yaml", "# nothing\n")) == [
         "x.yaml:1: data is missing",
-        "x.yaml:1: model is missing",
+        f"x.yaml:1: model is missing{GIVE_MODEL}",
         "x.yaml:1: train is missing",
     ]
 

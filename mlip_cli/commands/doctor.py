@@ -17,7 +17,7 @@ from packaging.requirements import Requirement
 from mlip_cli.errors import RunError, UsageError
 from mlip_cli.files import GIB
 from mlip_cli.paths import read_variable
-from mlip_cli.recipe.load import load_recipe
+from mlip_cli.recipe.load import load_without_weights
 from mlip_cli.recipe.shipped import recipe_names, recipes_folder
 from mlip_cli.runs.folder import RUNS
 from mlip_cli.terminal.output import plural, print_json, print_lines, print_table, say
@@ -266,7 +266,7 @@ def recipes() -> Iterator[Check]:
         return
     try:
         for name in names:
-            load_recipe(str(recipes_folder() / f"{name}.yaml"))
+            load_without_weights(str(recipes_folder() / f"{name}.yaml"))
     except UsageError as error:
         yield Check("recipes", "fail", str(error), "restore the shipped recipes")
         return

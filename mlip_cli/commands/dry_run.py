@@ -14,6 +14,7 @@ from mlip_cli.profiling.flops import frequency_gflops, image_gflops, parameters,
 from mlip_cli.recipe.config import Recipe, Source
 from mlip_cli.recipe.load import LoadedRecipe, recipe_yaml
 from mlip_cli.runs.initial_weights import check_initial
+from mlip_cli.runs.tower_weights import pixel_cautions
 from mlip_cli.terminal.output import plural, print_json, print_lines, print_prose
 from mlip_cli.train.facts import cautions, facts, preflight
 from mlip_cli.train.setup import num_workers, open_data, training_device
@@ -79,7 +80,10 @@ def plan(recipe: Recipe, *, resumes: bool) -> Planned:
         data = open_data(recipe)
         lines = preflight(data.datasets, data.order, recipe.train.global_batch_size, world_size())
         steps = data.total_steps
-    return Planned(model, device, steps, lines, missing, cautions(recipe, model.training_plan, steps))
+    warned = cautions(recipe, model.training_plan, steps)
+    if recipe.model.vision.init is not None and not resumes:
+        warned += pixel_cautions(recipe)
+    return Planned(model, device, steps, lines, missing, warned)
 
 
 def _lines(recipe: Recipe, planned: Planned) -> list[str]:

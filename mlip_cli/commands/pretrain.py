@@ -12,7 +12,7 @@ from mlip_cli.runs.contents import read_metrics
 from mlip_cli.runs.folder import CURES, RUNS, Run
 from mlip_cli.runs.start import (
     Start,
-    check_init_there,
+    check_inits_there,
     check_trackers,
     choose_start,
     command_to_resume,
@@ -33,8 +33,8 @@ def pretrain(
     for note in loaded.notes:
         say(note)
     start = choose_start(loaded.recipe, loaded.name, out=out, resume=resume)
-    if not start.resumes and loaded.recipe.model.init is not None:
-        check_init_there(loaded.recipe.model.init)
+    if not start.resumes:
+        check_inits_there(loaded.recipe.model)
     if resume:
         check_can_go_on(start)
     check_trackers(loaded.recipe.log)

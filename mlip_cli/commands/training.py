@@ -22,7 +22,7 @@ from mlip_cli.recipe.config import Log, Recipe
 from mlip_cli.report.before_after import ending_lines
 from mlip_cli.report.write import rebuild
 from mlip_cli.runs.contents import read_metrics
-from mlip_cli.runs.folder import Run, claimed
+from mlip_cli.runs.folder import Run, claimed, with_tokenizer
 from mlip_cli.runs.recording import data_cards, recorded
 from mlip_cli.runs.start import MICRO_BATCHES, Start, drawn_by_forward_passes
 from mlip_cli.terminal.history import Headline
@@ -65,6 +65,8 @@ def train_run(recipe: Recipe, start: Start) -> Run:
         wait_for_ranks()  # some machines may have copied or indexed data first, here and below
         lines = preflight(data.datasets, data.order, recipe.train.global_batch_size, world_size())
         checkpoint = shared_checkpoint(run, resumes=start.resumes)
+        if checkpoint is not None:
+            recipe = with_tokenizer(recipe, run.tokenizer)
         training, init = build(recipe, device, fresh=checkpoint is None)
         progress, random = Progress(), None
         if checkpoint is not None:

@@ -40,7 +40,10 @@ def check_same_form(recipes: Mapping[str, Recipe]) -> None:
         UsageError: two differ; the message names the keys.
     """
     (first, own), *others = recipes.items()
-    free = ("model.init", "model.freeze", "model.merging", "model.text.dropout", "model.vision.drop_path")
+    free = (
+        *("model.init", "model.freeze", "model.merging", "model.text.dropout", "model.text.tokenizer.file"),
+        *("model.vision.drop_path", "model.vision.init"),
+    )
     for other, recipe in others:
         wrong = [
             f"{key} {mine} (in {first} {theirs})"

@@ -65,7 +65,7 @@ def trained_pictures(loaded: LoadedRun, *, of: Collection[str | None]) -> Traine
 def _words(loaded: LoadedRun, num_samples: int) -> str:
     """The rule in a sentence, and whose training it does not speak of."""
     words = f"seen in training: the bytes of the picture are among the {plural(num_samples, 'training picture')}"
-    init = loaded.recipe.model.init
+    init = loaded.recipe.model.init or loaded.recipe.model.vision.init
     return f"{words}; what {init}, where the run began, was trained on is not known" if init else words
 
 

@@ -103,6 +103,8 @@ class CLIP(nn.Module):
         super().__init__()
         self.image_size = image_size = data.image_size
         self.frozen: Literal["image", "text"] | None = None
+        self.starts_from_tower = config.vision.init is not None
+        """The image tower has trained weights at the start, and its projection has random ones."""
         self.context_length = config.text.context_length
         self.merging = config.merging
         self.vision = ImageTower(config.vision, image_size=image_size, frequency=config.frequency)
@@ -139,13 +141,18 @@ class CLIP(nn.Module):
         """The merges of evaluation."""
 
     def freeze(self, tower: Literal["image", "text"]) -> None:
-        """Keep a tower and its projection as they are: no gradients, and no dropout in training."""
+        """Keep a tower and its projection as they are: no gradients, and no dropout in training.
+
+        A projection that starts from random values trains: with `model.vision.init` that of the image tower, as in
+        locked-image tuning (LiT, Zhai et al., CVPR 2022).
+        """
         trunk, projection = {
             "image": (self.vision, self.image_projection),
             "text": (self.text, self.text_projection),
         }[tower]
         trunk.requires_grad_(False)
-        projection.requires_grad_(False)
+        if tower == "text" or not self.starts_from_tower:
+            projection.requires_grad_(False)
         self.frozen = tower
         self.train(self.training)
 

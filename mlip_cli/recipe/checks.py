@@ -180,15 +180,24 @@ def _frequency(recipe: Recipe) -> Found:
 
 def _freeze(recipe: Recipe) -> Found:
     model = recipe.model
-    if model.freeze is not None and model.init is None:
-        yield (
-            "model.freeze",
-            f"the {model.freeze} tower would keep random weights; give model.init, or set it to null",
-        )
+    has_tower = model.freeze == "image" and model.vision.init is not None
+    if model.freeze is not None and model.init is None and not has_tower:
+        cure = "give model.init or model.vision.init" if model.freeze == "image" else "give model.init"
+        yield "model.freeze", f"the {model.freeze} tower would keep random weights; {cure}, or set it to null"
     if model.freeze == "text" and model.text.dropout:
         yield "model.text.dropout", f"{model.text.dropout:g} has no effect in a frozen tower; set it to 0"
     if model.freeze == "image" and model.vision.drop_path:
         yield "model.vision.drop_path", f"{model.vision.drop_path:g} has no effect in a frozen tower; set it to 0"
+
+
+def _tower_weights(recipe: Recipe) -> Found:
+    if recipe.model.vision.init is None:
+        return
+    if recipe.model.init is not None:
+        yield "model.vision.init", "model.init gives the image tower its weights already; set one of the two to null"
+    if stem_depth(recipe.model.frequency):
+        cure = "set model.frequency to null or its placement to branch, or this to null"
+        yield "model.vision.init", f"a stem replaces the first blocks of the trained tower; {cure}"
 
 
 def _smoothing(recipe: Recipe) -> Found:
@@ -258,7 +267,7 @@ def _projections(recipe: Recipe) -> Found:
 
 CHECKS: tuple[Callable[[Recipe], Found], ...] = (
     *(_sources, _best, _crop, _patches, _vision, _text, _projections, _heads, _frequency, _merging, _guidance),
-    *(_freeze, _losses, _captions, _smoothing, _length, _batch, _precision),
+    *(_freeze, _tower_weights, _losses, _captions, _smoothing, _length, _batch, _precision),
 )
 
 

@@ -179,7 +179,8 @@ class Vision(Section):
     projection: Projection = "linear"
     """From the tower to the joint space: a matrix, a matrix and a bias, or nothing if both are equally wide."""
     init: Annotated[str, AfterValidator(read_path)] | None = None
-    """File of weights for the image tower alone, by timm's names, such as DINOv2's or AugReg's. null: none."""
+    """Trained weights of the image tower alone that a new run starts from: a file of timm's weights of this tower, such
+    as DINOv2's or AugReg's. null: none."""
     drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Stochastic depth: probability of skipping the last block, falling linearly to 0 at the first."""
 
@@ -294,7 +295,8 @@ class Model(Section):
     Hugging Face. A recipe without `model.vision` takes model, losses and pixels from that run too. null: random
     weights."""
     freeze: Literal["image", "text"] | None = None
-    """Tower that keeps the weights of `init`, with its projection into the joint space. null: both towers train."""
+    """Tower that keeps the weights of `init`, with its projection into the joint space. With `vision.init` the image
+    tower alone: its projection, which is new, trains (LiT, Zhai et al., CVPR 2022). null: both towers train."""
 
 
 class GlobalLoss(Section):

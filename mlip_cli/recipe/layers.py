@@ -22,11 +22,13 @@ class Exclusion:
     """Null excludes the others, not a value."""
 
 
-STEPS, EPOCHS, TIMM, FREQUENCY = (
+STEPS, EPOCHS, TIMM, FREQUENCY, INIT, TOWER_INIT = (
     ("train", "steps"),
     ("train", "epochs"),
     ("model", "vision", "timm"),
     ("model", "frequency"),
+    ("model", "init"),
+    ("model", "vision", "init"),
 )
 OF_VISION: tuple[Key, ...] = tuple(("model", "vision", name) for name in SIZES)
 
@@ -35,6 +37,8 @@ EXCLUSIONS = (
     Exclusion(EPOCHS, (STEPS,)),
     Exclusion(TIMM, OF_VISION),
     *(Exclusion(size, (TIMM,)) for size in OF_VISION),
+    Exclusion(INIT, (TOWER_INIT,)),
+    Exclusion(TOWER_INIT, (INIT,)),
     Exclusion(FREQUENCY, tuple(("losses", name) for name in FREQUENCY_LOSSES), is_null=True),
 )
 

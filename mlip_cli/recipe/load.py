@@ -78,6 +78,15 @@ def load_recipe(
     return LoadedRecipe(recipe, origins, file.stem, tuple(tree.notes))
 
 
+def load_without_weights(source: str) -> LoadedRecipe:
+    """A recipe as `load_recipe` reads it; the model of `laptop` stands in for the one that weights would give."""
+    value = _read(find_recipe(source), ()).value
+    model = value.get("model", {}) if isinstance(value, dict) else None
+    if not isinstance(model, dict) or "vision" in model:
+        return load_recipe(source)
+    return load_recipe(source, ["model.init=runs/any"], of_init=lambda _: load_recipe("laptop").recipe)
+
+
 OF_INIT: tuple[Key, ...] = (
     *(("model",), ("losses",)),
     *(("data", name) for name in ("image_size", "resize", "pixel_mean", "pixel_std")),
@@ -133,7 +142,7 @@ def schema_text() -> str:
 
 
 def absolute_paths(recipe: Recipe) -> Recipe:
-    """The same recipe with absolute paths of the data, its cache and model.init."""
+    """The same recipe with absolute paths of the data, its cache, the weights to start from and the tokenizer."""
 
     def absolute(sources: tuple[Source, ...] | None) -> tuple[Source, ...] | None:
         return sources and tuple(
@@ -148,10 +157,16 @@ def absolute_paths(recipe: Recipe) -> Recipe:
     foreign = open_clip_file(init) if init else None
     if init:
         init = str(replace(foreign, file=os.path.abspath(foreign.file))) if foreign else os.path.abspath(init)
+    vision, text = recipe.model.vision, recipe.model.text
+    if vision.init is not None:
+        vision = vision.model_copy(update={"init": os.path.abspath(vision.init)})
+    if text.tokenizer is not None:
+        file = os.path.abspath(text.tokenizer.file)
+        text = text.model_copy(update={"tokenizer": text.tokenizer.model_copy(update={"file": file})})
     return recipe.model_copy(
         update={
             "data": recipe.data.model_copy(update=data),
-            "model": recipe.model.model_copy(update={"init": init}),
+            "model": recipe.model.model_copy(update={"init": init, "vision": vision, "text": text}),
         }
     )
 

@@ -18,7 +18,7 @@ def explain(error: ValidationError, data: dict[str, Any], schema: Node) -> list[
             text = _unknown(schema, key)
         elif detail["type"] == "missing" and isinstance(detail["loc"][-1], str):
             key = (*key, detail["loc"][-1])
-            text = f"{dotted(key)} is missing"
+            text = f"{dotted(key)} is missing{_model_of_weights(key, data)}"
         elif detail["type"] == "value_error":  # raised by a function of ours
             text = f"{dotted(key)}: {detail['msg'].removeprefix('Value error, ')}"
         else:
@@ -26,6 +26,15 @@ def explain(error: ValidationError, data: dict[str, Any], schema: Node) -> list[
         found.setdefault(key, text)
     outer = {key[:length] for key in found for length in range(len(key))}
     return [(key, text) for key, text in found.items() if key not in outer]
+
+
+def _model_of_weights(key: Key, data: dict[str, Any]) -> str:
+    """What is to be given in place of a model, which may be that of the weights."""
+    if key not in (("model",), ("model", "vision")):
+        return ""
+    if isinstance(data.get("model"), dict) and data["model"].get("init") is not None:
+        return "; mlip pretrain alone takes it from model.init"
+    return "; give model.init=RUN or model.init=open_clip:ARCH:FILE, whose model is then trained, or describe a model"
 
 
 def _in_data(loc: tuple[str | int, ...], data: Any) -> tuple[Key, Any]:

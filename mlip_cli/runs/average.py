@@ -162,7 +162,7 @@ def write_averaged_run(out: Path, like: Run, *, step: int, weights: dict[str, Te
             temporary.mkdir()
             run = Run(temporary)
             run.evals.mkdir()
-            for path in (like.recipe, like.data_cards):
+            for path in (like.recipe, like.tokenizer, like.data_cards):
                 if path.is_file():
                     write_bytes(temporary / path.name, path.read_bytes())
             session = {"command": command_line(), "started": now()}

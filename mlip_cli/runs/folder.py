@@ -158,6 +158,18 @@ class Run:
             cure = "" if is_of_another_version else f"\n{self.recipe}: damaged; {CURES[self.recipe.name]}"
             raise RecipeError(f"{error}{cure}") from None
 
+    def holds_tokenizer_of(self, recipe: Recipe) -> bool:
+        """Whether the run's copy of a tokenizer is the recipe's, byte by byte; without a checkpoint it may be missing.
+
+        False: the recipe has CLIP's.
+        """
+        if recipe.model.text.tokenizer is None:
+            return False
+        if not self.tokenizer.is_file():
+            return self.latest_checkpoint() is None
+        given = Path(recipe.model.text.tokenizer.file)
+        return given.is_file() and given.read_bytes() == self.tokenizer.read_bytes()
+
     def is_finished(self) -> bool:
         """True when training reached its last step, and where no training can go on."""
         return self.read_stamp().end_reason == "finished" or not self.can_go_on()

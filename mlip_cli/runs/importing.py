@@ -25,7 +25,7 @@ from mlip_cli.recipe.load import recipe_yaml
 from mlip_cli.runs.checkpoint import save_checkpoint
 from mlip_cli.runs.folder import RUNS, Run
 from mlip_cli.runs.foreign import Foreign
-from mlip_cli.runs.weight_files import read_weights
+from mlip_cli.runs.weight_files import check_finite, differing, read_weights
 from mlip_cli.terminal.output import say, warn
 
 IMPORTED = RUNS / "foreign"
@@ -191,19 +191,11 @@ def _fitted(foreign: Foreign, recipe: Recipe) -> dict[str, Tensor]:
     for file in foreign.files:
         theirs |= read_weights(file)
     weights = _as_built(from_open_clip(theirs, source=place), model)
-    own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    given = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    wrong = [
-        f"{name} {given.get(name, 'missing')} (expected {own.get(name, 'none')})"
-        for name in sorted(own.keys() | given.keys())
-        if own.get(name) != given.get(name)
-    ]
+    wrong = differing(model.state_dict(), weights)
     if wrong:
         cure = "name its own architecture" if foreign.configuration else "the configuration beside it is another's"
         raise UsageError(f"{place}: weights of another model: {'; '.join(wrong[:3])}; {len(wrong)} differ; {cure}")
-    broken = [name for name, tensor in weights.items() if not tensor.isfinite().all()]
-    if broken:
-        raise UsageError(f"{place}: {broken[0]} holds NaN or infinity; use another copy of the weights")
+    check_finite(weights, source=place)
     if recipe.model.text.activation == "gelu" and all(name in theirs for name in OF_OPENAI):
         warn(f"{place}: a file of OpenAI, whose models use QuickGELU; name {foreign.configuration}-quickgelu")
     return {name: tensor.float() for name, tensor in weights.items()}

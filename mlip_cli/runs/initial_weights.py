@@ -82,7 +82,7 @@ def load_initial(model: CLIP, recipe: Recipe) -> InitNotes:
     own, weights = model.state_dict(), load_weights(path)
     facts = [f"model.init: weights of {path}"]
     cautions: list[str] = []
-    for name, note, is_lossy in _regridded(weights, model):
+    for name, note, is_lossy in regridded(weights, model):
         (cautions if is_lossy else facts).append(f"model.init: {name} {note}")
     anew = _without_other_kinds(own, weights)
     facts += [f"model.init: losses.{name} is another kind of loss there, so its scale starts anew" for name in anew]
@@ -97,12 +97,14 @@ def load_initial(model: CLIP, recipe: Recipe) -> InitNotes:
     return InitNotes(tuple(facts), tuple(cautions))
 
 
-def _regridded(weights: dict[str, Tensor], model: CLIP) -> Iterator[tuple[str, str, bool]]:
+def regridded(weights: dict[str, Tensor], model: CLIP) -> Iterator[tuple[str, str, bool]]:
     """Bring positions and global filters in `weights` to the model's grid: (name, what was done, is it lossy)."""
     grid, own = model.vision.grid, model.state_dict()
     for name, stored in weights.items():
         tensor = stored.float()  # resampling in half precision would lose digits
-        if name not in own or own[name].shape == tensor.shape or own[name].shape[-1] != tensor.shape[-1]:
+        if name not in own or own[name].shape == tensor.shape or own[name].ndim != tensor.ndim:
+            continue
+        if own[name].shape[-1] != tensor.shape[-1]:
             continue
         if name == POSITIONS:
             num_prefix = own[name].shape[1] - model.vision.num_patches

@@ -17,11 +17,11 @@ import mlip_cli
 from mlip_cli.data.dataset import ShardDataset
 from mlip_cli.distributed import world_size
 from mlip_cli.errors import Stopped, UsageError
-from mlip_cli.files import full_disk_named, lock, write_json, write_text
+from mlip_cli.files import full_disk_named, lock, write_bytes, write_json, write_text
 from mlip_cli.recipe.config import Recipe
 from mlip_cli.recipe.load import absolute_paths, recipe_yaml
 from mlip_cli.runs.checkpoint import remove_leftovers
-from mlip_cli.runs.folder import RUNS, Run, now, remember_latest, step_of, sweep
+from mlip_cli.runs.folder import RUNS, Run, now, remember_latest, step_of, sweep, with_tokenizer
 from mlip_cli.runs.result_files import json_value
 from mlip_cli.runs.start import command_line
 from mlip_cli.terminal.output import is_main, logger
@@ -45,7 +45,7 @@ def recorded(
         yield
         return
     run.folder.mkdir(parents=True, exist_ok=True)
-    text = recipe_yaml(absolute_paths(recipe))
+    text = recipe_yaml(with_tokenizer(absolute_paths(recipe), run.tokenizer))
     with full_disk_named(run.folder, "make room and go on with --resume"):
         if not run.recipe.is_file():  # first of all: without it the folder is not a run folder
             write_text(run.recipe, text)
@@ -54,6 +54,8 @@ def recorded(
             if newest is not None and step_of(newest) != step:
                 raise UsageError(f"{newest}: another process saved it just now; start again with --resume")
             write_text(run.recipe, text)
+            if recipe.model.text.tokenizer is not None and not run.tokenizer.is_file():
+                write_bytes(run.tokenizer, Path(recipe.model.text.tokenizer.file).read_bytes())
             run.checkpoints.mkdir(exist_ok=True)
             run.evals.mkdir(exist_ok=True)
             remove_leftovers(run.checkpoints)

@@ -9,10 +9,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from mlip_cli.errors import RecipeError, UsageError
-from mlip_cli.recipe.config import Log, Recipe
+from mlip_cli.recipe.config import Log, Model, Recipe
 from mlip_cli.recipe.load import absolute_paths, differences
 from mlip_cli.runs.find import find_checkpoint
-from mlip_cli.runs.folder import Run, all_runs, default_folder, holds_nothing
+from mlip_cli.runs.folder import Run, all_runs, default_folder, holds_nothing, with_tokenizer
 from mlip_cli.runs.foreign import find_foreign
 from mlip_cli.runs.moved_data import Change, changed_by_moves, check_moves, is_move
 from mlip_cli.terminal.output import say
@@ -70,8 +70,12 @@ def _is_allowed(change: Change) -> bool:
 
 
 def changes_since(run: Run, recipe: Recipe) -> list[Change]:
-    """Differences between the recipe inside `run` and `recipe`."""
-    return differences(run.read_recipe(), absolute_paths(recipe))
+    """Differences between the recipe inside `run` and `recipe`. A tokenizer is the same if its file has the same
+    content."""
+    recipe = absolute_paths(recipe)
+    if run.holds_tokenizer_of(recipe):
+        recipe = with_tokenizer(recipe, run.tokenizer)
+    return differences(run.read_recipe(), recipe)
 
 
 def choose_start(recipe: Recipe, name: str, *, out: Path | None, resume: bool) -> Start:
@@ -151,14 +155,17 @@ def command_line() -> str:
     return shlex.join(["mlip", *sys.argv[1:]])
 
 
-def check_init_there(init: str) -> None:
-    """Check that there are weights under the name `init`. Reads none.
+def check_inits_there(model: Model) -> None:
+    """Check that the weights are there that a new run starts from. Reads none.
 
     Raises:
         UsageError: there is no such run, checkpoint or file.
     """
-    if find_foreign(init) is None:
-        find_checkpoint(init)
+    if model.init is not None and find_foreign(model.init) is None:
+        find_checkpoint(model.init)
+    tower = model.vision.init
+    if tower is not None and not Path(tower).is_file():
+        raise UsageError(f"model.vision.init: {tower}: no such file; it is a file of weights that timm saved")
 
 
 def recipe_of_init(init: str) -> Recipe:

@@ -5,6 +5,7 @@ import pickle
 import re
 import shlex
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -43,6 +44,8 @@ def read_weights(file: Path) -> dict[str, Tensor]:
             return load_file(file)
         except SafetensorError as error:
             raise UsageError(f"{file}: not a whole safetensors file ({error}); download it again") from None
+    if file.suffix == ".npz":
+        raise UsageError(f"{file}: arrays of NumPy, by JAX's names; take timm's file of these weights")
     if _is_torchscript(file):
         raise UsageError(
             f"{file}: a TorchScript archive, which is a program; if you trust it, extract its weights with: "
@@ -60,6 +63,27 @@ def read_weights(file: Path) -> dict[str, Tensor]:
         keys = ", ".join(map(repr, PLACES_OF_WEIGHTS))
         raise UsageError(f"{file}: no state dict (names and tensors), neither alone nor under {keys}; save one")
     return weights
+
+
+def differing(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> list[str]:
+    """Tensors of `given` that a model with the tensors `own` has not, or in another shape, and those that it lacks."""
+    mine, theirs = ({name: tuple(tensor.shape) for name, tensor in tensors.items()} for tensors in (own, given))
+    return [
+        f"{name} {theirs.get(name, 'missing')} (expected {mine.get(name, 'none')})"
+        for name in sorted(mine.keys() | theirs.keys())
+        if mine.get(name) != theirs.get(name)
+    ]
+
+
+def check_finite(weights: Mapping[str, Tensor], *, source: str) -> None:
+    """Check that no weight is NaN or infinite.
+
+    Raises:
+        UsageError: one is; the message begins with `source`.
+    """
+    broken = [name for name, tensor in weights.items() if not tensor.isfinite().all()]
+    if broken:
+        raise UsageError(f"{source}: {broken[0]} holds NaN or infinity; use another copy of the weights")
 
 
 class _NotRead:

@@ -25,7 +25,8 @@ def facts(recipe: Recipe, model: CLIP, total_steps: int | None) -> list[str]:
     train, plan = recipe.train, model.training_plan
     parameters = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    frozen = f", {trained:,} of them train (model.freeze: {model.frozen})" if model.frozen else ""
+    beside = "; the image projection trains" if model.frozen == "image" and model.starts_from_tower else ""
+    frozen = f", {trained:,} of them train (model.freeze: {model.frozen}{beside})" if model.frozen else ""
     length = plural(train.epochs or 0, "epoch") if total_steps is None else plural(total_steps, "step")
     loaders = plural(num_workers(recipe), "loader process", "loader processes")
     at_a_time = f", {train.given_micro_batch_size:,} samples at a time" if train.given_micro_batch_size else ""
@@ -98,9 +99,10 @@ def _idle_keys(recipe: Recipe, total_steps: int | None) -> list[str]:
     if recipe.losses.read_other_crop and recipe.data.augment.crop_scale is None:
         lines.append("data.augment.crop_scale null gives losses.align the same crop twice; give a range")
     if layer_decay < 1 and recipe.model.init is None:
+        slowed = "the lower blocks of random weights" if recipe.model.vision.init is None else "the new text tower too"
         lines.append(
-            f"optim.layer_decay {layer_decay:g} is for trained weights, and model.init is null: it slows the lower "
-            "blocks of random weights; set it to 1"
+            f"optim.layer_decay {layer_decay:g} is for trained weights, and model.init is null: it slows {slowed}; set "
+            "it to 1"
         )
     if recipe.evaluate.at_start and not recipe.evaluate.zeroshot and recipe.data.validation is None:
         lines.append("evaluate.at_start has nothing to measure; name evaluate.zeroshot or data.validation")
@@ -113,7 +115,14 @@ def _overwriting(recipe: Recipe) -> list[str]:
     A locked image tower is not overwritten, and the text tower beside it is often new.
     """
     lr = recipe.optim.lr
-    if recipe.model.init is None or recipe.model.freeze == "image" or lr <= FINE_TUNING_LR:
+    if recipe.model.freeze == "image" or lr <= FINE_TUNING_LR:
+        return []
+    if recipe.model.vision.init is not None:
+        return [
+            f"optim.lr {lr:g} fits a training from random weights, and model.vision.init gives the image tower trained "
+            "ones: it overwrites what they have learned; set model.freeze=image"
+        ]
+    if recipe.model.init is None:
         return []
     return [
         f"optim.lr {lr:g} fits a training from random weights, and model.init gives trained ones: it overwrites what "

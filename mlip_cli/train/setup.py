@@ -21,6 +21,7 @@ from mlip_cli.model.clip import CLIP, build_model
 from mlip_cli.recipe.config import Merging, Recipe
 from mlip_cli.recipe.merge_plan import MergePlan, merging_steps
 from mlip_cli.runs.initial_weights import InitNotes, load_initial
+from mlip_cli.runs.tower_weights import load_tower
 from mlip_cli.train.average import WeightAverage
 from mlip_cli.train.gradients import Precision
 from mlip_cli.train.optim import Schedule, build_optimizer
@@ -74,11 +75,14 @@ def open_data(recipe: Recipe) -> TrainingData:
 
 
 def build(recipe: Recipe, device: torch.device, *, fresh: bool) -> tuple[Training, InitNotes]:
-    """Model and optimiser on `device`; a fresh run starts from the weights of `model.init`, if there is one."""
+    """Model and optimiser on `device`; a fresh run starts from the weights that the recipe names, if it names any."""
     torch.manual_seed(recipe.seed)
     model = build_model(recipe)
-    starts_from_weights = fresh and recipe.model.init is not None
-    notes = load_initial(model, recipe) if starts_from_weights else InitNotes()
+    notes = InitNotes()
+    if fresh and recipe.model.init is not None:
+        notes = load_initial(model, recipe)
+    elif fresh and recipe.model.vision.init is not None:
+        notes = load_tower(model, recipe)
     if recipe.model.freeze is not None:
         model.freeze(recipe.model.freeze)
     set_fused_attention(model, device.type != "cpu")

@@ -41,8 +41,8 @@ PARTS = {
 
 
 def vit_b_16() -> CLIP:
-    """The image tower of the recipes cc12m and yfcc15m_v1, beside a text tower that is not used."""
-    config = Model(vision=Vision(timm="vit_base_patch16_224"), text=Text(width=64, depth=1, num_heads=1))
+    """The image tower of the recipe baselines/clip_tome, beside a text tower that is not used."""
+    config = Model(vision=Vision(timm="vit_base_patch16_clip_224"), text=Text(width=64, depth=1, num_heads=1))
     model = CLIP(config, data=Data(train=(), image_size=224), losses={"spatial_global": "infonce"}, global_batch_size=2)
     set_fused_attention(model, False)
     return model.eval().requires_grad_(False)
