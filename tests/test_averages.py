@@ -148,7 +148,7 @@ def test_the_ends_answer_as_their_runs_and_nothing_is_measured_twice(
     call("runs/start", "runs/tuned", weights=[0.5])
     first = json.loads(capsys.readouterr().out)
     options = {key: COMMON[key] for key in ("data_root", "batch_size", "device", "as_json")}
-    eval_zeroshot(["runs/start", "runs/tuned"], datasets=SETS, merge_rates=[], task="classification", **options)
+    eval_zeroshot(["runs/start", "runs/tuned"], datasets=SETS, merge_rates=[], task="zeroshot", **options)
     scores = json.loads(capsys.readouterr().out)["results"]
     for data in first["datasets"]:
         alone = [own["acc1"] for own in scores if own["dataset"] == data["dataset"]]
@@ -218,7 +218,7 @@ def test_every_command_reads_the_written_run(place: Path, capsys: pytest.Capture
 
     options = {"data_root": None, "device": "cpu", "as_json": True, "batch_size": 5}
     capsys.readouterr()
-    eval_zeroshot(["runs/mixed"], datasets=SETS, merge_rates=[], task="classification", **options)
+    eval_zeroshot(["runs/mixed"], datasets=SETS, merge_rates=[], task="zeroshot", **options)
     scores = {own["dataset"]: own["acc1"] for own in json.loads(capsys.readouterr().out)["results"]}
     for data in said["datasets"]:
         [point] = [own for own in data["points"] if own["coefficients"] == said["chosen"]]

@@ -11,8 +11,8 @@ from command_for_tests import mlip
 from mlip_cli.terminal.endings import exit_code
 
 COMMANDS = (
-    *("prepare-data", "pretrain", "merge-sweep", "eval-zeroshot", "search", "average", "profile", "report"),
-    "doctor",
+    *("prepare-data", "pretrain", "merge-sweep", "eval-zeroshot", "search", "average", "export"),
+    *("profile", "report", "doctor"),
 )
 
 
