@@ -13,7 +13,6 @@ from mlip_cli import __version__
 from mlip_cli.evaluate.picture_results import GalleryResult
 from mlip_cli.evaluate.results import ZeroshotResult
 from mlip_cli.export.snippets import FORMATS, snippet
-from mlip_cli.files import read_object
 from mlip_cli.paths import encodable, escaped
 from mlip_cli.recipe.config import LOSS_NAMES, Recipe, Text, Vision
 from mlip_cli.report.costs import costs_table
@@ -23,7 +22,7 @@ from mlip_cli.report.record import RunRecord, read_run
 from mlip_cli.report.run_page import method
 from mlip_cli.report.scores import ZeroshotRow, newest_by_data, zeroshot_tables
 from mlip_cli.report.tables import INTERVALS, Cell, Table
-from mlip_cli.runs.contents import DataCard
+from mlip_cli.runs.contents import DataCard, Origin
 from mlip_cli.runs.folder import ORIGIN, Run, step_of
 from mlip_cli.terminal.output import plural
 
@@ -129,13 +128,15 @@ def markdown_table(table: Table) -> Iterator[str]:
 
 def _data(record: RunRecord, checkpoint: Path) -> Iterator[str]:
     """Data sets with number, source and licence; names of folders without their place on this machine."""
-    origin = read_object(checkpoint / ORIGIN) if (checkpoint / ORIGIN).is_file() else None
-    if origin is not None:
-        file, digest = Path(str(origin.get("source"))).name, str(origin.get("sha256"))[:16]
+    origin = Origin.read(checkpoint / ORIGIN) if (checkpoint / ORIGIN).is_file() else None
+    if origin is not None and origin.source is not None:
+        file, digest = Path(origin.source).name, str(origin.sha256)[:16]
         yield (
             f"The weights come from elsewhere: {plain(file)} (SHA-256 {plain(digest)}...). What they were trained on, "
             "and under which licence they are, is not known here; see where they were published."
         )
+    elif origin is not None:
+        yield f"The weights are {plain(origin.words)}. The data below is that of the run that they were written into."
     if not record.cards:
         if origin is None:
             yield "The run does not say on what data it was trained."

@@ -39,9 +39,17 @@ def write_transformers(loaded: LoadedRun, folder: Path) -> list[str]:
 
 def loaded_by_transformers(folder: Path) -> tuple[Any, Any]:
     """The model and the tokenizer that transformers makes of a folder."""
-    import transformers
+    transformers = _transformers()
 
     return transformers.AutoModel.from_pretrained(folder).eval(), transformers.AutoTokenizer.from_pretrained(folder)
+
+
+def _transformers() -> Any:
+    """The package, without its bars of progress."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    return transformers
 
 
 def _is_siglip(trunk: VisionTransformer) -> bool:
@@ -50,7 +58,7 @@ def _is_siglip(trunk: VisionTransformer) -> bool:
 
 def _empty(loaded: LoadedRun) -> Any:
     """A CLIPModel or SiglipModel of the form of a model, with random weights."""
-    import transformers
+    transformers = _transformers()
 
     recipe, model = loaded.recipe, loaded.model
     text_tower: Any = model.text
@@ -208,7 +216,7 @@ def _write_tokenizer(recipe: Recipe, folder: Path) -> None:
     if text.tokenizer is not None:
         write_tokenizer(text, folder)
         return
-    import transformers
+    transformers = _transformers()
 
     bpe = open_clip_module("tokenizer").SimpleTokenizer()
     marks = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
