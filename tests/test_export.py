@@ -1,6 +1,7 @@
 """Export: other programs compute the features of the run, and mlip reads what it wrote."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -229,3 +230,25 @@ def test_wrong_usage_of_the_command_is_one_line(mine: None) -> None:
         done = mlip("export", *words)
         assert (done.returncode, said in done.stderr, Path("out").exists()) == (2, True, False), done.stderr
         assert not list(Path().glob(".out*"))
+
+
+def test_a_run_without_its_training_names_no_place_of_this_machine() -> None:
+    write_open_clip(Path("siglip"), CONFIGURATIONS["siglip"])
+    run = load_run("siglip", device="cpu")
+    Path("out").mkdir()
+    write_format(run, Path("out"), format="safetensors", merge_rate=None)
+    assert str(Path.cwd()) not in Path("out/recipe.yaml").read_text()
+    shutil.rmtree("siglip")
+    shutil.rmtree("runs")
+    same_features(run, load_run("out", device="cpu"))
+
+
+def test_an_exported_tokenizer_cleans_captions_as_the_run_does() -> None:
+    write_transformers(Path("siglip"), "siglip")
+    run = load_run("siglip", device="cpu")
+    Path("out").mkdir()
+    export_transformers(run, Path("out"))
+    theirs = transformers.AutoTokenizer.from_pretrained("out")
+    for text in (*WORDS, "Two red balloons,", "  A   dog -- (or two)!  "):
+        own = run.tokenizer.encode([text])[0].tolist()
+        assert theirs(text, padding="max_length", max_length=16, truncation=True).input_ids == own

@@ -2,6 +2,9 @@
 
 import json
 import re
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,7 @@ from foreign_for_tests import CONFIGURATIONS, WORDS, towers_of_timm, write_open_
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from mlip_cli import load
 from mlip_cli.errors import UsageError
 from mlip_cli.recipe.architecture import of_open_clip
 from mlip_cli.runs import importing
@@ -171,3 +175,83 @@ def test_the_name_of_the_weights_says_how_they_read_pixels(said: list[str]) -> N
         importing._as_published(plain, "ViT-L-14", "openai")
     with pytest.raises(UsageError, match=r"^open_clip:ViT-L-14/nobody: OpenCLIP lists no such weights; it has op"):
         importing._as_published(plain, "ViT-L-14", "nobody")
+
+
+def test_padding_that_counts_stays_in_every_batch() -> None:
+    """SigLIP 2 and CLIPA read the padding, whose id may be 0; alone and beside longer texts a caption is the same."""
+    for kind in ("siglip2", "clipa"):
+        theirs = write_open_clip(Path(kind), CONFIGURATIONS[kind])
+        options = CONFIGURATIONS[kind]["text_cfg"].get("tokenizer_kwargs", {})
+        ids = open_clip.tokenizer.HFTokenizer(kind, context_length=16, **options)(WORDS)
+        with torch.no_grad():
+            expected = normalize(theirs.encode_text(ids), dim=-1)
+        model = load(kind, device="cpu")
+        assert model.loaded.recipe.model.text.tokenizer.pad_id == 0
+        torch.testing.assert_close(model.encode_text(WORDS), expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(model.encode_text(WORDS[3:]), expected[3:], rtol=0, atol=1e-5)
+
+
+def test_a_damaged_copy_is_made_anew_and_keeps_its_results() -> None:
+    write_open_clip(Path("laion"), CONFIGURATIONS["laion"])
+    run = load_run("laion", device="cpu").run
+    checkpoint = run.latest_checkpoint()
+    assert checkpoint is not None
+    run.evals.mkdir()
+    (run.evals / "x.json").write_text("{}")
+    (checkpoint / "model.safetensors").write_bytes(b"no")
+    with pytest.raises(UsageError, match=rf"not a whole safetensors file .*; remove {checkpoint}, and mlip takes"):
+        load_run("laion", device="cpu")
+    shutil.rmtree(checkpoint)
+    assert load_run("laion", device="cpu").checkpoint == checkpoint
+    assert (run.evals / "x.json").is_file()
+
+
+@pytest.mark.slow
+def test_processes_that_want_the_same_weights_copy_them_once() -> None:
+    write_open_clip(Path("laion"), CONFIGURATIONS["laion"])
+    code = "from mlip_cli.runs.find import find_checkpoint; print(find_checkpoint('laion')[1])"
+    processes = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    found = {process.communicate()[0] for process in processes}
+    assert [process.returncode for process in processes] == [0, 0, 0]
+    assert len(found) == 1
+    assert sorted(path.suffix for path in Path("runs/foreign").iterdir() if path.name[0] == ".") == [".lock"]
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [
+        ("vision_cfg", "width", "x"),
+        ("vision_cfg", "head_width", 0),
+        ("text_cfg", "layers", None),
+        ("text_cfg", "heads", -1),
+    ],
+)
+def test_wrong_values_of_a_configuration_are_named_with_its_place(section: str, key: str, value: object) -> None:
+    write_open_clip(Path("laion"), CONFIGURATIONS["laion"])
+    place = Path("laion/open_clip_config.json")
+    described = json.loads(place.read_text())
+    described["model_cfg"][section][key] = value
+    place.write_text(json.dumps(described))
+    with pytest.raises(UsageError, match=rf"^{place.absolute()}: a value in it is of a wrong kind \("):
+        load_run("laion", device="cpu")
+
+
+def test_preprocessing_that_mlip_does_otherwise_is_named(said: list[str]) -> None:
+    write_open_clip(Path("own"), CONFIGURATIONS["laion"], interpolation="bilinear", resize_mode="longest")
+    load_run("own", device="cpu")
+    assert said[:2] == [
+        "own: its pictures were resized by the filter bilinear; mlip resizes by bicubic",
+        "own: its pictures were resized by resize_mode longest; mlip resizes the short side and crops",
+    ]
+
+
+def test_preprocessing_of_transformers_is_read() -> None:
+    write_transformers(Path("clip"), "clip")
+    for size, crops, expected in (
+        ({"shortest_edge": 32}, True, "crop"),
+        ({"height": 32, "width": 32}, False, "squash"),
+    ):
+        settings = {"size": size, "do_center_crop": crops, "image_mean": [0.1, 0.2, 0.3], "image_std": [1, 1, 1]}
+        Path("clip/preprocessor_config.json").write_text(json.dumps(settings))
+        data = load_run("clip", device="cpu").recipe.data
+        assert (data.resize, data.pixel_mean, data.pixel_std) == (expected, (0.1, 0.2, 0.3), (1.0, 1.0, 1.0))

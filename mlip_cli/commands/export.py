@@ -1,10 +1,11 @@
 """`mlip export`: a run's model in the layout of another program, checked by that program."""
 
 import os
+import shlex
 import shutil
 from pathlib import Path
 
-from mlip_cli.errors import UsageError, interrupted_as
+from mlip_cli.errors import RunError, UsageError, interrupted_as
 from mlip_cli.files import full_disk_named, sync_folder, temporary_path, write_text
 from mlip_cli.paths import check_can_be_made
 from mlip_cli.runs.find import find_checkpoint
@@ -61,7 +62,11 @@ def export(run: str, out: Path, *, format: str, merge_rate: float | None, push: 
     if push is not None:
         from mlip_cli.export.push import push as upload
 
-        address = upload(out, push)
+        try:
+            address = upload(out, push)
+        except RunError as error:
+            again = shlex.join(["hf", "upload", push, str(out)])
+            raise RunError(f"{error}\n{out} is written; upload it with: {again}") from None
         say(f"uploaded to {address}")
     if as_json:
         result = {"folder": str(out), "format": format, "largest_difference": written.difference}

@@ -33,8 +33,13 @@ FEW_PICTURES = 1000
 
 
 def tokenize(tokenizer: Tokenizer, texts: Sequence[str]) -> Tensor:
-    """Token ids (n, L), L the length of the longest text: more padding would change nothing but the time."""
+    """Token ids (n, L), L the length of the longest text: more padding would change nothing but the time.
+
+    Where padding does change the features, L is always the context length.
+    """
     token_ids = tokenizer.encode(texts)
+    if tokenizer.whole:
+        return token_ids
     return token_ids[:, : int(token_ids.any(dim=0).nonzero().max()) + 1]
 
 

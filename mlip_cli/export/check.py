@@ -35,12 +35,10 @@ def check_transformers(loaded: LoadedRun, folder: Path) -> float:
     def texts(ids: Tensor) -> Tensor:
         return _pooled(model.get_text_features(input_ids=ids))
 
-    ids = loaded.tokenizer.encode(list(TEXTS))
-    if loaded.tokenizer.file is None:
-        length = loaded.tokenizer.context_length
-        ids = tokenizer(
-            list(TEXTS), padding="max_length", truncation=True, max_length=length, return_tensors="pt"
-        ).input_ids
+    length = loaded.tokenizer.context_length
+    ids = tokenizer(
+        list(TEXTS), padding="max_length", truncation=True, max_length=length, return_tensors="pt"
+    ).input_ids
     return _compared(loaded, images, texts, ids, by="transformers")
 
 

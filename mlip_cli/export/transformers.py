@@ -214,7 +214,7 @@ def _write_tokenizer(recipe: Recipe, folder: Path) -> None:
     """CLIP's own vocabulary by transformers' names, or the run's tokenizer.json."""
     text = recipe.model.text
     if text.tokenizer is not None:
-        write_tokenizer(text, folder)
+        write_tokenizer(text, folder, with_cleaning=True)
         return
     transformers = _transformers()
 

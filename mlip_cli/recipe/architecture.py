@@ -1,11 +1,11 @@
 """The models that others' configurations describe, as sections of a recipe: those of OpenCLIP and of transformers."""
 
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mlip_cli.errors import UsageError
-from mlip_cli.recipe.config import VOCAB_SIZE, Activation, Clean, Data, Model, Projection, Resize, Text, Vision
+from mlip_cli.recipe.config import VOCAB_SIZE, Activation, Clean, Data, Model, Projection, Text, Vision
 
 READ = (
     "mlip reads ViTs with a class token, a mean or an attention pooling, and text transformers that are causal or "
@@ -35,6 +35,8 @@ class Architecture:
     is_sigmoid: bool = False
     """Whether its loss is SigLIP's, so that the weights have a bias."""
     tokenizer: WantedTokenizer | None = None
+    notes: tuple[str, ...] = ()
+    """What of its preprocessing mlip does otherwise."""
 
 
 TIMM_TOWERS = {
@@ -252,7 +254,6 @@ OF_CLIP: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 77,
         "hidden_act": "quick_gelu",
         "layer_norm_eps": 1e-5,
-        "eos_token_id": 49_407,
     },
 }
 OF_SIGLIP: dict[str, dict[str, Any]] = {
@@ -332,8 +333,15 @@ def _pixels(data: Data, preprocessor: Mapping[str, Any], is_siglip: bool) -> Dat
     for key, theirs in (("pixel_mean", "image_mean"), ("pixel_std", "image_std")):
         if theirs in preprocessor:
             own[key] = tuple(map(float, preprocessor[theirs]))
-    resize: Resize = "squash" if is_siglip else "crop"
-    return data.model_copy(update={**own, "resize": resize})
+    size = preprocessor.get("size")
+    has_both_sides = is_siglip if size is None else isinstance(size, Mapping) and "height" in size
+    crops = preprocessor.get("do_center_crop", not is_siglip)
+    return _with_pixels(data, own | {"resize": "squash" if has_both_sides and not crops else "crop"})
+
+
+def _with_pixels(data: Data, own: Mapping[str, Any]) -> Data:
+    """Validated as a recipe's section is."""
+    return Data.model_validate(data.model_dump() | dict(own))
 
 
 def with_preprocessing(architecture: Architecture, preprocess: Mapping[str, Any]) -> Architecture:
@@ -342,7 +350,15 @@ def with_preprocessing(architecture: Architecture, preprocess: Mapping[str, Any]
     for key, theirs in (("pixel_mean", "mean"), ("pixel_std", "std")):
         if preprocess.get(theirs) is not None:
             own[key] = tuple(map(float, preprocess[theirs]))
-    if preprocess.get("resize_mode") is not None:
-        own["resize"] = "squash" if preprocess["resize_mode"] == "squash" else "crop"
-    data = architecture.data.model_copy(update=own)
-    return Architecture(architecture.model, data, architecture.is_sigmoid, architecture.tokenizer)
+    notes = []
+    filter, resize = preprocess.get("interpolation") or "bicubic", preprocess.get("resize_mode") or "shortest"
+    if filter not in ("bicubic", "random"):
+        notes.append(f"its pictures were resized by the filter {filter}; mlip resizes by bicubic")
+    if resize == "squash":
+        own["resize"] = "squash"
+    elif resize == "shortest":
+        own["resize"] = "crop"
+    else:
+        notes.append(f"its pictures were resized by resize_mode {resize}; mlip resizes the short side and crops")
+    data = _with_pixels(architecture.data, own)
+    return replace(architecture, data=data, notes=(*architecture.notes, *notes))

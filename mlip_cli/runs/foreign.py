@@ -2,7 +2,8 @@
 
 import difflib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,25 +82,52 @@ def open_clip_configuration(name: str) -> dict[str, Any]:
 
 def _of_open_clip(folder: Path, target: str) -> Foreign:
     place = folder / OPEN_CLIP_CONFIG
-    content = _read(place)
+    content = read_foreign_object(place)
     configuration = content.get("model_cfg", content)
     if not isinstance(configuration, dict) or not isinstance(configuration.get("embed_dim"), int):
         raise UsageError(f"{place}: not a configuration of OpenCLIP (no model_cfg with embed_dim); fetch it again")
-    described = with_preprocessing(of_open_clip(configuration, source=str(place)), content.get("preprocess_cfg") or {})
+    with _misfits_named(place):
+        architecture = of_open_clip(configuration, source=str(place))
+        described = with_preprocessing(architecture, content.get("preprocess_cfg") or {})
     return Foreign(target, _name(folder), _weights(folder, WEIGHTS_OF_OPEN_CLIP), described)
 
 
 def _of_transformers(folder: Path, target: str) -> Foreign:
     place, beside = folder / TRANSFORMERS_CONFIG, folder / "preprocessor_config.json"
-    described = of_transformers(_read(place), _read(beside) if beside.is_file() else {}, source=str(place))
+    described = of_transformers(
+        read_foreign_object(place), read_foreign_object(beside) if beside.is_file() else {}, source=str(place)
+    )
     return Foreign(target, _name(folder), _weights(folder, WEIGHTS_OF_TRANSFORMERS), described)
+
+
+@contextmanager
+def _misfits_named(place: Path) -> Iterator[None]:
+    """Turn what a configuration of wrong types or values leads to into one line.
+
+    Raises:
+        UsageError: the block met such a value.
+    """
+    try:
+        yield
+    except UsageError:
+        raise
+    except (TypeError, ValueError, KeyError, AttributeError, ZeroDivisionError) as error:
+        why = " ".join(str(error).split())[:200]
+        raise UsageError(
+            f"{place}: a value in it is of a wrong kind ({type(error).__name__}: {why}); fetch it again"
+        ) from error
 
 
 def _name(folder: Path) -> str:
     return folder.resolve().name or "model"
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_foreign_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file of another program.
+
+    Raises:
+        UsageError: it is damaged.
+    """
     try:
         return read_object(path)
     except ValueError as error:
@@ -113,7 +141,7 @@ def _weights(folder: Path, names: Sequence[str]) -> tuple[Path, ...]:
         if (folder / name).is_file():
             return (folder / name,)
         if index.is_file():
-            parts = sorted({str(part) for part in (_read(index).get("weight_map") or {}).values()})
+            parts = sorted({str(part) for part in (read_foreign_object(index).get("weight_map") or {}).values()})
             files = tuple(folder / part for part in parts if Path(part).name == part)
             missing = [file for file in files if not file.is_file()]
             if missing or not files:

@@ -1,10 +1,8 @@
 """Make a run of the weights of another program, once: later calls find it."""
 
-import errno
 import hashlib
 import os
 import re
-import shutil
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -15,16 +13,17 @@ from torch import Tensor
 from mlip_cli.data.packages import open_clip_module
 from mlip_cli.data.tokenizer import tokenizer_from
 from mlip_cli.errors import UsageError
-from mlip_cli.files import full_disk_named, read_object, sync_folder, temporary_path, write_bytes, write_text
+from mlip_cli.files import full_disk_named, lock, remove, sync_folder, write_bytes, write_text
 from mlip_cli.model.clip import CLIP, build_model
 from mlip_cli.model.open_clip import from_open_clip
+from mlip_cli.paths import escaped
 from mlip_cli.recipe.architecture import Architecture, with_preprocessing
 from mlip_cli.recipe.checks import check
 from mlip_cli.recipe.config import GlobalLoss, Losses, Recipe, TokenizerFile, Train
 from mlip_cli.recipe.load import recipe_yaml
-from mlip_cli.runs.checkpoint import save_checkpoint
+from mlip_cli.runs.checkpoint import WEIGHTS, save_checkpoint
 from mlip_cli.runs.folder import RUNS, Run
-from mlip_cli.runs.foreign import Foreign
+from mlip_cli.runs.foreign import Foreign, read_foreign_object
 from mlip_cli.runs.weight_files import check_finite, differing, read_weights
 from mlip_cli.terminal.output import say, warn
 
@@ -38,6 +37,8 @@ TOKENIZER = "tokenizer.json"
 def imported(foreign: Foreign) -> tuple[Run, Path]:
     """The run with these weights, and its checkpoint. It is written if it is not there yet.
 
+    Of several processes one writes it, and the others wait.
+
     Raises:
         UsageError: a damaged file, weights of another architecture, or a tokenizer that is missing.
         RunError: the disk is full.
@@ -46,39 +47,45 @@ def imported(foreign: Foreign) -> tuple[Run, Path]:
     text, sha256 = recipe_yaml(recipe), _sha256(foreign.files)
     digest = hashlib.sha256(f"{sha256}{text}".encode()).hexdigest()[:8]
     run = Run(IMPORTED / f"{re.sub(r'[^A-Za-z0-9_.-]+', '_', foreign.name)}-{digest}")
-    checkpoint = run.latest_checkpoint()
-    if checkpoint is not None:
-        say(f"{foreign.shown}: run {run.folder}")
-        return run, checkpoint
+    IMPORTED.mkdir(parents=True, exist_ok=True)
+    with open(IMPORTED / f".{run.folder.name}.lock", "w") as guard:
+        lock(guard, when_held=lambda: say(f"{foreign.shown}: another process copies it; waiting"))
+        checkpoint = run.latest_checkpoint()
+        if checkpoint is None:
+            origin = {"source": os.path.abspath(foreign.files[0]), "named": foreign.shown, "sha256": sha256}
+            _write(run, foreign, recipe, origin={"kind": "import", **origin})
+            checkpoint = run.latest_checkpoint()
+            assert checkpoint is not None
+            size = (checkpoint / WEIGHTS).stat().st_size
+            say(f"{foreign.shown}: copied into the run {run.folder} ({size / 1e6:,.0f} MB)")
+        else:
+            say(f"{foreign.shown}: run {run.folder}")
+    return run, checkpoint
+
+
+def _write(run: Run, foreign: Foreign, recipe: Recipe, *, origin: dict[str, str]) -> None:
+    """Write the run folder under a temporary name and rename it; this process holds its lock.
+
+    A run whose checkpoint is gone, such as a damaged one, gets it again and keeps its results.
+    """
     weights = _fitted(foreign, recipe)
-    origin = {"kind": "import", "source": os.path.abspath(foreign.files[0]), "named": foreign.shown, "sha256": sha256}
-    temporary = Run(temporary_path(run.folder))
-    run.folder.parent.mkdir(parents=True, exist_ok=True)
+    if run.recipe.is_file():
+        save_checkpoint(run.checkpoints, step=0, weights=weights, origin=origin)
+        return
+    temporary = Run(run.folder.with_name(f".{run.folder.name}.tmp"))
+    remove(temporary.folder)  # of a process that was killed
     try:
         with full_disk_named(run.folder, "make room and repeat the command"):
             temporary.folder.mkdir()
             save_checkpoint(temporary.checkpoints, step=0, weights=weights, origin=origin)
             if recipe.model.text.tokenizer is not None:
                 write_bytes(temporary.tokenizer, Path(recipe.model.text.tokenizer.file).read_bytes())
-            write_text(temporary.recipe, f"# The model of {foreign.shown}, whose weights lie in checkpoints/.\n{text}")
-            _move(temporary.folder, run.folder)
+            said = f"# The model of {foreign.shown}, whose weights lie in checkpoints/.\n"
+            write_text(temporary.recipe, escaped(said, keep="\n") + recipe_yaml(recipe))
+            os.replace(temporary.folder, run.folder)
+            sync_folder(run.folder.parent)
     finally:
-        shutil.rmtree(temporary.folder, ignore_errors=True)
-    checkpoint = run.latest_checkpoint()
-    assert checkpoint is not None
-    size = (checkpoint / "model.safetensors").stat().st_size
-    say(f"{foreign.shown}: copied into the run {run.folder} ({size / 1e6:,.0f} MB)")
-    return run, checkpoint
-
-
-def _move(folder: Path, to: Path) -> None:
-    """Rename a folder, unless another process was faster and made the same one."""
-    try:
-        os.replace(folder, to)
-    except OSError as error:
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-            raise
-    sync_folder(to.parent)
+        remove(temporary.folder)
 
 
 def _sha256(files: tuple[Path, ...]) -> str:
@@ -100,6 +107,8 @@ def recipe_of(foreign: Foreign) -> Recipe:
     described = foreign.architecture
     if foreign.configuration is not None:
         described = _as_published(described, foreign.configuration, foreign.tag)
+    for line in described.notes:
+        warn(f"{foreign.shown}: {line}")
     text = described.model.text.model_copy(update={"tokenizer": _tokenizer(foreign)})
     recipe = Recipe(
         data=described.data,
@@ -163,7 +172,7 @@ def _tokenizer(foreign: Foreign) -> TokenizerFile | None:
         )
     tokens = tokenizer_from(str(file))
     beside = file.with_name("tokenizer_config.json")
-    special = read_object(beside) if beside.is_file() else {}
+    special = read_foreign_object(beside) if beside.is_file() else {}
 
     def id_of(key: str, *usual: str) -> int | None:
         given = special.get(key)
@@ -197,7 +206,9 @@ def _fitted(foreign: Foreign, recipe: Recipe) -> dict[str, Tensor]:
         raise UsageError(f"{place}: weights of another model: {'; '.join(wrong[:3])}; {len(wrong)} differ; {cure}")
     check_finite(weights, source=place)
     if recipe.model.text.activation == "gelu" and all(name in theirs for name in OF_OPENAI):
-        warn(f"{place}: a file of OpenAI, whose models use QuickGELU; name {foreign.configuration}-quickgelu")
+        name = foreign.configuration
+        cure = "set quick_gelu in its configuration" if name is None else f"name {name}-quickgelu"
+        warn(f"{place}: a file of OpenAI, whose models use QuickGELU; {cure}")
     return {name: tensor.float() for name, tensor in weights.items()}
 
 

@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor
@@ -62,6 +63,11 @@ def check_initial(recipe: Recipe) -> None:
         raise UsageError(
             f"model.init: {recipe.model.init} does not fit the recipe: {'; '.join(wrong)}; take these values, or leave "
             "model.vision out of the recipe, and mlip takes the whole model from the weights"
+        )
+    own, its = recipe.model.text.tokenizer, other.model.text.tokenizer
+    if own is not None and its is not None and Path(own.file).read_bytes() != Path(its.file).read_bytes():
+        raise UsageError(
+            f"model.text.tokenizer.file: {own.file} is another tokenizer than {its.file} of model.init; name that one"
         )
     for key, theirs, mine in differences(other, recipe):
         if key in PIXELS:

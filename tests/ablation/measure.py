@@ -89,9 +89,8 @@ def in_one_line(places: Iterable[Sequence[int]]) -> str:
 def image_features(run: LoadedRun, folder: Path, rate: float | None) -> dict[str, Tensor]:
     """Unit vectors of all pictures, (n, E) each: `spatial`, and with a frequency head `frequency` and their `sum`."""
     encoder = at_rate(run.model, rate)
-    size = run.recipe.data.image_size
     parts: dict[str, list[Tensor]] = {"spatial": [], "frequency": [], "sum": []}
-    for images in evaluation_loader(open_prepared(folder), image_size=size, batch_size=BATCH_SIZE, num_workers=0):
+    for images in evaluation_loader(open_prepared(folder), data=run.recipe.data, batch_size=BATCH_SIZE, num_workers=0):
         with torch.no_grad():
             found = encoder.image_features(images)
         spatial = normalized(found.spatial, "image")
