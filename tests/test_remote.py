@@ -125,7 +125,10 @@ def test_batches_are_those_of_the_folder_itself(folder: Path, cache: Cache, num_
         assert torch.equal(a.images, b.images)
         assert torch.equal(a.token_ids, b.token_ids)
         assert a.keys == b.keys
-    [a], [b] = (list(evaluation_loader(d, image_size=16, batch_size=N, num_workers=0)) for d in (here, there))
+    [a], [b] = (
+        list(evaluation_loader(d, data=Data(train=(), image_size=16), batch_size=N, num_workers=0))
+        for d in (here, there)
+    )
     assert torch.equal(a, b)
 
 
