@@ -1,6 +1,7 @@
 """The model card of an export: what it says of a run, and that nothing in it is markup but our own."""
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -20,7 +22,7 @@ from torch.nn.functional import normalize
 
 from mlip_cli.evaluate.picture_results import GalleryResult
 from mlip_cli.export.card import LICENSES, model_card, plain
-from mlip_cli.export.snippets import FORMATS
+from mlip_cli.export.snippets import FORMATS, snippet
 from mlip_cli.export.write import write_format
 from mlip_cli.recipe.config import Recipe
 from mlip_cli.runs.find import find_checkpoint
@@ -145,6 +147,24 @@ def test_retrieval_on_the_validation_pairs_is_shown(run: Run, recipe: Recipe) ->
     assert "**validation: 383 pictures, 400 distinct texts**" in text
     assert "| text to image | 34.4 (31.0-38.4) | 1.3 |" in text
     assert "Does it find the right picture for a text among 383 held-out ones?" in text
+
+
+def test_a_repository_is_named_only_where_its_tokenizer_is_found_there(recipe: Recipe) -> None:
+    tokenizer = {"file": "tokenizer.json", "pad_id": 0}
+    own = small_recipe(model={"text": {"width": 32, "depth": 2, "num_heads": 2, "tokenizer": tokenizer}})
+    said = "From the Hub write `hf-hub:OWNER/NAME` in place of `local-dir:.`."
+    assert said in next(snippet("open_clip", recipe))
+    assert "Hub" not in next(snippet("open_clip", own))
+    assert "From the Hub write `OWNER/NAME`" in next(snippet("huggingface", own))
+
+
+def test_shares_of_texts_are_finite_at_large_scales(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
+    _, program = snippet("onnx", recipe)
+    ending = program.split("texts = text_graph")[1].split("\n", 1)[1].removesuffix("```")
+    images, texts = np.float32([[1, 0]]), np.float32([[1, 0], [0.99, 0.14]])
+    exec(ending, {"np": np, "about": {"logit_scale": 100.0}, "images": images, "texts": texts})
+    shares = [float(number) for number in re.findall(r"[\d.]+", capsys.readouterr().out)]
+    assert shares == pytest.approx([1 / (1 + math.exp(-1)), 1 / (1 + math.e)], abs=1e-4)
 
 
 def test_no_name_becomes_markup(run: Run, recipe: Recipe) -> None:
