@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 from itertools import pairwise
@@ -17,7 +18,7 @@ from foreign_for_tests import CONFIGURATIONS, write_open_clip
 from markdown_it import MarkdownIt
 from models_for_tests import make_run, small_recipe
 from PIL import Image
-from results_for_tests import recalls, zeroshot_result
+from results_for_tests import recalls, retrieval_result, zeroshot_result
 from torch.nn.functional import normalize
 
 from mlip_cli.evaluate.picture_results import GalleryResult
@@ -26,7 +27,7 @@ from mlip_cli.export.snippets import FORMATS, snippet
 from mlip_cli.export.write import write_format
 from mlip_cli.recipe.config import Recipe
 from mlip_cli.runs.find import find_checkpoint
-from mlip_cli.runs.folder import Run
+from mlip_cli.runs.folder import ORIGIN, Run
 from mlip_cli.runs.loading import load_run
 
 EVIL = (
@@ -101,6 +102,18 @@ def test_a_licence_that_not_all_training_data_has_is_not_claimed(
     run: Run, recipe: Recipe, cards: dict[str, Any]
 ) -> None:
     run.data_cards.write_text(json.dumps(cards))
+    assert "license" not in front_matter(card(run, recipe))
+
+
+@pytest.mark.parametrize("origin", ["init", "vision.init", "average"])
+def test_a_licence_is_not_claimed_for_weights_from_elsewhere(run: Run, recipe: Recipe, origin: str) -> None:
+    model = recipe.model
+    changed = {"init": {"init": "other"}, "vision.init": {"vision": model.vision.model_copy(update={"init": "x.pth"})}}
+    recipe = recipe.model_copy(update={"model": model.model_copy(update=changed.get(origin, {}))})
+    checkpoint = run.latest_checkpoint()
+    assert checkpoint is not None
+    if origin == "average":
+        (checkpoint / ORIGIN).write_text('{"kind": "average"}')
     assert "license" not in front_matter(card(run, recipe))
 
 
@@ -192,6 +205,15 @@ def test_plain_text_is_shown_as_it_is(text: str) -> None:
     shown = html.replace("&lt;", "<").replace("&gt;", ">").replace("&quot;", '"').replace("&amp;", "&")
     assert shown == text.replace("\n", "\\n")
     assert not set(plain(text)) & set("<>\n")
+
+
+def test_scores_of_retrieval_alone_are_shown(run: Run, recipe: Recipe) -> None:
+    shutil.rmtree(run.evals)
+    retrieval_result(step=8, dataset="pairs", merge_rate=0.5, true_merge_rate=0.5).write(run.evals / "retrieval.json")
+    text = card(run, recipe)
+    assert "Nothing is measured" not in text
+    assert "**pairs: text to image**" in text
+    assert "| 8 | 0.500 | 34.4 (31.0-38.4) | 34.4 (31.0-38.4) | 34.4 (31.0-38.4) | 2 |" in text
 
 
 def test_a_run_without_data_and_scores_says_so(tmp_path: Path, recipe: Recipe) -> None:
