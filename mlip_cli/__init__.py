@@ -17,7 +17,8 @@ def load(run: str | Path, device: str = "auto", merge_rate: float | None = None)
     """A trained model that encodes pictures and texts. Torch is loaded at this call.
 
     Args:
-        run: a run folder, or a checkpoint: RUN/checkpoints/step_NUMBER.
+        run: a run folder, a checkpoint (RUN/checkpoints/step_NUMBER), or weights of another program:
+            open_clip:ARCH:FILE, or a folder of OpenCLIP or Hugging Face.
         device: auto, cuda, mps or cpu.
         merge_rate: the fraction of patch tokens that merge away; None: the recipe's.
 

@@ -23,6 +23,8 @@ from mlip_cli.terminal.options import (
     ImageFolder,
     Json,
     Limit,
+    Model,
+    Models,
     Out,
     Run,
     ShortSide,
@@ -33,7 +35,6 @@ from mlip_cli.terminal.options import (
 from mlip_cli.terminal.output import start_logging
 from mlip_cli.terminal.values import (
     checked_file,
-    checked_measured_run,
     checked_path,
     checked_run,
     checked_text,
@@ -185,12 +186,7 @@ def merge_sweep(
 
 @app.command(epilog="Example: mlip eval-zeroshot --dataset imagenet")
 def eval_zeroshot(
-    runs: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="RUN", parser=checked_measured_run, help="Run folders or checkpoints. Default: the newest run."
-        ),
-    ] = None,
+    runs: Models = None,
     task: Annotated[
         Literal["zeroshot", "retrieval"],
         typer.Option(
@@ -228,7 +224,7 @@ def eval_zeroshot(
 
 @app.command(epilog="Example: mlip search runs/openmoji 'a red heart' --images data/openmoji")
 def search(
-    run: Annotated[str, typer.Argument(metavar="RUN", parser=checked_measured_run, help="Run folder or checkpoint.")],
+    run: Model,
     images: Annotated[
         str,
         typer.Option(
@@ -304,7 +300,7 @@ def average(
 
 @app.command(epilog="Example: mlip export runs/mine exported --format open_clip")
 def export(
-    run: Annotated[str, typer.Argument(metavar="RUN", parser=checked_measured_run, help="Run folder or checkpoint.")],
+    run: Model,
     out: Annotated[Path, typer.Argument(metavar="OUT", callback=checked_path, help="Folder to write.")],
     format: Annotated[
         Literal["open_clip", "huggingface", "onnx", "safetensors"],

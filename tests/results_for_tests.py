@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mlip_cli.evaluate.results import SweepResult, ZeroshotResult
+from mlip_cli.evaluate.retrieval_results import RetrievalResult
 
 INTERVAL = (0.3101, 0.3838)
 
@@ -54,6 +55,26 @@ def zeroshot_result(
     }
     branch = {"frequency": own, "spatial_plus_frequency": own} if features else {}
     return ZeroshotResult.from_json({"kind": "zeroshot", **value, **branch, **more})
+
+
+def retrieval_result(**more: Any) -> RetrievalResult:
+    """A result on two pictures with ten captions each."""
+    shared: dict[str, Any] = {
+        **dict.fromkeys(("protocol", "batch_size", "step", "image_size", "true_merge_rate", "merge_rate"), 1),
+        **dict.fromkeys(
+            ("dataset", "data_fingerprint", "checkpoint", "checkpoint_sha256", "device", "device_type"), ""
+        ),
+        "kind": "retrieval",
+        "merge_method": None,
+        "tokens": [],
+        "n": 2,
+        "num_texts": 20,
+        "right": {},
+        "median_rank": {"image_to_text": 1, "text_to_image": 2},
+        **dict.fromkeys(("image_to_text", "text_to_image"), recalls(1, 5, 10)),
+        "picture_of_text": " ".join("0" * 10 + "1" * 10),
+    }
+    return RetrievalResult.from_json(shared | more)
 
 
 def sweep_result(intervals: Mapping[str | None, tuple[float, float]], *, tokens: Sequence[int] = (4,)) -> SweepResult:

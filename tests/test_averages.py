@@ -344,6 +344,12 @@ MISTAKES: list[tuple[list[str], dict[str, Any], str]] = [
         "--choose 0.5: three or more runs have one average, the uniform one; leave it out",
     ),
     (
+        ["start", "squashed"],
+        {},
+        "runs/squashed: another architecture than runs/start: data.resize squash (in runs/start crop); average a run "
+        "with one that was tuned from it: mlip pretrain RECIPE model.init=runs/start",
+    ),
+    (
         ["start", "wide"],
         {},
         "runs/wide: another architecture than runs/start: model.embed_dim 24 (in runs/start 16); average a run with "
@@ -356,6 +362,10 @@ MISTAKES: list[tuple[list[str], dict[str, Any], str]] = [
 def test_mistakes_are_named_before_torch_is_needed(
     place: Path, monkeypatch: pytest.MonkeyPatch, runs: list[str], options: dict[str, Any], message: str
 ) -> None:
+    if "squashed" in runs:
+        shutil.copytree("runs/third", "runs/squashed")
+        recipe = Path("runs/squashed/recipe.yaml")
+        recipe.write_text(recipe.read_text().replace("resize: crop", "resize: squash"))
     monkeypatch.setattr(stored_averages.Averages, "_open", lambda self: pytest.fail("the weights were loaded"))
     with pytest.raises(UsageError) as refused:
         call(*(f"runs/{name}" for name in runs), **options)
@@ -411,3 +421,35 @@ def test_nothing_is_left_of_a_run_that_could_not_be_written(place: Path, monkeyp
         call("runs/start", "runs/tuned", datasets=SETS[:1], weights=[], out=Path("runs/mixed"))
     assert sorted(path.name for path in Path("runs").iterdir()) == ["start", "third", "tuned", "twin", "wide"]
     assert len(result_in("runs/tuned").datasets) == 1
+
+
+def test_an_average_is_announced_before_scores_that_could_not_be_stored(
+    place: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    evals = Path("runs/tuned/evals")
+    shutil.rmtree(evals, ignore_errors=True)
+    evals.write_text("a file in its place")
+    with caplog.at_level("INFO", logger="mlip_cli"), pytest.raises(RunError, match="printed, but not stored"):
+        call("runs/start", "runs/tuned", datasets=SETS[:1], weights=[], out=Path("runs/mixed"))
+    assert "weight 0.5: written to runs/mixed" in caplog.messages
+    assert Path("runs/mixed/report.html").is_file()
+
+
+def test_tokenizers_are_compared_by_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    tokenizers = {"one": "{}", "same": "{}", "other": '{"version": "1.0"}'}
+    recipes = {}
+    for name, content in tokenizers.items():
+        file = Path(name, "tokenizer.json")
+        tokenizer = {"file": str(file.absolute()), "pad_id": 0}
+        text = {"width": 32, "depth": 2, "num_heads": 2, "tokenizer": tokenizer}
+        recipes[name] = small_recipe(mlip=False, model={"text": text})
+        make_run(Path(name), small_recipe(mlip=False))
+        file.write_text(content)
+    stored_averages.check_same_form({name: recipes[name] for name in ("one", "same")})
+    with pytest.raises(UsageError) as refused:
+        stored_averages.check_same_form(recipes)
+    assert str(refused.value) == (
+        "other: its tokenizer.json is not that of one; average a run with one that was tuned from it: mlip pretrain "
+        "RECIPE model.init=one"
+    )

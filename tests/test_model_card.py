@@ -1,13 +1,16 @@
 """The model card of an export: what it says of a run, and that nothing in it is markup but our own."""
 
 import json
+import math
 import re
+import shutil
 import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -15,16 +18,16 @@ from foreign_for_tests import CONFIGURATIONS, write_open_clip
 from markdown_it import MarkdownIt
 from models_for_tests import make_run, small_recipe
 from PIL import Image
-from results_for_tests import recalls, zeroshot_result
+from results_for_tests import recalls, retrieval_result, zeroshot_result
 from torch.nn.functional import normalize
 
 from mlip_cli.evaluate.picture_results import GalleryResult
 from mlip_cli.export.card import LICENSES, model_card, plain
-from mlip_cli.export.snippets import FORMATS
+from mlip_cli.export.snippets import FORMATS, snippet
 from mlip_cli.export.write import write_format
 from mlip_cli.recipe.config import Recipe
 from mlip_cli.runs.find import find_checkpoint
-from mlip_cli.runs.folder import Run
+from mlip_cli.runs.folder import ORIGIN, Run
 from mlip_cli.runs.loading import load_run
 
 EVIL = (
@@ -102,6 +105,18 @@ def test_a_licence_that_not_all_training_data_has_is_not_claimed(
     assert "license" not in front_matter(card(run, recipe))
 
 
+@pytest.mark.parametrize("origin", ["init", "vision.init", "average"])
+def test_a_licence_is_not_claimed_for_weights_from_elsewhere(run: Run, recipe: Recipe, origin: str) -> None:
+    model = recipe.model
+    changed = {"init": {"init": "other"}, "vision.init": {"vision": model.vision.model_copy(update={"init": "x.pth"})}}
+    recipe = recipe.model_copy(update={"model": model.model_copy(update=changed.get(origin, {}))})
+    checkpoint = run.latest_checkpoint()
+    assert checkpoint is not None
+    if origin == "average":
+        (checkpoint / ORIGIN).write_text('{"kind": "average"}')
+    assert "license" not in front_matter(card(run, recipe))
+
+
 def test_licences_are_those_of_the_hub() -> None:
     assert {"cc-by-sa-4.0", "cc-by-nc-nd-2.0", "cc0-1.0", "mit", "apache-2.0"} <= LICENSES
     assert len(LICENSES) == 9 + 6 * 3
@@ -147,6 +162,24 @@ def test_retrieval_on_the_validation_pairs_is_shown(run: Run, recipe: Recipe) ->
     assert "Does it find the right picture for a text among 383 held-out ones?" in text
 
 
+def test_a_repository_is_named_only_where_its_tokenizer_is_found_there(recipe: Recipe) -> None:
+    tokenizer = {"file": "tokenizer.json", "pad_id": 0}
+    own = small_recipe(model={"text": {"width": 32, "depth": 2, "num_heads": 2, "tokenizer": tokenizer}})
+    said = "From the Hub write `hf-hub:OWNER/NAME` in place of `local-dir:.`."
+    assert said in next(snippet("open_clip", recipe))
+    assert "Hub" not in next(snippet("open_clip", own))
+    assert "From the Hub write `OWNER/NAME`" in next(snippet("huggingface", own))
+
+
+def test_shares_of_texts_are_finite_at_large_scales(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
+    _, program = snippet("onnx", recipe)
+    ending = program.split("texts = text_graph")[1].split("\n", 1)[1].removesuffix("```")
+    images, texts = np.float32([[1, 0]]), np.float32([[1, 0], [0.99, 0.14]])
+    exec(ending, {"np": np, "about": {"logit_scale": 100.0}, "images": images, "texts": texts})
+    shares = [float(number) for number in re.findall(r"[\d.]+", capsys.readouterr().out)]
+    assert shares == pytest.approx([1 / (1 + math.exp(-1)), 1 / (1 + math.e)], abs=1e-4)
+
+
 def test_no_name_becomes_markup(run: Run, recipe: Recipe) -> None:
     cards = {"training": card_of("<i>x", source="\n\n# A heading", holds="<img src=x onerror=y>", license="a|b")}
     run.data_cards.write_text(json.dumps(cards))
@@ -172,6 +205,15 @@ def test_plain_text_is_shown_as_it_is(text: str) -> None:
     shown = html.replace("&lt;", "<").replace("&gt;", ">").replace("&quot;", '"').replace("&amp;", "&")
     assert shown == text.replace("\n", "\\n")
     assert not set(plain(text)) & set("<>\n")
+
+
+def test_scores_of_retrieval_alone_are_shown(run: Run, recipe: Recipe) -> None:
+    shutil.rmtree(run.evals)
+    retrieval_result(step=8, dataset="pairs", merge_rate=0.5, true_merge_rate=0.5).write(run.evals / "retrieval.json")
+    text = card(run, recipe)
+    assert "Nothing is measured" not in text
+    assert "**pairs: text to image**" in text
+    assert "| 8 | 0.500 | 34.4 (31.0-38.4) | 34.4 (31.0-38.4) | 34.4 (31.0-38.4) | 2 |" in text
 
 
 def test_a_run_without_data_and_scores_says_so(tmp_path: Path, recipe: Recipe) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from models_for_tests import make_run, small_recipe
-from results_for_tests import recalls
+from results_for_tests import retrieval_result
 from shards_for_tests import make_dataset
 from sources_for_tests import picture, write_files, write_sidecars, write_tar
 from torch.nn.functional import normalize
@@ -22,7 +22,6 @@ from mlip_cli.evaluate.datasets.pairs import find_pairs
 from mlip_cli.evaluate.datasets.pictures import read_picture
 from mlip_cli.evaluate.merge_points import sweep_points
 from mlip_cli.evaluate.results import PairedTest
-from mlip_cli.evaluate.retrieval_results import RetrievalResult
 from mlip_cli.evaluate.sweep import retrieval
 from mlip_cli.evaluate.validation import validation_pairs
 from mlip_cli.runs.loading import load_run
@@ -155,22 +154,8 @@ def test_a_sweep_finds_the_same(place: Path, capsys: pytest.CaptureFixture[str])
 
 def test_captions_of_a_picture_count_together_in_tests() -> None:
     """One of two pictures wins with all its captions: by single captions this would look certain."""
-    shared: dict[str, Any] = {
-        **dict.fromkeys(("protocol", "batch_size", "step", "image_size", "true_merge_rate", "merge_rate"), 1),
-        **dict.fromkeys(
-            ("dataset", "data_fingerprint", "checkpoint", "checkpoint_sha256", "device", "device_type"), ""
-        ),
-        "kind": "retrieval",
-        "merge_method": None,
-        "tokens": [],
-        "n": 2,
-        "num_texts": 20,
-        "median_rank": {},
-        **dict.fromkeys(("image_to_text", "text_to_image"), recalls(1, 5, 10)),
-        "picture_of_text": " ".join("0" * 10 + "1" * 10),
-    }
     first, other = (
-        RetrievalResult.from_json({**shared, "right": {"text_to_image_r5": right, "image_to_text_r5": "01"}})
+        retrieval_result(right={"text_to_image_r5": right, "image_to_text_r5": "01"})
         for right in ("0" * 20, "1" * 10 + "0" * 10)
     )
     assert other.test_against(first, "text_to_image_r5") == PairedTest(difference=0.5, won=10, lost=0, p=1.0)

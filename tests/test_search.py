@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from browser_for_tests import Browser, browser, find_browser
+from foreign_for_tests import CONFIGURATIONS, write_open_clip
 from models_for_tests import make_run, small_recipe
 from PIL import Image
 from shards_for_tests import make_dataset
@@ -22,6 +23,7 @@ from mlip_cli.commands.search import search as command
 from mlip_cli.data.open import open_prepared
 from mlip_cli.errors import Stopped, UsageError
 from mlip_cli.evaluate import search as module
+from mlip_cli.evaluate import vector_files
 from mlip_cli.evaluate.search_pictures import open_pictures
 from mlip_cli.files import write_json
 from mlip_cli.runs.folder import Run
@@ -201,6 +203,33 @@ def test_a_damaged_file_is_made_again_with_a_warning(
     assert any(
         "damaged (" in line and "deleted, and its pictures are encoded again" in line for line in caplog.messages
     )
+
+
+def test_a_second_attempt_counts_broken_pictures_once(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vector_files, "CHECKED_BYTES", 0)  # so that damage is first found while searching
+    write_files(place / "mine", {**{f"{i}.png": picture(i) for i in range(4)}, "cut.png": picture(9)[:60]})
+    search("a red square", images="mine")
+    expected = found(capsys)
+    [file] = place.glob("run/search/*/*.vectors")
+    file.write_bytes(file.read_bytes()[:-4] + b"\xff\xff\xff\x7f")  # not a number
+    search("a red square", images="mine")
+    result = found(capsys)
+    assert (result["num_encoded"], result["passed_over"]) == (4, expected["passed_over"])
+    assert result["passed_over"].startswith("1 damaged picture")
+
+
+def test_weights_of_another_program_are_looked_up_once(
+    place: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    write_sidecars(place / "mine", 3)
+    write_open_clip(place / "theirs", CONFIGURATIONS["laion"])
+    options: dict[str, Any] = {"image_queries": [], "top": 2, "merge_rate": None, "out": None, "batch_size": 8}
+    with caplog.at_level("INFO", logger="mlip_cli"):
+        command("theirs", ["a red square"], images="mine", device="cpu", as_json=True, **options)
+    assert [line for line in caplog.messages if line.startswith("theirs: run ")] == []
+    assert found(capsys)["num_pictures"] == 3
 
 
 def test_vectors_stay_when_a_search_is_interrupted(

@@ -68,13 +68,13 @@ def average(
         print_json(average_json(shown, chosen=chosen, out=wanted.out, failures=failures))
     else:
         print_average(shown, failures=failures)
-    if unstored:
-        raise RunError(unstored)
-    rebuild(wanted.checkpoints[-1].run)
     if wanted.out is not None and chosen is not None:
         rebuild(Run(wanted.out))
         name = f"weight {shown.name_of(chosen)}" if shown.is_path else shown.name_of(chosen)
         say(f"{name}: written to {wanted.out}{_doubt(choose)}")
+    if unstored:
+        raise RunError(unstored)
+    rebuild(wanted.checkpoints[-1].run)
     if failures:
         reasons = "; ".join(str(error) for error in failures.values())
         all_sets = plural(len(wanted.data.found) + len(wanted.data.failures), "data set")

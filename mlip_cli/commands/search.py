@@ -41,7 +41,7 @@ def search(
     if out is not None and (out.is_dir() or not out.absolute().parent.is_dir()):
         why = "is a folder; name a file" if out.is_dir() else f"folder {out.parent} does not exist; make it"
         raise UsageError(f"--out {out}: {why}")
-    found, _ = find_checkpoint(run)
+    found, checkpoint = find_checkpoint(run)
     if merge_rate is not None:
         check_rates(found.read_recipe(), [merge_rate])
     with interrupted_as("interrupted; the vectors that are written are kept, and the same command goes on from there"):
@@ -53,7 +53,7 @@ def search(
 
         asked = [*(Asked(text, None) for text in texts), *map(read_query, image_queries)]
         pictures = open_pictures(images)
-        encoder = load_encoder(run, device=device, merge_rate=merge_rate)
+        encoder = load_encoder(str(checkpoint), device=device, merge_rate=merge_rate)
         result, thumbnails = search_pictures(encoder, pictures, asked, images=images, top=top, batch_size=batch_size)
     path = out or encoder.loaded.run.folder / "search.html"
     write_page(path, search_page(result, thumbnails, written=written_line("the model and the pictures")))

@@ -40,7 +40,7 @@ class ImageTextEncoder:
 
     @property
     def image_size(self) -> int:
-        """Side in pixels to which pictures are resized and centre-cropped."""
+        """Side in pixels of the pictures that the model sees, resized as data.resize says."""
         return self.loaded.model.image_size
 
     @property
@@ -63,8 +63,8 @@ class ImageTextEncoder:
     ) -> Tensor:
         """Pictures of any sizes -> (N, E) fp32 unit vectors on the CPU.
 
-        Pictures are read as in training and evaluation: EXIF turns them upright, transparent pixels lie on white, the
-        short side is resized and the centre cropped.
+        Pictures are read as in evaluation: EXIF turns them upright, transparent pixels lie on white, and they are
+        resized as data.resize says.
 
         Args:
             images: Pillow's pictures of any mode, or uint8 arrays (H, W), (H, W, 1), (H, W, 3) or (H, W, 4).

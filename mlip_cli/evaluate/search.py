@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -155,8 +156,9 @@ def _nearest(
 ) -> tuple[list[Nearest], int]:
     """The nearest pictures, and how many were encoded for that. What a damaged file held is encoded again."""
     files.open()
-    num_encoded = 0
+    num_encoded, passed_over = 0, deepcopy(pictures.passed_over)
     for attempt in range(ATTEMPTS):
+        pictures.passed_over = deepcopy(passed_over)  # every attempt meets the same pictures that cannot be decoded
         num_encoded += _encode_missing(files, encoder, pictures, batch_size=batch_size)
         try:
             nearest = files.search(queries, pictures.keys, k=top)

@@ -31,31 +31,35 @@ MOST_NAMED = 3
 
 
 def check_same_form(recipes: Mapping[str, Recipe]) -> None:
-    """Check that all recipes describe one architecture. Merging, drop-out and the start change no tensor.
+    """Check that all recipes describe one architecture, which reads the same pixels and tokens.
+
+    Merging, drop-out and the start change no tensor.
 
     Args:
         recipes: by the folder of the run.
 
     Raises:
-        UsageError: two differ; the message names the keys.
+        UsageError: two differ; the message names the keys, or the tokenizers.
     """
     (first, own), *others = recipes.items()
     free = (
         *("model.init", "model.freeze", "model.merging", "model.text.dropout", "model.text.tokenizer.file"),
         *("model.vision.drop_path", "model.vision.init"),
     )
+    cure = f"average a run with one that was tuned from it: mlip pretrain RECIPE model.init={first}"
     for other, recipe in others:
         wrong = [
             f"{key} {mine} (in {first} {theirs})"
             for key, theirs, mine in differences(own, recipe)
-            if key.startswith(("model.", "data.image_size", "data.pixel_")) and not key.startswith(free)
+            if key.startswith(("model.", "data.image_size", "data.resize", "data.pixel_")) and not key.startswith(free)
         ]
         if wrong:
             more = f" and {len(wrong) - MOST_NAMED} more" if len(wrong) > MOST_NAMED else ""
             raise UsageError(
-                f"{other}: another architecture than {first}: {'; '.join(wrong[:MOST_NAMED])}{more}; average a run "
-                f"with one that was tuned from it: mlip pretrain RECIPE model.init={first}"
+                f"{other}: another architecture than {first}: {'; '.join(wrong[:MOST_NAMED])}{more}; {cure}"
             )
+        if own.model.text.tokenizer is not None and not Run(Path(other)).holds_tokenizer_of(own):
+            raise UsageError(f"{other}: its {Run(Path(other)).tokenizer.name} is not that of {first}; {cure}")
 
 
 class Averages:

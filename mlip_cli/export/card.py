@@ -19,6 +19,7 @@ from mlip_cli.report.costs import costs_table
 from mlip_cli.report.galleries import recalls_table
 from mlip_cli.report.headlines import scores_of
 from mlip_cli.report.record import RunRecord, read_run
+from mlip_cli.report.retrieval import retrieval_tables
 from mlip_cli.report.run_page import method
 from mlip_cli.report.scores import ZeroshotRow, newest_by_data, zeroshot_tables
 from mlip_cli.report.tables import INTERVALS, Cell, Table
@@ -59,7 +60,7 @@ def model_card(run: Run, recipe: Recipe, checkpoint: Path, *, format: str, lost:
         *_training(record, recipe, checkpoint),
         *(["## Not in these files", "\n".join(f"- {plain(line)}" for line in lost)] if lost else []),
     ]
-    return encodable(f"{_front_matter(record, format)}\n" + "\n\n".join(parts) + "\n")
+    return encodable(f"{_front_matter(record, recipe, checkpoint, format)}\n" + "\n\n".join(parts) + "\n")
 
 
 def at_checkpoint(record: RunRecord, recipe: Recipe, checkpoint: Path) -> RunRecord:
@@ -79,8 +80,12 @@ def plain(text: object) -> str:
     return MARKUP.sub(r"\\\1", shown)
 
 
-def _front_matter(record: RunRecord, format: str) -> str:
-    """The YAML that the Hub reads. The licence is that of the training data, where all of it has one that it knows."""
+def _front_matter(record: RunRecord, recipe: Recipe, checkpoint: Path, format: str) -> str:
+    """The YAML that the Hub reads.
+
+    The licence is that of the training data, where all of it has one that the Hub knows and no weights come from
+    elsewhere.
+    """
     values: dict[str, Any] = {
         "library_name": FORMATS[format],
         "pipeline_tag": "zero-shot-image-classification",
@@ -89,9 +94,16 @@ def _front_matter(record: RunRecord, format: str) -> str:
     licences = {
         re.sub(r"\s+", "-", (card.provenance.license or "").strip().lower()) for card in _training_cards(record)
     }
-    if len(licences) == 1 and licences <= LICENSES:
+    model = recipe.model
+    is_own = model.init is None and model.vision.init is None and _origin(checkpoint) is None
+    if is_own and len(licences) == 1 and licences <= LICENSES:
         values["license"] = licences.pop()
     return f"---\n{yaml.safe_dump(values, sort_keys=False)}---\n"
+
+
+def _origin(checkpoint: Path) -> Origin | None:
+    """Where the weights come from; None: a training of the run made them."""
+    return Origin.read(checkpoint / ORIGIN) if (checkpoint / ORIGIN).is_file() else None
 
 
 def _training_cards(record: RunRecord) -> list[DataCard]:
@@ -101,13 +113,17 @@ def _training_cards(record: RunRecord) -> list[DataCard]:
 def _scores(record: RunRecord) -> Iterator[str]:
     """The answers in words, then all stored results as tables."""
     answers = [f"- {plain(score.question)} {plain(score.sentence)}" for score in scores_of(record)]
-    if not answers:
+    recalls = retrieval_tables(record)
+    if not answers and not recalls:
         yield "Nothing is measured yet: the run holds no result of this checkpoint."
         return
-    yield "\n".join(answers)
+    if answers:
+        yield "\n".join(answers)
     for name, results in newest_by_data(record.all_of(ZeroshotResult)).items():
         for table in zeroshot_tables(name, [ZeroshotRow(result) for result in results], with_speed=False):
             yield from markdown_table(table)
+    for table in recalls:
+        yield from markdown_table(table)
     gallery = record.newest(GalleryResult)
     if gallery is not None:
         title = f"validation: {plural(gallery.num_images, 'picture')}, {plural(gallery.num_texts, 'distinct text')}"
@@ -128,7 +144,7 @@ def markdown_table(table: Table) -> Iterator[str]:
 
 def _data(record: RunRecord, checkpoint: Path) -> Iterator[str]:
     """Data sets with number, source and licence; names of folders without their place on this machine."""
-    origin = Origin.read(checkpoint / ORIGIN) if (checkpoint / ORIGIN).is_file() else None
+    origin = _origin(checkpoint)
     if origin is not None and origin.source is not None:
         file, digest = Path(origin.source).name, str(origin.sha256)[:16]
         yield (

@@ -11,8 +11,15 @@ FORMATS = {"open_clip": "open_clip", "huggingface": "transformers", "onnx": "onn
 def snippet(format: str, recipe: Recipe) -> Iterator[str]:
     """Paragraphs of Markdown with a program that compares `picture.jpg` with two texts."""
     lead, program = PROGRAMS[format]
-    yield lead
+    yield f"{lead}{_from_hub(format, recipe)}"
     yield f"```python\n{program(recipe).strip()}\n```"
+
+
+def _from_hub(format: str, recipe: Recipe) -> str:
+    """How to name a repository of the Hub; nothing where OpenCLIP would look for the tokenizer in this folder."""
+    if format == "open_clip" and recipe.model.text.tokenizer is None:
+        return " From the Hub write `hf-hub:OWNER/NAME` in place of `local-dir:.`."
+    return " From the Hub write `OWNER/NAME` in place of `.`." if format == "huggingface" else ""
 
 
 def _open_clip(recipe: Recipe) -> str:
@@ -74,9 +81,9 @@ picture = picture.crop((left, top, left + {size}, top + {size}))"""
     logits = 'about["logit_scale"] * images @ texts.T'
     ending = "print(images @ texts.T)  # cosines"
     if scored is not None and scored.kind == "infonce":
-        ending = (
-            f"logits = {logits}\nprint(np.exp(logits) / np.exp(logits).sum(1, keepdims=True))  # shares of the texts"
-        )
+        ending = f"""logits = {logits}
+shares = np.exp(logits - logits.max(1, keepdims=True))
+print(shares / shares.sum(1, keepdims=True))  # shares of the texts"""
     elif scored is not None:
         ending = f'logits = {logits} + about["logit_bias"]\nprint(1 / (1 + np.exp(-logits)))  # probability of each'
     return f"""
@@ -124,15 +131,8 @@ token_ids = np.array([own.ids for own in encoded])
 
 
 PROGRAMS: dict[str, tuple[str, Callable[[Recipe], str]]] = {
-    "open_clip": (
-        "With `pip install open_clip_torch`, in this folder. From the Hub write `hf-hub:OWNER/NAME` in place of "
-        "`local-dir:.`.",
-        _open_clip,
-    ),
-    "huggingface": (
-        "With `pip install transformers`, in this folder. From the Hub write `OWNER/NAME` in place of `.`.",
-        _transformers,
-    ),
+    "open_clip": ("With `pip install open_clip_torch`, in this folder.", _open_clip),
+    "huggingface": ("With `pip install transformers`, in this folder.", _transformers),
     "onnx": (
         "With `pip install onnxruntime pillow open_clip_torch` (the last one for the tokenizer alone), in this folder. "
         "`onnx.json` says what the graphs expect.",

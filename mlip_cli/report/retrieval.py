@@ -104,16 +104,22 @@ def print_retrieval(measured: Mapping[str, Sequence[Measured[Any]]], *, failed: 
     print_tables(chain.from_iterable(shown), notes=notes)
 
 
-def retrieval_sections(record: RunRecord) -> list[Html]:
+def retrieval_tables(record: RunRecord) -> list[Table]:
     """Scores of every checkpoint and rate, later steps first, each tested against the first; none if not measured."""
-    parts: list[Html] = []
+    shown: list[Table] = []
     found = record.all_of(RetrievalResult)
     for name, own in by_data((result.data, result) for result in found).items():
         last = {(result.step, result.true_merge_rate): result for result in own}.values()
         ordered = sorted(last, key=lambda result: (-result.step, result.true_merge_rate))
         rows = [_row(result, None, result.step, ordered[0]) for result in ordered]
         won = "only this row / only the first row"
-        parts += tables(_tables(name, rows, ordered[0], beside="the first row", won=won))
+        shown += _tables(name, rows, ordered[0], beside="the first row", won=won)
+    return shown
+
+
+def retrieval_sections(record: RunRecord) -> list[Html]:
+    """The tables as a section of the run's page; none if not measured."""
+    parts = tables(retrieval_tables(record))
     return [section("recalls", "Pictures and captions", *parts)] if parts else []
 
 

@@ -7,11 +7,17 @@ import typer
 
 from mlip_cli.terminal.values import checked_measured_run, checked_path, checked_text, split_datasets, split_weights
 
+MODEL = "Run, checkpoint, open_clip:ARCH:FILE, or folder of OpenCLIP or Hugging Face."
+"""Help for a RUN whose weights another program may have written."""
+
 Run = Annotated[
     str | None,
-    typer.Argument(
-        metavar="RUN", parser=checked_measured_run, help="Run folder or checkpoint. Default: the newest run in runs/."
-    ),
+    typer.Argument(metavar="RUN", parser=checked_measured_run, help=f"{MODEL} Default: the newest run in runs/."),
+]
+Model = Annotated[str, typer.Argument(metavar="RUN", parser=checked_measured_run, help=MODEL)]
+Models = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="RUN", parser=checked_measured_run, help=f"{MODEL} Default: the newest run."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
 Device = Annotated[
@@ -39,7 +45,9 @@ BatchSize = Annotated[int, typer.Option(min=1, max=65_536, help="Pictures in one
 Averaged = Annotated[
     list[str],
     typer.Argument(
-        metavar="START TUNED", parser=checked_measured_run, help="The start and what was tuned from it; or more runs."
+        metavar="START TUNED",
+        parser=checked_measured_run,
+        help=f"The start and what was tuned from it; or more runs. Each: {MODEL[0].lower()}{MODEL[1:]}",
     ),
 ]
 Weights = Annotated[
