@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import glob
 import json
 import os
 import re
@@ -46,6 +47,25 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def lives(process: int) -> bool:
+    """Whether this machine has a process of this number."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):  # somebody else's
+        return True
+    return True
+
+
+def remove_leftovers(path: Path) -> None:
+    """Delete what killed processes wrote under temporary names of `path`."""
+    for other in path.absolute().parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        writer = writer_of(other)
+        if writer is not None and not lives(writer):
+            remove(other)
 
 
 def free_bytes(folder: Path) -> int:

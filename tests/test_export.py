@@ -2,6 +2,10 @@
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -253,3 +257,19 @@ def test_an_exported_tokenizer_cleans_captions_as_the_run_does() -> None:
     for text in (*WORDS, "Two red balloons,", "  A   dog -- (or two)!  "):
         own = run.tokenizer.encode([text])[0].tolist()
         assert theirs(text, padding="max_length", max_length=16, truncation=True).input_ids == own
+
+
+@pytest.mark.slow
+def test_an_interrupted_export_leaves_nothing_and_others_can_read_a_whole_one(mine: None) -> None:
+    words = [sys.executable, "-m", "mlip_cli", "export", "run", "out", "--format", "open_clip"]
+    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not list(Path().glob(".out*/*")):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate()
+    assert (process.returncode, "interrupted; nothing was written" in said) == (130, True), said
+    assert not list(Path().glob(".out*"))
+    Path(f".out.{process.pid}.tmp").mkdir()  # as kill -9 leaves it
+    assert mlip("export", "run", "out", "--format", "open_clip").returncode == 0
+    assert not list(Path().glob(".out*"))
+    assert {path.stat().st_mode & 0o777 for path in Path("out").iterdir()} == {0o644}

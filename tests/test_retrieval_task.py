@@ -264,7 +264,7 @@ def test_web_shards_of_clip_benchmark_are_pairs(tmp_path: Path) -> None:
         ("pairs:nowhere", "pairs:nowhere: no such file or folder; write pairs:PATH"),
         ("digits", "unknown data set 'digits' for retrieval; use validation, shards:PATH, pairs:PATH"),
         ("shards:nowhere", "shards:nowhere: no such folder"),
-        ("validation", "validation: the recipe has no data.validation; name a data set: validation, shards:PATH"),
+        ("validation", "validation: no recipe of these runs has data.validation; use shards:PATH"),
     ],
 )
 def test_data_that_is_not_there(name: str, message: str, tmp_path: Path) -> None:

@@ -105,7 +105,10 @@ def check_average(
         check_can_be_made(out, option="--out")
     recipes = {str(own.run.folder): own.run.read_recipe() for own in checkpoints}
     check_same_form(recipes)
-    names = wanted_names(recipes[str(checkpoints[-1].run.folder)], datasets)
+    last = recipes[str(checkpoints[-1].run.folder)]
+    names = wanted_names(last, datasets)
+    if last.data.validation is not None and VALIDATION not in names:
+        say(f"not measured: {VALIDATION}, the pairs that training held out; add it with --dataset {VALIDATION}")
     if choose is None and out is not None and len(checkpoints) == 2:
         choose = f"{HALF:g}"
     points = wanted_points(len(checkpoints), weights=weights, choose=choose)

@@ -7,7 +7,15 @@ from pathlib import Path
 from mlip_cli.errors import RunError, UsageError
 from mlip_cli.evaluate.datasets.find import find_benchmark
 from mlip_cli.evaluate.datasets.pairs import find_pairs
-from mlip_cli.evaluate.stored import RETRIEVAL, TASKS, Measurement, complete, default_datasets, find_checkpoints
+from mlip_cli.evaluate.stored import (
+    RETRIEVAL,
+    TASKS,
+    ZEROSHOT,
+    Measurement,
+    complete,
+    default_datasets,
+    find_checkpoints,
+)
 from mlip_cli.evaluate.wanted import check_rates, find_wanted
 from mlip_cli.report.retrieval import print_retrieval
 from mlip_cli.report.scores import print_zeroshot
@@ -32,8 +40,12 @@ def eval_zeroshot(
         UsageError: no such run or data set, or a merge rate that no plan reaches.
         RunError: some data sets could not be evaluated, or some results not stored; what there is is printed before.
     """
-    checkpoints = find_checkpoints(runs)
     asked = TASKS[task]
+    if datasets and asked is ZEROSHOT:
+        named = find_wanted(datasets, root=data_root)  # before weights of other programs are copied
+        if not named.found:
+            raise _one_error(named.failures)
+    checkpoints = find_checkpoints(runs)
     names = list(dict.fromkeys(datasets or default_datasets(checkpoints, asked)))
     recipes = [checkpoint.run.read_recipe() for checkpoint in checkpoints]
     for recipe in recipes:

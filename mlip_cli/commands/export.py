@@ -2,11 +2,10 @@
 
 import os
 import shlex
-import shutil
 from pathlib import Path
 
 from mlip_cli.errors import RunError, UsageError, interrupted_as
-from mlip_cli.files import full_disk_named, sync_folder, temporary_path, write_text
+from mlip_cli.files import full_disk_named, remove, remove_leftovers, sync_folder, temporary_path, write_text
 from mlip_cli.paths import check_can_be_made
 from mlip_cli.runs.find import find_checkpoint
 from mlip_cli.terminal.output import print_json, print_lines, say, warn
@@ -38,10 +37,12 @@ def export(run: str, out: Path, *, format: str, merge_rate: float | None, push: 
     with interrupted_as("interrupted; nothing was written"):
         say("loading PyTorch")
         from mlip_cli.export.card import model_card
-        from mlip_cli.export.write import write_format
+        from mlip_cli.export.write import import_packages, write_format
         from mlip_cli.runs.loading import load_run
 
+        import_packages(format)  # before there is something to clean up: Ctrl-C in an import ends the process
         loaded = load_run(str(checkpoint), device="cpu")
+        remove_leftovers(out)
         temporary = temporary_path(out)
         temporary.mkdir(parents=True)
         try:
@@ -49,12 +50,16 @@ def export(run: str, out: Path, *, format: str, merge_rate: float | None, push: 
                 written = write_format(loaded, temporary, format=format, merge_rate=merge_rate)
                 card = model_card(loaded.run, loaded.recipe, checkpoint, format=format, lost=written.lost)
                 write_text(temporary / "README.md", card)
+                mode = (temporary / "README.md").stat().st_mode
+                for path in temporary.rglob("*"):
+                    if path.is_file():
+                        path.chmod(mode)  # safetensors hides its files from everybody else
                 if out.is_dir():
                     out.rmdir()
                 os.replace(temporary, out)
                 sync_folder(out.absolute().parent)
         finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            remove(temporary)
     for line in written.lost:
         warn(f"--format {format} does not hold {line}")
     say(f"checked with {written.by}: features differ by {written.difference:.1e} at most")

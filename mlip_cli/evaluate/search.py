@@ -195,7 +195,7 @@ def _encode_missing(files: VectorFiles, encoder: ImageTextEncoder, pictures: Sea
             rows += numbers
             vectors.append(encoder.encode_pixels(pixels).numpy())
             num_encoded += len(numbers)
-            bar.update(bar.task_ids[0], completed=num_encoded)
+            bar.advance(bar.task_ids[0], len(numbers))
             if len(rows) >= FILE_ROWS or time.monotonic() - written > FILE_S:
                 flush()
                 written = time.monotonic()

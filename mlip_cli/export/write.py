@@ -18,6 +18,19 @@ class Written:
     """The program that computed the other ones."""
 
 
+def import_packages(format: str) -> None:
+    """Import the packages that write and read a format."""
+    if format == "open_clip":
+        import open_clip  # noqa: F401
+    if format == "huggingface":
+        import transformers
+
+        _ = transformers.CLIPModel, transformers.SiglipModel, transformers.AutoTokenizer
+    if format == "onnx":
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401
+
+
 def write_format(loaded: LoadedRun, folder: Path, *, format: str, merge_rate: float | None) -> Written:
     """Write a model into a folder, and compare what comes out of it.
 

@@ -94,6 +94,10 @@ OF_INIT: tuple[Key, ...] = (
 """What a recipe without `model.vision` takes from the run of `model.init`."""
 
 
+def _is_of_init(key: Key) -> bool:
+    return any(key[: len(own)] == own for own in OF_INIT)
+
+
 def _init_without_vision(value: Any) -> str | None:
     """The value of `model.init`, if the recipe has one and no `model.vision`."""
     model = value.get("model") if isinstance(value, dict) else None
@@ -105,8 +109,9 @@ def _init_without_vision(value: Any) -> str | None:
 
 def _model_of(recipe: Recipe, init: str) -> Tree:
     """The keys `OF_INIT` of the recipe of `init`, as a layer. Its own start and what it froze are not taken."""
-    tree = parse(recipe_yaml(recipe), f"model.init={init}")
-    taken = Tree({}, places=tree.places)
+    file = Path(init) / "recipe.yaml"
+    tree = parse(recipe_yaml(recipe), str(file) if file.is_file() else "model.init")
+    taken = Tree({}, places={key: place for key, place in tree.places.items() if _is_of_init(key)})
     for key in OF_INIT:
         value: Any = tree.value
         for part in key:

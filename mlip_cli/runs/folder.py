@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from mlip_cli.errors import RecipeError, UsageError
-from mlip_cli.files import remove, write_text, writer_of
+from mlip_cli.files import lives, remove, write_text, writer_of
 from mlip_cli.recipe.config import Recipe
 from mlip_cli.recipe.load import load_recipe
 from mlip_cli.runs.contents import DataCard, Stamp, read_cards
@@ -214,19 +214,8 @@ def sweep(run: Run) -> None:
         writer = writer_of(path)
         if writer is None or path.is_relative_to(run.checkpoints):  # these have a sweep of their own
             continue
-        if writer == os.getpid() or not _lives(writer):
+        if writer == os.getpid() or not lives(writer):
             remove(path)
-
-
-def _lives(process: int) -> bool:
-    """Whether this machine has a process of this number."""
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):  # somebody else's
-        return True
-    return True
 
 
 def default_folder(recipe_name: str) -> Path:

@@ -4,6 +4,7 @@ import json
 import pickle
 import re
 import shlex
+import sys
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -129,7 +130,7 @@ def _program(program: str, file: Path) -> str:
     """A command to copy; double quotes inside it, so that it needs no others than the shell's."""
     names = {"file": str(file), "extracted": str(file.with_suffix(".weights.pt")), "keys": PLACES_OF_WEIGHTS}
     filled = program.format(**{name: json.dumps(value, ensure_ascii=False) for name, value in names.items()})
-    return f"python -c {shlex.quote(filled)}"
+    return f"{shlex.quote(sys.executable)} -c {shlex.quote(filled)}"
 
 
 def _is_torchscript(file: Path) -> bool:

@@ -82,10 +82,11 @@ def _listed(name: str, path: Path) -> PairData:
 
 
 def _validation(recipes: Sequence[Recipe]) -> PairData:
-    """The validation pairs of all runs, which must be the same."""
-    first, *others = [recipe.data.validation for recipe in recipes]
-    if not first:
-        raise UsageError(f"{VALIDATION}: the recipe has no data.validation; name a data set: {NAMES}")
+    """The validation pairs of all runs that have some, which must be the same; a published CLIP has none."""
+    given = [recipe.data.validation for recipe in recipes if recipe.data.validation]
+    if not given:
+        raise UsageError(f"{VALIDATION}: no recipe of these runs has data.validation; use shards:PATH or pairs:PATH")
+    first, *others = given
     if any(other != first for other in others):
         cure = f"name one for all, as in --dataset shards:{first[0].path}"
         raise UsageError(f"{VALIDATION}: the runs have different data.validation; {cure}")
