@@ -245,7 +245,7 @@ def test_vectors_stay_when_a_search_is_interrupted(
         return real(self, pixels)
 
     monkeypatch.setattr(module.ImageTextEncoder, "encode_pixels", until_ctrl_c)
-    with pytest.raises(Stopped, match="the vectors that are written are kept"):
+    with pytest.raises(Stopped, match="interrupted; the same command goes on"):
         search("a red square", images="mine")
     assert not list(place.glob("run/search/*/.*"))
     monkeypatch.setattr(module.ImageTextEncoder, "encode_pixels", real)

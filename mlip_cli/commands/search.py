@@ -44,7 +44,7 @@ def search(
     found, checkpoint = find_checkpoint(run)
     if merge_rate is not None:
         check_rates(found.read_recipe(), [merge_rate])
-    with interrupted_as("interrupted; the vectors that are written are kept, and the same command goes on from there"):
+    with interrupted_as("interrupted; the same command goes on from the vectors that are written"):
         say("loading PyTorch and the weights")
         from mlip_cli.evaluate.encoder import load_encoder
         from mlip_cli.evaluate.search import Asked, read_query
