@@ -255,3 +255,14 @@ def test_preprocessing_of_transformers_is_read() -> None:
         Path("clip/preprocessor_config.json").write_text(json.dumps(settings))
         data = load_run("clip", device="cpu").recipe.data
         assert (data.resize, data.pixel_mean, data.pixel_std) == (expected, (0.1, 0.2, 0.3), (1.0, 1.0, 1.0))
+
+
+@pytest.mark.parametrize(("key", "value"), [("hidden_size", "x"), ("hidden_size", 0)])
+def test_wrong_values_in_a_folder_of_transformers_are_named_with_its_place(key: str, value: object) -> None:
+    write_transformers(Path("clip"), "clip")
+    place = Path("clip/config.json")
+    described = json.loads(place.read_text())
+    described["vision_config"][key] = value
+    place.write_text(json.dumps(described))
+    with pytest.raises(UsageError, match=rf"^{place.absolute()}: a value in it is of a wrong kind \("):
+        load_run("clip", device="cpu")

@@ -13,11 +13,10 @@ from torch import nn
 from mlip_cli.data.packages import package_folder
 from mlip_cli.errors import UsageError
 from mlip_cli.model.clip import CLIP, build_model
-from mlip_cli.model.open_clip import from_open_clip
+from mlip_cli.model.open_clip import as_built, from_open_clip
 from mlip_cli.recipe.architecture import TIMM_TOWERS, WITH_QUICKGELU, of_open_clip
 from mlip_cli.recipe.config import Recipe, Train
 from mlip_cli.runs.foreign import open_clip_configuration
-from mlip_cli.runs.importing import _as_built
 
 
 @pytest.mark.parametrize("activation", ["gelu", "quick_gelu"])
@@ -190,7 +189,7 @@ def test_published_architectures_have_the_same_shapes(name: str, tower: str | No
         custom = configuration.pop("custom_text", False)
         foreign = (open_clip.CustomTextCLIP if custom else open_clip.CLIP)(**configuration)
     mine, other = published(name), from_open_clip(foreign.state_dict(), source=name)
-    other = _as_built(other, mine)
+    other = as_built(other, mine.state_dict())
     own = {n: t.shape for n, t in mine.state_dict().items() if not n.startswith("log")}
     assert own == {n: t.shape for n, t in other.items() if not n.startswith("log")}
 

@@ -10,8 +10,6 @@ from mlip_cli.paths import check_can_be_made
 from mlip_cli.runs.find import find_checkpoint
 from mlip_cli.terminal.output import print_json, print_lines, say, warn
 
-FORMATS = ("open_clip", "huggingface", "onnx", "safetensors")
-
 
 def export(run: str, out: Path, *, format: str, merge_rate: float | None, push: str | None, as_json: bool) -> None:
     """Write OUT, with a model card, and upload it if asked to. Nothing is left of an export that failed.

@@ -18,6 +18,7 @@ from torch.nn.functional import interpolate, normalize
 
 from mlip_cli import __version__
 from mlip_cli.errors import RunError, UsageError
+from mlip_cli.export.check import BOUND
 from mlip_cli.files import write_json
 from mlip_cli.recipe.config import VOCAB_SIZE
 from mlip_cli.runs.loading import LoadedRun, MergedEncoder
@@ -32,9 +33,6 @@ OPSET = 20
 
 MOST_IN_ONE_FILE = 3 * 2**29
 """Bytes of weights. A graph with more keeps them in a file beside it, because one file holds 2 GiB at most."""
-
-BOUND = 1e-4
-"""Largest difference between features of unit length. Sums in another order make about 1e-6."""
 
 BATCHES = (1, 3, 8)
 """Pictures and texts of the check; each graph must take every size."""

@@ -4,8 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from safetensors.torch import save_file
+from timm.layers import PatchEmbed
 from timm.layers.activations import QuickGELU
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
@@ -15,7 +17,7 @@ from mlip_cli.export.tokenizer import write_tokenizer
 from mlip_cli.files import write_json
 from mlip_cli.model.clip import CLIP
 from mlip_cli.model.open_clip import to_open_clip
-from mlip_cli.model.vision import is_observable
+from mlip_cli.model.vision import ObservedBlock, is_observable
 from mlip_cli.recipe.config import Recipe, Text
 from mlip_cli.runs.foreign import OPEN_CLIP_CONFIG, WEIGHTS_OF_OPEN_CLIP
 from mlip_cli.runs.loading import LoadedRun
@@ -36,7 +38,7 @@ class PlainTower:
     activation: str
     eps: float
     has_pre_norm: bool
-    layer_scale: float | None
+    has_layer_scale: bool
     norms_mean: bool
     """The mean of the patches is pooled, and normed behind that; otherwise the class token."""
 
@@ -52,13 +54,12 @@ def plain_tower(trunk: VisionTransformer) -> PlainTower | None:
         and (norms_mean or pools_class)
         and not trunk.no_embed_class
         and all(isinstance(block, Block) and _is_plain(block) for block in blocks)
-        and type(trunk.patch_embed).__name__ == "PatchEmbed"
+        and type(trunk.patch_embed) is PatchEmbed
         and isinstance(trunk.patch_embed.norm, nn.Identity)
     )
     if not is_plain:
         return None
     first = blocks[0]
-    scaled = hasattr(first.ls1, "gamma")
     return PlainTower(
         width=trunk.embed_dim,
         depth=len(blocks),
@@ -68,14 +69,14 @@ def plain_tower(trunk: VisionTransformer) -> PlainTower | None:
         activation=activation_of(first.mlp.act),
         eps=first.norm1.eps,
         has_pre_norm=isinstance(trunk.norm_pre, nn.LayerNorm),
-        layer_scale=1e-5 if scaled else None,
+        has_layer_scale=hasattr(first.ls1, "gamma"),
         norms_mean=norms_mean,
     )
 
 
 def _is_plain(block: Block) -> bool:
     attention = block.attn
-    plain_attention = is_observable(block) or type(block).__name__ == "ObservedBlock"
+    plain_attention = is_observable(block) or isinstance(block, ObservedBlock)
     return plain_attention and attention.qkv.bias is not None and isinstance(attention.q_norm, nn.Identity)
 
 
@@ -103,7 +104,7 @@ def without_stem(model: CLIP, format: str) -> None:
         raise refused(format, f"the image tower begins with {plural(model.vision.stem_depth, 'spectral block')}")
 
 
-def losses_of_format(recipe: Recipe, model: CLIP) -> list[str]:
+def not_held(recipe: Recipe, model: CLIP) -> list[str]:
     """Lines on what a format of plain CLIPs does not hold of a model."""
     lost = []
     if model.frequency is not None:
@@ -167,8 +168,8 @@ def _vision(recipe: Recipe, model: CLIP) -> tuple[dict[str, Any], bool]:
             "no_ln_pre": not plain.has_pre_norm,
             "norm_kwargs": {"eps": plain.eps},
         }
-        if plain.layer_scale is not None:
-            section["ls_init_value"] = plain.layer_scale
+        if plain.has_layer_scale:
+            section["ls_init_value"] = 1e-5  # any number: the weights have the factors
         if plain.norms_mean:
             section |= {"pool_type": "avg", "final_ln_after_pool": True}
         if plain.activation == "gelu_tanh":
@@ -180,8 +181,6 @@ def _vision(recipe: Recipe, model: CLIP) -> tuple[dict[str, Any], bool]:
 
 
 def _timm_vision(name: str, projection: str, size: int, model: CLIP) -> dict[str, Any]:
-    import timm
-
     with torch.device("meta"):
         there = timm.create_model(name, num_classes=0)
     trunk = model.vision.trunk
@@ -242,12 +241,12 @@ def write_open_clip(loaded: LoadedRun, folder: Path) -> list[str]:
     write_json(folder / OPEN_CLIP_CONFIG, described)
     save_weights(weights, folder / WEIGHTS_OF_OPEN_CLIP[0])
     write_tokenizer(loaded.recipe.model.text, folder)
-    return losses_of_format(loaded.recipe, loaded.model)
+    return not_held(loaded.recipe, loaded.model)
 
 
 def save_weights(weights: dict[str, Tensor], path: Path) -> None:
     """Write a safetensors file, with the mark that transformers asks for."""
-    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in weights.items()}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     save_file(tensors, path, metadata={"format": "pt"})
 
 

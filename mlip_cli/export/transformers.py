@@ -8,7 +8,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from mlip_cli.data.packages import open_clip_module
-from mlip_cli.export.open_clip import activation_of, losses_of_format, plain_tower, refused, without_stem
+from mlip_cli.export.open_clip import activation_of, not_held, plain_tower, refused, without_stem
 from mlip_cli.export.tokenizer import write_tokenizer
 from mlip_cli.files import write_json
 from mlip_cli.model.clip import CLIP
@@ -34,13 +34,12 @@ def write_transformers(loaded: LoadedRun, folder: Path) -> list[str]:
     model.save_pretrained(folder)
     _write_tokenizer(loaded.recipe, folder)
     _write_preprocessing(loaded.recipe, folder)
-    return losses_of_format(loaded.recipe, loaded.model)
+    return not_held(loaded.recipe, loaded.model)
 
 
 def loaded_by_transformers(folder: Path) -> tuple[Any, Any]:
     """The model and the tokenizer that transformers makes of a folder."""
     transformers = _transformers()
-
     return transformers.AutoModel.from_pretrained(folder).eval(), transformers.AutoTokenizer.from_pretrained(folder)
 
 
@@ -59,7 +58,6 @@ def _is_siglip(trunk: VisionTransformer) -> bool:
 def _empty(loaded: LoadedRun) -> Any:
     """A CLIPModel or SiglipModel of the form of a model, with random weights."""
     transformers = _transformers()
-
     recipe, model = loaded.recipe, loaded.model
     text_tower: Any = model.text
     without_stem(model, FORMAT)
@@ -106,7 +104,7 @@ def _siglip_text(recipe: Recipe) -> dict[str, Any]:
 def _clip_vision(recipe: Recipe, model: CLIP) -> dict[str, Any]:
     plain = plain_tower(model.vision.trunk)
     projection = recipe.model.vision.projection
-    if plain is None or not plain.has_pre_norm or plain.norms_mean or plain.layer_scale or projection != "linear":
+    if plain is None or not plain.has_pre_norm or plain.norms_mean or plain.has_layer_scale or projection != "linear":
         raise refused(FORMAT, "the image tower is not CLIPModel's: a norm before the blocks, a class token, no bias")
     return {
         "hidden_size": plain.width,
@@ -176,8 +174,13 @@ def _names(model: CLIP, *, is_siglip: bool) -> dict[str, Tensor]:
 
 
 PROJECTIONS = {"visual": "image", "text": "text"}
-PARTS = {"norm1": "layer_norm1", "norm2": "layer_norm2", "attn.proj": "self_attn.out_proj", "mlp.fc1": "mlp.fc1"}
-PARTS["mlp.fc2"] = "mlp.fc2"
+PARTS = {
+    "norm1": "layer_norm1",
+    "norm2": "layer_norm2",
+    "attn.proj": "self_attn.out_proj",
+    "mlp.fc1": "mlp.fc1",
+    "mlp.fc2": "mlp.fc2",
+}
 POOLING = {
     "latent": "probe",
     "proj.weight": "attention.out_proj.weight",
@@ -217,7 +220,6 @@ def _write_tokenizer(recipe: Recipe, folder: Path) -> None:
         write_tokenizer(text, folder, with_cleaning=True)
         return
     transformers = _transformers()
-
     bpe = open_clip_module("tokenizer").SimpleTokenizer()
     marks = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
     vocab = {marks.get(token, token): number for token, number in bpe.encoder.items()}

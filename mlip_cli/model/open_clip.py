@@ -137,6 +137,22 @@ def from_open_clip(weights: Mapping[str, Tensor], *, source: str) -> dict[str, T
     return found
 
 
+def as_built(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of `from_open_clip` with the names that a model's tensors `own` have.
+
+    timm's towers without a norm before the blocks have a bias in the patch embedding, which is 0 here, and another name
+    for a norm behind the pooling.
+    """
+    found = dict(weights)
+    if PATCH_BIAS in own and PATCH_BIAS not in found:
+        found[PATCH_BIAS] = torch.zeros(own[PATCH_BIAS].shape)
+    for kind in ("weight", "bias"):
+        last, behind_mean = f"vision.trunk.norm.{kind}", f"vision.trunk.fc_norm.{kind}"
+        if behind_mean in own and last in found:
+            found[behind_mean] = found.pop(last)
+    return found
+
+
 def _attention_pooling(name: str, tensor: Tensor) -> dict[str, Tensor]:
     """A tensor of SigLIP's attention pooling in transformers, whose query, key and value are one matrix."""
     place = "vision.trunk.attn_pool."

@@ -94,9 +94,9 @@ def _of_open_clip(folder: Path, target: str) -> Foreign:
 
 def _of_transformers(folder: Path, target: str) -> Foreign:
     place, beside = folder / TRANSFORMERS_CONFIG, folder / "preprocessor_config.json"
-    described = of_transformers(
-        read_foreign_object(place), read_foreign_object(beside) if beside.is_file() else {}, source=str(place)
-    )
+    configuration, preprocessor = read_foreign_object(place), read_foreign_object(beside) if beside.is_file() else {}
+    with _misfits_named(place):
+        described = of_transformers(configuration, preprocessor, source=str(place))
     return Foreign(target, _name(folder), _weights(folder, WEIGHTS_OF_TRANSFORMERS), described)
 
 

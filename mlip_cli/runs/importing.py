@@ -14,8 +14,8 @@ from mlip_cli.data.packages import open_clip_module
 from mlip_cli.data.tokenizer import tokenizer_from
 from mlip_cli.errors import UsageError
 from mlip_cli.files import full_disk_named, lock, remove, sync_folder, write_bytes, write_text
-from mlip_cli.model.clip import CLIP, build_model
-from mlip_cli.model.open_clip import from_open_clip
+from mlip_cli.model.clip import build_model
+from mlip_cli.model.open_clip import as_built, from_open_clip
 from mlip_cli.paths import escaped
 from mlip_cli.recipe.architecture import Architecture, with_preprocessing
 from mlip_cli.recipe.checks import check
@@ -199,7 +199,7 @@ def _fitted(foreign: Foreign, recipe: Recipe) -> dict[str, Tensor]:
     theirs: dict[str, Tensor] = {}
     for file in foreign.files:
         theirs |= read_weights(file)
-    weights = _as_built(from_open_clip(theirs, source=place), model)
+    weights = as_built(from_open_clip(theirs, source=place), model.state_dict())
     wrong = differing(model.state_dict(), weights)
     if wrong:
         cure = "name its own architecture" if foreign.configuration else "the configuration beside it is another's"
@@ -210,16 +210,3 @@ def _fitted(foreign: Foreign, recipe: Recipe) -> dict[str, Tensor]:
         cure = "set quick_gelu in its configuration" if name is None else f"name {name}-quickgelu"
         warn(f"{place}: a file of OpenAI, whose models use QuickGELU; {cure}")
     return {name: tensor.float() for name, tensor in weights.items()}
-
-
-def _as_built(weights: dict[str, Tensor], model: CLIP) -> dict[str, Tensor]:
-    """With the parts of timm's towers that OpenCLIP's do without, at values that change nothing."""
-    own = model.state_dict()
-    bias = "vision.trunk.patch_embed.proj.bias"
-    if bias in own and bias not in weights:
-        weights[bias] = torch.zeros(own[bias].shape)
-    for kind in ("weight", "bias"):
-        last, behind_mean = f"vision.trunk.norm.{kind}", f"vision.trunk.fc_norm.{kind}"
-        if behind_mean in own and last in weights:
-            weights[behind_mean] = weights.pop(last)
-    return weights
