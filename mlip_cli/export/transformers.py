@@ -3,15 +3,15 @@
 from pathlib import Path
 from typing import Any
 
-import torch
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor, nn
+from torch import nn
 
 from mlip_cli.data.packages import open_clip_module
 from mlip_cli.export.open_clip import activation_of, not_held, plain_tower, refused, without_stem
 from mlip_cli.export.tokenizer import write_tokenizer
 from mlip_cli.files import write_json
 from mlip_cli.model.clip import CLIP
+from mlip_cli.model.open_clip import to_transformers
 from mlip_cli.recipe.architecture import ACTIVATIONS_OF_TRANSFORMERS
 from mlip_cli.recipe.config import Recipe
 from mlip_cli.runs.loading import LoadedRun
@@ -29,8 +29,7 @@ def write_transformers(loaded: LoadedRun, folder: Path) -> list[str]:
         UsageError: neither CLIPModel nor SiglipModel has this form.
     """
     model = _empty(loaded)
-    names = _names(loaded.model, is_siglip=_is_siglip(loaded.model.vision.trunk))
-    model.load_state_dict({name: tensor.float() for name, tensor in names.items()}, strict=True)
+    model.load_state_dict(to_transformers(loaded.model.state_dict()), strict=True)
     model.save_pretrained(folder)
     _write_tokenizer(loaded.recipe, folder)
     _write_preprocessing(loaded.recipe, folder)
@@ -139,78 +138,6 @@ def _siglip_vision(recipe: Recipe, model: CLIP) -> dict[str, Any]:
         "hidden_act": THEIR_ACTIVATIONS[activation_of(first.mlp.act)],
         "layer_norm_eps": first.norm1.eps,
     }
-
-
-def _names(model: CLIP, *, is_siglip: bool) -> dict[str, Tensor]:
-    """The weights by transformers' names and in its shapes."""
-    own = model.state_dict()
-    found: dict[str, Tensor] = {"logit_scale": own["log_scales.spatial_global"].reshape(() if not is_siglip else (1,))}
-    for prefix, theirs in (("vision.trunk.blocks.", "vision_model"), ("text.blocks.", "text_model")):
-        for name, tensor in own.items():
-            if name.startswith(prefix):
-                number, _, part = name.removeprefix(prefix).partition(".")
-                found |= _of_block(f"{theirs}.encoder.layers.{number}", part, tensor)
-    found |= {
-        "text_model.embeddings.token_embedding.weight": own["text.token_embedding.weight"],
-        "text_model.embeddings.position_embedding.weight": own["text.positional_embedding"],
-        "vision_model.embeddings.patch_embedding.weight": own["vision.trunk.patch_embed.proj.weight"],
-        "vision_model.embeddings.position_embedding.weight": own["vision.trunk.pos_embed"][0],
-    }
-    pairs = {"text.norm": "text_model.final_layer_norm", "vision.trunk.norm": "vision_model.post_layernorm"}
-    if is_siglip:
-        found["logit_bias"] = own["logit_biases.spatial_global"]
-        pairs |= {
-            "text_projection": "text_model.head",
-            "vision.trunk.patch_embed.proj": "vision_model.embeddings.patch_embedding",
-        }
-        found |= _of_attention_pooling(own)
-    else:
-        found["vision_model.embeddings.class_embedding"] = own["vision.trunk.cls_token"].reshape(-1)
-        found |= {f"{name}_projection.weight": own[f"{ours}_projection.weight"] for name, ours in PROJECTIONS.items()}
-        pairs["vision.trunk.norm_pre"] = "vision_model.pre_layrnorm"  # spelled like this there
-    for ours, theirs in pairs.items():
-        found |= {f"{theirs}.{kind}": own[f"{ours}.{kind}"] for kind in ("weight", "bias")}
-    return found
-
-
-PROJECTIONS = {"visual": "image", "text": "text"}
-PARTS = {
-    "norm1": "layer_norm1",
-    "norm2": "layer_norm2",
-    "attn.proj": "self_attn.out_proj",
-    "mlp.fc1": "mlp.fc1",
-    "mlp.fc2": "mlp.fc2",
-}
-POOLING = {
-    "latent": "probe",
-    "proj.weight": "attention.out_proj.weight",
-    "proj.bias": "attention.out_proj.bias",
-    "norm.weight": "layernorm.weight",
-    "norm.bias": "layernorm.bias",
-}
-
-
-def _of_block(place: str, part: str, tensor: Tensor) -> dict[str, Tensor]:
-    module, _, kind = part.rpartition(".")
-    if module == "attn.qkv":
-        return {
-            f"{place}.self_attn.{letter}_proj.{kind}": own for letter, own in zip("qkv", tensor.chunk(3), strict=True)
-        }
-    return {f"{place}.{PARTS[module]}.{kind}": tensor}
-
-
-def _of_attention_pooling(own: dict[str, Tensor]) -> dict[str, Tensor]:
-    prefix, place, found = "vision.trunk.attn_pool.", "vision_model.head.", {}
-    for name, tensor in own.items():
-        part = name.removeprefix(prefix)
-        if not name.startswith(prefix) or part.startswith("kv."):
-            continue
-        if part.startswith("q."):
-            kind = part.removeprefix("q.")
-            found[f"{place}attention.in_proj_{kind}"] = torch.cat([tensor, own[f"{prefix}kv.{kind}"]])
-        else:
-            found[place + POOLING.get(part, part)] = tensor
-    return found
 
 
 def _write_tokenizer(recipe: Recipe, folder: Path) -> None:

@@ -78,7 +78,7 @@ OF_TRANSFORMERS = {
     "vision_model.pre_layrnorm.": "visual.ln_pre.",  # spelled like this there
     "vision_model.encoder.layers.": "visual.transformer.resblocks.",
     "vision_model.post_layernorm.": "visual.ln_post.",
-    "vision_model.head.": "visual.map.",  # not a name of OpenCLIP
+    "vision_model.head.": "visual.trunk.attn_pool.",
     "visual_projection.weight": "visual.proj",
     "text_model.embeddings.token_embedding.": "token_embedding.",
     "text_model.embeddings.position_embedding.weight": "positional_embedding",
@@ -95,14 +95,13 @@ BLOCKS_OF_TRANSFORMERS = {
     ".mlp.fc1.": ".mlp.c_fc.",
     ".mlp.fc2.": ".mlp.c_proj.",
 }
-MAP = "visual.map."
-MAP_OF_TRANSFORMERS = {
-    "probe": "latent",
-    "attention.out_proj.": "proj.",
-    "layernorm.": "norm.",
-    "mlp.": "mlp.",
+POOLING_OF_TRANSFORMERS = {
+    ".attn_pool.probe": ".attn_pool.latent",
+    ".attn_pool.attention.out_proj.": ".attn_pool.proj.",
+    ".attn_pool.layernorm.": ".attn_pool.norm.",
 }
-"""Parts of SigLIP's attention pooling -> timm's, beside query, key and value."""
+QUERY_AND_REST = (".attn_pool.q.", ".attn_pool.kv.")
+"""timm's two parts of what is one matrix of SigLIP's attention pooling in transformers: query, key and value."""
 QUERY_KEY_VALUE = re.compile(r"(.+)\.self_attn\.([qkv])_proj\.(weight|bias)")
 
 ONLY_OURS = ("frequency.", "frequency_projection.", "token_projections.", "log_scales.", "logit_biases.")
@@ -122,9 +121,6 @@ def from_open_clip(weights: Mapping[str, Tensor], *, source: str) -> dict[str, T
     unknown = []
     for name, tensor in from_transformers(unwrapped(weights, source=source), source=source).items():
         name = name.removeprefix("text.")
-        if name.startswith(MAP):
-            found |= _attention_pooling(name.removeprefix(MAP), tensor)
-            continue
         ours = _our_name(name)
         if ours is not None:
             tensor = _transposed(tensor) if name in TRANSPOSED else tensor[(None,) * LEADING_AXES.get(name, 0)]
@@ -151,17 +147,6 @@ def as_built(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[s
         if behind_mean in own and last in found:
             found[behind_mean] = found.pop(last)
     return found
-
-
-def _attention_pooling(name: str, tensor: Tensor) -> dict[str, Tensor]:
-    """A tensor of SigLIP's attention pooling in transformers, whose query, key and value are one matrix."""
-    place = "vision.trunk.attn_pool."
-    if name.startswith("attention.in_proj_"):
-        kind, width = name.removeprefix("attention.in_proj_"), len(tensor) // 3
-        return {f"{place}q.{kind}": tensor[:width], f"{place}kv.{kind}": tensor[width:]}
-    start = next((start for start in MAP_OF_TRANSFORMERS if name.startswith(start)), None)
-    known = name if start is None else MAP_OF_TRANSFORMERS[start] + name.removeprefix(start)
-    return {place + known: tensor}
 
 
 def unwrapped(weights: Mapping[str, Tensor], *, source: str) -> dict[str, Tensor]:
@@ -198,7 +183,13 @@ def from_transformers(weights: Mapping[str, Tensor], *, source: str) -> dict[str
             block, letter, kind = one_of_three.groups()
             apart.setdefault(f"{block}.attn.in_proj_{kind}", {})[letter] = tensor
             continue
-        for theirs, own in BLOCKS_OF_TRANSFORMERS.items() if ".resblocks." in name else ():
+        if ".attn_pool.attention.in_proj_" in name:
+            for part, rows in zip(
+                QUERY_AND_REST, (tensor[: len(tensor) // 3], tensor[len(tensor) // 3 :]), strict=True
+            ):
+                found[name.replace(".attn_pool.attention.in_proj_", part)] = rows
+            continue
+        for theirs, own in (BLOCKS_OF_TRANSFORMERS if ".resblocks." in name else POOLING_OF_TRANSFORMERS).items():
             name = name.replace(theirs, own)
         found[name] = _transposed(tensor) if name in TRANSPOSED else tensor
     for name, parts in apart.items():
@@ -269,3 +260,36 @@ def _their_name(name: str) -> str | None:
             their_module = next(other for other, own in MODULES_OF_A_BLOCK.items() if own == module)
             return f"{theirs}.{number}.{their_module}{kind}"
     return None
+
+
+def to_transformers(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Our weights by the names of transformers' CLIPModel or SiglipModel: the inverse of `from_transformers`.
+
+    A pooling by attention makes it a SiglipModel, whose patch embedding has a bias.
+    """
+    is_siglip = any(QUERY_AND_REST[0] in name for name in weights)
+    plain = {name: tensor for name, tensor in weights.items() if name != PATCH_BIAS}
+    named = to_open_clip(plain, of_timm=False, custom_text=False)
+    if is_siglip:
+        named |= {n.replace("vision.", "visual.", 1): own for n, own in weights.items() if ".attn_pool." in n}
+        named["visual.conv1.bias"] = weights[PATCH_BIAS]
+    found: dict[str, Tensor] = {}
+    for name, tensor in named.items():
+        renamed = name
+        for theirs, own in (BLOCKS_OF_TRANSFORMERS if ".resblocks." in name else POOLING_OF_TRANSFORMERS).items():
+            renamed = renamed.replace(own, theirs)
+        starts = [(start, theirs) for theirs, start in OF_TRANSFORMERS.items() if renamed.startswith(start)]
+        start, theirs = max(starts, key=lambda pair: len(pair[0]), default=("", ""))
+        renamed = theirs + renamed.removeprefix(start)
+        if ".attn.in_proj_" in name:
+            for letter, rows in zip("qkv", tensor.chunk(3), strict=True):
+                found[renamed.replace(".attn.in_proj_", f".self_attn.{letter}_proj.")] = rows
+        elif QUERY_AND_REST[0] in name:
+            rest = named[name.replace(*QUERY_AND_REST)]
+            found[renamed.replace("head.q.", "head.attention.in_proj_")] = torch.cat([tensor, rest])
+        elif QUERY_AND_REST[1] not in name:
+            found[renamed] = _transposed(tensor) if name in TRANSPOSED else tensor
+    for name in SCALARS:
+        if is_siglip and name in found:
+            found[name] = found[name].reshape(1)
+    return found
