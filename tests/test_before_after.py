@@ -18,7 +18,15 @@ from models_for_tests import small_recipe
 from PIL import Image
 from shards_for_tests import make_dataset
 
-from mlip_cli.evaluate.before_after import Answers, Asked, BeforeAfter, change_of, keep_answers, place_of, read_changes
+from mlip_cli.evaluate.before_after import (
+    Answers,
+    BeforeAfter,
+    QuestionSet,
+    change_of,
+    keep_answers,
+    place_of,
+    read_changes,
+)
 from mlip_cli.evaluate.statistics import Interval, paired_interval
 from mlip_cli.recipe.load import recipe_yaml
 from mlip_cli.report.before_after import changes_sentence
@@ -165,9 +173,9 @@ def test_a_run_that_goes_on_later_does_not_measure_step_0_again(
     assert first.asked == second.asked
 
 
-def asked(before: str, after: str, **more: Any) -> Asked:
+def asked(before: str, after: str, **more: Any) -> QuestionSet:
     values = {"dataset": "digits", "fingerprint": "f", "measure": "acc1", "before": before, "after": after}
-    return Asked(**values | more)
+    return QuestionSet(**values | more)
 
 
 def test_the_sentence_says_what_is_shown_and_what_is_not() -> None:

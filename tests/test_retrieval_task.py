@@ -18,7 +18,7 @@ from mlip_cli.commands import eval_zeroshot as command
 from mlip_cli.data.open import open_prepared
 from mlip_cli.data.transforms import evaluation_transform
 from mlip_cli.errors import RunError, UsageError
-from mlip_cli.evaluate.datasets.pairs import find_pairs
+from mlip_cli.evaluate.datasets.pairs import find_pair_data
 from mlip_cli.evaluate.datasets.pictures import read_picture
 from mlip_cli.evaluate.merge_points import sweep_points
 from mlip_cli.evaluate.results import PairedTest
@@ -201,7 +201,7 @@ def karpathy(root: Path, name: str) -> Path:
 @pytest.mark.parametrize("name", ["flickr30k", "coco"])
 def test_karpathys_test_split_is_measured(name: str, tmp_path: Path) -> None:
     karpathy(tmp_path, name)
-    data = find_pairs(name, root=tmp_path, recipes=[])
+    data = find_pair_data(name, root=tmp_path, recipes=[])
     [pairs] = data.open()
     assert pairs.num_samples == 6
     samples = [pairs.read(id) for id in range(6)]
@@ -209,7 +209,7 @@ def test_karpathys_test_split_is_measured(name: str, tmp_path: Path) -> None:
     for number, own in enumerate(samples):
         assert own.captions[2].text == f"caption 2 of picture {number}"
         assert own.image == picture(number, "JPEG")
-    assert data.fingerprint == find_pairs(name, root=tmp_path, recipes=[]).fingerprint
+    assert data.fingerprint == find_pair_data(name, root=tmp_path, recipes=[]).fingerprint
 
 
 @pytest.mark.slow
@@ -225,18 +225,18 @@ def test_a_missing_picture_of_the_split_is_named(tmp_path: Path) -> None:
     folder = karpathy(tmp_path, "flickr30k")
     (folder / "flickr30k-images/3.jpg").unlink()
     with pytest.raises(RunError) as error:
-        find_pairs("flickr30k", root=tmp_path, recipes=[]).open()
+        find_pair_data("flickr30k", root=tmp_path, recipes=[]).open()
     assert str(error.value).startswith(
         "flickr30k: 1 of 6 pairs cannot be used (dataset_flickr30k.json, row 3: picture missing: 3.jpg: no such file"
     )
     (folder / "flickr30k-images/8.jpg").unlink()  # not of the split
     write_files(folder, {"flickr30k-images/3.jpg": picture(3, "JPEG")})
-    assert find_pairs("flickr30k", root=tmp_path, recipes=[]).open()[0].num_samples == 6
+    assert find_pair_data("flickr30k", root=tmp_path, recipes=[]).open()[0].num_samples == 6
 
 
 def test_a_folder_with_texts_is_pairs(tmp_path: Path) -> None:
     write_sidecars(tmp_path / "mine", 7)
-    [pairs] = find_pairs(f"pairs:{tmp_path / 'mine'}", root=None, recipes=[]).open()
+    [pairs] = find_pair_data(f"pairs:{tmp_path / 'mine'}", root=None, recipes=[]).open()
     assert pairs.num_samples == 7
 
 
@@ -246,7 +246,7 @@ def test_web_shards_of_clip_benchmark_are_pairs(tmp_path: Path) -> None:
     for i in range(4):
         members |= {f"{i:07d}.png": picture(i), f"{i:07d}.txt": "\n".join(f"caption {n} of {i}" for n in range(5))}
     write_tar(tmp_path / "wds_flickr30k/test/0.tar", members)
-    [pairs] = find_pairs(f"pairs:{tmp_path / 'wds_flickr30k/test'}", root=None, recipes=[]).open()
+    [pairs] = find_pair_data(f"pairs:{tmp_path / 'wds_flickr30k/test'}", root=None, recipes=[]).open()
     assert [[own.text for own in pairs.read(i).captions] for i in range(4)] == [
         [f"caption {n} of {i}" for n in range(5)] for i in range(4)
     ]
@@ -269,14 +269,14 @@ def test_web_shards_of_clip_benchmark_are_pairs(tmp_path: Path) -> None:
 )
 def test_data_that_is_not_there(name: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError) as error:
-        find_pairs(name, root=tmp_path, recipes=[small_recipe()])
+        find_pair_data(name, root=tmp_path, recipes=[small_recipe()])
     assert str(error.value).startswith(message.format(root=tmp_path))
 
 
 def test_validation_must_be_the_same_for_all_runs() -> None:
     recipes = [small_recipe(data={"validation": [name]}) for name in ("a", "b")]
     with pytest.raises(UsageError) as error:
-        find_pairs("validation", root=None, recipes=recipes)
+        find_pair_data("validation", root=None, recipes=recipes)
     assert str(error.value) == (
         "validation: the runs have different data.validation; name one for all, as in --dataset shards:a"
     )

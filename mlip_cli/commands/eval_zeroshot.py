@@ -6,7 +6,7 @@ from pathlib import Path
 
 from mlip_cli.errors import RunError, UsageError
 from mlip_cli.evaluate.datasets.find import find_benchmark
-from mlip_cli.evaluate.datasets.pairs import find_pairs
+from mlip_cli.evaluate.datasets.pairs import find_pair_data
 from mlip_cli.evaluate.stored import (
     RETRIEVAL,
     TASKS,
@@ -41,17 +41,16 @@ def eval_zeroshot(
         RunError: some data sets could not be evaluated, or some results not stored; what there is is printed before.
     """
     asked = TASKS[task]
-    if datasets and asked is ZEROSHOT:
-        named = find_wanted(datasets, root=data_root)  # before weights of other programs are copied
-        if not named.found:
-            raise _one_error(named.failures)
+    named = find_wanted(datasets, root=data_root) if datasets and asked is ZEROSHOT else None
+    if named is not None and not named.found:  # before weights of other programs are copied
+        raise _one_error(named.failures)
     checkpoints = find_checkpoints(runs)
     names = list(dict.fromkeys(datasets or default_datasets(checkpoints, asked)))
     recipes = [checkpoint.run.read_recipe() for checkpoint in checkpoints]
     for recipe in recipes:
         check_rates(recipe, merge_rates)
-    find = partial(find_pairs, recipes=recipes) if asked is RETRIEVAL else find_benchmark
-    wanted = find_wanted(names, root=data_root, find=find)
+    find = partial(find_pair_data, recipes=recipes) if asked is RETRIEVAL else find_benchmark
+    wanted = named or find_wanted(names, root=data_root, find=find)
     rates: list[float | None] = list(dict.fromkeys(merge_rates)) or [None]
     rows = {
         benchmark.name: [

@@ -47,11 +47,11 @@ def search(
     with interrupted_as("interrupted; the same command goes on from the vectors that are written"):
         say("loading PyTorch and the weights")
         from mlip_cli.evaluate.encoder import load_encoder
-        from mlip_cli.evaluate.search import Asked, read_query
+        from mlip_cli.evaluate.search import SearchTerm, read_query
         from mlip_cli.evaluate.search import search as search_pictures
         from mlip_cli.evaluate.search_pictures import open_pictures
 
-        asked = [*(Asked(text, None) for text in texts), *map(read_query, image_queries)]
+        asked = [*(SearchTerm(text, None) for text in texts), *map(read_query, image_queries)]
         pictures = open_pictures(images)
         encoder = load_encoder(str(checkpoint), device=device, merge_rate=merge_rate)
         result, thumbnails = search_pictures(encoder, pictures, asked, images=images, top=top, batch_size=batch_size)

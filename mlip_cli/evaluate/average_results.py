@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from mlip_cli.evaluate.before_after import MEASURES, Asked, Change, change_of
+from mlip_cli.evaluate.before_after import MEASURES, Change, QuestionSet, change_of
 from mlip_cli.runs.result_files import Result
 
 Coefficients = tuple[float, ...]
@@ -65,7 +65,7 @@ class AveragedData:
         """The average `point` after the average `other`."""
         right = {own.coefficients: own.right for own in self.points}
         return change_of(
-            Asked(
+            QuestionSet(
                 dataset=self.dataset,
                 fingerprint=self.fingerprint,
                 measure=self.measure,

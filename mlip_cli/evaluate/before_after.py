@@ -46,7 +46,7 @@ class Answers:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
+class QuestionSet:
     """The questions of a data set, answered before the training and after it."""
 
     dataset: str
@@ -69,7 +69,7 @@ class BeforeAfter(Result):
 
     KIND: ClassVar[str] = "before_after"
 
-    asked: Sequence[Asked]
+    asked: Sequence[QuestionSet]
 
     @property
     def changes(self) -> list["Change"]:
@@ -114,7 +114,7 @@ class Change:
         return {**json_value(self), "is_shown": self.is_shown}
 
 
-def change_of(asked: Asked) -> Change:
+def change_of(asked: QuestionSet) -> Change:
     """Shares, their paired difference, and intervals. Questions of a cluster are drawn together."""
     assert asked.after is not None
     test = PairedTest(**paired(asked.before, asked.after, asked.cluster_of))
@@ -163,7 +163,7 @@ def keep_answers(run: Run, step: int, answers: Sequence[Answers]) -> None:
     """
     if step == 0:
         asked = [
-            Asked(
+            QuestionSet(
                 dataset=own.dataset,
                 fingerprint=own.fingerprint,
                 measure=own.measure,

@@ -41,14 +41,14 @@ ATTEMPTS = 3
 
 
 @dataclass(frozen=True)
-class Asked:
+class SearchTerm:
     """A query: a text, or a picture with its file."""
 
     text: str | None
     picture: FoundPicture | None
 
 
-def read_query(path: Path) -> Asked:
+def read_query(path: Path) -> SearchTerm:
     """A picture file as a query.
 
     Raises:
@@ -61,13 +61,13 @@ def read_query(path: Path) -> Asked:
     pixels = _pixels(content)
     if isinstance(pixels, RejectedPictureError):
         raise UsageError(f"--image {path}: {pixels}; name another picture")
-    return Asked(None, FoundPicture(str(path), content, None))
+    return SearchTerm(None, FoundPicture(str(path), content, None))
 
 
 def search(
     encoder: ImageTextEncoder,
     pictures: SearchPictures,
-    asked: Sequence[Asked],
+    asked: Sequence[SearchTerm],
     *,
     images: str,
     top: int,
@@ -120,7 +120,7 @@ def _read_again(pictures: SearchPictures, number: int) -> FoundPicture:
 
 def _answer(
     encoder: ImageTextEncoder,
-    asked: Asked,
+    asked: SearchTerm,
     nearest: Nearest,
     shown: dict[int, FoundPicture],
     data: dict[int, str | None],
@@ -241,7 +241,7 @@ def _small(picture: FoundPicture) -> bytes | None:
     return None if isinstance(pixels, RejectedPictureError) else thumbnail(pixels)
 
 
-def _encoded_queries(encoder: ImageTextEncoder, asked: Sequence[Asked]) -> NDArray[np.float32]:
+def _encoded_queries(encoder: ImageTextEncoder, asked: Sequence[SearchTerm]) -> NDArray[np.float32]:
     """Vectors of all queries: (Q, E)."""
     texts = [own.text for own in asked if own.text is not None]
     images = [decode(open_picture(own.picture.content)) for own in asked if own.picture is not None]

@@ -21,6 +21,7 @@ from mlip_cli.recipe.merge_plan import MergePlan
 from mlip_cli.runs.checkpoint import load_weights
 from mlip_cli.runs.find import find_checkpoint
 from mlip_cli.runs.folder import Run, step_of
+from mlip_cli.runs.weight_files import differing
 from mlip_cli.types import ImageFeatures
 
 
@@ -104,12 +105,10 @@ def load_into(model: CLIP, weights: dict[str, Tensor], checkpoint: Path) -> None
     Raises:
         UsageError: names or shapes differ; the message names the first few.
     """
-    own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    given = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    if own != given:
-        different = sorted(name for name in own.keys() | given.keys() if own.get(name) != given.get(name))
+    wrong = differing(model.state_dict(), weights)
+    if wrong:
         raise UsageError(
-            f"{checkpoint}: weights of another model: {len(different)} tensors differ from the recipe's, such as "
-            f"{', '.join(f'{n} ({given.get(n)} for {own.get(n)})' for n in different[:3])}"
+            f"{checkpoint}: weights of another model: {len(wrong)} tensors differ from the recipe's, such as "
+            f"{'; '.join(wrong[:3])}"
         )
     model.load_state_dict(weights)

@@ -47,7 +47,7 @@ class PairData(Benchmark):
         return [_ListedPairs(self, _measured_records(self.name, find_source(str(self.root))))]
 
 
-def find_pairs(name: str, *, root: Path | None, recipes: Sequence[Recipe]) -> PairData:
+def find_pair_data(name: str, *, root: Path | None, recipes: Sequence[Recipe]) -> PairData:
     """The data set of pairs called `name`; `recipes` are those of the runs that it is for.
 
     Raises:
