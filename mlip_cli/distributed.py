@@ -1,8 +1,10 @@
 """Several ranks: start and stop, a differentiable gather, means. One process alone communicates nothing."""
 
 import ctypes
+import itertools
 import os
 import signal
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -16,7 +18,12 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from mlip_cli.errors import Stopped
+from mlip_cli.errors import RunError, Stopped
+
+START_TIMEOUT = timedelta(minutes=30)
+"""So long ranks may be late at the start: starting Python on a busy shared disk takes minutes."""
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+"""So long a collective waits, on every backend: rank 0 may be saving on a slow disk meanwhile."""
 
 
 def rank() -> int:
@@ -31,33 +38,107 @@ def world_size() -> int:
 
 @contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
-    """Join the other ranks (nccl on CUDA, gloo elsewhere) for the time of the block."""
+    """Join the other ranks (nccl on CUDA, gloo elsewhere) for the time of the block.
+
+    Raises:
+        RunError: a rank did not come.
+    """
     if world_size() == 1:
         yield
         return
-    if device.type == "cuda":
+    is_cuda = device.type == "cuda"
+    if is_cuda:
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
-        yield
-    except Stopped:
-        # Stopped is raised on every rank, so a barrier is safe: torchrun kills the rest when one exits, and rank 0 may
-        # still be writing its report. After other errors do not wait.
-        dist.barrier()
-        dist.destroy_process_group()
-        raise
+        store, _, _ = next(iter(dist.rendezvous("env://", timeout=START_TIMEOUT)))
+    except dist.DistError as error:
+        place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise RunError(f"the {world_size()} ranks did not find each other at {place}: {error}") from error
+    token = _meeting_place.set(MeetingPlace(store))
+    try:
+        wait_for_ranks(START_TIMEOUT)
+        dist.init_process_group(
+            "nccl" if is_cuda else "gloo",
+            store=dist.PrefixStore("collectives", store),
+            rank=rank(),
+            world_size=world_size(),
+            timeout=COLLECTIVE_TIMEOUT,
+            device_id=device if is_cuda else None,
+        )
+        try:
+            yield
+        except Stopped:
+            leave()
+            raise
+        leave()
+    finally:
+        _meeting_place.reset(token)
+
+
+def leave() -> None:
+    """End the collectives, when all ranks are here: rank 0 may still be writing its report, and torchrun kills the rest
+    when one rank fails. After errors other than `Stopped`, which comes to every rank, nobody waits."""
+    wait_for_ranks(COLLECTIVE_TIMEOUT)
     dist.destroy_process_group()
+
+
+class MeetingPlace:
+    """Where ranks wait for each other without a collective: a key of the store for each rank and each wait.
+
+    The store is the one that the ranks found each other by, so that it needs no more network than they have. Backends
+    of collectives choose an address of their own, which on several nodes may be the wrong one.
+    """
+
+    LOOK_EVERY_S = 0.05
+
+    def __init__(self, store: dist.Store) -> None:
+        self.store = dist.PrefixStore("meetings", store)
+        self.numbers = itertools.count()
+
+    def wait(self, most: timedelta) -> None:
+        """Return when all ranks have called it as often as this one.
+
+        Raises:
+            RunError: after `most`; it names the ranks that did not come.
+        """
+        number, deadline = next(self.numbers), time.monotonic() + most.total_seconds()
+        self._note(f"{number}/here")
+        missing = self._missing(f"{number}/here", deadline)
+        self._note(f"{number}/seen")
+        if missing:
+            raise RunError(
+                f"rank {', '.join(map(str, missing))} of {world_size()} did not come within {most}; look at what it "
+                "printed, and whether its node is up"
+            )
+        if rank() == 0:  # it may hold the store, so it leaves when nobody asks for this wait any more
+            self._missing(f"{number}/seen", deadline)
+
+    def _note(self, what: str) -> None:
+        self.store.set(f"{what}/{rank()}", "")
+
+    def _missing(self, what: str, deadline: float) -> list[int]:
+        """The ranks that have not noted `what` by `deadline`, a reading of the monotonic clock."""
+        missing = list(range(world_size()))
+        while missing := [other for other in missing if not self.store.check([f"{what}/{other}"])]:
+            if time.monotonic() > deadline:
+                break
+            time.sleep(self.LOOK_EVERY_S)
+        return missing
+
+
+_meeting_place: ContextVar[MeetingPlace] = ContextVar("meeting_place")
 
 
 def wait_for_ranks(most: timedelta = timedelta(days=1)) -> None:
     """Return when all ranks have called it. Ranks may be late by `most`: one may have copied data over a network.
 
     Ordinary collectives fail after minutes without an answer.
+
+    Raises:
+        RunError: a rank did not come.
     """
     if world_size() > 1:
-        group = dist.new_group(backend="gloo", timeout=most)
-        dist.barrier(group)  # type: ignore[arg-type]  # a number only where a rank is left out
-        dist.destroy_process_group(group)
+        _meeting_place.get().wait(most)
 
 
 def wrap(
@@ -79,7 +160,12 @@ def wrap(
     if world_size() == 1:
         return model
     if parallel == "ddp":
-        return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+        # buffers are constants, equal on all ranks: there is nothing to send before each forward pass
+        constants = [name for name, _ in model.named_buffers()]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, constants)
+        return DistributedDataParallel(
+            model, device_ids=[device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True
+        )
     mesh = dist.device_mesh.init_device_mesh(device.type, (world_size(),))
     for unit in units:
         fully_shard(unit, mesh=mesh)

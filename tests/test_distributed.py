@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import indent
 
 import pytest
 from killed_for_tests import Forked, pretrain
@@ -19,17 +20,19 @@ pytestmark = pytest.mark.slow
 TWO_RANKS = """
 import os, time
 from datetime import timedelta
-import torch.distributed as dist
-from mlip_cli.distributed import wait_for_ranks
+import torch, torch.distributed as dist
+from mlip_cli import distributed
+from mlip_cli.distributed import process_group, wait_for_ranks
+distributed.COLLECTIVE_TIMEOUT = distributed.START_TIMEOUT = timedelta(seconds=4)
+dist.new_group = None  # a second group may choose an address that other nodes do not reach
 store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # on a port that is free, as torchrun's
 os.environ |= {{"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}}
 os.environ |= {{"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}}
 child = os.fork()
 if child == 0:
     os.environ["RANK"] = "1"
-dist.init_process_group("gloo", timeout=timedelta(seconds=4))
+with process_group(torch.device("cpu")):
 {work}
-dist.destroy_process_group()
 if child == 0:
     os._exit(0)  # the store is not its own to end
 assert os.waitpid(child, 0)[1] == 0
@@ -40,6 +43,37 @@ LATE = """
 if child == 0:
     time.sleep(6)
 wait_for_ranks()
+"""
+
+NEVER = """
+from mlip_cli.errors import RunError
+if child == 0:  # rank 1
+    try:
+        wait_for_ranks(timedelta(seconds=1))
+    except RunError as error:
+        print(error)
+    wait_for_ranks()
+else:
+    time.sleep(3)
+    wait_for_ranks()
+    wait_for_ranks()
+"""
+
+NOT_STARTED = """
+import os
+from datetime import timedelta
+import torch, torch.distributed as dist
+from mlip_cli import distributed
+from mlip_cli.errors import RunError
+store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+os.environ |= {"RANK": "0", "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+distributed.START_TIMEOUT = timedelta(seconds=1)
+try:
+    with distributed.process_group(torch.device("cpu")):
+        pass
+except RunError as error:
+    print(error)
 """
 
 BAD_SAMPLES = """
@@ -62,7 +96,7 @@ assert progress.bad_samples == 12 and watch.bad_samples == []
 
 
 ASKING = """
-import signal, torch
+import signal
 from mlip_cli.train.signals import StopRequest
 with StopRequest(torch.device("cpu")) as stop:
     is_time, saved = child == 0, []  # by the clock of one rank
@@ -79,7 +113,7 @@ with StopRequest(torch.device("cpu")) as stop:
 
 
 def two_ranks(work: str) -> subprocess.CompletedProcess[str]:
-    worker = TWO_RANKS.format(work=work)
+    worker = TWO_RANKS.format(work=indent(work, "    "))
     done = subprocess.run([sys.executable, "-c", worker], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done
@@ -87,6 +121,16 @@ def two_ranks(work: str) -> subprocess.CompletedProcess[str]:
 
 def test_ranks_wait_for_one_that_is_later_than_the_timeout() -> None:
     two_ranks(LATE)
+
+
+def test_a_rank_that_does_not_come_is_named() -> None:
+    did_not_come = "of 2 did not come within 0:00:01; look at what it printed, and whether its node is up"
+    assert two_ranks(NEVER).stdout == f"rank 0 {did_not_come}\n"
+
+
+def test_ranks_that_do_not_start_are_named() -> None:
+    done = subprocess.run([sys.executable, "-c", NOT_STARTED], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("rank 1, 2 of 3 did not come within 0:00:01; ")
 
 
 def test_ranks_agree_one_step_later_and_save_once() -> None:
