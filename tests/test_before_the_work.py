@@ -239,3 +239,17 @@ def test_the_cache_of_an_account(
     with pytest.raises(UsageError) as error:
         ShardCache.of(Cache())
     assert str(error.value) == f"data.cache.folder: {message}"
+
+
+@pytest.mark.parametrize(
+    ("variable", "launcher"), [("SLURM_STEP_NUM_TASKS", "srun"), ("OMPI_COMM_WORLD_SIZE", "mpirun")]
+)
+def test_processes_of_a_launcher_that_do_not_know_each_other_are_refused(variable: str, launcher: str) -> None:
+    """Each would train alone, into a folder of its own."""
+    refused = mlip("pretrain", "recipes/smoke.yaml", "--dry-run", **{variable: "8"})
+    assert refused.returncode == 2
+    assert refused.stderr.startswith(f"error: {launcher} started 8 processes ({variable}), and each of them would train")
+    assert "torchrun --nproc-per-node GPUS -m mlip_cli pretrain RECIPE" in refused.stderr
+    alone = mlip("pretrain", "nope.yaml", **{variable: "1"})
+    of_torchrun = mlip("pretrain", "nope.yaml", RANK="0", **{variable: "8"})
+    assert "nope.yaml" in alone.stderr and "nope.yaml" in of_torchrun.stderr

@@ -13,6 +13,7 @@ from mlip_cli.runs.folder import CURES, RUNS, Run
 from mlip_cli.runs.start import (
     Start,
     check_inits_there,
+    check_launcher,
     check_trackers,
     choose_start,
     command_to_resume,
@@ -29,6 +30,7 @@ def pretrain(
     Raises:
         Stopped: a signal came; the message ends with the command that resumes the run.
     """
+    check_launcher()
     loaded = load_recipe(source, overrides, of_init=recipe_of_init)
     for note in loaded.notes:
         say(note)

@@ -37,6 +37,32 @@ MAY_CHANGE = (
 change if forward passes draw random numbers."""
 
 
+SIZES_OF_LAUNCHERS = {
+    "srun": "SLURM_STEP_NUM_TASKS",
+    "mpirun": "OMPI_COMM_WORLD_SIZE",
+    "mpiexec": "PMI_SIZE",
+}
+"""Launcher -> the variable in which it tells its processes how many they are."""
+
+
+def check_launcher() -> None:
+    """Several processes must know of each other, as those of torchrun do.
+
+    Raises:
+        UsageError: another launcher started them, so that each would train alone.
+    """
+    if "RANK" in os.environ:
+        return
+    for launcher, variable in SIZES_OF_LAUNCHERS.items():
+        count = os.environ.get(variable, "")
+        if count.isdigit() and int(count) > 1:
+            raise UsageError(
+                f"{launcher} started {count} processes ({variable}), and each of them would train alone; start one a "
+                "node and let torchrun start one a GPU: torchrun --nproc-per-node GPUS -m mlip_cli pretrain RECIPE "
+                "(recipes/slurm.sbatch does so on several nodes)"
+            )
+
+
 @dataclass(frozen=True)
 class Start:
     """The folder that a training writes, and whether it continues a run."""
