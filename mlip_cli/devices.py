@@ -7,10 +7,11 @@ import resource
 import shlex
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
 import torch
+from torch import Tensor
 
 from mlip_cli.errors import RunError, UsageError
 from mlip_cli.files import GIB
@@ -112,3 +113,19 @@ def peak_gib(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / GIB
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
+
+
+def fetched(x: Tensor) -> Callable[[], int]:
+    """Copy a 0-d integer from the device; what is returned waits for it, and not for later work of the device."""
+    if x.device.type != "cuda":
+        return lambda: int(x)
+    value = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+    value.copy_(x, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+
+    def read() -> int:
+        copied.synchronize()
+        return int(value)
+
+    return read

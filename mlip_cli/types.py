@@ -25,9 +25,10 @@ class _Movable:
     """A dataclass whose tensors move to a device together."""
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Self:
-        return self._with_tensors(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        return self.with_tensors(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
-    def _with_tensors(self, change: Callable[[Tensor], Tensor]) -> Self:
+    def with_tensors(self, change: Callable[[Tensor], Tensor]) -> Self:
+        """The same with `change` of each tensor."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
         return type(self)(**{name: change(v) if isinstance(v, Tensor) else v for name, v in values.items()})
 
@@ -62,7 +63,7 @@ class Batch(_Movable):
 
     def pin_memory(self) -> Self:
         """The batch in pinned memory, so that copies to a GPU do not wait. Torch's DataLoader calls it too."""
-        return self._with_tensors(lambda tensor: tensor.pin_memory())
+        return self.with_tensors(lambda tensor: tensor.pin_memory())
 
     def split(self, size: int) -> list[Self]:
         """Micro-batches of up to `size` samples."""

@@ -248,8 +248,11 @@ def test_processes_of_a_launcher_that_do_not_know_each_other_are_refused(variabl
     """Each would train alone, into a folder of its own."""
     refused = mlip("pretrain", "recipes/smoke.yaml", "--dry-run", **{variable: "8"})
     assert refused.returncode == 2
-    assert refused.stderr.startswith(f"error: {launcher} started 8 processes ({variable}), and each of them would train")
+    assert refused.stderr.startswith(
+        f"error: {launcher} started 8 processes ({variable}), and each of them would train"
+    )
     assert "torchrun --nproc-per-node GPUS -m mlip_cli pretrain RECIPE" in refused.stderr
     alone = mlip("pretrain", "nope.yaml", **{variable: "1"})
     of_torchrun = mlip("pretrain", "nope.yaml", RANK="0", **{variable: "8"})
-    assert "nope.yaml" in alone.stderr and "nope.yaml" in of_torchrun.stderr
+    for read_on in (alone, of_torchrun):
+        assert "nope.yaml" in read_on.stderr

@@ -6,6 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from models_for_tests import small_recipe
+
+from mlip_cli.losses.objective import Objective
+from mlip_cli.train.ahead import Copier, one_ahead
 from mlip_cli.train.metrics import MetricsFile, Stopwatch
 from mlip_cli.types import BadSample, Batch
 
@@ -41,7 +45,8 @@ def test_a_line_that_cannot_be_written_names_its_file() -> None:
 def test_a_new_interval_forgets_no_bad_sample() -> None:
     bad = BadSample("shard", "key", "reason")
     batch = Batch(torch.zeros(2, 3, 4, 4), torch.zeros(2, 8), ("a", "b"), bad_samples=(bad,))
-    watch = Stopwatch(iter([batch, batch]), torch.device("cpu"))
+    cpu = torch.device("cpu")
+    watch = Stopwatch(one_ahead(iter([batch, batch]), Copier(Objective(small_recipe(mlip=False).losses), cpu)), cpu)
     watch.next_batch()
     watch.restart()  # as after an evaluation between two lines of the log
     watch.next_batch()

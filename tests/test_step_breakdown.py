@@ -25,8 +25,9 @@ from mlip_cli.profiling.step import (
     step_parts,
 )
 from mlip_cli.recipe.config import Recipe
+from mlip_cli.train.ahead import COPY
 from mlip_cli.train.gradients import BACKWARD, FORWARD_WITHOUT_GRAPH
-from mlip_cli.train.step import COPY, OPTIMIZER
+from mlip_cli.train.step import OPTIMIZER
 
 STAGES = ["image tower, block 1", "image tower, block 2", "image tower, blocks 3-4"]
 CPU = torch.device("cpu")

@@ -7,12 +7,14 @@ beforehand, and its cost follows the batch and not the vocabulary. The weights o
 the text tower reads.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mlip_cli.devices import fetched
 from mlip_cli.distributed import all_sum
 from mlip_cli.losses.token_alignment import is_valid
 from mlip_cli.recipe.config import VOCAB_SIZE
@@ -34,13 +36,27 @@ class CaptionCounts:
 
 def count_captions(token_ids: Tensor, text_mask: Tensor) -> CaptionCounts:
     """Count the captions of all ranks: (B, L) int64, (B, L) bool with every word of a caption once."""
-    words = torch.bincount(token_ids[text_mask], minlength=VOCAB_SIZE)
-    captions = torch.stack([words.new_tensor(len(token_ids)), text_mask.any(1).sum(), is_valid(text_mask).sum()])
+    return begin_count(token_ids, text_mask)()
+
+
+def begin_count(token_ids: Tensor, text_mask: Tensor) -> Callable[[], CaptionCounts]:
+    """Start `count_captions` on the device. What is returned waits for the number of words, and for no later work."""
+    of_words = text_mask.flatten().long()
+    words = of_words.new_zeros(VOCAB_SIZE).index_add_(0, token_ids.flatten(), of_words)
+    with_words = text_mask.any(1)
+    captions = torch.stack([torch.ones_like(with_words).sum(), with_words.sum(), is_valid(text_mask).sum()])
     words, captions = all_sum(torch.cat([words, captions])).split([VOCAB_SIZE, len(captions)])
-    word_ids = words.nonzero()[:, 0]
-    dtype = torch.float32 if token_ids.device.type == "mps" else torch.float64
-    weights = ((1 + captions[0]) / words[word_ids].to(dtype)).log()
-    return CaptionCounts(word_ids, weights, captions[1], captions[2])
+    num_words = fetched(words.count_nonzero())
+
+    def counts() -> CaptionCounts:
+        # `nonzero` would wait for all that the GPU has to do
+        is_cuda = words.device.type == "cuda"
+        word_ids = (torch.nonzero_static(words, size=num_words()) if is_cuda else words.nonzero())[:, 0]
+        dtype = torch.float32 if words.device.type == "mps" else torch.float64
+        weights = ((1 + captions[0]) / words[word_ids].to(dtype)).log()
+        return CaptionCounts(word_ids, weights, captions[1], captions[2])
+
+    return counts
 
 
 def words_sum(

@@ -18,6 +18,7 @@ from mlip_cli.losses.objective import Objective
 from mlip_cli.model.clip import CLIP
 from mlip_cli.profiling.clock import PartClock
 from mlip_cli.recipe.config import Recipe
+from mlip_cli.train.ahead import COPY
 from mlip_cli.train.gradients import (
     BACKWARD,
     FORWARD,
@@ -28,7 +29,7 @@ from mlip_cli.train.gradients import (
 )
 from mlip_cli.train.optim import Schedule, build_optimizer, set_learning_rate
 from mlip_cli.train.state import Training
-from mlip_cli.train.step import COPY, OPTIMIZER, Stepper, StepSettings
+from mlip_cli.train.step import OPTIMIZER, Stepper, StepSettings
 from mlip_cli.types import Batch
 
 TOKEN_MERGING = "token merging"
@@ -63,7 +64,7 @@ class RepeatedStep:
         self.stepper = Stepper(training, self.objective, settings)
 
     def __call__(self) -> None:
-        self.stepper.take(self.batch, 1, self.plan)
+        self.stepper.take(self.stepper.copy(self.batch), 1, self.plan)
 
     def pieces(self, batch: Batch) -> dict[str, Callable[[], None]]:
         """Functions that run a piece of the step alone, on a batch that lies on the device; they hold a gradient."""
@@ -111,7 +112,8 @@ class ClockedStep:
     def __call__(self) -> None:
         with stages_marked(self.step.model, self.clock.switch):
             start = self._now()
-            self.step.stepper.take(self.step.batch, 1, self.step.plan, self._part)
+            stepper = self.step.stepper
+            stepper.take(stepper.copy(self.step.batch, self._part), 1, self.step.plan, self._part)
             whole_s = self._now() - start
         self.seconds.append(ClockedSeconds(whole_s, self.clock.take()))
 

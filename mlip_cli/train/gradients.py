@@ -1,5 +1,6 @@
 """The gradient of one global batch, in one pass or by micro-batches with the same result."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from mlip_cli.distributed import gradients_kept_back, unwrap
 from mlip_cli.losses.features import Features, features_of
 from mlip_cli.losses.objective import Objective
-from mlip_cli.losses.words import CaptionCounts, count_captions
+from mlip_cli.losses.words import CaptionCounts, begin_count
 from mlip_cli.model.text import word_mask
 from mlip_cli.recipe.merge_plan import MergePlan
 from mlip_cli.types import Batch, Encoded, PartOf
@@ -65,6 +66,10 @@ class RandomState:
             torch.mps.set_rng_state(self.mps)
 
 
+Counting = Callable[[], CaptionCounts | None]
+"""Gives the counts of a batch's captions, None if no loss needs them. It may wait for the device."""
+
+
 def add_gradients(
     model: nn.Module,
     objective: Objective,
@@ -74,6 +79,7 @@ def add_gradients(
     micro_batch_size: int | None,
     plan: MergePlan,
     part: PartOf = nullcontext,
+    counts: Counting | None = None,
 ) -> dict[str, Tensor]:
     """Add the gradient of the global batch to the parameters; return the terms of this rank, detached.
 
@@ -83,22 +89,32 @@ def add_gradients(
         micro_batch_size: samples per forward pass; None: the whole share.
         plan: merges of this step.
         part: opens a context by name around each part of the work, for a clock.
+        counts: what `begin_counting` returned for this batch; None: the captions are counted here.
     """
-    batch, counts = captions_counted(objective, batch)
+    batch, counted = captions_counted(objective, batch, counts)
     if micro_batch_size is None or micro_batch_size >= len(batch.images):
-        terms = _at_once(model, objective, batch, counts, precision, plan, part)
+        terms = _at_once(model, objective, batch, counted, precision, plan, part)
     else:
         micro_batches = batch.split(micro_batch_size)
-        terms = _by_micro_batches(model, objective, micro_batches, counts, precision, plan, part)
+        terms = _by_micro_batches(model, objective, micro_batches, counted, precision, plan, part)
     return {name: value.detach() for name, value in terms.items()}
 
 
-def captions_counted(objective: Objective, batch: Batch) -> tuple[Batch, CaptionCounts | None]:
-    """The batch with the words of the global batch, and the counts of its captions, if a loss needs them."""
+def begin_counting(objective: Objective, batch: Batch) -> Counting:
+    """Start to count the captions of the global batch, if a loss needs that."""
     if not objective.counts_captions:
-        return batch, None
-    counts = count_captions(batch.token_ids, word_mask(batch.token_ids))
-    return (replace(batch, word_ids=counts.word_ids) if objective.reads_words else batch), counts
+        return lambda: None
+    return begin_count(batch.token_ids, word_mask(batch.token_ids))
+
+
+def captions_counted(
+    objective: Objective, batch: Batch, counts: Counting | None = None
+) -> tuple[Batch, CaptionCounts | None]:
+    """The batch with the words of the global batch if a loss reads them, and the counts of its captions."""
+    counted = (counts or begin_counting(objective, batch))()
+    if counted is None or not objective.reads_words:
+        return batch, counted
+    return replace(batch, word_ids=counted.word_ids), counted
 
 
 def _at_once(

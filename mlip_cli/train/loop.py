@@ -14,6 +14,7 @@ from mlip_cli.errors import Stopped
 from mlip_cli.losses.objective import Objective
 from mlip_cli.recipe.merge_plan import MergePlan
 from mlip_cli.terminal.output import warn
+from mlip_cli.train.ahead import one_ahead
 from mlip_cli.train.journal import Journal
 from mlip_cli.train.metrics import Stopwatch
 from mlip_cli.train.resume import Saver
@@ -74,7 +75,7 @@ def train(
         RunError: too many steps in a row had no finite gradient.
     """
     total_steps, first_step = timetable.total_steps, progress.step + 1
-    watch = Stopwatch(batches, stepper.training.device)
+    watch = Stopwatch(one_ahead(batches, stepper.copy), stepper.training.device)
     # if a signal or an error ended an evaluation, it is repeated before the next step; that of step 0 begins a run
     was_ended = progress.measured_step < progress.step and timetable.evaluates(progress.step)
     stepper.training.model.train()

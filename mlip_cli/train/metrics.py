@@ -11,7 +11,8 @@ import torch
 from mlip_cli.distributed import all_max
 from mlip_cli.files import write_text
 from mlip_cli.runs.contents import metrics_line
-from mlip_cli.types import BadSample, Batch
+from mlip_cli.train.ahead import ReadyBatch
+from mlip_cli.types import BadSample
 
 
 class MetricsFile:
@@ -59,7 +60,7 @@ def _is_kept(line: str, step: int, measured_step: int) -> bool:
 class Stopwatch:
     """Measures the time from one line of the log to the next, and collects the bad samples of this rank."""
 
-    def __init__(self, batches: Iterator[Batch], device: torch.device) -> None:
+    def __init__(self, batches: Iterator[ReadyBatch], device: torch.device) -> None:
         self.batches, self.device = batches, device
         self.bad_samples: list[BadSample] = []
         """Those that the progress does not count yet."""
@@ -71,14 +72,14 @@ class Stopwatch:
         self.waited_s = 0.0
         self.images = 0
 
-    def next_batch(self) -> Batch:
+    def next_batch(self) -> ReadyBatch:
         """The next batch; the wait for it is measured."""
         before = time.perf_counter()
-        batch = next(self.batches)
+        ready = next(self.batches)
         self.waited_s += time.perf_counter() - before
-        self.images += len(batch.images)
-        self.bad_samples += batch.bad_samples
-        return batch
+        self.images += len(ready.batch.images)
+        self.bad_samples += ready.batch.bad_samples
+        return ready
 
     def read(self, *, ranks: int) -> dict[str, float]:
         """images_per_s over all ranks, and data_wait_share of the rank that waited longest."""

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from types import FrameType, TracebackType
 
 import torch
-from torch import Tensor
 
+from mlip_cli.devices import fetched
 from mlip_cli.distributed import all_max, signal_at_death_of_parent, world_size
 from mlip_cli.terminal.output import draws, error_console, warn
 
@@ -99,22 +99,6 @@ class StopRequest:
         answer = fetched(all_max(torch.full((), own, device=self._device)))
         self._answer = (lambda: 0) if at_once else answer
         return Asked.by(answer()) if at_once else earlier
-
-
-def fetched(x: Tensor) -> Callable[[], int]:
-    """Copy a 0-d integer from the device; what is returned waits for it, and not for later work of the device."""
-    if x.device.type != "cuda":
-        return lambda: int(x)
-    value = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
-    value.copy_(x, non_blocking=True)
-    copied = torch.cuda.Event()
-    copied.record()
-
-    def read() -> int:
-        copied.synchronize()
-        return int(value)
-
-    return read
 
 
 def reset_by_system(number: signal.Signals) -> None:

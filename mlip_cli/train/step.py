@@ -1,6 +1,5 @@
 """The training step, the only one: `train` takes it, and `mlip profile` times it."""
 
-import math
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -12,12 +11,12 @@ from mlip_cli.errors import RunError
 from mlip_cli.losses.objective import Objective
 from mlip_cli.recipe.merge_plan import MergePlan
 from mlip_cli.terminal.output import plural, warn
-from mlip_cli.train.gradients import Precision, RandomState, add_gradients
+from mlip_cli.train.ahead import Copier, ReadyBatch
+from mlip_cli.train.gradients import Counting, Precision, RandomState, add_gradients
 from mlip_cli.train.optim import Schedule, clamp_scales, set_learning_rate
 from mlip_cli.train.state import Progress, Training
 from mlip_cli.types import Batch, PartOf
 
-COPY = "copy to the device"
 OPTIMIZER = "optimizer"
 
 
@@ -50,6 +49,8 @@ class Stepper:
 
     def __init__(self, training: Training, objective: Objective, settings: StepSettings) -> None:
         self.training, self.objective, self.settings = training, objective, settings
+        self.copy = Copier(objective, training.device)
+        """Makes a batch in main memory ready for a step."""
         self.guard = FiniteGuard(training.device)
         self._is_first = True
 
@@ -59,33 +60,33 @@ class Stepper:
 
     def take(
         self,
-        batch: Batch,
+        ready: ReadyBatch,
         step: int,
         plan: MergePlan,
         part: PartOf = nullcontext,
     ) -> StepResult:
-        """Copy to the device, learning rate, forward, losses, backward, clip, AdamW, clamp of scales, average.
+        """Learning rate, forward, losses, backward, clip, AdamW, clamp of scales, average.
 
         Args:
-            batch: this rank's share, in main memory.
+            ready: this rank's share, from `copy`.
             step: counted from 1.
             plan: merges of this step.
             part: opens a context by the name of each part of the step, for a clock.
         """
-        training, settings = self.training, self.settings
-        with part(COPY):
-            batch = batch.to(training.device, non_blocking=True)
-        if self._is_first and parallel(training.model) == "ddp":
-            self._fix_order_of_sums(batch, plan)
+        ready.wait()
+        if self._is_first and parallel(self.training.model) == "ddp":
+            self._fix_order_of_sums(ready, plan)
         self._is_first = False
-        lr = settings.schedule.learning_rate(step)
-        set_learning_rate(training.optimizer, lr)
-        terms = self.add_gradients(batch, plan, part)
+        lr = self.settings.schedule.learning_rate(step)
+        set_learning_rate(self.training.optimizer, lr)
+        terms = self.add_gradients(ready.batch, plan, part, counts=ready.counts)
         with part(OPTIMIZER):
             grad_norm = self.update(step)
         return StepResult(step, lr, terms, grad_norm)
 
-    def add_gradients(self, batch: Batch, plan: MergePlan, part: PartOf = nullcontext) -> dict[str, Tensor]:
+    def add_gradients(
+        self, batch: Batch, plan: MergePlan, part: PartOf = nullcontext, counts: Counting | None = None
+    ) -> dict[str, Tensor]:
         """Forward, losses and backward of a batch that lies on the device."""
         return add_gradients(
             self.training.model,
@@ -95,6 +96,7 @@ class Stepper:
             micro_batch_size=self.settings.micro_batch_size,
             plan=plan,
             part=part,
+            counts=counts,
         )
 
     def update(self, step: int) -> Tensor:
@@ -109,14 +111,14 @@ class Stepper:
             training.average.update(samples_seen=self.samples_seen(step), batch_size=batch_size)
         return grad_norm
 
-    def _fix_order_of_sums(self, batch: Batch, plan: MergePlan) -> None:
+    def _fix_order_of_sums(self, ready: ReadyBatch, plan: MergePlan) -> None:
         """One backward that is thrown away, before the first step and before a resumed one.
 
         DDP orders its buckets anew after the first backward, and the order of summation over ranks follows the
         buckets. After this backward a resumed run adds in the same order as one that never stopped.
         """
         random = RandomState.read(self.training.device)
-        self.add_gradients(batch, plan)
+        self.add_gradients(ready.batch, plan, counts=ready.counts)
         self.training.model.zero_grad(set_to_none=True)
         random.restore(self.training.device)
 
@@ -165,5 +167,8 @@ class FiniteGuard:
 
 
 def clip_gradients(model: nn.Module, most: float | None) -> Tensor:
-    """Norm of the whole gradient before clipping it to `most`: 0-d."""
-    return full(nn.utils.clip_grad_norm_(model.parameters(), math.inf if most is None else most))
+    """Norm of the whole gradient: 0-d. If it is above `most`, the gradient is clipped to that."""
+    if most is None:
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        return full(nn.utils.get_total_norm(gradients))
+    return full(nn.utils.clip_grad_norm_(model.parameters(), most))
