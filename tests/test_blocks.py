@@ -1,21 +1,30 @@
 """Blocks that are skipped, computed twice or compiled: the same losses and gradients as plain ones."""
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
+from itertools import product
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from forks_for_tests import own_group
+from killed_for_tests import Forked
 from models_for_tests import small_batch, small_model, small_recipe
 from test_gradients import CPU, gradients, relative_error
+from torch._dynamo.backends.debugging import aot_eager
+from torch.nn.parallel import DistributedDataParallel
 
+from mlip_cli.distributed import process_group, rank
 from mlip_cli.losses.objective import Objective
 from mlip_cli.model import blocks
-from mlip_cli.model.blocks import MOST_COMPILED_FORMS, compile_blocks
+from mlip_cli.model.blocks import MOST_COMPILED_FORMS, Compiled
 from mlip_cli.model.clip import CLIP
 from mlip_cli.recipe.checks import check
 from mlip_cli.recipe.config import Recipe
 from mlip_cli.recipe.merge_plan import MergePlan
 from mlip_cli.train.gradients import Precision, add_gradients
+from mlip_cli.train.setup import compile_facts, compiles
 
 
 def gradients_of(
@@ -92,9 +101,20 @@ SHALLOW: dict[str, Any] = {
 def config_of_compile() -> Iterator[None]:
     """What compile_blocks sets for the whole process is put back."""
     with torch._dynamo.config.patch(
-        {"recompile_limit": 8, "accumulated_recompile_limit": 256, "fail_on_recompile_limit_hit": False}
+        {
+            "recompile_limit": 8,
+            "accumulated_recompile_limit": 256,
+            "fail_on_recompile_limit_hit": False,
+            "optimize_ddp": True,
+        }
     ):
+        torch.compiler.reset()
         yield
+        torch.compiler.reset()
+
+
+def compiled_blocks(model: CLIP, backend: Any) -> Compiled:
+    return Compiled(fixed=model.picture_blocks(), varying=model.text.blocks, backend=backend)
 
 
 @pytest.mark.slow
@@ -102,15 +122,14 @@ def test_compiled_blocks_have_forms_for_every_rate_of_drop_path(
     config_of_compile: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In a tower of 3 blocks each drops at a rate of its own; the batch is cut, and tokens merge or not."""
-    monkeypatch.setattr(blocks, "MOST_COMPILED_FORMS", 5)
+    monkeypatch.setattr(blocks, "MOST_COMPILED_FORMS", 10)
     recipe = small_recipe(model=SHALLOW | {"vision": SHALLOW["vision"] | {"drop_path": 0.4}})
     model = small_model(recipe)
-    torch.compiler.reset()
-    compile_blocks(model, model.blocks(), backend="eager")
+    compiled = compiled_blocks(model, "eager")
     model.train()
     for plan in (model.plan, model.merge_plan(0.0)):
         gradients_of(model, recipe, micro_batch_size=3, plan=plan)
-    torch.compiler.reset()
+    assert compiled.failure is None
 
 
 @pytest.mark.slow
@@ -119,10 +138,9 @@ def test_compiled_blocks_give_the_same_gradient_at_every_length_of_text(config_o
     recipe = small_recipe(model=SHALLOW)
     plain, compiled = (small_model(recipe) for _ in range(2))
     names = list(compiled.state_dict())
-    torch.compiler.reset()
     counters = torch._dynamo.utils.counters
     counters.clear()
-    compile_blocks(compiled, compiled.blocks(), backend="aot_eager")
+    state = compiled_blocks(compiled, "aot_eager")
     assert list(compiled.state_dict()) == names
     expected = gradients_of(plain, recipe, micro_batch_size=3)
     assert relative_error(gradients_of(compiled, recipe, micro_batch_size=3), expected) < 1e-10
@@ -131,5 +149,94 @@ def test_compiled_blocks_give_the_same_gradient_at_every_length_of_text(config_o
             token_ids = small_batch(length=length).token_ids
             torch.testing.assert_close(compiled.encode_text(token_ids), plain.encode_text(token_ids))
     assert not counters["graph_break"]
+    assert state.failure is None
     assert 0 < counters["stats"]["unique_graphs"] < MOST_COMPILED_FORMS / 2
-    torch.compiler.reset()
+
+
+def broken(graph: torch.fx.GraphModule, inputs: object) -> Any:
+    """A compiler that fails."""
+    raise RuntimeError("no room for\nmore code")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("backend", "forms"), [(broken, 64), ("eager", 1)], ids=["a compiler that fails", "too many"])
+def test_blocks_that_cannot_be_compiled_run_as_they_are(
+    config_of_compile: None,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    backend: Any,
+    forms: int,
+) -> None:
+    """With one warning, and the same gradient."""
+    monkeypatch.setattr(blocks, "MOST_COMPILED_FORMS", forms)
+    recipe = small_recipe(model=SHALLOW)
+    plain, compiled = (small_model(recipe) for _ in range(2))
+    state = compiled_blocks(compiled, backend)
+    for size in (None, 3):
+        expected = gradients_of(plain, recipe, micro_batch_size=size)
+        assert relative_error(gradients_of(compiled, recipe, micro_batch_size=size), expected) < 1e-12
+    assert state.failure is not None
+    [line] = [record.message for record in caplog.records if record.name == "mlip_cli"]
+    assert line == f"train.compile: the blocks run without compiling from here on: {state.failure}"
+
+
+def test_auto_compiles_on_cuda_with_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    cpu, cuda = torch.device("cpu"), torch.device("cuda", 0)
+    recipe = small_recipe()
+    assert recipe.train.compile == "auto"
+    monkeypatch.setenv("CC", "cc1")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    needs = "train.compile auto: nothing is compiled, which needs a C compiler, cc1; apt install g++"
+    assert (compiles(recipe, cuda), compile_facts(recipe, cuda)) == (False, [needs])
+    (tmp_path / "cc1").touch(mode=0o755)
+    assert compiles(recipe, cuda)
+    assert "a minute or more" in compile_facts(recipe, cuda)[0]
+    assert (compiles(recipe, cpu), compile_facts(recipe, cpu)) == (False, [])
+    off, on = (recipe.train.model_copy(update={"compile": wanted}) for wanted in (False, True))
+    assert [compiles(recipe.model_copy(update={"train": train}), cuda) for train in (off, on)] == [False, True]
+
+
+def gradients_of_ranks(lengths: Sequence[int], environment: dict[str, str], out: str) -> None:
+    """Body of one forked rank: gradients by compiled and by plain blocks under DDP with a bucket for each parameter."""
+    own_group()
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    recipe, counters, graphs = small_recipe(model=SHALLOW), torch._dynamo.utils.counters, 0
+
+    def counting(*given: Any, **named: Any) -> Any:
+        nonlocal graphs
+        graphs += 1
+        return aot_eager(*given, **named)
+
+    with process_group(CPU):
+        models = []
+        for is_compiled in (True, False):
+            model = small_model(recipe).train()
+            if is_compiled:
+                compiled_blocks(model, counting)
+            models.append(DistributedDataParallel(model, bucket_cap_mb=0.001))
+        errors = []
+        for length, micro in product(lengths, (None, 2)):
+            batch = small_batch(length=length, words=[1, 2, 3, 4, 5, 6, 1, 2]).split(4)[rank()]
+            found = []
+            for model in models:
+                model.zero_grad()
+                add_gradients(
+                    model, Objective(recipe.losses), batch,
+                    precision=Precision.named("fp32", CPU), micro_batch_size=micro, plan=model.module.training_plan,
+                )  # fmt: skip
+                found.append(gradients(model.module))
+            errors.append(relative_error(*found))
+        if rank() == 0:
+            torch.save({"errors": errors, "graphs": graphs, "forms": counters["stats"]["unique_graphs"]}, out)
+
+
+@pytest.mark.slow
+def test_compiled_blocks_of_two_ranks_give_the_same_gradient(config_of_compile: None, tmp_path: Path) -> None:
+    """At several lengths, by micro-batches too. Every form is one graph: small buckets of gradients cut none."""
+    out = tmp_path / "found.pt"
+    with Forked((8, 12, 16), out, ranks=2, body=gradients_of_ranks) as forked:
+        assert forked.join() == [0, 0], forked.said()
+    found = torch.load(out, weights_only=True)
+    assert max(found["errors"]) < 1e-10
+    assert 0 < found["graphs"] == found["forms"]

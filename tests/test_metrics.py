@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from models_for_tests import small_recipe
 
 from mlip_cli.losses.objective import Objective

@@ -39,6 +39,7 @@ from mlip_cli.train.setup import (
     TrainingData,
     build,
     build_stepper,
+    compile_facts,
     num_workers,
     open_batches,
     open_data,
@@ -89,7 +90,13 @@ def train_run(recipe: Recipe, start: Start) -> Run:
                 room()
             say(f"run folder: {run.folder}")
             of_model = facts(recipe, training.plain, data.total_steps)
-            for line in [*lines, *init.facts, *of_model, *resume_facts(start, progress.step)]:
+            for line in [
+                *lines,
+                *init.facts,
+                *of_model,
+                *compile_facts(recipe, device),
+                *resume_facts(start, progress.step),
+            ]:
                 say(line)
             for line in [*init.cautions, *cautions(recipe, training.plain.training_plan, data.total_steps)]:
                 warn(line)

@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from timm.layers.activations import QuickGELU
 from torch import Tensor, nn
+from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from torch.utils.checkpoint import checkpoint
 
 from mlip_cli.recipe.config import Activation
+from mlip_cli.terminal.output import warn
 
 ACTIVATIONS: dict[Activation, Callable[..., nn.Module]] = {
     "gelu": nn.GELU,
@@ -39,21 +41,51 @@ def set_fused_attention(model: nn.Module, fused: bool) -> None:
             setattr(module, "fused_attn", fused)  # noqa: B010 - nn.Module declares no such attribute
 
 
-MOST_COMPILED_FORMS = 64
-"""Limit of compiled forms per kind of block: text lengths, token counts, with and without gradient, batch sizes."""
+MOST_COMPILED_FORMS = 128
+"""Limit of compiled forms per kind of block: token counts, with and without gradient, sizes of micro-batches."""
 
 
-def compile_blocks(model: nn.Module, blocks: Iterable[nn.Module], *, backend: str = "inductor") -> None:
-    """Compile every block on its own, in place, so that the work grows with the kinds of blocks and not with depth.
+class Compiled:
+    """The blocks of a model, each compiled on its own and in place, so that the work grows with the kinds of blocks and
+    not with depth.
 
-    More forms than `MOST_COMPILED_FORMS` raise an error; torch alone would silently run plain code. Each rate of drop
-    path makes a kind of its own, because compiled code holds the rate as a number.
+    Where a block cannot be compiled, or there are more forms than `MOST_COMPILED_FORMS`, all of them go on as they were
+    written, with one warning. Each rate of drop path makes a kind of its own, because compiled code holds the rate as a
+    number.
+
+    Args:
+        fixed: blocks whose numbers of tokens are few and known, as those of pictures: a form for each number.
+        varying: blocks of texts, whose lengths share one form.
     """
-    kinds = {getattr(module, "drop_prob", 0.0) for module in model.modules()}
-    config = torch._dynamo.config
-    config.recompile_limit = MOST_COMPILED_FORMS * len(kinds)
-    config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, config.recompile_limit)
-    config.fail_on_recompile_limit_hit = True
-    for block in blocks:
-        # compile the method, not the module: hooks (those of a sharded block gather it) stay outside
-        setattr(block, "forward", torch.compile(block.forward, backend=backend))  # noqa: B010 - mypy takes no method as a target
+
+    def __init__(
+        self, *, fixed: Iterable[nn.Module], varying: Iterable[nn.Module] = (), backend: str = "inductor"
+    ) -> None:
+        self.failure: str | None = None
+        """Why nothing is compiled any more."""
+        rates = set()
+        for dynamic, blocks in ((False, fixed), (None, varying)):
+            for block in blocks:
+                rates |= {getattr(module, "drop_prob", 0.0) for module in block.modules()}
+                # compile the method, not the module: hooks (those of a sharded block gather it) stay outside
+                compiled = torch.compile(block.forward, backend=backend, dynamic=dynamic)
+                setattr(block, "forward", self._or_plain(compiled, block.forward))  # noqa: B010 - mypy takes no method
+        config = torch._dynamo.config
+        config.recompile_limit = MOST_COMPILED_FORMS * len(rates)
+        config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, config.recompile_limit)
+        config.fail_on_recompile_limit_hit = True  # caught here; torch alone would say it in words of its own
+        config.optimize_ddp = False  # else a graph ends at every bucket of gradients, and a block is as large as one
+
+    def _or_plain(self, compiled: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
+        def forward(*args: Any, **named: Any) -> Any:
+            if self.failure is None:
+                try:
+                    return compiled(*args, **named)
+                except FailOnRecompileLimitHit:
+                    self.failure = f"a kind of block has more than {MOST_COMPILED_FORMS} forms"
+                except TorchDynamoException as error:
+                    self.failure = str(error).strip().partition("\n")[0]
+                warn(f"train.compile: the blocks run without compiling from here on: {self.failure}")
+            return plain(*args, **named)
+
+        return forward

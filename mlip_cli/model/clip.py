@@ -170,10 +170,14 @@ class CLIP(nn.Module):
         self.vision.trunk.set_grad_checkpointing()
         self.text.grad_checkpointing = True
 
-    def blocks(self) -> list[nn.Module]:
-        """Blocks of both towers and of the branch, which can be sharded or compiled one by one."""
+    def picture_blocks(self) -> list[nn.Module]:
+        """Blocks of the image tower and of the branch beside it, which can be sharded or compiled one by one."""
         branch = self.frequency.blocks if isinstance(self.frequency, FrequencyBranch) else ()
-        return [*self.vision.trunk.blocks, *self.text.blocks, *branch]
+        return [*self.vision.trunk.blocks, *branch]
+
+    def blocks(self) -> list[nn.Module]:
+        """Blocks of pictures and of texts."""
+        return [*self.picture_blocks(), *self.text.blocks]
 
     def blocks_above(self) -> dict[str, int]:
         """Name of a parameter of the towers -> number of blocks above it in its tower.

@@ -59,7 +59,7 @@ def _as_trained(model: CLIP, recipe: Recipe) -> CLIP:
     model.requires_grad_(True)
     if recipe.train.grad_checkpointing:
         model.set_grad_checkpointing()
-    if recipe.train.compile:
+    if recipe.train.compile is True:
         say("train.compile: profile measures the model without compiling it")
     if recipe.model.freeze is not None:
         model.freeze(recipe.model.freeze)

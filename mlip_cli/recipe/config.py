@@ -431,9 +431,9 @@ class Train(Section):
     grad_checkpointing: bool = False
     """Compute the activations inside the blocks a second time for the gradient: less memory, about a third more
     time."""
-    compile: bool = False
-    """Compile the blocks with torch.compile. Compiling costs time at the start and at each new caption length or number
-    of tokens; steps are faster afterwards."""
+    compile: Annotated[bool | Literal["auto"], Field(json_schema_extra={"x-expected": "true, false or auto"})] = "auto"
+    """Compile the blocks with torch.compile. Compiling costs a minute or more at the start, and time at each new number
+    of tokens; steps are faster afterwards. auto: on CUDA, if there is a compiler."""
     checkpoint_every: CheckpointEvery = CheckpointEvery()
     """When to save."""
     keep: Keep = Keep()

@@ -16,7 +16,7 @@ from mlip_cli.devices import find_compiler, pick_device
 from mlip_cli.distributed import rank, world_size, wrap
 from mlip_cli.errors import UsageError
 from mlip_cli.losses.objective import Objective
-from mlip_cli.model.blocks import compile_blocks, set_fused_attention
+from mlip_cli.model.blocks import Compiled, set_fused_attention
 from mlip_cli.model.clip import CLIP, build_model
 from mlip_cli.recipe.config import Merging, Recipe
 from mlip_cli.recipe.merge_plan import MergePlan, merging_steps
@@ -58,9 +58,25 @@ def training_device(recipe: Recipe) -> torch.device:
             "use bf16 or fp32"
         )
     wanted, found = find_compiler(device.type)
-    if recipe.train.compile and found is None:
+    if recipe.train.compile is True and found is None:
         raise UsageError(f"train.compile: needs a {wanted}; apt install g++, or set it to false")
     return device
+
+
+def compiles(recipe: Recipe, device: torch.device) -> bool:
+    """Whether training compiles the blocks: `auto` does on CUDA, if there is a compiler."""
+    if recipe.train.compile == "auto":
+        return device.type == "cuda" and find_compiler("cuda")[1] is not None
+    return recipe.train.compile
+
+
+def compile_facts(recipe: Recipe, device: torch.device) -> list[str]:
+    """A line about what `train.compile: auto` does on CUDA."""
+    if recipe.train.compile != "auto" or device.type != "cuda":
+        return []
+    if compiles(recipe, device):
+        return ["train.compile auto: the first steps compile the blocks, which takes a minute or more"]
+    return [f"train.compile auto: nothing is compiled, which needs a {find_compiler('cuda')[0]}; apt install g++"]
 
 
 def open_data(recipe: Recipe) -> TrainingData:
@@ -88,8 +104,8 @@ def build(recipe: Recipe, device: torch.device, *, fresh: bool) -> tuple[Trainin
     set_fused_attention(model, device.type != "cpu")
     if recipe.train.grad_checkpointing:
         model.set_grad_checkpointing()
-    if recipe.train.compile:
-        compile_blocks(model, model.blocks())
+    if compiles(recipe, device):
+        Compiled(fixed=model.picture_blocks(), varying=model.text.blocks)
     model.to(device)
     torch.manual_seed(recipe.seed + 1 + rank())  # dropout and drop path differ between ranks
     wrapped = wrap(

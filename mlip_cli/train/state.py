@@ -40,7 +40,9 @@ class Training:
 
         All ranks enter and leave together. Inside, each may run the model as often as it likes.
         """
-        with self.average.applied() if self.average is not None else nullcontext(), whole(self.model):
+        # the last batch of every data set has a size of its own, for which blocks would be compiled again
+        as_written = torch.compiler.set_stance("force_eager")
+        with as_written, self.average.applied() if self.average is not None else nullcontext(), whole(self.model):
             yield at_rate(self.plain.eval(), None)
 
 
