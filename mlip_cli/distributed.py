@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -148,6 +148,7 @@ def wrap(
     parallel: str = "ddp",
     units: Sequence[nn.Module] = (),
     methods: Sequence[str] = (),
+    dtype: torch.dtype | None = None,
 ) -> nn.Module:
     """The model for several ranks: gradients become the mean over ranks. One rank gets the model itself.
 
@@ -156,6 +157,9 @@ def wrap(
             optimiser state; the model stays the same object, its parameters become `DTensor`s.
         units: for `fsdp`, the parts of the model that are gathered one after another.
         methods: for `fsdp`, methods of the model that are called beside its forward, perhaps before it.
+        dtype: for `fsdp`, the type in which the parameters of `units` are gathered, which must be that of autocast: it
+            halves what is sent, and the backward pass keeps no copies in that type. None: as they are. The parameters
+            themselves, and sums of gradients, stay fp32.
     """
     if world_size() == 1:
         return model
@@ -167,8 +171,12 @@ def wrap(
             model, device_ids=[device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True
         )
     mesh = dist.device_mesh.init_device_mesh(device.type, (world_size(),))
+    policy = MixedPrecisionPolicy()
+    if dtype is not None:
+        # inputs stay as they are: the sum of residuals is fp32, as without sharding
+        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for unit in units:
-        fully_shard(unit, mesh=mesh)
+        fully_shard(unit, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh)
     for name in methods:
         register_fsdp_forward_method(model, name)

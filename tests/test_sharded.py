@@ -4,15 +4,24 @@ import json
 import os
 import signal
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from forks_for_tests import own_group
 from killed_for_tests import Forked, pretrain, wait_until
+from models_for_tests import small_batch, small_model, small_recipe
+from test_gradients import gradients
 from test_training import assert_alike, lines_in, metrics, recipe, run, whole
 
+from mlip_cli.distributed import full_on_main, process_group, rank, wrap
+from mlip_cli.losses.objective import Objective
+from mlip_cli.model.clip import CLIP
+from mlip_cli.recipe.config import Recipe
 from mlip_cli.runs.checkpoint import load_state, load_weights
+from mlip_cli.train.gradients import Precision, add_gradients
 
 pytestmark = pytest.mark.slow
 
@@ -114,3 +123,66 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(recipe: Path, tmp_pa
         step = metrics(folder)[-1]["step"]
         assert f"stopped after step {step} of 2000, saved in {folder}" in training.said()
     assert [p.name for p in (folder / "checkpoints").iterdir()] == [f"step_{step:07d}"]
+
+
+def norms_as_on_cuda(model: CLIP) -> None:
+    """Autocast on CUDA normalises layers in fp32, also where input and weights are of two types."""
+
+    def forward(norm: torch.nn.LayerNorm, x: torch.Tensor) -> torch.Tensor:
+        weight, bias = norm.weight.float(), norm.bias.float()
+        return torch.nn.functional.layer_norm(x.float(), norm.normalized_shape, weight, bias, norm.eps)
+
+    for module in model.modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            module.forward = partial(forward, module)  # type: ignore[method-assign]
+
+
+def in_two_types(recipes: Sequence[Recipe], environment: dict[str, str], out: str) -> None:
+    """Body of one forked rank: a gradient with parameters gathered in fp32 and in bf16, and what the graph keeps."""
+    own_group()
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    [recipe], cpu, found = recipes, torch.device("cpu"), {}
+    with process_group(cpu):
+        for name, dtype in (("fp32", None), ("bf16", torch.bfloat16)):
+            plain = small_model(recipe, dtype=torch.float32).train()
+            norms_as_on_cuda(plain)
+            shapes = {p.shape for block in plain.blocks() for p in block.parameters() if p.ndim == 2}
+            model = wrap(plain, cpu, parallel="fsdp", units=plain.blocks(), dtype=dtype)
+            kept: list[torch.Tensor] = []
+
+            def keep(x: torch.Tensor, kept: list[torch.Tensor] = kept, shapes: Any = shapes) -> torch.Tensor:
+                if x.ndim == 2 and {x.shape, x.T.shape} & shapes:
+                    kept.append(x)
+                return x
+
+            batch = small_batch().split(4)[rank()]
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), torch.autocast("cpu", torch.bfloat16):
+                model(batch, plan=plain.training_plan)
+            alive = sum(x.untyped_storage().nbytes() for x in kept)
+            for micro in (None, 2):
+                plain.zero_grad()
+                add_gradients(
+                    model, Objective(recipe.losses), batch,
+                    precision=Precision(torch.bfloat16, torch.amp.GradScaler("cpu", enabled=False)),
+                    micro_batch_size=micro, plan=plain.training_plan,
+                )  # fmt: skip
+                types = {p.dtype for p in plain.parameters()} | {p.grad.dtype for p in plain.parameters()}
+                found[name, micro] = full_on_main(gradients(plain)), alive, types
+        if rank() == 0:
+            torch.save(found, out)
+
+
+def test_blocks_gathered_in_bf16_keep_no_copies_and_give_the_same_gradient(tmp_path: Path) -> None:
+    """Autocast keeps a copy of every matrix for the backward pass; a sharded parameter in that type is its own."""
+    out = tmp_path / "found.pt"
+    with Forked([small_recipe()], out, ranks=2, body=in_two_types) as forked:
+        assert forked.join() == [0, 0], forked.said()
+    found = torch.load(out, weights_only=False)
+    expected, kept_before, _ = found["fp32", None]
+    for micro in (None, 2):
+        grads, kept, types = found["bf16", micro]
+        assert types == {torch.float32}
+        assert kept < 0.2 * kept_before
+        for name, gradient in expected.items():
+            assert (grads[name] - gradient).norm() <= 0.05 * gradient.norm() + 1e-6, name

@@ -108,11 +108,17 @@ def build(recipe: Recipe, device: torch.device, *, fresh: bool) -> tuple[Trainin
         Compiled(fixed=model.picture_blocks(), varying=model.text.blocks)
     model.to(device)
     torch.manual_seed(recipe.seed + 1 + rank())  # dropout and drop path differ between ranks
+    precision = Precision.named(recipe.train.precision, device)
     wrapped = wrap(
-        model, device, parallel=recipe.train.parallel, units=model.blocks(), methods=("encode_image", "encode_text")
+        model,
+        device,
+        parallel=recipe.train.parallel,
+        units=model.blocks(),
+        methods=("encode_image", "encode_text"),
+        # autocast on CPUs normalises layers in the type of their weights, that of CUDA in fp32 whatever their type
+        dtype=precision.dtype if device.type == "cuda" and precision.dtype != torch.float32 else None,
     )
     optimizer = build_optimizer(model, recipe.optim)  # after wrapping: parameters may be sharded
-    precision = Precision.named(recipe.train.precision, device)
     horizon = recipe.optim.ema_horizon
     average = WeightAverage(model, horizon=horizon) if horizon is not None else None
     return Training(wrapped, optimizer, precision, device, average, decoder=jpeg_decoder()), notes
