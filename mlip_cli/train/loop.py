@@ -1,17 +1,18 @@
 """The training loop, the only one."""
 
+import gc
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mlip_cli.devices import peak_gib
-from mlip_cli.distributed import all_sum, from_all, full, unwrap, world_size
+from mlip_cli.distributed import all_sum, from_all, full, world_size
 from mlip_cli.errors import Stopped
-from mlip_cli.losses.objective import Objective
 from mlip_cli.recipe.merge_plan import MergePlan
 from mlip_cli.terminal.output import warn
 from mlip_cli.train.ahead import one_ahead
@@ -22,6 +23,9 @@ from mlip_cli.train.signals import StopRequest
 from mlip_cli.train.state import Progress
 from mlip_cli.train.step import FiniteGuard, Stepper, StepResult
 from mlip_cli.types import Batch
+
+COLLECT_EVERY = 1_000
+"""Steps between looks for unreachable Python objects."""
 
 MOST_BAD_NAMED = 10
 """So many bad samples are named; later ones are only counted."""
@@ -79,7 +83,7 @@ def train(
     # if a signal or an error ended an evaluation, it is repeated before the next step; that of step 0 begins a run
     was_ended = progress.measured_step < progress.step and timetable.evaluates(progress.step)
     stepper.training.model.train()
-    with StopRequest(stepper.training.device) as stop:
+    with StopRequest(stepper.training.device) as stop, garbage_kept() as collect:
         for step in range(progress.step if was_ended else progress.step + 1, total_steps + 1):
             is_new, is_last = step > progress.step, step == total_steps
             if is_new:
@@ -110,6 +114,26 @@ def train(
                 raise Stopped(f"stopped after step {step} of {total_steps}", exit_code=asked.exit_code)
             if evaluates or saves or asked.save:
                 watch.restart()
+            if evaluates or step % COLLECT_EVERY == 0:
+                collect()
+
+
+@contextmanager
+def garbage_kept() -> Iterator[Callable[[], object]]:
+    """For the block Python looks for unreachable cycles only when the function that is given is called.
+
+    It would look at steps of its own on each rank, and all ranks wait for the one that looks. A step leaves no cycles.
+    """
+    was_on = gc.isenabled()
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield gc.collect
+    finally:
+        gc.unfreeze()
+        if was_on:
+            gc.enable()
 
 
 def measure(
@@ -143,13 +167,17 @@ def save(progress: Progress, *, saver: Saver, journal: Journal) -> None:
 
 def line_of(taken: StepResult, *, stepper: Stepper, progress: Progress, watch: Stopwatch) -> dict[str, float]:
     """The line of a step for metrics.jsonl; all ranks take part, and the device is waited for."""
+    log_scales: nn.ParameterDict = stepper.training.plain.log_scales
+    means = all_sum(torch.stack([stepper.objective.total(taken.terms), *taken.terms.values()])) / world_size()
+    of_device = torch.cat([means, torch.stack([taken.grad_norm, *map(full, log_scales.values())]).detach()]).tolist()
+    losses, (grad_norm, *logs) = of_device[: len(means)], of_device[len(means) :]
     return {
         "step": taken.step,
         "samples_seen": stepper.samples_seen(taken.step),
-        **losses(stepper.objective, taken.terms),
+        **dict(zip(["loss", *taken.terms], losses, strict=True)),
         "lr": taken.lr,
-        **scales(stepper.training.model),
-        "grad_norm": taken.grad_norm.item(),
+        **{f"scale/{name}": math.exp(value) for name, value in zip(log_scales, logs, strict=True)},
+        "grad_norm": grad_norm,
         **watch.read(ranks=world_size()),
         "peak_gib": peak_gib(stepper.training.device),
         "skipped_steps": progress.skipped_steps,
@@ -160,7 +188,7 @@ def line_of(taken: StepResult, *, stepper: Stepper, progress: Progress, watch: S
 def count(progress: Progress, guard: FiniteGuard, watch: Stopwatch) -> None:
     """Add skipped steps and the bad samples of all ranks to the progress; name the first bad samples of the run."""
     guard.count(progress)
-    number = int(all_sum(torch.tensor(len(watch.bad_samples), device=watch.device)))
+    number = int(all_sum(torch.full((), len(watch.bad_samples), device=watch.device)))
     if number and progress.bad_samples < MOST_BAD_NAMED:
         found = [bad for own in from_all(watch.bad_samples) for bad in own]
         for place, bad in enumerate(found[: MOST_BAD_NAMED - progress.bad_samples], start=progress.bad_samples + 1):
@@ -168,15 +196,3 @@ def count(progress: Progress, guard: FiniteGuard, watch: Stopwatch) -> None:
             warn(f"{bad.shard}: sample {bad.key}: {bad.reason}; another one takes its place{last}")
     progress.bad_samples += number
     watch.bad_samples = []
-
-
-def losses(objective: Objective, terms: dict[str, Tensor]) -> dict[str, float]:
-    """The total and every term: means over ranks."""
-    values = all_sum(torch.stack([objective.total(terms), *terms.values()])) / world_size()
-    return dict(zip(["loss", *terms], values.tolist(), strict=True))
-
-
-def scales(model: nn.Module) -> dict[str, float]:
-    """Logit scale of every loss, as `scale/NAME`."""
-    log_scales: nn.ParameterDict = unwrap(model).log_scales  # type: ignore[assignment]
-    return {f"scale/{name}": math.exp(full(value).item()) for name, value in log_scales.items()}

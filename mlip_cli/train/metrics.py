@@ -84,5 +84,5 @@ class Stopwatch:
     def read(self, *, ranks: int) -> dict[str, float]:
         """images_per_s over all ranks, and data_wait_share of the rank that waited longest."""
         elapsed = max(time.perf_counter() - self.started_s, 1e-9)
-        waited = all_max(torch.tensor(self.waited_s / elapsed, device=self.device)).item()
+        waited = all_max(torch.full((), self.waited_s / elapsed, device=self.device)).item()
         return {"images_per_s": ranks * self.images / elapsed, "data_wait_share": waited}

@@ -152,16 +152,19 @@ class FiniteGuard:
         Raises:
             RunError: too many steps in a row had no finite gradient.
         """
-        if skipped := int(self.skipped):
+        skipped, last_skipped, in_a_row = map(
+            int, torch.stack([self.skipped, self.last_skipped, self.in_a_row]).tolist()
+        )
+        if skipped:
             progress.skipped_steps += skipped
             self.skipped.zero_()
             warn(
-                f"step {int(self.last_skipped)}: the gradient was not finite, so the step was skipped; "
+                f"step {last_skipped}: the gradient was not finite, so the step was skipped; "
                 f"{plural(progress.skipped_steps, 'step')} of this run so far"
             )
-        if self.in_a_row >= MOST_SKIPPED_IN_A_ROW:
+        if in_a_row >= MOST_SKIPPED_IN_A_ROW:
             raise RunError(
-                f"step {progress.step}: the gradient was not finite in {int(self.in_a_row)} steps in a row; lower "
+                f"step {progress.step}: the gradient was not finite in {in_a_row} steps in a row; lower "
                 "optim.lr, set optim.clip_grad_norm, or look at the data"
             )
 
