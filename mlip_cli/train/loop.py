@@ -169,8 +169,9 @@ def line_of(taken: StepResult, *, stepper: Stepper, progress: Progress, watch: S
     """The line of a step for metrics.jsonl; all ranks take part, and the device is waited for."""
     log_scales: nn.ParameterDict = stepper.training.plain.log_scales
     means = all_sum(torch.stack([stepper.objective.total(taken.terms), *taken.terms.values()])) / world_size()
-    of_device = torch.cat([means, torch.stack([taken.grad_norm, *map(full, log_scales.values())]).detach()]).tolist()
-    losses, (grad_norm, *logs) = of_device[: len(means)], of_device[len(means) :]
+    others = [full(x).reshape(1) for x in (taken.grad_norm, *log_scales.values())]
+    read = torch.cat([means, *others]).tolist()  # at once, as each read waits for the device
+    losses, (grad_norm, *logs) = read[: len(means)], read[len(means) :]
     return {
         "step": taken.step,
         "samples_seen": stepper.samples_seen(taken.step),
