@@ -25,7 +25,7 @@ from mlip_cli.evaluate import stored
 from mlip_cli.evaluate.average_results import AverageResult
 from mlip_cli.evaluate.evaluators import training_evaluators
 from mlip_cli.evaluate.results import SweepResult, ZeroshotResult
-from mlip_cli.evaluate.validation import validation_pairs
+from mlip_cli.evaluate.validation import tokenize, validation_pairs
 from mlip_cli.recipe.config import Recipe
 from mlip_cli.runs.folder import evaluation_precision
 from mlip_cli.runs.loading import load_run
@@ -193,6 +193,19 @@ def test_a_loaded_model_encodes_in_the_precision_and_gives_fp32(place: Path) -> 
     assert found.dtype == torch.float32
     assert not torch.equal(found, full.encode_text(texts))
     torch.testing.assert_close(found, full.encode_text(texts), atol=0.02, rtol=0)
+
+
+def test_texts_have_few_lengths_on_cuda_and_the_same_features() -> None:
+    model, tokenizer = small_model(), Tokenizer(16)
+    lengths = {}
+    for number in range(1, 14):
+        texts = [" ".join(["red"] * number)]
+        ids = {own: tokenize(tokenizer, torch.device(own), texts) for own in ("cpu", "cuda")}
+        lengths[number] = [tokens.shape[1] for tokens in ids.values()]
+        with torch.no_grad():
+            features = [model.encode_text(own) for own in ids.values()]
+        torch.testing.assert_close(*features, atol=1e-12, rtol=0)
+    assert lengths == {n: [n + 2, 8 if n + 2 <= 8 else 16] for n in range(1, 14)}
 
 
 def test_the_usual_precision_is_that_of_the_training_on_cuda_alone() -> None:

@@ -115,7 +115,7 @@ class ImageTextEncoder:
         self._tell_cut(own)
         features = text_features(
             own,
-            tokenize=partial(tokenize, self.loaded.tokenizer),
+            tokenize=partial(tokenize, self.loaded.tokenizer, self.loaded.device),
             encode_text=self._encoder.encode_text,
             device=self.loaded.device,
             batch_size=_checked_size(batch_size),
