@@ -13,7 +13,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 
-def load(run: str | Path, device: str = "auto", merge_rate: float | None = None) -> "ImageTextEncoder":
+def load(
+    run: str | Path, device: str = "auto", merge_rate: float | None = None, precision: str | None = None
+) -> "ImageTextEncoder":
     """A trained model that encodes pictures and texts. Torch is loaded at this call.
 
     Args:
@@ -21,10 +23,12 @@ def load(run: str | Path, device: str = "auto", merge_rate: float | None = None)
             open_clip:ARCH:FILE, or a folder of OpenCLIP or Hugging Face.
         device: auto, cuda, mps or cpu.
         merge_rate: the fraction of patch tokens that merge away; None: the recipe's.
+        precision: bf16, fp32 or fp16 (CUDA); None: on CUDA that of the training, elsewhere fp32.
 
     Raises:
-        UsageError: no such run, a damaged checkpoint, or a merge rate that no plan reaches. It is a ValueError.
+        UsageError: no such run, a damaged checkpoint, or a merge rate or precision that cannot be had. It is a
+            ValueError.
     """
     from mlip_cli.evaluate.encoder import load_encoder
 
-    return load_encoder(str(run), device=device, merge_rate=merge_rate)
+    return load_encoder(str(run), device=device, merge_rate=merge_rate, precision=precision)

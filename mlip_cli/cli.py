@@ -14,6 +14,7 @@ from mlip_cli.terminal.options import (
     BatchSize,
     CaptionColumn,
     Choose,
+    Compile,
     DataRoot,
     Datasets,
     Device,
@@ -26,6 +27,8 @@ from mlip_cli.terminal.options import (
     Model,
     Models,
     Out,
+    Precision,
+    ProfiledPrecision,
     Run,
     ShortSide,
     Source,
@@ -165,6 +168,7 @@ def merge_sweep(
     ] = 9,
     pictures: Annotated[int, typer.Option(min=0, max=1_000, help="Number of pictures to draw merges on; 0: none.")] = 8,
     device: Device = "auto",
+    precision: Precision = None,
     json: Json = False,
 ) -> None:
     """Measure speed and accuracy at several merge rates."""
@@ -180,6 +184,7 @@ def merge_sweep(
         rounds=rounds,
         num_pictures=pictures,
         device=device,
+        precision=precision,
         as_json=json,
     )
 
@@ -205,6 +210,7 @@ def eval_zeroshot(
     data_root: DataRoot = None,
     batch_size: BatchSize = 64,
     device: Device = "auto",
+    precision: Precision = None,
     json: Json = False,
 ) -> None:
     """Classify pictures by text alone, or measure retrieval."""
@@ -218,6 +224,7 @@ def eval_zeroshot(
         data_root=data_root,
         batch_size=batch_size,
         device=device,
+        precision=precision,
         as_json=json,
     )
 
@@ -251,6 +258,7 @@ def search(
     ] = None,
     batch_size: BatchSize = 64,
     device: Device = "auto",
+    precision: Precision = None,
     json: Json = False,
 ) -> None:
     """Find the pictures nearest to a text or a picture."""
@@ -266,6 +274,7 @@ def search(
         out=out,
         batch_size=batch_size,
         device=device,
+        precision=precision,
         as_json=json,
     )
 
@@ -280,6 +289,7 @@ def average(
     data_root: DataRoot = None,
     batch_size: BatchSize = 64,
     device: Device = "auto",
+    precision: Precision = None,
     json: Json = False,
 ) -> None:
     """Average the weights of runs, and measure the averages."""
@@ -294,6 +304,7 @@ def average(
         data_root=data_root,
         batch_size=batch_size,
         device=device,
+        precision=precision,
         as_json=json,
     )
 
@@ -333,12 +344,22 @@ def profile(
     batch_size: BatchSize = 32,
     rounds: Annotated[int, typer.Option(min=5, max=10_000, help="Timed rounds.")] = 5,
     device: Device = "auto",
+    precision: ProfiledPrecision = None,
+    compile: Compile = None,
     json: Json = False,
 ) -> None:
     """Measure parameters, GFLOPs, throughput and memory."""
     from mlip_cli.commands import profile as command
 
-    command.profile(target, batch_size=batch_size, rounds=rounds, device=device, as_json=json)
+    command.profile(
+        target,
+        batch_size=batch_size,
+        rounds=rounds,
+        device=device,
+        precision=precision,
+        is_compiled=compile,
+        as_json=json,
+    )
 
 
 @app.command(epilog="Example: mlip report runs/a runs/b")

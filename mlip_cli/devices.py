@@ -17,7 +17,13 @@ from mlip_cli.errors import RunError, UsageError
 from mlip_cli.files import GIB
 from mlip_cli.terminal.output import plural
 
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
+"""Number types of the towers, by the words of `train.precision`."""
+
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # of mallopt(3)
+
+_FULL_MEMORY = ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED", "Failed to CUDA calloc")
+"""Words of full memory in errors that have no class of their own: of a CPU, of cuBLAS and of NCCL."""
 
 
 def keep_freed_memory(keep: bool = True) -> None:
@@ -32,6 +38,12 @@ def keep_freed_memory(keep: bool = True) -> None:
         libc.mallopt(_TRIM_THRESHOLD, -1 if keep else 128 * 1024)
 
 
+def is_full_memory(error: RuntimeError) -> bool:
+    """Whether PyTorch or a library below it found no memory on a device."""
+    is_told = any(words in str(error) for words in _FULL_MEMORY) and not isinstance(error, RunError)
+    return isinstance(error, torch.OutOfMemoryError) or is_told
+
+
 @contextmanager
 def full_memory_named(place: str, what: str, cure: str) -> Iterator[None]:
     """Turn PyTorch's error about full memory into one line: `place`, what does not fit, the cure.
@@ -42,9 +54,7 @@ def full_memory_named(place: str, what: str, cure: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        # a CPU has no error class of its own for full memory
-        is_of_cpu = "DefaultCPUAllocator" in str(error) and not isinstance(error, RunError)
-        if not isinstance(error, torch.OutOfMemoryError) and not is_of_cpu:
+        if not is_full_memory(error):
             raise
         raise RunError(f"{place}: the device has no memory for {what}; {cure}") from error
 
@@ -56,8 +66,25 @@ def batch_named(setting: str, size: int, *, note: str = "") -> AbstractContextMa
     return full_memory_named(setting, f"{size:,} samples at once", f"set it to {size // 2:,} or less{note}")
 
 
+def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:
+    """Mixed precision for the block; nothing for fp32."""
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+def check_precision(name: str | None, device: torch.device) -> None:
+    """Check a precision that was asked for.
+
+    Raises:
+        UsageError: the device does not compute in it.
+    """
+    if name == "fp16" and device.type != "cuda":
+        raise UsageError(f"precision fp16: needs CUDA, and the device is {device.type} here; take bf16 or fp32")
+
+
 def pick_device(name: str) -> torch.device:
-    """`auto`, `cuda`, `mps` or `cpu` -> the device of this rank. For a CPU it also calls `keep_freed_memory`.
+    """`auto`, `cuda`, `mps` or `cpu` -> the device of this rank, which then computes fp32 as fp32.
+
+    For a CPU it also calls `keep_freed_memory`.
 
     Raises:
         UsageError: PyTorch does not see the device, or a machine has fewer GPUs than ranks.
@@ -69,6 +96,7 @@ def pick_device(name: str) -> torch.device:
         name = next((device for device, is_there in present.items() if is_there), "cpu")
     if name == "cpu":
         keep_freed_memory()
+    _keep_fp32()
     if name == "cuda":
         number, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
         if number >= count:
@@ -77,6 +105,15 @@ def pick_device(name: str) -> torch.device:
             )
         return torch.device("cuda", number)
     return torch.device(name)
+
+
+def _keep_fp32() -> None:
+    """Give convolutions and matrix products one precision in fp32: by default cuDNN alone rounds to TF32.
+
+    These are PyTorch's older names of the settings. Its compiler reads them, and fails where the newer ones were set.
+    """
+    torch.backends.cudnn.allow_tf32 = False
+    torch.set_float32_matmul_precision("highest")
 
 
 def find_compiler(device: str) -> tuple[str, str | None]:

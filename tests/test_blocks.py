@@ -99,7 +99,7 @@ SHALLOW: dict[str, Any] = {
 
 @pytest.fixture
 def config_of_compile() -> Iterator[None]:
-    """What compile_blocks sets for the whole process is put back."""
+    """What `Compiled` sets for the whole process is put back."""
     with torch._dynamo.config.patch(
         {
             "recompile_limit": 8,

@@ -231,7 +231,10 @@ def test_tables_are_narrow_and_say_what_was_measured(place: Path, capsys: pytest
     assert any(line.startswith("30 names: chance R@1 3.6 %, R@5 ") for line in lines)
     assert "40 pictures, 8 classes: chance 12.5 %; in brackets: 95 % intervals" in lines
     assert "top-5" not in "".join(lines)  # five of eight say little
-    assert lines[-2:] == ["run 1: clip at step 8 (last checkpoint)", "run 2: mlip at step 8 (last checkpoint)"]
+    assert lines[-2:] == [
+        "run 1: clip at step 8 (last checkpoint), in fp32",
+        "run 2: mlip at step 8 (last checkpoint), in fp32",
+    ]
 
 
 def test_top_5_stands_beside_its_chance_where_there_are_many_classes() -> None:
@@ -262,7 +265,7 @@ def test_one_run_needs_no_number_and_shows_the_true_rate(place: Path, capsys: py
     assert lines[1].split()[:4] == ["true", "rate", "mean", "recall"]
     true_rate = f"{at_rate(load_run('runs/clip', device='cpu').model, 0.3).plan.rate:.3f}"
     assert lines[2].startswith(f"{true_rate} (asked 0.3)  ")
-    assert lines[-1] == "measured: clip at step 8 (last checkpoint)"
+    assert lines[-1] == "measured: clip at step 8 (last checkpoint), in fp32"
     [path] = Path("runs/clip/evals").iterdir()
     stored = json.loads(path.read_text())
     assert stored["kind"] == "zeroshot"
@@ -316,8 +319,8 @@ def test_an_earlier_checkpoint_and_runs_of_one_name(place: Path, capsys: pytest.
     save_checkpoint(Path("more/clip/checkpoints"), step=12, weights=weights, state={"step": 12})
     evaluate("runs/clip", "more/clip/checkpoints/step_0000008", datasets=["openmoji"], as_json=False)
     assert capsys.readouterr().out.splitlines()[-2:] == [
-        "run 1: runs/clip at step 8 (last checkpoint)",
-        "run 2: more/clip/step_0000008 at step 8 (earlier checkpoint)",
+        "run 1: runs/clip at step 8 (last checkpoint), in fp32",
+        "run 2: more/clip/step_0000008 at step 8 (earlier checkpoint), in fp32",
     ]
 
 

@@ -18,6 +18,7 @@ from mlip_cli import __version__, cli
 from mlip_cli.commands import profile
 from mlip_cli.devices import pick_device
 from mlip_cli.errors import RunError, Stopped, UsageError
+from mlip_cli.model.clip import CLIP
 from mlip_cli.profiling import measures
 from mlip_cli.profiling import subject as profile_subject
 from mlip_cli.profiling.measures import extra_share
@@ -199,8 +200,50 @@ def test_damaged_data_is_named_and_not_timed(
     with caplog.at_level("INFO", logger="mlip_cli"):
         datasets = profile_subject.training_data(recipe)
         assert bool(datasets) is is_open
-        assert measures.loader_facts(recipe, datasets) is None
+        assert measures.loader_facts(recipe, datasets, ranks=1) is None
     assert [line for line in caplog.messages if line.startswith(words)], caplog.messages
+
+
+def test_ranks_share_the_cores_of_the_machine(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_dataset(Path("data/colors"), n=20)
+    recipe = small_recipe(data={"train": "data/colors"})
+    datasets = profile_subject.training_data(recipe)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(64)))
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
+    assert [measures.ranks_of(torch.device(own)) for own in ("cuda", "cpu")] == [8, 1]
+    facts = measures.loader_facts(recipe, datasets, ranks=8)
+    assert facts is not None
+    assert (facts.ranks, facts.loader_processes) == (8, 7)
+    assert facts.loader_images_per_s == pytest.approx(7 / sum(facts.sample_seconds.values()))
+    alone = measures.loader_facts(recipe, datasets, ranks=1)
+    assert alone is not None
+    assert alone.loader_processes == 16
+
+
+def test_precision_and_compiling_may_differ_from_the_recipe(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[CLIP] = []
+    monkeypatch.setattr(profile_subject, "Compiled", lambda fixed, varying: compiled.append([*fixed, *varying]))
+    usual = profile_subject.load_profiled("mlip.yaml", "cpu")
+    assert (usual.recipe.train.precision, usual.is_compiled, compiled) == ("fp32", False, [])
+    asked = profile_subject.load_profiled("runs/small", "cpu", precision="bf16", is_compiled=True)
+    assert (asked.recipe.train.precision, asked.is_compiled, compiled) == ("bf16", True, [asked.model.blocks()])
+    with pytest.raises(UsageError, match="precision fp16: needs CUDA"):
+        profile_subject.load_profiled("mlip.yaml", "cpu", precision="fp16")
+    recipe = small_recipe()
+    train = recipe.train.model_copy(update={"compile": True})
+    write_recipe("compiled.yaml", recipe.model_copy(update={"train": train}))
+    assert profile_subject.load_profiled("compiled.yaml", "cpu").is_compiled
+    assert not profile_subject.load_profiled("compiled.yaml", "cpu", is_compiled=False).is_compiled
+
+
+def test_compiling_without_a_compiler_names_the_option(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(UsageError) as error:
+        profile_subject.load_profiled("mlip.yaml", "cpu", is_compiled=True)
+    assert str(error.value) == (
+        "compiling the blocks needs a C++ compiler, no-such-compiler; apt install g++, or add --no-compile"
+    )
 
 
 @pytest.mark.slow

@@ -82,6 +82,18 @@ def test_a_cpu_without_memory_gets_the_same_cure_and_other_errors_pass_through()
     assert not isinstance(error.value, RunError)
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "NCCL error: unhandled cuda error\nLast error: Failed to CUDA calloc 2147483648 bytes",
+    ],
+)
+def test_libraries_that_find_no_memory_on_a_gpu_get_the_cure_too(words: str) -> None:
+    with pytest.raises(RunError, match="x: the device has no memory for y; z"), full_memory_named("x", "y", "z"):
+        raise RuntimeError(words)
+
+
 def test_an_evaluation_that_does_not_fit_is_not_cured_by_smaller_batches_of_training() -> None:
     def evaluate(encoder: Encoder, on_batch: OnBatch) -> Measures:
         raise FULL_DEVICE

@@ -220,7 +220,7 @@ STEPS = [
 GROUPS = {COPY: "data", "a": "forward", BACKWARD: "backward"}
 
 
-def loader(processes: int, images_per_s: float = 1) -> LoaderFacts:
+def loader(processes: int, images_per_s: float = 1, ranks: int = 1) -> LoaderFacts:
     """A loader whose process takes 1 s a sample for reading and 4 s for decoding."""
     return LoaderFacts(
         num_samples=1,
@@ -228,6 +228,7 @@ def loader(processes: int, images_per_s: float = 1) -> LoaderFacts:
         sample_seconds={"read": 1.0, "decode": 4.0},
         loader_processes=processes,
         loader_images_per_s=images_per_s,
+        ranks=ranks,
     )
 
 
@@ -250,6 +251,11 @@ def test_parts_and_what_is_unaccounted_are_the_whole(processes: int) -> None:
         (None, BACKWARD, "50% of the step; there is no data to compare with"),
         (loader(1, 900), BACKWARD, "50% of the step; 1 loader process makes 900 images/s, the step takes 100"),
         (loader(3, 90), "data", "3 loader processes make 90 images/s, the step takes 100; decode is 80% of their time"),
+        (
+            loader(3, 90, ranks=8),
+            "data",
+            "3 loader processes of one of 8 ranks make 90 images/s, the step takes 100; decode is 80% of their time",
+        ),
         (
             loader(0, 50),
             "data",

@@ -46,6 +46,7 @@ def average(
     data_root: Path | None,
     batch_size: int,
     device: str,
+    precision: str | None = None,
     as_json: bool,
 ) -> None:
     """Measure what is not measured yet, print all of it, and write the chosen average.
@@ -56,7 +57,7 @@ def average(
         RunError: some data sets could not be measured, or the result not stored; what there is is printed before.
     """
     wanted = check_average(targets, weights=weights, datasets=datasets, choose=choose, out=out, data_root=data_root)
-    averages = Averages(wanted.checkpoints, wanted.points, batch_size=batch_size, device=device)
+    averages = Averages(wanted.checkpoints, wanted.points, batch_size=batch_size, device=device, precision=precision)
     with interrupted_as("interrupted; what finished data sets gave is kept; repeat the command to continue"):
         shown, failures, unstored = averages.measured(wanted.data)
         if failures and not shown.datasets:

@@ -32,6 +32,7 @@ def eval_zeroshot(
     data_root: Path | None,
     batch_size: int,
     device: str,
+    precision: str | None = None,
     as_json: bool,
 ) -> None:
     """Measure what is not measured yet, and print all of it.
@@ -54,7 +55,7 @@ def eval_zeroshot(
     rates: list[float | None] = list(dict.fromkeys(merge_rates)) or [None]
     rows = {
         benchmark.name: [
-            Measurement(checkpoint, benchmark, rate, batch_size, device, asked)
+            Measurement(checkpoint, benchmark, rate, batch_size, device, asked, precision)
             for checkpoint in checkpoints
             for rate in rates
         ]

@@ -23,6 +23,7 @@ def merge_sweep(
     rounds: int,
     num_pictures: int,
     device: str,
+    precision: str | None = None,
     as_json: bool,
 ) -> None:
     """Measure all methods and rates, the unmerged model first. Print the result and write it to RUN/, with pictures.
@@ -42,7 +43,7 @@ def merge_sweep(
         from mlip_cli.evaluate.sweep import measure_sweep, open_datasets
         from mlip_cli.runs.loading import load_run
 
-        loaded = load_run(str(checkpoint), device=device)
+        loaded = load_run(str(checkpoint), device=device, precision=precision)
         points = sweep_points(loaded, rates, methods)
         found, failures = open_datasets(loaded, wanted, batch_size=batch_size)
         if datasets and not found:
@@ -50,7 +51,7 @@ def merge_sweep(
         settings = plural(len(points) - 1, "setting")
         say(f"{loaded.label}, step {loaded.step}: {settings} beside rate 0, {plural(rounds, 'timed round')}")
         result = measure_sweep(loaded, points, found, failures, batch_size=batch_size, rounds=rounds)
-    path = loaded.run.evals / f"merge_sweep_{loaded.checkpoint.name}.json"
+    path = loaded.run.evals / result.file_name
     unstored = result.why_unstored(path)  # before printing: the reader of the pipe may have gone
     if as_json:
         print_json(result.to_json())

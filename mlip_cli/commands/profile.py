@@ -13,14 +13,24 @@ from mlip_cli.runs.foreign import find_foreign
 from mlip_cli.terminal.output import print_json, say
 
 
-def profile(target: str | None, *, batch_size: int, rounds: int, device: str, as_json: bool) -> None:
+def profile(
+    target: str | None,
+    *,
+    batch_size: int,
+    rounds: int,
+    device: str,
+    precision: str | None = None,
+    is_compiled: bool | None = None,
+    as_json: bool,
+) -> None:
     """Count and time the model of a run or of a recipe, and print the result; a run keeps it in evals/.
 
     Args:
         target: a run, a checkpoint or a recipe; None: the newest run.
+        precision, is_compiled: see `load_profiled`.
 
     Raises:
-        UsageError: no such run or recipe.
+        UsageError: no such run or recipe, or no compiler.
         RunError: the device has no memory for the batch, or the result cannot be stored; then it is printed before.
     """
     unstored = None
@@ -31,7 +41,7 @@ def profile(target: str | None, *, batch_size: int, rounds: int, device: str, as
         from mlip_cli.profiling.measures import measure
         from mlip_cli.profiling.subject import load_profiled, training_data
 
-        profiled = load_profiled(target, device)
+        profiled = load_profiled(target, device, precision=precision, is_compiled=is_compiled)
         datasets = training_data(profiled.recipe)
         real = ", the loader real ones" if datasets else ""
         say(f"{profiled.label}: timing {rounds} rounds; the model gets random pictures and words{real}")

@@ -22,6 +22,7 @@ def search(
     out: Path | None,
     batch_size: int,
     device: str,
+    precision: str | None = None,
     as_json: bool,
 ) -> None:
     """Print the nearest pictures to each query, and write a page that shows them.
@@ -53,7 +54,7 @@ def search(
 
         asked = [*(SearchTerm(text, None) for text in texts), *map(read_query, image_queries)]
         pictures = open_pictures(images)
-        encoder = load_encoder(str(checkpoint), device=device, merge_rate=merge_rate)
+        encoder = load_encoder(str(checkpoint), device=device, merge_rate=merge_rate, precision=precision)
         result, thumbnails = search_pictures(encoder, pictures, asked, images=images, top=top, batch_size=batch_size)
     path = out or encoder.loaded.run.folder / "search.html"
     write_page(path, search_page(result, thumbnails, written=written_line("the model and the pictures")))

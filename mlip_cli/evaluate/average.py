@@ -44,7 +44,8 @@ def _of_benchmark(
     pictures = open_benchmark(benchmark)
     say(f"{benchmark.words}: {pictures.in_words()}")
     data, is_cuda = loaded.recipe.data, loaded.device.type == "cuda"
-    candidates = [Candidate(own, own, partial(tokenize, loaded.tokenizer), loaded.device) for own in encoders]
+    texts = partial(tokenize, loaded.tokenizer, loaded.device)
+    candidates = [Candidate(own, own, texts, loaded.device) for own in encoders]
     with batch_named("--batch-size", batch_size), progress(pictures.num_pictures, benchmark.name) as bar:
         found = measure(
             pictures,

@@ -95,6 +95,10 @@ class AverageResult(Result):
     batch_size: int
     device: str
     """As asked for."""
+    device_type: str = "cuda"
+    """Earlier versions did not write it: on no other device would their precision be another one today."""
+    precision: str = "fp32"
+    """As in EvaluatedResult."""
     datasets: Sequence[AveragedData]
 
     @property

@@ -14,7 +14,7 @@ from mlip_cli.data.transforms import evaluation_transform
 from mlip_cli.evaluate.validation import tokenize
 from mlip_cli.evaluate.zeroshot import normalized, text_features
 from mlip_cli.recipe.merge_plan import MergePlan
-from mlip_cli.runs.loading import LoadedRun, MergedEncoder, at_rate, load_run
+from mlip_cli.runs.loading import LoadedRun, MergedEncoder, load_run
 from mlip_cli.terminal.output import plural, warn
 
 BATCH_SIZE = 64
@@ -26,9 +26,11 @@ SHOWN = 60
 Picture = Image.Image | np.ndarray
 
 
-def load_encoder(run: str | None, *, device: str, merge_rate: float | None) -> "ImageTextEncoder":
+def load_encoder(
+    run: str | None, *, device: str, merge_rate: float | None, precision: str | None = None
+) -> "ImageTextEncoder":
     """Load a run; arguments and errors are those of `mlip_cli.load`, and None is the newest run."""
-    return ImageTextEncoder(load_run(run, device=device), merge_rate=merge_rate)
+    return ImageTextEncoder(load_run(run, device=device, precision=precision), merge_rate=merge_rate)
 
 
 class ImageTextEncoder:
@@ -36,7 +38,7 @@ class ImageTextEncoder:
 
     def __init__(self, loaded: LoadedRun, *, merge_rate: float | None = None) -> None:
         self.loaded = loaded
-        self._encoder = at_rate(loaded.model, merge_rate)
+        self._encoder = loaded.at_rate(merge_rate)
 
     @property
     def image_size(self) -> int:
@@ -52,6 +54,11 @@ class ImageTextEncoder:
     def merge_rate(self) -> float:
         """The fraction of patch tokens that merge away, as whole tokens allow it."""
         return self._encoder.plan.rate
+
+    @property
+    def precision(self) -> str:
+        """bf16, fp32 or fp16: the number type in which the model computes."""
+        return self.loaded.precision
 
     @property
     def plan(self) -> MergePlan:
@@ -81,7 +88,7 @@ class ImageTextEncoder:
         pictures = list(images)
         if not pictures:
             raise ValueError("images: an empty list; give at least one picture")
-        encoder = self._encoder if merge_rate is None else at_rate(self.loaded.model, merge_rate)
+        encoder = self._encoder if merge_rate is None else self.loaded.at_rate(merge_rate)
         features = []
         for start in range(0, len(pictures), _checked_size(batch_size)):
             batch = pictures[start : start + batch_size]
@@ -108,7 +115,7 @@ class ImageTextEncoder:
         self._tell_cut(own)
         features = text_features(
             own,
-            tokenize=partial(tokenize, self.loaded.tokenizer),
+            tokenize=partial(tokenize, self.loaded.tokenizer, self.loaded.device),
             encode_text=self._encoder.encode_text,
             device=self.loaded.device,
             batch_size=_checked_size(batch_size),

@@ -76,7 +76,13 @@ def measure_runs(
     scores: dict[int, dict[str, Any]] = {}
     for data in {_view(loaded): loaded.recipe.data for loaded, _ in encoders}.values():
         candidates = {
-            number: Candidate(encoder, loaded.model, partial(tokenize, loaded.tokenizer), loaded.device, loaded.label)
+            number: Candidate(
+                encoder,
+                loaded.model,
+                partial(tokenize, loaded.tokenizer, loaded.device),
+                loaded.device,
+                loaded.label,
+            )
             for number, (loaded, encoder) in enumerate(encoders)
             if _view(loaded) == (data.image_size, data.resize)
         }
@@ -136,7 +142,7 @@ def _zeroshot_evaluator(benchmark: Benchmark, recipe: Recipe, tokenizer: Tokeniz
         [scores] = measure(
             pictures,
             decoded.of,
-            [Candidate(encoder, encoder, partial(tokenize, tokenizer), device)],
+            [Candidate(encoder, encoder, partial(tokenize, tokenizer, device), device)],
             dataset=benchmark.name,
             batch_size=BATCH_SIZE,
             is_timed=False,

@@ -98,6 +98,7 @@ def write_gallery(run: Run, found: FoundPairs, pairs: ValidationPairs, *, step: 
         measured_at=now(),
         step=step,
         true_merge_rate=true_rate,
+        precision=run.read_recipe().train.precision,
         folders=[dataset.place for dataset in pairs.datasets],
         fingerprints=[dataset.fingerprint for dataset in pairs.datasets],
         num_images=pairs.num_pictures,

@@ -108,7 +108,7 @@ def _point(
 ) -> DrawnSetting:
     plan, images = point.encoder.plan, torch.stack([picture.image for picture in chosen])
     with torch.inference_mode():
-        merges = loaded.model.merge_stages(images.to(loaded.device), plan)
+        merges = point.encoder.merge_stages(images.to(loaded.device))
     stages = [stage.to("cpu") for stage in spread_evenly(merges)]
     written = []
     for stage in stages:

@@ -12,7 +12,7 @@ from mlip_cli.evaluate.results import Distortion, Setting, SpeedAtSetting
 from mlip_cli.evaluate.statistics import Interval
 from mlip_cli.profiling.flops import image_gflops
 from mlip_cli.profiling.timing import measure_interleaved, peak_memory
-from mlip_cli.runs.loading import LoadedRun, MergedEncoder, at_rate
+from mlip_cli.runs.loading import LoadedRun, MergedEncoder
 from mlip_cli.terminal.panel import progress
 
 
@@ -38,13 +38,12 @@ def sweep_points(loaded: LoadedRun, rates: Sequence[float], methods: Sequence[st
     Raises:
         UsageError: no plan reaches a rate.
     """
-    model = loaded.model
     wanted = sorted({rate for rate in rates if rate > 0})
     return [
-        Point(None, 0.0, at_rate(model, 0.0)),
+        Point(None, 0.0, loaded.at_rate(0.0)),
         *(
-            Point(method, rate, at_rate(model, rate, method))
-            for method in dict.fromkeys(methods or [model.merge_plan(0.0).method])
+            Point(method, rate, loaded.at_rate(rate, method))
+            for method in dict.fromkeys(methods or [loaded.model.merge_plan(0.0).method])
             for rate in wanted
         ),
     ]

@@ -40,6 +40,8 @@ class GalleryResult(Result):
 
     step: int
     true_merge_rate: float
+    precision: str = "fp32"
+    """That of the training. Earlier versions measured in fp32, and did not write it."""
     folders: Sequence[str]
     fingerprints: Sequence[str]
     num_images: int

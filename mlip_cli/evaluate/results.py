@@ -127,6 +127,8 @@ class EvaluatedResult(Result):
     """Patch tokens in each block."""
     image_size: int
     device_type: str
+    precision: str = "fp32"
+    """In which the model computed. Earlier versions knew fp32 alone, and did not write it."""
     n: int
     """Pictures."""
     right: dict[str, str]
@@ -303,8 +305,16 @@ class SweepResult(Result):
     device_name: str
     threads: int
     torch: str
+    precision: str = "fp32"
+    """As in EvaluatedResult."""
     batch_size: int
     rounds: int
     points: Sequence[SpeedAtSetting]
     datasets: Sequence[Annotated[ZeroshotSweep | RetrievalSweep, Field(discriminator="task")]]
     failed: Sequence[FailedData] = ()
+
+    @property
+    def file_name(self) -> str:
+        """Of its file: a sweep replaces that of the same checkpoint in the same precision."""
+        precision = "" if self.precision == "fp32" else f"_{self.precision}"
+        return f"merge_sweep_{self.checkpoint}{precision}.json"

@@ -98,6 +98,7 @@ def search(
         run=loaded.label,
         step=loaded.step,
         true_merge_rate=encoder.merge_rate,
+        precision=encoder.precision,
         images=images,
         num_pictures=num_searched,
         num_encoded=num_encoded,
@@ -260,4 +261,6 @@ def _collection(encoder: ImageTextEncoder, place: str) -> str:
     data = recipe.data
     sees = [data.image_size, data.resize, data.pixel_mean, data.pixel_std]
     identity = [PROTOCOL, weights.hexdigest(), recipe.model.model_dump_json(), repr(encoder.plan), sees, place]
+    if encoder.precision != "fp32":  # without it: vectors that lie there keep their name
+        identity.append(encoder.precision)
     return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]

@@ -45,6 +45,8 @@ class SearchResult:
     run: str
     step: int
     true_merge_rate: float
+    precision: str
+    """In which the model computed the vectors."""
     images: str
     """The collection, as the user named it."""
     num_pictures: int

@@ -18,7 +18,7 @@ from mlip_cli.evaluate.results import EvaluatedResult, ZeroshotResult
 from mlip_cli.evaluate.retrieval_results import RetrievalResult
 from mlip_cli.evaluate.wanted import FAILURES, VALIDATION, Failures
 from mlip_cli.runs.find import find_checkpoint
-from mlip_cli.runs.folder import Run, now
+from mlip_cli.runs.folder import Run, evaluation_precision, now
 from mlip_cli.terminal.output import plural, say, warn
 
 if TYPE_CHECKING:
@@ -91,6 +91,8 @@ class Measurement:
     batch_size: int
     device: str
     task: Task = ZEROSHOT
+    precision: str | None = None
+    """As asked for; None: see `evaluation_precision`."""
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -104,6 +106,7 @@ class Measurement:
             "merge_rate": self.merge_rate,
             "batch_size": self.batch_size,
             "device": self.device,
+            **({} if self.precision is None else {"precision": self.precision}),
         }
 
     @property
@@ -123,7 +126,9 @@ class Measurement:
         except ValueError as error:
             warn(f"{self.path}: damaged ({error}); measured again")
             return None
-        return result if all(getattr(result, key) == value for key, value in self.identity.items()) else None
+        usual = evaluation_precision(self.checkpoint.run.read_recipe(), result.device_type)
+        wanted = {"precision": usual, **self.identity}
+        return result if all(getattr(result, key) == value for key, value in wanted.items()) else None
 
 
 @dataclass(frozen=True)
@@ -229,14 +234,14 @@ def complete(rows: Mapping[str, Sequence[Measurement]]) -> tuple[dict[str, list[
 def _load(rows: Sequence[Measurement]) -> dict[Path, "LoadedRun"]:
     """Load the models by checkpoint, and check all merge rates."""
     say("loading PyTorch and the weights")
-    from mlip_cli.runs.loading import at_rate, load_run
+    from mlip_cli.runs.loading import load_run
 
     loaded: dict[Path, LoadedRun] = {}
     for row in rows:
         folder = row.checkpoint.folder
         if folder not in loaded:
-            loaded[folder] = load_run(str(folder), device=row.device)
-        at_rate(loaded[folder].model, row.merge_rate)
+            loaded[folder] = load_run(str(folder), device=row.device, precision=row.precision)
+        loaded[folder].at_rate(row.merge_rate)
     return loaded
 
 
@@ -244,11 +249,9 @@ def _measure(rows: Sequence[Measurement], loaded: Mapping[Path, "LoadedRun"]) ->
     """Measure rows of one data set side by side."""
     if not rows:
         return {}
-    from mlip_cli.runs.loading import at_rate
-
     say(f"{rows[0].benchmark.words}: {plural(len(rows), 'row')} to measure, in turn on each batch")
     runs = [loaded[row.checkpoint.folder] for row in rows]
-    encoders = [at_rate(run.model, row.merge_rate) for run, row in zip(runs, rows, strict=True)]
+    encoders = [run.at_rate(row.merge_rate) for run, row in zip(runs, rows, strict=True)]
     measured_at = now()
     task = rows[0].task
     scores = task.scores(rows[0].benchmark, list(zip(runs, encoders, strict=True)), rows[0].batch_size)
@@ -258,6 +261,7 @@ def _measure(rows: Sequence[Measurement], loaded: Mapping[Path, "LoadedRun"]) ->
             {
                 "kind": task.result.KIND,
                 **row.identity,
+                "precision": run.precision,
                 "step": run.step,
                 "true_merge_rate": encoder.plan.rate,
                 "merge_method": encoder.plan.method if encoder.plan.rate else None,

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING
 from mlip_cli import __version__
 from mlip_cli.data.open import open_sources
 from mlip_cli.errors import UsageError
-from mlip_cli.evaluate.average_results import AveragedData, AverageResult, Coefficients, Ingredient
+from mlip_cli.evaluate.average_results import AverageResult, Coefficients, Ingredient
 from mlip_cli.evaluate.datasets.benchmark import Benchmark
 from mlip_cli.evaluate.stored import PROTOCOL, EvaluatedCheckpoint
 from mlip_cli.evaluate.wanted import FAILURES, VALIDATION, Failures, WantedData
 from mlip_cli.recipe.config import Recipe
 from mlip_cli.recipe.load import differences
-from mlip_cli.runs.folder import Run, now, step_of
+from mlip_cli.runs.folder import Run, evaluation_precision, now, step_of
 from mlip_cli.terminal.output import plural, say, warn
 
 if TYPE_CHECKING:
@@ -72,8 +72,10 @@ class Averages:
         *,
         batch_size: int,
         device: str,
+        precision: str | None,
     ) -> None:
         self._checkpoints, self._points, self._last = checkpoints, points, checkpoints[-1].run
+        self._precision = precision
         empty = AverageResult(
             step=step_of(checkpoints[-1].folder),
             ingredients=[_ingredient(own) for own in checkpoints],
@@ -81,10 +83,19 @@ class Averages:
             device=device,
             datasets=[],
         )
-        identity = [PROTOCOL, [own.sha256 for own in checkpoints], batch_size, device]
+        identity = [
+            PROTOCOL,
+            [own.sha256 for own in checkpoints],
+            batch_size,
+            device,
+            *([precision] if precision else []),
+        ]
         key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]
         self._path = self._last.evals / f"average-{key}.json"
-        self._result = replace(empty, datasets=_known(self._path))
+        known = self._known()
+        if known is not None:
+            empty = replace(empty, device_type=known.device_type, precision=known.precision, datasets=known.datasets)
+        self._result = empty
         self._opened: tuple[LoadedRun, Mixture] | None = None
 
     def measured(self, data: WantedData) -> tuple[AverageResult, Failures, str | None]:
@@ -115,7 +126,13 @@ class Averages:
                 except FAILURES as error:
                     failures[name] = error
                     continue
-                self._result = replace(self._result.with_data(found), measured_at=now(), mlip_version=__version__)
+                self._result = replace(
+                    self._result.with_data(found),
+                    device_type=loaded.device.type,
+                    precision=loaded.precision,
+                    measured_at=now(),
+                    mlip_version=__version__,
+                )
                 unstored = self._result.why_unstored(self._path) or unstored
             own = [data.of(self._points) for data in self._result.of_data(name, fingerprint)]
             shown = replace(self._result, datasets=[*shown.datasets, *own])
@@ -165,8 +182,20 @@ class Averages:
             from mlip_cli.runs.average import load_mixture
 
             folders = {own.label: own.folder for own in self._checkpoints}
-            self._opened = load_mixture(folders, device=self._result.device)
+            self._opened = load_mixture(folders, device=self._result.device, precision=self._precision)
         return self._opened
+
+    def _known(self) -> AverageResult | None:
+        """What was measured before; None where the file is missing, damaged or of another precision."""
+        if not self._path.is_file():
+            return None
+        try:
+            result = AverageResult.read(self._path)
+        except ValueError as error:
+            warn(f"{self._path}: damaged ({error}); measured again")
+            return None
+        wanted = self._precision or evaluation_precision(self._last.read_recipe(), result.device_type)
+        return result if result.precision == wanted else None
 
 
 def _ingredient(checkpoint: EvaluatedCheckpoint) -> Ingredient:
@@ -177,14 +206,3 @@ def _ingredient(checkpoint: EvaluatedCheckpoint) -> Ingredient:
         step=step_of(checkpoint.folder),
         sha256=checkpoint.sha256,
     )
-
-
-def _known(path: Path) -> Sequence[AveragedData]:
-    """What was measured before; nothing where the file is missing or damaged."""
-    if not path.is_file():
-        return []
-    try:
-        return AverageResult.read(path).datasets
-    except ValueError as error:
-        warn(f"{path}: damaged ({error}); measured again")
-        return []

@@ -251,6 +251,7 @@ def measure_sweep(
         device_name=device_name(loaded.device),
         threads=torch.get_num_threads(),
         torch=torch.__version__,
+        precision=loaded.precision,
         batch_size=batch_size,
         rounds=rounds,
         points=timed,

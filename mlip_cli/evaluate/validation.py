@@ -32,15 +32,17 @@ FEW_PICTURES = 1000
 """Fewer pictures than these are decoded sooner than loader processes start."""
 
 
-def tokenize(tokenizer: Tokenizer, texts: Sequence[str]) -> Tensor:
+def tokenize(tokenizer: Tokenizer, device: torch.device, texts: Sequence[str]) -> Tensor:
     """Token ids (n, L), L the length of the longest text: more padding would change nothing but the time.
 
+    For CUDA, L is the next of the lengths that training has: there each new shape chooses or compiles kernels.
     Where padding does change the features, L is always the context length.
     """
     token_ids = tokenizer.encode(texts)
     if tokenizer.whole:
         return token_ids
-    return token_ids[:, : int(token_ids.any(dim=0).nonzero().max()) + 1]
+    longest = int(token_ids.any(dim=0).nonzero().max()) + 1
+    return token_ids[:, : tokenizer.padded_length(longest) if device.type == "cuda" else longest]
 
 
 class PairSet(Protocol):
@@ -155,7 +157,7 @@ class ValidationPairs(Generic[Set]):
         images = torch.cat(on_all_ranks(encode, num_batches=sum(self._num_batches))).to(self.device)
         texts = text_features(
             self.texts,
-            tokenize=partial(tokenize, self._tokenizer),
+            tokenize=partial(tokenize, self._tokenizer, self.device),
             encode_text=encoder.encode_text,
             device=self.device,
             place=self.place,

@@ -74,6 +74,7 @@ def limit(parts: Sequence[StepPart], loader: LoaderFacts | None, *, step_per_s: 
     share = loader.sample_seconds[most] / sum(loader.sample_seconds.values())
     count = loader.loader_processes
     who = {0: "the training process itself", 1: "1 loader process"}.get(count, f"{count} loader processes")
+    who += f" of one of {loader.ranks} ranks" if loader.ranks > 1 else ""
     verb, whose = ("makes", "its") if count < 2 else ("make", "their")
     speeds = f"{who} {verb} {loader.loader_images_per_s:,.0f} images/s, the step takes {step_per_s:,.0f}"
     if loader.loader_images_per_s < step_per_s:

@@ -23,7 +23,9 @@ COLLATE = "tokenize and collate"
 SAMPLE_PARTS = (READ_SAMPLE, DECODE_PICTURE, TRANSFORM_PICTURE, COLLATE)
 
 
-def measure_loader(recipe: Recipe, datasets: Sequence[ShardDataset], *, num_workers: int) -> LoaderFacts:
+def measure_loader(
+    recipe: Recipe, datasets: Sequence[ShardDataset], *, num_workers: int, ranks: int = 1
+) -> LoaderFacts:
     """Time the training loader, in this process, on samples at random places of the data.
 
     The seconds of a sample are medians over batches. Reading counts wall-clock time and so the wait for the disk (what
@@ -32,7 +34,8 @@ def measure_loader(recipe: Recipe, datasets: Sequence[ShardDataset], *, num_work
     Sending a batch from process to process does not count.
 
     Args:
-        num_workers: loader processes of the training; 0: it loads in its own process.
+        num_workers: loader processes of a rank; 0: it loads in its own process.
+        ranks: of the training on this machine.
 
     Raises:
         RunError: too many bad samples.
@@ -63,6 +66,7 @@ def measure_loader(recipe: Recipe, datasets: Sequence[ShardDataset], *, num_work
         bad_samples=bad,
         sample_seconds=sample_seconds,
         loader_processes=num_workers,
+        ranks=ranks,
         loader_images_per_s=max(num_workers, 1) / sum(sample_seconds.values()),
     )
 

@@ -51,7 +51,7 @@ def measure(
     num_tokens, tokens_from = caption_length(recipe, datasets)
     batch = noise_batch(recipe, batch_size=batch_size, num_tokens=num_tokens, device=device)
     towers = speeds_of_towers(profiled, batch, rounds)
-    loader = loader_facts(recipe, datasets)
+    loader = loader_facts(recipe, datasets, ranks=ranks_of(device))
     found = measure_step(profiled, batch, rounds)
     plan, step_s = model.plan, found.timings[STEP].median_s
     parts = break_down(found.seconds, step_parts(found.step), loader=loader, batch_size=batch_size)
@@ -74,6 +74,7 @@ def measure(
         torch=torch.__version__,
         threads=torch.get_num_threads(),
         precision=recipe.train.precision,
+        compiled=profiled.is_compiled,
         image_size=model.image_size,
         batch_size=batch_size,
         rounds=rounds,
@@ -156,12 +157,21 @@ def speed(name: str, timing: Timing, batch_size: int, *, is_image: bool = False)
     )
 
 
-def loader_facts(recipe: Recipe, datasets: Sequence[ShardDataset]) -> LoaderFacts | None:
-    """What the loader needs for a sample; None without data, or if the data is damaged, which a line says."""
+def ranks_of(device: torch.device) -> int:
+    """Ranks of a training on all of this machine: one for each GPU."""
+    return torch.cuda.device_count() if device.type == "cuda" else 1
+
+
+def loader_facts(recipe: Recipe, datasets: Sequence[ShardDataset], *, ranks: int) -> LoaderFacts | None:
+    """What the loader needs for a sample; None without data, or if the data is damaged, which a line says.
+
+    Args:
+        ranks: so many share the cores of this machine.
+    """
     if not datasets:
         return None
     try:
-        return measure_loader(recipe, datasets, num_workers=num_workers(recipe))
+        return measure_loader(recipe, datasets, num_workers=num_workers(recipe, ranks), ranks=ranks)
     except (UsageError, RunError) as error:
         say(f"reading and decoding are not timed: {error}")
         return None

@@ -77,7 +77,10 @@ class LoaderFacts:
     sample_seconds: dict[str, float]
     """Of one process, by part."""
     loader_processes: int
+    """Of one rank."""
     loader_images_per_s: float
+    ranks: int = 1
+    """Ranks that share the cores of the machine."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,6 +141,7 @@ class ProfileResult(Result):
     torch: str
     threads: int
     precision: str
+    compiled: bool = False
     image_size: int
     batch_size: int
     rounds: int

@@ -1,7 +1,7 @@
 """The model that `mlip profile` measures, its data, and batches like those of its training."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -10,15 +10,16 @@ import torch
 from mlip_cli.data.dataset import ShardDataset
 from mlip_cli.data.open import open_sources
 from mlip_cli.data.tokenizer import Tokenizer
-from mlip_cli.devices import pick_device
+from mlip_cli.devices import check_precision, find_compiler, pick_device
 from mlip_cli.errors import RunError, UsageError
-from mlip_cli.model.blocks import set_fused_attention
+from mlip_cli.model.blocks import Compiled, set_fused_attention
 from mlip_cli.model.clip import CLIP, build_model
 from mlip_cli.recipe.config import Recipe
 from mlip_cli.recipe.load import load_recipe
 from mlip_cli.runs.folder import Run
 from mlip_cli.runs.loading import load_run
 from mlip_cli.terminal.output import say
+from mlip_cli.train.setup import compiles
 from mlip_cli.types import Batch
 
 
@@ -35,35 +36,50 @@ class ProfiledModel:
     """Where the weights come from; None for random ones."""
     step: int | None = None
     """Step of the checkpoint."""
+    is_compiled: bool = False
 
 
-def load_profiled(target: str, device: str) -> ProfiledModel:
+def load_profiled(
+    target: str, device: str, *, precision: str | None = None, is_compiled: bool | None = None
+) -> ProfiledModel:
     """The model of a run or a checkpoint (a folder), or of a recipe, with random weights.
 
+    Args:
+        precision: in place of the recipe's. is_compiled: in place of what the recipe's training does.
+
     Raises:
-        UsageError: there is no such run or recipe.
+        UsageError: there is no such run or recipe, or no compiler.
     """
     if Path(target).is_dir():
-        run = load_run(target, device=device)
-        model = _as_trained(run.model, run.recipe)
-        return ProfiledModel(f"{run.label}, step {run.step}", run.recipe, model, run.device, run.run, run.step)
-    loaded = load_recipe(target)
-    where = pick_device(device)
-    model = _as_trained(build_model(loaded.recipe), loaded.recipe).to(where).eval()
-    set_fused_attention(model, where.type != "cpu")
-    return ProfiledModel(f"recipe {loaded.name}, random weights", loaded.recipe, model, where)
+        run = load_run(target, device=device, precision=precision)
+        own = ProfiledModel(f"{run.label}, step {run.step}", run.recipe, run.model, run.device, run.run, run.step)
+    else:
+        loaded, where = load_recipe(target), pick_device(device)
+        check_precision(precision, where)
+        model = build_model(loaded.recipe).to(where).eval()
+        set_fused_attention(model, where.type != "cpu")
+        own = ProfiledModel(f"recipe {loaded.name}, random weights", loaded.recipe, model, where)
+    if precision is not None:
+        train = own.recipe.train.model_copy(update={"precision": precision})
+        own = replace(own, recipe=own.recipe.model_copy(update={"train": train}))
+    own = replace(own, is_compiled=compiles(own.recipe, own.device) if is_compiled is None else is_compiled)
+    _make_as_trained(own)
+    return own
 
 
-def _as_trained(model: CLIP, recipe: Recipe) -> CLIP:
-    """Switch gradients and recomputation on as the recipe's training does; nothing is compiled."""
+def _make_as_trained(profiled: ProfiledModel) -> None:
+    """Switch gradients and recomputation on as the recipe's training does, and compile the blocks if asked to."""
+    model, recipe = profiled.model, profiled.recipe
     model.requires_grad_(True)
     if recipe.train.grad_checkpointing:
         model.set_grad_checkpointing()
-    if recipe.train.compile is True:
-        say("train.compile: profile measures the model without compiling it")
     if recipe.model.freeze is not None:
         model.freeze(recipe.model.freeze)
-    return model
+    if profiled.is_compiled:
+        wanted, found = find_compiler(profiled.device.type)
+        if found is None:
+            raise UsageError(f"compiling the blocks needs a {wanted}; apt install g++, or add --no-compile")
+        Compiled(fixed=model.picture_blocks(), varying=model.text.blocks)
 
 
 def training_data(recipe: Recipe) -> list[ShardDataset]:

@@ -422,7 +422,8 @@ class Train(Section):
     draw other numbers. null: the rank's share. auto: on CUDA the first of the share, its half, its quarter, ... that
     fits."""
     precision: Literal["bf16", "fp32", "fp16"] = "bf16"
-    """Autocast type of the towers; losses are always at least fp32. fp16 needs CUDA."""
+    """Autocast type of the towers, in training and its evaluations; losses are always at least fp32. On GPUs fp32 is
+    fp32, without TF32, and takes several times as long as bf16. fp16 needs CUDA."""
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     """auto: the first that is present of cuda, mps (untested) and cpu."""
     parallel: Literal["ddp", "fsdp"] = "ddp"

@@ -65,9 +65,10 @@ def _notes(data: AveragedData) -> list[str]:
 def ingredients_words(result: AverageResult) -> list[str]:
     """What the weights of the tables are."""
     words = [own.words for own in result.ingredients]
+    measured = f"measured in {result.precision}"
     if not result.is_path:
-        return [f"soup: the mean of the weights of {', '.join(words[:-1])} and {words[-1]}"]
-    return [f"weight w: (1 - w) times the weights of {words[0]} plus w times those of {words[1]}"]
+        return [f"soup: the mean of the weights of {', '.join(words[:-1])} and {words[-1]}", measured]
+    return [f"weight w: (1 - w) times the weights of {words[0]} plus w times those of {words[1]}", measured]
 
 
 def print_average(result: AverageResult, *, failures: Iterable[str]) -> None:
@@ -83,6 +84,7 @@ def average_json(
     """For --json: without the answers to single questions."""
     return {
         "runs": [json_value(own) for own in result.ingredients],
+        "precision": result.precision,
         "datasets": [_data_json(result, data) for data in result.datasets],
         "failed": [{"dataset": name, "error": str(error)} for name, error in failures.items()],
         "chosen": None if chosen is None else list(chosen),

@@ -30,8 +30,9 @@ def gallery_section(record: RunRecord) -> Html:
         element(
             "p",
             f"{plural(gallery.num_images, 'picture')} and {plural(gallery.num_texts, 'distinct text')} of the "
-            f"validation set, step {gallery.step:,}, merge rate {gallery.true_merge_rate:.3f}. A query counts as "
-            "right if one of its own is among the first k; ties count against the model.",
+            f"validation set, step {gallery.step:,}, merge rate {gallery.true_merge_rate:.3f}, in "
+            f"{gallery.precision}. A query counts as right if one of its own is among the first k; ties count against "
+            "the model.",
         ),
         table(recalls_table(gallery)),
         note(

@@ -77,7 +77,8 @@ def _speeds(profile: ProfileResult) -> Table:
         [own.part, f"{own.per_s:,.1f}", _milliseconds(own.median_s, 1), speedup_cell(own.speedup, own.speedup_interval)]
         for own in profile.speed
     ]
-    return Table((f"batch of {profile.batch_size}, {profile.precision}", "per s", "ms", "x rate 0 (95 %)"), rows)
+    how = f"{profile.precision}, compiled" if profile.compiled else profile.precision
+    return Table((f"batch of {profile.batch_size}, {how}", "per s", "ms", "x rate 0 (95 %)"), rows)
 
 
 def _step_tables(profile: ProfileResult) -> list[Table]:
@@ -153,9 +154,9 @@ def _other_speed(record: RunRecord, profile: ProfileResult) -> list[str]:
     if sweep is None or point is None or profile.merging is None:
         return []
     return [
-        f"The speed-up in the opening of this page is the merge sweep's, of batches of {sweep.batch_size} in fp32 with "
-        f"all settings in turn: at rate {point.true_rate:.2f} {speed_words(point)}. The one above is this profile's, "
-        f"of batches of {profile.batch_size} in {profile.precision}."
+        f"The speed-up in the opening of this page is the merge sweep's, of batches of {sweep.batch_size} in "
+        f"{sweep.precision} with all settings in turn: at rate {point.true_rate:.2f} {speed_words(point)}. The one "
+        f"above is this profile's, of batches of {profile.batch_size} in {profile.precision}."
     ]
 
 

@@ -10,7 +10,7 @@ from mlip_cli.evaluate.retrieval_results import RetrievalResult
 from mlip_cli.evaluate.stored import Measured
 from mlip_cli.report.page import Html, section, tables
 from mlip_cli.report.record import RunRecord
-from mlip_cli.report.scores import by_data, numbered, rate_words
+from mlip_cli.report.scores import by_data, numbered, setting, step_cells
 from mlip_cli.report.tables import (
     INTERVALS,
     PAIRED_TEST,
@@ -26,7 +26,7 @@ from mlip_cli.terminal.output import percent, plural
 
 TESTED = 5
 """Recall at this k is tested against another row."""
-HEADS = ("run", "step", "true rate")
+HEADS = ("run", "step", "true rate", "precision")
 TOGETHER = f"{PAIRED_TEST}, where captions of a picture count together"
 
 
@@ -85,7 +85,7 @@ def _row(result: RetrievalResult, run: str | int | None, step: int | None, first
     tests = None
     if first is not None and first is not result:
         tests = {way: result.test_against(first, f"{way}_r{TESTED}") for way in DIRECTIONS}
-    return RecallRow([run, step, rate_words(result)], result.recalls, result.median_rank, tests)
+    return RecallRow([run, *step_cells(result, step)], result.recalls, result.median_rank, tests)
 
 
 def _tables(dataset: str, rows: Sequence[RecallRow], first: RetrievalResult, *, beside: str, won: str) -> list[Table]:
@@ -109,7 +109,7 @@ def retrieval_tables(record: RunRecord) -> list[Table]:
     shown: list[Table] = []
     found = record.all_of(RetrievalResult)
     for name, own in by_data((result.data, result) for result in found).items():
-        last = {(result.step, result.true_merge_rate): result for result in own}.values()
+        last = {(result.step, *setting(result)): result for result in own}.values()
         ordered = sorted(last, key=lambda result: (-result.step, result.true_merge_rate))
         rows = [_row(result, None, result.step, ordered[0]) for result in ordered]
         won = "only this row / only the first row"
@@ -124,20 +124,18 @@ def retrieval_sections(record: RunRecord) -> list[Html]:
 
 
 def compared_retrieval(records: Sequence[RunRecord]) -> list[Html]:
-    """Scores of each run's newest checkpoint, each tested against the first run's at the same merge rate."""
+    """Scores of each run's newest checkpoint, each tested against the first run's at the same setting."""
     newest = [
         (record.name, result)
         for record in records
-        for result in {
-            (*result.data, result.true_merge_rate): result for result in record.all_of(RetrievalResult)
-        }.values()
+        for result in {(*result.data, *setting(result)): result for result in record.all_of(RetrievalResult)}.values()
     ]
     parts: list[Html] = []
     for name, own in by_data((result.data, (run, result)) for run, result in newest).items():
         runs = list(dict.fromkeys(run for run, _ in own))
-        reference = {result.true_merge_rate: result for run, result in own if run == runs[0]}
+        reference = {setting(result): result for run, result in own if run == runs[0]}
         ordered = sorted(own, key=lambda pair: (runs.index(pair[0]), pair[1].true_merge_rate))
-        rows = [_row(result, run, result.step, reference.get(result.true_merge_rate)) for run, result in ordered]
+        rows = [_row(result, run, result.step, reference.get(setting(result))) for run, result in ordered]
         won = f"this run alone / {runs[0]} alone, at the same merge rate,"
         parts += tables(_tables(name, rows, ordered[0][1], beside=runs[0], won=won))
     return [section("recalls", "Pictures and captions", *parts)] if parts else []

@@ -33,7 +33,7 @@ from mlip_cli.terminal.output import percent
 CLASSES_SHOWN = 20
 """So many best and so many worst classes are shown where there are more than both together."""
 
-HEADS = ("run", "step", "true rate", "feature")
+HEADS = ("run", "step", "true rate", "precision", "feature")
 
 Own = TypeVar("Own")
 
@@ -42,6 +42,11 @@ def rate_words(result: EvaluatedResult) -> str:
     """The true merge rate, and the one asked for where it is another."""
     true, asked = result.true_merge_rate, result.merge_rate
     return f"{true:.3f}" + (f" (asked {asked:g})" if asked and abs(asked - true) > 5e-4 else "")
+
+
+def setting(result: EvaluatedResult) -> tuple[float, str]:
+    """The true merge rate and the precision: results of one setting are compared."""
+    return result.true_merge_rate, result.precision
 
 
 @dataclass(frozen=True)
@@ -53,7 +58,7 @@ class ZeroshotRow:
     """Name or number of the run, where there are several."""
     step: int | None = None
     test: PairedTest | None = None
-    """Against the first run at the same merge rate."""
+    """Against the first run at the same merge rate and in the same precision."""
 
 
 def zeroshot_tables(
@@ -132,7 +137,13 @@ def _retrieval_tables(
 
 def _head(row: ZeroshotRow, feature: str | None) -> list[Cell]:
     """Cells of the columns HEADS."""
-    return [row.run, None if row.step is None else f"{row.step:,}", rate_words(row.result), feature]
+    return [row.run, *step_cells(row.result, row.step), feature]
+
+
+def step_cells(result: EvaluatedResult, step: int | None) -> list[Cell]:
+    """Cells of the columns step, true rate and precision; a table without steps names precisions below it."""
+    shown: list[Cell] = [None, rate_words(result), None]
+    return shown if step is None else [f"{step:,}", rate_words(result), result.precision]
 
 
 def _beside(row: ZeroshotRow, own: ZeroshotScores, *, with_speed: bool) -> list[Cell]:
@@ -155,7 +166,8 @@ def numbered(
     rows = [own for group in measured.values() for own in group]
     measured_of = {own.checkpoint.label: own for own in rows}
     words = {
-        label: f"{label} at step {own.result.step} ({'last' if own.checkpoint.is_last else 'earlier'} checkpoint)"
+        label: f"{label} at step {own.result.step} ({'last' if own.checkpoint.is_last else 'earlier'} checkpoint), in "
+        f"{own.result.precision}"
         for label, own in measured_of.items()
     }
     numbers = {label: number for number, label in enumerate(words, start=1)} if len(words) > 1 else {}
@@ -200,10 +212,10 @@ def by_data(results: Iterable[tuple[tuple[str, str], Own]]) -> dict[str, list[Ow
 
 
 def newest_by_data(results: Iterable[ZeroshotResult]) -> dict[str, list[ZeroshotResult]]:
-    """The last result of each checkpoint and rate on each data set, later steps first."""
+    """The last result of each checkpoint, rate and precision on each data set, later steps first."""
     found = {}
     for name, own in by_data((result.data, result) for result in results).items():
-        last = {(result.step, result.true_merge_rate): result for result in own}.values()
+        last = {(result.step, *setting(result)): result for result in own}.values()
         found[name] = sorted(last, key=lambda result: (-result.step, result.true_merge_rate))
     return found
 
@@ -239,12 +251,12 @@ def _by_class(result: ZeroshotResult) -> Html:
 
 
 def compared_scores(records: Sequence[RunRecord]) -> list[Html]:
-    """Scores of each run's newest checkpoint, each tested against the first run's at the same merge rate."""
+    """Scores of each run's newest checkpoint, each tested against the first run's at the same setting."""
     newest = [
         (record.name, result)
         for record in records
         for result in {  # in the order of their steps
-            (*result.data, result.true_merge_rate): result for result in record.all_of(ZeroshotResult)
+            (*result.data, *setting(result)): result for result in record.all_of(ZeroshotResult)
         }.values()
     ]
     headlines = [result for record in records for result in newest_zeroshot(record)]
@@ -258,9 +270,9 @@ def compared_scores(records: Sequence[RunRecord]) -> list[Html]:
 def _compared(dataset: str, results: Sequence[tuple[str, ZeroshotResult]]) -> list[Table]:
     """Rows by run and rate; the first run's stand first."""
     runs = list(dict.fromkeys(run for run, _ in results))
-    reference = {result.true_merge_rate: result for run, result in results if run == runs[0]}
+    reference = {setting(result): result for run, result in results if run == runs[0]}
     rows = [
-        ZeroshotRow(result, run, result.step, _tested(reference.get(result.true_merge_rate), result))
+        ZeroshotRow(result, run, result.step, _tested(reference.get(setting(result)), result))
         for run, result in sorted(results, key=lambda pair: (runs.index(pair[0]), pair[1].true_merge_rate))
     ]
     won = f"won / lost: {_main(results[0][1]).won} this run alone / by {runs[0]} alone, at the same merge rate"

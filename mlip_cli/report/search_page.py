@@ -23,7 +23,8 @@ def shortened(text: str, length: int) -> str:
 def result_words(result: SearchResult) -> str:
     """What was searched, and with what."""
     words = f"{plural(result.num_pictures, 'picture')} of {result.images}"
-    return f"{words}, searched with {result.run}, step {result.step:,}, merge rate {result.true_merge_rate:.3f}"
+    model = f"{result.run}, step {result.step:,}, merge rate {result.true_merge_rate:.3f}, in {result.precision}"
+    return f"{words}, searched with {model}"
 
 
 def cut_words(query: Query) -> str | None:

@@ -60,7 +60,7 @@ def sweep_tables(sweep: SweepResult) -> list[Table]:
     ]
     columns = ("method", "rate", "true rate", "GFLOPs", "images/s", "x rate 0 (95 %)", "by FLOPs", "peak GiB")
     notes = [
-        f"batch of {sweep.batch_size}, fp32, on {machine_words(sweep)}; "
+        f"batch of {sweep.batch_size}, {sweep.precision}, on {machine_words(sweep)}; "
         f"median of {sweep.rounds} rounds with all settings in turn"
     ]
     scattered = [" ".join(point.words) for point in sweep.points if scatters(point.speedup_interval)]

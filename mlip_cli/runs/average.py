@@ -17,7 +17,7 @@ from mlip_cli.errors import UsageError
 from mlip_cli.files import full_disk_named, temporary_path, write_bytes, write_json
 from mlip_cli.runs.checkpoint import load_weights, save_checkpoint
 from mlip_cli.runs.folder import RUNS, Run, now, remember_latest
-from mlip_cli.runs.loading import LoadedRun, MergedEncoder, at_rate, load_run
+from mlip_cli.runs.loading import LoadedRun, MergedEncoder, load_run
 from mlip_cli.runs.recording import made_with
 from mlip_cli.runs.start import command_line
 from mlip_cli.types import ImageFeatures
@@ -107,20 +107,23 @@ class Mixture:
         return self.encoder
 
 
-def load_mixture(checkpoints: Mapping[str, Path], *, device: str) -> tuple[LoadedRun, Mixture]:
+def load_mixture(
+    checkpoints: Mapping[str, Path], *, device: str, precision: str | None = None
+) -> tuple[LoadedRun, Mixture]:
     """The model of the last checkpoint, and the weights of all: those to evaluate, averaged over steps if they are.
 
     Args:
         checkpoints: folders by what messages call them.
+        precision: see `load_run`.
 
     Raises:
         UsageError: a checkpoint is damaged, or the weights have no average (see `check_same_tensors`).
     """
     weights = {label: load_weights(folder) for label, folder in checkpoints.items()}
     check_same_tensors(weights)
-    loaded = load_run(str(list(checkpoints.values())[-1]), device=device)
+    loaded = load_run(str(list(checkpoints.values())[-1]), device=device, precision=precision)
     moved = [{name: tensor.to(loaded.device) for name, tensor in own.items()} for own in weights.values()]
-    return loaded, Mixture(at_rate(loaded.model, None), moved)
+    return loaded, Mixture(loaded.at_rate(None), moved)
 
 
 @dataclass(frozen=True)

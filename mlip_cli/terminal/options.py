@@ -23,6 +23,30 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document inst
 Device = Annotated[
     Literal["auto", "cuda", "mps", "cpu"], typer.Option(metavar="NAME", help="auto, cuda, mps (untested) or cpu.")
 ]
+_PRECISIONS = Literal["fp32", "bf16", "fp16"]
+Precision = Annotated[
+    _PRECISIONS | None,
+    typer.Option(
+        metavar="NAME",
+        help="In which the model computes: fp32, bf16 or fp16 (CUDA). Default: on CUDA that of the run's training, "
+        "elsewhere fp32.",
+        show_default=False,
+    ),
+]
+ProfiledPrecision = Annotated[
+    _PRECISIONS | None,
+    typer.Option(
+        "--precision", metavar="NAME", help="In place of the recipe's: fp32, bf16 or fp16 (CUDA).", show_default=False
+    ),
+]
+Compile = Annotated[
+    bool | None,
+    typer.Option(
+        "--compile/--no-compile",
+        help="Compile the blocks or not. Default: as the recipe's training does.",
+        show_default=False,
+    ),
+]
 DataRoot = Annotated[
     Path | None,
     typer.Option(

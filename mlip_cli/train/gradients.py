@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from mlip_cli.devices import DTYPES, autocast
 from mlip_cli.distributed import gradients_kept_back, unwrap
 from mlip_cli.losses.features import Features, features_of
 from mlip_cli.losses.objective import Objective
@@ -32,12 +33,11 @@ class Precision:
     @classmethod
     def named(cls, name: str, device: torch.device) -> "Precision":
         """`bf16`, `fp32` or `fp16`."""
-        dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}[name]
-        return cls(dtype, torch.amp.GradScaler(device.type, enabled=name == "fp16"))
+        return cls(DTYPES[name], torch.amp.GradScaler(device.type, enabled=name == "fp16"))
 
     def autocast(self, device: torch.device) -> AbstractContextManager:
         """Mixed precision for the block; nothing for fp32."""
-        return torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32)
+        return autocast(device, self.dtype)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import torch
 
+from mlip_cli.devices import is_full_memory
 from mlip_cli.distributed import from_all, without_exchange
 from mlip_cli.losses.objective import Objective
 from mlip_cli.recipe.config import Recipe
@@ -42,7 +43,9 @@ def largest_that_fits(share: int, attempt: Callable[[int], None]) -> int:
     while size > 1:
         try:
             attempt(size)
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not is_full_memory(error):
+                raise
             torch.cuda.empty_cache()
             size = -(-size // 2)
         else:

@@ -183,6 +183,6 @@ def open_batches(
     )
 
 
-def num_workers(recipe: Recipe) -> int:
-    """The recipe's number of loader processes, or a default by cores and ranks."""
-    return default_num_workers(world_size()) if recipe.data.num_workers is None else recipe.data.num_workers
+def num_workers(recipe: Recipe, ranks: int | None = None) -> int:
+    """The recipe's number of loader processes of a rank, or a default by cores and ranks; None: the ranks of now."""
+    return default_num_workers(ranks or world_size()) if recipe.data.num_workers is None else recipe.data.num_workers

@@ -36,14 +36,14 @@ class Training:
     @contextmanager
     def as_measured(self) -> Iterator[MergedEncoder]:
         """The plain model in evaluation mode and at the merge rate of evaluation: whole on every rank, with averaged
-        weights if there are any.
+        weights if there are any, in the precision of the training.
 
         All ranks enter and leave together. Inside, each may run the model as often as it likes.
         """
         # the last batch of every data set has a size of its own, for which blocks would be compiled again
         as_written = torch.compiler.set_stance("force_eager")
         with as_written, self.average.applied() if self.average is not None else nullcontext(), whole(self.model):
-            yield at_rate(self.plain.eval(), None)
+            yield at_rate(self.plain.eval(), None, dtype=self.precision.dtype)
 
 
 @dataclass

@@ -106,7 +106,7 @@ def encode_texts(run: LoadedRun, texts: Sequence[str]) -> Tensor:
     """Unit vectors: (len(texts), E)."""
     return text_features(
         texts,
-        tokenize=lambda some: tokenize(run.tokenizer, some),
+        tokenize=lambda some: tokenize(run.tokenizer, run.device, some),
         encode_text=run.model.encode_text,
         device="cpu",
         batch_size=BATCH_SIZE,
