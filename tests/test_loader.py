@@ -21,7 +21,7 @@ from forks_for_tests import FORKS
 from shards_for_tests import give_checksums, make_dataset
 from torch.utils.data import DataLoader, Dataset
 
-from mlip_cli.data import bad_samples, pictures
+from mlip_cli.data import bad_samples, pictures, shared_memory
 from mlip_cli.data import loader as module
 from mlip_cli.data.dataset import ShardDataset
 from mlip_cli.data.index import HEADER, RECORD, index_path
@@ -62,6 +62,7 @@ def batches(
     context_length: int = 24,
     with_labels: bool = False,
     with_other_crop: bool = False,
+    pin_memory: bool = False,
     **data: Any,
 ) -> Iterator[Batch]:
     settings = {"augment": AUGMENT, "image_size": 16} | data
@@ -80,12 +81,14 @@ def batches(
         num_workers=num_workers,
         with_labels=with_labels,
         with_other_crop=with_other_crop,
+        pin_memory=pin_memory,
     )
 
 
 def assert_equal(a: Batch, b: Batch) -> None:
-    assert torch.equal(a.images, b.images)
-    assert torch.equal(a.token_ids, b.token_ids)
+    assert a.tensors().keys() == b.tensors().keys()
+    for name, tensor in a.tensors().items():
+        assert torch.equal(tensor, b.tensors()[name]), name
     assert (a.keys, a.bad_samples) == (b.keys, b.bad_samples)
 
 
@@ -113,6 +116,45 @@ def test_shapes(folder: Path) -> None:
         assert (batch.token_ids.shape[0], batch.token_ids.dtype) == (G, torch.int64)
         assert len(set(batch.keys)) == G
         assert batch.bad_samples == ()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("samples", [1, 3, 5])
+@pytest.mark.parametrize("num_workers", [1, 3])
+@pytest.mark.parametrize("captions_per_image", [1, 2])
+def test_parts_of_any_size_give_the_batches_of_one_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, samples: int, num_workers: int, captions_per_image: int
+) -> None:
+    """With a sample that is replaced, labels and a second crop; also where a run is resumed, and on two ranks."""
+    folder = make_dataset(tmp_path / "x", n=40, captions=3)
+    spoil(folder, 21)
+    options = {"with_labels": True, "with_other_crop": True, "captions_per_image": captions_per_image}
+    expected = list(batches([open_prepared(folder)], 0, 6, **options))
+    assert sum(len(batch.bad_samples) for batch in expected) >= 1
+    handed = []
+    items_of_steps = module._Parts.of_steps
+
+    def recorded(*arguments: Any) -> Iterator[Any]:
+        for item in items_of_steps(*arguments):
+            handed.append(len(item.t))
+            yield item
+
+    monkeypatch.setattr(module._Parts, "of_steps", recorded)
+    sample_bytes = 2 * 3 * 16 * 16 + 8 * (captions_per_image * 24 + 1)
+    monkeypatch.setattr(shared_memory, "ITEM_BYTES", samples * sample_bytes)
+    options["num_workers"] = num_workers
+    for a, b in zip(expected, batches([open_prepared(folder)], 0, 6, **options), strict=True):
+        assert_equal(a, b)
+    assert max(handed) == samples if samples < 5 else handed == [4] * 12  # 8 = 5 + 3 would be uneven
+    assert sum(handed) == 6 * G
+    for a, b in zip(expected[4:], batches([open_prepared(folder)], 4, 6, **options), strict=True):
+        assert_equal(a, b)
+    ranks = [batches([open_prepared(folder)], 0, 6, rank=rank, world_size=2, **options) for rank in range(2)]
+    for whole, *shares in zip(expected, *ranks, strict=True):
+        for name, tensor in whole.tensors().items():
+            assert torch.equal(tensor, torch.cat([share.tensors()[name] for share in shares]))
+        assert whole.keys == shares[0].keys + shares[1].keys
+        assert whole.bad_samples == shares[0].bad_samples + shares[1].bad_samples
 
 
 @pytest.mark.slow
@@ -187,17 +229,42 @@ def test_labels_are_made_only_where_they_are_asked_for(folder: Path, monkeypatch
     assert next(batches([open_prepared(folder)])).labels is None
 
 
-def test_all_tensors_of_a_batch_are_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_is_pinned_whole_for_a_profile(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor + 1)  # what shows without a GPU
     zeros = torch.zeros(2, dtype=torch.int64)
     for labels, expected in ((zeros, [1, 1]), (None, None)):
         batch = Batch(zeros[:, None], zeros[:, None], ("a", "b"), labels=labels)
-        in_a_step = module._Step(batch, (False, False)).pin_memory().batch
-        for pinned in (in_a_step, profile_subject.pinned(batch, torch.device("cuda"))):
-            assert (pinned.images.tolist(), pinned.token_ids.tolist()) == ([[1], [1]], [[1], [1]])
-            assert (pinned.labels if pinned.labels is None else pinned.labels.tolist()) == expected
-            assert pinned.keys == ("a", "b")
+        pinned = profile_subject.pinned(batch, torch.device("cuda"))
+        assert (pinned.images.tolist(), pinned.token_ids.tolist()) == ([[1], [1]], [[1], [1]])
+        assert (pinned.labels if pinned.labels is None else pinned.labels.tolist()) == expected
+        assert pinned.keys == ("a", "b")
         assert profile_subject.pinned(batch, torch.device("cpu")).images.tolist() == [[0], [0]]
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("item_bytes", [2000, 10**9])
+def test_all_tensors_of_a_batch_are_pinned(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, num_workers: int, item_bytes: int
+) -> None:
+    """Whatever the size of the parts. Without a GPU the request for pinned memory shows, and nothing more."""
+    monkeypatch.setattr(shared_memory, "ITEM_BYTES", item_bytes)
+    expected = list(batches([open_prepared(folder)], 0, 3, with_labels=True, with_other_crop=True))
+    pinned: list[int] = []
+    empty = torch.empty
+
+    def recorded(*arguments: Any, pin_memory: bool = False, **options: Any) -> torch.Tensor:
+        made = empty(*arguments, **options)
+        if pin_memory:
+            pinned.append(made.data_ptr())
+        return made
+
+    monkeypatch.setattr(torch, "empty", recorded)
+    options = {"with_labels": True, "with_other_crop": True, "pin_memory": True, "num_workers": num_workers}
+    found = list(batches([open_prepared(folder)], 0, 3, **options))
+    for a, b in zip(expected, found, strict=True):
+        assert_equal(a, b)
+        assert {tensor.data_ptr() for tensor in b.tensors().values()} <= set(pinned)
+    assert len(pinned) == 3 * 4
 
 
 @pytest.mark.slow
@@ -482,13 +549,14 @@ def test_a_worker_that_gets_its_data_pickled_makes_the_same_batches(folder: Path
     dataset = open_prepared(folder)
     order = Order([42], None, seed=0, global_batch_size=G)
     data = Data(train=(Source(path="unused"),), augment=AUGMENT, image_size=16)
-    steps = module._Steps(
-        datasets=[dataset], order=order, data=data, tokenizer=Tokenizer(24), global_batch_size=G, seed=0,
-        places=range(G), with_labels=False, with_other_crop=False, part=nullcontext,
+    parts = module._Parts(
+        datasets=[dataset], order=order, data=data, tokenizer=Tokenizer(24), seed=0,
+        with_labels=False, with_other_crop=False, part=nullcontext,
     )  # fmt: skip
-    here = steps[3].batch
-    assert_equal(pickle.loads(pickle.dumps(steps))[3].batch, here)  # noqa: S301 - our own bytes
-    loader = DataLoader(steps, sampler=[3], batch_size=None, num_workers=1, multiprocessing_context=FORKS)
+    [item] = parts.of_steps(range(3, 4), range(G), G)
+    here = parts[item].batch
+    assert_equal(pickle.loads(pickle.dumps(parts))[item].batch, here)  # noqa: S301 - our own bytes
+    loader = DataLoader(parts, sampler=[item], batch_size=None, num_workers=1, multiprocessing_context=FORKS)
     assert_equal(next(iter(loader)).batch, here)
 
 
@@ -535,8 +603,12 @@ def test_evaluation_refuses_to_leave_a_sample_out(tmp_path: Path) -> None:
 
 
 def test_default_number_of_workers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(32)), raising=False)
+    cores = {0: 32, os.getppid(): 192}
+    monkeypatch.setattr(module, "usable_cores", lambda process=0: cores[process])
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    assert [default_num_workers(world_size) for world_size in (1, 2, 8, 32, 64)] == [16, 15, 3, 0, 0]
+    assert default_num_workers(1) == 31
+    assert default_num_workers(8) == 23  # torchrun has 192 cores, and bound each rank to 32 that some of them share
+    cores[os.getppid()] = 32
+    assert [default_num_workers(world_size) for world_size in (2, 8, 32, 64)] == [15, 3, 0, 0]
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     assert default_num_workers(64) == 3
