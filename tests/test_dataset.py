@@ -118,7 +118,7 @@ def test_all_shards_stay_open_as_far_as_the_limit_lets_them(folder: Path, monkey
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     dataset.close()
-    monkeypatch.setattr(module, "allow_open_files", lambda _: 100 + 2 * 4)
+    monkeypatch.setattr(module, "allow_open_files", lambda _: 16)  # half for shards
     keep_open([dataset, other])  # two shards for each
     assert opened_by(lambda: dataset.read(0)) == 2
     assert opened_by(lambda: [dataset.read(id) for id in (8, 0, 8)]) == 2

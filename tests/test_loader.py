@@ -21,11 +21,11 @@ from forks_for_tests import FORKS
 from shards_for_tests import give_checksums, make_dataset
 from torch.utils.data import DataLoader, Dataset
 
-from mlip_cli.data import bad_samples, pictures, shared_memory
+from mlip_cli.data import bad_samples, pictures, workers
 from mlip_cli.data import loader as module
 from mlip_cli.data.dataset import ShardDataset
 from mlip_cli.data.index import HEADER, RECORD, index_path
-from mlip_cli.data.loader import default_num_workers, label_of, training_loader
+from mlip_cli.data.loader import label_of, training_loader
 from mlip_cli.data.loader_processes import data_loader, items_of
 from mlip_cli.data.open import open_prepared
 from mlip_cli.data.order import Order
@@ -120,7 +120,7 @@ def test_shapes(folder: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("samples", [1, 3, 5])
-@pytest.mark.parametrize("num_workers", [1, 3])
+@pytest.mark.parametrize("num_workers", [1, 2])
 @pytest.mark.parametrize("captions_per_image", [1, 2])
 def test_parts_of_any_size_give_the_batches_of_one_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, samples: int, num_workers: int, captions_per_image: int
@@ -141,7 +141,7 @@ def test_parts_of_any_size_give_the_batches_of_one_process(
 
     monkeypatch.setattr(module._Parts, "of_steps", recorded)
     sample_bytes = 2 * 3 * 16 * 16 + 8 * (captions_per_image * 24 + 1)
-    monkeypatch.setattr(shared_memory, "ITEM_BYTES", samples * sample_bytes)
+    monkeypatch.setattr(workers, "ITEM_BYTES", samples * sample_bytes)
     options["num_workers"] = num_workers
     for a, b in zip(expected, batches([open_prepared(folder)], 0, 6, **options), strict=True):
         assert_equal(a, b)
@@ -247,7 +247,7 @@ def test_all_tensors_of_a_batch_are_pinned(
     folder: Path, monkeypatch: pytest.MonkeyPatch, num_workers: int, item_bytes: int
 ) -> None:
     """Whatever the size of the parts. Without a GPU the request for pinned memory shows, and nothing more."""
-    monkeypatch.setattr(shared_memory, "ITEM_BYTES", item_bytes)
+    monkeypatch.setattr(workers, "ITEM_BYTES", item_bytes)
     expected = list(batches([open_prepared(folder)], 0, 3, with_labels=True, with_other_crop=True))
     pinned: list[int] = []
     empty = torch.empty
@@ -600,15 +600,3 @@ def test_evaluation_refuses_to_leave_a_sample_out(tmp_path: Path) -> None:
     spoil(folder, 5)
     with pytest.raises(RunError, match=r"train-000000.tar: sample 00-000005: not a picture: "):
         list(evaluation_loader(open_prepared(folder), data=Data(train=(), image_size=16), batch_size=4, num_workers=0))
-
-
-def test_default_number_of_workers(monkeypatch: pytest.MonkeyPatch) -> None:
-    cores = {0: 32, os.getppid(): 192}
-    monkeypatch.setattr(module, "usable_cores", lambda process=0: cores[process])
-    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    assert default_num_workers(1) == 31
-    assert default_num_workers(8) == 23  # torchrun has 192 cores, and bound each rank to 32 that some of them share
-    cores[os.getppid()] = 32
-    assert [default_num_workers(world_size) for world_size in (2, 8, 32, 64)] == [15, 3, 0, 0]
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    assert default_num_workers(64) == 3

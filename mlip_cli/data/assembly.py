@@ -20,24 +20,39 @@ class Part:
     """Pictures that only Pillow could decode, with the error of the fast decoder."""
 
 
-def whole_steps(parts: Iterator[Part], size: int, *, pin_memory: bool) -> Iterator[Part]:
-    """Join parts into steps of `size` samples. Each part is copied once, as soon as it is there, and then let go.
+class Rows:
+    """A tensor of `size` rows that comes in parts, one behind the other.
 
-    A part that is a whole step is passed on as it is, unless it must be pinned.
+    Each part is copied once, so that its shared memory is free. Alone it is taken as it is, unless it must be pinned.
 
     Args:
-        pin_memory: the tensors of a step lie in pinned memory. PyTorch keeps it and gives it out again once the step is
-            dropped and every copy to a device that was begun from it is done: it notes an event at each such copy. So
-            a few buffers serve the whole run, and none is overwritten too early.
+        pin_memory: the tensor lies in pinned memory. PyTorch keeps such memory and gives it out again once the tensor
+            is dropped and every copy to a device that was begun from it is done: it notes an event at each such copy.
+            So a few buffers serve a whole run, and none is overwritten too early.
     """
+
+    def __init__(self, size: int, *, pin_memory: bool = False) -> None:
+        self.size, self.pin_memory, self.num_filled = size, pin_memory, 0
+        self.tensor = torch.empty(0)
+
+    def add(self, part: Tensor) -> None:
+        """Put the next rows behind those that are there: (n, ...)."""
+        if self.num_filled == 0:
+            if len(part) == self.size and not self.pin_memory:
+                self.tensor, self.num_filled = part, self.size
+                return
+            self.tensor = torch.empty((self.size, *part.shape[1:]), dtype=part.dtype, pin_memory=self.pin_memory)
+        self.tensor[self.num_filled : self.num_filled + len(part)] = part
+        self.num_filled += len(part)
+
+
+def whole_steps(parts: Iterator[Part], size: int, *, pin_memory: bool) -> Iterator[Part]:
+    """Join parts into steps of `size` samples, whose tensors are pinned on request (see `Rows`)."""
     joined = _Joined(size, pin_memory=pin_memory)
     for part in parts:
-        if len(part.batch.keys) == size and not pin_memory:
-            yield part
-            continue
         joined.add(part)
         del part  # its shared memory is free before the next one is waited for
-        if joined.num_samples == size:
+        if len(joined.replaced) == size:
             yield joined.step()
             joined = _Joined(size, pin_memory=pin_memory)
 
@@ -46,29 +61,26 @@ class _Joined:
     """The parts of one step, put together as they come."""
 
     def __init__(self, size: int, *, pin_memory: bool) -> None:
-        self.size, self.pin_memory, self.num_samples = size, pin_memory, 0
-        self._tensors: dict[str, Tensor] = {}
-        self._keys: tuple[str, ...] = ()
-        self._bad_samples: tuple[BadSample, ...] = ()
-        self._replaced: tuple[bool, ...] = ()
-        self._slow: tuple[BadSample, ...] = ()
+        self.size, self.pin_memory = size, pin_memory
+        self.rows: dict[str, Rows] = {}
+        self.keys: tuple[str, ...] = ()
+        self.bad_samples: tuple[BadSample, ...] = ()
+        self.replaced: tuple[bool, ...] = ()
+        self.slow: tuple[BadSample, ...] = ()
 
     def add(self, part: Part) -> None:
-        """Copy the next part behind those that are there."""
-        n = len(part.batch.keys)
+        """Put the next part behind those that are there."""
         for name, tensor in part.batch.tensors().items():
-            rows = len(tensor) // n  # token_ids have a row for each caption
-            if name not in self._tensors:
-                shape = (self.size * rows, *tensor.shape[1:])
-                self._tensors[name] = torch.empty(shape, dtype=tensor.dtype, pin_memory=self.pin_memory)
-            self._tensors[name][self.num_samples * rows : (self.num_samples + n) * rows] = tensor
-        self.num_samples += n
-        self._keys += part.batch.keys
-        self._bad_samples += part.batch.bad_samples
-        self._replaced += part.replaced
-        self._slow += part.slow
+            if name not in self.rows:
+                rows_a_sample = len(tensor) // len(part.batch.keys)  # token_ids have a row for each caption
+                self.rows[name] = Rows(self.size * rows_a_sample, pin_memory=self.pin_memory)
+            self.rows[name].add(tensor)
+        self.keys += part.batch.keys
+        self.bad_samples += part.batch.bad_samples
+        self.replaced += part.replaced
+        self.slow += part.slow
 
     def step(self) -> Part:
         """The whole, once all parts are there."""
-        batch = Batch(**self._tensors, keys=self._keys, bad_samples=self._bad_samples)
-        return Part(batch, self._replaced, self._slow)
+        tensors = {name: rows.tensor for name, rows in self.rows.items()}
+        return Part(Batch(**tensors, keys=self.keys, bad_samples=self.bad_samples), self.replaced, self.slow)

@@ -238,6 +238,11 @@ def keep_open(datasets: Sequence[ShardDataset]) -> None:
     """
     num_shards = sum(dataset.num_shards for dataset in datasets)
     allowed = allow_open_files(FILES_OF_A_SHARD * num_shards + OTHER_FILES)
-    fitting = max(allowed - OTHER_FILES, allowed // 2) // FILES_OF_A_SHARD
+    fitting = shards_that_fit(allowed)
     for dataset in datasets:
         dataset.keep_open(dataset.num_shards if num_shards <= fitting else fitting // len(datasets))
+
+
+def shards_that_fit(num_files: int) -> int:
+    """How many shards a process keeps open that may open so many files."""
+    return max(num_files - OTHER_FILES, num_files // 2) // FILES_OF_A_SHARD

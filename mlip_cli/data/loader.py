@@ -1,7 +1,6 @@
 """Batches for training: pure functions of (seed, step), made in worker processes."""
 
 import hashlib
-import os
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -21,12 +20,11 @@ from mlip_cli.data.dataset import BadSampleError, RawSample, ShardDataset, keep_
 from mlip_cli.data.loader_processes import changed_items, data_loader
 from mlip_cli.data.order import MAX_ATTEMPTS, Order, Position, Positions, hash_of
 from mlip_cli.data.pictures import RejectedPictureError, open_picture
-from mlip_cli.data.shared_memory import Need, check_shared_memory, samples_at_once
 from mlip_cli.data.sources.records import Caption
 from mlip_cli.data.tokenizer import Tokenizer
 from mlip_cli.data.transforms import decode, least_size, training_crop, training_transform
+from mlip_cli.data.workers import Need, check_shared_memory, ranks_here, samples_at_once
 from mlip_cli.errors import RunError, UsageError
-from mlip_cli.machine import usable_cores
 from mlip_cli.recipe.config import Data
 from mlip_cli.types import BadSample, Batch, PartOf
 
@@ -101,19 +99,6 @@ def _sample_bytes(data: Data, tokenizer: Tokenizer, *, with_other_crop: bool) ->
     """Bytes of a sample in a batch, at most: pixels, token ids and a label."""
     pixels = 3 * data.image_size**2 * (2 if with_other_crop else 1)
     return pixels + 8 * (data.captions_per_image * tokenizer.context_length + 1)
-
-
-def ranks_here(world_size: int) -> int:
-    """How many of the ranks run on this machine: torchrun says it."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-
-
-def default_num_workers(world_size: int) -> int:
-    """Loader processes per rank: this rank's share of the machine's cores, less one for the rank itself."""
-    ranks = ranks_here(world_size)
-    # `torchrun --numa-binding` binds a rank to cores that it shares with some of the others; torchrun itself has all
-    of_all = usable_cores(os.getppid()) if ranks > 1 else usable_cores()
-    return max(0, min(usable_cores(), of_all // ranks) - 1)
 
 
 def check_divides(global_batch_size: int, world_size: int) -> None:

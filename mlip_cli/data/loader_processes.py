@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from mlip_cli.data.shared_memory import items_ahead
+from mlip_cli.data.workers import items_ahead
 from mlip_cli.distributed import signal_at_death_of_parent
 from mlip_cli.errors import RunError
 
@@ -105,6 +105,7 @@ def _fill(results: "Queue[Any]", found: Iterator[Any], is_over: threading.Event)
     try:
         for result in found:
             results.put(result)
+            del result
             if is_over.is_set():
                 return
     except BaseException as caught:  # noqa: BLE001 - raised where the results are taken

@@ -1,11 +1,13 @@
-"""How many samples a loader process hands over at once, and whether what is under way fits into /dev/shm."""
+"""How many loader processes there are, what each hands over at once, and whether all that fits into /dev/shm."""
 
+import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mlip_cli.errors import RunError
 from mlip_cli.files import GIB
+from mlip_cli.machine import usable_cores
 
 FOLDER = Path("/dev/shm")
 """Where Linux keeps shared memory. Other systems have no such folder, and nothing is checked there."""
@@ -13,6 +15,20 @@ MIB = 2**20
 ITEM_BYTES = 3 * MIB
 """Most bytes that a loader process hands over at once, unless one sample is larger: 20 samples of 224 px. Eight ranks
 of 16 loader processes have 264 such items under way: 0.8 GiB."""
+
+
+def ranks_here(world_size: int) -> int:
+    """How many of the ranks run on this machine: torchrun says it."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+
+
+def default_num_workers(world_size: int) -> int:
+    """Loader processes of each rank of a training by `world_size` ranks: its share of the machine's cores, less one for
+    the rank itself."""
+    ranks = ranks_here(world_size)
+    # `torchrun --numa-binding` binds a rank to cores that it shares with some of the others; torchrun itself has all
+    of_all = usable_cores(os.getppid()) if "LOCAL_WORLD_SIZE" in os.environ else usable_cores()
+    return max(0, min(usable_cores(), of_all // ranks) - 1)
 
 
 def items_ahead(num_workers: int) -> int:
@@ -49,11 +65,10 @@ class Need:
         parts = f"{items_ahead(self.num_workers)} x {self.item_bytes / MIB:.1f} MiB"
         return f"{self.num_bytes / GIB:.2f} GiB ({processes} loader processes x {parts})"
 
-    def cure(self, free: int) -> str:
-        """What to change where only `free` bytes are there."""
-        fitting = (n for n in range(self.num_workers, 0, -1) if Need(self.ranks, n, self.item_bytes).num_bytes <= free)
-        enough = -(-2 * self.num_bytes // GIB)
-        return f"docker run --shm-size={enough}g (or --ipc=host), or data.num_workers={next(fitting, 0)}"
+    def fitting(self, free: int) -> int:
+        """The most loader processes, up to `num_workers`, whose items fit into `free` bytes."""
+        numbers = range(self.num_workers, 0, -1)
+        return next((n for n in numbers if replace(self, num_workers=n).num_bytes <= free), 0)
 
 
 def free_shared_memory() -> int | None:
@@ -70,5 +85,11 @@ def check_shared_memory(need: Need) -> None:
     free = free_shared_memory()
     if free is not None and need.num_bytes > free:
         raise RunError(
-            f"{FOLDER}: the batches under way need up to {need}, {free / GIB:.2f} GiB are free; {need.cure(free)}"
+            f"{FOLDER}: batches on their way need up to {need}, and {free / GIB:.2f} GiB are free; {cure(need, free)}"
         )
+
+
+def cure(need: Need, free: int) -> str:
+    """What to change where only `free` bytes are there."""
+    enough = -(-2 * need.num_bytes // GIB)
+    return f"docker run --shm-size={enough}g (or --ipc=host), or data.num_workers={need.fitting(free)}"
