@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from mlip_cli.data.assembly import Part, whole_steps
 from mlip_cli.data.bad_samples import BadSampleLimit, SlowPictures, place_and_reason
@@ -193,13 +193,14 @@ class _Parts(Dataset[Part | Exception]):
             bad_samples += bad
             replaced.append(bool(bad))
         texts = [text for example in examples for text in example.captions]
+        other_images = [example.other_image for example in examples if example.other_image is not None]
         batch = Batch(
-            images=torch.stack([example.image for example in examples]),
+            images=default_collate([example.image for example in examples]),  # in shared memory at once in a worker
             token_ids=self.tokenizer.encode(texts, length=item.length),
             keys=tuple(example.key for example in examples),
             bad_samples=tuple(bad_samples),
             labels=torch.tensor([example.label for example in examples]) if self.with_labels else None,
-            other_images=_stacked([example.other_image for example in examples]),
+            other_images=default_collate(other_images) if other_images else None,
         )
         return Part(batch, tuple(replaced), sum((example.slow for example in examples), ()))
 
@@ -249,11 +250,6 @@ class _Parts(Dataset[Part | Exception]):
             image, *other = (training_transform(pixels, crop=crop, data=self.data, generator=draws) for crop in crops)
         label = label_of(raw.info.meta, captions[0]) if self.with_labels else None
         return _Example(image, captions, raw.key, label, other[0] if other else None, tuple(slow))
-
-
-def _stacked(images: Sequence[Tensor | None]) -> Tensor | None:
-    given = [image for image in images if image is not None]
-    return torch.stack(given) if given else None
 
 
 def _position(positions: Positions, place: int) -> Position:

@@ -2,11 +2,11 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 
 from mlip_cli.data.assembly import Rows
 from mlip_cli.data.dataset import RawSample, ShardDataset
@@ -248,6 +248,7 @@ class _EvaluationPictures(Dataset[Tensor | Exception]):
         size, resize = self.data.image_size, self.data.resize
         try:
             pictures = [decoded(self.dataset.read(id), least=least_size(None, size)) for id in ids]
-            return torch.stack([evaluation_transform(picture, size=size, resize=resize) for picture in pictures])
+            images = [evaluation_transform(picture, size=size, resize=resize) for picture in pictures]
+            return cast(Tensor, default_collate(images))  # in shared memory at once in a loader process
         except (RunError, OSError) as error:
             return error
