@@ -7,6 +7,7 @@ import re
 import signal
 import socket
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, nullcontext
@@ -21,7 +22,7 @@ from forks_for_tests import FORKS
 from shards_for_tests import give_checksums, make_dataset
 from torch.utils.data import DataLoader, Dataset
 
-from mlip_cli.data import bad_samples, pictures, workers
+from mlip_cli.data import bad_samples, loader_processes, pictures, workers
 from mlip_cli.data import loader as module
 from mlip_cli.data.dataset import ShardDataset
 from mlip_cli.data.index import HEADER, RECORD, index_path
@@ -487,6 +488,42 @@ class Failing(Dataset[int]):
 
 def failing(words: str) -> Iterator[int]:
     return items_of(data_loader(Failing(words), range(3), 1))
+
+
+class Stuck(Dataset[int]):
+    """Makes one item, and then hangs as a network disk does."""
+
+    def __getitem__(self, i: int) -> int:
+        if i:
+            time.sleep(600)
+        return i
+
+
+@pytest.mark.slow
+def test_closing_kills_a_worker_that_is_stuck(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader_processes, "PATIENCE_S", 0.1)
+    others = set(multiprocessing.active_children())
+    run = items_of(data_loader(Stuck(), range(3), 1))
+    assert next(run) == 0
+    began = time.monotonic()
+    run.close()
+    assert time.monotonic() - began < 30  # PyTorch looks for dead workers every five seconds
+    assert set(multiprocessing.active_children()) <= others
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_an_error_of_what_changes_the_items_is_raised_where_they_are_taken(num_workers: int) -> None:
+    def doubled(items: Iterator[int]) -> Iterator[int]:
+        for item in items:
+            if item == 2:
+                raise RunError("two is too much")
+            yield 2 * item
+
+    loader = data_loader(range(4), range(4), num_workers)  # type: ignore[arg-type]
+    with closing(items_of(loader, doubled, most=9)) as run:
+        assert [next(run), next(run)] == [0, 2]
+        with pytest.raises(RunError, match=r"^two is too much$"):
+            next(run)
 
 
 def in_a_fork(work: Callable[[], object], folder: Path) -> tuple[str, str]:

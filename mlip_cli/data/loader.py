@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from mlip_cli.data.assembly import Part, whole_steps
 from mlip_cli.data.bad_samples import BadSampleLimit, SlowPictures, place_and_reason
 from mlip_cli.data.dataset import BadSampleError, RawSample, ShardDataset, keep_open
-from mlip_cli.data.loader_processes import changed_items, data_loader
+from mlip_cli.data.loader_processes import data_loader, items_of
 from mlip_cli.data.order import MAX_ATTEMPTS, Order, Position, Positions, hash_of
 from mlip_cli.data.pictures import RejectedPictureError, open_picture
 from mlip_cli.data.sources.records import Caption
@@ -279,7 +279,7 @@ def _draw_caption(captions: Sequence[Caption], generator: torch.Generator) -> Ca
 def _training_batches(
     loader: DataLoader[Any], join: Callable[[Iterator[Part]], Iterator[Part]], limit: BadSampleLimit
 ) -> Generator[Batch, None, None]:
-    with SlowPictures() as slow, closing(changed_items(loader, join, most=STEPS_READY)) as steps:
+    with SlowPictures() as slow, closing(items_of(loader, join, most=STEPS_READY)) as steps:
         for step in steps:
             limit.check(step.replaced, step.batch.bad_samples)
             slow.count(step.slow)

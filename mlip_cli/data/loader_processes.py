@@ -50,24 +50,17 @@ def _begin_worker(number: int) -> None:
     sys.excepthook = report_own
 
 
-def items_of(loader: DataLoader[Any]) -> Generator[Any, None, None]:
-    """The items that the workers made; the workers begin with the first one, and closing the generator ends them.
-
-    Raises:
-        RunError: a worker process died or ran out of memory. Errors that the workers sent are raised here.
-    """
-    yield from _items(_quiet_iter(loader))
-
-
-def changed_items(
-    loader: DataLoader[Any], change: Callable[[Iterator[Any]], Iterator[Any]], *, most: int
+def items_of(
+    loader: DataLoader[Any], change: Callable[[Iterator[Any]], Iterator[Any]] = iter, *, most: int = 1
 ) -> Generator[Any, None, None]:
-    """`change` of the items that the workers made, run by a thread while the caller works; `most` results may wait.
+    """The items that the workers made, and what `change` makes of them while the caller works.
 
-    Without workers there is no thread. Closing the generator ends thread and workers.
+    The workers begin when the first item is asked for. A thread takes their items and runs `change`; `most` results
+    wait. Without workers there is no thread. Closing the generator ends thread and workers.
 
     Raises:
-        RunError: as `items_of`. What `change` raises is raised here.
+        RunError: a worker process died or ran out of memory. Errors that the workers sent are raised here, and those of
+            `change`.
     """
     made = _quiet_iter(loader)  # here, since workers die with the thread that began them
     if loader.num_workers == 0:
@@ -115,7 +108,7 @@ def _fill(results: "Queue[Any]", found: Iterator[Any], is_over: threading.Event)
 
 
 def _items(made: Iterator[Any]) -> Iterator[Any]:
-    """As `items_of`, of workers that have begun."""
+    """The items of workers that have begun, or a RunError that says what became of them."""
     while True:
         try:
             item = next(made)

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset, default_collate
 from mlip_cli.data.assembly import Rows
 from mlip_cli.data.dataset import RawSample, ShardDataset
 from mlip_cli.data.loader import decoded
-from mlip_cli.data.loader_processes import changed_items, data_loader
+from mlip_cli.data.loader_processes import data_loader, items_of
 from mlip_cli.data.open import open_sources
 from mlip_cli.data.tokenizer import Tokenizer
 from mlip_cli.data.transforms import evaluation_transform, least_size
@@ -222,7 +222,7 @@ def evaluation_loader(
     batches = [range(dataset.num_samples)[starts[i] : starts[i] + batch_size] for i in numbers]
     parts = [part for batch in batches for part in _parts(batch, at_once if num_workers else batch_size)]
     join = partial(_whole_batches, sizes=[len(batch) for batch in batches])
-    return changed_items(data_loader(_EvaluationPictures(dataset, data), parts, num_workers), join, most=1)
+    return items_of(data_loader(_EvaluationPictures(dataset, data), parts, num_workers), join, most=1)
 
 
 def _parts(batch: range, size: int) -> Iterator[range]:
