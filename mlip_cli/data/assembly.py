@@ -42,7 +42,8 @@ class Rows:
                 self.tensor, self.num_filled = part, self.size
                 return
             self.tensor = torch.empty((self.size, *part.shape[1:]), dtype=part.dtype, pin_memory=self.pin_memory)
-        self.tensor[self.num_filled : self.num_filled + len(part)] = part
+        here = slice(self.num_filled, self.num_filled + len(part))
+        self.tensor.numpy()[here] = part.numpy()  # on this thread alone; PyTorch would copy on all cores
         self.num_filled += len(part)
 
 

@@ -56,7 +56,8 @@ def items_of(
     """The items that the workers made, and what `change` makes of them while the caller works.
 
     The workers begin when the first item is asked for. A thread takes their items and runs `change`; `most` results
-    wait. Without workers there is no thread. Closing the generator ends thread and workers.
+    wait. `change` must not compute with PyTorch, which would take cores from the training. Without workers there is no
+    thread. Closing the generator ends thread and workers.
 
     Raises:
         RunError: a worker process died or ran out of memory. Errors that the workers sent are raised here, and those of
@@ -93,7 +94,6 @@ class _End:
 
 
 def _fill(results: "Queue[Any]", found: Iterator[Any], is_over: threading.Event) -> None:
-    torch.set_num_threads(1)  # of this thread alone: its copies must not take cores from the training
     error: BaseException | None = None
     try:
         for result in found:
