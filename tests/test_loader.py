@@ -363,6 +363,18 @@ def test_the_global_generators_are_left_alone(folder: Path) -> None:
     assert np.array_equal(np.random.get_state()[1], numpy_before)
 
 
+def test_the_training_keeps_its_threads(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread that puts parts together must not set how many threads PyTorch has: that holds for all threads."""
+    monkeypatch.setattr(workers, "ITEM_BYTES", 2000)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        list(batches([open_prepared(folder)], 0, 3, num_workers=1))
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_closing_ends_the_workers(folder: Path) -> None:
     others = set(multiprocessing.active_children())
     with closing(batches([open_prepared(folder)], 0, 1000, num_workers=2)) as run:
