@@ -8,6 +8,7 @@ from pathlib import Path
 from mlip_cli.errors import RunError
 from mlip_cli.files import GIB
 from mlip_cli.machine import usable_cores
+from mlip_cli.terminal.output import plural
 
 FOLDER = Path("/dev/shm")
 """Where Linux keeps shared memory. Other systems have no such folder, and nothing is checked there."""
@@ -61,9 +62,10 @@ class Need:
 
     def __str__(self) -> str:
         """The size, and how it comes about."""
-        processes = f"{self.ranks} x {self.num_workers}" if self.ranks > 1 else f"{self.num_workers}"
+        processes = plural(self.num_workers, "loader process", "loader processes")
+        processes = f"{self.ranks} x {processes}" if self.ranks > 1 else processes
         parts = f"{items_ahead(self.num_workers)} x {self.item_bytes / MIB:.1f} MiB"
-        return f"{self.num_bytes / GIB:.2f} GiB ({processes} loader processes x {parts})"
+        return f"{self.num_bytes / GIB:.2f} GiB ({processes} x {parts})"
 
     def fitting(self, free: int) -> int:
         """The most loader processes, up to `num_workers`, whose items fit into `free` bytes."""
