@@ -62,8 +62,13 @@ class Batch(_Movable):
     """(V,) int64: the words of the global batch, for losses over them."""
 
     def pin_memory(self) -> Self:
-        """The batch in pinned memory, so that copies to a GPU do not wait. Torch's DataLoader calls it too."""
+        """The batch in pinned memory, so that copies to a GPU do not wait."""
         return self.with_tensors(lambda tensor: tensor.pin_memory())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors that are given, by field."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
     def split(self, size: int) -> list[Self]:
         """Micro-batches of up to `size` samples."""

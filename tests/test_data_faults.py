@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 from shards_for_tests import give_checksums, index_shard, make_dataset
 
+from mlip_cli.data import dataset as dataset_module
 from mlip_cli.data.dataset import BadSampleError, RawSample, ShardDataset
 from mlip_cli.data.index import HEADER, RECORD, index_path
 from mlip_cli.data.loader import training_loader
@@ -390,8 +391,11 @@ def test_a_bad_block_of_the_disk_is_a_bad_sample(folder: Path, whole: Path, monk
 @pytest.mark.slow
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("ending", [".tar", ".idx"])
-def test_a_shard_removed_during_training(tmp_path: Path, num_workers: int, ending: str) -> None:
+def test_a_shard_removed_during_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_workers: int, ending: str
+) -> None:
     """What is open is read on; what is not ends the run with a line that names it."""
+    monkeypatch.setattr(dataset_module, "allow_open_files", lambda _: 64)
     dataset = open_prepared(make_dataset(tmp_path / "x", n=96, size=16, shard_size=2))
     gone = sorted((tmp_path / "x").glob(f"*{ending}"))
     with closing(batches(dataset, 1000, num_workers=num_workers)) as run:  # type: ignore[type-var]

@@ -3,8 +3,11 @@
 import json
 import os
 import pickle
+import resource
 import shutil
+import sys
 import tarfile
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -13,7 +16,7 @@ import pytest
 from shards_for_tests import give_checksums, index_shard, make_dataset
 
 from mlip_cli.data import dataset as module
-from mlip_cli.data.dataset import BadSampleError
+from mlip_cli.data.dataset import BadSampleError, ShardDataset, keep_open
 from mlip_cli.data.index import HEADER, RECORD, WITHOUT_CHECKSUMS, index_path
 from mlip_cli.data.open import open_prepared, open_sources
 from mlip_cli.data.tokenizer import Tokenizer
@@ -75,15 +78,74 @@ def test_an_id_outside(folder: Path) -> None:
             open_prepared(folder).read(id)
 
 
-def test_few_shards_are_open_at_a_time(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "MAX_OPEN_SHARDS", 2)
+def test_few_shards_are_open_at_a_time(folder: Path) -> None:
     dataset = open_prepared(folder)
+    dataset.keep_open(2)
     before = len(os.listdir("/dev/fd"))
     for id in (0, 8, 16, 1, 17, 9, 0):
         assert dataset.read(id).captions[0].text == CAPTIONS[id]
     assert len(os.listdir("/dev/fd")) - before == 4  # of each shard the tar and its index
     dataset.close()
     assert len(os.listdir("/dev/fd")) == before
+
+
+def opened_by(work: Callable[[], object]) -> int:
+    """How many files a piece of work opens."""
+    opened: list[object] = []
+    is_on = [True]
+    sys.addaudithook(lambda event, arguments: opened.append(arguments) if is_on[0] and event == "open" else None)
+    work()
+    is_on[0] = False
+    return len(opened)
+
+
+def test_all_shards_stay_open_as_far_as_the_limit_lets_them(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_OPEN_SHARDS", 1)
+    monkeypatch.setattr(module, "OTHER_FILES", 100)
+    dataset, other = open_prepared(folder), open_prepared(folder)
+    everything = [id for _ in range(3) for id in (0, 8, 16)]
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    def read(of: ShardDataset) -> Callable[[], object]:
+        return lambda: [of.read(id) for id in everything]
+
+    assert opened_by(read(dataset)) == 2 * 9  # the tar and its index, each time
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (100, hard))
+        keep_open([dataset, other])
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (100 + 2 * 6, hard)
+        assert opened_by(read(dataset)) == opened_by(read(other)) == 0
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    dataset.close()
+    monkeypatch.setattr(module, "allow_open_files", lambda _: 16)  # half for shards
+    keep_open([dataset, other])  # two shards for each
+    assert opened_by(lambda: dataset.read(0)) == 2
+    assert opened_by(lambda: [dataset.read(id) for id in (8, 0, 8)]) == 2
+    assert opened_by(lambda: dataset.read(16)) == 2
+    assert opened_by(lambda: dataset.read(0)) == 2
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="only Linux can read ahead")
+def test_samples_are_asked_for_ahead_of_reading(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset = open_prepared(folder)
+    asked: list[tuple[int, int]] = []
+    read: list[tuple[int, int]] = []
+    advise, pread = os.posix_fadvise, os.pread
+    monkeypatch.setattr(os, "posix_fadvise", lambda fd, *range: asked.append(range[:2]) or advise(fd, *range))
+    monkeypatch.setattr(os, "pread", lambda fd, size, at: read.append((at, size)) or pread(fd, size, at))
+    dataset.read_ahead([3, 12])
+    assert read == []
+    assert [dataset.read(id).captions[0].text for id in (3, 12)] == [CAPTIONS[3], CAPTIONS[12]]
+    assert asked == read
+
+
+def test_a_damaged_index_does_not_disturb_reading_ahead(folder: Path) -> None:
+    shard = folder / "train-000000.tar"
+    records = np.fromfile(index_path(shard), RECORD, offset=HEADER.itemsize)
+    records["offset"][1] = 2**64 - 1
+    rewrite_index(shard, records)
+    open_prepared(folder).read_ahead(range(8))
 
 
 def test_travels_to_another_process_without_its_open_files(folder: Path) -> None:

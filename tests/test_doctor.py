@@ -126,14 +126,20 @@ def test_an_old_python_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     assert only_check(doctor.python()).fix == "install Python 99.0 or newer"
 
 
-def test_few_open_files_are_a_warning() -> None:
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (300, hard))
-    try:
-        check = only_check(doctor.open_files())
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    assert check == Check("open files", "warn", "at most 300 a process", "ulimit -n 1024")
+def test_few_open_files_are_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = {"few": (300, 4096), "enough": (300, 8192), "any": (300, resource.RLIM_INFINITY)}
+    found = {}
+    for name, limit in limits.items():
+        monkeypatch.setattr(resource, "getrlimit", lambda _, limit=limit: limit)
+        found[name] = only_check(doctor.open_files())
+    assert found["few"] == Check(
+        "open files",
+        "warn",
+        "at most 4,096 in a process, so 1,536 shards stay open",
+        "ask the administrator for a hard limit of 8,192, if your data has more shards",
+    )
+    assert found["enough"] == Check("open files", "ok", "at most 8,192 in a process")
+    assert found["any"] == Check("open files", "ok", "any number in a process")
 
 
 @pytest.mark.parametrize(("low", "no", "status"), [(0, 0, "ok"), (1e9, 0, "warn"), (1e9, 1e9, "fail")])

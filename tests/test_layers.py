@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "mlip_cli"
 
 ORDER = (
-    {"__init__", "errors", "files", "paths", "types"},
+    {"__init__", "errors", "files", "machine", "paths", "types"},
     {"recipe"},
     {"terminal"},
     {"devices", "distributed"},
@@ -37,6 +37,7 @@ LIGHT = (
     "__init__",
     "errors",
     "files",
+    "machine",
     "paths",
     "recipe",
     "terminal",

@@ -7,6 +7,7 @@ import re
 import signal
 import socket
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, nullcontext
@@ -21,11 +22,11 @@ from forks_for_tests import FORKS
 from shards_for_tests import give_checksums, make_dataset
 from torch.utils.data import DataLoader, Dataset
 
-from mlip_cli.data import bad_samples, pictures
+from mlip_cli.data import bad_samples, loader_processes, pictures, workers
 from mlip_cli.data import loader as module
 from mlip_cli.data.dataset import ShardDataset
 from mlip_cli.data.index import HEADER, RECORD, index_path
-from mlip_cli.data.loader import default_num_workers, label_of, training_loader
+from mlip_cli.data.loader import label_of, training_loader
 from mlip_cli.data.loader_processes import data_loader, items_of
 from mlip_cli.data.open import open_prepared
 from mlip_cli.data.order import Order
@@ -62,6 +63,7 @@ def batches(
     context_length: int = 24,
     with_labels: bool = False,
     with_other_crop: bool = False,
+    pin_memory: bool = False,
     **data: Any,
 ) -> Iterator[Batch]:
     settings = {"augment": AUGMENT, "image_size": 16} | data
@@ -80,12 +82,14 @@ def batches(
         num_workers=num_workers,
         with_labels=with_labels,
         with_other_crop=with_other_crop,
+        pin_memory=pin_memory,
     )
 
 
 def assert_equal(a: Batch, b: Batch) -> None:
-    assert torch.equal(a.images, b.images)
-    assert torch.equal(a.token_ids, b.token_ids)
+    assert a.tensors().keys() == b.tensors().keys()
+    for name, tensor in a.tensors().items():
+        assert torch.equal(tensor, b.tensors()[name]), name
     assert (a.keys, a.bad_samples) == (b.keys, b.bad_samples)
 
 
@@ -113,6 +117,45 @@ def test_shapes(folder: Path) -> None:
         assert (batch.token_ids.shape[0], batch.token_ids.dtype) == (G, torch.int64)
         assert len(set(batch.keys)) == G
         assert batch.bad_samples == ()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("samples", [1, 3, 5])
+@pytest.mark.parametrize("num_workers", [1, 2])
+@pytest.mark.parametrize("captions_per_image", [1, 2])
+def test_parts_of_any_size_give_the_batches_of_one_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, samples: int, num_workers: int, captions_per_image: int
+) -> None:
+    """With a sample that is replaced, labels and a second crop; also where a run is resumed, and on two ranks."""
+    folder = make_dataset(tmp_path / "x", n=40, captions=3)
+    spoil(folder, 21)
+    options = {"with_labels": True, "with_other_crop": True, "captions_per_image": captions_per_image}
+    expected = list(batches([open_prepared(folder)], 0, 6, **options))
+    assert sum(len(batch.bad_samples) for batch in expected) >= 1
+    handed = []
+    items_of_steps = module._Parts.of_steps
+
+    def recorded(*arguments: Any) -> Iterator[Any]:
+        for item in items_of_steps(*arguments):
+            handed.append(len(item.t))
+            yield item
+
+    monkeypatch.setattr(module._Parts, "of_steps", recorded)
+    sample_bytes = 2 * 3 * 16 * 16 + 8 * (captions_per_image * 24 + 1)
+    monkeypatch.setattr(workers, "ITEM_BYTES", samples * sample_bytes)
+    options["num_workers"] = num_workers
+    for a, b in zip(expected, batches([open_prepared(folder)], 0, 6, **options), strict=True):
+        assert_equal(a, b)
+    assert max(handed) == samples if samples < 5 else handed == [4] * 12  # 8 = 5 + 3 would be uneven
+    assert sum(handed) == 6 * G
+    for a, b in zip(expected[4:], batches([open_prepared(folder)], 4, 6, **options), strict=True):
+        assert_equal(a, b)
+    ranks = [batches([open_prepared(folder)], 0, 6, rank=rank, world_size=2, **options) for rank in range(2)]
+    for whole, *shares in zip(expected, *ranks, strict=True):
+        for name, tensor in whole.tensors().items():
+            assert torch.equal(tensor, torch.cat([share.tensors()[name] for share in shares]))
+        assert whole.keys == shares[0].keys + shares[1].keys
+        assert whole.bad_samples == shares[0].bad_samples + shares[1].bad_samples
 
 
 @pytest.mark.slow
@@ -187,17 +230,42 @@ def test_labels_are_made_only_where_they_are_asked_for(folder: Path, monkeypatch
     assert next(batches([open_prepared(folder)])).labels is None
 
 
-def test_all_tensors_of_a_batch_are_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_is_pinned_whole_for_a_profile(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor + 1)  # what shows without a GPU
     zeros = torch.zeros(2, dtype=torch.int64)
     for labels, expected in ((zeros, [1, 1]), (None, None)):
         batch = Batch(zeros[:, None], zeros[:, None], ("a", "b"), labels=labels)
-        in_a_step = module._Step(batch, (False, False)).pin_memory().batch
-        for pinned in (in_a_step, profile_subject.pinned(batch, torch.device("cuda"))):
-            assert (pinned.images.tolist(), pinned.token_ids.tolist()) == ([[1], [1]], [[1], [1]])
-            assert (pinned.labels if pinned.labels is None else pinned.labels.tolist()) == expected
-            assert pinned.keys == ("a", "b")
+        pinned = profile_subject.pinned(batch, torch.device("cuda"))
+        assert (pinned.images.tolist(), pinned.token_ids.tolist()) == ([[1], [1]], [[1], [1]])
+        assert (pinned.labels if pinned.labels is None else pinned.labels.tolist()) == expected
+        assert pinned.keys == ("a", "b")
         assert profile_subject.pinned(batch, torch.device("cpu")).images.tolist() == [[0], [0]]
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("item_bytes", [2000, 10**9])
+def test_all_tensors_of_a_batch_are_pinned(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, num_workers: int, item_bytes: int
+) -> None:
+    """Whatever the size of the parts. Without a GPU the request for pinned memory shows, and nothing more."""
+    monkeypatch.setattr(workers, "ITEM_BYTES", item_bytes)
+    expected = list(batches([open_prepared(folder)], 0, 3, with_labels=True, with_other_crop=True))
+    pinned: list[int] = []
+    empty = torch.empty
+
+    def recorded(*arguments: Any, pin_memory: bool = False, **options: Any) -> torch.Tensor:
+        made = empty(*arguments, **options)
+        if pin_memory:
+            pinned.append(made.data_ptr())
+        return made
+
+    monkeypatch.setattr(torch, "empty", recorded)
+    options = {"with_labels": True, "with_other_crop": True, "pin_memory": True, "num_workers": num_workers}
+    found = list(batches([open_prepared(folder)], 0, 3, **options))
+    for a, b in zip(expected, found, strict=True):
+        assert_equal(a, b)
+        assert {tensor.data_ptr() for tensor in b.tensors().values()} <= set(pinned)
+    assert len(pinned) == 3 * 4
 
 
 @pytest.mark.slow
@@ -293,6 +361,18 @@ def test_the_global_generators_are_left_alone(folder: Path) -> None:
     list(batches([open_prepared(folder)], num_workers=1))
     assert torch.equal(torch.get_rng_state(), torch_before)
     assert np.array_equal(np.random.get_state()[1], numpy_before)
+
+
+def test_the_training_keeps_its_threads(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread that puts parts together must not set how many threads PyTorch has: that holds for all threads."""
+    monkeypatch.setattr(workers, "ITEM_BYTES", 2000)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        list(batches([open_prepared(folder)], 0, 3, num_workers=1))
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_closing_ends_the_workers(folder: Path) -> None:
@@ -422,6 +502,42 @@ def failing(words: str) -> Iterator[int]:
     return items_of(data_loader(Failing(words), range(3), 1))
 
 
+class Stuck(Dataset[int]):
+    """Makes one item, and then hangs as a network disk does."""
+
+    def __getitem__(self, i: int) -> int:
+        if i:
+            time.sleep(600)
+        return i
+
+
+@pytest.mark.slow
+def test_closing_kills_a_worker_that_is_stuck(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader_processes, "PATIENCE_S", 0.1)
+    others = set(multiprocessing.active_children())
+    run = items_of(data_loader(Stuck(), range(3), 1))
+    assert next(run) == 0
+    began = time.monotonic()
+    run.close()
+    assert time.monotonic() - began < 30  # PyTorch looks for dead workers every five seconds
+    assert set(multiprocessing.active_children()) <= others
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_an_error_of_what_changes_the_items_is_raised_where_they_are_taken(num_workers: int) -> None:
+    def doubled(items: Iterator[int]) -> Iterator[int]:
+        for item in items:
+            if item == 2:
+                raise RunError("two is too much")
+            yield 2 * item
+
+    loader = data_loader(range(4), range(4), num_workers)  # type: ignore[arg-type]
+    with closing(items_of(loader, doubled, most=9)) as run:
+        assert [next(run), next(run)] == [0, 2]
+        with pytest.raises(RunError, match=r"^two is too much$"):
+            next(run)
+
+
 def in_a_fork(work: Callable[[], object], folder: Path) -> tuple[str, str]:
     """What `work` prints to stdout and stderr in a process of its own that need not import torch again."""
     pid = os.fork()
@@ -482,13 +598,14 @@ def test_a_worker_that_gets_its_data_pickled_makes_the_same_batches(folder: Path
     dataset = open_prepared(folder)
     order = Order([42], None, seed=0, global_batch_size=G)
     data = Data(train=(Source(path="unused"),), augment=AUGMENT, image_size=16)
-    steps = module._Steps(
-        datasets=[dataset], order=order, data=data, tokenizer=Tokenizer(24), global_batch_size=G, seed=0,
-        places=range(G), with_labels=False, with_other_crop=False, part=nullcontext,
+    parts = module._Parts(
+        datasets=[dataset], order=order, data=data, tokenizer=Tokenizer(24), seed=0,
+        with_labels=False, with_other_crop=False, part=nullcontext,
     )  # fmt: skip
-    here = steps[3].batch
-    assert_equal(pickle.loads(pickle.dumps(steps))[3].batch, here)  # noqa: S301 - our own bytes
-    loader = DataLoader(steps, sampler=[3], batch_size=None, num_workers=1, multiprocessing_context=FORKS)
+    [item] = parts.of_steps(range(3, 4), range(G), G)
+    here = parts[item].batch
+    assert_equal(pickle.loads(pickle.dumps(parts))[item].batch, here)  # noqa: S301 - our own bytes
+    loader = DataLoader(parts, sampler=[item], batch_size=None, num_workers=1, multiprocessing_context=FORKS)
     assert_equal(next(iter(loader)).batch, here)
 
 
@@ -532,11 +649,3 @@ def test_evaluation_refuses_to_leave_a_sample_out(tmp_path: Path) -> None:
     spoil(folder, 5)
     with pytest.raises(RunError, match=r"train-000000.tar: sample 00-000005: not a picture: "):
         list(evaluation_loader(open_prepared(folder), data=Data(train=(), image_size=16), batch_size=4, num_workers=0))
-
-
-def test_default_number_of_workers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(32)), raising=False)
-    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    assert [default_num_workers(world_size) for world_size in (1, 2, 8, 32, 64)] == [16, 15, 3, 0, 0]
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    assert default_num_workers(64) == 3

@@ -132,6 +132,21 @@ def test_batches_are_those_of_the_folder_itself(folder: Path, cache: Cache, num_
     assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("form", ["file://{folder}", "file://elsewhere/train"])
+def test_a_folder_of_a_shared_disk_is_staged_and_then_not_read_again(
+    tmp_path: Path, folder: Path, cache: Cache, monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    expected = batches(open_prepared(folder))
+    dataset = opened(form.format(folder=folder), cache)
+    dataset.fetch()
+    shutil.rmtree(folder)
+    for a, b in zip(expected, batches(dataset), strict=True):
+        assert torch.equal(a.images, b.images)
+        assert a.keys == b.keys
+    assert Path(dataset.read(0).shard).is_relative_to(cache.folder or "")
+
+
 def test_opening_fetches_indexes_and_reading_the_shard(trouble: Trouble, cache: Cache, capsys: Any) -> None:
     dataset = opened(trouble.url, cache)
     assert copies(cache) == set()

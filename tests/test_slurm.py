@@ -29,6 +29,8 @@ SRUN = """#!{python}
 # Starts the command once a node. Like the real one it answers its own SIGTERM by killing all tasks.
 import os, signal, subprocess, sys, time
 arguments = sys.argv[1:]
+with open("srun.words", "w") as file:
+    file.write("\\n".join(arguments))
 while arguments[0].startswith("--"):
     arguments.pop(0)
 tasks = [subprocess.Popen(arguments) for _ in range(int(os.environ["SLURM_JOB_NUM_NODES"]))]
@@ -55,6 +57,7 @@ esac
 """
 
 RECORDING_TORCHRUN = """#!/bin/bash
+[ "$*" = --help ] && exec {python} -m torch.distributed.run --help
 printf '%s\\n' "$@" >torchrun.words
 """
 
@@ -95,7 +98,7 @@ class Cluster:
             "SLURM_JOB_NODELIST": "localhost,localhost",
             "SLURM_JOB_NUM_NODES": str(nodes),
             "SLURM_GPUS_ON_NODE": "1",
-            "SLURM_CPUS_PER_TASK": "1",
+            "SLURM_CPUS_ON_NODE": "192",
         }
         process = subprocess.Popen(
             ["bash", str(SCRIPT), str(self.recipe), "run", *overrides],
@@ -158,7 +161,7 @@ def test_a_signal_saves_and_queues_the_job_again_and_the_next_start_finishes_it(
     steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
     assert steps == list(range(1, int(saved[-7:]) + 1))
 
-    cluster.add("torchrun", RECORDING_TORCHRUN)
+    cluster.add("torchrun", RECORDING_TORCHRUN.replace("{python}", sys.executable))
     code, words = cluster.end(cluster.start(nodes=1))  # one node is enough
     assert (code, cluster.requeued()) == (0, []), words
     asked = parse_args((cluster.folder / "torchrun.words").read_text().splitlines())
@@ -188,6 +191,18 @@ def test_a_job_without_a_new_checkpoint_is_not_queued_again(cluster: Cluster) ->
     assert words.splitlines()[-1] == (
         "error: run: no checkpoint since this job began; not queued again: give it more time, or checkpoint more often"
     )
+
+
+def test_each_torchrun_gets_all_cores_of_its_node_and_binds_its_processes_if_it_can(cluster: Cluster) -> None:
+    cluster.add("torchrun", RECORDING_TORCHRUN.replace("{python}", sys.executable))
+    cluster.add("numactl", "#!/bin/bash\n")
+    assert cluster.end(cluster.start(nodes=1))[0] == 0
+    assert "--cpus-per-task=192" in (cluster.folder / "srun.words").read_text().splitlines()
+    words = (cluster.folder / "torchrun.words").read_text().splitlines()
+    assert getattr(parse_args(words), "numa_binding", "node") == "node"  # torch 2.9 has no such option
+    cluster.add("torchrun", RECORDING_TORCHRUN.replace("{python} -m torch.distributed.run --help", "echo old"))
+    assert cluster.end(cluster.start(nodes=1))[0] == 0
+    assert not any("numa" in word for word in (cluster.folder / "torchrun.words").read_text().splitlines())
 
 
 def test_without_arguments_the_script_says_how_it_is_used(cluster: Cluster) -> None:

@@ -16,6 +16,7 @@ from packaging.requirements import Requirement
 
 from mlip_cli.errors import RunError, UsageError
 from mlip_cli.files import GIB
+from mlip_cli.machine import usable_cores
 from mlip_cli.paths import read_variable
 from mlip_cli.recipe.load import load_without_weights
 from mlip_cli.recipe.shipped import recipe_names, recipes_folder
@@ -25,9 +26,8 @@ from mlip_cli.terminal.output import plural, print_json, print_lines, print_tabl
 DISTRIBUTION = "mlip-cli"
 OLDEST_PYTHON = (3, 11)
 LOW_DISK_GIB, NO_DISK_GIB = 10, 1
-LOW_SHARED_MEMORY_GIB = 1
-FEW_FILES = 1024
-"""A process keeps at most 256 shards open; Python and the loader's pipes need more files."""
+FEW_FILES = 8192
+"""mlip raises the soft limit itself. So many let a process keep 3,584 shards open."""
 SLOW_BF16 = 0.8
 
 
@@ -140,7 +140,9 @@ def _devices() -> Check:
         return Check("devices", "warn", "an NVIDIA driver, but torch sees no GPU", fix)
     if torch.backends.mps.is_available():
         return Check("devices", "warn", "cpu, mps", "mps is untested; train.device=cpu is the safe choice")
-    return Check("devices", "ok", f"cpu with {os.cpu_count()} cores: enough for the demo and the tests")
+    return Check(
+        "devices", "ok", f"cpu with {plural(usable_cores(), 'usable core')}: enough for the demo and the tests"
+    )
 
 
 def _compiler() -> Check:
@@ -193,33 +195,40 @@ def disk() -> Iterator[Check]:
 
 
 def shared_memory() -> Iterator[Check]:
-    """/dev/shm, which loader processes use to hand over batches. macOS has none."""
-    folder = Path("/dev/shm")
-    if not folder.is_dir():
+    """/dev/shm, through which loader processes hand over batches: what all GPUs of this machine together take of it, at
+    most, with as many loader processes as mlip chooses. macOS has none."""
+    from mlip_cli.data.workers import ITEM_BYTES, Need, cure, default_num_workers, free_shared_memory
+
+    free = free_shared_memory()
+    if free is None:
         return
-    usage = shutil.disk_usage(folder)
-    found = f"{usage.free / GIB:.1f} of {usage.total / GIB:.1f} GiB free"
-    if usage.free < LOW_SHARED_MEMORY_GIB * GIB:
-        fix = "docker run --shm-size=8g (or --ipc=host), or data.num_workers=0"
-        yield Check("/dev/shm", "warn", found, fix)
-    else:
-        yield Check("/dev/shm", "ok", found)
+    ranks = _num_gpus() or 1
+    need = Need(ranks, default_num_workers(ranks), ITEM_BYTES)
+    found = f"{free / GIB:.2f} GiB free, a training on this machine needs up to {need}"
+    yield Check("/dev/shm", *(("ok", found) if need.num_bytes <= free else ("warn", found, cure(need, free))))
+
+
+def _num_gpus() -> int:
+    try:
+        import torch
+    except (ImportError, OSError):  # another check says so
+        return 0
+    return torch.cuda.device_count()
 
 
 def open_files() -> Iterator[Check]:
-    """The number of files that a process may open."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    shown = "unlimited" if soft == resource.RLIM_INFINITY else f"{soft:,}"
-    if soft != resource.RLIM_INFINITY and soft < FEW_FILES:
-        enough = hard == resource.RLIM_INFINITY or hard >= FEW_FILES
-        fix = (
-            f"ulimit -n {FEW_FILES}"
-            if enough
-            else f"ask the administrator for a hard limit of {FEW_FILES} (it is {hard})"
-        )
-        yield Check("open files", "warn", f"at most {shown} a process", fix)
+    """The number of files that a process may open, once mlip has raised the soft limit."""
+    from mlip_cli.data.dataset import shards_that_fit
+
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard == resource.RLIM_INFINITY:
+        yield Check("open files", "ok", "any number in a process")
+    elif hard < FEW_FILES:
+        fix = f"ask the administrator for a hard limit of {FEW_FILES:,}, if your data has more shards"
+        kept = shards_that_fit(hard)
+        yield Check("open files", "warn", f"at most {hard:,} in a process, so {kept:,} shards stay open", fix)
     else:
-        yield Check("open files", "ok", f"at most {shown} a process")
+        yield Check("open files", "ok", f"at most {hard:,} in a process")
 
 
 def data() -> Iterator[Check]:

@@ -1,6 +1,5 @@
 """`mlip prepare-data`: a source of pictures and captions to shards."""
 
-import os
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -9,6 +8,7 @@ from mlip_cli.data.prepare.workspace import DONE, Workspace, finished_summary
 from mlip_cli.data.sources.find import DataSource, find_source
 from mlip_cli.data.sources.records import ReadOptions
 from mlip_cli.errors import UsageError
+from mlip_cli.machine import usable_cores
 from mlip_cli.paths import check_can_be_made, check_utf8
 from mlip_cli.terminal.output import print_json, say
 
@@ -48,7 +48,7 @@ def prepare_data(
     if summary is None:
         from mlip_cli.data.prepare.assemble import prepare
 
-        summary = prepare(found, out, read, request, num_workers=workers or os.cpu_count() or 1)
+        summary = prepare(found, out, read, request, num_workers=workers or usable_cores())
     else:
         Workspace(out).discard()  # left by a kill between the last two steps
         summary = replace(summary, out=str(out), next=next_commands(found.format, out, summary.splits))

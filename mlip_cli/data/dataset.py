@@ -7,8 +7,6 @@ import os
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,30 +15,28 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from mlip_cli.data.index import (
-    FORMATS,
-    Place,
     check_is_named,
     check_size,
-    checksum,
     has_checksums,
     place_of,
     read_checked,
     read_records,
 )
+from mlip_cli.data.open_shard import OpenShard, read_parts
 from mlip_cli.data.remote import RemoteShards
 from mlip_cli.data.sources.records import Caption, UnusableSampleError, usable_captions
-from mlip_cli.data.sources.tar_samples import FIELDS_OF, GUESSED, Columns, ending_of, key_and_field
+from mlip_cli.data.sources.tar_samples import GUESSED, Columns
 from mlip_cli.data.sources.tars import Stated, stated
-from mlip_cli.data.tar import BLOCK, Member, Read, walk
 from mlip_cli.errors import RunError
-from mlip_cli.paths import escaped
+from mlip_cli.machine import allow_open_files
 from mlip_cli.terminal.output import warn
 
 MAX_OPEN_SHARDS = 256
-MAX_GAP_BYTES = 1 << 18
-"""A sample of a tar that mlip did not write is read in one go, unless more bytes than these lie between its parts."""
-HEADER_BYTES = 8 * BLOCK
-"""Room for the PAX or long-name headers of the last part in that one go; where they are longer, it is read again."""
+"""So many shards of a data set stay open at a time, if `keep_open` allows no other number."""
+FILES_OF_A_SHARD = 2
+"""The tar and the map of its index."""
+OTHER_FILES = 1024
+"""Files that a process may need besides: libraries, pipes and shared memory of loader processes, checkpoints."""
 WRONG_CHECKSUM = "its bytes are not those that mlip prepare-data wrote: its checksum is wrong"
 
 
@@ -69,21 +65,12 @@ class RawSample(NamedTuple):
     """Path of the tar, for messages."""
 
 
-@dataclass(frozen=True)
-class _OpenShard:
-    descriptor: int
-    num_bytes: int
-    records: NDArray[np.void]
-    has_checksums: bool
-    at_first_dot: bool
-    """Where the keys of its samples end."""
-
-
 class ShardDataset:
     """The samples of some tars, numbered in the order of the tars and of what lies in them.
 
     Holds two bytes a sample in memory (caption lengths). Tars are opened when they are first read, at most 256 at a
-    time, anew in each process that the data set is sent to. Not for several threads at once.
+    time (see `keep_open`). A forked process shares those that are open; one that gets the data set pickled opens them
+    anew. Not for several threads at once.
 
     Args:
         indexes: the index of each tar.
@@ -113,7 +100,8 @@ class ShardDataset:
         self._is_prepared, self._columns = columns is None, columns or GUESSED
         self._ends = list(accumulate(shard["n"] for shard in card["shards"]))
         self._num_tokens = self._read_num_tokens()
-        self._open: OrderedDict[int, _OpenShard] = OrderedDict()
+        self._open: OrderedDict[int, OpenShard] = OrderedDict()
+        self._most_open = MAX_OPEN_SHARDS
 
     @property
     def place(self) -> str:
@@ -155,7 +143,7 @@ class ShardDataset:
         record, tar = shard.records[row], str(self.tars[number])
         place = place_of(record, is_prepared=self._is_prepared)
         try:
-            key, parts, is_whole = _read_parts(shard, record, place)
+            key, parts, is_whole = read_parts(shard, record, place)
         except (ValueError, OSError) as error:  # OSError: a bad block of the disk
             raise BadSampleError(tar, f"at byte {place.start}", str(error)) from error
         if not is_whole:
@@ -167,6 +155,26 @@ class ShardDataset:
         except UnusableSampleError as error:
             raise BadSampleError(tar, key, str(error)) from error
         return RawSample(key, image, captions, info, tar)
+
+    def read_ahead(self, ids: Iterable[int]) -> None:
+        """Ask the system to fetch these samples from the disk side by side, and return at once.
+
+        Without it each read waits for the one before: 2 to 5 ms a sample on a network disk. Only Linux can do it.
+        """
+        if not hasattr(os, "posix_fadvise"):
+            return
+        for id in ids:
+            number, row = self._place(id)
+            shard = self._opened(number)
+            place = place_of(shard.records[row], is_prepared=self._is_prepared)
+            if place.end <= shard.num_bytes:  # else the index is damaged, which `read` says
+                os.posix_fadvise(shard.descriptor, place.start, place.end - place.start, os.POSIX_FADV_WILLNEED)
+
+    def keep_open(self, most: int) -> None:
+        """Let up to `most` shards stay open, and open them all now if they are not more."""
+        self._most_open = max(1, most)
+        for number in range(self.num_shards if self.num_shards <= self._most_open else 0):
+            self._opened(number)
 
     def close(self) -> None:
         """Close the shards that are open; the next read opens them again."""
@@ -203,11 +211,11 @@ class ShardDataset:
         number = bisect_right(self._ends, id)
         return number, int(id) - (self._ends[number - 1] if number else 0)
 
-    def _opened(self, number: int) -> _OpenShard:
+    def _opened(self, number: int) -> OpenShard:
         if number in self._open:
             self._open.move_to_end(number)
             return self._open[number]
-        if len(self._open) >= MAX_OPEN_SHARDS:
+        while len(self._open) >= self._most_open:
             os.close(self._open.popitem(last=False)[1].descriptor)
         self.fetch([number])
         header, records = read_records(self.indexes[number])
@@ -216,83 +224,25 @@ class ShardDataset:
         descriptor = os.open(self.tars[number], os.O_RDONLY | os.O_CLOEXEC)
         size, at_first_dot = os.fstat(descriptor).st_size, self.card["shards"][number].get("at_first_dot", False)
         own_checksums = self._is_prepared and has_checksums(header)
-        self._open[number] = _OpenShard(descriptor, size, records, own_checksums, at_first_dot)
+        self._open[number] = OpenShard(descriptor, size, records, own_checksums, at_first_dot)
         return self._open[number]
 
 
-def _read_parts(shard: _OpenShard, record: np.void, place: Place) -> tuple[str, dict[str, bytes], bool]:
-    """Key of a sample, the bytes of its parts, and whether its checksum is right, if it has one.
+def keep_open(datasets: Sequence[ShardDataset]) -> None:
+    """Keep all shards open, as far as this process may open files; of more, each data set keeps an equal number.
+
+    Processes that are forked afterwards share them and need to open nothing.
 
     Raises:
-        ValueError: what lies there is not what the index says.
-        OSError: the disk cannot be read.
+        RunError: a shard is missing, or not as long as its index says.
     """
-    if place.end > shard.num_bytes:
-        raise ValueError("the index places it behind the end of the shard")
-    if "image" not in place.parts:
-        raise ValueError("the index places no picture")
-    if place.format >= len(FORMATS):
-        raise ValueError(f"the index names picture format {place.format}; formats are 0 to {len(FORMATS) - 1}")
-    if not shard.has_checksums:
-        return *_parts_by_headers(shard, place), True
-    content = _read_whole(shard.descriptor, place.end - place.start, place.start)
-    if checksum(record, content) != place.crc32:
-        return *_parts_by_headers(shard, place), False
-    parts = {}
-    for part, (header, size) in place.parts.items():
-        at = header + BLOCK - place.start
-        parts[part] = content[at : at + size]
-    at = place.parts["image"][0] - place.start
-    name = content[at : at + 100].partition(b"\0")[0].decode()
-    return name.rpartition(".")[0], parts, True
+    num_shards = sum(dataset.num_shards for dataset in datasets)
+    allowed = allow_open_files(FILES_OF_A_SHARD * num_shards + OTHER_FILES)
+    fitting = shards_that_fit(allowed)
+    for dataset in datasets:
+        dataset.keep_open(dataset.num_shards if num_shards <= fitting else fitting // len(datasets))
 
 
-def _parts_by_headers(shard: _OpenShard, place: Place) -> tuple[str, dict[str, bytes]]:
-    """Key of a sample and the bytes of its parts, each checked against its header in the tar.
-
-    Raises:
-        ValueError: what lies there is not what the index says.
-        OSError: the disk cannot be read.
-    """
-    read: Read = partial(_read_whole, shard.descriptor)
-    if place.end - place.start <= MAX_GAP_BYTES + sum(size for _, size in place.parts.values()):
-        read = _Window(shard.descriptor, place.start, place.end + HEADER_BYTES - place.start)
-    keys, contents = set(), {}
-    for part, (header, size) in place.parts.items():
-        member = next(walk(read, length=shard.num_bytes, start=header), None)
-        keys.add(_checked_key(member, part, size, at_first_dot=shard.at_first_dot))
-        contents[part] = read(size, member.offset) if member else b""
-    if len(keys) != 1:
-        raise ValueError(f"its parts belong to {' and '.join(sorted(map(escaped, keys)))}")
-    return escaped(keys.pop()), contents
-
-
-def _read_whole(descriptor: int, size: int, at: int) -> bytes:
-    content = os.pread(descriptor, size, at)
-    if len(content) != size:
-        raise ValueError(f"the shard ends {size - len(content)} bytes too early")
-    return content
-
-
-class _Window:
-    """Some bytes of a tar, read at once; what lies outside is read when it is asked for."""
-
-    def __init__(self, descriptor: int, start: int, size: int) -> None:
-        self.descriptor, self.start = descriptor, start
-        self.content = os.pread(descriptor, size, start)
-
-    def __call__(self, size: int, at: int) -> bytes:
-        found = self.content[at - self.start : at - self.start + size]
-        return found if len(found) == size else _read_whole(self.descriptor, size, at)
-
-
-def _checked_key(member: Member | None, part: str, size: int, *, at_first_dot: bool) -> str:
-    """Key of the member at the place of a part; ValueError where it is not what the index says."""
-    endings = FIELDS_OF[part]
-    if member is None:
-        raise ValueError(f"no member begins where the index places .{endings[0]}")
-    key, field = key_and_field(member.name, at_first_dot=at_first_dot)
-    if member.size != size or not member.is_file or ending_of(field) not in endings:
-        name = escaped(member.name)
-        raise ValueError(f"{name!r} of {member.size} bytes where the index says .{endings[0]} of {size}")
-    return key
+def shards_that_fit(num_files: int) -> int:
+    """How many shards a process keeps open that may open so many files."""
+    return max(num_files - OTHER_FILES, num_files // 2) // FILES_OF_A_SHARD

@@ -4,6 +4,7 @@ An index is little endian: a header of 56 bytes, then one record of 40 bytes a s
 Indexes of the first format hold width and height in the place of `crc32`. They are read, but not all damage shows.
 """
 
+import os
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -166,16 +167,17 @@ def read_records(path: Path) -> tuple[np.void, np.ndarray]:
         RunError: no index, or a damaged one.
     """
     try:
-        size, header = path.stat().st_size, np.fromfile(path, HEADER, count=1)
-        if len(header) == 0 or header["magic"][0] not in (INDEX_MAGIC, WITHOUT_CHECKSUMS):
-            raise RunError(f"{path}: not an index of mlip; {CURE}")
-        n = int(header["n"][0])
-        needed = HEADER.itemsize + n * RECORD.itemsize
-        if size != needed:
-            raise RunError(f"{path}: {size} bytes where {n} samples need {needed}; {CURE}")
-        if n == 0:
-            return header[0], np.zeros(0, RECORD)
-        return header[0], np.memmap(path, RECORD, mode="r", offset=HEADER.itemsize, shape=(n,))
+        with open(path, "rb") as file:  # once: on a network disk every open is a question to its server
+            size, header = os.fstat(file.fileno()).st_size, np.fromfile(file, HEADER, count=1)
+            if len(header) == 0 or header["magic"][0] not in (INDEX_MAGIC, WITHOUT_CHECKSUMS):
+                raise RunError(f"{path}: not an index of mlip; {CURE}")
+            n = int(header["n"][0])
+            needed = HEADER.itemsize + n * RECORD.itemsize
+            if size != needed:
+                raise RunError(f"{path}: {size} bytes where {n} samples need {needed}; {CURE}")
+            if n == 0:
+                return header[0], np.zeros(0, RECORD)
+            return header[0], np.memmap(file, RECORD, mode="r", offset=HEADER.itemsize, shape=(n,))
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         raise RunError(f"{path}: no index for {path.with_suffix('.tar').name}; {CURE}") from None
 

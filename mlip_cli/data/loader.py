@@ -1,31 +1,35 @@
 """Batches for training: pure functions of (seed, step), made in worker processes."""
 
 import hashlib
-import os
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
+from mlip_cli.data.assembly import Part, whole_steps
 from mlip_cli.data.bad_samples import BadSampleLimit, SlowPictures, place_and_reason
-from mlip_cli.data.dataset import BadSampleError, RawSample, ShardDataset
+from mlip_cli.data.dataset import BadSampleError, RawSample, ShardDataset, keep_open
 from mlip_cli.data.loader_processes import data_loader, items_of
 from mlip_cli.data.order import MAX_ATTEMPTS, Order, Position, Positions, hash_of
 from mlip_cli.data.pictures import RejectedPictureError, open_picture
 from mlip_cli.data.sources.records import Caption
 from mlip_cli.data.tokenizer import Tokenizer
 from mlip_cli.data.transforms import decode, least_size, training_crop, training_transform
+from mlip_cli.data.workers import Need, check_shared_memory, ranks_here, samples_at_once
 from mlip_cli.errors import RunError, UsageError
 from mlip_cli.recipe.config import Data
 from mlip_cli.types import BadSample, Batch, PartOf
 
-MAX_WORKERS = 16
+STEPS_READY = 2
+"""So many steps wait, put together, for the training, besides what loader processes hold."""
 READ_SAMPLE, DECODE_PICTURE, TRANSFORM_PICTURE = "read", "decode", "transform"
 """Parts of the work on a sample; the rest is captions, tokens and stacking."""
 _AUGMENTATION = 4  # sets these draws apart from those of `order`
@@ -51,42 +55,50 @@ def training_loader(
 ) -> Iterator[Batch]:
     """This rank's share of the batches of steps start_step .. stop_step - 1; closing the iterator ends the workers.
 
-    The batches are the same for any number of workers, and the shares of all ranks together are the same for any number
-    of ranks. Text is as wide as the longest caption of the global batch needs, equal on all ranks.
+    Workers make a step in parts, which a thread of this process puts together. The batches are the same for any number
+    of workers and any size of the parts, and the shares of all ranks together are the same for any number of ranks.
+    Text is as wide as the longest caption of the global batch needs, equal on all ranks.
     A bad sample is named in `Batch.bad_samples` and replaced by another of its source; a longer caption of that one is
     cut to the width. With labels, samples of one concept (see `label_of`) have one label. With another crop, every
     picture comes a second time, changed by draws of its own. `part` opens a context around each part of the work on a
     sample.
 
+    Args:
+        pin_memory: batches lie in pinned memory, from which copies to a GPU need not wait.
+
     Raises:
         UsageError: the global batch does not divide by the ranks.
-        RunError: (while iterating) there are too many bad samples, or a worker process died.
+        RunError: the workers of this machine's ranks need more shared memory than there is, or (while iterating) there
+            are too many bad samples, or a worker process died.
     """
     check_divides(global_batch_size, world_size)
     share = global_batch_size // world_size
-    steps = _Steps(
+    sample_bytes = _sample_bytes(data, tokenizer, with_other_crop=with_other_crop)
+    part_size = samples_at_once(share, sample_bytes) if num_workers else share
+    check_shared_memory(Need(ranks_here(world_size), num_workers, part_size * sample_bytes))
+    for dataset in datasets:
+        dataset.fetch()
+    keep_open(datasets)
+    parts = _Parts(
         datasets=datasets,
         order=order,
         data=data,
         tokenizer=tokenizer,
-        global_batch_size=global_batch_size,
         seed=seed,
-        places=range(rank * share, (rank + 1) * share),
         with_labels=with_labels,
         with_other_crop=with_other_crop,
         part=part,
     )
-    for dataset in datasets:
-        dataset.fetch()
-    loader = data_loader(steps, range(start_step, stop_step), num_workers, pin_memory=pin_memory)
-    return _training_batches(loader, BadSampleLimit(data.max_bad_share))
+    places = range(rank * share, (rank + 1) * share)
+    items = parts.of_steps(range(start_step, stop_step), places, part_size)
+    join = partial(whole_steps, size=share, pin_memory=pin_memory)
+    return _training_batches(data_loader(parts, items, num_workers), join, BadSampleLimit(data.max_bad_share))
 
 
-def default_num_workers(world_size: int) -> int:
-    """Loader processes per rank: this rank's share of the machine's cores, less one for the rank itself."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-    return min(MAX_WORKERS, max(0, cores // ranks_here - 1))
+def _sample_bytes(data: Data, tokenizer: Tokenizer, *, with_other_crop: bool) -> int:
+    """Bytes of a sample in a batch, at most: pixels, token ids and a label."""
+    pixels = 3 * data.image_size**2 * (2 if with_other_crop else 1)
+    return pixels + 8 * (data.captions_per_image * tokenizer.context_length + 1)
 
 
 def check_divides(global_batch_size: int, world_size: int) -> None:
@@ -118,21 +130,6 @@ def _bad_sample_named(sample: RawSample) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class _Step:
-    """One step, as a worker sends it."""
-
-    batch: Batch
-    replaced: tuple[bool, ...]
-    """For each position of the share, whether its own sample was bad."""
-    slow: tuple[BadSample, ...] = ()
-    """Pictures that only Pillow could decode, with the error of the fast decoder."""
-
-    def pin_memory(self) -> "_Step":
-        """Called by torch's DataLoader when `pin_memory` was asked for."""
-        return replace(self, batch=self.batch.pin_memory())
-
-
-@dataclass(frozen=True)
 class _Example:
     image: Tensor
     captions: tuple[str, ...]
@@ -145,48 +142,72 @@ class _Example:
     """The sample itself, if only Pillow could decode its picture."""
 
 
+@dataclass(frozen=True)
+class _Item:
+    """Samples of one step that a worker makes at once."""
+
+    t: NDArray[np.int64]
+    """(n,): their positions in the run."""
+    positions: Positions
+    """The samples that stand there."""
+    length: int
+    """Width of the texts of the step."""
+
+
 @dataclass(frozen=True, kw_only=True)
-class _Steps(Dataset[_Step | Exception]):
-    """Item `step` is this rank's share of the batch of that step, or the error that prevented it."""
+class _Parts(Dataset[Part | Exception]):
+    """Gives an item's samples, or the error that prevented them."""
 
     datasets: Sequence[ShardDataset]
     order: Order
     data: Data
     tokenizer: Tokenizer
-    global_batch_size: int
     seed: int
-    places: range
-    """Positions of this rank's share in the global batch."""
     with_labels: bool
     with_other_crop: bool
     part: PartOf
 
-    def __getitem__(self, step: int) -> _Step | Exception:
+    def of_steps(self, steps: range, places: range, size: int) -> Iterator[_Item]:
+        """The items of these steps: of each global batch the positions `places`, `size` at once."""
+        global_batch_size = self.order.global_batch_size
+        for step in steps:
+            t = step * global_batch_size + np.arange(global_batch_size)
+            positions = self.order.positions(t)
+            length = self.tokenizer.padded_length(self._longest(positions))
+            for start in range(places.start, places.stop, size):
+                here = slice(start, min(start + size, places.stop))
+                yield _Item(t[here], positions.at(here), length)
+
+    def __getitem__(self, item: _Item) -> Part | Exception:
         try:
-            return self._step(step)
+            return self._part(item)
         except (RunError, OSError) as error:  # sent as a value: torch would wrap a raised one in the worker's traceback
             return error
 
-    def _step(self, step: int) -> _Step:
-        t = step * self.global_batch_size + np.arange(self.global_batch_size)
-        positions = self.order.positions(t)
+    def _part(self, item: _Item) -> Part:
+        self._read_ahead(item.positions)
         examples, bad_samples, replaced = [], [], []
-        for place in self.places:
-            position = _position(positions, place)
-            example, bad = self._example_or_replacement(int(t[place]), position)
+        for i, t in enumerate(item.t.tolist()):
+            example, bad = self._example_or_replacement(t, _position(item.positions, i))
             examples.append(example)
             bad_samples += bad
             replaced.append(bool(bad))
-        length = self.tokenizer.padded_length(self._longest(positions))
+        texts = [text for example in examples for text in example.captions]
+        other_images = [example.other_image for example in examples if example.other_image is not None]
         batch = Batch(
-            images=torch.stack([example.image for example in examples]),
-            token_ids=self.tokenizer.encode([text for example in examples for text in example.captions], length=length),
+            images=default_collate([example.image for example in examples]),  # in shared memory at once in a worker
+            token_ids=self.tokenizer.encode(texts, length=item.length),
             keys=tuple(example.key for example in examples),
             bad_samples=tuple(bad_samples),
             labels=torch.tensor([example.label for example in examples]) if self.with_labels else None,
-            other_images=_stacked([example.other_image for example in examples]),
+            other_images=default_collate(other_images) if other_images else None,
         )
-        return _Step(batch, tuple(replaced), sum((example.slow for example in examples), ()))
+        return Part(batch, tuple(replaced), sum((example.slow for example in examples), ()))
+
+    def _read_ahead(self, positions: Positions) -> None:
+        with self.part(READ_SAMPLE):
+            for source in np.unique(positions.source).tolist():
+                self.datasets[source].read_ahead(positions.index[positions.source == source].tolist())
 
     def _longest(self, positions: Positions) -> int:
         """Tokens of the longest caption of the global batch, from the indexes alone."""
@@ -231,11 +252,6 @@ class _Steps(Dataset[_Step | Exception]):
         return _Example(image, captions, raw.key, label, other[0] if other else None, tuple(slow))
 
 
-def _stacked(images: Sequence[Tensor | None]) -> Tensor | None:
-    given = [image for image in images if image is not None]
-    return torch.stack(given) if given else None
-
-
 def _position(positions: Positions, place: int) -> Position:
     return Position(int(positions.source[place]), int(positions.index[place]), int(positions.epoch[place]))
 
@@ -260,9 +276,11 @@ def _draw_caption(captions: Sequence[Caption], generator: torch.Generator) -> Ca
     return next((caption for caption, end in zip(captions, ends, strict=True) if drawn < end), captions[-1])
 
 
-def _training_batches(loader: DataLoader[Any], limit: BadSampleLimit) -> Generator[Batch, None, None]:
-    with SlowPictures() as slow:
-        for step in items_of(loader):
+def _training_batches(
+    loader: DataLoader[Any], join: Callable[[Iterator[Part]], Iterator[Part]], limit: BadSampleLimit
+) -> Generator[Batch, None, None]:
+    with SlowPictures() as slow, closing(items_of(loader, join, most=STEPS_READY)) as steps:
+        for step in steps:
             limit.check(step.replaced, step.batch.bad_samples)
             slow.count(step.slow)
             yield step.batch

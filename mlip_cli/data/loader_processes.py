@@ -4,28 +4,33 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from queue import Empty, Queue
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from mlip_cli.data.workers import items_ahead
 from mlip_cli.distributed import signal_at_death_of_parent
 from mlip_cli.errors import RunError
 
-OF_DEAD_WORKERS = ("DataLoader worker", "Pin memory thread exited")
+OF_DEAD_WORKERS = "DataLoader worker"
+PATIENCE_S = 5
+"""After this time a loader process that does not end its item is killed."""
 
 
-def data_loader(batches: Dataset[Any], items: range, num_workers: int, *, pin_memory: bool = False) -> DataLoader[Any]:
+def data_loader(batches: Dataset[Any], items: Iterable[Any], num_workers: int) -> DataLoader[Any]:
     """The `items` of `batches`, in order, made in `num_workers` processes; 0 means in this process."""
     return DataLoader(
         batches,
         sampler=items,
         batch_size=None,
         num_workers=num_workers,
-        prefetch_factor=None if num_workers == 0 else 4 if num_workers <= 2 else 2,
-        pin_memory=pin_memory,
+        prefetch_factor=items_ahead(num_workers) if num_workers else None,
         worker_init_fn=_begin_worker,
         generator=torch.Generator(),  # workers' seeds, which nothing uses, must not come from the global one
     )
@@ -45,16 +50,68 @@ def _begin_worker(number: int) -> None:
     sys.excepthook = report_own
 
 
-def items_of(loader: DataLoader[Any]) -> Generator[Any, None, None]:
-    """The items that the workers made; closing the generator ends the workers.
+def items_of(
+    loader: DataLoader[Any], change: Callable[[Iterator[Any]], Iterator[Any]] = iter, *, most: int = 1
+) -> Generator[Any, None, None]:
+    """The items that the workers made, and what `change` makes of them while the caller works.
+
+    The workers begin when the first item is asked for. A thread takes their items and runs `change`; `most` results
+    wait. `change` must not compute with PyTorch, which would take cores from the training. Without workers there is no
+    thread. Closing the generator ends thread and workers.
 
     Raises:
-        RunError: a worker process died or ran out of memory. Errors that the workers sent are raised here.
+        RunError: a worker process died or ran out of memory. Errors that the workers sent are raised here, and those of
+            `change`.
     """
-    items = _quiet_iter(loader)
+    made = _quiet_iter(loader)  # here, since workers die with the thread that began them
+    if loader.num_workers == 0:
+        yield from change(_items(made))
+        return
+    results: Queue[Any] = Queue(most)
+    is_over = threading.Event()
+    thread = threading.Thread(target=_fill, args=(results, change(_items(made)), is_over), daemon=True)
+    thread.start()
+    try:
+        while not isinstance(result := results.get(), _End):
+            yield result
+        if result.error is not None:
+            raise result.error
+    finally:
+        is_over.set()
+        with suppress(Empty):  # the thread may be waiting for room
+            results.get_nowait()
+        thread.join(PATIENCE_S)
+        for worker in made._workers if thread.is_alive() else ():  # type: ignore[attr-defined]
+            worker.kill()
+        thread.join()
+
+
+@dataclass(frozen=True)
+class _End:
+    """There are no more results, because of an error if there is one."""
+
+    error: BaseException | None
+
+
+def _fill(results: "Queue[Any]", found: Iterator[Any], is_over: threading.Event) -> None:
+    error: BaseException | None = None
+    try:
+        for result in found:
+            results.put(result)
+            del result
+            if is_over.is_set():
+                return
+    except BaseException as caught:  # noqa: BLE001 - raised where the results are taken
+        error = caught
+    if not is_over.is_set():
+        results.put(_End(error))
+
+
+def _items(made: Iterator[Any]) -> Iterator[Any]:
+    """The items of workers that have begun, or a RunError that says what became of them."""
     while True:
         try:
-            item = next(items)
+            item = next(made)
         except StopIteration:
             return
         except (RuntimeError, OSError, EOFError) as error:  # of torch's pipes; our own errors come as items

@@ -74,6 +74,10 @@ class Positions:
     epoch: NDArray[np.int64]
     """How many epochs of the data set (without weights: of all data sets together) were complete before."""
 
+    def at(self, rows: slice) -> "Positions":
+        """Some of them."""
+        return Positions(self.source[rows], self.index[rows], self.epoch[rows])
+
 
 @dataclass(frozen=True)
 class Position:

@@ -5,7 +5,6 @@ captions. It is made on first use and kept in the cache.
 """
 
 import hashlib
-import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -27,6 +26,7 @@ from mlip_cli.data.tar import DamagedTarError, Member, OpenTar, check_not_compre
 from mlip_cli.data.tokenizer import count_tokens
 from mlip_cli.errors import RunError, UsageError
 from mlip_cli.files import GIB, full_disk_named, read_own_object, write_json
+from mlip_cli.machine import usable_cores
 from mlip_cli.paths import escaped
 from mlip_cli.recipe.config import Cache
 from mlip_cli.terminal.output import plural, say, warn
@@ -131,7 +131,7 @@ def _index_all(path: str, pairs: Sequence[tuple[Path, Path]], columns: Columns) 
         check_not_compressed(tar, "training")
     num_bytes = sum(tar.stat().st_size for tar, _ in pairs)
     say(f"{path}: indexing {plural(len(pairs), 'tar')}, {num_bytes / GIB:.2f} GiB; this is done once")
-    num_workers = min(len(pairs), os.cpu_count() or 1) if num_bytes >= PARALLEL_BYTES else 1
+    num_workers = min(len(pairs), usable_cores()) if num_bytes >= PARALLEL_BYTES else 1
     with progress(len(pairs), "indexes") as bar:
         for _ in run_parallel(partial(_index_one, columns=columns), pairs, num_workers=num_workers):
             bar.advance(bar.task_ids[0], 1)

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +25,7 @@ from mlip_cli.evaluate.search_pictures import FoundPicture, SearchPictures, read
 from mlip_cli.evaluate.search_results import Match, Query, SearchResult, Thumbnails
 from mlip_cli.evaluate.trained_pictures import TrainedPictures, trained_pictures
 from mlip_cli.evaluate.vector_files import DamagedVectorsError, Nearest, VectorFiles
+from mlip_cli.machine import usable_cores
 from mlip_cli.terminal.output import plural, say, warn
 from mlip_cli.terminal.panel import progress
 
@@ -217,7 +217,7 @@ def _decoded(
 ) -> Iterator[tuple[list[int], list[Tensor]]]:
     """Batches of decoded pictures. One thread reads, several decode; pictures that cannot be decoded are counted."""
     read = read_all(pictures, numbers)
-    with ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(min(MAX_THREADS, usable_cores())) as pool:
         while batch := list(islice(read, batch_size)):
             own: list[tuple[int, Tensor]] = []
             pixels = pool.map(_pixels, [picture.content for _, picture in batch])

@@ -2,18 +2,20 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 
+from mlip_cli.data.assembly import Rows
 from mlip_cli.data.dataset import RawSample, ShardDataset
-from mlip_cli.data.loader import decoded, default_num_workers
+from mlip_cli.data.loader import decoded
 from mlip_cli.data.loader_processes import data_loader, items_of
 from mlip_cli.data.open import open_sources
 from mlip_cli.data.tokenizer import Tokenizer
 from mlip_cli.data.transforms import evaluation_transform, least_size
+from mlip_cli.data.workers import Need, default_num_workers, free_shared_memory, ranks_here, samples_at_once
 from mlip_cli.distributed import world_size
 from mlip_cli.errors import RunError
 from mlip_cli.evaluate.together import OnBatch, on_all_ranks
@@ -206,28 +208,49 @@ def evaluation_loader(
     `datasets.pictures.batches`) 3.7 s. Nothing is timed here, so reading ahead harms nothing.
 
     Args:
+        num_workers: the most loader processes; there are fewer where shared memory has no room for the work of all.
         numbers: numbers of the batches to make; None: all.
 
     Raises:
         RunError: (while iterating) a sample cannot be read; a measure over the others would be another measure.
     """
     dataset.fetch()
-    batches = _EvaluationBatches(dataset, data, batch_size)
-    everything = range(-(-dataset.num_samples // batch_size))
-    return items_of(data_loader(batches, everything if numbers is None else numbers, num_workers))
+    picture_bytes = 3 * data.image_size**2
+    at_once = samples_at_once(batch_size, picture_bytes)
+    need, free = Need(ranks_here(world_size()), num_workers, at_once * picture_bytes), free_shared_memory()
+    num_workers = num_workers if free is None else need.fitting(free)
+    starts = range(0, dataset.num_samples, batch_size)
+    numbers = range(len(starts)) if numbers is None else numbers
+    batches = [range(dataset.num_samples)[starts[i] : starts[i] + batch_size] for i in numbers]
+    parts = [part for batch in batches for part in _parts(batch, at_once if num_workers else batch_size)]
+    join = partial(_whole_batches, sizes=[len(batch) for batch in batches])
+    return items_of(data_loader(_EvaluationPictures(dataset, data), parts, num_workers), join, most=1)
 
 
-class _EvaluationBatches(Dataset[Tensor | Exception]):
-    """Item i is the i-th batch, or the error that prevented it."""
+def _parts(batch: range, size: int) -> Iterator[range]:
+    return (batch[start : start + size] for start in range(0, len(batch), size))
 
-    def __init__(self, dataset: PairSet, data: Data, batch_size: int) -> None:
-        self.dataset, self.data, self.batch_size = dataset, data, batch_size
 
-    def __getitem__(self, i: int) -> Tensor | Exception:
-        ids = range(self.dataset.num_samples)[i * self.batch_size : (i + 1) * self.batch_size]
+def _whole_batches(parts: Iterator[Tensor], sizes: Sequence[int]) -> Iterator[Tensor]:
+    """Join pictures (b, 3, S, S) into batches of these sizes."""
+    for size in sizes:
+        rows = Rows(size)
+        while rows.num_filled < size:
+            rows.add(next(parts))
+        yield rows.tensor
+
+
+class _EvaluationPictures(Dataset[Tensor | Exception]):
+    """Pictures of the samples with these numbers, or the error that prevented them."""
+
+    def __init__(self, dataset: PairSet, data: Data) -> None:
+        self.dataset, self.data = dataset, data
+
+    def __getitem__(self, ids: range) -> Tensor | Exception:
         size, resize = self.data.image_size, self.data.resize
         try:
             pictures = [decoded(self.dataset.read(id), least=least_size(None, size)) for id in ids]
-            return torch.stack([evaluation_transform(picture, size=size, resize=resize) for picture in pictures])
+            images = [evaluation_transform(picture, size=size, resize=resize) for picture in pictures]
+            return cast(Tensor, default_collate(images))  # in shared memory at once in a loader process
         except (RunError, OSError) as error:
             return error

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 import torch
 
 from mlip_cli.data.dataset import ShardDataset
-from mlip_cli.data.loader import default_num_workers, training_loader
+from mlip_cli.data.loader import training_loader
 from mlip_cli.data.open import open_sources
 from mlip_cli.data.order import Order
 from mlip_cli.data.pictures import jpeg_decoder
 from mlip_cli.data.tokenizer import Tokenizer
+from mlip_cli.data.workers import default_num_workers
 from mlip_cli.devices import find_compiler, pick_device
 from mlip_cli.distributed import rank, world_size, wrap
 from mlip_cli.errors import UsageError

@@ -1,6 +1,5 @@
 """The pictures of an evaluation set, one by one or in batches, with their classes and the texts that name them."""
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from mlip_cli.data.sources.class_names import some
 from mlip_cli.data.sources.listing import PassedOver
 from mlip_cli.data.transforms import decode, evaluation_transform
 from mlip_cli.errors import RunError
+from mlip_cli.machine import usable_cores
 from mlip_cli.recipe.config import Data
 from mlip_cli.terminal.output import plural
 
@@ -84,7 +84,7 @@ def batches(
 
     chosen = range(pictures.num_pictures)[numbers.start * batch_size : numbers.stop * batch_size]
     waiting: list[list[Future[tuple[Tensor, int]]]] = []
-    with ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(min(MAX_THREADS, usable_cores())) as pool:
         try:
             for start in chosen[::batch_size]:
                 end = min(start + batch_size, chosen.stop)
