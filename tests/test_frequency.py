@@ -7,22 +7,20 @@ from typing import Any
 
 import pytest
 import torch
+from reference_for_tests import convolve_by_fft
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from mlip_cli.model import frequency
 from mlip_cli.model.frequency import (
     FrequencyBranch,
     GlobalFilter,
     StemBlock,
-    convolve_by_fft,
-    convolve_by_products,
+    grid_waves,
     regrid_kernel,
 )
 from mlip_cli.model.merging import patch_dct
 from mlip_cli.recipe.config import Frequency
 
-WAYS = {"fft": convolve_by_fft, "products": convolve_by_products}
 GRIDS = [(1, 1), (2, 2), (3, 5), (4, 4), (1, 6), (7, 4), (14, 14)]
 
 
@@ -45,45 +43,74 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 # the filter ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("way", WAYS)
+def with_kernel(kernel: Tensor) -> GlobalFilter:
+    layer = GlobalFilter(*kernel.shape).to(kernel.dtype)
+    layer.kernel = nn.Parameter(kernel.clone())
+    return layer
+
+
 @pytest.mark.parametrize(("h", "w"), GRIDS)
-def test_both_ways_are_the_circular_convolution(h: int, w: int, way: str) -> None:
+def test_filter_and_fft_are_the_circular_convolution(h: int, w: int) -> None:
     x, kernel = random(2, h, w, 3), random(h, w, 3, seed=1)
     expected = direct(x, {(r, c): kernel[r, c] for r, c in product(range(h), range(w))})
-    assert relative_error(WAYS[way](x, kernel), expected) < 1e-12
+    assert relative_error(with_kernel(kernel)(x), expected) < 1e-12
+    assert relative_error(convolve_by_fft(x, kernel), expected) < 1e-12
 
 
-@pytest.mark.parametrize(("h", "w"), [*GRIDS, (24, 24), (37, 9)])
-def test_both_ways_agree_with_their_gradients(h: int, w: int) -> None:
-    for dtype, most in ((torch.float32, 5e-7), (torch.float64, 1e-12)):
-        x, kernel = random(2, h, w, 8, dtype=dtype).requires_grad_(), random(h, w, 8, dtype=dtype).requires_grad_()
-        results = [way(x, kernel) for way in WAYS.values()]
+@pytest.mark.parametrize(("h", "w"), [*GRIDS, (7, 7), (24, 24), (37, 9)])
+def test_the_filter_equals_the_fft_with_its_gradients(h: int, w: int) -> None:
+    for dtype, most in ((torch.float32, 2e-6), (torch.float64, 1e-12)):
+        x, layer = random(2, h, w, 8, dtype=dtype).requires_grad_(), with_kernel(random(h, w, 8, dtype=dtype))
+        results = [layer(x), convolve_by_fft(x, layer.kernel)]
         assert relative_error(results[0], results[1]) < most
-        gradients = [torch.autograd.grad(result, (x, kernel), x.detach()) for result in results]
+        gradients = [torch.autograd.grad(result, (x, layer.kernel), x.detach()) for result in results]
         for one, other in zip(*gradients, strict=True):
             assert relative_error(one, other) < most
 
 
-def test_products_on_cpus_and_in_graphs_the_fft_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert (frequency.takes_products(cpu), frequency.takes_products(cuda)) == (True, False)
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    assert frequency.takes_products(cuda)
+@pytest.mark.parametrize(("h", "w"), [*GRIDS, (24, 24), (37, 9)])
+def test_waves_are_orthonormal_and_one_of_each_mirrored_pair(h: int, w: int) -> None:
+    waves = grid_waves(h, w)
+    torch.testing.assert_close(waves.T @ waves, torch.eye(h * w, dtype=torch.float64), rtol=0, atol=1e-12)
+    mirrors_of_itself = (1 + (h % 2 == 0)) * (1 + (w % 2 == 0))
+    assert len(waves) == h * w + mirrors_of_itself
 
 
-@pytest.mark.parametrize("products", [True, False])
+def is_off_by(layer: GlobalFilter, found: Tensor, x: Tensor) -> float:
+    return relative_error(found.double(), convolve_by_fft(x.double(), layer.kernel.double()))
+
+
+@pytest.mark.parametrize(("h", "w"), [(3, 7), (14, 14), (24, 24)])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_filters_grids_of_any_size(
-    dtype: torch.dtype, products: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(frequency, "takes_products", lambda device: products)
+def test_half_precision_filters_grids_of_any_size(dtype: torch.dtype, h: int, w: int) -> None:
+    """The whole is off by less than the gap between 1 and the next number, alone and under autocast."""
     torch.manual_seed(0)
-    layer = GlobalFilter(3, 7, 8).to(dtype)
-    x = random(2, 3, 7, 8).to(dtype)
-    found = layer(x)
+    layer, x = GlobalFilter(h, w, 8), 1 + random(4, h, w, 8).float()
+    with torch.autocast("cpu", dtype):
+        found = layer(x)
     assert found.dtype == dtype
-    expected = convolve_by_fft(x.double(), layer.kernel.double())
-    torch.testing.assert_close(found, expected.to(dtype), rtol=2 * torch.finfo(dtype).eps, atol=1e-4)
+    most = torch.finfo(dtype).eps
+    assert is_off_by(layer, found, x) < most
+    layer, x = layer.to(dtype), x.to(dtype)
+    assert layer(x).dtype == dtype
+    assert is_off_by(layer, layer(x), x) < most
+
+
+def test_large_activations_of_every_patch_stay_finite_in_fp16() -> None:
+    """Towers have channels with large values everywhere; their sum over a grid would leave the range of fp16."""
+    layer = GlobalFilter(24, 24, 1).half()
+    assert layer(torch.full((1, 24, 24, 1), 1000.0).half()).isfinite().all()
+
+
+def test_matrices_stand_in_no_checkpoint_and_follow_their_model() -> None:
+    layer = GlobalFilter(3, 5, 2)
+    assert list(layer.state_dict()) == ["kernel"]
+    exact = layer.double().waves.matrix
+    assert torch.equal(exact, grid_waves(3, 5))  # and not the fp32 numbers of before
+    with torch.device("meta"):
+        empty = GlobalFilter(3, 5, 2)
+    assert empty.waves.matrix.is_meta
+    assert torch.equal(empty.to_empty(device="cpu").waves.matrix, exact.float())
 
 
 # other grids ---------------------------------------------------------------------------------------------------------

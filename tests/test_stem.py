@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from models_for_tests import make_run, small_batch, small_model, small_recipe
+from reference_for_tests import convolve_by_fft
 from shards_for_tests import make_dataset
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
@@ -15,7 +16,7 @@ from mlip_cli.commands import merge_sweep
 from mlip_cli.commands.profile import profile
 from mlip_cli.errors import UsageError
 from mlip_cli.model import merge_pass
-from mlip_cli.model.frequency import StemBlock, convolve_by_fft, place_stem
+from mlip_cli.model.frequency import StemBlock, place_stem
 from mlip_cli.model.vision import ImageTower
 from mlip_cli.recipe.checks import check
 from mlip_cli.recipe.config import Frequency, Recipe, Vision
