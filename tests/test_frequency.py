@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from reference_for_tests import convolve_by_fft
+from reference_for_tests import block_dct, convolve_by_fft
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -18,7 +18,6 @@ from mlip_cli.model.frequency import (
     grid_waves,
     regrid_kernel,
 )
-from mlip_cli.model.merging import patch_dct
 from mlip_cli.recipe.config import Frequency
 
 GRIDS = [(1, 1), (2, 2), (3, 5), (4, 4), (1, 6), (7, 4), (14, 14)]
@@ -193,18 +192,18 @@ def test_both_ends_of_an_even_grid_share_the_outermost_tap() -> None:
 @pytest.mark.parametrize("patch_size", [8, 14, 16])
 def test_the_dct_keeps_energy_and_stays_inside_its_patch(patch_size: int) -> None:
     images = random(2, 3, 2 * patch_size, 3 * patch_size)
-    spectrum = patch_dct(images, patch_size)
+    spectrum = block_dct(images, patch_size)
     assert spectrum.shape == (2, 6, 3, patch_size, patch_size)
     for row, column in product(range(2), range(3)):
         rows, columns = (slice(patch_size * i, patch_size * (i + 1)) for i in (row, column))
         patch, found = images[:, :, rows, columns], spectrum[:, 3 * row + column]
         torch.testing.assert_close(found.square().sum((-1, -2)), patch.square().sum((-1, -2)))
-        torch.testing.assert_close(patch_dct(patch, patch_size)[:, 0], found)
+        torch.testing.assert_close(block_dct(patch, patch_size)[:, 0], found)
 
 
 @pytest.mark.parametrize("value", [0.0, 1.5])
 def test_the_dct_of_a_constant_patch_is_its_mean_alone(value: float) -> None:
-    spectrum = patch_dct(torch.full((1, 3, 14, 14), value), 14)
+    spectrum = block_dct(torch.full((1, 3, 14, 14), value), 14)
     torch.testing.assert_close(spectrum[..., 0, 0], torch.full((1, 1, 3), 14 * value))
     spectrum[..., 0, 0] = 0
     assert spectrum.abs().max() < 1e-5
@@ -221,7 +220,7 @@ def branch(kind: str, *, grid: tuple[int, int] = (3, 5), width: int = 4) -> Freq
 
 def read_by(kind: str, images: Tensor, tokens: Tensor) -> Tensor:
     """What a branch of this kind reads, of pictures of patch size 2 and their tokens."""
-    return patch_dct(images, 2).flatten(2).to(images.dtype) if kind == "dct" else tokens
+    return block_dct(images, 2).flatten(2).to(images.dtype) if kind == "dct" else tokens
 
 
 @pytest.mark.parametrize("kind", ["tokens", "dct"])
@@ -250,8 +249,8 @@ def test_constant_pictures_give_equal_finite_tokens_and_gradients(kind: str) -> 
 
 def test_a_shifted_picture_gives_shifted_tokens() -> None:
     model, images = branch("dct").double(), random(1, 3, 6, 10)
-    shifted = model(patch_dct(images.roll((2, -4), dims=(2, 3)), 2).flatten(2))
-    expected = model(patch_dct(images, 2).flatten(2)).unflatten(1, (3, 5)).roll((1, -2), dims=(1, 2)).flatten(1, 2)
+    shifted = model(block_dct(images.roll((2, -4), dims=(2, 3)), 2).flatten(2))
+    expected = model(block_dct(images, 2).flatten(2)).unflatten(1, (3, 5)).roll((1, -2), dims=(1, 2)).flatten(1, 2)
     torch.testing.assert_close(shifted, expected)
 
 
@@ -289,7 +288,7 @@ def test_the_branch_compiles_to_one_graph_without_complex_numbers() -> None:
     model, images = branch("dct"), random(2, 3, 6, 10).float()
 
     def run(images: Tensor) -> Tensor:
-        return model(patch_dct(images, 2).flatten(2))
+        return model(block_dct(images, 2).flatten(2))
 
     with torch.autocast("cpu", torch.bfloat16):
         found = torch.compile(run, fullgraph=True, backend=graphs)(images)

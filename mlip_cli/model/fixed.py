@@ -1,4 +1,4 @@
-"""Matrices that follow from a size alone."""
+"""Numbers that follow from a size alone."""
 
 from collections.abc import Callable
 from typing import Any, Self
@@ -10,9 +10,11 @@ from torch import Tensor, nn
 class FixedMatrix(nn.Module):
     """A matrix that never trains and stands in no checkpoint; it has the device and the type of the model.
 
+    Whole numbers keep their type.
+
     Args:
-        make: returns the matrix in fp64. It is called again whenever the model moves or changes its type, so that
-            rounding happens once, and a model without storage (device "meta") is complete as soon as it has some.
+        make: returns the matrix, in fp64 or int64. It is called again whenever the model moves or changes its type, so
+            that rounding happens once, and a model without storage (device "meta") is complete as soon as it has some.
     """
 
     matrix: Tensor
@@ -31,4 +33,4 @@ class FixedMatrix(nn.Module):
     def _fill(self, like: Tensor) -> None:
         with torch.device("cpu"):
             exact = self.make()
-        self.matrix = exact.to(like)
+        self.matrix = exact.to(like.device, like.dtype if exact.is_floating_point() else exact.dtype)

@@ -66,8 +66,9 @@ def convolve(x: Tensor, kernel: Tensor, waves: Tensor, response: Tensor) -> Tens
     Args:
         waves: (2m, N) of `grid_waves`. response: (4m, N) of `response_waves`.
     """
-    spectrum = waves @ x
     own, other = (response @ kernel).chunk(2)
+    waves = waves.to(own.dtype)  # under autocast once, and not for either product
+    spectrum = waves @ x
     swapped = spectrum.roll(len(waves) // 2, 1)
     return waves.T @ torch.addcmul(spectrum * own, swapped, other)
 
