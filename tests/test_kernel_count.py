@@ -99,9 +99,9 @@ def kernels_of_a_forward_pass(model: CLIP, batch: Batch) -> Counter[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "most"), [("cc12m.yaml", 866), ("baselines/clip.yaml", 560)])
+@pytest.mark.parametrize(("name", "most"), [("cc12m.yaml", 850), ("baselines/clip.yaml", 530)])
 def test_a_forward_pass_starts_few_kernels(name: str, most: int) -> None:
-    """Of MLIP's, 190 are casts of weights to bf16, which compiled blocks do without."""
+    """Of both, 190 and more are casts of weights to bf16, one kernel each in autocast."""
     recipe = load_recipe(str(RECIPES / name)).recipe
     batch = noise_batch(recipe, batch_size=2, num_tokens=77, device=torch.device("cpu"))
     found = kernels_of_a_forward_pass(build_model(recipe).train(), batch)

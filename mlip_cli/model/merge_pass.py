@@ -122,7 +122,7 @@ class MergePass:
             return torch.cat([prefix, kept_tokens(tokens, assign, num_groups)], dim=1)
         merged_sizes = group_sizes(self.sizes, assign, num_groups)
         tokens = merge_tokens(tokens, self.sizes, assign, merged_sizes)
-        if self.frequency is not None:
+        if self.frequency is not None and len(self.assigns) < len(self.plan.at):  # the last merge needs no more
             self.frequency = group_mean(self.frequency, self.sizes, assign, merged_sizes)
         self.sizes = merged_sizes
         self.mask = size_mask(self.sizes, num_prefix).to(x.dtype)

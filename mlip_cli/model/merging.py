@@ -75,15 +75,11 @@ def ward_cost(
     cost = torch.add(*pairs(torch.linalg.vector_norm(keys, dim=-1).square_()))
     with torch.autocast(keys.device.type, enabled=False):
         torch.baddbmm(cost, a, b.transpose(1, 2), alpha=-2, out=cost)
-    weights = 1 + strength * guidance.index_select(1, order)
+    larger = torch.maximum(*pairs(guidance.index_select(1, order)))
+    cost.addcmul_(cost, larger, value=strength)
     if sizes is None:
-        weights = weights / 2
-    factor = torch.maximum(*pairs(weights))
-    cost.mul_(factor)
-    if sizes is not None:
-        torch.add(*pairs(sizes.index_select(1, order).reciprocal_()), out=factor)
-        cost.div_(factor)
-    return cost
+        return cost.div_(2)
+    return cost.div_(torch.add(*pairs(sizes.index_select(1, order).reciprocal_()), out=larger))
 
 
 @torch.no_grad()
@@ -223,11 +219,14 @@ def frequency_guidance(spectrum: Tensor) -> Tensor:
 
 @torch.no_grad()
 def distinctness(x: Tensor, sizes: Tensor) -> Tensor:
-    """1 - cosine to the size-weighted mean token; for towers without a class token: (B, N, D), (B, N) -> (B, N)."""
+    """What orders tokens as 1 - cosine to the size-weighted mean token does: (B, N, D), (B, N) -> (B, N).
+
+    For towers without a class token. Only its ranks are read, for which the length of the mean and the 1 do not matter.
+    """
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     total = (x * sizes[..., None]).sum(1, keepdim=True)  # it points where the mean does
-    lengths = torch.linalg.vector_norm(x, dim=-1) * torch.linalg.vector_norm(total, dim=-1)
-    return 1 - (x * total).sum(-1) / lengths.clamp(min=1e-6)  # a product of matrices may tell equal tokens apart
+    along = (x * total).sum(-1)  # a product of matrices may tell equal tokens apart
+    return -along / torch.linalg.vector_norm(x, dim=-1).clamp(min=1e-6)
 
 
 def mix_guidance(spatial: Tensor, frequency: Tensor) -> Tensor:
