@@ -95,6 +95,12 @@ def test_half_precision_filters_grids_of_any_size(dtype: torch.dtype, h: int, w:
     assert is_off_by(layer, layer(x), x) < most
 
 
+def test_no_tap_of_a_new_kernel_is_too_small_for_fp32() -> None:
+    taps = GlobalFilter(24, 24, 8).kernel.detach()
+    assert (taps[12, 12] == 0).all()
+    assert taps[taps != 0].abs().min() > torch.finfo(torch.float32).tiny
+
+
 def test_large_activations_of_every_patch_stay_finite_in_fp16() -> None:
     """Towers have channels with large values everywhere; their sum over a grid would leave the range of fp16."""
     layer = GlobalFilter(24, 24, 1).half()

@@ -19,11 +19,15 @@ from mlip_cli.recipe.merge_plan import wrong_stem
 
 
 def local_kernel(h: int, w: int, width: int) -> Tensor:
-    """Initial kernels (h, w, width): 0.02 * normal noise, fading with the circular distance from the centre."""
+    """Initial kernels (h, w, width): 0.02 * normal noise, fading with the circular distance from the centre.
+
+    Far taps are 0 and not almost 0: CPUs multiply numbers below 1e-38 ten times slower.
+    """
     rows, columns = torch.arange(h), torch.arange(w)
     rows, columns = torch.minimum(rows, h - rows), torch.minimum(columns, w - columns)
     squared_distance = rows[:, None] ** 2 + columns[None] ** 2
-    return 0.02 * torch.randn(h, w, width) * torch.exp(-squared_distance / 2)[..., None]
+    fading = torch.exp(-squared_distance / 2)
+    return 0.02 * torch.randn(h, w, width) * fading.where(fading > 1e-20, 0)[..., None]
 
 
 def grid_waves(h: int, w: int) -> Tensor:

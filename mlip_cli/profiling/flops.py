@@ -64,7 +64,7 @@ def merge_macs(before: int, *, metric_width: int) -> int:
 def filter_gflops(block: SpectralBlock) -> float:
     """GFLOPs of a block's global filter: two real FFTs of h*w points a channel, 2.5 n log2 n each, a complex product.
 
-    Products of matrices, which stand in for the FFTs where they are faster, take more operations; they do not count.
+    The products of matrices that stand in for the FFTs take more operations; they do not count.
     """
     h, w, width = block.filter.kernel.shape
     return 1e-9 * width * (2 * 2.5 * h * w * math.log2(h * w) + 6 * h * (w // 2 + 1))
