@@ -24,7 +24,7 @@ from mlip_cli.errors import RunError, UsageError
 from mlip_cli.export import onnx as export
 from mlip_cli.export.card import model_card
 from mlip_cli.export.onnx import BOUND, check_onnx, check_packages, random_pictures, write_onnx
-from mlip_cli.model.merging import cosine_cost, grid_parity, halves, match, mid_ranks
+from mlip_cli.model.merging import cosine_cost, grid_halves, match, mid_ranks
 from mlip_cli.runs.loading import LoadedRun, at_rate, load_run
 
 SMALL: dict[str, Any] = {"vision": {"patch_size": 8, "width": 32, "depth": 2, "num_heads": 2}}
@@ -180,7 +180,7 @@ class Matching(nn.Module):
     """Costs with many ties -> groups; values with many ties -> ranks."""
 
     def forward(self, keys: Tensor) -> tuple[Tensor, Tensor]:
-        even, odd = halves(grid_parity(6, 6))
+        even, odd = grid_halves(6, 6)
         return match(cosine_cost(keys, even, odd).round(), even, odd, 22), mid_ranks(keys[..., 0].round())
 
 
@@ -192,7 +192,7 @@ def test_equal_costs_merge_in_token_order_as_in_the_model(out: Path) -> None:
         def forward(self, keys: Tensor) -> Tensor:
             return torch.cat([own.float() for own in Matching()(keys)], dim=1)
 
-    costs = cosine_cost(keys, *halves(grid_parity(6, 6))).round().amin(-1)
+    costs = cosine_cost(keys, *grid_halves(6, 6)).round().amin(-1)
     assert max(len(row.unique()) for row in costs) <= 2, "nearly all proposals tie"
     export._write_graph(Grouped(), keys[:2], out / "match.onnx", names=("keys", "groups"))
     assert torch.equal(outputs(out / "match.onnx", keys), Grouped()(keys))

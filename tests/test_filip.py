@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from mlip_cli.losses import objective
 from mlip_cli.losses.contrastive import sigmoid_loss
 from mlip_cli.losses.features import CAPTION_MASK, IMAGE, TEXT, TEXT_TOKENS, Features
-from mlip_cli.losses.filip import filip_scores, filip_words, index_dtype
+from mlip_cli.losses.filip import filip_scores, filip_words, index_dtype, patch_factors, word_factors
 from mlip_cli.losses.objective import Objective
 from mlip_cli.recipe.config import Losses, TokenLoss
 
@@ -84,6 +84,46 @@ def test_scores_and_their_gradients_equal_the_naive_form(chunk: int, ties: bool)
         results.append([*scores, *torch.autograd.grad(loss, (tokens["patches"], tokens["words"]))])  # type: ignore[arg-type]
     for ours, naive in zip(*results, strict=True):
         torch.testing.assert_close(ours, naive, rtol=0, atol=1e-10)
+
+
+def half_inputs() -> dict[str, Tensor]:
+    """As they come from bf16 training, with as many patches and words as there the maxima are close."""
+    draws = torch.Generator().manual_seed(2)
+    patches, words = torch.randn(6, 49, 128, generator=draws), torch.randn(8, 20, 128, generator=draws)
+    mask = torch.arange(20)[None] < torch.randint(1, 21, (8, 1), generator=draws)
+    tokens = {"patches": patches.bfloat16().requires_grad_(), "words": words.bfloat16().requires_grad_()}
+    return tokens | {"sizes": torch.randint(1, 5, (6, 49), generator=draws).float(), "mask": mask}
+
+
+def test_scores_and_gradients_of_bf16_tokens_equal_the_naive_form_in_fp64() -> None:
+    """Scores to 16 digits, as the units for half precision give them in parts; gradients to the digits of bf16."""
+    tokens = half_inputs()
+    exact = {name: value.detach().double() if value.is_floating_point() else value for name, value in tokens.items()}
+    inputs = [(given["patches"].requires_grad_(), given["words"].requires_grad_()) for given in (tokens, exact)]
+    ours, naive = our_scores(**tokens, chunk=6 * 49 * 20 * 3), naive_scores(**exact)
+    for found, expected in zip(ours, naive, strict=True):
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found.double(), expected, rtol=0, atol=2e-6)
+    found_grads, expected_grads = (
+        torch.autograd.grad(sum((s * s).sum() for s in scores), given)  # type: ignore[arg-type]
+        for scores, given in zip((ours, naive), inputs, strict=True)
+    )
+    for found, expected in zip(found_grads, expected_grads, strict=True):
+        assert found.dtype == torch.bfloat16
+        assert (found.double() - expected).norm() / expected.norm() < 2**-7
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_factors_in_parts_have_16_digits_when_multiplied_with_8() -> None:
+    """On the units for half precision, wherever they are: each factor is rounded to bf16, sums are fp32."""
+    tokens = half_inputs()
+    patches, words = (F.normalize(tokens[name].detach().float(), dim=-1) for name in ("patches", "words"))
+    sides = word_factors(words).flatten(0, 1), patch_factors(patches).flatten(0, 1)
+    found = sides[0].bfloat16().float() @ sides[1].bfloat16().float().T
+    expected = words.flatten(0, 1).double() @ patches.flatten(0, 1).double().T
+    assert (found - expected).abs().max() < 4e-6
+    plain = words.flatten(0, 1).bfloat16().double() @ patches.flatten(0, 1).bfloat16().double().T
+    assert (plain - expected).abs().max() > 1e-4
 
 
 def test_the_term_equals_the_naive_loss_with_all_its_gradients() -> None:

@@ -7,22 +7,19 @@ from typing import Any
 
 import pytest
 import torch
+from reference_for_tests import block_dct, convolve_by_fft
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from mlip_cli.model import frequency
 from mlip_cli.model.frequency import (
     FrequencyBranch,
     GlobalFilter,
     StemBlock,
-    convolve_by_fft,
-    convolve_by_products,
+    grid_waves,
     regrid_kernel,
 )
-from mlip_cli.model.merging import patch_dct
 from mlip_cli.recipe.config import Frequency
 
-WAYS = {"fft": convolve_by_fft, "products": convolve_by_products}
 GRIDS = [(1, 1), (2, 2), (3, 5), (4, 4), (1, 6), (7, 4), (14, 14)]
 
 
@@ -45,45 +42,80 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 # the filter ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("way", WAYS)
+def with_kernel(kernel: Tensor) -> GlobalFilter:
+    layer = GlobalFilter(*kernel.shape).to(kernel.dtype)
+    layer.kernel = nn.Parameter(kernel.clone())
+    return layer
+
+
 @pytest.mark.parametrize(("h", "w"), GRIDS)
-def test_both_ways_are_the_circular_convolution(h: int, w: int, way: str) -> None:
+def test_filter_and_fft_are_the_circular_convolution(h: int, w: int) -> None:
     x, kernel = random(2, h, w, 3), random(h, w, 3, seed=1)
     expected = direct(x, {(r, c): kernel[r, c] for r, c in product(range(h), range(w))})
-    assert relative_error(WAYS[way](x, kernel), expected) < 1e-12
+    assert relative_error(with_kernel(kernel)(x), expected) < 1e-12
+    assert relative_error(convolve_by_fft(x, kernel), expected) < 1e-12
 
 
-@pytest.mark.parametrize(("h", "w"), [*GRIDS, (24, 24), (37, 9)])
-def test_both_ways_agree_with_their_gradients(h: int, w: int) -> None:
-    for dtype, most in ((torch.float32, 5e-7), (torch.float64, 1e-12)):
-        x, kernel = random(2, h, w, 8, dtype=dtype).requires_grad_(), random(h, w, 8, dtype=dtype).requires_grad_()
-        results = [way(x, kernel) for way in WAYS.values()]
+@pytest.mark.parametrize(("h", "w"), [*GRIDS, (7, 7), (24, 24), (37, 9)])
+def test_the_filter_equals_the_fft_with_its_gradients(h: int, w: int) -> None:
+    for dtype, most in ((torch.float32, 2e-6), (torch.float64, 1e-12)):
+        x, layer = random(2, h, w, 8, dtype=dtype).requires_grad_(), with_kernel(random(h, w, 8, dtype=dtype))
+        results = [layer(x), convolve_by_fft(x, layer.kernel)]
         assert relative_error(results[0], results[1]) < most
-        gradients = [torch.autograd.grad(result, (x, kernel), x.detach()) for result in results]
+        gradients = [torch.autograd.grad(result, (x, layer.kernel), x.detach()) for result in results]
         for one, other in zip(*gradients, strict=True):
             assert relative_error(one, other) < most
 
 
-def test_products_on_cpus_and_in_graphs_the_fft_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert (frequency.takes_products(cpu), frequency.takes_products(cuda)) == (True, False)
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    assert frequency.takes_products(cuda)
+@pytest.mark.parametrize(("h", "w"), [*GRIDS, (24, 24), (37, 9)])
+def test_waves_are_orthonormal_and_one_of_each_mirrored_pair(h: int, w: int) -> None:
+    waves = grid_waves(h, w)
+    torch.testing.assert_close(waves.T @ waves, torch.eye(h * w, dtype=torch.float64), rtol=0, atol=1e-12)
+    mirrors_of_itself = (1 + (h % 2 == 0)) * (1 + (w % 2 == 0))
+    assert len(waves) == h * w + mirrors_of_itself
 
 
-@pytest.mark.parametrize("products", [True, False])
+def is_off_by(layer: GlobalFilter, found: Tensor, x: Tensor) -> float:
+    return relative_error(found.double(), convolve_by_fft(x.double(), layer.kernel.double()))
+
+
+@pytest.mark.parametrize(("h", "w"), [(3, 7), (14, 14), (24, 24)])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_filters_grids_of_any_size(
-    dtype: torch.dtype, products: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(frequency, "takes_products", lambda device: products)
+def test_half_precision_filters_grids_of_any_size(dtype: torch.dtype, h: int, w: int) -> None:
+    """The whole is off by less than the gap between 1 and the next number, alone and under autocast."""
     torch.manual_seed(0)
-    layer = GlobalFilter(3, 7, 8).to(dtype)
-    x = random(2, 3, 7, 8).to(dtype)
-    found = layer(x)
+    layer, x = GlobalFilter(h, w, 8), 1 + random(4, h, w, 8).float()
+    with torch.autocast("cpu", dtype):
+        found = layer(x)
     assert found.dtype == dtype
-    expected = convolve_by_fft(x.double(), layer.kernel.double())
-    torch.testing.assert_close(found, expected.to(dtype), rtol=2 * torch.finfo(dtype).eps, atol=1e-4)
+    most = torch.finfo(dtype).eps
+    assert is_off_by(layer, found, x) < most
+    layer, x = layer.to(dtype), x.to(dtype)
+    assert layer(x).dtype == dtype
+    assert is_off_by(layer, layer(x), x) < most
+
+
+def test_no_tap_of_a_new_kernel_is_too_small_for_fp32() -> None:
+    taps = GlobalFilter(24, 24, 8).kernel.detach()
+    assert (taps[12, 12] == 0).all()
+    assert taps[taps != 0].abs().min() > torch.finfo(torch.float32).tiny
+
+
+def test_large_activations_of_every_patch_stay_finite_in_fp16() -> None:
+    """Towers have channels with large values everywhere; their sum over a grid would leave the range of fp16."""
+    layer = GlobalFilter(24, 24, 1).half()
+    assert layer(torch.full((1, 24, 24, 1), 1000.0).half()).isfinite().all()
+
+
+def test_matrices_stand_in_no_checkpoint_and_follow_their_model() -> None:
+    layer = GlobalFilter(3, 5, 2)
+    assert list(layer.state_dict()) == ["kernel"]
+    exact = layer.double().waves.matrix
+    assert torch.equal(exact, grid_waves(3, 5))  # and not the fp32 numbers of before
+    with torch.device("meta"):
+        empty = GlobalFilter(3, 5, 2)
+    assert empty.waves.matrix.is_meta
+    assert torch.equal(empty.to_empty(device="cpu").waves.matrix, exact.float())
 
 
 # other grids ---------------------------------------------------------------------------------------------------------
@@ -166,18 +198,18 @@ def test_both_ends_of_an_even_grid_share_the_outermost_tap() -> None:
 @pytest.mark.parametrize("patch_size", [8, 14, 16])
 def test_the_dct_keeps_energy_and_stays_inside_its_patch(patch_size: int) -> None:
     images = random(2, 3, 2 * patch_size, 3 * patch_size)
-    spectrum = patch_dct(images, patch_size)
+    spectrum = block_dct(images, patch_size)
     assert spectrum.shape == (2, 6, 3, patch_size, patch_size)
     for row, column in product(range(2), range(3)):
         rows, columns = (slice(patch_size * i, patch_size * (i + 1)) for i in (row, column))
         patch, found = images[:, :, rows, columns], spectrum[:, 3 * row + column]
         torch.testing.assert_close(found.square().sum((-1, -2)), patch.square().sum((-1, -2)))
-        torch.testing.assert_close(patch_dct(patch, patch_size)[:, 0], found)
+        torch.testing.assert_close(block_dct(patch, patch_size)[:, 0], found)
 
 
 @pytest.mark.parametrize("value", [0.0, 1.5])
 def test_the_dct_of_a_constant_patch_is_its_mean_alone(value: float) -> None:
-    spectrum = patch_dct(torch.full((1, 3, 14, 14), value), 14)
+    spectrum = block_dct(torch.full((1, 3, 14, 14), value), 14)
     torch.testing.assert_close(spectrum[..., 0, 0], torch.full((1, 1, 3), 14 * value))
     spectrum[..., 0, 0] = 0
     assert spectrum.abs().max() < 1e-5
@@ -194,7 +226,7 @@ def branch(kind: str, *, grid: tuple[int, int] = (3, 5), width: int = 4) -> Freq
 
 def read_by(kind: str, images: Tensor, tokens: Tensor) -> Tensor:
     """What a branch of this kind reads, of pictures of patch size 2 and their tokens."""
-    return patch_dct(images, 2).flatten(2).to(images.dtype) if kind == "dct" else tokens
+    return block_dct(images, 2).flatten(2).to(images.dtype) if kind == "dct" else tokens
 
 
 @pytest.mark.parametrize("kind", ["tokens", "dct"])
@@ -223,8 +255,8 @@ def test_constant_pictures_give_equal_finite_tokens_and_gradients(kind: str) -> 
 
 def test_a_shifted_picture_gives_shifted_tokens() -> None:
     model, images = branch("dct").double(), random(1, 3, 6, 10)
-    shifted = model(patch_dct(images.roll((2, -4), dims=(2, 3)), 2).flatten(2))
-    expected = model(patch_dct(images, 2).flatten(2)).unflatten(1, (3, 5)).roll((1, -2), dims=(1, 2)).flatten(1, 2)
+    shifted = model(block_dct(images.roll((2, -4), dims=(2, 3)), 2).flatten(2))
+    expected = model(block_dct(images, 2).flatten(2)).unflatten(1, (3, 5)).roll((1, -2), dims=(1, 2)).flatten(1, 2)
     torch.testing.assert_close(shifted, expected)
 
 
@@ -262,7 +294,7 @@ def test_the_branch_compiles_to_one_graph_without_complex_numbers() -> None:
     model, images = branch("dct"), random(2, 3, 6, 10).float()
 
     def run(images: Tensor) -> Tensor:
-        return model(patch_dct(images, 2).flatten(2))
+        return model(block_dct(images, 2).flatten(2))
 
     with torch.autocast("cpu", torch.bfloat16):
         found = torch.compile(run, fullgraph=True, backend=graphs)(images)

@@ -5,13 +5,14 @@ import pickle
 import pytest
 import torch
 from models_for_tests import small_batch, small_model, small_recipe
+from reference_for_tests import patches_of
 from timm.layers import DropPath
 from torch import Tensor
 
 from mlip_cli.errors import UsageError
 from mlip_cli.losses.objective import Objective
 from mlip_cli.model.clip import CLIP
-from mlip_cli.model.merge_pass import MergePass, Patches
+from mlip_cli.model.merge_pass import MergePass
 from mlip_cli.model.merging import compose, drop, kept_tokens, last_step, unmerge_tokens
 from mlip_cli.recipe.checks import check
 from mlip_cli.recipe.merge_plan import MergePlan
@@ -131,7 +132,7 @@ def test_a_drop_is_the_tower_on_the_kept_patches() -> None:
 
 
 def test_drops_come_from_torchs_generator_and_favour_no_patch() -> None:
-    patches = Patches((4, 4), 8, 1, has_class_token=True)
+    patches = patches_of((4, 4), 8, 1, has_class_token=True)
     images, tokens = torch.zeros(500, 3, 32, 32), torch.zeros(500, 17, 1)
 
     def kept(seed: int) -> Tensor:

@@ -6,14 +6,15 @@ from typing import Any
 import pytest
 import torch
 from models_for_tests import small_batch, small_model, small_recipe
+from reference_for_tests import patches_of
 from torch import Tensor
 from torch._dynamo.utils import counters
 
 from mlip_cli.errors import UsageError
 from mlip_cli.model import merge_pass, vision
 from mlip_cli.model.clip import CLIP
-from mlip_cli.model.merge_pass import MergePass, Patches
-from mlip_cli.model.merging import grid_parity, halves
+from mlip_cli.model.merge_pass import MergePass
+from mlip_cli.model.merging import grid_halves
 from mlip_cli.recipe.merge_plan import GUIDANCE, METHODS, MergePlan
 
 
@@ -170,11 +171,11 @@ def test_a_merged_model_compiles_to_one_graph() -> None:
 @pytest.mark.slow
 def test_matching_and_drops_alone_break_no_graph() -> None:
     """Full graphs bear shapes that depend on data; without that demand they break there."""
-    patches = Patches((3, 5), 8, 1, has_class_token=True)
+    patches = patches_of((3, 5), 8, 1, has_class_token=True)
     drops = MergePlan.resolve(depth=2, num_patches=15, rate=0.4, at=(1,), method="random_drop")
 
     def matched(tokens: Tensor) -> Tensor:
-        even, odd = halves(grid_parity(3, 5))
+        even, odd = grid_halves(3, 5)
         guidance = tokens[..., 0].sigmoid()
         cost = merge_pass.ward_cost(tokens, torch.ones(2, 15), guidance, even, odd, strength=2.0)
         return merge_pass.match(cost, even, odd, 9)

@@ -73,7 +73,7 @@ def test_stages_show_the_guidance_that_the_matching_used(monkeypatch: pytest.Mon
     assert torch.equal(first.mixed, received[0])
     assert torch.equal(second.mixed, received[1].gather(1, first.groups))
     assert torch.equal(first.spatial, mid_ranks(first.spatial))
-    assert torch.equal(first.frequency, frequency_guidance(patch_dct(model.normalize(images), 8)))
+    assert torch.equal(first.frequency, frequency_guidance(patch_dct(model.normalize(images), model.vision.dct.matrix)))
 
 
 def test_tome_has_no_maps() -> None:

@@ -7,12 +7,13 @@ import pytest
 import timm
 import torch
 from models_for_tests import small_model, small_recipe
+from reference_for_tests import patches_of
 from timm.models.vision_transformer import ParallelScalingBlock, ResPostBlock, VisionTransformer
 from torch import nn
 
 from mlip_cli.errors import UsageError
 from mlip_cli.model import vision
-from mlip_cli.model.merge_pass import MergePass, Patches
+from mlip_cli.model.merge_pass import MergePass
 from mlip_cli.model.vision import ImageTower, ObservedBlock
 from mlip_cli.recipe.config import Vision
 from mlip_cli.recipe.merge_plan import METHODS, MergePlan
@@ -136,7 +137,7 @@ def test_prefix_tokens_and_the_sum_of_all_patches_stay(towers: Towers) -> None:
     x = torch.randn(3, 5 + 16, 48, dtype=torch.float64)
     for method in METHODS:
         plan = plan_of(tower, 0.6, method=method, at=(2, 3))
-        patches = Patches(tower.grid, tower.patch_size, 5, has_class_token=True)
+        patches = patches_of(tower.grid, tower.patch_size, 5, has_class_token=True)
         state = MergePass(torch.randn(3, 3, 56, 56, dtype=torch.float64), plan, patches=patches)
         y, parts = x, x[:, 5:]
         for count in plan.merges.values():

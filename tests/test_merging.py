@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from models_for_tests import small_batch, small_model
+from reference_for_tests import block_dct, merged
 from scipy.fft import dctn
 from scipy.stats import rankdata
 from timm.models.vision_transformer import Block
@@ -20,16 +21,15 @@ from mlip_cli.model.merging import (
     cosine_cost,
     distinctness,
     frequency_guidance,
+    grid_halves,
     grid_parity,
     group_mean,
     group_sizes,
-    halves,
-    index_parity,
+    index_halves,
     last_step,
     match,
     merge_tokens,
     mid_ranks,
-    patch_dct,
     size_mask,
     unmerge_tokens,
     ward_cost,
@@ -65,15 +65,18 @@ def loop_match(cost: Callable[[int, int], float], odd: Sequence[bool], num_group
     return [order.index(members[target[i]]) for i in range(n)]
 
 
-def tome(keys: Tensor, parity: Tensor, num_groups: int) -> Tensor:
+Halves = tuple[Tensor, Tensor]
+
+
+def tome(keys: Tensor, halves: Halves, num_groups: int) -> Tensor:
     """Groups by similarity alone."""
-    even, odd = halves(parity)
+    even, odd = halves
     return match(cosine_cost(keys, even, odd), even, odd, num_groups)
 
 
-def guided(keys: Tensor, guidance: Tensor, parity: Tensor, num_groups: int, *, sizes: Tensor | None = None) -> Tensor:
+def guided(keys: Tensor, guidance: Tensor, halves: Halves, num_groups: int, *, sizes: Tensor | None = None) -> Tensor:
     """Groups by what a merge changes, for tokens of one patch or of `sizes`."""
-    even, odd = halves(parity)
+    even, odd = halves
     sizes = torch.ones(keys.shape[:2], dtype=keys.dtype) if sizes is None else sizes
     return match(ward_cost(keys, sizes, guidance, even, odd, strength=STRENGTH), even, odd, num_groups)
 
@@ -85,7 +88,7 @@ SHAPES = [(4, 4, 9), (3, 5, 8), (5, 5, 13), (4, 6, 24)]
 def test_matching_by_similarity_equals_loops(h: int, w: int, num_groups: int) -> None:
     keys = torch.randn(3, h * w, 6, generator=torch.Generator().manual_seed(h * w), dtype=torch.float64)
     parity = grid_parity(h, w)
-    found = tome(keys, parity, num_groups)
+    found = tome(keys, grid_halves(h, w), num_groups)
     for i in range(3):
         unit = keys[i].numpy() / np.linalg.norm(keys[i].numpy(), axis=1, keepdims=True)
         assert found[i].tolist() == loop_match(lambda a, b, u=unit: -u[a] @ u[b], parity.tolist(), num_groups)
@@ -98,7 +101,7 @@ def test_guided_matching_equals_loops_that_merge_and_measure_the_change(h: int, 
     guidance = torch.rand(3, h * w, generator=generator, dtype=torch.float64)
     sizes = torch.randint(1, 6, (3, h * w), generator=generator).double()
     parity = grid_parity(h, w)
-    found = guided(keys, guidance, parity, num_groups, sizes=sizes)
+    found = guided(keys, guidance, grid_halves(h, w), num_groups, sizes=sizes)
     for i in range(3):
 
         def cost(a: int, b: int, i: int = i) -> float:
@@ -117,7 +120,7 @@ def test_equal_tokens_merge_for_nothing_however_important_they_are() -> None:
     keys[0, 5] = keys[0, 6] + 1e-4
     guidance = torch.zeros(1, 16)
     guidance[0, 5] = 1.0
-    assign = guided(keys, guidance, grid_parity(4, 4), 15)
+    assign = guided(keys, guidance, grid_halves(4, 4), 15)
     assert assign[0, 5] == assign[0, 6]
 
 
@@ -131,23 +134,23 @@ def test_strong_guidance_keeps_a_token_out_of_every_merge() -> None:
     keys = torch.ones(1, 16, 4) + 0.01 * torch.randn(1, 16, 4, generator=torch.Generator().manual_seed(0))
     guidance = torch.zeros(1, 16)
     guidance[0, 5] = 1.0
-    even, odd = halves(grid_parity(4, 4))
+    even, odd = grid_halves(4, 4)
     cost = ward_cost(keys, torch.ones(1, 16), guidance, even, odd, strength=1e3)
     assign = match(cost, even, odd, 9)
     assert (assign == assign[0, 5]).sum() == 1
-    assert (tome(keys, grid_parity(4, 4), 8)[0].bincount() > 1).any()
+    assert (tome(keys, grid_halves(4, 4), 8)[0].bincount() > 1).any()
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, 1e30])
 def test_ties_zero_keys_and_blank_tokens_give_groups_without_nan(value: float) -> None:
     x = torch.full((2, 16, 4), value)
-    assign = guided(x, torch.zeros(2, 16), grid_parity(4, 4), 8)
+    assign = guided(x, torch.zeros(2, 16), grid_halves(4, 4), 8)
     assert sorted(set(assign[0].tolist())) == list(range(8))
-    assert torch.isfinite(merge_tokens(x, torch.ones(2, 16), assign, 8)).all()
+    assert torch.isfinite(merged(x, torch.ones(2, 16), assign, 8)).all()
 
 
 def test_groups_are_numbered_by_their_smallest_patch() -> None:
-    assign = tome(torch.randn(4, 36, 5), grid_parity(6, 6), 20)
+    assign = tome(torch.randn(4, 36, 5), grid_halves(6, 6), 20)
     for row in assign.tolist():
         firsts = [row.index(g) for g in range(20)]
         assert firsts == sorted(firsts)
@@ -157,18 +160,19 @@ def test_merge_is_the_weighted_mean_and_sizes_are_exact() -> None:
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(2, 10, 3, generator=generator, dtype=torch.float64)
     sizes = torch.randint(1, 5, (2, 10), generator=generator).double()
-    assign = tome(x, index_parity(10), 6)
-    merged, merged_sizes = merge_tokens(x, sizes, assign, 6), group_sizes(sizes, assign, 6)
+    assign = tome(x, index_halves(10), 6)
+    merged_sizes = group_sizes(sizes, assign, 6)
+    tokens = merge_tokens(x, sizes, assign, merged_sizes)
     for b in range(2):
         for g in range(6):
             members = assign[b] == g
             total = sizes[b, members].sum()
             assert merged_sizes[b, g] == total
-            torch.testing.assert_close(merged[b, g], (x[b, members] * sizes[b, members, None]).sum(0) / total)
+            torch.testing.assert_close(tokens[b, g], (x[b, members] * sizes[b, members, None]).sum(0) / total)
             if members.sum() == 1:
-                assert torch.equal(merged[b, g], x[b, members][0])
-    torch.testing.assert_close((merged * merged_sizes[..., None]).sum(1), (x * sizes[..., None]).sum(1))
-    torch.testing.assert_close(group_mean(x[..., 0], sizes, assign, 6), merged[..., 0])
+                assert torch.equal(tokens[b, g], x[b, members][0])
+    torch.testing.assert_close((tokens * merged_sizes[..., None]).sum(1), (x * sizes[..., None]).sum(1))
+    torch.testing.assert_close(group_mean(x[..., 0], sizes, assign, merged_sizes), tokens[..., 0])
 
 
 def test_sizes_of_577_tokens_stay_exact_under_bf16_autocast() -> None:
@@ -179,16 +183,16 @@ def test_sizes_of_577_tokens_stay_exact_under_bf16_autocast() -> None:
         assert group_sizes(sizes, assign, 2).tolist() == [[500.0, 77.0]]
         lone = torch.arange(577)[None].clamp(max=1)
         x = torch.randn(1, 577, 4)
-        assert torch.equal(merge_tokens(x, sizes, lone, 2)[0, 0], x[0, 0])
+        assert torch.equal(merged(x, sizes, lone, 2)[0, 0], x[0, 0])
 
 
 def test_compose_unmerge_and_last_step_agree() -> None:
     x = torch.randn(2, 16, 3)
-    first = tome(x, grid_parity(4, 4), 10)
-    y = merge_tokens(x, torch.ones(2, 16), first, 10)
-    second = tome(y, index_parity(10), 6)
+    first = tome(x, grid_halves(4, 4), 10)
+    y = merged(x, torch.ones(2, 16), first, 10)
+    second = tome(y, index_halves(10), 6)
     both = compose(first, second)
-    z = merge_tokens(y, group_sizes(torch.ones(2, 16), first, 10), second, 6)
+    z = merged(y, group_sizes(torch.ones(2, 16), first, 10), second, 6)
     assert torch.equal(unmerge_tokens(z, both), unmerge_tokens(unmerge_tokens(z, second), first))
     assert torch.equal(last_step(first, both, 10), second)
     assert torch.equal(group_sizes(torch.ones(2, 16), both, 6).sum(1), torch.full((2,), 16.0))
@@ -237,7 +241,7 @@ def test_mid_ranks_share_ties() -> None:
 
 def test_patch_dct_is_scipys() -> None:
     images = torch.randn(2, 3, 16, 24, dtype=torch.float64)
-    found = patch_dct(images, 8)
+    found = block_dct(images, 8)
     expected = dctn(images[1, 2, 8:16, 16:24].numpy(), norm="ortho")
     np.testing.assert_allclose(found[1, 5, 2].numpy(), expected, atol=1e-12)
 
@@ -246,7 +250,7 @@ def test_frequency_guidance_prefers_detail_and_ties_blank_patches() -> None:
     images = torch.full((1, 3, 32, 32), 1.9)
     images[:, :, 8:16, 8:16] = torch.where(torch.arange(64).view(8, 8) % 2 == 0, 1.0, -1.0)
     images[:, :, 0:8, 0:8] += torch.linspace(0, 0.5, 8)
-    guidance = frequency_guidance(patch_dct(images, 8))[0]
+    guidance = frequency_guidance(block_dct(images, 8))[0]
     assert guidance.argmax() == 5
     assert len(guidance.unique()) <= 3
     assert (guidance == guidance[15]).sum() >= 14

@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 from models_for_tests import small_batch, small_model, small_recipe
+from reference_for_tests import block_dct
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
@@ -194,8 +195,8 @@ def test_the_branch_and_guidance_share_one_spectrum(guidance: str, monkeypatch: 
     """Guidance from it is that of the grey picture, and so is every feature, whoever asks for it."""
     recipe = small_recipe(model={"merging": {"rate": 0.5, "at": [2, 3], "guidance": guidance}})
     model, images = small_model(recipe).eval(), small_batch().images
-    grey = patch_dct(model.normalize(images).mean(1, keepdim=True), 8)
-    torch.testing.assert_close(patch_dct(model.normalize(images), 8).mean(2, keepdim=True), grey, rtol=0, atol=1e-6)
+    grey = block_dct(model.normalize(images).mean(1, keepdim=True), 8)
+    torch.testing.assert_close(block_dct(model.normalize(images), 8).mean(2, keepdim=True), grey, rtol=0, atol=1e-6)
     made: list[int] = []
     for module in (clip, merge_pass):
         monkeypatch.setattr(module, "patch_dct", lambda *given: made.append(0) or patch_dct(*given))
@@ -225,7 +226,9 @@ def test_heads_exist_only_where_a_loss_trains_them() -> None:
 
 def test_pixels_are_normalised_inside_and_floats_taken_as_normalised() -> None:
     model, images = small_model(), small_batch().images
-    floats = (images / 255.0 - model.pixel_mean) / model.pixel_std
+    data = small_recipe().data
+    mean, std = (torch.tensor(numbers).double()[:, None, None] for numbers in (data.pixel_mean, data.pixel_std))
+    floats = (images / 255.0 - mean) / std
     torch.testing.assert_close(
         model.encode_image(images, model.plan), model.encode_image(floats, model.plan), rtol=1e-5, atol=1e-5
     )

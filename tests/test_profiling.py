@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from reference_for_tests import convolve_by_fft
 from torch.utils.flop_counter import FlopCounterMode
 
 from mlip_cli.model import frequency
@@ -50,6 +51,10 @@ def filter_gflops_of(h: int, w: int, width: int) -> float:
     """Two real FFTs a channel, 2.5 n log2 n each, and h * (w/2 + 1) complex products of 6 operations."""
     n = h * w
     return 1e-9 * width * (2 * 2.5 * n * math.log2(n) + 6 * h * (w // 2 + 1))
+
+
+def by_fft(layer: frequency.GlobalFilter, x: torch.Tensor) -> torch.Tensor:
+    return convolve_by_fft(x, layer.kernel)
 
 
 def counted_gflops(function: Any, *arguments: Any) -> float:
@@ -97,7 +102,7 @@ def test_text_tower_equals_a_count_of_its_products(tiny: CLIP) -> None:
 def test_frequency_branch_is_products_as_counted_and_filters_by_formula(
     input: str, rate: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(frequency, "takes_products", lambda device: False)  # the formula is that of the FFT
+    monkeypatch.setattr(frequency.GlobalFilter, "forward", by_fft)  # the formula is that of the FFT
     model = build(TINY, image_size=32, frequency=config.Frequency(placement="branch", input=input, width=16, depth=2))
     plan, images = model.merge_plan(rate), torch.rand(1, 3, 32, 32)
     both = counted_gflops(model.image_features, images, plan)
@@ -109,7 +114,7 @@ def test_frequency_branch_is_products_as_counted_and_filters_by_formula(
 
 @pytest.mark.parametrize("rate", [0.0, 0.4])
 def test_a_stem_is_products_as_counted_and_filters_by_formula(rate: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(frequency, "takes_products", lambda device: False)
+    monkeypatch.setattr(frequency.GlobalFilter, "forward", by_fft)
     stem = config.Frequency(placement="stem", width=32, depth=2)
     model = build(TINY, image_size=32, frequency=stem)
     plan, images = model.merge_plan(rate), torch.rand(1, 3, 32, 32)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from models_for_tests import make_run, small_batch, small_model, small_recipe
+from reference_for_tests import convolve_by_fft, patches_of
 from shards_for_tests import make_dataset
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
@@ -15,7 +16,7 @@ from mlip_cli.commands import merge_sweep
 from mlip_cli.commands.profile import profile
 from mlip_cli.errors import UsageError
 from mlip_cli.model import merge_pass
-from mlip_cli.model.frequency import StemBlock, convolve_by_fft, place_stem
+from mlip_cli.model.frequency import StemBlock, place_stem
 from mlip_cli.model.vision import ImageTower
 from mlip_cli.recipe.checks import check
 from mlip_cli.recipe.config import Frequency, Recipe, Vision
@@ -143,7 +144,7 @@ def test_right_behind_a_stem_the_tokens_that_the_next_block_reads_serve_as_keys(
 def test_large_activations_behind_a_stem_do_not_decide_alone() -> None:
     """Scaling a token, which the next block's norm undoes, changes no group."""
     plan = MergePlan.resolve(depth=4, num_patches=16, rate=0.5, at=(3,), method="guided", stem=2)
-    patches = merge_pass.Patches((4, 4), 8, 0, has_class_token=False)
+    patches = patches_of((4, 4), 8, 0, has_class_token=False)
     tokens, images = torch.randn(2, 16, 32, dtype=torch.float64), small_model().normalize(small_batch().images[:2])
     found = []
     for scale in (torch.ones(16, 1), torch.logspace(0, 3, 16)[:, None]):

@@ -4,6 +4,8 @@ Source: "FILIP: Fine-grained Interactive Language-Image Pre-Training" (Yao et al
 that stand for several patches.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,6 +22,42 @@ CHUNK_SIMILARITIES_ELSEWHERE = 2**22
 def similarities_at_once(device: torch.device) -> int:
     """The most similarities of patches and words, or captions, to hold at one time on a device."""
     return CHUNK_SIMILARITIES.get(device.type, CHUNK_SIMILARITIES_ELSEWHERE)
+
+
+@contextmanager
+def half_units(used: bool) -> Iterator[None]:
+    """Let products of fp32 matrices run on the units for half precision: bf16 factors on CPUs, TF32 on GPUs.
+
+    Sums stay fp32. A CPU without such units ignores it.
+    """
+    before = torch.get_float32_matmul_precision()
+    if used:
+        torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def in_parts(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Two numbers of 8 digits whose sum has 16 of the digits of x."""
+    high = x.to(torch.bfloat16).to(x.dtype)
+    return high, x - high
+
+
+def word_factors(words: Tensor) -> Tensor:
+    """(..., T) -> (..., 3T): its products with `patch_factors` on the units for half precision have 16 digits.
+
+    Of the four products of parts the one of both low parts is left out.
+    """
+    high, low = in_parts(words)
+    return torch.cat([high, low, high], dim=-1)
+
+
+def patch_factors(patches: Tensor) -> Tensor:
+    """The other side of `word_factors`."""
+    high, low = in_parts(patches)
+    return torch.cat([high, high, low], dim=-1)
 
 
 def filip_words(words: Tensor, caption_mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -43,6 +81,11 @@ def filip_scores(
     The first is the mean over patches, by size, of the similarity of the best word. The second is the mean over words
     of the similarity of the best patch.
 
+    Patches of half precision come from training in mixed precision. Similarities then come from the units for half
+    precision too, with 16 digits, and so with the maxima of fp32. Gradients have the digits of the patches. To look
+    for maxima with fewer digits and to compute the similarities at their places again in fp32 would be slower: reading
+    two vectors for each of B*C*(K+L) places takes longer than all products.
+
     Args:
         patches: (B, K, T), not normalised. sizes: (B, K) patches per token, without gradient.
         words: (C, L, T) and word_weights: (C, L), from `filip_words`.
@@ -52,9 +95,9 @@ def filip_scores(
     most = chunk_similarities or similarities_at_once(patches.device)
     sizes = sizes.to(dtype)
     num_texts = max(1, most // (patches.shape[0] * patches.shape[1] * words.shape[1]))
-    return _Scores.apply(
-        F.normalize(patches.to(dtype), dim=-1), words, sizes / sizes.sum(1, keepdim=True), word_weights, num_texts
-    )
+    patch_weights = sizes / sizes.sum(1, keepdim=True)
+    is_half = patches.dtype != dtype
+    return _Scores.apply(F.normalize(patches.to(dtype), dim=-1), words, patch_weights, word_weights, num_texts, is_half)
 
 
 def index_dtype(size: int) -> torch.dtype:
@@ -73,21 +116,30 @@ class _Scores(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, patches: Tensor, words: Tensor, patch_weights: Tensor, word_weights: Tensor, num_texts: int
+        ctx: Any,
+        patches: Tensor,
+        words: Tensor,
+        patch_weights: Tensor,
+        word_weights: Tensor,
+        num_texts: int,
+        is_half: bool,
     ) -> tuple[Tensor, Tensor]:
         (b, k, _), (c, length, _) = patches.shape, words.shape
         image_scores, text_scores = patches.new_empty(2, c, b)
         best_words = torch.empty(c, b, k, dtype=index_dtype(length), device=words.device)
         best_patches = torch.empty(c, length, b, dtype=index_dtype(k), device=words.device)
+        all_patches = (patch_factors(patches) if is_half else patches).flatten(0, 1).T
         for start in range(0, c, num_texts):
             some = slice(start, start + num_texts)
-            similarity = (words[some].flatten(0, 1) @ patches.flatten(0, 1).T).view(-1, length, b, k)
+            chunk = (word_factors(words[some]) if is_half else words[some]).flatten(0, 1)
+            with half_units(is_half):
+                similarity = (chunk @ all_patches).view(-1, length, b, k)
             values, best_words[some] = similarity.max(1)
             image_scores[some] = (values * patch_weights).sum(-1)
             values, best_patches[some] = similarity.max(3)
             text_scores[some] = (values * word_weights[some, :, None]).sum(1)
         ctx.save_for_backward(patches, words, patch_weights, word_weights, best_words, best_patches)
-        ctx.num_texts = num_texts
+        ctx.num_texts, ctx.is_half = num_texts, is_half
         return image_scores.T, text_scores.T
 
     @staticmethod
@@ -105,6 +157,7 @@ class _Scores(torch.autograd.Function):
             coefficients.scatter_(1, best_words[some, None].long(), to_words[:, None])
             coefficients.scatter_add_(3, best_patches[some, ..., None].long(), to_patches[..., None])
             coefficients = coefficients.view(-1, b * k)
-            patch_grads += (coefficients.T @ chunk.flatten(0, 1)).view_as(patches)
-            word_grads[some] = (coefficients @ patches.flatten(0, 1)).view_as(chunk)
-        return patch_grads, word_grads, None, None, None
+            with half_units(ctx.is_half):
+                patch_grads += (coefficients.T @ chunk.flatten(0, 1)).view_as(patches)
+                word_grads[some] = (coefficients @ patches.flatten(0, 1)).view_as(chunk)
+        return patch_grads, word_grads, None, None, None, None

@@ -8,13 +8,15 @@
 """
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
 
 from mlip_cli.errors import UsageError
+from mlip_cli.model.fixed import FixedMatrix
 from mlip_cli.model.frequency import FrequencyBranch
 from mlip_cli.model.merging import patch_dct
 from mlip_cli.model.text import TextTower, caption_mask, word_mask
@@ -23,6 +25,12 @@ from mlip_cli.recipe.config import FREQUENCY_LOSSES, LOSS_NAMES, Data, Projectio
 from mlip_cli.recipe.config import Model as ModelConfig
 from mlip_cli.recipe.merge_plan import MergePlan, plan_for
 from mlip_cli.types import Batch, Encoded, ImageFeatures, MergeStage
+
+
+def pixel_factors(mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Factors and shifts that normalise the three channels of uint8 pixels: (2, 3, 1, 1), fp64."""
+    mean_of, std_of = torch.tensor(mean).double(), torch.tensor(std).double()  # the numbers of other programs in fp32
+    return torch.stack([1 / (255 * std_of), -mean_of / std_of])[..., None, None]
 
 
 def linear(inputs: int, outputs: int, *, bias: bool = False) -> nn.Linear:
@@ -96,9 +104,6 @@ class CLIP(nn.Module):
     images takes a merge plan: `plan`, `training_plan` or `merge_plan(rate)`.
     """
 
-    pixel_mean: Tensor
-    pixel_std: Tensor
-
     def __init__(self, config: ModelConfig, *, data: Data, losses: dict[str, str], global_batch_size: int) -> None:
         super().__init__()
         self.image_size = image_size = data.image_size
@@ -132,8 +137,7 @@ class CLIP(nn.Module):
         self.token_projections = token_heads(config, losses, vision_width=self.vision.width)
         self.log_scales, self.logit_biases = scales_and_biases(losses, global_batch_size=global_batch_size)
 
-        self.register_buffer("pixel_mean", torch.tensor(data.pixel_mean)[:, None, None], persistent=False)
-        self.register_buffer("pixel_std", torch.tensor(data.pixel_std)[:, None, None], persistent=False)
+        self.pixels = FixedMatrix(partial(pixel_factors, data.pixel_mean, data.pixel_std))
         rate = config.merging.rate if config.merging else 0.0
         self.training_plan = self.merge_plan(rate, config.merging.method if config.merging else None)
         """The merges of training; only training drops random patches."""
@@ -209,7 +213,8 @@ class CLIP(nn.Module):
         """uint8 pixels -> normalised floats; floats stay as they are: (B, 3, H, W) -> the same."""
         if images.dtype != torch.uint8:
             return images
-        return (images.to(self.pixel_mean.dtype) / 255 - self.pixel_mean) / self.pixel_std
+        factor, shift = self.pixels.matrix
+        return torch.addcmul(shift, images.to(factor.dtype), factor)
 
     def encode_image(self, images: Tensor, plan: MergePlan) -> Tensor:
         """Spatial feature: (B, 3, H, W) -> (B, E), not normalised."""
@@ -273,7 +278,7 @@ class CLIP(nn.Module):
         images = self.normalize(images)
         shares_spectrum = isinstance(self.frequency, FrequencyBranch) and self.frequency.reads_pixels
         needs_spectrum = shares_spectrum and (with_branch or (plan.asks_frequency and assign is None))
-        spectrum = patch_dct(images, self.vision.patch_size) if needs_spectrum else None
+        spectrum = patch_dct(images, self.vision.dct.matrix) if needs_spectrum else None
         return self.vision(images, plan, assign=assign, spectrum=spectrum)
 
     def frequency_tokens(self, tower: TowerOutput, other_images: Tensor | None = None) -> Tensor:
@@ -288,12 +293,12 @@ class CLIP(nn.Module):
         if other_images is not None:
             images = self.normalize(other_images)
             if self.frequency.reads_pixels:
-                spectrum = patch_dct(images, self.vision.patch_size)
+                spectrum = patch_dct(images, self.vision.dct.matrix)
             else:
                 embedded = self.vision.embed(images)
         if self.frequency.reads_pixels:
             assert spectrum is not None
-            return self.frequency(spectrum.flatten(2).to(self.pixel_mean.dtype))
+            return self.frequency(spectrum.flatten(2).to(self.pixels.matrix.dtype))
         return self.frequency(embedded[:, self.vision.num_prefix :])
 
     def _project(self, name: str, tokens: Tensor) -> Tensor | None:

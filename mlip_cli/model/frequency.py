@@ -5,6 +5,7 @@ the frequency domain, MLIP (Zhang et al., ICML 2024). The place of the blocks an
 """
 
 import math
+from functools import partial
 
 import torch
 from timm.layers.mlp import Mlp
@@ -12,81 +13,68 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from mlip_cli.errors import UsageError
+from mlip_cli.model.fixed import FixedMatrix
 from mlip_cli.recipe.config import Frequency
 from mlip_cli.recipe.merge_plan import wrong_stem
 
 
 def local_kernel(h: int, w: int, width: int) -> Tensor:
-    """Initial kernels (h, w, width): 0.02 * normal noise, fading with the circular distance from the centre."""
+    """Initial kernels (h, w, width): 0.02 * normal noise, fading with the circular distance from the centre.
+
+    Far taps are 0 and not almost 0: CPUs multiply numbers below 1e-38 ten times slower.
+    """
     rows, columns = torch.arange(h), torch.arange(w)
     rows, columns = torch.minimum(rows, h - rows), torch.minimum(columns, w - columns)
     squared_distance = rows[:, None] ** 2 + columns[None] ** 2
-    return 0.02 * torch.randn(h, w, width) * torch.exp(-squared_distance / 2)[..., None]
+    fading = torch.exp(-squared_distance / 2)
+    return 0.02 * torch.randn(h, w, width) * fading.where(fading > 1e-20, 0)[..., None]
 
 
-def convolve_by_fft(x: Tensor, kernel: Tensor) -> Tensor:
-    """Depthwise circular convolution over the whole grid: (B, h, w, D), (h, w, D), fp32 or fp64 -> (B, h, w, D)."""
-    spectrum = torch.fft.rfft2(x, dim=(1, 2)) * torch.fft.rfft2(kernel, dim=(0, 1))
-    return torch.fft.irfft2(spectrum, s=x.shape[1:3], dim=(1, 2))
+def grid_waves(h: int, w: int) -> Tensor:
+    """Orthonormal waves of the patch grid, the real form of its DFT: (2m, h*w), m cosines and their m sines, fp64.
 
-
-def convolve_by_products(x: Tensor, kernel: Tensor) -> Tensor:
-    """The same as `convolve_by_fft` by products of real matrices: the DFT of one axis, then of the other.
-
-    No axis moves: the spectrum is (B, 2, h, m, D), real and imaginary parts of m = w//2 + 1 columns.
+    Of a frequency and its mirror, which has the same waves, one is left: m = (h*w + self-mirrored ones) / 2. Sines of
+    the self-mirrored ones are 0.
     """
-    h, w, width = kernel.shape
-    along_row, back_along_row = real_dft(w, like=x)
-    along_column = complex_dft(h, like=x)
-
-    def spectrum(values: Tensor) -> Tensor:
-        rows = (along_row @ values).view(-1, 2 * h, (w // 2 + 1) * width)
-        return (along_column @ rows).view(-1, 2, h, w // 2 + 1, width)
-
-    (x_real, x_imag), (k_real, k_imag) = spectrum(x).unbind(1), spectrum(kernel[None]).unbind(1)
-    product = torch.stack([x_real * k_real - x_imag * k_imag, x_real * k_imag + x_imag * k_real], dim=1)
-    rows = (along_column.T / h) @ product.flatten(1, 2).flatten(2)
-    return back_along_row @ rows.view(-1, h, 2 * (w // 2 + 1), width)
+    (u, v), times = _grid_frequencies(h, w)
+    rows, columns = torch.arange(h)[:, None], torch.arange(w)
+    turns = (u[:, None, None] * rows % h).double() / h + (v[:, None, None] * columns % w).double() / w
+    angles = 2 * math.pi * turns.flatten(1)
+    return torch.cat([angles.cos(), -angles.sin()]) * (times / (h * w)).sqrt().repeat(2)[:, None]
 
 
-def real_dft(n: int, *, like: Tensor) -> tuple[Tensor, Tensor]:
-    """DFT of n real numbers as a real matrix (2m, n), m = n//2 + 1: real parts, then imaginary; and back, (n, 2m)."""
-    cos, sin = _waves(n, n // 2 + 1, device=like.device)
-    forward = torch.cat([cos, -sin])
-    times = torch.full_like(cos[:, :1], 2)  # each counts for its mirror too, but the first, and the last of an even n
-    times[0] = 1
-    if n % 2 == 0:
-        times[-1] = 1
-    return forward.to(like.dtype), (forward * times.repeat(2, 1) / n).T.to(like.dtype)
+def response_waves(h: int, w: int) -> Tensor:
+    """What carries a kernel to its factors in `convolve`: (4m, h*w), fp64.
 
-
-def complex_dft(n: int, *, like: Tensor) -> Tensor:
-    """DFT of n complex numbers as a real matrix (2n, 2n), n times orthogonal: (number, part) -> (part, frequency)."""
-    cos, sin = _waves(n, n, device=like.device)
-    return (
-        torch.stack([cos, sin, -sin, cos], dim=-1)
-        .unflatten(-1, (2, 2))
-        .permute(2, 0, 1, 3)
-        .reshape(2 * n, -1)
-        .to(like.dtype)
-    )
-
-
-def _waves(n: int, num_frequencies: int, *, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the angles 2 pi u y / n: (num_frequencies, n), fp64."""
-    turns = torch.arange(num_frequencies, device=device)[:, None] * torch.arange(n, device=device) % n
-    angles = turns.double() * (2 * math.pi / n)
-    return angles.cos(), angles.sin()
-
-
-def takes_products(device: torch.device) -> bool:
-    """Whether to convolve by products of matrices instead of by the FFT.
-
-    On a CPU products were 1.1 to 2 times as fast, forward and backward, on grids of 8 x 8 to 24 x 24 (medians of
-    tests/benchmarks/bench_frequency.py). Compilers generate code for them but none for complex numbers. On GPUs we
-    have not measured, so the FFT runs there, which takes the fewest operations.
+    The first 2m rows give the real part of its spectrum for cosines and for sines, the others the imaginary part, with
+    the sign that it has in either.
     """
-    return device.type == "cpu" or torch.compiler.is_compiling()
+    _, times = _grid_frequencies(h, w)
+    cosines, sines = (grid_waves(h, w) * (h * w / times).sqrt().repeat(2)[:, None]).chunk(2)
+    return torch.cat([cosines, cosines, -sines, sines])
+
+
+def _grid_frequencies(h: int, w: int) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """Rows and columns of the m frequencies, one of each mirrored pair, and how many they stand for: 3 x (m,)."""
+    u, v = torch.arange(h).repeat_interleave(w), torch.arange(w).repeat(h)
+    number, mirror = u * w + v, -u % h * w + -v % w
+    one = number <= mirror
+    return (u[one], v[one]), torch.where(number == mirror, 1.0, 2.0)[one].double()
+
+
+def convolve(x: Tensor, kernel: Tensor, waves: Tensor, response: Tensor) -> Tensor:
+    """Depthwise circular convolution over the whole grid: (B, N, D), (N, D), N = h*w -> (B, N, D).
+
+    It is the product of both spectra, (a + ib)(c + id), whose parts stand one below the other in 2m rows.
+
+    Args:
+        waves: (2m, N) of `grid_waves`. response: (4m, N) of `response_waves`.
+    """
+    own, other = (response @ kernel).chunk(2)
+    waves = waves.to(own.dtype)  # under autocast once, and not for either product
+    spectrum = waves @ x
+    swapped = spectrum.roll(len(waves) // 2, 1)
+    return waves.T @ torch.addcmul(spectrum * own, swapped, other)
 
 
 @torch.no_grad()
@@ -121,19 +109,20 @@ class GlobalFilter(nn.Module):
     """Depthwise circular convolution over the whole grid by the convolution theorem: (B, h, w, D) -> (B, h, w, D).
 
     The parameter is the real kernel and not its spectrum. Half of a complex spectrum is redundant, and real weights
-    work with fused optimisers and every storage type.
+    work with fused optimisers and every storage type. The DFT is one product with a matrix, in the type of the other
+    products of the model. In bf16 that is off by 0.5 %, as a linear map is; an FFT has no such types, its numbers pass
+    memory several times, and compilers cannot join it with its neighbours.
     """
 
     def __init__(self, h: int, w: int, width: int) -> None:
         super().__init__()
         self.kernel = nn.Parameter(local_kernel(h, w, width))
+        self.waves = FixedMatrix(partial(grid_waves, h, w))
+        self.response = FixedMatrix(partial(response_waves, h, w))
 
     def forward(self, x: Tensor) -> Tensor:
-        convolve = convolve_by_products if takes_products(x.device) else convolve_by_fft
-        with torch.autocast(x.device.type, enabled=False):
-            # half precision has too few digits for sums over the grid, and an FFT for powers of two only
-            dtype = torch.promote_types(x.dtype, torch.float32)
-            return convolve(x.to(dtype), self.kernel.to(dtype)).to(x.dtype)
+        flat = convolve(x.flatten(1, 2), self.kernel.flatten(0, 1), self.waves.matrix, self.response.matrix)
+        return flat.unflatten(1, x.shape[1:3])
 
 
 class SpectralBlock(nn.Module):

@@ -11,11 +11,9 @@ from mlip_cli.model.merging import (
     distinctness,
     drop,
     frequency_guidance,
-    grid_parity,
     group_mean,
     group_sizes,
-    halves,
-    index_parity,
+    index_halves,
     kept_tokens,
     last_step,
     match,
@@ -55,10 +53,12 @@ class Guidance:
 class Patches:
     """The layout of an image tower's tokens."""
 
-    grid: tuple[int, int]
-    patch_size: int
     num_prefix: int
     has_class_token: bool
+    halves: tuple[Tensor, Tensor]
+    """Of the first merge, from `grid_halves`."""
+    dct: Tensor
+    """From `dct_matrix`."""
 
 
 class MergePass:
@@ -95,7 +95,7 @@ class MergePass:
         self.frequency: Tensor | None = None
         if plan.asks_frequency and replay is None:
             if spectrum is None:
-                spectrum = patch_dct(images.mean(1, keepdim=True), patches.patch_size)
+                spectrum = patch_dct(images.mean(1, keepdim=True), patches.dct)
             self.frequency = frequency_guidance(spectrum)
 
     def wants_keys(self, next_block: int) -> bool:
@@ -120,10 +120,11 @@ class MergePass:
         if self.plan.drops:
             self.sizes = self.sizes[:, :num_groups]
             return torch.cat([prefix, kept_tokens(tokens, assign, num_groups)], dim=1)
-        tokens = merge_tokens(tokens, self.sizes, assign, num_groups)
-        if self.frequency is not None:
-            self.frequency = group_mean(self.frequency, self.sizes, assign, num_groups)
-        self.sizes = group_sizes(self.sizes, assign, num_groups)
+        merged_sizes = group_sizes(self.sizes, assign, num_groups)
+        tokens = merge_tokens(tokens, self.sizes, assign, merged_sizes)
+        if self.frequency is not None and len(self.assigns) < len(self.plan.at):  # the last merge needs no more
+            self.frequency = group_mean(self.frequency, self.sizes, assign, merged_sizes)
+        self.sizes = merged_sizes
         self.mask = size_mask(self.sizes, num_prefix).to(x.dtype)
         return torch.cat([prefix, tokens], dim=1)
 
@@ -140,13 +141,9 @@ class MergePass:
         return self._match(tokens.detach(), guidance, num_groups), guidance
 
     def _match(self, tokens: Tensor, guidance: Guidance | None, num_groups: int) -> Tensor:
-        device = tokens.device
-        parity = (
-            index_parity(tokens.shape[1], device=device)
-            if self.assigns
-            else grid_parity(*self.patches.grid, device=device)
-        )
-        even, odd = halves(parity)
+        even, odd = self.patches.halves
+        if self.assigns:
+            even, odd = index_halves(tokens.shape[1], device=tokens.device)
         keys = as_read(tokens) if self.keys is None else self.keys[:, self.patches.num_prefix :]
         if guidance is None:
             cost = cosine_cost(keys, even, odd)

@@ -23,26 +23,22 @@ and the rates 0.5, 0.7 and 0.8: tests/ablation/results/merging/variants.json.
 """
 
 
-def grid_parity(h: int, w: int, *, device: torch.device | None = None) -> Tensor:
-    """Chequerboard of the patch grid, flattened: (h*w,) bool. On an even grid `index_parity` would split by columns."""
-    rows, columns = torch.arange(h, device=device), torch.arange(w, device=device)
+def grid_parity(h: int, w: int) -> Tensor:
+    """Chequerboard of the patch grid, flattened: (h*w,) bool. On an even grid `index_halves` would split by columns."""
+    rows, columns = torch.arange(h), torch.arange(w)
     return ((rows[:, None] + columns[None]) % 2 == 1).flatten()
 
 
-def index_parity(n: int, *, device: torch.device | None = None) -> Tensor:
-    """Every second token: (n,) bool."""
-    return torch.arange(n, device=device) % 2 == 1
-
-
-def halves(parity: Tensor) -> tuple[Tensor, Tensor]:
-    """Numbers of the even and of the odd tokens: (N,) bool -> (N - N//2,), (N//2,).
-
-    `parity` comes from `grid_parity` or `index_parity`: floor(N/2) of its tokens are odd. (Counting them here would
-    break a compiled graph in two.)
-    """
-    n = len(parity)
-    even, odd = parity.int().argsort(stable=True).split([n - n // 2, n // 2])
+def grid_halves(h: int, w: int) -> tuple[Tensor, Tensor]:
+    """Numbers of the even and of the odd patches of the chequerboard: (N - N//2,), (N//2,) with N = h*w."""
+    n = h * w
+    even, odd = grid_parity(h, w).int().argsort(stable=True).split([n - n // 2, n // 2])
     return even, odd
+
+
+def index_halves(n: int, *, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+    """Every second token, and the others: (n - n//2,), (n//2,)."""
+    return torch.arange(0, n, 2, device=device), torch.arange(1, n, 2, device=device)
 
 
 @torch.no_grad()
@@ -67,21 +63,23 @@ def ward_cost(
     than twice the standard error (factors of 0.98 to 1.05, each +-0.03); 8 moves them 1.09 times as far.
     """
     keys = keys.to(torch.promote_types(keys.dtype, torch.float32))
-    a, b = (keys.index_select(1, half) for half in (even, odd))
-    squares_a, squares_b = (torch.linalg.vector_norm(half, dim=-1).square_() for half in (a, b))
-    cost = squares_a[:, :, None] + squares_b[:, None]
+    order, halves = torch.cat([even, odd]), (len(even), len(odd))
+
+    def pairs(values: Tensor) -> tuple[Tensor, Tensor]:
+        """One number a token, ordered: (B, N) -> those of the even tokens as a column, of the odd ones as a row."""
+        own, other = values.split(halves, dim=1)
+        return own[:, :, None], other[:, None]
+
+    keys = keys.index_select(1, order)
+    a, b = keys.split(halves, dim=1)
+    cost = torch.add(*pairs(torch.linalg.vector_norm(keys, dim=-1).square_()))
     with torch.autocast(keys.device.type, enabled=False):
         torch.baddbmm(cost, a, b.transpose(1, 2), alpha=-2, out=cost)
-    weights = 1 + strength * guidance
+    larger = torch.maximum(*pairs(guidance.index_select(1, order)))
+    cost.addcmul_(cost, larger, value=strength)
     if sizes is None:
-        weights = weights / 2
-    factor = torch.maximum(weights.index_select(1, even)[:, :, None], weights.index_select(1, odd)[:, None])
-    cost.mul_(factor)
-    if sizes is not None:
-        shares = sizes.reciprocal()
-        torch.add(shares.index_select(1, even)[:, :, None], shares.index_select(1, odd)[:, None], out=factor)
-        cost.div_(factor)
-    return cost
+        return cost.div_(2)
+    return cost.div_(torch.add(*pairs(sizes.index_select(1, order).reciprocal_()), out=larger))
 
 
 @torch.no_grad()
@@ -112,19 +110,20 @@ def group_sizes(sizes: Tensor, assign: Tensor, num_groups: int) -> Tensor:
     return sizes.new_zeros(sizes.shape[0], num_groups).scatter_add(1, assign, sizes)
 
 
-def group_mean(values: Tensor, sizes: Tensor, assign: Tensor, num_groups: int) -> Tensor:
-    """Size-weighted mean of one number per token: (B, N), (B, N), (B, N) -> (B, K)."""
-    return group_sizes(values * sizes, assign, num_groups) / group_sizes(sizes, assign, num_groups)
+def group_mean(values: Tensor, sizes: Tensor, assign: Tensor, merged_sizes: Tensor) -> Tensor:
+    """Size-weighted mean of one number per token: (B, N), (B, N), (B, N), (B, K) of `group_sizes` -> (B, K)."""
+    return group_sizes(values * sizes, assign, merged_sizes.shape[1]) / merged_sizes
 
 
-def merge_tokens(x: Tensor, sizes: Tensor, assign: Tensor, num_groups: int) -> Tensor:
-    """Merge N tokens into K groups, weighted by size: (B, N, D), (B, N), (B, N) -> (B, K, D).
+def merge_tokens(x: Tensor, sizes: Tensor, assign: Tensor, merged_sizes: Tensor) -> Tensor:
+    """Merge N tokens into K groups, weighted by size: (B, N, D), (B, N), (B, N), (B, K) of `group_sizes` -> (B, K, D).
 
     A token alone in its group keeps its bits. Sums are at least fp32.
     """
-    batch, _, width = x.shape
-    weights = sizes / group_sizes(sizes, assign, num_groups).gather(1, assign)
-    rows = assign + num_groups * torch.arange(batch, device=x.device)[:, None]
+    batch, num_groups = merged_sizes.shape
+    width = x.shape[-1]
+    weights = sizes / merged_sizes.gather(1, assign)
+    rows = assign + torch.arange(0, batch * num_groups, num_groups, device=x.device)[:, None]
     weighted = (x * weights[..., None]).flatten(0, 1)
     merged = weighted.new_zeros(batch * num_groups, width).index_add(0, rows.flatten(), weighted)
     return merged.unflatten(0, (batch, num_groups)).to(x.dtype)
@@ -140,7 +139,7 @@ def compose(earlier: Tensor | None, later: Tensor) -> Tensor:
     """Groups of original patches after one more merge: (B, N0) in [-1, N), (B, N) -> (B, N0)."""
     if earlier is None:
         return later
-    return later.gather(1, earlier.clamp(min=0)).masked_fill(earlier < 0, -1)
+    return F.pad(later, (1, 0), value=-1).gather(1, earlier + 1)
 
 
 def last_step(earlier: Tensor | None, composed: Tensor, num_tokens: int) -> Tensor:
@@ -179,27 +178,29 @@ def mid_ranks(values: Tensor) -> Tensor:
     ordered = values.sort(dim=-1).values
     below = torch.searchsorted(ordered, values)
     not_above = torch.searchsorted(ordered, values, right=True)
-    ranks = (below + not_above - 1).to(torch.promote_types(values.dtype, torch.float32)) / 2
-    return (ranks / max(values.shape[-1] - 1, 1)).clamp(max=1)  # NaN compares as neither below nor above
+    twice = (below + not_above - 1).to(torch.promote_types(values.dtype, torch.float32))
+    return (twice / (2 * max(values.shape[-1] - 1, 1))).clamp(max=1)  # NaN compares as neither below nor above
 
 
-def dct_matrix(n: int, *, device: torch.device | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Orthonormal DCT-II: (n, n), rows are frequencies."""
-    has_doubles = device is None or device.type != "mps"
-    k = torch.arange(n, device=device if has_doubles else None, dtype=torch.float64)
-    matrix = torch.cos(math.pi / n * (k[None] + 0.5) * k[:, None]) * math.sqrt(2 / n)
+def dct_matrix(patch_size: int) -> Tensor:
+    """Orthonormal DCT-II of a patch, of columns and of rows at once: (p*p, p*p), rows are frequencies, fp64."""
+    k = torch.arange(patch_size, dtype=torch.float64)
+    matrix = torch.cos(math.pi / patch_size * (k[None] + 0.5) * k[:, None]) * math.sqrt(2 / patch_size)
     matrix[0] /= math.sqrt(2)
-    return matrix.to(device=device, dtype=dtype)
+    return torch.kron(matrix, matrix)
 
 
-def patch_dct(images: Tensor, patch_size: int) -> Tensor:
-    """Block DCT of every patch: (B, C, H, W) -> (B, N, C, p, p), at least fp32."""
+def patch_dct(images: Tensor, matrix: Tensor) -> Tensor:
+    """Block DCT of every patch by `dct_matrix`: (B, C, H, W), (p*p, p*p) -> (B, N, C, p, p), at least fp32.
+
+    One product for all patches: products of p x p matrices would be too small for a GPU.
+    """
+    patch_size = math.isqrt(len(matrix))
     images = images.to(torch.promote_types(images.dtype, torch.float32))
     patches = images.unfold(2, patch_size, patch_size).unfold(3, patch_size, patch_size)
     patches = patches.permute(0, 2, 3, 1, 4, 5).flatten(1, 2)
-    matrix = dct_matrix(patch_size, device=images.device, dtype=images.dtype)
     with torch.autocast(images.device.type, enabled=False):
-        return matrix @ patches @ matrix.T
+        return (patches.flatten(-2) @ matrix.T.to(images.dtype)).view_as(patches)
 
 
 @torch.no_grad()
@@ -218,12 +219,16 @@ def frequency_guidance(spectrum: Tensor) -> Tensor:
 
 @torch.no_grad()
 def distinctness(x: Tensor, sizes: Tensor) -> Tensor:
-    """1 - cosine to the size-weighted mean token; for towers without a class token: (B, N, D), (B, N) -> (B, N)."""
+    """What orders tokens as 1 - cosine to the size-weighted mean token does: (B, N, D), (B, N) -> (B, N).
+
+    For towers without a class token. Only its ranks are read, for which the length of the mean and the 1 do not matter.
+    """
     x = x.to(torch.promote_types(x.dtype, torch.float32))
-    mean = (x * sizes[..., None]).sum(1, keepdim=True) / sizes.sum(1)[:, None, None]
-    return 1 - F.cosine_similarity(x, mean, dim=-1, eps=1e-6)
+    total = (x * sizes[..., None]).sum(1, keepdim=True)  # it points where the mean does
+    along = (x * total).sum(-1)  # a product of matrices may tell equal tokens apart
+    return -along / torch.linalg.vector_norm(x, dim=-1).clamp(min=1e-6)
 
 
 def mix_guidance(spatial: Tensor, frequency: Tensor) -> Tensor:
     """Mean of the ranks of both domains, by SPATIAL_SHARE: (B, N) in [0, 1], (B, N) in [0, 1] -> (B, N) in [0, 1]."""
-    return SPATIAL_SHARE * spatial + (1 - SPATIAL_SHARE) * frequency
+    return torch.add(SPATIAL_SHARE * spatial, frequency, alpha=1 - SPATIAL_SHARE)

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 from mlip_cli.errors import UsageError
 from mlip_cli.model.blocks import ACTIVATIONS, run_block
+from mlip_cli.model.fixed import FixedMatrix
 from mlip_cli.model.frequency import place_stem
 from mlip_cli.model.merge_pass import Guidance, MergePass, Patches
+from mlip_cli.model.merging import dct_matrix, grid_halves
 from mlip_cli.recipe.config import Frequency, Vision
 from mlip_cli.recipe.merge_plan import MergePlan, stem_depth
 from mlip_cli.types import MergeStage
@@ -180,6 +182,10 @@ def build_trunk(config: Vision, *, image_size: int) -> VisionTransformer:
     )
 
 
+def _half(grid: tuple[int, int], number: int) -> Tensor:
+    return grid_halves(*grid)[number]
+
+
 class ImageTower(nn.Module):
     """A ViT with token merging: images -> pooled feature and patch tokens.
 
@@ -198,6 +204,8 @@ class ImageTower(nn.Module):
         self.grid: tuple[int, int] = self.trunk.patch_embed.grid_size
         self.num_patches = self.grid[0] * self.grid[1]
         self.patch_size = image_size // self.grid[0]  # hybrids embed the patches of a smaller feature map
+        self.even, self.odd = (FixedMatrix(partial(_half, self.grid, number)) for number in (0, 1))
+        self.dct = FixedMatrix(partial(dct_matrix, self.patch_size))
 
     def embed(self, images: Tensor) -> Tensor:
         """Prefix and patch tokens with positions: (B, 3, H, W) -> (B, P+N, D).
@@ -233,7 +241,7 @@ class ImageTower(nn.Module):
 
         Args:
             assign: the groups of an earlier pass, to merge again as it did.
-            spectrum: `patch_dct(images, patch_size)`, if it is needed elsewhere too; guidance then reads it.
+            spectrum: `patch_dct(images, self.dct.matrix)`, if it is needed elsewhere too; guidance then reads it.
 
         Raises:
             UsageError: images of another size than the tower's.
@@ -241,7 +249,8 @@ class ImageTower(nn.Module):
         embedded = self.embed(images)
         x = self.trunk.norm_pre(self.trunk.patch_drop(embedded))
         pools_class_token = self.trunk.cls_token is not None and self.trunk.global_pool == "token"
-        patches = Patches(self.grid, self.patch_size, self.num_prefix, has_class_token=pools_class_token)
+        halves = self.even.matrix, self.odd.matrix
+        patches = Patches(self.num_prefix, has_class_token=pools_class_token, halves=halves, dct=self.dct.matrix)
         merging = MergePass(images, plan, patches=patches, replay=assign, spectrum=spectrum)
         merges, stem_tokens = plan.merges, None
         again: bool = self.trunk.grad_checkpointing

@@ -8,7 +8,7 @@ prefix tokens, width D and MLP width M, an image tower takes these multiply-adds
     attention of a block  t * 4D^2 + 2 * t^2 * D      t = P + tokens in the block; a merge stands before its block,
     MLP of a block        t * 2 * D * M               so the block before the merge still runs on all of them
     a merge of n tokens   ceil(n/2) * floor(n/2) * d  matching on keys of width d, tokens (D) right behind a stem
-    guidance              N * 2p^3                    DCT of the grey picture, once, for the frequency domain
+    guidance              N * p^4                     DCT of the grey picture, once, for the frequency domain
     head                  D * E
     a block of a stem     a global filter, and N * 2 * D * M for its MLP, on patches alone
 
@@ -64,7 +64,7 @@ def merge_macs(before: int, *, metric_width: int) -> int:
 def filter_gflops(block: SpectralBlock) -> float:
     """GFLOPs of a block's global filter: two real FFTs of h*w points a channel, 2.5 n log2 n each, a complex product.
 
-    Products of matrices, which stand in for the FFTs where they are faster, take more operations; they do not count.
+    The products of matrices that stand in for the FFTs take more operations; they do not count.
     """
     h, w, width = block.filter.kernel.shape
     return 1e-9 * width * (2 * 2.5 * h * w * math.log2(h * w) + 6 * h * (w // 2 + 1))
@@ -112,7 +112,7 @@ def _merging_macs(model: CLIP, plan: MergePlan) -> int:
 
 def dct_macs(model: CLIP, channels: int) -> int:
     """Multiply-adds of the block DCT of one image's patches."""
-    return model.vision.num_patches * channels * 2 * model.vision.patch_size**3
+    return model.vision.num_patches * channels * model.vision.patch_size**4
 
 
 def reads_pixels(model: CLIP) -> bool:

@@ -1,4 +1,4 @@
-"""What convolving over the patch grid costs: FFT against products of matrices, spectral against attention blocks.
+"""What convolving over the patch grid costs: a DFT by products against the FFT, spectral against attention blocks.
 
     make bench                    or, alone:    python tests/benchmarks/bench_frequency.py
 
@@ -9,17 +9,18 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+from reference_for_tests import convolve_by_fft
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from mlip_cli.devices import device_name
-from mlip_cli.model.frequency import SpectralBlock, convolve_by_fft, convolve_by_products
+from mlip_cli.model.frequency import GlobalFilter, SpectralBlock
 from mlip_cli.profiling.flops import attention_macs, filter_gflops, gflops, mlp_macs
 from mlip_cli.profiling.timing import Timing, measure_interleaved
 from mlip_cli.terminal.output import print_lines, print_table
 
-GRIDS = ((8, 8), (14, 14), (16, 16), (24, 24))
-WIDTHS = (128, 768)
+GRIDS = ((7, 7), (8, 8), (14, 14), (24, 24))
+WIDTHS = (256, 768)
 PRECISIONS = (torch.float32, torch.bfloat16)
 NUMBERS = 2**19
 """About so many in a batch of tokens, on every grid."""
@@ -31,9 +32,9 @@ def batch_size(grid: tuple[int, int], width: int) -> int:
     return max(1, NUMBERS // (grid[0] * grid[1] * width))
 
 
-def train_filter(convolve: Callable[[Tensor, Tensor], Tensor], x: Tensor, kernel: Tensor) -> None:
-    """Forward and backward as the filter does it for tokens of any precision: in fp32, and back."""
-    result = convolve(x.float(), kernel).to(x.dtype)
+def train_filter(filtered: Callable[[Tensor], Tensor], x: Tensor, kernel: Tensor, dtype: torch.dtype) -> None:
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        result = filtered(x)
     torch.autograd.grad(result, (x, kernel), result.detach())
 
 
@@ -50,10 +51,11 @@ def ratio(timing: Timing) -> str:
 
 def filters(grid: tuple[int, int], width: int, dtype: torch.dtype) -> list[str]:
     """Row of the first table."""
-    x = torch.randn(batch_size(grid, width), *grid, width).to(dtype).requires_grad_()
-    kernel = torch.randn(*grid, width, requires_grad=True)
-    ways = {"fft": convolve_by_fft, "products": convolve_by_products}
-    timings = measure_interleaved({name: partial(train_filter, way, x, kernel) for name, way in ways.items()}, ROUNDS)
+    x, layer = torch.randn(batch_size(grid, width), *grid, width, requires_grad=True), GlobalFilter(*grid, width)
+    ways = {"fft": lambda given: convolve_by_fft(given, layer.kernel).to(dtype), "products": layer}
+    timings = measure_interleaved(
+        {name: partial(train_filter, way, x, layer.kernel, dtype) for name, way in ways.items()}, ROUNDS
+    )
     milliseconds = [f"{1000 * timing.median_s:.1f}" for timing in timings.values()]
     return [*described(grid, width, dtype), *milliseconds, ratio(timings["products"])]
 

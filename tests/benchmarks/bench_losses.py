@@ -188,6 +188,32 @@ def test_exact_filip_against_the_naive_form() -> None:
     print_lines(f"{TOKEN_DIM} dimensions, fp32, forward and backward, {torch.get_num_threads()} threads")
 
 
+LARGE = (64, 4096, 49, 77)
+"""Pictures of a rank, captions of all ranks, patches, words."""
+LARGE_ROUNDS = 3
+
+
+def test_filip_at_the_size_of_a_large_batch() -> None:
+    """Tokens of fp32 and of bf16, whose products run on the units for half precision; seconds are those of a core."""
+    pictures, captions, num_patches, num_words = LARGE
+    patches, words = torch.randn(pictures, num_patches, TOKEN_DIM), torch.randn(captions, num_words, TOKEN_DIM)
+    sizes, mask = torch.ones(pictures, num_patches), torch.ones(captions, num_words, dtype=torch.bool)
+    functions = {
+        str(dtype).removeprefix("torch."): partial(
+            exact, patches.to(dtype).requires_grad_(), sizes, words.to(dtype).requires_grad_(), mask
+        )
+        for dtype in (torch.float32, torch.bfloat16)
+    }
+    timings = measure_interleaved(functions, LARGE_ROUNDS)
+    held = pictures * captions * num_patches * num_words * 4 / GIB
+    rows = [
+        [name, f"{timing.median_s:.1f}", f"{timing.speedup:.2f}", f"{peak_bytes(functions[name]) / GIB:.2f}"]
+        for name, timing in timings.items()
+    ]
+    print_table(["tokens", "s", "x fp32", "peak GiB"], rows)
+    print_lines(f"{pictures} x {captions}, {num_patches} patches, {num_words} words: {held:.1f} GiB of similarities")
+
+
 def test_sigmoid_loss_in_chunks() -> None:
     rows = []
     for pairs in (1024, 4096):

@@ -21,7 +21,7 @@ from mlip_cli.devices import device_name
 from mlip_cli.model import merge_pass
 from mlip_cli.model.blocks import set_fused_attention
 from mlip_cli.model.clip import CLIP
-from mlip_cli.model.merging import cosine_cost, halves, index_parity, match, ward_cost
+from mlip_cli.model.merging import cosine_cost, index_halves, match, ward_cost
 from mlip_cli.profiling.clock import PartClock
 from mlip_cli.profiling.flops import image_gflops
 from mlip_cli.profiling.timing import measure_interleaved
@@ -138,7 +138,7 @@ def matchings(num_tokens: int) -> list[str]:
     """A row of the fourth table: CPU time of matchings that remove a fifth, of single patches and of merged tokens."""
     keys = torch.randn(MATCHED_BATCH, num_tokens, KEY_WIDTH)
     guidance, sizes = torch.rand(MATCHED_BATCH, num_tokens), torch.randint(1, 6, (MATCHED_BATCH, num_tokens)).float()
-    even, odd = halves(index_parity(num_tokens))
+    even, odd = index_halves(num_tokens)
     costs: list[Callable[[], torch.Tensor]] = [
         lambda: cosine_cost(keys, even, odd),
         lambda: ward_cost(keys, None, guidance, even, odd, strength=DEFAULT.strength),
