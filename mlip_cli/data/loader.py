@@ -178,13 +178,15 @@ class _Steps(Dataset[_Step | Exception]):
             bad_samples += bad
             replaced.append(bool(bad))
         length = self.tokenizer.padded_length(self._longest(positions))
+        texts = [text for example in examples for text in example.captions]
         batch = Batch(
             images=torch.stack([example.image for example in examples]),
-            token_ids=self.tokenizer.encode([text for example in examples for text in example.captions], length=length),
+            token_ids=self.tokenizer.encode(texts, length=length),
             keys=tuple(example.key for example in examples),
             bad_samples=tuple(bad_samples),
             labels=torch.tensor([example.label for example in examples]) if self.with_labels else None,
             other_images=_stacked([example.other_image for example in examples]),
+            text_lengths=self.tokenizer.lengths(texts, length=length),
         )
         return _Step(batch, tuple(replaced), sum((example.slow for example in examples), ()))
 
