@@ -5,11 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from models_for_tests import small_batch, small_model, small_recipe
+from models_for_tests import small_batch, small_model, small_recipe, with_lengths
 from test_gradients import CPU, gradients, relative_error
+from test_packing import web_lengths
 
 from mlip_cli.losses.objective import Objective
-from mlip_cli.model import blocks
+from mlip_cli.model import blocks, packing
 from mlip_cli.model.blocks import MOST_COMPILED_FORMS, compile_blocks
 from mlip_cli.model.clip import CLIP
 from mlip_cli.recipe.checks import check
@@ -133,3 +134,33 @@ def test_compiled_blocks_give_the_same_gradient_at_every_length_of_text(config_o
     assert not counters["graph_break"]
     assert 0 < counters["stats"]["unique_graphs"] < MOST_COMPILED_FORMS / 2
     torch.compiler.reset()
+
+
+@pytest.mark.slow
+def test_compiled_blocks_have_few_forms_for_all_groups_of_captions(
+    config_of_compile: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packing, "WIDTHS", (4, 6, 8, 10, 12))
+    recipe = small_recipe()
+    plain, compiled = (small_model(recipe) for _ in range(2))
+    torch.compiler.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    compile_blocks(compiled, compiled.text.blocks, backend="aot_eager")
+    groups = set()
+    for seed in range(25):
+        words = [min(12, max(1, length // 3)) for length in web_lengths(32, seed)]
+        batch = with_lengths(small_batch(32, length=16, seed=seed, words=words))
+        groups.add(plain.text.groups(batch.text_lengths, 16))
+        found, expected = (_text_gradient(model, batch.token_ids, batch.text_lengths) for model in (compiled, plain))
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    assert len(groups) > 10
+    assert not counters["graph_break"]
+    assert 0 < counters["stats"]["unique_graphs"] <= 8
+    torch.compiler.reset()
+
+
+def _text_gradient(model: CLIP, ids: torch.Tensor, lengths: tuple[int, ...] | None) -> torch.Tensor:
+    own = model.text.packing(ids, lengths)
+    pooled = model.text.pool(model.text(ids, own), ids, own)
+    return torch.autograd.grad(pooled.square().sum(), model.text.positional_embedding)[0]

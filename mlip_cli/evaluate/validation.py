@@ -33,14 +33,16 @@ FEW_PICTURES = 1000
 
 
 def tokenize(tokenizer: Tokenizer, texts: Sequence[str]) -> Tensor:
-    """Token ids (n, L), L the length of the longest text: more padding would change nothing but the time.
+    """Token ids (n, L), L as in a training batch of these texts: more padding would change nothing but the time.
 
-    Where padding does change the features, L is always the context length.
+    So few widths occur, for which a GPU makes its plans once. Where padding does change the features, L is always the
+    context length.
     """
     token_ids = tokenizer.encode(texts)
     if tokenizer.whole:
         return token_ids
-    return token_ids[:, : int(token_ids.any(dim=0).nonzero().max()) + 1]
+    longest = int(token_ids.any(dim=0).nonzero().max()) + 1
+    return token_ids[:, : tokenizer.padded_length(longest)]
 
 
 class PairSet(Protocol):
