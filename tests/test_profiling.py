@@ -105,6 +105,7 @@ def test_text_tower_in_groups_equals_a_count_of_its_products(tiny: CLIP) -> None
     assert counted_gflops(encode) == pytest.approx(expected, rel=1e-9)
     assert flops.mean_tokens(groups) == (22 * 8 + 10 * 16) / 32
     assert flops.groups_of_captions(tiny, 32, width=16, lengths=None) == ((32, 16),)
+    tiny.requires_grad_(True)
     step = partial(flops.step_gflops, tiny, tiny.plan, batch_size=32, num_text_tokens=16)
     saved = 22 * (
         flops.text_gflops(tiny, 16)
