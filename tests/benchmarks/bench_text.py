@@ -2,7 +2,7 @@
 
     make bench                    or, alone:    python tests/benchmarks/bench_text.py
 
-Lengths are log-normal, as those of web captions are: median 14 tokens, one in twenty over 48, and one caption as long
+Lengths are log-normal, as those of web captions are: median about 14 tokens, 4 % over 48, and one caption as long
 as the tower reads. Both ways run in turn in every round of one process, forward and backward with a feature of each
 caption. The clock is CPU time, which a busy machine changes less; ratios are medians over rounds. Aim: 1.6 times.
 """
