@@ -60,6 +60,8 @@ class Batch(_Movable):
     """(B, 3, H, W): another crop of each picture, for a branch that reads one."""
     word_ids: Tensor | None = None
     """(V,) int64: the words of the global batch, for losses over them."""
+    text_lengths: tuple[int, ...] | None = None
+    """(B*C): tokens of each caption, BOS and EOS included, so that the CPU knows them; None: all rows count whole."""
 
     def pin_memory(self) -> Self:
         """The batch in pinned memory, so that copies to a GPU do not wait."""
@@ -74,7 +76,7 @@ class Batch(_Movable):
         """Micro-batches of up to `size` samples."""
         captions = len(self.token_ids) // len(self.images)
         starts = range(0, len(self.images), size)
-        rows = {"images": 1, "token_ids": captions, "labels": 1, "other_images": 1}
+        rows = {"images": 1, "token_ids": captions, "text_lengths": captions, "labels": 1, "other_images": 1}
         given = {name: n for name, n in rows.items() if getattr(self, name) is not None}
         return [
             replace(self, **{name: getattr(self, name)[n * start : n * (start + size)] for name, n in given.items()})

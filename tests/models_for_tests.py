@@ -1,6 +1,7 @@
 """Small real recipes and batches for tests."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -85,3 +86,8 @@ def small_batch(n: int = 8, *, length: int = 10, seed: int = 0, words: list[int]
         row[1 : 1 + count] = torch.randint(300, 3000, (count,), generator=generator)
         row[1 + count] = EOS
     return Batch(images, token_ids, tuple(f"key-{i}" for i in range(n)))
+
+
+def with_lengths(batch: Batch) -> Batch:
+    """The batch with the lengths of its captions, as the loader gives it: EOS is the largest id."""
+    return replace(batch, text_lengths=tuple((batch.token_ids.argmax(1) + 1).tolist()))

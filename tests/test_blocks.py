@@ -10,14 +10,15 @@ import pytest
 import torch
 from forks_for_tests import own_group
 from killed_for_tests import Forked
-from models_for_tests import small_batch, small_model, small_recipe
+from models_for_tests import small_batch, small_model, small_recipe, with_lengths
 from test_gradients import CPU, gradients, relative_error
+from test_packing import web_lengths
 from torch._dynamo.backends.debugging import aot_eager
 from torch.nn.parallel import DistributedDataParallel
 
 from mlip_cli.distributed import process_group, rank
 from mlip_cli.losses.objective import Objective
-from mlip_cli.model import blocks
+from mlip_cli.model import blocks, packing
 from mlip_cli.model.blocks import MOST_COMPILED_FORMS, Compiled
 from mlip_cli.model.clip import CLIP
 from mlip_cli.recipe.checks import check
@@ -240,3 +241,31 @@ def test_compiled_blocks_of_two_ranks_give_the_same_gradient(config_of_compile: 
     found = torch.load(out, weights_only=True)
     assert max(found["errors"]) < 1e-10
     assert 0 < found["graphs"] == found["forms"]
+
+
+@pytest.mark.slow
+def test_compiled_blocks_have_few_forms_for_all_groups_of_captions(
+    config_of_compile: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packing, "WIDTHS", (4, 6, 8, 10, 12))
+    recipe = small_recipe()
+    plain, compiled = (small_model(recipe) for _ in range(2))
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    compiled_blocks(compiled, "aot_eager")
+    groups = set()
+    for seed in range(25):
+        words = [min(12, max(1, length // 3)) for length in web_lengths(32, seed)]
+        batch = with_lengths(small_batch(32, length=16, seed=seed, words=words))
+        groups.add(plain.text.groups(batch.text_lengths, 16))
+        found, expected = (_text_gradient(model, batch.token_ids, batch.text_lengths) for model in (compiled, plain))
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    assert len(groups) > 10
+    assert not counters["graph_break"]
+    assert 0 < counters["stats"]["unique_graphs"] <= 8
+
+
+def _text_gradient(model: CLIP, ids: torch.Tensor, lengths: tuple[int, ...] | None) -> torch.Tensor:
+    own = model.text.packing(ids, lengths)
+    pooled = model.text.pool(model.text(ids, own), ids, own)
+    return torch.autograd.grad(pooled.square().sum(), model.text.positional_embedding)[0]

@@ -11,13 +11,14 @@ import pytest
 import torch
 from forks_for_tests import own_group
 from killed_for_tests import Forked
-from models_for_tests import small_batch, small_model, small_recipe
+from models_for_tests import small_batch, small_model, small_recipe, with_lengths
 from torch import nn
 
 from mlip_cli.distributed import full_on_main, process_group, rank, unwrap, world_size, wrap
 from mlip_cli.errors import RunError
 from mlip_cli.losses.features import IMAGE, TEXT, TEXT_TOKENS, features_of
 from mlip_cli.losses.objective import Objective
+from mlip_cli.model import packing
 from mlip_cli.recipe.config import LOSS_NAMES, Recipe
 from mlip_cli.train import step
 from mlip_cli.train.gradients import Precision, RandomState, add_gradients
@@ -56,13 +57,20 @@ WORDS = [1, 2, 3, 4, 1, 6, 1, 1]
 """Of each caption: two ranks have 3 and 1 captions that losses inside pairs can use, and different numbers of words."""
 
 
-def batch_for(recipe: Recipe) -> Batch:
+@pytest.fixture(autouse=True)
+def short_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Captions of 3 to 8 tokens in batches 10 wide run in several groups."""
+    monkeypatch.setattr(packing, "WIDTHS", (4, 6, 8))
+
+
+def batch_for(recipe: Recipe, *, packed: bool = True) -> Batch:
     """With concepts that two ranks, and several micro-batches, have in common."""
     labels = torch.tensor([4, 1, 2, 4, 1, 1, 7, 4]) if recipe.losses.positives == "concept" else None
     batch = small_batch(words=WORDS * recipe.data.captions_per_image)
     token_ids = torch.where(batch.token_ids < 3000, batch.token_ids % 50, batch.token_ids)  # captions share words
     other_images = small_batch(seed=1).images if recipe.losses.align is not None else None
-    return replace(batch, token_ids=token_ids, labels=labels, other_images=other_images)
+    batch = replace(batch, token_ids=token_ids, labels=labels, other_images=other_images)
+    return with_lengths(batch) if packed else batch
 
 
 def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -74,21 +82,32 @@ def relative_error(found: dict[str, torch.Tensor], expected: dict[str, torch.Ten
     return max(((found[n] - g).norm() / g.norm().clamp(min=1e-30)).item() for n, g in expected.items())
 
 
-def one_process(recipe: Recipe, micro_batch_size: int | None) -> dict[str, torch.Tensor]:
+def one_process(recipe: Recipe, micro_batch_size: int | None, *, packed: bool = True) -> dict[str, torch.Tensor]:
     model = small_model(recipe).train()
     precision = Precision.named("fp32", CPU)
     add_gradients(
-        model, Objective(recipe.losses), batch_for(recipe),
+        model, Objective(recipe.losses), batch_for(recipe, packed=packed),
         precision=precision, micro_batch_size=micro_batch_size, plan=model.training_plan,
     )  # fmt: skip
     return gradients(model)
 
 
 @pytest.mark.parametrize("name", RECIPES)
+def test_texts_at_their_own_lengths_give_the_gradient_of_padded_ones(name: str) -> None:
+    recipe = RECIPES[name]
+    model, batch = small_model(recipe), batch_for(recipe)
+    groups = model.text.groups(batch.text_lengths, 10)
+    assert groups is not None
+    assert [width for _, width in groups] == [4, 6, 8]
+    packed, padded = (one_process(recipe, None, packed=packed) for packed in (True, False))
+    assert relative_error(packed, padded) < 1e-10
+
+
+@pytest.mark.parametrize("name", RECIPES)
 @pytest.mark.parametrize("micro_batch_size", [2, 3, 7])
 def test_micro_batches_give_the_gradient_of_the_whole_batch(name: str, micro_batch_size: int) -> None:
-    whole, parts = (one_process(RECIPES[name], size) for size in (None, micro_batch_size))
-    assert relative_error(parts, whole) < 1e-10
+    whole = one_process(RECIPES[name], None, packed=False)
+    assert relative_error(one_process(RECIPES[name], micro_batch_size), whole) < 1e-10
     assert any("log_scales" in n for n in whole)
 
 
@@ -215,7 +234,7 @@ def test_gloo_processes_give_the_one_process_gradient(tmp_path: Path, ranks: int
     found = torch.load(tmp_path / "gradients.pt", weights_only=True)
     assert len(found) == 2 * len(names) + 2 * len({*names} & {*SHARDED})
     for (name, _parallel, _micro), grads in found.items():
-        assert relative_error(grads, one_process(RECIPES[name], None)) < 1e-10
+        assert relative_error(grads, one_process(RECIPES[name], None, packed=False)) < 1e-10
 
 
 def test_learning_rate_rises_linearly_and_falls_to_almost_zero() -> None:

@@ -292,6 +292,16 @@ def test_text_is_as_wide_as_the_global_batch_needs_on_every_rank(tmp_path: Path)
         assert width == (8 if longest <= 8 else 16)
 
 
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_lengths_of_captions_travel_with_them(tmp_path: Path, num_workers: int) -> None:
+    texts = [f"{'a ' * (i % 5)}dog" for i in range(64)]
+    dataset = open_prepared(make_dataset(tmp_path / "x", n=64, captions=texts))
+    for batch in batches([dataset], context_length=6, num_workers=num_workers):
+        assert batch.token_ids.shape == (G, 6)
+        assert batch.text_lengths == tuple((batch.token_ids != 0).sum(1).tolist())
+        assert max(batch.text_lengths) == 6
+
+
 def test_long_captions_are_cut_at_the_context_length_and_keep_their_end(tmp_path: Path) -> None:
     dataset = open_prepared(make_dataset(tmp_path / "x", n=8, captions=["word " * 100]))
     batch = next(batches([dataset], context_length=20))

@@ -181,12 +181,21 @@ def test_a_plain_clip_has_no_rows_for_missing_parts(
 
 @pytest.mark.slow
 def test_captions_are_as_wide_as_in_typical_batches(run: ProfiledRun, place: Path) -> None:
-    assert run.result["caption_tokens"] == 8
+    assert run.result["caption_tokens"] == run.result["caption_tokens_in_step"] == 8
     assert run.result["caption_tokens_from"] == "batches of data/colors"
     text = {"width": 32, "depth": 2, "num_heads": 2, "context_length": 77}
     recipe = small_recipe(data={"train": "data/long"}, model={"text": text})
     make_dataset(Path("data/long"), n=16, captions=["a short one", "of " * 18])  # 20 tokens, in nearly every batch of 8
-    assert profile_subject.caption_length(recipe, profile_subject.training_data(recipe)) == (24, "batches of data/long")
+    datasets = profile_subject.training_data(recipe)
+    assert profile_subject.caption_length(recipe, datasets) == (24, "batches of data/long")
+    lengths = profile_subject.caption_lengths(recipe, datasets, num_captions=30, width=24)
+    assert lengths is not None
+    assert len(lengths) == 30
+    assert set(lengths) == {5, 20}
+    assert profile_subject.caption_lengths(recipe, [], num_captions=30, width=24) is None
+    batch = noise_batch(recipe, batch_size=30, num_tokens=24, device=CPU, lengths=lengths)
+    assert batch.text_lengths == lengths == tuple((batch.token_ids.argmax(1) + 1).tolist())
+    assert [int(row.count_nonzero()) for row in batch.token_ids] == [*lengths]
 
 
 @pytest.mark.parametrize(("is_open", "words"), [(True, "reading and decoding are not"), (False, "no data, so reading")])

@@ -97,6 +97,30 @@ def test_text_tower_equals_a_count_of_its_products(tiny: CLIP) -> None:
         assert flops.text_gflops(tiny, length) == pytest.approx(counted, rel=1e-9)
 
 
+def test_text_tower_in_groups_equals_a_count_of_its_products(tiny: CLIP) -> None:
+    ids, lengths = torch.randint(1, 100, (32, 16)), (5,) * 20 + (8,) * 3 + (16,) * 9
+
+    def encode() -> torch.Tensor:
+        packing = tiny.text.packing(ids, lengths)
+        return tiny.text_projection(tiny.text.pool(tiny.text(ids, packing), ids, packing))
+
+    groups = flops.groups_of_captions(tiny, 32, width=16, lengths=lengths)
+    assert groups == ((22, 8), (10, 16))  # 23 rows fit into the first one, and rows come by twos
+    expected = sum(rows * flops.text_gflops(tiny, width) for rows, width in groups)
+    assert counted_gflops(encode) == pytest.approx(expected, rel=1e-9)
+    assert flops.mean_tokens(groups) == (22 * 8 + 10 * 16) / 32
+    assert flops.groups_of_captions(tiny, 32, width=16, lengths=None) == ((32, 16),)
+    tiny.requires_grad_(True)
+    step = partial(flops.step_gflops, tiny, tiny.plan, batch_size=32, num_text_tokens=16)
+    saved = 22 * (
+        flops.text_gflops(tiny, 16)
+        - flops.text_gflops(tiny, 8)
+        + flops.token_head_gflops(tiny, tiny.plan, 16)
+        - flops.token_head_gflops(tiny, tiny.plan, 8)
+    )
+    assert step() - step(text_lengths=lengths) == pytest.approx(3 * saved)
+
+
 @pytest.mark.parametrize("rate", [0.0, 0.4])
 @pytest.mark.parametrize("input", ["tokens", "dct"])
 def test_frequency_branch_is_products_as_counted_and_filters_by_formula(

@@ -8,7 +8,8 @@ import open_clip
 import pytest
 import torch
 
-from mlip_cli.data.tokenizer import Tokenizer
+from mlip_cli.data.tokenizer import LENGTHS, Tokenizer
+from mlip_cli.evaluate.validation import tokenize
 from mlip_cli.recipe.config import VOCAB_SIZE
 
 CAPTIONS = [
@@ -54,6 +55,24 @@ def test_padded_length() -> None:
     assert [Tokenizer(77).padded_length(n) for n in (2, 8, 9, 24, 25, 49, 77, 500)] == [8, 8, 16, 24, 32, 77, 77, 77]
     assert [Tokenizer(20).padded_length(n) for n in (8, 16, 17, 500)] == [8, 16, 20, 20]
     assert [Tokenizer(100).padded_length(n) for n in (48, 77, 78)] == [48, 77, 100]
+
+
+def test_lengths_are_those_of_the_rows() -> None:
+    texts = ["", "a photo", "!" * 3, "word " * 100]
+    rows = Tokenizer(77).encode(texts, length=16)
+    assert Tokenizer(77).lengths(texts, length=16) == (2, 4, 3, 16)
+    assert rows.argmax(1).tolist() == [1, 3, 2, 15]
+    assert Tokenizer(77, whole=True).lengths(texts, length=77) is None
+
+
+def test_evaluation_pads_texts_to_few_widths() -> None:
+    texts = [" ".join(["word"] * n) for n in range(1, 90)]
+    whole = Tokenizer(77).encode(texts)
+    for i in range(0, len(texts), 3):
+        some = tokenize(Tokenizer(77), texts[i : i + 3])
+        assert some.shape[1] == next(width for width in LENGTHS if min(i + 5, 77) <= width)
+        assert torch.equal(some, whole[i : i + 3, : some.shape[1]])
+    assert tokenize(Tokenizer(77, whole=True), texts[:1]).shape == (1, 77)
 
 
 def test_pickles_small() -> None:

@@ -65,6 +65,7 @@ class _Joined:
         self.size, self.pin_memory = size, pin_memory
         self.rows: dict[str, Rows] = {}
         self.keys: tuple[str, ...] = ()
+        self.text_lengths: tuple[int, ...] | None = None
         self.bad_samples: tuple[BadSample, ...] = ()
         self.replaced: tuple[bool, ...] = ()
         self.slow: tuple[BadSample, ...] = ()
@@ -77,6 +78,8 @@ class _Joined:
                 self.rows[name] = Rows(self.size * rows_a_sample, pin_memory=self.pin_memory)
             self.rows[name].add(tensor)
         self.keys += part.batch.keys
+        if part.batch.text_lengths is not None:
+            self.text_lengths = (self.text_lengths or ()) + part.batch.text_lengths
         self.bad_samples += part.batch.bad_samples
         self.replaced += part.replaced
         self.slow += part.slow
@@ -84,4 +87,5 @@ class _Joined:
     def step(self) -> Part:
         """The whole, once all parts are there."""
         tensors = {name: rows.tensor for name, rows in self.rows.items()}
-        return Part(Batch(**tensors, keys=self.keys, bad_samples=self.bad_samples), self.replaced, self.slow)
+        batch = Batch(**tensors, keys=self.keys, bad_samples=self.bad_samples, text_lengths=self.text_lengths)
+        return Part(batch, self.replaced, self.slow)

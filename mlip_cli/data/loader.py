@@ -201,6 +201,7 @@ class _Parts(Dataset[Part | Exception]):
             bad_samples=tuple(bad_samples),
             labels=torch.tensor([example.label for example in examples]) if self.with_labels else None,
             other_images=default_collate(other_images) if other_images else None,
+            text_lengths=self.tokenizer.lengths(texts, length=item.length),
         )
         return Part(batch, tuple(replaced), sum((example.slow for example in examples), ()))
 

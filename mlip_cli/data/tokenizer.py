@@ -59,6 +59,10 @@ class Tokenizer:
             row[: len(ids)] = ids if len(ids) <= length else (*ids[: length - 1], ids[-1])
         return torch.from_numpy(rows)
 
+    def lengths(self, texts: Sequence[str], *, length: int) -> tuple[int, ...] | None:
+        """Tokens of each text in the rows of `encode(texts, length=length)`; None: every row counts whole."""
+        return None if self.whole else tuple(min(self.count(text), length) for text in texts)
+
     def count(self, text: str) -> int:
         """Number of tokens of `text` with BOS and EOS, before any cut."""
         if self.file is None:

@@ -240,7 +240,9 @@ class CLIP(nn.Module):
         """Everything that the losses read of a batch; `assign` repeats the merges of an earlier pass over it."""
         reads_same = self.frequency is not None and batch.other_images is None
         tower = self.image_tower(batch.images, plan, assign=assign, with_branch=reads_same)
-        hidden = self.text(batch.token_ids)
+        packing = self.text.packing(batch.token_ids, batch.text_lengths)
+        hidden = self.text(batch.token_ids, packing)
+        text_tokens = self._project("text", hidden)
         frequency_features = frequency_tokens = None
         heads, means = self.token_projections, {}
         if "spatial_words" in heads:
@@ -253,12 +255,12 @@ class CLIP(nn.Module):
             frequency_tokens = self._project("frequency", tokens)
         return Encoded(
             image_features=self.image_projection(tower.pooled),
-            text_features=self.text_projection(self.text.pool(hidden, batch.token_ids)),
+            text_features=self.text_projection(self.text.pool(hidden, batch.token_ids, packing)),
             frequency_features=frequency_features,
             image_tokens=self._project("spatial", tower.tokens),
             token_sizes=tower.sizes,
             frequency_tokens=frequency_tokens,
-            text_tokens=self._project("text", hidden),
+            text_tokens=text_tokens if text_tokens is None or packing is None else packing.padded(text_tokens),
             text_mask=word_mask(batch.token_ids),
             scales={name: log_scale.exp() for name, log_scale in self.log_scales.items()},
             biases=dict(self.logit_biases.items()),

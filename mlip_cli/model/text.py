@@ -4,13 +4,14 @@ CLIP's is causal and pools at EOS. SigLIP's ("Sigmoid loss for language image pr
 attends both ways and pools the last token of the padded caption.
 """
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
-from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from mlip_cli.model.blocks import ACTIVATIONS, run_block
+from mlip_cli.model.packing import Group, Packing, TextBlock, text_groups
 from mlip_cli.recipe.config import Text
 
 
@@ -39,10 +40,10 @@ def caption_mask(token_ids: Tensor) -> Tensor:
 
 
 class TextTower(nn.Module):
-    """Token ids (B, L) -> hidden tokens (B, L, D), L up to context_length.
+    """Token ids (B, L) -> hidden tokens (B, L, D), L up to context_length, or (T, D) of packed captions.
 
     Where attention is causal and a caption is pooled at its end, tokens behind EOS change nothing, so that sequences
-    may be shorter than context_length.
+    may be shorter than context_length, and each caption of a batch nearly as short as it is.
     """
 
     def __init__(self, config: Text) -> None:
@@ -58,7 +59,7 @@ class TextTower(nn.Module):
         self.positional_embedding = nn.Parameter(torch.empty(config.context_length, width))
         norm = partial(nn.LayerNorm, eps=config.norm_eps)  # 1e-6 would change CLIP's text features by 4e-3
         blocks = [
-            Block(
+            TextBlock(
                 width,
                 config.num_heads,
                 config.mlp_ratio,
@@ -75,7 +76,7 @@ class TextTower(nn.Module):
         self.norm = norm(width)
         self._init_weights(blocks)
 
-    def _init_weights(self, blocks: list[Block]) -> None:
+    def _init_weights(self, blocks: list[TextBlock]) -> None:
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         nn.init.normal_(self.positional_embedding, std=0.01)
         residual_std = self.width**-0.5 * (2 * len(blocks)) ** -0.5
@@ -89,14 +90,34 @@ class TextTower(nn.Module):
                 nn.init.normal_(linear.weight, std=std)
                 nn.init.zeros_(linear.bias)
 
-    def forward(self, token_ids: Tensor) -> Tensor:
-        x = self.token_embedding(token_ids) + self.positional_embedding[: token_ids.shape[1]]
+    def groups(self, lengths: Sequence[int] | None, width: int) -> tuple[Group, ...] | None:
+        """The groups for captions of these `lengths` in a batch of this `width`; None: all run at that width."""
+        if lengths is None or not self.is_causal or self.pools_last:
+            return None
+        groups = text_groups(lengths, width)
+        return None if groups[0].width == width else groups
+
+    def packing(self, token_ids: Tensor, lengths: Sequence[int] | None) -> Packing | None:
+        """How to pack the captions (B, L), whose `lengths` the CPU knows; None: they stay as they are."""
+        groups = self.groups(lengths, token_ids.shape[1])
+        if groups is None:
+            return None
+        return Packing.of(groups, end_of_text(token_ids, self.eos_id), width=token_ids.shape[1])
+
+    def forward(self, token_ids: Tensor, packing: Packing | None = None) -> Tensor:
+        if packing is None:
+            x = self.token_embedding(token_ids) + self.positional_embedding[: token_ids.shape[1]]
+        else:
+            x = self.token_embedding(packing.pack(token_ids)) + packing.positions(self.positional_embedding)
+        groups = None if packing is None else packing.groups
         for block in self.blocks:
-            x = run_block(block, x, again=self.grad_checkpointing, is_causal=self.is_causal)
+            x = run_block(block, x, again=self.grad_checkpointing, is_causal=self.is_causal, groups=groups)
         return self.norm(x)
 
-    def pool(self, hidden: Tensor, token_ids: Tensor) -> Tensor:
-        """The token at EOS, or the last one: (B, L, D), (B, L) -> (B, D)."""
+    def pool(self, hidden: Tensor, token_ids: Tensor, packing: Packing | None = None) -> Tensor:
+        """The token at EOS, or the last one: (B, L, D) or (T, D), (B, L) -> (B, D)."""
+        if packing is not None:
+            return hidden[packing.starts() + end_of_text(token_ids, self.eos_id)]
         return hidden[:, -1] if self.pools_last else pool_text(hidden, token_ids, self.eos_id)
 
 

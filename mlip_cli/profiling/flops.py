@@ -16,13 +16,14 @@ ViT-B/16 at 224 px (N = 196, P = 1, D = 768, M = 3072, E = 512): 17.56 G multipl
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import cast
 
 from torch import nn
 
 from mlip_cli.model.clip import CLIP
 from mlip_cli.model.frequency import FrequencyBranch, SpectralBlock, StemBlock
+from mlip_cli.model.packing import Group
 from mlip_cli.model.vision import ObservedBlock
 from mlip_cli.recipe.merge_plan import MergePlan
 
@@ -139,7 +140,7 @@ def frequency_gflops(model: CLIP, plan: MergePlan, *, other_crop: bool = False) 
     return gflops(macs) + filters
 
 
-def token_head_gflops(model: CLIP, plan: MergePlan, num_text_tokens: int) -> float:
+def token_head_gflops(model: CLIP, plan: MergePlan, num_text_tokens: float) -> float:
     """GFLOPs of the projections that only token losses read, for one pair."""
     counts = {"spatial": plan.tokens[-1], "frequency": plan.num_patches, "text": num_text_tokens}
     heads = model.token_projections.items()  # those of losses over words read the mean token
@@ -153,6 +154,18 @@ def text_gflops(model: CLIP, num_tokens: int) -> float:
     return gflops(macs + linear_weights([model.text_projection]))
 
 
+def groups_of_captions(
+    model: CLIP, num_captions: int, *, width: int, lengths: Sequence[int] | None
+) -> tuple[Group, ...]:
+    """The groups in which a batch's captions pass the text tower: by their `lengths`, or all at the batch's `width`."""
+    return model.text.groups(lengths, width) or (Group(num_captions, width),)
+
+
+def mean_tokens(groups: Sequence[Group]) -> float:
+    """Tokens that the text tower computes for a caption, padding included."""
+    return sum(rows * width for rows, width in groups) / sum(rows for rows, _ in groups)
+
+
 def step_gflops(
     model: CLIP,
     plan: MergePlan,
@@ -160,21 +173,28 @@ def step_gflops(
     batch_size: int,
     num_text_tokens: int,
     captions_per_image: int = 1,
+    text_lengths: Sequence[int] | None = None,
     other_crop: bool = False,
 ) -> float:
     """GFLOPs of a training step by definition: three times those of the forward pass at `plan`.
 
     The backward pass of a matrix product is two such products; a frozen tower has none. A forward pass that is done
     twice, for micro-batches, counts once; the matrices of the losses (B^2 * E and smaller) do not count.
+
+    Args:
+        num_text_tokens: width of the batch's captions.
+        text_lengths: tokens of each of them; None: all are as long as the batch is wide.
     """
+    captions = captions_per_image * batch_size
+    groups = groups_of_captions(model, captions, width=num_text_tokens, lengths=text_lengths)
     towers = {
         model.vision: sum(image_gflops(model, plan).values()),
-        model.text: captions_per_image * text_gflops(model, num_text_tokens),
+        model.text: sum(rows * text_gflops(model, width) for rows, width in groups) / batch_size,
     }
     learns = {tower: any(parameter.requires_grad for parameter in tower.parameters()) for tower in towers}
     pair = sum((3 if learns[tower] else 1) * gflops_of_tower for tower, gflops_of_tower in towers.items())
     pair += 3 * frequency_gflops(model, plan, other_crop=other_crop)
-    pair += 3 * token_head_gflops(model, plan, captions_per_image * num_text_tokens)
+    pair += 3 * token_head_gflops(model, plan, captions_per_image * mean_tokens(groups))
     return batch_size * pair
 
 

@@ -27,7 +27,7 @@ from mlip_cli.profiling.result import (
     StepMemory,
 )
 from mlip_cli.profiling.step import ClockedSeconds, ClockedStep, RepeatedStep, step_parts
-from mlip_cli.profiling.subject import ProfiledModel, caption_length, pinned
+from mlip_cli.profiling.subject import ProfiledModel, caption_length, caption_lengths, pinned
 from mlip_cli.profiling.timing import SquareMatmul, Timing, measure_interleaved, peak_memory, square_matmul
 from mlip_cli.recipe.config import Recipe
 from mlip_cli.recipe.merge_plan import MergePlan
@@ -49,7 +49,9 @@ def measure(
     """Count and time everything on random pictures and words; the loader reads real ones."""
     model, recipe, device = profiled.model, profiled.recipe, profiled.device
     num_tokens, tokens_from = caption_length(recipe, datasets)
-    batch = noise_batch(recipe, batch_size=batch_size, num_tokens=num_tokens, device=device)
+    captions = recipe.data.captions_per_image * batch_size
+    lengths = caption_lengths(recipe, datasets, num_captions=captions, width=num_tokens)
+    batch = noise_batch(recipe, batch_size=batch_size, num_tokens=num_tokens, device=device, lengths=lengths)
     towers = speeds_of_towers(profiled, batch, rounds)
     loader = loader_facts(recipe, datasets, ranks=ranks_of(device))
     found = measure_step(profiled, batch, rounds)
@@ -61,6 +63,7 @@ def measure(
         batch_size=batch_size,
         num_text_tokens=num_tokens,
         captions_per_image=recipe.data.captions_per_image,
+        text_lengths=lengths,
         other_crop=batch.other_images is not None,
     )
     peak = next(line.tflops for line in found.matmul if line.precision == recipe.train.precision)
@@ -81,6 +84,9 @@ def measure(
         context_length=model.context_length,
         caption_tokens=num_tokens,
         caption_tokens_from=tokens_from,
+        caption_tokens_in_step=flops.mean_tokens(
+            flops.groups_of_captions(model, captions, width=num_tokens, lengths=lengths)
+        ),
         parameters=flops.parameters(model) | {"total": sum(p.numel() for p in model.parameters())},
         merging=ProfiledMerging(method=plan.method, rate=plan.rate, before_blocks=plan.at) if plan.at else None,
         tokens_per_block=plan.tokens,

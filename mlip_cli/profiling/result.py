@@ -148,6 +148,8 @@ class ProfileResult(Result):
     context_length: int
     caption_tokens: int
     caption_tokens_from: str
+    caption_tokens_in_step: float | None = None
+    """Mean over the captions of a step, with the padding of their groups; None in results of earlier versions."""
     parameters: dict[str, int]
     merging: ProfiledMerging | None
     tokens_per_block: Sequence[int]

@@ -103,6 +103,16 @@ def caption_length(recipe: Recipe, datasets: Sequence[ShardDataset]) -> tuple[in
     return Tokenizer.of(recipe.model.text).padded_length(int(np.median(longest))), f"batches of {dataset.name}"
 
 
+def caption_lengths(
+    recipe: Recipe, datasets: Sequence[ShardDataset], *, num_captions: int, width: int
+) -> tuple[int, ...] | None:
+    """Tokens of as many captions drawn at random, cut to `width`; None without data, or if all are padded alike."""
+    if not datasets or Tokenizer.of(recipe.model.text).whole:
+        return None
+    drawn = np.random.default_rng(0).integers(datasets[0].num_samples, size=num_captions)
+    return tuple(datasets[0].num_tokens(drawn).clip(max=width).tolist())
+
+
 def pinned(batch: Batch, device: torch.device) -> Batch:
     """The batch as the loader leaves it for `device`: in main memory, pinned for CUDA."""
     batch = batch.to("cpu")

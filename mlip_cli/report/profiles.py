@@ -57,9 +57,15 @@ def _operations(profile: ProfileResult) -> list[Table]:
     others = Table(
         ("beside the image tower", "GFLOPs"),
         [[name, f"{gflops:.{decimals}f}"] for name, gflops in beside.items() if gflops],
-        notes=[f"tokens of a caption: {profile.caption_tokens} ({profile.caption_tokens_from})"],
+        notes=[_caption_tokens(profile)],
     )
     return [tower.without_empty_columns(), others]
+
+
+def _caption_tokens(profile: ProfileResult) -> str:
+    mean = profile.caption_tokens_in_step
+    step = "" if mean is None or mean == profile.caption_tokens else f", {mean:.1f} on average in the step's groups"
+    return f"tokens of a caption: {profile.caption_tokens} ({profile.caption_tokens_from}){step}"
 
 
 def _token_losses(profile: ProfileResult) -> list[Table]:

@@ -6,7 +6,7 @@ Every run is a process of its own, as a user starts it, of a few steps; the cloc
 step, so that all that happens between steps counts for both. Rounds take all contestants in turn, every second round
 backwards; ratios are taken inside rounds, printed are their medians with 95 % of bootstrap medians.
 
-What differs, and why it may: OpenCLIP pads every caption to 77 tokens, we to the longest of the batch; its attention in
+What differs, and why it may: OpenCLIP pads every caption to 77 tokens, we to a length near its own; its attention in
 bf16 on a CPU is PyTorch's fused kernel, whose backward pass is slow there; its AdamW goes through the parameters one by
 one; it decodes with Pillow. `OpenCLIP, 24 tokens` is what its user gets who knows --force-context-length, with longer
 captions cut. Aims: plain CLIP 1.15 times OpenCLIP's images/s or more, MLIP at rate 0.5 1.5 times or more; data wait 2 %
