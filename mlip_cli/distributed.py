@@ -275,17 +275,22 @@ def from_main(value: str) -> str:
     return first
 
 
+# names since PyTorch 2.14, which warns of the older ones
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+_reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+
+
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: object, x: Tensor) -> Tensor:
         gathered = x.new_empty(world_size() * x.shape[0], *x.shape[1:])
-        dist.all_gather_into_tensor(gathered, x.contiguous())
+        _all_gather(gathered, x.contiguous())
         return gathered
 
     @staticmethod
     def backward(ctx: object, grad: Tensor) -> Tensor:
         own = grad.new_empty(grad.shape[0] // world_size(), *grad.shape[1:])
-        dist.reduce_scatter_tensor(own, grad.contiguous())
+        _reduce_scatter(own, grad.contiguous())
         return own
 
 
