@@ -1,10 +1,8 @@
 """Several ranks: start and stop, a differentiable gather, means. One process alone communicates nothing."""
 
 import ctypes
-import itertools
 import os
 import signal
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -19,11 +17,12 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from mlip_cli.errors import RunError, Stopped
+from mlip_cli.meetings import MeetingPlace
 
 START_TIMEOUT = timedelta(minutes=30)
-"""So long ranks may be late at the start: starting Python on a busy shared disk takes minutes."""
+"""The longest wait for ranks at the start: starting Python on a busy shared disk takes minutes."""
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
-"""So long a collective waits, on every backend: rank 0 may be saving on a slow disk meanwhile."""
+"""The longest wait of a collective, on every backend: rank 0 may be saving on a slow disk meanwhile."""
 
 
 def rank() -> int:
@@ -54,12 +53,12 @@ def process_group(device: torch.device) -> Iterator[None]:
     except dist.DistError as error:
         place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise RunError(f"the {world_size()} ranks did not find each other at {place}: {error}") from error
-    token = _meeting_place.set(MeetingPlace(store))
+    place = MeetingPlace(store, rank(), world_size(), START_TIMEOUT)
+    token = _meeting_place.set(place)
     try:
-        wait_for_ranks(START_TIMEOUT)
         dist.init_process_group(
             "nccl" if is_cuda else "gloo",
-            store=dist.PrefixStore("collectives", store),
+            store=dist.PrefixStore("collectives", place.store),
             rank=rank(),
             world_size=world_size(),
             timeout=COLLECTIVE_TIMEOUT,
@@ -82,56 +81,13 @@ def leave() -> None:
     dist.destroy_process_group()
 
 
-class MeetingPlace:
-    """Where ranks wait for each other without a collective: a count in the store for each wait.
-
-    The store is the one that the ranks found each other by, so that it needs no more network than they have. Backends
-    of collectives choose an address of their own, which on several nodes may be the wrong one.
-    """
-
-    LOOK_EVERY_S = 0.05
-
-    def __init__(self, store: dist.Store) -> None:
-        self.store = dist.PrefixStore("meetings", store)
-        self.numbers = itertools.count()
-
-    def wait(self, most: timedelta) -> None:
-        """Return when all ranks have called it as often as this one.
-
-        Raises:
-            RunError: after `most`; it names the ranks that did not come.
-        """
-        number, deadline = next(self.numbers), time.monotonic() + most.total_seconds()
-        here, seen = f"{number}/here", f"{number}/seen"
-        self.store.set(f"{here}/{rank()}", "")
-        self.store.add(here, 1)
-        everyone_came = self._all(here, deadline)
-        self.store.add(seen, 1)
-        if not everyone_came:
-            missing = [str(other) for other in range(world_size()) if not self.store.check([f"{here}/{other}"])]
-            raise RunError(
-                f"rank {', '.join(missing)} of {world_size()} did not come within {most}; look at what it printed, "
-                "and whether its node is up"
-            )
-        if rank() == 0:  # it may hold the store, so it leaves when nobody asks for this wait any more
-            self._all(seen, deadline)
-
-    def _all(self, what: str, deadline: float) -> bool:
-        """Whether all ranks have counted themselves for `what` by `deadline`, a reading of the monotonic clock."""
-        while self.store.add(what, 0) < world_size():
-            if time.monotonic() > deadline:
-                return False
-            time.sleep(self.LOOK_EVERY_S)
-        return True
-
-
 _meeting_place: ContextVar[MeetingPlace] = ContextVar("meeting_place")
 
 
 def wait_for_ranks(most: timedelta = timedelta(days=1)) -> None:
     """Return when all ranks have called it. Ranks may be late by `most`: one may have copied data over a network.
 
-    Ordinary collectives fail after minutes without an answer.
+    Ordinary collectives fail after `COLLECTIVE_TIMEOUT`.
 
     Raises:
         RunError: a rank did not come.
@@ -157,8 +113,8 @@ def wrap(
         units: for `fsdp`, the parts of the model that are gathered one after another.
         methods: for `fsdp`, methods of the model that are called beside its forward, perhaps before it.
         dtype: for `fsdp`, the type in which the parameters of `units` are gathered, which must be that of autocast: it
-            halves what is sent, and the backward pass keeps no copies in that type. None: as they are. The parameters
-            themselves, and sums of gradients, stay fp32.
+            halves what is sent, and the backward pass keeps no copies in that type. The weights of their norms are
+            rounded to it too. None: as they are. The parameters themselves, and sums of gradients, stay fp32.
     """
     if world_size() == 1:
         return model

@@ -31,7 +31,6 @@ os.environ |= {{"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_CO
 child = os.fork()
 if child == 0:
     os.environ["RANK"] = "1"
-with process_group(torch.device("cpu")):
 {work}
 if child == 0:
     os._exit(0)  # the store is not its own to end
@@ -57,6 +56,16 @@ else:
     time.sleep(3)
     wait_for_ranks()
     wait_for_ranks()
+"""
+
+AGAIN = """
+for attempt in range(2):
+    with process_group(torch.device("cpu")):
+        started = time.monotonic()
+        if child == 0:
+            time.sleep(1.5)
+        wait_for_ranks()
+        assert child == 0 or time.monotonic() - started > 1, attempt
 """
 
 NOT_STARTED = """
@@ -113,7 +122,9 @@ with StopRequest(torch.device("cpu")) as stop:
 
 
 def two_ranks(work: str) -> subprocess.CompletedProcess[str]:
-    worker = TWO_RANKS.format(work=indent(work, "    "))
+    if "with process_group" not in work:
+        work = 'with process_group(torch.device("cpu")):\n' + indent(work, "    ")
+    worker = TWO_RANKS.format(work=work)
     done = subprocess.run([sys.executable, "-c", worker], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done
@@ -121,6 +132,11 @@ def two_ranks(work: str) -> subprocess.CompletedProcess[str]:
 
 def test_ranks_wait_for_one_that_is_later_than_the_timeout() -> None:
     two_ranks(LATE)
+
+
+def test_ranks_that_torchrun_starts_again_wait_for_each_other_again() -> None:
+    """In the store of the first attempt, which torchrun keeps."""
+    two_ranks(AGAIN)
 
 
 def test_a_rank_that_does_not_come_is_named() -> None:

@@ -16,6 +16,7 @@ ORDER = (
     {"__init__", "errors", "files", "machine", "paths", "types"},
     {"recipe"},
     {"terminal"},
+    {"meetings"},
     {"devices", "distributed"},
     {"data", "model"},
     {"losses"},

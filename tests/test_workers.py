@@ -1,6 +1,7 @@
 """How many loader processes there are and what each hands over; /dev/shm has room for it, or a line names the cure."""
 
 import glob
+import multiprocessing
 import os
 import re
 import time
@@ -21,6 +22,7 @@ from mlip_cli.data.workers import Need, check_shared_memory, default_num_workers
 from mlip_cli.errors import RunError
 from mlip_cli.files import GIB
 from mlip_cli.recipe.config import Augment, Data, Source
+from mlip_cli.terminal.output import start_logging
 from mlip_cli.types import Batch
 
 MIB = 2**20
@@ -84,12 +86,13 @@ def test_doctor_counts_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found[GIB] == doctor.Check("/dev/shm", "ok", f"1.00 GiB free, {need}")
 
 
-def loader(folder: Path, *, num_workers: int) -> Iterator[Batch]:
+def loader(folder: Path, *, num_workers: int, by_default: bool = False) -> Iterator[Batch]:
     dataset = open_prepared(folder)
+    wanted = None if by_default else num_workers
     return training_loader(
         [dataset],
         Order([dataset.num_samples], None, seed=0, global_batch_size=32),
-        data=Data(train=(Source(path="unused"),), augment=Augment(), image_size=224),
+        data=Data(train=(Source(path="unused"),), augment=Augment(), image_size=224, num_workers=wanted),
         tokenizer=Tokenizer(77),
         global_batch_size=32,
         seed=0,
@@ -108,6 +111,19 @@ def test_a_loader_that_does_not_fit_does_not_start(tmp_path: Path, monkeypatch: 
     with pytest.raises(RunError, match=r"^/dev/shm: .+ need up to 0\.08 GiB \(4 x 2 loader processes x 4 x 2\.3 MiB\)"):
         loader(folder, num_workers=2)
     loader(folder, num_workers=0)
+
+
+def test_a_number_that_mlip_chose_follows_the_shared_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start_logging()
+    monkeypatch.setattr(module, "free_shared_memory", lambda: 13 * MIB)
+    folder = make_dataset(tmp_path / "x", n=64)
+    with closing(loader(folder, num_workers=16, by_default=True)) as run:  # type: ignore[type-var]
+        next(run)
+        assert len(multiprocessing.active_children()) == 1
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: /dev/shm: 0.01 GiB are free, so each rank starts 1 loader process instead of 16; ")
 
 
 def handed_over() -> int:

@@ -23,13 +23,13 @@ from mlip_cli.data.pictures import RejectedPictureError, open_picture
 from mlip_cli.data.sources.records import Caption
 from mlip_cli.data.tokenizer import Tokenizer
 from mlip_cli.data.transforms import decode, least_size, training_crop, training_transform
-from mlip_cli.data.workers import Need, check_shared_memory, ranks_here, samples_at_once
+from mlip_cli.data.workers import Need, check_shared_memory, fitted, ranks_here, samples_at_once
 from mlip_cli.errors import RunError, UsageError
 from mlip_cli.recipe.config import Data
 from mlip_cli.types import BadSample, Batch, PartOf
 
 STEPS_READY = 2
-"""So many steps wait, put together, for the training, besides what loader processes hold."""
+"""Most steps that wait, put together, for the training, besides what loader processes hold."""
 READ_SAMPLE, DECODE_PICTURE, TRANSFORM_PICTURE = "read", "decode", "transform"
 """Parts of the work on a sample; the rest is captions, tokens and stacking."""
 _AUGMENTATION = 4  # sets these draws apart from those of `order`
@@ -64,6 +64,7 @@ def training_loader(
     sample.
 
     Args:
+        num_workers: where `data.num_workers` is null, fewer start if shared memory has no room for so many.
         pin_memory: batches lie in pinned memory, from which copies to a GPU need not wait.
 
     Raises:
@@ -74,8 +75,12 @@ def training_loader(
     check_divides(global_batch_size, world_size)
     share = global_batch_size // world_size
     sample_bytes = _sample_bytes(data, tokenizer, with_other_crop=with_other_crop)
-    part_size = samples_at_once(share, sample_bytes) if num_workers else share
-    check_shared_memory(Need(ranks_here(world_size), num_workers, part_size * sample_bytes))
+    part_size = samples_at_once(share, sample_bytes)
+    need = Need(ranks_here(world_size), num_workers, part_size * sample_bytes)
+    if data.num_workers is None:
+        num_workers = fitted(need)
+    else:
+        check_shared_memory(need)
     for dataset in datasets:
         dataset.fetch()
     keep_open(datasets)
@@ -90,7 +95,7 @@ def training_loader(
         part=part,
     )
     places = range(rank * share, (rank + 1) * share)
-    items = parts.of_steps(range(start_step, stop_step), places, part_size)
+    items = parts.of_steps(range(start_step, stop_step), places, part_size if num_workers else share)
     join = partial(whole_steps, size=share, pin_memory=pin_memory)
     return _training_batches(data_loader(parts, items, num_workers), join, BadSampleLimit(data.max_bad_share))
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from mlip_cli.errors import RunError
 from mlip_cli.files import GIB
 from mlip_cli.machine import usable_cores
-from mlip_cli.terminal.output import plural
+from mlip_cli.terminal.output import plural, warn
 
 FOLDER = Path("/dev/shm")
 """Where Linux keeps shared memory. Other systems have no such folder, and nothing is checked there."""
@@ -76,6 +76,19 @@ class Need:
 def free_shared_memory() -> int | None:
     """Free bytes of shared memory; None where the system does not say."""
     return shutil.disk_usage(FOLDER).free if FOLDER.is_dir() else None
+
+
+def fitted(need: Need) -> int:
+    """As many loader processes as were wanted, or as fit into shared memory; then a warning says so."""
+    free = free_shared_memory()
+    if free is None or need.num_bytes <= free:
+        return need.num_workers
+    fewer = need.fitting(free)
+    warn(
+        f"{FOLDER}: {free / GIB:.2f} GiB are free, so each rank starts "
+        f"{plural(fewer, 'loader process', 'loader processes')} instead of {need.num_workers}; {cure(need, free)}"
+    )
+    return fewer
 
 
 def check_shared_memory(need: Need) -> None:

@@ -218,7 +218,8 @@ def evaluation_loader(
     picture_bytes = 3 * data.image_size**2
     at_once = samples_at_once(batch_size, picture_bytes)
     need, free = Need(ranks_here(world_size()), num_workers, at_once * picture_bytes), free_shared_memory()
-    num_workers = num_workers if free is None else need.fitting(free)
+    # the loader processes of a training live on, and may take as much again
+    num_workers = num_workers if free is None else need.fitting(free - need.num_bytes)
     starts = range(0, dataset.num_samples, batch_size)
     numbers = range(len(starts)) if numbers is None else numbers
     batches = [range(dataset.num_samples)[starts[i] : starts[i] + batch_size] for i in numbers]

@@ -74,6 +74,9 @@ class Compiled:
         config.recompile_limit = MOST_COMPILED_FORMS * len(rates)
         config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, config.recompile_limit)
         config.fail_on_recompile_limit_hit = True  # caught here; torch alone would say it in words of its own
+        if hasattr(torch._functorch.config, "force_non_lazy_backward_lowering"):
+            # compile the backward pass with the forward pass, where its errors are caught
+            torch._functorch.config.force_non_lazy_backward_lowering = True
         config.optimize_ddp = False  # else a graph ends at every bucket of gradients, and a block is as large as one
 
     def _or_plain(self, compiled: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
@@ -84,7 +87,8 @@ class Compiled:
                 except FailOnRecompileLimitHit:
                     self.failure = f"a kind of block has more than {MOST_COMPILED_FORMS} forms"
                 except TorchDynamoException as error:
-                    self.failure = str(error).strip().partition("\n")[0]
+                    cause = getattr(error, "inner_exception", error)
+                    self.failure = f"{type(cause).__name__}: {cause}".strip().partition("\n")[0]
                 warn(f"train.compile: the blocks run without compiling from here on: {self.failure}")
             return plain(*args, **named)
 

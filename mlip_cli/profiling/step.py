@@ -5,7 +5,7 @@ are there only while a step runs with the clock. None of them changes what is co
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -30,7 +30,7 @@ from mlip_cli.train.gradients import (
 from mlip_cli.train.optim import Schedule, build_optimizer, set_learning_rate
 from mlip_cli.train.state import Training
 from mlip_cli.train.step import OPTIMIZER, Stepper, StepSettings
-from mlip_cli.types import Batch
+from mlip_cli.types import Batch, PartOf
 
 TOKEN_MERGING = "token merging"
 TEXT_TOWER = "text tower"
@@ -63,8 +63,12 @@ class RepeatedStep:
         self.objective = Objective(recipe.losses)
         self.stepper = Stepper(training, self.objective, settings)
 
-    def __call__(self) -> None:
-        self.stepper.take(self.stepper.copy(self.batch), 1, self.plan)
+        self._ready = self.stepper.copy(batch)
+
+    def __call__(self, part: PartOf = nullcontext) -> None:
+        """One step; as in training the copy of the next batch begins before it. `part` is for a clock."""
+        ready, self._ready = self._ready, self.stepper.copy(self.batch, part)
+        self.stepper.take(ready, 1, self.plan, part)
 
     def pieces(self, batch: Batch) -> dict[str, Callable[[], None]]:
         """Functions that run a piece of the step alone, on a batch that lies on the device; they hold a gradient."""
@@ -112,8 +116,7 @@ class ClockedStep:
     def __call__(self) -> None:
         with stages_marked(self.step.model, self.clock.switch):
             start = self._now()
-            stepper = self.step.stepper
-            stepper.take(stepper.copy(self.step.batch, self._part), 1, self.step.plan, self._part)
+            self.step(self._part)
             whole_s = self._now() - start
         self.seconds.append(ClockedSeconds(whole_s, self.clock.take()))
 

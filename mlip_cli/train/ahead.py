@@ -39,10 +39,11 @@ class Copier:
         """Begin the copy of a batch, and the count of its captions."""
         with part(COPY):
             batch = self._copied(batch)
-        counts = begin_counting(self.objective, batch)
+            counts = begin_counting(self.objective, batch)
         if self._stream is None:
             return ReadyBatch(batch, counts)
-        queued = torch.cuda.current_stream(self.device).record_event()
+        queued = torch.cuda.Event(blocking=True)  # else the wait takes a core
+        queued.record(torch.cuda.current_stream(self.device))
         return ReadyBatch(batch, counts, queued.synchronize)
 
     def _copied(self, batch: Batch) -> Batch:
@@ -61,10 +62,20 @@ class Copier:
 
 
 def one_ahead(batches: Iterator[Batch], copier: Copier) -> Iterator[ReadyBatch]:
-    """Each batch; on CUDA when the copy of the next one has begun, elsewhere at once."""
+    """Each batch; on CUDA when the next one is there and its copy has begun, elsewhere at once.
+
+    An error of the loader comes when the batches before it are taken.
+    """
     ready: ReadyBatch | None = None
-    for batch in batches:
-        following = copier(batch)
+    error: Exception | None = None
+    while True:
+        try:
+            following = copier(next(batches))
+        except StopIteration:
+            break
+        except Exception as caught:  # noqa: BLE001 - raised below
+            error = caught
+            break
         if not copier.works_ahead:
             yield following
             continue
@@ -73,3 +84,5 @@ def one_ahead(batches: Iterator[Batch], copier: Copier) -> Iterator[ReadyBatch]:
         ready = following
     if ready is not None:
         yield ready
+    if error is not None:
+        raise error
