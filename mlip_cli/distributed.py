@@ -51,8 +51,8 @@ def process_group(device: torch.device) -> Iterator[None]:
     try:
         store, _, _ = next(iter(dist.rendezvous("env://", timeout=START_TIMEOUT)))
     except dist.DistError as error:
-        place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        raise RunError(f"the {world_size()} ranks did not find each other at {place}: {error}") from error
+        address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise RunError(f"the {world_size()} ranks did not find each other at {address}: {error}") from error
     place = MeetingPlace(store, rank(), world_size(), START_TIMEOUT)
     token = _meeting_place.set(place)
     try:

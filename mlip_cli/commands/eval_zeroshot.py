@@ -69,11 +69,9 @@ def eval_zeroshot(
     results = {name: found[name] for name in names if name in found}
     if as_json:
         flat = [row.to_json(group[0]) for group in results.values() for row in group]
-        failed = [{"dataset": name, "error": str(error)} for name, error in failures.items()]
-        print_json({"results": flat, "failed": failed})
+        print_json({"results": flat, "failed": [{"dataset": name, "error": str(e)} for name, e in failures.items()]})
     else:
-        show = print_retrieval if asked is RETRIEVAL else print_zeroshot
-        show(results, failed=list(failures))
+        (print_retrieval if asked is RETRIEVAL else print_zeroshot)(results, failed=list(failures))
     if unstored:
         raise RunError("\n".join(unstored))
     for run in {own.run.folder.resolve(): own.run for own in checkpoints}.values():

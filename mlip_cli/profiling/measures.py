@@ -57,15 +57,7 @@ def measure(
     found = measure_step(profiled, batch, rounds)
     plan, step_s = model.plan, found.timings[STEP].median_s
     parts = break_down(found.seconds, step_parts(found.step), loader=loader, batch_size=batch_size)
-    step_gflops = flops.step_gflops(
-        model,
-        model.training_plan,
-        batch_size=batch_size,
-        num_text_tokens=num_tokens,
-        captions_per_image=recipe.data.captions_per_image,
-        text_lengths=lengths,
-        other_crop=batch.other_images is not None,
-    )
+    step_gflops = gflops_of_step(profiled, batch)
     peak = next(line.tflops for line in found.matmul if line.precision == recipe.train.precision)
     return ProfileResult(
         measured_at=now(),
@@ -109,6 +101,19 @@ def measure(
         float32_matmul_precision=torch.get_float32_matmul_precision(),
         token_losses=losses_of_pictures(profiled, datasets, batch_size=batch_size),
         peak_memory=StepMemory(what=f"training step of {batch_size} pairs", **vars(found.memory)),
+    )
+
+
+def gflops_of_step(profiled: ProfiledModel, batch: Batch) -> float:
+    """GFLOPs of a training step on this batch."""
+    return flops.step_gflops(
+        profiled.model,
+        profiled.model.training_plan,
+        batch_size=len(batch.images),
+        num_text_tokens=batch.token_ids.shape[1],
+        captions_per_image=profiled.recipe.data.captions_per_image,
+        text_lengths=batch.text_lengths,
+        other_crop=batch.other_images is not None,
     )
 
 
