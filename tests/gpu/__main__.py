@@ -1,8 +1,8 @@
 """The check of mlip on one GPU: python -m gpu [--out FILE], or `make gpu`.
 
-At most eight minutes; it needs an installation and nothing else. It prints what every row expects and what it found, and
-writes the same as JSON. Without CUDA it says so and ends well. A rehearsal runs all rows on the CPU at tiny sizes: it
-shows mistakes in the rows, and its speeds mean nothing.
+At most eight minutes; it needs an installation and nothing else. It prints what every row expects and what it found,
+and writes the same as JSON. Without CUDA it says so and ends well. A rehearsal runs all rows on the CPU at tiny sizes:
+it shows mistakes in the rows, and its speeds mean nothing.
 """
 
 import argparse
@@ -18,6 +18,7 @@ from typing import Any
 
 from gpu.rows import GPU, REHEARSAL, Row, Scale
 from gpu.runner import Outcome, run_rows
+
 from mlip_cli import __version__
 from mlip_cli.terminal.output import print_lines, print_table, say, start_logging
 
@@ -25,6 +26,9 @@ BUDGET_S = {"cuda": 480, "cpu": 1_800}
 """A rehearsal may meet a busy machine."""
 NOTHING_RUN = "gpu: PyTorch sees no CUDA device here, so nothing was run"
 NOT_AS_EXPECTED = "no"
+NO_SYNC = "PyTorch's look-out for waits, NCCL"
+NO_POLICY = "NCCL, the mixed-precision policy"
+NO_STREAM = "pinned memory, a stream beside"
 VERDICTS = {True: "yes", False: NOT_AS_EXPECTED, None: "measured"}
 
 
@@ -38,19 +42,46 @@ def all_rows() -> tuple[Row, ...]:
         Row("numbers", at_once, exact.against_fp64, 20),
         Row("fp16", "a step with an infinite gradient is skipped and counted", exact.skipped_step, 10),
         Row("fp32 of evaluations", "convolutions and products within 1e-5 of fp64", exact.evaluation_in_fp32, 10),
-        Row("waiting", "no step of MLIP makes the host wait", waits.steps_without_waiting, 20),
-        Row("DDP", "step, save, restore, evaluate, end without a warning", parallel.ddp_training, 30, is_quiet=True),
-        Row("FSDP", "as DDP", parallel.fsdp_training, 30, is_quiet=True),
+        Row("waiting", "no step of MLIP makes the host wait", waits.steps_without_waiting, 20, only_on_cuda=NO_SYNC),
+        Row(
+            "DDP",
+            "step, save, restore, evaluate, end without a warning",
+            parallel.ddp_training,
+            30,
+            is_quiet=True,
+            only_on_cuda="NCCL",
+        ),
+        Row("FSDP", "as DDP", parallel.fsdp_training, 30, is_quiet=True, only_on_cuda=NO_POLICY),
         Row("speed as written", written, speed.as_written, 60, is_speed=True),
-        Row("speed compiled", "MLIP at 0.5 at 1.5 times plain CLIP as written", speed.compiled, 100, is_speed=True),
+        Row(
+            "speed compiled",
+            "MLIP at 0.5 at 1.5 times plain CLIP as written",
+            speed.compiled,
+            100,
+            is_speed=True,
+            only_on_cuda="inductor",
+        ),
         Row("commands", "pretrain, kill -9, --resume, profile, merge-sweep", commands.commands, 60),
-        Row("idle GPU", "5 % or less at the full batch size", trace.idle_gpu, 25, is_speed=True),
-        Row("micro-batches", "auto finds the size that fits in 8 GiB", exact.micro_batches, 15),
-        Row("copy", "hidden behind the work of a step", trace.hidden_copy, 10, is_speed=True),
+        Row(
+            "idle GPU",
+            "5 % or less at the full batch size",
+            trace.idle_gpu,
+            25,
+            is_speed=True,
+            only_on_cuda="kernels of a GPU",
+        ),
+        Row(
+            "micro-batches",
+            "auto finds the size that fits in 8 GiB",
+            exact.micro_batches,
+            15,
+            only_on_cuda="a limit of memory",
+        ),
+        Row("copy", "hidden behind the work of a step", trace.hidden_copy, 10, is_speed=True, only_on_cuda=NO_STREAM),
         Row("packed texts", "1.6 times padded ones, same features", kernels.packed_texts, 10, is_speed=True),
         Row("FILIP", "bf16 faster than fp32", kernels.filip, 15, is_speed=True),
         Row("patch filter", "products faster than the FFT", kernels.patch_filter, 15, is_speed=True),
-        Row("attention", "which backend is fastest", kernels.attention, 20),
+        Row("attention", "which backend is fastest", kernels.attention, 20, only_on_cuda="cuDNN, memory-efficient"),
     )
 
 
@@ -88,6 +119,8 @@ def cells(outcome: Outcome) -> list[Any]:
         false = [words for words, holds in outcome.found["statements"].items() if not holds]
         found = "; not so: ".join([outcome.found["words"], *(false if outcome.as_expected is False else ())])
         verdict = VERDICTS[outcome.as_expected]
+        if outcome.not_rehearsed is not None:
+            found = f"{found}; not rehearsed: {outcome.not_rehearsed}"
     return [outcome.name, outcome.expected, found, verdict, f"{outcome.seconds:.1f}"]
 
 

@@ -4,19 +4,20 @@ import json
 import os
 import tempfile
 from collections.abc import Sequence
+from contextlib import chdir
 from pathlib import Path
 from typing import Any
 
 from forks_for_tests import mlip
+from gpu.rows import Found, Scale
 from killed_for_tests import Forked, last_step, wait_until
 
-from gpu.rows import Found, Scale
 from mlip_cli.recipe.shipped import recipes_folder
 from mlip_cli.runs.folder import Run, step_of
 
 SMOKE = str(recipes_folder() / "smoke.yaml")
-EVERY = 5
-"""Steps between checkpoints, so that the kill has one behind it."""
+STEPS, EVERY = 40, 5
+"""Of the training, and between its checkpoints, so that the kill has one behind it and many before it."""
 
 
 def said(folder: Path, *words: str) -> Any:
@@ -30,11 +31,13 @@ def said(folder: Path, *words: str) -> Any:
 def trained(folder: Path, overrides: Sequence[str]) -> tuple[dict[str, bool], dict[str, Any]]:
     """`mlip pretrain recipes/smoke.yaml`, killed in the middle, and resumed: statements and figures."""
     run, words = folder / "runs" / "smoke", folder / "words"
-    often = f"train.checkpoint_every.steps={EVERY}", "log.every_steps=1"
-    arguments = [SMOKE, *overrides, *often, "--out", str(run)]
+    overrides = (*overrides, f"train.steps={STEPS}", f"train.checkpoint_every.steps={EVERY}", "log.every_steps=1")
+    arguments = [SMOKE, *overrides, "--out", str(run)]
     with Forked(arguments, words) as training:
         wait_until(
-            lambda: last_step(run) > EVERY or not training.is_at_work(), what="no sixth step of mlip pretrain", every_s=0.02
+            lambda: last_step(run) > EVERY or not training.is_at_work(),
+            what="no sixth step of mlip pretrain",
+            every_s=0.02,
         )
         is_killed = training.is_at_work()
         training.kill()
@@ -53,9 +56,8 @@ def trained(folder: Path, overrides: Sequence[str]) -> tuple[dict[str, bool], di
 
 def commands(scale: Scale) -> Found:
     """Prepare data, train, measure the run's speed, and its merge rates in fp32 and bf16."""
-    with tempfile.TemporaryDirectory(prefix="mlip-gpu-") as name:
+    with tempfile.TemporaryDirectory(prefix="mlip-gpu-") as name, chdir(name):
         folder = Path(name)
-        os.chdir(folder)
         said(folder, "prepare-data", "openmoji", "data/openmoji", "--limit", str(scale.samples))
         statements, figures = trained(folder, scale.overrides)
         size = ("--rounds", "5", "--batch-size", str(scale.small_batch_size))
@@ -65,7 +67,6 @@ def commands(scale: Scale) -> Found:
             options = ("--rates", "0.5", "--pictures", "0", "--precision", precision)
             sweep = said(folder, "merge-sweep", "runs/smoke", *options, *size)
             lines.append({"precision": sweep["precision"], "device": sweep["device"], "points": sweep["points"]})
-        os.chdir("/")
     devices = {profiled["device"].partition(":")[0], *(own["device"].partition(":")[0] for own in lines)}
     return Found(
         f"killed at {figures['killed_at_checkpoint']}, finished at {figures['steps']}; all commands ended well",

@@ -1,23 +1,23 @@
 """Rows about single operations: attention by backend, the filter over the patch grid, packed texts, FILIP."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from benchmarks.bench_losses import exact
 from benchmarks.bench_text import caption_lengths
+from gpu.exact import relative
+from gpu.rows import Found, Scale, milliseconds
+from gpu.trainings import EAGER, recipe_of, web_batch
 from reference_for_tests import convolve_by_fft
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from gpu.exact import relative
-from gpu.rows import Found, Scale, milliseconds
-from gpu.trainings import EAGER, recipe_of, web_batch
 from mlip_cli.devices import DTYPES, autocast, pick_device
 from mlip_cli.model.blocks import set_fused_attention
-from mlip_cli.model.clip import build_model
 from mlip_cli.model.frequency import GlobalFilter
+from mlip_cli.model.text import TextTower
 from mlip_cli.profiling.timing import measure_interleaved, peak_memory
 
 BACKENDS = {
@@ -42,8 +42,8 @@ def again(function: Callable[[], object]) -> Callable[[], None]:
     return run
 
 
-def attend(backend: SDPBackend, qkv: Tensor, mask: Tensor | None, *, is_causal: bool) -> None:
-    """Forward and backward by one backend: qkv (3, B, heads, N, d)."""
+def attend(backend: SDPBackend, qkv: Sequence[Tensor], mask: Tensor | None, *, is_causal: bool) -> None:
+    """Forward and backward by one backend: qkv 3 x (B, heads, N, d)."""
     with sdpa_kernel([backend]):
         result = F.scaled_dot_product_attention(*qkv, attn_mask=mask, is_causal=is_causal)
         torch.autograd.grad(result, qkv, result.detach())
@@ -54,8 +54,9 @@ def attention(scale: Scale) -> Found:
     device, lines, fastest = pick_device(scale.device_type), [], {}
     cases = [(n, False, masked) for n in scale.tokens for masked in (False, True)]
     for n, is_causal, masked in [*cases, (scale.text_tokens, True, False)]:
-        shape = (3, scale.batch_size, scale.heads, n, HEAD_WIDTH)
-        qkv = torch.randn(shape, device=device, dtype=torch.bfloat16, requires_grad=True)
+        shape = (3, scale.batch_size, n, scale.heads, HEAD_WIDTH)
+        drawn = torch.randn(shape, device=device, dtype=torch.bfloat16).transpose(2, 3)  # the layout inside a block
+        qkv = [own.detach().requires_grad_() for own in drawn]
         mask = torch.rand(scale.batch_size, 1, 1, n, device=device, dtype=torch.bfloat16) if masked else None
         works, line = {}, {"tokens": n, "mask": "causal" if is_causal else "float" if masked else None}
         for name, backend in BACKENDS.items():
@@ -107,7 +108,10 @@ def patch_filter(scale: Scale) -> Found:
         f"products in bf16 {speedup:.2f}x the FFT; error fp32 {errors['fp32']:.1e}, bf16 {errors['bf16']:.1e}",
         {
             "products in bf16 are faster than the FFT in fp32": speedup > FILTER_AIM,
-            **{f"the error in {name} is below {most:g}": errors[name] < most for name, most in MOST_FILTER_ERROR.items()},
+            **{
+                f"the error in {name} is below {most:g}": errors[name] < most
+                for name, most in MOST_FILTER_ERROR.items()
+            },
         },
         {"speedup": speedup, "errors": errors},
         lines,
@@ -122,7 +126,7 @@ def packed_texts(scale: Scale) -> Found:
     """The text tower on captions at their own lengths, against captions padded to the longest."""
     device = pick_device(scale.device_type)
     recipe = recipe_of("cc12m", scale, EAGER)
-    tower = build_model(recipe).text.to(device)
+    tower = TextTower(recipe.model.text).to(device)
     set_fused_attention(tower, device.type != "cpu")
     batch = web_batch(recipe, device, batch_size=scale.batch_size).to(device)
 
@@ -163,11 +167,13 @@ def filip(scale: Scale) -> Found:
         patches = torch.randn(b, k, width, device=device).to(dtype).requires_grad_()
         words = torch.randn(c, length, width, device=device).to(dtype).requires_grad_()
         ways[name] = partial(exact, patches, sizes, words, mask)
-    timings = measure_interleaved(ways, scale.rounds, device=device)
+    timings = measure_interleaved(ways, max(1, scale.rounds // 2), device=device)
     for name, timing in timings.items():
         memory = peak_memory(ways[name], device=device)
         speedup = round(timing.speedup, 2)
-        lines.append({"tokens in": name, "ms": milliseconds(timing.median_s), "x fp32": speedup, "peak GiB": memory.gib})
+        lines.append(
+            {"tokens in": name, "ms": milliseconds(timing.median_s), "x fp32": speedup, "peak GiB": memory.gib}
+        )
     speedup = timings["bf16"].speedup
     return Found(
         f"{b} x {c:,}: bf16 {milliseconds(timings['bf16'].median_s):g} ms, {speedup:.2f}x fp32",

@@ -9,9 +9,9 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
-
 from gpu.rows import Found, Scale
 from gpu.trainings import EAGER, recipe_of, stepper_of, steps_of, web_batch
+
 from mlip_cli import distributed
 from mlip_cli.devices import pick_device
 from mlip_cli.distributed import COLLECTIVE_TIMEOUT, full_on_main, parallel

@@ -19,6 +19,8 @@ class Scale:
     """Changes of OpenCLIP's ViT-B-16, by section."""
     compiler: str
     """The backend of torch.compile."""
+    compile_s: float
+    """When compiling took so many seconds, the models that are left stay out: other rows are waiting."""
     batch_size: int
     small_batch_size: int
     """Where the GPU may wait for Python."""
@@ -62,6 +64,7 @@ GPU = Scale(
     overrides=(),
     peer={},
     compiler="inductor",
+    compile_s=75,
     batch_size=512,
     small_batch_size=64,
     steps=3,
@@ -98,6 +101,7 @@ REHEARSAL = Scale(
         "text_cfg": {"vocab_size": 200, "width": 32, "heads": 2, "layers": 2},
     },
     compiler="aot_eager",
+    compile_s=1,
     batch_size=8,
     small_batch_size=4,
     steps=2,
@@ -140,8 +144,8 @@ class Row:
     """A function of a module, so that another process finds it."""
     usual_s: float
     """On one data centre GPU; a row begins only while so many seconds are left."""
-    needs_cuda: str | None = None
-    """Why there is nothing to rehearse on a CPU."""
+    only_on_cuda: str | None = None
+    """What of it a rehearsal leaves out, because a CPU has no such thing."""
     is_speed: bool = False
     """What it expects holds on a GPU at full size alone, so that a rehearsal does not judge it."""
     is_quiet: bool = False

@@ -9,18 +9,19 @@ import re
 import signal
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from forks_for_tests import FORKS, own_group
-
 from gpu.rows import Found, Row, Scale
+
 from mlip_cli.terminal.output import start_logging
 
 OUT_OF_TIME = "out of time"
-WARNING = re.compile(r"\bwarn|^\[W\d", re.IGNORECASE | re.MULTILINE)
+WARNING = re.compile(r"warn|^\[W\d", re.IGNORECASE)
 """In what a process says: Python's warnings, ours, and those of PyTorch's C++ code."""
 
 
@@ -38,6 +39,8 @@ class Outcome:
     """One line about what ended the row."""
     not_run: str | None = None
     """Why the row was not run to its end."""
+    not_rehearsed: str | None = None
+    """What a rehearsal left out."""
 
     @property
     def is_well(self) -> bool:
@@ -53,18 +56,26 @@ def body(run: Callable[[Scale], Found], scale: Scale, words: str, answer: str) -
     start_logging()
     try:
         told = {"found": asdict(run(scale))}
+        Path(answer).write_text(json.dumps(told, allow_nan=False))
     except Exception as error:
-        lines = str(error).strip().splitlines()
-        Path(answer).write_text(json.dumps({"error": f"{type(error).__name__}: {lines[0] if lines else ''}"}))
+        Path(answer).write_text(json.dumps({"error": one_line(error)}))
         raise
-    Path(answer).write_text(json.dumps(told))
+
+
+def one_line(error: Exception) -> str:
+    """Kind, first line, and the last line of our code that it passed."""
+    lines = str(error).strip().splitlines() or ["no words"]
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if re.search(r"/(mlip_cli|gpu)/[^/]|/tests/", frame.filename)][-1:]
+    place = "".join(f" ({Path(frame.filename).name}:{frame.lineno})" for frame in own)
+    return f"{type(error).__name__}: {lines[0]}{place}"
 
 
 def run_row(row: Row, scale: Scale) -> Outcome:
     """Run one row until the deadline."""
     outcome, start = Outcome(row.name, row.expected, None, None, 0.0), time.monotonic()
-    if scale.device_type != "cuda" and row.needs_cuda is not None:
-        return replace(outcome, not_run=f"a CPU cannot rehearse it: {row.needs_cuda}")
+    if scale.device_type != "cuda":
+        outcome = replace(outcome, not_rehearsed=row.only_on_cuda)
     if scale.seconds_left < row.usual_s:
         return replace(outcome, not_run=OUT_OF_TIME)
     with tempfile.TemporaryDirectory(prefix="mlip-gpu-") as folder:
@@ -88,7 +99,7 @@ def judged(row: Row, scale: Scale, outcome: Outcome, told: dict[str, Any], *, sa
     """The outcome of a row that came to its end, from what it told and from its exit code."""
     if "error" in told:
         return replace(outcome, error=told["error"])
-    if code != 0:
+    if code != 0 or "found" not in told:
         last = said.strip().splitlines()[-1:]
         return replace(outcome, error=": ".join([f"its process ended with code {code}", *last]))
     found = told["found"]

@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 import torch
 from benchmarks.bench_text import caption_lengths
-
 from gpu.rows import Scale
+
 from mlip_cli.distributed import unwrap
 from mlip_cli.profiling.subject import pinned
 from mlip_cli.recipe.config import Recipe

@@ -5,10 +5,10 @@ from contextlib import contextmanager
 from unittest.mock import patch
 
 import torch
-
 from gpu.parallel import one_rank
 from gpu.rows import Found, Scale
 from gpu.trainings import EAGER, recipe_of, stepper_of, web_batch
+
 from mlip_cli import distributed
 from mlip_cli.devices import pick_device
 from mlip_cli.train import signals
