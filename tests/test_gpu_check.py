@@ -109,6 +109,7 @@ def test_what_there_is_no_time_for_is_named() -> None:
     assert [own.is_well for own in (long, following)] == [True, True]
 
 
+@pytest.mark.slow
 def test_what_the_rows_usually_take_is_within_the_budget() -> None:
     assert sum(row.usual_s for row in all_rows()) <= 480
     assert len({row.name for row in all_rows()}) == len(all_rows())

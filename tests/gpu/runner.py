@@ -17,6 +17,7 @@ from typing import Any
 
 from forks_for_tests import FORKS, own_group
 from gpu.rows import Found, Row, Scale
+from killed_for_tests import with_group
 
 from mlip_cli.terminal.output import start_logging
 
@@ -82,11 +83,14 @@ def run_row(row: Row, scale: Scale) -> Outcome:
         words, answer = Path(folder, "words"), Path(folder, "answer.json")
         process = FORKS.Process(target=body, args=(row.run, scale, str(words), str(answer)))
         process.start()
-        process.join(max(0.0, scale.seconds_left))
-        is_late = process.exitcode is None
-        if is_late:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.join()
+        try:
+            process.join(max(0.0, scale.seconds_left))
+        finally:  # also after Ctrl-C, which the row does not get
+            is_late = process.exitcode is None
+            if is_late:
+                with_group(process.pid, signal.SIGKILL)
+                process.kill()
+                process.join()
         outcome = replace(outcome, seconds=round(time.monotonic() - start, 2))
         said = words.read_text(errors="replace") if words.exists() else ""
         if is_late:
