@@ -52,13 +52,12 @@ def all_rows() -> tuple[Row, ...]:
             only_on_cuda="NCCL",
         ),
         Row("FSDP", "as DDP", parallel.fsdp_training, 30, is_quiet=True, only_on_cuda=NO_POLICY),
-        Row("speed as written", written, speed.as_written, 60, is_speed=True),
+        Row("speed as written", written, speed.as_written, 60),
         Row(
             "speed compiled",
             "MLIP at 0.5 at 1.5 times plain CLIP as written",
             speed.compiled,
             100,
-            is_speed=True,
             only_on_cuda="inductor",
         ),
         Row("commands", "pretrain, kill -9, --resume, profile, merge-sweep", commands.commands, 60),
@@ -67,7 +66,6 @@ def all_rows() -> tuple[Row, ...]:
             "5 % or less at the full batch size",
             trace.idle_gpu,
             25,
-            is_speed=True,
             only_on_cuda="kernels of a GPU",
         ),
         Row(
@@ -77,10 +75,10 @@ def all_rows() -> tuple[Row, ...]:
             15,
             only_on_cuda="a limit of memory",
         ),
-        Row("copy", "hidden behind the work of a step", trace.hidden_copy, 10, is_speed=True, only_on_cuda=NO_STREAM),
-        Row("packed texts", "1.6 times padded ones, same features", kernels.packed_texts, 10, is_speed=True),
-        Row("FILIP", "bf16 faster than fp32", kernels.filip, 15, is_speed=True),
-        Row("patch filter", "products faster than the FFT", kernels.patch_filter, 15, is_speed=True),
+        Row("copy", "hidden behind the work of a step", trace.hidden_copy, 10, only_on_cuda=NO_STREAM),
+        Row("packed texts", "1.6 times padded ones, same features", kernels.packed_texts, 10),
+        Row("FILIP", "bf16 faster than fp32", kernels.filip, 15),
+        Row("patch filter", "products faster than the FFT", kernels.patch_filter, 15),
         Row("attention", "which backend is fastest", kernels.attention, 20, only_on_cuda="cuDNN, memory-efficient"),
     )
 
@@ -116,8 +114,7 @@ def cells(outcome: Outcome) -> list[Any]:
         found, verdict = f"failed: {outcome.error}", NOT_AS_EXPECTED
     else:
         assert outcome.found is not None
-        false = [words for words, holds in outcome.found["statements"].items() if not holds]
-        found = "; not so: ".join([outcome.found["words"], *(false if outcome.as_expected is False else ())])
+        found = "; not so: ".join([outcome.found["words"], *outcome.not_so])
         verdict = VERDICTS[outcome.as_expected]
         if outcome.not_rehearsed is not None:
             found = f"{found}; not rehearsed: {outcome.not_rehearsed}"

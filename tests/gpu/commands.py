@@ -75,10 +75,10 @@ def commands(scale: Scale) -> Found:
     devices = {profiled["device"].partition(":")[0], *(own["device"].partition(":")[0] for own in lines)}
     return Found(
         f"killed at {figures['killed_at_checkpoint']}, finished at {figures['steps']}; all commands ended well",
-        {
+        statements={
             **statements,
             f"commands chose {scale.device_type}": devices == {scale.device_type},
             "sweeps ran in the precision that was asked for": [own["precision"] for own in lines] == ["fp32", "bf16"],
         },
-        figures | {"limit": profiled["limit"], "sweeps": lines},
+        figures=figures | {"limit": profiled["limit"], "sweeps": lines},
     )

@@ -68,11 +68,11 @@ def against_fp64(scale: Scale) -> Found:
     of_parts = relative_error(parts, whole)
     return Found(
         f"fp32 {errors[worst]:.1e} ({worst}), micro-batches {of_parts:.1e} in fp64, {alike:.2%} of groups as in fp64",
-        {
+        statements={
             f"features and gradients in fp32 within {SMALL:g} of fp64 on the CPU": errors[worst] <= SMALL,
             f"micro-batches give the gradient of the whole batch within {TINY:g}": of_parts <= TINY,
         },
-        {"errors": errors, "micro_batches": of_parts, "groups_alike": alike},
+        figures={"errors": errors, "micro_batches": of_parts, "groups_alike": alike},
     )
 
 
@@ -109,13 +109,13 @@ def skipped_step(scale: Scale) -> Found:
     finite = all(torch.isfinite(p).all().item() for p in model.parameters())
     return Found(
         f"{moved.count(True)} of {STEPS} steps trained, {progress.skipped_steps} skipped and counted",
-        {
+        statements={
             "the steps before and after train": moved[BROKEN - 2] and moved[-1],
             "the step with an infinite gradient changes nothing": not moved[BROKEN - 1],
             "skipped steps are counted": progress.skipped_steps == moved.count(False),
             "all weights are finite": finite,
         },
-        {"moved": moved, "skipped_steps": progress.skipped_steps},
+        figures={"moved": moved, "skipped_steps": progress.skipped_steps},
     )
 
 
@@ -139,11 +139,11 @@ def micro_batches(scale: Scale) -> Found:
     is_finite = all(torch.isfinite(p).all().item() for p in stepper.training.plain.parameters())
     return Found(
         f"{size} of {share} samples in {allowed_gib} GiB, tried {tried}",
-        {
+        statements={
             "some size fits, and a whole batch does not": 1 < size < share or device.type != "cuda",
             "a step by such micro-batches trains": is_finite and stepper.guard.skipped.item() == 0,
         },
-        {"size": size, "share": share, "tried": tried, "allowed_gib": allowed_gib},
+        figures={"size": size, "share": share, "tried": tried, "allowed_gib": allowed_gib},
     )
 
 
@@ -165,6 +165,6 @@ def evaluation_in_fp32(scale: Scale) -> Found:
     errors = {name: relative(*pair) for name, pair in found.items()}
     return Found(
         ", ".join(f"{name} {error:.1e}" for name, error in errors.items()),
-        {f"a {name} has the digits of fp32 (TF32: 3e-4)": error < SMALL for name, error in errors.items()},
-        errors,
+        statements={f"a {name} has the digits of fp32 (TF32: 3e-4)": error < SMALL for name, error in errors.items()},
+        figures=errors,
     )

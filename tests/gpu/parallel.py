@@ -76,13 +76,13 @@ def wrapped_training(scale: Scale, *, kind: str) -> Found:
         steps_of(second, batch, steps=1)()
     return Found(
         f"{STEPS} steps, checkpoint restored, features differ by {difference.item():.1e}",
-        {
+        statements={
             f"the model is wrapped for {kind}": kinds == {kind},
             "a restored training has the same weights": is_same and progress.step == STEPS,
             "it has the same features": difference.item() < 1e-2,
             "no step was skipped": skipped == 0,
         },
-        {"difference": difference.item()},
+        figures={"difference": difference.item()},
     )
 
 

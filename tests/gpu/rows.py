@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
 import torch
@@ -125,8 +125,11 @@ class Found:
 
     words: str
     """The most important of it, for the table."""
+    _: KW_ONLY
     statements: Mapping[str, bool] = field(default_factory=dict)
     """What was expected, in a sentence -> whether it is so; none if the row only measures."""
+    speeds: Mapping[str, bool] = field(default_factory=dict)
+    """The same of what holds on a GPU at full size alone, so that a rehearsal does not judge it."""
     figures: Mapping[str, Any] = field(default_factory=dict)
     """Numbers and words that can be written as JSON."""
     lines: Sequence[Mapping[str, Any]] = ()
@@ -144,10 +147,9 @@ class Row:
     """A function of a module, so that another process finds it."""
     usual_s: float
     """On one data centre GPU; a row begins only while so many seconds are left."""
+    _: KW_ONLY
     only_on_cuda: str | None = None
     """What of it a rehearsal leaves out, because a CPU has no such thing."""
-    is_speed: bool = False
-    """What it expects holds on a GPU at full size alone, so that a rehearsal does not judge it."""
     is_quiet: bool = False
     """A warning of any library is not as expected."""
 

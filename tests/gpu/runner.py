@@ -36,6 +36,8 @@ class Outcome:
     as_expected: bool | None
     """None: the row only measures, or nothing was found."""
     seconds: float
+    not_so: tuple[str, ...] = ()
+    """What was expected and is not so."""
     error: str | None = None
     """One line about what ended the row."""
     not_run: str | None = None
@@ -111,9 +113,9 @@ def judged(row: Row, scale: Scale, outcome: Outcome, told: dict[str, Any], *, sa
         warnings = [line.strip() for line in said.splitlines() if WARNING.search(line)]
         found["statements"]["nobody warned"] = not warnings
         found["figures"]["warnings"] = warnings
-    statements = found["statements"]
-    is_judged = statements and not (row.is_speed and scale.device_type != "cuda")
-    return replace(outcome, found=found, as_expected=all(statements.values()) if is_judged else None)
+    statements = found["statements"] | (found["speeds"] if scale.device_type == "cuda" else {})
+    not_so = tuple(words for words, holds in statements.items() if not holds)
+    return replace(outcome, found=found, as_expected=not not_so if statements else None, not_so=not_so)
 
 
 def run_rows(rows: Sequence[Row], scale: Scale) -> Iterator[Outcome]:

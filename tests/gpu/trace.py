@@ -83,9 +83,12 @@ def idle_gpu(scale: Scale) -> Found:
     ]
     return Found(
         "; ".join(words),
-        {f"at the full batch size the GPU is idle for {MOST_IDLE:.0%} or less": figures[-1]["idle_share"] <= MOST_IDLE},
-        {f"batch_{own['batch_size']}": own for own in figures},
-        [line for _, lines in found for line in lines],
+        speeds={
+            f"at the full batch size the GPU is idle for {MOST_IDLE:.0%} or less": figures[-1]["idle_share"]
+            <= MOST_IDLE
+        },
+        figures={f"batch_{own['batch_size']}": own for own in figures},
+        lines=[line for _, lines in found for line in lines],
     )
 
 
@@ -113,6 +116,6 @@ def hidden_copy(scale: Scale) -> Found:
     return Found(
         f"{megabytes:.0f} MB: {milliseconds(copy_s):g} ms alone, {megabytes / 1000 / copy_s:.1f} GB/s; beside work "
         f"{shown:.0%} of it show",
-        {f"{MOST_SHOWN:.0%} of the copy or less adds to the work beside it": shown <= MOST_SHOWN},
-        {"copy_s": copy_s, "load_s": load_s, "both_s": both_s, "shown_share": shown, "megabytes": megabytes},
+        speeds={f"{MOST_SHOWN:.0%} of the copy or less adds to the work beside it": shown <= MOST_SHOWN},
+        figures={"copy_s": copy_s, "load_s": load_s, "both_s": both_s, "shown_share": shown, "megabytes": megabytes},
     )

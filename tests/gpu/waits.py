@@ -56,10 +56,10 @@ def steps_without_waiting(scale: Scale) -> Found:
     skipped = stepper.guard.skipped.item()
     return Found(
         f"{STEPS} steps, none waited",
-        {
+        statements={
             "no operation of a step or a vote waits": True,
             "the vote of each step is read a step later": [own.save for own in votes[1:4]] == [True, False, True],
             "no step was skipped": skipped == 0,
         },
-        {"steps": STEPS, "votes_for_saving": [own.save for own in votes]},
+        figures={"steps": STEPS, "votes_for_saving": [own.save for own in votes]},
     )
