@@ -16,7 +16,7 @@ from mlip_cli.losses.objective import Objective
 from mlip_cli.model.blocks import set_fused_attention
 from mlip_cli.model.clip import CLIP
 from mlip_cli.train.gradients import Precision, add_gradients
-from mlip_cli.train.micro_batches import largest_that_fits, try_once
+from mlip_cli.train.micro_batches import chosen_micro_batch_size
 from mlip_cli.train.optim import Schedule, build_optimizer
 from mlip_cli.train.state import Progress, Training
 from mlip_cli.train.step import Stepper, StepSettings
@@ -120,30 +120,25 @@ def skipped_step(scale: Scale) -> Found:
 
 
 def micro_batches(scale: Scale) -> Found:
-    """The largest micro-batch of single_gpu.yaml where memory is short: the share is halved until it fits."""
+    """What `auto` finds for single_gpu.yaml where memory is short: the share is halved until it fits."""
     device = pick_device(scale.device_type)
     recipe, share, allowed_gib = recipe_of("single_gpu", scale, EAGER), scale.batch_size, 8
     stepper = stepper_of(recipe, device)
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, allowed_gib * GIB / total), device)
-    tried = []
-
-    def attempt(size: int) -> None:
-        tried.append(size)
-        try_once(recipe, stepper.training, share=share, size=size)
-
-    size = largest_that_fits(share, attempt)
+    size = chosen_micro_batch_size(recipe, stepper.training, Progress(), share=share)
+    assert size is not None, "single_gpu.yaml says auto"
     stepper.settings = replace(stepper.settings, micro_batch_size=size)
     steps_of(stepper, web_batch(recipe, device, batch_size=share), steps=1)()
     is_finite = all(torch.isfinite(p).all().item() for p in stepper.training.plain.parameters())
     return Found(
-        f"{size} of {share} samples in {allowed_gib} GiB, tried {tried}",
+        f"{size} of {share} samples at a time in {allowed_gib} GiB",
         statements={
             "some size fits, and a whole batch does not": 1 < size < share or device.type != "cuda",
             "a step by such micro-batches trains": is_finite and stepper.guard.skipped.item() == 0,
         },
-        figures={"size": size, "share": share, "tried": tried, "allowed_gib": allowed_gib},
+        figures={"size": size, "share": share, "allowed_gib": allowed_gib},
     )
 
 

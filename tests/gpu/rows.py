@@ -115,7 +115,7 @@ REHEARSAL = Scale(
     copied=2,
     load=64,
     matrix=64,
-    samples=80,
+    samples=48,
 )
 
 
