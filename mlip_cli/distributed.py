@@ -83,7 +83,7 @@ def leave() -> None:
 
 
 class MeetingPlace:
-    """Where ranks wait for each other without a collective: a key of the store for each rank and each wait.
+    """Where ranks wait for each other without a collective: a count in the store for each wait.
 
     The store is the one that the ranks found each other by, so that it needs no more network than they have. Backends
     of collectives choose an address of their own, which on several nodes may be the wrong one.
@@ -102,28 +102,27 @@ class MeetingPlace:
             RunError: after `most`; it names the ranks that did not come.
         """
         number, deadline = next(self.numbers), time.monotonic() + most.total_seconds()
-        self._note(f"{number}/here")
-        missing = self._missing(f"{number}/here", deadline)
-        self._note(f"{number}/seen")
-        if missing:
+        here, seen = f"{number}/here", f"{number}/seen"
+        self.store.set(f"{here}/{rank()}", "")
+        self.store.add(here, 1)
+        everyone_came = self._all(here, deadline)
+        self.store.add(seen, 1)
+        if not everyone_came:
+            missing = [str(other) for other in range(world_size()) if not self.store.check([f"{here}/{other}"])]
             raise RunError(
-                f"rank {', '.join(map(str, missing))} of {world_size()} did not come within {most}; look at what it "
-                "printed, and whether its node is up"
+                f"rank {', '.join(missing)} of {world_size()} did not come within {most}; look at what it printed, "
+                "and whether its node is up"
             )
         if rank() == 0:  # it may hold the store, so it leaves when nobody asks for this wait any more
-            self._missing(f"{number}/seen", deadline)
+            self._all(seen, deadline)
 
-    def _note(self, what: str) -> None:
-        self.store.set(f"{what}/{rank()}", "")
-
-    def _missing(self, what: str, deadline: float) -> list[int]:
-        """The ranks that have not noted `what` by `deadline`, a reading of the monotonic clock."""
-        missing = list(range(world_size()))
-        while missing := [other for other in missing if not self.store.check([f"{what}/{other}"])]:
+    def _all(self, what: str, deadline: float) -> bool:
+        """Whether all ranks have counted themselves for `what` by `deadline`, a reading of the monotonic clock."""
+        while self.store.add(what, 0) < world_size():
             if time.monotonic() > deadline:
-                break
+                return False
             time.sleep(self.LOOK_EVERY_S)
-        return missing
+        return True
 
 
 _meeting_place: ContextVar[MeetingPlace] = ContextVar("meeting_place")
@@ -275,17 +274,22 @@ def from_main(value: str) -> str:
     return first
 
 
+# names since PyTorch 2.14, which warns of the older ones
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+_reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+
+
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: object, x: Tensor) -> Tensor:
         gathered = x.new_empty(world_size() * x.shape[0], *x.shape[1:])
-        dist.all_gather_into_tensor(gathered, x.contiguous())
+        _all_gather(gathered, x.contiguous())
         return gathered
 
     @staticmethod
     def backward(ctx: object, grad: Tensor) -> Tensor:
         own = grad.new_empty(grad.shape[0] // world_size(), *grad.shape[1:])
-        dist.reduce_scatter_tensor(own, grad.contiguous())
+        _reduce_scatter(own, grad.contiguous())
         return own
 
 

@@ -10,15 +10,15 @@ import os
 import sys
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from fake_cuda_for_tests import CUDA, autocast_rules_of_cuda, move_without_storage
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -41,7 +41,6 @@ from mlip_cli.train.state import Training
 from mlip_cli.train.step import Stepper, StepSettings
 
 aten = torch.ops.aten
-CUDA = torch.device("cuda", 0)
 RANKS = 8
 WORDS = 100
 """The number of words that a batch is said to have; the device counts them, and the host reads it a step later."""
@@ -74,33 +73,6 @@ def waits(operation: Any, args: Sequence[Any], named: Mapping[str, Any]) -> bool
     return operation in (aten._local_scalar_dense.default, *sized_by_data)
 
 
-@contextmanager
-def autocast_of_cuda(precision: Precision, device: torch.device) -> Iterator[None]:
-    """`torch.autocast` on CUDA, which switches itself off where there is no driver."""
-    torch.set_autocast_dtype("cuda", precision.dtype)
-    torch.set_autocast_enabled("cuda", True)
-    try:
-        yield
-    finally:
-        torch.set_autocast_enabled("cuda", False)
-        torch.clear_autocast_cache()
-
-
-def to_fake_cuda(model: nn.Module) -> None:
-    """Replace parameters and buffers by fake ones on CUDA, each parameter with a gradient."""
-    for module in model.modules():
-        for tensors in (module._parameters, module._buffers):
-            for name, tensor in tensors.items():
-                if tensor is None:
-                    continue
-                empty = torch.empty(tensor.shape, dtype=tensor.dtype, device=CUDA)
-                if isinstance(tensor, nn.Parameter):
-                    tensors[name] = parameter = nn.Parameter(empty)
-                    parameter.grad = torch.empty_like(empty)
-                else:
-                    tensors[name] = empty
-
-
 def fake_fetched(x: Tensor) -> Callable[[], int]:
     """What the host reads a step later; pinned memory and events need a driver."""
     return lambda: WORDS if x.shape == () and x.dtype == torch.int64 else 0
@@ -111,14 +83,14 @@ def waits_of(recipe: Recipe, micro_batch_size: int | None) -> dict[str, int]:
     objective = Objective(recipe.losses)
     model = build_model(recipe)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        to_fake_cuda(model)
+        move_without_storage(model)
         set_fused_attention(model, True)
         average = WeightAverage(model, horizon=10_000)
         precision = Precision(torch.bfloat16, torch.amp.GradScaler("cuda", enabled=False))
         training = Training(model, build_optimizer(model, recipe.optim), precision, CUDA, average)
         settings = StepSettings(Schedule(1e-3, 2, 10), 1.0, 8 * RANKS, micro_batch_size)
         stepper = Stepper(training, objective, settings)
-        batch = noise_batch(recipe, batch_size=8, num_tokens=20, device=CUDA)
+        batch = noise_batch(recipe, batch_size=8, num_tokens=48, device=CUDA, lengths=(4, 9, 9, 15, 20, 30, 44, 48))
         plan = plan_by_step(recipe.model.merging, model, 10)(5)
         stop = StopRequest(CUDA)
         with Waits() as waits_found:
@@ -138,7 +110,7 @@ def main() -> None:
         with (
             patch.object(torch.Tensor, "backward", lambda *_, **__: None),
             patch.object(torch.autograd, "grad", lambda loss, leaves, **_: [torch.empty_like(leaf) for leaf in leaves]),
-            patch.object(Precision, "autocast", autocast_of_cuda),
+            patch.object(Precision, "autocast", lambda *_: autocast_rules_of_cuda()),
             patch.object(gradients.RandomState, "read", lambda _: state),
             patch.object(signals, "fetched", fake_fetched),
             patch.object(words, "fetched", fake_fetched),

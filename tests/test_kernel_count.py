@@ -1,15 +1,13 @@
 """How many kernels a forward pass starts on a GPU, on tensors without storage: small batches wait for the starts."""
 
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from fake_cuda_for_tests import CUDA, autocast_rules_of_cuda, move_without_storage
 from torch._subclasses import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -21,7 +19,6 @@ from mlip_cli.train.noise import noise_batch
 from mlip_cli.types import Batch
 
 RECIPES = Path(__file__).parent.parent / "recipes"
-CUDA = torch.device("cuda", 0)
 NO_KERNEL = {
     *("alias", "as_strided", "detach", "diagonal", "expand", "permute", "select", "slice", "split", "split_with_sizes"),
     *("squeeze", "t", "transpose", "unbind", "unfold", "unsqueeze", "view", "_unsafe_view", "lift_fresh"),
@@ -57,31 +54,6 @@ class FusedAttention(TorchFunctionMode):
             return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, kwargs.get("is_causal", False))[0]
         mask = mask.to(q.dtype).expand(*q.shape[:3], k.shape[2])
         return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, mask, True)[0]
-
-
-@contextmanager
-def autocast_rules_of_cuda() -> Iterator[None]:
-    """`torch.autocast("cuda")` refuses where there is no device."""
-    torch.set_autocast_dtype("cuda", torch.bfloat16)
-    torch.set_autocast_enabled("cuda", True)
-    torch.autocast_increment_nesting()
-    try:
-        yield
-    finally:
-        torch.autocast_decrement_nesting()
-        torch.clear_autocast_cache()
-        torch.set_autocast_enabled("cuda", False)
-
-
-def move_without_storage(model: nn.Module) -> None:
-    """Under fake tensors: parameters and buffers of the same shapes on a GPU."""
-    for module in model.modules():
-        for name, value in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
-            empty: Tensor = torch.empty(value.shape, dtype=value.dtype, device=CUDA)
-            if isinstance(value, nn.Parameter):
-                module._parameters[name] = nn.Parameter(empty)
-            else:
-                module._buffers[name] = empty
 
 
 def kernels_of_a_forward_pass(model: CLIP, batch: Batch) -> Counter[str]:

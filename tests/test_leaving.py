@@ -48,12 +48,12 @@ def stuck(place: str, arguments: Sequence[str], environment: dict[str, str], wor
 
 
 def get_stuck(place: str, marker: str) -> None:
-    from mlip_cli.data.loader import _Steps
+    from mlip_cli.data.loader import _Parts
     from mlip_cli.train import step
 
     owner: Any
     owner, name = {
-        "the loader": (_Steps, "__getitem__"),
+        "the loader": (_Parts, "__getitem__"),
         "a step": (step, "add_gradients"),
         "a step of Python": (step, "add_gradients"),
     }[place]

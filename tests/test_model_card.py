@@ -213,7 +213,7 @@ def test_scores_of_retrieval_alone_are_shown(run: Run, recipe: Recipe) -> None:
     text = card(run, recipe)
     assert "Nothing is measured" not in text
     assert "**pairs: text to image**" in text
-    assert "| 8 | 0.500 | 34.4 (31.0-38.4) | 34.4 (31.0-38.4) | 34.4 (31.0-38.4) | 2 |" in text
+    assert "| 8 | 0.500 | fp32 | 34.4 (31.0-38.4) | 34.4 (31.0-38.4) | 34.4 (31.0-38.4) | 2 |" in text
 
 
 def test_a_run_without_data_and_scores_says_so(tmp_path: Path, recipe: Recipe) -> None:

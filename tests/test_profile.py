@@ -227,7 +227,7 @@ def test_ranks_share_the_cores_of_the_machine(place: Path, monkeypatch: pytest.M
     assert facts.loader_images_per_s == pytest.approx(7 / sum(facts.sample_seconds.values()))
     alone = measures.loader_facts(recipe, datasets, ranks=1)
     assert alone is not None
-    assert alone.loader_processes == 16
+    assert alone.loader_processes == 63
 
 
 def test_precision_and_compiling_may_differ_from_the_recipe(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -65,14 +65,16 @@ def test_lengths_are_those_of_the_rows() -> None:
     assert Tokenizer(77, whole=True).lengths(texts, length=77) is None
 
 
-def test_evaluation_pads_texts_to_few_widths() -> None:
+def test_evaluation_on_a_gpu_pads_texts_to_few_widths() -> None:
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
     texts = [" ".join(["word"] * n) for n in range(1, 90)]
     whole = Tokenizer(77).encode(texts)
     for i in range(0, len(texts), 3):
-        some = tokenize(Tokenizer(77), texts[i : i + 3])
+        some = tokenize(Tokenizer(77), gpu, texts[i : i + 3])
         assert some.shape[1] == next(width for width in LENGTHS if min(i + 5, 77) <= width)
         assert torch.equal(some, whole[i : i + 3, : some.shape[1]])
-    assert tokenize(Tokenizer(77, whole=True), texts[:1]).shape == (1, 77)
+    assert tokenize(Tokenizer(77, whole=True), gpu, texts[:1]).shape == (1, 77)
+    assert tokenize(Tokenizer(77), cpu, texts[:1]).shape == (1, 3)
 
 
 def test_pickles_small() -> None:

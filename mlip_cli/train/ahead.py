@@ -33,6 +33,7 @@ class Copier:
     def __init__(self, objective: Objective, device: torch.device) -> None:
         self.objective, self.device = objective, device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.works_ahead = self._stream is not None
 
     def __call__(self, batch: Batch, part: PartOf = nullcontext) -> ReadyBatch:
         """Begin the copy of a batch, and the count of its captions."""
@@ -60,10 +61,13 @@ class Copier:
 
 
 def one_ahead(batches: Iterator[Batch], copier: Copier) -> Iterator[ReadyBatch]:
-    """Each batch, when the copy of the next one has begun."""
+    """Each batch; on CUDA when the copy of the next one has begun, elsewhere at once."""
     ready: ReadyBatch | None = None
     for batch in batches:
         following = copier(batch)
+        if not copier.works_ahead:
+            yield following
+            continue
         if ready is not None:
             yield ready
         ready = following

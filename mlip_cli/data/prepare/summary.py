@@ -165,7 +165,5 @@ def _fitted(recipe: "Recipe", num_samples: int) -> Iterator[str]:
     steps = train.steps or (train.epochs or 0) * (num_samples // batch_size)
     if batch_size < train.global_batch_size:
         yield f"train.global_batch_size={batch_size}"
-    if train.given_micro_batch_size is not None and batch_size <= train.given_micro_batch_size:
-        yield "train.micro_batch_size=null"
     if recipe.optim.warmup_steps > steps // 10:
         yield f"optim.warmup_steps={max(1, steps // 10)}"
