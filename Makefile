@@ -7,7 +7,7 @@ READY := $(VENV)/.installed
 
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-quick smoke check format bench ablation schema clean
+.PHONY: help demo test test-quick smoke check format bench gpu ablation schema clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -62,6 +62,9 @@ format: $(READY) ## Format the code and mend what can be mended
 
 bench: $(READY) ## Run the measurements of tests/benchmarks, an hour or two; nothing else should run beside them
 	@$(RUN) -m pytest -q -s -o python_files='bench_*.py' -o timeout=0 tests/benchmarks
+
+gpu: $(READY) ## Check numbers, speed and commands on one CUDA GPU, in 8 minutes at most: [OUT=gpu.json]
+	@PYTHONPATH=tests $(RUN) -m gpu $(if $(OUT),--out $(OUT))
 
 ablation: $(READY) ## Train and compare recipes/ablation, days: DATA=FOLDER_OF_TARS [STAGES=PSHFCTE] [JOBS=N] (goes on where it stopped)
 	@test -n "$(DATA)" || { echo "error: name the data: make ablation DATA=FOLDER_OF_TARS" >&2; exit 2; }

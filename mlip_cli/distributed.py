@@ -125,7 +125,7 @@ def wrap(
         return DistributedDataParallel(
             model, device_ids=[device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True
         )
-    mesh = dist.device_mesh.init_device_mesh(device.type, (world_size(),))
+    mesh = dist.device_mesh.init_device_mesh(device.type, (dist.get_world_size(),))
     policy = MixedPrecisionPolicy()
     if dtype is not None:
         # inputs stay as they are: the sum of residuals is fp32, as without sharding

@@ -12,6 +12,7 @@ FIRST = (
     "test_killed.py",
     "test_sharded.py",
     "test_readme.py",
+    "test_gpu_check.py",
     "test_leaving.py",
     "test_slurm.py",
     "test_report.py",

@@ -91,6 +91,7 @@ def test_make_alone_lists_the_targets() -> None:
         "check",
         "format",
         "bench",
+        "gpu",
         "ablation",
         "schema",
         "clean",

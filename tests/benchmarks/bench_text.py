@@ -29,8 +29,8 @@ AIM = 1.6
 WAYS = ("padded", "in groups")
 
 
-def caption_lengths() -> list[int]:
-    draws = np.random.default_rng(0).normal(np.log(MEDIAN), SPREAD, CAPTIONS)
+def caption_lengths(n: int = CAPTIONS) -> list[int]:
+    draws = np.random.default_rng(0).normal(np.log(MEDIAN), SPREAD, n)
     longest = Text().context_length
     return [longest, *np.exp(draws[1:]).round().clip(3, longest).astype(int).tolist()]
 
