@@ -212,3 +212,12 @@ def test_commands_measure_and_draw_a_run_with_a_stem(
     assert [point["rate"] for point in json.loads(capsys.readouterr().out)["points"]] == [0, 0.25]
     [account] = (tmp_path / "runs" / "stem" / "evals").glob("merge_pictures_*.json")
     assert [point["stages"][0]["block"] for point in json.loads(account.read_text())["points"]] == [3]
+
+
+@pytest.mark.parametrize("pool", [None, "mean"])
+def test_tokens_of_a_tower_lie_in_order_in_memory(pool: str | None) -> None:
+    """Without a class token nothing else would bring them into order behind the convolution."""
+    recipe = small_recipe()
+    vision = recipe.model.vision.model_copy(update={"pool": pool})
+    model = small_model(recipe.model_copy(update={"model": recipe.model.model_copy(update={"vision": vision})}))
+    assert model.vision.embed(model.normalize(small_batch().images)).is_contiguous()

@@ -216,7 +216,9 @@ class ImageTower(nn.Module):
         given, own = tuple(images.shape[-2:]), tuple(self.trunk.patch_embed.img_size)
         if given != own:
             raise UsageError(f"images: {given[0]} x {given[1]} pixels, but the model reads {own[0]} x {own[1]}")
-        return self.trunk._pos_embed(self.trunk.patch_embed(images))
+        # A convolution leaves the tokens transposed in memory, and so would be all sums of residuals: each norm would
+        # copy them, and compiled code for CPUs makes NaN of them in bf16 (PyTorch 2.14).
+        return self.trunk._pos_embed(self.trunk.patch_embed(images)).contiguous()
 
     def check_merging(self) -> None:
         """Check that the pooling can weigh each token by its number of patches.
