@@ -69,7 +69,7 @@ def measure(
         torch=torch.__version__,
         threads=torch.get_num_threads(),
         precision=recipe.train.precision,
-        compiled=profiled.is_compiled,
+        compiled=profiled.runs_compiled,
         image_size=model.image_size,
         batch_size=batch_size,
         rounds=rounds,

@@ -37,6 +37,14 @@ class ProfiledModel:
     step: int | None = None
     """Step of the checkpoint."""
     is_compiled: bool = False
+    """Whether its blocks are to be compiled."""
+    blocks: Compiled | None = None
+    """The compiled ones."""
+
+    @property
+    def runs_compiled(self) -> bool:
+        """Whether the blocks are compiled: some cannot be, which shows when they run."""
+        return self.is_compiled and (self.blocks is None or self.blocks.failure is None)
 
 
 def load_profiled(
@@ -63,11 +71,10 @@ def load_profiled(
         train = own.recipe.train.model_copy(update={"precision": precision})
         own = replace(own, recipe=own.recipe.model_copy(update={"train": train}))
     own = replace(own, is_compiled=compiles(own.recipe, own.device) if is_compiled is None else is_compiled)
-    _make_as_trained(own)
-    return own
+    return replace(own, blocks=_made_as_trained(own))
 
 
-def _make_as_trained(profiled: ProfiledModel) -> None:
+def _made_as_trained(profiled: ProfiledModel) -> Compiled | None:
     """Switch gradients and recomputation on as the recipe's training does, and compile the blocks if asked to."""
     model, recipe = profiled.model, profiled.recipe
     model.requires_grad_(True)
@@ -75,11 +82,12 @@ def _make_as_trained(profiled: ProfiledModel) -> None:
         model.set_grad_checkpointing()
     if recipe.model.freeze is not None:
         model.freeze(recipe.model.freeze)
-    if profiled.is_compiled:
-        wanted, found = find_compiler(profiled.device.type)
-        if found is None:
-            raise UsageError(f"compiling the blocks needs a {wanted}; apt install g++, or add --no-compile")
-        Compiled(fixed=model.picture_blocks(), varying=model.text.blocks)
+    if not profiled.is_compiled:
+        return None
+    wanted, found = find_compiler(profiled.device.type)
+    if found is None:
+        raise UsageError(f"compiling the blocks needs a {wanted}; apt install g++, or add --no-compile")
+    return Compiled(fixed=model.picture_blocks(), varying=model.text.blocks)
 
 
 def training_data(recipe: Recipe) -> list[ShardDataset]:
