@@ -71,14 +71,14 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
-def check_precision(name: str | None, device: torch.device) -> None:
-    """Check a precision that was asked for.
+def check_precision(name: str | None, device: torch.device, *, setting: str = "precision") -> None:
+    """Check a precision that `setting` asks for.
 
     Raises:
         UsageError: the device does not compute in it.
     """
     if name == "fp16" and device.type != "cuda":
-        raise UsageError(f"precision fp16: needs CUDA, and the device is {device.type} here; take bf16 or fp32")
+        raise UsageError(f"{setting} fp16: needs CUDA, and the device is {device.type} here; take bf16 or fp32")
 
 
 def pick_device(name: str) -> torch.device:
@@ -127,6 +127,17 @@ def find_compiler(device: str) -> tuple[str, str | None]:
         language, command = "C++", os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
     program = shlex.split(command)[:1]
     return f"{language} compiler, {command}", shutil.which(program[0]) if program else None
+
+
+def check_compiler(device: torch.device, setting: str, *, otherwise: str) -> None:
+    """See that there is a compiler, which `setting` needs.
+
+    Raises:
+        UsageError: there is none; the message ends with `otherwise`, another cure than to install one.
+    """
+    wanted, found = find_compiler(device.type)
+    if found is None:
+        raise UsageError(f"{setting}: needs a {wanted}; apt install g++, or {otherwise}")
 
 
 def synchronize(device: torch.device) -> None:

@@ -61,7 +61,7 @@ class Batch(_Movable):
     word_ids: Tensor | None = None
     """(V,) int64: the words of the global batch, for losses over them."""
     text_lengths: tuple[int, ...] | None = None
-    """(B*C): tokens of each caption, BOS and EOS included, which the CPU knows; None: all are computed in full."""
+    """(B*C): tokens of each caption, BOS and EOS included, which the CPU knows; None: padding is computed too."""
 
     def pin_memory(self) -> Self:
         """The batch in pinned memory, so that copies to a GPU do not wait."""

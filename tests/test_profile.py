@@ -251,7 +251,7 @@ def test_compiling_without_a_compiler_names_the_option(place: Path, monkeypatch:
     with pytest.raises(UsageError) as error:
         profile_subject.load_profiled("mlip.yaml", "cpu", is_compiled=True)
     assert str(error.value) == (
-        "compiling the blocks needs a C++ compiler, no-such-compiler; apt install g++, or add --no-compile"
+        "compiling the blocks: needs a C++ compiler, no-such-compiler; apt install g++, or add --no-compile"
     )
 
 

@@ -58,7 +58,7 @@ def test_half_precision_without_cuda_is_refused(monkeypatch: pytest.MonkeyPatch)
     assert training_device(recipe).type != "cuda"
     with pytest.raises(UsageError) as error:
         training_device(recipe.model_copy(update={"train": recipe.train.model_copy(update={"precision": "fp16"})}))
-    assert str(error.value) == "train.precision: fp16 needs CUDA, and train.device auto is cpu here; use bf16 or fp32"
+    assert str(error.value) == "train.precision fp16: needs CUDA, and the device is cpu here; take bf16 or fp32"
 
 
 @pytest.mark.parametrize(

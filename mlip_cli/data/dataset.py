@@ -32,7 +32,7 @@ from mlip_cli.machine import allow_open_files
 from mlip_cli.terminal.output import warn
 
 MAX_OPEN_SHARDS = 256
-"""So many shards of a data set stay open at a time, if `keep_open` allows no other number."""
+"""Most shards of a data set that are open at a time, unless `keep_open` allows another number."""
 FILES_OF_A_SHARD = 2
 """The tar and the map of its index."""
 OTHER_FILES = 1024

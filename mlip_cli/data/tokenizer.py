@@ -60,7 +60,7 @@ class Tokenizer:
         return torch.from_numpy(rows)
 
     def lengths(self, texts: Sequence[str], *, length: int) -> tuple[int, ...] | None:
-        """Tokens of each text in the rows of `encode(texts, length=length)`; None: every row counts whole."""
+        """Tokens of each text in the rows of `encode(texts, length=length)`; None: padding counts too."""
         return None if self.whole else tuple(min(self.count(text), length) for text in texts)
 
     def count(self, text: str) -> int:

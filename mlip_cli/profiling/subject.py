@@ -10,7 +10,7 @@ import torch
 from mlip_cli.data.dataset import ShardDataset
 from mlip_cli.data.open import open_sources
 from mlip_cli.data.tokenizer import Tokenizer
-from mlip_cli.devices import check_precision, find_compiler, pick_device
+from mlip_cli.devices import check_compiler, check_precision, pick_device
 from mlip_cli.errors import RunError, UsageError
 from mlip_cli.model.blocks import Compiled, set_fused_attention
 from mlip_cli.model.clip import CLIP, build_model
@@ -84,9 +84,7 @@ def _made_as_trained(profiled: ProfiledModel) -> Compiled | None:
         model.freeze(recipe.model.freeze)
     if not profiled.is_compiled:
         return None
-    wanted, found = find_compiler(profiled.device.type)
-    if found is None:
-        raise UsageError(f"compiling the blocks needs a {wanted}; apt install g++, or add --no-compile")
+    check_compiler(profiled.device, "compiling the blocks", otherwise="add --no-compile")
     return Compiled(fixed=model.picture_blocks(), varying=model.text.blocks)
 
 

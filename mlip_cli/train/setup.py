@@ -13,9 +13,8 @@ from mlip_cli.data.order import Order
 from mlip_cli.data.pictures import jpeg_decoder
 from mlip_cli.data.tokenizer import Tokenizer
 from mlip_cli.data.workers import default_num_workers
-from mlip_cli.devices import find_compiler, pick_device
+from mlip_cli.devices import check_compiler, check_precision, find_compiler, pick_device
 from mlip_cli.distributed import rank, world_size, wrap
-from mlip_cli.errors import UsageError
 from mlip_cli.losses.objective import Objective
 from mlip_cli.model.blocks import Compiled, set_fused_attention
 from mlip_cli.model.clip import CLIP, build_model
@@ -53,14 +52,9 @@ def training_device(recipe: Recipe) -> torch.device:
             compiler for `train.compile`.
     """
     device = pick_device(recipe.train.device)
-    if recipe.train.precision == "fp16" and device.type != "cuda":
-        raise UsageError(
-            f"train.precision: fp16 needs CUDA, and train.device {recipe.train.device} is {device.type} here; "
-            "use bf16 or fp32"
-        )
-    wanted, found = find_compiler(device.type)
-    if recipe.train.compile is True and found is None:
-        raise UsageError(f"train.compile: needs a {wanted}; apt install g++, or set it to false")
+    check_precision(recipe.train.precision, device, setting="train.precision")
+    if recipe.train.compile is True:
+        check_compiler(device, "train.compile", otherwise="set it to false")
     return device
 
 
