@@ -15,7 +15,15 @@ from mlip_cli.data.pictures import RejectedPictureError
 from mlip_cli.data.prepare.pixels import StoredPicture, store
 from mlip_cli.data.prepare.shards import PART_ROW, sample_parts, tar_writer, verify_tar
 from mlip_cli.data.prepare.workspace import PartOptions, PartResult
-from mlip_cli.data.sources.records import SPLITS, PictureBytes, PicturePlace, Record, SourcePart
+from mlip_cli.data.sources.records import (
+    SPLITS,
+    Picture,
+    PictureAddress,
+    PictureBytes,
+    PicturePlace,
+    Record,
+    SourcePart,
+)
 from mlip_cli.data.tar import read_decompressed
 from mlip_cli.data.tokenizer import count_tokens
 from mlip_cli.files import atomic_path, write_bytes, write_json
@@ -28,7 +36,8 @@ NO_SPLIT = 255
 def prepare_part(part: SourcePart, options: PartOptions) -> PartResult:
     """Write a part's samples and rejects to files of their own, and the result last. Each file is whole or absent."""
     tar = Path(options.folder, f"part-{part.number:06d}.tar")
-    rows: list[tuple[int, int, int]] = []
+    rows: list[tuple[int, bytes, int, int]] = []
+    num_tokens: list[int] = []
     rejects: list[dict[str, Any]] = []
     contents = _decompressed(part)
     with atomic_path(tar) as temporary:
@@ -36,17 +45,22 @@ def prepare_part(part: SourcePart, options: PartOptions) -> PartResult:
             for position, record in enumerate(part.records):
                 try:
                     content = contents.get(record.picture) if isinstance(record.picture, PicturePlace) else None
-                    sample, picture = _make_sample(record, content, position + part.first_row, options)
+                    fields, picture = _make_sample(record, content, options)
                 except RejectedPictureError as reject:
                     rejects.append(_reject(record, reject))
                     continue
-                writer.write(sample)
+                row = position + part.first_row
+                key = f"{row:09d}"
+                writer.write(sample_parts(key, image=picture.content, format=picture.format, fields=fields))
                 split = SPLITS.index(record.split) if record.split else NO_SPLIT
-                rows.append((picture.pixels, split, count_tokens(caption.text for caption in record.captions)))
-        columns = np.array(rows, np.uint64).reshape(-1, 3)
-        verified = verify_tar(temporary, columns[:, 2].astype(np.uint16))
+                sha256 = bytes.fromhex(fields["sha256"])[:16]
+                rows.append((row, sha256, picture.pixels, split))
+                num_tokens.append(count_tokens(caption.text for caption in record.captions))
+        verified = verify_tar(temporary, num_tokens)
     table = np.zeros(len(rows), PART_ROW)
-    table["record"], table["pixels"], table["split"] = verified.records, columns[:, 0], columns[:, 1]
+    for name, values in zip(("row", "sha256", "pixels", "split"), zip(*rows, strict=True), strict=False):
+        table[name] = values
+    table["record"] = verified.records
     with atomic_path(tar.with_suffix(".npy")) as temporary, open(temporary, "wb") as file:
         np.save(file, table, allow_pickle=False)
     lines = "".join(json.dumps(reject) + "\n" for reject in rejects)
@@ -67,10 +81,8 @@ def _decompressed(part: SourcePart) -> dict[PicturePlace, bytes]:
     return {place: read_decompressed(place.path, n, place.offset) for place, n in sizes if n <= MAX_FILE_BYTES}
 
 
-def _make_sample(
-    record: Record, content: bytes | None, row: int, options: PartOptions
-) -> tuple[dict[str, Any], StoredPicture]:
-    """The sample of a record and its picture, whose bytes are read if they are not at hand.
+def _make_sample(record: Record, content: bytes | None, options: PartOptions) -> tuple[dict[str, Any], StoredPicture]:
+    """The fields of KEY.json of a record, and its picture, whose bytes are read if they are not at hand.
 
     Raises:
         RejectedPictureError: says why the record becomes a reject.
@@ -95,10 +107,10 @@ def _make_sample(
         "source": {"file": encodable(record.file), "row": record.row},
         "meta": dict(record.meta),
     }
-    return sample_parts(f"{row:09d}", image=picture.content, format=picture.format, fields=fields), picture
+    return fields, picture
 
 
-def read_picture(picture: PicturePlace | PictureBytes) -> bytes:
+def read_picture(picture: Picture) -> bytes:
     """The encoded bytes of a picture; of one in a compressed file see `_decompressed`.
 
     Raises:
@@ -106,6 +118,8 @@ def read_picture(picture: PicturePlace | PictureBytes) -> bytes:
     """
     if isinstance(picture, PictureBytes):
         return picture.content
+    if isinstance(picture, PictureAddress):
+        raise RejectedPictureError("picture is an address", f"{picture.url}: download it first with mlip prepare-data")
     try:
         if not stat.S_ISREG(os.stat(picture.path).st_mode) and not os.path.isdir(picture.path):
             raise RejectedPictureError("picture is not a file", "a pipe or a device")  # reading it could wait for ever

@@ -37,8 +37,16 @@ CONTEXT_LENGTH = 77
 KEY = re.compile(r"[0-9a-z_-]+")
 FIRST_BYTES = {"jpg": (0, b"\xff\xd8\xff"), "png": (0, b"\x89PNG"), "webp": (8, b"WEBP")}
 """Format of a stored picture -> a place in its head, and the bytes that stand there."""
-PART_ROW = np.dtype([("record", RECORD), ("pixels", "<u8"), ("split", "u1")])
-"""A sample of a part: its index record there, hash of its pixels, place of its split in SPLITS (255: it has none)."""
+PART_ROW = np.dtype(
+    [
+        ("row", "<u8"),  # place in the whole source, the number in the key
+        ("record", RECORD),  # in the part's tar
+        ("sha256", "V16"),  # the first half of that of the source's bytes
+        ("pixels", "<u8"),  # `hash_pixels`
+        ("split", "u1"),  # place in SPLITS; 255: the source says none
+    ]
+)
+"""A sample of a part."""
 
 
 @contextmanager

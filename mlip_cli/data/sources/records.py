@@ -68,6 +68,16 @@ class PictureBytes:
 
 
 @dataclass(frozen=True)
+class PictureAddress:
+    """A picture that is downloaded."""
+
+    url: str
+
+
+Picture = PicturePlace | PictureBytes | PictureAddress
+
+
+@dataclass(frozen=True)
 class Record:
     """A row of the source. It becomes a sample or a line in rejects.parquet."""
 
@@ -75,7 +85,7 @@ class Record:
     """File that holds the row, relative to the source."""
     row: int
     """Place of the row in that file, from 0."""
-    picture: PicturePlace | PictureBytes | None
+    picture: Picture | None
     captions: tuple[Caption, ...]
     split: str | None = None
     label: str | None = None

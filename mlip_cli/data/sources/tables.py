@@ -14,6 +14,7 @@ from mlip_cli.data.sources.picture_paths import PathFinder, spellings
 from mlip_cli.data.sources.records import (
     SPLIT_WORDS,
     Caption,
+    Picture,
     PictureBytes,
     PicturePlace,
     ReadOptions,
@@ -90,7 +91,7 @@ def table_records(plans: Sequence[TablePlan]) -> Iterator[Record]:
 class PictureCell(NamedTuple):
     """What a cell says about a picture; fields as in Record."""
 
-    picture: PicturePlace | PictureBytes | None = None
+    picture: Picture | None = None
     detail: str = ""
     same: str = ""
     found_as: str = ""
