@@ -18,12 +18,14 @@ from mlip_cli.terminal.options import (
     DataRoot,
     Datasets,
     Device,
+    EngineName,
     Format,
     Holdout,
     ImageColumn,
     ImageFolder,
     Json,
     Limit,
+    LocalFolder,
     Model,
     Models,
     Out,
@@ -86,6 +88,8 @@ def prepare_data(
     caption_column: CaptionColumn = None,
     image_folder: ImageFolder = None,
     workers: Workers = None,
+    engine: EngineName = "processes",
+    workspace: LocalFolder = None,
     json: Json = False,
 ) -> None:
     """Turn pictures and captions into shards that training reads."""
@@ -100,6 +104,8 @@ def prepare_data(
         size=size,
         holdout=holdout,
         workers=workers,
+        engine=engine,
+        workspace=workspace,
         as_json=json,
     )
 

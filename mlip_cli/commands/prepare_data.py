@@ -1,16 +1,22 @@
 """`mlip prepare-data`: a source of pictures and captions to shards."""
 
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
-from mlip_cli.data.prepare.summary import next_commands
+from mlip_cli.data.prepare.engines import Engine
+from mlip_cli.data.prepare.ray_engine import check_installed
+from mlip_cli.data.prepare.summary import Summary, next_commands
 from mlip_cli.data.prepare.workspace import DONE, Workspace, finished_summary
 from mlip_cli.data.sources.find import DataSource, find_source
 from mlip_cli.data.sources.records import ReadOptions
 from mlip_cli.errors import UsageError
-from mlip_cli.machine import usable_cores
-from mlip_cli.paths import check_can_be_made, check_utf8
+from mlip_cli.paths import check_can_be_made, check_utf8, is_url
 from mlip_cli.terminal.output import print_json, say
+
+if TYPE_CHECKING:
+    from mlip_cli.data.prepare.upload import Store
 
 DEFAULT_SIZE = {"openmoji": 64}
 OTHER_SIZE = 256
@@ -19,16 +25,22 @@ OTHER_SIZE = 256
 
 def prepare_data(
     source: str,
-    out: Path,
+    out: Path | str,
     *,
     format: str,
     read: ReadOptions,
     size: int | None,
     holdout: float | None,
     workers: int | None,
+    engine: Literal["processes", "ray"] = "processes",
+    workspace: Path | None = None,
     as_json: bool,
 ) -> None:
     """Prepare `source` in `out`, or say that it is prepared; the summary goes to stdout.
+
+    Args:
+        out: a folder, or a URL.
+        workspace: where data for a URL are made; None: in the cache.
 
     Raises:
         UsageError: the source does not exist, its columns cannot be guessed, or OUT cannot be made or holds something
@@ -37,20 +49,25 @@ def prepare_data(
     """
     for name in (source, str(out)):
         check_utf8(name)
-    if not (out / DONE).is_file():
-        check_can_be_made(out, option="OUT")
+    store = _store(str(out), workspace)
+    folder = store.folder if store else Path(out)
+    if engine == "ray":
+        check_installed()
+    if not (folder / DONE).is_file():
+        check_can_be_made(folder, option="--workspace" if store else "OUT")
     found = find_source(source, format=format, read=read)
-    _check_options(found, out, read)
+    _check_options(found, folder, read)
     size = size or DEFAULT_SIZE.get(found.format, OTHER_SIZE)
     request = {"format": found.format, "size": size, "holdout": holdout, **vars(read)}
     request["source_fingerprint"] = found.fingerprint()
-    summary = finished_summary(out, request)
+    summary = store.finished(request) if store else finished_summary(folder, request)
     if summary is None:
-        from mlip_cli.data.prepare.assemble import prepare
-
-        summary = prepare(found, out, read, request, num_workers=workers or usable_cores())
+        summary = _made(found, folder, read, request, engine=Engine(engine, workers), store=store)
     else:
-        Workspace(out).discard()  # left by a kill between the last two steps
+        if store:  # what is left by a kill between the last two steps
+            store.clear()
+        else:
+            Workspace(folder).discard()
         summary = replace(summary, out=str(out), next=next_commands(found.format, out, summary.splits))
         say(f"{out}: prepared already, from the same files with the same options; nothing to do")
     if as_json:
@@ -58,6 +75,36 @@ def prepare_data(
     else:
         summary.show_splits()
     summary.show_notes()
+
+
+def _store(out: str, workspace: Path | None) -> "Store | None":
+    """The place of an OUT at a URL; None: OUT is a folder."""
+    if is_url(out):
+        from mlip_cli.data.prepare.upload import Store
+
+        return Store.at(out, workspace)
+    if workspace is not None:
+        raise UsageError(f"--workspace {workspace}: for an OUT at a URL, and {out} is a folder; leave it out")
+    return None
+
+
+def _made(
+    found: DataSource,
+    folder: Path,
+    read: ReadOptions,
+    request: dict[str, Any],
+    *,
+    engine: Engine,
+    store: "Store | None",
+) -> Summary:
+    """Prepare `found` in `folder`, and upload it to `store` if that is given."""
+    with store.begun(request) if store else nullcontext():
+        summary = finished_summary(folder, request) if store else None
+        if summary is None:
+            from mlip_cli.data.prepare.assemble import prepare
+
+            summary = prepare(found, folder, read, request, engine=engine)
+        return store.upload(summary) if store else summary
 
 
 def _check_options(source: DataSource, out: Path, read: ReadOptions) -> None:

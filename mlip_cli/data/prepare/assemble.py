@@ -17,10 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlip_cli import __version__
+from mlip_cli.data.prepare.engines import Engine, run_parallel
 from mlip_cli.data.prepare.parts import NO_SPLIT, prepare_part
 from mlip_cli.data.prepare.shards import StoredSamples, write_split
 from mlip_cli.data.prepare.summary import SplitSummary, Summary, next_commands
-from mlip_cli.data.prepare.workers import run_parallel
 from mlip_cli.data.prepare.workspace import PartOptions, PartResult, Workspace, opened
 from mlip_cli.data.sources.find import DataSource, read_records
 from mlip_cli.data.sources.listing import PassedOver, is_unread_picture
@@ -53,7 +53,7 @@ class SourceError(RunError):
     """Most rows of the source fail; nothing of the work is worth keeping."""
 
 
-def prepare(source: DataSource, out: Path, read: ReadOptions, request: dict[str, Any], *, num_workers: int) -> Summary:
+def prepare(source: DataSource, out: Path, read: ReadOptions, request: dict[str, Any], *, engine: Engine) -> Summary:
     """Prepare a source in OUT. An interrupted run is continued.
 
     Args:
@@ -84,7 +84,7 @@ def prepare(source: DataSource, out: Path, read: ReadOptions, request: dict[str,
         opened(out, request) as work,
     ):
         try:
-            results = _prepare_parts(work, source, read, survey, request, num_workers=num_workers)
+            results = _prepare_parts(work, source, read, survey, request, engine=engine)
             share = held_out_share(request["holdout"], survey.pictures)
             splits, is_held_out = _write_splits(work, results, holdout=share, provenance=provenance, holds=holds)
         except SourceError as error:
@@ -143,7 +143,7 @@ def _prepare_parts(
     survey: Survey,
     request: Mapping[str, Any],
     *,
-    num_workers: int,
+    engine: Engine,
 ) -> list[PartResult]:
     """Prepare the parts that are not finished yet. Returns all results, in the order of the source.
 
@@ -158,7 +158,8 @@ def _prepare_parts(
     with progress(survey.pictures, "preparing") as bar:
         bar.advance(bar.task_ids[0], sum(result.rows for result in results.values()))
         _check_first_rows(work, results)
-        for result in run_parallel(partial(prepare_part, options=options), todo, num_workers=num_workers):
+        prepare_one = partial(prepare_part, options=options)
+        for result in run_parallel(prepare_one, todo, engine=engine, folder=work.parts):
             results[result.number] = result
             bar.advance(bar.task_ids[0], result.rows)
             _check_first_rows(work, results)

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from mlip_cli.data.sources.records import MAX_HELD_OUT, held_out_share
 from mlip_cli.errors import UsageError
-from mlip_cli.files import read_object
+from mlip_cli.files import parse_object
+from mlip_cli.paths import inside
 from mlip_cli.terminal.output import plural, print_table, say, say_to_copy, warn
 
 if TYPE_CHECKING:
@@ -75,13 +76,18 @@ class Summary:
         Raises:
             UsageError: the file is not one of ours.
         """
+        return cls.parse(path.read_bytes(), place=str(path))
+
+    @classmethod
+    def parse(cls, content: bytes, *, place: str) -> "Summary":
+        """The same of the bytes of prepared.json at `place`."""
         try:
-            fields = read_object(path)
+            fields = parse_object(content)
             splits = {split: SplitSummary(**values) for split, values in fields["splits"].items()}
             earlier = {"pictures": fields["rows"], "passed_over": {}}  # each row was a picture, and nothing was counted
             return cls(**(earlier | fields | {"splits": splits}))
         except (ValueError, KeyError, TypeError):
-            raise UsageError(f"{path}: not written by mlip prepare-data; name another folder") from None
+            raise UsageError(f"{place}: not written by mlip prepare-data; name another folder") from None
 
     def show_splits(self) -> None:
         """Print a row a split to stdout."""
@@ -103,7 +109,7 @@ class Summary:
         for reason, n in self.reasons.items():
             say(f"  {n:,} x {reason}")
         if self.rejects:
-            say(f"each reject with file, row and reason: {Path(self.out) / 'rejects.parquet'}")
+            say(f"each reject with file, row and reason: {inside(self.out, 'rejects.parquet')}")
         if self.attribution:
             say(self.attribution)
         for need, command in self.next.items():
@@ -134,11 +140,11 @@ def attributions(cards: Iterable[Mapping[str, Any]]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(text for text in found if text))
 
 
-def next_commands(format: str, out: Path, splits: Mapping[str, SplitSummary]) -> dict[str, str]:
-    """Trainings to go on with, by the hardware they need; none for a few pictures."""
+def next_commands(format: str, out: Path | str, splits: Mapping[str, SplitSummary]) -> dict[str, str]:
+    """Trainings to go on with, by the hardware they need; none for a few pictures. `out` is a folder or a URL."""
     from mlip_cli.recipe.load import load_recipe, override  # here, because each worker process imports this module
 
-    if format == "openmoji" and out == DEMO_FOLDER:
+    if format == "openmoji" and str(out) == str(DEMO_FOLDER):
         return {"no GPU": "mlip pretrain recipes/openmoji.yaml"}
     train = "train" if "train" in splits else next(iter(splits))
     num_samples, distinct = splits[train].num_samples, splits[train].distinct_captions
@@ -146,8 +152,8 @@ def next_commands(format: str, out: Path, splits: Mapping[str, SplitSummary]) ->
         return {}
     held_out = next((split for split in HELD_OUT if split in splits and split != train), None)
     changes = [
-        override("data.train", str(out / train)),
-        override("data.validation", str(out / held_out) if held_out else None),
+        override("data.train", inside(str(out), train)),
+        override("data.validation", inside(str(out), held_out) if held_out else None),
     ]
     if distinct is not None and 2 * distinct <= num_samples:  # else pictures of one class are each other's negatives
         changes.append("losses.positives=concept")

@@ -110,7 +110,7 @@ def finished_summary(out: Path, request: Mapping[str, Any]) -> Summary | None:
         return None
     if (out / DONE).is_file():
         summary = Summary.read(out / DONE)
-        _check_same(out, summary.request, request, state="was prepared")
+        check_same(out, summary.request, request, state="was prepared")
         for split in summary.splits:
             if not (out / split / "dataset.json").is_file():
                 raise UsageError(
@@ -122,7 +122,7 @@ def finished_summary(out: Path, request: Mapping[str, Any]) -> Summary | None:
     half_done = out / OWN_FOLDER / "request.json"
     if half_done.is_file():
         old = read_own_object(half_done, cure=f"remove {out} and prepare it again")
-        _check_same(out, old, request, state="is half prepared")
+        check_same(out, old, request, state="is half prepared")
     elif any(path.name != OWN_FOLDER for path in out.iterdir()):
         raise UsageError(f"{out}: holds other files; name a new folder")
     return None
@@ -172,7 +172,12 @@ def _remove_torn(work: Workspace) -> None:
         path.unlink(missing_ok=True)
 
 
-def _check_same(out: Path, old: Mapping[str, Any], new: Mapping[str, Any], *, state: str) -> None:
+def check_same(out: Path | str, old: Mapping[str, Any], new: Mapping[str, Any], *, state: str) -> None:
+    """See that `out`, a folder or a URL, was made by this request. `state` says what is known of it.
+
+    Raises:
+        UsageError: it was not; the message says what differs.
+    """
     changed = [key for key in new if old.get(key) != new[key] and key != "source_fingerprint"]
     if changed:
         what = ", ".join(f"{key} {_word(old.get(key))}, now {_word(new[key])}" for key in changed)
