@@ -14,7 +14,15 @@ from mlip_cli.commands.prepare_data import prepare_data
 from mlip_cli.data.sources.records import ReadOptions
 
 COLORS = ("red", "green", "blue", "orange", "black", "purple")
-DEFAULTS: dict[str, Any] = {"format": "auto", "size": None, "holdout": 0.0, "workers": 1, "as_json": True}
+DEFAULTS: dict[str, Any] = {
+    "format": "auto",
+    "size": None,
+    "holdout": 0.0,
+    "workers": 1,
+    "engine": "processes",
+    "workspace": None,
+    "as_json": True,
+}
 
 
 def picture(i: int, format: str = "PNG") -> bytes:
