@@ -86,7 +86,7 @@ def upload(url: str, **options: Any) -> None:
 def test_the_whole_way_to_s3_and_training_reads_it(s3: FakeStore, request: pytest.FixtureRequest) -> None:
     url = f"s3://{bucket(request)}/data/pictures"
     s3.client().put_object(Bucket=bucket(request), Key="data/pictures-of-others/x", Body=b"")
-    done = mlip("prepare-data", "in", f"{url}/", "--workers", "1", COLUMNS="500")
+    done = mlip("prepare-data", "in", f"{url}/", "--workers", "1", "--holdout", "0", COLUMNS="500")
     assert done.returncode == 0, done.stderr
     prepare("in", Path("local"))
     there = s3.contents(bucket(request), "data/pictures/")
@@ -102,12 +102,12 @@ def test_the_whole_way_to_s3_and_training_reads_it(s3: FakeStore, request: pytes
     [local] = open_sources([Source(path="local/train")], cache=cache)
     assert [data.read(id).key for id in range(32)] == [local.read(id).key for id in range(32)]
 
-    again = mlip("prepare-data", "in", url, "--workers", "1")
+    again = mlip("prepare-data", "in", url, "--workers", "1", "--holdout", "0")
     assert again.returncode == 0, again.stderr
     assert f"{url}: prepared already, from the same files with the same options; nothing to do" in again.stderr
     assert "preparing" not in again.stderr
     assert "uploading" not in again.stderr
-    other = mlip("prepare-data", "in", url, "--size", "32")
+    other = mlip("prepare-data", "in", url, "--size", "32", "--holdout", "0")
     assert other.returncode == 2
     assert other.stderr == (
         f"error: {url}: was prepared from another source or with other options (size 256, now 32); remove it or name "
@@ -127,7 +127,7 @@ def test_an_upload_that_is_killed_goes_on_and_the_card_comes_last(
         "from mlip_cli.data.transfers import Transfers\n"
         "shards.SHARD_SAMPLES = 8\n"
         "send = Transfers.send\n"
-        "Transfers.send = lambda *given: (time.sleep(0.4), send(*given))[1]\n"
+        "Transfers.send = lambda *given: (time.sleep(0.2), send(*given))[1]\n"
         "sys.argv = ['mlip', *sys.argv[1:]]\n"
         "from mlip_cli.__main__ import main\n"
         "main()\n"
