@@ -6,6 +6,7 @@ bytes of the output are those of any other engine, whatever the order in which R
 
 import logging
 import os
+import socket
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -30,6 +31,14 @@ RETRIES = 3
 """Ray starts the task of a killed worker this often again."""
 TASKS_A_CPU = 2
 """One at work and one that waits, so that no process waits for the driver."""
+CONNECT_S = 10.0
+"""Time in which a cluster must answer."""
+ENVIRONMENT = {
+    "RAY_task_oom_retries": str(RETRIES),  # a task that needs too much memory would be started again without end
+    "RAY_BACKEND_LOG_LEVEL": "error",
+    "RAY_DEDUP_LOGS_SKIP_REGEX": "^",  # else Ray prints to stdout, which is data, that a worker died
+}
+"""What Ray reads when it is imported, and its processes when they start."""
 SESSIONS = "/tmp"
 """Names of sockets have at most 107 bytes, so they cannot lie in every temporary folder."""
 
@@ -57,8 +66,9 @@ def run_parallel(
         UsageError: there is no such cluster, or a node does not see `folder`.
         RunError: a worker was killed again and again. Errors of `function` are raised here too.
     """
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    os.environ.setdefault("RAY_task_oom_retries", str(RETRIES))  # without end by default
     import ray
 
     with _started(num_workers) as most:
@@ -90,7 +100,8 @@ def _result(reference: Any) -> Any:
     try:
         return ray.get(reference)
     except ray.exceptions.RayTaskError as error:
-        error.cause.add_note(f"in a worker process:\n{error.traceback_str}")
+        words = str(error)  # the traceback there
+        error.cause.add_note(f"in a worker process:\n{words}")
         raise error.cause from None
     except ray.exceptions.RayError:
         raise worker_died(f"{1 + RETRIES} times in the same part") from None
@@ -111,6 +122,7 @@ def _started(num_workers: int | None) -> Iterator[int]:
     with tempfile.TemporaryDirectory(prefix="mlip-", dir=SESSIONS, ignore_cleanup_errors=True) as sessions:
         try:
             if address:
+                _check_reachable(address)
                 ray.init(address=address, **quiet)
             else:
                 cpus = num_workers or usable_cores()
@@ -124,6 +136,23 @@ def _started(num_workers: int | None) -> Iterator[int]:
             raise UsageError(f"{ADDRESS} {address}: {reason}; start the cluster, or unset {ADDRESS}") from None
         finally:
             ray.shutdown()
+
+
+def _check_reachable(address: str) -> None:
+    """See that something listens there: Ray itself tries for minutes.
+
+    Raises:
+        UsageError: it does not, or it is the address of Ray's client, whose tasks need not see the driver's disk.
+        ConnectionError: nothing answers there.
+    """
+    if address.startswith("ray://"):
+        raise UsageError(f"{ADDRESS} {address}: run the command on a node of the cluster, with {ADDRESS}=auto")
+    host, colon, port = address.rpartition(":")
+    if colon and port.isdecimal():
+        try:
+            socket.create_connection((host, int(port)), timeout=CONNECT_S).close()
+        except OSError as error:
+            raise ConnectionError(error.strerror or "no answer") from error
 
 
 def _nodes() -> list[dict[str, Any]]:
