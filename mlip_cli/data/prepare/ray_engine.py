@@ -35,7 +35,6 @@ CONNECT_S = 10.0
 """Time in which a cluster must answer."""
 ENVIRONMENT = {
     "RAY_task_oom_retries": str(RETRIES),  # a task that needs too much memory would be started again without end
-    "RAY_BACKEND_LOG_LEVEL": "error",
     "RAY_DEDUP_LOGS_SKIP_REGEX": "^",  # else Ray prints to stdout, which is data, that a worker died
 }
 """What Ray reads when it is imported, and its processes when they start."""
