@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
 from command_for_tests import mlip
@@ -198,13 +199,17 @@ def test_a_node_that_sees_another_disk_is_named(source: Path, tmp_path: Path, mo
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     start = [str(Path(sys.executable).with_name("ray")), "start", "--block", "--disable-usage-stats", "--num-cpus", "1"]
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")  # else only a head takes the token that Ray keeps for a user
+    monkeypatch.setenv("RAY_AUTH_TOKEN", uuid4().hex)
     with tempfile.TemporaryDirectory(dir="/tmp") as sessions, ExitStack() as nodes:
         head = ["--head", "--include-dashboard", "false", "--port", str(port), "--temp-dir", sessions]
         nodes.enter_context(node([*start, "--node-ip-address", "127.0.0.1", *head]))
         address = f"127.0.0.1:{port}"
         mounted = f'mount -t tmpfs none {out} && exec "$@"'
         nodes.enter_context(node(["unshare", "-Urm", "sh", "-c", mounted, "sh", *start, "--address", address]))
-        done = mlip("prepare-data", "in", "out", "--engine", "ray", RAY_ADDRESS=address)
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        command = [sys.executable, "-m", "mlip_cli", "prepare-data", "in", "out", "--engine", "ray"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 2, done.stderr
         line = done.stderr.splitlines()[-1]
         assert line.startswith("error: node "), done.stderr
