@@ -18,6 +18,7 @@ from mlip_cli.terminal.options import (
     DataRoot,
     Datasets,
     Device,
+    Finish,
     Format,
     Holdout,
     ImageColumn,
@@ -27,6 +28,7 @@ from mlip_cli.terminal.options import (
     Model,
     Models,
     Out,
+    Part,
     Precision,
     ProfiledPrecision,
     Run,
@@ -86,6 +88,8 @@ def prepare_data(
     caption_column: CaptionColumn = None,
     image_folder: ImageFolder = None,
     workers: Workers = None,
+    part: Part = None,
+    finish: Finish = False,
     json: Json = False,
 ) -> None:
     """Turn pictures and captions into shards that training reads."""
@@ -100,6 +104,8 @@ def prepare_data(
         size=size,
         holdout=holdout,
         workers=workers,
+        part=part,
+        finish=finish,
         as_json=json,
     )
 

@@ -4,7 +4,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from mlip_cli.data.prepare.summary import next_commands
-from mlip_cli.data.prepare.workspace import DONE, Workspace, finished_summary
+from mlip_cli.data.prepare.workspace import DONE, Share, Workspace, finished_summary
 from mlip_cli.data.sources.find import DataSource, find_source
 from mlip_cli.data.sources.records import ReadOptions
 from mlip_cli.errors import UsageError
@@ -26,9 +26,15 @@ def prepare_data(
     size: int | None,
     holdout: float | None,
     workers: int | None,
+    part: str | None = None,
+    finish: bool = False,
     as_json: bool,
 ) -> None:
     """Prepare `source` in `out`, or say that it is prepared; the summary goes to stdout.
+
+    Args:
+        part: I/N: prepare the I-th of N shares of the parts, and finish nothing.
+        finish: make the shards of parts that are all prepared.
 
     Raises:
         UsageError: the source does not exist, its columns cannot be guessed, or OUT cannot be made or holds something
@@ -37,6 +43,9 @@ def prepare_data(
     """
     for name in (source, str(out)):
         check_utf8(name)
+    share = Share.read(part) if part else None
+    if share and finish:
+        raise UsageError(f"--part {part} --finish: run --part first, on each machine, and then --finish alone")
     if not (out / DONE).is_file():
         check_can_be_made(out, option="OUT")
     found = find_source(source, format=format, read=read)
@@ -45,10 +54,19 @@ def prepare_data(
     request = {"format": found.format, "size": size, "holdout": holdout, **vars(read)}
     request["source_fingerprint"] = found.fingerprint()
     summary = finished_summary(out, request)
+    num_workers = workers or usable_cores()
+    if summary is None and share:
+        from mlip_cli.data.prepare.assemble import prepare_share
+
+        done = prepare_share(found, out, read, request, share, num_workers=num_workers)
+        if as_json:
+            print_json(asdict(done))
+        done.show()
+        return
     if summary is None:
         from mlip_cli.data.prepare.assemble import prepare
 
-        summary = prepare(found, out, read, request, num_workers=workers or usable_cores())
+        summary = prepare(found, out, read, request, num_workers=num_workers, finish_only=finish)
     else:
         Workspace(out).discard()  # left by a kill between the last two steps
         summary = replace(summary, out=str(out), next=next_commands(found.format, out, summary.splits))

@@ -152,3 +152,12 @@ ImageFolder = Annotated[
     ),
 ]
 Workers = Annotated[int | None, typer.Option(min=1, max=1_024, help="Number of processes. Default: one for each core.")]
+Part = Annotated[
+    str | None,
+    typer.Option(
+        metavar="I/N",
+        help="Prepare the I-th of N shares, beside N - 1 machines that prepare the others. Then --finish.",
+        show_default=False,
+    ),
+]
+Finish = Annotated[bool, typer.Option("--finish", help="Make the shards, once every share has been prepared.")]

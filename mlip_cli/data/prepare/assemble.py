@@ -1,31 +1,29 @@
 """From a source to shards: workers prepare its parts in any order, then one process puts them together.
 
 `prepare_part` depends on the part and the options alone, so the bytes of the output depend neither on the number of
-workers nor on the order of their work.
+workers and machines nor on the order of their work.
 """
 
-import json
-import os
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from mlip_cli import __version__
-from mlip_cli.data.prepare.parts import NO_SPLIT, prepare_part
-from mlip_cli.data.prepare.shards import StoredSamples, write_split
-from mlip_cli.data.prepare.summary import SplitSummary, Summary, next_commands
+from mlip_cli.data.prepare import shards
+from mlip_cli.data.prepare.finish import Finished, write_splits
+from mlip_cli.data.prepare.parts import prepare_part
+from mlip_cli.data.prepare.rejects import rejects_of
+from mlip_cli.data.prepare.summary import SharePrepared, Summary, next_commands
 from mlip_cli.data.prepare.workers import run_parallel
-from mlip_cli.data.prepare.workspace import PartOptions, PartResult, Workspace, opened
+from mlip_cli.data.prepare.workspace import EVERYTHING, PartOptions, PartResult, Share, Workspace, opened
 from mlip_cli.data.sources.find import DataSource, read_records
 from mlip_cli.data.sources.listing import PassedOver, is_unread_picture
 from mlip_cli.data.sources.openmoji import attribution, split_words
-from mlip_cli.data.sources.records import MAX_HELD_OUT, SPLITS, ReadOptions, held_out_share, parts_of
+from mlip_cli.data.sources.records import ReadOptions, SourcePart, held_out_share, parts_of
 from mlip_cli.data.sources.survey import Survey, passed_over, surveyed
 from mlip_cli.data.sources.table_layouts import missing_shards
 from mlip_cli.errors import RunError, UsageError, interrupted_as
@@ -47,72 +45,123 @@ BYTES_A_PIXEL = 0.5
 """Estimate for the check of disk space: between JPEG and lossless WebP of photographs at 256 pixels."""
 BYTES_A_SAMPLE = 4096
 """Tar headers and texts."""
+SHARDS_BESIDE_PARTS = 3
+"""What the disk holds beside the data themselves: a shard of each of two splits, and one that is being written."""
+MOST_MISSING = 2
+"""Parts that are named; more are counted."""
 
 
 class SourceError(RunError):
     """Most rows of the source fail; nothing of the work is worth keeping."""
 
 
-def prepare(source: DataSource, out: Path, read: ReadOptions, request: dict[str, Any], *, num_workers: int) -> Summary:
+def prepare(
+    source: DataSource,
+    out: Path,
+    read: ReadOptions,
+    request: dict[str, Any],
+    *,
+    num_workers: int,
+    finish_only: bool = False,
+) -> Summary:
     """Prepare a source in OUT. An interrupted run is continued.
 
     Args:
         request: format, size, holdout and fingerprint of the source; it goes to prepared.json.
+        finish_only: other processes have prepared all parts.
 
     Raises:
-        UsageError: the source cannot be read, the disk is too small, or another process writes to OUT.
+        UsageError: the source cannot be read, the disk is too small, another process writes to OUT, or there are parts
+            left to prepare though `finish_only`.
         RunError: most rows fail, a worker was killed, or the disk is full.
         Stopped: Ctrl-C.
     """
     started = time.monotonic()
-    with progress(None, "counting rows"):
-        survey = surveyed(source, read)
-    passed = passed_over(source, survey)
-    _say_understood(source, survey, passed)
-    _check_disk(
-        out, num_rows=survey.pictures, size=request["size"], source_bytes=sum(file.size for file in source.files)
-    )
+    survey, passed = _understood(source, read)
+    _check_disk(out, source, num_rows=survey.pictures, size=request["size"])
     provenance = {"tool": f"mlip-cli {__version__}", "source": source.name, **request}
     holds: dict[str, str] = {}
     if source.format == "openmoji":
         provenance |= {"packages": list(source.versions), **attribution()}
         holds = split_words(read.limit)
-    again = "run the same command again: it goes on"
-    with (
-        interrupted_as(f"{out}: interrupted; {again}"),
-        full_disk_named(out, f"make room and {again}"),
-        opened(out, request) as work,
-    ):
+    with _at_work(out, request) as work:
         try:
+            if finish_only:
+                _check_gaps(work, (part.number for part in parts_of(read_records(source, read, survey.shared))))
             results = _prepare_parts(work, source, read, survey, request, num_workers=num_workers)
             share = held_out_share(request["holdout"], survey.pictures)
-            splits, is_held_out = _write_splits(work, results, holdout=share, provenance=provenance, holds=holds)
+            finished = write_splits(work, results, holdout=share, provenance=provenance, holds=holds)
+            reasons = _reasons(results) + Counter(finished.dropped)
+            _check_samples(work, results, finished, reasons)
         except SourceError as error:
             work.discard()
             raise SourceError(f"{source.name}: {error}; nothing was kept") from None
-        num_rejects = _write_rejects(work, results)
-        num_samples = sum(split.num_samples for split in splits.values())
-        if num_samples + num_rejects != survey.pictures:
+        num_samples = sum(split.num_samples for split in finished.splits.values())
+        if num_samples + reasons.total() != survey.pictures:
             raise RunError(
-                f"{out}: {survey.pictures} pictures in, but {num_samples} samples, {num_rejects} rejects out"
+                f"{out}: {survey.pictures} pictures in, but {num_samples} samples, {reasons.total()} rejects out"
             )
         summary = Summary(
             out=str(out),
             source=source.name,
             request=request,
             rows=survey.rows,
-            rejects=num_rejects,
-            reasons=dict(_reasons(results).most_common()),
-            splits=splits,
-            held_out=is_held_out,
+            rejects=reasons.total(),
+            reasons=dict(reasons.most_common()),
+            splits=finished.splits,
+            held_out=finished.is_held_out,
             attribution=provenance.get("attribution"),
             seconds=round(time.monotonic() - started, 2),
-            next=next_commands(source.format, out, splits),
+            next=next_commands(source.format, out, finished.splits),
             pictures=survey.pictures,
             passed_over=passed.counts | survey.spelled.counts,
         )
         work.publish(summary)
     return summary
+
+
+def prepare_share(
+    source: DataSource, out: Path, read: ReadOptions, request: dict[str, Any], share: Share, *, num_workers: int
+) -> SharePrepared:
+    """Prepare the parts of a share, beside processes that prepare the others, and finish nothing.
+
+    Raises:
+        UsageError, RunError, Stopped: as `prepare`.
+    """
+    survey, _ = _understood(source, read)
+    _check_disk(out, source, num_rows=survey.pictures, size=request["size"])
+    with _at_work(out, request, share) as work:
+        there = frozenset(filter(share.has, work.results()))
+        numbers: list[int] = []
+        try:
+            results = _make_parts(
+                work, source, read, survey, request, num_workers=num_workers, share=share, numbers=numbers
+            )
+        except SourceError as error:
+            raise SourceError(f"{source.name}: {error}") from None
+        missing = len(set(numbers) - set(work.results()))
+    return SharePrepared(str(out), str(share), len(results) - len(there), len(there), len(numbers), missing)
+
+
+@contextmanager
+def _at_work(out: Path, request: Mapping[str, Any], share: Share | None = None) -> Iterator[Workspace]:
+    """The workspace of OUT; a Ctrl-C or a full disk in the block becomes a line that says how to go on."""
+    again = "run the same command again: it goes on"
+    with (
+        interrupted_as(f"{out}: interrupted; {again}"),
+        full_disk_named(out, f"make room and {again}"),
+        opened(out, request, share) as work,
+    ):
+        yield work
+
+
+def _understood(source: DataSource, read: ReadOptions) -> tuple[Survey, PassedOver]:
+    """Read the source once and say what was understood. The second value counts what is not read."""
+    with progress(None, "counting rows"):
+        survey = surveyed(source, read)
+    passed = passed_over(source, survey)
+    _say_understood(source, survey, passed)
+    return survey, passed
 
 
 def _say_understood(source: DataSource, survey: Survey, passed: PassedOver) -> None:
@@ -148,32 +197,89 @@ def _prepare_parts(
     """Prepare the parts that are not finished yet. Returns all results, in the order of the source.
 
     Raises:
-        SourceError: most of the first rows fail for one reason.
+        SourceError: most rows fail for one reason.
         RunError: a worker was killed, or the source has changed.
     """
+    results = _make_parts(work, source, read, survey, request, num_workers=num_workers)
+    if (rows := sum(result.source_rows for result in results)) != survey.rows:
+        raise RunError(f"{work.out}: {rows} rows where {survey.rows} were counted; did the source change? Start again")
+    _check_reasons(work, results, enough=FEWEST_ROWS, which="")
+    return results
+
+
+def _make_parts(
+    work: Workspace,
+    source: DataSource,
+    read: ReadOptions,
+    survey: Survey,
+    request: Mapping[str, Any],
+    *,
+    num_workers: int,
+    share: Share = EVERYTHING,
+    numbers: list[int] | None = None,
+) -> list[PartResult]:
+    """Prepare the parts of a share that are not finished yet. Returns the results of the share, in order.
+
+    Args:
+        numbers: the number of every part of the source is appended to it.
+
+    Raises:
+        SourceError: most of the first rows fail for one reason.
+        RunError: a worker was killed.
+    """
     options = PartOptions(str(work.parts), request["size"], render=source.format == "openmoji")
-    results = work.results()
+    results = {number: result for number, result in work.results().items() if share.has(number)}
     done = frozenset(results)
-    todo = (part for part in parts_of(read_records(source, read, survey.shared)) if part.number not in done)
-    with progress(survey.pictures, "preparing") as bar:
+
+    def to_do() -> Iterator[SourcePart]:
+        for part in parts_of(read_records(source, read, survey.shared)):
+            if numbers is not None:
+                numbers.append(part.number)
+            if share.has(part.number) and part.number not in done:
+                yield part
+
+    with progress(-(-survey.pictures // share.count), "preparing") as bar:
         bar.advance(bar.task_ids[0], sum(result.rows for result in results.values()))
-        _check_first_rows(work, results)
-        for result in run_parallel(partial(prepare_part, options=options), todo, num_workers=num_workers):
+        _check_first_rows(work, results, share)
+        for result in run_parallel(partial(prepare_part, options=options), to_do(), num_workers=num_workers):
             results[result.number] = result
             bar.advance(bar.task_ids[0], result.rows)
-            _check_first_rows(work, results)
-    if (rows := sum(result.source_rows for result in results.values())) != survey.rows:
-        raise RunError(f"{work.out}: {rows} rows where {survey.rows} were counted; did the source change? Start again")
-    ordered = [results[number] for number in sorted(results)]
-    _check_reasons(work, ordered, enough=FEWEST_ROWS, which="")
-    return ordered
+            _check_first_rows(work, results, share)
+    return [results[number] for number in sorted(results)]
 
 
-def _check_first_rows(work: Workspace, results: Mapping[int, PartResult]) -> None:
+def _check_gaps(work: Workspace, numbers: Iterator[int]) -> None:
+    """See that every part is there.
+
+    Raises:
+        UsageError: some are missing; it names them and the commands that prepare them.
+    """
+    done = work.results()
+    missing = [number for number in numbers if number not in done]
+    if not missing:
+        return
+    named = [str(number) for number in missing[:MOST_MISSING]]
+    if len(missing) > MOST_MISSING:
+        named.append(f"{len(missing) - MOST_MISSING} more")
+    counts = work.counts_of_shares()
+    cure = "run the same command without --finish, or with --part 1/N to --part N/N on N machines"
+    if len(counts) == 1:
+        (count,) = counts
+        shares = sorted({number % count + 1 for number in missing})
+        cure = (
+            f"run the same command with {' and with '.join(f'--part {i}/{count}' for i in shares)} instead of --finish"
+        )
+    what = f"part {named[0]} is" if len(missing) == 1 else f"parts {', '.join(named[:-1])} and {named[-1]} are"
+    raise UsageError(f"{work.out}: {what} missing; {cure}")
+
+
+def _check_first_rows(work: Workspace, results: Mapping[int, PartResult], share: Share) -> None:
     """Stop early if the source is a wrong folder or a wrong column is read."""
     first: list[PartResult] = []
-    while len(first) in results and sum(result.rows for result in first) < FIRST_ROWS:
-        first.append(results[len(first)])
+    number = share.index - 1
+    while number in results and sum(result.rows for result in first) < FIRST_ROWS:
+        first.append(results[number])
+        number += share.count
     _check_reasons(work, first, enough=FIRST_ROWS, which="first ")
 
 
@@ -197,113 +303,37 @@ def _reasons(results: Sequence[PartResult]) -> Counter[str]:
     return sum((Counter(result.reasons) for result in results), Counter[str]())
 
 
-def _rejects(work: Workspace, result: PartResult) -> list[dict[str, Any]]:
-    """file, row, reason and detail of each reject of a part."""
-    lines = (work.parts / result.tar).with_suffix(".rejects.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
-
-
 def _first_reject(work: Workspace, results: Sequence[PartResult]) -> str:
-    reject = next(reject for result in results for reject in _rejects(work, result))
+    reject = next(reject for result in results for reject in rejects_of(work.parts / result.tar))
     return f"{reject['file']} row {reject['row']}: {reject['detail'] or reject['reason']}"
 
 
-def _write_splits(
-    work: Workspace,
-    results: Sequence[PartResult],
-    *,
-    holdout: float,
-    provenance: Mapping[str, Any],
-    holds: Mapping[str, str],
-) -> tuple[dict[str, SplitSummary], bool]:
-    """Put the parts together to splits in `work.finished`. The second value is True if we drew validation.
-
-    Args:
-        holds: what a split holds, in words, where the source says more than its name.
+def _check_samples(
+    work: Workspace, results: Sequence[PartResult], finished: Finished, reasons: Mapping[str, int]
+) -> None:
+    """See that a row became a sample.
 
     Raises:
-        SourceError: no row became a sample.
+        SourceError: none did.
     """
-    tables = [np.load((work.parts / result.tar).with_suffix(".npy"), allow_pickle=False) for result in results]
-    table = np.concatenate(tables)
-    if not len(table):
+    if not finished.splits:
         rows = plural(sum(result.rows for result in results), "row")
-        reasons = ", ".join(f"{n:,} x {reason}" for reason, n in _reasons(results).most_common())
-        raise SourceError(f"none of the {rows} became a sample: {reasons} (first: {_first_reject(work, results)})")
-    starts = np.cumsum([len(part) for part in tables])[:-1]
-    places = np.split(assign_splits(table, holdout=holdout), starts)
-    work.finished.mkdir()
-    splits = {}
-    for code, split in enumerate(SPLITS):
-        samples = [
-            StoredSamples(work.parts / result.tar, part["record"][place == code])
-            for result, part, place in zip(results, tables, places, strict=True)
-        ]
-        if any(len(stored.records) for stored in samples):
-            own = {**provenance, "holds": holds[split]} if split in holds else provenance
-            card = write_split(work.finished / split, split, samples, provenance=own)
-            splits[split] = SplitSummary(
-                card["num_samples"],
-                card["num_bytes"],
-                card["fingerprint"],
-                num_shards=len(card["shards"]),
-                distinct_captions=card["statistics"]["distinct_captions"],
-                holds=holds.get(split),
-            )
-    return splits, "validation" in splits and not has_own_splits(table)
+        listed = ", ".join(f"{n:,} x {reason}" for reason, n in Counter(reasons).most_common())
+        first = "" if finished.dropped else f" (first: {_first_reject(work, results)})"
+        raise SourceError(f"none of the {rows} became a sample: {listed}{first}")
 
 
-def assign_splits(table: NDArray[np.void], *, holdout: float) -> NDArray[np.uint8]:
-    """Place in SPLITS of each sample: (n,) of PART_ROW -> (n,).
-
-    Splits of the source are kept. If it has neither validation nor test, the samples whose pixel hash lies in the
-    lowest `holdout` of all hashes become validation, at most 5,000. Equal pixels stay together, and adding data never
-    moves a sample from one side to the other (until the cap is reached).
-    """
-    splits = table["split"].copy()
-    splits[splits == NO_SPLIT] = SPLITS.index("train")
-    if has_own_splits(table):
-        return splits
-    hashes = table["pixels"]
-    below = hashes < np.uint64(int(holdout * 2.0**64))
-    if below.sum() > MAX_HELD_OUT:
-        below = hashes < np.sort(hashes)[MAX_HELD_OUT]
-    splits[below] = SPLITS.index("validation")
-    return splits
-
-
-def has_own_splits(table: NDArray[np.void]) -> bool:
-    """True when a sample (of PART_ROW) comes from a validation or test split of the source."""
-    return bool(((table["split"] != NO_SPLIT) & (table["split"] != SPLITS.index("train"))).any())
-
-
-def _write_rejects(work: Workspace, results: Sequence[PartResult]) -> int:
-    """Write rejects.parquet in `work.finished`. Returns the number of its rows."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    schema = pa.schema([("file", pa.string()), ("row", pa.int64()), ("reason", pa.string()), ("detail", pa.string())])
-    path, num_rejects = work.finished / "rejects.parquet", 0
-    with pq.ParquetWriter(path, schema) as writer:
-        for result in results:
-            rejects = _rejects(work, result)
-            writer.write_table(pa.Table.from_pylist(rejects, schema=schema))
-            num_rejects += len(rejects)
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-    return num_rejects
-
-
-def _check_disk(out: Path, *, num_rows: int, size: int, source_bytes: int) -> None:
-    """Refuse to start what cannot fit. Parts and shards exist side by side for a moment.
+def _check_disk(out: Path, source: DataSource, *, num_rows: int, size: int) -> None:
+    """Refuse to start what cannot fit: the samples once, and a few shards that lie beside the parts they come from.
 
     Raises:
-        UsageError: the estimated need is more than the free space.
+        UsageError: the estimated need is more than the free space and what an earlier run has written.
     """
     sample = BYTES_A_PIXEL * size * size * 4 / 3
-    if source_bytes:
+    if source_bytes := sum(file.size for file in source.files):
         sample = min(sample, 2 * source_bytes / max(1, num_rows))
-    needed = int(2 * num_rows * (sample + BYTES_A_SAMPLE))
+    samples = int(num_rows * (sample + BYTES_A_SAMPLE))
+    needed = samples + min(samples, SHARDS_BESIDE_PARTS * shards.SHARD_BYTES) - Workspace(out).num_bytes()
     free = free_bytes(out)
     if needed > free:
         raise UsageError(

@@ -42,14 +42,13 @@ def prepare_part(part: SourcePart, options: PartOptions) -> PartResult:
     contents = _decompressed(part)
     with atomic_path(tar) as temporary:
         with tar_writer(temporary) as writer:
-            for position, record in enumerate(part.records):
+            for row, record in enumerate(part.records, start=part.first_row):
                 try:
                     content = contents.get(record.picture) if isinstance(record.picture, PicturePlace) else None
                     fields, picture = _make_sample(record, content, options)
                 except RejectedPictureError as reject:
-                    rejects.append(_reject(record, reject))
+                    rejects.append({"place": row, **_reject(record, reject)})
                     continue
-                row = position + part.first_row
                 key = f"{row:09d}"
                 writer.write(sample_parts(key, image=picture.content, format=picture.format, fields=fields))
                 split = SPLITS.index(record.split) if record.split else NO_SPLIT

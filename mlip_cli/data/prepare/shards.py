@@ -15,7 +15,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mlip_cli.data.index import FORMATS, RECORD, checksum, place_of, place_parts, write_index
+from mlip_cli.data.index import (
+    FORMATS,
+    RECORD,
+    check_size,
+    checksum,
+    index_path,
+    place_of,
+    place_parts,
+    read_checked,
+    write_index,
+)
 from mlip_cli.data.sources.records import json_bytes
 from mlip_cli.data.tar import BLOCK, Member, read_members
 from mlip_cli.errors import RunError
@@ -164,74 +174,111 @@ def _spread(values: NDArray[Any]) -> dict[str, float]:
     }
 
 
-@dataclass(frozen=True)
-class StoredSamples:
-    """Samples of a part that go to one split, in order."""
-
-    tar: Path
-    records: NDArray[np.void]
-    """(n,) of RECORD: places in `tar`."""
+COPIED = ("image_size", "txt_size", "json_size", "format", "num_captions", "num_tokens")
+"""Fields of a record that are the same in the part and in the shard."""
 
 
-def write_split(
-    folder: Path, split: str, samples: Sequence[StoredSamples], *, provenance: Mapping[str, Any]
+def write_shard(path: Path, tars: Sequence[Path], records: NDArray[np.void]) -> VerifiedTar:
+    """Copy samples from parts into a shard, verify it, and index it last. A finished shard is kept and read again.
+
+    Args:
+        tars: (n,): the tar of the part that holds each sample.
+        records: (n,) of RECORD: the place of each sample there.
+
+    Raises:
+        RunError: the disk does not keep what is written, or a part is gone.
+    """
+    num_tokens = records["num_tokens"]
+    if is_finished(path, records):
+        return verify_tar(path, num_tokens)
+    with atomic_path(path) as temporary:
+        _copy_samples(temporary, tars, records)
+        verified = verify_tar(temporary, num_tokens)
+    write_index(path, verified.records, tar_bytes=verified.num_bytes, sha256=verified.sha256)
+    return verified
+
+
+def is_finished(path: Path, records: NDArray[np.void]) -> bool:
+    """Whether a shard and its index, which is written after it, are there and hold samples of just these sizes."""
+    try:
+        header, written = read_checked(index_path(path))
+        check_size(path, header)
+    except RunError:
+        return False
+    return len(written) == len(records) and all((written[name] == records[name]).all() for name in COPIED)
+
+
+def write_card(
+    folder: Path, split: str, shards: Mapping[str, VerifiedTar], *, provenance: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Copy samples from parts into the shards of a split, verify and index them, write dataset.json and sizes.json.
+    """Write dataset.json and sizes.json of a folder whose shards are given by name, in order.
 
     Returns:
         The card that dataset.json holds.
     """
-    folder.mkdir(parents=True)
-    records = np.concatenate([stored.records for stored in samples])
-    part_of = np.repeat(np.arange(len(samples)), [len(stored.records) for stored in samples])
-    shards: list[dict[str, Any]] = []
-    tars: list[VerifiedTar] = []
-    for start, end in _shard_bounds(_sample_ends(records) - records["offset"].astype(np.int64)):
-        path = folder / f"{split}-{len(shards):06d}.tar"
-        with atomic_path(path) as temporary:
-            _copy_samples(temporary, [samples[part].tar for part in part_of[start:end]], records[start:end])
-            verified = verify_tar(temporary, records["num_tokens"][start:end])
-        write_index(path, verified.records, tar_bytes=verified.num_bytes, sha256=verified.sha256)
-        tars.append(verified)
-        shards.append({"name": path.name, "n": end - start, "bytes": verified.num_bytes, "sha256": verified.sha256})
+    listed = [
+        {"name": name, "n": len(tar.records), "bytes": tar.num_bytes, "sha256": tar.sha256}
+        for name, tar in shards.items()
+    ]
     card = {
         "split": split,
-        "num_samples": sum(shard["n"] for shard in shards),
-        "num_bytes": sum(shard["bytes"] for shard in shards),
-        "fingerprint": hashlib.sha256(json_bytes(shards)).hexdigest(),
-        "shards": shards,
-        "statistics": _statistics(tars),
+        "num_samples": sum(len(tar.records) for tar in shards.values()),
+        "num_bytes": sum(tar.num_bytes for tar in shards.values()),
+        "fingerprint": hashlib.sha256(json_bytes(listed)).hexdigest(),
+        "shards": listed,
+        "statistics": _statistics(list(shards.values())),
         "provenance": provenance,
     }
-    write_json(folder / "sizes.json", {shard["name"]: shard["n"] for shard in shards})
+    write_json(folder / "sizes.json", {shard["name"]: shard["n"] for shard in listed})
     write_json(folder / "dataset.json", card)
     return card
 
 
-def _shard_bounds(sizes: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
-    """Start and end of shards of at most SHARD_SAMPLES samples and about SHARD_BYTES."""
-    start = num_bytes = 0
-    for number, size in enumerate(sizes.tolist()):
-        if number > start and (number - start == SHARD_SAMPLES or num_bytes + size > SHARD_BYTES):
-            yield start, number
-            start, num_bytes = number, 0
-        num_bytes += size
-    yield start, len(sizes)
+def shard_bounds(sizes: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
+    """Start and end of shards of at most SHARD_SAMPLES samples and about SHARD_BYTES; `sizes` is (n,) bytes."""
+    ends = np.cumsum(sizes)
+    start = 0
+    while start < len(sizes):
+        before = int(ends[start - 1]) if start else 0
+        fitting = int(np.searchsorted(ends, before + SHARD_BYTES, side="right"))
+        end = max(start + 1, min(fitting, start + SHARD_SAMPLES))
+        yield start, end
+        start = end
 
 
-def _sample_ends(records: NDArray[np.void]) -> NDArray[np.int64]:
+def sample_ends(records: NDArray[np.void]) -> NDArray[np.int64]:
     """Byte after the last padded member of each sample."""
-    ends = [records[f"{part}_offset"].astype(np.int64) + records[f"{part}_size"] for part in ("image", "txt", "json")]
-    return records["offset"].astype(np.int64) + (np.maximum.reduce(ends) + BLOCK - 1) // BLOCK * BLOCK
+    ends = np.zeros(len(records), np.int64)
+    for part in ("image", "txt", "json"):
+        np.maximum(ends, records[f"{part}_offset"].astype(np.int64) + records[f"{part}_size"], out=ends)
+    return records["offset"].astype(np.int64) + (ends + BLOCK - 1) // BLOCK * BLOCK
 
 
 def _copy_samples(path: Path, tars: Sequence[Path], records: NDArray[np.void]) -> None:
     """Copy headers and bytes of each sample from its tar as they are; end the archive as `tarfile` does."""
-    spans = zip(tars, records["offset"].tolist(), _sample_ends(records).tolist(), strict=True)
+    spans = zip(tars, records["offset"].tolist(), sample_ends(records).tolist(), strict=True)
     with open(path, "wb") as out:
         for tar, of_tar in groupby(spans, key=lambda span: span[0]):
-            with open(tar, "rb") as file:
+            with open_part(tar) as descriptor:
                 for _, start, end in of_tar:
-                    out.write(os.pread(file.fileno(), end - start, start))
+                    out.write(os.pread(descriptor, end - start, start))
         end = out.tell() + 2 * BLOCK
         out.write(bytes(2 * BLOCK + -end % TAR_RECORD))
+
+
+@contextmanager
+def open_part(tar: Path) -> Iterator[int]:
+    """A descriptor of a part's tar.
+
+    Raises:
+        RunError: it is gone.
+    """
+    try:
+        descriptor = os.open(tar, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        out = tar.parents[2]
+        raise RunError(f"{tar}: is gone, and samples of it are in no shard yet; remove {out}, start again") from None
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)

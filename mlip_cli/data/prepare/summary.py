@@ -128,6 +128,34 @@ class Summary:
             warn(f"no picture was held out: {holdout:.0%} of so few; say --holdout 0.2 for a validation split")
 
 
+@dataclass(frozen=True)
+class SharePrepared:
+    """What a run with --part has done."""
+
+    out: str
+    part: str
+    """The share, as in 1/3."""
+    prepared: int
+    """Parts of the share that this run prepared."""
+    found: int
+    """Those that were there already."""
+    parts: int
+    """Of the whole source."""
+    missing: int
+    """Of the whole source, which nobody has prepared yet."""
+
+    def show(self) -> None:
+        """Say in one line what was done and what comes next."""
+        found = f", {self.found:,} were there" if self.found else ""
+        if self.missing:
+            then = f"{self.missing:,} of all {self.parts:,} are left to other machines; after them"
+        else:
+            then = f"all {self.parts:,} are there; next"
+        say(
+            f"{self.out}: part {self.part}: {plural(self.prepared, 'part')} prepared{found}; {then}: the same command with --finish instead of --part"
+        )
+
+
 def attributions(cards: Iterable[Mapping[str, Any]]) -> tuple[str, ...]:
     """The attributions that licences of prepared data ask for, each text once. `cards` are those of dataset.json."""
     found = [card.get("provenance", {}).get("attribution") for card in cards]

@@ -1,11 +1,13 @@
 """Work in several processes that end when the driver does, however it ends.
 
 `concurrent.futures.ProcessPoolExecutor` does not promise that: after kill -9 of the driver its workers live on. Here
-each worker waits on a pipe of its own, which closes with the driver.
+each worker watches the driver, and ends in the middle of its task when the driver is gone.
 """
 
 import multiprocessing
+import os
 import signal
+import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -93,7 +95,8 @@ def _started(function: Callable[[Any], Any], num_workers: int) -> Iterator[dict[
 
 
 def _serve(function: Callable[[Any], Any], pipe: Connection) -> None:
-    """Do one task after another until the driver closes the pipe."""
+    """Do one task after another until the driver closes the pipe or dies."""
+    threading.Thread(target=_end_with_driver, daemon=True).start()
     while True:
         try:
             task = pipe.recv()
@@ -105,3 +108,11 @@ def _serve(function: Callable[[Any], Any], pipe: Connection) -> None:
             error.add_note(f"in a worker process:\n{traceback.format_exc()}")
             answer = (None, error)
         pipe.send(answer)
+
+
+def _end_with_driver() -> None:
+    """Wait for the end of the driver. Then end this process at once, so that it writes nothing beside a new driver."""
+    driver = multiprocessing.parent_process()
+    assert driver is not None
+    driver.join()
+    os._exit(1)
