@@ -44,10 +44,10 @@ class Histogram:
         own = {
             "min": self.min,
             "median": (self._at((self.n - 1) // 2) + self._at(self.n // 2)) / 2,
-            "mean": round(self.total / self.n, 3),
+            "mean": self.total / self.n if scale > 1 else round(self.total / self.n, 3),
             "max": self.max,
         }
-        return own if scale == 1 else {name: round(value / scale, 4) for name, value in own.items()}
+        return own if scale == 1 else {name: round(value / scale, 3) for name, value in own.items()}
 
     def above(self, limit: int) -> int:
         """How many numbers are larger than `limit`, which must have a bin of its own."""

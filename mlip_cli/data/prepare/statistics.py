@@ -36,15 +36,15 @@ class Number:
 
 
 NUMBERS = {
-    "width": Number(3),
-    "height": Number(3),
-    "original_width": Number(3),
-    "original_height": Number(3),
-    "aspect_ratio": Number(4, scale=10_000),
-    "image_bytes": Number(3),
+    "width": Number(5),
+    "height": Number(5),
+    "original_width": Number(5),
+    "original_height": Number(5),
+    "aspect_ratio": Number(5, scale=8_192),
+    "image_bytes": Number(5),
     "captions": Number(6),
     "words": Number(6),
-    "caption_characters": Number(4),
+    "caption_characters": Number(5),
     TOKENS: Number(6),
 }
 """The numbers of a picture or a caption, in the order of dataset.json. `words` and `caption_characters` are those of
