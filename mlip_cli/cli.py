@@ -7,12 +7,14 @@ from typing import Annotated, Literal
 import typer
 
 from mlip_cli import __version__
+from mlip_cli.errors import UsageError
 from mlip_cli.terminal.endings import exit_code
 from mlip_cli.terminal.options import (
     Averaged,
     AverageOut,
     BatchSize,
     CaptionColumn,
+    Check,
     Choose,
     Compile,
     DataRoot,
@@ -46,6 +48,7 @@ from mlip_cli.terminal.values import (
     complete_override,
     complete_recipe,
     flat,
+    given_words,
     one_rate,
     split,
     split_rates,
@@ -78,8 +81,9 @@ def _root(
 
 @app.command(epilog="Example: mlip prepare-data openmoji data/openmoji")
 def prepare_data(
-    source: Source,
-    out: Out,
+    context: typer.Context,
+    source: Source = None,
+    out: Out = None,
     format: Format = "auto",
     size: ShortSide = None,
     holdout: Holdout = None,
@@ -90,13 +94,22 @@ def prepare_data(
     workers: Workers = None,
     part: Part = None,
     finish: Finish = False,
+    check: Check = None,
     json: Json = False,
 ) -> None:
-    """Turn pictures and captions into shards that training reads."""
+    """Turn pictures and captions into shards that training reads, or check such shards."""
+    if check is not None:
+        from mlip_cli.commands.check_data import check_data
+
+        given = given_words(context, but=("check", "workers", "json"))
+        return check_data(check, given=given, workers=workers, as_json=json)
+    if source is None or out is None:
+        missing = "OUT" if source else "SOURCE"
+        raise UsageError(f"mlip prepare-data: missing argument '{missing}'; try mlip prepare-data --help")
     from mlip_cli.commands import prepare_data as command
     from mlip_cli.data.sources.records import ReadOptions
 
-    command.prepare_data(
+    return command.prepare_data(
         source,
         out,
         format=format,

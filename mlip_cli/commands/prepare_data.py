@@ -3,7 +3,8 @@
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from mlip_cli.data.prepare.summary import next_commands
+from mlip_cli.commands.data_card import write_data_card
+from mlip_cli.data.prepare.summary import CARD_PAGE, next_commands
 from mlip_cli.data.prepare.workspace import DONE, Share, Workspace, finished_summary
 from mlip_cli.data.sources.find import DataSource, find_source
 from mlip_cli.data.sources.records import ReadOptions
@@ -71,6 +72,8 @@ def prepare_data(
         Workspace(out).discard()  # left by a kill between the last two steps
         summary = replace(summary, out=str(out), next=next_commands(found.format, out, summary.splits))
         say(f"{out}: prepared already, from the same files with the same options; nothing to do")
+    if not (out / CARD_PAGE).is_file():
+        write_data_card(out, summary)
     if as_json:
         print_json(asdict(summary))
     else:

@@ -98,16 +98,32 @@ AverageOut = Annotated[
 ]
 
 Source = Annotated[
-    str,
+    str | None,
     typer.Argument(
         metavar="SOURCE",
+        show_default=False,
         callback=checked_text,
         help="A folder, a table, a tar (.tar.gz too), a pattern of tars, or openmoji.",
     ),
 ]
 Out = Annotated[
-    Path,
-    typer.Argument(metavar="OUT", callback=checked_path, help="Folder to write train/ and validation/ or test/ into."),
+    Path | None,
+    typer.Argument(
+        metavar="OUT",
+        show_default=False,
+        callback=checked_path,
+        help="Folder to write train/ and validation/ or test/ into.",
+    ),
+]
+Check = Annotated[
+    Path | None,
+    typer.Option(
+        "--check",
+        metavar="DIR",
+        callback=checked_path,
+        help="In place of SOURCE and OUT: check every byte of what was prepared in DIR, or of one split of it.",
+        show_default=False,
+    ),
 ]
 Format = Annotated[
     str,

@@ -12,7 +12,7 @@ from typing import Any
 
 from mlip_cli.data.prepare.plan import FindDrops, Plan, PlannedShard, no_drops, plan_of
 from mlip_cli.data.prepare.rejects import write_rejects
-from mlip_cli.data.prepare.shards import VerifiedTar, write_card, write_shard
+from mlip_cli.data.prepare.shards import WrittenSplit, write_card, write_shard
 from mlip_cli.data.prepare.summary import SplitSummary
 from mlip_cli.data.prepare.workspace import REJECTS, PartResult, Workspace
 from mlip_cli.data.sources.records import SPLITS
@@ -59,11 +59,11 @@ def write_splits(
     work.finished.mkdir(exist_ok=True)
     work.take_back()
     write_rejects(work.finished / REJECTS, tars, plan)
-    verified = write_shards(work.finished, tars, plan, shards)
+    written = write_shards(work.finished, tars, plan, shards)
     splits = {}
-    for split in filter(verified.__contains__, SPLITS):
+    for split in filter(written.__contains__, SPLITS):
         own = {**provenance, "holds": holds[split]} if split in holds else provenance
-        card = write_card(work.finished / split, split, verified[split], provenance=own)
+        card = write_card(work.finished / split, split, written[split], provenance=own)
         splits[split] = SplitSummary(
             card["num_samples"],
             card["num_bytes"],
@@ -78,16 +78,16 @@ def write_splits(
 
 def write_shards(
     folder: Path, tars: Sequence[Path], plan: Plan, shards: Sequence[PlannedShard]
-) -> dict[str, dict[str, VerifiedTar]]:
+) -> dict[str, WrittenSplit]:
     """Write the shards of all splits to `folder`, and remove each tar after the last shard that holds samples of it.
 
     Returns:
-        The shards of each split by name, in order.
+        What each split holds.
 
     Raises:
         RunError: the disk does not keep what is written, or a part is gone.
     """
-    verified: dict[str, dict[str, VerifiedTar]] = {}
+    splits: dict[str, WrittenSplit] = {}
     last = plan.last_uses(shards, len(tars))
     _remove_all(tar for tar, number in zip(tars, last.tolist(), strict=True) if number < 0)
     with progress(sum(len(shard.rows) for shard in shards), "writing shards") as bar:
@@ -95,11 +95,15 @@ def write_shards(
             (folder / shard.split).mkdir(parents=True, exist_ok=True)
             of_rows = [tars[part] for part in plan.parts[shard.rows].tolist()]
             records = plan.table["record"][shard.rows]
-            written = write_shard(folder / shard.split / shard.name, of_rows, records)
-            verified.setdefault(shard.split, {})[shard.name] = written
+            path = folder / shard.split / shard.name
+            written = WrittenSplit.first(path, write_shard(path, of_rows, records))
+            if shard.split in splits:
+                splits[shard.split].add(written)
+            else:
+                splits[shard.split] = written
             _remove_all(tars[part] for part in (last == number).nonzero()[0].tolist())
             bar.advance(bar.task_ids[0], len(shard.rows))
-    return verified
+    return splits
 
 
 def _remove_all(tars: Iterable[Path]) -> None:

@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import re
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from mlip_cli.data.index import (
     read_checked,
     write_index,
 )
+from mlip_cli.data.prepare.statistics import ShardStatistics, merged, statistics_of
 from mlip_cli.data.sources.records import json_bytes
 from mlip_cli.data.tar import BLOCK, Member, read_members
 from mlip_cli.errors import RunError
@@ -36,13 +36,8 @@ if TYPE_CHECKING:
 
 SHARD_SAMPLES = 10_000
 SHARD_BYTES = 512 << 20
-SIZE_FIELDS = ("width", "height", "original_width", "original_height")
-"""Fields of KEY.json, of which dataset.json tells minimum, median, mean and maximum."""
 TAR_RECORD = 20 * BLOCK
 """Tars are padded to a multiple of this."""
-
-CONTEXT_LENGTH = 77
-"""Of the published CLIP models. dataset.json says how many captions are longer."""
 
 KEY = re.compile(r"[0-9a-z_-]+")
 FIRST_BYTES = {"jpg": (0, b"\xff\xd8\xff"), "png": (0, b"\x89PNG"), "webp": (8, b"WEBP")}
@@ -80,13 +75,6 @@ class VerifiedTar:
 
     records: NDArray[np.void]
     """(n,) of RECORD."""
-    sizes: NDArray[np.int64]
-    """(n, 4): width and height of each picture, and both before it was stored."""
-    caption_words: list[int]
-    """Number of words of each caption."""
-    captions: NDArray[np.int64]
-    """The hash of each distinct caption; another in the next process."""
-    classes: Counter[str]
     num_bytes: int
     sha256: str
 
@@ -99,33 +87,23 @@ def verify_tar(path: Path, num_tokens: Sequence[int] | NDArray[np.uint16]) -> Ve
     """
     records = np.zeros(len(num_tokens), RECORD)
     records["num_tokens"] = num_tokens
-    sizes: list[list[int]] = []
-    caption_words: list[int] = []
-    captions: set[int] = set()
-    classes: Counter[str] = Counter()
     keys: set[str] = set()
     with open(path, "rb") as file:
         for key, members in groupby(read_members(path), key=lambda member: member.name.rpartition(".")[0]):
             parts = {member.name.rpartition(".")[2]: member for member in members}
             if not KEY.fullmatch(key) or key in keys or len(keys) == len(records):
                 raise RunError(f"{path}: read again, its sample {key!r} is not what was written; is the disk sound?")
-            fields = _index_sample(path, file.fileno(), records[len(keys)], parts)
-            sizes.append([fields[name] for name in SIZE_FIELDS])
-            caption_words += [len(caption["text"].split()) for caption in fields["captions"]]
-            captions.update(hash(caption["text"]) for caption in fields["captions"])
-            classes.update([] if fields["class"] is None else [fields["class"]])
+            _index_sample(path, file.fileno(), records[len(keys)], parts)
             keys.add(key)
         num_bytes = os.fstat(file.fileno()).st_size
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     if len(keys) != len(records):
         raise RunError(f"{path}: read again, it has {len(keys)} of {len(records)} samples; is the disk sound?")
-    distinct = np.array(list(captions), np.int64)
-    numbers = np.array(sizes, np.int64).reshape(-1, len(SIZE_FIELDS))
-    return VerifiedTar(records, numbers, caption_words, distinct, classes, num_bytes, sha256)
+    return VerifiedTar(records, num_bytes, sha256)
 
 
-def _index_sample(path: Path, descriptor: int, record: np.void, parts: Mapping[str, Member]) -> dict[str, Any]:
-    """Fill `record` except for its tokens. Returns the fields of KEY.json."""
+def _index_sample(path: Path, descriptor: int, record: np.void, parts: Mapping[str, Member]) -> None:
+    """Fill `record` except for its tokens."""
     format = next((known for known in FORMATS if known in parts), "")
     if set(parts) != {"json", "txt", format}:
         raise RunError(f"{path}: read again, a sample has the parts {sorted(parts)}; is the disk sound?")
@@ -141,37 +119,6 @@ def _index_sample(path: Path, descriptor: int, record: np.void, parts: Mapping[s
     record["format"], record["num_captions"] = FORMATS.index(format), len(fields["captions"])
     place = place_of(record, is_prepared=True)
     record["crc32"] = checksum(record, os.pread(descriptor, place.end - place.start, place.start))
-    return fields
-
-
-def _statistics(tars: Sequence[VerifiedTar]) -> dict[str, Any]:
-    """Minimum, median, mean and maximum of each number; formats; the 100 most frequent classes."""
-    records = np.concatenate([tar.records for tar in tars])
-    sizes = np.concatenate([tar.sizes for tar in tars])
-    words = np.concatenate([np.array(tar.caption_words) for tar in tars])
-    classes = sum((tar.classes for tar in tars), Counter[str]())
-    formats = Counter(FORMATS[code] for code in records["format"])
-    return {
-        **{name: _spread(sizes[:, column]) for column, name in enumerate(SIZE_FIELDS)},
-        "image_bytes": _spread(records["image_size"]),
-        "captions": _spread(records["num_captions"]),
-        "words": _spread(words),
-        "distinct_captions": len(np.unique(np.concatenate([tar.captions for tar in tars]))),
-        "longest_caption_tokens": _spread(records["num_tokens"]),
-        f"share_over_{CONTEXT_LENGTH}_tokens": round(float((records["num_tokens"] > CONTEXT_LENGTH).mean()), 6),
-        "formats": dict(sorted(formats.items())),
-        "num_classes": len(classes),
-        "classes": dict(sorted(classes.most_common(100))),
-    }
-
-
-def _spread(values: NDArray[Any]) -> dict[str, float]:
-    return {
-        "min": int(values.min()),
-        "median": float(np.median(values)),
-        "mean": round(float(values.mean()), 3),
-        "max": int(values.max()),
-    }
 
 
 COPIED = ("image_size", "txt_size", "json_size", "format", "num_captions", "num_tokens")
@@ -208,28 +155,42 @@ def is_finished(path: Path, records: NDArray[np.void]) -> bool:
     return len(written) == len(records) and all((written[name] == records[name]).all() for name in COPIED)
 
 
-def write_card(
-    folder: Path, split: str, shards: Mapping[str, VerifiedTar], *, provenance: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Write dataset.json and sizes.json of a folder whose shards are given by name, in order.
+@dataclass
+class WrittenSplit:
+    """The shards of a split that are written so far, in order."""
+
+    shards: list[dict[str, Any]]
+    """name, n, bytes and sha256 of each, as dataset.json lists them."""
+    statistics: ShardStatistics
+
+    @classmethod
+    def first(cls, path: Path, tar: VerifiedTar) -> "WrittenSplit":
+        """A split of one shard."""
+        listed = {"name": path.name, "n": len(tar.records), "bytes": tar.num_bytes, "sha256": tar.sha256}
+        return cls([listed], statistics_of(path, tar.records))
+
+    def add(self, other: "WrittenSplit") -> None:
+        """Put other shards behind these."""
+        self.shards += other.shards
+        self.statistics = merged([self.statistics, other.statistics])
+
+
+def write_card(folder: Path, split: str, written: WrittenSplit, *, provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """Write dataset.json and sizes.json of a folder whose shards are written.
 
     Returns:
         The card that dataset.json holds.
     """
-    listed = [
-        {"name": name, "n": len(tar.records), "bytes": tar.num_bytes, "sha256": tar.sha256}
-        for name, tar in shards.items()
-    ]
     card = {
         "split": split,
-        "num_samples": sum(len(tar.records) for tar in shards.values()),
-        "num_bytes": sum(tar.num_bytes for tar in shards.values()),
-        "fingerprint": hashlib.sha256(json_bytes(listed)).hexdigest(),
-        "shards": listed,
-        "statistics": _statistics(list(shards.values())),
+        "num_samples": sum(shard["n"] for shard in written.shards),
+        "num_bytes": sum(shard["bytes"] for shard in written.shards),
+        "fingerprint": hashlib.sha256(json_bytes(written.shards)).hexdigest(),
+        "shards": written.shards,
+        "statistics": written.statistics.as_json(),
         "provenance": provenance,
     }
-    write_json(folder / "sizes.json", {shard["name"]: shard["n"] for shard in listed})
+    write_json(folder / "sizes.json", {shard["name"]: shard["n"] for shard in written.shards})
     write_json(folder / "dataset.json", card)
     return card
 

@@ -26,6 +26,9 @@ STEPS_AN_EPOCH = 8
 FEWEST_TO_TRAIN = 4 * STEPS_AN_EPOCH
 """The fewest pairs for which a training is proposed: batches of four."""
 
+CARD_PAGE = "card.html"
+"""Beside prepared.json: what was prepared, for a person."""
+
 DEMO_FOLDER = Path("data/openmoji")
 """The folder that recipes/openmoji.yaml reads."""
 
@@ -104,6 +107,8 @@ class Summary:
             say(f"  {n:,} x {reason}")
         if self.rejects:
             say(f"each reject with file, row and reason: {Path(self.out) / 'rejects.parquet'}")
+        if (card := Path(self.out) / CARD_PAGE).is_file():
+            say(f"card: {card}")
         if self.attribution:
             say(self.attribution)
         for need, command in self.next.items():
