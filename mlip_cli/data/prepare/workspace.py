@@ -16,6 +16,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from mlip_cli.data.prepare.filters import AS_IT_IS, Cleaning
 from mlip_cli.data.prepare.summary import Summary
 from mlip_cli.errors import UsageError
 from mlip_cli.files import lock, read_own_object, remove, sync_folder, write_json
@@ -35,6 +36,7 @@ class PartOptions:
     """Short side of stored pictures in pixels."""
     render: bool = False
     """The pictures are OpenMoji's SVGs."""
+    cleaning: Cleaning = AS_IT_IS
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,8 @@ class PartResult:
     """Rejects by reason."""
     source_rows: int = 0
     """Rows of the source. Those that share a picture became one."""
+    captions_left_out: int = 0
+    """Captions that fell to a rule while others of the same picture stay."""
 
 
 @dataclass(frozen=True)
