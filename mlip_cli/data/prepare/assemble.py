@@ -8,8 +8,9 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlip_cli import __version__
-from mlip_cli.data.prepare.parts import NO_SPLIT, prepare_part
+from mlip_cli.data.prepare.duplicates import EvaluationSet
+from mlip_cli.data.prepare.evaluation_places import EvaluationPlace
+from mlip_cli.data.prepare.fates import Fates, decided, dropped_rejects
+from mlip_cli.data.prepare.filters import REASONS, Cleaning
+from mlip_cli.data.prepare.parts import prepare_part
+from mlip_cli.data.prepare.pixels import PERCEPTUAL
 from mlip_cli.data.prepare.shards import StoredSamples, write_split
 from mlip_cli.data.prepare.summary import SplitSummary, Summary, next_commands
 from mlip_cli.data.prepare.workers import run_parallel
@@ -25,7 +31,7 @@ from mlip_cli.data.prepare.workspace import PartOptions, PartResult, Workspace, 
 from mlip_cli.data.sources.find import DataSource, read_records
 from mlip_cli.data.sources.listing import PassedOver, is_unread_picture
 from mlip_cli.data.sources.openmoji import attribution, split_words
-from mlip_cli.data.sources.records import MAX_HELD_OUT, SPLITS, ReadOptions, held_out_share, parts_of
+from mlip_cli.data.sources.records import MAX_HELD_OUT, NO_SPLIT, SPLITS, ReadOptions, held_out_share, parts_of
 from mlip_cli.data.sources.survey import Survey, passed_over, surveyed
 from mlip_cli.data.sources.table_layouts import missing_shards
 from mlip_cli.errors import RunError, UsageError, interrupted_as
@@ -53,11 +59,21 @@ class SourceError(RunError):
     """Most rows of the source fail; nothing of the work is worth keeping."""
 
 
-def prepare(source: DataSource, out: Path, read: ReadOptions, request: dict[str, Any], *, num_workers: int) -> Summary:
+def prepare(
+    source: DataSource,
+    out: Path,
+    read: ReadOptions,
+    request: dict[str, Any],
+    *,
+    cleaning: Cleaning,
+    excluded: Sequence[EvaluationPlace],
+    num_workers: int,
+) -> Summary:
     """Prepare a source in OUT. An interrupted run is continued.
 
     Args:
-        request: format, size, holdout and fingerprint of the source; it goes to prepared.json.
+        request: format, size, holdout, rules that are set and fingerprint of the source; it goes to prepared.json.
+        excluded: where the evaluation sets lie whose pictures stay out of training.
 
     Raises:
         UsageError: the source cannot be read, the disk is too small, or another process writes to OUT.
@@ -72,7 +88,7 @@ def prepare(source: DataSource, out: Path, read: ReadOptions, request: dict[str,
     _check_disk(
         out, num_rows=survey.pictures, size=request["size"], source_bytes=sum(file.size for file in source.files)
     )
-    provenance = {"tool": f"mlip-cli {__version__}", "source": source.name, **request}
+    provenance = {"tool": f"mlip-cli {__version__}", "source": source.name, **request, "perceptual": PERCEPTUAL}
     holds: dict[str, str] = {}
     if source.format == "openmoji":
         provenance |= {"packages": list(source.versions), **attribution()}
@@ -84,13 +100,16 @@ def prepare(source: DataSource, out: Path, read: ReadOptions, request: dict[str,
         opened(out, request) as work,
     ):
         try:
-            results = _prepare_parts(work, source, read, survey, request, num_workers=num_workers)
+            sets = _evaluation_sets(work, request["size"], excluded, num_workers=num_workers)
+            options = PartOptions(str(work.parts), request["size"], source.format == "openmoji", cleaning)
+            results = _prepare_parts(work, source, read, survey, options, num_workers=num_workers)
+            fates = decided(_tables(work, results), cleaning, sets)
             share = held_out_share(request["holdout"], survey.pictures)
-            splits, is_held_out = _write_splits(work, results, holdout=share, provenance=provenance, holds=holds)
+            splits, is_held_out = _write_splits(work, results, fates, holdout=share, provenance=provenance, holds=holds)
         except SourceError as error:
             work.discard()
             raise SourceError(f"{source.name}: {error}; nothing was kept") from None
-        num_rejects = _write_rejects(work, results)
+        num_rejects = _write_rejects(work, results, fates)
         num_samples = sum(split.num_samples for split in splits.values())
         if num_samples + num_rejects != survey.pictures:
             raise RunError(
@@ -102,7 +121,7 @@ def prepare(source: DataSource, out: Path, read: ReadOptions, request: dict[str,
             request=request,
             rows=survey.rows,
             rejects=num_rejects,
-            reasons=dict(_reasons(results).most_common()),
+            reasons=dict((_reasons(results) + fates.reasons()).most_common()),
             splits=splits,
             held_out=is_held_out,
             attribution=provenance.get("attribution"),
@@ -110,6 +129,7 @@ def prepare(source: DataSource, out: Path, read: ReadOptions, request: dict[str,
             next=next_commands(source.format, out, splits),
             pictures=survey.pictures,
             passed_over=passed.counts | survey.spelled.counts,
+            cleaning=fates.found() | {"captions_left_out": sum(result.captions_left_out for result in results)},
         )
         work.publish(summary)
     return summary
@@ -141,7 +161,7 @@ def _prepare_parts(
     source: DataSource,
     read: ReadOptions,
     survey: Survey,
-    request: Mapping[str, Any],
+    options: PartOptions,
     *,
     num_workers: int,
 ) -> list[PartResult]:
@@ -151,7 +171,6 @@ def _prepare_parts(
         SourceError: most of the first rows fail for one reason.
         RunError: a worker was killed, or the source has changed.
     """
-    options = PartOptions(str(work.parts), request["size"], render=source.format == "openmoji")
     results = work.results()
     done = frozenset(results)
     todo = (part for part in parts_of(read_records(source, read, survey.shared)) if part.number not in done)
@@ -183,12 +202,14 @@ def _check_reasons(work: Workspace, results: Sequence[PartResult], *, enough: in
     Raises:
         SourceError: they do.
     """
-    rows = sum(result.rows for result in results)
-    for reason, n in _reasons(results).most_common(1):
-        if rows >= enough and n > rows / 2:
-            example = _first_reject(work, results)
+    reasons = _reasons(results)
+    rows = sum(result.rows for result in results) - sum(reasons[asked] for asked in REASONS)
+    for reason, n in reasons.items():
+        if rows >= enough and n > rows / 2 and reason not in REASONS:
+            example = _in_words(next(own for own in _rejects_of(work, results) if own["reason"] == reason))
             cure = f"; {CURES[reason]}" if reason in CURES else ""
-            same = f"{n} of the {which}{rows} rows fail for the same reason: {reason} (first: {example}){cure}"
+            passed = " that pass the rules" if reasons.keys() & REASONS else ""
+            same = f"{n} of the {which}{rows} rows{passed} fail for the same reason: {reason} (first: {example}){cure}"
             raise SourceError(same)
 
 
@@ -203,14 +224,42 @@ def _rejects(work: Workspace, result: PartResult) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
-def _first_reject(work: Workspace, results: Sequence[PartResult]) -> str:
-    reject = next(reject for result in results for reject in _rejects(work, result))
+def _rejects_of(work: Workspace, results: Sequence[PartResult]) -> Iterator[dict[str, Any]]:
+    for result in results:
+        yield from _rejects(work, result)
+
+
+def _rejects_by_part(work: Workspace, results: Sequence[PartResult], fates: Fates) -> Iterator[list[dict[str, Any]]]:
+    """The rejects of each part, then its rows that are dropped."""
+    tars = [work.parts / result.tar for result in results]
+    for part, result in enumerate(results):
+        yield [*_rejects(work, result), *dropped_rejects(fates, tars, part)]
+
+
+def _in_words(reject: Mapping[str, Any]) -> str:
     return f"{reject['file']} row {reject['row']}: {reject['detail'] or reject['reason']}"
+
+
+def _evaluation_sets(
+    work: Workspace, size: int, excluded: Sequence[EvaluationPlace], *, num_workers: int
+) -> list[EvaluationSet]:
+    """The pictures that stay out of training."""
+    if not excluded:
+        return []
+    from mlip_cli.data.prepare.exclusion import hashed_set
+
+    return [hashed_set(place, folder=work.folder, size=size, num_workers=num_workers) for place in excluded]
+
+
+def _tables(work: Workspace, results: Sequence[PartResult]) -> list[NDArray[np.void]]:
+    """The table of each part, (n,) of PART_ROW."""
+    return [np.load((work.parts / result.tar).with_suffix(".npy"), allow_pickle=False) for result in results]
 
 
 def _write_splits(
     work: Workspace,
     results: Sequence[PartResult],
+    fates: Fates,
     *,
     holdout: float,
     provenance: Mapping[str, Any],
@@ -224,14 +273,15 @@ def _write_splits(
     Raises:
         SourceError: no row became a sample.
     """
-    tables = [np.load((work.parts / result.tar).with_suffix(".npy"), allow_pickle=False) for result in results]
-    table = np.concatenate(tables)
-    if not len(table):
+    table, kept = fates.table, fates.drops.kept
+    if not kept.any():
         rows = plural(sum(result.rows for result in results), "row")
-        reasons = ", ".join(f"{n:,} x {reason}" for reason, n in _reasons(results).most_common())
-        raise SourceError(f"none of the {rows} became a sample: {reasons} (first: {_first_reject(work, results)})")
-    starts = np.cumsum([len(part) for part in tables])[:-1]
-    places = np.split(assign_splits(table, holdout=holdout), starts)
+        reasons = ", ".join(f"{n:,} x {reason}" for reason, n in (_reasons(results) + fates.reasons()).most_common())
+        first = next(chain.from_iterable(_rejects_by_part(work, results, fates)))
+        raise SourceError(f"none of the {rows} became a sample: {reasons} (first: {_in_words(first)})")
+    place_of_row = np.full(len(table), NO_SPLIT, np.uint8)
+    place_of_row[kept] = assign_splits(table[kept], holdout=holdout)
+    tables, places = fates.by_part(table), fates.by_part(place_of_row)
     work.finished.mkdir()
     splits = {}
     for code, split in enumerate(SPLITS):
@@ -250,7 +300,7 @@ def _write_splits(
                 distinct_captions=card["statistics"]["distinct_captions"],
                 holds=holds.get(split),
             )
-    return splits, "validation" in splits and not has_own_splits(table)
+    return splits, "validation" in splits and not has_own_splits(table[kept])
 
 
 def assign_splits(table: NDArray[np.void], *, holdout: float) -> NDArray[np.uint8]:
@@ -277,7 +327,7 @@ def has_own_splits(table: NDArray[np.void]) -> bool:
     return bool(((table["split"] != NO_SPLIT) & (table["split"] != SPLITS.index("train"))).any())
 
 
-def _write_rejects(work: Workspace, results: Sequence[PartResult]) -> int:
+def _write_rejects(work: Workspace, results: Sequence[PartResult], fates: Fates) -> int:
     """Write rejects.parquet in `work.finished`. Returns the number of its rows."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -285,8 +335,7 @@ def _write_rejects(work: Workspace, results: Sequence[PartResult]) -> int:
     schema = pa.schema([("file", pa.string()), ("row", pa.int64()), ("reason", pa.string()), ("detail", pa.string())])
     path, num_rejects = work.finished / "rejects.parquet", 0
     with pq.ParquetWriter(path, schema) as writer:
-        for result in results:
-            rejects = _rejects(work, result)
+        for rejects in _rejects_by_part(work, results, fates):
             writer.write_table(pa.Table.from_pylist(rejects, schema=schema))
             num_rejects += len(rejects)
     with open(path, "rb") as file:

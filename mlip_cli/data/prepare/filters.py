@@ -8,13 +8,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
-from mlip_cli.data.sources.records import Caption, Record
+from mlip_cli.data.sources.records import Record
 from mlip_cli.errors import UsageError
+from mlip_cli.terminal.output import plural
 
 MAX_RADIUS = 4
 """Of the 64 bits of a perceptual hash. Different photographs differ in 7 bits at least, most in 20 to 40."""
 DEDUPES = ("none", "bytes", "pixels", *(f"near:{radius}" for radius in range(MAX_RADIUS + 1)))
 """Words of --dedupe; each also leaves out what those before it do."""
+OWN_SPLITS = ("validation", "test")
+"""Words of --exclude for splits of the source itself."""
 
 
 @dataclass(frozen=True)
@@ -88,14 +91,15 @@ class Fault(NamedTuple):
 REASONS = frozenset(
     (
         "caption too short",
-        "caption too long",
+        "caption of too many words",
+        "caption of too many characters",
         "picture too small",
         "picture too long and narrow",
         "picture of too few bytes",
         "picture of too many bytes",
     )
 )
-"""Rows that fall for these reasons fall because the user asks for it. `caption too long` is also one of the limits."""
+"""Rows that fall for these reasons fall because the user asks for it: many of them are no sign of a wrong source."""
 
 
 def cleaning_of(preset: str | None, given: Cleaning) -> Cleaning:
@@ -114,7 +118,7 @@ def cleaning_of(preset: str | None, given: Cleaning) -> Cleaning:
     own = {field.name: getattr(given, field.name) for field in fields(given)}
     changes = {name: value for name, value in own.items() if value != getattr(AS_IT_IS, name)}
     cleaning = replace(PRESETS[preset] if preset else AS_IT_IS, **changes)
-    for what in ("words", "characters", "bytes"):
+    for what in ("words", "characters", "byte"):
         least, most = getattr(cleaning, f"min_{what}"), getattr(cleaning, f"max_{what}")
         if least is not None and most is not None and least > most:
             raise UsageError(f"--min-{what} {least} is more than --max-{what} {most}: nothing would be left")
@@ -139,16 +143,16 @@ def caption_fault(text: str, cleaning: Cleaning) -> Fault | None:
     """What is wrong with a caption."""
     words, characters = len(text.split()), len(text)
     return (
-        _below(words, cleaning.min_words, "caption too short", "words")
-        or _below(characters, cleaning.min_characters, "caption too short", "characters")
-        or _above(words, cleaning.max_words, "caption too long", "words")
-        or _above(characters, cleaning.max_characters, "caption too long", "characters")
+        _below(words, cleaning.min_words, "caption too short", "word")
+        or _below(characters, cleaning.min_characters, "caption too short", "character")
+        or _above(words, cleaning.max_words, "caption of too many words", "word")
+        or _above(characters, cleaning.max_characters, "caption of too many characters", "character")
     )
 
 
 def bytes_fault(num_bytes: int, cleaning: Cleaning) -> Fault | None:
     """What is wrong with the number of bytes of a picture."""
-    return _below(num_bytes, cleaning.min_bytes, "picture of too few bytes", "bytes") or _above(
+    return _below(num_bytes, cleaning.min_bytes, "picture of too few bytes", "byte") or _above(
         num_bytes, cleaning.max_bytes, "picture of too many bytes", "bytes"
     )
 
@@ -166,8 +170,8 @@ def size_fault(size: Sequence[int], cleaning: Cleaning) -> Fault | None:
 
 
 def _below(value: int, least: int | None, reason: str, unit: str) -> Fault | None:
-    return Fault(reason, f"{value} {unit}, at least {least}") if least is not None and value < least else None
+    return Fault(reason, f"{plural(value, unit)}, at least {least:,}") if least is not None and value < least else None
 
 
 def _above(value: int, most: int | None, reason: str, unit: str) -> Fault | None:
-    return Fault(reason, f"{value} {unit}, at most {most}") if most is not None and value > most else None
+    return Fault(reason, f"{plural(value, unit)}, at most {most:,}") if most is not None and value > most else None

@@ -18,6 +18,7 @@ from mlip_cli.data.prepare.pixels import StoredPicture, store
 from mlip_cli.data.prepare.shards import PART_ROW, sample_parts, tar_writer, verify_tar
 from mlip_cli.data.prepare.workspace import PartOptions, PartResult
 from mlip_cli.data.sources.records import (
+    NO_SPLIT,
     SPLITS,
     Picture,
     PictureAddress,
@@ -32,7 +33,6 @@ from mlip_cli.files import atomic_path, write_bytes, write_json
 from mlip_cli.paths import encodable, escaped
 
 MAX_FILE_BYTES = 512 << 20
-NO_SPLIT = 255
 ROW_FIELDS = ("row", "sha256", "pixels", "perceptual", "split")
 """Those of PART_ROW that are known before the tar is whole."""
 

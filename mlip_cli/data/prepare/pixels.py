@@ -59,9 +59,7 @@ def store(content: bytes, *, size: int, cleaning: Cleaning = AS_IT_IS) -> Stored
     )
 
 
-def scaled_rgb(
-    content: bytes, *, size: int, cleaning: Cleaning = AS_IT_IS
-) -> tuple[EncodedPicture, Image.Image]:
+def scaled_rgb(content: bytes, *, size: int, cleaning: Cleaning = AS_IT_IS) -> tuple[EncodedPicture, Image.Image]:
     """A picture, and its pixels with the short side at `size` at most. A JPEG of a wrong size is not decoded.
 
     Raises:

@@ -24,6 +24,11 @@ from mlip_cli.paths import escaped
 
 OWN_FOLDER = ".prepare"
 DONE = "prepared.json"
+FINGERPRINTS = {
+    "source_fingerprint": "files of the source have changed since",
+    "excluded_fingerprint": "evaluation sets of --exclude have changed since",
+}
+"""Keys of a request that no user gives, and what another value of them means."""
 
 
 @dataclass(frozen=True)
@@ -177,17 +182,16 @@ def _remove_torn(work: Workspace) -> None:
 
 
 def _check_same(out: Path, old: Mapping[str, Any], new: Mapping[str, Any], *, state: str) -> None:
-    changed = [key for key in new if old.get(key) != new[key] and key != "source_fingerprint"]
-    if changed:
-        what = ", ".join(f"{key} {_word(old.get(key))}, now {_word(new[key])}" for key in changed)
-    elif old.get("source_fingerprint") != new["source_fingerprint"]:
-        what = "files of the source have changed since"
-    else:
+    changed = [key for key in {**new, **old} if old.get(key) != new.get(key)]
+    options = [key for key in changed if key not in FINGERPRINTS]
+    if not changed:
         return
+    what = ", ".join(f"{key} {_word(old.get(key))}, now {_word(new.get(key))}" for key in options)
+    what = what or "; ".join(FINGERPRINTS[key] for key in changed)
     raise UsageError(
         f"{out}: {state} from another source or with other options ({what}); remove it or name another folder"
     )
 
 
 def _word(value: Any) -> str:
-    return "none" if value is None else str(value)
+    return ",".join(value) if isinstance(value, list) else "none" if value is None else str(value)
