@@ -4,6 +4,7 @@ import io
 import json
 import tarfile
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,19 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from mlip_cli.commands.prepare_data import prepare_data
+from mlip_cli.data.prepare.filters import AS_IT_IS, Cleaning
 from mlip_cli.data.sources.records import ReadOptions
 
 COLORS = ("red", "green", "blue", "orange", "black", "purple")
-DEFAULTS: dict[str, Any] = {"format": "auto", "size": None, "holdout": 0.0, "workers": 1, "as_json": True}
+DEFAULTS: dict[str, Any] = {
+    "format": "auto",
+    "size": None,
+    "holdout": 0.0,
+    "workers": 1,
+    "as_json": True,
+    "cleaning": AS_IT_IS,
+    "data_root": None,
+}
 
 
 def picture(i: int, format: str = "PNG") -> bytes:
@@ -57,6 +67,10 @@ def write_tar(path: Path, members: Mapping[str, bytes | str], *, format: int = t
 
 def prepare(source: Path | str, out: Path, **options: Any) -> dict[str, Any]:
     """Run the command. Returns what prepared.json holds."""
+    clean = {name: value for name, value in options.items() if name in asdict(AS_IT_IS)}
+    if clean:
+        options = {name: value for name, value in options.items() if name not in clean}
+        options["cleaning"] = Cleaning(**clean)
     read = ReadOptions(**{name: value for name, value in options.items() if name not in DEFAULTS})
     given = {name: value for name, value in options.items() if name in DEFAULTS}
     prepare_data(str(source), out, read=read, **(DEFAULTS | given))

@@ -17,11 +17,10 @@ from sources_for_tests import contents, picture, prepare, rejects, samples, text
 from mlip_cli.data.open import open_prepared
 from mlip_cli.data.prepare import assemble as prepare_module
 from mlip_cli.data.prepare.assemble import SourceError
-from mlip_cli.data.prepare.parts import NO_SPLIT
 from mlip_cli.data.prepare.plan import assign_splits
 from mlip_cli.data.prepare.shards import PART_ROW
 from mlip_cli.data.sources import records
-from mlip_cli.data.sources.records import held_out_share
+from mlip_cli.data.sources.records import NO_SPLIT, held_out_share
 from mlip_cli.data.tokenizer import Tokenizer
 from mlip_cli.errors import UsageError
 

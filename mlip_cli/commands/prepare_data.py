@@ -4,11 +4,15 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from mlip_cli.commands.data_card import write_data_card
+from mlip_cli.data.prepare.evaluation_places import EvaluationPlace, fingerprint_of
+from mlip_cli.data.prepare.filters import AS_IT_IS, OWN_SPLITS, Cleaning
+from mlip_cli.data.prepare.job import Job
 from mlip_cli.data.prepare.summary import CARD_PAGE, next_commands
 from mlip_cli.data.prepare.workspace import DONE, Share, Workspace, finished_summary
 from mlip_cli.data.sources.find import DataSource, find_source
 from mlip_cli.data.sources.records import ReadOptions
 from mlip_cli.errors import UsageError
+from mlip_cli.evaluate.datasets.find import find_benchmark
 from mlip_cli.machine import usable_cores
 from mlip_cli.paths import check_can_be_made, check_utf8
 from mlip_cli.terminal.output import print_json, say
@@ -16,6 +20,16 @@ from mlip_cli.terminal.output import print_json, say
 DEFAULT_SIZE = {"openmoji": 64}
 OTHER_SIZE = 256
 """Short side of photographs in pixels: 256 leave room for a random crop of 224."""
+WITH_FILES = {
+    "folder": "",
+    "imagenet_folders": "",
+    "imagenet_shards": "",
+    "openmoji": "",
+    "openmoji_combinations": "",
+    "shards": "",
+    "web_shards": "test",
+}
+"""Kinds of evaluation sets whose pictures lie in files -> the folder that holds them, under the set's own."""
 
 
 def prepare_data(
@@ -24,6 +38,8 @@ def prepare_data(
     *,
     format: str,
     read: ReadOptions,
+    cleaning: Cleaning = AS_IT_IS,
+    data_root: Path | None = None,
     size: int | None,
     holdout: float | None,
     workers: int | None,
@@ -36,6 +52,7 @@ def prepare_data(
     Args:
         part: I/N: prepare the I-th of N shares of the parts, and finish nothing.
         finish: make the shards of parts that are all prepared.
+        data_root: where the evaluation sets of `cleaning.exclude` lie; None: see `find.data_root`.
 
     Raises:
         UsageError: the source does not exist, its columns cannot be guessed, or OUT cannot be made or holds something
@@ -50,16 +67,19 @@ def prepare_data(
     if not (out / DONE).is_file():
         check_can_be_made(out, option="OUT")
     found = find_source(source, format=format, read=read)
-    _check_options(found, out, read)
+    _check_options(found, out, read, cleaning)
+    excluded = _evaluation_places(cleaning, data_root)
     size = size or DEFAULT_SIZE.get(found.format, OTHER_SIZE)
-    request = {"format": found.format, "size": size, "holdout": holdout, **vars(read)}
+    request = {"format": found.format, "size": size, "holdout": holdout, **vars(read), **cleaning.request()}
     request["source_fingerprint"] = found.fingerprint()
+    if excluded:
+        request["excluded_fingerprint"] = fingerprint_of(excluded)
     summary = finished_summary(out, request)
-    num_workers = workers or usable_cores()
+    job = Job(found, out, read, request, workers or usable_cores(), cleaning, excluded)
     if summary is None and share:
         from mlip_cli.data.prepare.assemble import prepare_share
 
-        done = prepare_share(found, out, read, request, share, num_workers=num_workers)
+        done = prepare_share(job, share)
         if as_json:
             print_json(asdict(done))
         done.show()
@@ -67,7 +87,7 @@ def prepare_data(
     if summary is None:
         from mlip_cli.data.prepare.assemble import prepare
 
-        summary = prepare(found, out, read, request, num_workers=num_workers, finish_only=finish)
+        summary = prepare(job, finish_only=finish)
     else:
         Workspace(out).discard()  # left by a kill between the last two steps
         summary = replace(summary, out=str(out), next=next_commands(found.format, out, summary.splits))
@@ -81,7 +101,35 @@ def prepare_data(
     summary.show_notes()
 
 
-def _check_options(source: DataSource, out: Path, read: ReadOptions) -> None:
+def _evaluation_places(cleaning: Cleaning, data_root: Path | None) -> tuple[EvaluationPlace, ...]:
+    """Where the evaluation sets of --exclude lie, found as evaluation finds them.
+
+    Raises:
+        UsageError: one is not there, or its pictures are not files.
+    """
+    return tuple(_evaluation_place(name, data_root) for name in cleaning.exclude if name not in OWN_SPLITS)
+
+
+def _evaluation_place(name: str, data_root: Path | None) -> EvaluationPlace:
+    kind, _, path = name.partition(":")
+    if kind == "shards" and path and not (Path(path) / "dataset.json").is_file():
+        tars = find_source(path, format="webdataset")
+        return EvaluationPlace(name, path, tars.fingerprint())
+    benchmark = find_benchmark(name, root=data_root)
+    if benchmark.kind not in WITH_FILES:
+        raise UsageError(
+            f"--exclude {benchmark.words}: mlip does not find its pictures as files; use imagenet, folder:PATH or "
+            f"shards:PATH, or for splits of the source {' or '.join(OWN_SPLITS)}"
+        )
+    return EvaluationPlace(name, str(benchmark.root / WITH_FILES[benchmark.kind]), benchmark.fingerprint)
+
+
+def _check_options(source: DataSource, out: Path, read: ReadOptions, cleaning: Cleaning) -> None:
+    if source.format == "openmoji" and cleaning != AS_IT_IS:
+        raise UsageError(
+            "--clean and its rules, --dedupe, --exclude: not for openmoji, whose pictures and captions mlip makes; leave "
+            "them out"
+        )
     if (read.image_column or read.caption_column) and source.format not in ("metadata", "webdataset"):
         raise UsageError(
             f"--image-column, --caption-column: for tables and tars only, and {source.name} is read as {source.format}"

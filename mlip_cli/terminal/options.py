@@ -148,6 +148,43 @@ Holdout = Annotated[
         show_default=False,
     ),
 ]
+Clean = Annotated[
+    str | None,
+    typer.Option(
+        metavar="PRESET",
+        help="Published rules for pictures and captions: datacomp_basic, cc12m or coyo. The options below change them.",
+        show_default=False,
+    ),
+]
+MinWords = Annotated[int | None, typer.Option(min=0, help="Fewest words of a caption.", show_default=False)]
+MaxWords = Annotated[int | None, typer.Option(min=1, help="Most words of a caption.", show_default=False)]
+MinCharacters = Annotated[int | None, typer.Option(min=0, help="Fewest characters of a caption.", show_default=False)]
+MaxCharacters = Annotated[int | None, typer.Option(min=1, help="Most characters of a caption.", show_default=False)]
+MinSide = Annotated[int | None, typer.Option(min=0, help="Shortest side of a picture, in pixels.", show_default=False)]
+MaxAspect = Annotated[
+    float | None,
+    typer.Option(min=1.0, help="Longest side of a picture, as a multiple of its shorter side.", show_default=False),
+]
+MinBytes = Annotated[int | None, typer.Option(min=0, help="Fewest bytes of a picture.", show_default=False)]
+MaxBytes = Annotated[int | None, typer.Option(min=1, help="Most bytes of a picture.", show_default=False)]
+Dedupe = Annotated[
+    str,
+    typer.Option(
+        metavar="none|bytes|pixels|near:R",
+        help="Leave out rows that repeat the picture of an earlier row: its bytes, also its pixels, or also its look, "
+        "by R of 64 bits of a perceptual hash, 0 to 4, for photographs.",
+    ),
+]
+Exclude = Annotated[
+    list[list] | None,
+    typer.Option(
+        parser=split_datasets,
+        metavar="NAME[,NAME]",
+        help="Keep the pictures of evaluation sets out of training: imagenet, folder:PATH, shards:PATH, or validation "
+        "and test, the splits of the source itself.",
+        show_default=False,
+    ),
+]
 Limit = Annotated[int | None, typer.Option(min=1, max=10**12, help="Use only the first N rows of the source.")]
 ImageColumn = Annotated[
     str | None,

@@ -9,13 +9,16 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 from mlip_cli import __version__
 from mlip_cli.data.prepare import shards
+from mlip_cli.data.prepare.duplicates import EvaluationSet
+from mlip_cli.data.prepare.fates import decided
+from mlip_cli.data.prepare.filters import REASONS
 from mlip_cli.data.prepare.finish import Finished, write_splits
+from mlip_cli.data.prepare.job import Job
 from mlip_cli.data.prepare.parts import prepare_part
+from mlip_cli.data.prepare.pixels import PERCEPTUAL
 from mlip_cli.data.prepare.rejects import rejects_of
 from mlip_cli.data.prepare.summary import SharePrepared, Summary, next_commands
 from mlip_cli.data.prepare.workers import run_parallel
@@ -23,7 +26,7 @@ from mlip_cli.data.prepare.workspace import EVERYTHING, PartOptions, PartResult,
 from mlip_cli.data.sources.find import DataSource, read_records
 from mlip_cli.data.sources.listing import PassedOver, is_unread_picture
 from mlip_cli.data.sources.openmoji import attribution, split_words
-from mlip_cli.data.sources.records import ReadOptions, SourcePart, held_out_share, parts_of
+from mlip_cli.data.sources.records import SourcePart, held_out_share, parts_of
 from mlip_cli.data.sources.survey import Survey, passed_over, surveyed
 from mlip_cli.data.sources.table_layouts import missing_shards
 from mlip_cli.errors import RunError, UsageError, interrupted_as
@@ -55,19 +58,10 @@ class SourceError(RunError):
     """Most rows of the source fail; nothing of the work is worth keeping."""
 
 
-def prepare(
-    source: DataSource,
-    out: Path,
-    read: ReadOptions,
-    request: dict[str, Any],
-    *,
-    num_workers: int,
-    finish_only: bool = False,
-) -> Summary:
+def prepare(job: Job, *, finish_only: bool = False) -> Summary:
     """Prepare a source in OUT. An interrupted run is continued.
 
     Args:
-        request: format, size, holdout and fingerprint of the source; it goes to prepared.json.
         finish_only: other processes have prepared all parts.
 
     Raises:
@@ -77,20 +71,29 @@ def prepare(
         Stopped: Ctrl-C.
     """
     started = time.monotonic()
-    survey, passed = _understood(source, read)
-    _check_disk(out, source, num_rows=survey.pictures, size=request["size"])
-    provenance = {"tool": f"mlip-cli {__version__}", "source": source.name, **request}
+    source, out = job.source, job.out
+    survey, passed = _understood(job)
+    _check_disk(job, num_rows=survey.pictures)
+    provenance = {"tool": f"mlip-cli {__version__}", "source": source.name, **job.request, "perceptual": PERCEPTUAL}
     holds: dict[str, str] = {}
     if source.format == "openmoji":
         provenance |= {"packages": list(source.versions), **attribution()}
-        holds = split_words(read.limit)
-    with _at_work(out, request) as work:
+        holds = split_words(job.read.limit)
+    with _at_work(job) as work:
         try:
             if finish_only:
-                _check_gaps(work, (part.number for part in parts_of(read_records(source, read, survey.shared))))
-            results = _prepare_parts(work, source, read, survey, request, num_workers=num_workers)
-            share = held_out_share(request["holdout"], survey.pictures)
-            finished = write_splits(work, results, holdout=share, provenance=provenance, holds=holds)
+                _check_gaps(work, (part.number for part in parts_of(read_records(source, job.read, survey.shared))))
+            sets = _evaluation_sets(work, job)
+            results = _prepare_parts(work, job, survey)
+            share = held_out_share(job.request["holdout"], survey.pictures)
+            finished = write_splits(
+                work,
+                results,
+                holdout=share,
+                provenance=provenance,
+                holds=holds,
+                decide=partial(decided, cleaning=job.cleaning, sets=sets),
+            )
             reasons = _reasons(results) + Counter(finished.dropped)
             _check_samples(work, results, finished, reasons)
         except SourceError as error:
@@ -104,7 +107,7 @@ def prepare(
         summary = Summary(
             out=str(out),
             source=source.name,
-            request=request,
+            request=dict(job.request),
             rows=survey.rows,
             rejects=reasons.total(),
             reasons=dict(reasons.most_common()),
@@ -115,52 +118,49 @@ def prepare(
             next=next_commands(source.format, out, finished.splits),
             pictures=survey.pictures,
             passed_over=passed.counts | survey.spelled.counts,
+            cleaning=finished.found | {"captions_left_out": sum(result.captions_left_out for result in results)},
         )
         work.publish(summary)
     return summary
 
 
-def prepare_share(
-    source: DataSource, out: Path, read: ReadOptions, request: dict[str, Any], share: Share, *, num_workers: int
-) -> SharePrepared:
+def prepare_share(job: Job, share: Share) -> SharePrepared:
     """Prepare the parts of a share, beside processes that prepare the others, and finish nothing.
 
     Raises:
         UsageError, RunError, Stopped: as `prepare`.
     """
-    survey, _ = _understood(source, read)
-    _check_disk(out, source, num_rows=survey.pictures, size=request["size"])
-    with _at_work(out, request, share) as work:
+    survey, _ = _understood(job)
+    _check_disk(job, num_rows=survey.pictures)
+    with _at_work(job, share) as work:
         there = frozenset(filter(share.has, work.results()))
         numbers: list[int] = []
         try:
-            results = _make_parts(
-                work, source, read, survey, request, num_workers=num_workers, share=share, numbers=numbers
-            )
+            results = _make_parts(work, job, survey, share=share, numbers=numbers)
         except SourceError as error:
-            raise SourceError(f"{source.name}: {error}") from None
+            raise SourceError(f"{job.source.name}: {error}") from None
         missing = len(set(numbers) - set(work.results()))
-    return SharePrepared(str(out), str(share), len(results) - len(there), len(there), len(numbers), missing)
+    return SharePrepared(str(job.out), str(share), len(results) - len(there), len(there), len(numbers), missing)
 
 
 @contextmanager
-def _at_work(out: Path, request: Mapping[str, Any], share: Share | None = None) -> Iterator[Workspace]:
+def _at_work(job: Job, share: Share | None = None) -> Iterator[Workspace]:
     """The workspace of OUT; a Ctrl-C or a full disk in the block becomes a line that says how to go on."""
     again = "run the same command again: it goes on"
     with (
-        interrupted_as(f"{out}: interrupted; {again}"),
-        full_disk_named(out, f"make room and {again}"),
-        opened(out, request, share) as work,
+        interrupted_as(f"{job.out}: interrupted; {again}"),
+        full_disk_named(job.out, f"make room and {again}"),
+        opened(job.out, job.request, share) as work,
     ):
         yield work
 
 
-def _understood(source: DataSource, read: ReadOptions) -> tuple[Survey, PassedOver]:
+def _understood(job: Job) -> tuple[Survey, PassedOver]:
     """Read the source once and say what was understood. The second value counts what is not read."""
     with progress(None, "counting rows"):
-        survey = surveyed(source, read)
-    passed = passed_over(source, survey)
-    _say_understood(source, survey, passed)
+        survey = surveyed(job.source, job.read)
+    passed = passed_over(job.source, survey)
+    _say_understood(job.source, survey, passed)
     return survey, passed
 
 
@@ -185,22 +185,14 @@ def _say_understood(source: DataSource, survey: Survey, passed: PassedOver) -> N
         warn(text)
 
 
-def _prepare_parts(
-    work: Workspace,
-    source: DataSource,
-    read: ReadOptions,
-    survey: Survey,
-    request: Mapping[str, Any],
-    *,
-    num_workers: int,
-) -> list[PartResult]:
+def _prepare_parts(work: Workspace, job: Job, survey: Survey) -> list[PartResult]:
     """Prepare the parts that are not finished yet. Returns all results, in the order of the source.
 
     Raises:
         SourceError: most rows fail for one reason.
         RunError: a worker was killed, or the source has changed.
     """
-    results = _make_parts(work, source, read, survey, request, num_workers=num_workers)
+    results = _make_parts(work, job, survey)
     if (rows := sum(result.source_rows for result in results)) != survey.rows:
         raise RunError(f"{work.out}: {rows} rows where {survey.rows} were counted; did the source change? Start again")
     _check_reasons(work, results, enough=FEWEST_ROWS, which="")
@@ -208,15 +200,7 @@ def _prepare_parts(
 
 
 def _make_parts(
-    work: Workspace,
-    source: DataSource,
-    read: ReadOptions,
-    survey: Survey,
-    request: Mapping[str, Any],
-    *,
-    num_workers: int,
-    share: Share = EVERYTHING,
-    numbers: list[int] | None = None,
+    work: Workspace, job: Job, survey: Survey, *, share: Share = EVERYTHING, numbers: list[int] | None = None
 ) -> list[PartResult]:
     """Prepare the parts of a share that are not finished yet. Returns the results of the share, in order.
 
@@ -227,12 +211,12 @@ def _make_parts(
         SourceError: most of the first rows fail for one reason.
         RunError: a worker was killed.
     """
-    options = PartOptions(str(work.parts), request["size"], render=source.format == "openmoji")
+    options = PartOptions(str(work.parts), job.size, job.source.format == "openmoji", job.cleaning)
     results = {number: result for number, result in work.results().items() if share.has(number)}
     done = frozenset(results)
 
     def to_do() -> Iterator[SourcePart]:
-        for part in parts_of(read_records(source, read, survey.shared)):
+        for part in parts_of(read_records(job.source, job.read, survey.shared)):
             if numbers is not None:
                 numbers.append(part.number)
             if share.has(part.number) and part.number not in done:
@@ -241,7 +225,7 @@ def _make_parts(
     with progress(-(-survey.pictures // share.count), "preparing") as bar:
         bar.advance(bar.task_ids[0], sum(result.rows for result in results.values()))
         _check_first_rows(work, results, share)
-        for result in run_parallel(partial(prepare_part, options=options), to_do(), num_workers=num_workers):
+        for result in run_parallel(partial(prepare_part, options=options), to_do(), num_workers=job.num_workers):
             results[result.number] = result
             bar.advance(bar.task_ids[0], result.rows)
             _check_first_rows(work, results, share)
@@ -289,12 +273,14 @@ def _check_reasons(work: Workspace, results: Sequence[PartResult], *, enough: in
     Raises:
         SourceError: they do.
     """
-    rows = sum(result.rows for result in results)
-    for reason, n in _reasons(results).most_common(1):
-        if rows >= enough and n > rows / 2:
-            example = _first_reject(work, results)
+    reasons = _reasons(results)
+    rows = sum(result.rows for result in results) - sum(reasons[asked] for asked in REASONS)
+    for reason, n in reasons.items():
+        if rows >= enough and n > rows / 2 and reason not in REASONS:
+            example = _first_reject(work, results, reason)
             cure = f"; {CURES[reason]}" if reason in CURES else ""
-            same = f"{n} of the {which}{rows} rows fail for the same reason: {reason} (first: {example}){cure}"
+            passed = " that pass the rules" if reasons.keys() & REASONS else ""
+            same = f"{n} of the {which}{rows} rows{passed} fail for the same reason: {reason} (first: {example}){cure}"
             raise SourceError(same)
 
 
@@ -303,9 +289,20 @@ def _reasons(results: Sequence[PartResult]) -> Counter[str]:
     return sum((Counter(result.reasons) for result in results), Counter[str]())
 
 
-def _first_reject(work: Workspace, results: Sequence[PartResult]) -> str:
-    reject = next(reject for result in results for reject in rejects_of(work.parts / result.tar))
+def _first_reject(work: Workspace, results: Sequence[PartResult], reason: str | None = None) -> str:
+    """The first row that fails, or that fails for a reason, in words."""
+    all_rejects = (reject for result in results for reject in rejects_of(work.parts / result.tar))
+    reject = next(reject for reject in all_rejects if reason in (None, reject["reason"]))
     return f"{reject['file']} row {reject['row']}: {reject['detail'] or reject['reason']}"
+
+
+def _evaluation_sets(work: Workspace, job: Job) -> list[EvaluationSet]:
+    """The pictures that stay out of training."""
+    if not job.excluded:
+        return []
+    from mlip_cli.data.prepare.exclusion import hashed_set
+
+    return [hashed_set(place, folder=work.folder, size=job.size, num_workers=job.num_workers) for place in job.excluded]
 
 
 def _check_samples(
@@ -323,14 +320,15 @@ def _check_samples(
         raise SourceError(f"none of the {rows} became a sample: {listed}{first}")
 
 
-def _check_disk(out: Path, source: DataSource, *, num_rows: int, size: int) -> None:
+def _check_disk(job: Job, *, num_rows: int) -> None:
     """Refuse to start what cannot fit: the samples once, and a few shards that lie beside the parts they come from.
 
     Raises:
         UsageError: the estimated need is more than the free space and what an earlier run has written.
     """
-    sample = BYTES_A_PIXEL * size * size * 4 / 3
-    if source_bytes := sum(file.size for file in source.files):
+    out = job.out
+    sample = BYTES_A_PIXEL * job.size * job.size * 4 / 3
+    if source_bytes := sum(file.size for file in job.source.files):
         sample = min(sample, 2 * source_bytes / max(1, num_rows))
     samples = int(num_rows * (sample + BYTES_A_SAMPLE))
     needed = samples + min(samples, SHARDS_BESIDE_PARTS * shards.SHARD_BYTES) - Workspace(out).num_bytes()

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlip_cli.data.prepare.plan import FindDrops, Plan, PlannedShard, no_drops, plan_of
+from mlip_cli.data.prepare.plan import Decide, Plan, PlannedShard, plan_of
 from mlip_cli.data.prepare.rejects import write_rejects
 from mlip_cli.data.prepare.shards import WrittenSplit, write_card, write_shard
 from mlip_cli.data.prepare.summary import SplitSummary
@@ -28,6 +28,8 @@ class Finished:
     """Empty: no row became a sample."""
     dropped: dict[str, int]
     """Rows that pass 2 dropped, by reason."""
+    found: dict[str, int]
+    """Equal pictures among the others: see `Summary.cleaning`."""
     is_held_out: bool
     """True if we drew validation."""
 
@@ -39,11 +41,12 @@ def write_splits(
     holdout: float,
     provenance: Mapping[str, Any],
     holds: Mapping[str, str],
-    find_drops: FindDrops = no_drops,
+    decide: Decide,
 ) -> Finished:
     """Put the parts together to splits in `work.finished`. What an earlier run finished there is kept.
 
     Args:
+        decide: says which rows are kept.
         holds: what a split holds, in words, where the source says more than its name.
 
     Raises:
@@ -51,11 +54,11 @@ def write_splits(
         RunError: the disk does not keep what is written, or a part is gone.
     """
     tars = [work.parts / result.tar for result in results]
-    plan = plan_of(work.parts, results, holdout=holdout, find_drops=find_drops)
-    dropped = plan.drops.by_reason()
+    plan = plan_of(work.parts, results, holdout=holdout, decide=decide)
+    dropped, found = plan.fates.by_reason(), plan.fates.found
     shards = plan.shards()
     if not shards:
-        return Finished({}, dropped, False)
+        return Finished({}, dropped, found, False)
     work.finished.mkdir(exist_ok=True)
     work.take_back()
     write_rejects(work.finished / REJECTS, tars, plan)
@@ -73,7 +76,7 @@ def write_splits(
             holds=holds.get(split),
         )
     _remove_others(work.finished, shards)
-    return Finished(splits, dropped, plan.is_held_out())
+    return Finished(splits, dropped, found, plan.is_held_out())
 
 
 def write_shards(

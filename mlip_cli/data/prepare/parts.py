@@ -5,6 +5,7 @@ import json
 import os
 import stat
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,12 @@ from typing import Any
 import numpy as np
 
 from mlip_cli.data.pictures import RejectedPictureError
+from mlip_cli.data.prepare.filters import bytes_fault, with_clean_captions
 from mlip_cli.data.prepare.pixels import StoredPicture, store
 from mlip_cli.data.prepare.shards import PART_ROW, sample_parts, tar_writer, verify_tar
 from mlip_cli.data.prepare.workspace import PartOptions, PartResult
 from mlip_cli.data.sources.records import (
+    NO_SPLIT,
     SPLITS,
     Picture,
     PictureAddress,
@@ -30,19 +33,22 @@ from mlip_cli.files import atomic_path, write_bytes, write_json
 from mlip_cli.paths import encodable, escaped
 
 MAX_FILE_BYTES = 512 << 20
-NO_SPLIT = 255
+ROW_FIELDS = ("row", "sha256", "pixels", "perceptual", "split")
+"""Those of PART_ROW that are known before the tar is whole."""
 
 
 def prepare_part(part: SourcePart, options: PartOptions) -> PartResult:
     """Write a part's samples and rejects to files of their own, and the result last. Each file is whole or absent."""
     tar = Path(options.folder, f"part-{part.number:06d}.tar")
-    rows: list[tuple[int, bytes, int, int]] = []
+    cleaned = [with_clean_captions(record, options.cleaning) for record in part.records]
+    records = [record for record, _ in cleaned]
+    rows: list[tuple[int, bytes, int, int, int]] = []
     num_tokens: list[int] = []
     rejects: list[dict[str, Any]] = []
-    contents = _decompressed(part)
+    contents = decompressed(records)
     with atomic_path(tar) as temporary:
         with tar_writer(temporary) as writer:
-            for row, record in enumerate(part.records, start=part.first_row):
+            for row, record in enumerate(records, start=part.first_row):
                 try:
                     content = contents.get(record.picture) if isinstance(record.picture, PicturePlace) else None
                     fields, picture = _make_sample(record, content, options)
@@ -53,11 +59,11 @@ def prepare_part(part: SourcePart, options: PartOptions) -> PartResult:
                 writer.write(sample_parts(key, image=picture.content, format=picture.format, fields=fields))
                 split = SPLITS.index(record.split) if record.split else NO_SPLIT
                 sha256 = bytes.fromhex(fields["sha256"])[:16]
-                rows.append((row, sha256, picture.pixels, split))
+                rows.append((row, sha256, picture.pixels, picture.perceptual, split))
                 num_tokens.append(count_tokens(caption.text for caption in record.captions))
         verified = verify_tar(temporary, num_tokens)
     table = np.zeros(len(rows), PART_ROW)
-    for name, values in zip(("row", "sha256", "pixels", "split"), zip(*rows, strict=True), strict=False):
+    for name, values in zip(ROW_FIELDS, zip(*rows, strict=True), strict=False):
         table[name] = values
     table["record"] = verified.records
     with atomic_path(tar.with_suffix(".npy")) as temporary, open(temporary, "wb") as file:
@@ -66,14 +72,15 @@ def prepare_part(part: SourcePart, options: PartOptions) -> PartResult:
     write_bytes(tar.with_suffix(".rejects.jsonl"), lines.encode())
     reasons = dict(sorted(Counter(reject["reason"] for reject in rejects).items()))
     source_rows = sum(record.num_rows for record in part.records)
-    result = PartResult(part.number, len(part.records), tar.name, reasons, source_rows)
+    captions_left_out = sum(num_fallen for _, num_fallen in cleaned)
+    result = PartResult(part.number, len(part.records), tar.name, reasons, source_rows, captions_left_out)
     write_json(tar.with_suffix(".json"), asdict(result))
     return result
 
 
-def _decompressed(part: SourcePart) -> dict[PicturePlace, bytes]:
+def decompressed(records: Sequence[Record]) -> dict[PicturePlace, bytes]:
     """The pictures that lie in compressed files, read in the order in which they lie there, so that it is read once."""
-    found = (record.picture for record in part.records)
+    found = (record.picture for record in records if not record.reject)
     places = [place for place in found if isinstance(place, PicturePlace) and place.is_compressed]
     places.sort(key=lambda place: (place.path, place.offset))
     sizes = [(place, place.size or 0) for place in places]
@@ -89,12 +96,14 @@ def _make_sample(record: Record, content: bytes | None, options: PartOptions) ->
     if record.reject or record.picture is None:
         raise RejectedPictureError(record.reject or "no picture", record.detail)
     content = read_picture(record.picture) if content is None else content
+    if fault := bytes_fault(len(content), options.cleaning):
+        raise RejectedPictureError(*fault)
     if options.render and isinstance(record.picture, PicturePlace):
         from mlip_cli.data.sources.openmoji import render
 
         picture = store(render(Path(record.picture.path), size=options.size), size=options.size)
     else:
-        picture = store(content, size=options.size)
+        picture = store(content, size=options.size, cleaning=options.cleaning)
     fields = {
         "captions": [asdict(caption) for caption in record.captions],
         "class": None if record.label is None else encodable(record.label),
@@ -110,7 +119,7 @@ def _make_sample(record: Record, content: bytes | None, options: PartOptions) ->
 
 
 def read_picture(picture: Picture) -> bytes:
-    """The encoded bytes of a picture; of one in a compressed file see `_decompressed`.
+    """The encoded bytes of a picture; of one in a compressed file see `decompressed`.
 
     Raises:
         RejectedPictureError: it is missing, too large, or cannot be read.

@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from mlip_cli.data.prepare.parts import NO_SPLIT
+from mlip_cli.data.prepare.fates import Fates
 from mlip_cli.data.prepare.shards import PART_ROW, sample_ends, shard_bounds
 from mlip_cli.data.prepare.workspace import PartResult
-from mlip_cli.data.sources.records import MAX_HELD_OUT, SPLITS
+from mlip_cli.data.sources.records import MAX_HELD_OUT, NO_SPLIT, SPLITS
 from mlip_cli.errors import UsageError
 
 DROPPED = 255
@@ -23,28 +23,8 @@ BLOCK_ROWS = 1 << 16
 """Rows at a time, where numbers of all rows are computed by way of longer ones."""
 
 
-@dataclass(frozen=True)
-class Drops:
-    """Rows that pass 2 drops."""
-
-    codes: NDArray[np.uint8]
-    """(n,): 0 for a row that is kept."""
-    words: tuple[str, ...]
-    """The reason of code c is `words[c - 1]`."""
-
-    def by_reason(self) -> dict[str, int]:
-        """Number of dropped rows by reason."""
-        counts = np.bincount(self.codes, minlength=len(self.words) + 1)[1:].tolist()
-        return {word: n for word, n in zip(self.words, counts, strict=True) if n}
-
-
-FindDrops = Callable[[NDArray[np.void]], Drops]
-"""(n,) of PART_ROW, in the order of the source -> the rows to drop."""
-
-
-def no_drops(rows: NDArray[np.void]) -> Drops:
-    """Every row is kept."""
-    return Drops(np.zeros(len(rows), np.uint8), ())
+Decide = Callable[[NDArray[np.void]], Fates]
+"""(n,) of PART_ROW, in the order of the source -> what becomes of each row."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +49,7 @@ class Plan:
     """(n,) of PART_ROW."""
     parts: NDArray[np.uint32]
     """(n,): place of each row's part among the results."""
-    drops: Drops
+    fates: Fates
     splits: NDArray[np.uint8]
     """(n,): places in SPLITS, or DROPPED."""
 
@@ -108,24 +88,21 @@ class Plan:
         return bool(((self.splits == validation) & (self.table["split"] != validation)).any())
 
 
-def plan_of(folder: Path, results: Sequence[PartResult], *, holdout: float, find_drops: FindDrops = no_drops) -> Plan:
+def plan_of(folder: Path, results: Sequence[PartResult], *, holdout: float, decide: Decide) -> Plan:
     """The plan for the parts whose tables lie in `folder`.
 
     Raises:
         UsageError: a table is not whole.
     """
     table, parts = _loaded(folder, results)
-    drops = find_drops(table)
-    is_kept = drops.codes == 0
+    fates = decide(table)
+    is_kept = fates.drops.kept
+    kept = np.empty(int(is_kept.sum()), [("pixels", "<u8"), ("split", "u1")])
+    for name in ("pixels", "split"):
+        kept[name] = table[name][is_kept]
     splits = np.full(len(table), DROPPED, np.uint8)
-    if is_kept.all():
-        splits[:] = assign_splits(table, holdout=holdout)
-    else:
-        kept = np.empty(int(is_kept.sum()), [("pixels", "<u8"), ("split", "u1")])
-        for name in ("pixels", "split"):
-            kept[name] = table[name][is_kept]
-        splits[is_kept] = assign_splits(kept, holdout=holdout)
-    return Plan(table, parts, drops, splits)
+    splits[is_kept] = assign_splits(kept, holdout=holdout)
+    return Plan(table, parts, fates, splits)
 
 
 def _loaded(folder: Path, results: Sequence[PartResult]) -> tuple[NDArray[np.void], NDArray[np.uint32]]:

@@ -44,7 +44,7 @@ def write_rejects(path: Path, tars: Sequence[Path], plan: Plan) -> None:
     with atomic_path(path) as temporary, pq.ParquetWriter(temporary, schema) as writer:
         for block in blocks(len(found), BATCH):
             rejects = [
-                _dropped(plan, line, code, tars[part]) if code else lines(tars[part])[line]
+                _dropped(plan, line, tars) if code else lines(tars[part])[line]
                 for _, part, line, code in found[block].tolist()
             ]
             writer.write_table(pa.Table.from_pylist(rejects, schema=schema))
@@ -62,10 +62,10 @@ def _lines(tar: Path) -> Iterator[dict[str, Any]]:
 
 def _found(tars: Sequence[Path], plan: Plan) -> NDArray[np.void]:
     """(n,) of REJECT, in the order of the source."""
-    rows = np.flatnonzero(plan.drops.codes)
+    rows = np.flatnonzero(plan.fates.drops.codes)
     dropped = np.empty(len(rows), REJECT)
     dropped["place"], dropped["part"], dropped["line"] = plan.table["row"][rows], plan.parts[rows], rows
-    dropped["code"] = plan.drops.codes[rows]
+    dropped["code"] = plan.fates.drops.codes[rows]
     of_parts = [dropped]
     for part, tar in enumerate(tars):
         places = [reject["place"] for reject in _lines(tar)]
@@ -76,11 +76,25 @@ def _found(tars: Sequence[Path], plan: Plan) -> NDArray[np.void]:
     return found[np.argsort(found["place"], kind="stable")]
 
 
-def _dropped(plan: Plan, row: int, code: int, tar: Path) -> dict[str, Any]:
+def _dropped(plan: Plan, row: int, tars: Sequence[Path]) -> dict[str, Any]:
     """The reject of a sample that was stored; its KEY.json says where it comes from."""
+    source = _source_of(plan, row, tars)
+    drops, twin = plan.fates.drops, plan.fates.twin_in_set(row)
+    if twin is None:
+        other = _source_of(plan, int(drops.twins[row]), tars)
+        twin = f"{escaped(other['file'])} row {other['row']}"
+    return {
+        "file": escaped(source["file"]),
+        "row": source["row"],
+        "reason": drops.words[drops.codes[row]],
+        "detail": f"{plan.fates.how(row)}as {twin}",
+    }
+
+
+def _source_of(plan: Plan, row: int, tars: Sequence[Path]) -> dict[str, Any]:
+    """`source` of KEY.json of a sample: file and row."""
     record = plan.table["record"][row]
-    with open_part(tar) as descriptor:
+    with open_part(tars[plan.parts[row]]) as descriptor:
         content = os.pread(descriptor, int(record["json_size"]), int(record["offset"]) + int(record["json_offset"]))
-    source = json.loads(content)["source"]
-    reason = plan.drops.words[code - 1]
-    return {"file": escaped(source["file"]), "row": source["row"], "reason": reason, "detail": ""}
+    source: dict[str, Any] = json.loads(content)["source"]
+    return source

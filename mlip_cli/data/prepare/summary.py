@@ -2,10 +2,11 @@
 
 import shlex
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mlip_cli.data.prepare.filters import OWN_SPLITS
 from mlip_cli.data.sources.records import MAX_HELD_OUT, held_out_share
 from mlip_cli.errors import UsageError
 from mlip_cli.files import read_object
@@ -70,6 +71,9 @@ class Summary:
     """Samples and rejects. Rows that name one picture are one; a row that cannot be used is a reject by itself."""
     passed_over: dict[str, int]
     """What was found beside that and not read, or found by another spelling, by kind."""
+    cleaning: dict[str, int] = field(default_factory=dict)
+    """repeats: samples of training whose pixels an earlier one has. in_validation, in_test: such that the source's own
+    split has too. captions_left_out: captions that fell to a rule while others of the same picture stay."""
 
     @classmethod
     def read(cls, path: Path) -> "Summary":
@@ -109,6 +113,8 @@ class Summary:
             say(f"each reject with file, row and reason: {Path(self.out) / 'rejects.parquet'}")
         if (card := Path(self.out) / CARD_PAGE).is_file():
             say(f"card: {card}")
+        if self.request["format"] != "openmoji":
+            self._show_repeats()
         if self.attribution:
             say(self.attribution)
         for need, command in self.next.items():
@@ -116,6 +122,18 @@ class Summary:
             say_to_copy(command)
         if not self.next:
             warn(f"fewer than {FEWEST_TO_TRAIN} samples to train on: too few for a contrastive loss")
+
+    def _show_repeats(self) -> None:
+        """What the rules for captions took, and equal pictures that are still there."""
+        if n := self.cleaning.get("captions_left_out", 0):
+            say(f"{plural(n, 'caption')} left out by the rules for captions; other captions of these pictures stay")
+        if n := self.cleaning.get("repeats", 0):
+            repeat = f"{plural(n, 'sample')} {'repeats' if n == 1 else 'repeat'} the picture of an earlier one"
+            say(f"{repeat}; --dedupe pixels leaves {'it' if n == 1 else 'them'} out")
+        for split in OWN_SPLITS:
+            if n := self.cleaning.get(f"in_{split}", 0):
+                same = f"{plural(n, 'sample')} to train on {'has' if n == 1 else 'have'} a picture of the source's own"
+                warn(f"{same} {split} split; --exclude {split} leaves {'it' if n == 1 else 'them'} out")
 
     def _show_held_out(self) -> None:
         holdout = held_out_share(self.request["holdout"], self.pictures)

@@ -18,6 +18,7 @@ from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
+from mlip_cli.data.prepare.filters import AS_IT_IS, Cleaning
 from mlip_cli.data.prepare.summary import Summary
 from mlip_cli.data.sources.records import SPLITS
 from mlip_cli.errors import UsageError
@@ -28,6 +29,11 @@ OWN_FOLDER = ".prepare"
 DONE = "prepared.json"
 REJECTS = "rejects.parquet"
 REQUEST = "request.json"
+FINGERPRINTS = {
+    "source_fingerprint": "files of the source have changed since",
+    "excluded_fingerprint": "evaluation sets of --exclude have changed since",
+}
+"""Keys of a request that no user gives, and what another value of them means."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,7 @@ class PartOptions:
     """Short side of stored pictures in pixels."""
     render: bool = False
     """The pictures are OpenMoji's SVGs."""
+    cleaning: Cleaning = AS_IT_IS
 
 
 @dataclass(frozen=True)
@@ -54,6 +61,8 @@ class PartResult:
     """Rejects by reason."""
     source_rows: int = 0
     """Rows of the source. Those that share a picture became one."""
+    captions_left_out: int = 0
+    """Captions that fell to a rule while others of the same picture stay."""
 
 
 @dataclass(frozen=True)
@@ -290,17 +299,16 @@ def _remove_torn(work: Workspace, share: Share | None) -> None:
 
 
 def _check_same(out: Path, old: Mapping[str, Any], new: Mapping[str, Any], *, state: str) -> None:
-    changed = [key for key in new if old.get(key) != new[key] and key != "source_fingerprint"]
-    if changed:
-        what = ", ".join(f"{key} {_word(old.get(key))}, now {_word(new[key])}" for key in changed)
-    elif old.get("source_fingerprint") != new["source_fingerprint"]:
-        what = "files of the source have changed since"
-    else:
+    changed = [key for key in {**new, **old} if old.get(key) != new.get(key)]
+    options = [key for key in changed if key not in FINGERPRINTS]
+    if not changed:
         return
+    what = ", ".join(f"{key} {_word(old.get(key))}, now {_word(new.get(key))}" for key in options)
+    what = what or "; ".join(FINGERPRINTS[key] for key in changed)
     raise UsageError(
         f"{out}: {state} from another source or with other options ({what}); remove it or name another folder"
     )
 
 
 def _word(value: Any) -> str:
-    return "none" if value is None else str(value)
+    return ",".join(value) if isinstance(value, list) else "none" if value is None else str(value)

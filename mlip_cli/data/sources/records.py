@@ -23,6 +23,8 @@ ENOUGH_HELD_OUT = 500
 
 SPLITS = ("train", "validation", "test", "combinations")
 """The last one is of the built-in source alone."""
+NO_SPLIT = 255
+"""In a table, in the place of a number of SPLITS: the source says no split."""
 SPLIT_WORDS = {
     "train": "train",
     "training": "train",
