@@ -170,13 +170,11 @@ class SharePrepared:
     def show(self) -> None:
         """Say in one line what was done and what comes next."""
         found = f", {self.found:,} were there" if self.found else ""
+        done = f"{self.out}: part {self.part}: {plural(self.prepared, 'part')} prepared{found}"
+        rest = f"all {self.parts:,} are there; next"
         if self.missing:
-            then = f"{self.missing:,} of all {self.parts:,} are left to other machines; after them"
-        else:
-            then = f"all {self.parts:,} are there; next"
-        say(
-            f"{self.out}: part {self.part}: {plural(self.prepared, 'part')} prepared{found}; {then}: the same command with --finish instead of --part"
-        )
+            rest = f"{self.missing:,} of all {self.parts:,} are left to other machines; after them"
+        say(f"{done}; {rest}: the same command with --finish instead of --part")
 
 
 def attributions(cards: Iterable[Mapping[str, Any]]) -> tuple[str, ...]:
