@@ -42,7 +42,7 @@ def prepare_part(part: SourcePart, options: PartOptions) -> PartResult:
     contents = _decompressed(part)
     with atomic_path(tar) as temporary:
         with tar_writer(temporary) as writer:
-            for row, record in part.placed():
+            for row, record in enumerate(part.records, start=part.first_row):
                 try:
                     content = contents.get(record.picture) if isinstance(record.picture, PicturePlace) else None
                     fields, picture = _make_sample(record, content, options)
