@@ -259,3 +259,16 @@ def test_bounds_of_shards_are_those_of_a_loop(monkeypatch: pytest.MonkeyPatch, m
             start, total = number, 0
         total += size
     assert list(shard_bounds(sizes)) == [*expected, (start, len(sizes))]
+
+
+def test_a_source_of_which_pass_2_drops_all_is_named_and_nothing_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drop_all = Drops(np.ones(4, np.uint8), ("excluded",))
+    write = finish.write_splits
+    monkeypatch.setattr(assemble, "write_splits", lambda *a, **o: write(*a, **o, find_drops=lambda rows: drop_all))
+    source = write_sidecars(tmp_path / "in", 4)
+    with pytest.raises(assemble.SourceError) as error:
+        prepare(source, tmp_path / "out")
+    assert str(error.value) == (f"{source}: none of the 4 rows became a sample: 4 x excluded; nothing was kept")
+    assert not (tmp_path / "out").exists()
