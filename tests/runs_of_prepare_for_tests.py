@@ -10,26 +10,34 @@ from pathlib import Path
 from typing import Any
 
 from mlip_cli.cli import main
-from mlip_cli.data.prepare import shards
+from mlip_cli.data.prepare import assemble, shards
 from mlip_cli.data.sources import records
+from mlip_cli.data.tokenizer import count_tokens
 from mlip_cli.terminal import endings
 
 FORK = multiprocessing.get_context("fork")
 STEPS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir")
 """Events of Python that come before the calls which change a folder."""
-PART_ROWS, SHARD_SAMPLES = 4, 5
+assert assemble.prepare, "imported here, once, and not in each process that is forked"
+count_tokens(["for the same reason"])
+SIZES = (4, 5)
+"""Rows of a part, samples of a shard."""
 
 
-def started(folder: Path, words: Sequence[str], prelude: Callable[[], None] | None = None) -> Any:
+def started(
+    folder: Path, words: Sequence[str], prelude: Callable[[], None] | None = None, sizes: tuple[int, int] = SIZES
+) -> Any:
     """`mlip prepare-data WORDS` at work in `folder`; `prelude` runs first, in the same process."""
-    process = FORK.Process(target=_run, args=(folder, words, prelude))
+    process = FORK.Process(target=_run, args=(folder, words, prelude, sizes))
     process.start()
     return process
 
 
-def run(folder: Path, *words: str, prelude: Callable[[], None] | None = None) -> tuple[int, str]:
+def run(
+    folder: Path, *words: str, prelude: Callable[[], None] | None = None, sizes: tuple[int, int] = SIZES
+) -> tuple[int, str]:
     """The same to its end: (exit code, what it said)."""
-    process = started(folder, words, prelude)
+    process = started(folder, words, prelude, sizes)
     process.join(120)
     return process.exitcode, said(folder, process)
 
@@ -38,14 +46,14 @@ def said(folder: Path, process: Any) -> str:
     return (folder / f"{process.pid}.stderr").read_text()
 
 
-def _run(folder: Path, words: Sequence[str], prelude: Callable[[], None] | None) -> None:
+def _run(folder: Path, words: Sequence[str], prelude: Callable[[], None] | None, sizes: tuple[int, int]) -> None:
     os.setsid()
     os.chdir(folder)
     signal.signal(signal.SIGINT, endings.interrupt)
     sys.stderr = open(f"{os.getpid()}.stderr", "w")  # noqa: SIM115 - open until the process ends
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     sys.argv = ["mlip", "prepare-data", *words]
-    records.PART_ROWS, shards.SHARD_SAMPLES = PART_ROWS, SHARD_SAMPLES
+    records.PART_ROWS, shards.SHARD_SAMPLES = sizes
     if prelude is not None:
         prelude()
     main()

@@ -5,13 +5,14 @@ import os
 import random
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
-from runs_of_prepare_for_tests import SHARD_SAMPLES, at_each_step, counted, disk_bytes, killed_at, limited, run
+from runs_of_prepare_for_tests import SIZES, at_each_step, counted, disk_bytes, killed_at, limited, run
 from sources_for_tests import contents, prepare, rejects, samples, write_files, write_sidecars
 
 from mlip_cli.data.prepare import assemble, finish, plan, shards
@@ -55,14 +56,14 @@ def source(tmp_path: Path) -> Path:
 
 
 def steps_of(folder: Path) -> Iterator[int]:
-    """Numbers of the steps of a whole run at which to kill: 24 drawn ones, and all of the last 50."""
+    """Numbers of the steps of a whole run at which to kill: 10 drawn ones, and every third of the last 50."""
     code, said = run(folder, *HALF, prelude=counted("out", folder / "steps"))
     assert code == 0, said
     last = int((folder / "steps").read_text())
     assert last > 300
     (folder / "out").rename(folder / "whole")
-    yield from sorted(random.Random(17).sample(range(1, last - 50), 24))
-    yield from range(last - 50, last + 1)
+    yield from sorted(random.Random(17).sample(range(1, last - 50), 10))
+    yield from range(last - 50, last + 1, 3)
 
 
 @pytest.mark.slow
@@ -82,7 +83,7 @@ def test_a_kill_before_any_step_leaves_what_goes_on_to_the_same_bytes(tmp_path: 
         assert before.items() <= after.items(), "a finished shard was written again"
         kept += len(before)
         shutil.rmtree(tmp_path / "out")
-    assert kept > 200
+    assert kept > 100
 
 
 @pytest.mark.slow
@@ -104,15 +105,15 @@ def test_a_disk_that_fills_in_pass_2_is_named_and_the_next_run_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_sidecars(tmp_path / "in", 46)
-    assert run(tmp_path, *HALF)[0] == 0
+    assert run(tmp_path, *HALF, sizes=(4, 20))[0] == 0
     (tmp_path / "out").rename(tmp_path / "whole")
-    code, said = run(tmp_path, *HALF, prelude=limited(18_000))
+    code, said = run(tmp_path, *HALF, prelude=limited(30_000), sizes=(4, 20))
     assert code == 1
     assert said.splitlines()[-1] == ("error: out: File too large; make room and run the same command again: it goes on")
     finished = tmp_path / "out" / ".prepare" / "finished"
     assert (finished / "rejects.parquet").exists()
     assert list(finished.rglob(".*")) == []
-    assert run(tmp_path, *HALF)[0] == 0
+    assert run(tmp_path, *HALF, sizes=(4, 20))[0] == 0
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
@@ -150,11 +151,11 @@ def test_dropped_rows_become_rejects_in_their_place(
     Image.open(source / "00003.png").save(source / "00012.png", compress_level=0)  # other bytes, the same pixels
     summary = prepare(source, tmp_path / "out", holdout=0.3)
     assert rejects(tmp_path / "out") == [
-        ("00007.png", 7, "not a picture", "not JPEG, PNG, WEBP, GIF, BMP or TIFF"),
-        ("00011.png", 11, SAME_BYTES, ""),
-        ("00012.png", 12, SAME_TEXT, ""),
-        ("00030.png", 30, "not a picture", "not JPEG, PNG, WEBP, GIF, BMP or TIFF"),
-        ("00045.png", 45, SAME_BYTES, ""),
+        ("00007.png", 0, "not a picture", "not JPEG, PNG, WEBP, GIF, BMP or TIFF"),
+        ("00011.png", 0, SAME_BYTES, ""),
+        ("00012.png", 0, SAME_TEXT, ""),
+        ("00030.png", 0, "not a picture", "not JPEG, PNG, WEBP, GIF, BMP or TIFF"),
+        ("00045.png", 0, SAME_BYTES, ""),
     ]
     assert summary["reasons"] == {"not a picture": 2, SAME_BYTES: 2, SAME_TEXT: 1}
     assert sum(split["num_samples"] for split in summary["splits"].values()) == 41
@@ -162,25 +163,24 @@ def test_dropped_rows_become_rejects_in_their_place(
     assert prepared == {f"{i:09d}" for i in range(46)} - {f"{i:09d}" for i in (7, 11, 12, 30, 45)}
 
 
-def test_rows_are_in_the_order_of_the_source_even_where_parts_lie_between_each_other(
+def test_rows_are_in_the_order_of_the_source_whatever_that_of_the_parts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(records, "PART_ROWS", 4)
-    monkeypatch.setattr(shards, "SHARD_SAMPLES", SHARD_SAMPLES)
+    monkeypatch.setattr(shards, "SHARD_SAMPLES", SIZES[1])
     source = write_sidecars(tmp_path / "in", 30)
     for i in (3, 17, 18):
         (source / f"{i:05d}.png").write_bytes(b"broken")
     prepare(source, tmp_path / "whole", holdout=0.3)
 
-    def interleaved(found: Iterator[records.Record]) -> Iterator[records.SourcePart]:
-        everything = list(found)
-        for number in range(7):
-            places = tuple(range(number, len(everything), 7))
-            yield records.SourcePart(number, number, tuple(everything[place] for place in places), places)
+    def in_another_order(found: Iterator[records.Record]) -> Iterator[records.SourcePart]:
+        for part in reversed(list(parts_of(found))):
+            yield replace(part, number=part.number * 3 % 8)
 
-    monkeypatch.setattr(assemble, "parts_of", interleaved)
-    prepare(source, tmp_path / "interleaved", holdout=0.3)
-    assert contents(tmp_path / "interleaved") == contents(tmp_path / "whole")
+    parts_of = records.parts_of
+    monkeypatch.setattr(assemble, "parts_of", in_another_order)
+    prepare(source, tmp_path / "other", holdout=0.3)
+    assert contents(tmp_path / "other") == contents(tmp_path / "whole")
 
 
 def noise(seed: int) -> bytes:
@@ -209,7 +209,7 @@ def test_the_disk_holds_the_data_once_and_a_few_shards(tmp_path: Path, split_by:
             most = now
             os.pwrite(peak, f"{now:12d}".encode(), 0)
 
-    code, said = run(tmp_path, *HALF, prelude=lambda: at_each_step("out", look))
+    code, said = run(tmp_path, *HALF, prelude=lambda: at_each_step("out", look), sizes=(16, 10))
     assert code == 0, said
     made = list((tmp_path / "out").rglob("*.tar"))
     output, shard = disk_bytes(tmp_path / "out"), max(map(os.path.getsize, made))
@@ -259,3 +259,16 @@ def test_bounds_of_shards_are_those_of_a_loop(monkeypatch: pytest.MonkeyPatch, m
             start, total = number, 0
         total += size
     assert list(shard_bounds(sizes)) == [*expected, (start, len(sizes))]
+
+
+def test_a_source_of_which_pass_2_drops_all_is_named_and_nothing_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drop_all = Drops(np.ones(4, np.uint8), ("excluded",))
+    write = finish.write_splits
+    monkeypatch.setattr(assemble, "write_splits", lambda *a, **o: write(*a, **o, find_drops=lambda rows: drop_all))
+    source = write_sidecars(tmp_path / "in", 4)
+    with pytest.raises(assemble.SourceError) as error:
+        prepare(source, tmp_path / "out")
+    assert str(error.value) == (f"{source}: none of the 4 rows became a sample: 4 x excluded; nothing was kept")
+    assert not (tmp_path / "out").exists()

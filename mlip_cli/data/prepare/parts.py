@@ -48,7 +48,7 @@ def prepare_part(part: SourcePart, options: PartOptions) -> PartResult:
     contents = decompressed(records)
     with atomic_path(tar) as temporary:
         with tar_writer(temporary) as writer:
-            for (row, _), record in zip(part.placed(), records, strict=True):
+            for row, record in enumerate(records, start=part.first_row):
                 try:
                     content = contents.get(record.picture) if isinstance(record.picture, PicturePlace) else None
                     fields, picture = _make_sample(record, content, options)

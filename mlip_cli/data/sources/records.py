@@ -118,20 +118,12 @@ class ReadOptions:
 
 @dataclass(frozen=True)
 class SourcePart:
-    """Rows of the source that mostly follow each other. Workers prepare whole parts; an interrupted run keeps them."""
+    """Consecutive rows of the source. Workers prepare whole parts, and an interrupted run keeps them."""
 
     number: int
     first_row: int
-    """Place of the first record in the whole source; the key of a record is its place in nine digits."""
+    """Place of the first record in the whole source; the key of record i is `first_row + i` in nine digits."""
     records: tuple[Record, ...]
-    places: tuple[int, ...] = ()
-    """Those of the records, where they do not follow each other."""
-
-    def placed(self) -> Iterator[tuple[int, Record]]:
-        """Each record with its place in the whole source."""
-        yield from (
-            zip(self.places, self.records, strict=True) if self.places else enumerate(self.records, self.first_row)
-        )
 
 
 def parts_of(records: Iterable[Record]) -> Iterator[SourcePart]:
