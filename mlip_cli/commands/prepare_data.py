@@ -10,7 +10,7 @@ from mlip_cli.data.prepare.workspace import DONE, Workspace, finished_summary
 from mlip_cli.data.sources.find import DataSource, find_source
 from mlip_cli.data.sources.records import ReadOptions
 from mlip_cli.errors import UsageError
-from mlip_cli.evaluate.datasets.find import find_benchmark
+from mlip_cli.evaluate.datasets.find import find_benchmark, tree_fingerprint
 from mlip_cli.machine import usable_cores
 from mlip_cli.paths import check_can_be_made, check_utf8
 from mlip_cli.terminal.output import print_json, say
@@ -19,7 +19,6 @@ DEFAULT_SIZE = {"openmoji": 64}
 OTHER_SIZE = 256
 """Short side of photographs in pixels: 256 leave room for a random crop of 224."""
 WITH_FILES = {
-    "folder": "",
     "imagenet_folders": "",
     "imagenet_shards": "",
     "openmoji": "",
@@ -93,6 +92,8 @@ def _evaluation_places(cleaning: Cleaning, data_root: Path | None) -> list[Evalu
 
 def _evaluation_place(name: str, data_root: Path | None) -> EvaluationPlace:
     kind, _, path = name.partition(":")
+    if kind == "folder" and path and Path(path).is_dir():  # evaluation wants classes in it
+        return EvaluationPlace(name, path, tree_fingerprint(Path(path)))
     if kind == "shards" and path and not (Path(path) / "dataset.json").is_file():
         tars = find_source(path, format="webdataset")
         return EvaluationPlace(name, path, tars.fingerprint())
@@ -108,8 +109,8 @@ def _evaluation_place(name: str, data_root: Path | None) -> EvaluationPlace:
 def _check_options(source: DataSource, out: Path, read: ReadOptions, cleaning: Cleaning) -> None:
     if source.format == "openmoji" and cleaning != AS_IT_IS:
         raise UsageError(
-            "--clean and its rules, --dedupe, --exclude: not for openmoji, whose pictures and captions mlip makes; leave "
-            "them out"
+            "--clean and its rules, --dedupe, --exclude: not for openmoji, whose pictures and captions mlip makes; "
+            "leave them out"
         )
     if (read.image_column or read.caption_column) and source.format not in ("metadata", "webdataset"):
         raise UsageError(

@@ -118,7 +118,7 @@ def cleaning_of(preset: str | None, given: Cleaning) -> Cleaning:
     own = {field.name: getattr(given, field.name) for field in fields(given)}
     changes = {name: value for name, value in own.items() if value != getattr(AS_IT_IS, name)}
     cleaning = replace(PRESETS[preset] if preset else AS_IT_IS, **changes)
-    for what in ("words", "characters", "byte"):
+    for what in ("words", "characters", "bytes"):
         least, most = getattr(cleaning, f"min_{what}"), getattr(cleaning, f"max_{what}")
         if least is not None and most is not None and least > most:
             raise UsageError(f"--min-{what} {least} is more than --max-{what} {most}: nothing would be left")

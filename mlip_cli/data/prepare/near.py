@@ -117,7 +117,7 @@ def _search(hashes: Hashes, members: ShortPlaces, radius: int, found: ShortPlace
         order = np.argsort(key, kind="stable")
         ordered, same = members[order], key[order]
         del order
-        later = np.flatnonzero(same[1:] == same[:-1]) + 1  # places behind another one of the same key
+        later = np.flatnonzero(same[1:] == same[:-1]).astype(np.int32) + 1  # behind another one of the same key
         del same
         new_run = np.flatnonzero(np.diff(later, prepend=-1) != 1)
         lengths = np.diff(np.append(new_run, len(later)))
@@ -182,4 +182,4 @@ def _keys(hashes: Hashes, radius: int, bits: NDArray[np.int64]) -> Iterator[NDAr
             bands[band, start : start + CHUNK] |= value.astype(bands.dtype)
     kind = np.uint32 if 2 * width <= 32 else np.uint64
     for one, other in combinations(bands, 2):
-        yield one.astype(kind) << kind(width) | other
+        yield np.left_shift(one.astype(kind), width) | other
