@@ -1,6 +1,7 @@
 """Photographs: parts of the two that scikit-learn brings along."""
 
 import io
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -17,7 +18,8 @@ def photographs(n: int, *, size: tuple[int, int] = (300, 240), seed: int = 0) ->
     return found
 
 
-def encoded(picture: Image.Image, format: str = "PNG", **options: int) -> bytes:
+def encoded(picture: Image.Image, format: str = "PNG", **options: Any) -> bytes:
+    """The bytes of a file."""
     file = io.BytesIO()
     picture.save(file, format, **options)
     return file.getvalue()
