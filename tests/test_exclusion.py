@@ -96,8 +96,8 @@ def test_a_changed_evaluation_set_is_another_request(source: Path, tmp_path: Pat
     with pytest.raises(UsageError) as error:
         prepare(source, tmp_path / "out", **rules)
     assert str(error.value) == (
-        f"{tmp_path / 'out'}: was prepared from another source or with other options (evaluation sets of --exclude have "
-        "changed since); remove it or name another folder"
+        f"{tmp_path / 'out'}: was prepared from another source or with other options (evaluation sets of --exclude "
+        "have changed since); remove it or name another folder"
     )
 
 
@@ -125,10 +125,10 @@ def test_hashes_are_computed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         ("imagnet", "unknown data set 'imagnet'; did you mean imagenet?"),
         (
             "digits",
-            "--exclude digits: mlip does not find its pictures as files; use imagenet, folder:PATH or shards:PATH, or for "
-            "splits of the source validation or test",
+            "--exclude digits: mlip does not find its pictures as files; use imagenet, folder:PATH or shards:PATH, or "
+            "for splits of the source validation or test",
         ),
-        ("folder:empty", "--exclude folder:empty: no pictures in empty"),
+        ("folder:empty", "/empty: the folder is empty; looked for"),
     ],
 )
 def test_wrong_evaluation_sets_are_named_before_the_work(
@@ -138,7 +138,7 @@ def test_wrong_evaluation_sets_are_named_before_the_work(
     Path("empty").mkdir()
     with pytest.raises(UsageError, match=re.escape(words)):
         prepare(source, Path("out"), exclude=(name,))
-    assert not Path("out").exists() or [path.name for path in Path("out").iterdir()] == [".prepare"]
+    assert not Path("out").exists()
 
 
 @pytest.mark.slow

@@ -7,12 +7,12 @@ from mlip_cli.data.prepare.evaluation_places import EvaluationPlace, fingerprint
 from mlip_cli.data.prepare.filters import AS_IT_IS, OWN_SPLITS, Cleaning
 from mlip_cli.data.prepare.summary import next_commands
 from mlip_cli.data.prepare.workspace import DONE, Workspace, finished_summary
-from mlip_cli.data.sources.find import DataSource, find_source
+from mlip_cli.data.sources.find import DataSource, find_pictures, find_source
 from mlip_cli.data.sources.records import ReadOptions
 from mlip_cli.errors import UsageError
 from mlip_cli.evaluate.datasets.find import find_benchmark, tree_fingerprint
 from mlip_cli.machine import usable_cores
-from mlip_cli.paths import check_can_be_made, check_utf8
+from mlip_cli.paths import check_can_be_made, check_utf8, escaped
 from mlip_cli.terminal.output import print_json, say
 
 DEFAULT_SIZE = {"openmoji": 64}
@@ -93,6 +93,10 @@ def _evaluation_places(cleaning: Cleaning, data_root: Path | None) -> list[Evalu
 def _evaluation_place(name: str, data_root: Path | None) -> EvaluationPlace:
     kind, _, path = name.partition(":")
     if kind == "folder" and path and Path(path).is_dir():  # evaluation wants classes in it
+        try:
+            find_pictures(str(Path(path).absolute()))
+        except UsageError as error:
+            raise UsageError(f"--exclude {escaped(name)}: {error}") from None
         return EvaluationPlace(name, path, tree_fingerprint(Path(path)))
     if kind == "shards" and path and not (Path(path) / "dataset.json").is_file():
         tars = find_source(path, format="webdataset")

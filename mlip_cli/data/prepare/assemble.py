@@ -88,7 +88,9 @@ def prepare(
     _check_disk(
         out, num_rows=survey.pictures, size=request["size"], source_bytes=sum(file.size for file in source.files)
     )
-    provenance = {"tool": f"mlip-cli {__version__}", "source": source.name, **request, "perceptual": PERCEPTUAL}
+    provenance = {"tool": f"mlip-cli {__version__}", "source": source.name, **request}
+    if cleaning.compares_looks:
+        provenance["perceptual"] = PERCEPTUAL
     holds: dict[str, str] = {}
     if source.format == "openmoji":
         provenance |= {"packages": list(source.versions), **attribution()}

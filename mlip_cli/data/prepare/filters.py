@@ -14,6 +14,9 @@ from mlip_cli.terminal.output import plural
 
 MAX_RADIUS = 4
 """Of the 64 bits of a perceptual hash. Different photographs differ in 7 bits at least, most in 20 to 40."""
+EXCLUDED_RADIUS = 2
+"""More than nine in ten photographs that were compressed or resized stay within it; equal hashes are six in ten. A
+picture of an evaluation set that stays costs more than one of training that falls."""
 DEDUPES = ("none", "bytes", "pixels", *(f"near:{radius}" for radius in range(MAX_RADIUS + 1)))
 """Words of --dedupe; each also leaves out what those before it do."""
 OWN_SPLITS = ("validation", "test")
@@ -49,6 +52,16 @@ class Cleaning:
             for name, value in given.items()
             if value != getattr(AS_IT_IS, name)
         }
+
+    @property
+    def compares_looks(self) -> bool:
+        """Whether anything reads the perceptual hashes, which cost a tenth of the time of a picture."""
+        return self.radius is not None or bool(self.exclude)
+
+    @property
+    def excluded_radius(self) -> int:
+        """The same for pictures of evaluation sets, which are always looked for in other sizes and formats."""
+        return EXCLUDED_RADIUS if self.radius is None else self.radius
 
     @property
     def radius(self) -> int | None:
