@@ -5,18 +5,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from photographs_for_tests import encoded, photographs
 from PIL import ExifTags, Image
 
 from mlip_cli.data.pictures import RejectedPictureError
-from mlip_cli.data.prepare.pixels import StoredPicture, hash_pixels, store
+from mlip_cli.data.prepare.filters import Cleaning
+from mlip_cli.data.prepare.pixels import StoredPicture, hash_look, hash_pixels, store
 
 RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
-
-
-def encoded(image: Image.Image, format: str = "PNG", **options: Any) -> bytes:
-    file = io.BytesIO()
-    image.save(file, format, **options)
-    return file.getvalue()
 
 
 def decoded(stored: StoredPicture) -> Image.Image:
@@ -94,3 +90,34 @@ def test_equal_pixels_have_equal_hashes_whatever_held_them() -> None:
 def test_a_picture_longer_than_webp_allows_is_rejected() -> None:
     with pytest.raises(RejectedPictureError, match=r"^picture too long: 20000 x 8 pixels$"):
         store(encoded(Image.new("1", (20_000, 8))), size=256)
+
+
+def test_the_look_of_a_picture_is_imagehashs_dhash() -> None:
+    """Equal to the bit, because both make the picture small with Lanczos' filter."""
+    imagehash = pytest.importorskip("imagehash")
+    for i, photograph in enumerate(photographs(20, size=(341, 256))):
+        assert hash_look(photograph) == int(str(imagehash.dhash(photograph)), 16), i
+    for flat in (Image.new("RGB", (1, 1)), Image.new("RGB", (300, 200), "white")):
+        assert hash_look(flat) == int(str(imagehash.dhash(flat)), 16) == 0
+    ramp = Image.linear_gradient("L").rotate(90).convert("RGB")
+    assert hash_look(ramp) == int(str(imagehash.dhash(ramp)), 16) == 2**64 - 1
+
+
+def test_the_look_of_a_photograph_hardly_changes_and_tells_it_from_others() -> None:
+    originals, by_look = photographs(30, size=(320, 240)), Cleaning(dedupe="near:2")
+    looks = [store(encoded(photograph), size=256, cleaning=by_look).perceptual for photograph in originals]
+    copies = {
+        "compressed": [encoded(photograph, "JPEG", quality=75) for photograph in originals],
+        "smaller": [encoded(photograph.resize((210, 158))) for photograph in originals],
+        "larger": [encoded(photograph.resize((640, 480)), "JPEG") for photograph in originals],
+    }
+    for kind, contents in copies.items():
+        bits = [
+            (look ^ store(content, size=256, cleaning=by_look).perceptual).bit_count()
+            for look, content in zip(looks, contents, strict=True)
+        ]
+        assert max(bits) <= 4, kind
+        assert np.mean(np.array(bits) <= 2) > 0.9, kind
+    assert store(copies["smaller"][0], size=256).perceptual == 0
+    others = [(one ^ other).bit_count() for i, one in enumerate(looks) for other in looks[:i]]
+    assert min(others) > 4

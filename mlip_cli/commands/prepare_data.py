@@ -9,19 +9,18 @@ from mlip_cli.data.prepare.filters import AS_IT_IS, OWN_SPLITS, Cleaning
 from mlip_cli.data.prepare.job import Job
 from mlip_cli.data.prepare.summary import CARD_PAGE, next_commands
 from mlip_cli.data.prepare.workspace import DONE, Share, Workspace, finished_summary
-from mlip_cli.data.sources.find import DataSource, find_source
+from mlip_cli.data.sources.find import DataSource, find_pictures, find_source
 from mlip_cli.data.sources.records import ReadOptions
 from mlip_cli.errors import UsageError
-from mlip_cli.evaluate.datasets.find import find_benchmark
+from mlip_cli.evaluate.datasets.find import find_benchmark, tree_fingerprint
 from mlip_cli.machine import usable_cores
-from mlip_cli.paths import check_can_be_made, check_utf8
+from mlip_cli.paths import check_can_be_made, check_utf8, escaped
 from mlip_cli.terminal.output import print_json, say
 
 DEFAULT_SIZE = {"openmoji": 64}
 OTHER_SIZE = 256
 """Short side of photographs in pixels: 256 leave room for a random crop of 224."""
 WITH_FILES = {
-    "folder": "",
     "imagenet_folders": "",
     "imagenet_shards": "",
     "openmoji": "",
@@ -112,6 +111,12 @@ def _evaluation_places(cleaning: Cleaning, data_root: Path | None) -> tuple[Eval
 
 def _evaluation_place(name: str, data_root: Path | None) -> EvaluationPlace:
     kind, _, path = name.partition(":")
+    if kind == "folder" and path and Path(path).is_dir():  # evaluation wants classes in it
+        try:
+            find_pictures(str(Path(path).absolute()))
+        except UsageError as error:
+            raise UsageError(f"--exclude {escaped(name)}: {error}") from None
+        return EvaluationPlace(name, path, tree_fingerprint(Path(path)))
     if kind == "shards" and path and not (Path(path) / "dataset.json").is_file():
         tars = find_source(path, format="webdataset")
         return EvaluationPlace(name, path, tars.fingerprint())
@@ -127,8 +132,8 @@ def _evaluation_place(name: str, data_root: Path | None) -> EvaluationPlace:
 def _check_options(source: DataSource, out: Path, read: ReadOptions, cleaning: Cleaning) -> None:
     if source.format == "openmoji" and cleaning != AS_IT_IS:
         raise UsageError(
-            "--clean and its rules, --dedupe, --exclude: not for openmoji, whose pictures and captions mlip makes; leave "
-            "them out"
+            "--clean and its rules, --dedupe, --exclude: not for openmoji, whose pictures and captions mlip makes; "
+            "leave them out"
         )
     if (read.image_column or read.caption_column) and source.format not in ("metadata", "webdataset"):
         raise UsageError(

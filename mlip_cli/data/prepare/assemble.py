@@ -74,7 +74,9 @@ def prepare(job: Job, *, finish_only: bool = False) -> Summary:
     source, out = job.source, job.out
     survey, passed = _understood(job)
     _check_disk(job, num_rows=survey.pictures)
-    provenance = {"tool": f"mlip-cli {__version__}", "source": source.name, **job.request, "perceptual": PERCEPTUAL}
+    provenance = {"tool": f"mlip-cli {__version__}", "source": source.name, **job.request}
+    if job.cleaning.compares_looks:
+        provenance["perceptual"] = PERCEPTUAL
     holds: dict[str, str] = {}
     if source.format == "openmoji":
         provenance |= {"packages": list(source.versions), **attribution()}

@@ -68,7 +68,7 @@ def drops(rows: NDArray[np.void], cleaning: Cleaning, sets: Sequence[EvaluationS
     rest = {own.name: own for own in sets}
     for number, name in enumerate(cleaning.exclude):
         others = rows[_is_of(rows, name)] if name in OWN_SPLITS else rest[name].rows
-        twins, how = _matches(rows, train, others, cleaning.radius or 0)
+        twins, how = _matches(rows, train, others, cleaning.excluded_radius)
         places = np.flatnonzero(_is_of(rows, name)) if name in OWN_SPLITS else np.arange(len(others))
         _mark(fate, train, np.where(twins >= 0, places[twins], -1) if len(places) else twins, how, len(HOW) + number)
     if cleaning.dedupe != "none":

@@ -28,6 +28,7 @@ Hashes = NDArray[np.uint64]
 Places = NDArray[np.int64]
 ShortPlaces = NDArray[np.int32]
 """Half as large, for the search among many."""
+AnyPlaces = NDArray[np.signedinteger[Any]]
 
 
 def says_something(hashes: Hashes) -> NDArray[np.bool_]:
@@ -117,21 +118,27 @@ def _search(hashes: Hashes, members: ShortPlaces, radius: int, found: ShortPlace
         order = np.argsort(key, kind="stable")
         ordered, same = members[order], key[order]
         del order
-        later = np.flatnonzero(same[1:] == same[:-1]) + 1  # places behind another one of the same key
+        later = np.flatnonzero(same[1:] == same[:-1]).astype(np.int32) + 1  # behind another one of the same key
         del same
         new_run = np.flatnonzero(np.diff(later, prepend=-1) != 1)
         lengths = np.diff(np.append(new_run, len(later)))
         starts = np.repeat(later[new_run] - 1, lengths)
         is_small = np.repeat(lengths < CROWD, lengths)
-        crowds = [(later[at] - 1, later[at] + lengths[i]) for i, at in enumerate(new_run) if lengths[i] >= CROWD]
+        large = [(int(later[new_run[run]]) - 1, int(lengths[run]) + 1) for run in np.flatnonzero(lengths >= CROWD)]
         later, starts = later[is_small], starts[is_small]
         _compare(hashes, ordered, radius, found, starts, later, later - starts)
-        for start, end in crowds:
-            _search(hashes, ordered[start:end], radius, found)
+        for start, size in large:
+            _search(hashes, ordered[start : start + size], radius, found)
 
 
 def _compare(
-    hashes: Hashes, members: ShortPlaces, radius: int, found: ShortPlaces, starts: Places, later: Places, counts: Places
+    hashes: Hashes,
+    members: ShortPlaces,
+    radius: int,
+    found: ShortPlaces,
+    starts: AnyPlaces,
+    later: AnyPlaces,
+    counts: AnyPlaces,
 ) -> None:
     """Compare the member at each place of `later` with the `counts` members from `starts` on.
 
@@ -145,7 +152,7 @@ def _compare(
         found[mine] = others[hits][first]
 
 
-def _pairs(starts: Places, counts: Places) -> Iterator[tuple[Places, Places]]:
+def _pairs(starts: AnyPlaces, counts: AnyPlaces) -> Iterator[tuple[Places, Places]]:
     """Each i with each of `starts[i]`, ..., `starts[i] + counts[i] - 1`, about MOST_PAIRS at once, in order."""
     ends = np.cumsum(counts)
     total = int(ends[-1]) if len(ends) else 0
@@ -182,4 +189,4 @@ def _keys(hashes: Hashes, radius: int, bits: NDArray[np.int64]) -> Iterator[NDAr
             bands[band, start : start + CHUNK] |= value.astype(bands.dtype)
     kind = np.uint32 if 2 * width <= 32 else np.uint64
     for one, other in combinations(bands, 2):
-        yield one.astype(kind) << kind(width) | other
+        yield np.left_shift(one.astype(kind), width) | other

@@ -37,7 +37,7 @@ class StoredPicture:
     pixels: int
     """`hash_pixels` of the pixels before they were encoded again."""
     perceptual: int
-    """`hash_look` of the same pixels."""
+    """`hash_look` of the same pixels; 0 where nothing is compared by it."""
 
 
 def store(content: bytes, *, size: int, cleaning: Cleaning = AS_IT_IS) -> StoredPicture:
@@ -55,7 +55,7 @@ def store(content: bytes, *, size: int, cleaning: Cleaning = AS_IT_IS) -> Stored
         original_width=picture.width,
         original_height=picture.height,
         pixels=hash_pixels(rgb),
-        perceptual=hash_look(rgb),
+        perceptual=hash_look(rgb) if cleaning.compares_looks else 0,
     )
 
 

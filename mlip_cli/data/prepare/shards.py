@@ -48,7 +48,7 @@ PART_ROW = np.dtype(
         ("record", RECORD),  # in the part's tar
         ("sha256", "V16"),  # the first half of that of the source's bytes
         ("pixels", "<u8"),  # `hash_pixels`
-        ("perceptual", "<u8"),  # `hash_look`
+        ("perceptual", "<u8"),  # `hash_look`, or 0 where nothing is compared by it
         ("split", "u1"),  # place in SPLITS; 255: the source says none
     ]
 )
