@@ -107,8 +107,7 @@ def test_a_card_that_is_gone_is_written_again_and_is_the_same(
     (again / "card.html").unlink()
     with caplog.at_level("INFO", logger="mlip_cli"):
         prepare(source, again)
-    written = re.compile(rb"at \d{4}-\d\d-\d\d \d\d:\d\d UTC")
-    assert written.sub(b"", (again / "card.html").read_bytes()) == written.sub(b"", first)
+    assert (again / "card.html").read_bytes() == first
     assert f"card: {again / 'card.html'}" in caplog.messages
 
 
