@@ -120,7 +120,7 @@ def prepare_data(
     check: Check = None,
     json: Json = False,
 ) -> None:
-    """Turn pictures and captions into shards that training reads, or check such shards."""
+    """Turn pictures and captions into shards that training reads."""
     if check is not None:
         from mlip_cli.commands.check_data import check_data
 

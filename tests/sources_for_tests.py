@@ -104,6 +104,7 @@ def rejects(out: Path) -> list[tuple[str, int, str, str]]:
 
 
 def contents(out: Path) -> dict[str, bytes]:
-    """Every file of a finished folder but the summary, which says how long it took and where."""
-    files = sorted(path for path in out.rglob("*") if path.is_file() and path.name != "prepared.json")
+    """Every file of a finished folder but the summary and the card, which say how long it took and where."""
+    named = ("prepared.json", "card.html")
+    files = sorted(path for path in out.rglob("*") if path.is_file() and path.name not in named)
     return {str(path.relative_to(out)): path.read_bytes() for path in files}

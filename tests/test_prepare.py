@@ -54,6 +54,7 @@ def test_rows_are_samples_plus_rejects_and_a_truncated_jpeg_stops_nothing(
         "  1 x damaged picture",
         "  1 x not a picture",
         f"each reject with file, row and reason: {tmp_path / 'out' / 'rejects.parquet'}",
+        f"card: {tmp_path / 'out' / 'card.html'}",
         "fewer than 32 samples to train on: too few for a contrastive loss",
     ]
 

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from mlip_cli import __version__
 from mlip_cli.data.prepare.examples import examples_of
 from mlip_cli.data.prepare.summary import CARD_PAGE, Summary
 from mlip_cli.errors import RunError, UsageError
@@ -12,12 +13,11 @@ from mlip_cli.terminal.output import warn
 def write_data_card(out: Path, summary: Summary) -> None:
     """Write card.html. A failure is told and costs nothing else: the data is finished."""
     from mlip_cli.report.data_card import data_card
-    from mlip_cli.report.write import written_line
 
     try:
         cards = {split: read_object(out / split / "dataset.json") for split in summary.splits}
         examples = examples_of(out, list(summary.splits))
-        written = written_line("the files of the prepared data alone")
+        written = f"Written by mlip {__version__}, from the files of the prepared data alone."  # always the same bytes
         write_text(out / CARD_PAGE, data_card(summary, cards, examples, written=written))
     except (OSError, RunError, UsageError, ValueError, LookupError, TypeError, AttributeError) as error:
         warn(f"{out / CARD_PAGE}: not written ({error}); the data is whole, and the same command tries again")

@@ -159,11 +159,12 @@ def histogram_chart(
     outlines: Sequence[Outline],
     *,
     x_label: str,
+    y_label: str,
     is_log: bool = False,
     mark: tuple[float, str] | None = None,
 ) -> Chart:
     """Histograms over each other; a single one is filled. `mark` is a place on the axis with its name."""
-    with drawn(title, x_label=x_label, layout=None) as chart:
+    with drawn(title, x_label=x_label, y_label=y_label, layout=None) as chart:
         axes = chart.axes
         if len(outlines) == 1:
             axes.stairs(outlines[0].counts, outlines[0].edges, fill=True, color=SERIES[0])
@@ -178,7 +179,8 @@ def histogram_chart(
         if is_log:
             _by_doublings(chart, left, right)
         else:
-            axes.set_xlim(left, right)
+            axes.set_xlim(left, right + 0.04 * (right - left))  # room for the last number
+            axes.locator_params(axis="x", nbins=6, integer=True)
         axes.set_ylim(bottom=0)
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}" if value == int(value) else "")
         num_entries = (len(outlines) if len(outlines) > 1 else 0) + (mark is not None)
@@ -197,7 +199,7 @@ def _by_doublings(chart: Chart, left: float, right: float) -> None:
     ticks = [2.0**power for power in range(first, last + 1, step)]
     chart.axes.set_xticks(ticks, [f"{tick:,.0f}" if tick >= 1 else f"{tick:g}" for tick in ticks])
     chart.axes.minorticks_off()
-    chart.axes.set_xlim(2.0**first, 2.0**last)
+    chart.axes.set_xlim(2.0 ** (first - 0.1), 2.0 ** (last + 0.25))  # room for the last number
 
 
 def _lengths(values: Sequence[tuple[float, tuple[float, float]]]) -> list[list[float]]:

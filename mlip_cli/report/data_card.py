@@ -16,7 +16,6 @@ from mlip_cli.report.page import (
     details,
     element,
     figure,
-    figures,
     image,
     joined,
     note,
@@ -31,6 +30,7 @@ from mlip_cli.terminal.output import plural
 CONTEXT_LENGTH = 77
 """Of the published CLIP models."""
 MARK = (float(CONTEXT_LENGTH), f"{CONTEXT_LENGTH} tokens, where CLIP cuts")
+TOKENS = "longest_caption_tokens"
 DUPLICATE = "duplicate"
 """How the reasons of dropped duplicates begin."""
 MOST_BARS = 20
@@ -129,38 +129,35 @@ def _pictures(cards: Cards) -> Html:
     return section(
         "pictures",
         "Pictures",
-        note("Stored as ", ", ".join(f"{name} {n:,}" for name, n in formats.most_common()), ".") if formats else None,
-        figures(drawn) if drawn else _no_histograms(),
+        note("Stored as: ", ", ".join(f"{name} {n:,}" for name, n in formats.most_common()), ".") if formats else None,
+        element("div", *drawn, class_="pairs") if drawn else _no_histograms(),
         _numbers(cards, numbers),
     )
 
 
 def _captions(cards: Cards) -> Html:
     charts = [
-        ("Words", "words", "words of a caption", None),
-        (
-            "CLIP tokens",
-            "longest_caption_tokens",
-            "tokens of a picture's longest caption",
-            (CONTEXT_LENGTH, "77 tokens"),
-        ),
-        ("Characters", "caption_characters", "characters of a caption", None),
-        ("Captions", "captions", "captions of a picture", None),
+        ("Words of a caption", "words", "words", "captions"),
+        ("CLIP tokens of a picture's longest caption", TOKENS, "tokens", "pictures"),
+        ("Characters of a caption", "caption_characters", "characters", "captions"),
+        ("Captions of a picture", "captions", "captions", "pictures"),
     ]
     drawn = []
-    for title, name, x_label, mark in charts:
-        if bins := bins_of_all(cards.values(), name):
+    for title, name, x_label, y_label in charts:
+        bins = bins_of_all(cards.values(), name)
+        if len(bins) > 1:
             shown, hidden = cut_off(bins)
-            chart = plain_chart(title, shown, x_label=x_label, mark=mark).in_page()
+            mark = MARK if name == TOKENS else None
+            chart = plain_chart(title, shown, x_label=x_label, y_label=y_label, mark=mark).in_page()
             n = sum(count for _, _, count in hidden)
             words = f"Not drawn: {n:,} above, up to {hidden[-1][1] - 1:,.0f}." if hidden else None
             drawn.append(figure(chart, words))
-    numbers = ("words", "longest_caption_tokens", "caption_characters", "captions")
+    numbers = ("words", TOKENS, "caption_characters", "captions")
     return section(
         "captions",
         "Captions",
         *(element("p", _truncated(split, card)) for split, card in cards.items()),
-        figures(drawn) if drawn else _no_histograms(),
+        element("div", *drawn, class_="pairs") if drawn else _no_histograms(),
         _numbers(cards, numbers),
     )
 
@@ -168,13 +165,13 @@ def _captions(cards: Cards) -> Html:
 def _truncated(split: str, card: Mapping[str, Any]) -> str:
     statistics = card.get("statistics", {})
     share, distinct = statistics.get(f"share_over_{CONTEXT_LENGTH}_tokens"), statistics.get("distinct_captions")
-    words = (
-        [] if share is None else [f"{100 * share:.2f} % of the pictures have a caption that a model cuts at 77 tokens"]
-    )
+    words = []
+    if share is not None:
+        words.append(f"{100 * share:.2f} % of the pictures have a caption of more than {CONTEXT_LENGTH} tokens")
     if distinct is not None:
         error = statistics.get("distinct_captions_standard_error", 0)
         about = f", estimated with a standard error of {100 * error:.1f} %" if error else ""
-        words.append(f"{plural(distinct, 'caption differs', 'captions differ')}{about}")
+        words.append(f"{plural(distinct, 'distinct caption')}{about}")
     return f"{split}/: {'; '.join(words)}." if words else f"{split}/: nothing was counted."
 
 
@@ -218,16 +215,17 @@ def _names(cards: Cards) -> Iterator[Html]:
 def _bars(counts: Mapping[str, int], *, of: int) -> Html:
     """A bar for each name; the whole width is the largest count. `of` is what shares are taken of."""
     largest = max([1, *counts.values()])
+    values = [f"{n:,}" + (f" ({100 * n / of:.1f} %)" if of and n != of else "") for n in counts.values()]
+    room = f"min-width: {max(map(len, values), default=0)}ch"  # the same on each line, so that bars compare
     rows = []
-    for name, n in counts.items():
-        share = f" ({100 * n / of:.1f} %)" if of and n != of else ""
+    for (name, n), value in zip(counts.items(), values, strict=True):
         fill = element("i", class_="fill", style=f"width: {100 * n / largest:.2f}%; background: var(--series-1)")
         rows.append(
             element(
                 "div",
                 element("span", _shown(shortened(name, NAME_LENGTH)), class_="bar-name"),
                 element("span", fill, class_="track"),
-                element("span", f"{n:,}{share}", class_="bar-value"),
+                element("span", value, class_="bar-value", style=room),
                 class_="bar-row",
             )
         )

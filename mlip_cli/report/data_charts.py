@@ -13,7 +13,7 @@ Bins = Sequence[tuple[float, float, int]]
 BARS = (1, 35 / 32, 38 / 32, 42 / 32, 45 / 32, 49 / 32, 54 / 32, 59 / 32)
 """Where the eight bars of a doubling begin: the nearest 32nds to equal steps of the logarithm."""
 MOST_BARS = 64
-SHOWN_SHARE = 0.995
+SHOWN_SHARE = 0.99
 """An axis that is not logarithmic ends behind this share of all: a single huge caption would leave no room."""
 
 
@@ -33,9 +33,8 @@ def bins_of_all(cards: Iterable[Mapping[str, Any]], name: str) -> Bins:
 
 def log_chart(title: str, named: Mapping[str, Bins], *, x_label: str) -> Chart:
     """Histograms over doublings, eight bars for each."""
-    return histogram_chart(
-        title, [_by_log(name, bins) for name, bins in named.items() if bins], x_label=x_label, is_log=True
-    )
+    outlines = [_by_log(name, bins) for name, bins in named.items() if bins]
+    return histogram_chart(title, outlines, x_label=x_label, y_label="pictures", is_log=True)
 
 
 def cut_off(bins: Bins) -> tuple[Bins, Bins]:
@@ -48,7 +47,7 @@ def cut_off(bins: Bins) -> tuple[Bins, Bins]:
     return bins, ()
 
 
-def plain_chart(title: str, bins: Bins, *, x_label: str, mark: tuple[float, str] | None = None) -> Chart:
+def plain_chart(title: str, bins: Bins, *, x_label: str, y_label: str, mark: tuple[float, str] | None = None) -> Chart:
     """A histogram of whole numbers in bars of equal width."""
     first, end = int(bins[0][0]), int(bins[-1][1])
     width = 1
@@ -59,7 +58,8 @@ def plain_chart(title: str, bins: Bins, *, x_label: str, mark: tuple[float, str]
         counts[int(low) // width] += n
     bars = range(min(counts), max(counts) + 1)
     edges = [bar * width - 0.5 for bar in (*bars, bars[-1] + 1)]
-    return histogram_chart(title, [Outline("", edges, [counts[bar] for bar in bars])], x_label=x_label, mark=mark)
+    outline = Outline("", edges, [counts[bar] for bar in bars])
+    return histogram_chart(title, [outline], x_label=x_label, y_label=y_label, mark=mark)
 
 
 def _by_log(label: str, bins: Bins) -> Outline:
