@@ -17,6 +17,7 @@ from sources_for_tests import contents, picture, prepare, rejects, samples, text
 from mlip_cli.data.open import open_prepared
 from mlip_cli.data.prepare import assemble as prepare_module
 from mlip_cli.data.prepare.assemble import SourceError, _check_disk
+from mlip_cli.data.prepare.job import Job
 from mlip_cli.data.prepare.plan import assign_splits
 from mlip_cli.data.prepare.shards import PART_ROW
 from mlip_cli.data.sources import records
@@ -322,7 +323,7 @@ def test_the_room_that_is_asked_for_is_that_of_the_samples_and_three_shards(
 
     def check(free: int) -> None:
         monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(2**50, 2**50, free))
-        _check_disk(tmp_path / "out", large, num_rows=num_rows, size=256)
+        _check_disk(Job(large, tmp_path / "out", ReadOptions(), {"size": 256}, 1), num_rows=num_rows)
 
     check(needed)
     with pytest.raises(UsageError, match=r"out: about 46\.0 GiB needed, 46\.0 GiB free on this disk"):

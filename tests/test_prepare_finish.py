@@ -10,38 +10,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 from PIL import Image
 from runs_of_prepare_for_tests import SIZES, at_each_step, counted, disk_bytes, killed_at, limited, run
 from sources_for_tests import contents, prepare, rejects, samples, write_files, write_sidecars
 
-from mlip_cli.data.prepare import assemble, finish, plan, shards
-from mlip_cli.data.prepare.plan import Drops, Plan, no_drops
+from mlip_cli.data.prepare import assemble, plan, shards
+from mlip_cli.data.prepare.fates import decided
+from mlip_cli.data.prepare.filters import AS_IT_IS
+from mlip_cli.data.prepare.plan import Plan
 from mlip_cli.data.prepare.shards import PART_ROW, shard_bounds
 from mlip_cli.data.sources import records
 
 pytestmark = pytest.mark.timeout(600)
-HALF = ("in", "out", "--holdout", "0.3", "--workers", "1")
-SAME_BYTES, SAME_TEXT = "duplicate: same bytes", "duplicate: same pixels"
-
-
-def drop_later_copies(rows: NDArray[np.void]) -> Drops:
-    """Rows with the bytes, or else the pixels, of an earlier row."""
-    codes = np.zeros(len(rows), np.uint8)
-    for code, name in ((2, "pixels"), (1, "sha256")):
-        hashes = np.ascontiguousarray(rows[name])
-        _, first = np.unique(hashes.view("S16") if name == "sha256" else hashes, return_index=True)
-        later = np.ones(len(rows), bool)
-        later[first] = False
-        codes[later] = code
-    return Drops(codes, (SAME_BYTES, SAME_TEXT))
-
-
-@pytest.fixture
-def with_drops(monkeypatch: pytest.MonkeyPatch) -> None:
-    """prepare-data drops copies; forked processes inherit it."""
-    write = finish.write_splits
-    monkeypatch.setattr(assemble, "write_splits", lambda *a, **o: write(*a, **o, find_drops=drop_later_copies))
+SAME_BYTES, SAME_PIXELS = "duplicate: same bytes", "duplicate: same pixels"
+HALF = ("in", "out", "--holdout", "0.3", "--workers", "1", "--dedupe", "pixels")
 
 
 @pytest.fixture
@@ -67,7 +49,7 @@ def steps_of(folder: Path) -> Iterator[int]:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("source", "with_drops")
+@pytest.mark.usefixtures("source")
 def test_a_kill_before_any_step_leaves_what_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
     kept = 0
     for step in steps_of(tmp_path):
@@ -87,7 +69,7 @@ def test_a_kill_before_any_step_leaves_what_goes_on_to_the_same_bytes(tmp_path: 
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("source", "with_drops")
+@pytest.mark.usefixtures("source")
 def test_kill_after_kill_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
     """Each run dies a few steps after it began to do something new, so most of pass 2 is done by runs that die."""
     assert run(tmp_path, *HALF)[0] == 0
@@ -143,21 +125,20 @@ def test_a_part_that_somebody_removed_is_named(tmp_path: Path, source: Path) -> 
     )
 
 
-@pytest.mark.usefixtures("with_drops")
 def test_dropped_rows_become_rejects_in_their_place(
     tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(records, "PART_ROWS", 4)
     Image.open(source / "00003.png").save(source / "00012.png", compress_level=0)  # other bytes, the same pixels
-    summary = prepare(source, tmp_path / "out", holdout=0.3)
+    summary = prepare(source, tmp_path / "out", holdout=0.3, dedupe="pixels")
     assert rejects(tmp_path / "out") == [
         ("00007.png", 0, "not a picture", "not JPEG, PNG, WEBP, GIF, BMP or TIFF"),
-        ("00011.png", 0, SAME_BYTES, ""),
-        ("00012.png", 0, SAME_TEXT, ""),
+        ("00011.png", 0, SAME_BYTES, "as 00003.png row 0"),
+        ("00012.png", 0, SAME_PIXELS, "as 00003.png row 0"),
         ("00030.png", 0, "not a picture", "not JPEG, PNG, WEBP, GIF, BMP or TIFF"),
-        ("00045.png", 0, SAME_BYTES, ""),
+        ("00045.png", 0, SAME_BYTES, "as 00003.png row 0"),
     ]
-    assert summary["reasons"] == {"not a picture": 2, SAME_BYTES: 2, SAME_TEXT: 1}
+    assert summary["reasons"] == {"not a picture": 2, SAME_BYTES: 2, SAME_PIXELS: 1}
     assert sum(split["num_samples"] for split in summary["splits"].values()) == 41
     prepared = {sample["key"] for split in summary["splits"] for sample in samples(tmp_path / "out", split)}
     assert prepared == {f"{i:09d}" for i in range(46)} - {f"{i:09d}" for i in (7, 11, 12, 30, 45)}
@@ -227,7 +208,10 @@ def planned(n: int, *, holdout: float) -> Plan:
     table["pixels"] = draw.integers(0, 2**64, n, np.uint64)
     table["record"]["image_size"] = draw.integers(0, 200_000, n)
     return Plan(
-        table, (np.arange(n) // 500).astype(np.uint32), no_drops(table), plan.assign_splits(table, holdout=holdout)
+        table,
+        (np.arange(n) // 500).astype(np.uint32),
+        decided(table, AS_IT_IS, []),
+        plan.assign_splits(table, holdout=holdout),
     )
 
 
@@ -261,14 +245,10 @@ def test_bounds_of_shards_are_those_of_a_loop(monkeypatch: pytest.MonkeyPatch, m
     assert list(shard_bounds(sizes)) == [*expected, (start, len(sizes))]
 
 
-def test_a_source_of_which_pass_2_drops_all_is_named_and_nothing_is_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    drop_all = Drops(np.ones(4, np.uint8), ("excluded",))
-    write = finish.write_splits
-    monkeypatch.setattr(assemble, "write_splits", lambda *a, **o: write(*a, **o, find_drops=lambda rows: drop_all))
+def test_a_source_of_which_pass_2_drops_all_is_named_and_nothing_is_kept(tmp_path: Path) -> None:
     source = write_sidecars(tmp_path / "in", 4)
     with pytest.raises(assemble.SourceError) as error:
-        prepare(source, tmp_path / "out")
-    assert str(error.value) == (f"{source}: none of the 4 rows became a sample: 4 x excluded; nothing was kept")
+        prepare(source, tmp_path / "out", exclude=(f"folder:{source}",))
+    excluded = f"4 x in evaluation data: folder:{source}"
+    assert str(error.value) == (f"{source}: none of the 4 rows became a sample: {excluded}; nothing was kept")
     assert not (tmp_path / "out").exists()

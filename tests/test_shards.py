@@ -16,9 +16,11 @@ from numpy.typing import NDArray
 
 from mlip_cli.data.index import checksum, index_path, read_records
 from mlip_cli.data.prepare import shards
+from mlip_cli.data.prepare.fates import decided
+from mlip_cli.data.prepare.filters import AS_IT_IS
 from mlip_cli.data.prepare.finish import write_shards
 from mlip_cli.data.prepare.pixels import encode
-from mlip_cli.data.prepare.plan import Plan, no_drops
+from mlip_cli.data.prepare.plan import Plan
 from mlip_cli.data.prepare.shards import PART_ROW, sample_parts, tar_writer, verify_tar, write_card
 from mlip_cli.data.sources.records import SPLITS, json_bytes
 from mlip_cli.data.tar import DamagedTarError, read_members
@@ -120,9 +122,9 @@ def write_split(
     table = np.zeros(sum(len(part.records) for part in parts), PART_ROW)
     table["record"] = np.concatenate([part.records for part in parts])
     of_part = np.repeat(np.arange(len(parts), dtype=np.uint32), [len(part.records) for part in parts])
-    plan = Plan(table, of_part, no_drops(table), np.full(len(table), SPLITS.index(split), np.uint8))
-    verified = write_shards(folder.parent, [part.tar for part in parts], plan, plan.shards())
-    return write_card(folder, split, verified[split], provenance=provenance)
+    plan = Plan(table, of_part, decided(table, AS_IT_IS, []), np.full(len(table), SPLITS.index(split), np.uint8))
+    written = write_shards(folder.parent, [part.tar for part in parts], plan, plan.shards())
+    return write_card(folder, split, written[split], provenance=provenance)
 
 
 def make_parts(folder: Path, n: int, *, part: int) -> list[StoredSamples]:
