@@ -7,6 +7,7 @@ from mlip_cli.data.prepare.summary import next_commands
 from mlip_cli.data.prepare.workspace import DONE, Workspace, finished_summary
 from mlip_cli.data.sources.find import DataSource, find_source
 from mlip_cli.data.sources.records import ReadOptions
+from mlip_cli.data.sources.rules import fingerprints
 from mlip_cli.errors import UsageError
 from mlip_cli.machine import usable_cores
 from mlip_cli.paths import check_can_be_made, check_utf8
@@ -43,6 +44,7 @@ def prepare_data(
     _check_options(found, out, read)
     size = size or DEFAULT_SIZE.get(found.format, OTHER_SIZE)
     request = {"format": found.format, "size": size, "holdout": holdout, **vars(read)}
+    request |= fingerprints(read)
     request["source_fingerprint"] = found.fingerprint()
     summary = finished_summary(out, request)
     if summary is None:
@@ -61,6 +63,9 @@ def prepare_data(
 
 
 def _check_options(source: DataSource, out: Path, read: ReadOptions) -> None:
+    for option in ("preset", "where", "uids"):
+        if getattr(read, option) and source.format != "metadata":
+            raise UsageError(f"--{option}: for tables only, and {source.name} is read as {source.format}")
     if (read.image_column or read.caption_column) and source.format not in ("metadata", "webdataset"):
         raise UsageError(
             f"--image-column, --caption-column: for tables and tars only, and {source.name} is read as {source.format}"

@@ -9,6 +9,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,13 @@ from mlip_cli.data.prepare.parts import NO_SPLIT, prepare_part
 from mlip_cli.data.prepare.shards import StoredSamples, write_split
 from mlip_cli.data.prepare.summary import SplitSummary, Summary, next_commands
 from mlip_cli.data.prepare.workers import run_parallel
-from mlip_cli.data.prepare.workspace import PartOptions, PartResult, Workspace, opened
+from mlip_cli.data.prepare.workspace import PartOptions, PartResult, Workspace, opened, refuse_links
 from mlip_cli.data.sources.find import DataSource, read_records
 from mlip_cli.data.sources.listing import PassedOver, is_unread_picture
+from mlip_cli.data.sources.lists import published_list
 from mlip_cli.data.sources.openmoji import attribution, split_words
-from mlip_cli.data.sources.records import MAX_HELD_OUT, SPLITS, ReadOptions, held_out_share, parts_of
+from mlip_cli.data.sources.records import MAX_HELD_OUT, SPLITS, WISHED, ReadOptions, held_out_share, parts_of
+from mlip_cli.data.sources.rules import list_warnings
 from mlip_cli.data.sources.survey import Survey, passed_over, surveyed
 from mlip_cli.data.sources.table_layouts import missing_shards
 from mlip_cli.errors import RunError, UsageError, interrupted_as
@@ -66,13 +69,19 @@ def prepare(source: DataSource, out: Path, read: ReadOptions, request: dict[str,
     """
     started = time.monotonic()
     with progress(None, "counting rows"):
-        survey = surveyed(source, read)
+        source, survey = _surveyed(source, read, Workspace(out))
     passed = passed_over(source, survey)
     _say_understood(source, survey, passed)
     _check_disk(
-        out, num_rows=survey.pictures, size=request["size"], source_bytes=sum(file.size for file in source.files)
+        out,
+        num_rows=survey.pictures,
+        size=request["size"],
+        source_bytes=0 if survey.addresses else sum(file.size for file in source.files),
     )
     provenance = {"tool": f"mlip-cli {__version__}", "source": source.name, **request}
+    if read.preset:
+        known = published_list(read.preset)
+        provenance |= {"list": known.title, "licence": known.licence}
     holds: dict[str, str] = {}
     if source.format == "openmoji":
         provenance |= {"packages": list(source.versions), **attribution()}
@@ -115,6 +124,22 @@ def prepare(source: DataSource, out: Path, read: ReadOptions, request: dict[str,
     return summary
 
 
+def _surveyed(source: DataSource, read: ReadOptions, work: Workspace) -> tuple[DataSource, Survey]:
+    """The source with the rules that the user gave for its rows, and what it holds.
+
+    Raises:
+        UsageError, DamagedTarError: as `with_rules` and `surveyed`; nothing is left in OUT.
+    """
+    try:
+        if read.captions_from:
+            refuse_links(work.out)
+        source = source.with_rules(work.folder)
+        return source, surveyed(source, read)
+    except BaseException:
+        work.discard_unbegun()
+        raise
+
+
 def _say_understood(source: DataSource, survey: Survey, passed: PassedOver) -> None:
     """What was understood of the source, the first pairs, what is not read, and what looks wrong."""
     say(f"{source.name}: {source.describe()}; {survey.in_words()}")
@@ -123,6 +148,8 @@ def _say_understood(source: DataSource, survey: Survey, passed: PassedOver) -> N
         say("; ".join(dict.fromkeys(plan.in_words() for plan in source.table_plans)))
     if survey.first:
         say(f"first: {'; '.join(survey.first)}")
+    for text in source.rules.remarks() if source.rules else ():
+        say(text)
     if survey.spelled.counts:
         say(survey.spelled.in_words())
     if passed.counts:
@@ -132,6 +159,8 @@ def _say_understood(source: DataSource, survey: Survey, passed: PassedOver) -> N
         warn(missing)
     for name, why in source.unread_tables.items() if source.format == "classes" else ():
         warn(f"{escaped(name)}: not read as a table: {why}")
+    for text in list_warnings(source.read, source.rules, num_rows=survey.rows):
+        warn(text)
     for text in survey.looks.warnings(are_classes=source.format == "classes"):
         warn(text)
 
@@ -152,6 +181,8 @@ def _prepare_parts(
         RunError: a worker was killed, or the source has changed.
     """
     options = PartOptions(str(work.parts), request["size"], render=source.format == "openmoji")
+    if source.rules and (rewritten := source.rules.rewritten) and rewritten.by_sha256:
+        options = replace(options, captions=str(rewritten.stem), adds_captions=rewritten.file.adds)
     results = work.results()
     done = frozenset(results)
     todo = (part for part in parts_of(read_records(source, read, survey.shared)) if part.number not in done)
@@ -165,6 +196,8 @@ def _prepare_parts(
     if (rows := sum(result.source_rows for result in results.values())) != survey.rows:
         raise RunError(f"{work.out}: {rows} rows where {survey.rows} were counted; did the source change? Start again")
     ordered = [results[number] for number in sorted(results)]
+    if options.captions:
+        say(f"captions of {read.captions_from} for {sum(result.rewritten for result in ordered):,} samples")
     _check_reasons(work, ordered, enough=FEWEST_ROWS, which="")
     return ordered
 
@@ -183,10 +216,11 @@ def _check_reasons(work: Workspace, results: Sequence[PartResult], *, enough: in
     Raises:
         SourceError: they do.
     """
-    rows = sum(result.rows for result in results)
-    for reason, n in _reasons(results).most_common(1):
+    reasons = _reasons(results)
+    rows = sum(result.rows for result in results) - sum(reasons.pop(wish, 0) for wish in WISHED)
+    for reason, n in reasons.most_common(1):
         if rows >= enough and n > rows / 2:
-            example = _first_reject(work, results)
+            example = _first_reject(work, results, reason)
             cure = f"; {CURES[reason]}" if reason in CURES else ""
             same = f"{n} of the {which}{rows} rows fail for the same reason: {reason} (first: {example}){cure}"
             raise SourceError(same)
@@ -203,8 +237,10 @@ def _rejects(work: Workspace, result: PartResult) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
-def _first_reject(work: Workspace, results: Sequence[PartResult]) -> str:
-    reject = next(reject for result in results for reject in _rejects(work, result))
+def _first_reject(work: Workspace, results: Sequence[PartResult], reason: str | None = None) -> str:
+    """The first reject, or the first of this reason, in words."""
+    rejects = (reject for result in results for reject in _rejects(work, result))
+    reject = next(reject for reject in rejects if reason in (None, reject["reason"]))
     return f"{reject['file']} row {reject['row']}: {reject['detail'] or reject['reason']}"
 
 

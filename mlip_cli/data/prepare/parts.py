@@ -16,6 +16,7 @@ from mlip_cli.data.prepare.pixels import StoredPicture, store
 from mlip_cli.data.prepare.shards import PART_ROW, sample_parts, tar_writer, verify_tar
 from mlip_cli.data.prepare.workspace import PartOptions, PartResult
 from mlip_cli.data.sources.records import (
+    MAX_CAPTIONS,
     SPLITS,
     Picture,
     PictureAddress,
@@ -24,6 +25,7 @@ from mlip_cli.data.sources.records import (
     Record,
     SourcePart,
 )
+from mlip_cli.data.sources.rewritten import find_captions, merged
 from mlip_cli.data.tar import read_decompressed
 from mlip_cli.data.tokenizer import count_tokens
 from mlip_cli.files import atomic_path, write_bytes, write_json
@@ -38,6 +40,7 @@ def prepare_part(part: SourcePart, options: PartOptions) -> PartResult:
     tar = Path(options.folder, f"part-{part.number:06d}.tar")
     rows: list[tuple[int, bytes, int, int]] = []
     num_tokens: list[int] = []
+    num_rewritten = 0
     rejects: list[dict[str, Any]] = []
     contents = _decompressed(part)
     with atomic_path(tar) as temporary:
@@ -45,7 +48,7 @@ def prepare_part(part: SourcePart, options: PartOptions) -> PartResult:
             for position, record in enumerate(part.records):
                 try:
                     content = contents.get(record.picture) if isinstance(record.picture, PicturePlace) else None
-                    fields, picture = _make_sample(record, content, options)
+                    fields, picture, is_rewritten = _make_sample(record, content, options)
                 except RejectedPictureError as reject:
                     rejects.append(_reject(record, reject))
                     continue
@@ -55,7 +58,8 @@ def prepare_part(part: SourcePart, options: PartOptions) -> PartResult:
                 split = SPLITS.index(record.split) if record.split else NO_SPLIT
                 sha256 = bytes.fromhex(fields["sha256"])[:16]
                 rows.append((row, sha256, picture.pixels, split))
-                num_tokens.append(count_tokens(caption.text for caption in record.captions))
+                num_tokens.append(count_tokens(caption["text"] for caption in fields["captions"]))
+                num_rewritten += is_rewritten
         verified = verify_tar(temporary, num_tokens)
     table = np.zeros(len(rows), PART_ROW)
     for name, values in zip(("row", "sha256", "pixels", "split"), zip(*rows, strict=True), strict=False):
@@ -67,7 +71,7 @@ def prepare_part(part: SourcePart, options: PartOptions) -> PartResult:
     write_bytes(tar.with_suffix(".rejects.jsonl"), lines.encode())
     reasons = dict(sorted(Counter(reject["reason"] for reject in rejects).items()))
     source_rows = sum(record.num_rows for record in part.records)
-    result = PartResult(part.number, len(part.records), tar.name, reasons, source_rows)
+    result = PartResult(part.number, len(part.records), tar.name, reasons, source_rows, num_rewritten)
     write_json(tar.with_suffix(".json"), asdict(result))
     return result
 
@@ -81,8 +85,11 @@ def _decompressed(part: SourcePart) -> dict[PicturePlace, bytes]:
     return {place: read_decompressed(place.path, n, place.offset) for place, n in sizes if n <= MAX_FILE_BYTES}
 
 
-def _make_sample(record: Record, content: bytes | None, options: PartOptions) -> tuple[dict[str, Any], StoredPicture]:
-    """The fields of KEY.json of a record, and its picture, whose bytes are read if they are not at hand.
+def _make_sample(
+    record: Record, content: bytes | None, options: PartOptions
+) -> tuple[dict[str, Any], StoredPicture, bool]:
+    """The fields of KEY.json of a record, its picture, whose bytes are read if they are not at hand, and whether
+    another file has captions for these bytes.
 
     Raises:
         RejectedPictureError: says why the record becomes a reject.
@@ -96,18 +103,23 @@ def _make_sample(record: Record, content: bytes | None, options: PartOptions) ->
         picture = store(render(Path(record.picture.path), size=options.size), size=options.size)
     else:
         picture = store(content, size=options.size)
+    sha256 = hashlib.sha256(content).hexdigest()
+    found = find_captions(options.captions, sha256) if options.captions else ()
+    captions = merged(record.captions, found, adds=options.adds_captions)
+    if len(captions) > MAX_CAPTIONS:
+        raise RejectedPictureError("too many captions", f"{len(captions)}, at most {MAX_CAPTIONS}")
     fields = {
-        "captions": [asdict(caption) for caption in record.captions],
+        "captions": [asdict(caption) for caption in captions],
         "class": None if record.label is None else encodable(record.label),
         "width": picture.width,
         "height": picture.height,
         "original_width": picture.original_width,
         "original_height": picture.original_height,
-        "sha256": hashlib.sha256(content).hexdigest(),
+        "sha256": sha256,
         "source": {"file": encodable(record.file), "row": record.row},
         "meta": dict(record.meta),
     }
-    return fields, picture
+    return fields, picture, bool(found)
 
 
 def read_picture(picture: Picture) -> bytes:

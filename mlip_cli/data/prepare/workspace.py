@@ -35,6 +35,10 @@ class PartOptions:
     """Short side of stored pictures in pixels."""
     render: bool = False
     """The pictures are OpenMoji's SVGs."""
+    captions: str = ""
+    """Where captions lie that are joined by the sha256 of pictures (rewritten.py)."""
+    adds_captions: bool = False
+    """They add to a row's own; else they take their place."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,8 @@ class PartResult:
     """Rejects by reason."""
     source_rows: int = 0
     """Rows of the source. Those that share a picture became one."""
+    rewritten: int = 0
+    """Samples that have captions of another file by the sha256 of their pictures."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +97,11 @@ class Workspace:
         sync_folder(self.out)
         write_json(self.out / DONE, asdict(summary))
         shutil.rmtree(self.folder)
+
+    def discard_unbegun(self) -> None:
+        """Remove what was written for a source that is refused, unless an unfinished run needs it."""
+        if self.folder.is_dir() and not (self.folder / "lock").is_file():
+            self.discard()
 
     def discard(self) -> None:
         """Remove everything of an unfinished run, and OUT if it is then empty."""
