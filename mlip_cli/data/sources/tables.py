@@ -46,10 +46,14 @@ class TablePlan:
     folder: Path
     """What the names of pictures are relative to."""
     split: str | None
+    is_list: bool = False
+    """Its pictures are addresses: what else a cell says, such as the path of a file here, is not followed."""
 
     def in_words(self) -> str:
         """How the table is read, for the line before the work."""
         header = "" if self.table.has_header else "; the table has no header"
+        if self.is_list:
+            return f"{self.chosen.in_words()}{header}"
         beside = "" if self.folder == self.table.path.parent else f"; pictures in {escaped(str(self.folder))}"
         return self.chosen.in_words() + beside + header
 
@@ -73,8 +77,10 @@ def planned_tables(
     for name in tables:
         table, chosen = _opened(root / name, read)
         split = split_of_folder(Path(name))[0] or (split_in_name(Path(name).name) if pictures is not None else None)
-        folder = given or _picture_folder(root, table, chosen.image, pictures)
-        plans.append(TablePlan(name, table, chosen, folder, split))
+        names = _first_names(table, chosen.image)
+        is_list = bool(read.preset) or sum(map(is_address, names)) * 2 > len(names)
+        folder = given or (table.path.parent if is_list else _picture_folder(root, table, names, pictures))
+        plans.append(TablePlan(name, table, chosen, folder, split, is_list))
     return plans
 
 
@@ -121,7 +127,7 @@ def _record(plan: TablePlan, finder: PathFinder, number: int, row: Row, rules: T
         reason, detail = left_out
         return Record(plan.name, number, None, (), reject=reason, detail=detail)
     label, columns = row.get("class"), [column for column, _ in plan.chosen.captions]
-    cell = _picture(row.get(plan.chosen.image), finder)
+    cell = _picture(row.get(plan.chosen.image), None if plan.is_list else finder)
     split = plan.split
     if split is None and not isinstance(cell.picture, PictureAddress):
         split = split_of_folder(Path(cell.detail))[0]
@@ -130,7 +136,7 @@ def _record(plan: TablePlan, finder: PathFinder, number: int, row: Row, rules: T
         split = SPLIT_WORDS.get(word.lower()) or split_in_name(word)
         if split is None and not cell.reject:
             cell = PictureCell(reject="unknown split", detail=str(row["split"]))
-    captions = tuple(_captions(row, plan.chosen))
+    captions = _captions(row, plan.chosen)
     return Record(
         file=plan.name,
         row=number,
@@ -138,18 +144,26 @@ def _record(plan: TablePlan, finder: PathFinder, number: int, row: Row, rules: T
         split=split,
         label=None if label is None else str(label),
         meta=plain_values(row, without=(plan.chosen.image, *columns, "split", "class")),
-        **cell._asdict(),
+        picture=cell.picture,
+        detail=cell.detail,
+        same=cell.same,
+        found_as=cell.found_as,
+        reject=cell.reject,
     )
 
 
-def _captions(row: dict[str, Any], chosen: Chosen) -> Iterator[Caption]:
-    for column, weight in chosen.captions:
-        for caption in captions_of(row.get(column)):
-            yield caption if weight == 1 else replace(caption, weight=caption.weight * weight)
+def _captions(row: dict[str, Any], chosen: Chosen) -> tuple[Caption, ...]:
+    if len(chosen.captions) == 1:
+        return captions_of(row.get(chosen.captions[0][0]))
+    return tuple(
+        caption if weight == 1 else replace(caption, weight=caption.weight * weight)
+        for column, weight in chosen.captions
+        for caption in captions_of(row.get(column))
+    )
 
 
-def _picture(cell: Any, finder: PathFinder) -> PictureCell:
-    """The picture of a cell: bytes, {bytes, path}, or the name of a file."""
+def _picture(cell: Any, finder: PathFinder | None) -> PictureCell:
+    """The picture of a cell: bytes, {bytes, path}, an address, or the name of a file, if there is a finder."""
     if isinstance(cell, list) and len(cell) == 1:
         cell = cell[0]
     content, name = (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (cell, cell)
@@ -163,6 +177,8 @@ def _picture(cell: Any, finder: PathFinder) -> PictureCell:
     name = name.strip()
     if name.lower().startswith(("http://", "https://")):
         return PictureCell(PictureAddress(name), name, name)
+    if finder is None:
+        return PictureCell(reject="no http(s) address", detail=name[:LONGEST_NAME])
     found = finder.find(name)
     if found.path:
         found_as = os.path.basename(found.path) if found.is_guess else ""
@@ -175,18 +191,23 @@ def _picture(cell: Any, finder: PathFinder) -> PictureCell:
     return PictureCell(reject="picture missing", detail=f"{name}: no such file{near}")
 
 
-def _picture_folder(root: Path, table: Table, image: str, pictures: Sequence[str] | None) -> Path:
+def _first_names(table: Table, image: str) -> list[str]:
+    """What the first rows name as their pictures."""
+    names = []
+    for row in islice(table.rows(), FIRST_NAMES):
+        cell = row.get(image) if isinstance(row, dict) else None
+        name = cell.get("path") if isinstance(cell, dict) and cell.get("bytes") is None else cell
+        if isinstance(name, str) and name.strip():
+            names.append(name.strip())
+    return names
+
+
+def _picture_folder(root: Path, table: Table, names: Sequence[str], pictures: Sequence[str] | None) -> Path:
     """The folder that the first names are relative to: that of the table, or the one in the source where they lie.
 
     Raises:
         UsageError: there are several.
     """
-    names = []
-    for row in islice(table.rows(), FIRST_NAMES):
-        cell = row.get(image) if isinstance(row, dict) else None
-        name = cell.get("path") if isinstance(cell, dict) and cell.get("bytes") is None else cell
-        if isinstance(name, str) and name.strip() and not is_address(name):
-            names.append(name.strip())
     here = PathFinder(table.path.parent)
     if not names or any(here.find(name).path for name in names):
         return table.path.parent
