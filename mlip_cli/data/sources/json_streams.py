@@ -62,8 +62,9 @@ class JsonText:
                 if self._read_on():
                     continue
                 raise ValueError(f"{error.msg} at character {self.passed + error.pos}") from None
+            length = end - self.at
             if end < len(self.text) or not self._read_on():  # a number could go on
-                self.at = end
+                self.at += length
                 return value
 
     def items(self) -> Iterator[Any]:
