@@ -23,6 +23,7 @@ from mlip_cli.data.prepare.shards import PART_ROW
 from mlip_cli.data.sources import records
 from mlip_cli.data.sources.find import SourceFile, find_source
 from mlip_cli.data.sources.records import NO_SPLIT, ReadOptions, held_out_share
+from mlip_cli.data.sources.survey import Survey
 from mlip_cli.data.tokenizer import Tokenizer
 from mlip_cli.errors import UsageError
 
@@ -323,7 +324,7 @@ def test_the_room_that_is_asked_for_is_that_of_the_samples_and_three_shards(
 
     def check(free: int) -> None:
         monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(2**50, 2**50, free))
-        _check_disk(Job(large, tmp_path / "out", ReadOptions(), {"size": 256}, 1), num_rows=num_rows)
+        _check_disk(Job(large, tmp_path / "out", ReadOptions(), {"size": 256}, 1), Survey(pictures=num_rows))
 
     check(needed)
     with pytest.raises(UsageError, match=r"out: about 46\.0 GiB needed, 46\.0 GiB free on this disk"):

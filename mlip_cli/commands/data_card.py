@@ -6,7 +6,7 @@ from mlip_cli import __version__
 from mlip_cli.data.prepare.examples import examples_of
 from mlip_cli.data.prepare.summary import CARD_PAGE, Summary
 from mlip_cli.errors import RunError, UsageError
-from mlip_cli.files import read_object, write_text
+from mlip_cli.files import read_object, remove_leftovers, write_text
 from mlip_cli.terminal.output import warn
 
 
@@ -14,6 +14,7 @@ def write_data_card(out: Path, summary: Summary) -> None:
     """Write card.html. A failure is told and costs nothing else: the data is finished."""
     from mlip_cli.report.data_card import data_card
 
+    remove_leftovers(out / CARD_PAGE)
     try:
         cards = {split: read_object(out / split / "dataset.json") for split in summary.splits}
         examples = examples_of(out, list(summary.splits))

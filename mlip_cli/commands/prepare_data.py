@@ -11,6 +11,7 @@ from mlip_cli.data.prepare.summary import CARD_PAGE, next_commands
 from mlip_cli.data.prepare.workspace import DONE, Share, Workspace, finished_summary
 from mlip_cli.data.sources.find import DataSource, find_pictures, find_source
 from mlip_cli.data.sources.records import ReadOptions
+from mlip_cli.data.sources.rules import fingerprints
 from mlip_cli.errors import UsageError
 from mlip_cli.evaluate.datasets.find import find_benchmark, tree_fingerprint
 from mlip_cli.machine import usable_cores
@@ -70,6 +71,7 @@ def prepare_data(
     excluded = _evaluation_places(cleaning, data_root)
     size = size or DEFAULT_SIZE.get(found.format, OTHER_SIZE)
     request = {"format": found.format, "size": size, "holdout": holdout, **vars(read), **cleaning.request()}
+    request |= fingerprints(read)
     request["source_fingerprint"] = found.fingerprint()
     if excluded:
         request["excluded_fingerprint"] = fingerprint_of(excluded)
@@ -135,6 +137,9 @@ def _check_options(source: DataSource, out: Path, read: ReadOptions, cleaning: C
             "--clean and its rules, --dedupe, --exclude: not for openmoji, whose pictures and captions mlip makes; "
             "leave them out"
         )
+    for option in ("preset", "where", "uids"):
+        if getattr(read, option) and source.format != "metadata":
+            raise UsageError(f"--{option}: for tables only, and {source.name} is read as {source.format}")
     if (read.image_column or read.caption_column) and source.format not in ("metadata", "webdataset"):
         raise UsageError(
             f"--image-column, --caption-column: for tables and tars only, and {source.name} is read as {source.format}"

@@ -214,3 +214,38 @@ Part = Annotated[
     ),
 ]
 Finish = Annotated[bool, typer.Option("--finish", help="Make the shards, once every share has been prepared.")]
+Preset = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="A published list, read by its columns: cc3m, cc12m, yfcc15m_v1, yfcc15m_v2, redcaps, datacomp, laion or "
+        "coyo.",
+        show_default=False,
+    ),
+]
+Where = Annotated[
+    str | None,
+    typer.Option(
+        metavar="CONDITION",
+        help="Rows of a table to take, by its columns, such as 'similarity > 0.3 and punsafe < 0.5'.",
+        show_default=False,
+    ),
+]
+Uids = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE",
+        callback=checked_text,
+        help="Rows of a table to take, by their uid: DataComp's .npy, or a text with a uid a line.",
+        show_default=False,
+    ),
+]
+CaptionsFrom = Annotated[
+    str | None,
+    typer.Option(
+        metavar="[add:]FILE",
+        help="Table of captions that take the place of a row's own (add: are added), joined by uid, key, sha256, url, "
+        "image_id or id. Rows that it does not name keep their own.",
+        show_default=False,
+    ),
+]

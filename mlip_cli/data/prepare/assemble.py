@@ -8,7 +8,9 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
+from typing import Any
 
 from mlip_cli import __version__
 from mlip_cli.data.prepare import shards
@@ -22,11 +24,21 @@ from mlip_cli.data.prepare.pixels import PERCEPTUAL
 from mlip_cli.data.prepare.rejects import rejects_of
 from mlip_cli.data.prepare.summary import SharePrepared, Summary, next_commands
 from mlip_cli.data.prepare.workers import run_parallel
-from mlip_cli.data.prepare.workspace import EVERYTHING, PartOptions, PartResult, Share, Workspace, opened
+from mlip_cli.data.prepare.workspace import (
+    EVERYTHING,
+    PartOptions,
+    PartResult,
+    Share,
+    Workspace,
+    opened,
+    refuse_links,
+)
 from mlip_cli.data.sources.find import DataSource, read_records
 from mlip_cli.data.sources.listing import PassedOver, is_unread_picture
+from mlip_cli.data.sources.lists import published_list
 from mlip_cli.data.sources.openmoji import attribution, split_words
-from mlip_cli.data.sources.records import SourcePart, held_out_share, parts_of
+from mlip_cli.data.sources.records import WISHED, SourcePart, held_out_share, parts_of
+from mlip_cli.data.sources.rules import list_warnings
 from mlip_cli.data.sources.survey import Survey, passed_over, surveyed
 from mlip_cli.data.sources.table_layouts import missing_shards
 from mlip_cli.errors import RunError, UsageError, interrupted_as
@@ -54,6 +66,10 @@ MOST_MISSING = 2
 """Parts that are named; more are counted."""
 
 
+ASKED_FOR = REASONS | WISHED
+"""Reasons of rejects that the user asked for: however many there are, the source is as it should be."""
+
+
 class SourceError(RunError):
     """Most rows of the source fail; nothing of the work is worth keeping."""
 
@@ -71,16 +87,12 @@ def prepare(job: Job, *, finish_only: bool = False) -> Summary:
         Stopped: Ctrl-C.
     """
     started = time.monotonic()
-    source, out = job.source, job.out
-    survey, passed = _understood(job)
-    _check_disk(job, num_rows=survey.pictures)
-    provenance = {"tool": f"mlip-cli {__version__}", "source": source.name, **job.request}
-    if job.cleaning.compares_looks:
-        provenance["perceptual"] = PERCEPTUAL
-    holds: dict[str, str] = {}
-    if source.format == "openmoji":
-        provenance |= {"packages": list(source.versions), **attribution()}
-        holds = split_words(job.read.limit)
+    out = job.out
+    job, survey, passed = _understood(job)
+    source = job.source
+    _check_disk(job, survey)
+    provenance = _provenance(job)
+    holds = split_words(job.read.limit) if source.format == "openmoji" else {}
     with _at_work(job) as work:
         try:
             if finish_only:
@@ -132,8 +144,8 @@ def prepare_share(job: Job, share: Share) -> SharePrepared:
     Raises:
         UsageError, RunError, Stopped: as `prepare`.
     """
-    survey, _ = _understood(job)
-    _check_disk(job, num_rows=survey.pictures)
+    job, survey, _ = _understood(job)
+    _check_disk(job, survey)
     with _at_work(job, share) as work:
         there = frozenset(filter(share.has, work.results()))
         numbers: list[int] = []
@@ -157,13 +169,47 @@ def _at_work(job: Job, share: Share | None = None) -> Iterator[Workspace]:
         yield work
 
 
-def _understood(job: Job) -> tuple[Survey, PassedOver]:
-    """Read the source once and say what was understood. The second value counts what is not read."""
+def _understood(job: Job) -> tuple[Job, Survey, PassedOver]:
+    """Read the source once and say what was understood.
+
+    Returns:
+        The job, whose source knows the rules for its rows; what the source holds; what is not read.
+    """
     with progress(None, "counting rows"):
-        survey = surveyed(job.source, job.read)
-    passed = passed_over(job.source, survey)
-    _say_understood(job.source, survey, passed)
-    return survey, passed
+        source, survey = _surveyed(job)
+    passed = passed_over(source, survey)
+    _say_understood(source, survey, passed)
+    return replace(job, source=source), survey, passed
+
+
+def _surveyed(job: Job) -> tuple[DataSource, Survey]:
+    """The source with the rules that the user gave for its rows, and what it holds.
+
+    Raises:
+        UsageError, DamagedTarError: as `with_rules` and `surveyed`; nothing is left in OUT.
+    """
+    work = Workspace(job.out)
+    try:
+        if job.read.captions_from:
+            refuse_links(work.out)
+        source = job.source.with_rules(work.folder)
+        return source, surveyed(source, job.read)
+    except BaseException:
+        work.discard_unbegun()
+        raise
+
+
+def _provenance(job: Job) -> dict[str, Any]:
+    """What dataset.json tells of the source and of how it was read."""
+    found = {"tool": f"mlip-cli {__version__}", "source": job.source.name, **job.request}
+    if job.cleaning.compares_looks:
+        found["perceptual"] = PERCEPTUAL
+    if job.read.preset:
+        known = published_list(job.read.preset)
+        found |= {"list": known.title, "licence": known.licence}
+    if job.source.format == "openmoji":
+        found |= {"packages": list(job.source.versions), **attribution()}
+    return found
 
 
 def _say_understood(source: DataSource, survey: Survey, passed: PassedOver) -> None:
@@ -174,6 +220,8 @@ def _say_understood(source: DataSource, survey: Survey, passed: PassedOver) -> N
         say("; ".join(dict.fromkeys(plan.in_words() for plan in source.table_plans)))
     if survey.first:
         say(f"first: {'; '.join(survey.first)}")
+    for text in source.rules.remarks() if source.rules else ():
+        say(text)
     if survey.spelled.counts:
         say(survey.spelled.in_words())
     if passed.counts:
@@ -183,6 +231,8 @@ def _say_understood(source: DataSource, survey: Survey, passed: PassedOver) -> N
         warn(missing)
     for name, why in source.unread_tables.items() if source.format == "classes" else ():
         warn(f"{escaped(name)}: not read as a table: {why}")
+    for text in list_warnings(source.read, source.rules, num_rows=survey.rows):
+        warn(text)
     for text in survey.looks.warnings(are_classes=source.format == "classes"):
         warn(text)
 
@@ -197,6 +247,8 @@ def _prepare_parts(work: Workspace, job: Job, survey: Survey) -> list[PartResult
     results = _make_parts(work, job, survey)
     if (rows := sum(result.source_rows for result in results)) != survey.rows:
         raise RunError(f"{work.out}: {rows} rows where {survey.rows} were counted; did the source change? Start again")
+    if job.source.rewritten_by_sha256:
+        say(f"captions of {job.read.captions_from} for {sum(result.rewritten for result in results):,} samples")
     _check_reasons(work, results, enough=FEWEST_ROWS, which="")
     return results
 
@@ -214,6 +266,8 @@ def _make_parts(
         RunError: a worker was killed.
     """
     options = PartOptions(str(work.parts), job.size, job.source.format == "openmoji", job.cleaning)
+    if rewritten := job.source.rewritten_by_sha256:
+        options = replace(options, captions=str(rewritten.stem), adds_captions=rewritten.file.adds)
     results = {number: result for number, result in work.results().items() if share.has(number)}
     done = frozenset(results)
 
@@ -276,12 +330,12 @@ def _check_reasons(work: Workspace, results: Sequence[PartResult], *, enough: in
         SourceError: they do.
     """
     reasons = _reasons(results)
-    rows = sum(result.rows for result in results) - sum(reasons[asked] for asked in REASONS)
+    rows = sum(result.rows for result in results) - sum(reasons[asked] for asked in ASKED_FOR)
     for reason, n in reasons.items():
-        if rows >= enough and n > rows / 2 and reason not in REASONS:
+        if rows >= enough and n > rows / 2 and reason not in ASKED_FOR:
             example = _first_reject(work, results, reason)
             cure = f"; {CURES[reason]}" if reason in CURES else ""
-            passed = " that pass the rules" if reasons.keys() & REASONS else ""
+            passed = " that pass the rules" if reasons.keys() & ASKED_FOR else ""
             same = f"{n} of the {which}{rows} rows{passed} fail for the same reason: {reason} (first: {example}){cure}"
             raise SourceError(same)
 
@@ -322,7 +376,7 @@ def _check_samples(
         raise SourceError(f"none of the {rows} became a sample: {listed}{first}")
 
 
-def _check_disk(job: Job, *, num_rows: int) -> None:
+def _check_disk(job: Job, survey: Survey) -> None:
     """Refuse to start what cannot fit: the samples once, and a few shards that lie beside the parts they come from.
 
     Raises:
@@ -330,7 +384,8 @@ def _check_disk(job: Job, *, num_rows: int) -> None:
     """
     out = job.out
     sample = BYTES_A_PIXEL * job.size * job.size * 4 / 3
-    if source_bytes := sum(file.size for file in job.source.files):
+    num_rows = survey.pictures
+    if source_bytes := 0 if survey.addresses else sum(file.size for file in job.source.files):
         sample = min(sample, 2 * source_bytes / max(1, num_rows))
     samples = int(num_rows * (sample + BYTES_A_SAMPLE))
     needed = samples + min(samples, SHARDS_BESIDE_PARTS * shards.SHARD_BYTES) - Workspace(out).num_bytes()

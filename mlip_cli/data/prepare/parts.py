@@ -18,6 +18,7 @@ from mlip_cli.data.prepare.pixels import StoredPicture, store
 from mlip_cli.data.prepare.shards import PART_ROW, sample_parts, tar_writer, verify_tar
 from mlip_cli.data.prepare.workspace import PartOptions, PartResult
 from mlip_cli.data.sources.records import (
+    MAX_CAPTIONS,
     NO_SPLIT,
     SPLITS,
     Picture,
@@ -27,6 +28,7 @@ from mlip_cli.data.sources.records import (
     Record,
     SourcePart,
 )
+from mlip_cli.data.sources.rewritten import find_captions, merged
 from mlip_cli.data.tar import read_decompressed
 from mlip_cli.data.tokenizer import count_tokens
 from mlip_cli.files import atomic_path, write_bytes, write_json
@@ -44,6 +46,7 @@ def prepare_part(part: SourcePart, options: PartOptions) -> PartResult:
     records = [record for record, _ in cleaned]
     rows: list[tuple[int, bytes, int, int, int]] = []
     num_tokens: list[int] = []
+    num_rewritten = 0
     rejects: list[dict[str, Any]] = []
     contents = decompressed(records)
     with atomic_path(tar) as temporary:
@@ -51,7 +54,7 @@ def prepare_part(part: SourcePart, options: PartOptions) -> PartResult:
             for row, record in enumerate(records, start=part.first_row):
                 try:
                     content = contents.get(record.picture) if isinstance(record.picture, PicturePlace) else None
-                    fields, picture = _make_sample(record, content, options)
+                    fields, picture, is_rewritten = _make_sample(record, content, options)
                 except RejectedPictureError as reject:
                     rejects.append({"place": row, **_reject(record, reject)})
                     continue
@@ -60,7 +63,8 @@ def prepare_part(part: SourcePart, options: PartOptions) -> PartResult:
                 split = SPLITS.index(record.split) if record.split else NO_SPLIT
                 sha256 = bytes.fromhex(fields["sha256"])[:16]
                 rows.append((row, sha256, picture.pixels, picture.perceptual, split))
-                num_tokens.append(count_tokens(caption.text for caption in record.captions))
+                num_tokens.append(count_tokens(caption["text"] for caption in fields["captions"]))
+                num_rewritten += is_rewritten
         verified = verify_tar(temporary, num_tokens)
     table = np.zeros(len(rows), PART_ROW)
     for name, values in zip(ROW_FIELDS, zip(*rows, strict=True), strict=False):
@@ -73,7 +77,9 @@ def prepare_part(part: SourcePart, options: PartOptions) -> PartResult:
     reasons = dict(sorted(Counter(reject["reason"] for reject in rejects).items()))
     source_rows = sum(record.num_rows for record in part.records)
     captions_left_out = sum(num_fallen for _, num_fallen in cleaned)
-    result = PartResult(part.number, len(part.records), tar.name, reasons, source_rows, captions_left_out)
+    result = PartResult(
+        part.number, len(part.records), tar.name, reasons, source_rows, captions_left_out, num_rewritten
+    )
     write_json(tar.with_suffix(".json"), asdict(result))
     return result
 
@@ -87,8 +93,11 @@ def decompressed(records: Sequence[Record]) -> dict[PicturePlace, bytes]:
     return {place: read_decompressed(place.path, n, place.offset) for place, n in sizes if n <= MAX_FILE_BYTES}
 
 
-def _make_sample(record: Record, content: bytes | None, options: PartOptions) -> tuple[dict[str, Any], StoredPicture]:
-    """The fields of KEY.json of a record, and its picture, whose bytes are read if they are not at hand.
+def _make_sample(
+    record: Record, content: bytes | None, options: PartOptions
+) -> tuple[dict[str, Any], StoredPicture, bool]:
+    """The fields of KEY.json of a record, its picture, whose bytes are read if they are not at hand, and whether
+    another file has captions for these bytes.
 
     Raises:
         RejectedPictureError: says why the record becomes a reject.
@@ -104,18 +113,23 @@ def _make_sample(record: Record, content: bytes | None, options: PartOptions) ->
         picture = store(render(Path(record.picture.path), size=options.size), size=options.size)
     else:
         picture = store(content, size=options.size, cleaning=options.cleaning)
+    sha256 = hashlib.sha256(content).hexdigest()
+    found = find_captions(options.captions, sha256) if options.captions else ()
+    captions = merged(record.captions, found, adds=options.adds_captions)
+    if len(captions) > MAX_CAPTIONS:
+        raise RejectedPictureError("too many captions", f"{len(captions)}, at most {MAX_CAPTIONS}")
     fields = {
-        "captions": [asdict(caption) for caption in record.captions],
+        "captions": [asdict(caption) for caption in captions],
         "class": None if record.label is None else encodable(record.label),
         "width": picture.width,
         "height": picture.height,
         "original_width": picture.original_width,
         "original_height": picture.original_height,
-        "sha256": hashlib.sha256(content).hexdigest(),
+        "sha256": sha256,
         "source": {"file": encodable(record.file), "row": record.row},
         "meta": dict(record.meta),
     }
-    return fields, picture
+    return fields, picture, bool(found)
 
 
 def read_picture(picture: Picture) -> bytes:

@@ -47,6 +47,10 @@ class PartOptions:
     render: bool = False
     """The pictures are OpenMoji's SVGs."""
     cleaning: Cleaning = AS_IT_IS
+    captions: str = ""
+    """Where captions lie that are joined by the sha256 of pictures (rewritten.py)."""
+    adds_captions: bool = False
+    """They add to a row's own; else they take their place."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,8 @@ class PartResult:
     """Rows of the source. Those that share a picture became one."""
     captions_left_out: int = 0
     """Captions that fell to a rule while others of the same picture stay."""
+    rewritten: int = 0
+    """Samples that have captions of another file by the sha256 of their pictures."""
 
 
 @dataclass(frozen=True)
@@ -153,6 +159,11 @@ class Workspace:
         sync_folder(self.out)
         write_json(self.out / DONE, asdict(summary))
         shutil.rmtree(self.folder)
+
+    def discard_unbegun(self) -> None:
+        """Remove what was written for a source that is refused, unless an unfinished run needs it."""
+        if self.folder.is_dir() and not (self.folder / "lock").is_file():
+            self.discard()
 
     def discard(self) -> None:
         """Remove everything of an unfinished run, and OUT if it is then empty."""

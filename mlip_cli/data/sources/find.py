@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from mlip_cli.data.sources.classes import ClassFolders, find_classes
 from mlip_cli.data.sources.combinations import SPLIT_RULE
 from mlip_cli.data.sources.folders import class_records
-from mlip_cli.data.sources.listing import is_picture, is_table, is_unread_picture, kind_of, walk
+from mlip_cli.data.sources.listing import is_picture, is_table, is_unread_picture, kind_of, number_order, walk
 from mlip_cli.data.sources.openmoji import installed_versions, openmoji_records
 from mlip_cli.data.sources.records import (
     PicturePlace,
@@ -26,6 +26,7 @@ from mlip_cli.data.sources.records import (
     checked_captions,
     json_bytes,
 )
+from mlip_cli.data.sources.rules import RowRules, row_rules
 from mlip_cli.data.sources.sidecars import sidecar_records, sidecars_of
 from mlip_cli.data.sources.table_layouts import check_tables, found_tables, is_metadata, wrapped_in
 from mlip_cli.data.sources.tables import TablePlan, planned_tables, table_records
@@ -36,6 +37,7 @@ from mlip_cli.paths import encodable, escaped
 from mlip_cli.terminal.output import plural, say
 
 if TYPE_CHECKING:  # it imports numpy
+    from mlip_cli.data.sources.rewritten import Rewritten
     from mlip_cli.data.sources.shared_pictures import SharedPictures
 
 ARCHIVES = (".zip", ".rar", ".7z")
@@ -74,6 +76,8 @@ class DataSource:
     """Columns that the user named also tell which files of a folder are tables."""
     notes: TarNotes = field(default_factory=TarNotes)
     """What is noted about tars whenever their records are read."""
+    rules: RowRules | None = None
+    """Which rows of tables are read, and whose captions they have."""
 
     def fingerprint(self) -> str:
         """Changes when a file is added, removed, resized or touched, or a built-in source is split by another rule."""
@@ -89,7 +93,8 @@ class DataSource:
     @cached_property
     def _tables(self) -> tuple[list[str], dict[str, str]]:
         if self.is_folder:
-            return found_tables(self.root, self.names, self.read)
+            tables, unread = found_tables(self.root, self.names, self.read)
+            return number_order(tables), unread
         return list(filter(is_table, self.names)), {}
 
     @property
@@ -124,6 +129,15 @@ class DataSource:
         """
         return planned_tables(self.root, self.tables, self.read, pictures=self.images() if self.is_folder else None)
 
+    def with_rules(self, folder: Path) -> "DataSource":
+        """The same with the rules for rows that the user gave. What they need on the disk is written to `folder`.
+
+        Raises:
+            UsageError: as `table_plans` and `row_rules`.
+        """
+        plans = self.table_plans if self.format == "metadata" else []
+        return replace(self, rules=row_rules(self.read, [(plan.table, plan.chosen) for plan in plans], folder))
+
     def images(self) -> list[str]:
         """The files with the ending of a picture."""
         return list(filter(is_picture, self.names))
@@ -140,6 +154,12 @@ class DataSource:
             UsageError, RunError: as `find_classes`.
         """
         return find_classes(self.root, self.names, place=escaped(self.name))
+
+    @property
+    def rewritten_by_sha256(self) -> "Rewritten | None":
+        """Captions of another file that are joined once the bytes of a picture are there."""
+        rewritten = self.rules.rewritten if self.rules else None
+        return rewritten if rewritten and rewritten.by_sha256 else None
 
     def describe(self) -> str:
         """What was recognised, in words."""
@@ -174,7 +194,7 @@ SOURCE_FORMATS = {
     ),
     "metadata": SourceFormat(
         fits=lambda found: bool(found.tables),
-        records=lambda source, read: table_records(source.table_plans),
+        records=lambda source, read: table_records(source.table_plans, source.rules),
         describe=_described_tables,
     ),
     "webdataset": SourceFormat(
@@ -277,7 +297,7 @@ def _cures(found: DataSource) -> Iterator[str]:
 
 
 def _check_tables(source: DataSource, *, is_named: bool) -> None:
-    if not source.is_folder:
+    if not source.is_folder or source.read.preset:
         return
     check_tables(source.name, source.tables)
     if source.sidecars and not is_named and not any(map(is_metadata, source.tables)):
@@ -318,7 +338,7 @@ def _found(source: str, format: str) -> DataSource:
     if matches := [path] if path.is_file() else _expanded(source):
         root = Path(os.path.commonpath([match.parent for match in matches]))
         return DataSource(source, "", root, tuple(_file(root, match) for match in matches))
-    cure = " (download it first, for example with img2dataset)" if "://" in source else ""
+    cure = " (download this file first; the pictures that it lists are downloaded then)" if "://" in source else ""
     raise UsageError(f"{source}: no such file or folder{cure}; SOURCE is a folder, a table, tars, or openmoji")
 
 

@@ -9,7 +9,7 @@ from mlip_cli.data.sources.captions import CaptionLooks, shortened
 from mlip_cli.data.sources.find import LOOKED_FOR, DataSource, read_rows
 from mlip_cli.data.sources.listing import PassedOver, ending, is_picture, is_table, is_unread_picture, kind_of
 from mlip_cli.data.sources.picture_paths import PathFinder
-from mlip_cli.data.sources.records import ReadOptions, Record
+from mlip_cli.data.sources.records import PictureAddress, ReadOptions, Record
 from mlip_cli.data.sources.shared_pictures import SharedPictures
 from mlip_cli.data.sources.sidecars import TEXT_ENDINGS
 from mlip_cli.errors import RunError, UsageError
@@ -32,6 +32,8 @@ class Survey:
     first_missing: str = ""
     named: set[str] = field(default_factory=set)
     """Pictures of rejects, by `same`."""
+    addresses: int = 0
+    """Rows whose picture is downloaded."""
     pictures: int = 0
     """Records that the work reads: rows that share a picture are one."""
     shared: SharedPictures = field(default_factory=SharedPictures)
@@ -51,11 +53,13 @@ class Survey:
             self.spelled.add("paths were found by another spelling", f"{record.detail} is {record.found_as}{form}")
         if record.reject:
             self.rejects += 1
-            self.named.add(record.same)
+            if not isinstance(record.picture, PictureAddress):
+                self.named.add(record.same)
             if record.reject == "picture missing":
                 self.missing += 1
                 self.first_missing = self.first_missing or record.detail
             return
+        self.addresses += isinstance(record.picture, PictureAddress)
         self.captions += len(record.captions)
         self.looks.look_at(record.captions)
         if record.same:

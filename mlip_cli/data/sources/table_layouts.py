@@ -9,12 +9,14 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from mlip_cli.data.sources.listing import is_picture, is_table, table_ending
+from mlip_cli.data.sources.lists import listed_tables
 from mlip_cli.data.sources.records import SPLIT_WORDS, ReadOptions, split_in_name, split_of_folder
 from mlip_cli.data.sources.table_files import (
     CAPTION_COLUMNS,
     FIRST_NAMES,
     Table,
     chosen_columns,
+    holds_addresses,
     open_table,
 )
 from mlip_cli.data.sources.text_tables import PICTURE_NAME
@@ -53,6 +55,8 @@ def found_tables(root: Path, names: Sequence[str], read: ReadOptions) -> tuple[l
     A folder with tars has no other table than metadata.*: those of img2dataset lie beside its tars.
     """
     tables = [name for name in names if is_table(name) and not NO_TABLES.fullmatch(PurePosixPath(name).name)]
+    if read.preset:
+        return listed_tables(tables, read.preset), {}
     if metadata := [name for name in tables if is_metadata(name)]:
         return metadata, {}
     if any(name.endswith(".tar") for name in names):
@@ -65,7 +69,7 @@ def found_tables(root: Path, names: Sequence[str], read: ReadOptions) -> tuple[l
     ]
     texts = {name for name in tables if table_ending(name) in ("txt", "json")}
     opened = [name for name in tables if len(texts) <= MOST_TEXTS or name not in texts]
-    problems = {name: _problem(root / name, read) for name in opened}
+    problems = {name: _problem(root / name, read, has_pictures=bool(stems)) for name in opened}
     return [name for name, problem in problems.items() if problem == ""], {k: v for k, v in problems.items() if v}
 
 
@@ -139,8 +143,11 @@ def is_metadata(name: str) -> bool:
     return is_at_root and base.removesuffix(".gz").rpartition(".")[0] == "metadata"
 
 
-def _problem(path: Path, read: ReadOptions) -> str | None:
-    """Why a table is not read: "" if it can be read, None if the file is not a table."""
+def _problem(path: Path, read: ReadOptions, *, has_pictures: bool) -> str | None:
+    """Why a table is not read: "" if it can be read, None if the file is not a table.
+
+    Beside pictures a table of addresses tells where they are from, and is no list to download.
+    """
     ending = table_ending(path.name)
     if ending == "json" and path.suffix != ".gz" and not _mentions_captions(path):
         return None
@@ -150,7 +157,9 @@ def _problem(path: Path, read: ReadOptions) -> str | None:
         is_any_text = is_any_text and not _names_pictures(table)
         if not table.has_header and not _names_pictures(table):
             return None
-        chosen_columns(table, read)
+        chosen = chosen_columns(table, read)
+        if has_pictures and not read.image_column and holds_addresses(chosen.image):
+            return f"column {chosen.image!r} holds addresses, and pictures are here; say --image-column {chosen.image}"
     except UsageError as error:
         return None if is_any_text else str(error).removeprefix(f"{escaped(str(path))}: ")
     return ""
