@@ -3,6 +3,7 @@
 import asyncio
 import gzip
 import io
+import ssl
 import threading
 import time
 from collections import Counter, defaultdict
@@ -10,6 +11,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from email.utils import formatdate
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -51,14 +53,20 @@ class DownloadServer:
     """Of the last request, by path."""
     open: Counter[str] = field(default_factory=Counter)
     most_open: dict[str, int] = field(default_factory=lambda: defaultdict(int))
-    """The most requests at a time, by host."""
+    """The most requests at a time, by host, and of `all`."""
+    when: list[tuple[float, str]] = field(default_factory=list)
+    """Time and path of each request."""
+    dialled: set[str] = field(default_factory=set)
+    """Addresses of this machine that connections were made to."""
+    certificate: Path | None = None
+    """Of HTTPS, with its key."""
 
     def __enter__(self) -> "DownloadServer":
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
         self._server = asyncio.run_coroutine_threadsafe(
-            asyncio.start_server(self._serve, "0.0.0.0", self.port, backlog=1024), self._loop
+            asyncio.start_server(self._serve, "0.0.0.0", self.port, backlog=1024, ssl=self._tls()), self._loop
         ).result()
         self.port = self._server.sockets[0].getsockname()[1]
         return self
@@ -71,7 +79,14 @@ class DownloadServer:
 
     def url(self, path: str, host: str = "127.0.0.1") -> str:
         """A URL of this server."""
-        return f"http://{host}:{self.port}/{path}"
+        return f"{'https' if self.certificate else 'http'}://{host}:{self.port}/{path}"
+
+    def _tls(self) -> ssl.SSLContext | None:
+        if self.certificate is None:
+            return None
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(self.certificate)
+        return context
 
     async def _end(self) -> None:
         self._server.close()
@@ -81,17 +96,22 @@ class DownloadServer:
         await asyncio.gather(*others, return_exceptions=True)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.dialled.add(writer.get_extra_info("sockname")[0])
         with suppress(ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
             while True:
                 head = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
                 target = head[0].split(" ")[1]
-                headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in head[1:] if line)}
+                headers = {
+                    name.lower(): value for name, _, value in (line.partition(": ") for line in head[1:] if line)
+                }
                 path, _, query = target.partition("?")
                 self.asked[target] += 1
                 self.headers[path] = headers
+                self.when.append((time.monotonic(), path))
                 host = headers["host"].partition(":")[0]
                 self.open[host] += 1
                 self.most_open[host] = max(self.most_open[host], self.open[host])
+                self.most_open["all"] = max(self.most_open["all"], self.open.total())
                 try:
                     kind = path.strip("/").split("/")[0]
                     asked = Asked(self, path, query, headers, writer, self.asked[target])

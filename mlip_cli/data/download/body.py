@@ -2,7 +2,7 @@
 
 import asyncio
 import zlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 from aiohttp import ClientResponse
@@ -22,27 +22,45 @@ class Budget:
 
     def __init__(self, limit: int) -> None:
         self.limit, self.held = limit, 0
-        self._has_room = asyncio.Event()
-        self._has_room.set()
+        self._whole = 0
+        """Those of whole answers: whoever takes them gives them back."""
+        self._changed = asyncio.Event()
         self._beyond = asyncio.Lock()
 
     def take(self, num_bytes: int) -> None:
-        """Hold bytes; `num_bytes` may be negative."""
+        """Hold bytes of an answer; with a negative number give them back."""
         self.held += num_bytes
-        if self.held < self.limit:
-            self._has_room.set()
-        else:
-            self._has_room.clear()
+        self._changed.set()
+
+    def keep(self, content: bytes) -> None:
+        """Note that a held answer is whole."""
+        self._whole += len(content)
+
+    def give(self, content: bytes) -> None:
+        """An answer was taken out of hand."""
+        self._whole -= len(content)
+        self.take(-len(content))
+
+    @property
+    def is_full(self) -> bool:
+        """True when whoever reads has to wait."""
+        return self.held >= self.limit
 
     async def room(self) -> None:
         """Wait until there is room for more answers."""
-        await self._has_room.wait()
+        await self._until(lambda: not self.is_full)
 
     @asynccontextmanager
     async def beyond(self) -> AsyncIterator[None]:
-        """Let one answer at a time end that goes beyond the limit: all may wait for room that none of them gives."""
+        """Let one answer end that goes beyond the limit, when no whole one is left whose bytes would make room."""
         async with self._beyond:
+            await self._until(lambda: not self.is_full or not self._whole)
             yield
+
+    async def _until(self, is_so: Callable[[], bool]) -> None:
+        while not is_so():
+            self._changed.clear()
+            await self._changed.wait()
 
 
 async def read_body(response: ClientResponse, *, max_bytes: int, budget: Budget, deadline: asyncio.Timeout) -> bytes:
@@ -67,7 +85,7 @@ async def read_body(response: ClientResponse, *, max_bytes: int, budget: Budget,
             budget.take(len(chunk))
             if held > max_bytes:
                 raise _too_large("more came", max_bytes)
-            if budget.held >= budget.limit:
+            if budget.is_full:
                 await _read_rest(response, body, max_bytes=max_bytes, budget=budget, deadline=deadline)
                 held = len(body)
         content = bytes(body) if encoding in NOT_COMPRESSED else _decompressed(body, max_bytes)
@@ -76,6 +94,7 @@ async def read_body(response: ClientResponse, *, max_bytes: int, budget: Budget,
         budget.take(-held)
         raise
     budget.take(len(content) - held)
+    budget.keep(content)
     return content
 
 

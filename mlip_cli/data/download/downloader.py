@@ -64,7 +64,7 @@ class Downloader:
 
     def _free(self, answer: bytes | DownloadError) -> None:
         if isinstance(answer, bytes):
-            self._loop.call_soon_threadsafe(self._fetcher.budget.take, -len(answer))
+            self._loop.call_soon_threadsafe(self._fetcher.budget.give, answer)
 
     def _run(self, work: Coroutine[Any, Any, Value]) -> Future[Value]:
         return asyncio.run_coroutine_threadsafe(work, self._loop)

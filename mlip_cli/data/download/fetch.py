@@ -14,7 +14,7 @@ from mlip_cli.data.download.body import Budget, read_body
 from mlip_cli.data.download.headers import opt_out, seconds_of
 from mlip_cli.data.download.hosts import LONGEST_WAIT_S, Host, Hosts
 from mlip_cli.data.download.names import CheckedResolver, LookUp
-from mlip_cli.data.download.options import CONNECT_S, MAX_REDIRECTS, DownloadOptions
+from mlip_cli.data.download.options import CONNECT_SHARE, LONGEST_CONNECT_S, MAX_REDIRECTS, DownloadOptions
 from mlip_cli.data.download.outcome import (
     ASKED_TO_WAIT,
     BAD_ANSWER,
@@ -34,6 +34,8 @@ REDIRECTS = (301, 302, 303, 307, 308)
 FOUND = (200, 203)
 FIRST_DELAY_S = 1.0
 """Before the second attempt, on average; each later delay is twice as long."""
+LONGEST_SHOWN = 300
+"""Characters of where a redirect leads to."""
 IDLE_S = 5.0
 """A connection stays open for the next row of its host so long."""
 
@@ -52,7 +54,7 @@ class Fetcher:
         self.options = options
         self.budget = Budget(options.max_held_bytes)
         self._hosts = Hosts(options.connections_per_host, asyncio.Semaphore(options.connections))
-        self._connect_s = min(CONNECT_S, options.timeout_s)
+        self._connect_s = min(LONGEST_CONNECT_S, CONNECT_SHARE * options.timeout_s)
         # No proxy and no .netrc of the environment: a proxy would ask DNS itself, behind the check of the addresses.
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(
@@ -73,7 +75,7 @@ class Fetcher:
         await self._session.close()
 
     async def fetch(self, url: str) -> bytes:
-        """The bytes at `url`; they stay in `budget` until its `take(-len)`.
+        """The bytes at `url`; they stay in `budget` until its `give`.
 
         Raises:
             DownloadError: there is no picture, after all attempts.
@@ -98,7 +100,7 @@ class Fetcher:
             try:
                 address = read_address(answer, base=address.url, allow_private=self.options.allow_private)
             except DownloadError as error:
-                raise DownloadError(error.reason, f"redirect to {answer}: {error.detail}") from None
+                raise DownloadError(error.reason, f"redirect to {answer[:LONGEST_SHOWN]}: {error.detail}") from None
             if address.url in seen:
                 raise DownloadError(CIRCLE, f"{' -> '.join([*seen[1:], address.url])}")
             seen.append(address.url)

@@ -7,8 +7,9 @@ from mlip_cli import __version__
 from mlip_cli.errors import UsageError
 
 USER_AGENT = f"mlip-cli/{__version__}"
-CONNECT_S = 10.0
-"""A server is given at most this long for DNS, TCP and TLS."""
+CONNECT_SHARE = 0.5
+"""Of the time of an attempt, what DNS, TCP and TLS may take: 10 of 20 s."""
+LONGEST_CONNECT_S = 10.0
 MAX_REDIRECTS = 5
 PARTS_AT_ONCE = 8
 """Parts that a worker process has in hand. A row may take a minute with its retries, and its part ends with it."""
