@@ -305,6 +305,12 @@ def test_bytes_in_hand_are_bounded(server: DownloadServer, monkeypatch: pytest.M
     assert limit / 2 < most < limit + size + 16 * (1 << 18)
 
 
+def test_rejects_hold_no_bytes(server: DownloadServer) -> None:
+    [answer] = downloads([server.url("endless/1")])
+    assert isinstance(answer, DownloadError)
+    assert (answer.__traceback__, answer.__context__, answer.__cause__) == (None, None, None)
+
+
 def test_many_unfinished_answers_do_not_wait_for_each_other(server: DownloadServer) -> None:
     """All 16 stand at the limit with nothing to give back; one after another ends, and the server's 1 s holds on."""
     options = DownloadOptions(allow_private=True, connections_per_host=16, max_held_bytes=1, timeout_s=5)

@@ -78,6 +78,8 @@ class Downloader:
         answer: bytes | Exception
         try:
             answer = await self._fetcher.fetch(url)
+        except DownloadError as error:
+            answer = DownloadError(error.reason, error.detail)  # without a traceback, whose frames hold the bytes
         except Exception as error:  # noqa: BLE001 - it is yielded or raised where the answer is waited for
             answer = error
         ready.put((position, answer))

@@ -88,7 +88,7 @@ def _samples(part: SourcePart, options: PartOptions) -> Iterator[tuple[int, Samp
             with ONE_AT_A_TIME:
                 sample = _make_sample(part.records[position], content, options)
         except RejectedPictureError as reject:
-            sample = reject
+            sample = RejectedPictureError(reject.reason, reject.detail)  # no traceback, whose frames hold the picture
         yield position, sample
 
 
