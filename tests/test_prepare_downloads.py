@@ -183,12 +183,12 @@ RARE = (
 
 
 def two_thousand(server: DownloadServer) -> tuple[list[str], list[str]]:
-    """URLs, and the reason of each; rare kinds are 1 % of the rows each, and each kind has hosts of its own."""
+    """URLs, and the reason of each; rare kinds are 1 % of the rows each, on a host a row; others have five hosts."""
     common = [kind for kind in KINDS if kind not in RARE]
     urls, reasons = [], []
     for i in range(2_000):
         kind = RARE[i // 10 % len(RARE)] if i % 10 == 0 else common[i % len(common)]
-        host = f"127.0.{1 + list(KINDS).index(kind)}.{1 + i % 5}"
+        host = f"127.0.{1 + list(KINDS).index(kind)}.{1 + (i // 10 % 200 if kind in RARE else i % 5)}"
         path = f"{kind}{i}" if kind == "circle/a" else kind if "?" in kind or "/" in kind else f"{kind}/{i}"
         path = f"{path}&{i}" if "?" in path else f"{path}?{i}"
         urls.append(server.url(path, host))
@@ -273,16 +273,14 @@ def test_after_kill_9_in_a_download_the_next_run_ends_with_the_same_bytes(
     urls = [server.url(f"{kinds[i % 4]}/{i}", f"127.0.0.{i % 40 + 1}") for i in range(1_200)]
     source = write_list(tmp_path / "in", urls)
     options = ("--workers", "2", "--connections", "32")
-    for moment in (100, 700):
-        before = server.asked.total()
-        process = started(command(source, tmp_path / "out", *options))
-        wait_for(lambda before=before, moment=moment: server.asked.total() - before >= moment)
-        children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=False)
-        os.kill(process.pid, signal.SIGKILL)
-        process.communicate()
-        assert not (tmp_path / "out" / "prepared.json").exists()
-        for pid in children.stdout.split():  # the workers end by themselves
-            wait_for(lambda pid=pid: not Path(f"/proc/{pid}").exists(), 20)
+    process = started(command(source, tmp_path / "out", *options))
+    wait_for(lambda: server.asked.total() >= 700)
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=False)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert not (tmp_path / "out" / "prepared.json").exists()
+    for pid in children.stdout.split():  # the workers end by themselves
+        wait_for(lambda pid=pid: not Path(f"/proc/{pid}").exists())
     for out in ("out", "undisturbed"):
         process = started(command(source, tmp_path / out, *options))
         _, said = process.communicate(timeout=200)

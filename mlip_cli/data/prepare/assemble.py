@@ -97,8 +97,7 @@ def prepare(
         try:
             options = PartOptions(str(work.parts), request["size"], render=source.format == "openmoji")
             if survey.addresses:
-                downloads.say_how(survey.addresses, download)
-                options = replace(options, download=download.shared_by(num_workers))
+                options = replace(options, download=downloads.share(survey.addresses, download, num_workers))
             results = _prepare_parts(work, source, read, survey, options, num_workers=num_workers)
             share = held_out_share(request["holdout"], survey.pictures)
             splits, is_held_out = _write_splits(work, results, holdout=share, provenance=provenance, holds=holds)

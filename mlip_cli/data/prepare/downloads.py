@@ -24,8 +24,8 @@ CURES = {
 """What helps where almost all downloads fail for a reason."""
 
 
-def say_how(num_addresses: int, options: DownloadOptions) -> None:
-    """What is downloaded, and how."""
+def share(num_addresses: int, options: DownloadOptions, num_workers: int) -> DownloadOptions:
+    """What one worker may take. Says what is downloaded, and how."""
     wishes = "" if options.ignore_opt_out else "; pictures whose owner opts out are left out"
     say(
         f"{plural(num_addresses, 'picture')} to download: at most {plural(options.connections, 'connection')}, "
@@ -34,7 +34,8 @@ def say_how(num_addresses: int, options: DownloadOptions) -> None:
     for name in PROXIES:
         if os.environ.get(name) or os.environ.get(name.lower()):
             warn(f"{name} is not used: a proxy looks names up itself, so nobody would check where they lead")
-            return
+            break
+    return options.shared_by(num_workers)
 
 
 def most_alike(reason: str, *, is_first: bool) -> float:
