@@ -7,9 +7,11 @@ from typing import Annotated, Literal
 import typer
 
 from mlip_cli import __version__
+from mlip_cli.data.download.options import DEFAULTS, DownloadOptions
 from mlip_cli.errors import UsageError
 from mlip_cli.terminal.endings import exit_code
 from mlip_cli.terminal.options import (
+    AllowPrivate,
     Averaged,
     AverageOut,
     BatchSize,
@@ -19,6 +21,8 @@ from mlip_cli.terminal.options import (
     Choose,
     Clean,
     Compile,
+    Connections,
+    ConnectionsPerHost,
     DataRoot,
     Datasets,
     Dedupe,
@@ -27,6 +31,7 @@ from mlip_cli.terminal.options import (
     Finish,
     Format,
     Holdout,
+    IgnoreOptOut,
     ImageColumn,
     ImageFolder,
     Json,
@@ -46,10 +51,13 @@ from mlip_cli.terminal.options import (
     Precision,
     Preset,
     ProfiledPrecision,
+    Retries,
     Run,
     ShortSide,
     Source,
+    Timeout,
     Uids,
+    UserAgent,
     Weights,
     Where,
     Workers,
@@ -126,6 +134,13 @@ def prepare_data(
     part: Part = None,
     finish: Finish = False,
     check: Check = None,
+    timeout: Timeout = DEFAULTS.timeout_s,
+    retries: Retries = DEFAULTS.retries,
+    connections: Connections = DEFAULTS.connections,
+    connections_per_host: ConnectionsPerHost = DEFAULTS.connections_per_host,
+    user_agent: UserAgent = DEFAULTS.user_agent,
+    ignore_opt_out: IgnoreOptOut = False,
+    allow_private: AllowPrivate = False,
     json: Json = False,
 ) -> None:
     """Turn pictures and captions into shards that training reads."""
@@ -166,6 +181,9 @@ def prepare_data(
         part=part,
         finish=finish,
         as_json=json,
+        download=DownloadOptions(
+            timeout, retries, connections, connections_per_host, user_agent, ignore_opt_out, allow_private
+        ),
     )
 
 

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from mlip_cli.commands.prepare_data import prepare_data
+from mlip_cli.data.download.options import DEFAULTS as DEFAULT_DOWNLOAD
 from mlip_cli.data.prepare.filters import AS_IT_IS, Cleaning
 from mlip_cli.data.sources.records import ReadOptions
 
@@ -24,6 +25,7 @@ DEFAULTS: dict[str, Any] = {
     "as_json": True,
     "cleaning": AS_IT_IS,
     "data_root": None,
+    "download": DEFAULT_DOWNLOAD,
 }
 
 

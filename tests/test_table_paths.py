@@ -98,7 +98,7 @@ def test_what_is_said_of_other_spellings(tmp_path: Path, caplog: pytest.LogCaptu
     ) in caplog.messages
     assert [reject[2:] for reject in rejects(tmp_path / "out")] == [
         ("picture missing", "i/a.png: no such file; A.png and a.PNG could be meant"),
-        ("picture is an address", "ftp://x/b.png: http(s) addresses alone are downloaded"),
+        ("picture is an address", "ftp://x/b.png: only http and https are downloaded"),
         ("picture missing", r"i/\x1b[1m.png: no such file"),
     ]
 

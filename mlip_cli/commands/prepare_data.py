@@ -4,6 +4,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from mlip_cli.commands.data_card import write_data_card
+from mlip_cli.data.download.options import DEFAULTS, DownloadOptions
 from mlip_cli.data.prepare.evaluation_places import EvaluationPlace, fingerprint_of
 from mlip_cli.data.prepare.filters import AS_IT_IS, OWN_SPLITS, Cleaning
 from mlip_cli.data.prepare.job import Job
@@ -46,6 +47,7 @@ def prepare_data(
     part: str | None = None,
     finish: bool = False,
     as_json: bool,
+    download: DownloadOptions = DEFAULTS,
 ) -> None:
     """Prepare `source` in `out`, or say that it is prepared; the summary goes to stdout.
 
@@ -72,11 +74,13 @@ def prepare_data(
     size = size or DEFAULT_SIZE.get(found.format, OTHER_SIZE)
     request = {"format": found.format, "size": size, "holdout": holdout, **vars(read), **cleaning.request()}
     request |= fingerprints(read)
+    # None where nothing differs from what was prepared before there were downloads
+    request |= {name: getattr(download, name) or None for name in ("ignore_opt_out", "allow_private")}
     request["source_fingerprint"] = found.fingerprint()
     if excluded:
         request["excluded_fingerprint"] = fingerprint_of(excluded)
     summary = finished_summary(out, request)
-    job = Job(found, out, read, request, workers or usable_cores(), cleaning, excluded)
+    job = Job(found, out, read, request, workers or usable_cores(), cleaning, excluded, download)
     if summary is None and share:
         from mlip_cli.data.prepare.assemble import prepare_share
 

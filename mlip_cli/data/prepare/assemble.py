@@ -13,7 +13,8 @@ from functools import partial
 from typing import Any
 
 from mlip_cli import __version__
-from mlip_cli.data.prepare import shards
+from mlip_cli.data.download.options import PARTS_AT_ONCE
+from mlip_cli.data.prepare import downloads, shards
 from mlip_cli.data.prepare.duplicates import EvaluationSet
 from mlip_cli.data.prepare.fates import decided
 from mlip_cli.data.prepare.filters import REASONS
@@ -53,6 +54,7 @@ FEWEST_ROWS = 10
 CURES = {
     "caption is not UTF-8": "save the texts as UTF-8, for example with iconv -f latin1 -t utf-8",
     "caption too long": "cut the texts: training reads the first words alone",
+    **downloads.CURES,
 }
 """What helps where most rows fail for a reason that does not say it."""
 
@@ -268,8 +270,12 @@ def _make_parts(
     options = PartOptions(str(work.parts), job.size, job.source.format == "openmoji", job.cleaning)
     if rewritten := job.source.rewritten_by_sha256:
         options = replace(options, captions=str(rewritten.stem), adds_captions=rewritten.file.adds)
+    if survey.addresses:
+        options = replace(options, download=downloads.share(survey.addresses, job.download, job.num_workers))
     results = {number: result for number, result in work.results().items() if share.has(number)}
     done = frozenset(results)
+    reasons = _reasons(list(results.values()))
+    prepared, at_once = partial(prepare_part, options=options), PARTS_AT_ONCE if options.download else 1
 
     def to_do() -> Iterator[SourcePart]:
         for part in parts_of(read_records(job.source, job.read, survey.shared)):
@@ -281,8 +287,11 @@ def _make_parts(
     with progress(-(-survey.pictures // share.count), "preparing") as bar:
         bar.advance(bar.task_ids[0], sum(result.rows for result in results.values()))
         _check_first_rows(work, results, share)
-        for result in run_parallel(partial(prepare_part, options=options), to_do(), num_workers=job.num_workers):
+        for result in run_parallel(prepared, to_do(), num_workers=job.num_workers, at_once=at_once):
             results[result.number] = result
+            reasons.update(result.reasons)
+            if options.download:
+                bar.update(bar.task_ids[0], description=downloads.outcomes_in_words(results.values(), reasons))
             bar.advance(bar.task_ids[0], result.rows)
             _check_first_rows(work, results, share)
     return [results[number] for number in sorted(results)]
@@ -332,7 +341,8 @@ def _check_reasons(work: Workspace, results: Sequence[PartResult], *, enough: in
     reasons = _reasons(results)
     rows = sum(result.rows for result in results) - sum(reasons[asked] for asked in ASKED_FOR)
     for reason, n in reasons.items():
-        if rows >= enough and n > rows / 2 and reason not in ASKED_FOR:
+        most = rows * downloads.most_alike(reason, is_first=bool(which))
+        if rows >= enough and n > most and reason not in ASKED_FOR:
             example = _first_reject(work, results, reason)
             cure = f"; {CURES[reason]}" if reason in CURES else ""
             passed = " that pass the rules" if reasons.keys() & ASKED_FOR else ""

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mlip_cli.data.download.options import DEFAULTS, DownloadOptions
 from mlip_cli.data.prepare.evaluation_places import EvaluationPlace
 from mlip_cli.data.prepare.filters import AS_IT_IS, Cleaning
 from mlip_cli.data.sources.find import DataSource
@@ -24,6 +25,7 @@ class Job:
     cleaning: Cleaning = AS_IT_IS
     excluded: tuple[EvaluationPlace, ...] = ()
     """Where the evaluation sets lie whose pictures stay out of training."""
+    download: DownloadOptions = DEFAULTS
 
     @property
     def size(self) -> int:

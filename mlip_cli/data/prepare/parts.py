@@ -4,11 +4,12 @@ import hashlib
 import json
 import os
 import stat
+import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -37,6 +38,12 @@ from mlip_cli.paths import encodable, escaped
 MAX_FILE_BYTES = 512 << 20
 ROW_FIELDS = ("row", "sha256", "pixels", "perceptual", "split")
 """Those of PART_ROW that are known before the tar is whole."""
+ONE_AT_A_TIME = threading.Lock()
+"""Threads of a process that prepare parts wait for their downloads side by side, and decode one after another."""
+
+Value = TypeVar("Value")
+Sample = tuple[dict[str, Any], StoredPicture, bool]
+"""The fields of KEY.json, the picture, and whether another file has captions for its bytes."""
 
 
 def prepare_part(part: SourcePart, options: PartOptions) -> PartResult:
@@ -48,16 +55,14 @@ def prepare_part(part: SourcePart, options: PartOptions) -> PartResult:
     num_tokens: list[int] = []
     num_rewritten = 0
     rejects: list[dict[str, Any]] = []
-    contents = decompressed(records)
     with atomic_path(tar) as temporary:
         with tar_writer(temporary) as writer:
-            for row, record in enumerate(records, start=part.first_row):
-                try:
-                    content = contents.get(record.picture) if isinstance(record.picture, PicturePlace) else None
-                    fields, picture, is_rewritten = _make_sample(record, content, options)
-                except RejectedPictureError as reject:
-                    rejects.append({"place": row, **_reject(record, reject)})
+            for position, sample in in_order(_samples(records, options)):
+                record, row = records[position], part.first_row + position
+                if isinstance(sample, RejectedPictureError):
+                    rejects.append({"place": row, **_reject(record, sample)})
                     continue
+                fields, picture, is_rewritten = sample
                 key = f"{row:09d}"
                 writer.write(sample_parts(key, image=picture.content, format=picture.format, fields=fields))
                 split = SPLITS.index(record.split) if record.split else NO_SPLIT
@@ -84,6 +89,53 @@ def prepare_part(part: SourcePart, options: PartOptions) -> PartResult:
     return result
 
 
+def _samples(records: Sequence[Record], options: PartOptions) -> Iterator[tuple[int, Sample | RejectedPictureError]]:
+    """Position and sample of each record, or why it has none; downloads come in the order in which they end."""
+    for position, content in _contents(records, options):
+        sample: Sample | RejectedPictureError
+        try:
+            if isinstance(content, RejectedPictureError):
+                raise content
+            with ONE_AT_A_TIME:
+                sample = _make_sample(records[position], content, options)
+        except RejectedPictureError as reject:
+            sample = RejectedPictureError(reject.reason, reject.detail)  # no traceback, whose frames hold the picture
+        yield position, sample
+
+
+def _contents(
+    records: Sequence[Record], options: PartOptions
+) -> Iterator[tuple[int, bytes | RejectedPictureError | None]]:
+    """Position and bytes of each record's picture, None where `_make_sample` reads them."""
+    urls = [] if options.download is None else addresses_of(records)
+    is_downloaded = {position for position, _ in urls}
+    places = decompressed(records)
+    for position, record in enumerate(records):
+        if position not in is_downloaded:
+            yield position, places.get(record.picture) if isinstance(record.picture, PicturePlace) else None
+    if options.download is not None and urls:
+        from mlip_cli.data.download.downloader import downloaded
+
+        yield from downloaded(urls, options.download)
+
+
+def addresses_of(records: Sequence[Record]) -> list[tuple[int, str]]:
+    """Position and URL of the records whose picture is downloaded."""
+    pictures = ((position, record.picture) for position, record in enumerate(records) if not record.reject)
+    return [(position, picture.url) for position, picture in pictures if isinstance(picture, PictureAddress)]
+
+
+def in_order(answers: Iterable[tuple[int, Value]]) -> Iterator[tuple[int, Value]]:
+    """Put (position, value) into the order of positions, which are 0 to n - 1; holds what comes before its turn."""
+    waiting: dict[int, Value] = {}
+    turn = 0
+    for position, value in answers:
+        waiting[position] = value
+        while turn in waiting:
+            yield turn, waiting.pop(turn)
+            turn += 1
+
+
 def decompressed(records: Sequence[Record]) -> dict[PicturePlace, bytes]:
     """The pictures that lie in compressed files, read in the order in which they lie there, so that it is read once."""
     found = (record.picture for record in records if not record.reject)
@@ -93,11 +145,8 @@ def decompressed(records: Sequence[Record]) -> dict[PicturePlace, bytes]:
     return {place: read_decompressed(place.path, n, place.offset) for place, n in sizes if n <= MAX_FILE_BYTES}
 
 
-def _make_sample(
-    record: Record, content: bytes | None, options: PartOptions
-) -> tuple[dict[str, Any], StoredPicture, bool]:
-    """The fields of KEY.json of a record, its picture, whose bytes are read if they are not at hand, and whether
-    another file has captions for these bytes.
+def _make_sample(record: Record, content: bytes | None, options: PartOptions) -> Sample:
+    """The sample of a record, whose picture is read if its bytes are not at hand.
 
     Raises:
         RejectedPictureError: says why the record becomes a reject.
@@ -126,10 +175,16 @@ def _make_sample(
         "original_width": picture.original_width,
         "original_height": picture.original_height,
         "sha256": sha256,
-        "source": {"file": encodable(record.file), "row": record.row},
+        "source": _source(record),
         "meta": dict(record.meta),
     }
     return fields, picture, bool(found)
+
+
+def _source(record: Record) -> dict[str, Any]:
+    """Where a sample comes from: file, row, and the URL of a downloaded picture."""
+    url = {"url": encodable(record.picture.url)} if isinstance(record.picture, PictureAddress) else {}
+    return {"file": encodable(record.file), "row": record.row, **url}
 
 
 def read_picture(picture: Picture) -> bytes:

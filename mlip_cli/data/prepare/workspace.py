@@ -18,6 +18,7 @@ from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
+from mlip_cli.data.download.options import DownloadOptions
 from mlip_cli.data.prepare.filters import AS_IT_IS, Cleaning
 from mlip_cli.data.prepare.summary import Summary
 from mlip_cli.data.sources.records import SPLITS
@@ -51,6 +52,8 @@ class PartOptions:
     """Where captions lie that are joined by the sha256 of pictures (rewritten.py)."""
     adds_captions: bool = False
     """They add to a row's own; else they take their place."""
+    download: DownloadOptions | None = None
+    """What this process may take, where pictures are addresses."""
 
 
 @dataclass(frozen=True)

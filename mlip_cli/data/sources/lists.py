@@ -7,9 +7,10 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
+from mlip_cli.data.download.options import is_address
 from mlip_cli.data.sources.listing import table_ending
 from mlip_cli.data.sources.table_files import FIRST_NAMES, Chosen, Table, match_column
-from mlip_cli.data.sources.text_tables import cells_in_words, is_address, table_error, text_rows
+from mlip_cli.data.sources.text_tables import cells_in_words, table_error, text_rows
 from mlip_cli.errors import UsageError
 
 LEAST_SHARE, MOST_SHARE = 0.5, 1.1

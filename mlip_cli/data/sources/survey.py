@@ -5,6 +5,7 @@ import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from mlip_cli.data.download.options import check_installed
 from mlip_cli.data.sources.captions import CaptionLooks, shortened
 from mlip_cli.data.sources.find import LOOKED_FOR, DataSource, read_rows
 from mlip_cli.data.sources.listing import PassedOver, ending, is_picture, is_table, is_unread_picture, kind_of
@@ -25,6 +26,8 @@ class Survey:
 
     rows: int = 0
     captions: int = 0
+    addresses: int = 0
+    """Rows whose picture is downloaded."""
     rejects: int = 0
     """Rows that cannot become samples, whatever their pictures hold."""
     missing: int = 0
@@ -32,8 +35,6 @@ class Survey:
     first_missing: str = ""
     named: set[str] = field(default_factory=set)
     """Pictures of rejects, by `same`."""
-    addresses: int = 0
-    """Rows whose picture is downloaded."""
     pictures: int = 0
     """Records that the work reads: rows that share a picture are one."""
     shared: SharedPictures = field(default_factory=SharedPictures)
@@ -59,7 +60,10 @@ class Survey:
                 self.missing += 1
                 self.first_missing = self.first_missing or record.detail
             return
-        self.addresses += isinstance(record.picture, PictureAddress)
+        if isinstance(record.picture, PictureAddress):
+            if not self.addresses:
+                check_installed()
+            self.addresses += 1
         self.captions += len(record.captions)
         self.looks.look_at(record.captions)
         if record.same:

@@ -8,6 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mlip_cli.data.download.options import is_address
 from mlip_cli.data.sources.captions import captions_of
 from mlip_cli.data.sources.listing import ending, is_leftover, is_picture
 from mlip_cli.data.sources.lists import read_as_listed
@@ -27,12 +28,13 @@ from mlip_cli.data.sources.records import (
 )
 from mlip_cli.data.sources.rules import RowRules, TableRules
 from mlip_cli.data.sources.table_files import FIRST_NAMES, Chosen, Table, chosen_columns, open_table
-from mlip_cli.data.sources.text_tables import Row, is_address, table_error
+from mlip_cli.data.sources.text_tables import Row, table_error
 from mlip_cli.errors import UsageError
 from mlip_cli.paths import escaped
 
 LONGEST_NAME = 4_096
 """Characters of a path on Linux."""
+LONGEST_SHOWN = 200
 
 
 @dataclass(frozen=True)
@@ -175,7 +177,7 @@ def _picture(cell: Any, finder: PathFinder | None) -> PictureCell:
     if not (isinstance(name, str) and name.strip()):
         return PictureCell(reject="no file name")
     name = name.strip()
-    if name.lower().startswith(("http://", "https://")):
+    if is_address(name):
         return PictureCell(PictureAddress(name), name, name)
     if finder is None:
         return PictureCell(reject="no http(s) address", detail=name[:LONGEST_NAME])
@@ -184,7 +186,8 @@ def _picture(cell: Any, finder: PathFinder | None) -> PictureCell:
         found_as = os.path.basename(found.path) if found.is_guess else ""
         return PictureCell(PicturePlace(found.path), name, finder.same(found.path), found_as)
     if "://" in name and not name.startswith("file:"):
-        return PictureCell(reject="picture is an address", detail=f"{name}: http(s) addresses alone are downloaded")
+        cure = "only http and https are downloaded"
+        return PictureCell(reject="picture is an address", detail=f"{name[:LONGEST_SHOWN]}: {cure}")
     near = f"; {found.near}" if found.near else ""
     if len(name) > LONGEST_NAME:  # a picture in base64, perhaps
         return PictureCell(reject="no file name", detail=f"{name[:60]}... of {len(name):,} characters")

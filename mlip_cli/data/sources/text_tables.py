@@ -41,11 +41,6 @@ PICTURE_NAME = re.compile(
 """A cell that names a picture: an address, or a file name, perhaps with the number of a caption (`1000.jpg#0`)."""
 
 
-def is_address(cell: Any) -> bool:
-    """Whether a cell is an address from which a picture can be downloaded."""
-    return isinstance(cell, str) and cell.lstrip()[:8].lower().startswith(("http://", "https://"))
-
-
 @dataclass(frozen=True)
 class Layout:
     """How the cells of a text table lie."""
