@@ -294,3 +294,11 @@ def test_a_source_of_excluded_pictures_alone_keeps_nothing(tmp_path: Path) -> No
     with pytest.raises(SourceError, match="none of the 1 row became a sample: 1 x in evaluation data: folder:"):
         prepare(source, tmp_path / "out", exclude=(f"folder:{evaluation}",))
     assert not (tmp_path / "out").exists()
+
+
+def test_flat_pictures_and_gradients_are_never_near() -> None:
+    """All 0 or all 1 but for three bits: white pictures, and those that grow brighter from side to side."""
+    plain = np.array([0, 0, 0b111, 0b111, 2**64 - 1, 2**64 - 1, 2**64 - 8], np.uint64)
+    assert near_earlier(plain, 4).tolist() == [-1] * 7
+    assert near_among(plain, plain, 4).tolist() == [-1] * 7
+    assert near_earlier(np.array([0b1111, 0b1111], np.uint64), 0).tolist() == [-1, 0]

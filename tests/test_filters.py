@@ -187,15 +187,15 @@ def test_pictures_of_captions_that_fall_are_not_unpacked(tmp_path: Path, monkeyp
 
 
 def test_many_rows_that_fall_to_a_rule_are_no_wrong_source(tmp_path: Path) -> None:
-    source = write_sidecars(tmp_path / "in", 30)
+    source = write_sidecars(tmp_path / "in", 40)
     for i in range(25):
         (source / f"{i:05d}.txt").write_text("short")
     summary = prepare(source, tmp_path / "out", min_words=3)
-    assert (summary["rejects"], summary["splits"]["train"]["num_samples"]) == (25, 5)
+    assert (summary["rejects"], summary["splits"]["train"]["num_samples"]) == (25, 15)
     with pytest.raises(SourceError) as error:
         prepare(source, tmp_path / "none", min_words=4)
     assert str(error.value) == (
-        f"{source}: none of the 30 rows became a sample: 30 x caption too short (first: 00000.png row 0: 1 word, at "
+        f"{source}: none of the 40 rows became a sample: 40 x caption too short (first: 00000.png row 0: 1 word, at "
         "least 4); nothing was kept"
     )
     assert not (tmp_path / "none").exists()

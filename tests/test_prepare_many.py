@@ -1,5 +1,6 @@
 """prepare-data on many machines: --part I/N in processes of their own, then --finish."""
 
+import multiprocessing
 import os
 import shutil
 import signal
@@ -34,6 +35,9 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def folder(prepared: Path) -> Iterator[Path]:
     yield prepared
+    for process in multiprocessing.active_children():  # a test that failed may leave one that stands still
+        process.kill()
+        process.join()
     shutil.rmtree(prepared / "out", ignore_errors=True)
 
 
