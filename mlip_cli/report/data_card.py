@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mlip_cli.data.prepare.examples import Example
+from mlip_cli.data.prepare.statistics import CONTEXT_LENGTH, TOKENS, TRUNCATED
 from mlip_cli.data.prepare.summary import Summary
 from mlip_cli.paths import escaped
 from mlip_cli.report.data_charts import bins_of_all, cut_off, log_chart, plain_chart
@@ -27,10 +28,7 @@ from mlip_cli.report.search_page import WEBP, shortened
 from mlip_cli.report.tables import Table
 from mlip_cli.terminal.output import plural
 
-CONTEXT_LENGTH = 77
-"""Of the published CLIP models."""
 MARK = (float(CONTEXT_LENGTH), f"{CONTEXT_LENGTH} tokens, where CLIP cuts")
-TOKENS = "longest_caption_tokens"
 DUPLICATE = "duplicate"
 """How the reasons of dropped duplicates begin."""
 MOST_BARS = 20
@@ -164,7 +162,7 @@ def _captions(cards: Cards) -> Html:
 
 def _truncated(split: str, card: Mapping[str, Any]) -> str:
     statistics = card.get("statistics", {})
-    share, distinct = statistics.get(f"share_over_{CONTEXT_LENGTH}_tokens"), statistics.get("distinct_captions")
+    share, distinct = statistics.get(TRUNCATED), statistics.get("distinct_captions")
     words = []
     if share is not None:
         words.append(f"{100 * share:.2f} % of the pictures have a caption of more than {CONTEXT_LENGTH} tokens")
