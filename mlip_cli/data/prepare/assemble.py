@@ -69,9 +69,7 @@ def prepare(source: DataSource, out: Path, read: ReadOptions, request: dict[str,
         survey = surveyed(source, read)
     passed = passed_over(source, survey)
     _say_understood(source, survey, passed)
-    _check_disk(
-        out, num_rows=survey.pictures, size=request["size"], source_bytes=sum(file.size for file in source.files)
-    )
+    _check_disk(out, num_rows=survey.pictures, size=request["size"], source_bytes=source.num_bytes)
     provenance = {"tool": f"mlip-cli {__version__}", "source": source.name, **request}
     holds: dict[str, str] = {}
     if source.format == "openmoji":

@@ -1,10 +1,8 @@
 """Which files of a folder count, for every command alike. Nothing here opens a file."""
 
-import os
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from mlip_cli.paths import escaped
 
@@ -69,30 +67,6 @@ def is_picture(name: str) -> bool:
 def is_unread_picture(name: str) -> bool:
     """Whether a file of this name is a picture that is not read."""
     return ending(name) in UNREAD_PICTURE_ENDINGS
-
-
-def walk(folder: Path, above: tuple[tuple[int, int], ...] = ()) -> Iterator[Path]:
-    """Regular files and broken links under `folder`, without hidden ones and leftovers, in no order.
-
-    Links to folders are followed, unless they lead back to a folder above.
-    """
-    stat = folder.stat()
-    here = stat.st_dev, stat.st_ino
-    if here in above:
-        return
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if is_leftover(entry.name):
-                continue
-            path = Path(entry.path)
-            try:
-                is_folder, is_file = entry.is_dir(), entry.is_file()
-            except OSError:  # a link that leads to itself: broken like any other
-                is_folder, is_file = False, True
-            if is_folder:
-                yield from walk(path, (*above, here))
-            elif is_file or not path.exists():  # reading a pipe or a device would wait for ever
-                yield path
 
 
 def number_order(names: Collection[str]) -> list[str]:

@@ -75,7 +75,8 @@ def splits_of_tars(tars: Sequence[str]) -> dict[str, str | None]:
     """Tar -> its split: by its folder, or by its name where the names tell several (cc3m-train-0000.tar)."""
     by_name = {tar: split_in_name(PurePosixPath(tar).name) for tar in tars}
     is_telling = len(set(by_name.values())) > 1 and None not in by_name.values()
-    return {tar: split or (by_name[tar] if is_telling else None) for tar, split in splits_in(tars).items()}
+    split_of = splits_in(tars)
+    return {tar: split_of(tar) or (by_name[tar] if is_telling else None) for tar in tars}
 
 
 def _with_texts_read(tar: OpenTar, samples: Sequence[TarSample]) -> OpenTar:
