@@ -6,7 +6,7 @@ from pathlib import Path
 from mlip_cli.data.prepare.summary import next_commands
 from mlip_cli.data.prepare.workspace import DONE, Workspace, finished_summary
 from mlip_cli.data.sources.find import DataSource, find_source
-from mlip_cli.data.sources.records import ReadOptions
+from mlip_cli.data.sources.records import DAMAGED, REFUSE, ReadOptions
 from mlip_cli.errors import UsageError
 from mlip_cli.machine import usable_cores
 from mlip_cli.paths import check_can_be_made, check_utf8
@@ -37,12 +37,14 @@ def prepare_data(
     """
     for name in (source, str(out)):
         check_utf8(name)
+    if read.damaged not in DAMAGED:
+        raise UsageError(f"--damaged {read.damaged}: no such rule; use {' or '.join(DAMAGED)}")
     if not (out / DONE).is_file():
         check_can_be_made(out, option="OUT")
     found = find_source(source, format=format, read=read)
     _check_options(found, out, read)
     size = size or DEFAULT_SIZE.get(found.format, OTHER_SIZE)
-    request = {"format": found.format, "size": size, "holdout": holdout, **vars(read)}
+    request = {"format": found.format, "size": size, "holdout": holdout, **read.in_request()}
     request["source_fingerprint"] = found.fingerprint()
     summary = finished_summary(out, request)
     if summary is None:
@@ -67,5 +69,7 @@ def _check_options(source: DataSource, out: Path, read: ReadOptions) -> None:
         )
     if read.image_folder and source.format != "metadata":
         raise UsageError(f"--image-folder: for tables only, and {source.name} is read as {source.format}")
+    if read.damaged != REFUSE and source.format != "webdataset":
+        raise UsageError(f"--damaged: for tars only, and {source.name} is read as {source.format}")
     if source.is_folder and out.resolve().is_relative_to(Path(source.name).resolve()):
         raise UsageError(f"{out}: lies inside the source {source.name}; name a folder elsewhere")

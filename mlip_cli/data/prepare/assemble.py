@@ -117,6 +117,7 @@ def _say_understood(source: DataSource, survey: Survey, passed: PassedOver) -> N
     """What was understood of the source, the first pairs, what is not read, and what looks wrong."""
     say(f"{source.name}: {source.describe()}; {survey.in_words()}")
     source.notes.tell_readings(source.name, say=say)
+    source.notes.tell_damage(source.name, num_tars=len(source.tars()), warn=warn)
     if source.format == "metadata":
         say("; ".join(dict.fromkeys(plan.in_words() for plan in source.table_plans)))
     if survey.first:
@@ -156,10 +157,13 @@ def _prepare_parts(
     with progress(survey.pictures, "preparing") as bar:
         bar.advance(bar.task_ids[0], sum(result.rows for result in results.values()))
         _check_first_rows(work, results)
-        for result in run_parallel(partial(prepare_part, options=options), todo, num_workers=num_workers):
-            results[result.number] = result
-            bar.advance(bar.task_ids[0], result.rows)
-            _check_first_rows(work, results)
+        try:
+            for result in run_parallel(partial(prepare_part, options=options), todo, num_workers=num_workers):
+                results[result.number] = result
+                bar.advance(bar.task_ids[0], result.rows)
+                _check_first_rows(work, results)
+        finally:
+            source.check_unchanged()  # first of all: a change makes any other error
     if (rows := sum(result.source_rows for result in results.values())) != survey.rows:
         raise RunError(f"{work.out}: {rows} rows where {survey.rows} were counted; did the source change? Start again")
     ordered = [results[number] for number in sorted(results)]

@@ -173,9 +173,10 @@ def _remove_torn(work: Workspace) -> None:
 
 
 def _check_same(out: Path, old: Mapping[str, Any], new: Mapping[str, Any], *, state: str) -> None:
-    changed = [key for key in new if old.get(key) != new[key] and key != "source_fingerprint"]
+    keys = dict.fromkeys([*new, *old])
+    changed = [key for key in keys if old.get(key) != new.get(key) and key != "source_fingerprint"]
     if changed:
-        what = ", ".join(f"{key} {_word(old.get(key))}, now {_word(new[key])}" for key in changed)
+        what = ", ".join(f"{key} {_word(old.get(key))}, now {_word(new.get(key))}" for key in changed)
     elif old.get("source_fingerprint") != new["source_fingerprint"]:
         what = "files of the source have changed since"
     else:

@@ -105,17 +105,22 @@ class FileList:
         return FileList(FileNames(name[len(folder) + 1 :] for name in self.names), self.sizes, self.mtimes_ns)
 
 
+def size_and_time(path: str | os.PathLike[str]) -> list[int]:
+    """Size and time of change of a file: zeros where there is none, as for a broken link."""
+    try:
+        stat = os.stat(path)
+    except OSError:
+        return [0, 0]
+    return [stat.st_size, stat.st_mtime_ns]
+
+
 def listed(root: str | os.PathLike[str], names: Iterable[str]) -> FileList:
     """Files by their names relative to `root`. A broken link has neither size nor time: its row becomes a reject."""
     sizes, mtimes_ns = array("q"), array("q")
 
     def noted() -> Iterator[str]:
         for name in names:
-            try:
-                stat = os.stat(os.path.join(root, name))
-                size, mtime_ns = stat.st_size, stat.st_mtime_ns
-            except OSError:
-                size = mtime_ns = 0
+            size, mtime_ns = size_and_time(os.path.join(root, name))
             sizes.append(size)
             mtimes_ns.append(mtime_ns)
             yield name

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from mlip_cli.data.sources.classes import ClassFolders, find_classes
 from mlip_cli.data.sources.combinations import SPLIT_RULE
-from mlip_cli.data.sources.file_names import CHUNK, ChosenNames, FileList, FileNames, listed, names_below
+from mlip_cli.data.sources.file_names import CHUNK, ChosenNames, FileList, FileNames, listed, names_below, size_and_time
 from mlip_cli.data.sources.folders import class_records
 from mlip_cli.data.sources.listing import is_picture, is_table, is_unread_picture, kind_of
 from mlip_cli.data.sources.openmoji import installed_versions, openmoji_records
@@ -32,7 +32,7 @@ from mlip_cli.data.sources.table_layouts import check_tables, found_tables, is_m
 from mlip_cli.data.sources.tables import TablePlan, planned_tables, table_records
 from mlip_cli.data.sources.tar_samples import Columns, TarNotes
 from mlip_cli.data.sources.tars import TAR_ENDINGS, tar_records
-from mlip_cli.errors import UsageError
+from mlip_cli.errors import RunError, UsageError
 from mlip_cli.paths import encodable, escaped
 from mlip_cli.terminal.output import plural, say
 
@@ -143,6 +143,18 @@ class DataSource:
         """
         return find_classes(self.root, self.names, place=escaped(self.name))
 
+    def check_unchanged(self) -> None:
+        """See that the tars are as they were listed: a shorter one would give other samples than were counted.
+
+        Raises:
+            RunError: one is not.
+        """
+        for name, *known in zip(self.names, self.files.sizes, self.files.mtimes_ns, strict=True):
+            if name.lower().endswith(TAR_ENDINGS) and known != size_and_time(self.root / name):
+                raise RunError(
+                    f"{self.root / name}: has changed since it was first read; start again when nothing writes to it"
+                )
+
     def describe(self) -> str:
         """What was recognised, in words."""
         return SOURCE_FORMATS[self.format].describe(self)
@@ -182,7 +194,11 @@ SOURCE_FORMATS = {
     "webdataset": SourceFormat(
         fits=lambda found: bool(found.tars()),
         records=lambda source, read: tar_records(
-            source.root, source.tars(), Columns(read.image_column, read.caption_column), source.notes
+            source.root,
+            source.tars(),
+            Columns(read.image_column, read.caption_column),
+            source.notes,
+            damaged=read.damaged,
         ),
         describe=lambda source: plural(len(source.tars()), "webdataset tar"),
     ),

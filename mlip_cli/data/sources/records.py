@@ -21,6 +21,9 @@ PART_BYTES = 64 << 20
 MAX_HELD_OUT = 5_000
 ENOUGH_HELD_OUT = 500
 
+DAMAGED = REFUSE, USE_START = "refuse", "use-start"
+"""A damaged tar ends the work, or the samples before its damage are used."""
+
 SPLITS = ("train", "validation", "test", "combinations")
 """The last one is of the built-in source alone."""
 SPLIT_WORDS = {
@@ -112,6 +115,15 @@ class ReadOptions:
     caption_column: str | None = None
     image_folder: str | None = None
     """What paths in a table are relative to."""
+    damaged: str = REFUSE
+    """One of DAMAGED: what is done about a damaged tar."""
+
+    def in_request(self) -> dict[str, Any]:
+        """The options as prepared.json holds them. Those that are younger than the file are left out if not given."""
+        own = dict(vars(self))
+        if self.damaged == REFUSE:
+            own.pop("damaged")
+        return own
 
 
 @dataclass(frozen=True)
