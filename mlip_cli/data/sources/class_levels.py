@@ -19,7 +19,7 @@ Step = Mapping[str, str | None]
 """Folders above the classes, of one level: name -> split, or None for a folder that only wraps the others."""
 
 
-@dataclass
+@dataclass(slots=True)
 class Folder:
     """A folder, with the number of pictures in it and below it; those of unread kinds count too."""
 

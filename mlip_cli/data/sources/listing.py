@@ -32,6 +32,10 @@ LEFTOVERS = frozenset(
 )
 """What systems leave in folders, in lower case."""
 
+MOST_KINDS = 100
+"""Kinds of files that are told apart: numbers as endings, as in x.00001, would be as many as files."""
+OTHER_KINDS = "files of other kinds"
+
 
 def is_leftover(name: str) -> bool:
     """Whether a file or folder of this name is passed over: hidden, or left there by a system."""
@@ -89,6 +93,8 @@ class PassedOver:
     def add(self, kind: str, example: str) -> None:
         """Count one. What is shown of names is escaped."""
         kind = escaped(kind)
+        if len(self.counts) >= MOST_KINDS and kind not in self.counts:
+            kind = OTHER_KINDS
         self.counts[kind] = self.counts.get(kind, 0) + 1
         if kind not in self.first:
             self.first[kind] = escaped(example)

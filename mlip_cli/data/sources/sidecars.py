@@ -1,5 +1,6 @@
 """Pictures with a text each: beside the picture, or in a folder beside that of the pictures."""
 
+import os
 import stat
 import unicodedata
 from array import array
@@ -101,12 +102,12 @@ def sidecar_records(root: Path, sidecars: Sidecars) -> Iterator[Record]:
     """One record a picture. Its caption is the whole of its text, or each line is one where no line is empty."""
     split_of = splits_in(ChosenNames(sidecars.names, sidecars.pictures))
     for image, beside in sidecars.pairs():
-        sidecar = beside or str(Path(image).with_suffix(".txt"))
-        text, reason = _read_sidecar(root / sidecar)
+        sidecar = beside or f"{_stem(image)}.txt"
+        text, reason = _read_sidecar(os.path.join(root, sidecar))
         yield Record(
             file=image,
             row=0,
-            picture=PicturePlace(str(root / image)),
+            picture=PicturePlace(os.path.join(root, image)),
             captions=() if text is None else captions_of_text(text),
             split=split_of(image),
             reject=reason,
@@ -164,15 +165,16 @@ def _without_a_folder(name: str) -> Iterator[tuple[int, str]]:
         yield place, "/".join([*folders[:place], *folders[place + 1 :], stem])
 
 
-def _read_sidecar(path: Path) -> tuple[str | None, str | None]:
+def _read_sidecar(path: str) -> tuple[str | None, str | None]:
     """(caption, None) or (None, reason)."""
     try:
-        status = path.stat()
+        status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
             return None, "caption is not a file"
         if status.st_size > MAX_TEXT_BYTES:
             return None, "caption too long"
-        text = decode_text(path.read_bytes())
+        with open(path, "rb") as file:
+            text = decode_text(file.read())
     except FileNotFoundError:
         return None, "no caption"
     except OSError:  # no permission, a loop of links, a bad disk block
