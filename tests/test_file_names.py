@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from sources_for_tests import write_files, write_sidecars
 
-from mlip_cli.data.sources import captions, file_names, find
+from mlip_cli.data.sources import captions, file_names, find, picture_paths
 from mlip_cli.data.sources.file_names import FileNames, KeyIndex, names_below
 from mlip_cli.data.sources.find import find_source
 from mlip_cli.data.sources.listing import MOST_KINDS, PassedOver
@@ -193,3 +193,19 @@ def test_kinds_of_files_are_limited() -> None:
     assert len(passed.counts) == MOST_KINDS + 1
     assert sum(passed.counts.values()) == 1000
     assert passed.in_words().startswith("900 files of other kinds (first: x.0100), 1 .0000 files (first: x.0000), ")
+
+
+@pytest.mark.parametrize(("name", "most"), [("MOST_FOLDERS", 3), ("MOST_NAMES", 12)])
+def test_listings_that_are_kept_are_limited(
+    name: str, most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Names in another case are found in as many folders as there are, whatever is kept of their listings."""
+    monkeypatch.setattr(picture_paths, name, most)
+    write_files(tmp_path, {f"{i}/{k}.jpg": b"" for i in range(8) for k in range(2)})
+    finder = picture_paths.PathFinder(tmp_path)
+    for i in (*range(8), *range(8)):
+        found = finder.find(f"{i}/1.JPG")
+        assert found.path == str(tmp_path / f"{i}/1.jpg")
+        assert finder.same(found.path) == os.path.realpath(found.path)
+        assert 0 < len(finder.listings) <= 3
+        assert len(finder.real_folders) <= (3 if name == "MOST_FOLDERS" else 8)
