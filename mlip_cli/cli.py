@@ -23,6 +23,7 @@ from mlip_cli.terminal.options import (
     Compile,
     Connections,
     ConnectionsPerHost,
+    Damaged,
     DataRoot,
     Datasets,
     Dedupe,
@@ -130,6 +131,7 @@ def prepare_data(
     where: Where = None,
     uids: Uids = None,
     captions_from: CaptionsFrom = None,
+    damaged: Damaged = "refuse",
     workers: Workers = None,
     part: Part = None,
     finish: Finish = False,
@@ -168,11 +170,15 @@ def prepare_data(
         dedupe=dedupe,
         exclude=tuple(dict.fromkeys(flat(exclude or []))),
     )
+    columns = (limit, image_column, caption_column, image_folder)
+    read = ReadOptions(*columns, damaged, preset, where, uids, captions_from)
     return command.prepare_data(
         source,
         out,
         format=format,
-        read=ReadOptions(limit, image_column, caption_column, image_folder, preset, where, uids, captions_from),
+        read=ReadOptions(
+            limit, image_column, caption_column, image_folder, damaged, preset, where, uids, captions_from
+        ),
         cleaning=cleaning_of(clean, rules),
         data_root=data_root,
         size=size,

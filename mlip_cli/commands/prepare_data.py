@@ -11,7 +11,7 @@ from mlip_cli.data.prepare.job import Job
 from mlip_cli.data.prepare.summary import CARD_PAGE, next_commands
 from mlip_cli.data.prepare.workspace import DONE, Share, Workspace, finished_summary
 from mlip_cli.data.sources.find import DataSource, find_pictures, find_source
-from mlip_cli.data.sources.records import ReadOptions
+from mlip_cli.data.sources.records import DAMAGED, REFUSE, ReadOptions
 from mlip_cli.data.sources.rules import fingerprints
 from mlip_cli.errors import UsageError
 from mlip_cli.evaluate.datasets.find import find_benchmark, tree_fingerprint
@@ -66,13 +66,15 @@ def prepare_data(
     share = Share.read(part) if part else None
     if share and finish:
         raise UsageError(f"--part {part} --finish: run --part first, on each machine, and then --finish alone")
+    if read.damaged not in DAMAGED:
+        raise UsageError(f"--damaged {read.damaged}: no such rule; use {' or '.join(DAMAGED)}")
     if not (out / DONE).is_file():
         check_can_be_made(out, option="OUT")
     found = find_source(source, format=format, read=read)
     _check_options(found, out, read, cleaning)
     excluded = _evaluation_places(cleaning, data_root)
     size = size or DEFAULT_SIZE.get(found.format, OTHER_SIZE)
-    request = {"format": found.format, "size": size, "holdout": holdout, **vars(read), **cleaning.request()}
+    request = {"format": found.format, "size": size, "holdout": holdout, **read.in_request(), **cleaning.request()}
     request |= fingerprints(read)
     # None where nothing differs from what was prepared before there were downloads
     request |= {name: getattr(download, name) or None for name in ("ignore_opt_out", "allow_private")}
@@ -150,5 +152,7 @@ def _check_options(source: DataSource, out: Path, read: ReadOptions, cleaning: C
         )
     if read.image_folder and source.format != "metadata":
         raise UsageError(f"--image-folder: for tables only, and {source.name} is read as {source.format}")
+    if read.damaged != REFUSE and source.format != "webdataset":
+        raise UsageError(f"--damaged: for tars only, and {source.name} is read as {source.format}")
     if source.is_folder and out.resolve().is_relative_to(Path(source.name).resolve()):
         raise UsageError(f"{out}: lies inside the source {source.name}; name a folder elsewhere")

@@ -204,6 +204,13 @@ ImageFolder = Annotated[
         callback=checked_text, help="Folder that paths in a table are relative to. Default: found, or the table's."
     ),
 ]
+Damaged = Annotated[
+    str,
+    typer.Option(
+        callback=checked_text,
+        help="What a damaged tar does: refuse ends the work; use-start uses the samples before the damage.",
+    ),
+]
 Workers = Annotated[int | None, typer.Option(min=1, max=1_024, help="Number of processes. Default: one for each core.")]
 Part = Annotated[
     str | None,

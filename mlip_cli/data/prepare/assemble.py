@@ -93,6 +93,7 @@ def prepare(job: Job, *, finish_only: bool = False) -> Summary:
     job, survey, passed = _understood(job)
     source = job.source
     _check_disk(job, survey)
+    source.notes.tell_damage(source.name, num_tars=len(source.tars()), warn=warn)
     provenance = _provenance(job)
     holds = split_words(job.read.limit) if source.format == "openmoji" else {}
     with _at_work(job) as work:
@@ -218,6 +219,7 @@ def _say_understood(source: DataSource, survey: Survey, passed: PassedOver) -> N
     """What was understood of the source, the first pairs, what is not read, and what looks wrong."""
     say(f"{source.name}: {source.describe()}; {survey.in_words()}")
     source.notes.tell_readings(source.name, say=say)
+    source.notes.tell_damage(source.name, num_tars=len(source.tars()), warn=warn)
     if source.format == "metadata":
         say("; ".join(dict.fromkeys(plan.in_words() for plan in source.table_plans)))
     if survey.first:
@@ -287,13 +289,16 @@ def _make_parts(
     with progress(-(-survey.pictures // share.count), "preparing") as bar:
         bar.advance(bar.task_ids[0], sum(result.rows for result in results.values()))
         _check_first_rows(work, results, share)
-        for result in run_parallel(prepared, to_do(), num_workers=job.num_workers, at_once=at_once):
-            results[result.number] = result
-            reasons.update(result.reasons)
-            if options.download:
-                bar.update(bar.task_ids[0], description=downloads.outcomes_in_words(results.values(), reasons))
-            bar.advance(bar.task_ids[0], result.rows)
-            _check_first_rows(work, results, share)
+        try:
+            for result in run_parallel(prepared, to_do(), num_workers=job.num_workers, at_once=at_once):
+                results[result.number] = result
+                reasons.update(result.reasons)
+                if options.download:
+                    bar.update(bar.task_ids[0], description=downloads.outcomes_in_words(results.values(), reasons))
+                bar.advance(bar.task_ids[0], result.rows)
+                _check_first_rows(work, results, share)
+        finally:
+            job.source.check_unchanged()  # first of all: a change makes any other error
     return [results[number] for number in sorted(results)]
 
 
@@ -395,7 +400,7 @@ def _check_disk(job: Job, survey: Survey) -> None:
     out = job.out
     sample = BYTES_A_PIXEL * job.size * job.size * 4 / 3
     num_rows = survey.pictures
-    if source_bytes := 0 if survey.addresses else sum(file.size for file in job.source.files):
+    if source_bytes := 0 if survey.addresses else job.source.num_bytes:
         sample = min(sample, 2 * source_bytes / max(1, num_rows))
     samples = int(num_rows * (sample + BYTES_A_SAMPLE))
     needed = samples + min(samples, SHARDS_BESIDE_PARTS * shards.SHARD_BYTES) - Workspace(out).num_bytes()

@@ -25,6 +25,9 @@ WISHED = frozenset((LEFT_OUT, NOT_IN_UIDS))
 MAX_HELD_OUT = 5_000
 ENOUGH_HELD_OUT = 500
 
+DAMAGED = REFUSE, USE_START = "refuse", "use-start"
+"""A damaged tar ends the work, or the samples before its damage are used."""
+
 SPLITS = ("train", "validation", "test", "combinations")
 """The last one is of the built-in source alone."""
 NO_SPLIT = 255
@@ -121,6 +124,8 @@ class ReadOptions:
     caption_column: str | None = None
     image_folder: str | None = None
     """What paths in a table are relative to."""
+    damaged: str = REFUSE
+    """One of DAMAGED: what is done about a damaged tar."""
     preset: str | None = None
     """A published list, by its word in lists.py."""
     where: str | None = None
@@ -129,6 +134,13 @@ class ReadOptions:
     """File of the ids of the rows to read."""
     captions_from: str | None = None
     """File of captions that take the place of a row's own, or add to them (add:FILE)."""
+
+    def in_request(self) -> dict[str, Any]:
+        """The options as prepared.json holds them. Those that are younger than the file are left out if not given."""
+        own = dict(vars(self))
+        if self.damaged == REFUSE:
+            own.pop("damaged")
+        return own
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from itertools import chain, islice
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
+from mlip_cli.data.sources.file_names import FileNames
 from mlip_cli.data.sources.listing import is_picture, is_table, table_ending
 from mlip_cli.data.sources.lists import listed_tables
 from mlip_cli.data.sources.records import SPLIT_WORDS, ReadOptions, split_in_name, split_of_folder
@@ -49,39 +50,48 @@ class TablePlace(NamedTuple):
     shard: str
 
 
-def found_tables(root: Path, names: Sequence[str], read: ReadOptions) -> tuple[list[str], dict[str, str]]:
+def found_tables(root: Path, names: FileNames, read: ReadOptions) -> tuple[list[str], dict[str, str]]:
     """The tables of a folder, and why others are not read: metadata.*, or all that name pictures and captions.
 
     A folder with tars has no other table than metadata.*: those of img2dataset lie beside its tars.
     """
-    tables = [name for name in names if is_table(name) and not NO_TABLES.fullmatch(PurePosixPath(name).name)]
+    tables = names.where(lambda name: is_table(name) and not NO_TABLES.fullmatch(name.rpartition("/")[2]))
     if read.preset:
         return listed_tables(tables, read.preset), {}
     if metadata := [name for name in tables if is_metadata(name)]:
         return metadata, {}
     if any(name.endswith(".tar") for name in names):
         return [], {}
-    stems = {name.rpartition(".")[0] for name in names if is_picture(name)}
-    tables = [
-        name
-        for name in tables
-        if len(PurePosixPath(name).parts) <= MOST_LEVELS and name.removesuffix(".gz").rpartition(".")[0] not in stems
-    ]
-    texts = {name for name in tables if table_ending(name) in ("txt", "json")}
-    opened = [name for name in tables if len(texts) <= MOST_TEXTS or name not in texts]
-    problems = {name: _problem(root / name, read, has_pictures=bool(stems)) for name in opened}
+    opened, num_texts = [], 0
+    for place, name in zip(tables.places, tables, strict=True):
+        is_text = table_ending(name) in ("txt", "json")
+        if name.count("/") >= MOST_LEVELS or (is_text and num_texts > MOST_TEXTS):
+            continue
+        if not _is_beside_picture(names, place):
+            num_texts += is_text
+            opened.append(name)
+    if num_texts > MOST_TEXTS:
+        opened = [name for name in opened if table_ending(name) not in ("txt", "json")]
+    has_pictures = any(map(is_picture, names))
+    problems = {name: _problem(root / name, read, has_pictures=has_pictures) for name in opened}
     return [name for name, problem in problems.items() if problem == ""], {k: v for k, v in problems.items() if v}
 
 
+def _is_beside_picture(names: FileNames, place: int) -> bool:
+    """Whether a picture has the name of a table but for its ending."""
+    stem = names[place].removesuffix(".gz").rpartition(".")[0]
+    return any(is_picture(name) and name.rpartition(".")[0] == stem for name in names.beside(place, f"{stem}."))
+
+
 def wrapped_in(names: Sequence[str]) -> str:
-    """The folders that hold everything, but for that of a split: `a/b`, or nothing."""
-    folders = [PurePosixPath(name).parts[:-1] for name in names]
+    """The folders that hold everything, but for that of a split: `a/b`, or nothing. The names are sorted."""
+    if not names:
+        return ""
     shared: list[str] = []
-    for part in folders[0] if folders else ():
-        at = len(shared)
-        if part.lower() in SPLIT_WORDS or any(len(parts) <= at or parts[at] != part for parts in folders):
+    for first, last in zip(names[0].split("/")[:-1], names[len(names) - 1].split("/")[:-1], strict=False):
+        if first.lower() in SPLIT_WORDS or first != last:
             break
-        shared.append(part)
+        shared.append(first)
     return "/".join(shared)
 
 
