@@ -176,9 +176,7 @@ def prepare_data(
         source,
         out,
         format=format,
-        read=ReadOptions(
-            limit, image_column, caption_column, image_folder, damaged, preset, where, uids, captions_from
-        ),
+        read=read,
         cleaning=cleaning_of(clean, rules),
         data_root=data_root,
         size=size,
