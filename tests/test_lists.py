@@ -433,7 +433,7 @@ def test_captions_of_another_file_by_the_bytes_of_pictures(tmp_path: Path, caplo
     assert prepared["request"]["captions_from_file"][0] == more.stat().st_size
     assert not (tmp_path / "out/.prepare").exists()
     more.write_text(more.read_text() + "\n")
-    with pytest.raises(UsageError, match="captions_from_file"):
+    with pytest.raises(UsageError, match="the file of --captions-from has changed"):
         prepare(tmp_path / "in", tmp_path / "out", captions_from=str(more))
 
 

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import re
 import shutil
+from array import array
 from collections import namedtuple
 from collections.abc import Iterator
 from dataclasses import asdict, replace
@@ -21,7 +22,8 @@ from mlip_cli.data.prepare.job import Job
 from mlip_cli.data.prepare.plan import assign_splits
 from mlip_cli.data.prepare.shards import PART_ROW
 from mlip_cli.data.sources import records
-from mlip_cli.data.sources.find import SourceFile, find_source
+from mlip_cli.data.sources.file_names import FileList, FileNames
+from mlip_cli.data.sources.find import find_source
 from mlip_cli.data.sources.records import NO_SPLIT, ReadOptions, held_out_share
 from mlip_cli.data.sources.survey import Survey
 from mlip_cli.data.tokenizer import Tokenizer
@@ -317,7 +319,7 @@ def test_the_room_that_is_asked_for_is_that_of_the_samples_and_three_shards(
 ) -> None:
     """Samples of at most 256 x 341 pixels at half a byte, 4 KiB beside each; an earlier run's files count."""
     source = find_source(str(write_sidecars(tmp_path / "in", 1)), format="auto", read=ReadOptions())
-    large = replace(source, files=(SourceFile("a.jpg", 2**40, 0),))
+    large = replace(source, files=FileList(FileNames(["a.jpg"]), array("q", [2**40]), array("q", [0])))
     num_rows, sample = 1_000_000, 256 * 256 * 4 / 3 / 2 + 4096
     needed = int(num_rows * sample) + 3 * (512 << 20)
     usage = namedtuple("usage", "total used free")

@@ -57,19 +57,19 @@ def test_rows_of_one_url_are_one_picture_and_its_json_says_where_from(tmp_path: 
     urls = [server.url("slow/3"), server.url("good/1"), server.url("nothing"), local, server.url("good/1"), "s3://a/b"]
     source = write_list(tmp_path / "in", urls)
     summary = prepare(source, tmp_path / "out", download=PRIVATE, **BUILD)
-    assert (summary["rows"], summary["pictures"], summary["rejects"]) == (6, 5, 2)
+    assert (summary["rows"], summary["pictures"], summary["rejects"]) == (6, 5, 3)
     found = samples(tmp_path / "out")
-    assert [sample["key"] for sample in found] == ["000000000", "000000002", "000000003"]
+    assert [sample["key"] for sample in found] == ["000000000", "000000003"]
     assert [sample["source"] for sample in found] == [
         {"file": "list.tsv", "row": 0, "url": urls[0]},
-        {"file": "list.tsv", "row": 3},
         {"file": "list.tsv", "row": 1, "url": urls[1]},
     ]
-    assert [caption["text"] for caption in found[2]["captions"]] == ["a picture of thing 1", "a picture of thing 4"]
+    assert [caption["text"] for caption in found[1]["captions"]] == ["a picture of thing 1", "a picture of thing 4"]
     assert server.asked["/good/1"] == 1
     assert rejects(tmp_path / "out") == [
         ("list.tsv", 2, "not found (404)", f"{urls[2]}: status 404"),
-        ("list.tsv", 5, "picture is an address", "s3://a/b: only http and https are downloaded"),
+        ("list.tsv", 3, "no http(s) address", "here.png"),
+        ("list.tsv", 5, "no http(s) address", "s3://a/b"),
     ]
 
 

@@ -76,8 +76,7 @@ def prepare_data(
     size = size or DEFAULT_SIZE.get(found.format, OTHER_SIZE)
     request = {"format": found.format, "size": size, "holdout": holdout, **read.in_request(), **cleaning.request()}
     request |= fingerprints(read)
-    # None where nothing differs from what was prepared before there were downloads
-    request |= {name: getattr(download, name) or None for name in ("ignore_opt_out", "allow_private")}
+    request |= {name: True for name in ("ignore_opt_out", "allow_private") if getattr(download, name)}
     request["source_fingerprint"] = found.fingerprint()
     if excluded:
         request["excluded_fingerprint"] = fingerprint_of(excluded)

@@ -33,6 +33,8 @@ REQUEST = "request.json"
 FINGERPRINTS = {
     "source_fingerprint": "files of the source have changed since",
     "excluded_fingerprint": "evaluation sets of --exclude have changed since",
+    "uids_file": "the file of --uids has changed since",
+    "captions_from_file": "the file of --captions-from has changed since",
 }
 """Keys of a request that no user gives, and what another value of them means."""
 

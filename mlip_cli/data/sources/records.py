@@ -137,10 +137,12 @@ class ReadOptions:
 
     def in_request(self) -> dict[str, Any]:
         """The options as prepared.json holds them. Those that are younger than the file are left out if not given."""
-        own = dict(vars(self))
-        if self.damaged == REFUSE:
-            own.pop("damaged")
-        return own
+        younger = ("damaged", "preset", "where", "uids", "captions_from")
+        return {
+            name: value
+            for name, value in vars(self).items()
+            if name not in younger or value != getattr(ReadOptions, name)
+        }
 
 
 @dataclass(frozen=True)

@@ -117,7 +117,7 @@ def list_warnings(read: ReadOptions, rules: RowRules | None, *, num_rows: int) -
         yield unmet
 
 
-def fingerprints(read: ReadOptions) -> dict[str, list[int] | None]:
+def fingerprints(read: ReadOptions) -> dict[str, list[int]]:
     """Sizes and times of the files that the rules name, for prepared.json.
 
     Raises:
@@ -125,7 +125,7 @@ def fingerprints(read: ReadOptions) -> dict[str, list[int] | None]:
     """
     captions = read.captions_from and read.captions_from.removeprefix(ADD)
     named = {"uids": read.uids, "captions_from": captions}
-    return {f"{what}_file": _size_and_time(what, path) if path else None for what, path in named.items()}
+    return {f"{what}_file": _size_and_time(what, path) for what, path in named.items() if path}
 
 
 def _size_and_time(what: str, path: str) -> list[int]:
