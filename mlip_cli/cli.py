@@ -7,19 +7,24 @@ from typing import Annotated, Literal
 import typer
 
 from mlip_cli import __version__
+from mlip_cli.data.download.options import DEFAULTS, DownloadOptions
 from mlip_cli.terminal.endings import exit_code
 from mlip_cli.terminal.options import (
+    AllowPrivate,
     Averaged,
     AverageOut,
     BatchSize,
     CaptionColumn,
     Choose,
     Compile,
+    Connections,
+    ConnectionsPerHost,
     DataRoot,
     Datasets,
     Device,
     Format,
     Holdout,
+    IgnoreOptOut,
     ImageColumn,
     ImageFolder,
     Json,
@@ -29,9 +34,12 @@ from mlip_cli.terminal.options import (
     Out,
     Precision,
     ProfiledPrecision,
+    Retries,
     Run,
     ShortSide,
     Source,
+    Timeout,
+    UserAgent,
     Weights,
     Workers,
 )
@@ -86,6 +94,13 @@ def prepare_data(
     caption_column: CaptionColumn = None,
     image_folder: ImageFolder = None,
     workers: Workers = None,
+    timeout: Timeout = DEFAULTS.timeout_s,
+    retries: Retries = DEFAULTS.retries,
+    connections: Connections = DEFAULTS.connections,
+    connections_per_host: ConnectionsPerHost = DEFAULTS.connections_per_host,
+    user_agent: UserAgent = DEFAULTS.user_agent,
+    ignore_opt_out: IgnoreOptOut = False,
+    allow_private: AllowPrivate = False,
     json: Json = False,
 ) -> None:
     """Turn pictures and captions into shards that training reads."""
@@ -101,6 +116,9 @@ def prepare_data(
         holdout=holdout,
         workers=workers,
         as_json=json,
+        download=DownloadOptions(
+            timeout, retries, connections, connections_per_host, user_agent, ignore_opt_out, allow_private
+        ),
     )
 
 

@@ -11,10 +11,18 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from mlip_cli.commands.prepare_data import prepare_data
+from mlip_cli.data.download.options import DEFAULTS as DEFAULT_DOWNLOAD
 from mlip_cli.data.sources.records import ReadOptions
 
 COLORS = ("red", "green", "blue", "orange", "black", "purple")
-DEFAULTS: dict[str, Any] = {"format": "auto", "size": None, "holdout": 0.0, "workers": 1, "as_json": True}
+DEFAULTS: dict[str, Any] = {
+    "format": "auto",
+    "size": None,
+    "holdout": 0.0,
+    "workers": 1,
+    "as_json": True,
+    "download": DEFAULT_DOWNLOAD,
+}
 
 
 def picture(i: int, format: str = "PNG") -> bytes:

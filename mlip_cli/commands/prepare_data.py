@@ -3,6 +3,7 @@
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from mlip_cli.data.download.options import DEFAULTS, DownloadOptions
 from mlip_cli.data.prepare.summary import next_commands
 from mlip_cli.data.prepare.workspace import DONE, Workspace, finished_summary
 from mlip_cli.data.sources.find import DataSource, find_source
@@ -27,6 +28,7 @@ def prepare_data(
     holdout: float | None,
     workers: int | None,
     as_json: bool,
+    download: DownloadOptions = DEFAULTS,
 ) -> None:
     """Prepare `source` in `out`, or say that it is prepared; the summary goes to stdout.
 
@@ -43,12 +45,14 @@ def prepare_data(
     _check_options(found, out, read)
     size = size or DEFAULT_SIZE.get(found.format, OTHER_SIZE)
     request = {"format": found.format, "size": size, "holdout": holdout, **vars(read)}
+    # None where nothing differs from what was prepared before there were downloads
+    request |= {name: getattr(download, name) or None for name in ("ignore_opt_out", "allow_private")}
     request["source_fingerprint"] = found.fingerprint()
     summary = finished_summary(out, request)
     if summary is None:
         from mlip_cli.data.prepare.assemble import prepare
 
-        summary = prepare(found, out, read, request, num_workers=workers or usable_cores())
+        summary = prepare(found, out, read, request, num_workers=workers or usable_cores(), download=download)
     else:
         Workspace(out).discard()  # left by a kill between the last two steps
         summary = replace(summary, out=str(out), next=next_commands(found.format, out, summary.splits))

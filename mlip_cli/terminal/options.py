@@ -152,3 +152,32 @@ ImageFolder = Annotated[
     ),
 ]
 Workers = Annotated[int | None, typer.Option(min=1, max=1_024, help="Number of processes. Default: one for each core.")]
+
+Timeout = Annotated[
+    float,
+    typer.Option(min=0.1, max=3_600, metavar="SECONDS", help="Time for one try of a download."),
+]
+Retries = Annotated[
+    int,
+    typer.Option(min=0, max=20, help="More tries of a download after a time-out, a lost connection or a busy server."),
+]
+Connections = Annotated[int, typer.Option(min=1, max=16_384, help="Downloads at a time, of all workers together.")]
+ConnectionsPerHost = Annotated[
+    int,
+    typer.Option(min=1, max=1_024, help="Downloads at a time from one host; each worker has one at least."),
+]
+UserAgent = Annotated[str, typer.Option(metavar="NAME", help="How downloads name themselves.")]
+IgnoreOptOut = Annotated[
+    bool,
+    typer.Option(
+        "--ignore-opt-out",
+        help="Take pictures whose owner opts out by X-Robots-Tag or TDM-Reservation.",
+    ),
+]
+AllowPrivate = Annotated[
+    bool,
+    typer.Option(
+        "--allow-private",
+        help="Download from private networks and from this machine too.",
+    ),
+]

@@ -9,6 +9,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlip_cli import __version__
+from mlip_cli.data.download.options import DEFAULTS, PARTS_AT_ONCE, DownloadOptions
+from mlip_cli.data.prepare import downloads
 from mlip_cli.data.prepare.parts import NO_SPLIT, prepare_part
 from mlip_cli.data.prepare.shards import StoredSamples, write_split
 from mlip_cli.data.prepare.summary import SplitSummary, Summary, next_commands
@@ -40,6 +43,7 @@ FEWEST_ROWS = 10
 CURES = {
     "caption is not UTF-8": "save the texts as UTF-8, for example with iconv -f latin1 -t utf-8",
     "caption too long": "cut the texts: training reads the first words alone",
+    **downloads.CURES,
 }
 """What helps where most rows fail for a reason that does not say it."""
 
@@ -53,7 +57,15 @@ class SourceError(RunError):
     """Most rows of the source fail; nothing of the work is worth keeping."""
 
 
-def prepare(source: DataSource, out: Path, read: ReadOptions, request: dict[str, Any], *, num_workers: int) -> Summary:
+def prepare(
+    source: DataSource,
+    out: Path,
+    read: ReadOptions,
+    request: dict[str, Any],
+    *,
+    num_workers: int,
+    download: DownloadOptions = DEFAULTS,
+) -> Summary:
     """Prepare a source in OUT. An interrupted run is continued.
 
     Args:
@@ -69,9 +81,8 @@ def prepare(source: DataSource, out: Path, read: ReadOptions, request: dict[str,
         survey = surveyed(source, read)
     passed = passed_over(source, survey)
     _say_understood(source, survey, passed)
-    _check_disk(
-        out, num_rows=survey.pictures, size=request["size"], source_bytes=sum(file.size for file in source.files)
-    )
+    source_bytes = 0 if survey.addresses else sum(file.size for file in source.files)
+    _check_disk(out, num_rows=survey.pictures, size=request["size"], source_bytes=source_bytes)
     provenance = {"tool": f"mlip-cli {__version__}", "source": source.name, **request}
     holds: dict[str, str] = {}
     if source.format == "openmoji":
@@ -84,7 +95,10 @@ def prepare(source: DataSource, out: Path, read: ReadOptions, request: dict[str,
         opened(out, request) as work,
     ):
         try:
-            results = _prepare_parts(work, source, read, survey, request, num_workers=num_workers)
+            options = PartOptions(str(work.parts), request["size"], render=source.format == "openmoji")
+            if survey.addresses:
+                options = replace(options, download=downloads.share(survey.addresses, download, num_workers))
+            results = _prepare_parts(work, source, read, survey, options, num_workers=num_workers)
             share = held_out_share(request["holdout"], survey.pictures)
             splits, is_held_out = _write_splits(work, results, holdout=share, provenance=provenance, holds=holds)
         except SourceError as error:
@@ -141,7 +155,7 @@ def _prepare_parts(
     source: DataSource,
     read: ReadOptions,
     survey: Survey,
-    request: Mapping[str, Any],
+    options: PartOptions,
     *,
     num_workers: int,
 ) -> list[PartResult]:
@@ -151,15 +165,19 @@ def _prepare_parts(
         SourceError: most of the first rows fail for one reason.
         RunError: a worker was killed, or the source has changed.
     """
-    options = PartOptions(str(work.parts), request["size"], render=source.format == "openmoji")
     results = work.results()
     done = frozenset(results)
     todo = (part for part in parts_of(read_records(source, read, survey.shared)) if part.number not in done)
+    prepared, at_once = partial(prepare_part, options=options), PARTS_AT_ONCE if options.download else 1
+    reasons = _reasons(list(results.values()))
     with progress(survey.pictures, "preparing") as bar:
         bar.advance(bar.task_ids[0], sum(result.rows for result in results.values()))
         _check_first_rows(work, results)
-        for result in run_parallel(partial(prepare_part, options=options), todo, num_workers=num_workers):
+        for result in run_parallel(prepared, todo, num_workers=num_workers, at_once=at_once):
             results[result.number] = result
+            reasons.update(result.reasons)
+            if options.download:
+                bar.update(bar.task_ids[0], description=downloads.outcomes_in_words(results.values(), reasons))
             bar.advance(bar.task_ids[0], result.rows)
             _check_first_rows(work, results)
     if (rows := sum(result.source_rows for result in results.values())) != survey.rows:
@@ -185,7 +203,7 @@ def _check_reasons(work: Workspace, results: Sequence[PartResult], *, enough: in
     """
     rows = sum(result.rows for result in results)
     for reason, n in _reasons(results).most_common(1):
-        if rows >= enough and n > rows / 2:
+        if rows >= enough and n > rows * downloads.most_alike(reason, is_first=bool(which)):
             example = _first_reject(work, results)
             cure = f"; {CURES[reason]}" if reason in CURES else ""
             same = f"{n} of the {which}{rows} rows fail for the same reason: {reason} (first: {example}){cure}"

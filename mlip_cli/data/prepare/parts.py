@@ -4,10 +4,12 @@ import hashlib
 import json
 import os
 import stat
+import threading
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -31,6 +33,12 @@ from mlip_cli.paths import encodable, escaped
 
 MAX_FILE_BYTES = 512 << 20
 NO_SPLIT = 255
+ONE_AT_A_TIME = threading.Lock()
+"""Threads of a process that prepare parts wait for their downloads side by side, and decode one after another."""
+
+Value = TypeVar("Value")
+Sample = tuple[dict[str, Any], StoredPicture]
+"""The fields of KEY.json and the picture."""
 
 
 def prepare_part(part: SourcePart, options: PartOptions) -> PartResult:
@@ -39,16 +47,14 @@ def prepare_part(part: SourcePart, options: PartOptions) -> PartResult:
     rows: list[tuple[int, bytes, int, int]] = []
     num_tokens: list[int] = []
     rejects: list[dict[str, Any]] = []
-    contents = _decompressed(part)
     with atomic_path(tar) as temporary:
         with tar_writer(temporary) as writer:
-            for position, record in enumerate(part.records):
-                try:
-                    content = contents.get(record.picture) if isinstance(record.picture, PicturePlace) else None
-                    fields, picture = _make_sample(record, content, options)
-                except RejectedPictureError as reject:
-                    rejects.append(_reject(record, reject))
+            for position, sample in in_order(_samples(part, options)):
+                record = part.records[position]
+                if isinstance(sample, RejectedPictureError):
+                    rejects.append(_reject(record, sample))
                     continue
+                fields, picture = sample
                 row = position + part.first_row
                 key = f"{row:09d}"
                 writer.write(sample_parts(key, image=picture.content, format=picture.format, fields=fields))
@@ -72,6 +78,51 @@ def prepare_part(part: SourcePart, options: PartOptions) -> PartResult:
     return result
 
 
+def _samples(part: SourcePart, options: PartOptions) -> Iterator[tuple[int, Sample | RejectedPictureError]]:
+    """Position and sample of each record, or why it has none; downloads come in the order in which they end."""
+    for position, content in _contents(part, options):
+        sample: Sample | RejectedPictureError
+        try:
+            if isinstance(content, RejectedPictureError):
+                raise content
+            with ONE_AT_A_TIME:
+                sample = _make_sample(part.records[position], content, options)
+        except RejectedPictureError as reject:
+            sample = RejectedPictureError(reject.reason, reject.detail)  # no traceback, whose frames hold the picture
+        yield position, sample
+
+
+def _contents(part: SourcePart, options: PartOptions) -> Iterator[tuple[int, bytes | RejectedPictureError | None]]:
+    """Position and bytes of each record's picture, None where `_make_sample` reads them."""
+    urls = [] if options.download is None else addresses_of(part)
+    is_downloaded = {position for position, _ in urls}
+    places = _decompressed(part)
+    for position, record in enumerate(part.records):
+        if position not in is_downloaded:
+            yield position, places.get(record.picture) if isinstance(record.picture, PicturePlace) else None
+    if options.download is not None and urls:
+        from mlip_cli.data.download.downloader import downloaded
+
+        yield from downloaded(urls, options.download)
+
+
+def addresses_of(part: SourcePart) -> list[tuple[int, str]]:
+    """Position and URL of the records whose picture is downloaded."""
+    pictures = ((position, record.picture) for position, record in enumerate(part.records) if not record.reject)
+    return [(position, picture.url) for position, picture in pictures if isinstance(picture, PictureAddress)]
+
+
+def in_order(answers: Iterable[tuple[int, Value]]) -> Iterator[tuple[int, Value]]:
+    """Put (position, value) into the order of positions, which are 0 to n - 1; holds what comes before its turn."""
+    waiting: dict[int, Value] = {}
+    turn = 0
+    for position, value in answers:
+        waiting[position] = value
+        while turn in waiting:
+            yield turn, waiting.pop(turn)
+            turn += 1
+
+
 def _decompressed(part: SourcePart) -> dict[PicturePlace, bytes]:
     """The pictures that lie in compressed files, read in the order in which they lie there, so that it is read once."""
     found = (record.picture for record in part.records)
@@ -81,7 +132,7 @@ def _decompressed(part: SourcePart) -> dict[PicturePlace, bytes]:
     return {place: read_decompressed(place.path, n, place.offset) for place, n in sizes if n <= MAX_FILE_BYTES}
 
 
-def _make_sample(record: Record, content: bytes | None, options: PartOptions) -> tuple[dict[str, Any], StoredPicture]:
+def _make_sample(record: Record, content: bytes | None, options: PartOptions) -> Sample:
     """The fields of KEY.json of a record, and its picture, whose bytes are read if they are not at hand.
 
     Raises:
@@ -104,10 +155,16 @@ def _make_sample(record: Record, content: bytes | None, options: PartOptions) ->
         "original_width": picture.original_width,
         "original_height": picture.original_height,
         "sha256": hashlib.sha256(content).hexdigest(),
-        "source": {"file": encodable(record.file), "row": record.row},
+        "source": _source(record),
         "meta": dict(record.meta),
     }
     return fields, picture
+
+
+def _source(record: Record) -> dict[str, Any]:
+    """Where a sample comes from: file, row, and the URL of a downloaded picture."""
+    url = {"url": encodable(record.picture.url)} if isinstance(record.picture, PictureAddress) else {}
+    return {"file": encodable(record.file), "row": record.row, **url}
 
 
 def read_picture(picture: Picture) -> bytes:

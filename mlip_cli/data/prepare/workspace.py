@@ -16,6 +16,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from mlip_cli.data.download.options import DownloadOptions
 from mlip_cli.data.prepare.summary import Summary
 from mlip_cli.errors import UsageError
 from mlip_cli.files import lock, read_own_object, remove, sync_folder, write_json
@@ -35,6 +36,8 @@ class PartOptions:
     """Short side of stored pictures in pixels."""
     render: bool = False
     """The pictures are OpenMoji's SVGs."""
+    download: DownloadOptions | None = None
+    """What this process may take, where pictures are addresses."""
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,12 @@ import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from mlip_cli.data.download.options import check_installed
 from mlip_cli.data.sources.captions import CaptionLooks, shortened
 from mlip_cli.data.sources.find import LOOKED_FOR, DataSource, read_rows
 from mlip_cli.data.sources.listing import PassedOver, ending, is_picture, is_table, is_unread_picture, kind_of
 from mlip_cli.data.sources.picture_paths import PathFinder
-from mlip_cli.data.sources.records import ReadOptions, Record
+from mlip_cli.data.sources.records import PictureAddress, ReadOptions, Record
 from mlip_cli.data.sources.shared_pictures import SharedPictures
 from mlip_cli.data.sources.sidecars import TEXT_ENDINGS
 from mlip_cli.errors import RunError, UsageError
@@ -25,6 +26,8 @@ class Survey:
 
     rows: int = 0
     captions: int = 0
+    addresses: int = 0
+    """Rows whose picture is downloaded."""
     rejects: int = 0
     """Rows that cannot become samples, whatever their pictures hold."""
     missing: int = 0
@@ -56,6 +59,10 @@ class Survey:
                 self.missing += 1
                 self.first_missing = self.first_missing or record.detail
             return
+        if isinstance(record.picture, PictureAddress):
+            if not self.addresses:
+                check_installed()
+            self.addresses += 1
         self.captions += len(record.captions)
         self.looks.look_at(record.captions)
         if record.same:

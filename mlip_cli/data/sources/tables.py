@@ -8,6 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mlip_cli.data.download.options import is_address
 from mlip_cli.data.sources.captions import captions_of
 from mlip_cli.data.sources.listing import ending, is_leftover, is_picture
 from mlip_cli.data.sources.picture_paths import PathFinder, spellings
@@ -15,6 +16,7 @@ from mlip_cli.data.sources.records import (
     SPLIT_WORDS,
     Caption,
     Picture,
+    PictureAddress,
     PictureBytes,
     PicturePlace,
     ReadOptions,
@@ -30,6 +32,7 @@ from mlip_cli.paths import escaped
 
 LONGEST_NAME = 4_096
 """Characters of a path on Linux."""
+LONGEST_SHOWN = 200
 
 
 @dataclass(frozen=True)
@@ -127,7 +130,7 @@ def _captions(row: dict[str, Any], chosen: Chosen) -> Iterator[Caption]:
 
 
 def _picture(cell: Any, finder: PathFinder) -> PictureCell:
-    """The picture of a cell: bytes, {bytes, path}, or the name of a file."""
+    """The picture of a cell: bytes, {bytes, path}, an address, or the name of a file."""
     if isinstance(cell, list) and len(cell) == 1:
         cell = cell[0]
     content, name = (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (cell, cell)
@@ -139,12 +142,15 @@ def _picture(cell: Any, finder: PathFinder) -> PictureCell:
     if not (isinstance(name, str) and name.strip()):
         return PictureCell(reject="no file name")
     name = name.strip()
+    if is_address(name):
+        return PictureCell(PictureAddress(name), detail=name, same=name)
     found = finder.find(name)
     if found.path:
         found_as = os.path.basename(found.path) if found.is_guess else ""
         return PictureCell(PicturePlace(found.path), name, finder.same(found.path), found_as)
     if "://" in name and not name.startswith("file:"):
-        return PictureCell(reject="picture is an address", detail=f"{name}: download it, say with img2dataset")
+        cure = "only http and https are downloaded"
+        return PictureCell(reject="picture is an address", detail=f"{name[:LONGEST_SHOWN]}: {cure}")
     near = f"; {found.near}" if found.near else ""
     if len(name) > LONGEST_NAME:  # a picture in base64, perhaps
         return PictureCell(reject="no file name", detail=f"{name[:60]}... of {len(name):,} characters")
@@ -161,7 +167,7 @@ def _picture_folder(root: Path, table: Table, image: str, pictures: Sequence[str
     for row in islice(table.rows(), FIRST_NAMES):
         cell = row.get(image) if isinstance(row, dict) else None
         name = cell.get("path") if isinstance(cell, dict) and cell.get("bytes") is None else cell
-        if isinstance(name, str) and name.strip():
+        if isinstance(name, str) and name.strip() and not is_address(name.strip()):
             names.append(name.strip())
     here = PathFinder(table.path.parent)
     if not names or any(here.find(name).path for name in names):
