@@ -172,18 +172,20 @@ def test_memory_does_not_grow_by_more_than_100_bytes_a_file(
         monkeypatch.setattr(module, "CHUNK", 64)  # what is decoded together must not count
     monkeypatch.setattr(captions, "MOST_LOOKED_AT", 64)  # nor the first captions
     interned = [sys.intern(f"interned {i}") for i in range(100_000)]  # nor Python's own table, which doubles at times
-    peaks, numbers = [], []
-    for n in (300, 300, 2000):  # the first one pays for imports
-        source = write(tmp_path / f"{len(peaks)}", n)
-        tracemalloc.start()
-        found = find_source(str(source))
-        found.fingerprint()
-        passed_over(found, surveyed(found, ReadOptions()))
-        numbers.append(len(found.names))
-        peaks.append(tracemalloc.get_traced_memory()[1])
-        tracemalloc.stop()
+    least: dict[int, int] = {}  # peak by number of files; other threads of the process may add to one of them
+    for attempt in range(3):  # the first ones pay for imports
+        for n in (300, 2000):
+            source = write(tmp_path / f"{attempt}-{n}", n)
+            tracemalloc.start()
+            found = find_source(str(source))
+            found.fingerprint()
+            passed_over(found, surveyed(found, ReadOptions()))
+            peak = tracemalloc.get_traced_memory()[1]
+            tracemalloc.stop()
+            least[len(found.names)] = min(peak, least.get(len(found.names), peak))
     assert len(interned) == 100_000
-    assert (peaks[2] - peaks[1]) / (numbers[2] - numbers[1]) < 100
+    (few, small), (many, large) = sorted(least.items())
+    assert (large - small) / (many - few) < 100
 
 
 def test_kinds_of_files_are_limited() -> None:

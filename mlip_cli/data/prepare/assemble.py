@@ -93,7 +93,6 @@ def prepare(job: Job, *, finish_only: bool = False) -> Summary:
     job, survey, passed = _understood(job)
     source = job.source
     _check_disk(job, survey)
-    source.notes.tell_damage(source.name, num_tars=len(source.tars()), warn=warn)
     provenance = _provenance(job)
     holds = split_words(job.read.limit) if source.format == "openmoji" else {}
     with _at_work(job) as work:
