@@ -4,9 +4,10 @@ import json
 import multiprocessing
 import re
 import shutil
+from array import array
 from collections import namedtuple
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,16 @@ from sources_for_tests import contents, picture, prepare, rejects, samples, text
 
 from mlip_cli.data.open import open_prepared
 from mlip_cli.data.prepare import assemble as prepare_module
-from mlip_cli.data.prepare.assemble import SourceError, assign_splits
-from mlip_cli.data.prepare.parts import NO_SPLIT
+from mlip_cli.data.prepare.assemble import SourceError, _check_disk
+from mlip_cli.data.prepare.engines import Engine
+from mlip_cli.data.prepare.job import Job
+from mlip_cli.data.prepare.plan import assign_splits
 from mlip_cli.data.prepare.shards import PART_ROW
 from mlip_cli.data.sources import records
-from mlip_cli.data.sources.records import held_out_share
+from mlip_cli.data.sources.file_names import FileList, FileNames
+from mlip_cli.data.sources.find import find_source
+from mlip_cli.data.sources.records import NO_SPLIT, ReadOptions, held_out_share
+from mlip_cli.data.sources.survey import Survey
 from mlip_cli.data.tokenizer import Tokenizer
 from mlip_cli.errors import UsageError
 
@@ -53,6 +59,7 @@ def test_rows_are_samples_plus_rejects_and_a_truncated_jpeg_stops_nothing(
         "  1 x damaged picture",
         "  1 x not a picture",
         f"each reject with file, row and reason: {tmp_path / 'out' / 'rejects.parquet'}",
+        f"card: {tmp_path / 'out' / 'card.html'}",
         "fewer than 32 samples to train on: too few for a contrastive loss",
     ]
 
@@ -306,6 +313,27 @@ def test_a_disk_without_room_is_refused_before_the_start(tmp_path: Path, monkeyp
     ):
         prepare(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_room_that_is_asked_for_is_that_of_the_samples_and_three_shards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Samples of at most 256 x 341 pixels at half a byte, 4 KiB beside each; an earlier run's files count."""
+    source = find_source(str(write_sidecars(tmp_path / "in", 1)), format="auto", read=ReadOptions())
+    large = replace(source, files=FileList(FileNames(["a.jpg"]), array("q", [2**40]), array("q", [0])))
+    num_rows, sample = 1_000_000, 256 * 256 * 4 / 3 / 2 + 4096
+    needed = int(num_rows * sample) + 3 * (512 << 20)
+    usage = namedtuple("usage", "total used free")
+
+    def check(free: int) -> None:
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(2**50, 2**50, free))
+        _check_disk(Job(large, tmp_path / "out", ReadOptions(), {"size": 256}, Engine()), Survey(pictures=num_rows))
+
+    check(needed)
+    with pytest.raises(UsageError, match=r"out: about 46\.0 GiB needed, 46\.0 GiB free on this disk"):
+        check(needed - 1)
+    write_files(tmp_path / "out" / ".prepare" / "parts", {"part-000000.tar": b"x" * 1000})
+    check(needed - 1000)
 
 
 @pytest.mark.slow

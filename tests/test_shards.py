@@ -4,18 +4,25 @@ import hashlib
 import io
 import json
 import tarfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import webdataset
+from numpy.typing import NDArray
 
 from mlip_cli.data.index import checksum, index_path, read_records
 from mlip_cli.data.prepare import shards
+from mlip_cli.data.prepare.fates import decided
+from mlip_cli.data.prepare.filters import AS_IT_IS
+from mlip_cli.data.prepare.finish import write_shards
 from mlip_cli.data.prepare.pixels import encode
-from mlip_cli.data.prepare.shards import StoredSamples, sample_parts, tar_writer, verify_tar, write_split
-from mlip_cli.data.sources.records import json_bytes
+from mlip_cli.data.prepare.plan import Plan
+from mlip_cli.data.prepare.shards import PART_ROW, sample_parts, tar_writer, verify_tar, write_card
+from mlip_cli.data.sources.records import SPLITS, json_bytes
 from mlip_cli.data.tar import DamagedTarError, read_members
 from mlip_cli.errors import RunError
 
@@ -98,6 +105,26 @@ def sample(i: int) -> dict[str, Any]:
         "original_height": 80,
     }
     return sample_parts(f"{i:09d}", image=image, format="jpg" if is_jpeg else "webp", fields=fields)
+
+
+@dataclass(frozen=True)
+class StoredSamples:
+    """A part: its tar, and the place of each sample there."""
+
+    tar: Path
+    records: NDArray[np.void]
+
+
+def write_split(
+    folder: Path, split: str, parts: Sequence[StoredSamples], *, provenance: Mapping[str, Any]
+) -> dict[str, Any]:
+    """All samples of some parts become one split. Returns its card."""
+    table = np.zeros(sum(len(part.records) for part in parts), PART_ROW)
+    table["record"] = np.concatenate([part.records for part in parts])
+    of_part = np.repeat(np.arange(len(parts), dtype=np.uint32), [len(part.records) for part in parts])
+    plan = Plan(table, of_part, decided(table, AS_IT_IS, []), np.full(len(table), SPLITS.index(split), np.uint8))
+    written = write_shards(folder.parent, [part.tar for part in parts], plan, plan.shards())
+    return write_card(folder, split, written[split], provenance=provenance)
 
 
 def make_parts(folder: Path, n: int, *, part: int) -> list[StoredSamples]:

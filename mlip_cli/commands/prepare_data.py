@@ -3,16 +3,23 @@
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
+from mlip_cli.commands.data_card import write_data_card
+from mlip_cli.data.download.options import DEFAULTS, DownloadOptions
 from mlip_cli.data.prepare.engines import Engine
+from mlip_cli.data.prepare.evaluation_places import EvaluationPlace, fingerprint_of
+from mlip_cli.data.prepare.filters import AS_IT_IS, OWN_SPLITS, Cleaning
+from mlip_cli.data.prepare.job import Job
 from mlip_cli.data.prepare.ray_engine import check_installed
-from mlip_cli.data.prepare.summary import Summary, next_commands
-from mlip_cli.data.prepare.workspace import DONE, Workspace, finished_summary
-from mlip_cli.data.sources.find import DataSource, find_source
-from mlip_cli.data.sources.records import ReadOptions
+from mlip_cli.data.prepare.summary import CARD_PAGE, Summary, next_commands
+from mlip_cli.data.prepare.workspace import DONE, Share, Workspace, finished_summary
+from mlip_cli.data.sources.find import DataSource, find_pictures, find_source
+from mlip_cli.data.sources.records import DAMAGED, REFUSE, ReadOptions
+from mlip_cli.data.sources.rules import fingerprints
 from mlip_cli.errors import UsageError
-from mlip_cli.paths import check_can_be_made, check_utf8, is_url
+from mlip_cli.evaluate.datasets.find import find_benchmark, tree_fingerprint
+from mlip_cli.paths import check_can_be_made, check_utf8, escaped, is_url
 from mlip_cli.terminal.output import print_json, say
 
 if TYPE_CHECKING:
@@ -21,6 +28,15 @@ if TYPE_CHECKING:
 DEFAULT_SIZE = {"openmoji": 64}
 OTHER_SIZE = 256
 """Short side of photographs in pixels: 256 leave room for a random crop of 224."""
+WITH_FILES = {
+    "imagenet_folders": "",
+    "imagenet_shards": "",
+    "openmoji": "",
+    "openmoji_combinations": "",
+    "shards": "",
+    "web_shards": "test",
+}
+"""Kinds of evaluation sets whose pictures lie in files -> the folder that holds them, under the set's own."""
 
 
 def prepare_data(
@@ -29,18 +45,26 @@ def prepare_data(
     *,
     format: str,
     read: ReadOptions,
+    cleaning: Cleaning = AS_IT_IS,
+    data_root: Path | None = None,
     size: int | None,
     holdout: float | None,
     workers: int | None,
     engine: Literal["processes", "ray"] = "processes",
     workspace: Path | None = None,
+    part: str | None = None,
+    finish: bool = False,
     as_json: bool,
+    download: DownloadOptions = DEFAULTS,
 ) -> None:
     """Prepare `source` in `out`, or say that it is prepared; the summary goes to stdout.
 
     Args:
         out: a folder, or a URL.
         workspace: where data for a URL are made; None: in the cache.
+        part: I/N: prepare the I-th of N shares of the parts, and finish nothing.
+        finish: make the shards of parts that are all prepared.
+        data_root: where the evaluation sets of `cleaning.exclude` lie; None: see `find.data_root`.
 
     Raises:
         UsageError: the source does not exist, its columns cannot be guessed, or OUT cannot be made or holds something
@@ -49,26 +73,37 @@ def prepare_data(
     """
     for name in (source, str(out)):
         check_utf8(name)
-    store = _store(str(out), workspace)
+    share = _share(part, finish=finish)
+    store = _store(str(out), workspace, has_others=share is not None or finish)
     folder = store.folder if store else Path(out)
     if engine == "ray":
         check_installed()
+    if read.damaged not in DAMAGED:
+        raise UsageError(f"--damaged {read.damaged}: no such rule; use {' or '.join(DAMAGED)}")
     if not (folder / DONE).is_file():
         check_can_be_made(folder, option="--workspace" if store else "OUT")
     found = find_source(source, format=format, read=read)
-    _check_options(found, folder, read)
+    _check_options(found, folder, read, cleaning)
     size = size or DEFAULT_SIZE.get(found.format, OTHER_SIZE)
-    request = {"format": found.format, "size": size, "holdout": holdout, **vars(read)}
-    request["source_fingerprint"] = found.fingerprint()
-    summary = store.finished(request) if store else finished_summary(folder, request)
+    excluded = _evaluation_places(cleaning, data_root)
+    request = {"format": found.format, "size": size, "holdout": holdout, **read.in_request(), **cleaning.request()}
+    request |= fingerprints(read)
+    request |= {name: True for name in ("ignore_opt_out", "allow_private") if getattr(download, name)}
+    request |= {"source_fingerprint": found.fingerprint()}
+    request |= {"excluded_fingerprint": fingerprint_of(excluded)} if excluded else {}
+    job = Job(found, folder, read, request, Engine(engine, workers), cleaning, excluded, download)
+    summary = store.finished(request) if store else None
+    if share and summary is None:
+        store, out = None, folder  # a share is uploaded by nobody
+    summary = summary if store else finished_summary(folder, request)
+    if summary is None and share:
+        _show_share(job, share, as_json=as_json)
+        return
     if summary is None:
-        summary = _made(found, folder, read, request, engine=Engine(engine, workers), store=store)
+        summary = _made(job, store, finish_only=finish)
     else:
-        if store:  # what is left by a kill between the last two steps
-            store.clear()
-        else:
-            Workspace(folder).discard()
         summary = replace(summary, out=str(out), next=next_commands(found.format, out, summary.splits))
+        _tidy(folder, summary, store)
         say(f"{out}: prepared already, from the same files with the same options; nothing to do")
     if as_json:
         print_json(asdict(summary))
@@ -77,42 +112,112 @@ def prepare_data(
     summary.show_notes()
 
 
-def _store(out: str, workspace: Path | None) -> "Store | None":
-    """The place of an OUT at a URL; None: OUT is a folder."""
+def _share(part: str | None, *, finish: bool) -> Share | None:
+    """The share that --part names."""
+    if part and finish:
+        raise UsageError(f"--part {part} --finish: run --part first, on each machine, and then --finish alone")
+    return Share.read(part) if part else None
+
+
+def _store(out: str, workspace: Path | None, *, has_others: bool) -> "Store | None":
+    """The place of an OUT at a URL; None: OUT is a folder.
+
+    Args:
+        has_others: other machines take part.
+    """
     if is_url(out):
         from mlip_cli.data.prepare.upload import Store
 
+        if has_others and workspace is None:
+            raise UsageError(
+                f"{out}: --part and --finish need a folder that all machines share; name the same one to each: "
+                "--workspace"
+            )
         return Store.at(out, workspace)
     if workspace is not None:
         raise UsageError(f"--workspace {workspace}: for an OUT at a URL, and {out} is a folder; leave it out")
     return None
 
 
-def _made(
-    found: DataSource,
-    folder: Path,
-    read: ReadOptions,
-    request: dict[str, Any],
-    *,
-    engine: Engine,
-    store: "Store | None",
-) -> Summary:
-    """Prepare `found` in `folder`, and upload it to `store` if that is given."""
-    with store.begun(request) if store else nullcontext():
-        summary = finished_summary(folder, request) if store else None
+def _show_share(job: Job, share: Share, *, as_json: bool) -> None:
+    """Prepare a share, and show what was done."""
+    from mlip_cli.data.prepare.assemble import prepare_share
+
+    done = prepare_share(job, share)
+    if as_json:
+        print_json(asdict(done))
+    done.show()
+
+
+def _made(job: Job, store: "Store | None", *, finish_only: bool) -> Summary:
+    """Prepare the data and its card, and upload both to `store` if that is given."""
+    with store.begun(job.request) if store else nullcontext():
+        summary = finished_summary(job.out, job.request) if store else None
         if summary is None:
             from mlip_cli.data.prepare.assemble import prepare
 
-            summary = prepare(found, folder, read, request, engine=engine)
+            summary = prepare(job, finish_only=finish_only)
+        if store:
+            summary = store.named_in(summary)
+        write_data_card(job.out, summary)
         return store.upload(summary) if store else summary
 
 
-def _check_options(source: DataSource, out: Path, read: ReadOptions) -> None:
+def _tidy(folder: Path, summary: Summary, store: "Store | None") -> None:
+    """Do what a kill in the last steps has left to do."""
+    if store:
+        store.clear()
+        return
+    Workspace(folder).discard()
+    if not (folder / CARD_PAGE).is_file():
+        write_data_card(folder, summary)
+
+
+def _evaluation_places(cleaning: Cleaning, data_root: Path | None) -> tuple[EvaluationPlace, ...]:
+    """Where the evaluation sets of --exclude lie, found as evaluation finds them.
+
+    Raises:
+        UsageError: one is not there, or its pictures are not files.
+    """
+    return tuple(_evaluation_place(name, data_root) for name in cleaning.exclude if name not in OWN_SPLITS)
+
+
+def _evaluation_place(name: str, data_root: Path | None) -> EvaluationPlace:
+    kind, _, path = name.partition(":")
+    if kind == "folder" and path and Path(path).is_dir():  # evaluation wants classes in it
+        try:
+            find_pictures(str(Path(path).absolute()))
+        except UsageError as error:
+            raise UsageError(f"--exclude {escaped(name)}: {error}") from None
+        return EvaluationPlace(name, path, tree_fingerprint(Path(path)))
+    if kind == "shards" and path and not (Path(path) / "dataset.json").is_file():
+        tars = find_source(path, format="webdataset")
+        return EvaluationPlace(name, path, tars.fingerprint())
+    benchmark = find_benchmark(name, root=data_root)
+    if benchmark.kind not in WITH_FILES:
+        raise UsageError(
+            f"--exclude {benchmark.words}: mlip does not find its pictures as files; use imagenet, folder:PATH or "
+            f"shards:PATH, or for splits of the source {' or '.join(OWN_SPLITS)}"
+        )
+    return EvaluationPlace(name, str(benchmark.root / WITH_FILES[benchmark.kind]), benchmark.fingerprint)
+
+
+def _check_options(source: DataSource, out: Path, read: ReadOptions, cleaning: Cleaning) -> None:
+    if source.format == "openmoji" and cleaning != AS_IT_IS:
+        raise UsageError(
+            "--clean and its rules, --dedupe, --exclude: not for openmoji, whose pictures and captions mlip makes; "
+            "leave them out"
+        )
+    for option in ("preset", "where", "uids"):
+        if getattr(read, option) and source.format != "metadata":
+            raise UsageError(f"--{option}: for tables only, and {source.name} is read as {source.format}")
     if (read.image_column or read.caption_column) and source.format not in ("metadata", "webdataset"):
         raise UsageError(
             f"--image-column, --caption-column: for tables and tars only, and {source.name} is read as {source.format}"
         )
     if read.image_folder and source.format != "metadata":
         raise UsageError(f"--image-folder: for tables only, and {source.name} is read as {source.format}")
+    if read.damaged != REFUSE and source.format != "webdataset":
+        raise UsageError(f"--damaged: for tars only, and {source.name} is read as {source.format}")
     if source.is_folder and out.resolve().is_relative_to(Path(source.name).resolve()):
         raise UsageError(f"{out}: lies inside the source {source.name}; name a folder elsewhere")

@@ -1,6 +1,6 @@
 """Values on the command line: how they are parsed, checked and completed. Imports nothing heavy."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TypeVar
 
@@ -52,6 +52,21 @@ def checked_place(value: str | None) -> str | None:
 def checked_text(value: str | None) -> str | None:
     """A path that may also be a name."""
     return None if value is None else _read(read_path, value)
+
+
+def given_words(context: typer.Context, *, but: Collection[str]) -> list[str]:
+    """The arguments and options that stand on the command line, by the names that help shows.
+
+    Args:
+        but: names of parameters that are left out.
+    """
+    words = []
+    for own in context.command.params:
+        assert own.name is not None
+        source = context.get_parameter_source(own.name)
+        if own.name not in but and source is not None and source.name == "COMMANDLINE":
+            words.append(own.opts[0] if own.param_type_name == "option" else own.name.upper())
+    return words
 
 
 def split_datasets(text: str) -> list[str]:

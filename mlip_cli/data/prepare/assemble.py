@@ -1,31 +1,45 @@
 """From a source to shards: workers prepare its parts in any order, then one process puts them together.
 
 `prepare_part` depends on the part and the options alone, so the bytes of the output depend neither on the number of
-workers nor on the order of their work.
+workers and machines nor on the order of their work.
 """
 
-import json
-import os
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from mlip_cli import __version__
-from mlip_cli.data.prepare.engines import Engine, run_parallel
-from mlip_cli.data.prepare.parts import NO_SPLIT, prepare_part
-from mlip_cli.data.prepare.shards import StoredSamples, write_split
-from mlip_cli.data.prepare.summary import SplitSummary, Summary, next_commands
-from mlip_cli.data.prepare.workspace import PartOptions, PartResult, Workspace, opened
+from mlip_cli.data.download.options import PARTS_AT_ONCE
+from mlip_cli.data.prepare import downloads, shards
+from mlip_cli.data.prepare.duplicates import EvaluationSet
+from mlip_cli.data.prepare.engines import run_parallel
+from mlip_cli.data.prepare.fates import decided
+from mlip_cli.data.prepare.filters import REASONS
+from mlip_cli.data.prepare.finish import Finished, write_splits
+from mlip_cli.data.prepare.job import Job
+from mlip_cli.data.prepare.parts import prepare_part
+from mlip_cli.data.prepare.pixels import PERCEPTUAL
+from mlip_cli.data.prepare.rejects import rejects_of
+from mlip_cli.data.prepare.summary import SharePrepared, Summary, next_commands
+from mlip_cli.data.prepare.workspace import (
+    EVERYTHING,
+    PartOptions,
+    PartResult,
+    Share,
+    Workspace,
+    opened,
+    refuse_links,
+)
 from mlip_cli.data.sources.find import DataSource, read_records
 from mlip_cli.data.sources.listing import PassedOver, is_unread_picture
+from mlip_cli.data.sources.lists import published_list
 from mlip_cli.data.sources.openmoji import attribution, split_words
-from mlip_cli.data.sources.records import MAX_HELD_OUT, SPLITS, ReadOptions, held_out_share, parts_of
+from mlip_cli.data.sources.records import WISHED, SourcePart, held_out_share, parts_of
+from mlip_cli.data.sources.rules import list_warnings
 from mlip_cli.data.sources.survey import Survey, passed_over, surveyed
 from mlip_cli.data.sources.table_layouts import missing_shards
 from mlip_cli.errors import RunError, UsageError, interrupted_as
@@ -40,6 +54,7 @@ FEWEST_ROWS = 10
 CURES = {
     "caption is not UTF-8": "save the texts as UTF-8, for example with iconv -f latin1 -t utf-8",
     "caption too long": "cut the texts: training reads the first words alone",
+    **downloads.CURES,
 }
 """What helps where most rows fail for a reason that does not say it."""
 
@@ -47,82 +62,169 @@ BYTES_A_PIXEL = 0.5
 """Estimate for the check of disk space: between JPEG and lossless WebP of photographs at 256 pixels."""
 BYTES_A_SAMPLE = 4096
 """Tar headers and texts."""
+SHARDS_BESIDE_PARTS = 3
+"""What the disk holds beside the data themselves: a shard of each of two splits, and one that is being written."""
+MOST_MISSING = 2
+"""Parts that are named; more are counted."""
+
+
+ASKED_FOR = REASONS | WISHED
+"""Reasons of rejects that the user asked for: however many there are, the source is as it should be."""
 
 
 class SourceError(RunError):
     """Most rows of the source fail; nothing of the work is worth keeping."""
 
 
-def prepare(source: DataSource, out: Path, read: ReadOptions, request: dict[str, Any], *, engine: Engine) -> Summary:
+def prepare(job: Job, *, finish_only: bool = False) -> Summary:
     """Prepare a source in OUT. An interrupted run is continued.
 
     Args:
-        request: format, size, holdout and fingerprint of the source; it goes to prepared.json.
+        finish_only: other processes have prepared all parts.
 
     Raises:
-        UsageError: the source cannot be read, the disk is too small, or another process writes to OUT.
+        UsageError: the source cannot be read, the disk is too small, another process writes to OUT, or there are parts
+            left to prepare though `finish_only`.
         RunError: most rows fail, a worker was killed, or the disk is full.
         Stopped: Ctrl-C.
     """
     started = time.monotonic()
-    with progress(None, "counting rows"):
-        survey = surveyed(source, read)
-    passed = passed_over(source, survey)
-    _say_understood(source, survey, passed)
-    _check_disk(
-        out, num_rows=survey.pictures, size=request["size"], source_bytes=sum(file.size for file in source.files)
-    )
-    provenance = {"tool": f"mlip-cli {__version__}", "source": source.name, **request}
-    holds: dict[str, str] = {}
-    if source.format == "openmoji":
-        provenance |= {"packages": list(source.versions), **attribution()}
-        holds = split_words(read.limit)
-    again = "run the same command again: it goes on"
-    with (
-        interrupted_as(f"{out}: interrupted; {again}"),
-        full_disk_named(out, f"make room and {again}"),
-        opened(out, request) as work,
-    ):
+    out = job.out
+    job, survey, passed = _understood(job)
+    source = job.source
+    _check_disk(job, survey)
+    provenance = _provenance(job)
+    holds = split_words(job.read.limit) if source.format == "openmoji" else {}
+    with _at_work(job) as work:
         try:
-            results = _prepare_parts(work, source, read, survey, request, engine=engine)
-            share = held_out_share(request["holdout"], survey.pictures)
-            splits, is_held_out = _write_splits(work, results, holdout=share, provenance=provenance, holds=holds)
+            if finish_only:
+                _check_gaps(work, (part.number for part in parts_of(read_records(source, job.read, survey.shared))))
+            sets = _evaluation_sets(work, job)
+            results = _prepare_parts(work, job, survey)
+            share = held_out_share(job.request["holdout"], survey.pictures)
+            finished = write_splits(
+                work,
+                results,
+                holdout=share,
+                provenance=provenance,
+                holds=holds,
+                decide=partial(decided, cleaning=job.cleaning, sets=sets),
+            )
+            reasons = _reasons(results) + Counter(finished.dropped)
+            _check_samples(work, results, finished, reasons)
         except SourceError as error:
             work.discard()
             raise SourceError(f"{source.name}: {error}; nothing was kept") from None
-        num_rejects = _write_rejects(work, results)
-        num_samples = sum(split.num_samples for split in splits.values())
-        if num_samples + num_rejects != survey.pictures:
+        num_samples = sum(split.num_samples for split in finished.splits.values())
+        if num_samples + reasons.total() != survey.pictures:
             raise RunError(
-                f"{out}: {survey.pictures} pictures in, but {num_samples} samples, {num_rejects} rejects out"
+                f"{out}: {survey.pictures} pictures in, but {num_samples} samples, {reasons.total()} rejects out"
             )
         summary = Summary(
             out=str(out),
             source=source.name,
-            request=request,
+            request=dict(job.request),
             rows=survey.rows,
-            rejects=num_rejects,
-            reasons=dict(_reasons(results).most_common()),
-            splits=splits,
-            held_out=is_held_out,
+            rejects=reasons.total(),
+            reasons=dict(reasons.most_common()),
+            splits=finished.splits,
+            held_out=finished.is_held_out,
             attribution=provenance.get("attribution"),
             seconds=round(time.monotonic() - started, 2),
-            next=next_commands(source.format, out, splits),
+            next=next_commands(source.format, out, finished.splits),
             pictures=survey.pictures,
             passed_over=passed.counts | survey.spelled.counts,
+            cleaning=finished.found | {"captions_left_out": sum(result.captions_left_out for result in results)},
         )
         work.publish(summary)
     return summary
+
+
+def prepare_share(job: Job, share: Share) -> SharePrepared:
+    """Prepare the parts of a share, beside processes that prepare the others, and finish nothing.
+
+    Raises:
+        UsageError, RunError, Stopped: as `prepare`.
+    """
+    job, survey, _ = _understood(job)
+    _check_disk(job, survey)
+    with _at_work(job, share) as work:
+        there = frozenset(filter(share.has, work.results()))
+        numbers: list[int] = []
+        try:
+            results = _make_parts(work, job, survey, share=share, numbers=numbers)
+        except SourceError as error:
+            raise SourceError(f"{job.source.name}: {error}") from None
+        missing = len(set(numbers) - set(work.results()))
+    return SharePrepared(str(job.out), str(share), len(results) - len(there), len(there), len(numbers), missing)
+
+
+@contextmanager
+def _at_work(job: Job, share: Share | None = None) -> Iterator[Workspace]:
+    """The workspace of OUT; a Ctrl-C or a full disk in the block becomes a line that says how to go on."""
+    again = "run the same command again: it goes on"
+    with (
+        interrupted_as(f"{job.out}: interrupted; {again}"),
+        full_disk_named(job.out, f"make room and {again}"),
+        opened(job.out, job.request, share) as work,
+    ):
+        yield work
+
+
+def _understood(job: Job) -> tuple[Job, Survey, PassedOver]:
+    """Read the source once and say what was understood.
+
+    Returns:
+        The job, whose source knows the rules for its rows; what the source holds; what is not read.
+    """
+    with progress(None, "counting rows"):
+        source, survey = _surveyed(job)
+    passed = passed_over(source, survey)
+    _say_understood(source, survey, passed)
+    return replace(job, source=source), survey, passed
+
+
+def _surveyed(job: Job) -> tuple[DataSource, Survey]:
+    """The source with the rules that the user gave for its rows, and what it holds.
+
+    Raises:
+        UsageError, DamagedTarError: as `with_rules` and `surveyed`; nothing is left in OUT.
+    """
+    work = Workspace(job.out)
+    try:
+        if job.read.captions_from:
+            refuse_links(work.out)
+        source = job.source.with_rules(work.folder)
+        return source, surveyed(source, job.read)
+    except BaseException:
+        work.discard_unbegun()
+        raise
+
+
+def _provenance(job: Job) -> dict[str, Any]:
+    """What dataset.json tells of the source and of how it was read."""
+    found = {"tool": f"mlip-cli {__version__}", "source": job.source.name, **job.request}
+    if job.cleaning.compares_looks:
+        found["perceptual"] = PERCEPTUAL
+    if job.read.preset:
+        known = published_list(job.read.preset)
+        found |= {"list": known.title, "licence": known.licence}
+    if job.source.format == "openmoji":
+        found |= {"packages": list(job.source.versions), **attribution()}
+    return found
 
 
 def _say_understood(source: DataSource, survey: Survey, passed: PassedOver) -> None:
     """What was understood of the source, the first pairs, what is not read, and what looks wrong."""
     say(f"{source.name}: {source.describe()}; {survey.in_words()}")
     source.notes.tell_readings(source.name, say=say)
+    source.notes.tell_damage(source.name, num_tars=len(source.tars()), warn=warn)
     if source.format == "metadata":
         say("; ".join(dict.fromkeys(plan.in_words() for plan in source.table_plans)))
     if survey.first:
         say(f"first: {'; '.join(survey.first)}")
+    for text in source.rules.remarks() if source.rules else ():
+        say(text)
     if survey.spelled.counts:
         say(survey.spelled.in_words())
     if passed.counts:
@@ -132,49 +234,107 @@ def _say_understood(source: DataSource, survey: Survey, passed: PassedOver) -> N
         warn(missing)
     for name, why in source.unread_tables.items() if source.format == "classes" else ():
         warn(f"{escaped(name)}: not read as a table: {why}")
+    for text in list_warnings(source.read, source.rules, num_rows=survey.rows):
+        warn(text)
     for text in survey.looks.warnings(are_classes=source.format == "classes"):
         warn(text)
 
 
-def _prepare_parts(
-    work: Workspace,
-    source: DataSource,
-    read: ReadOptions,
-    survey: Survey,
-    request: Mapping[str, Any],
-    *,
-    engine: Engine,
-) -> list[PartResult]:
+def _prepare_parts(work: Workspace, job: Job, survey: Survey) -> list[PartResult]:
     """Prepare the parts that are not finished yet. Returns all results, in the order of the source.
 
     Raises:
-        SourceError: most of the first rows fail for one reason.
+        SourceError: most rows fail for one reason.
         RunError: a worker was killed, or the source has changed.
     """
-    options = PartOptions(str(work.parts), request["size"], render=source.format == "openmoji")
-    results = work.results()
-    done = frozenset(results)
-    todo = (part for part in parts_of(read_records(source, read, survey.shared)) if part.number not in done)
-    with progress(survey.pictures, "preparing") as bar:
-        bar.advance(bar.task_ids[0], sum(result.rows for result in results.values()))
-        _check_first_rows(work, results)
-        prepare_one = partial(prepare_part, options=options)
-        for result in run_parallel(prepare_one, todo, engine=engine, folder=work.parts):
-            results[result.number] = result
-            bar.advance(bar.task_ids[0], result.rows)
-            _check_first_rows(work, results)
-    if (rows := sum(result.source_rows for result in results.values())) != survey.rows:
+    results = _make_parts(work, job, survey)
+    if (rows := sum(result.source_rows for result in results)) != survey.rows:
         raise RunError(f"{work.out}: {rows} rows where {survey.rows} were counted; did the source change? Start again")
-    ordered = [results[number] for number in sorted(results)]
-    _check_reasons(work, ordered, enough=FEWEST_ROWS, which="")
-    return ordered
+    if job.source.rewritten_by_sha256:
+        say(f"captions of {job.read.captions_from} for {sum(result.rewritten for result in results):,} samples")
+    _check_reasons(work, results, enough=FEWEST_ROWS, which="")
+    return results
 
 
-def _check_first_rows(work: Workspace, results: Mapping[int, PartResult]) -> None:
+def _make_parts(
+    work: Workspace, job: Job, survey: Survey, *, share: Share = EVERYTHING, numbers: list[int] | None = None
+) -> list[PartResult]:
+    """Prepare the parts of a share that are not finished yet. Returns the results of the share, in order.
+
+    Args:
+        numbers: the number of every part of the source is appended to it.
+
+    Raises:
+        SourceError: most of the first rows fail for one reason.
+        RunError: a worker was killed.
+    """
+    options = PartOptions(str(work.parts), job.size, job.source.format == "openmoji", job.cleaning)
+    if rewritten := job.source.rewritten_by_sha256:
+        options = replace(options, captions=str(rewritten.stem), adds_captions=rewritten.file.adds)
+    at_once = PARTS_AT_ONCE if survey.addresses else 1
+    if survey.addresses:
+        num_processes = job.engine.num_processes(at_once)
+        options = replace(options, download=downloads.share(survey.addresses, job.download, num_processes))
+    results = {number: result for number, result in work.results().items() if share.has(number)}
+    done = frozenset(results)
+    reasons = _reasons(list(results.values()))
+    prepared = partial(prepare_part, options=options)
+
+    def to_do() -> Iterator[SourcePart]:
+        for part in parts_of(read_records(job.source, job.read, survey.shared)):
+            if numbers is not None:
+                numbers.append(part.number)
+            if share.has(part.number) and part.number not in done:
+                yield part
+
+    with progress(-(-survey.pictures // share.count), "preparing") as bar:
+        bar.advance(bar.task_ids[0], sum(result.rows for result in results.values()))
+        _check_first_rows(work, results, share)
+        try:
+            for result in run_parallel(prepared, to_do(), engine=job.engine, folder=work.parts, at_once=at_once):
+                results[result.number] = result
+                reasons.update(result.reasons)
+                if options.download:
+                    bar.update(bar.task_ids[0], description=downloads.outcomes_in_words(results.values(), reasons))
+                bar.advance(bar.task_ids[0], result.rows)
+                _check_first_rows(work, results, share)
+        finally:
+            job.source.check_unchanged()  # first of all: a change makes any other error
+    return [results[number] for number in sorted(results)]
+
+
+def _check_gaps(work: Workspace, numbers: Iterator[int]) -> None:
+    """See that every part is there.
+
+    Raises:
+        UsageError: some are missing; it names them and the commands that prepare them.
+    """
+    done = work.results()
+    missing = [number for number in numbers if number not in done]
+    if not missing:
+        return
+    named = [str(number) for number in missing[:MOST_MISSING]]
+    if len(missing) > MOST_MISSING:
+        named.append(f"{len(missing) - MOST_MISSING} more")
+    counts = work.counts_of_shares()
+    cure = "run the same command without --finish, or with --part 1/N to --part N/N on N machines"
+    if len(counts) == 1:
+        (count,) = counts
+        shares = sorted({number % count + 1 for number in missing})
+        cure = (
+            f"run the same command with {' and with '.join(f'--part {i}/{count}' for i in shares)} instead of --finish"
+        )
+    what = f"part {named[0]} is" if len(missing) == 1 else f"parts {', '.join(named[:-1])} and {named[-1]} are"
+    raise UsageError(f"{work.out}: {what} missing; {cure}")
+
+
+def _check_first_rows(work: Workspace, results: Mapping[int, PartResult], share: Share) -> None:
     """Stop early if the source is a wrong folder or a wrong column is read."""
     first: list[PartResult] = []
-    while len(first) in results and sum(result.rows for result in first) < FIRST_ROWS:
-        first.append(results[len(first)])
+    number = share.index - 1
+    while number in results and sum(result.rows for result in first) < FIRST_ROWS:
+        first.append(results[number])
+        number += share.count
     _check_reasons(work, first, enough=FIRST_ROWS, which="first ")
 
 
@@ -184,12 +344,15 @@ def _check_reasons(work: Workspace, results: Sequence[PartResult], *, enough: in
     Raises:
         SourceError: they do.
     """
-    rows = sum(result.rows for result in results)
-    for reason, n in _reasons(results).most_common(1):
-        if rows >= enough and n > rows / 2:
-            example = _first_reject(work, results)
+    reasons = _reasons(results)
+    rows = sum(result.rows for result in results) - sum(reasons[asked] for asked in ASKED_FOR)
+    for reason, n in reasons.items():
+        most = rows * downloads.most_alike(reason, is_first=bool(which))
+        if rows >= enough and n > most and reason not in ASKED_FOR:
+            example = _first_reject(work, results, reason)
             cure = f"; {CURES[reason]}" if reason in CURES else ""
-            same = f"{n} of the {which}{rows} rows fail for the same reason: {reason} (first: {example}){cure}"
+            passed = " that pass the rules" if reasons.keys() & ASKED_FOR else ""
+            same = f"{n} of the {which}{rows} rows{passed} fail for the same reason: {reason} (first: {example}){cure}"
             raise SourceError(same)
 
 
@@ -198,113 +361,51 @@ def _reasons(results: Sequence[PartResult]) -> Counter[str]:
     return sum((Counter(result.reasons) for result in results), Counter[str]())
 
 
-def _rejects(work: Workspace, result: PartResult) -> list[dict[str, Any]]:
-    """file, row, reason and detail of each reject of a part."""
-    lines = (work.parts / result.tar).with_suffix(".rejects.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
-
-
-def _first_reject(work: Workspace, results: Sequence[PartResult]) -> str:
-    reject = next(reject for result in results for reject in _rejects(work, result))
+def _first_reject(work: Workspace, results: Sequence[PartResult], reason: str | None = None) -> str:
+    """The first row that fails, or that fails for a reason, in words."""
+    all_rejects = (reject for result in results for reject in rejects_of(work.parts / result.tar))
+    reject = next(reject for reject in all_rejects if reason in (None, reject["reason"]))
     return f"{reject['file']} row {reject['row']}: {reject['detail'] or reject['reason']}"
 
 
-def _write_splits(
-    work: Workspace,
-    results: Sequence[PartResult],
-    *,
-    holdout: float,
-    provenance: Mapping[str, Any],
-    holds: Mapping[str, str],
-) -> tuple[dict[str, SplitSummary], bool]:
-    """Put the parts together to splits in `work.finished`. The second value is True if we drew validation.
+def _evaluation_sets(work: Workspace, job: Job) -> list[EvaluationSet]:
+    """The pictures that stay out of training."""
+    if not job.excluded:
+        return []
+    from mlip_cli.data.prepare.exclusion import hashed_set
 
-    Args:
-        holds: what a split holds, in words, where the source says more than its name.
+    num_workers = job.engine.num_workers_here
+    return [hashed_set(place, folder=work.folder, size=job.size, num_workers=num_workers) for place in job.excluded]
+
+
+def _check_samples(
+    work: Workspace, results: Sequence[PartResult], finished: Finished, reasons: Mapping[str, int]
+) -> None:
+    """See that a row became a sample.
 
     Raises:
-        SourceError: no row became a sample.
+        SourceError: none did.
     """
-    tables = [np.load((work.parts / result.tar).with_suffix(".npy"), allow_pickle=False) for result in results]
-    table = np.concatenate(tables)
-    if not len(table):
+    if not finished.splits:
         rows = plural(sum(result.rows for result in results), "row")
-        reasons = ", ".join(f"{n:,} x {reason}" for reason, n in _reasons(results).most_common())
-        raise SourceError(f"none of the {rows} became a sample: {reasons} (first: {_first_reject(work, results)})")
-    starts = np.cumsum([len(part) for part in tables])[:-1]
-    places = np.split(assign_splits(table, holdout=holdout), starts)
-    work.finished.mkdir()
-    splits = {}
-    for code, split in enumerate(SPLITS):
-        samples = [
-            StoredSamples(work.parts / result.tar, part["record"][place == code])
-            for result, part, place in zip(results, tables, places, strict=True)
-        ]
-        if any(len(stored.records) for stored in samples):
-            own = {**provenance, "holds": holds[split]} if split in holds else provenance
-            card = write_split(work.finished / split, split, samples, provenance=own)
-            splits[split] = SplitSummary(
-                card["num_samples"],
-                card["num_bytes"],
-                card["fingerprint"],
-                num_shards=len(card["shards"]),
-                distinct_captions=card["statistics"]["distinct_captions"],
-                holds=holds.get(split),
-            )
-    return splits, "validation" in splits and not has_own_splits(table)
+        listed = ", ".join(f"{n:,} x {reason}" for reason, n in Counter(reasons).most_common())
+        first = "" if finished.dropped else f" (first: {_first_reject(work, results)})"
+        raise SourceError(f"none of the {rows} became a sample: {listed}{first}")
 
 
-def assign_splits(table: NDArray[np.void], *, holdout: float) -> NDArray[np.uint8]:
-    """Place in SPLITS of each sample: (n,) of PART_ROW -> (n,).
-
-    Splits of the source are kept. If it has neither validation nor test, the samples whose pixel hash lies in the
-    lowest `holdout` of all hashes become validation, at most 5,000. Equal pixels stay together, and adding data never
-    moves a sample from one side to the other (until the cap is reached).
-    """
-    splits = table["split"].copy()
-    splits[splits == NO_SPLIT] = SPLITS.index("train")
-    if has_own_splits(table):
-        return splits
-    hashes = table["pixels"]
-    below = hashes < np.uint64(int(holdout * 2.0**64))
-    if below.sum() > MAX_HELD_OUT:
-        below = hashes < np.sort(hashes)[MAX_HELD_OUT]
-    splits[below] = SPLITS.index("validation")
-    return splits
-
-
-def has_own_splits(table: NDArray[np.void]) -> bool:
-    """True when a sample (of PART_ROW) comes from a validation or test split of the source."""
-    return bool(((table["split"] != NO_SPLIT) & (table["split"] != SPLITS.index("train"))).any())
-
-
-def _write_rejects(work: Workspace, results: Sequence[PartResult]) -> int:
-    """Write rejects.parquet in `work.finished`. Returns the number of its rows."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    schema = pa.schema([("file", pa.string()), ("row", pa.int64()), ("reason", pa.string()), ("detail", pa.string())])
-    path, num_rejects = work.finished / "rejects.parquet", 0
-    with pq.ParquetWriter(path, schema) as writer:
-        for result in results:
-            rejects = _rejects(work, result)
-            writer.write_table(pa.Table.from_pylist(rejects, schema=schema))
-            num_rejects += len(rejects)
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-    return num_rejects
-
-
-def _check_disk(out: Path, *, num_rows: int, size: int, source_bytes: int) -> None:
-    """Refuse to start what cannot fit. Parts and shards exist side by side for a moment.
+def _check_disk(job: Job, survey: Survey) -> None:
+    """Refuse to start what cannot fit: the samples once, and a few shards that lie beside the parts they come from.
 
     Raises:
-        UsageError: the estimated need is more than the free space.
+        UsageError: the estimated need is more than the free space and what an earlier run has written.
     """
-    sample = BYTES_A_PIXEL * size * size * 4 / 3
-    if source_bytes:
+    out = job.out
+    sample = BYTES_A_PIXEL * job.size * job.size * 4 / 3
+    num_rows = survey.pictures
+    if source_bytes := 0 if survey.addresses else job.source.num_bytes:
         sample = min(sample, 2 * source_bytes / max(1, num_rows))
-    needed = int(2 * num_rows * (sample + BYTES_A_SAMPLE))
+    samples = int(num_rows * (sample + BYTES_A_SAMPLE))
+    needed = samples + min(samples, SHARDS_BESIDE_PARTS * shards.SHARD_BYTES) - Workspace(out).num_bytes()
     free = free_bytes(out)
     if needed > free:
         raise UsageError(

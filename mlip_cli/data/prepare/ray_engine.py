@@ -53,13 +53,20 @@ def check_installed() -> None:
 
 
 def run_parallel(
-    function: Callable[[Task], Result], tasks: Iterable[Task], *, num_workers: int | None, folder: Path
+    function: Callable[[Task], Result],
+    tasks: Iterable[Task],
+    *,
+    num_workers: int | None,
+    folder: Path,
+    at_once: int = 1,
 ) -> Iterator[Result]:
     """Yield results of `function` in the order in which they finish. When the driver leaves, the tasks end.
 
     Args:
         num_workers: processes of a local Ray, by default one for each core; of a cluster, the most tasks at a time.
         folder: where `function` writes, which every node must see under the same name.
+        at_once: tasks that share a core, each in a process. If they are several, a cluster too gets no more of them at
+            a time than `num_workers`, or this machine's cores, have in hand: they divide a limit among them.
 
     Raises:
         UsageError: there is no such cluster, or a node does not see `folder`.
@@ -68,12 +75,16 @@ def run_parallel(
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    if not os.environ.get(ADDRESS):
+        os.environ.setdefault("RAY_AUTH_TOKEN", uuid4().hex)  # else Ray writes one to the home folder, for good
     import ray
 
     with _started(num_workers) as most:
         _check_nodes(folder)
-        remote = ray.remote(_run).options(max_retries=RETRIES)
+        remote = ray.remote(_run).options(max_retries=RETRIES, num_cpus=1 / at_once)
         references = (remote.remote(function, os.getcwd(), task) for task in tasks)
+        if at_once > 1:
+            most = (num_workers or usable_cores()) * at_once
         waiting = list(islice(references, most))
         while waiting:
             [done], waiting = ray.wait(waiting, num_returns=1)

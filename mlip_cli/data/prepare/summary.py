@@ -2,10 +2,11 @@
 
 import shlex
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mlip_cli.data.prepare.filters import OWN_SPLITS
 from mlip_cli.data.sources.records import MAX_HELD_OUT, held_out_share
 from mlip_cli.errors import UsageError
 from mlip_cli.files import parse_object
@@ -26,6 +27,9 @@ STEPS_AN_EPOCH = 8
 
 FEWEST_TO_TRAIN = 4 * STEPS_AN_EPOCH
 """The fewest pairs for which a training is proposed: batches of four."""
+
+CARD_PAGE = "card.html"
+"""Beside prepared.json: what was prepared, for a person."""
 
 DEMO_FOLDER = Path("data/openmoji")
 """The folder that recipes/openmoji.yaml reads."""
@@ -68,6 +72,9 @@ class Summary:
     """Samples and rejects. Rows that name one picture are one; a row that cannot be used is a reject by itself."""
     passed_over: dict[str, int]
     """What was found beside that and not read, or found by another spelling, by kind."""
+    cleaning: dict[str, int] = field(default_factory=dict)
+    """repeats: samples of training whose pixels an earlier one has. in_validation, in_test: such that the source's own
+    split has too. captions_left_out: captions that fell to a rule while others of the same picture stay."""
 
     @classmethod
     def read(cls, path: Path) -> "Summary":
@@ -110,6 +117,10 @@ class Summary:
             say(f"  {n:,} x {reason}")
         if self.rejects:
             say(f"each reject with file, row and reason: {inside(self.out, 'rejects.parquet')}")
+        if (card := Path(self.out) / CARD_PAGE).is_file():
+            say(f"card: {card}")
+        if self.request["format"] != "openmoji":
+            self._show_repeats()
         if self.attribution:
             say(self.attribution)
         for need, command in self.next.items():
@@ -117,6 +128,18 @@ class Summary:
             say_to_copy(command)
         if not self.next:
             warn(f"fewer than {FEWEST_TO_TRAIN} samples to train on: too few for a contrastive loss")
+
+    def _show_repeats(self) -> None:
+        """What the rules for captions took, and equal pictures that are still there."""
+        if n := self.cleaning.get("captions_left_out", 0):
+            say(f"{plural(n, 'caption')} left out by the rules for captions; other captions of these pictures stay")
+        if n := self.cleaning.get("repeats", 0):
+            repeat = f"{plural(n, 'sample')} {'repeats' if n == 1 else 'repeat'} the picture of an earlier one"
+            say(f"{repeat}; --dedupe pixels leaves {'it' if n == 1 else 'them'} out")
+        for split in OWN_SPLITS:
+            if n := self.cleaning.get(f"in_{split}", 0):
+                same = f"{plural(n, 'sample')} to train on {'has' if n == 1 else 'have'} a picture of the source's own"
+                warn(f"{same} {split} split; --exclude {split} leaves {'it' if n == 1 else 'them'} out")
 
     def _show_held_out(self) -> None:
         holdout = held_out_share(self.request["holdout"], self.pictures)
@@ -132,6 +155,32 @@ class Summary:
                 warn(f"validation/ has {few}, too few to measure by; say --holdout 0.2 for more")
         elif holdout and not self.splits.keys() & {"validation", "test"}:
             warn(f"no picture was held out: {holdout:.0%} of so few; say --holdout 0.2 for a validation split")
+
+
+@dataclass(frozen=True)
+class SharePrepared:
+    """What a run with --part has done."""
+
+    out: str
+    part: str
+    """The share, as in 1/3."""
+    prepared: int
+    """Parts of the share that this run prepared."""
+    found: int
+    """Those that were there already."""
+    parts: int
+    """Of the whole source."""
+    missing: int
+    """Of the whole source, which nobody has prepared yet."""
+
+    def show(self) -> None:
+        """Say in one line what was done and what comes next."""
+        found = f", {self.found:,} were there" if self.found else ""
+        done = f"{self.out}: part {self.part}: {plural(self.prepared, 'part')} prepared{found}"
+        rest = f"all {self.parts:,} are there; next"
+        if self.missing:
+            rest = f"{self.missing:,} of all {self.parts:,} are left to other machines; after them"
+        say(f"{done}; {rest}: the same command with --finish instead of --part")
 
 
 def attributions(cards: Iterable[Mapping[str, Any]]) -> tuple[str, ...]:

@@ -103,8 +103,13 @@ class Store:
                 self._remove(MARK)
             raise
 
+    def named_in(self, summary: Summary) -> Summary:
+        """The summary with the URL in place of the folder."""
+        commands = next_commands(summary.request["format"], self.url, summary.splits)
+        return replace(summary, out=self.url, next=commands)
+
     def upload(self, summary: Summary) -> Summary:
-        """Send what the folder holds, prepared.json last, and remove the folder unless the user named it.
+        """Send what the folder holds, `summary` last, and remove the folder unless the user named it.
 
         An upload that was interrupted goes on.
 
@@ -124,9 +129,6 @@ class Store:
             for names in (shards, rest, cards):
                 self._send([name for name in names if name in missing], label=f"uploading {self.url}")
                 self._check_sizes(sizes, names)
-            summary = replace(
-                summary, out=self.url, next=next_commands(summary.request["format"], self.url, summary.splits)
-            )
             self._write(DONE, asdict(summary))
         self.clear()
         return summary

@@ -61,7 +61,9 @@ def _opened(path: Path) -> Iterator[tuple["pa.Schema", Iterator["pa.RecordBatch"
         with opener(path) as file:
             if is_parquet:
                 has_pictures = any(_holds_bytes(field.type) for field in file.schema_arrow)
-                yield file.schema_arrow, file.iter_batches(BATCH_PICTURES if has_pictures else BATCH_ROWS)
+                size = BATCH_PICTURES if has_pictures else BATCH_ROWS
+                groups = range(file.num_row_groups)  # one after the other: else pyarrow keeps what it has read
+                yield file.schema_arrow, (b for group in groups for b in file.iter_batches(size, row_groups=[group]))
             else:
                 yield _arrow_batches(file)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:

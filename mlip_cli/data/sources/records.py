@@ -2,6 +2,7 @@
 
 import json
 import math
+import operator
 import re
 from codecs import BOM_UTF8
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -18,11 +19,19 @@ MAX_CAPTIONS = 255
 PART_ROWS = 500
 PART_BYTES = 64 << 20
 """A part ends here where its records carry the bytes of their pictures: each worker holds one."""
+LEFT_OUT, NOT_IN_UIDS = "left out by --where", "not in --uids"
+WISHED = frozenset((LEFT_OUT, NOT_IN_UIDS))
+"""Reasons of rejects that the user asked for: however many there are, the source is as it should be."""
 MAX_HELD_OUT = 5_000
 ENOUGH_HELD_OUT = 500
 
+DAMAGED = REFUSE, USE_START = "refuse", "use-start"
+"""A damaged tar ends the work, or the samples before its damage are used."""
+
 SPLITS = ("train", "validation", "test", "combinations")
 """The last one is of the built-in source alone."""
+NO_SPLIT = 255
+"""In a table, in the place of a number of SPLITS: the source says no split."""
 SPLIT_WORDS = {
     "train": "train",
     "training": "train",
@@ -77,9 +86,12 @@ class PictureAddress:
 Picture = PicturePlace | PictureBytes | PictureAddress
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Record:
-    """A row of the source. It becomes a sample or a line in rejects.parquet."""
+    """A row of the source. It becomes a sample or a line in rejects.parquet.
+
+    Nobody changes one; it is not frozen because that takes a third of the time of reading a list of millions.
+    """
 
     file: str
     """File that holds the row, relative to the source."""
@@ -112,6 +124,25 @@ class ReadOptions:
     caption_column: str | None = None
     image_folder: str | None = None
     """What paths in a table are relative to."""
+    damaged: str = REFUSE
+    """One of DAMAGED: what is done about a damaged tar."""
+    preset: str | None = None
+    """A published list, by its word in lists.py."""
+    where: str | None = None
+    """Condition on the columns of a row (where.py)."""
+    uids: str | None = None
+    """File of the ids of the rows to read."""
+    captions_from: str | None = None
+    """File of captions that take the place of a row's own, or add to them (add:FILE)."""
+
+    def in_request(self) -> dict[str, Any]:
+        """The options as prepared.json holds them. Those that are younger than the file are left out if not given."""
+        younger = ("damaged", "preset", "where", "uids", "captions_from")
+        return {
+            name: value
+            for name, value in vars(self).items()
+            if name not in younger or value != getattr(ReadOptions, name)
+        }
 
 
 @dataclass(frozen=True)
@@ -143,7 +174,9 @@ def checked_captions(record: Record) -> Record:
     if record.reject:
         return record
     try:
-        return replace(record, captions=usable_captions(record.captions))
+        captions = usable_captions(record.captions)
+        is_same = len(captions) == len(record.captions) and all(map(operator.is_, captions, record.captions))
+        return record if is_same else replace(record, captions=captions)
     except UnusableSampleError as error:
         return replace(record, reject=str(error), detail=error.detail or record.detail or "empty")
 

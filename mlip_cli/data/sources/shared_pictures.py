@@ -41,8 +41,9 @@ class SharedPictures:
 
     def rows_of(self, name: str) -> int:
         """How many rows name this picture, by `same` of their records."""
-        place = int(self.hashes.searchsorted(_hash(name)))
-        is_there = place < len(self.hashes) and int(self.hashes[place]) == _hash(name)
+        wanted = np.uint64(_hash(name))  # an int below 2^63 would turn all hashes into floats, every time
+        place = int(self.hashes.searchsorted(wanted))
+        is_there = place < len(self.hashes) and self.hashes[place] == wanted
         return int(self.num_rows[place]) if is_there else 0
 
     def merged(self, records: Iterable[Record]) -> Iterator[Record]:
