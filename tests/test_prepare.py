@@ -17,10 +17,12 @@ from sources_for_tests import contents, picture, prepare, rejects, samples, text
 
 from mlip_cli.data.open import open_prepared
 from mlip_cli.data.prepare import assemble as prepare_module
-from mlip_cli.data.prepare.assemble import SourceError, _check_disk
+from mlip_cli.data.prepare import reasons
+from mlip_cli.data.prepare.assemble import _check_disk
 from mlip_cli.data.prepare.engines import Engine
 from mlip_cli.data.prepare.job import Job
 from mlip_cli.data.prepare.plan import assign_splits
+from mlip_cli.data.prepare.reasons import SourceError
 from mlip_cli.data.prepare.shards import PART_ROW
 from mlip_cli.data.sources import records
 from mlip_cli.data.sources.file_names import FileList, FileNames
@@ -269,7 +271,7 @@ def test_a_folder_with_other_files_is_left_alone(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("small_parts")
 def test_a_source_that_is_not_what_it_seems_stops_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepare_module, "FIRST_ROWS", 50)
+    monkeypatch.setattr(reasons, "FIRST_ROWS", 50)
     source = write_sidecars(tmp_path / "in", 80)
     for i in range(60):
         (source / f"{i:05d}.png").write_bytes(b"<html>")

@@ -18,6 +18,7 @@ from mlip_cli.data.prepare import assemble, plan, shards
 from mlip_cli.data.prepare.fates import decided
 from mlip_cli.data.prepare.filters import AS_IT_IS
 from mlip_cli.data.prepare.plan import Plan
+from mlip_cli.data.prepare.reasons import SourceError
 from mlip_cli.data.prepare.shards import PART_ROW, shard_bounds
 from mlip_cli.data.sources import records
 
@@ -247,7 +248,7 @@ def test_bounds_of_shards_are_those_of_a_loop(monkeypatch: pytest.MonkeyPatch, m
 
 def test_a_source_of_which_pass_2_drops_all_is_named_and_nothing_is_kept(tmp_path: Path) -> None:
     source = write_sidecars(tmp_path / "in", 4)
-    with pytest.raises(assemble.SourceError) as error:
+    with pytest.raises(SourceError) as error:
         prepare(source, tmp_path / "out", exclude=(f"folder:{source}",))
     excluded = f"4 x in evaluation data: folder:{source}"
     assert str(error.value) == (f"{source}: none of the 4 rows became a sample: {excluded}; nothing was kept")

@@ -12,8 +12,9 @@ from mlip_cli.data.prepare.evaluation_places import EvaluationPlace, fingerprint
 from mlip_cli.data.prepare.filters import AS_IT_IS, OWN_SPLITS, Cleaning
 from mlip_cli.data.prepare.job import Job
 from mlip_cli.data.prepare.ray_engine import check_installed
+from mlip_cli.data.prepare.share import Share
 from mlip_cli.data.prepare.summary import CARD_PAGE, Summary, next_commands
-from mlip_cli.data.prepare.workspace import DONE, Share, Workspace, finished_summary
+from mlip_cli.data.prepare.workspace import DONE, Workspace, finished_summary
 from mlip_cli.data.sources.find import DataSource, find_pictures, find_source
 from mlip_cli.data.sources.records import DAMAGED, REFUSE, ReadOptions
 from mlip_cli.data.sources.rules import fingerprints
@@ -87,10 +88,7 @@ def prepare_data(
     size = size or DEFAULT_SIZE.get(found.format, OTHER_SIZE)
     excluded = _evaluation_places(cleaning, data_root)
     request = {"format": found.format, "size": size, "holdout": holdout, **read.in_request(), **cleaning.request()}
-    request |= fingerprints(read)
-    request |= {name: True for name in ("ignore_opt_out", "allow_private") if getattr(download, name)}
-    request |= {"source_fingerprint": found.fingerprint()}
-    request |= {"excluded_fingerprint": fingerprint_of(excluded)} if excluded else {}
+    request |= download.in_request() | _fingerprints(found, read, excluded)
     job = Job(found, folder, read, request, Engine(engine, workers), cleaning, excluded, download)
     summary = store.finished(request) if store else None
     if share and summary is None:
@@ -110,6 +108,14 @@ def prepare_data(
     else:
         summary.show_splits()
     summary.show_notes()
+
+
+def _fingerprints(
+    source: DataSource, read: ReadOptions, excluded: tuple[EvaluationPlace, ...]
+) -> dict[str, list[int] | str]:
+    """What tells that files have changed since, by its key in the request."""
+    found: dict[str, list[int] | str] = {**fingerprints(read), "source_fingerprint": source.fingerprint()}
+    return {**found, "excluded_fingerprint": fingerprint_of(excluded)} if excluded else found
 
 
 def _share(part: str | None, *, finish: bool) -> Share | None:

@@ -40,6 +40,10 @@ class DownloadOptions:
                 f"--user-agent {self.user_agent!r}: not a line of ASCII; write a name such as {USER_AGENT}"
             )
 
+    def in_request(self) -> dict[str, bool]:
+        """What of them changes the output, and is not at its default."""
+        return {name: True for name in ("ignore_opt_out", "allow_private") if getattr(self, name)}
+
     def shared_by(self, num_processes: int) -> "DownloadOptions":
         """The options of one of several processes, which together keep to these; each has a connection at least."""
         return replace(

@@ -6,7 +6,7 @@ workers and machines nor on the order of their work.
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -18,18 +18,23 @@ from mlip_cli.data.prepare import downloads, shards
 from mlip_cli.data.prepare.duplicates import EvaluationSet
 from mlip_cli.data.prepare.engines import run_parallel
 from mlip_cli.data.prepare.fates import decided
-from mlip_cli.data.prepare.filters import REASONS
-from mlip_cli.data.prepare.finish import Finished, write_splits
+from mlip_cli.data.prepare.finish import write_splits
 from mlip_cli.data.prepare.job import Job
 from mlip_cli.data.prepare.parts import prepare_part
 from mlip_cli.data.prepare.pixels import PERCEPTUAL
-from mlip_cli.data.prepare.rejects import rejects_of
+from mlip_cli.data.prepare.reasons import (
+    FEWEST_ROWS,
+    SourceError,
+    check_first_rows,
+    check_reasons,
+    check_samples,
+    reasons_of,
+)
+from mlip_cli.data.prepare.share import EVERYTHING, Share
 from mlip_cli.data.prepare.summary import SharePrepared, Summary, next_commands
 from mlip_cli.data.prepare.workspace import (
-    EVERYTHING,
     PartOptions,
     PartResult,
-    Share,
     Workspace,
     opened,
     refuse_links,
@@ -38,25 +43,15 @@ from mlip_cli.data.sources.find import DataSource, read_records
 from mlip_cli.data.sources.listing import PassedOver, is_unread_picture
 from mlip_cli.data.sources.lists import published_list
 from mlip_cli.data.sources.openmoji import attribution, split_words
-from mlip_cli.data.sources.records import WISHED, SourcePart, held_out_share, parts_of
+from mlip_cli.data.sources.records import SourcePart, held_out_share, parts_of
 from mlip_cli.data.sources.rules import list_warnings
 from mlip_cli.data.sources.survey import Survey, passed_over, surveyed
 from mlip_cli.data.sources.table_layouts import missing_shards
 from mlip_cli.errors import RunError, UsageError, interrupted_as
 from mlip_cli.files import GIB, free_bytes, full_disk_named
 from mlip_cli.paths import escaped
-from mlip_cli.terminal.output import plural, say, warn
+from mlip_cli.terminal.output import say, warn
 from mlip_cli.terminal.panel import progress
-
-FIRST_ROWS = 1_000
-"""This many rows are enough to see that most rows of a source fail. Fewer than FEWEST_ROWS are not."""
-FEWEST_ROWS = 10
-CURES = {
-    "caption is not UTF-8": "save the texts as UTF-8, for example with iconv -f latin1 -t utf-8",
-    "caption too long": "cut the texts: training reads the first words alone",
-    **downloads.CURES,
-}
-"""What helps where most rows fail for a reason that does not say it."""
 
 BYTES_A_PIXEL = 0.5
 """Estimate for the check of disk space: between JPEG and lossless WebP of photographs at 256 pixels."""
@@ -66,14 +61,6 @@ SHARDS_BESIDE_PARTS = 3
 """What the disk holds beside the data themselves: a shard of each of two splits, and one that is being written."""
 MOST_MISSING = 2
 """Parts that are named; more are counted."""
-
-
-ASKED_FOR = REASONS | WISHED
-"""Reasons of rejects that the user asked for: however many there are, the source is as it should be."""
-
-
-class SourceError(RunError):
-    """Most rows of the source fail; nothing of the work is worth keeping."""
 
 
 def prepare(job: Job, *, finish_only: bool = False) -> Summary:
@@ -110,8 +97,8 @@ def prepare(job: Job, *, finish_only: bool = False) -> Summary:
                 holds=holds,
                 decide=partial(decided, cleaning=job.cleaning, sets=sets),
             )
-            reasons = _reasons(results) + Counter(finished.dropped)
-            _check_samples(work, results, finished, reasons)
+            reasons = reasons_of(results) + Counter(finished.dropped)
+            check_samples(work, results, finished, reasons)
         except SourceError as error:
             work.discard()
             raise SourceError(f"{source.name}: {error}; nothing was kept") from None
@@ -252,7 +239,7 @@ def _prepare_parts(work: Workspace, job: Job, survey: Survey) -> list[PartResult
         raise RunError(f"{work.out}: {rows} rows where {survey.rows} were counted; did the source change? Start again")
     if job.source.rewritten_by_sha256:
         say(f"captions of {job.read.captions_from} for {sum(result.rewritten for result in results):,} samples")
-    _check_reasons(work, results, enough=FEWEST_ROWS, which="")
+    check_reasons(work, results, enough=FEWEST_ROWS, which="")
     return results
 
 
@@ -277,7 +264,7 @@ def _make_parts(
         options = replace(options, download=downloads.share(survey.addresses, job.download, num_processes))
     results = {number: result for number, result in work.results().items() if share.has(number)}
     done = frozenset(results)
-    reasons = _reasons(list(results.values()))
+    reasons = reasons_of(list(results.values()))
     prepared = partial(prepare_part, options=options)
 
     def to_do() -> Iterator[SourcePart]:
@@ -289,7 +276,7 @@ def _make_parts(
 
     with progress(-(-survey.pictures // share.count), "preparing") as bar:
         bar.advance(bar.task_ids[0], sum(result.rows for result in results.values()))
-        _check_first_rows(work, results, share)
+        check_first_rows(work, results, share)
         try:
             for result in run_parallel(prepared, to_do(), engine=job.engine, folder=work.parts, at_once=at_once):
                 results[result.number] = result
@@ -297,7 +284,7 @@ def _make_parts(
                 if options.download:
                     bar.update(bar.task_ids[0], description=downloads.outcomes_in_words(results.values(), reasons))
                 bar.advance(bar.task_ids[0], result.rows)
-                _check_first_rows(work, results, share)
+                check_first_rows(work, results, share)
         finally:
             job.source.check_unchanged()  # first of all: a change makes any other error
     return [results[number] for number in sorted(results)]
@@ -328,46 +315,6 @@ def _check_gaps(work: Workspace, numbers: Iterator[int]) -> None:
     raise UsageError(f"{work.out}: {what} missing; {cure}")
 
 
-def _check_first_rows(work: Workspace, results: Mapping[int, PartResult], share: Share) -> None:
-    """Stop early if the source is a wrong folder or a wrong column is read."""
-    first: list[PartResult] = []
-    number = share.index - 1
-    while number in results and sum(result.rows for result in first) < FIRST_ROWS:
-        first.append(results[number])
-        number += share.count
-    _check_reasons(work, first, enough=FIRST_ROWS, which="first ")
-
-
-def _check_reasons(work: Workspace, results: Sequence[PartResult], *, enough: int, which: str) -> None:
-    """Check that the rows do not mostly fail for one reason. `which` says which rows these are.
-
-    Raises:
-        SourceError: they do.
-    """
-    reasons = _reasons(results)
-    rows = sum(result.rows for result in results) - sum(reasons[asked] for asked in ASKED_FOR)
-    for reason, n in reasons.items():
-        most = rows * downloads.most_alike(reason, is_first=bool(which))
-        if rows >= enough and n > most and reason not in ASKED_FOR:
-            example = _first_reject(work, results, reason)
-            cure = f"; {CURES[reason]}" if reason in CURES else ""
-            passed = " that pass the rules" if reasons.keys() & ASKED_FOR else ""
-            same = f"{n} of the {which}{rows} rows{passed} fail for the same reason: {reason} (first: {example}){cure}"
-            raise SourceError(same)
-
-
-def _reasons(results: Sequence[PartResult]) -> Counter[str]:
-    """Number of rejects by reason."""
-    return sum((Counter(result.reasons) for result in results), Counter[str]())
-
-
-def _first_reject(work: Workspace, results: Sequence[PartResult], reason: str | None = None) -> str:
-    """The first row that fails, or that fails for a reason, in words."""
-    all_rejects = (reject for result in results for reject in rejects_of(work.parts / result.tar))
-    reject = next(reject for reject in all_rejects if reason in (None, reject["reason"]))
-    return f"{reject['file']} row {reject['row']}: {reject['detail'] or reject['reason']}"
-
-
 def _evaluation_sets(work: Workspace, job: Job) -> list[EvaluationSet]:
     """The pictures that stay out of training."""
     if not job.excluded:
@@ -376,21 +323,6 @@ def _evaluation_sets(work: Workspace, job: Job) -> list[EvaluationSet]:
 
     num_workers = job.engine.num_workers_here
     return [hashed_set(place, folder=work.folder, size=job.size, num_workers=num_workers) for place in job.excluded]
-
-
-def _check_samples(
-    work: Workspace, results: Sequence[PartResult], finished: Finished, reasons: Mapping[str, int]
-) -> None:
-    """See that a row became a sample.
-
-    Raises:
-        SourceError: none did.
-    """
-    if not finished.splits:
-        rows = plural(sum(result.rows for result in results), "row")
-        listed = ", ".join(f"{n:,} x {reason}" for reason, n in Counter(reasons).most_common())
-        first = "" if finished.dropped else f" (first: {_first_reject(work, results)})"
-        raise SourceError(f"none of the {rows} became a sample: {listed}{first}")
 
 
 def _check_disk(job: Job, survey: Survey) -> None:
