@@ -32,25 +32,16 @@ from mlip_cli.data.prepare.reasons import (
 )
 from mlip_cli.data.prepare.share import EVERYTHING, Share
 from mlip_cli.data.prepare.summary import SharePrepared, Summary, next_commands
-from mlip_cli.data.prepare.workspace import (
-    PartOptions,
-    PartResult,
-    Workspace,
-    opened,
-    refuse_links,
-)
-from mlip_cli.data.sources.find import DataSource, read_records
-from mlip_cli.data.sources.listing import PassedOver, is_unread_picture
+from mlip_cli.data.prepare.understood import understood
+from mlip_cli.data.prepare.workspace import PartOptions, PartResult, Workspace, opened
+from mlip_cli.data.sources.find import read_records
 from mlip_cli.data.sources.lists import published_list
 from mlip_cli.data.sources.openmoji import attribution, split_words
 from mlip_cli.data.sources.records import SourcePart, held_out_share, parts_of
-from mlip_cli.data.sources.rules import list_warnings
-from mlip_cli.data.sources.survey import Survey, passed_over, surveyed
-from mlip_cli.data.sources.table_layouts import missing_shards
+from mlip_cli.data.sources.survey import Survey
 from mlip_cli.errors import RunError, UsageError, interrupted_as
 from mlip_cli.files import GIB, free_bytes, full_disk_named
-from mlip_cli.paths import escaped
-from mlip_cli.terminal.output import say, warn
+from mlip_cli.terminal.output import say
 from mlip_cli.terminal.panel import progress
 
 BYTES_A_PIXEL = 0.5
@@ -77,7 +68,7 @@ def prepare(job: Job, *, finish_only: bool = False) -> Summary:
     """
     started = time.monotonic()
     out = job.out
-    job, survey, passed = _understood(job)
+    job, survey, passed = understood(job)
     source = job.source
     _check_disk(job, survey)
     provenance = _provenance(job)
@@ -133,7 +124,7 @@ def prepare_share(job: Job, share: Share) -> SharePrepared:
     Raises:
         UsageError, RunError, Stopped: as `prepare`.
     """
-    job, survey, _ = _understood(job)
+    job, survey, _ = understood(job)
     _check_disk(job, survey)
     with _at_work(job, share) as work:
         there = frozenset(filter(share.has, work.results()))
@@ -158,36 +149,6 @@ def _at_work(job: Job, share: Share | None = None) -> Iterator[Workspace]:
         yield work
 
 
-def _understood(job: Job) -> tuple[Job, Survey, PassedOver]:
-    """Read the source once and say what was understood.
-
-    Returns:
-        The job, whose source knows the rules for its rows; what the source holds; what is not read.
-    """
-    with progress(None, "counting rows"):
-        source, survey = _surveyed(job)
-    passed = passed_over(source, survey)
-    _say_understood(source, survey, passed)
-    return replace(job, source=source), survey, passed
-
-
-def _surveyed(job: Job) -> tuple[DataSource, Survey]:
-    """The source with the rules that the user gave for its rows, and what it holds.
-
-    Raises:
-        UsageError, DamagedTarError: as `with_rules` and `surveyed`; nothing is left in OUT.
-    """
-    work = Workspace(job.out)
-    try:
-        if job.read.captions_from:
-            refuse_links(work.out)
-        source = job.source.with_rules(work.folder)
-        return source, surveyed(source, job.read)
-    except BaseException:
-        work.discard_unbegun()
-        raise
-
-
 def _provenance(job: Job) -> dict[str, Any]:
     """What dataset.json tells of the source and of how it was read."""
     found = {"tool": f"mlip-cli {__version__}", "source": job.source.name, **job.request}
@@ -199,32 +160,6 @@ def _provenance(job: Job) -> dict[str, Any]:
     if job.source.format == "openmoji":
         found |= {"packages": list(job.source.versions), **attribution()}
     return found
-
-
-def _say_understood(source: DataSource, survey: Survey, passed: PassedOver) -> None:
-    """What was understood of the source, the first pairs, what is not read, and what looks wrong."""
-    say(f"{source.name}: {source.describe()}; {survey.in_words()}")
-    source.notes.tell_readings(source.name, say=say)
-    source.notes.tell_damage(source.name, num_tars=len(source.tars()), warn=warn)
-    if source.format == "metadata":
-        say("; ".join(dict.fromkeys(plan.in_words() for plan in source.table_plans)))
-    if survey.first:
-        say(f"first: {'; '.join(survey.first)}")
-    for text in source.rules.remarks() if source.rules else ():
-        say(text)
-    if survey.spelled.counts:
-        say(survey.spelled.in_words())
-    if passed.counts:
-        cure = "; convert the pictures among them to JPEG" if any(map(is_unread_picture, source.names)) else ""
-        say(f"not read: {passed.in_words()}{cure}")
-    if source.is_folder and source.format == "metadata" and (missing := missing_shards(source.tables)):
-        warn(missing)
-    for name, why in source.unread_tables.items() if source.format == "classes" else ():
-        warn(f"{escaped(name)}: not read as a table: {why}")
-    for text in list_warnings(source.read, source.rules, num_rows=survey.rows):
-        warn(text)
-    for text in survey.looks.warnings(are_classes=source.format == "classes"):
-        warn(text)
 
 
 def _prepare_parts(work: Workspace, job: Job, survey: Survey) -> list[PartResult]:
