@@ -23,6 +23,7 @@ from stores_for_tests import FakeStore, served
 from mlip_cli.commands.prepare_data import prepare_data
 from mlip_cli.data.open import open_sources
 from mlip_cli.data.prepare import shards
+from mlip_cli.data.sources import records
 from mlip_cli.data.sources.records import ReadOptions
 from mlip_cli.errors import RunError, UsageError
 from mlip_cli.recipe.config import Cache, Source
@@ -34,6 +35,8 @@ FILES = [
     for split, numbers in (("train", range(4)), ("validation", range(2)))
     for name in ("dataset.json", "sizes.json", *(f"{split}-00000{i}.{end}" for i in numbers for end in ("idx", "tar")))
 ]
+ALL = [*FILES, "card.html", "rejects.parquet"]
+"""What is sent; prepared.json is written in the end."""
 
 
 @pytest.fixture(scope="module")
@@ -91,8 +94,12 @@ def test_the_whole_way_to_s3_and_training_reads_it(s3: FakeStore, request: pytes
     prepare("in", Path("local"))
     there = s3.contents(bucket(request), "data/pictures/")
     summary = json.loads(there.pop("prepared.json"))
+    card = there.pop("card.html").decode()
     assert there == contents(Path("local"))
     assert summary["out"] == url
+    assert "<h1>pictures</h1>" in card
+    assert f"{url}/train" in card
+    assert "--check" not in card  # which reads folders alone
     [command] = [line for line in done.stderr.splitlines() if line.startswith("mlip pretrain laptop")]
     changes = {override("data.train", f"{url}/train"), override("data.validation", f"{url}/validation")}
     assert changes <= set(shlex.split(command))
@@ -158,9 +165,10 @@ def test_an_upload_that_is_killed_goes_on_and_the_card_comes_last(
     watcher.join()
     assert done.returncode == 0, done.stderr
     assert "the copy in here stays" in done.stderr
-    assert sorted(s3.names(name, "x/")) == sorted([*FILES, "prepared.json", "rejects.parquet"])
+    assert sorted(s3.names(name, "x/")) == sorted([*ALL, "prepared.json"])
     there = s3.contents(name, "x/")
     there.pop("prepared.json")
+    there.pop("card.html")
     here = {name: content for name, content in contents(Path("here")).items() if not name.startswith(".")}
     assert there == here
     assert json.loads(Path("here/prepared.json").read_bytes())["out"] == "here"
@@ -223,7 +231,7 @@ def fail_after(monkeypatch: pytest.MonkeyPatch, number: int, error: Exception) -
     return taken
 
 
-@pytest.mark.parametrize("number", [0, 5, 12, 14, 16])
+@pytest.mark.parametrize("number", [0, 5, 12, 14, len(ALL) - 1])
 def test_after_a_failure_at_any_file_the_rest_is_sent_and_nothing_twice(
     memory: MemoryFileSystem, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
@@ -237,8 +245,8 @@ def test_after_a_failure_at_any_file_the_rest_is_sent_and_nothing_twice(
         after = fail_after(patch, 99, ConnectionError())
         patch.setattr("mlip_cli.data.prepare.assemble.prepare", None)  # it is prepared
         upload("memory://bucket/x")
-    assert sorted([*before, *after]) == sorted([*FILES, "rejects.parquet"])
-    assert [path.rpartition("/")[2] for path in after[-2:]] == ["dataset.json"] * 2 or number == 16
+    assert sorted([*before, *after]) == sorted(ALL)
+    assert [path.rpartition("/")[2] for path in after[-2:]] == ["dataset.json"] * 2 or number == len(ALL) - 1
     assert memory.exists("/bucket/x/prepared.json")
     assert not memory.exists("/bucket/x/.prepare/request.json")
     assert workspaces() == []
@@ -248,7 +256,7 @@ def test_a_file_that_changed_or_was_cut_there_is_sent_again(
     memory: MemoryFileSystem, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        fail_after(patch, 16, ConnectionError("no route"))
+        fail_after(patch, len(ALL) - 1, ConnectionError("no route"))
         with pytest.raises(RunError):
             upload("memory://bucket/x")
     memory.pipe_file("/bucket/x/train/train-000001.tar", b"cut")
@@ -257,7 +265,7 @@ def test_a_file_that_changed_or_was_cut_there_is_sent_again(
     taken = fail_after(monkeypatch, 99, ConnectionError())
     upload("memory://bucket/x")
     assert {"train/train-000001.tar", "train/train-000002.tar"} < set(taken)
-    assert len(taken) == len(FILES) + 1 - 16 + 2
+    assert len(taken) == 1 + 2
     prepare("in", Path("local"))
     assert memory.cat_file("/bucket/x/train/train-000001.tar") == Path("local/train/train-000001.tar").read_bytes()
 
@@ -316,7 +324,7 @@ def test_one_folder_serves_two_urls_and_one_process_uploads_it(memory: MemoryFil
         for name in "xy"
     )
     assert x.keys() == y.keys()
-    assert {name for name in x if x[name] != y[name]} == {"prepared.json"}
+    assert {name for name in x if x[name] != y[name]} == {"prepared.json", "card.html"}
     with held_elsewhere(Path("here/.upload/lock")), pytest.raises(UsageError) as error:
         upload("memory://bucket/z", workspace=Path("here"))
     assert str(error.value) == "here: another mlip prepare-data is uploading it; wait for it"
@@ -361,3 +369,30 @@ def test_places_that_cannot_be_used(out: str, options: list[str], message: str) 
     assert done.stderr.startswith(f"error: {message}"), done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert not Path("out").exists()
+
+
+def test_machines_share_the_workspace_and_the_one_that_finishes_uploads(
+    memory: MemoryFileSystem, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(records, "PART_ROWS", 8)
+    url, here = "memory://bucket/x", Path("here")
+    for options in ({"part": "1/2"}, {"finish": True}):
+        with pytest.raises(UsageError) as error:
+            upload(url, **options)
+        assert str(error.value) == (
+            f"{url}: --part and --finish need a folder that all machines share; name the same one to each: --workspace"
+        )
+    upload(url, workspace=here, part="2/2")
+    assert json.loads(capsys.readouterr().out)["out"] == "here"
+    with pytest.raises(UsageError, match=r"^here: parts 0, 2 and 1 more are missing; "):
+        upload(url, workspace=here, finish=True)
+    upload(url, workspace=here, part="1/2")
+    assert not [path for path in memory.find("/bucket") if ".prepare" not in path]
+    upload(url, workspace=here, finish=True)
+    prepare("in", Path("local"))
+    there = {path.removeprefix("/bucket/x/"): memory.cat_file(path) for path in memory.find("/bucket/x")}
+    assert sorted(there) == sorted([*ALL, "prepared.json"])
+    assert {name: there[name] for name in contents(Path("local"))} == contents(Path("local"))
+    capsys.readouterr()
+    upload(url, workspace=here, part="1/2")
+    assert json.loads(capsys.readouterr().out)["out"] == url

@@ -13,7 +13,7 @@ from mlip_cli.data.prepare.filters import AS_IT_IS, OWN_SPLITS, Cleaning
 from mlip_cli.data.prepare.job import Job
 from mlip_cli.data.prepare.ray_engine import check_installed
 from mlip_cli.data.prepare.share import Share
-from mlip_cli.data.prepare.summary import CARD_PAGE, Summary, next_commands
+from mlip_cli.data.prepare.summary import CARD_PAGE, SharePrepared, Summary, next_commands
 from mlip_cli.data.prepare.workspace import DONE, Workspace, finished_summary
 from mlip_cli.data.sources.find import DataSource, find_pictures, find_source
 from mlip_cli.data.sources.records import DAMAGED, REFUSE, ReadOptions
@@ -90,24 +90,12 @@ def prepare_data(
     request = {"format": found.format, "size": size, "holdout": holdout, **read.in_request(), **cleaning.request()}
     request |= download.in_request() | _fingerprints(found, read, excluded)
     job = Job(found, folder, read, request, Engine(engine, workers), cleaning, excluded, download)
-    summary = store.finished(request) if store else None
-    if share and summary is None:
-        store, out = None, folder  # a share is uploaded by nobody
-    summary = summary if store else finished_summary(folder, request)
-    if summary is None and share:
-        _show_share(job, share, as_json=as_json)
-        return
-    if summary is None:
-        summary = _made(job, store, finish_only=finish)
-    else:
-        summary = replace(summary, out=str(out), next=next_commands(found.format, out, summary.splits))
-        _tidy(folder, summary, store)
-        say(f"{out}: prepared already, from the same files with the same options; nothing to do")
+    done = _done(job, store, str(out), share=share, finish_only=finish)
     if as_json:
-        print_json(asdict(summary))
-    else:
-        summary.show_splits()
-    summary.show_notes()
+        print_json(asdict(done))
+    elif isinstance(done, Summary):
+        done.show_splits()
+    done.show_notes()
 
 
 def _fingerprints(
@@ -145,14 +133,24 @@ def _store(out: str, workspace: Path | None, *, has_others: bool) -> "Store | No
     return None
 
 
-def _show_share(job: Job, share: Share, *, as_json: bool) -> None:
-    """Prepare a share, and show what was done."""
-    from mlip_cli.data.prepare.assemble import prepare_share
+def _done(
+    job: Job, store: "Store | None", out: str, *, share: Share | None, finish_only: bool
+) -> Summary | SharePrepared:
+    """Do what is not done yet of the job, or of a share of it, which nobody uploads."""
+    summary = store.finished(job.request) if store else None
+    if share and summary is None:
+        store, out = None, str(job.out)
+    summary = summary if store else finished_summary(job.out, job.request)
+    if summary is None and share:
+        from mlip_cli.data.prepare.assemble import prepare_share
 
-    done = prepare_share(job, share)
-    if as_json:
-        print_json(asdict(done))
-    done.show()
+        return prepare_share(job, share)
+    if summary is None:
+        return _made(job, store, finish_only=finish_only)
+    summary = replace(summary, out=out, next=next_commands(job.source.format, out, summary.splits))
+    _tidy(job.out, summary, store)
+    say(f"{out}: prepared already, from the same files with the same options; nothing to do")
+    return summary
 
 
 def _made(job: Job, store: "Store | None", *, finish_only: bool) -> Summary:

@@ -72,20 +72,18 @@ def prepare(job: Job, *, finish_only: bool = False) -> Summary:
     source = job.source
     _check_disk(job, survey)
     provenance = _provenance(job)
-    holds = split_words(job.read.limit) if source.format == "openmoji" else {}
     with _at_work(job) as work:
         try:
             if finish_only:
                 _check_gaps(work, (part.number for part in parts_of(read_records(source, job.read, survey.shared))))
             sets = _evaluation_sets(work, job)
             results = _prepare_parts(work, job, survey)
-            share = held_out_share(job.request["holdout"], survey.pictures)
             finished = write_splits(
                 work,
                 results,
-                holdout=share,
+                holdout=held_out_share(job.request["holdout"], survey.pictures),
                 provenance=provenance,
-                holds=holds,
+                holds=split_words(job.read.limit) if source.format == "openmoji" else {},
                 decide=partial(decided, cleaning=job.cleaning, sets=sets),
             )
             reasons = reasons_of(results) + Counter(finished.dropped)

@@ -173,7 +173,7 @@ class SharePrepared:
     missing: int
     """Of the whole source, which nobody has prepared yet."""
 
-    def show(self) -> None:
+    def show_notes(self) -> None:
         """Say in one line what was done and what comes next."""
         found = f", {self.found:,} were there" if self.found else ""
         done = f"{self.out}: part {self.part}: {plural(self.prepared, 'part')} prepared{found}"
