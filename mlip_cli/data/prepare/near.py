@@ -133,6 +133,7 @@ def _search(hashes: Hashes, members: ShortPlaces, radius: int, found: ShortPlace
     own = hashes if len(members) == len(hashes) else hashes[members]
     for key in _keys(own, radius, _varying_bits(own)):
         ordered, is_same = _sorted(members, key)
+        del key
         later, starts, lengths = _behind_equal(is_same)
         del is_same
         is_small = np.repeat(lengths < CROWD, lengths)
@@ -142,6 +143,7 @@ def _search(hashes: Hashes, members: ShortPlaces, radius: int, found: ShortPlace
         _compare(hashes, ordered, radius, found, starts, later, later - starts)
         for start, size in large:
             _search(hashes, ordered[start : start + size], radius, found)
+        del ordered, later, starts, is_small  # before the next key is made
 
 
 def _sorted(members: ShortPlaces, key: NDArray[Any]) -> tuple[ShortPlaces, NDArray[np.bool_]]:
@@ -216,4 +218,8 @@ def _keys(hashes: Hashes, radius: int, bits: NDArray[np.int64]) -> Iterator[NDAr
             bands[band, start : start + CHUNK] |= value.astype(bands.dtype)
     kind = np.uint32 if 2 * width <= 32 else np.uint64
     for one, other in combinations(bands, 2):
-        yield np.left_shift(one.astype(kind), width) | other
+        key = one.astype(kind)
+        key <<= width
+        key |= other
+        yield key
+        del key
