@@ -150,8 +150,9 @@ def test_own_splits_and_evaluation_sets_stay_out_of_training() -> None:
         (9, 9, 0, train),
     ]
     table = table_of(rows)
-    assert overlaps(table) == {"validation": 1, "test": 1}
-    assert num_repeats(table) == 1
+    kept = np.ones(len(table), bool)
+    assert overlaps(table, kept) == {"validation": 1, "test": 1}
+    assert num_repeats(table, kept) == 1
     known = np.zeros(2, EVALUATION_ROW)
     known["pixels"], known["perceptual"] = [7, 9], [look, 0]
     sets = [EvaluationSet("folder:x", known)]

@@ -23,7 +23,6 @@ from mlip_cli.data.prepare.engines import Engine
 from mlip_cli.data.prepare.job import Job
 from mlip_cli.data.prepare.plan import assign_splits
 from mlip_cli.data.prepare.reasons import SourceError
-from mlip_cli.data.prepare.shards import PART_ROW
 from mlip_cli.data.sources import records
 from mlip_cli.data.sources.file_names import FileList, FileNames
 from mlip_cli.data.sources.find import find_source
@@ -180,15 +179,14 @@ def test_the_number_of_held_out_samples_is_logged(tmp_path: Path, caplog: pytest
 
 
 def test_holdout_is_capped_and_yields_to_the_sources_own_splits() -> None:
-    table = np.zeros(20_000, PART_ROW)
-    table["pixels"] = np.random.default_rng(0).integers(0, 2**64, 20_000, dtype=np.uint64)
-    table["split"] = NO_SPLIT
-    splits = assign_splits(table, holdout=0.5)
+    pixels = np.random.default_rng(0).integers(0, 2**64, 20_000, dtype=np.uint64)
+    given = np.full(20_000, NO_SPLIT, np.uint8)
+    splits = assign_splits(pixels, given, holdout=0.5)
     assert (splits == 1).sum() == 5_000
-    assert table["pixels"][splits == 1].max() < table["pixels"][splits == 0].min()
-    assert abs((assign_splits(table, holdout=0.02) == 1).mean() - 0.02) < 0.004
-    table["split"][:3] = 2
-    assert (assign_splits(table, holdout=0.5) == 1).sum() == 0
+    assert pixels[splits == 1].max() < pixels[splits == 0].min()
+    assert abs((assign_splits(pixels, given, holdout=0.02) == 1).mean() - 0.02) < 0.004
+    given[:3] = 2
+    assert (assign_splits(pixels, given, holdout=0.5) == 1).sum() == 0
 
 
 def test_limit_takes_the_first_rows(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from sources_for_tests import contents, prepare, rejects, samples, write_files, 
 from mlip_cli.data.prepare import assemble, plan, shards
 from mlip_cli.data.prepare.fates import decided
 from mlip_cli.data.prepare.filters import AS_IT_IS
+from mlip_cli.data.prepare.part_tables import PartTables
 from mlip_cli.data.prepare.plan import Plan
 from mlip_cli.data.prepare.reasons import SourceError
 from mlip_cli.data.prepare.shards import PART_ROW, shard_bounds
@@ -205,15 +206,11 @@ def planned(n: int, *, holdout: float) -> Plan:
     """A plan of `n` rows, drawn."""
     draw = np.random.default_rng(0)
     table = np.zeros(n, PART_ROW)
-    table["row"], table["split"] = np.arange(n), 255
-    table["pixels"] = draw.integers(0, 2**64, n, np.uint64)
-    table["record"]["image_size"] = draw.integers(0, 200_000, n)
-    return Plan(
-        table,
-        (np.arange(n) // 500).astype(np.uint32),
-        decided(table, AS_IT_IS, []),
-        plan.assign_splits(table, holdout=holdout),
-    )
+    table["split"], table["pixels"] = 255, draw.integers(0, 2**64, n, np.uint64)
+    blocks = draw.integers(4, 400, n).astype(np.uint32)
+    tables = PartTables([Path("tar")] * (n // 500), np.arange(0, n + 1, 500), table["split"], blocks)
+    splits = plan.assign_splits(table["pixels"], table["split"], holdout=holdout)
+    return Plan(tables, decided(table, AS_IT_IS, []), splits)
 
 
 def test_shards_are_written_by_their_first_rows_and_each_row_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,7 +218,7 @@ def test_shards_are_written_by_their_first_rows_and_each_row_once(monkeypatch: p
     ours = planned(20_000, holdout=0.1)
     written = ours.shards()
     assert sorted(np.concatenate([shard.rows for shard in written]).tolist()) == list(range(20_000))
-    last = ours.last_uses(written, 40)
+    last = ours.last_uses(written)
     done = np.zeros(20_000, bool)
     for number, shard in enumerate(written):
         assert done[: shard.rows[0]].all()
