@@ -285,7 +285,8 @@ def _make_parts(
             if share.has(part.number) and part.number not in done:
                 yield part
 
-    with progress(-(-survey.pictures // share.count), "preparing") as bar:
+    about = -(-survey.pictures // share.count)
+    with progress(about, "preparing") as bar:
         bar.advance(bar.task_ids[0], sum(result.rows for result in results.values()))
         _check_first_rows(work, results, share)
         try:
@@ -294,7 +295,8 @@ def _make_parts(
                 reasons.update(result.reasons)
                 if options.download:
                     bar.update(bar.task_ids[0], description=downloads.outcomes_in_words(results.values(), reasons))
-                bar.advance(bar.task_ids[0], result.rows)
+                done_rows = bar.tasks[0].completed + result.rows  # of a share, more than its mean number at times
+                bar.update(bar.task_ids[0], completed=done_rows, total=max(about, done_rows))
                 _check_first_rows(work, results, share)
         finally:
             job.source.check_unchanged()  # first of all: a change makes any other error
@@ -348,10 +350,14 @@ def _check_reasons(work: Workspace, results: Sequence[PartResult], *, enough: in
         most = rows * downloads.most_alike(reason, is_first=bool(which))
         if rows >= enough and n > most and reason not in ASKED_FOR:
             example = _first_reject(work, results, reason)
-            cure = f"; {CURES[reason]}" if reason in CURES else ""
             passed = " that pass the rules" if reasons.keys() & ASKED_FOR else ""
-            same = f"{n} of the {which}{rows} rows{passed} fail for the same reason: {reason} (first: {example}){cure}"
-            raise SourceError(same)
+            same = f"{n} of the {which}{rows} rows{passed} fail for the same reason: {reason} (first: {example})"
+            raise SourceError(same + _cure(reason))
+
+
+def _cure(reason: str) -> str:
+    """What helps against a reason, as the end of an error; empty where the reason says it."""
+    return f"; {CURES[reason]}" if reason in CURES else ""
 
 
 def _reasons(results: Sequence[PartResult]) -> Counter[str]:
@@ -387,7 +393,8 @@ def _check_samples(
         rows = plural(sum(result.rows for result in results), "row")
         listed = ", ".join(f"{n:,} x {reason}" for reason, n in Counter(reasons).most_common())
         first = "" if finished.dropped else f" (first: {_first_reject(work, results)})"
-        raise SourceError(f"none of the {rows} became a sample: {listed}{first}")
+        most = max(reasons, key=reasons.__getitem__, default="")
+        raise SourceError(f"none of the {rows} became a sample: {listed}{first}{_cure(most)}")
 
 
 def _check_disk(job: Job, survey: Survey) -> None:
