@@ -126,8 +126,8 @@ def test_hashes_are_computed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         ("empty", "--exclude empty: unknown data set 'empty'; for the folder of this name write folder:empty"),
         (
             "nothing",
-            "--exclude nothing: no such data set; use imagenet, folder:PATH or shards:PATH, or for splits of the source "
-            "validation or test",
+            "--exclude nothing: no such data set; use imagenet, folder:PATH or shards:PATH, or for splits of the "
+            "source validation or test",
         ),
         (
             "digits",

@@ -92,7 +92,7 @@ def test_a_private_list_is_refused_with_the_cure(tmp_path: Path, server: Downloa
     )
     assert not server.asked
     assert not (tmp_path / "out").exists()
-    with pytest.raises(RunError, match=r"none of the 3 rows .*; if these are servers of your own network, say --allow-p"):
+    with pytest.raises(RunError, match=r"none of the 3 rows .*; if these are servers .*, say --allow-private"):
         prepare(write_list(tmp_path / "few", [server.url(f"good/{i}") for i in range(3)]), tmp_path / "out", **BUILD)
 
 
