@@ -307,7 +307,7 @@ def test_conditions(text: str, expected: bool | None) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a > ", "--where 'a > ': cannot be read "),
+        ("a > ", "--where 'a > ': cannot be read at its end; allowed are"),
         ("a > > 3", "--where 'a > > 3': cannot be read from '> 3' on; allowed are"),
         ("c > 3", "--where: no column 'c'; columns are a, b, t, s, e, n, nan, odd name, id"),
         ("__import__('os')", "--where: \"__import__('os')\": not a condition; allowed are"),

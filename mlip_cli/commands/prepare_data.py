@@ -19,7 +19,7 @@ from mlip_cli.data.sources.find import DataSource, find_pictures, find_source
 from mlip_cli.data.sources.records import DAMAGED, REFUSE, ReadOptions
 from mlip_cli.data.sources.rules import fingerprints
 from mlip_cli.errors import UsageError
-from mlip_cli.evaluate.datasets.find import find_benchmark, tree_fingerprint
+from mlip_cli.evaluate.datasets.find import UnknownDataSetError, find_benchmark, tree_fingerprint
 from mlip_cli.paths import check_can_be_made, check_utf8, escaped, is_url
 from mlip_cli.terminal.output import print_json, say
 
@@ -195,14 +195,21 @@ def _evaluation_place(name: str, data_root: Path | None) -> EvaluationPlace:
             raise UsageError(f"--exclude {escaped(name)}: {error}") from None
         return EvaluationPlace(name, path, tree_fingerprint(Path(path)))
     if kind == "shards" and path and not (Path(path) / "dataset.json").is_file():
-        tars = find_source(path, format="webdataset")
+        try:
+            tars = find_source(path, format="webdataset")
+        except UsageError as error:
+            raise UsageError(f"--exclude {escaped(name)}: {error}") from None
         return EvaluationPlace(name, path, tars.fingerprint())
-    benchmark = find_benchmark(name, root=data_root)
+    usable = f"use imagenet, folder:PATH or shards:PATH, or for splits of the source {' or '.join(OWN_SPLITS)}"
+    try:
+        benchmark = find_benchmark(name, root=data_root)
+    except UnknownDataSetError as error:
+        guess = f"{error}" if Path(name).is_dir() or "did you mean" in f"{error}" else f"no such data set; {usable}"
+        raise UsageError(f"--exclude {escaped(name)}: {guess}") from None
+    except UsageError as error:
+        raise UsageError(f"--exclude {error}") from None
     if benchmark.kind not in WITH_FILES:
-        raise UsageError(
-            f"--exclude {benchmark.words}: mlip does not find its pictures as files; use imagenet, folder:PATH or "
-            f"shards:PATH, or for splits of the source {' or '.join(OWN_SPLITS)}"
-        )
+        raise UsageError(f"--exclude {benchmark.words}: mlip does not find its pictures as files; {usable}")
     return EvaluationPlace(name, str(benchmark.root / WITH_FILES[benchmark.kind]), benchmark.fingerprint)
 
 

@@ -84,7 +84,14 @@ def _in_and_out(summary: Summary, cards: Cards) -> Html:
         note(said),
     ]
     rows = [
-        [name, split.num_samples, split.num_shards, f"{split.num_bytes / 2**20:,.1f}", split.distinct_captions, holds]
+        [
+            name,
+            f"{split.num_samples:,}",
+            f"{split.num_shards:,}",
+            f"{split.num_bytes / 2**20:,.1f}",
+            None if split.distinct_captions is None else f"{split.distinct_captions:,}",
+            holds,
+        ]
         for name, split in summary.splits.items()
         for holds in (split.holds or _held_out_words(name, summary),)
     ]
@@ -95,6 +102,7 @@ def _in_and_out(summary: Summary, cards: Cards) -> Html:
         "In and out",
         _bars(counts, of=max(counts.values())),
         reasons if summary.rejects else note("Every picture became a sample."),
+        *(note(f"{line}.") for line in (*summary.repeats(), *summary.overlaps())),
         note(_shown(f"Not read, or found by another spelling: {passed}.")) if passed else None,
         element("h3", "Splits"),
         table(Table(columns, rows).without_empty_columns()),

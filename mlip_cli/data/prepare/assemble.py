@@ -207,7 +207,8 @@ def _make_parts(
             if share.has(part.number) and part.number not in done:
                 yield part
 
-    with progress(-(-survey.pictures // share.count), "preparing") as bar:
+    about = -(-survey.pictures // share.count)
+    with progress(about, "preparing") as bar:
         bar.advance(bar.task_ids[0], sum(result.rows for result in results.values()))
         check_first_rows(work, results, share)
         try:
@@ -216,7 +217,8 @@ def _make_parts(
                 reasons.update(result.reasons)
                 if options.download:
                     bar.update(bar.task_ids[0], description=downloads.outcomes_in_words(results.values(), reasons))
-                bar.advance(bar.task_ids[0], result.rows)
+                done_rows = bar.tasks[0].completed + result.rows  # of a share, more than its mean number at times
+                bar.update(bar.task_ids[0], completed=done_rows, total=max(about, done_rows))
                 check_first_rows(work, results, share)
         finally:
             job.source.check_unchanged()  # first of all: a change makes any other error

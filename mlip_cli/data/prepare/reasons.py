@@ -53,10 +53,14 @@ def check_reasons(work: Workspace, results: Sequence[PartResult], *, enough: int
         most = rows * downloads.most_alike(reason, is_first=bool(which))
         if rows >= enough and n > most and reason not in ASKED_FOR:
             example = _first_reject(work, results, reason)
-            cure = f"; {CURES[reason]}" if reason in CURES else ""
             passed = " that pass the rules" if reasons.keys() & ASKED_FOR else ""
-            same = f"{n} of the {which}{rows} rows{passed} fail for the same reason: {reason} (first: {example}){cure}"
-            raise SourceError(same)
+            same = f"{n} of the {which}{rows} rows{passed} fail for the same reason: {reason} (first: {example})"
+            raise SourceError(same + _cure(reason))
+
+
+def _cure(reason: str) -> str:
+    """What helps against a reason, as the end of an error; empty where the reason says it."""
+    return f"; {CURES[reason]}" if reason in CURES else ""
 
 
 def reasons_of(results: Sequence[PartResult]) -> Counter[str]:
@@ -83,4 +87,5 @@ def check_samples(
         rows = plural(sum(result.rows for result in results), "row")
         listed = ", ".join(f"{n:,} x {reason}" for reason, n in Counter(reasons).most_common())
         first = "" if finished.dropped else f" (first: {_first_reject(work, results)})"
-        raise SourceError(f"none of the {rows} became a sample: {listed}{first}")
+        most = max(reasons, key=reasons.__getitem__, default="")
+        raise SourceError(f"none of the {rows} became a sample: {listed}{first}{_cure(most)}")

@@ -119,8 +119,10 @@ class Summary:
             say(f"each reject with file, row and reason: {inside(self.out, 'rejects.parquet')}")
         if (card := Path(self.out) / CARD_PAGE).is_file():
             say(f"card: {card}")
-        if self.request["format"] != "openmoji":
-            self._show_repeats()
+        for line in self.repeats():
+            say(line)
+        for line in self.overlaps():
+            warn(line)
         if self.attribution:
             say(self.attribution)
         for need, command in self.next.items():
@@ -129,17 +131,20 @@ class Summary:
         if not self.next:
             warn(f"fewer than {FEWEST_TO_TRAIN} samples to train on: too few for a contrastive loss")
 
-    def _show_repeats(self) -> None:
+    def repeats(self) -> Iterator[str]:
         """What the rules for captions took, and equal pictures that are still there."""
         if n := self.cleaning.get("captions_left_out", 0):
-            say(f"{plural(n, 'caption')} left out by the rules for captions; other captions of these pictures stay")
-        if n := self.cleaning.get("repeats", 0):
+            yield f"{plural(n, 'caption')} left out by the rules for captions; other captions of these pictures stay"
+        if (n := self.cleaning.get("repeats", 0)) and self.request["format"] != "openmoji":
             repeat = f"{plural(n, 'sample')} {'repeats' if n == 1 else 'repeat'} the picture of an earlier one"
-            say(f"{repeat}; --dedupe pixels leaves {'it' if n == 1 else 'them'} out")
-        for split in OWN_SPLITS:
+            yield f"{repeat}; --dedupe pixels leaves {'it' if n == 1 else 'them'} out"
+
+    def overlaps(self) -> Iterator[str]:
+        """Pictures to train on that the source's own held-out splits have too."""
+        for split in OWN_SPLITS if self.request["format"] != "openmoji" else ():
             if n := self.cleaning.get(f"in_{split}", 0):
                 same = f"{plural(n, 'sample')} to train on {'has' if n == 1 else 'have'} a picture of the source's own"
-                warn(f"{same} {split} split; --exclude {split} leaves {'it' if n == 1 else 'them'} out")
+                yield f"{same} {split} split; --exclude {split} leaves {'it' if n == 1 else 'them'} out"
 
     def _show_held_out(self) -> None:
         holdout = held_out_share(self.request["holdout"], self.pictures)

@@ -77,7 +77,7 @@ def condition(text: str, columns: Sequence[str]) -> Condition:
         with warnings.catch_warnings(action="ignore"):  # of odd escapes in texts
             tree = ast.parse(source, mode="eval")
     except SyntaxError as error:
-        rest = source[max(0, (error.offset or 1) - 1) :] if error.lineno == 1 else ""
+        rest = source[error.offset - 1 :] if error.offset and error.lineno == 1 else ""  # offset 0: more is expected
         where = f"from {escaped(rest)!r} on" if rest else "at its end"
         raise UsageError(f"--where {text!r}: cannot be read {where}; allowed are {ALLOWED}") from None
     except (ValueError, RecursionError, MemoryError) as error:
