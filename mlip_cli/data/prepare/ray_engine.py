@@ -75,8 +75,6 @@ def run_parallel(
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    if not os.environ.get(ADDRESS):
-        os.environ.setdefault("RAY_AUTH_TOKEN", uuid4().hex)  # else Ray writes one to the home folder, for good
     import ray
 
     with _started(num_workers) as most:
