@@ -12,6 +12,8 @@ CONNECT_SHARE = 0.5
 """Of the time of an attempt, what DNS, TCP and TLS may take: 10 of 20 s."""
 LONGEST_CONNECT_S = 10.0
 MAX_REDIRECTS = 5
+ADDRESS = re.compile(r"\s*https?:/", re.IGNORECASE)
+"""How a cell begins that is downloaded."""
 PARTS_AT_ONCE = 8
 """Parts that a worker process has in hand. A row may take a minute with its retries, and its part ends with it."""
 
@@ -58,7 +60,7 @@ DEFAULTS = DownloadOptions()
 
 def is_address(cell: Any) -> bool:
     """Whether a cell of a table is what is downloaded: an address of http or https."""
-    return isinstance(cell, str) and re.match(r"\s*https?:/", cell, re.IGNORECASE) is not None
+    return isinstance(cell, str) and ADDRESS.match(cell) is not None
 
 
 def check_installed() -> None:

@@ -218,7 +218,7 @@ def _keys(hashes: Hashes, radius: int, bits: NDArray[np.int64]) -> Iterator[NDAr
             bands[band, start : start + CHUNK] |= value.astype(bands.dtype)
     kind = np.uint32 if 2 * width <= 32 else np.uint64
     for one, other in combinations(bands, 2):
-        key = one.astype(kind)
+        key: NDArray[np.unsignedinteger[Any]] = one.astype(kind)
         key <<= width
         key |= other
         yield key
