@@ -113,7 +113,10 @@ def _loaded(folder: Path, results: Sequence[PartResult]) -> tuple[NDArray[np.voi
     for result, count in zip(results, counts, strict=True):
         path = (folder / result.tar).with_suffix(".npy")
         try:
-            table[start : start + count] = np.load(path, allow_pickle=False)
+            rows = np.load(path, allow_pickle=False)
+            if rows.dtype != PART_ROW or rows.shape != (count,):
+                raise ValueError(f"{rows.shape} of other fields, or of another number of rows than {count:,}")
+            table[start : start + count] = rows
         except (ValueError, OSError, EOFError) as error:
             out = folder.parents[1]
             raise UsageError(f"{path}: damaged ({error}); remove {out} and prepare it again") from None
