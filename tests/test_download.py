@@ -63,6 +63,7 @@ OUTCOMES = {
     "unnamed/7": "picture",  # text/plain: the content decides
     "slow/7": "picture",
     "gzipped/7": "picture",
+    "members/7": "picture",
     "others_noai/7": "picture",
     "chain/5": "picture",
     "busy_once/7": "picture",
