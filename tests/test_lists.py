@@ -392,6 +392,16 @@ def test_ids_and_keys_with_half_a_pair_of_surrogates(tmp_path: Path) -> None:
     assert [record.captions[0].text for record in found] == ["new t 0", "new t 1", "new t 2"]
 
 
+@pytest.mark.parametrize(("unit", "year"), [("ns", 2116), ("us", 148108)])
+@pytest.mark.parametrize("zone", [None, "Europe/Berlin"])
+def test_times_that_python_cannot_hold(tmp_path: Path, unit: str, year: int, zone: str | None) -> None:
+    times = pa.array([2**62 + 1, None], pa.timestamp(unit, zone))
+    pq.write_table(pa.table({"url": URLS[:2], "text": ["a", "b"], "t": times}), tmp_path / "l.parquet")
+    found = records(tmp_path / "l.parquet", tmp_path, where=f"t > '{str(year)[:4]}'")
+    assert [len(record.captions) for record in found if not record.reject] == [1]
+    assert reasons(found)[0][:2] == (1, "--where asks for a missing value")
+
+
 def test_uids_that_are_refused(tmp_path: Path) -> None:
     source = table(tmp_path / "l.parquet", {"url": URLS, "text": DATACOMP["text"]})
     np.save(tmp_path / "floats.npy", np.zeros(3))
