@@ -8,6 +8,7 @@ from array import array
 from collections import namedtuple
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,13 @@ from mlip_cli.data.prepare import assemble as prepare_module
 from mlip_cli.data.prepare import reasons
 from mlip_cli.data.prepare.assemble import _check_disk
 from mlip_cli.data.prepare.engines import Engine
+from mlip_cli.data.prepare.fates import decided
+from mlip_cli.data.prepare.filters import AS_IT_IS
 from mlip_cli.data.prepare.job import Job
-from mlip_cli.data.prepare.plan import assign_splits
+from mlip_cli.data.prepare.plan import assign_splits, plan_of
 from mlip_cli.data.prepare.reasons import SourceError
+from mlip_cli.data.prepare.shards import PART_ROW
+from mlip_cli.data.prepare.workspace import PartResult, Workspace
 from mlip_cli.data.sources import records
 from mlip_cli.data.sources.file_names import FileList, FileNames
 from mlip_cli.data.sources.find import find_source
@@ -176,6 +181,24 @@ def test_the_number_of_held_out_samples_is_logged(tmp_path: Path, caplog: pytest
         f"validation/ has {samples_held_out}, too few to measure by; say --holdout 0.2 for more",
         "30 rows: 30 samples, 0 rejects",
     ]
+
+
+def test_few_held_out_samples_of_a_large_share_need_more_pictures(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", logger="mlip_cli"):
+        prepare(write_sidecars(tmp_path / "in", 12), tmp_path / "out", holdout=0.5)
+    assert "too few to measure by; take more pictures" in caplog.text
+
+
+@pytest.mark.parametrize("table", [np.zeros(1, PART_ROW), np.zeros(3), np.zeros(3, [("row", "u8"), ("split", "u1")])])
+def test_the_table_of_a_part_of_another_version_is_named(tmp_path: Path, table: np.ndarray) -> None:
+    work = Workspace(tmp_path / "out")
+    work.parts.mkdir(parents=True)
+    np.save(work.parts / "part-000000.npy", table)
+    result = PartResult(0, 3, "part-000000.tar", {})
+    with pytest.raises(UsageError, match=r"part-000000.npy: damaged \(.*\); remove .*out and prepare it again"):
+        plan_of(work.parts, [result], holdout=0.0, decide=partial(decided, cleaning=AS_IT_IS, sets=[]))
 
 
 def test_holdout_is_capped_and_yields_to_the_sources_own_splits() -> None:

@@ -157,7 +157,8 @@ class Summary:
             )
             if num_held_out < FEW_HELD_OUT:
                 few = plural(num_held_out, "sample")
-                warn(f"validation/ has {few}, too few to measure by; say --holdout 0.2 for more")
+                cure = "say --holdout 0.2 for more" if holdout < 0.2 else "take more pictures"
+                warn(f"validation/ has {few}, too few to measure by; {cure}")
         elif holdout and not self.splits.keys() & {"validation", "test"}:
             warn(f"no picture was held out: {holdout:.0%} of so few; say --holdout 0.2 for a validation split")
 
