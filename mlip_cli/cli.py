@@ -53,6 +53,7 @@ from mlip_cli.terminal.options import (
     Preset,
     ProfiledPrecision,
     Retries,
+    RetryFailed,
     Run,
     ShortSide,
     Source,
@@ -135,6 +136,7 @@ def prepare_data(
     workers: Workers = None,
     part: Part = None,
     finish: Finish = False,
+    retry_failed: RetryFailed = False,
     check: Check = None,
     timeout: Timeout = DEFAULTS.timeout_s,
     retries: Retries = DEFAULTS.retries,
@@ -184,6 +186,7 @@ def prepare_data(
         workers=workers,
         part=part,
         finish=finish,
+        retry_failed=retry_failed,
         as_json=json,
         download=DownloadOptions(
             timeout, retries, connections, connections_per_host, user_agent, ignore_opt_out, allow_private

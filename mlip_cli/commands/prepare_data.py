@@ -8,7 +8,8 @@ from mlip_cli.data.download.options import DEFAULTS, DownloadOptions
 from mlip_cli.data.prepare.evaluation_places import EvaluationPlace, fingerprint_of
 from mlip_cli.data.prepare.filters import AS_IT_IS, OWN_SPLITS, Cleaning
 from mlip_cli.data.prepare.job import Job
-from mlip_cli.data.prepare.summary import CARD_PAGE, next_commands
+from mlip_cli.data.prepare.retry import num_retryable
+from mlip_cli.data.prepare.summary import CARD_PAGE, Summary, next_commands
 from mlip_cli.data.prepare.workspace import DONE, Share, Workspace, finished_summary
 from mlip_cli.data.sources.find import DataSource, find_pictures, find_source
 from mlip_cli.data.sources.records import DAMAGED, REFUSE, ReadOptions
@@ -46,6 +47,7 @@ def prepare_data(
     workers: int | None,
     part: str | None = None,
     finish: bool = False,
+    retry_failed: bool = False,
     as_json: bool,
     download: DownloadOptions = DEFAULTS,
 ) -> None:
@@ -54,6 +56,7 @@ def prepare_data(
     Args:
         part: I/N: prepare the I-th of N shares of the parts, and finish nothing.
         finish: make the shards of parts that are all prepared.
+        retry_failed: try rows of OUT again that failed for a reason that can pass.
         data_root: where the evaluation sets of `cleaning.exclude` lie; None: see `find.data_root`.
 
     Raises:
@@ -66,6 +69,8 @@ def prepare_data(
     share = Share.read(part) if part else None
     if share and finish:
         raise UsageError(f"--part {part} --finish: run --part first, on each machine, and then --finish alone")
+    if retry_failed and (share or finish):
+        raise UsageError(f"--retry-failed: not with {'--part' if share else '--finish'}; one machine does all of it")
     if read.damaged not in DAMAGED:
         raise UsageError(f"--damaged {read.damaged}: no such rule; use {' or '.join(DAMAGED)}")
     if not (out / DONE).is_file():
@@ -81,6 +86,8 @@ def prepare_data(
     if excluded:
         request["excluded_fingerprint"] = fingerprint_of(excluded)
     summary = finished_summary(out, request)
+    if retry_failed and summary is None and not Workspace(out).is_begun():
+        raise UsageError(f"{out}: nothing was prepared here; leave out --retry-failed")
     job = Job(found, out, read, request, workers or usable_cores(), cleaning, excluded, download)
     if summary is None and share:
         from mlip_cli.data.prepare.assemble import prepare_share
@@ -90,14 +97,7 @@ def prepare_data(
             print_json(asdict(done))
         done.show()
         return
-    if summary is None:
-        from mlip_cli.data.prepare.assemble import prepare
-
-        summary = prepare(job, finish_only=finish)
-    else:
-        Workspace(out).discard()  # left by a kill between the last two steps
-        summary = replace(summary, out=str(out), next=next_commands(found.format, out, summary.splits))
-        say(f"{out}: prepared already, from the same files with the same options; nothing to do")
+    summary = _finished(job, summary, finish_only=finish, retry_failed=retry_failed)
     if not (out / CARD_PAGE).is_file():
         write_data_card(out, summary)
     if as_json:
@@ -105,6 +105,35 @@ def prepare_data(
     else:
         summary.show_splits()
     summary.show_notes()
+
+
+def _finished(job: Job, summary: Summary | None, *, finish_only: bool, retry_failed: bool) -> Summary:
+    """Prepare what is left to prepare, and then try rows again that failed, if that is asked for.
+
+    Args:
+        summary: of OUT if it is finished.
+    """
+    from mlip_cli.data.prepare.retried import is_begun
+
+    out = job.out
+    is_retrying = is_begun(Workspace(out)) and summary is None
+    was_finished = summary is not None
+    if summary is None:
+        from mlip_cli.data.prepare.assemble import prepare
+
+        summary = prepare(job, finish_only=finish_only)
+    if retry_failed and not is_retrying and num_retryable(summary.reasons):
+        from mlip_cli.data.prepare.assemble import prepare
+
+        return prepare(job, retry=True)
+    if was_finished:
+        Workspace(out).discard_leftovers()  # of a kill between the last two steps
+        summary = replace(summary, out=str(out), next=next_commands(job.source.format, out, summary.splits))
+        if retry_failed:
+            say(f"{out}: no reject of it can pass with time; nothing to try again")
+        else:
+            say(f"{out}: prepared already, from the same files with the same options; nothing to do")
+    return summary
 
 
 def _evaluation_places(cleaning: Cleaning, data_root: Path | None) -> tuple[EvaluationPlace, ...]:

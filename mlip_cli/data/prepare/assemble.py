@@ -23,9 +23,11 @@ from mlip_cli.data.prepare.job import Job
 from mlip_cli.data.prepare.parts import prepare_part
 from mlip_cli.data.prepare.pixels import PERCEPTUAL
 from mlip_cli.data.prepare.rejects import rejects_of
+from mlip_cli.data.prepare.retried import Earlier, begin, earlier_parts, is_begun
 from mlip_cli.data.prepare.summary import SharePrepared, Summary, next_commands
 from mlip_cli.data.prepare.workers import run_parallel
 from mlip_cli.data.prepare.workspace import (
+    DONE,
     EVERYTHING,
     PartOptions,
     PartResult,
@@ -38,7 +40,7 @@ from mlip_cli.data.sources.find import DataSource, read_records
 from mlip_cli.data.sources.listing import PassedOver, is_unread_picture
 from mlip_cli.data.sources.lists import published_list
 from mlip_cli.data.sources.openmoji import attribution, split_words
-from mlip_cli.data.sources.records import WISHED, SourcePart, held_out_share, parts_of
+from mlip_cli.data.sources.records import WISHED, SourcePart, held_out_share, parts_of, parts_of_some
 from mlip_cli.data.sources.rules import list_warnings
 from mlip_cli.data.sources.survey import Survey, passed_over, surveyed
 from mlip_cli.data.sources.table_layouts import missing_shards
@@ -76,11 +78,12 @@ class SourceError(RunError):
     """Most rows of the source fail; nothing of the work is worth keeping."""
 
 
-def prepare(job: Job, *, finish_only: bool = False) -> Summary:
+def prepare(job: Job, *, finish_only: bool = False, retry: bool = False) -> Summary:
     """Prepare a source in OUT. An interrupted run is continued.
 
     Args:
         finish_only: other processes have prepared all parts.
+        retry: OUT is finished; try the rows again that failed and can pass.
 
     Raises:
         UsageError: the source cannot be read, the disk is too small, another process writes to OUT, or there are parts
@@ -95,12 +98,15 @@ def prepare(job: Job, *, finish_only: bool = False) -> Summary:
     _check_disk(job, survey)
     provenance = _provenance(job)
     holds = split_words(job.read.limit) if source.format == "openmoji" else {}
-    with _at_work(job) as work:
+    with _at_work(job, may_be_finished=retry) as work:
+        if retry and (work.out / DONE).is_file():
+            begin(work, read_records(source, job.read, survey.shared), num_pictures=survey.pictures)
+        earlier = _earlier(work, is_alone=not finish_only)
         try:
             if finish_only:
                 _check_gaps(work, (part.number for part in parts_of(read_records(source, job.read, survey.shared))))
             sets = _evaluation_sets(work, job)
-            results = _prepare_parts(work, job, survey)
+            results = _prepare_parts(work, job, survey) if earlier is None else _retry(work, job, survey, earlier)
             share = held_out_share(job.request["holdout"], survey.pictures)
             finished = write_splits(
                 work,
@@ -113,6 +119,8 @@ def prepare(job: Job, *, finish_only: bool = False) -> Summary:
             reasons = _reasons(results) + Counter(finished.dropped)
             _check_samples(work, results, finished, reasons)
         except SourceError as error:
+            if earlier is not None:
+                raise
             work.discard()
             raise SourceError(f"{source.name}: {error}; nothing was kept") from None
         num_samples = sum(split.num_samples for split in finished.splits.values())
@@ -126,7 +134,7 @@ def prepare(job: Job, *, finish_only: bool = False) -> Summary:
             request=dict(job.request),
             rows=survey.rows,
             rejects=reasons.total(),
-            reasons=dict(reasons.most_common()),
+            reasons=dict(sorted(reasons.items(), key=lambda item: (-item[1], item[0]))),
             splits=finished.splits,
             held_out=finished.is_held_out,
             attribution=provenance.get("attribution"),
@@ -149,6 +157,7 @@ def prepare_share(job: Job, share: Share) -> SharePrepared:
     job, survey, _ = _understood(job)
     _check_disk(job, survey)
     with _at_work(job, share) as work:
+        _earlier(work, is_alone=False)
         there = frozenset(filter(share.has, work.results()))
         numbers: list[int] = []
         try:
@@ -160,13 +169,13 @@ def prepare_share(job: Job, share: Share) -> SharePrepared:
 
 
 @contextmanager
-def _at_work(job: Job, share: Share | None = None) -> Iterator[Workspace]:
+def _at_work(job: Job, share: Share | None = None, *, may_be_finished: bool = False) -> Iterator[Workspace]:
     """The workspace of OUT; a Ctrl-C or a full disk in the block becomes a line that says how to go on."""
     again = "run the same command again: it goes on"
     with (
         interrupted_as(f"{job.out}: interrupted; {again}"),
         full_disk_named(job.out, f"make room and {again}"),
-        opened(job.out, job.request, share) as work,
+        opened(job.out, job.request, share, may_be_finished=may_be_finished) as work,
     ):
         yield work
 
@@ -256,38 +265,79 @@ def _prepare_parts(work: Workspace, job: Job, survey: Survey) -> list[PartResult
     return results
 
 
+def _earlier(work: Workspace, *, is_alone: bool) -> Earlier | None:
+    """What an earlier run made, where this one tries failed rows of it again.
+
+    Args:
+        is_alone: this process does all that is left; else it prepares a share, or finishes what others prepared.
+
+    Raises:
+        UsageError: not alone.
+    """
+    if not is_alone and is_begun(work):
+        raise UsageError(f"{work.out}: --retry-failed has begun here; run it again without --part and --finish")
+    return earlier_parts(work)
+
+
+def _retry(work: Workspace, job: Job, survey: Survey, earlier: Earlier) -> list[PartResult]:
+    """Prepare the rows again that failed. Returns the results of all rows; nothing of it is thrown away.
+
+    Rows of the source and captions are counted by what was there before, which counted those of failed rows too.
+
+    Raises:
+        RunError: a worker was killed.
+    """
+    retried = _make_parts(work, job, survey, earlier=earlier)
+    *of_shards, rest = earlier.results
+    rest = replace(rest, source_rows=survey.rows, captions_left_out=earlier.captions_left_out)
+    return [*of_shards, rest, *(replace(result, source_rows=0, captions_left_out=0) for result in retried)]
+
+
 def _make_parts(
-    work: Workspace, job: Job, survey: Survey, *, share: Share = EVERYTHING, numbers: list[int] | None = None
+    work: Workspace,
+    job: Job,
+    survey: Survey,
+    *,
+    share: Share = EVERYTHING,
+    numbers: list[int] | None = None,
+    earlier: Earlier | None = None,
 ) -> list[PartResult]:
     """Prepare the parts of a share that are not finished yet. Returns the results of the share, in order.
 
     Args:
         numbers: the number of every part of the source is appended to it.
+        earlier: prepare only the rows that are tried again.
 
     Raises:
         SourceError: most of the first rows fail for one reason.
         RunError: a worker was killed.
     """
+    num_rows = survey.pictures if earlier is None else len(earlier.places)
     options = PartOptions(str(work.parts), job.size, job.source.format == "openmoji", job.cleaning)
     if rewritten := job.source.rewritten_by_sha256:
         options = replace(options, captions=str(rewritten.stem), adds_captions=rewritten.file.adds)
     if survey.addresses:
-        options = replace(options, download=downloads.share(survey.addresses, job.download, job.num_workers))
+        options = replace(
+            options, download=downloads.share(min(survey.addresses, num_rows), job.download, job.num_workers)
+        )
     results = {number: result for number, result in work.results().items() if share.has(number)}
     done = frozenset(results)
     reasons = _reasons(list(results.values()))
     prepared, at_once = partial(prepare_part, options=options), PARTS_AT_ONCE if options.download else 1
 
     def to_do() -> Iterator[SourcePart]:
-        for part in parts_of(read_records(job.source, job.read, survey.shared)):
+        rows = read_records(job.source, job.read, survey.shared)
+        some = earlier and parts_of_some(rows, earlier.places.tolist(), first_number=len(earlier.results))
+        for part in some or parts_of(rows):
             if numbers is not None:
                 numbers.append(part.number)
             if share.has(part.number) and part.number not in done:
                 yield part
 
-    with progress(-(-survey.pictures // share.count), "preparing") as bar:
+    with progress(-(-num_rows // share.count), "preparing" if earlier is None else "trying again") as bar:
         bar.advance(bar.task_ids[0], sum(result.rows for result in results.values()))
-        _check_first_rows(work, results, share)
+        check_first = partial(_check_first_rows, work, results, share) if earlier is None else int
+        check_first()
         try:
             for result in run_parallel(prepared, to_do(), num_workers=job.num_workers, at_once=at_once):
                 results[result.number] = result
@@ -295,7 +345,7 @@ def _make_parts(
                 if options.download:
                     bar.update(bar.task_ids[0], description=downloads.outcomes_in_words(results.values(), reasons))
                 bar.advance(bar.task_ids[0], result.rows)
-                _check_first_rows(work, results, share)
+                check_first()
         finally:
             job.source.check_unchanged()  # first of all: a change makes any other error
     return [results[number] for number in sorted(results)]
