@@ -113,9 +113,15 @@ def write_text(path: Path, content: str) -> None:
     write_bytes(path, content.encode("utf-8", "backslashreplace"))
 
 
+def json_document(value: Any) -> bytes:
+    """Strict, readable JSON in UTF-8, escaped as `write_text` does."""
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    return text.encode("utf-8", "backslashreplace")
+
+
 def write_json(path: Path, value: Any) -> None:
     """Replace `path` atomically with strict, readable JSON."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_bytes(path, json_document(value))
 
 
 def read_lines(path: Path) -> list[str]:

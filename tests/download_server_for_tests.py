@@ -261,6 +261,12 @@ async def gzipped(asked: Asked) -> None:
     await asked.send(200, gzip.compress(jpeg(number_of(asked))), Content_Encoding="gzip")
 
 
+async def members(asked: Asked) -> None:
+    """Gzip in two members."""
+    content = jpeg(number_of(asked))
+    await asked.send(200, gzip.compress(content[:500]) + gzip.compress(content[500:]), Content_Encoding="gzip")
+
+
 async def brotli(asked: Asked) -> None:
     await asked.send(200, b"xyz", Content_Encoding="br")
 

@@ -237,8 +237,10 @@ def test_what_is_not_prepared_data_is_one_line(tmp_path: Path, files: dict[str, 
     with pytest.raises(UsageError) as error:
         check(tmp_path / "in", num_workers=1)
     assert str(error.value).startswith(f"{tmp_path / 'in'}: {message}")
-    with pytest.raises(UsageError, match="no such folder"):
+    with pytest.raises(UsageError) as error:
         check(tmp_path / "none", num_workers=1)
+    cure = "name what mlip prepare-data wrote, OUT or one split of it"
+    assert str(error.value) == f"--check {tmp_path / 'none'}: no such folder; {cure}"
 
 
 @pytest.mark.parametrize(

@@ -148,6 +148,24 @@ def test_large_pictures_make_a_small_card(tmp_path: Path) -> None:
     assert (tmp_path / "out/card.html").stat().st_size < MOST_BYTES
 
 
+def test_the_page_says_which_equal_pictures_are_still_there(out: Path) -> None:
+    fields = Summary.read(out / "prepared.json").__dict__ | {"cleaning": {"repeats": 914, "in_test": 557}}
+    page = data_card(Summary(**fields), {}, [], written="now")
+    assert "914 samples repeat the picture of an earlier one; --dedupe pixels leaves them out." in page
+    own = "557 samples to train on have a picture of the source&#x27;s own test split; --exclude test leaves them out."
+    assert own in page or own.replace("&#x27;", "'") in page
+
+
+@pytest.mark.parametrize("count", [8, 1_500, 14_558, 12_423_374])
+def test_counts_beside_an_axis_leave_its_name_room(count: int) -> None:
+    chart = log_chart("Size", {"": [(64, 65, count)]}, x_label="pixels")
+    box = chart.axes.yaxis.label.get_window_extent()
+    assert box.x0 >= 0
+    ticks = [text.get_text() for text in chart.axes.get_yticklabels()]
+    assert len(ticks) > 2
+    assert all(re.fullmatch(r"[\d.]+[kM]?|", tick) for tick in ticks)
+
+
 def test_histograms_of_splits_are_added_and_tails_are_cut() -> None:
     def card(counts: dict[str, int]) -> dict[str, object]:
         histogram = {"bins_an_octave": 64, "scale": 1, "counts": counts}

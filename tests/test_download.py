@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
@@ -62,6 +63,7 @@ OUTCOMES = {
     "unnamed/7": "picture",  # text/plain: the content decides
     "slow/7": "picture",
     "gzipped/7": "picture",
+    "members/7": "picture",
     "others_noai/7": "picture",
     "chain/5": "picture",
     "busy_once/7": "picture",
@@ -132,6 +134,16 @@ def test_requests_say_who_asks_and_keep_no_cookies(server: DownloadServer, monke
             assert [outcome(answer) for _, answer in downloader.answers([(0, server.url(path))])] == ["picture"]
     assert "cookie" not in server.headers["/good/4"]
     assert server.headers["/good/4"]["user-agent"] == "me/1"
+
+
+def test_all_members_of_gzip_are_read(server: DownloadServer) -> None:
+    assert downloads([server.url("members/7")]) == [jpeg(7)]
+
+
+def test_half_a_pair_of_surrogates_is_no_address(server: DownloadServer) -> None:
+    for path in ("good/\ud800", "good/1?\ud83d"):
+        [answer] = downloads([server.url(path)])
+        assert outcome(answer) == "not an address: a letter that is none: half of a pair of surrogates"
 
 
 def test_nothing_private_is_asked(server: DownloadServer) -> None:
@@ -243,6 +255,27 @@ def test_a_host_that_refuses_connections_is_left_alone(server: DownloadServer) -
     silent = next(answer for answer in found if isinstance(answer, DownloadError) and "host" in answer.reason)
     assert "connections failed before, the last: " in silent.detail
     assert hosts.MOST_FAILURES < 40
+
+
+@pytest.mark.parametrize("kind", ["silent", "drip"])
+def test_a_host_whose_answers_never_end_is_left_alone(server: DownloadServer, kind: str) -> None:
+    urls = [server.url(f"{kind}/{i}") for i in range(120)]
+    options = DownloadOptions(timeout_s=0.3, retries=0, allow_private=True)
+    found = downloads(urls, options)
+    reasons = Counter(answer.reason for answer in found if isinstance(answer, DownloadError))
+    assert reasons.keys() == {"timed out", "host does not answer"}
+    most = hosts.MOST_TIMEOUTS + options.connections_per_host
+    assert hosts.MOST_TIMEOUTS <= reasons["timed out"] == server.asked.total() <= most
+    assert "answers before timed out, the last: not whole within 0.3 s" in str(found[-1])
+
+
+def test_slow_answers_between_whole_ones_close_no_host(server: DownloadServer) -> None:
+    urls = [server.url(f"{'silent' if i % 4 else 'good'}/{i}") for i in range(64)]
+    options = DownloadOptions(timeout_s=0.3, retries=0, allow_private=True)
+    found = downloads(urls, options)
+    assert [outcome(answer) for answer in found] == [
+        "timed out: not whole within 0.3 s" if i % 4 else "picture" for i in range(64)
+    ]
 
 
 def test_a_host_gets_few_connections_at_a_time(server: DownloadServer) -> None:

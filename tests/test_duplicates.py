@@ -14,10 +14,10 @@ from PIL import Image, ImageDraw
 from sources_for_tests import contents, prepare, rejects, samples, texts, write_files, write_sidecars
 
 from mlip_cli.data.prepare import near
-from mlip_cli.data.prepare.assemble import SourceError
 from mlip_cli.data.prepare.duplicates import EVALUATION_ROW, EvaluationSet, drops, num_repeats, overlaps
 from mlip_cli.data.prepare.filters import DEDUPES, MAX_RADIUS, Cleaning
 from mlip_cli.data.prepare.near import FEWEST_BITS, near_among, near_earlier, says_something
+from mlip_cli.data.prepare.reasons import SourceError
 from mlip_cli.data.prepare.shards import PART_ROW
 from mlip_cli.data.sources import records
 from mlip_cli.data.sources.records import NO_SPLIT, SPLITS
@@ -150,8 +150,9 @@ def test_own_splits_and_evaluation_sets_stay_out_of_training() -> None:
         (9, 9, 0, train),
     ]
     table = table_of(rows)
-    assert overlaps(table) == {"validation": 1, "test": 1}
-    assert num_repeats(table) == 1
+    kept = np.ones(len(table), bool)
+    assert overlaps(table, kept) == {"validation": 1, "test": 1}
+    assert num_repeats(table, kept) == 1
     known = np.zeros(2, EVALUATION_ROW)
     known["pixels"], known["perceptual"] = [7, 9], [look, 0]
     sets = [EvaluationSet("folder:x", known)]

@@ -119,10 +119,16 @@ def test_hashes_are_computed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("folder:nowhere", "folder:nowhere: no such folder"),
-        ("shards:nowhere", "nowhere: no such file or folder"),
-        ("imagenet", "imagenet: not found; looked for"),
-        ("imagnet", "unknown data set 'imagnet'; did you mean imagenet?"),
+        ("folder:nowhere", "--exclude folder:nowhere: no such folder"),
+        ("shards:nowhere", "--exclude shards:nowhere: nowhere: no such file or folder"),
+        ("imagenet", "--exclude imagenet: not found; looked for"),
+        ("imagnet", "--exclude imagnet: unknown data set 'imagnet'; did you mean imagenet?"),
+        ("empty", "--exclude empty: unknown data set 'empty'; for the folder of this name write folder:empty"),
+        (
+            "nothing",
+            "--exclude nothing: no such data set; use imagenet, folder:PATH or shards:PATH, or for splits of the "
+            "source validation or test",
+        ),
         (
             "digits",
             "--exclude digits: mlip does not find its pictures as files; use imagenet, folder:PATH or shards:PATH, or "

@@ -11,7 +11,6 @@ from PIL import Image
 from sources_for_tests import picture, prepare, rejects, texts, write_files, write_sidecars, write_tar
 
 from mlip_cli.data.prepare import parts
-from mlip_cli.data.prepare.assemble import SourceError
 from mlip_cli.data.prepare.filters import (
     AS_IT_IS,
     PRESETS,
@@ -23,6 +22,7 @@ from mlip_cli.data.prepare.filters import (
     size_fault,
     with_clean_captions,
 )
+from mlip_cli.data.prepare.reasons import SourceError
 from mlip_cli.data.prepare.workspace import finished_summary
 from mlip_cli.data.sources.records import Caption, Record
 from mlip_cli.errors import UsageError

@@ -307,7 +307,7 @@ def test_conditions(text: str, expected: bool | None) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a > ", "--where 'a > ': cannot be read "),
+        ("a > ", "--where 'a > ': cannot be read at its end; allowed are"),
         ("a > > 3", "--where 'a > > 3': cannot be read from '> 3' on; allowed are"),
         ("c > 3", "--where: no column 'c'; columns are a, b, t, s, e, n, nan, odd name, id"),
         ("__import__('os')", "--where: \"__import__('os')\": not a condition; allowed are"),
@@ -321,6 +321,7 @@ def test_conditions(text: str, expected: bool | None) -> None:
         ("a" + " > 1" * 2_000, "--where: 8,001 characters, at most 4,096"),
         ("(" * 3_000 + "a" + ")" * 1_000, "--where"),
         ("a > 1\0", "--where"),
+        ("not " * 970 + "a", "--where: more than 100 conditions inside each other"),
     ],
 )
 def test_conditions_that_are_refused(text: str, message: str) -> None:
@@ -379,15 +380,45 @@ def test_ids_that_are_no_uids(tmp_path: Path) -> None:
     assert pairs(found) == [EXPECTED[4], EXPECTED[9]]
 
 
+def test_ids_and_keys_with_half_a_pair_of_surrogates(tmp_path: Path) -> None:
+    rows = [{"url": URLS[i], "text": f"t {i}", "id": "\ud800" if i == 1 else str(i)} for i in range(3)]
+    captions = [{"id": row["id"], "caption": f"new {row['text']}"} for row in rows]
+    write_files(tmp_path, {"ids.txt": "0\n1\n"})
+    for name, lines in {"l.jsonl": rows, "c.jsonl": captions}.items():
+        write_files(tmp_path, {name: "".join(f"{json.dumps(line)}\n" for line in lines)})
+    source = tmp_path / "l.jsonl"
+    assert reasons(records(source, tmp_path, uids=str(tmp_path / "ids.txt")))[0][:2] == (1, "not in --uids")
+    found = records(source, tmp_path, captions_from=str(tmp_path / "c.jsonl"))
+    assert [record.captions[0].text for record in found] == ["new t 0", "new t 1", "new t 2"]
+
+
+@pytest.mark.parametrize(("unit", "year"), [("ns", 2116), ("us", 148108)])
+@pytest.mark.parametrize("zone", [None, "Europe/Berlin"])
+def test_times_that_python_cannot_hold(tmp_path: Path, unit: str, year: int, zone: str | None) -> None:
+    times = pa.array([2**62 + 1, None], pa.timestamp(unit, zone))
+    pq.write_table(pa.table({"url": URLS[:2], "text": ["a", "b"], "t": times}), tmp_path / "l.parquet")
+    found = records(tmp_path / "l.parquet", tmp_path, where=f"t > '{str(year)[:4]}'")
+    assert [len(record.captions) for record in found if not record.reject] == [1]
+    assert reasons(found)[0][:2] == (1, "--where asks for a missing value")
+
+
 def test_uids_that_are_refused(tmp_path: Path) -> None:
     source = table(tmp_path / "l.parquet", {"url": URLS, "text": DATACOMP["text"]})
     np.save(tmp_path / "floats.npy", np.zeros(3))
     np.save(tmp_path / "objects.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
     write_files(tmp_path, {"empty.txt": "\n", "one.txt": "1\n"})
+    np.save(tmp_path / "whole.npy", np.zeros(3, "u8,u8"))
+    whole = (tmp_path / "whole.npy").read_bytes()
+    (tmp_path / "shape.npy").write_bytes(whole.replace(b"(3,)", b"(9999999999999999999999,)"))
+    (tmp_path / "header.npy").write_bytes(whole.replace(b"(3,), }", b"exec(1)"))
+    (tmp_path / "wide.txt").write_bytes("1\n".encode("utf-16-le"))
     for name, message in {
         "floats.npy": "an array of float64 and shape (3,); DataComp's are of u8,u8",
         "objects.npy": "not a whole .npy of numbers (Array can't be memory-mapped: Python objects in dtype.)",
         "empty.txt": "holds no uids",
+        "shape.npy": "not a whole .npy of numbers (",
+        "header.npy": "not a whole .npy of numbers (",
+        "wide.txt": "neither a .npy nor a text with a uid a line: it has NULs",
         "gone.txt": "cannot be read (No such file or directory)",
     }.items():
         with pytest.raises(UsageError) as error:

@@ -8,6 +8,7 @@ from array import array
 from collections import namedtuple
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,16 @@ from sources_for_tests import contents, picture, prepare, rejects, samples, text
 
 from mlip_cli.data.open import open_prepared
 from mlip_cli.data.prepare import assemble as prepare_module
-from mlip_cli.data.prepare.assemble import SourceError, _check_disk
+from mlip_cli.data.prepare import reasons
+from mlip_cli.data.prepare.assemble import _check_disk
+from mlip_cli.data.prepare.engines import Engine
+from mlip_cli.data.prepare.fates import decided
+from mlip_cli.data.prepare.filters import AS_IT_IS
 from mlip_cli.data.prepare.job import Job
-from mlip_cli.data.prepare.plan import assign_splits
+from mlip_cli.data.prepare.plan import assign_splits, plan_of
+from mlip_cli.data.prepare.reasons import SourceError
 from mlip_cli.data.prepare.shards import PART_ROW
+from mlip_cli.data.prepare.workspace import PartResult, Workspace
 from mlip_cli.data.sources import records
 from mlip_cli.data.sources.file_names import FileList, FileNames
 from mlip_cli.data.sources.find import find_source
@@ -176,16 +183,33 @@ def test_the_number_of_held_out_samples_is_logged(tmp_path: Path, caplog: pytest
     ]
 
 
+def test_few_held_out_samples_of_a_large_share_need_more_pictures(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", logger="mlip_cli"):
+        prepare(write_sidecars(tmp_path / "in", 12), tmp_path / "out", holdout=0.5)
+    assert "too few to measure by; take more pictures" in caplog.text
+
+
+@pytest.mark.parametrize("table", [np.zeros(1, PART_ROW), np.zeros(3), np.zeros(3, [("row", "u8"), ("split", "u1")])])
+def test_the_table_of_a_part_of_another_version_is_named(tmp_path: Path, table: np.ndarray) -> None:
+    work = Workspace(tmp_path / "out")
+    work.parts.mkdir(parents=True)
+    np.save(work.parts / "part-000000.npy", table)
+    result = PartResult(0, 3, "part-000000.tar", {})
+    with pytest.raises(UsageError, match=r"part-000000.npy: damaged \(.*\); remove .*out and prepare it again"):
+        plan_of(work.parts, [result], holdout=0.0, decide=partial(decided, cleaning=AS_IT_IS, sets=[]))
+
+
 def test_holdout_is_capped_and_yields_to_the_sources_own_splits() -> None:
-    table = np.zeros(20_000, PART_ROW)
-    table["pixels"] = np.random.default_rng(0).integers(0, 2**64, 20_000, dtype=np.uint64)
-    table["split"] = NO_SPLIT
-    splits = assign_splits(table, holdout=0.5)
+    pixels = np.random.default_rng(0).integers(0, 2**64, 20_000, dtype=np.uint64)
+    given = np.full(20_000, NO_SPLIT, np.uint8)
+    splits = assign_splits(pixels, given, holdout=0.5)
     assert (splits == 1).sum() == 5_000
-    assert table["pixels"][splits == 1].max() < table["pixels"][splits == 0].min()
-    assert abs((assign_splits(table, holdout=0.02) == 1).mean() - 0.02) < 0.004
-    table["split"][:3] = 2
-    assert (assign_splits(table, holdout=0.5) == 1).sum() == 0
+    assert pixels[splits == 1].max() < pixels[splits == 0].min()
+    assert abs((assign_splits(pixels, given, holdout=0.02) == 1).mean() - 0.02) < 0.004
+    given[:3] = 2
+    assert (assign_splits(pixels, given, holdout=0.5) == 1).sum() == 0
 
 
 def test_limit_takes_the_first_rows(tmp_path: Path) -> None:
@@ -268,7 +292,7 @@ def test_a_folder_with_other_files_is_left_alone(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("small_parts")
 def test_a_source_that_is_not_what_it_seems_stops_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepare_module, "FIRST_ROWS", 50)
+    monkeypatch.setattr(reasons, "FIRST_ROWS", 50)
     source = write_sidecars(tmp_path / "in", 80)
     for i in range(60):
         (source / f"{i:05d}.png").write_bytes(b"<html>")
@@ -326,7 +350,7 @@ def test_the_room_that_is_asked_for_is_that_of_the_samples_and_three_shards(
 
     def check(free: int) -> None:
         monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(2**50, 2**50, free))
-        _check_disk(Job(large, tmp_path / "out", ReadOptions(), {"size": 256}, 1), Survey(pictures=num_rows))
+        _check_disk(Job(large, tmp_path / "out", ReadOptions(), {"size": 256}, Engine()), Survey(pictures=num_rows))
 
     check(needed)
     with pytest.raises(UsageError, match=r"out: about 46\.0 GiB needed, 46\.0 GiB free on this disk"):

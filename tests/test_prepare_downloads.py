@@ -92,6 +92,8 @@ def test_a_private_list_is_refused_with_the_cure(tmp_path: Path, server: Downloa
     )
     assert not server.asked
     assert not (tmp_path / "out").exists()
+    with pytest.raises(RunError, match=r"none of the 3 rows .*; if these are servers .*, say --allow-private"):
+        prepare(write_list(tmp_path / "few", [server.url(f"good/{i}") for i in range(3)]), tmp_path / "out", **BUILD)
 
 
 def test_a_list_of_which_most_is_gone_is_kept(tmp_path: Path, server: DownloadServer) -> None:

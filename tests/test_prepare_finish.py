@@ -17,7 +17,9 @@ from sources_for_tests import contents, prepare, rejects, samples, write_files, 
 from mlip_cli.data.prepare import assemble, plan, shards
 from mlip_cli.data.prepare.fates import decided
 from mlip_cli.data.prepare.filters import AS_IT_IS
+from mlip_cli.data.prepare.part_tables import PartTables
 from mlip_cli.data.prepare.plan import Plan
+from mlip_cli.data.prepare.reasons import SourceError
 from mlip_cli.data.prepare.shards import PART_ROW, shard_bounds
 from mlip_cli.data.sources import records
 
@@ -204,15 +206,11 @@ def planned(n: int, *, holdout: float) -> Plan:
     """A plan of `n` rows, drawn."""
     draw = np.random.default_rng(0)
     table = np.zeros(n, PART_ROW)
-    table["row"], table["split"] = np.arange(n), 255
-    table["pixels"] = draw.integers(0, 2**64, n, np.uint64)
-    table["record"]["image_size"] = draw.integers(0, 200_000, n)
-    return Plan(
-        table,
-        (np.arange(n) // 500).astype(np.uint32),
-        decided(table, AS_IT_IS, []),
-        plan.assign_splits(table, holdout=holdout),
-    )
+    table["split"], table["pixels"] = 255, draw.integers(0, 2**64, n, np.uint64)
+    blocks = draw.integers(4, 400, n).astype(np.uint32)
+    tables = PartTables([Path("tar")] * (n // 500), np.arange(0, n + 1, 500), table["split"], blocks)
+    splits = plan.assign_splits(table["pixels"], table["split"], holdout=holdout)
+    return Plan(tables, decided(table, AS_IT_IS, []), splits)
 
 
 def test_shards_are_written_by_their_first_rows_and_each_row_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,7 +218,7 @@ def test_shards_are_written_by_their_first_rows_and_each_row_once(monkeypatch: p
     ours = planned(20_000, holdout=0.1)
     written = ours.shards()
     assert sorted(np.concatenate([shard.rows for shard in written]).tolist()) == list(range(20_000))
-    last = ours.last_uses(written, 40)
+    last = ours.last_uses(written)
     done = np.zeros(20_000, bool)
     for number, shard in enumerate(written):
         assert done[: shard.rows[0]].all()
@@ -247,7 +245,7 @@ def test_bounds_of_shards_are_those_of_a_loop(monkeypatch: pytest.MonkeyPatch, m
 
 def test_a_source_of_which_pass_2_drops_all_is_named_and_nothing_is_kept(tmp_path: Path) -> None:
     source = write_sidecars(tmp_path / "in", 4)
-    with pytest.raises(assemble.SourceError) as error:
+    with pytest.raises(SourceError) as error:
         prepare(source, tmp_path / "out", exclude=(f"folder:{source}",))
     excluded = f"4 x in evaluation data: folder:{source}"
     assert str(error.value) == (f"{source}: none of the 4 rows became a sample: {excluded}; nothing was kept")

@@ -14,7 +14,7 @@ from command_for_tests import mlip
 from runs_of_prepare_for_tests import at_each_step, killed_at, run, said, started
 from sources_for_tests import contents, write_sidecars
 
-from mlip_cli.data.prepare.workspace import Share
+from mlip_cli.data.prepare.share import Share
 from mlip_cli.errors import UsageError
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]

@@ -6,6 +6,7 @@ import json
 import tarfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,11 @@ from mlip_cli.data.prepare import shards
 from mlip_cli.data.prepare.fates import decided
 from mlip_cli.data.prepare.filters import AS_IT_IS
 from mlip_cli.data.prepare.finish import write_shards
+from mlip_cli.data.prepare.part_tables import table_path
 from mlip_cli.data.prepare.pixels import encode
-from mlip_cli.data.prepare.plan import Plan
+from mlip_cli.data.prepare.plan import plan_of
 from mlip_cli.data.prepare.shards import PART_ROW, sample_parts, tar_writer, verify_tar, write_card
+from mlip_cli.data.prepare.workspace import PartResult
 from mlip_cli.data.sources.records import SPLITS, json_bytes
 from mlip_cli.data.tar import DamagedTarError, read_members
 from mlip_cli.errors import RunError
@@ -119,11 +122,14 @@ def write_split(
     folder: Path, split: str, parts: Sequence[StoredSamples], *, provenance: Mapping[str, Any]
 ) -> dict[str, Any]:
     """All samples of some parts become one split. Returns its card."""
-    table = np.zeros(sum(len(part.records) for part in parts), PART_ROW)
-    table["record"] = np.concatenate([part.records for part in parts])
-    of_part = np.repeat(np.arange(len(parts), dtype=np.uint32), [len(part.records) for part in parts])
-    plan = Plan(table, of_part, decided(table, AS_IT_IS, []), np.full(len(table), SPLITS.index(split), np.uint8))
-    written = write_shards(folder.parent, [part.tar for part in parts], plan, plan.shards())
+    results = []
+    for number, part in enumerate(parts):
+        table = np.zeros(len(part.records), PART_ROW)
+        table["record"], table["row"], table["split"] = part.records, 1_000 * number, SPLITS.index(split)
+        np.save(table_path(part.tar), table)
+        results.append(PartResult(number, len(table), part.tar.name, {}))
+    plan = plan_of(parts[0].tar.parent, results, holdout=0, decide=partial(decided, cleaning=AS_IT_IS, sets=[]))
+    written = write_shards(folder.parent, plan, plan.shards())
     return write_card(folder, split, written[split], provenance=provenance)
 
 

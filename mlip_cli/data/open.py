@@ -6,11 +6,12 @@ from pathlib import Path
 
 from mlip_cli.data.dataset import ShardDataset
 from mlip_cli.data.index import index_path, parse_card
-from mlip_cli.data.remote import RemoteShards, check_fit, is_url
+from mlip_cli.data.remote import RemoteShards, check_fit
 from mlip_cli.data.sources.find import find_source
 from mlip_cli.data.sources.lists import prepare_command
 from mlip_cli.data.sources.records import SPLITS
 from mlip_cli.errors import UsageError
+from mlip_cli.paths import is_url
 from mlip_cli.recipe.config import Cache, Source
 
 

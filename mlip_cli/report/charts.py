@@ -182,11 +182,21 @@ def histogram_chart(
             axes.set_xlim(left, right + 0.04 * (right - left))  # room for the last number
             axes.locator_params(axis="x", nbins=6, integer=True)
         axes.set_ylim(bottom=0)
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}" if value == int(value) else "")
+        axes.yaxis.set_major_formatter(lambda value, _: _count_in_short(value))
         num_entries = (len(outlines) if len(outlines) > 1 else 0) + (mark is not None)
         chart.place(num_entries)
         chart.legend(num_entries)
     return chart
+
+
+def _count_in_short(value: float) -> str:
+    """800, 12.5k, 3M: the margin has a fixed width. Empty for what is not a count."""
+    if value != int(value):
+        return ""
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= size:
+            return f"{value / size:g}{unit}"
+    return f"{value:g}"
 
 
 def _by_doublings(chart: Chart, left: float, right: float) -> None:

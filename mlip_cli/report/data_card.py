@@ -8,7 +8,7 @@ from typing import Any
 from mlip_cli.data.prepare.examples import Example
 from mlip_cli.data.prepare.statistics import CONTEXT_LENGTH, TOKENS, TRUNCATED
 from mlip_cli.data.prepare.summary import Summary
-from mlip_cli.paths import escaped
+from mlip_cli.paths import escaped, is_url
 from mlip_cli.report.data_charts import bins_of_all, cut_off, log_chart, plain_chart
 from mlip_cli.report.page import (
     Html,
@@ -84,7 +84,14 @@ def _in_and_out(summary: Summary, cards: Cards) -> Html:
         note(said),
     ]
     rows = [
-        [name, split.num_samples, split.num_shards, f"{split.num_bytes / 2**20:,.1f}", split.distinct_captions, holds]
+        [
+            name,
+            f"{split.num_samples:,}",
+            f"{split.num_shards:,}",
+            f"{split.num_bytes / 2**20:,.1f}",
+            None if split.distinct_captions is None else f"{split.distinct_captions:,}",
+            holds,
+        ]
         for name, split in summary.splits.items()
         for holds in (split.holds or _held_out_words(name, summary),)
     ]
@@ -95,6 +102,7 @@ def _in_and_out(summary: Summary, cards: Cards) -> Html:
         "In and out",
         _bars(counts, of=max(counts.values())),
         reasons if summary.rejects else note("Every picture became a sample."),
+        *(note(f"{line}.") for line in (*summary.repeats(), *summary.overlaps())),
         note(_shown(f"Not read, or found by another spelling: {passed}.")) if passed else None,
         element("h3", "Splits"),
         table(Table(columns, rows).without_empty_columns()),
@@ -252,6 +260,7 @@ def _made(summary: Summary, cards: Cards) -> Html:
     """The arguments, the tool, and what proves which data this is."""
     tool = next((card.get("provenance", {}).get("tool") for card in cards.values()), None)
     licence = next((card.get("provenance", {}).get("license") for card in cards.values()), None)
+    check = () if is_url(summary.out) else (f"mlip prepare-data --check {summary.out}",)
     request = [(name.replace("_", " "), _value(value)) for name, value in summary.request.items() if value is not None]
     return section(
         "made",
@@ -270,7 +279,7 @@ def _made(summary: Summary, cards: Cards) -> Html:
         definitions((name, split.fingerprint) for name, split in summary.splits.items()),
         element("h3", "Commands"),
         *(element("p", f"train, with {need}: ", command(line)) for need, line in summary.next.items()),
-        element("p", "check every byte: ", command(f"mlip prepare-data --check {summary.out}")),
+        *(element("p", "check every byte: ", command(line)) for line in check),
     )
 
 

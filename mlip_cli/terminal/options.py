@@ -5,7 +5,14 @@ from typing import Annotated, Literal
 
 import typer
 
-from mlip_cli.terminal.values import checked_measured_run, checked_path, checked_text, split_datasets, split_weights
+from mlip_cli.terminal.values import (
+    checked_measured_run,
+    checked_path,
+    checked_place,
+    checked_text,
+    split_datasets,
+    split_weights,
+)
 
 MODEL = "Run, checkpoint, open_clip:ARCH:FILE, or folder of OpenCLIP or Hugging Face."
 """Help for a RUN whose weights another program may have written."""
@@ -107,12 +114,12 @@ Source = Annotated[
     ),
 ]
 Out = Annotated[
-    Path | None,
+    str | None,
     typer.Argument(
         metavar="OUT",
         show_default=False,
-        callback=checked_path,
-        help="Folder to write train/ and validation/ or test/ into.",
+        callback=checked_place,
+        help="Folder to write train/ and validation/ or test/ into, or a URL, such as s3://bucket/folder.",
     ),
 ]
 Check = Annotated[
@@ -212,6 +219,24 @@ Damaged = Annotated[
     ),
 ]
 Workers = Annotated[int | None, typer.Option(min=1, max=1_024, help="Number of processes. Default: one for each core.")]
+EngineName = Annotated[
+    Literal["processes", "ray"],
+    typer.Option(
+        metavar="NAME",
+        help="What does the work: processes of this machine, or ray: the cluster that $RAY_ADDRESS names, else a Ray "
+        "that runs as long as the command.",
+    ),
+]
+LocalFolder = Annotated[
+    Path | None,
+    typer.Option(
+        "--workspace",
+        callback=checked_path,
+        help="Where data for a URL are made before they are uploaded; they stay there. Default: a folder in the "
+        "cache, which is removed in the end.",
+        show_default=False,
+    ),
+]
 Part = Annotated[
     str | None,
     typer.Option(

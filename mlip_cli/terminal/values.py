@@ -7,7 +7,7 @@ from typing import TypeVar
 import typer
 
 from mlip_cli.errors import UsageError
-from mlip_cli.paths import read_dataset_name, read_path
+from mlip_cli.paths import read_dataset_name, read_path, read_place
 from mlip_cli.recipe.init_source import read_init
 
 T = TypeVar("T")
@@ -42,6 +42,11 @@ def checked_path(value: Path | None) -> Path | None:
 def checked_file(text: str) -> Path:
     """The same for an option that may be repeated."""
     return Path(_read(read_path, text))
+
+
+def checked_place(value: str | None) -> str | None:
+    """A folder of this machine or a URL, as `read_place` reads it."""
+    return None if value is None else _read(read_place, value)
 
 
 def checked_text(value: str | None) -> str | None:

@@ -71,8 +71,11 @@ def read_address(text: str, *, base: str = "", allow_private: bool = False) -> A
         raise DownloadError(REFUSED, f"{ip} is {why}")
     shown = f"[{host}]" if ":" in host else host
     place = shown if port is None else f"{shown}:{port}"
-    path = quote(parts.path or "/", safe=SAFE_IN_PATH, errors="surrogateescape")
-    query = "?" + quote(parts.query, safe=SAFE_IN_QUERY, errors="surrogateescape") if parts.query else ""
+    try:
+        path = quote(parts.path or "/", safe=SAFE_IN_PATH, errors="surrogateescape")
+        query = "?" + quote(parts.query, safe=SAFE_IN_QUERY, errors="surrogateescape") if parts.query else ""
+    except UnicodeEncodeError:  # JSON can hold half of a pair of surrogates
+        raise DownloadError(NOT_AN_ADDRESS, "a letter that is none: half of a pair of surrogates") from None
     return Address(f"{parts.scheme}://{place}{path}{query}", host)
 
 

@@ -13,6 +13,7 @@ NOT_COMPRESSED = ("", "identity")
 BY_ZLIB = ("gzip", "x-gzip", "deflate")
 ZLIB_OR_GZIP = 32 + zlib.MAX_WBITS
 """Tells zlib to see by the first bytes which of both it is."""
+GZIP = b"\x1f\x8b"
 HEAD = 64
 """First bytes that tell a text from a picture."""
 
@@ -121,17 +122,21 @@ async def _read_rest(
 
 
 def _decompressed(body: bytearray, max_bytes: int) -> bytes:
-    """What a compressed body holds; no more than the cap is ever made."""
-    decompressor = zlib.decompressobj(ZLIB_OR_GZIP)
-    try:
-        content = decompressor.decompress(bytes(body), max_bytes + 1)
-    except zlib.error as error:
-        raise DownloadError(BAD_ANSWER, f"its compression is damaged: {error}") from None
-    if len(content) > max_bytes:
-        raise _too_large(f"{len(body):,} bytes hold more", max_bytes)
-    if not decompressor.eof:
-        raise DownloadError(CUT_OFF, f"compressed, without its end, after {len(body):,} bytes", is_retried=True)
-    return content
+    """What a compressed body holds, of gzip all its members; no more than the cap is ever made."""
+    content, rest = bytearray(), bytes(body)
+    while rest.startswith(GZIP) or not content:
+        decompressor = zlib.decompressobj(ZLIB_OR_GZIP)
+        try:
+            content += decompressor.decompress(rest, max_bytes + 1 - len(content))
+        except zlib.error as error:
+            raise DownloadError(BAD_ANSWER, f"its compression is damaged: {error}") from None
+        if len(content) > max_bytes:
+            raise _too_large(f"{len(body):,} bytes hold more", max_bytes)
+        if not decompressor.eof:
+            raise DownloadError(CUT_OFF, f"compressed, without its end, after {len(body):,} bytes", is_retried=True)
+        if not (rest := decompressor.unused_data):
+            break
+    return bytes(content)
 
 
 def _check_begins_as_picture(content: bytes) -> None:

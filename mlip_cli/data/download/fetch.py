@@ -119,7 +119,6 @@ class Fetcher:
                     asyncio.timeout(remaining.seconds) as deadline,
                     self._session.get(URL(address.url, encoded=True), allow_redirects=False) as response,
                 ):
-                    host.connected()
                     if response.status in REDIRECTS and (location := response.headers.get("Location")):
                         host.answered()
                         remaining.seconds -= loop.time() - started
@@ -156,12 +155,18 @@ class Fetcher:
         """Turn what aiohttp raises into a DownloadError."""
         try:
             yield
+            host.was_whole()
+        except DownloadError:
+            host.was_whole()
+            raise
         except aiohttp.ConnectionTimeoutError:
             words = f"no connection within {self._connect_s:g} s"
             host.failed(words)
             raise DownloadError(TIMED_OUT, words, is_retried=True) from None
         except TimeoutError:
-            raise DownloadError(TIMED_OUT, f"not whole within {self.options.timeout_s:g} s", is_retried=True) from None
+            words = f"not whole within {self.options.timeout_s:g} s"
+            host.timed_out(words)
+            raise DownloadError(TIMED_OUT, words, is_retried=True) from None
         except aiohttp.ClientConnectorCertificateError as error:
             raise DownloadError(NO_CERTIFICATE, str(error.certificate_error)) from None
         except aiohttp.ClientConnectorError as error:

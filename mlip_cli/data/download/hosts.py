@@ -14,6 +14,9 @@ MOST_PAUSES = 3
 """Pauses that a host may ask for without an answer between them."""
 MOST_FAILURES = 8
 """Connections to a host that may fail one after another; then its rows end without being tried."""
+MOST_TIMEOUTS = 24
+"""Answers that may not be whole in time one after another; then the same. A host that takes connections and says
+nothing would hold each of its rows for all of its time."""
 CLOSED_S = 300.0
 """After so long such a host is tried again."""
 MOST_HOSTS = 10_000
@@ -34,11 +37,13 @@ class Host:
     pauses: int = 0
     """Without an answer since."""
     failures: int = 0
-    """Connections that failed since the last one that did not."""
+    """Connections that failed since the last whole answer."""
+    timeouts: int = 0
+    """Answers that were not whole in time since then."""
 
-    def connected(self) -> None:
-        """A connection did not fail."""
-        self.failures = 0
+    def was_whole(self) -> None:
+        """An answer ended, whatever it said."""
+        self.failures = self.timeouts = 0
 
     def answered(self) -> None:
         """It answered without asking to wait."""
@@ -49,6 +54,13 @@ class Host:
         self.failures += 1
         if self.failures >= MOST_FAILURES:
             self._close(HOST_SILENT, f"{self.failures} connections failed before, the last: {words}")
+
+    def timed_out(self, words: str) -> None:
+        """A connection did not fail, and its answer was not whole in time."""
+        self.failures = 0
+        self.timeouts += 1
+        if self.timeouts >= MOST_TIMEOUTS:
+            self._close(HOST_SILENT, f"{self.timeouts} answers before timed out, the last: {words}")
 
     def pause(self, seconds: float) -> None:
         """It asks all rows to wait."""
@@ -78,7 +90,12 @@ class Host:
     def is_forgotten(self) -> bool:
         """True when nothing is lost without it."""
         now = time.monotonic()
-        return not self.users and not self.failures and now >= max(self.paused_until, self.closed_until)
+        return (
+            not self.users
+            and not self.failures
+            and not self.timeouts
+            and now >= max(self.paused_until, self.closed_until)
+        )
 
 
 @dataclass

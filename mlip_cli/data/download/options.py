@@ -12,6 +12,8 @@ CONNECT_SHARE = 0.5
 """Of the time of an attempt, what DNS, TCP and TLS may take: 10 of 20 s."""
 LONGEST_CONNECT_S = 10.0
 MAX_REDIRECTS = 5
+ADDRESS = re.compile(r"\s*https?:/", re.IGNORECASE)
+"""How a cell begins that is downloaded."""
 PARTS_AT_ONCE = 8
 """Parts that a worker process has in hand. A row may take a minute with its retries, and its part ends with it."""
 
@@ -40,6 +42,10 @@ class DownloadOptions:
                 f"--user-agent {self.user_agent!r}: not a line of ASCII; write a name such as {USER_AGENT}"
             )
 
+    def in_request(self) -> dict[str, bool]:
+        """What of them changes the output, and is not at its default."""
+        return {name: True for name in ("ignore_opt_out", "allow_private") if getattr(self, name)}
+
     def shared_by(self, num_processes: int) -> "DownloadOptions":
         """The options of one of several processes, which together keep to these; each has a connection at least."""
         return replace(
@@ -54,7 +60,7 @@ DEFAULTS = DownloadOptions()
 
 def is_address(cell: Any) -> bool:
     """Whether a cell of a table is what is downloaded: an address of http or https."""
-    return isinstance(cell, str) and re.match(r"\s*https?:/", cell, re.IGNORECASE) is not None
+    return isinstance(cell, str) and ADDRESS.match(cell) is not None
 
 
 def check_installed() -> None:

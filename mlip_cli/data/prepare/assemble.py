@@ -6,7 +6,7 @@ workers and machines nor on the order of their work.
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -16,49 +16,34 @@ from mlip_cli import __version__
 from mlip_cli.data.download.options import PARTS_AT_ONCE
 from mlip_cli.data.prepare import downloads, shards
 from mlip_cli.data.prepare.duplicates import EvaluationSet
+from mlip_cli.data.prepare.engines import run_parallel
 from mlip_cli.data.prepare.fates import decided
-from mlip_cli.data.prepare.filters import REASONS
-from mlip_cli.data.prepare.finish import Finished, write_splits
+from mlip_cli.data.prepare.finish import write_splits
 from mlip_cli.data.prepare.job import Job
 from mlip_cli.data.prepare.parts import prepare_part
 from mlip_cli.data.prepare.pixels import PERCEPTUAL
-from mlip_cli.data.prepare.rejects import rejects_of
-from mlip_cli.data.prepare.retried import Earlier, begin, earlier_parts, is_begun
-from mlip_cli.data.prepare.summary import SharePrepared, Summary, next_commands
-from mlip_cli.data.prepare.workers import run_parallel
-from mlip_cli.data.prepare.workspace import (
-    DONE,
-    EVERYTHING,
-    PartOptions,
-    PartResult,
-    Share,
-    Workspace,
-    opened,
-    refuse_links,
+from mlip_cli.data.prepare.reasons import (
+    FEWEST_ROWS,
+    SourceError,
+    check_first_rows,
+    check_reasons,
+    check_samples,
+    reasons_of,
 )
-from mlip_cli.data.sources.find import DataSource, read_records
-from mlip_cli.data.sources.listing import PassedOver, is_unread_picture
+from mlip_cli.data.prepare.retried import Earlier, earlier_of
+from mlip_cli.data.prepare.share import EVERYTHING, Share
+from mlip_cli.data.prepare.summary import SharePrepared, Summary, next_commands
+from mlip_cli.data.prepare.understood import understood
+from mlip_cli.data.prepare.workspace import PartOptions, PartResult, Workspace, opened
+from mlip_cli.data.sources.find import read_records
 from mlip_cli.data.sources.lists import published_list
 from mlip_cli.data.sources.openmoji import attribution, split_words
-from mlip_cli.data.sources.records import WISHED, SourcePart, held_out_share, parts_of, parts_of_some
-from mlip_cli.data.sources.rules import list_warnings
-from mlip_cli.data.sources.survey import Survey, passed_over, surveyed
-from mlip_cli.data.sources.table_layouts import missing_shards
+from mlip_cli.data.sources.records import SourcePart, held_out_share, parts_of, parts_of_some
+from mlip_cli.data.sources.survey import Survey
 from mlip_cli.errors import RunError, UsageError, interrupted_as
 from mlip_cli.files import GIB, free_bytes, full_disk_named
-from mlip_cli.paths import escaped
-from mlip_cli.terminal.output import plural, say, warn
+from mlip_cli.terminal.output import say
 from mlip_cli.terminal.panel import progress
-
-FIRST_ROWS = 1_000
-"""This many rows are enough to see that most rows of a source fail. Fewer than FEWEST_ROWS are not."""
-FEWEST_ROWS = 10
-CURES = {
-    "caption is not UTF-8": "save the texts as UTF-8, for example with iconv -f latin1 -t utf-8",
-    "caption too long": "cut the texts: training reads the first words alone",
-    **downloads.CURES,
-}
-"""What helps where most rows fail for a reason that does not say it."""
 
 BYTES_A_PIXEL = 0.5
 """Estimate for the check of disk space: between JPEG and lossless WebP of photographs at 256 pixels."""
@@ -68,14 +53,6 @@ SHARDS_BESIDE_PARTS = 3
 """What the disk holds beside the data themselves: a shard of each of two splits, and one that is being written."""
 MOST_MISSING = 2
 """Parts that are named; more are counted."""
-
-
-ASKED_FOR = REASONS | WISHED
-"""Reasons of rejects that the user asked for: however many there are, the source is as it should be."""
-
-
-class SourceError(RunError):
-    """Most rows of the source fail; nothing of the work is worth keeping."""
 
 
 def prepare(job: Job, *, finish_only: bool = False, retry: bool = False) -> Summary:
@@ -93,31 +70,27 @@ def prepare(job: Job, *, finish_only: bool = False, retry: bool = False) -> Summ
     """
     started = time.monotonic()
     out = job.out
-    job, survey, passed = _understood(job)
+    job, survey, passed = understood(job)
     source = job.source
     _check_disk(job, survey)
     provenance = _provenance(job)
-    holds = split_words(job.read.limit) if source.format == "openmoji" else {}
     with _at_work(job, may_be_finished=retry) as work:
-        if retry and (work.out / DONE).is_file():
-            begin(work, read_records(source, job.read, survey.shared), num_pictures=survey.pictures)
-        earlier = _earlier(work, is_alone=not finish_only)
+        earlier = earlier_of(work, job, survey, is_alone=not finish_only, begins=retry)
         try:
             if finish_only:
                 _check_gaps(work, (part.number for part in parts_of(read_records(source, job.read, survey.shared))))
             sets = _evaluation_sets(work, job)
-            results = _prepare_parts(work, job, survey) if earlier is None else _retry(work, job, survey, earlier)
-            share = held_out_share(job.request["holdout"], survey.pictures)
+            results = _prepare_parts(work, job, survey, earlier)
             finished = write_splits(
                 work,
                 results,
-                holdout=share,
+                holdout=held_out_share(job.request["holdout"], survey.pictures),
                 provenance=provenance,
-                holds=holds,
+                holds=split_words(job.read.limit) if source.format == "openmoji" else {},
                 decide=partial(decided, cleaning=job.cleaning, sets=sets),
             )
-            reasons = _reasons(results) + Counter(finished.dropped)
-            _check_samples(work, results, finished, reasons)
+            reasons = reasons_of(results) + Counter(finished.dropped)
+            check_samples(work, results, finished, reasons)
         except SourceError as error:
             if earlier is not None:
                 raise
@@ -154,10 +127,10 @@ def prepare_share(job: Job, share: Share) -> SharePrepared:
     Raises:
         UsageError, RunError, Stopped: as `prepare`.
     """
-    job, survey, _ = _understood(job)
+    job, survey, _ = understood(job)
     _check_disk(job, survey)
     with _at_work(job, share) as work:
-        _earlier(work, is_alone=False)
+        earlier_of(work, job, survey, is_alone=False)
         there = frozenset(filter(share.has, work.results()))
         numbers: list[int] = []
         try:
@@ -180,36 +153,6 @@ def _at_work(job: Job, share: Share | None = None, *, may_be_finished: bool = Fa
         yield work
 
 
-def _understood(job: Job) -> tuple[Job, Survey, PassedOver]:
-    """Read the source once and say what was understood.
-
-    Returns:
-        The job, whose source knows the rules for its rows; what the source holds; what is not read.
-    """
-    with progress(None, "counting rows"):
-        source, survey = _surveyed(job)
-    passed = passed_over(source, survey)
-    _say_understood(source, survey, passed)
-    return replace(job, source=source), survey, passed
-
-
-def _surveyed(job: Job) -> tuple[DataSource, Survey]:
-    """The source with the rules that the user gave for its rows, and what it holds.
-
-    Raises:
-        UsageError, DamagedTarError: as `with_rules` and `surveyed`; nothing is left in OUT.
-    """
-    work = Workspace(job.out)
-    try:
-        if job.read.captions_from:
-            refuse_links(work.out)
-        source = job.source.with_rules(work.folder)
-        return source, surveyed(source, job.read)
-    except BaseException:
-        work.discard_unbegun()
-        raise
-
-
 def _provenance(job: Job) -> dict[str, Any]:
     """What dataset.json tells of the source and of how it was read."""
     found = {"tool": f"mlip-cli {__version__}", "source": job.source.name, **job.request}
@@ -223,74 +166,24 @@ def _provenance(job: Job) -> dict[str, Any]:
     return found
 
 
-def _say_understood(source: DataSource, survey: Survey, passed: PassedOver) -> None:
-    """What was understood of the source, the first pairs, what is not read, and what looks wrong."""
-    say(f"{source.name}: {source.describe()}; {survey.in_words()}")
-    source.notes.tell_readings(source.name, say=say)
-    source.notes.tell_damage(source.name, num_tars=len(source.tars()), warn=warn)
-    if source.format == "metadata":
-        say("; ".join(dict.fromkeys(plan.in_words() for plan in source.table_plans)))
-    if survey.first:
-        say(f"first: {'; '.join(survey.first)}")
-    for text in source.rules.remarks() if source.rules else ():
-        say(text)
-    if survey.spelled.counts:
-        say(survey.spelled.in_words())
-    if passed.counts:
-        cure = "; convert the pictures among them to JPEG" if any(map(is_unread_picture, source.names)) else ""
-        say(f"not read: {passed.in_words()}{cure}")
-    if source.is_folder and source.format == "metadata" and (missing := missing_shards(source.tables)):
-        warn(missing)
-    for name, why in source.unread_tables.items() if source.format == "classes" else ():
-        warn(f"{escaped(name)}: not read as a table: {why}")
-    for text in list_warnings(source.read, source.rules, num_rows=survey.rows):
-        warn(text)
-    for text in survey.looks.warnings(are_classes=source.format == "classes"):
-        warn(text)
-
-
-def _prepare_parts(work: Workspace, job: Job, survey: Survey) -> list[PartResult]:
+def _prepare_parts(work: Workspace, job: Job, survey: Survey, earlier: Earlier | None) -> list[PartResult]:
     """Prepare the parts that are not finished yet. Returns all results, in the order of the source.
+
+    With `earlier`, only rows that are tried again are prepared, and nothing is thrown away however many fail.
 
     Raises:
         SourceError: most rows fail for one reason.
         RunError: a worker was killed, or the source has changed.
     """
-    results = _make_parts(work, job, survey)
+    results = _make_parts(work, job, survey, earlier=earlier)
+    if earlier:
+        return earlier.joined(results, source_rows=survey.rows)
     if (rows := sum(result.source_rows for result in results)) != survey.rows:
         raise RunError(f"{work.out}: {rows} rows where {survey.rows} were counted; did the source change? Start again")
     if job.source.rewritten_by_sha256:
         say(f"captions of {job.read.captions_from} for {sum(result.rewritten for result in results):,} samples")
-    _check_reasons(work, results, enough=FEWEST_ROWS, which="")
+    check_reasons(work, results, enough=FEWEST_ROWS, which="")
     return results
-
-
-def _earlier(work: Workspace, *, is_alone: bool) -> Earlier | None:
-    """What an earlier run made, where this one tries failed rows of it again.
-
-    Args:
-        is_alone: this process does all that is left; else it prepares a share, or finishes what others prepared.
-
-    Raises:
-        UsageError: not alone.
-    """
-    if not is_alone and is_begun(work):
-        raise UsageError(f"{work.out}: --retry-failed has begun here; run it again without --part and --finish")
-    return earlier_parts(work)
-
-
-def _retry(work: Workspace, job: Job, survey: Survey, earlier: Earlier) -> list[PartResult]:
-    """Prepare the rows again that failed. Returns the results of all rows; nothing of it is thrown away.
-
-    Rows of the source and captions are counted by what was there before, which counted those of failed rows too.
-
-    Raises:
-        RunError: a worker was killed.
-    """
-    retried = _make_parts(work, job, survey, earlier=earlier)
-    *of_shards, rest = earlier.results
-    rest = replace(rest, source_rows=survey.rows, captions_left_out=earlier.captions_left_out)
-    return [*of_shards, rest, *(replace(result, source_rows=0, captions_left_out=0) for result in retried)]
 
 
 def _make_parts(
@@ -316,14 +209,14 @@ def _make_parts(
     options = PartOptions(str(work.parts), job.size, job.source.format == "openmoji", job.cleaning)
     if rewritten := job.source.rewritten_by_sha256:
         options = replace(options, captions=str(rewritten.stem), adds_captions=rewritten.file.adds)
+    at_once = PARTS_AT_ONCE if survey.addresses else 1
     if survey.addresses:
-        options = replace(
-            options, download=downloads.share(min(survey.addresses, num_rows), job.download, job.num_workers)
-        )
+        num_addresses, num_processes = min(survey.addresses, num_rows), job.engine.num_processes(at_once)
+        options = replace(options, download=downloads.share(num_addresses, job.download, num_processes))
     results = {number: result for number, result in work.results().items() if share.has(number)}
     done = frozenset(results)
-    reasons = _reasons(list(results.values()))
-    prepared, at_once = partial(prepare_part, options=options), PARTS_AT_ONCE if options.download else 1
+    reasons = reasons_of(list(results.values()))
+    prepared = partial(prepare_part, options=options)
 
     def to_do() -> Iterator[SourcePart]:
         rows = read_records(job.source, job.read, survey.shared)
@@ -334,17 +227,19 @@ def _make_parts(
             if share.has(part.number) and part.number not in done:
                 yield part
 
-    with progress(-(-num_rows // share.count), "preparing" if earlier is None else "trying again") as bar:
+    about = -(-num_rows // share.count)
+    check_first = int if earlier else partial(check_first_rows, work, results, share)
+    with progress(about, "trying again" if earlier else "preparing") as bar:
         bar.advance(bar.task_ids[0], sum(result.rows for result in results.values()))
-        check_first = partial(_check_first_rows, work, results, share) if earlier is None else int
         check_first()
         try:
-            for result in run_parallel(prepared, to_do(), num_workers=job.num_workers, at_once=at_once):
+            for result in run_parallel(prepared, to_do(), engine=job.engine, folder=work.parts, at_once=at_once):
                 results[result.number] = result
                 reasons.update(result.reasons)
                 if options.download:
                     bar.update(bar.task_ids[0], description=downloads.outcomes_in_words(results.values(), reasons))
-                bar.advance(bar.task_ids[0], result.rows)
+                done_rows = bar.tasks[0].completed + result.rows  # of a share, more than its mean number at times
+                bar.update(bar.task_ids[0], completed=done_rows, total=max(about, done_rows))
                 check_first()
         finally:
             job.source.check_unchanged()  # first of all: a change makes any other error
@@ -376,68 +271,14 @@ def _check_gaps(work: Workspace, numbers: Iterator[int]) -> None:
     raise UsageError(f"{work.out}: {what} missing; {cure}")
 
 
-def _check_first_rows(work: Workspace, results: Mapping[int, PartResult], share: Share) -> None:
-    """Stop early if the source is a wrong folder or a wrong column is read."""
-    first: list[PartResult] = []
-    number = share.index - 1
-    while number in results and sum(result.rows for result in first) < FIRST_ROWS:
-        first.append(results[number])
-        number += share.count
-    _check_reasons(work, first, enough=FIRST_ROWS, which="first ")
-
-
-def _check_reasons(work: Workspace, results: Sequence[PartResult], *, enough: int, which: str) -> None:
-    """Check that the rows do not mostly fail for one reason. `which` says which rows these are.
-
-    Raises:
-        SourceError: they do.
-    """
-    reasons = _reasons(results)
-    rows = sum(result.rows for result in results) - sum(reasons[asked] for asked in ASKED_FOR)
-    for reason, n in reasons.items():
-        most = rows * downloads.most_alike(reason, is_first=bool(which))
-        if rows >= enough and n > most and reason not in ASKED_FOR:
-            example = _first_reject(work, results, reason)
-            cure = f"; {CURES[reason]}" if reason in CURES else ""
-            passed = " that pass the rules" if reasons.keys() & ASKED_FOR else ""
-            same = f"{n} of the {which}{rows} rows{passed} fail for the same reason: {reason} (first: {example}){cure}"
-            raise SourceError(same)
-
-
-def _reasons(results: Sequence[PartResult]) -> Counter[str]:
-    """Number of rejects by reason."""
-    return sum((Counter(result.reasons) for result in results), Counter[str]())
-
-
-def _first_reject(work: Workspace, results: Sequence[PartResult], reason: str | None = None) -> str:
-    """The first row that fails, or that fails for a reason, in words."""
-    all_rejects = (reject for result in results for reject in rejects_of(work.parts / result.tar))
-    reject = next(reject for reject in all_rejects if reason in (None, reject["reason"]))
-    return f"{reject['file']} row {reject['row']}: {reject['detail'] or reject['reason']}"
-
-
 def _evaluation_sets(work: Workspace, job: Job) -> list[EvaluationSet]:
     """The pictures that stay out of training."""
     if not job.excluded:
         return []
     from mlip_cli.data.prepare.exclusion import hashed_set
 
-    return [hashed_set(place, folder=work.folder, size=job.size, num_workers=job.num_workers) for place in job.excluded]
-
-
-def _check_samples(
-    work: Workspace, results: Sequence[PartResult], finished: Finished, reasons: Mapping[str, int]
-) -> None:
-    """See that a row became a sample.
-
-    Raises:
-        SourceError: none did.
-    """
-    if not finished.splits:
-        rows = plural(sum(result.rows for result in results), "row")
-        listed = ", ".join(f"{n:,} x {reason}" for reason, n in Counter(reasons).most_common())
-        first = "" if finished.dropped else f" (first: {_first_reject(work, results)})"
-        raise SourceError(f"none of the {rows} became a sample: {listed}{first}")
+    num_workers = job.engine.num_workers_here
+    return [hashed_set(place, folder=work.folder, size=job.size, num_workers=num_workers) for place in job.excluded]
 
 
 def _check_disk(job: Job, survey: Survey) -> None:

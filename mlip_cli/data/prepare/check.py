@@ -104,6 +104,8 @@ def _read_summary(folder: Path) -> tuple[Summary | None, list[Problem]]:
             return Summary.read(folder / DONE), []
         except UsageError:
             return None, [Problem(DONE, "damaged: mlip prepare-data did not write it")]
+    if not folder.exists():
+        raise UsageError(f"--check {folder}: no such folder; name what mlip prepare-data wrote, OUT or one split of it")
     if (folder / OWN_FOLDER).is_dir():
         raise UsageError(f"{folder}: half prepared; run its mlip prepare-data again, which goes on")
     if not any(folder.glob(f"*/{CARD}")):

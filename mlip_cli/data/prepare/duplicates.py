@@ -7,17 +7,29 @@ source's own validation and test splits stay as they are, and no row is the dupl
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mlip_cli.data.prepare.filters import OWN_SPLITS, Cleaning
-from mlip_cli.data.prepare.near import Hashes, Places, first_of_equal, near_among, near_earlier, place_among
+from mlip_cli.data.prepare.near import (
+    AnyPlaces,
+    Hashes,
+    ShortPlaces,
+    earlier_equal,
+    near_among,
+    near_earlier,
+    place_among,
+)
+from mlip_cli.data.prepare.part_tables import Rows, blocks
 from mlip_cli.data.sources.records import NO_SPLIT, SPLITS
 
 HOW = ("", "same bytes", "same pixels", "looks the same")
 """How two pictures are found to be one."""
 BYTES, PIXELS, LOOK = 1, 2, 3
+LOOKED_FOR_ROWS = 1 << 20
+"""Rows that are looked for in an evaluation set at once; one takes some 100 bytes."""
 EVALUATION_ROW = np.dtype([("sha256", "V16"), ("pixels", "<u8"), ("perceptual", "<u8"), ("name", "S160")])
 """A picture of an evaluation set; the fields are those of PART_ROW, and the last bytes of a longer name."""
 
@@ -41,8 +53,8 @@ class Drops:
     """The first ones are `duplicate: ` and those of HOW; one for each evaluation set follows."""
     how: NDArray[np.uint8]
     """(n,): place in HOW."""
-    twins: Places
-    """(n,): place in the table of the row that this one repeats, or in the rows of the evaluation set; -1."""
+    twins: ShortPlaces
+    """(n,): place among the rows of the one that this one repeats, or in the rows of the evaluation set; -1."""
 
     @property
     def kept(self) -> NDArray[np.bool_]:
@@ -55,108 +67,130 @@ class Drops:
         return number if number >= 0 else None
 
 
-def drops(rows: NDArray[np.void], cleaning: Cleaning, sets: Sequence[EvaluationSet] = ()) -> Drops:
-    """Say which rows (n,) of PART_ROW, in the order of the source, are left out.
+def drops(rows: Rows, cleaning: Cleaning, sets: Sequence[EvaluationSet] = ()) -> Drops:
+    """Say which rows, in the order of the source, are left out.
 
     Args:
         sets: the evaluation sets that `cleaning.exclude` names besides OWN_SPLITS.
     """
     excluded_words = tuple(f"in evaluation data: {name}" for name in cleaning.exclude)
     words = ("", *(f"duplicate: {how}" for how in HOW[1:]), *excluded_words)
-    fate = Drops(np.zeros(len(rows), np.uint8), words, np.zeros(len(rows), np.uint8), np.full(len(rows), -1, np.int64))
-    train = np.flatnonzero(_trains(rows))
-    rest = {own.name: own for own in sets}
+    n = len(rows)
+    fate = Drops(np.zeros(n, np.uint8), words, np.zeros(n, np.uint8), np.full(n, -1, np.int32))
+    train = _places(_trains(rows))
+    rest = {own.name: own.rows for own in sets}
     for number, name in enumerate(cleaning.exclude):
-        others = rows[_is_of(rows, name)] if name in OWN_SPLITS else rest[name].rows
-        twins, how = _matches(rows, train, others, cleaning.excluded_radius)
-        places = np.flatnonzero(_is_of(rows, name)) if name in OWN_SPLITS else np.arange(len(others))
-        _mark(fate, train, np.where(twins >= 0, places[twins], -1) if len(places) else twins, how, len(HOW) + number)
+        if name in OWN_SPLITS:
+            places = _places(_is_of(rows, name))
+            twins, how = _matches(rows, train, _compared(rows, places), cleaning.excluded_radius)
+            twins[twins >= 0] = places[twins[twins >= 0]]
+        else:
+            twins, how = _matches(rows, train, _compared(rest[name]), cleaning.excluded_radius)
+        _mark(fate, train, twins, how, len(HOW) + number)
     if cleaning.dedupe != "none":
         _mark_duplicates(fate, rows, train, cleaning)
     return fate
 
 
-def num_repeats(rows: NDArray[np.void]) -> int:
-    """How many rows of training have the pixels of an earlier one."""
-    pixels = rows["pixels"][_trains(rows)]
-    return len(pixels) - len(np.unique(pixels))
+def num_repeats(rows: Rows, kept: NDArray[np.bool_]) -> int:
+    """How many rows of training have the pixels of an earlier one. Of the rows, those that are `kept` (n,) count."""
+    pixels = rows["pixels"][kept & _trains(rows)]
+    pixels.sort()
+    return int((pixels[1:] == pixels[:-1]).sum())
 
 
-def overlaps(rows: NDArray[np.void]) -> dict[str, int]:
-    """Split of the source -> how many rows of training have the bytes or the pixels of a picture in it."""
-    train = np.flatnonzero(_trains(rows))
+def overlaps(rows: Rows, kept: NDArray[np.bool_]) -> dict[str, int]:
+    """Split of the source -> how many rows of training have the bytes or the pixels of a picture in it.
+
+    Of the rows, those that are `kept` (n,) count.
+    """
+    train = _places(kept & _trains(rows))
     found = {}
     for split in OWN_SPLITS:
-        others = np.flatnonzero(_is_of(rows, split))
-        by_bytes = place_among(_prefixes(rows, train), _prefixes(rows, others)) >= 0
-        by_pixels = place_among(rows["pixels"][train], rows["pixels"][others]) >= 0
-        found[split] = int((by_bytes | by_pixels).sum())
+        others = _places(kept & _is_of(rows, split))
+        found[split] = 0
+        if len(others):
+            is_there = np.zeros(len(train), bool)
+            for keys in (_halves(rows["sha256"])[:, 0], rows["pixels"]):
+                is_there |= place_among(keys[train], keys[others]) >= 0
+            found[split] = int(is_there.sum())
     return found
 
 
-def _trains(rows: NDArray[np.void]) -> NDArray[np.bool_]:
+def _trains(rows: Rows) -> NDArray[np.bool_]:
     """Rows that go to training, or to the validation split that we draw."""
     return (rows["split"] == SPLITS.index("train")) | (rows["split"] == NO_SPLIT)
 
 
-def _is_of(rows: NDArray[np.void], split: str) -> NDArray[np.bool_]:
-    return rows["split"] == SPLITS.index(split)
+def _is_of(rows: Rows, split: str) -> NDArray[np.bool_]:
+    is_of: NDArray[np.bool_] = rows["split"] == SPLITS.index(split)
+    return is_of
 
 
-def _mark(fate: Drops, rows: Places, twins: Places, how: NDArray[np.uint8], code: int) -> None:
+def _places(mask: NDArray[np.bool_]) -> ShortPlaces:
+    return np.flatnonzero(mask).astype(np.int32)
+
+
+def _mark(fate: Drops, rows: AnyPlaces, twins: AnyPlaces, how: NDArray[np.uint8], code: int) -> None:
     """Note that these rows fall, if they have a twin and are not marked yet: (k,), (k,), (k,)."""
     new = (twins >= 0) & (fate.codes[rows] == 0)
     fate.codes[rows[new]], fate.how[rows[new]], fate.twins[rows[new]] = code, how[new], twins[new]
 
 
-def _mark_duplicates(fate: Drops, rows: NDArray[np.void], train: Places, cleaning: Cleaning) -> None:
-    def mark(earlier: Places, code: int) -> None:
-        has_one = earlier >= 0
-        twins = np.full(len(train), -1, np.int64)
-        twins[has_one] = train[earlier[has_one]]
-        _mark(fate, train, twins, np.full(len(train), code, np.uint8), code)
+def _mark_duplicates(fate: Drops, rows: Rows, train: ShortPlaces, cleaning: Cleaning) -> None:
+    """Each column is held only while it is compared."""
 
-    mark(_earlier_equal(_prefixes(rows, train), _suffixes(rows, train)), BYTES)
+    def mark(earlier: ShortPlaces, code: int) -> None:
+        has_one = np.flatnonzero(earlier >= 0)
+        _mark(fate, train[has_one], train[earlier[has_one]], np.full(len(has_one), code, np.uint8), code)
+
+    mark(_same_bytes(rows["sha256"], train), BYTES)
     if cleaning.dedupe != "bytes":
-        mark(_earlier_equal(rows["pixels"][train]), PIXELS)
+        mark(earlier_equal(rows["pixels"][train]), PIXELS)
     if cleaning.radius is not None:
         mark(near_earlier(rows["perceptual"][train], cleaning.radius), LOOK)
 
 
-def _earlier_equal(keys: Hashes, more: Hashes | None = None) -> Places:
-    """Place of the first row with the same key, if that is an earlier one, else -1. `more` must be equal too."""
-    first = first_of_equal(keys)
-    is_later = first != np.arange(len(keys))
-    if more is not None:
-        is_later &= more == more[first]
-    return np.where(is_later, first, -1)
+def _same_bytes(sha256: NDArray[np.void], train: ShortPlaces) -> ShortPlaces:
+    """Place in `train` of the first row with the same bytes, if that is an earlier one, else -1: (n,), (k,) -> (k,).
+
+    It is looked for by the first 8 bytes of the hash, which two of 12 million files share with a chance of 4e-6.
+    """
+    halves = _halves(sha256)
+    earlier = earlier_equal(halves[train, 0])
+    has_one = np.flatnonzero(earlier >= 0)
+    differs = halves[train[has_one], 1] != halves[train[earlier[has_one]], 1]
+    earlier[has_one[differs]] = -1
+    return earlier
 
 
-def _matches(
-    rows: NDArray[np.void], train: Places, others: NDArray[np.void], radius: int
-) -> tuple[Places, NDArray[np.uint8]]:
+Compared = tuple[Hashes, Hashes, Hashes]
+"""By what pictures are compared, in the order of HOW: three times (n,)."""
+
+
+def _compared(rows: Rows, places: ShortPlaces | None = None) -> Compared:
+    """All rows, or those at some places."""
+    own = slice(None) if places is None else places
+    return _halves(rows["sha256"])[own, 0], rows["pixels"][own], rows["perceptual"][own]
+
+
+def _matches(rows: Rows, train: ShortPlaces, others: Compared, radius: int) -> tuple[ShortPlaces, NDArray[np.uint8]]:
     """Place in `others` of the picture of each row of training, or -1, and how it was found: (k,), (k,)."""
-    all_others = np.arange(len(others))
-    found = (
-        place_among(_prefixes(rows, train), _prefixes(others, all_others)),
-        place_among(rows["pixels"][train], others["pixels"].copy()),
-        near_among(rows["perceptual"][train], others["perceptual"].copy(), radius),
-    )
-    twins, how = np.full(len(train), -1, np.int64), np.zeros(len(train), np.uint8)
-    for code, places in zip((BYTES, PIXELS, LOOK), found, strict=True):
-        new = (twins < 0) & (places >= 0)
-        twins[new], how[new] = places[new], code
+    mine = _compared(rows)
+    twins, how = np.full(len(train), -1, np.int32), np.zeros(len(train), np.uint8)
+    for block in blocks(len(train), LOOKED_FOR_ROWS):
+        sha256, pixels, looks = (column[train[block]] for column in mine)
+        found = (
+            place_among(sha256, others[0]),
+            place_among(pixels, others[1]),
+            near_among(looks, others[2], radius),
+        )
+        for code, places in zip((BYTES, PIXELS, LOOK), found, strict=True):
+            new = (twins[block] < 0) & (places >= 0)
+            twins[block][new], how[block][new] = places[new], code
     return twins, how
 
 
-def _prefixes(rows: NDArray[np.void], places: Places) -> Hashes:
-    """The first 8 bytes of the hash of the bytes. Two of 12 million files share them with a chance of 4e-6."""
-    return _halves(rows, places)[:, 0]
-
-
-def _suffixes(rows: NDArray[np.void], places: Places) -> Hashes:
-    return _halves(rows, places)[:, 1]
-
-
-def _halves(rows: NDArray[np.void], places: Places) -> NDArray[np.uint64]:
-    return rows["sha256"][places].view("<u8").reshape(len(places), 2)
+def _halves(sha256: NDArray[Any]) -> Hashes:
+    """(n,) of 16 bytes -> (n, 2)."""
+    return np.ascontiguousarray(sha256).view("<u8").reshape(-1, 2)

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from mlip_cli.data.prepare.duplicates import HOW, Drops, EvaluationSet, drops, num_repeats, overlaps
 from mlip_cli.data.prepare.filters import OWN_SPLITS, Cleaning
+from mlip_cli.data.prepare.part_tables import Rows
 from mlip_cli.data.sources.records import SPLITS
 from mlip_cli.terminal.output import warn
 
@@ -45,12 +45,12 @@ class Fates:
         return "" if self._excluded_by(row) is None else f"{HOW[self.drops.how[row]]} "
 
 
-def decided(table: NDArray[np.void], cleaning: Cleaning, sets: Sequence[EvaluationSet]) -> Fates:
-    """Say which rows (n,) of PART_ROW, in the order of the source, are kept."""
+def decided(rows: Rows, cleaning: Cleaning, sets: Sequence[EvaluationSet]) -> Fates:
+    """Say which rows, in the order of the source, are kept."""
     for split in set(cleaning.exclude) & set(OWN_SPLITS):
-        if not (table["split"] == SPLITS.index(split)).any():
+        if not (rows["split"] == SPLITS.index(split)).any():
             warn(f"--exclude {split}: the source has no pictures in a {split} split of its own")
-    dropped = drops(table, cleaning, sets)
-    kept = table if dropped.kept.all() else table[dropped.kept]
-    found = {"repeats": num_repeats(kept), **{f"in_{split}": n for split, n in overlaps(kept).items()}}
+    dropped = drops(rows, cleaning, sets)
+    kept = dropped.kept
+    found = {"repeats": num_repeats(rows, kept), **{f"in_{split}": n for split, n in overlaps(rows, kept).items()}}
     return Fates(dropped, found, tuple(sets), cleaning)

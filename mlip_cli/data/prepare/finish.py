@@ -55,7 +55,6 @@ def write_splits(
         UsageError: the table of a part is damaged.
         RunError: the disk does not keep what is written, or a part is gone.
     """
-    tars = [work.parts / result.tar for result in results]
     plan = plan_of(work.parts, results, holdout=holdout, decide=decide)
     dropped, found = plan.fates.by_reason(), plan.fates.found
     shards = plan.shards()
@@ -63,8 +62,8 @@ def write_splits(
         return Finished({}, dropped, found, False)
     work.finished.mkdir(exist_ok=True)
     work.take_back()
-    write_rejects(work.finished / REJECTS, tars, plan)
-    written = write_shards(work.finished, tars, plan, shards)
+    write_rejects(work.finished / REJECTS, plan)
+    written = write_shards(work.finished, plan, shards)
     splits = {}
     for split in filter(written.__contains__, SPLITS):
         own = {**provenance, "holds": holds[split]} if split in holds else provenance
@@ -79,14 +78,12 @@ def write_splits(
         )
     is_retryable = any(reason in RETRYABLE for result in results for reason in result.reasons)
     if is_retryable:
-        write_retry(work.finished / RETRY, tars, plan, shards)
+        write_retry(work.finished / RETRY, plan, shards)
     _remove_others(work.finished, shards)
     return Finished(splits, dropped, found, plan.is_held_out())
 
 
-def write_shards(
-    folder: Path, tars: Sequence[Path], plan: Plan, shards: Sequence[PlannedShard]
-) -> dict[str, WrittenSplit]:
+def write_shards(folder: Path, plan: Plan, shards: Sequence[PlannedShard]) -> dict[str, WrittenSplit]:
     """Write the shards of all splits to `folder`, and remove each tar after the last shard that holds samples of it.
 
     Returns:
@@ -96,13 +93,13 @@ def write_shards(
         RunError: the disk does not keep what is written, or a part is gone.
     """
     splits: dict[str, WrittenSplit] = {}
-    last = plan.last_uses(shards, len(tars))
+    last, tars = plan.last_uses(shards), plan.tables.tars
     _remove_all(tar for tar, number in zip(tars, last.tolist(), strict=True) if number < 0)
     with progress(sum(len(shard.rows) for shard in shards), "writing shards") as bar:
         for number, shard in enumerate(shards):
             (folder / shard.split).mkdir(parents=True, exist_ok=True)
-            of_rows = [tars[part] for part in plan.parts[shard.rows].tolist()]
-            records = plan.table["record"][shard.rows]
+            of_rows = [tars[part] for part in plan.tables.parts(shard.rows).tolist()]
+            records = plan.tables.records(shard.rows)
             path = folder / shard.split / shard.name
             written = WrittenSplit.first(path, write_shard(path, of_rows, records))
             if shard.split in splits:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mlip_cli.data.download.options import DEFAULTS, DownloadOptions
+from mlip_cli.data.prepare.engines import Engine
 from mlip_cli.data.prepare.evaluation_places import EvaluationPlace
 from mlip_cli.data.prepare.filters import AS_IT_IS, Cleaning
 from mlip_cli.data.sources.find import DataSource
@@ -21,7 +22,7 @@ class Job:
     read: ReadOptions
     request: Mapping[str, Any]
     """Format, size, holdout, the rules that are set, and the fingerprint of the source. It goes to prepared.json."""
-    num_workers: int
+    engine: Engine
     cleaning: Cleaning = AS_IT_IS
     excluded: tuple[EvaluationPlace, ...] = ()
     """Where the evaluation sets lie whose pictures stay out of training."""

@@ -37,15 +37,30 @@ def says_something(hashes: Hashes) -> NDArray[np.bool_]:
     return (bits >= FEWEST_BITS) & (bits <= 64 - FEWEST_BITS)
 
 
-def first_of_equal(keys: Hashes) -> Places:
-    """Place of the first number that equals each one: (n,) -> (n,)."""
+def earlier_equal(keys: Hashes) -> ShortPlaces:
+    """Place of the first number that equals each one, if that is an earlier one, else -1: (n,) -> (n,)."""
     order = np.argsort(keys, kind="stable")
     ordered = keys[order]
-    starts = np.flatnonzero(np.concatenate(([True], ordered[1:] != ordered[:-1]))[: len(keys)])
+    later, starts, _ = _behind_equal(ordered[1:] == ordered[:-1])
     del ordered
-    first = np.empty(len(keys), np.int64)
-    first[order] = np.repeat(order[starts], np.diff(starts, append=len(keys)))
-    return first
+    earlier = np.full(len(keys), -1, np.int32)
+    earlier[order[later]] = order[starts]
+    return earlier
+
+
+def _behind_equal(is_same: NDArray[np.bool_]) -> tuple[ShortPlaces, ShortPlaces, Places]:
+    """The places of sorted numbers that stand behind an equal one, and the first place of the run of each.
+
+    Args:
+        is_same: (n - 1,): whether each number equals the one before it, from the second one on.
+
+    Returns:
+        (m,), (m,) and (runs,): the number of places in each run without its first one.
+    """
+    later = np.flatnonzero(is_same).astype(np.int32) + np.int32(1)
+    new_run = np.flatnonzero(np.diff(later, prepend=np.int32(-1)) != 1)
+    lengths = np.diff(np.append(new_run, len(later)))
+    return later, np.repeat(later[new_run] - np.int32(1), lengths), lengths
 
 
 def place_among(keys: Hashes, others: Hashes) -> Places:
@@ -60,22 +75,24 @@ def place_among(keys: Hashes, others: Hashes) -> Places:
     return found
 
 
-def near_earlier(hashes: Hashes, radius: int) -> Places:
+def near_earlier(hashes: Hashes, radius: int) -> ShortPlaces:
     """Place of an earlier hash that differs in `radius` bits at most, or -1: (n,) -> (n,).
 
     The first of equal ones, where there is an equal one; which one else is not promised, but always the same.
     """
-    found = np.full(len(hashes), -1, np.int64)
-    places = np.flatnonzero(says_something(hashes))
-    first = first_of_equal(hashes[places])
-    is_first = first == np.arange(len(places))
-    found[places[~is_first]] = places[first[~is_first]]
+    found = np.full(len(hashes), -1, np.int32)
+    places = np.flatnonzero(says_something(hashes)).astype(np.int32)
+    earlier = earlier_equal(hashes[places])
+    has_one = np.flatnonzero(earlier >= 0)
+    found[places[has_one]] = places[earlier[has_one]]
     if radius:
-        distinct = places[is_first]
-        del places, first, is_first
+        distinct = places[earlier < 0]
+        del places, earlier, has_one
+        own = hashes[distinct]
+        del hashes
         near = np.full(len(distinct), -1, np.int32)
-        _search(hashes[distinct], np.arange(len(distinct), dtype=np.int32), radius, near)
-        has_one = near >= 0
+        _search(own, np.arange(len(distinct), dtype=np.int32), radius, near)
+        has_one = np.flatnonzero(near >= 0)
         found[distinct[has_one]] = distinct[near[has_one]]
     return found
 
@@ -115,20 +132,32 @@ def _search(hashes: Hashes, members: ShortPlaces, radius: int, found: ShortPlace
         return
     own = hashes if len(members) == len(hashes) else hashes[members]
     for key in _keys(own, radius, _varying_bits(own)):
-        order = np.argsort(key, kind="stable")
-        ordered, same = members[order], key[order]
-        del order
-        later = np.flatnonzero(same[1:] == same[:-1]).astype(np.int32) + 1  # behind another one of the same key
-        del same
-        new_run = np.flatnonzero(np.diff(later, prepend=-1) != 1)
-        lengths = np.diff(np.append(new_run, len(later)))
-        starts = np.repeat(later[new_run] - 1, lengths)
+        ordered, is_same = _sorted(members, key)
+        del key
+        later, starts, lengths = _behind_equal(is_same)
+        del is_same
         is_small = np.repeat(lengths < CROWD, lengths)
-        large = [(int(later[new_run[run]]) - 1, int(lengths[run]) + 1) for run in np.flatnonzero(lengths >= CROWD)]
+        firsts = np.cumsum(lengths) - lengths
+        large = [(int(starts[firsts[run]]), int(lengths[run]) + 1) for run in np.flatnonzero(lengths >= CROWD)]
         later, starts = later[is_small], starts[is_small]
         _compare(hashes, ordered, radius, found, starts, later, later - starts)
         for start, size in large:
             _search(hashes, ordered[start : start + size], radius, found)
+        del ordered, later, starts, is_small  # before the next key is made
+
+
+def _sorted(members: ShortPlaces, key: NDArray[Any]) -> tuple[ShortPlaces, NDArray[np.bool_]]:
+    """Members (n,), ascending, by their keys (n,), and whether each has the key of the one before it: (n - 1,)."""
+    if key.itemsize > 4:
+        order = np.argsort(key, kind="stable")
+        ordered = key[order]
+        return members[order], ordered[1:] == ordered[:-1]
+    both = key.astype("<u8")  # in one number: sorted in place, several times as fast as by a list of places
+    both <<= np.uint64(32)
+    both |= members.view(np.uint32)
+    both.sort()
+    halves = both.view("<u4").reshape(-1, 2)
+    return halves[:, 0].astype(np.int32), halves[1:, 1] == halves[:-1, 1]
 
 
 def _compare(
@@ -189,4 +218,8 @@ def _keys(hashes: Hashes, radius: int, bits: NDArray[np.int64]) -> Iterator[NDAr
             bands[band, start : start + CHUNK] |= value.astype(bands.dtype)
     kind = np.uint32 if 2 * width <= 32 else np.uint64
     for one, other in combinations(bands, 2):
-        yield np.left_shift(one.astype(kind), width) | other
+        key: NDArray[np.unsignedinteger[Any]] = one.astype(kind)
+        key <<= width
+        key |= other
+        yield key
+        del key

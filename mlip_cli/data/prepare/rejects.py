@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mlip_cli.data.prepare.plan import Plan, blocks
+from mlip_cli.data.prepare.part_tables import blocks
+from mlip_cli.data.prepare.plan import Plan
 from mlip_cli.data.prepare.shards import open_part
 from mlip_cli.files import atomic_path
 from mlip_cli.paths import escaped
@@ -18,8 +19,8 @@ from mlip_cli.paths import escaped
 REJECT = np.dtype(
     [
         ("place", "<u8"),  # in the whole source
-        ("part", "<u4"),
-        ("line", "<u8"),  # of the part's rejects, or the row of the plan's table
+        ("part", "<u4"),  # whose rejects hold it; without a meaning for a row that pass 2 drops
+        ("line", "<u8"),  # of the part's rejects, or the place of the row in the plan
         ("code", "u1"),  # of `Drops`; 0: the row did not pass pass 1
     ]
 )
@@ -27,7 +28,7 @@ BATCH = 4096
 """Rows that are in memory at a time."""
 
 
-def write_rejects(path: Path, tars: Sequence[Path], plan: Plan) -> None:
+def write_rejects(path: Path, plan: Plan) -> None:
     """Write the rejects of the parts, and the rows that the plan drops. A whole file that is there is kept.
 
     Raises:
@@ -36,7 +37,7 @@ def write_rejects(path: Path, tars: Sequence[Path], plan: Plan) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    found = _found(tars, plan)
+    found = _found(plan)
     if path.is_file() and pq.read_metadata(path).num_rows == len(found):
         return
     schema = pa.schema([("file", pa.string()), ("row", pa.int64()), ("reason", pa.string()), ("detail", pa.string())])
@@ -44,7 +45,7 @@ def write_rejects(path: Path, tars: Sequence[Path], plan: Plan) -> None:
     with atomic_path(path) as temporary, pq.ParquetWriter(temporary, schema) as writer:
         for block in blocks(len(found), BATCH):
             rejects = [
-                _dropped(plan, line, tars) if code else lines(tars[part])[line]
+                _dropped(plan, line) if code else lines(plan.tables.tars[part])[line]
                 for _, part, line, code in found[block].tolist()
             ]
             writer.write_table(pa.Table.from_pylist(rejects, schema=schema))
@@ -60,20 +61,21 @@ def _lines(tar: Path) -> Iterator[dict[str, Any]]:
         yield from map(json.loads, file)
 
 
-def reject_places(tars: Sequence[Path], plan: Plan) -> NDArray[np.uint64]:
+def reject_places(plan: Plan) -> NDArray[np.uint64]:
     """(n,): the place in the whole source of each row of rejects.parquet."""
-    places: NDArray[np.uint64] = _found(tars, plan)["place"].copy()
+    places: NDArray[np.uint64] = _found(plan)["place"].copy()
     return places
 
 
-def _found(tars: Sequence[Path], plan: Plan) -> NDArray[np.void]:
+def _found(plan: Plan) -> NDArray[np.void]:
     """(n,) of REJECT, in the order of the source."""
     rows = np.flatnonzero(plan.fates.drops.codes)
-    dropped = np.empty(len(rows), REJECT)
-    dropped["place"], dropped["part"], dropped["line"] = plan.table["row"][rows], plan.parts[rows], rows
-    dropped["code"] = plan.fates.drops.codes[rows]
+    dropped = np.zeros(len(rows), REJECT)
+    dropped["line"], dropped["code"] = rows, plan.fates.drops.codes[rows]
+    if len(rows):
+        dropped["place"] = plan.tables["row"][rows]
     of_parts = [dropped]
-    for part, tar in enumerate(tars):
+    for part, tar in enumerate(plan.tables.tars):
         places = [reject["place"] for reject in _lines(tar)]
         own = np.zeros(len(places), REJECT)
         own["place"], own["part"], own["line"] = places, part, np.arange(len(places))
@@ -82,12 +84,12 @@ def _found(tars: Sequence[Path], plan: Plan) -> NDArray[np.void]:
     return found[np.argsort(found["place"], kind="stable")]
 
 
-def _dropped(plan: Plan, row: int, tars: Sequence[Path]) -> dict[str, Any]:
+def _dropped(plan: Plan, row: int) -> dict[str, Any]:
     """The reject of a sample that was stored; its KEY.json says where it comes from."""
-    source = _source_of(plan, row, tars)
+    source = _source_of(plan, row)
     drops, twin = plan.fates.drops, plan.fates.twin_in_set(row)
     if twin is None:
-        other = _source_of(plan, int(drops.twins[row]), tars)
+        other = _source_of(plan, int(drops.twins[row]))
         twin = f"{escaped(other['file'])} row {other['row']}"
     return {
         "file": escaped(source["file"]),
@@ -97,10 +99,10 @@ def _dropped(plan: Plan, row: int, tars: Sequence[Path]) -> dict[str, Any]:
     }
 
 
-def _source_of(plan: Plan, row: int, tars: Sequence[Path]) -> dict[str, Any]:
+def _source_of(plan: Plan, row: int) -> dict[str, Any]:
     """`source` of KEY.json of a sample: file and row."""
-    record = plan.table["record"][row]
-    with open_part(tars[plan.parts[row]]) as descriptor:
+    tar, record = plan.tables.place(row)
+    with open_part(tar) as descriptor:
         content = os.pread(descriptor, int(record["json_size"]), int(record["offset"]) + int(record["json_offset"]))
     source: dict[str, Any] = json.loads(content)["source"]
     return source

@@ -13,26 +13,29 @@ again.
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile, ZipFile
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mlip_cli.data.index import check_size, index_path, read_checked
+from mlip_cli.data.prepare.job import Job
 from mlip_cli.data.prepare.plan import DROPPED, Plan, PlannedShard
 from mlip_cli.data.prepare.rejects import reject_places
-from mlip_cli.data.prepare.retry import RETRY, RETRYABLE
+from mlip_cli.data.prepare.retry import EARLIER, RETRY, RETRYABLE, is_begun
 from mlip_cli.data.prepare.shards import PART_ROW
 from mlip_cli.data.prepare.summary import CARD_PAGE, Summary
 from mlip_cli.data.prepare.workspace import DONE, REJECTS, PartResult, Workspace
+from mlip_cli.data.sources.find import read_records
 from mlip_cli.data.sources.records import SPLITS, Record, json_bytes
+from mlip_cli.data.sources.survey import Survey
 from mlip_cli.errors import UsageError
 from mlip_cli.files import atomic_path, remove, sync_folder, write_bytes
 from mlip_cli.paths import escaped
 
-EARLIER = "earlier.json"
 HASHES = ("row", "sha256", "pixels", "perceptual", "split")
 """Fields of PART_ROW that an index does not hold."""
 KEPT_ROW = np.dtype(
@@ -55,6 +58,15 @@ class Earlier:
     """(n,): of the rows that are tried again, in order."""
     captions_left_out: int
     """As the summary of before says: of all rows, of failed ones too."""
+
+    def joined(self, retried: Sequence[PartResult], *, source_rows: int) -> list[PartResult]:
+        """The results of all rows.
+
+        Rows of the source and captions are counted by what was there before, which counted those of failed rows too.
+        """
+        *of_shards, rest = self.results
+        rest = replace(rest, source_rows=source_rows, captions_left_out=self.captions_left_out)
+        return [*of_shards, rest, *(replace(result, source_rows=0, captions_left_out=0) for result in retried)]
 
 
 @dataclass(frozen=True)
@@ -79,11 +91,14 @@ class _Kept:
         path = folder / RETRY
         try:
             with np.load(path, allow_pickle=False) as file:
-                kept = cls(file["rows"], file["rejects"])
+                rows = np.empty(file["row"].shape, KEPT_ROW)
+                for name in KEPT_ROW.names or ():
+                    rows[name] = file[name]
+                kept = cls(rows, file["rejects"])
             num_rejects = pq.read_metadata(folder / REJECTS).num_rows
-        except (OSError, ValueError, KeyError, EOFError, pa.ArrowException) as error:
+        except (OSError, ValueError, KeyError, EOFError, BadZipFile, pa.ArrowException) as error:
             raise _unusable(out, str(error).splitlines()[0]) from None
-        if kept.rows.dtype != KEPT_ROW or num_rejects != len(kept.rejects):
+        if num_rejects != len(kept.rejects):
             raise _unusable(out, f"{RETRY} does not fit {REJECTS}")
         return kept
 
@@ -100,16 +115,22 @@ def _unusable(out: Path, why: str) -> UsageError:
     return UsageError(f"{out}: its failed rows cannot be tried again ({why}); remove it and prepare it again")
 
 
-def write_retry(path: Path, tars: Sequence[Path], plan: Plan, shards: Sequence[PlannedShard]) -> None:
-    """Write retry.npz for the shards of a plan."""
-    rows = np.zeros(len(plan.table), KEPT_ROW)
-    for name in HASHES:
-        rows[name] = plan.table[name]
-    rows["home"] = plan.splits
-    for shard in shards:
-        rows["shard"][shard.rows] = shard.number
-    with atomic_path(path) as temporary, open(temporary, "wb") as file:
-        np.savez(file, rows=rows, rejects=reject_places(tars, plan))
+def write_retry(path: Path, plan: Plan, shards: Sequence[PlannedShard]) -> None:
+    """Write retry.npz for the shards of a plan, a column at a time, since there can be many rows."""
+
+    def columns() -> Iterator[tuple[str, NDArray[Any]]]:
+        yield from ((name, plan.tables[name]) for name in HASHES)
+        yield "home", plan.splits
+        numbers = np.zeros(len(plan.tables), KEPT_ROW["shard"])
+        for shard in shards:
+            numbers[shard.rows] = shard.number
+        yield "shard", numbers
+        yield "rejects", reject_places(plan)
+
+    with atomic_path(path) as temporary, ZipFile(temporary, "w") as file:
+        for name, column in columns():
+            with file.open(f"{name}.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, column, allow_pickle=False)
 
 
 def begin(work: Workspace, records: Iterable[Record], *, num_pictures: int) -> None:
@@ -182,19 +203,32 @@ def _rejects(folder: Path, kept: _Kept) -> Iterator[dict[str, Any]]:
                 yield {"place": place, **reject}
 
 
-def is_begun(work: Workspace) -> bool:
-    """Whether the work in .prepare is a retry."""
-    return (work.folder / EARLIER).is_file()
+def earlier_of(work: Workspace, job: Job, survey: Survey, *, is_alone: bool, begins: bool = False) -> Earlier | None:
+    """What the run before a retry made, as parts; None: this is no retry.
+
+    Args:
+        is_alone: this process does all that is left; else it prepares a share, or finishes what others prepared.
+        begins: make OUT a retry if it is finished.
+
+    Raises:
+        UsageError: not alone.
+        UsageError, RunError: a file of OUT is missing or damaged, or rows of the source are counted otherwise now.
+    """
+    if begins and (work.out / DONE).is_file():
+        begin(work, read_records(job.source, job.read, survey.shared), num_pictures=survey.pictures)
+    if not is_begun(work.folder):
+        return None
+    if not is_alone:
+        raise UsageError(f"{work.out}: --retry-failed has begun here; run it again without --part and --finish")
+    return _earlier_parts(work)
 
 
-def earlier_parts(work: Workspace) -> Earlier | None:
-    """What the run before a retry made, as parts; None: no retry has begun.
+def _earlier_parts(work: Workspace) -> Earlier:
+    """What was made, as parts.
 
     Raises:
         UsageError, RunError: a file of it is missing or damaged.
     """
-    if not is_begun(work):
-        return None
     summary = Summary.read(work.folder / EARLIER)
     for name in (*summary.splits, REJECTS, RETRY, CARD_PAGE):
         if (work.out / name).exists() and not (work.parts / name).exists():

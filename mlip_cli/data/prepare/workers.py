@@ -72,10 +72,13 @@ def _watched(process: SpawnProcess) -> Iterator[None]:
         yield
     except (EOFError, ConnectionError):
         process.join()
-        raise RunError(
-            f"a worker process died (exit code {process.exitcode}); out of memory? Run the same command again to go "
-            "on, with fewer --workers if it happens again"
-        ) from None
+        raise worker_died(f"exit code {process.exitcode}") from None
+
+
+def worker_died(how: str) -> RunError:
+    """The error for a worker that was killed; `how` stands in parentheses."""
+    again = "Run the same command again to go on, with fewer --workers if it happens again"
+    return RunError(f"a worker process died ({how}); out of memory? {again}")
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from typing import IO, Any
 from mlip_cli.data.download.options import DownloadOptions
 from mlip_cli.data.prepare.filters import AS_IT_IS, Cleaning
 from mlip_cli.data.prepare.retry import RETRY
+from mlip_cli.data.prepare.share import Share
 from mlip_cli.data.prepare.summary import Summary
 from mlip_cli.data.sources.records import SPLITS
 from mlip_cli.errors import UsageError
@@ -75,41 +76,6 @@ class PartResult:
     """Captions that fell to a rule while others of the same picture stay."""
     rewritten: int = 0
     """Samples that have captions of another file by the sha256 of their pictures."""
-
-
-@dataclass(frozen=True)
-class Share:
-    """The parts that one of several machines prepares: every `count`-th, from number `index` - 1 on."""
-
-    index: int
-    """From 1 to `count`."""
-    count: int
-
-    @classmethod
-    def read(cls, text: str) -> "Share":
-        """`2/3` -> the second of three shares.
-
-        Raises:
-            UsageError: it is not a share.
-        """
-        found = re.fullmatch(r"0*([1-9]\d{0,5})/0*([1-9]\d{0,5})", text)
-        if found is None or int(found[1]) > int(found[2]):
-            raise UsageError(f"--part {text}: not a share; the shares of three machines are 1/3, 2/3 and 3/3")
-        return cls(int(found[1]), int(found[2]))
-
-    def has(self, number: int) -> bool:
-        """Whether the part of this number belongs to it."""
-        return number % self.count == self.index - 1
-
-    @property
-    def lock_name(self) -> str:
-        return f"part-{self.index}-of-{self.count}.lock"
-
-    def __str__(self) -> str:
-        return f"{self.index}/{self.count}"
-
-
-EVERYTHING = Share(1, 1)
 
 
 @dataclass(frozen=True)
@@ -203,7 +169,7 @@ def finished_summary(out: Path, request: Mapping[str, Any]) -> Summary | None:
         return None
     if (out / DONE).is_file():
         summary = Summary.read(out / DONE)
-        _check_same(out, summary.request, request, state="was prepared")
+        check_same(out, summary.request, request, state="was prepared")
         for split in summary.splits:
             if not (out / split / "dataset.json").is_file():
                 raise UsageError(
@@ -215,7 +181,7 @@ def finished_summary(out: Path, request: Mapping[str, Any]) -> Summary | None:
     half_done = out / OWN_FOLDER / REQUEST
     if half_done.is_file():
         old = read_own_object(half_done, cure=f"remove {out} and prepare it again")
-        _check_same(out, old, request, state="is half prepared")
+        check_same(out, old, request, state="is half prepared")
     elif any(path.name != OWN_FOLDER for path in out.iterdir()):
         raise UsageError(f"{out}: holds other files; name a new folder")
     return None
@@ -317,7 +283,7 @@ def _settle_request(work: Workspace, request: Mapping[str, Any]) -> None:
         if not path.is_file():
             write_json(path, request)
     old = read_own_object(path, cure=f"remove {work.out} and prepare it again")
-    _check_same(work.out, old, request, state="is half prepared")
+    check_same(work.out, old, request, state="is half prepared")
 
 
 def _remove_torn(work: Workspace, share: Share | None) -> None:
@@ -334,7 +300,12 @@ def _remove_torn(work: Workspace, share: Share | None) -> None:
         path.unlink(missing_ok=True)
 
 
-def _check_same(out: Path, old: Mapping[str, Any], new: Mapping[str, Any], *, state: str) -> None:
+def check_same(out: Path | str, old: Mapping[str, Any], new: Mapping[str, Any], *, state: str) -> None:
+    """See that `out`, a folder or a URL, was made by this request. `state` says what is known of it.
+
+    Raises:
+        UsageError: it was not; the message says what differs.
+    """
     changed = [key for key in {**new, **old} if old.get(key) != new.get(key)]
     options = [key for key in changed if key not in FINGERPRINTS]
     if not changed:

@@ -29,7 +29,7 @@ def columnar_schema(path: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def columnar_rows(path: Path) -> Iterator[Row]:
-    """The rows. Text that is not UTF-8 becomes lone surrogates, as in CSV.
+    """The rows. Text that is not UTF-8 becomes lone surrogates, as in CSV; times become text, of UTC.
 
     Raises:
         UsageError: the file is damaged.
@@ -43,6 +43,8 @@ def columnar_rows(path: Path) -> Iterator[Row]:
                 if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
                     binary = pa.large_binary() if pa.types.is_large_string(column.type) else pa.binary()
                     columns[name] = [_text(value) for value in column.view(binary).to_pylist()]
+                elif pa.types.is_timestamp(column.type):  # Python's own times have fewer years and no nanoseconds
+                    columns[name] = column.cast(pa.timestamp(column.type.unit)).cast(pa.string()).to_pylist()
                 else:
                     columns[name] = column.to_pylist()
             for cells in zip(*columns.values(), strict=True):

@@ -208,7 +208,7 @@ def _cut(records: Iterable[Record]) -> Iterator[list[Record]]:
 
 def checked_captions(record: Record) -> Record:
     """`record` with its captions stripped and without empty ones, or marked as a reject."""
-    if record.reject:
+    if record.reject or (len(record.captions) == 1 and _is_plain(record.captions[0])):
         return record
     try:
         captions = usable_captions(record.captions)
@@ -216,6 +216,13 @@ def checked_captions(record: Record) -> Record:
         return record if is_same else replace(record, captions=captions)
     except UnusableSampleError as error:
         return replace(record, reject=str(error), detail=error.detail or record.detail or "empty")
+
+
+def _is_plain(caption: Caption) -> bool:
+    """Whether a caption passes as it is, as most do: quicker than to find out what is wrong with one."""
+    text = caption.text
+    is_short = 0 < len(text) <= MAX_CAPTION_BYTES
+    return is_short and text.isascii() and text.strip() == text and 0 < caption.weight < math.inf
 
 
 class UnusableSampleError(ValueError):

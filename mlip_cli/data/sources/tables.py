@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
@@ -50,6 +51,16 @@ class TablePlan:
     split: str | None
     is_list: bool = False
     """Its pictures are addresses: what else a cell says, such as the path of a file here, is not followed."""
+
+    @cached_property
+    def taken(self) -> frozenset[str]:
+        """Columns that do not become `meta`."""
+        return frozenset((self.chosen.image, *(column for column, _ in self.chosen.captions), "split", "class"))
+
+    @cached_property
+    def has_others(self) -> bool:
+        """Whether a row may have columns besides `taken`."""
+        return self.table.layout is None or not self.taken.issuperset(self.table.columns)
 
     def in_words(self) -> str:
         """How the table is read, for the line before the work."""
@@ -128,7 +139,7 @@ def _record(plan: TablePlan, finder: PathFinder, number: int, row: Row, rules: T
     if rules and (left_out := rules.left_out(row)):
         reason, detail = left_out
         return Record(plan.name, number, None, (), reject=reason, detail=detail)
-    label, columns = row.get("class"), [column for column, _ in plan.chosen.captions]
+    label = row.get("class")
     cell = _picture(row.get(plan.chosen.image), None if plan.is_list else finder)
     split = plan.split
     if split is None and not isinstance(cell.picture, PictureAddress):
@@ -145,7 +156,7 @@ def _record(plan: TablePlan, finder: PathFinder, number: int, row: Row, rules: T
         captions=rules.captions(row, captions) if rules else captions,
         split=split,
         label=None if label is None else str(label),
-        meta=plain_values(row, without=(plan.chosen.image, *columns, "split", "class")),
+        meta=plain_values(row, without=plan.taken) if plan.has_others else {},
         picture=cell.picture,
         detail=cell.detail,
         same=cell.same,
@@ -166,6 +177,9 @@ def _captions(row: dict[str, Any], chosen: Chosen) -> tuple[Caption, ...]:
 
 def _picture(cell: Any, finder: PathFinder | None) -> PictureCell:
     """The picture of a cell: bytes, {bytes, path}, an address, or the name of a file, if there is a finder."""
+    if is_address(cell):
+        address = cell.strip()
+        return PictureCell(PictureAddress(address), address, address)
     if isinstance(cell, list) and len(cell) == 1:
         cell = cell[0]
     content, name = (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (cell, cell)

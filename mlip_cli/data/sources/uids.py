@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
+from tokenize import TokenError
 
 import numpy as np
 from numpy.typing import NDArray
@@ -79,7 +80,7 @@ def read_uids(path: Path) -> Uids:
 def _of_array(path: Path) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
     try:
         found = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
+    except (ValueError, OverflowError, TokenError, EOFError, OSError) as error:
         raise UsageError(f"--uids {escaped(str(path))}: not a whole .npy of numbers ({error})") from None
     if found.ndim != 1 or found.dtype.names is None or [found.dtype[i] for i in range(len(found.dtype))] != ["u8"] * 2:
         raise UsageError(
@@ -104,6 +105,10 @@ def _lines(path: Path) -> Iterator[str]:
         while line := file.readline(LONGEST_UID + 2):
             if len(line) > LONGEST_UID:
                 raise UsageError(f"--uids {escaped(str(path))}: not a text with a uid a line: a line is very long")
+            if "\0" in line:
+                raise UsageError(
+                    f"--uids {escaped(str(path))}: neither a .npy nor a text with a uid a line: it has NULs"
+                )
             if uid := line.strip():
                 yield uid
 
@@ -112,4 +117,4 @@ def _number(uid: str) -> int:
     """128 bits: those of 32 hexadecimal digits, as DataComp's uids are, or a hash of another text."""
     if HEXADECIMAL.fullmatch(uid):
         return int(uid, 16)
-    return int.from_bytes(blake2b(uid.encode("utf-8", "surrogateescape"), digest_size=16).digest())
+    return int.from_bytes(blake2b(uid.encode("utf-8", "surrogatepass"), digest_size=16).digest())

@@ -20,6 +20,8 @@ from mlip_cli.paths import escaped
 
 MOST_CHARACTERS = 4_096
 """Of an expression."""
+MOST_LEVELS = 100
+"""Of an expression: what lies in what lies in it. Rows are tested by as many calls inside each other."""
 ALLOWED = (
     "columns (odd names in backticks), numbers, texts in quotes, == != < <= > >=, in and not in a list of constants, "
     "is None, len(), lower(), and, or, not"
@@ -77,17 +79,26 @@ def condition(text: str, columns: Sequence[str]) -> Condition:
         with warnings.catch_warnings(action="ignore"):  # of odd escapes in texts
             tree = ast.parse(source, mode="eval")
     except SyntaxError as error:
-        rest = source[max(0, (error.offset or 1) - 1) :] if error.lineno == 1 else ""
+        rest = source[error.offset - 1 :] if error.offset and error.lineno == 1 else ""  # offset 0: more is expected
         where = f"from {escaped(rest)!r} on" if rest else "at its end"
         raise UsageError(f"--where {text!r}: cannot be read {where}; allowed are {ALLOWED}") from None
     except (ValueError, RecursionError, MemoryError) as error:
         raise UsageError(f"--where: cannot be read ({error}); allowed are {ALLOWED}") from None
+    if _num_levels(tree) > MOST_LEVELS:
+        raise UsageError(
+            f"--where: more than {MOST_LEVELS} conditions inside each other; write fewer parentheses and nots"
+        )
     compiler = _Compiler(text, source, columns)
-    try:
-        test = compiler.truth(tree.body)
-    except RecursionError:
-        raise UsageError("--where: too many parentheses") from None
+    test = compiler.truth(tree.body)
     return Condition(text, tuple(compiler.used), test)
+
+
+def _num_levels(tree: ast.AST) -> int:
+    level, num_levels = [tree], 0
+    while level:
+        num_levels += 1
+        level = [child for node in level for child in ast.iter_child_nodes(node)]
+    return num_levels
 
 
 class _Compiler:
