@@ -6,12 +6,16 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from download_server_for_tests import DownloadServer
 from runs_of_prepare_for_tests import counted, killed_at, run
 from sources_for_tests import contents, picture, rejects, samples, write_files
 
 from mlip_cli.data.prepare.check import check
+from mlip_cli.data.prepare.part_tables import tables_of
+from mlip_cli.data.prepare.shards import PART_ROW, sample_ends
+from mlip_cli.data.prepare.workspace import PartResult
 from mlip_cli.data.sources.records import Record, parts_of, parts_of_some
 
 OUT = "the_out"
@@ -233,6 +237,42 @@ def test_while_a_retry_is_unfinished_shares_are_refused(tmp_path: Path) -> None:
         )
     assert run(tmp_path, *LOCAL)[0] == 0
     assert whole(tmp_path / OUT) == expected
+
+
+def test_a_url_is_refused(tmp_path: Path) -> None:
+    write_source(tmp_path / "in")
+    for words in ((), ("--workspace", "made")):
+        code, said = run(tmp_path, WORDS[0], "memory://bucket/x", *WORDS[2:], "--retry-failed", *words)
+        why = "not for an OUT at a URL; the data of memory://bucket/x are no longer here; leave it out"
+        assert (code, said.splitlines()[-1]) == (2, f"error: --retry-failed: {why}")
+    assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize("is_between", [False, True])
+def test_tables_of_parts_are_in_the_order_of_the_source(tmp_path: Path, is_between: bool) -> None:
+    draw = np.random.default_rng(0)
+    table = np.frombuffer(draw.bytes(200 * PART_ROW.itemsize), PART_ROW).copy()
+    table["row"] = np.sort(draw.choice(1_000, 200, replace=False))
+    table["record"]["offset"] = 512 * np.arange(200)
+    parts = draw.choice([0, 1, 2, 4, 5], 200)  # part 3 is empty
+    parts = parts if is_between else np.sort(parts)[::-1]
+    tars = [tmp_path / f"part-{number:06d}.tar" for number in range(6)]
+    for number, tar in enumerate(tars):
+        np.save(tar.with_suffix(".npy"), table[parts == number])
+    results = [PartResult(number, int((parts == number).sum()), tar.name, {}) for number, tar in enumerate(tars)]
+    tables = tables_of(tmp_path, results)
+    assert (tables.order is not None) == is_between
+    assert all((tables[name] == table[name]).all() for name in PART_ROW.names or ())
+    assert (tables.splits == table["split"]).all()
+    assert (
+        512 * tables.blocks.astype(int) == sample_ends(table["record"]) - table["record"]["offset"].astype(int)
+    ).all()
+    rows = np.sort(draw.choice(200, 50, replace=False))
+    assert [tables.tars[part] for part in tables.parts(rows).tolist()] == [tars[part] for part in parts[rows]]
+    assert (tables.records(rows) == table["record"][rows]).all()
+    for row in rows.tolist():
+        tar, record = tables.place(row)
+        assert (tar, record) == (tars[parts[row]], table["record"][row])
 
 
 def test_parts_of_some_rows(monkeypatch: pytest.MonkeyPatch) -> None:
