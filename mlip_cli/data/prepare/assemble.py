@@ -14,7 +14,7 @@ from typing import Any
 
 from mlip_cli import __version__
 from mlip_cli.data.download.options import PARTS_AT_ONCE
-from mlip_cli.data.prepare import downloads, shards
+from mlip_cli.data.prepare import downloads
 from mlip_cli.data.prepare.duplicates import EvaluationSet
 from mlip_cli.data.prepare.engines import run_parallel
 from mlip_cli.data.prepare.fates import decided
@@ -31,6 +31,7 @@ from mlip_cli.data.prepare.reasons import (
     reasons_of,
 )
 from mlip_cli.data.prepare.retried import Earlier, earlier_of
+from mlip_cli.data.prepare.room import check_room
 from mlip_cli.data.prepare.share import EVERYTHING, Share
 from mlip_cli.data.prepare.summary import SharePrepared, Summary, next_commands
 from mlip_cli.data.prepare.understood import understood
@@ -38,19 +39,13 @@ from mlip_cli.data.prepare.workspace import PartOptions, PartResult, Workspace, 
 from mlip_cli.data.sources.find import read_records
 from mlip_cli.data.sources.lists import published_list
 from mlip_cli.data.sources.openmoji import attribution, split_words
-from mlip_cli.data.sources.records import SourcePart, held_out_share, parts_of, parts_of_some
+from mlip_cli.data.sources.records import SourcePart, held_out_share, parts_of
 from mlip_cli.data.sources.survey import Survey
 from mlip_cli.errors import RunError, UsageError, interrupted_as
-from mlip_cli.files import GIB, free_bytes, full_disk_named
+from mlip_cli.files import full_disk_named
 from mlip_cli.terminal.output import say
 from mlip_cli.terminal.panel import progress
 
-BYTES_A_PIXEL = 0.5
-"""Estimate for the check of disk space: between JPEG and lossless WebP of photographs at 256 pixels."""
-BYTES_A_SAMPLE = 4096
-"""Tar headers and texts."""
-SHARDS_BESIDE_PARTS = 3
-"""What the disk holds beside the data themselves: a shard of each of two splits, and one that is being written."""
 MOST_MISSING = 2
 """Parts that are named; more are counted."""
 
@@ -72,7 +67,7 @@ def prepare(job: Job, *, finish_only: bool = False, retry: bool = False) -> Summ
     out = job.out
     job, survey, passed = understood(job)
     source = job.source
-    _check_disk(job, survey)
+    check_room(job, survey)
     provenance = _provenance(job)
     with _at_work(job, may_be_finished=retry) as work:
         earlier = earlier_of(work, job, survey, is_alone=not finish_only, begins=retry)
@@ -92,7 +87,7 @@ def prepare(job: Job, *, finish_only: bool = False, retry: bool = False) -> Summ
             reasons = reasons_of(results) + Counter(finished.dropped)
             check_samples(work, results, finished, reasons)
         except SourceError as error:
-            if earlier is not None:
+            if earlier:
                 raise
             work.discard()
             raise SourceError(f"{source.name}: {error}; nothing was kept") from None
@@ -128,7 +123,7 @@ def prepare_share(job: Job, share: Share) -> SharePrepared:
         UsageError, RunError, Stopped: as `prepare`.
     """
     job, survey, _ = understood(job)
-    _check_disk(job, survey)
+    check_room(job, survey)
     with _at_work(job, share) as work:
         earlier_of(work, job, survey, is_alone=False)
         there = frozenset(filter(share.has, work.results()))
@@ -205,7 +200,7 @@ def _make_parts(
         SourceError: most of the first rows fail for one reason.
         RunError: a worker was killed.
     """
-    num_rows = survey.pictures if earlier is None else len(earlier.places)
+    num_rows = len(earlier.places) if earlier else survey.pictures
     options = PartOptions(str(work.parts), job.size, job.source.format == "openmoji", job.cleaning)
     if rewritten := job.source.rewritten_by_sha256:
         options = replace(options, captions=str(rewritten.stem), adds_captions=rewritten.file.adds)
@@ -220,18 +215,17 @@ def _make_parts(
 
     def to_do() -> Iterator[SourcePart]:
         rows = read_records(job.source, job.read, survey.shared)
-        some = earlier and parts_of_some(rows, earlier.places.tolist(), first_number=len(earlier.results))
-        for part in some or parts_of(rows):
+        for part in earlier.parts(rows) if earlier else parts_of(rows):
             if numbers is not None:
                 numbers.append(part.number)
             if share.has(part.number) and part.number not in done:
                 yield part
 
     about = -(-num_rows // share.count)
-    check_first = int if earlier else partial(check_first_rows, work, results, share)
     with progress(about, "trying again" if earlier else "preparing") as bar:
         bar.advance(bar.task_ids[0], sum(result.rows for result in results.values()))
-        check_first()
+        if not earlier:
+            check_first_rows(work, results, share)
         try:
             for result in run_parallel(prepared, to_do(), engine=job.engine, folder=work.parts, at_once=at_once):
                 results[result.number] = result
@@ -240,7 +234,8 @@ def _make_parts(
                     bar.update(bar.task_ids[0], description=downloads.outcomes_in_words(results.values(), reasons))
                 done_rows = bar.tasks[0].completed + result.rows  # of a share, more than its mean number at times
                 bar.update(bar.task_ids[0], completed=done_rows, total=max(about, done_rows))
-                check_first()
+                if not earlier:
+                    check_first_rows(work, results, share)
         finally:
             job.source.check_unchanged()  # first of all: a change makes any other error
     return [results[number] for number in sorted(results)]
@@ -279,24 +274,3 @@ def _evaluation_sets(work: Workspace, job: Job) -> list[EvaluationSet]:
 
     num_workers = job.engine.num_workers_here
     return [hashed_set(place, folder=work.folder, size=job.size, num_workers=num_workers) for place in job.excluded]
-
-
-def _check_disk(job: Job, survey: Survey) -> None:
-    """Refuse to start what cannot fit: the samples once, and a few shards that lie beside the parts they come from.
-
-    Raises:
-        UsageError: the estimated need is more than the free space and what an earlier run has written.
-    """
-    out = job.out
-    sample = BYTES_A_PIXEL * job.size * job.size * 4 / 3
-    num_rows = survey.pictures
-    if source_bytes := 0 if survey.addresses else job.source.num_bytes:
-        sample = min(sample, 2 * source_bytes / max(1, num_rows))
-    samples = int(num_rows * (sample + BYTES_A_SAMPLE))
-    needed = samples + min(samples, SHARDS_BESIDE_PARTS * shards.SHARD_BYTES) - Workspace(out).num_bytes()
-    free = free_bytes(out)
-    if needed > free:
-        raise UsageError(
-            f"{out}: about {needed / GIB:.1f} GiB needed, {free / GIB:.1f} GiB free on this disk; make room, name a "
-            "folder on another disk, or take a smaller --size"
-        )

@@ -30,7 +30,7 @@ from mlip_cli.data.prepare.shards import PART_ROW
 from mlip_cli.data.prepare.summary import CARD_PAGE, Summary
 from mlip_cli.data.prepare.workspace import DONE, REJECTS, PartResult, Workspace
 from mlip_cli.data.sources.find import read_records
-from mlip_cli.data.sources.records import SPLITS, Record, json_bytes
+from mlip_cli.data.sources.records import SPLITS, Record, SourcePart, json_bytes, parts_of_some
 from mlip_cli.data.sources.survey import Survey
 from mlip_cli.errors import UsageError
 from mlip_cli.files import atomic_path, remove, sync_folder, write_bytes
@@ -58,6 +58,10 @@ class Earlier:
     """(n,): of the rows that are tried again, in order."""
     captions_left_out: int
     """As the summary of before says: of all rows, of failed ones too."""
+
+    def parts(self, records: Iterable[Record]) -> Iterator[SourcePart]:
+        """The parts of the rows that are tried again; `records` are all of the source."""
+        return parts_of_some(records, self.places.tolist(), first_number=len(self.results))
 
     def joined(self, retried: Sequence[PartResult], *, source_rows: int) -> list[PartResult]:
         """The results of all rows.
