@@ -55,6 +55,7 @@ from mlip_cli.terminal.options import (
     Preset,
     ProfiledPrecision,
     Retries,
+    RetryFailed,
     Run,
     ShortSide,
     Source,
@@ -139,6 +140,7 @@ def prepare_data(
     workspace: LocalFolder = None,
     part: Part = None,
     finish: Finish = False,
+    retry_failed: RetryFailed = False,
     check: Check = None,
     timeout: Timeout = DEFAULTS.timeout_s,
     retries: Retries = DEFAULTS.retries,
@@ -190,6 +192,7 @@ def prepare_data(
         workspace=workspace,
         part=part,
         finish=finish,
+        retry_failed=retry_failed,
         as_json=json,
         download=DownloadOptions(
             timeout, retries, connections, connections_per_host, user_agent, ignore_opt_out, allow_private

@@ -330,6 +330,19 @@ def test_one_folder_serves_two_urls_and_one_process_uploads_it(memory: MemoryFil
     assert str(error.value) == "here: another mlip prepare-data is uploading it; wait for it"
 
 
+def test_what_a_retry_needs_is_not_sent(memory: MemoryFileSystem, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    names = [*map(str, sorted(Path("in/train").glob("*.png"))), "gone.png"]
+    Path("list.csv").write_text("file_name,caption\n" + "".join(f"{name},a picture\n" for name in names))
+    prepare_data("list.csv", "memory://bucket/x", read=ReadOptions(), **(DEFAULTS | {"workspace": Path("made")}))
+    assert Path("made/retry.npz").is_file()
+    assert memory.exists("/bucket/x/rejects.parquet")
+    assert not memory.exists("/bucket/x/retry.npz")
+    said = caplog.text
+    assert "1 x picture missing" in said
+    assert "--retry-failed" not in said
+
+
 def test_other_options_are_refused_once_files_are_there(
     memory: MemoryFileSystem, monkeypatch: pytest.MonkeyPatch
 ) -> None:

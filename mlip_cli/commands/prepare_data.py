@@ -12,6 +12,7 @@ from mlip_cli.data.prepare.evaluation_places import EvaluationPlace, fingerprint
 from mlip_cli.data.prepare.filters import AS_IT_IS, OWN_SPLITS, Cleaning
 from mlip_cli.data.prepare.job import Job
 from mlip_cli.data.prepare.ray_engine import check_installed
+from mlip_cli.data.prepare.retry import is_begun, num_retryable
 from mlip_cli.data.prepare.share import Share
 from mlip_cli.data.prepare.summary import CARD_PAGE, SharePrepared, Summary, next_commands
 from mlip_cli.data.prepare.workspace import DONE, Workspace, finished_summary
@@ -55,6 +56,7 @@ def prepare_data(
     workspace: Path | None = None,
     part: str | None = None,
     finish: bool = False,
+    retry_failed: bool = False,
     as_json: bool,
     download: DownloadOptions = DEFAULTS,
 ) -> None:
@@ -65,6 +67,7 @@ def prepare_data(
         workspace: where data for a URL are made; None: in the cache.
         part: I/N: prepare the I-th of N shares of the parts, and finish nothing.
         finish: make the shards of parts that are all prepared.
+        retry_failed: try rows of OUT again that failed for a reason that can pass.
         data_root: where the evaluation sets of `cleaning.exclude` lie; None: see `find.data_root`.
 
     Raises:
@@ -75,6 +78,8 @@ def prepare_data(
     for name in (source, str(out)):
         check_utf8(name)
     share = _share(part, finish=finish)
+    if retry_failed:
+        _check_retry(out, others="--part" if share else "--finish" if finish else "")
     store = _store(str(out), workspace, has_others=share is not None or finish)
     folder = store.folder if store else Path(out)
     if engine == "ray":
@@ -90,7 +95,7 @@ def prepare_data(
     request = {"format": found.format, "size": size, "holdout": holdout, **read.in_request(), **cleaning.request()}
     request |= download.in_request() | _fingerprints(found, read, excluded)
     job = Job(found, folder, read, request, Engine(engine, workers), cleaning, excluded, download)
-    done = _done(job, store, str(out), share=share, finish_only=finish)
+    done = _done(job, store, str(out), share=share, finish_only=finish, retry=retry_failed)
     if as_json:
         print_json(asdict(done))
     elif isinstance(done, Summary):
@@ -111,6 +116,14 @@ def _share(part: str | None, *, finish: bool) -> Share | None:
     if part and finish:
         raise UsageError(f"--part {part} --finish: run --part first, on each machine, and then --finish alone")
     return Share.read(part) if part else None
+
+
+def _check_retry(out: Path | str, *, others: str) -> None:
+    """See that --retry-failed can work. `others` is an option for several machines, if one is given."""
+    if others:
+        raise UsageError(f"--retry-failed: not with {others}; one machine does all of it")
+    if is_url(str(out)):
+        raise UsageError(f"--retry-failed: not for an OUT at a URL; the data of {out} are no longer here; leave it out")
 
 
 def _store(out: str, workspace: Path | None, *, has_others: bool) -> "Store | None":
@@ -134,9 +147,13 @@ def _store(out: str, workspace: Path | None, *, has_others: bool) -> "Store | No
 
 
 def _done(
-    job: Job, store: "Store | None", out: str, *, share: Share | None, finish_only: bool
+    job: Job, store: "Store | None", out: str, *, share: Share | None, finish_only: bool, retry: bool
 ) -> Summary | SharePrepared:
-    """Do what is not done yet of the job, or of a share of it, which nobody uploads."""
+    """Do what is not done yet of the job, or of a share of it, which nobody uploads.
+
+    Args:
+        retry: then try rows again that failed, if the job is not such a retry already.
+    """
     summary = store.finished(job.request) if store else None
     if share and summary is None:
         store, out = None, str(job.out)
@@ -146,21 +163,32 @@ def _done(
 
         return prepare_share(job, share)
     if summary is None:
-        return _made(job, store, finish_only=finish_only)
+        work = Workspace(job.out)
+        if retry and not work.is_begun():
+            raise UsageError(f"{out}: nothing was prepared here; leave out --retry-failed")
+        retry = retry and not is_begun(work.folder)
+        summary = _made(job, store, finish_only=finish_only)
+        if not retry:
+            return summary
+    if retry and num_retryable(summary.reasons):
+        return _made(job, None, retry=True)
     summary = replace(summary, out=out, next=next_commands(job.source.format, out, summary.splits))
     _tidy(job.out, summary, store)
-    say(f"{out}: prepared already, from the same files with the same options; nothing to do")
+    if retry:
+        say(f"{out}: no reject of it can pass with time; nothing to try again")
+    else:
+        say(f"{out}: prepared already, from the same files with the same options; nothing to do")
     return summary
 
 
-def _made(job: Job, store: "Store | None", *, finish_only: bool) -> Summary:
+def _made(job: Job, store: "Store | None", *, finish_only: bool = False, retry: bool = False) -> Summary:
     """Prepare the data and its card, and upload both to `store` if that is given."""
     with store.begun(job.request) if store else nullcontext():
         summary = finished_summary(job.out, job.request) if store else None
         if summary is None:
             from mlip_cli.data.prepare.assemble import prepare
 
-            summary = prepare(job, finish_only=finish_only)
+            summary = prepare(job, finish_only=finish_only, retry=retry)
         if store:
             summary = store.named_in(summary)
         write_data_card(job.out, summary)
@@ -172,7 +200,7 @@ def _tidy(folder: Path, summary: Summary, store: "Store | None") -> None:
     if store:
         store.clear()
         return
-    Workspace(folder).discard()
+    Workspace(folder).discard_leftovers()
     if not (folder / CARD_PAGE).is_file():
         write_data_card(folder, summary)
 

@@ -246,6 +246,13 @@ Part = Annotated[
     ),
 ]
 Finish = Annotated[bool, typer.Option("--finish", help="Make the shards, once every share has been prepared.")]
+RetryFailed = Annotated[
+    bool,
+    typer.Option(
+        "--retry-failed",
+        help="Try the rejects of OUT again that can pass: no answer, broken downloads, missing pictures.",
+    ),
+]
 Preset = Annotated[
     str | None,
     typer.Option(

@@ -14,7 +14,7 @@ from typing import Any
 
 from mlip_cli import __version__
 from mlip_cli.data.download.options import PARTS_AT_ONCE
-from mlip_cli.data.prepare import downloads, shards
+from mlip_cli.data.prepare import downloads
 from mlip_cli.data.prepare.duplicates import EvaluationSet
 from mlip_cli.data.prepare.engines import run_parallel
 from mlip_cli.data.prepare.fates import decided
@@ -30,6 +30,8 @@ from mlip_cli.data.prepare.reasons import (
     check_samples,
     reasons_of,
 )
+from mlip_cli.data.prepare.retried import Earlier, earlier_of
+from mlip_cli.data.prepare.room import check_room
 from mlip_cli.data.prepare.share import EVERYTHING, Share
 from mlip_cli.data.prepare.summary import SharePrepared, Summary, next_commands
 from mlip_cli.data.prepare.understood import understood
@@ -40,25 +42,20 @@ from mlip_cli.data.sources.openmoji import attribution, split_words
 from mlip_cli.data.sources.records import SourcePart, held_out_share, parts_of
 from mlip_cli.data.sources.survey import Survey
 from mlip_cli.errors import RunError, UsageError, interrupted_as
-from mlip_cli.files import GIB, free_bytes, full_disk_named
+from mlip_cli.files import full_disk_named
 from mlip_cli.terminal.output import say
 from mlip_cli.terminal.panel import progress
 
-BYTES_A_PIXEL = 0.5
-"""Estimate for the check of disk space: between JPEG and lossless WebP of photographs at 256 pixels."""
-BYTES_A_SAMPLE = 4096
-"""Tar headers and texts."""
-SHARDS_BESIDE_PARTS = 3
-"""What the disk holds beside the data themselves: a shard of each of two splits, and one that is being written."""
 MOST_MISSING = 2
 """Parts that are named; more are counted."""
 
 
-def prepare(job: Job, *, finish_only: bool = False) -> Summary:
+def prepare(job: Job, *, finish_only: bool = False, retry: bool = False) -> Summary:
     """Prepare a source in OUT. An interrupted run is continued.
 
     Args:
         finish_only: other processes have prepared all parts.
+        retry: OUT is finished; try the rows again that failed and can pass.
 
     Raises:
         UsageError: the source cannot be read, the disk is too small, another process writes to OUT, or there are parts
@@ -70,14 +67,15 @@ def prepare(job: Job, *, finish_only: bool = False) -> Summary:
     out = job.out
     job, survey, passed = understood(job)
     source = job.source
-    _check_disk(job, survey)
+    check_room(job, survey)
     provenance = _provenance(job)
-    with _at_work(job) as work:
+    with _at_work(job, may_be_finished=retry) as work:
+        earlier = earlier_of(work, job, survey, is_alone=not finish_only, begins=retry)
         try:
             if finish_only:
                 _check_gaps(work, (part.number for part in parts_of(read_records(source, job.read, survey.shared))))
             sets = _evaluation_sets(work, job)
-            results = _prepare_parts(work, job, survey)
+            results = _prepare_parts(work, job, survey, earlier)
             finished = write_splits(
                 work,
                 results,
@@ -89,6 +87,8 @@ def prepare(job: Job, *, finish_only: bool = False) -> Summary:
             reasons = reasons_of(results) + Counter(finished.dropped)
             check_samples(work, results, finished, reasons)
         except SourceError as error:
+            if earlier:
+                raise
             work.discard()
             raise SourceError(f"{source.name}: {error}; nothing was kept") from None
         num_samples = sum(split.num_samples for split in finished.splits.values())
@@ -102,7 +102,7 @@ def prepare(job: Job, *, finish_only: bool = False) -> Summary:
             request=dict(job.request),
             rows=survey.rows,
             rejects=reasons.total(),
-            reasons=dict(reasons.most_common()),
+            reasons=dict(sorted(reasons.items(), key=lambda item: (-item[1], item[0]))),
             splits=finished.splits,
             held_out=finished.is_held_out,
             attribution=provenance.get("attribution"),
@@ -123,8 +123,9 @@ def prepare_share(job: Job, share: Share) -> SharePrepared:
         UsageError, RunError, Stopped: as `prepare`.
     """
     job, survey, _ = understood(job)
-    _check_disk(job, survey)
+    check_room(job, survey)
     with _at_work(job, share) as work:
+        earlier_of(work, job, survey, is_alone=False)
         there = frozenset(filter(share.has, work.results()))
         numbers: list[int] = []
         try:
@@ -136,13 +137,13 @@ def prepare_share(job: Job, share: Share) -> SharePrepared:
 
 
 @contextmanager
-def _at_work(job: Job, share: Share | None = None) -> Iterator[Workspace]:
+def _at_work(job: Job, share: Share | None = None, *, may_be_finished: bool = False) -> Iterator[Workspace]:
     """The workspace of OUT; a Ctrl-C or a full disk in the block becomes a line that says how to go on."""
     again = "run the same command again: it goes on"
     with (
         interrupted_as(f"{job.out}: interrupted; {again}"),
         full_disk_named(job.out, f"make room and {again}"),
-        opened(job.out, job.request, share) as work,
+        opened(job.out, job.request, share, may_be_finished=may_be_finished) as work,
     ):
         yield work
 
@@ -160,14 +161,18 @@ def _provenance(job: Job) -> dict[str, Any]:
     return found
 
 
-def _prepare_parts(work: Workspace, job: Job, survey: Survey) -> list[PartResult]:
+def _prepare_parts(work: Workspace, job: Job, survey: Survey, earlier: Earlier | None) -> list[PartResult]:
     """Prepare the parts that are not finished yet. Returns all results, in the order of the source.
+
+    With `earlier`, only rows that are tried again are prepared, and nothing is thrown away however many fail.
 
     Raises:
         SourceError: most rows fail for one reason.
         RunError: a worker was killed, or the source has changed.
     """
-    results = _make_parts(work, job, survey)
+    results = _make_parts(work, job, survey, earlier=earlier)
+    if earlier:
+        return earlier.joined(results, source_rows=survey.rows)
     if (rows := sum(result.source_rows for result in results)) != survey.rows:
         raise RunError(f"{work.out}: {rows} rows where {survey.rows} were counted; did the source change? Start again")
     if job.source.rewritten_by_sha256:
@@ -177,40 +182,50 @@ def _prepare_parts(work: Workspace, job: Job, survey: Survey) -> list[PartResult
 
 
 def _make_parts(
-    work: Workspace, job: Job, survey: Survey, *, share: Share = EVERYTHING, numbers: list[int] | None = None
+    work: Workspace,
+    job: Job,
+    survey: Survey,
+    *,
+    share: Share = EVERYTHING,
+    numbers: list[int] | None = None,
+    earlier: Earlier | None = None,
 ) -> list[PartResult]:
     """Prepare the parts of a share that are not finished yet. Returns the results of the share, in order.
 
     Args:
         numbers: the number of every part of the source is appended to it.
+        earlier: prepare only the rows that are tried again.
 
     Raises:
         SourceError: most of the first rows fail for one reason.
         RunError: a worker was killed.
     """
+    num_rows = len(earlier.places) if earlier else survey.pictures
     options = PartOptions(str(work.parts), job.size, job.source.format == "openmoji", job.cleaning)
     if rewritten := job.source.rewritten_by_sha256:
         options = replace(options, captions=str(rewritten.stem), adds_captions=rewritten.file.adds)
     at_once = PARTS_AT_ONCE if survey.addresses else 1
     if survey.addresses:
-        num_processes = job.engine.num_processes(at_once)
-        options = replace(options, download=downloads.share(survey.addresses, job.download, num_processes))
+        num_addresses, num_processes = min(survey.addresses, num_rows), job.engine.num_processes(at_once)
+        options = replace(options, download=downloads.share(num_addresses, job.download, num_processes))
     results = {number: result for number, result in work.results().items() if share.has(number)}
     done = frozenset(results)
     reasons = reasons_of(list(results.values()))
     prepared = partial(prepare_part, options=options)
 
     def to_do() -> Iterator[SourcePart]:
-        for part in parts_of(read_records(job.source, job.read, survey.shared)):
+        rows = read_records(job.source, job.read, survey.shared)
+        for part in earlier.parts(rows) if earlier else parts_of(rows):
             if numbers is not None:
                 numbers.append(part.number)
             if share.has(part.number) and part.number not in done:
                 yield part
 
-    about = -(-survey.pictures // share.count)
-    with progress(about, "preparing") as bar:
+    about = -(-num_rows // share.count)
+    with progress(about, "trying again" if earlier else "preparing") as bar:
         bar.advance(bar.task_ids[0], sum(result.rows for result in results.values()))
-        check_first_rows(work, results, share)
+        if not earlier:
+            check_first_rows(work, results, share)
         try:
             for result in run_parallel(prepared, to_do(), engine=job.engine, folder=work.parts, at_once=at_once):
                 results[result.number] = result
@@ -219,7 +234,8 @@ def _make_parts(
                     bar.update(bar.task_ids[0], description=downloads.outcomes_in_words(results.values(), reasons))
                 done_rows = bar.tasks[0].completed + result.rows  # of a share, more than its mean number at times
                 bar.update(bar.task_ids[0], completed=done_rows, total=max(about, done_rows))
-                check_first_rows(work, results, share)
+                if not earlier:
+                    check_first_rows(work, results, share)
         finally:
             job.source.check_unchanged()  # first of all: a change makes any other error
     return [results[number] for number in sorted(results)]
@@ -258,24 +274,3 @@ def _evaluation_sets(work: Workspace, job: Job) -> list[EvaluationSet]:
 
     num_workers = job.engine.num_workers_here
     return [hashed_set(place, folder=work.folder, size=job.size, num_workers=num_workers) for place in job.excluded]
-
-
-def _check_disk(job: Job, survey: Survey) -> None:
-    """Refuse to start what cannot fit: the samples once, and a few shards that lie beside the parts they come from.
-
-    Raises:
-        UsageError: the estimated need is more than the free space and what an earlier run has written.
-    """
-    out = job.out
-    sample = BYTES_A_PIXEL * job.size * job.size * 4 / 3
-    num_rows = survey.pictures
-    if source_bytes := 0 if survey.addresses else job.source.num_bytes:
-        sample = min(sample, 2 * source_bytes / max(1, num_rows))
-    samples = int(num_rows * (sample + BYTES_A_SAMPLE))
-    needed = samples + min(samples, SHARDS_BESIDE_PARTS * shards.SHARD_BYTES) - Workspace(out).num_bytes()
-    free = free_bytes(out)
-    if needed > free:
-        raise UsageError(
-            f"{out}: about {needed / GIB:.1f} GiB needed, {free / GIB:.1f} GiB free on this disk; make room, name a "
-            "folder on another disk, or take a smaller --size"
-        )

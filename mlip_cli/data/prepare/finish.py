@@ -12,6 +12,8 @@ from typing import Any
 
 from mlip_cli.data.prepare.plan import Decide, Plan, PlannedShard, plan_of
 from mlip_cli.data.prepare.rejects import write_rejects
+from mlip_cli.data.prepare.retried import write_retry
+from mlip_cli.data.prepare.retry import RETRY, RETRYABLE
 from mlip_cli.data.prepare.shards import WrittenSplit, write_card, write_shard
 from mlip_cli.data.prepare.summary import SplitSummary
 from mlip_cli.data.prepare.workspace import REJECTS, PartResult, Workspace
@@ -74,6 +76,9 @@ def write_splits(
             distinct_captions=card["statistics"]["distinct_captions"],
             holds=holds.get(split),
         )
+    is_retryable = any(reason in RETRYABLE for result in results for reason in result.reasons)
+    if is_retryable:
+        write_retry(work.finished / RETRY, plan, shards)
     _remove_others(work.finished, shards)
     return Finished(splits, dropped, found, plan.is_held_out())
 
@@ -112,12 +117,12 @@ def _remove_all(tars: Iterable[Path]) -> None:
 
 
 def _remove_others(finished: Path, shards: Sequence[PlannedShard]) -> None:
-    """Remove what the finished folder holds beside rejects, planned shards, and cards."""
+    """Remove what the finished folder holds beside rejects, what a retry needs, planned shards, and cards."""
     names = {shard.split: {"dataset.json", "sizes.json"} for shard in shards}
     for shard in shards:
         names[shard.split] |= {shard.name, Path(shard.name).with_suffix(".idx").name}
     for path in finished.iterdir():
-        if path.name not in (REJECTS, *names):
+        if path.name not in (REJECTS, RETRY, *names):
             remove(path)
         elif path.name in names:
             for inner in path.iterdir():

@@ -1,11 +1,12 @@
 """The tables of all parts as one: what pass 2 needs of every row is held or read a column at a time.
 
-Parts hold consecutive rows, so a row's part and its place there follow from its place among all.
+Parts hold consecutive rows, so a row's part and its place there follow from its place among all. Where they do not, as
+those of rows that are tried again, the order of all rows is held too.
 """
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -41,11 +42,13 @@ class PartTables:
     tars: Sequence[Path]
     """(p,): in the order of their rows."""
     starts: NDArray[np.int64]
-    """(p + 1,): place of the first row of each part among all, and the number of all."""
+    """(p + 1,): place of the first row of each part in the tables one after another, and the number of all rows."""
     splits: NDArray[np.uint8]
     """(n,): as PART_ROW has them."""
     blocks: NDArray[np.uint32]
     """(n,): blocks of the tar that each sample takes."""
+    order: NDArray[np.int32] | None = None
+    """(n,): place of each row in the tables one after another; None: the same as among all rows."""
 
     def __len__(self) -> int:
         """How many rows there are."""
@@ -58,7 +61,7 @@ class PartTables:
         column = np.empty(len(self), PART_ROW[name])
         for part, table in enumerate(map(self._table, range(len(self.tars)))):
             column[self.starts[part] : self.starts[part + 1]] = table[name]
-        return column
+        return column if self.order is None else column[self.order]
 
     @cached_property
     def _counts(self) -> list[int]:
@@ -66,26 +69,38 @@ class PartTables:
 
     def parts(self, rows: NDArray[np.integer[Any]]) -> NDArray[np.int64]:
         """Place in `tars` of the part that holds each row: (m,) -> (m,)."""
-        return self.starts.searchsorted(rows, side="right") - 1
+        return self.starts.searchsorted(self._places(rows), side="right") - 1
+
+    def _places(self, rows: NDArray[np.integer[Any]]) -> NDArray[np.integer[Any]]:
+        """Places of rows in the tables one after another: (m,) -> (m,)."""
+        return rows if self.order is None else self.order[rows]
 
     def records(self, rows: NDArray[np.integer[Any]]) -> NDArray[np.void]:
-        """Where samples lie in the tars of their parts: ascending rows (m,) -> (m,) of RECORD."""
+        """Where samples lie in the tars of their parts: (m,) -> (m,) of RECORD."""
         found = np.empty(len(rows), RECORD)
-        bounds = rows.searchsorted(self.starts)
+        places = self._places(rows)
+        by_place = places.argsort(kind="stable")
+        bounds = places[by_place].searchsorted(self.starts)
         for part in np.flatnonzero(np.diff(bounds)).tolist():
-            own = slice(bounds[part], bounds[part + 1])
-            found[own] = self._table(part)["record"][rows[own] - self.starts[part]]
+            own = by_place[bounds[part] : bounds[part + 1]]
+            found[own] = self._table(part)["record"][places[own] - self.starts[part]]
         return found
 
     def place(self, row: int) -> tuple[Path, np.void]:
         """The tar that holds a row, and its record there, without reading the others."""
-        part = int(self.starts.searchsorted(row, side="right")) - 1
+        place = row if self.order is None else int(self.order[row])
+        part = int(self.starts.searchsorted(place, side="right")) - 1
         tar, count = self.tars[part], self._counts[part]
         with open(table_path(tar), "rb") as file:
-            rows_left = count - (row - int(self.starts[part]))
+            rows_left = count - (place - int(self.starts[part]))
             at = os.fstat(file.fileno()).st_size - rows_left * PART_ROW.itemsize
             content = os.pread(file.fileno(), RECORD.itemsize, at + RECORD_AT)
         return tar, np.frombuffer(content, RECORD)[0]
+
+    def in_order_of_rows(self) -> "PartTables":
+        """The same for parts whose rows lie between each other's."""
+        order = self["row"].argsort(kind="stable").astype(np.int32)
+        return replace(self, splits=self.splits[order], blocks=self.blocks[order], order=order)
 
     def _table(self, part: int) -> NDArray[np.void]:
         """The table of a part, which was found whole: its rows are the last bytes of the file."""
@@ -108,7 +123,7 @@ def tables_of(folder: Path, results: Sequence[PartResult]) -> PartTables:
     out = folder.parents[1]
     if counts.sum() > MOST_ROWS:
         raise UsageError(f"{out}: {counts.sum():,} samples, at most {MOST_ROWS:,}; prepare the source in halves")
-    firsts, splits, blocks = [], [], []
+    firsts, lasts, splits, blocks = [], [], [], []
     tars = [folder / result.tar for result in results]
     for tar, count in zip(tars, counts.tolist(), strict=True):
         path = table_path(tar)
@@ -119,16 +134,20 @@ def tables_of(folder: Path, results: Sequence[PartResult]) -> PartTables:
         except (ValueError, OSError, EOFError) as error:
             raise UsageError(f"{path}: damaged ({error}); remove {out} and prepare it again") from None
         firsts.append(int(table["row"][0]) if count else -1)
+        lasts.append(int(table["row"][-1]) if count else -1)
         splits.append(table["split"].copy())
         ends = sample_ends(table["record"])
         blocks.append(((ends - table["record"]["offset"].astype(np.int64)) // BLOCK).astype(np.uint32))
     order = np.argsort(firsts, kind="stable")
-    return PartTables(
+    tables = PartTables(
         [tars[part] for part in order],
         np.concatenate([[0], np.cumsum(counts[order])]),
         np.concatenate([np.empty(0, np.uint8), *(splits[part] for part in order)]),
         np.concatenate([np.empty(0, np.uint32), *(blocks[part] for part in order)]),
     )
+    if (np.array(firsts, np.int64)[order][1:] < np.maximum.accumulate(np.array(lasts, np.int64)[order])[:-1]).any():
+        return tables.in_order_of_rows()
+    return tables
 
 
 def blocks(n: int, size: int) -> Iterator[slice]:

@@ -16,6 +16,7 @@ import numpy as np
 from mlip_cli.data.pictures import RejectedPictureError
 from mlip_cli.data.prepare.filters import bytes_fault, with_clean_captions
 from mlip_cli.data.prepare.pixels import StoredPicture, store
+from mlip_cli.data.prepare.retry import PICTURE_MISSING, PICTURE_UNREADABLE
 from mlip_cli.data.prepare.shards import PART_ROW, sample_parts, tar_writer, verify_tar
 from mlip_cli.data.prepare.workspace import PartOptions, PartResult
 from mlip_cli.data.sources.records import (
@@ -58,7 +59,7 @@ def prepare_part(part: SourcePart, options: PartOptions) -> PartResult:
     with atomic_path(tar) as temporary:
         with tar_writer(temporary) as writer:
             for position, sample in in_order(_samples(records, options)):
-                record, row = records[position], part.first_row + position
+                record, row = records[position], part.place(position)
                 if isinstance(sample, RejectedPictureError):
                     rejects.append({"place": row, **_reject(record, sample)})
                     continue
@@ -207,9 +208,9 @@ def read_picture(picture: Picture) -> bytes:
             file.seek(picture.offset)
             return file.read(size)
     except FileNotFoundError:
-        raise RejectedPictureError("picture missing", "no such file") from None
+        raise RejectedPictureError(PICTURE_MISSING, "no such file") from None
     except (OSError, ValueError) as error:  # a folder, no permission, a bad disk block, a name with a zero byte
-        raise RejectedPictureError("picture cannot be read", getattr(error, "strerror", None) or str(error)) from None
+        raise RejectedPictureError(PICTURE_UNREADABLE, getattr(error, "strerror", None) or str(error)) from None
 
 
 def _reject(record: Record, error: RejectedPictureError) -> dict[str, Any]:

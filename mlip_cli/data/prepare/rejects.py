@@ -61,6 +61,12 @@ def _lines(tar: Path) -> Iterator[dict[str, Any]]:
         yield from map(json.loads, file)
 
 
+def reject_places(plan: Plan) -> NDArray[np.uint64]:
+    """(n,): the place in the whole source of each row of rejects.parquet."""
+    places: NDArray[np.uint64] = _found(plan)["place"].copy()
+    return places
+
+
 def _found(plan: Plan) -> NDArray[np.void]:
     """(n,) of REJECT, in the order of the source."""
     rows = np.flatnonzero(plan.fates.drops.codes)

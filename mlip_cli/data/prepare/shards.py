@@ -238,7 +238,7 @@ def open_part(tar: Path) -> Iterator[int]:
     try:
         descriptor = os.open(tar, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
-        out = tar.parents[2]
+        out = str(tar).partition("/.prepare/")[0]
         raise RunError(f"{tar}: is gone, and samples of it are in no shard yet; remove {out}, start again") from None
     try:
         yield descriptor

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlip_cli.data.prepare.filters import OWN_SPLITS
+from mlip_cli.data.prepare.retry import num_retryable
 from mlip_cli.data.sources.records import MAX_HELD_OUT, held_out_share
 from mlip_cli.errors import UsageError
 from mlip_cli.files import parse_object
-from mlip_cli.paths import inside
+from mlip_cli.paths import inside, is_url
 from mlip_cli.terminal.output import plural, print_table, say, say_to_copy, warn
 
 if TYPE_CHECKING:
@@ -115,6 +116,8 @@ class Summary:
         say(f"{plural(self.rows, 'row')}{pictures}: {plural(num_samples, 'sample')}, {plural(self.rejects, 'reject')}")
         for reason, n in self.reasons.items():
             say(f"  {n:,} x {reason}")
+        if (n := num_retryable(self.reasons)) and not is_url(self.out):
+            say(f"{n:,} of them may succeed later: the same command with --retry-failed")
         if self.rejects:
             say(f"each reject with file, row and reason: {inside(self.out, 'rejects.parquet')}")
         if (card := Path(self.out) / CARD_PAGE).is_file():

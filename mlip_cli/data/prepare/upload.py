@@ -22,6 +22,7 @@ from threading import Lock
 from typing import Any
 
 from mlip_cli.data.cache import own_folder
+from mlip_cli.data.prepare.retry import RETRY
 from mlip_cli.data.prepare.summary import Summary, next_commands
 from mlip_cli.data.prepare.workspace import DONE, OWN_FOLDER, check_same
 from mlip_cli.data.transfers import MissingFileError, Transfers, errors_named, filesystem_of, side_by_side
@@ -234,11 +235,11 @@ class Store:
 
 
 def _sizes(folder: Path) -> dict[str, int]:
-    """The size of each file to send, by its name in `folder`."""
+    """The size of each file to send, by its name in `folder`. Nothing at a URL is tried again."""
     found: dict[str, int] = {}
     for where, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        paths = [Path(where, name) for name in sorted(names)]
+        paths = [Path(where, name) for name in sorted(names) if name != RETRY]
         found |= {path.relative_to(folder).as_posix(): path.stat().st_size for path in paths}
     del found[DONE]
     return found

@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
@@ -20,6 +20,7 @@ from typing import IO, Any
 
 from mlip_cli.data.download.options import DownloadOptions
 from mlip_cli.data.prepare.filters import AS_IT_IS, Cleaning
+from mlip_cli.data.prepare.retry import RETRY
 from mlip_cli.data.prepare.share import Share
 from mlip_cli.data.prepare.summary import Summary
 from mlip_cli.data.sources.records import SPLITS
@@ -95,6 +96,10 @@ class Workspace:
     def finished(self) -> Path:
         return self.folder / "finished"
 
+    def is_begun(self) -> bool:
+        """Whether there is an unfinished run."""
+        return (self.folder / REQUEST).is_file()
+
     def results(self) -> dict[int, PartResult]:
         """The finished parts by number."""
         found: dict[int, PartResult] = {}
@@ -114,12 +119,13 @@ class Workspace:
 
     def num_bytes(self) -> int:
         """Bytes of the samples that are there already."""
-        tars = chain(self.parts.glob("part-*.tar"), self.finished.glob("*/*.tar"))
+        folders = (self.parts, self.finished, self.out)
+        tars = chain(self.parts.glob("part-*.tar"), *(folder.glob("*/*.tar") for folder in folders))
         return sum(tar.stat().st_size for tar in tars if tar.exists())
 
     def take_back(self) -> None:
         """Undo what a `publish` that was killed had moved."""
-        for name in (*SPLITS, REJECTS):
+        for name in (*SPLITS, REJECTS, RETRY):
             if (self.out / name).exists() and not (self.finished / name).exists():
                 os.replace(self.out / name, self.finished / name)
 
@@ -135,6 +141,15 @@ class Workspace:
         """Remove what was written for a source that is refused, unless an unfinished run needs it."""
         if self.folder.is_dir() and not (self.folder / "lock").is_file():
             self.discard()
+
+    def discard_leftovers(self) -> None:
+        """Remove what a run left that was killed after it wrote prepared.json, unless another process is at work."""
+        if not self.folder.is_dir():
+            return
+        with suppress(UsageError), ExitStack() as stack:
+            _lock(self, None, stack, may_be_finished=True)
+            if (self.out / DONE).is_file():
+                self.discard()
 
     def discard(self) -> None:
         """Remove everything of an unfinished run, and OUT if it is then empty."""
@@ -186,11 +201,14 @@ def refuse_links(out: Path) -> None:
 
 
 @contextmanager
-def opened(out: Path, request: Mapping[str, Any], share: Share | None = None) -> Iterator[Workspace]:
+def opened(
+    out: Path, request: Mapping[str, Any], share: Share | None = None, *, may_be_finished: bool = False
+) -> Iterator[Workspace]:
     """The workspace of OUT, locked and with its request. Half-written files are removed before and after.
 
     Args:
         share: the parts to prepare beside processes that prepare other shares; None: nobody else may write here.
+        may_be_finished: OUT may be finished already.
 
     Raises:
         UsageError: another process writes here with what this one must not share, it was begun with another request,
@@ -200,7 +218,7 @@ def opened(out: Path, request: Mapping[str, Any], share: Share | None = None) ->
     work = Workspace(out)
     work.parts.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
-        _lock(work, share, stack)
+        _lock(work, share, stack, may_be_finished=may_be_finished)
         _remove_torn(work, share)
         try:
             _settle_request(work, request)
@@ -209,7 +227,7 @@ def opened(out: Path, request: Mapping[str, Any], share: Share | None = None) ->
             _remove_torn(work, share)
 
 
-def _lock(work: Workspace, share: Share | None, stack: ExitStack) -> None:
+def _lock(work: Workspace, share: Share | None, stack: ExitStack, *, may_be_finished: bool) -> None:
     """Hold the locks of a share, or keep everybody else out, until `stack` ends.
 
     Processes with one share in three and with one in two have parts in common, so they do not work side by side.
@@ -221,7 +239,8 @@ def _lock(work: Workspace, share: Share | None, stack: ExitStack) -> None:
 
     main = stack.enter_context(_lock_file(work, "lock"))
     lock(main, when_held=lambda: refuse(" without --part" if share else ""), is_shared=share is not None)
-    if (work.out / DONE).is_file() or _is_gone(main, work.folder / "lock"):
+    is_finished = (work.out / DONE).is_file() and not may_be_finished
+    if is_finished or _is_gone(main, work.folder / "lock"):
         raise UsageError(f"{work.out}: another mlip prepare-data has just finished here; nothing is left to do")
     if share is None:
         return
@@ -275,6 +294,7 @@ def _remove_torn(work: Workspace, share: Share | None) -> None:
                 path.unlink(missing_ok=True)
         return
     torn = [work.out.glob(f".{DONE}.*.tmp")]
+    torn.append(work.parts.glob("*/.*.tmp"))
     torn += [folder.glob(".*.tmp") for folder in (work.folder, work.parts, work.finished, *work.finished.glob("*"))]
     for path in chain.from_iterable(torn):
         path.unlink(missing_ok=True)

@@ -147,26 +147,63 @@ class ReadOptions:
 
 @dataclass(frozen=True)
 class SourcePart:
-    """Consecutive rows of the source. Workers prepare whole parts, and an interrupted run keeps them."""
+    """Consecutive rows of the source, or such that are tried again. Workers prepare whole parts.
+
+    An interrupted run keeps them.
+    """
 
     number: int
     first_row: int
-    """Place of the first record in the whole source; the key of record i is `first_row + i` in nine digits."""
+    """Place of the first record in the whole source."""
     records: tuple[Record, ...]
+    places: tuple[int, ...] = ()
+    """Of all records in the whole source, where they do not follow each other."""
+
+    def place(self, position: int) -> int:
+        """Place in the whole source of a record; in nine digits it is the key."""
+        return self.places[position] if self.places else self.first_row + position
 
 
 def parts_of(records: Iterable[Record]) -> Iterator[SourcePart]:
     """Cut a source into parts. Their size does not depend on the number of workers, so the output does not either."""
-    number = first_row = num_bytes = 0
+    first_row = 0
+    for number, part in enumerate(_cut(records)):
+        yield SourcePart(number, first_row, tuple(part))
+        first_row += len(part)
+
+
+def parts_of_some(records: Iterable[Record], places: Sequence[int], *, first_number: int) -> Iterator[SourcePart]:
+    """Cut the records at some places of a source into parts. `places` are in order; parts count from `first_number`."""
+    wanted, done = iter(places), 0
+    turn = next(wanted, None)
+
+    def chosen() -> Iterator[Record]:
+        nonlocal turn
+        for place, record in enumerate(records):
+            if turn is None:
+                return
+            if place == turn:
+                turn = next(wanted, None)
+                yield record
+
+    for number, part in enumerate(_cut(chosen()), start=first_number):
+        own = tuple(int(place) for place in places[done : done + len(part)])
+        yield SourcePart(number, own[0], tuple(part), own)
+        done += len(part)
+
+
+def _cut(records: Iterable[Record]) -> Iterator[list[Record]]:
+    """Lists of at most PART_ROWS records and about PART_BYTES."""
+    num_bytes = 0
     part: list[Record] = []
     for record in records:
         part.append(record)
         num_bytes += len(record.picture.content) if isinstance(record.picture, PictureBytes) else 0
         if len(part) == PART_ROWS or num_bytes >= PART_BYTES:
-            yield SourcePart(number, first_row, tuple(part))
-            number, first_row, num_bytes, part = number + 1, first_row + len(part), 0, []
+            yield part
+            num_bytes, part = 0, []
     if part:
-        yield SourcePart(number, first_row, tuple(part))
+        yield part
 
 
 def checked_captions(record: Record) -> Record:
