@@ -19,6 +19,7 @@ MAX_CAPTIONS = 255
 PART_ROWS = 500
 PART_BYTES = 64 << 20
 """A part ends here where its records carry the bytes of their pictures: each worker holds one."""
+ADD = "add:"
 LEFT_OUT, NOT_IN_UIDS = "left out by --where", "not in --uids"
 WISHED = frozenset((LEFT_OUT, NOT_IN_UIDS))
 """Reasons of rejects that the user asked for: however many there are, the source is as it should be."""

@@ -21,6 +21,7 @@ import numpy as np
 
 from mlip_cli.data.sources.captions import captions_of
 from mlip_cli.data.sources.records import (
+    ADD,
     Caption,
     ReadOptions,
     UnusableSampleError,
@@ -44,7 +45,6 @@ from mlip_cli.paths import escaped
 SHA256 = "sha256"
 KEYS = ("uid", "key", SHA256, "url", "image_id", "id")
 """Columns by which rows are joined, if both tables have them; the first is taken."""
-ADD = "add:"
 
 
 @dataclass(frozen=True)

@@ -3,17 +3,19 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mlip_cli.data.sources.lists import odd_size
-from mlip_cli.data.sources.records import LEFT_OUT, NOT_IN_UIDS, Caption, ReadOptions
-from mlip_cli.data.sources.rewritten import ADD, Rewritten, rewritten_captions
+from mlip_cli.data.sources.records import ADD, LEFT_OUT, NOT_IN_UIDS, Caption, ReadOptions
 from mlip_cli.data.sources.table_files import Chosen, Table, match_column
 from mlip_cli.data.sources.text_tables import cells_in_words, table_error
-from mlip_cli.data.sources.uids import UID_COLUMNS, Uids, read_uids
 from mlip_cli.data.sources.where import Condition, condition
 from mlip_cli.errors import UsageError
 from mlip_cli.paths import escaped
+
+if TYPE_CHECKING:  # they import numpy
+    from mlip_cli.data.sources.rewritten import Rewritten
+    from mlip_cli.data.sources.uids import Uids
 
 UNKNOWN = "--where asks for a missing value"
 
@@ -23,9 +25,9 @@ class TableRules:
     """The rules for the rows of one table."""
 
     condition: Condition | None
-    uids: Uids | None
+    uids: "Uids | None"
     uid_column: str
-    rewritten: Rewritten | None
+    rewritten: "Rewritten | None"
     key_column: str
 
     def left_out(self, row: Mapping[str, Any]) -> tuple[str, str] | None:
@@ -52,8 +54,8 @@ class RowRules:
     """The rules for all tables."""
 
     where: str | None = None
-    uids: Uids | None = None
-    rewritten: Rewritten | None = None
+    uids: "Uids | None" = None
+    rewritten: "Rewritten | None" = None
 
     def of(self, table: Table, chosen: Chosen) -> TableRules:
         """The rules for one table.
@@ -63,6 +65,8 @@ class RowRules:
         """
         uid_column = ""
         if self.uids is not None:
+            from mlip_cli.data.sources.uids import UID_COLUMNS
+
             found = (match_column(table.columns, name) for name in UID_COLUMNS)
             uid_column = next(filter(None, found), "")
             if not uid_column:
@@ -99,10 +103,16 @@ def row_rules(read: ReadOptions, tables: Sequence[tuple[Table, Chosen]], folder:
     """
     if not (read.where or read.uids or read.captions_from):
         return None
-    rules = RowRules(read.where, read_uids(Path(read.uids)) if read.uids else None)
+    rules = RowRules(read.where)
+    if read.uids:
+        from mlip_cli.data.sources.uids import read_uids
+
+        rules = replace(rules, uids=read_uids(Path(read.uids)))
     for table, chosen in tables:
         rules.of(table, chosen)
     if read.captions_from:
+        from mlip_cli.data.sources.rewritten import rewritten_captions
+
         rules = replace(rules, rewritten=rewritten_captions(read.captions_from, tables, folder))
     return rules
 
