@@ -77,7 +77,7 @@ def test_kill_after_kill_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
     assert run(tmp_path, *HALF)[0] == 0
     (tmp_path / "out").rename(tmp_path / "whole")
     draw, kills = random.Random(3), 0
-    while (code := run(tmp_path, *HALF, prelude=killed_at("out", draw.randrange(60, 160)))[0]) == -9:
+    while (code := run(tmp_path, *HALF, prelude=killed_at("out", draw.randrange(100, 280)))[0]) == -9:
         kills += 1
     assert code == 0
     assert kills >= 5
