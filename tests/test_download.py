@@ -20,9 +20,9 @@ from download_server_for_tests import ANSWERS, BOMB, DownloadServer, jpeg
 from mlip_cli.data.download import addresses, body, fetch, hosts, names
 from mlip_cli.data.download.addresses import IP
 from mlip_cli.data.download.downloader import Downloader
+from mlip_cli.data.download.failure import DownloadError
 from mlip_cli.data.download.names import LookUp, look_up
 from mlip_cli.data.download.options import DownloadOptions
-from mlip_cli.data.download.outcome import DownloadError
 
 OPTIONS = DownloadOptions(timeout_s=1.0, allow_private=True, max_bytes=4 << 20)
 

@@ -7,9 +7,9 @@ import sys
 import pytest
 
 from mlip_cli.data.download.addresses import read_address, why_not_public
+from mlip_cli.data.download.failure import DownloadError
 from mlip_cli.data.download.headers import opt_out, seconds_of
 from mlip_cli.data.download.options import DownloadOptions, check_installed, is_address
-from mlip_cli.data.download.outcome import DownloadError
 from mlip_cli.errors import UsageError
 
 

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 from mlip_cli import __version__
-from mlip_cli.data.prepare.examples import examples_of
 from mlip_cli.data.prepare.summary import CARD_PAGE, Summary
 from mlip_cli.errors import RunError, UsageError
 from mlip_cli.files import read_object, remove_leftovers, write_text
@@ -12,6 +11,7 @@ from mlip_cli.terminal.output import warn
 
 def write_data_card(out: Path, summary: Summary) -> None:
     """Write card.html, unless this very page is there. A failure is told and costs nothing: the data is finished."""
+    from mlip_cli.data.prepare.examples import examples_of  # here, because it imports numpy
     from mlip_cli.report.data_card import data_card
 
     remove_leftovers(out / CARD_PAGE)

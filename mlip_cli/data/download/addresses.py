@@ -9,7 +9,8 @@ import re
 from dataclasses import dataclass
 from urllib.parse import quote, unquote, urljoin, urlsplit
 
-from mlip_cli.data.download.outcome import NOT_AN_ADDRESS, REFUSED, DownloadError
+from mlip_cli.data.download.failure import DownloadError
+from mlip_cli.data.download.outcome import NOT_AN_ADDRESS, REFUSED
 
 SCHEMES = ("http", "https")
 WEB_PORTS = (80, 443)

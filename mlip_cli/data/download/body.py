@@ -7,7 +7,8 @@ from contextlib import asynccontextmanager
 
 from aiohttp import ClientResponse
 
-from mlip_cli.data.download.outcome import BAD_ANSWER, CUT_OFF, NOT_A_PICTURE, TOO_LARGE, DownloadError
+from mlip_cli.data.download.failure import DownloadError
+from mlip_cli.data.download.outcome import BAD_ANSWER, CUT_OFF, NOT_A_PICTURE, TOO_LARGE
 
 NOT_COMPRESSED = ("", "identity")
 BY_ZLIB = ("gzip", "x-gzip", "deflate")

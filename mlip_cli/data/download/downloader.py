@@ -11,10 +11,10 @@ from concurrent.futures import Future
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
+from mlip_cli.data.download.failure import DownloadError
 from mlip_cli.data.download.fetch import Fetcher
 from mlip_cli.data.download.names import LookUp, look_up
 from mlip_cli.data.download.options import DownloadOptions
-from mlip_cli.data.download.outcome import DownloadError
 from mlip_cli.machine import allow_open_files
 
 Value = TypeVar("Value")

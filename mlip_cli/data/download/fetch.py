@@ -11,6 +11,7 @@ from yarl import URL
 
 from mlip_cli.data.download.addresses import Address, read_address
 from mlip_cli.data.download.body import Budget, read_body
+from mlip_cli.data.download.failure import DownloadError
 from mlip_cli.data.download.headers import opt_out, seconds_of
 from mlip_cli.data.download.hosts import LONGEST_WAIT_S, Host, Hosts
 from mlip_cli.data.download.names import CheckedResolver, LookUp
@@ -26,7 +27,6 @@ from mlip_cli.data.download.outcome import (
     RETRIED_STATUSES,
     TIMED_OUT,
     TOO_MANY_REDIRECTS,
-    DownloadError,
     status_words,
 )
 

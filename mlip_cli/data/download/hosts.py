@@ -6,7 +6,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
-from mlip_cli.data.download.outcome import ASKED_TO_WAIT, HOST_SILENT, DownloadError
+from mlip_cli.data.download.failure import DownloadError
+from mlip_cli.data.download.outcome import ASKED_TO_WAIT, HOST_SILENT
 
 LONGEST_WAIT_S = 60.0
 """A server that asks for a longer pause ends the row."""

@@ -10,7 +10,8 @@ from collections.abc import Callable
 from aiohttp.abc import AbstractResolver, ResolveResult
 
 from mlip_cli.data.download.addresses import why_not_public
-from mlip_cli.data.download.outcome import NO_DNS, NO_HOST, REFUSED, DownloadError
+from mlip_cli.data.download.failure import DownloadError
+from mlip_cli.data.download.outcome import NO_DNS, NO_HOST, REFUSED
 
 LookUp = Callable[[str], list[str]]
 """Name of a host -> its IP addresses; raises socket.gaierror."""

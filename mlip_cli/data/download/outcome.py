@@ -1,7 +1,5 @@
 """How a download ends that gives no picture: the words of its reject. Imports nothing heavy."""
 
-from mlip_cli.data.pictures import RejectedPictureError
-
 NOT_FOUND = "not found (404)"
 NO_HOST = "no such host"
 NO_DNS = "no answer from DNS"
@@ -46,14 +44,6 @@ _ALL = CAN_PASS | {
     NOT_A_PICTURE,
     BAD_ANSWER,
 }
-
-
-class DownloadError(RejectedPictureError):
-    """A download that gave no picture. `detail` says what was seen, without the address."""
-
-    def __init__(self, reason: str, detail: str, *, is_retried: bool = False) -> None:
-        super().__init__(reason, detail)
-        self.is_retried = is_retried
 
 
 def status_words(status: int) -> str:
