@@ -7,32 +7,63 @@ from typing import Annotated, Literal
 import typer
 
 from mlip_cli import __version__
+from mlip_cli.data.download.options import DEFAULTS, DownloadOptions
+from mlip_cli.errors import UsageError
 from mlip_cli.terminal.endings import exit_code
 from mlip_cli.terminal.options import (
+    AllowPrivate,
     Averaged,
     AverageOut,
     BatchSize,
     CaptionColumn,
+    CaptionsFrom,
+    Check,
     Choose,
+    Clean,
     Compile,
+    Connections,
+    ConnectionsPerHost,
+    Damaged,
     DataRoot,
     Datasets,
+    Dedupe,
     Device,
+    EngineName,
+    Exclude,
+    Finish,
     Format,
     Holdout,
+    IgnoreOptOut,
     ImageColumn,
     ImageFolder,
     Json,
     Limit,
+    LocalFolder,
+    MaxAspect,
+    MaxBytes,
+    MaxCharacters,
+    MaxWords,
+    MinBytes,
+    MinCharacters,
+    MinSide,
+    MinWords,
     Model,
     Models,
     Out,
+    Part,
     Precision,
+    Preset,
     ProfiledPrecision,
+    Retries,
+    RetryFailed,
     Run,
     ShortSide,
     Source,
+    Timeout,
+    Uids,
+    UserAgent,
     Weights,
+    Where,
     Workers,
 )
 from mlip_cli.terminal.output import start_logging
@@ -44,6 +75,7 @@ from mlip_cli.terminal.values import (
     complete_override,
     complete_recipe,
     flat,
+    given_words,
     one_rate,
     split,
     split_rates,
@@ -76,31 +108,95 @@ def _root(
 
 @app.command(epilog="Example: mlip prepare-data openmoji data/openmoji")
 def prepare_data(
-    source: Source,
-    out: Out,
+    context: typer.Context,
+    source: Source = None,
+    out: Out = None,
     format: Format = "auto",
     size: ShortSide = None,
     holdout: Holdout = None,
+    clean: Clean = None,
+    min_words: MinWords = None,
+    max_words: MaxWords = None,
+    min_characters: MinCharacters = None,
+    max_characters: MaxCharacters = None,
+    min_side: MinSide = None,
+    max_aspect: MaxAspect = None,
+    min_bytes: MinBytes = None,
+    max_bytes: MaxBytes = None,
+    dedupe: Dedupe = "none",
+    exclude: Exclude = None,
+    data_root: DataRoot = None,
     limit: Limit = None,
     image_column: ImageColumn = None,
     caption_column: CaptionColumn = None,
     image_folder: ImageFolder = None,
+    preset: Preset = None,
+    where: Where = None,
+    uids: Uids = None,
+    captions_from: CaptionsFrom = None,
+    damaged: Damaged = "refuse",
     workers: Workers = None,
+    engine: EngineName = "processes",
+    workspace: LocalFolder = None,
+    part: Part = None,
+    finish: Finish = False,
+    retry_failed: RetryFailed = False,
+    check: Check = None,
+    timeout: Timeout = DEFAULTS.timeout_s,
+    retries: Retries = DEFAULTS.retries,
+    connections: Connections = DEFAULTS.connections,
+    connections_per_host: ConnectionsPerHost = DEFAULTS.connections_per_host,
+    user_agent: UserAgent = DEFAULTS.user_agent,
+    ignore_opt_out: IgnoreOptOut = False,
+    allow_private: AllowPrivate = False,
     json: Json = False,
 ) -> None:
     """Turn pictures and captions into shards that training reads."""
+    if check is not None:
+        from mlip_cli.commands.check_data import check_data
+
+        given = given_words(context, but=("check", "workers", "json"))
+        return check_data(check, given=given, workers=workers, as_json=json)
+    if source is None or out is None:
+        missing = "OUT" if source else "SOURCE"
+        raise UsageError(f"mlip prepare-data: missing argument '{missing}'; try mlip prepare-data --help")
     from mlip_cli.commands import prepare_data as command
+    from mlip_cli.data.prepare.filters import Cleaning, cleaning_of
     from mlip_cli.data.sources.records import ReadOptions
 
-    command.prepare_data(
+    rules = Cleaning(
+        min_words=min_words,
+        max_words=max_words,
+        min_characters=min_characters,
+        max_characters=max_characters,
+        min_side=min_side,
+        max_aspect=max_aspect,
+        min_bytes=min_bytes,
+        max_bytes=max_bytes,
+        dedupe=dedupe,
+        exclude=tuple(dict.fromkeys(flat(exclude or []))),
+    )
+    columns = (limit, image_column, caption_column, image_folder)
+    read = ReadOptions(*columns, damaged, preset, where, uids, captions_from)
+    return command.prepare_data(
         source,
         out,
         format=format,
-        read=ReadOptions(limit, image_column, caption_column, image_folder),
+        read=read,
+        cleaning=cleaning_of(clean, rules),
+        data_root=data_root,
         size=size,
         holdout=holdout,
         workers=workers,
+        engine=engine,
+        workspace=workspace,
+        part=part,
+        finish=finish,
+        retry_failed=retry_failed,
         as_json=json,
+        download=DownloadOptions(
+            timeout, retries, connections, connections_per_host, user_agent, ignore_opt_out, allow_private
+        ),
     )
 
 

@@ -113,9 +113,15 @@ def write_text(path: Path, content: str) -> None:
     write_bytes(path, content.encode("utf-8", "backslashreplace"))
 
 
+def json_document(value: Any) -> bytes:
+    """Strict, readable JSON in UTF-8, escaped as `write_text` does."""
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    return text.encode("utf-8", "backslashreplace")
+
+
 def write_json(path: Path, value: Any) -> None:
     """Replace `path` atomically with strict, readable JSON."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_bytes(path, json_document(value))
 
 
 def read_lines(path: Path) -> list[str]:
@@ -166,7 +172,7 @@ def read_own_object(path: Path, *, cure: str) -> dict[str, Any]:
         raise UsageError(f"{path}: damaged ({error}); {cure}") from None
 
 
-def lock(file: IO[Any], *, when_held: Callable[[], None]) -> None:
+def lock(file: IO[Any], *, when_held: Callable[[], None], is_shared: bool = False) -> None:
     """Lock a file that is open for writing, against other processes, until it is closed.
 
     The lock is a POSIX record lock, which forked processes do not inherit: after kill -9 of a training its loader
@@ -174,12 +180,14 @@ def lock(file: IO[Any], *, when_held: Callable[[], None]) -> None:
 
     Args:
         when_held: called if another process holds the lock. Unless it raises, `lock` then waits for that process.
+        is_shared: others may hold the lock too, if theirs is shared. The file must then be open for reading as well.
 
     Raises:
         OSError: the file system has no locks.
     """
+    kind = fcntl.LOCK_SH if is_shared else fcntl.LOCK_EX
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(file, kind | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):  # POSIX allows both
         when_held()
-        fcntl.lockf(file, fcntl.LOCK_EX)
+        fcntl.lockf(file, kind)

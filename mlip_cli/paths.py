@@ -93,6 +93,27 @@ def read_variable(name: str) -> str | None:
         raise UsageError(f"${name}: {error}") from None
 
 
+def is_url(path: str) -> bool:
+    """True for `s3://bucket/folder` and the like, whatever the protocol."""
+    return "://" in path
+
+
+def read_place(text: str) -> str:
+    """A local path as `read_path` reads it; a URL as it is, without a slash at its end.
+
+    Raises:
+        UsageError: as `read_path`, but for URLs only where they hold control characters.
+    """
+    if not is_url(text) or _CONTROL.search(text):
+        return read_path(text)
+    return text.rstrip("/")
+
+
+def inside(folder: str, name: str) -> str:
+    """The path or URL of `name` in a folder, which may be at a URL."""
+    return f"{folder}/{name}" if is_url(folder) else str(Path(folder, name))
+
+
 def is_elsewhere(text: str) -> bool:
     """True for URLs, whatever the protocol, and for `pipe:`: what a path of this machine cannot be."""
     return _ELSEWHERE.match(text) is not None

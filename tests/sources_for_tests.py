@@ -4,6 +4,7 @@ import io
 import json
 import tarfile
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,25 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from mlip_cli.commands.prepare_data import prepare_data
+from mlip_cli.data.download.options import DEFAULTS as DEFAULT_DOWNLOAD
+from mlip_cli.data.prepare.filters import AS_IT_IS, Cleaning
 from mlip_cli.data.sources.records import ReadOptions
 
 COLORS = ("red", "green", "blue", "orange", "black", "purple")
-DEFAULTS: dict[str, Any] = {"format": "auto", "size": None, "holdout": 0.0, "workers": 1, "as_json": True}
+DEFAULTS: dict[str, Any] = {
+    "format": "auto",
+    "size": None,
+    "holdout": 0.0,
+    "workers": 1,
+    "engine": "processes",
+    "workspace": None,
+    "part": None,
+    "finish": False,
+    "as_json": True,
+    "cleaning": AS_IT_IS,
+    "data_root": None,
+    "download": DEFAULT_DOWNLOAD,
+}
 
 
 def picture(i: int, format: str = "PNG") -> bytes:
@@ -57,6 +73,10 @@ def write_tar(path: Path, members: Mapping[str, bytes | str], *, format: int = t
 
 def prepare(source: Path | str, out: Path, **options: Any) -> dict[str, Any]:
     """Run the command. Returns what prepared.json holds."""
+    clean = {name: value for name, value in options.items() if name in asdict(AS_IT_IS)}
+    if clean:
+        options = {name: value for name, value in options.items() if name not in clean}
+        options["cleaning"] = Cleaning(**clean)
     read = ReadOptions(**{name: value for name, value in options.items() if name not in DEFAULTS})
     given = {name: value for name, value in options.items() if name in DEFAULTS}
     prepare_data(str(source), out, read=read, **(DEFAULTS | given))
@@ -90,6 +110,7 @@ def rejects(out: Path) -> list[tuple[str, int, str, str]]:
 
 
 def contents(out: Path) -> dict[str, bytes]:
-    """Every file of a finished folder but the summary, which says how long it took and where."""
-    files = sorted(path for path in out.rglob("*") if path.is_file() and path.name != "prepared.json")
+    """Every file of a finished folder but the summary and the card, which say how long it took and where."""
+    named = ("prepared.json", "card.html")
+    files = sorted(path for path in out.rglob("*") if path.is_file() and path.name not in named)
     return {str(path.relative_to(out)): path.read_bytes() for path in files}

@@ -81,10 +81,15 @@ EARLY = [
         "for a file or folder of this name",
     ),
     (
-        ["prepare-data", "classes", "s3://bucket/out"],
+        ["prepare-data", "classes", "pipe:out"],
         2,
-        "mlip prepare-data: OUT: s3:/bucket/out: a URL or a stream, and a path of this machine is needed; copy the "
-        "data to a disk",
+        "mlip prepare-data: OUT: pipe:out: a URL or a stream, and a path of this machine is needed; copy the data to a "
+        "disk",
+    ),
+    (
+        ["prepare-data", "classes", "file:///data/out"],
+        2,
+        "file:///data/out: a folder of this machine; write /data/out",
     ),
     (
         ["eval-zeroshot", "a\nb\x1b[31m"],

@@ -283,7 +283,11 @@ def test_missing_folders(tmp_path: Path, folder: Path, monkeypatch: pytest.Monke
         "data/openmoji/train: no such folder; make it with: mlip prepare-data openmoji data/openmoji"
     )
     assert message(Path("data/cc3m/train")) == (
-        "data/cc3m/train: no such folder; make it with: mlip prepare-data SOURCE data/cc3m"
+        "data/cc3m/train: no such folder; make it with: mlip prepare-data Train_GCC-training.tsv data/cc3m "
+        "--preset cc3m"
+    )
+    assert message(Path("data/own/train")) == (
+        "data/own/train: no such folder; make it with: mlip prepare-data SOURCE data/own"
     )
     above = folder.parent
     assert message(above) == f"{above}: no dataset.json here, but in {folder}; name one of these"

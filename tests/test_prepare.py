@@ -4,9 +4,11 @@ import json
 import multiprocessing
 import re
 import shutil
+from array import array
 from collections import namedtuple
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +18,21 @@ from sources_for_tests import contents, picture, prepare, rejects, samples, text
 
 from mlip_cli.data.open import open_prepared
 from mlip_cli.data.prepare import assemble as prepare_module
-from mlip_cli.data.prepare.assemble import SourceError, assign_splits
-from mlip_cli.data.prepare.parts import NO_SPLIT
+from mlip_cli.data.prepare import reasons
+from mlip_cli.data.prepare.assemble import _check_disk
+from mlip_cli.data.prepare.engines import Engine
+from mlip_cli.data.prepare.fates import decided
+from mlip_cli.data.prepare.filters import AS_IT_IS
+from mlip_cli.data.prepare.job import Job
+from mlip_cli.data.prepare.plan import assign_splits, plan_of
+from mlip_cli.data.prepare.reasons import SourceError
 from mlip_cli.data.prepare.shards import PART_ROW
+from mlip_cli.data.prepare.workspace import PartResult, Workspace
 from mlip_cli.data.sources import records
-from mlip_cli.data.sources.records import held_out_share
+from mlip_cli.data.sources.file_names import FileList, FileNames
+from mlip_cli.data.sources.find import find_source
+from mlip_cli.data.sources.records import NO_SPLIT, ReadOptions, held_out_share
+from mlip_cli.data.sources.survey import Survey
 from mlip_cli.data.tokenizer import Tokenizer
 from mlip_cli.errors import UsageError
 
@@ -53,6 +65,7 @@ def test_rows_are_samples_plus_rejects_and_a_truncated_jpeg_stops_nothing(
         "  1 x damaged picture",
         "  1 x not a picture",
         f"each reject with file, row and reason: {tmp_path / 'out' / 'rejects.parquet'}",
+        f"card: {tmp_path / 'out' / 'card.html'}",
         "fewer than 32 samples to train on: too few for a contrastive loss",
     ]
 
@@ -170,16 +183,33 @@ def test_the_number_of_held_out_samples_is_logged(tmp_path: Path, caplog: pytest
     ]
 
 
+def test_few_held_out_samples_of_a_large_share_need_more_pictures(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", logger="mlip_cli"):
+        prepare(write_sidecars(tmp_path / "in", 12), tmp_path / "out", holdout=0.5)
+    assert "too few to measure by; take more pictures" in caplog.text
+
+
+@pytest.mark.parametrize("table", [np.zeros(1, PART_ROW), np.zeros(3), np.zeros(3, [("row", "u8"), ("split", "u1")])])
+def test_the_table_of_a_part_of_another_version_is_named(tmp_path: Path, table: np.ndarray) -> None:
+    work = Workspace(tmp_path / "out")
+    work.parts.mkdir(parents=True)
+    np.save(work.parts / "part-000000.npy", table)
+    result = PartResult(0, 3, "part-000000.tar", {})
+    with pytest.raises(UsageError, match=r"part-000000.npy: damaged \(.*\); remove .*out and prepare it again"):
+        plan_of(work.parts, [result], holdout=0.0, decide=partial(decided, cleaning=AS_IT_IS, sets=[]))
+
+
 def test_holdout_is_capped_and_yields_to_the_sources_own_splits() -> None:
-    table = np.zeros(20_000, PART_ROW)
-    table["pixels"] = np.random.default_rng(0).integers(0, 2**64, 20_000, dtype=np.uint64)
-    table["split"] = NO_SPLIT
-    splits = assign_splits(table, holdout=0.5)
+    pixels = np.random.default_rng(0).integers(0, 2**64, 20_000, dtype=np.uint64)
+    given = np.full(20_000, NO_SPLIT, np.uint8)
+    splits = assign_splits(pixels, given, holdout=0.5)
     assert (splits == 1).sum() == 5_000
-    assert table["pixels"][splits == 1].max() < table["pixels"][splits == 0].min()
-    assert abs((assign_splits(table, holdout=0.02) == 1).mean() - 0.02) < 0.004
-    table["split"][:3] = 2
-    assert (assign_splits(table, holdout=0.5) == 1).sum() == 0
+    assert pixels[splits == 1].max() < pixels[splits == 0].min()
+    assert abs((assign_splits(pixels, given, holdout=0.02) == 1).mean() - 0.02) < 0.004
+    given[:3] = 2
+    assert (assign_splits(pixels, given, holdout=0.5) == 1).sum() == 0
 
 
 def test_limit_takes_the_first_rows(tmp_path: Path) -> None:
@@ -262,7 +292,7 @@ def test_a_folder_with_other_files_is_left_alone(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("small_parts")
 def test_a_source_that_is_not_what_it_seems_stops_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepare_module, "FIRST_ROWS", 50)
+    monkeypatch.setattr(reasons, "FIRST_ROWS", 50)
     source = write_sidecars(tmp_path / "in", 80)
     for i in range(60):
         (source / f"{i:05d}.png").write_bytes(b"<html>")
@@ -306,6 +336,27 @@ def test_a_disk_without_room_is_refused_before_the_start(tmp_path: Path, monkeyp
     ):
         prepare(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_room_that_is_asked_for_is_that_of_the_samples_and_three_shards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Samples of at most 256 x 341 pixels at half a byte, 4 KiB beside each; an earlier run's files count."""
+    source = find_source(str(write_sidecars(tmp_path / "in", 1)), format="auto", read=ReadOptions())
+    large = replace(source, files=FileList(FileNames(["a.jpg"]), array("q", [2**40]), array("q", [0])))
+    num_rows, sample = 1_000_000, 256 * 256 * 4 / 3 / 2 + 4096
+    needed = int(num_rows * sample) + 3 * (512 << 20)
+    usage = namedtuple("usage", "total used free")
+
+    def check(free: int) -> None:
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(2**50, 2**50, free))
+        _check_disk(Job(large, tmp_path / "out", ReadOptions(), {"size": 256}, Engine()), Survey(pictures=num_rows))
+
+    check(needed)
+    with pytest.raises(UsageError, match=r"out: about 46\.0 GiB needed, 46\.0 GiB free on this disk"):
+        check(needed - 1)
+    write_files(tmp_path / "out" / ".prepare" / "parts", {"part-000000.tar": b"x" * 1000})
+    check(needed - 1000)
 
 
 @pytest.mark.slow

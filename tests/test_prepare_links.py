@@ -86,7 +86,7 @@ def test_the_output_folder_itself_may_be_a_link_to_a_folder(tmp_path: Path) -> N
 def test_a_source_without_a_sample_leaves_the_link_that_is_the_output_folder(tmp_path: Path) -> None:
     (tmp_path / "disk").mkdir()
     (tmp_path / "out").symlink_to("disk")
-    with opened(tmp_path / "out", {}):
+    with opened(tmp_path / "out", {"source_fingerprint": "a"}):
         pass
     Workspace(tmp_path / "out").discard()
     assert (tmp_path / "out").is_symlink()

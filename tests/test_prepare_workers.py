@@ -1,6 +1,10 @@
 """Work in several processes."""
 
+import multiprocessing
 import os
+import signal
+import time
+from pathlib import Path
 
 import pytest
 
@@ -28,3 +32,29 @@ def test_a_worker_that_dies_is_reported() -> None:
         "a worker process died (exit code 3); out of memory? Run the same command again to go on, with fewer --workers "
         "if it happens again"
     )
+
+
+def endless(folder: str) -> None:
+    """Say who works here, and work on."""
+    Path(folder, str(os.getpid())).touch()
+    time.sleep(600)
+
+
+def drive(folder: str) -> None:
+    list(run_parallel(endless, [folder, folder], num_workers=2))
+
+
+@pytest.mark.slow
+def test_workers_end_in_the_middle_of_their_tasks_when_the_driver_is_killed(tmp_path: Path) -> None:
+    driver = multiprocessing.get_context("fork").Process(target=drive, args=(str(tmp_path),))
+    driver.start()
+    deadline = time.monotonic() + 120
+    while len(list(tmp_path.iterdir())) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    workers = [int(path.name) for path in tmp_path.iterdir()]
+    assert len(workers) == 2
+    os.kill(driver.pid, signal.SIGKILL)
+    driver.join()
+    while any(Path(f"/proc/{worker}").exists() for worker in workers) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert time.monotonic() < deadline

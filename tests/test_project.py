@@ -42,7 +42,8 @@ def test_the_wheel_holds_all_recipes_and_nothing_beside_the_package(wheel: Path)
     recipes = {path.relative_to(ROOT / "recipes").as_posix() for path in (ROOT / "recipes").rglob("*.yaml")}
     assert {name for name in shipped if name.endswith(".yaml")} == recipes
     assert {f"{name}.yaml" for name in recipe_names()} <= recipes
-    beside = {"mlip_cli/recipes/schema.json", "mlip_cli/recipes/slurm.sbatch", "mlip_cli/py.typed"}
+    beside = {f"mlip_cli/{name}" for name in ("recipes/schema.json", "recipes/slurm.sbatch", "recipes/prepare.sbatch")}
+    beside.add("mlip_cli/py.typed")
     assert beside | {"mlip_cli/data/index.py"} <= set(names)
     assert {name.split("/")[0].split("-")[0] for name in names} == {"mlip_cli"}
 

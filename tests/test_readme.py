@@ -15,13 +15,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import yaml
 from command_for_tests import mlip
+from download_server_for_tests import DownloadServer, jpeg
 from foreign_for_tests import CONFIGURATIONS, write_open_clip
 from killed_for_tests import Forked
 from pages_for_tests import without_curves
-from shards_for_tests import make_dataset
+from pyarrow import parquet
 from sources_for_tests import picture, write_files, write_sidecars
 from torch.distributed.run import parse_args
 
@@ -58,6 +60,7 @@ TUNE = (
     f"mlip pretrain recipes/finetune.yaml model.init={PUBLISHED} "
     "evaluate.zeroshot=[folder:my_classes,digits] --out runs/tuned"
 )
+CHOSEN = 'mlip prepare-data pairs.parquet data/pairs --where "similarity > 0.3" --clean datacomp_basic --dedupe pixels'
 QUICK = "--rounds 5 --batch-size 4"
 SWEPT = f"{QUICK} --pictures 1"
 
@@ -136,6 +139,16 @@ LINES: dict[str, Smaller | Callable[[str], None]] = {
     "mlip report runs/mine": Smaller(),
     "mlip prepare-data photos.csv data/photos --image-column path --caption-column title": Smaller(more="--workers 1"),
     "mlip prepare-data my_classes data/classes": Smaller(more="--workers 1"),
+    "mlip prepare-data cc12m.tsv data/cc12m --preset cc12m": Smaller(more="--allow-private --holdout 0.3 --workers 1"),
+    "mlip pretrain recipes/cc12m.yaml": Smaller(),
+    CHOSEN: Smaller(more="--workers 1"),
+    "mlip prepare-data cc12m.tsv data/cc12m --preset cc12m --part 1/8": Smaller(
+        {"data/cc12m": "data/shares", "1/8": "1/1"}, "--allow-private --workers 1"
+    ),
+    "mlip prepare-data cc12m.tsv data/cc12m --preset cc12m --finish": Smaller(
+        {"data/cc12m": "data/shares"}, "--allow-private --workers 1"
+    ),
+    "mlip prepare-data --check data/cc12m": Smaller(),
     "mlip pretrain recipes/cc12m.yaml --dry-run": Smaller(),
     "mlip pretrain recipes/single_gpu.yaml train.micro_batch_size=64 --out runs/small_batches": Smaller(
         {"train.micro_batch_size=64": "train.micro_batch_size=4"}
@@ -202,12 +215,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     for number, name in enumerate(("n01440764", "n01443537")):
         pictures = {f"{i}.JPEG": picture(400 + 10 * number + i, "JPEG") for i in range(2)}
         write_files(folder / "elsewhere" / "imagenet" / "val" / name, pictures)
-    for number, split in enumerate(("train", "validation")):
-        (folder / "data" / "cc12m").mkdir(parents=True, exist_ok=True)
-        make_dataset(folder / "data" / "cc12m" / split, n=16, seed=number)
+    pairs = {
+        "image": [jpeg(i, side=210) for i in range(40)],
+        "caption": [f"photograph of thing {i}" for i in range(40)],
+        "similarity": [i / 40 for i in range(40)],
+    }
+    parquet.write_table(pa.table(pairs), folder / "pairs.parquet")
     before = Path.cwd()
     os.chdir(folder)
-    yield folder
+    with DownloadServer() as server:
+        rows = [f"{server.url(f'good/{i}')}\tphotograph {i}\n" for i in range(48)]
+        write_files(folder, {"cc12m.tsv": "".join(rows)})
+        yield folder
     os.chdir(before)
 
 

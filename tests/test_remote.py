@@ -20,6 +20,7 @@ from models_for_tests import small_recipe
 from shards_for_tests import make_dataset
 
 from mlip_cli.data import remote as module
+from mlip_cli.data import transfers
 from mlip_cli.data.cache import ShardCache
 from mlip_cli.data.dataset import ShardDataset
 from mlip_cli.data.loader import training_loader
@@ -191,9 +192,9 @@ def test_what_an_interrupted_run_fetched_is_not_fetched_again(trouble: Trouble, 
 def test_a_failure_that_passes_is_not_seen_where_the_backend_does_not_retry(
     trouble: Trouble, cache: Cache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert "https" in module.WITHOUT_RETRIES
-    monkeypatch.setattr(module, "WITHOUT_RETRIES", ("memory",))
-    monkeypatch.setattr(module, "WAITS_S", (0.0, 0.0))
+    assert "https" in transfers.WITHOUT_RETRIES
+    monkeypatch.setattr(transfers, "WITHOUT_RETRIES", ("memory",))
+    monkeypatch.setattr(transfers, "WAITS_S", (0.0, 0.0))
     left = {"train-000003.tar": 2, "train-000001.idx": 1}
 
     def fails(name: str) -> Exception | None:
@@ -353,9 +354,9 @@ def test_what_exceeds_the_cache_is_refused_and_what_may_be_deleted_is_named(tmp_
 def read_all(url: str, cache: Cache, keys: Any, fetched: Any) -> None:
     fetch_file = module.RemoteShards._fetch_file
 
-    def spied(self: module.RemoteShards, name: str, is_over: threading.Event) -> None:
+    def spied(self: module.RemoteShards, name: str, transfers: transfers.Transfers) -> None:
         fetched.put(name)
-        fetch_file(self, name, is_over)
+        fetch_file(self, name, transfers)
 
     module.RemoteShards._fetch_file = spied  # type: ignore[method-assign]
     dataset = opened(url, cache)

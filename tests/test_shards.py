@@ -4,18 +4,28 @@ import hashlib
 import io
 import json
 import tarfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import webdataset
+from numpy.typing import NDArray
 
 from mlip_cli.data.index import checksum, index_path, read_records
 from mlip_cli.data.prepare import shards
+from mlip_cli.data.prepare.fates import decided
+from mlip_cli.data.prepare.filters import AS_IT_IS
+from mlip_cli.data.prepare.finish import write_shards
+from mlip_cli.data.prepare.part_tables import table_path
 from mlip_cli.data.prepare.pixels import encode
-from mlip_cli.data.prepare.shards import StoredSamples, sample_parts, tar_writer, verify_tar, write_split
-from mlip_cli.data.sources.records import json_bytes
+from mlip_cli.data.prepare.plan import plan_of
+from mlip_cli.data.prepare.shards import PART_ROW, sample_parts, tar_writer, verify_tar, write_card
+from mlip_cli.data.prepare.workspace import PartResult
+from mlip_cli.data.sources.records import SPLITS, json_bytes
 from mlip_cli.data.tar import DamagedTarError, read_members
 from mlip_cli.errors import RunError
 
@@ -98,6 +108,29 @@ def sample(i: int) -> dict[str, Any]:
         "original_height": 80,
     }
     return sample_parts(f"{i:09d}", image=image, format="jpg" if is_jpeg else "webp", fields=fields)
+
+
+@dataclass(frozen=True)
+class StoredSamples:
+    """A part: its tar, and the place of each sample there."""
+
+    tar: Path
+    records: NDArray[np.void]
+
+
+def write_split(
+    folder: Path, split: str, parts: Sequence[StoredSamples], *, provenance: Mapping[str, Any]
+) -> dict[str, Any]:
+    """All samples of some parts become one split. Returns its card."""
+    results = []
+    for number, part in enumerate(parts):
+        table = np.zeros(len(part.records), PART_ROW)
+        table["record"], table["row"], table["split"] = part.records, 1_000 * number, SPLITS.index(split)
+        np.save(table_path(part.tar), table)
+        results.append(PartResult(number, len(table), part.tar.name, {}))
+    plan = plan_of(parts[0].tar.parent, results, holdout=0, decide=partial(decided, cleaning=AS_IT_IS, sets=[]))
+    written = write_shards(folder.parent, plan, plan.shards())
+    return write_card(folder, split, written[split], provenance=provenance)
 
 
 def make_parts(folder: Path, n: int, *, part: int) -> list[StoredSamples]:

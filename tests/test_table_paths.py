@@ -85,7 +85,7 @@ def test_a_name_that_means_no_file_is_not_guessed(tmp_path: Path, name: str, nea
 
 def test_what_is_said_of_other_spellings(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     files = {f"i/caf{NFD} {i}.png": picture(i) for i in range(3)} | {"i/A.png": picture(3), "i/a.PNG": picture(4)}
-    names = [*(f"i/caf{NFC} {i}.png" for i in range(3)), "i/a.png", "http://x/b.png", "i/\x1b[1m.png"]
+    names = [*(f"i/caf{NFC} {i}.png" for i in range(3)), "i/a.png", "ftp://x/b.png", "i/\x1b[1m.png"]
     table = "image,caption\n" + "".join(f"{name},card {i}\n" for i, name in enumerate(names))
     source = write_files(tmp_path / "in", {"t.csv": table, **files}) / "t.csv"
     with caplog.at_level("INFO", logger="mlip_cli"):
@@ -98,7 +98,7 @@ def test_what_is_said_of_other_spellings(tmp_path: Path, caplog: pytest.LogCaptu
     ) in caplog.messages
     assert [reject[2:] for reject in rejects(tmp_path / "out")] == [
         ("picture missing", "i/a.png: no such file; A.png and a.PNG could be meant"),
-        ("picture is an address", "http://x/b.png: download it, say with img2dataset"),
+        ("picture is an address", "ftp://x/b.png: only http and https are downloaded"),
         ("picture missing", r"i/\x1b[1m.png: no such file"),
     ]
 

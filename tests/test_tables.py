@@ -139,7 +139,7 @@ def test_every_dialect_gives_the_same_pairs(tmp_path: Path, name: str, content: 
             {},
             r": no column for the image; columns are a\x1bb, caption; say --image-column NAME",
         ),
-        ("t.json", "[1", {}, ": not JSON (Expecting ',' delimiter: line 1 column 3 (char 2))"),
+        ("t.json", "[1", {}, ": not JSON (',' expected at character 2)"),
         (
             "t.json",
             '{"images": [{"id": 1}], "annotations": [{"bbox": []}]}',

@@ -515,9 +515,8 @@ def test_dry_run_shows_every_value_with_its_origin_and_what_follows(recipe: Path
     missing = run("cc12m", "--dry-run", cwd=tmp_path)
     assert missing.returncode == 2, missing.stderr
     assert missing.stderr.splitlines()[-1] == "error: --dry-run: 2 data sets missing, see above: no training yet"
-    assert (
-        "missing: data/cc12m/train: no such folder; make it with: mlip prepare-data SOURCE data/cc12m" in missing.stdout
-    )
+    cure = "make it with: mlip prepare-data cc12m.tsv data/cc12m --preset cc12m"
+    assert f"missing: data/cc12m/train: no such folder; {cure}" in missing.stdout
     facts = json.loads(run(recipe, "--dry-run", "--json", "optim.warmup_steps=12", cwd=tmp_path).stdout)
     assert facts["patch_tokens_per_block"] == [16, 11, 8, 8]
     assert facts["steps"] == 12

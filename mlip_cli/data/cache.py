@@ -36,7 +36,7 @@ class ShardCache:
         Raises:
             UsageError: the recipe names none, and this account has no home folder.
         """
-        folder = _own_folder() if config.folder is None else Path(config.folder)
+        folder = own_folder() if config.folder is None else Path(config.folder)
         return cls(folder.absolute(), int(config.gib * GIB))
 
     def subfolder(self, name: str) -> Path:
@@ -93,7 +93,12 @@ class ShardCache:
         return UsageError(f"data.cache.folder: {self.folder}: {error.strerror}; {LOCAL}")
 
 
-def _own_folder() -> Path:
+def own_folder() -> Path:
+    """The user's own cache.
+
+    Raises:
+        UsageError: this account has no home folder.
+    """
     if own := read_variable("XDG_CACHE_HOME"):
         return Path(own, "mlip")
     try:

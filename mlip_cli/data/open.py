@@ -6,10 +6,12 @@ from pathlib import Path
 
 from mlip_cli.data.dataset import ShardDataset
 from mlip_cli.data.index import index_path, parse_card
-from mlip_cli.data.remote import RemoteShards, check_fit, is_url
+from mlip_cli.data.remote import RemoteShards, check_fit
 from mlip_cli.data.sources.find import find_source
+from mlip_cli.data.sources.lists import prepare_command
 from mlip_cli.data.sources.records import SPLITS
 from mlip_cli.errors import UsageError
+from mlip_cli.paths import is_url
 from mlip_cli.recipe.config import Cache, Source
 
 
@@ -90,7 +92,8 @@ def _why_not_prepared(folder: Path) -> str:
     quoted = shlex.quote(str(folder))
     if not folder.exists():
         if folder.name in SPLITS:
-            cure = f"make it with: mlip prepare-data {source} {shlex.quote(str(folder.parent))}"
+            command = prepare_command(folder.parent.name, folder.parent)
+            cure = f"make it with: {command or f'mlip prepare-data {source} {shlex.quote(str(folder.parent))}'}"
         else:  # prepare-data names the parts of what it writes
             cure = f"make it with: mlip prepare-data SOURCE {quoted}, and name {folder / SPLITS[0]}"
         return f"{folder}: no such folder; {cure}"

@@ -22,7 +22,7 @@ from mlip_cli.data.sources.listing import PassedOver
 from mlip_cli.data.sources.records import UnusableSampleError, json_bytes, usable_captions
 from mlip_cli.data.sources.tar_samples import Columns, TarNotes, TarSample, parts_of_sample, samples_of
 from mlip_cli.data.sources.tars import SEVERAL_CAPTIONS, splits_of_tars, stated
-from mlip_cli.data.tar import DamagedTarError, Member, OpenTar, check_not_compressed, open_tar, read_members
+from mlip_cli.data.tar import OpenTar, check_not_compressed, members_before_damage, open_tar
 from mlip_cli.data.tokenizer import count_tokens
 from mlip_cli.errors import RunError, UsageError
 from mlip_cli.files import GIB, full_disk_named, read_own_object, write_json
@@ -32,8 +32,6 @@ from mlip_cli.recipe.config import Cache
 from mlip_cli.terminal.output import plural, say, warn
 from mlip_cli.terminal.panel import progress
 
-MOST_NAMED = 10
-"""Damaged tars that are named; more are counted."""
 ENOUGH_SAMPLES = 50
 """Most samples must be usable, if there are at least so many."""
 RULES = 3
@@ -155,7 +153,7 @@ def _index_one(pair: tuple[Path, Path], columns: Columns) -> None:
     digest = hashlib.sha256()
     rejects: Counter[str] = Counter()
     first_reject, notes = "", TarNotes()
-    members, damage = _members_before_damage(tar)
+    members, damage = members_before_damage(tar)
     samples, at_first_dot = samples_of(members, columns, notes, tar=str(tar), is_cut=damage is not None)
     with open_tar(tar) as opened:
         for sample in samples:
@@ -185,16 +183,6 @@ def _index_one(pair: tuple[Path, Path], columns: Columns) -> None:
     write_json(_about(index), asdict(own))
 
 
-def _members_before_damage(tar: Path) -> tuple[list[Member], str | None]:
-    """The members of a tar up to its end or its damage, and where and how it is damaged."""
-    members: list[Member] = []
-    try:
-        members.extend(read_members(tar))
-    except DamagedTarError as error:
-        return members, str(error)
-    return members, None
-
-
 def _index_record(tar: OpenTar, sample: TarSample, columns: Columns, notes: TarNotes) -> np.void:
     """The record of a sample; a ValueError says why the sample cannot be used."""
     parts = parts_of_sample(sample, columns)
@@ -221,11 +209,12 @@ def _tell(path: str, tars: Sequence[Path], known: Sequence[IndexedTar]) -> None:
         UsageError: no sample can be used.
         RunError: most of them cannot, for one reason.
     """
-    damaged = [own for own in known if own.damage]
-    for own in damaged[:MOST_NAMED]:
-        warn(f"{own.damage}; {plural(own.num_samples, 'sample')} before it are used")
-    if len(damaged) > MOST_NAMED:
-        warn(f"{path}: {len(damaged) - MOST_NAMED} more tars are damaged, {len(damaged)} of {len(tars)}")
+    notes = TarNotes()
+    for own in known:
+        notes.add(own.notes)
+        if own.damage:
+            notes.add_damage(own.damage, own.num_samples)
+    notes.tell_damage(path, num_tars=len(tars), warn=warn)
     rejects = sum((Counter(own.rejects) for own in known), Counter[str]())
     reasons = ", ".join(f"{n:,} {reason}" for reason, n in rejects.most_common())
     num_samples = sum(own.num_samples for own in known)
@@ -236,9 +225,6 @@ def _tell(path: str, tars: Sequence[Path], known: Sequence[IndexedTar]) -> None:
             f"{path}: no sample of {plural(len(tars), 'tar')} can be used: {why}; a sample is a picture with KEY.txt "
             "or KEY.json; mlip prepare-data lists the samples that it rejects"
         )
-    notes = TarNotes()
-    for own in known:
-        notes.add(own.notes)
     notes.tell_readings(path, say=say)
     if notes.passed_over.counts:
         say(f"{path}: not read: {notes.passed_over.in_words()}")

@@ -7,39 +7,20 @@ which is nearly all of them, so every shard is fetched before a run begins, and 
 import hashlib
 import json
 import re
-from collections.abc import Collection, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from threading import Event
 from typing import Any
 
 from mlip_cli.data.cache import ShardCache
 from mlip_cli.data.index import HEADER, RECORD, index_path, parse_card, read_checked
+from mlip_cli.data.transfers import MissingFileError, Transfers, errors_named, filesystem_of, side_by_side
 from mlip_cli.errors import RunError, UsageError
-from mlip_cli.files import FULL_DISK, GIB, atomic_path, full_disk_named, write_bytes, write_text
+from mlip_cli.files import GIB, atomic_path, full_disk_named, write_bytes, write_text
 from mlip_cli.recipe.config import Cache
 from mlip_cli.terminal.output import plural, say
-from mlip_cli.terminal.panel import progress
-
-WITHOUT_RETRIES = ("http", "https")
-"""Protocols whose backend gives up at the first failure. s3fs, gcsfs, adlfs and huggingface_hub retry by themselves."""
-WAITS_S = (1.0, 4.0, 16.0)
-"""Pauses before the second, third and fourth attempt with those."""
-AT_ONCE = 8
-"""Files that are fetched side by side."""
 
 NAME = re.compile(r"[0-9A-Za-z_][0-9A-Za-z_.-]*\.tar")
 SHA256 = re.compile(r"[0-9a-f]{64}")
-
-
-def is_url(path: str) -> bool:
-    """True for `s3://bucket/folder` and the like, whatever the protocol."""
-    return "://" in path
-
-
-class _MissingFileError(RunError):
-    """There is no file at a URL."""
 
 
 class RemoteShards:
@@ -54,10 +35,10 @@ class RemoteShards:
         self.url = url.rstrip("/")
         place = f"{self.url}/dataset.json"
         try:
-            with _errors_named(place):
-                filesystem, path = _filesystem(self.url)
+            with errors_named(place):
+                filesystem, path = filesystem_of(self.url)
                 content = bytes(filesystem.cat_file(f"{path}/dataset.json"))
-        except _MissingFileError:
+        except MissingFileError:
             cure = "correct the URL, or upload a folder that mlip prepare-data wrote (OUT/train, say)"
             raise UsageError(f"{self.url}: no dataset.json there; {cure}") from None
         self.shards = _checked_shards(parse_card(content, place=place, folder=self.url), place=place)
@@ -90,37 +71,12 @@ class RemoteShards:
             if missing:
                 what = plural(len(missing), "file")
                 say(f"fetching {what}, {needed / GIB:.2f} GiB, from {self.url} into {self.folder}")
-            self._fetch_side_by_side(missing)
+            with full_disk_named(self.cache.folder, "make room, or set data.cache.folder"):
+                side_by_side(self._fetch_file, missing, label=f"fetching {self.url}")
 
-    def _fetch_side_by_side(self, names: Sequence[str]) -> None:
-        is_over = Event()
-        pool = ThreadPoolExecutor(AT_ONCE)
-        try:
-            with (
-                full_disk_named(self.cache.folder, "make room, or set data.cache.folder"),
-                progress(len(names), f"fetching {self.url}") as bar,
-            ):
-                for future in as_completed([pool.submit(self._fetch_file, name, is_over) for name in names]):
-                    future.result()
-                    bar.advance(bar.task_ids[0], 1)
-        finally:
-            is_over.set()
-            pool.shutdown(cancel_futures=True)
-
-    def _fetch_file(self, name: str, is_over: Event) -> None:
+    def _fetch_file(self, name: str, transfers: Transfers) -> None:
         with atomic_path(self.folder / name) as temporary:
-            waits = WAITS_S if self.url.partition("://")[0] in WITHOUT_RETRIES else ()
-            for wait_s in (*waits, None):
-                try:
-                    with _errors_named(f"{self.url}/{name}"):
-                        filesystem, path = _filesystem(self.url)
-                        filesystem.get_file(f"{path}/{name}", str(temporary), callback=_stopping(is_over))
-                    break
-                except _MissingFileError:
-                    raise
-                except RunError:
-                    if wait_s is None or is_over.wait(wait_s):
-                        raise
+            transfers.fetch(self.url, name, temporary)
             self._check(name, temporary)
 
     def _shard(self, name: str) -> dict[str, Any]:
@@ -157,27 +113,6 @@ class RemoteShards:
             raise RunError(f"{place}: not the index of {tar} in dataset.json; upload it again")
 
 
-def _filesystem(url: str) -> tuple[Any, str]:
-    """fsspec's file system for a URL and the path in it. fsspec keeps it, so asking again costs nothing.
-
-    Raises:
-        UsageError: no package speaks the protocol.
-    """
-    from fsspec.core import url_to_fs
-    from fsspec.registry import known_implementations
-
-    protocol = url.partition("://")[0]
-    try:
-        filesystem, path = url_to_fs(url)
-    except ImportError as error:
-        package = str(known_implementations.get(protocol, {}).get("class", "")).partition(".")[0]
-        cure = f"pip install {'aiohttp' if package == 'fsspec' else package}" if package else str(error)
-        raise UsageError(f"{url}: {protocol}:// needs another package; {cure}") from error
-    except ValueError as error:
-        raise UsageError(f"{url}: fsspec knows no protocol {protocol}://; copy the data to a disk") from error
-    return filesystem, str(path).rstrip("/")
-
-
 def _checked_shards(card: dict[str, Any], *, place: str) -> dict[str, dict[str, Any]]:
     """Shards of a card by name; a name must not lead out of the cache.
 
@@ -190,39 +125,6 @@ def _checked_shards(card: dict[str, Any], *, place: str) -> dict[str, dict[str, 
         if not NAME.fullmatch(str(shard["name"])) or not is_whole:
             raise UsageError(f"{place}: no plain name, sizes and sha256 of shard {shard['name']!r}; prepare it again")
     return {shard["name"]: shard for shard in card["shards"]}
-
-
-@contextmanager
-def _errors_named(url: str) -> Iterator[None]:
-    """Turn errors of a transfer into one line with the URL.
-
-    Raises:
-        RunError: the transfer failed.
-        OSError: the disk is full.
-    """
-    try:
-        yield
-    except UsageError:
-        raise
-    except FileNotFoundError as error:
-        raise _MissingFileError(f"{url}: no such file; upload it again") from error
-    except Exception as error:  # the packages that fsspec calls have errors of their own, without a common base
-        if isinstance(error, OSError) and error.errno in FULL_DISK:
-            raise
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise RunError(f"{url}: {reason}; check network and credentials, then try again") from error
-
-
-def _stopping(is_over: Event) -> Any:
-    """A callback of fsspec that ends a transfer after another one failed."""
-    from fsspec.callbacks import Callback
-
-    class Stopping(Callback):
-        def relative_update(self, inc: int = 1) -> None:
-            if is_over.is_set():
-                raise InterruptedError("another transfer failed")
-
-    return Stopping()
 
 
 def check_fit(remotes: Sequence[RemoteShards]) -> None:

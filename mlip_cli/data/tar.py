@@ -115,8 +115,8 @@ def open_tar(path: Path) -> Iterator[OpenTar]:
     format, tool = compression
     if format == "zstd":
         raise UsageError(f"{path}: is zstd, which is not read; {_unpack(path, tool)}")
-    with closing(_decompressed(path, format)) as file, _damage_named(path, format):
-        yield OpenTar(path, partial(_read_in_order, file), NO_END, True)
+    with closing(_decompressed(path, format)) as file:
+        yield OpenTar(path, partial(_read_in_order, path, format, file), NO_END, True)
 
 
 def read_decompressed(path: str, size: int, at: int) -> bytes:
@@ -126,8 +126,7 @@ def read_decompressed(path: str, size: int, at: int) -> bytes:
         DamagedTarError: the compressed data are damaged.
     """
     file, format = _kept_open(path)
-    with _damage_named(Path(path), format):
-        return _read_in_order(file, size, at)
+    return _read_in_order(Path(path), format, file, size, at)
 
 
 @lru_cache(maxsize=1)
@@ -142,22 +141,17 @@ def _decompressed(path: Path, format: str) -> IO[bytes]:
     return cast(IO[bytes], import_module(format).open(path))
 
 
-@contextmanager
-def _damage_named(path: Path, format: str) -> Iterator[None]:
+def _read_in_order(path: Path, format: str, file: IO[bytes], size: int, at: int) -> bytes:
     errors: list[type[Exception]] = [EOFError, OSError, zlib.error]
     if format == "lzma":
         from lzma import LZMAError
 
         errors.append(LZMAError)
     try:
-        yield
+        file.seek(at)
+        return file.read(size)
     except tuple(errors) as error:
-        raise DamagedTarError(f"{path}: damaged {format}: {error}") from error
-
-
-def _read_in_order(file: IO[bytes], size: int, at: int) -> bytes:
-    file.seek(at)
-    return file.read(size)
+        raise DamagedTarError(f"{path}: damaged {format}: {error} (at byte {at} of the tar in it)") from error
 
 
 def read_members(path: Path) -> Iterator[Member]:
@@ -174,6 +168,35 @@ def read_members(path: Path) -> Iterator[Member]:
             _check_end(tar.read, end, tar.length)
         except HeaderError as error:
             raise DamagedTarError(f"{path}: {error}") from None
+
+
+def members_before_damage(path: Path) -> tuple[list[Member], str | None]:
+    """The members of a tar up to its end or its damage, and where and how it is damaged.
+
+    The bytes of the last member may be lost. A compressed tar gives no members unless only its end is missing: its
+    checksums lie behind the content, so nothing tells where bytes begin to be wrong.
+
+    Raises:
+        UsageError: it is compressed by zstd.
+    """
+    members: list[Member] = []
+    try:
+        members.extend(read_members(path))
+    except DamagedTarError as error:
+        return members if _is_whole_or_cut(path) else [], str(error)
+    return members, None
+
+
+def _is_whole_or_cut(path: Path) -> bool:
+    """Whether a file can be decompressed up to its last byte; true of every file that is not compressed."""
+    with open_tar(path) as tar:
+        at = 0
+        try:
+            while tar.is_compressed and (block := tar.read(1 << 20, at)):
+                at += len(block)
+        except DamagedTarError as error:
+            return isinstance(error.__cause__, EOFError)
+    return True
 
 
 def walk(read: Read, *, length: int, start: int = 0) -> Generator[Member, None, int]:

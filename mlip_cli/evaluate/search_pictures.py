@@ -20,7 +20,7 @@ from mlip_cli.data.prepare.parts import read_picture
 from mlip_cli.data.prepare.summary import attributions
 from mlip_cli.data.sources.find import find_pictures
 from mlip_cli.data.sources.listing import PassedOver
-from mlip_cli.data.sources.records import PictureBytes, PicturePlace, Record
+from mlip_cli.data.sources.records import PictureAddress, PictureBytes, PicturePlace, Record
 from mlip_cli.errors import UsageError
 from mlip_cli.files import GIB
 
@@ -182,6 +182,9 @@ def _listed(images: str, records: Iterable[Record], *, root: Path) -> ListedPict
         if picture is None:
             row = f"{record.file}: row {record.row}"
             passed_over.add(record.reject or "no picture", f"{row}: {record.detail}" if record.detail else row)
+            continue
+        if isinstance(picture, PictureAddress):
+            passed_over.add("pictures at an address (mlip prepare-data downloads them)", picture.url)
             continue
         if isinstance(picture, PicturePlace) and picture.is_compressed:
             raise UsageError(

@@ -6,9 +6,9 @@ from hashlib import sha256
 
 from mlip_cli.data.dataset import ShardDataset
 from mlip_cli.data.open import open_sources
-from mlip_cli.data.remote import is_url
 from mlip_cli.errors import RunError, UsageError
 from mlip_cli.evaluate.search_pictures import FoundPicture
+from mlip_cli.paths import is_url
 from mlip_cli.runs.loading import LoadedRun
 from mlip_cli.terminal.output import plural
 

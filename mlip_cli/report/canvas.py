@@ -99,7 +99,7 @@ class Chart:
         width, height = self.figure.get_size_inches()
         rows = math.ceil(num_entries / LEGEND_COLUMNS)
         self.figure.subplots_adjust(
-            left=0.62 / width,
+            left=0.72 / width,
             right=1 - 0.1 / width,
             top=1 - 0.3 / height,
             bottom=(0.5 + 0.07 * bool(rows) + 0.19 * rows) / height,

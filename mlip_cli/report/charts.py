@@ -143,6 +143,75 @@ def bars_chart(title: str, bars: Sequence[ChartBar], *, x_label: str) -> Chart:
     return chart
 
 
+@dataclass(frozen=True)
+class Outline:
+    """A histogram."""
+
+    label: str
+    edges: Sequence[float]
+    """(n + 1,), rising."""
+    counts: Sequence[int]
+    """(n,)."""
+
+
+def histogram_chart(
+    title: str,
+    outlines: Sequence[Outline],
+    *,
+    x_label: str,
+    y_label: str,
+    is_log: bool = False,
+    mark: tuple[float, str] | None = None,
+) -> Chart:
+    """Histograms over each other; a single one is filled. `mark` is a place on the axis with its name."""
+    with drawn(title, x_label=x_label, y_label=y_label, layout=None) as chart:
+        axes = chart.axes
+        if len(outlines) == 1:
+            axes.stairs(outlines[0].counts, outlines[0].edges, fill=True, color=SERIES[0])
+        for number, own in enumerate(outlines if len(outlines) > 1 else ()):
+            colour, dash = SERIES[number % NUM_SERIES], DASHES[number % len(DASHES)]
+            label = literal(own.label)
+            axes.stairs(own.counts, own.edges, color=colour, linestyle=dash, linewidth=1.6, label=label)
+        left, right = min(own.edges[0] for own in outlines), max(own.edges[-1] for own in outlines)
+        if mark is not None:
+            axes.axvline(mark[0], color=INK, linestyle=":", linewidth=1.2, label=literal(mark[1]))
+            right = max(right, 1.05 * mark[0])
+        if is_log:
+            _by_doublings(chart, left, right)
+        else:
+            axes.set_xlim(left, right + 0.04 * (right - left))  # room for the last number
+            axes.locator_params(axis="x", nbins=6, integer=True)
+        axes.set_ylim(bottom=0)
+        axes.yaxis.set_major_formatter(lambda value, _: _count_in_short(value))
+        num_entries = (len(outlines) if len(outlines) > 1 else 0) + (mark is not None)
+        chart.place(num_entries)
+        chart.legend(num_entries)
+    return chart
+
+
+def _count_in_short(value: float) -> str:
+    """800, 12.5k, 3M: the margin has a fixed width. Empty for what is not a count."""
+    if value != int(value):
+        return ""
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= size:
+            return f"{value / size:g}{unit}"
+    return f"{value:g}"
+
+
+def _by_doublings(chart: Chart, left: float, right: float) -> None:
+    """A logarithmic x axis of three doublings at least, with plain numbers at some of them."""
+    first, last = math.floor(math.log2(left)), math.ceil(math.log2(right))
+    missing = max(0, 3 - (last - first))
+    first, last = first - (missing + 1) // 2, last + missing // 2
+    chart.axes.set_xscale("log", base=2)
+    step = math.ceil((last - first + 1) / 7)
+    ticks = [2.0**power for power in range(first, last + 1, step)]
+    chart.axes.set_xticks(ticks, [f"{tick:,.0f}" if tick >= 1 else f"{tick:g}" for tick in ticks])
+    chart.axes.minorticks_off()
+    chart.axes.set_xlim(2.0 ** (first - 0.1), 2.0 ** (last + 0.25))  # room for the last number
+
+
 def _lengths(values: Sequence[tuple[float, tuple[float, float]]]) -> list[list[float]]:
     """Values and intervals -> lengths of the error bars below and above."""
     return [

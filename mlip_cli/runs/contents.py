@@ -104,6 +104,10 @@ class Provenance:
     attribution: str | None = None
 
 
+SPREAD = {"min", "median", "mean", "max"}
+"""Keys of a statistic. A class may be called median too."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Statistic:
     """A statistic of the samples."""
@@ -139,7 +143,7 @@ class DataCard:
         statistics = value.get("statistics", {})
         if not isinstance(statistics, dict):
             raise ValueError("statistics: not a JSON object")
-        spreads = {name: own for name, own in statistics.items() if isinstance(own, dict) and "median" in own}
+        spreads = {name: own for name, own in statistics.items() if isinstance(own, dict) and own.keys() == SPREAD}
         classes = {key: statistics[key] for key in ("classes", "num_classes") if key in statistics}
         return checked(cls, {**value, "spreads": spreads, **classes})
 

@@ -1,13 +1,13 @@
 """Values on the command line: how they are parsed, checked and completed. Imports nothing heavy."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TypeVar
 
 import typer
 
 from mlip_cli.errors import UsageError
-from mlip_cli.paths import read_dataset_name, read_path
+from mlip_cli.paths import read_dataset_name, read_path, read_place
 from mlip_cli.recipe.init_source import read_init
 
 T = TypeVar("T")
@@ -44,9 +44,29 @@ def checked_file(text: str) -> Path:
     return Path(_read(read_path, text))
 
 
+def checked_place(value: str | None) -> str | None:
+    """A folder of this machine or a URL, as `read_place` reads it."""
+    return None if value is None else _read(read_place, value)
+
+
 def checked_text(value: str | None) -> str | None:
     """A path that may also be a name."""
     return None if value is None else _read(read_path, value)
+
+
+def given_words(context: typer.Context, *, but: Collection[str]) -> list[str]:
+    """The arguments and options that stand on the command line, by the names that help shows.
+
+    Args:
+        but: names of parameters that are left out.
+    """
+    words = []
+    for own in context.command.params:
+        assert own.name is not None
+        source = context.get_parameter_source(own.name)
+        if own.name not in but and source is not None and source.name == "COMMANDLINE":
+            words.append(own.opts[0] if own.param_type_name == "option" else own.name.upper())
+    return words
 
 
 def split_datasets(text: str) -> list[str]:

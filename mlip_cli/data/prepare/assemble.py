@@ -1,312 +1,276 @@
 """From a source to shards: workers prepare its parts in any order, then one process puts them together.
 
 `prepare_part` depends on the part and the options alone, so the bytes of the output depend neither on the number of
-workers nor on the order of their work.
+workers and machines nor on the order of their work.
 """
 
-import json
-import os
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from mlip_cli import __version__
-from mlip_cli.data.prepare.parts import NO_SPLIT, prepare_part
-from mlip_cli.data.prepare.shards import StoredSamples, write_split
-from mlip_cli.data.prepare.summary import SplitSummary, Summary, next_commands
-from mlip_cli.data.prepare.workers import run_parallel
+from mlip_cli.data.download.options import PARTS_AT_ONCE
+from mlip_cli.data.prepare import downloads
+from mlip_cli.data.prepare.duplicates import EvaluationSet
+from mlip_cli.data.prepare.engines import run_parallel
+from mlip_cli.data.prepare.fates import decided
+from mlip_cli.data.prepare.finish import write_splits
+from mlip_cli.data.prepare.job import Job
+from mlip_cli.data.prepare.parts import prepare_part
+from mlip_cli.data.prepare.pixels import PERCEPTUAL
+from mlip_cli.data.prepare.reasons import (
+    FEWEST_ROWS,
+    SourceError,
+    check_first_rows,
+    check_reasons,
+    check_samples,
+    reasons_of,
+)
+from mlip_cli.data.prepare.retried import Earlier, earlier_of
+from mlip_cli.data.prepare.room import check_room
+from mlip_cli.data.prepare.share import EVERYTHING, Share
+from mlip_cli.data.prepare.summary import SharePrepared, Summary, next_commands
+from mlip_cli.data.prepare.understood import understood
 from mlip_cli.data.prepare.workspace import PartOptions, PartResult, Workspace, opened
-from mlip_cli.data.sources.find import DataSource, read_records
-from mlip_cli.data.sources.listing import PassedOver, is_unread_picture
+from mlip_cli.data.sources.find import read_records
+from mlip_cli.data.sources.lists import published_list
 from mlip_cli.data.sources.openmoji import attribution, split_words
-from mlip_cli.data.sources.records import MAX_HELD_OUT, SPLITS, ReadOptions, held_out_share, parts_of
-from mlip_cli.data.sources.survey import Survey, passed_over, surveyed
-from mlip_cli.data.sources.table_layouts import missing_shards
+from mlip_cli.data.sources.records import SourcePart, held_out_share, parts_of
+from mlip_cli.data.sources.survey import Survey
 from mlip_cli.errors import RunError, UsageError, interrupted_as
-from mlip_cli.files import GIB, free_bytes, full_disk_named
-from mlip_cli.paths import escaped
-from mlip_cli.terminal.output import plural, say, warn
+from mlip_cli.files import full_disk_named
+from mlip_cli.terminal.output import say
 from mlip_cli.terminal.panel import progress
 
-FIRST_ROWS = 1_000
-"""This many rows are enough to see that most rows of a source fail. Fewer than FEWEST_ROWS are not."""
-FEWEST_ROWS = 10
-CURES = {
-    "caption is not UTF-8": "save the texts as UTF-8, for example with iconv -f latin1 -t utf-8",
-    "caption too long": "cut the texts: training reads the first words alone",
-}
-"""What helps where most rows fail for a reason that does not say it."""
-
-BYTES_A_PIXEL = 0.5
-"""Estimate for the check of disk space: between JPEG and lossless WebP of photographs at 256 pixels."""
-BYTES_A_SAMPLE = 4096
-"""Tar headers and texts."""
+MOST_MISSING = 2
+"""Parts that are named; more are counted."""
 
 
-class SourceError(RunError):
-    """Most rows of the source fail; nothing of the work is worth keeping."""
-
-
-def prepare(source: DataSource, out: Path, read: ReadOptions, request: dict[str, Any], *, num_workers: int) -> Summary:
+def prepare(job: Job, *, finish_only: bool = False, retry: bool = False) -> Summary:
     """Prepare a source in OUT. An interrupted run is continued.
 
     Args:
-        request: format, size, holdout and fingerprint of the source; it goes to prepared.json.
+        finish_only: other processes have prepared all parts.
+        retry: OUT is finished; try the rows again that failed and can pass.
 
     Raises:
-        UsageError: the source cannot be read, the disk is too small, or another process writes to OUT.
+        UsageError: the source cannot be read, the disk is too small, another process writes to OUT, or there are parts
+            left to prepare though `finish_only`.
         RunError: most rows fail, a worker was killed, or the disk is full.
         Stopped: Ctrl-C.
     """
     started = time.monotonic()
-    with progress(None, "counting rows"):
-        survey = surveyed(source, read)
-    passed = passed_over(source, survey)
-    _say_understood(source, survey, passed)
-    _check_disk(
-        out, num_rows=survey.pictures, size=request["size"], source_bytes=sum(file.size for file in source.files)
-    )
-    provenance = {"tool": f"mlip-cli {__version__}", "source": source.name, **request}
-    holds: dict[str, str] = {}
-    if source.format == "openmoji":
-        provenance |= {"packages": list(source.versions), **attribution()}
-        holds = split_words(read.limit)
-    again = "run the same command again: it goes on"
-    with (
-        interrupted_as(f"{out}: interrupted; {again}"),
-        full_disk_named(out, f"make room and {again}"),
-        opened(out, request) as work,
-    ):
+    out = job.out
+    job, survey, passed = understood(job)
+    source = job.source
+    check_room(job, survey)
+    provenance = _provenance(job)
+    with _at_work(job, may_be_finished=retry) as work:
+        earlier = earlier_of(work, job, survey, is_alone=not finish_only, begins=retry)
         try:
-            results = _prepare_parts(work, source, read, survey, request, num_workers=num_workers)
-            share = held_out_share(request["holdout"], survey.pictures)
-            splits, is_held_out = _write_splits(work, results, holdout=share, provenance=provenance, holds=holds)
+            if finish_only:
+                _check_gaps(work, (part.number for part in parts_of(read_records(source, job.read, survey.shared))))
+            sets = _evaluation_sets(work, job)
+            results = _prepare_parts(work, job, survey, earlier)
+            finished = write_splits(
+                work,
+                results,
+                holdout=held_out_share(job.request["holdout"], survey.pictures),
+                provenance=provenance,
+                holds=split_words(job.read.limit) if source.format == "openmoji" else {},
+                decide=partial(decided, cleaning=job.cleaning, sets=sets),
+            )
+            reasons = reasons_of(results) + Counter(finished.dropped)
+            check_samples(work, results, finished, reasons)
         except SourceError as error:
+            if earlier:
+                raise
             work.discard()
             raise SourceError(f"{source.name}: {error}; nothing was kept") from None
-        num_rejects = _write_rejects(work, results)
-        num_samples = sum(split.num_samples for split in splits.values())
-        if num_samples + num_rejects != survey.pictures:
+        num_samples = sum(split.num_samples for split in finished.splits.values())
+        if num_samples + reasons.total() != survey.pictures:
             raise RunError(
-                f"{out}: {survey.pictures} pictures in, but {num_samples} samples, {num_rejects} rejects out"
+                f"{out}: {survey.pictures} pictures in, but {num_samples} samples, {reasons.total()} rejects out"
             )
         summary = Summary(
             out=str(out),
             source=source.name,
-            request=request,
+            request=dict(job.request),
             rows=survey.rows,
-            rejects=num_rejects,
-            reasons=dict(_reasons(results).most_common()),
-            splits=splits,
-            held_out=is_held_out,
+            rejects=reasons.total(),
+            reasons=dict(sorted(reasons.items(), key=lambda item: (-item[1], item[0]))),
+            splits=finished.splits,
+            held_out=finished.is_held_out,
             attribution=provenance.get("attribution"),
             seconds=round(time.monotonic() - started, 2),
-            next=next_commands(source.format, out, splits),
+            next=next_commands(source.format, out, finished.splits),
             pictures=survey.pictures,
             passed_over=passed.counts | survey.spelled.counts,
+            cleaning=finished.found | {"captions_left_out": sum(result.captions_left_out for result in results)},
         )
         work.publish(summary)
     return summary
 
 
-def _say_understood(source: DataSource, survey: Survey, passed: PassedOver) -> None:
-    """What was understood of the source, the first pairs, what is not read, and what looks wrong."""
-    say(f"{source.name}: {source.describe()}; {survey.in_words()}")
-    source.notes.tell_readings(source.name, say=say)
-    if source.format == "metadata":
-        say("; ".join(dict.fromkeys(plan.in_words() for plan in source.table_plans)))
-    if survey.first:
-        say(f"first: {'; '.join(survey.first)}")
-    if survey.spelled.counts:
-        say(survey.spelled.in_words())
-    if passed.counts:
-        cure = "; convert the pictures among them to JPEG" if any(map(is_unread_picture, source.names)) else ""
-        say(f"not read: {passed.in_words()}{cure}")
-    if source.is_folder and source.format == "metadata" and (missing := missing_shards(source.tables)):
-        warn(missing)
-    for name, why in source.unread_tables.items() if source.format == "classes" else ():
-        warn(f"{escaped(name)}: not read as a table: {why}")
-    for text in survey.looks.warnings(are_classes=source.format == "classes"):
-        warn(text)
+def prepare_share(job: Job, share: Share) -> SharePrepared:
+    """Prepare the parts of a share, beside processes that prepare the others, and finish nothing.
+
+    Raises:
+        UsageError, RunError, Stopped: as `prepare`.
+    """
+    job, survey, _ = understood(job)
+    check_room(job, survey)
+    with _at_work(job, share) as work:
+        earlier_of(work, job, survey, is_alone=False)
+        there = frozenset(filter(share.has, work.results()))
+        numbers: list[int] = []
+        try:
+            results = _make_parts(work, job, survey, share=share, numbers=numbers)
+        except SourceError as error:
+            raise SourceError(f"{job.source.name}: {error}") from None
+        missing = len(set(numbers) - set(work.results()))
+    return SharePrepared(str(job.out), str(share), len(results) - len(there), len(there), len(numbers), missing)
 
 
-def _prepare_parts(
-    work: Workspace,
-    source: DataSource,
-    read: ReadOptions,
-    survey: Survey,
-    request: Mapping[str, Any],
-    *,
-    num_workers: int,
-) -> list[PartResult]:
+@contextmanager
+def _at_work(job: Job, share: Share | None = None, *, may_be_finished: bool = False) -> Iterator[Workspace]:
+    """The workspace of OUT; a Ctrl-C or a full disk in the block becomes a line that says how to go on."""
+    again = "run the same command again: it goes on"
+    with (
+        interrupted_as(f"{job.out}: interrupted; {again}"),
+        full_disk_named(job.out, f"make room and {again}"),
+        opened(job.out, job.request, share, may_be_finished=may_be_finished) as work,
+    ):
+        yield work
+
+
+def _provenance(job: Job) -> dict[str, Any]:
+    """What dataset.json tells of the source and of how it was read."""
+    found = {"tool": f"mlip-cli {__version__}", "source": job.source.name, **job.request}
+    if job.cleaning.compares_looks:
+        found["perceptual"] = PERCEPTUAL
+    if job.read.preset:
+        known = published_list(job.read.preset)
+        found |= {"list": known.title, "licence": known.licence}
+    if job.source.format == "openmoji":
+        found |= {"packages": list(job.source.versions), **attribution()}
+    return found
+
+
+def _prepare_parts(work: Workspace, job: Job, survey: Survey, earlier: Earlier | None) -> list[PartResult]:
     """Prepare the parts that are not finished yet. Returns all results, in the order of the source.
+
+    With `earlier`, only rows that are tried again are prepared, and nothing is thrown away however many fail.
+
+    Raises:
+        SourceError: most rows fail for one reason.
+        RunError: a worker was killed, or the source has changed.
+    """
+    results = _make_parts(work, job, survey, earlier=earlier)
+    if earlier:
+        return earlier.joined(results, source_rows=survey.rows)
+    if (rows := sum(result.source_rows for result in results)) != survey.rows:
+        raise RunError(f"{work.out}: {rows} rows where {survey.rows} were counted; did the source change? Start again")
+    if job.source.rewritten_by_sha256:
+        say(f"captions of {job.read.captions_from} for {sum(result.rewritten for result in results):,} samples")
+    check_reasons(work, results, enough=FEWEST_ROWS, which="")
+    return results
+
+
+def _make_parts(
+    work: Workspace,
+    job: Job,
+    survey: Survey,
+    *,
+    share: Share = EVERYTHING,
+    numbers: list[int] | None = None,
+    earlier: Earlier | None = None,
+) -> list[PartResult]:
+    """Prepare the parts of a share that are not finished yet. Returns the results of the share, in order.
+
+    Args:
+        numbers: the number of every part of the source is appended to it.
+        earlier: prepare only the rows that are tried again.
 
     Raises:
         SourceError: most of the first rows fail for one reason.
-        RunError: a worker was killed, or the source has changed.
+        RunError: a worker was killed.
     """
-    options = PartOptions(str(work.parts), request["size"], render=source.format == "openmoji")
-    results = work.results()
+    num_rows = len(earlier.places) if earlier else survey.pictures
+    options = PartOptions(str(work.parts), job.size, job.source.format == "openmoji", job.cleaning)
+    if rewritten := job.source.rewritten_by_sha256:
+        options = replace(options, captions=str(rewritten.stem), adds_captions=rewritten.file.adds)
+    at_once = PARTS_AT_ONCE if survey.addresses else 1
+    if survey.addresses:
+        num_addresses, num_processes = min(survey.addresses, num_rows), job.engine.num_processes(at_once)
+        options = replace(options, download=downloads.share(num_addresses, job.download, num_processes))
+    results = {number: result for number, result in work.results().items() if share.has(number)}
     done = frozenset(results)
-    todo = (part for part in parts_of(read_records(source, read, survey.shared)) if part.number not in done)
-    with progress(survey.pictures, "preparing") as bar:
+    reasons = reasons_of(list(results.values()))
+    prepared = partial(prepare_part, options=options)
+
+    def to_do() -> Iterator[SourcePart]:
+        rows = read_records(job.source, job.read, survey.shared)
+        for part in earlier.parts(rows) if earlier else parts_of(rows):
+            if numbers is not None:
+                numbers.append(part.number)
+            if share.has(part.number) and part.number not in done:
+                yield part
+
+    about = -(-num_rows // share.count)
+    with progress(about, "trying again" if earlier else "preparing") as bar:
         bar.advance(bar.task_ids[0], sum(result.rows for result in results.values()))
-        _check_first_rows(work, results)
-        for result in run_parallel(partial(prepare_part, options=options), todo, num_workers=num_workers):
-            results[result.number] = result
-            bar.advance(bar.task_ids[0], result.rows)
-            _check_first_rows(work, results)
-    if (rows := sum(result.source_rows for result in results.values())) != survey.rows:
-        raise RunError(f"{work.out}: {rows} rows where {survey.rows} were counted; did the source change? Start again")
-    ordered = [results[number] for number in sorted(results)]
-    _check_reasons(work, ordered, enough=FEWEST_ROWS, which="")
-    return ordered
+        if not earlier:
+            check_first_rows(work, results, share)
+        try:
+            for result in run_parallel(prepared, to_do(), engine=job.engine, folder=work.parts, at_once=at_once):
+                results[result.number] = result
+                reasons.update(result.reasons)
+                if options.download:
+                    bar.update(bar.task_ids[0], description=downloads.outcomes_in_words(results.values(), reasons))
+                done_rows = bar.tasks[0].completed + result.rows  # of a share, more than its mean number at times
+                bar.update(bar.task_ids[0], completed=done_rows, total=max(about, done_rows))
+                if not earlier:
+                    check_first_rows(work, results, share)
+        finally:
+            job.source.check_unchanged()  # first of all: a change makes any other error
+    return [results[number] for number in sorted(results)]
 
 
-def _check_first_rows(work: Workspace, results: Mapping[int, PartResult]) -> None:
-    """Stop early if the source is a wrong folder or a wrong column is read."""
-    first: list[PartResult] = []
-    while len(first) in results and sum(result.rows for result in first) < FIRST_ROWS:
-        first.append(results[len(first)])
-    _check_reasons(work, first, enough=FIRST_ROWS, which="first ")
-
-
-def _check_reasons(work: Workspace, results: Sequence[PartResult], *, enough: int, which: str) -> None:
-    """Check that the rows do not mostly fail for one reason. `which` says which rows these are.
+def _check_gaps(work: Workspace, numbers: Iterator[int]) -> None:
+    """See that every part is there.
 
     Raises:
-        SourceError: they do.
+        UsageError: some are missing; it names them and the commands that prepare them.
     """
-    rows = sum(result.rows for result in results)
-    for reason, n in _reasons(results).most_common(1):
-        if rows >= enough and n > rows / 2:
-            example = _first_reject(work, results)
-            cure = f"; {CURES[reason]}" if reason in CURES else ""
-            same = f"{n} of the {which}{rows} rows fail for the same reason: {reason} (first: {example}){cure}"
-            raise SourceError(same)
-
-
-def _reasons(results: Sequence[PartResult]) -> Counter[str]:
-    """Number of rejects by reason."""
-    return sum((Counter(result.reasons) for result in results), Counter[str]())
-
-
-def _rejects(work: Workspace, result: PartResult) -> list[dict[str, Any]]:
-    """file, row, reason and detail of each reject of a part."""
-    lines = (work.parts / result.tar).with_suffix(".rejects.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
-
-
-def _first_reject(work: Workspace, results: Sequence[PartResult]) -> str:
-    reject = next(reject for result in results for reject in _rejects(work, result))
-    return f"{reject['file']} row {reject['row']}: {reject['detail'] or reject['reason']}"
-
-
-def _write_splits(
-    work: Workspace,
-    results: Sequence[PartResult],
-    *,
-    holdout: float,
-    provenance: Mapping[str, Any],
-    holds: Mapping[str, str],
-) -> tuple[dict[str, SplitSummary], bool]:
-    """Put the parts together to splits in `work.finished`. The second value is True if we drew validation.
-
-    Args:
-        holds: what a split holds, in words, where the source says more than its name.
-
-    Raises:
-        SourceError: no row became a sample.
-    """
-    tables = [np.load((work.parts / result.tar).with_suffix(".npy"), allow_pickle=False) for result in results]
-    table = np.concatenate(tables)
-    if not len(table):
-        rows = plural(sum(result.rows for result in results), "row")
-        reasons = ", ".join(f"{n:,} x {reason}" for reason, n in _reasons(results).most_common())
-        raise SourceError(f"none of the {rows} became a sample: {reasons} (first: {_first_reject(work, results)})")
-    starts = np.cumsum([len(part) for part in tables])[:-1]
-    places = np.split(assign_splits(table, holdout=holdout), starts)
-    work.finished.mkdir()
-    splits = {}
-    for code, split in enumerate(SPLITS):
-        samples = [
-            StoredSamples(work.parts / result.tar, part["record"][place == code])
-            for result, part, place in zip(results, tables, places, strict=True)
-        ]
-        if any(len(stored.records) for stored in samples):
-            own = {**provenance, "holds": holds[split]} if split in holds else provenance
-            card = write_split(work.finished / split, split, samples, provenance=own)
-            splits[split] = SplitSummary(
-                card["num_samples"],
-                card["num_bytes"],
-                card["fingerprint"],
-                num_shards=len(card["shards"]),
-                distinct_captions=card["statistics"]["distinct_captions"],
-                holds=holds.get(split),
-            )
-    return splits, "validation" in splits and not has_own_splits(table)
-
-
-def assign_splits(table: NDArray[np.void], *, holdout: float) -> NDArray[np.uint8]:
-    """Place in SPLITS of each sample: (n,) of PART_ROW -> (n,).
-
-    Splits of the source are kept. If it has neither validation nor test, the samples whose pixel hash lies in the
-    lowest `holdout` of all hashes become validation, at most 5,000. Equal pixels stay together, and adding data never
-    moves a sample from one side to the other (until the cap is reached).
-    """
-    splits = table["split"].copy()
-    splits[splits == NO_SPLIT] = SPLITS.index("train")
-    if has_own_splits(table):
-        return splits
-    hashes = table["pixels"]
-    below = hashes < np.uint64(int(holdout * 2.0**64))
-    if below.sum() > MAX_HELD_OUT:
-        below = hashes < np.sort(hashes)[MAX_HELD_OUT]
-    splits[below] = SPLITS.index("validation")
-    return splits
-
-
-def has_own_splits(table: NDArray[np.void]) -> bool:
-    """True when a sample (of PART_ROW) comes from a validation or test split of the source."""
-    return bool(((table["split"] != NO_SPLIT) & (table["split"] != SPLITS.index("train"))).any())
-
-
-def _write_rejects(work: Workspace, results: Sequence[PartResult]) -> int:
-    """Write rejects.parquet in `work.finished`. Returns the number of its rows."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    schema = pa.schema([("file", pa.string()), ("row", pa.int64()), ("reason", pa.string()), ("detail", pa.string())])
-    path, num_rejects = work.finished / "rejects.parquet", 0
-    with pq.ParquetWriter(path, schema) as writer:
-        for result in results:
-            rejects = _rejects(work, result)
-            writer.write_table(pa.Table.from_pylist(rejects, schema=schema))
-            num_rejects += len(rejects)
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-    return num_rejects
-
-
-def _check_disk(out: Path, *, num_rows: int, size: int, source_bytes: int) -> None:
-    """Refuse to start what cannot fit. Parts and shards exist side by side for a moment.
-
-    Raises:
-        UsageError: the estimated need is more than the free space.
-    """
-    sample = BYTES_A_PIXEL * size * size * 4 / 3
-    if source_bytes:
-        sample = min(sample, 2 * source_bytes / max(1, num_rows))
-    needed = int(2 * num_rows * (sample + BYTES_A_SAMPLE))
-    free = free_bytes(out)
-    if needed > free:
-        raise UsageError(
-            f"{out}: about {needed / GIB:.1f} GiB needed, {free / GIB:.1f} GiB free on this disk; make room, name a "
-            "folder on another disk, or take a smaller --size"
+    done = work.results()
+    missing = [number for number in numbers if number not in done]
+    if not missing:
+        return
+    named = [str(number) for number in missing[:MOST_MISSING]]
+    if len(missing) > MOST_MISSING:
+        named.append(f"{len(missing) - MOST_MISSING} more")
+    counts = work.counts_of_shares()
+    cure = "run the same command without --finish, or with --part 1/N to --part N/N on N machines"
+    if len(counts) == 1:
+        (count,) = counts
+        shares = sorted({number % count + 1 for number in missing})
+        cure = (
+            f"run the same command with {' and with '.join(f'--part {i}/{count}' for i in shares)} instead of --finish"
         )
+    what = f"part {named[0]} is" if len(missing) == 1 else f"parts {', '.join(named[:-1])} and {named[-1]} are"
+    raise UsageError(f"{work.out}: {what} missing; {cure}")
+
+
+def _evaluation_sets(work: Workspace, job: Job) -> list[EvaluationSet]:
+    """The pictures that stay out of training."""
+    if not job.excluded:
+        return []
+    from mlip_cli.data.prepare.exclusion import hashed_set
+
+    num_workers = job.engine.num_workers_here
+    return [hashed_set(place, folder=work.folder, size=job.size, num_workers=num_workers) for place in job.excluded]

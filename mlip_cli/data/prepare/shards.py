@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import re
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +14,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mlip_cli.data.index import FORMATS, RECORD, checksum, place_of, place_parts, write_index
+from mlip_cli.data.index import (
+    FORMATS,
+    RECORD,
+    check_size,
+    checksum,
+    index_path,
+    place_of,
+    place_parts,
+    read_checked,
+    write_index,
+)
+from mlip_cli.data.prepare.statistics import ShardStatistics, merged, statistics_of
 from mlip_cli.data.sources.records import json_bytes
 from mlip_cli.data.tar import BLOCK, Member, read_members
 from mlip_cli.errors import RunError
@@ -26,19 +36,23 @@ if TYPE_CHECKING:
 
 SHARD_SAMPLES = 10_000
 SHARD_BYTES = 512 << 20
-SIZE_FIELDS = ("width", "height", "original_width", "original_height")
-"""Fields of KEY.json, of which dataset.json tells minimum, median, mean and maximum."""
 TAR_RECORD = 20 * BLOCK
 """Tars are padded to a multiple of this."""
-
-CONTEXT_LENGTH = 77
-"""Of the published CLIP models. dataset.json says how many captions are longer."""
 
 KEY = re.compile(r"[0-9a-z_-]+")
 FIRST_BYTES = {"jpg": (0, b"\xff\xd8\xff"), "png": (0, b"\x89PNG"), "webp": (8, b"WEBP")}
 """Format of a stored picture -> a place in its head, and the bytes that stand there."""
-PART_ROW = np.dtype([("record", RECORD), ("pixels", "<u8"), ("split", "u1")])
-"""A sample of a part: its index record there, hash of its pixels, place of its split in SPLITS (255: it has none)."""
+PART_ROW = np.dtype(
+    [
+        ("row", "<u8"),  # place in the whole source, the number in the key
+        ("record", RECORD),  # in the part's tar
+        ("sha256", "V16"),  # the first half of that of the source's bytes
+        ("pixels", "<u8"),  # `hash_pixels`
+        ("perceptual", "<u8"),  # `hash_look`, or 0 where nothing is compared by it
+        ("split", "u1"),  # place in SPLITS; 255: the source says none
+    ]
+)
+"""A sample of a part."""
 
 
 @contextmanager
@@ -62,13 +76,6 @@ class VerifiedTar:
 
     records: NDArray[np.void]
     """(n,) of RECORD."""
-    sizes: NDArray[np.int64]
-    """(n, 4): width and height of each picture, and both before it was stored."""
-    caption_words: list[int]
-    """Number of words of each caption."""
-    captions: NDArray[np.int64]
-    """The hash of each distinct caption; another in the next process."""
-    classes: Counter[str]
     num_bytes: int
     sha256: str
 
@@ -81,33 +88,23 @@ def verify_tar(path: Path, num_tokens: Sequence[int] | NDArray[np.uint16]) -> Ve
     """
     records = np.zeros(len(num_tokens), RECORD)
     records["num_tokens"] = num_tokens
-    sizes: list[list[int]] = []
-    caption_words: list[int] = []
-    captions: set[int] = set()
-    classes: Counter[str] = Counter()
     keys: set[str] = set()
     with open(path, "rb") as file:
         for key, members in groupby(read_members(path), key=lambda member: member.name.rpartition(".")[0]):
             parts = {member.name.rpartition(".")[2]: member for member in members}
             if not KEY.fullmatch(key) or key in keys or len(keys) == len(records):
                 raise RunError(f"{path}: read again, its sample {key!r} is not what was written; is the disk sound?")
-            fields = _index_sample(path, file.fileno(), records[len(keys)], parts)
-            sizes.append([fields[name] for name in SIZE_FIELDS])
-            caption_words += [len(caption["text"].split()) for caption in fields["captions"]]
-            captions.update(hash(caption["text"]) for caption in fields["captions"])
-            classes.update([] if fields["class"] is None else [fields["class"]])
+            _index_sample(path, file.fileno(), records[len(keys)], parts)
             keys.add(key)
         num_bytes = os.fstat(file.fileno()).st_size
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     if len(keys) != len(records):
         raise RunError(f"{path}: read again, it has {len(keys)} of {len(records)} samples; is the disk sound?")
-    distinct = np.array(list(captions), np.int64)
-    numbers = np.array(sizes, np.int64).reshape(-1, len(SIZE_FIELDS))
-    return VerifiedTar(records, numbers, caption_words, distinct, classes, num_bytes, sha256)
+    return VerifiedTar(records, num_bytes, sha256)
 
 
-def _index_sample(path: Path, descriptor: int, record: np.void, parts: Mapping[str, Member]) -> dict[str, Any]:
-    """Fill `record` except for its tokens. Returns the fields of KEY.json."""
+def _index_sample(path: Path, descriptor: int, record: np.void, parts: Mapping[str, Member]) -> None:
+    """Fill `record` except for its tokens."""
     format = next((known for known in FORMATS if known in parts), "")
     if set(parts) != {"json", "txt", format}:
         raise RunError(f"{path}: read again, a sample has the parts {sorted(parts)}; is the disk sound?")
@@ -123,107 +120,127 @@ def _index_sample(path: Path, descriptor: int, record: np.void, parts: Mapping[s
     record["format"], record["num_captions"] = FORMATS.index(format), len(fields["captions"])
     place = place_of(record, is_prepared=True)
     record["crc32"] = checksum(record, os.pread(descriptor, place.end - place.start, place.start))
-    return fields
 
 
-def _statistics(tars: Sequence[VerifiedTar]) -> dict[str, Any]:
-    """Minimum, median, mean and maximum of each number; formats; the 100 most frequent classes."""
-    records = np.concatenate([tar.records for tar in tars])
-    sizes = np.concatenate([tar.sizes for tar in tars])
-    words = np.concatenate([np.array(tar.caption_words) for tar in tars])
-    classes = sum((tar.classes for tar in tars), Counter[str]())
-    formats = Counter(FORMATS[code] for code in records["format"])
-    return {
-        **{name: _spread(sizes[:, column]) for column, name in enumerate(SIZE_FIELDS)},
-        "image_bytes": _spread(records["image_size"]),
-        "captions": _spread(records["num_captions"]),
-        "words": _spread(words),
-        "distinct_captions": len(np.unique(np.concatenate([tar.captions for tar in tars]))),
-        "longest_caption_tokens": _spread(records["num_tokens"]),
-        f"share_over_{CONTEXT_LENGTH}_tokens": round(float((records["num_tokens"] > CONTEXT_LENGTH).mean()), 6),
-        "formats": dict(sorted(formats.items())),
-        "num_classes": len(classes),
-        "classes": dict(sorted(classes.most_common(100))),
-    }
+COPIED = ("image_size", "txt_size", "json_size", "format", "num_captions", "num_tokens")
+"""Fields of a record that are the same in the part and in the shard."""
 
 
-def _spread(values: NDArray[Any]) -> dict[str, float]:
-    return {
-        "min": int(values.min()),
-        "median": float(np.median(values)),
-        "mean": round(float(values.mean()), 3),
-        "max": int(values.max()),
-    }
+def write_shard(path: Path, tars: Sequence[Path], records: NDArray[np.void]) -> VerifiedTar:
+    """Copy samples from parts into a shard, verify it, and index it last. A finished shard is kept and read again.
+
+    Args:
+        tars: (n,): the tar of the part that holds each sample.
+        records: (n,) of RECORD: the place of each sample there.
+
+    Raises:
+        RunError: the disk does not keep what is written, or a part is gone.
+    """
+    num_tokens = records["num_tokens"]
+    if is_finished(path, records):
+        return verify_tar(path, num_tokens)
+    with atomic_path(path) as temporary:
+        _copy_samples(temporary, tars, records)
+        verified = verify_tar(temporary, num_tokens)
+    write_index(path, verified.records, tar_bytes=verified.num_bytes, sha256=verified.sha256)
+    return verified
 
 
-@dataclass(frozen=True)
-class StoredSamples:
-    """Samples of a part that go to one split, in order."""
+def is_finished(path: Path, records: NDArray[np.void]) -> bool:
+    """Whether a shard and its index, which is written after it, are there and hold samples of just these sizes."""
+    try:
+        header, written = read_checked(index_path(path))
+        check_size(path, header)
+    except RunError:
+        return False
+    return len(written) == len(records) and all((written[name] == records[name]).all() for name in COPIED)
 
-    tar: Path
-    records: NDArray[np.void]
-    """(n,) of RECORD: places in `tar`."""
+
+@dataclass
+class WrittenSplit:
+    """The shards of a split that are written so far, in order."""
+
+    shards: list[dict[str, Any]]
+    """name, n, bytes and sha256 of each, as dataset.json lists them."""
+    statistics: ShardStatistics
+
+    @classmethod
+    def first(cls, path: Path, tar: VerifiedTar) -> "WrittenSplit":
+        """A split of one shard."""
+        listed = {"name": path.name, "n": len(tar.records), "bytes": tar.num_bytes, "sha256": tar.sha256}
+        return cls([listed], statistics_of(path, tar.records))
+
+    def add(self, other: "WrittenSplit") -> None:
+        """Put other shards behind these."""
+        self.shards += other.shards
+        self.statistics = merged([self.statistics, other.statistics])
 
 
-def write_split(
-    folder: Path, split: str, samples: Sequence[StoredSamples], *, provenance: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Copy samples from parts into the shards of a split, verify and index them, write dataset.json and sizes.json.
+def write_card(folder: Path, split: str, written: WrittenSplit, *, provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """Write dataset.json and sizes.json of a folder whose shards are written.
 
     Returns:
         The card that dataset.json holds.
     """
-    folder.mkdir(parents=True)
-    records = np.concatenate([stored.records for stored in samples])
-    part_of = np.repeat(np.arange(len(samples)), [len(stored.records) for stored in samples])
-    shards: list[dict[str, Any]] = []
-    tars: list[VerifiedTar] = []
-    for start, end in _shard_bounds(_sample_ends(records) - records["offset"].astype(np.int64)):
-        path = folder / f"{split}-{len(shards):06d}.tar"
-        with atomic_path(path) as temporary:
-            _copy_samples(temporary, [samples[part].tar for part in part_of[start:end]], records[start:end])
-            verified = verify_tar(temporary, records["num_tokens"][start:end])
-        write_index(path, verified.records, tar_bytes=verified.num_bytes, sha256=verified.sha256)
-        tars.append(verified)
-        shards.append({"name": path.name, "n": end - start, "bytes": verified.num_bytes, "sha256": verified.sha256})
     card = {
         "split": split,
-        "num_samples": sum(shard["n"] for shard in shards),
-        "num_bytes": sum(shard["bytes"] for shard in shards),
-        "fingerprint": hashlib.sha256(json_bytes(shards)).hexdigest(),
-        "shards": shards,
-        "statistics": _statistics(tars),
+        "num_samples": sum(shard["n"] for shard in written.shards),
+        "num_bytes": sum(shard["bytes"] for shard in written.shards),
+        "fingerprint": hashlib.sha256(json_bytes(written.shards)).hexdigest(),
+        "shards": written.shards,
+        "statistics": written.statistics.as_json(),
         "provenance": provenance,
     }
-    write_json(folder / "sizes.json", {shard["name"]: shard["n"] for shard in shards})
+    write_json(folder / "sizes.json", {shard["name"]: shard["n"] for shard in written.shards})
     write_json(folder / "dataset.json", card)
     return card
 
 
-def _shard_bounds(sizes: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
-    """Start and end of shards of at most SHARD_SAMPLES samples and about SHARD_BYTES."""
-    start = num_bytes = 0
-    for number, size in enumerate(sizes.tolist()):
-        if number > start and (number - start == SHARD_SAMPLES or num_bytes + size > SHARD_BYTES):
-            yield start, number
-            start, num_bytes = number, 0
-        num_bytes += size
-    yield start, len(sizes)
+def shard_bounds(sizes: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
+    """Start and end of shards of at most SHARD_SAMPLES samples and about SHARD_BYTES; `sizes` is (n,) bytes."""
+    ends = np.cumsum(sizes)
+    start = 0
+    while start < len(sizes):
+        before = int(ends[start - 1]) if start else 0
+        fitting = int(np.searchsorted(ends, before + SHARD_BYTES, side="right"))
+        end = max(start + 1, min(fitting, start + SHARD_SAMPLES))
+        yield start, end
+        start = end
 
 
-def _sample_ends(records: NDArray[np.void]) -> NDArray[np.int64]:
+def sample_ends(records: NDArray[np.void]) -> NDArray[np.int64]:
     """Byte after the last padded member of each sample."""
-    ends = [records[f"{part}_offset"].astype(np.int64) + records[f"{part}_size"] for part in ("image", "txt", "json")]
-    return records["offset"].astype(np.int64) + (np.maximum.reduce(ends) + BLOCK - 1) // BLOCK * BLOCK
+    ends = np.zeros(len(records), np.int64)
+    for part in ("image", "txt", "json"):
+        np.maximum(ends, records[f"{part}_offset"].astype(np.int64) + records[f"{part}_size"], out=ends)
+    return records["offset"].astype(np.int64) + (ends + BLOCK - 1) // BLOCK * BLOCK
 
 
 def _copy_samples(path: Path, tars: Sequence[Path], records: NDArray[np.void]) -> None:
     """Copy headers and bytes of each sample from its tar as they are; end the archive as `tarfile` does."""
-    spans = zip(tars, records["offset"].tolist(), _sample_ends(records).tolist(), strict=True)
+    spans = zip(tars, records["offset"].tolist(), sample_ends(records).tolist(), strict=True)
     with open(path, "wb") as out:
         for tar, of_tar in groupby(spans, key=lambda span: span[0]):
-            with open(tar, "rb") as file:
+            with open_part(tar) as descriptor:
                 for _, start, end in of_tar:
-                    out.write(os.pread(file.fileno(), end - start, start))
+                    out.write(os.pread(descriptor, end - start, start))
         end = out.tell() + 2 * BLOCK
         out.write(bytes(2 * BLOCK + -end % TAR_RECORD))
+
+
+@contextmanager
+def open_part(tar: Path) -> Iterator[int]:
+    """A descriptor of a part's tar.
+
+    Raises:
+        RunError: it is gone.
+    """
+    try:
+        descriptor = os.open(tar, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        out = str(tar).partition("/.prepare/")[0]
+        raise RunError(f"{tar}: is gone, and samples of it are in no shard yet; remove {out}, start again") from None
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)

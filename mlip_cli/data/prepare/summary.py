@@ -2,13 +2,16 @@
 
 import shlex
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mlip_cli.data.prepare.filters import OWN_SPLITS
+from mlip_cli.data.prepare.retry import num_retryable
 from mlip_cli.data.sources.records import MAX_HELD_OUT, held_out_share
 from mlip_cli.errors import UsageError
-from mlip_cli.files import read_object
+from mlip_cli.files import parse_object
+from mlip_cli.paths import inside, is_url
 from mlip_cli.terminal.output import plural, print_table, say, say_to_copy, warn
 
 if TYPE_CHECKING:
@@ -25,6 +28,9 @@ STEPS_AN_EPOCH = 8
 
 FEWEST_TO_TRAIN = 4 * STEPS_AN_EPOCH
 """The fewest pairs for which a training is proposed: batches of four."""
+
+CARD_PAGE = "card.html"
+"""Beside prepared.json: what was prepared, for a person."""
 
 DEMO_FOLDER = Path("data/openmoji")
 """The folder that recipes/openmoji.yaml reads."""
@@ -67,6 +73,9 @@ class Summary:
     """Samples and rejects. Rows that name one picture are one; a row that cannot be used is a reject by itself."""
     passed_over: dict[str, int]
     """What was found beside that and not read, or found by another spelling, by kind."""
+    cleaning: dict[str, int] = field(default_factory=dict)
+    """repeats: samples of training whose pixels an earlier one has. in_validation, in_test: such that the source's own
+    split has too. captions_left_out: captions that fell to a rule while others of the same picture stay."""
 
     @classmethod
     def read(cls, path: Path) -> "Summary":
@@ -75,13 +84,18 @@ class Summary:
         Raises:
             UsageError: the file is not one of ours.
         """
+        return cls.parse(path.read_bytes(), place=str(path))
+
+    @classmethod
+    def parse(cls, content: bytes, *, place: str) -> "Summary":
+        """The same of the bytes of prepared.json at `place`."""
         try:
-            fields = read_object(path)
+            fields = parse_object(content)
             splits = {split: SplitSummary(**values) for split, values in fields["splits"].items()}
             earlier = {"pictures": fields["rows"], "passed_over": {}}  # each row was a picture, and nothing was counted
             return cls(**(earlier | fields | {"splits": splits}))
         except (ValueError, KeyError, TypeError):
-            raise UsageError(f"{path}: not written by mlip prepare-data; name another folder") from None
+            raise UsageError(f"{place}: not written by mlip prepare-data; name another folder") from None
 
     def show_splits(self) -> None:
         """Print a row a split to stdout."""
@@ -102,8 +116,16 @@ class Summary:
         say(f"{plural(self.rows, 'row')}{pictures}: {plural(num_samples, 'sample')}, {plural(self.rejects, 'reject')}")
         for reason, n in self.reasons.items():
             say(f"  {n:,} x {reason}")
+        if (n := num_retryable(self.reasons)) and not is_url(self.out):
+            say(f"{n:,} of them may succeed later: the same command with --retry-failed")
         if self.rejects:
-            say(f"each reject with file, row and reason: {Path(self.out) / 'rejects.parquet'}")
+            say(f"each reject with file, row and reason: {inside(self.out, 'rejects.parquet')}")
+        if (card := Path(self.out) / CARD_PAGE).is_file():
+            say(f"card: {card}")
+        for line in self.repeats():
+            say(line)
+        for line in self.overlaps():
+            warn(line)
         if self.attribution:
             say(self.attribution)
         for need, command in self.next.items():
@@ -111,6 +133,21 @@ class Summary:
             say_to_copy(command)
         if not self.next:
             warn(f"fewer than {FEWEST_TO_TRAIN} samples to train on: too few for a contrastive loss")
+
+    def repeats(self) -> Iterator[str]:
+        """What the rules for captions took, and equal pictures that are still there."""
+        if n := self.cleaning.get("captions_left_out", 0):
+            yield f"{plural(n, 'caption')} left out by the rules for captions; other captions of these pictures stay"
+        if (n := self.cleaning.get("repeats", 0)) and self.request["format"] != "openmoji":
+            repeat = f"{plural(n, 'sample')} {'repeats' if n == 1 else 'repeat'} the picture of an earlier one"
+            yield f"{repeat}; --dedupe pixels leaves {'it' if n == 1 else 'them'} out"
+
+    def overlaps(self) -> Iterator[str]:
+        """Pictures to train on that the source's own held-out splits have too."""
+        for split in OWN_SPLITS if self.request["format"] != "openmoji" else ():
+            if n := self.cleaning.get(f"in_{split}", 0):
+                same = f"{plural(n, 'sample')} to train on {'has' if n == 1 else 'have'} a picture of the source's own"
+                yield f"{same} {split} split; --exclude {split} leaves {'it' if n == 1 else 'them'} out"
 
     def _show_held_out(self) -> None:
         holdout = held_out_share(self.request["holdout"], self.pictures)
@@ -123,9 +160,36 @@ class Summary:
             )
             if num_held_out < FEW_HELD_OUT:
                 few = plural(num_held_out, "sample")
-                warn(f"validation/ has {few}, too few to measure by; say --holdout 0.2 for more")
+                cure = "say --holdout 0.2 for more" if holdout < 0.2 else "take more pictures"
+                warn(f"validation/ has {few}, too few to measure by; {cure}")
         elif holdout and not self.splits.keys() & {"validation", "test"}:
             warn(f"no picture was held out: {holdout:.0%} of so few; say --holdout 0.2 for a validation split")
+
+
+@dataclass(frozen=True)
+class SharePrepared:
+    """What a run with --part has done."""
+
+    out: str
+    part: str
+    """The share, as in 1/3."""
+    prepared: int
+    """Parts of the share that this run prepared."""
+    found: int
+    """Those that were there already."""
+    parts: int
+    """Of the whole source."""
+    missing: int
+    """Of the whole source, which nobody has prepared yet."""
+
+    def show_notes(self) -> None:
+        """Say in one line what was done and what comes next."""
+        found = f", {self.found:,} were there" if self.found else ""
+        done = f"{self.out}: part {self.part}: {plural(self.prepared, 'part')} prepared{found}"
+        rest = f"all {self.parts:,} are there; next"
+        if self.missing:
+            rest = f"{self.missing:,} of all {self.parts:,} are left to other machines; after them"
+        say(f"{done}; {rest}: the same command with --finish instead of --part")
 
 
 def attributions(cards: Iterable[Mapping[str, Any]]) -> tuple[str, ...]:
@@ -134,11 +198,11 @@ def attributions(cards: Iterable[Mapping[str, Any]]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(text for text in found if text))
 
 
-def next_commands(format: str, out: Path, splits: Mapping[str, SplitSummary]) -> dict[str, str]:
-    """Trainings to go on with, by the hardware they need; none for a few pictures."""
+def next_commands(format: str, out: Path | str, splits: Mapping[str, SplitSummary]) -> dict[str, str]:
+    """Trainings to go on with, by the hardware they need; none for a few pictures. `out` is a folder or a URL."""
     from mlip_cli.recipe.load import load_recipe, override  # here, because each worker process imports this module
 
-    if format == "openmoji" and out == DEMO_FOLDER:
+    if format == "openmoji" and str(out) == str(DEMO_FOLDER):
         return {"no GPU": "mlip pretrain recipes/openmoji.yaml"}
     train = "train" if "train" in splits else next(iter(splits))
     num_samples, distinct = splits[train].num_samples, splits[train].distinct_captions
@@ -146,8 +210,8 @@ def next_commands(format: str, out: Path, splits: Mapping[str, SplitSummary]) ->
         return {}
     held_out = next((split for split in HELD_OUT if split in splits and split != train), None)
     changes = [
-        override("data.train", str(out / train)),
-        override("data.validation", str(out / held_out) if held_out else None),
+        override("data.train", inside(str(out), train)),
+        override("data.validation", inside(str(out), held_out) if held_out else None),
     ]
     if distinct is not None and 2 * distinct <= num_samples:  # else pictures of one class are each other's negatives
         changes.append("losses.positives=concept")

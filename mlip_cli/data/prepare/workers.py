@@ -1,14 +1,18 @@
 """Work in several processes that end when the driver does, however it ends.
 
 `concurrent.futures.ProcessPoolExecutor` does not promise that: after kill -9 of the driver its workers live on. Here
-each worker waits on a pipe of its own, which closes with the driver.
+each worker watches the driver, and ends in the middle of its task when the driver is gone.
 """
 
 import multiprocessing
+import os
 import signal
+import threading
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
@@ -20,37 +24,44 @@ Task = TypeVar("Task")
 Result = TypeVar("Result")
 
 
-def run_parallel(function: Callable[[Task], Result], tasks: Iterable[Task], *, num_workers: int) -> Iterator[Result]:
+def run_parallel(
+    function: Callable[[Task], Result], tasks: Iterable[Task], *, num_workers: int, at_once: int = 1
+) -> Iterator[Result]:
     """Yield results of `function` in the order in which they finish. One worker means this process.
 
     Workers are spawned, so `function`, tasks and results must pickle. When the driver leaves this generator, it ends
     the workers.
 
+    Args:
+        at_once: tasks that a worker has in hand, in a thread each: for tasks that wait for something. Their worker is
+            never this process, which could not end their threads.
+
     Raises:
         RunError: a worker was killed. Errors of `function` are raised here too.
     """
-    if num_workers == 1:
+    if num_workers == at_once == 1:
         yield from map(function, tasks)
         return
-    with _started(function, num_workers) as workers:
+    with _started(function, num_workers, in_threads=at_once > 1) as workers:
         queue = iter(tasks)
-        busy: set[Connection] = set()
-        for pipe, task in zip(workers, queue, strict=False):
-            with _watched(workers[pipe]):
-                pipe.send(task)
-            busy.add(pipe)
-        while busy:
-            for pipe in cast(list[Connection], wait(list(busy))):
+        busy: Counter[Connection] = Counter()
+
+        def hand_out(pipe: Connection) -> None:
+            for task in islice(queue, 1):
+                with _watched(workers[pipe]):
+                    pipe.send(task)
+                busy[pipe] += 1
+
+        for pipe in list(workers) * at_once:
+            hand_out(pipe)
+        while waited_for := [pipe for pipe, n in busy.items() if n]:
+            for pipe in cast(list[Connection], wait(waited_for)):
                 with _watched(workers[pipe]):
                     result, error = pipe.recv()
                 if error is not None:
                     raise error
-                busy.remove(pipe)
-                for task in queue:
-                    with _watched(workers[pipe]):
-                        pipe.send(task)
-                    busy.add(pipe)
-                    break
+                busy[pipe] -= 1
+                hand_out(pipe)
                 yield result
 
 
@@ -61,14 +72,19 @@ def _watched(process: SpawnProcess) -> Iterator[None]:
         yield
     except (EOFError, ConnectionError):
         process.join()
-        raise RunError(
-            f"a worker process died (exit code {process.exitcode}); out of memory? Run the same command again to go "
-            "on, with fewer --workers if it happens again"
-        ) from None
+        raise worker_died(f"exit code {process.exitcode}") from None
+
+
+def worker_died(how: str) -> RunError:
+    """The error for a worker that was killed; `how` stands in parentheses."""
+    again = "Run the same command again to go on, with fewer --workers if it happens again"
+    return RunError(f"a worker process died ({how}); out of memory? {again}")
 
 
 @contextmanager
-def _started(function: Callable[[Any], Any], num_workers: int) -> Iterator[dict[Connection, SpawnProcess]]:
+def _started(
+    function: Callable[[Any], Any], num_workers: int, *, in_threads: bool
+) -> Iterator[dict[Connection, SpawnProcess]]:
     context = multiprocessing.get_context("spawn")
     workers: dict[Connection, SpawnProcess] = {}
     resource_tracker.ensure_running()  # else the first start() starts it and unblocks Ctrl-C
@@ -77,7 +93,7 @@ def _started(function: Callable[[Any], Any], num_workers: int) -> Iterator[dict[
     try:
         for _ in range(num_workers):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(function, theirs), daemon=True)
+            process = context.Process(target=_serve, args=(function, theirs, in_threads), daemon=True)
             process.start()
             theirs.close()
             workers[ours] = process
@@ -92,16 +108,34 @@ def _started(function: Callable[[Any], Any], num_workers: int) -> Iterator[dict[
             process.join()
 
 
-def _serve(function: Callable[[Any], Any], pipe: Connection) -> None:
-    """Do one task after another until the driver closes the pipe."""
-    while True:
-        try:
-            task = pipe.recv()
-        except (EOFError, ConnectionError):
-            return
+def _serve(function: Callable[[Any], Any], pipe: Connection, in_threads: bool) -> None:
+    """Do tasks until the driver closes the pipe: one after another, or each in a thread that ends with the process."""
+    threading.Thread(target=_end_with_driver, daemon=True).start()
+    sending = threading.Lock()
+
+    def do(task: Any) -> None:
         try:
             answer: tuple[Any, BaseException | None] = (function(task), None)
         except Exception as error:  # noqa: BLE001 - it is raised again, in the driver
             error.add_note(f"in a worker process:\n{traceback.format_exc()}")
             answer = (None, error)
-        pipe.send(answer)
+        with sending:
+            pipe.send(answer)
+
+    while True:
+        try:
+            task = pipe.recv()
+        except (EOFError, ConnectionError):
+            return
+        if in_threads:
+            threading.Thread(target=do, args=(task,), daemon=True).start()
+        else:
+            do(task)
+
+
+def _end_with_driver() -> None:
+    """Wait for the end of the driver. Then end this process at once, so that it writes nothing beside a new driver."""
+    driver = multiprocessing.parent_process()
+    assert driver is not None
+    driver.join()
+    os._exit(1)

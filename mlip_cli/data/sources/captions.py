@@ -56,7 +56,9 @@ def captions_of(value: Any) -> tuple[Caption, ...]:
     The items of a list are texts or objects such as {text, weight}. Other values give no captions.
     """
     if isinstance(value, str):
-        value = listed(value) or value
+        if not (texts := listed(value)):
+            return (Caption(value),)
+        value = texts
     elif isinstance(value, list) and any(isinstance(turn, dict) and turn.keys() & set(ASKED) for turn in value):
         value = _first_answer(value)
     values = value if isinstance(value, list | tuple) else [value]
@@ -92,8 +94,10 @@ def captions_of_text(text: str) -> tuple[Caption, ...]:
 
 def listed(text: str) -> list[str] | None:
     """The texts of a list in JSON's, Python's or NumPy's words, or None if `text` is not such a list."""
+    if "[" not in text or len(text) > LONGEST_LIST:
+        return None
     text = text.strip()
-    if not (text.startswith("[") and text.endswith("]")) or len(text) > LONGEST_LIST:
+    if not (text.startswith("[") and text.endswith("]")):
         return None
     try:
         found = json.loads(text)

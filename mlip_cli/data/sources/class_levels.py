@@ -2,8 +2,9 @@
 
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 from mlip_cli.data.sources.records import split_in_name, split_of_folder, split_of_name
@@ -18,7 +19,7 @@ Step = Mapping[str, str | None]
 """Folders above the classes, of one level: name -> split, or None for a folder that only wraps the others."""
 
 
-@dataclass
+@dataclass(slots=True)
 class Folder:
     """A folder, with the number of pictures in it and below it; those of unread kinds count too."""
 
@@ -94,12 +95,15 @@ def split_and_class(steps: Sequence[Step], names: Collection[str], folder: str) 
     return split, next((name for name in parts[len(steps) : len(steps) + 1] if name in names), None)
 
 
-def splits_in(files: Collection[str]) -> dict[str, str | None]:
-    """File -> its split, by a folder at the top or below folders that wrap all the others."""
-    folders = {name: name.rpartition("/")[0] for name in files}
-    steps, _ = descended(tree_of(Counter(folders.values())))
-    found = {folder: split_and_class(steps, (), folder)[0] for folder in set(folders.values())}
-    return {name: split_of_folder(Path(name))[0] or found[folder] for name, folder in folders.items()}
+def splits_in(files: Iterable[str]) -> Callable[[str], str | None]:
+    """What tells the split of each file, by a folder at the top or below folders that wrap all the others."""
+    steps, _ = descended(tree_of(Counter(name.rpartition("/")[0] for name in files)))
+
+    @lru_cache
+    def split_of(folder: str) -> str | None:
+        return split_of_folder(Path(folder, "file"))[0] or split_and_class(steps, (), folder)[0]
+
+    return lambda name: split_of(name.rpartition("/")[0])
 
 
 def split_folders(steps: Sequence[Step], folders: Iterable[str]) -> tuple[str, ...]:

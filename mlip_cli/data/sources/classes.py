@@ -96,7 +96,7 @@ def find_classes(root: Path, files: Sequence[str], *, place: str) -> ClassFolder
     top = tree_of(Counter(folder_of(name) for name in files if is_picture(name) or is_unread_picture(name)))
     steps, level = descended(top)
     folders = number_order([*level, *_empty(root, files, steps, level)])
-    names_file = _names_file(steps, set(files))
+    names_file = _names_file(steps, files)
     given = None if names_file is None else read_lines(root / names_file)
     if given is None or len(given) != len(folders) or len(folders) < 2:
         _refuse_parts(place, steps, level)

@@ -29,7 +29,7 @@ def columnar_schema(path: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def columnar_rows(path: Path) -> Iterator[Row]:
-    """The rows. Text that is not UTF-8 becomes lone surrogates, as in CSV.
+    """The rows. Text that is not UTF-8 becomes lone surrogates, as in CSV; times become text, of UTC.
 
     Raises:
         UsageError: the file is damaged.
@@ -43,6 +43,8 @@ def columnar_rows(path: Path) -> Iterator[Row]:
                 if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
                     binary = pa.large_binary() if pa.types.is_large_string(column.type) else pa.binary()
                     columns[name] = [_text(value) for value in column.view(binary).to_pylist()]
+                elif pa.types.is_timestamp(column.type):  # Python's own times have fewer years and no nanoseconds
+                    columns[name] = column.cast(pa.timestamp(column.type.unit)).cast(pa.string()).to_pylist()
                 else:
                     columns[name] = column.to_pylist()
             for cells in zip(*columns.values(), strict=True):
@@ -61,7 +63,9 @@ def _opened(path: Path) -> Iterator[tuple["pa.Schema", Iterator["pa.RecordBatch"
         with opener(path) as file:
             if is_parquet:
                 has_pictures = any(_holds_bytes(field.type) for field in file.schema_arrow)
-                yield file.schema_arrow, file.iter_batches(BATCH_PICTURES if has_pictures else BATCH_ROWS)
+                size = BATCH_PICTURES if has_pictures else BATCH_ROWS
+                groups = range(file.num_row_groups)  # one after the other: else pyarrow keeps what it has read
+                yield file.schema_arrow, (b for group in groups for b in file.iter_batches(size, row_groups=[group]))
             else:
                 yield _arrow_batches(file)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING
 
 from mlip_cli.data.sources.classes import ClassFolders, find_classes
 from mlip_cli.data.sources.combinations import SPLIT_RULE
+from mlip_cli.data.sources.file_names import CHUNK, ChosenNames, FileList, FileNames, listed, names_below, size_and_time
 from mlip_cli.data.sources.folders import class_records
-from mlip_cli.data.sources.listing import is_picture, is_table, is_unread_picture, kind_of, walk
+from mlip_cli.data.sources.listing import is_picture, is_table, is_unread_picture, kind_of, number_order
 from mlip_cli.data.sources.openmoji import installed_versions, openmoji_records
 from mlip_cli.data.sources.records import (
     PicturePlace,
@@ -26,16 +27,18 @@ from mlip_cli.data.sources.records import (
     checked_captions,
     json_bytes,
 )
-from mlip_cli.data.sources.sidecars import sidecar_records, sidecars_of
+from mlip_cli.data.sources.rules import RowRules, row_rules
+from mlip_cli.data.sources.sidecars import Sidecars, sidecar_records, sidecars_of
 from mlip_cli.data.sources.table_layouts import check_tables, found_tables, is_metadata, wrapped_in
 from mlip_cli.data.sources.tables import TablePlan, planned_tables, table_records
 from mlip_cli.data.sources.tar_samples import Columns, TarNotes
 from mlip_cli.data.sources.tars import TAR_ENDINGS, tar_records
-from mlip_cli.errors import UsageError
+from mlip_cli.errors import RunError, UsageError
 from mlip_cli.paths import encodable, escaped
 from mlip_cli.terminal.output import plural, say
 
 if TYPE_CHECKING:  # it imports numpy
+    from mlip_cli.data.sources.rewritten import Rewritten
     from mlip_cli.data.sources.shared_pictures import SharedPictures
 
 ARCHIVES = (".zip", ".rar", ".7z")
@@ -49,23 +52,14 @@ LOOKED_FOR = (
 
 
 @dataclass(frozen=True)
-class SourceFile:
-    """A file of the source, relative to its root."""
-
-    name: str
-    size: int
-    mtime_ns: int
-
-
-@dataclass(frozen=True)
 class DataSource:
-    """A source whose format is known. `files` are all files that were found there, sorted by name."""
+    """A source whose format is known. `files` are all files that were found there, those of a folder sorted by name."""
 
     name: str
     """As the user wrote it."""
     format: str
     root: Path
-    files: tuple[SourceFile, ...]
+    files: FileList
     is_folder: bool = False
     """False when the user named files one by one or by a pattern."""
     versions: tuple[str, ...] = ()
@@ -74,22 +68,37 @@ class DataSource:
     """Columns that the user named also tell which files of a folder are tables."""
     notes: TarNotes = field(default_factory=TarNotes)
     """What is noted about tars whenever their records are read."""
+    rules: RowRules | None = None
+    """Which rows of tables are read, and whose captions they have."""
 
     def fingerprint(self) -> str:
         """Changes when a file is added, removed, resized or touched, or a built-in source is split by another rule."""
-        listing = [[encodable(file.name), file.size, file.mtime_ns] for file in self.files]
         rule = [SPLIT_RULE] if self.versions else []
-        return hashlib.sha256(json_bytes([self.format, listing, self.versions, *rule])).hexdigest()
+        start, end = json_bytes([self.format, [], self.versions, *rule]).split(b"[]", 1)
+        digest = hashlib.sha256(start + b"[")
+        files = zip(map(encodable, self.names), self.files.sizes, self.files.mtimes_ns, strict=True)
+        comma = b""
+        while chunk := list(islice(files, CHUNK)):
+            digest.update(comma + json_bytes(chunk)[1:-1])
+            comma = b","
+        digest.update(b"]" + end)
+        return digest.hexdigest()
 
-    @cached_property
-    def names(self) -> list[str]:
+    @property
+    def names(self) -> FileNames:
         """The names of the files."""
-        return [file.name for file in self.files]
+        return self.files.names
+
+    @property
+    def num_bytes(self) -> int:
+        """What the files hold together."""
+        return sum(self.files.sizes)
 
     @cached_property
     def _tables(self) -> tuple[list[str], dict[str, str]]:
         if self.is_folder:
-            return found_tables(self.root, self.names, self.read)
+            tables, unread = found_tables(self.root, self.names, self.read)
+            return number_order(tables), unread
         return list(filter(is_table, self.names)), {}
 
     @property
@@ -103,17 +112,14 @@ class DataSource:
         return self._tables[1]
 
     @cached_property
-    def sidecars(self) -> dict[str, str]:
-        """Picture -> its text, in a folder."""
-        return sidecars_of(self.names) if self.is_folder else {}
+    def sidecars(self) -> Sidecars:
+        """The texts of the pictures in a folder."""
+        return sidecars_of(self.names if self.is_folder else FileNames())
 
     def unwrapped(self) -> "DataSource":
         """The same without the folders that hold everything."""
         wrapper = wrapped_in(self.names) if self.is_folder else ""
-        if not wrapper:
-            return self
-        files = tuple(replace(file, name=file.name[len(wrapper) + 1 :]) for file in self.files)
-        return replace(self, root=self.root / wrapper, files=files)
+        return replace(self, root=self.root / wrapper, files=self.files.below(wrapper)) if wrapper else self
 
     @cached_property
     def table_plans(self) -> list[TablePlan]:
@@ -122,11 +128,21 @@ class DataSource:
         Raises:
             UsageError: a table cannot be read, its columns cannot be guessed, or its pictures lie in several folders.
         """
-        return planned_tables(self.root, self.tables, self.read, pictures=self.images() if self.is_folder else None)
+        return planned_tables(self.root, self.tables, self.read, pictures=self.images if self.is_folder else None)
 
-    def images(self) -> list[str]:
+    def with_rules(self, folder: Path) -> "DataSource":
+        """The same with the rules for rows that the user gave. What they need on the disk is written to `folder`.
+
+        Raises:
+            UsageError: as `table_plans` and `row_rules`.
+        """
+        plans = self.table_plans if self.format == "metadata" else []
+        return replace(self, rules=row_rules(self.read, [(plan.table, plan.chosen) for plan in plans], folder))
+
+    @cached_property
+    def images(self) -> ChosenNames:
         """The files with the ending of a picture."""
-        return list(filter(is_picture, self.names))
+        return self.names.where(is_picture)
 
     def tars(self) -> list[str]:
         """The tars, compressed ones too."""
@@ -141,6 +157,24 @@ class DataSource:
         """
         return find_classes(self.root, self.names, place=escaped(self.name))
 
+    @property
+    def rewritten_by_sha256(self) -> "Rewritten | None":
+        """Captions of another file that are joined once the bytes of a picture are there."""
+        rewritten = self.rules.rewritten if self.rules else None
+        return rewritten if rewritten and rewritten.by_sha256 else None
+
+    def check_unchanged(self) -> None:
+        """See that the tars are as they were listed: a shorter one would give other samples than were counted.
+
+        Raises:
+            RunError: one is not.
+        """
+        for name, *known in zip(self.names, self.files.sizes, self.files.mtimes_ns, strict=True):
+            if name.lower().endswith(TAR_ENDINGS) and known != size_and_time(self.root / name):
+                raise RunError(
+                    f"{self.root / name}: has changed since it was first read; start again when nothing writes to it"
+                )
+
     def describe(self) -> str:
         """What was recognised, in words."""
         return SOURCE_FORMATS[self.format].describe(self)
@@ -153,8 +187,8 @@ def _described_tables(source: DataSource) -> str:
 
 
 def _described_sidecars(source: DataSource) -> str:
-    endings = sorted({Path(text).suffix for text in source.sidecars.values()})
-    return f"{plural(len(source.images()), 'picture')}, captions in {' and '.join(endings)} files"
+    endings = " and ".join(source.sidecars.endings())
+    return f"{plural(len(source.images), 'picture')}, captions in {endings} files"
 
 
 @dataclass(frozen=True)
@@ -174,24 +208,28 @@ SOURCE_FORMATS = {
     ),
     "metadata": SourceFormat(
         fits=lambda found: bool(found.tables),
-        records=lambda source, read: table_records(source.table_plans),
+        records=lambda source, read: table_records(source.table_plans, source.rules),
         describe=_described_tables,
     ),
     "webdataset": SourceFormat(
         fits=lambda found: bool(found.tars()),
         records=lambda source, read: tar_records(
-            source.root, source.tars(), Columns(read.image_column, read.caption_column), source.notes
+            source.root,
+            source.tars(),
+            Columns(read.image_column, read.caption_column),
+            source.notes,
+            damaged=read.damaged,
         ),
         describe=lambda source: plural(len(source.tars()), "webdataset tar"),
     ),
     "sidecar": SourceFormat(
         fits=lambda found: bool(found.sidecars),
-        records=lambda source, read: sidecar_records(source.root, source.images(), source.sidecars),
+        records=lambda source, read: sidecar_records(source.root, source.sidecars),
         describe=_described_sidecars,
     ),
     "classes": SourceFormat(
-        fits=lambda found: found.is_folder and any("/" in name for name in found.images()),
-        records=lambda source, read: class_records(source.root, source.images(), source.classes),
+        fits=lambda found: found.is_folder and any("/" in name for name in found.images),
+        records=lambda source, read: class_records(source.root, source.images, source.classes),
         describe=lambda source: source.classes.in_words(),
     ),
 }
@@ -236,7 +274,7 @@ def find_pictures(source: str) -> tuple[DataSource, Iterator[Record]]:
     """
     found = _found(source, "auto")
     inner = found.unwrapped()
-    if inner.is_folder and inner.images():
+    if inner.is_folder and inner.images:
         return inner, _all_pictures(inner)
     known = find_source(source)
     return known, SOURCE_FORMATS[known.format].records(known, ANY_COLUMNS)
@@ -252,23 +290,23 @@ def _all_pictures(folder: DataSource) -> Iterator[Record]:
             yield record
     except UsageError as error:
         say(f"captions of tables are not read: {error}")
-    others = [name for name in folder.images() if os.path.realpath(folder.root / name) not in named]
-    yield from sidecar_records(folder.root, others, folder.sidecars)
+    others = folder.sidecars.where(lambda name: os.path.realpath(folder.root / name) not in named)
+    yield from sidecar_records(folder.root, others)
 
 
 def _missing(found: DataSource) -> str:
     """What a source of no known format lacks."""
-    if found.images():
+    if found.images:
         return ", but no captions for the pictures"
-    return ", no pictures" if found.is_folder and found.files else ""
+    return ", no pictures" if found.is_folder and found.names else ""
 
 
 def _cures(found: DataSource) -> Iterator[str]:
     """What to do about files that are not read as they are."""
-    stems = {name.rpartition(".")[0] for name in found.images()}
+    stems = {name.rpartition(".")[0] for name in found.images}
     if any(name.endswith(".json") and name.rpartition(".")[0] in stems for name in found.names):
         yield "a .json beside a picture is not read: write its caption to a .txt"
-    if found.images():
+    if found.images:
         return
     if any(map(is_unread_picture, found.names)):
         yield "convert its pictures to JPEG"
@@ -277,7 +315,7 @@ def _cures(found: DataSource) -> Iterator[str]:
 
 
 def _check_tables(source: DataSource, *, is_named: bool) -> None:
-    if not source.is_folder:
+    if not source.is_folder or source.read.preset:
         return
     check_tables(source.name, source.tables)
     if source.sidecars and not is_named and not any(map(is_metadata, source.tables)):
@@ -310,34 +348,25 @@ def read_records(source: DataSource, read: ReadOptions, shared: "SharedPictures"
 def _found(source: str, format: str) -> DataSource:
     """The files at SOURCE, whose format is not known yet."""
     if format == "openmoji" or (format == "auto" and source == "openmoji"):
-        return DataSource(source, "", Path(), (), versions=installed_versions(source))
+        return DataSource(source, "", Path(), listed("", ()), versions=installed_versions(source))
     path = Path(source)
     if path.is_dir():
-        files = sorted((_file(path, entry) for entry in walk(path)), key=lambda file: file.name)
-        return DataSource(source, "", path, tuple(files), is_folder=True)
+        return DataSource(source, "", path, listed(path, names_below(path)), is_folder=True)
     if matches := [path] if path.is_file() else _expanded(source):
         root = Path(os.path.commonpath([match.parent for match in matches]))
-        return DataSource(source, "", root, tuple(_file(root, match) for match in matches))
-    cure = " (download it first, for example with img2dataset)" if "://" in source else ""
+        return DataSource(source, "", root, listed(root, (str(match.relative_to(root)) for match in matches)))
+    cure = " (download this file first; the pictures that it lists are downloaded then)" if "://" in source else ""
     raise UsageError(f"{source}: no such file or folder{cure}; SOURCE is a folder, a table, tars, or openmoji")
 
 
 def _what_is_there(found: DataSource) -> str:
-    if not found.files:
+    if not found.names:
         return "the folder is empty"
     if not found.is_folder:
         return "a file of no known kind"
     counts = Counter(kind_of(name).removesuffix(" files") for name in found.names)
     most = sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:5]
     return ", ".join(f"{n} {escaped(kind)}" for kind, n in most)
-
-
-def _file(root: Path, path: Path) -> SourceFile:
-    try:
-        stat = path.stat()
-    except OSError:  # a broken link, or one that leads to itself: its row becomes a reject later
-        return SourceFile(str(path.relative_to(root)), 0, 0)
-    return SourceFile(str(path.relative_to(root)), stat.st_size, stat.st_mtime_ns)
 
 
 def _expanded(pattern: str) -> list[Path]:

@@ -3,12 +3,13 @@
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from mlip_cli.data.sources.text_tables import PICTURE_NAME, Row, opened_text, table_error
+from mlip_cli.data.sources.json_streams import streamed_array, streamed_items
+from mlip_cli.data.sources.text_tables import MAX_CELL, PICTURE_NAME, Row, opened_text, table_error
 
 EXAMPLE_ROWS = 100
 """This many rows tell the columns."""
@@ -46,21 +47,54 @@ def json_rows(path: Path) -> Iterator[Row]:
         UsageError: it is not JSON, or of a form that we do not know.
     """
     stat = path.stat()
-    rows = _document_rows(path, stat.st_size, stat.st_mtime_ns)
-    return json_line_rows(path) if rows is None else iter(rows)
+    form = _form(path, stat.st_size, stat.st_mtime_ns)
+    if form is None:
+        yield from json_line_rows(path)
+    elif not isinstance(form, str):
+        yield from form
+    else:
+        try:
+            for row in streamed_items(path, form):
+                yield _listed_row(row, in_object=bool(form))
+        except (ValueError, RecursionError) as error:
+            raise table_error(path, f"not JSON ({error})") from None
+
+
+def _listed_row(row: Any, *, in_object: bool) -> Row:
+    if not isinstance(row, dict):
+        return "row is not a JSON object"
+    return _with_folder(row) if in_object else row
+
+
+@lru_cache(maxsize=256)
+def _array_of(path: Path, size: int, mtime_ns: int) -> str | None:
+    return streamed_array(path)
+
+
+def _form(path: Path, size: int, mtime_ns: int) -> Sequence[Row] | str | None:
+    """Where the rows are: the name of an array ("" if it is the document), the rows themselves, None if in lines."""
+    if _is_in_lines(path):
+        return None
+    name = _array_of(path, size, mtime_ns)
+    return _document_rows(path, size, mtime_ns) if name is None else name
+
+
+def _is_in_lines(path: Path) -> bool:
+    """Whether the first line is an object by itself and others follow."""
+    with opened_text(path) as file:
+        lines = (line for line in iter(partial(file.readline, MAX_CELL), "") if line.strip())
+        first = next(lines, "")
+        return isinstance(_object(first), dict) and next(lines, None) is not None
 
 
 @lru_cache(maxsize=1)
-def _document_rows(path: Path, size: int, mtime_ns: int) -> Sequence[Row] | None:
-    """The rows of a JSON document, or None where the file has an object a line. It is parsed once."""
+def _document_rows(path: Path, size: int, mtime_ns: int) -> Sequence[Row]:
+    """The rows of a JSON document that is not streamed. It is parsed once."""
     with opened_text(path) as file:
         text = file.read()
     try:
         document = json.loads(text)
     except (ValueError, RecursionError) as error:
-        lines = text.lstrip().split("\n", 2)
-        if len(lines) > 1 and isinstance(_object(lines[0]), dict):
-            return None
         raise table_error(path, f"not JSON ({error})") from None
     rows = _rows_of(document)
     if rows is None:
@@ -73,16 +107,12 @@ def _document_rows(path: Path, size: int, mtime_ns: int) -> Sequence[Row] | None
 
 
 def _rows_of(document: Any) -> list[Row] | None:
-    if isinstance(document, list):
-        return [row if isinstance(row, dict) else "row is not a JSON object" for row in document]
     if not isinstance(document, dict):
         return None
     images, annotations = document.get("images"), document.get("annotations")
     if _are_objects(images) and _are_objects(annotations):
         return _coco_rows(images, annotations)
     tables = [value for value in document.values() if _are_objects(value)]
-    if len(tables) == 1:
-        return [_with_folder(row) for row in tables[0]]
     if document and all(PICTURE_NAME.match(name) for name in islice(document, EXAMPLE_ROWS)):
         return [
             {"image": name, **value} if isinstance(value, dict) else {"image": name, "caption": value}

@@ -1,10 +1,8 @@
 """Which files of a folder count, for every command alike. Nothing here opens a file."""
 
-import os
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from mlip_cli.paths import escaped
 
@@ -33,6 +31,10 @@ LEFTOVERS = frozenset(
     ("__macosx", "thumbs.db", "desktop.ini", "lost+found", "system volume information", "$recycle.bin", "@eadir")
 )
 """What systems leave in folders, in lower case."""
+
+MOST_KINDS = 100
+"""Kinds of files that are told apart: numbers as endings, as in x.00001, would be as many as files."""
+OTHER_KINDS = "files of other kinds"
 
 
 def is_leftover(name: str) -> bool:
@@ -71,30 +73,6 @@ def is_unread_picture(name: str) -> bool:
     return ending(name) in UNREAD_PICTURE_ENDINGS
 
 
-def walk(folder: Path, above: tuple[tuple[int, int], ...] = ()) -> Iterator[Path]:
-    """Regular files and broken links under `folder`, without hidden ones and leftovers, in no order.
-
-    Links to folders are followed, unless they lead back to a folder above.
-    """
-    stat = folder.stat()
-    here = stat.st_dev, stat.st_ino
-    if here in above:
-        return
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if is_leftover(entry.name):
-                continue
-            path = Path(entry.path)
-            try:
-                is_folder, is_file = entry.is_dir(), entry.is_file()
-            except OSError:  # a link that leads to itself: broken like any other
-                is_folder, is_file = False, True
-            if is_folder:
-                yield from walk(path, (*above, here))
-            elif is_file or not path.exists():  # reading a pipe or a device would wait for ever
-                yield path
-
-
 def number_order(names: Collection[str]) -> list[str]:
     """Sorted by number where all names begin alike and with a number (2, 10; 2.cat, 10.dog; c2, c10), else as text."""
     ordered = sorted(names)
@@ -115,6 +93,8 @@ class PassedOver:
     def add(self, kind: str, example: str) -> None:
         """Count one. What is shown of names is escaped."""
         kind = escaped(kind)
+        if len(self.counts) >= MOST_KINDS and kind not in self.counts:
+            kind = OTHER_KINDS
         self.counts[kind] = self.counts.get(kind, 0) + 1
         if kind not in self.first:
             self.first[kind] = escaped(example)

@@ -12,7 +12,9 @@ from urllib.parse import unquote
 from mlip_cli.data.sources.listing import is_picture
 
 MOST_FOLDERS = 256
-"""The most listings of folders that are kept."""
+"""The most folders of which something is kept,"""
+MOST_NAMES = 200_000
+"""and the most names in their listings together; a larger listing is the only one."""
 MOST_COMPARED = 20_000
 """The most names among which the nearest is looked for."""
 MOST_NEAREST = 100
@@ -52,6 +54,8 @@ class PathFinder:
     folder: Path
     listings: dict[str, dict[str, list[str]]] = field(default_factory=dict)
     real_folders: dict[str, str] = field(default_factory=dict)
+    num_names: int = 0
+    """In the listings."""
     num_nearest: int = 0
 
     def find(self, name: str) -> FoundPath:
@@ -81,6 +85,8 @@ class PathFinder:
         """One name for all paths to a file."""
         folder, name = os.path.split(path)
         if folder not in self.real_folders:
+            if len(self.real_folders) == MOST_FOLDERS:
+                self.real_folders.clear()
             self.real_folders[folder] = os.path.realpath(folder)
         real = os.path.join(self.real_folders[folder], name)
         return os.path.realpath(real) if os.path.islink(real) else real
@@ -102,13 +108,15 @@ class PathFinder:
     def _listing(self, folder: str) -> dict[str, list[str]]:
         """The names in a folder by what all their spellings share; pictures also without their ending."""
         if folder not in self.listings:
-            if len(self.listings) == MOST_FOLDERS:
-                self.listings.clear()
             listing: dict[str, list[str]] = {}
             try:
                 names = sorted(os.listdir(folder))
             except OSError:  # no folder, or one that cannot be listed: nothing is found there
                 names = []
+            self.num_names += len(names)
+            if len(self.listings) == MOST_FOLDERS or self.num_names > MOST_NAMES:
+                self.listings.clear()
+                self.num_names = len(names)
             for name in names:
                 listing.setdefault(_key(name), []).append(name)
                 if is_picture(name):

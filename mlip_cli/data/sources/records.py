@@ -2,6 +2,7 @@
 
 import json
 import math
+import operator
 import re
 from codecs import BOM_UTF8
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -18,11 +19,20 @@ MAX_CAPTIONS = 255
 PART_ROWS = 500
 PART_BYTES = 64 << 20
 """A part ends here where its records carry the bytes of their pictures: each worker holds one."""
+ADD = "add:"
+LEFT_OUT, NOT_IN_UIDS = "left out by --where", "not in --uids"
+WISHED = frozenset((LEFT_OUT, NOT_IN_UIDS))
+"""Reasons of rejects that the user asked for: however many there are, the source is as it should be."""
 MAX_HELD_OUT = 5_000
 ENOUGH_HELD_OUT = 500
 
+DAMAGED = REFUSE, USE_START = "refuse", "use-start"
+"""A damaged tar ends the work, or the samples before its damage are used."""
+
 SPLITS = ("train", "validation", "test", "combinations")
 """The last one is of the built-in source alone."""
+NO_SPLIT = 255
+"""In a table, in the place of a number of SPLITS: the source says no split."""
 SPLIT_WORDS = {
     "train": "train",
     "training": "train",
@@ -68,14 +78,27 @@ class PictureBytes:
 
 
 @dataclass(frozen=True)
+class PictureAddress:
+    """A picture that is downloaded."""
+
+    url: str
+
+
+Picture = PicturePlace | PictureBytes | PictureAddress
+
+
+@dataclass(slots=True)
 class Record:
-    """A row of the source. It becomes a sample or a line in rejects.parquet."""
+    """A row of the source. It becomes a sample or a line in rejects.parquet.
+
+    Nobody changes one; it is not frozen because that takes a third of the time of reading a list of millions.
+    """
 
     file: str
     """File that holds the row, relative to the source."""
     row: int
     """Place of the row in that file, from 0."""
-    picture: PicturePlace | PictureBytes | None
+    picture: Picture | None
     captions: tuple[Caption, ...]
     split: str | None = None
     label: str | None = None
@@ -102,40 +125,105 @@ class ReadOptions:
     caption_column: str | None = None
     image_folder: str | None = None
     """What paths in a table are relative to."""
+    damaged: str = REFUSE
+    """One of DAMAGED: what is done about a damaged tar."""
+    preset: str | None = None
+    """A published list, by its word in lists.py."""
+    where: str | None = None
+    """Condition on the columns of a row (where.py)."""
+    uids: str | None = None
+    """File of the ids of the rows to read."""
+    captions_from: str | None = None
+    """File of captions that take the place of a row's own, or add to them (add:FILE)."""
+
+    def in_request(self) -> dict[str, Any]:
+        """The options as prepared.json holds them. Those that are younger than the file are left out if not given."""
+        younger = ("damaged", "preset", "where", "uids", "captions_from")
+        return {
+            name: value
+            for name, value in vars(self).items()
+            if name not in younger or value != getattr(ReadOptions, name)
+        }
 
 
 @dataclass(frozen=True)
 class SourcePart:
-    """Consecutive rows of the source. Workers prepare whole parts, and an interrupted run keeps them."""
+    """Consecutive rows of the source, or such that are tried again. Workers prepare whole parts.
+
+    An interrupted run keeps them.
+    """
 
     number: int
     first_row: int
-    """Place of the first record in the whole source; the key of record i is `first_row + i` in nine digits."""
+    """Place of the first record in the whole source."""
     records: tuple[Record, ...]
+    places: tuple[int, ...] = ()
+    """Of all records in the whole source, where they do not follow each other."""
+
+    def place(self, position: int) -> int:
+        """Place in the whole source of a record; in nine digits it is the key."""
+        return self.places[position] if self.places else self.first_row + position
 
 
 def parts_of(records: Iterable[Record]) -> Iterator[SourcePart]:
     """Cut a source into parts. Their size does not depend on the number of workers, so the output does not either."""
-    number = first_row = num_bytes = 0
+    first_row = 0
+    for number, part in enumerate(_cut(records)):
+        yield SourcePart(number, first_row, tuple(part))
+        first_row += len(part)
+
+
+def parts_of_some(records: Iterable[Record], places: Sequence[int], *, first_number: int) -> Iterator[SourcePart]:
+    """Cut the records at some places of a source into parts. `places` are in order; parts count from `first_number`."""
+    wanted, done = iter(places), 0
+    turn = next(wanted, None)
+
+    def chosen() -> Iterator[Record]:
+        nonlocal turn
+        for place, record in enumerate(records):
+            if turn is None:
+                return
+            if place == turn:
+                turn = next(wanted, None)
+                yield record
+
+    for number, part in enumerate(_cut(chosen()), start=first_number):
+        own = tuple(int(place) for place in places[done : done + len(part)])
+        yield SourcePart(number, own[0], tuple(part), own)
+        done += len(part)
+
+
+def _cut(records: Iterable[Record]) -> Iterator[list[Record]]:
+    """Lists of at most PART_ROWS records and about PART_BYTES."""
+    num_bytes = 0
     part: list[Record] = []
     for record in records:
         part.append(record)
         num_bytes += len(record.picture.content) if isinstance(record.picture, PictureBytes) else 0
         if len(part) == PART_ROWS or num_bytes >= PART_BYTES:
-            yield SourcePart(number, first_row, tuple(part))
-            number, first_row, num_bytes, part = number + 1, first_row + len(part), 0, []
+            yield part
+            num_bytes, part = 0, []
     if part:
-        yield SourcePart(number, first_row, tuple(part))
+        yield part
 
 
 def checked_captions(record: Record) -> Record:
     """`record` with its captions stripped and without empty ones, or marked as a reject."""
-    if record.reject:
+    if record.reject or (len(record.captions) == 1 and _is_plain(record.captions[0])):
         return record
     try:
-        return replace(record, captions=usable_captions(record.captions))
+        captions = usable_captions(record.captions)
+        is_same = len(captions) == len(record.captions) and all(map(operator.is_, captions, record.captions))
+        return record if is_same else replace(record, captions=captions)
     except UnusableSampleError as error:
         return replace(record, reject=str(error), detail=error.detail or record.detail or "empty")
+
+
+def _is_plain(caption: Caption) -> bool:
+    """Whether a caption passes as it is, as most do: quicker than to find out what is wrong with one."""
+    text = caption.text
+    is_short = 0 < len(text) <= MAX_CAPTION_BYTES
+    return is_short and text.isascii() and text.strip() == text and 0 < caption.weight < math.inf
 
 
 class UnusableSampleError(ValueError):

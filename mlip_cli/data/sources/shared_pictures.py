@@ -13,12 +13,12 @@ from mlip_cli.data.sources.records import Record, checked_captions
 
 @dataclass
 class SharedPictures:
-    """How many rows name each picture: 8 bytes a row while they are counted, 16 a picture then."""
+    """How many rows name each picture: 8 bytes a row while they are counted, 12 a picture then."""
 
     seen: "array[int]" = field(default_factory=lambda: array("Q"))
     hashes: NDArray[np.uint64] = field(default_factory=lambda: np.empty(0, np.uint64))
     """Hashes of the names of the pictures, sorted."""
-    num_rows: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+    num_rows: NDArray[np.int32] = field(default_factory=lambda: np.empty(0, np.int32))
     """How many rows name each picture."""
 
     def add(self, record: Record) -> None:
@@ -27,8 +27,16 @@ class SharedPictures:
 
     def count(self) -> None:
         """Find out which pictures several rows name, after the last row."""
-        self.hashes, self.num_rows = np.unique(np.frombuffer(self.seen, np.uint64), return_counts=True)
+        hashes = np.frombuffer(self.seen, np.uint64)  # which keeps the array
         self.seen = array("Q")
+        hashes.sort()
+        is_first = np.append(True, hashes[1:] != hashes[:-1])[: len(hashes)]
+        if is_first.all():
+            self.hashes, self.num_rows = hashes, np.ones(len(hashes), np.int32)
+            return
+        firsts = np.flatnonzero(is_first)
+        self.num_rows = np.diff(firsts, append=len(hashes)).astype(np.int32)
+        self.hashes = hashes[firsts]
 
     @property
     def num_pictures(self) -> int:
@@ -41,8 +49,9 @@ class SharedPictures:
 
     def rows_of(self, name: str) -> int:
         """How many rows name this picture, by `same` of their records."""
-        place = int(self.hashes.searchsorted(_hash(name)))
-        is_there = place < len(self.hashes) and int(self.hashes[place]) == _hash(name)
+        wanted = np.uint64(_hash(name))  # an int below 2^63 would turn all hashes into floats, every time
+        place = int(self.hashes.searchsorted(wanted))
+        is_there = place < len(self.hashes) and self.hashes[place] == wanted
         return int(self.num_rows[place]) if is_there else 0
 
     def merged(self, records: Iterable[Record]) -> Iterator[Record]:
@@ -50,6 +59,9 @@ class SharedPictures:
 
         A row that is a reject stays by itself. Memory holds the pictures whose rows are not complete.
         """
+        if self.fewest_and_most()[1] <= 1:
+            yield from records
+            return
         waiting: dict[str, list[Record]] = {}
         for record in records:
             num_rows = self.rows_of(record.same) if record.same and not record.reject else 1

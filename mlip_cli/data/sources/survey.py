@@ -5,11 +5,12 @@ import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from mlip_cli.data.download.options import check_installed
 from mlip_cli.data.sources.captions import CaptionLooks, shortened
 from mlip_cli.data.sources.find import LOOKED_FOR, DataSource, read_rows
 from mlip_cli.data.sources.listing import PassedOver, ending, is_picture, is_table, is_unread_picture, kind_of
 from mlip_cli.data.sources.picture_paths import PathFinder
-from mlip_cli.data.sources.records import ReadOptions, Record
+from mlip_cli.data.sources.records import PictureAddress, ReadOptions, Record
 from mlip_cli.data.sources.shared_pictures import SharedPictures
 from mlip_cli.data.sources.sidecars import TEXT_ENDINGS
 from mlip_cli.errors import RunError, UsageError
@@ -25,13 +26,15 @@ class Survey:
 
     rows: int = 0
     captions: int = 0
+    addresses: int = 0
+    """Rows whose picture is downloaded."""
     rejects: int = 0
     """Rows that cannot become samples, whatever their pictures hold."""
     missing: int = 0
     """Rows whose picture is not there."""
     first_missing: str = ""
-    named: set[str] = field(default_factory=set)
-    """Pictures of rejects, by `same`."""
+    named: SharedPictures = field(default_factory=SharedPictures)
+    """Pictures of rejects."""
     pictures: int = 0
     """Records that the work reads: rows that share a picture are one."""
     shared: SharedPictures = field(default_factory=SharedPictures)
@@ -51,11 +54,16 @@ class Survey:
             self.spelled.add("paths were found by another spelling", f"{record.detail} is {record.found_as}{form}")
         if record.reject:
             self.rejects += 1
-            self.named.add(record.same)
+            if record.same and not isinstance(record.picture, PictureAddress):
+                self.named.add(record)
             if record.reject == "picture missing":
                 self.missing += 1
                 self.first_missing = self.first_missing or record.detail
             return
+        if isinstance(record.picture, PictureAddress):
+            if not self.addresses:
+                check_installed()
+            self.addresses += 1
         self.captions += len(record.captions)
         self.looks.look_at(record.captions)
         if record.same:
@@ -96,6 +104,7 @@ def surveyed(source: DataSource, read: ReadOptions) -> Survey:
             f"(first: {escaped(survey.first_missing)}); {_cure_for_missing(survey.first_missing)}"
         )
     survey.shared.count()
+    survey.named.count()
     survey.pictures += survey.rejects + survey.shared.num_pictures
     return survey
 
@@ -119,7 +128,7 @@ def passed_over(source: DataSource, survey: Survey) -> PassedOver:
     pictures = PassedOver()
     for name in filter(is_unread_picture, source.names):
         pictures.add(kind_of(name), name)
-    num_read = len(source.images())
+    num_read = len(source.images)
     if sum(pictures.counts.values()) > num_read and source.format == "sidecar":
         raise RunError(
             f"{source.name}: most of its pictures cannot be read: {pictures.in_words()}; {num_read:,} can; convert the "
@@ -130,15 +139,18 @@ def passed_over(source: DataSource, survey: Survey) -> PassedOver:
 
 def _unread(source: DataSource, survey: Survey) -> Iterator[tuple[str, str]]:
     """(kind, name) of each file that is not read."""
-    read = {"metadata": source.tables, "webdataset": source.tars(), "sidecar": list(source.sidecars.values())}
+    read = {"metadata": source.tables, "webdataset": source.tars()}
     is_read = frozenset(read.get(source.format, []))
+    is_text = source.sidecars.is_used if source.format == "sidecar" else None
     finder = PathFinder(source.root)
-    for name in source.names:
+    for place, name in enumerate(source.names):
         if name in is_read or (is_picture(name) and source.format in ("sidecar", "classes")):
+            continue
+        if is_text and is_text[place]:
             continue
         if is_picture(name) and source.format == "metadata":
             same = finder.same(str(source.root / name))
-            if same not in survey.named and not survey.shared.rows_of(same):
+            if not survey.named.rows_of(same) and not survey.shared.rows_of(same):
                 yield "pictures that no row names", name
         elif source.format == "sidecar" and name.lower().endswith(TEXT_ENDINGS):
             yield "texts without a picture", name

@@ -11,7 +11,15 @@ from mlip_cli.data.sources.columnar import columnar_rows, columnar_schema
 from mlip_cli.data.sources.json_tables import json_columns, json_line_rows, json_rows
 from mlip_cli.data.sources.listing import table_ending
 from mlip_cli.data.sources.records import ReadOptions
-from mlip_cli.data.sources.text_tables import PICTURE_NAME, Row, cells_in_words, table_error, text_layout, text_rows
+from mlip_cli.data.sources.text_tables import (
+    PICTURE_NAME,
+    Layout,
+    Row,
+    cells_in_words,
+    table_error,
+    text_layout,
+    text_rows,
+)
 from mlip_cli.errors import UsageError
 
 IMAGE_COLUMNS = (
@@ -19,6 +27,8 @@ IMAGE_COLUMNS = (
     ("filename", "image_name", "img", "img_path", "img_name", "images", "image_file", "image_filename", "imagepath",
      "imagename", "file", "file_path", "filepaths", "picture", "photo", "jpg", "png"),
     ("image_id", "image_uid"),
+    ("image_url", "img_url", "image_link", "imageurl", "picture_url", "photo_url", "downloadurl", "download_url"),
+    ("url",),
 )  # fmt: skip
 CAPTION_COLUMNS = (
     ("caption", "captions", "text", "title"),
@@ -27,6 +37,8 @@ CAPTION_COLUMNS = (
 )  # fmt: skip
 """Names that tell what a column holds, in lower case. The first group of which a table has a name decides."""
 KNOWN_COLUMNS = tuple(name for group in (*IMAGE_COLUMNS, *CAPTION_COLUMNS) for name in group)
+ADDRESS_COLUMNS = frozenset(name for group in IMAGE_COLUMNS[-2:] for name in group)
+"""Those among them that hold the addresses of pictures."""
 FIRST_NAMES = 20
 """This many rows tell that a table names pictures, and which folder the names are relative to."""
 
@@ -41,6 +53,8 @@ class Table:
     has_header: bool = True
     holding_pictures: tuple[str, ...] = ()
     """Columns whose cells are encoded pictures."""
+    layout: Layout | None = None
+    """How the cells of a text table lie."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +87,7 @@ def open_table(path: Path) -> Table:
         rows = partial(json_rows if ending == "json" else json_line_rows, path)
         return Table(path, json_columns(path, rows), rows)
     layout = text_layout(path, ending=ending, known=KNOWN_COLUMNS)
-    return Table(path, layout.columns, partial(text_rows, path, layout), has_header=layout.has_header)
+    return Table(path, layout.columns, partial(text_rows, path, layout), has_header=layout.has_header, layout=layout)
 
 
 def chosen_columns(table: Table, read: ReadOptions) -> Chosen:
@@ -93,9 +107,9 @@ def _captions(table: Table, option: str | None) -> tuple[tuple[str, float], ...]
     if option is None:
         return ((_guessed(table, "caption", CAPTION_COLUMNS), 1.0),)
     chosen: dict[str, float] = {}
-    for part in [option] if _match(table, option) is not None else option.split(","):
+    for part in [option] if match_column(table.columns, option) is not None else option.split(","):
         name, colon, number = part.rpartition(":")
-        if not colon or _match(table, part) is not None:
+        if not colon or match_column(table.columns, part) is not None:
             name, number = part, "1"
         try:
             weight = float(number)
@@ -107,16 +121,16 @@ def _captions(table: Table, option: str | None) -> tuple[tuple[str, float], ...]
     return tuple(chosen.items())
 
 
-def _match(table: Table, name: str) -> str | None:
+def match_column(columns: Sequence[str], name: str) -> str | None:
     """The column of this name, or the one that differs in case only."""
-    if name in table.columns:
+    if name in columns:
         return name
-    alike = [column for column in table.columns if column.strip().lower() == name.strip().lower()]
+    alike = [column for column in columns if column.strip().lower() == name.strip().lower()]
     return alike[0] if len(alike) == 1 else None
 
 
 def _named(table: Table, what: str, name: str) -> str:
-    if (column := _match(table, name)) is None:
+    if (column := match_column(table.columns, name)) is None:
         header = "" if table.has_header else "; the table has no header, so its columns are numbers"
         raise table_error(
             table.path, f"no column {name!r} (--{what}-column); columns are {cells_in_words(table.columns)}{header}"
@@ -127,7 +141,7 @@ def _named(table: Table, what: str, name: str) -> str:
 def _guessed(table: Table, what: str, groups: Sequence[Sequence[str]]) -> str:
     if what == "image" and len(table.holding_pictures) == 1:
         return table.holding_pictures[0]
-    names = {column: column.strip().lower().replace(" ", "_").replace("-", "_") for column in table.columns}
+    names = {column: _plain(column) for column in table.columns}
     found: list[str] = []
     for group in groups:
         found = found or [column for column, name in names.items() if name in group]
@@ -139,6 +153,15 @@ def _guessed(table: Table, what: str, groups: Sequence[Sequence[str]]) -> str:
     is_whole = len(table.columns) == 1 and table_ending(table.path.name) in ("csv", "tsv", "txt")
     cure = "part its cells by commas or tabs" if is_whole else f"say --{what}-column NAME"
     raise table_error(table.path, f"{problem}; {_columns(table)}; {cure}")
+
+
+def _plain(column: str) -> str:
+    return column.strip().lower().replace(" ", "_").replace("-", "_")
+
+
+def holds_addresses(column: str) -> bool:
+    """Whether a column of this name holds addresses of pictures."""
+    return _plain(column) in ADDRESS_COLUMNS
 
 
 def _columns(table: Table) -> str:

@@ -8,13 +8,16 @@ from itertools import chain, islice
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
+from mlip_cli.data.sources.file_names import FileNames
 from mlip_cli.data.sources.listing import is_picture, is_table, table_ending
+from mlip_cli.data.sources.lists import listed_tables
 from mlip_cli.data.sources.records import SPLIT_WORDS, ReadOptions, split_in_name, split_of_folder
 from mlip_cli.data.sources.table_files import (
     CAPTION_COLUMNS,
     FIRST_NAMES,
     Table,
     chosen_columns,
+    holds_addresses,
     open_table,
 )
 from mlip_cli.data.sources.text_tables import PICTURE_NAME
@@ -47,37 +50,48 @@ class TablePlace(NamedTuple):
     shard: str
 
 
-def found_tables(root: Path, names: Sequence[str], read: ReadOptions) -> tuple[list[str], dict[str, str]]:
+def found_tables(root: Path, names: FileNames, read: ReadOptions) -> tuple[list[str], dict[str, str]]:
     """The tables of a folder, and why others are not read: metadata.*, or all that name pictures and captions.
 
     A folder with tars has no other table than metadata.*: those of img2dataset lie beside its tars.
     """
-    tables = [name for name in names if is_table(name) and not NO_TABLES.fullmatch(PurePosixPath(name).name)]
+    tables = names.where(lambda name: is_table(name) and not NO_TABLES.fullmatch(name.rpartition("/")[2]))
+    if read.preset:
+        return listed_tables(tables, read.preset), {}
     if metadata := [name for name in tables if is_metadata(name)]:
         return metadata, {}
     if any(name.endswith(".tar") for name in names):
         return [], {}
-    stems = {name.rpartition(".")[0] for name in names if is_picture(name)}
-    tables = [
-        name
-        for name in tables
-        if len(PurePosixPath(name).parts) <= MOST_LEVELS and name.removesuffix(".gz").rpartition(".")[0] not in stems
-    ]
-    texts = {name for name in tables if table_ending(name) in ("txt", "json")}
-    opened = [name for name in tables if len(texts) <= MOST_TEXTS or name not in texts]
-    problems = {name: _problem(root / name, read) for name in opened}
+    opened, num_texts = [], 0
+    for place, name in zip(tables.places, tables, strict=True):
+        is_text = table_ending(name) in ("txt", "json")
+        if name.count("/") >= MOST_LEVELS or (is_text and num_texts > MOST_TEXTS):
+            continue
+        if not _is_beside_picture(names, place):
+            num_texts += is_text
+            opened.append(name)
+    if num_texts > MOST_TEXTS:
+        opened = [name for name in opened if table_ending(name) not in ("txt", "json")]
+    has_pictures = any(map(is_picture, names))
+    problems = {name: _problem(root / name, read, has_pictures=has_pictures) for name in opened}
     return [name for name, problem in problems.items() if problem == ""], {k: v for k, v in problems.items() if v}
 
 
+def _is_beside_picture(names: FileNames, place: int) -> bool:
+    """Whether a picture has the name of a table but for its ending."""
+    stem = names[place].removesuffix(".gz").rpartition(".")[0]
+    return any(is_picture(name) and name.rpartition(".")[0] == stem for name in names.beside(place, f"{stem}."))
+
+
 def wrapped_in(names: Sequence[str]) -> str:
-    """The folders that hold everything, but for that of a split: `a/b`, or nothing."""
-    folders = [PurePosixPath(name).parts[:-1] for name in names]
+    """The folders that hold everything, but for that of a split: `a/b`, or nothing. The names are sorted."""
+    if not names:
+        return ""
     shared: list[str] = []
-    for part in folders[0] if folders else ():
-        at = len(shared)
-        if part.lower() in SPLIT_WORDS or any(len(parts) <= at or parts[at] != part for parts in folders):
+    for first, last in zip(names[0].split("/")[:-1], names[len(names) - 1].split("/")[:-1], strict=False):
+        if first.lower() in SPLIT_WORDS or first != last:
             break
-        shared.append(part)
+        shared.append(first)
     return "/".join(shared)
 
 
@@ -139,8 +153,11 @@ def is_metadata(name: str) -> bool:
     return is_at_root and base.removesuffix(".gz").rpartition(".")[0] == "metadata"
 
 
-def _problem(path: Path, read: ReadOptions) -> str | None:
-    """Why a table is not read: "" if it can be read, None if the file is not a table."""
+def _problem(path: Path, read: ReadOptions, *, has_pictures: bool) -> str | None:
+    """Why a table is not read: "" if it can be read, None if the file is not a table.
+
+    Beside pictures a table of addresses tells where they are from, and is no list to download.
+    """
     ending = table_ending(path.name)
     if ending == "json" and path.suffix != ".gz" and not _mentions_captions(path):
         return None
@@ -150,7 +167,9 @@ def _problem(path: Path, read: ReadOptions) -> str | None:
         is_any_text = is_any_text and not _names_pictures(table)
         if not table.has_header and not _names_pictures(table):
             return None
-        chosen_columns(table, read)
+        chosen = chosen_columns(table, read)
+        if has_pictures and not read.image_column and holds_addresses(chosen.image):
+            return f"column {chosen.image!r} holds addresses, and pictures are here; say --image-column {chosen.image}"
     except UsageError as error:
         return None if is_any_text else str(error).removeprefix(f"{escaped(str(path))}: ")
     return ""

@@ -3,17 +3,22 @@
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mlip_cli.data.download.options import is_address
 from mlip_cli.data.sources.captions import captions_of
 from mlip_cli.data.sources.listing import ending, is_leftover, is_picture
+from mlip_cli.data.sources.lists import read_as_listed
 from mlip_cli.data.sources.picture_paths import PathFinder, spellings
 from mlip_cli.data.sources.records import (
     SPLIT_WORDS,
     Caption,
+    Picture,
+    PictureAddress,
     PictureBytes,
     PicturePlace,
     ReadOptions,
@@ -22,6 +27,7 @@ from mlip_cli.data.sources.records import (
     split_in_name,
     split_of_folder,
 )
+from mlip_cli.data.sources.rules import RowRules, TableRules
 from mlip_cli.data.sources.table_files import FIRST_NAMES, Chosen, Table, chosen_columns, open_table
 from mlip_cli.data.sources.text_tables import Row, table_error
 from mlip_cli.errors import UsageError
@@ -29,6 +35,7 @@ from mlip_cli.paths import escaped
 
 LONGEST_NAME = 4_096
 """Characters of a path on Linux."""
+LONGEST_SHOWN = 200
 
 
 @dataclass(frozen=True)
@@ -42,10 +49,24 @@ class TablePlan:
     folder: Path
     """What the names of pictures are relative to."""
     split: str | None
+    is_list: bool = False
+    """Its pictures are addresses: what else a cell says, such as the path of a file here, is not followed."""
+
+    @cached_property
+    def taken(self) -> frozenset[str]:
+        """Columns that do not become `meta`."""
+        return frozenset((self.chosen.image, *(column for column, _ in self.chosen.captions), "split", "class"))
+
+    @cached_property
+    def has_others(self) -> bool:
+        """Whether a row may have columns besides `taken`."""
+        return self.table.layout is None or not self.taken.issuperset(self.table.columns)
 
     def in_words(self) -> str:
         """How the table is read, for the line before the work."""
         header = "" if self.table.has_header else "; the table has no header"
+        if self.is_list:
+            return f"{self.chosen.in_words()}{header}"
         beside = "" if self.folder == self.table.path.parent else f"; pictures in {escaped(str(self.folder))}"
         return self.chosen.in_words() + beside + header
 
@@ -60,22 +81,36 @@ def planned_tables(
 
     Raises:
         UsageError: a table is not of its format, no column (or more than one) can hold pictures or captions, or its
-            pictures lie in several folders.
+            pictures lie in several folders; or a table is not of the published list that the user named.
     """
     given = Path(read.image_folder) if read.image_folder else None
     if given and not given.is_dir():
         raise UsageError(f"--image-folder {given}: no such folder; name the folder of the pictures")
     plans = []
     for name in tables:
-        table = open_table(root / name)
-        chosen = chosen_columns(table, read)
+        table, chosen = _opened(root / name, read)
         split = split_of_folder(Path(name))[0] or (split_in_name(Path(name).name) if pictures is not None else None)
-        folder = given or _picture_folder(root, table, chosen.image, pictures)
-        plans.append(TablePlan(name, table, chosen, folder, split))
+        names = _first_names(table, chosen.image)
+        is_list = bool(read.preset) or sum(map(is_address, names)) * 2 > len(names)
+        folder = given or (table.path.parent if is_list else _picture_folder(root, table, names, pictures))
+        plans.append(TablePlan(name, table, chosen, folder, split, is_list))
     return plans
 
 
-def table_records(plans: Sequence[TablePlan]) -> Iterator[Record]:
+def _opened(path: Path, read: ReadOptions) -> tuple[Table, Chosen]:
+    """The table, and the columns that are read: those of a published list, but for what the user names."""
+    table = open_table(path)
+    if not read.preset:
+        return table, chosen_columns(table, read)
+    table, chosen = read_as_listed(table, read.preset)
+    if read.image_column or read.caption_column:
+        captions = read.caption_column or ",".join(column for column, _ in chosen.captions)
+        named = replace(read, image_column=read.image_column or chosen.image, caption_column=captions)
+        chosen = chosen_columns(table, named)
+    return table, chosen
+
+
+def table_records(plans: Sequence[TablePlan], rules: RowRules | None = None) -> Iterator[Record]:
     """The rows of the tables, in order. Columns `split` and `class` mean what they say; the others become `meta`.
 
     Raises:
@@ -83,50 +118,68 @@ def table_records(plans: Sequence[TablePlan]) -> Iterator[Record]:
     """
     for plan in plans:
         finder = PathFinder(plan.folder)
+        own = rules.of(plan.table, plan.chosen) if rules else None
         for number, row in enumerate(plan.table.rows()):
-            yield _record(plan, finder, number, row)
+            yield _record(plan, finder, number, row, own)
 
 
 class PictureCell(NamedTuple):
     """What a cell says about a picture; fields as in Record."""
 
-    picture: PicturePlace | PictureBytes | None = None
+    picture: Picture | None = None
     detail: str = ""
     same: str = ""
     found_as: str = ""
     reject: str | None = None
 
 
-def _record(plan: TablePlan, finder: PathFinder, number: int, row: Row) -> Record:
+def _record(plan: TablePlan, finder: PathFinder, number: int, row: Row, rules: TableRules | None) -> Record:
     if isinstance(row, str):
         return Record(plan.name, number, None, (), reject=row)
-    label, columns = row.get("class"), [column for column, _ in plan.chosen.captions]
-    cell = _picture(row.get(plan.chosen.image), finder)
-    split = plan.split or split_of_folder(Path(cell.detail))[0]
+    if rules and (left_out := rules.left_out(row)):
+        reason, detail = left_out
+        return Record(plan.name, number, None, (), reject=reason, detail=detail)
+    label = row.get("class")
+    cell = _picture(row.get(plan.chosen.image), None if plan.is_list else finder)
+    split = plan.split
+    if split is None and not isinstance(cell.picture, PictureAddress):
+        split = split_of_folder(Path(cell.detail))[0]
     if row.get("split") is not None:
         word = str(row["split"]).strip()
         split = SPLIT_WORDS.get(word.lower()) or split_in_name(word)
         if split is None and not cell.reject:
             cell = PictureCell(reject="unknown split", detail=str(row["split"]))
+    captions = _captions(row, plan.chosen)
     return Record(
         file=plan.name,
         row=number,
-        captions=tuple(_captions(row, plan.chosen)),
+        captions=rules.captions(row, captions) if rules else captions,
         split=split,
         label=None if label is None else str(label),
-        meta=plain_values(row, without=(plan.chosen.image, *columns, "split", "class")),
-        **cell._asdict(),
+        meta=plain_values(row, without=plan.taken) if plan.has_others else {},
+        picture=cell.picture,
+        detail=cell.detail,
+        same=cell.same,
+        found_as=cell.found_as,
+        reject=cell.reject,
     )
 
 
-def _captions(row: dict[str, Any], chosen: Chosen) -> Iterator[Caption]:
-    for column, weight in chosen.captions:
-        for caption in captions_of(row.get(column)):
-            yield caption if weight == 1 else replace(caption, weight=caption.weight * weight)
+def _captions(row: dict[str, Any], chosen: Chosen) -> tuple[Caption, ...]:
+    if len(chosen.captions) == 1:
+        return captions_of(row.get(chosen.captions[0][0]))
+    return tuple(
+        caption if weight == 1 else replace(caption, weight=caption.weight * weight)
+        for column, weight in chosen.captions
+        for caption in captions_of(row.get(column))
+    )
 
 
-def _picture(cell: Any, finder: PathFinder) -> PictureCell:
-    """The picture of a cell: bytes, {bytes, path}, or the name of a file."""
+def _picture(cell: Any, finder: PathFinder | None) -> PictureCell:
+    """The picture of a cell: bytes, {bytes, path}, an address, or the name of a file, if there is a finder."""
+    if is_address(cell):
+        address = cell.strip()
+        return PictureCell(PictureAddress(address), address, address)
     if isinstance(cell, list) and len(cell) == 1:
         cell = cell[0]
     content, name = (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (cell, cell)
@@ -138,30 +191,40 @@ def _picture(cell: Any, finder: PathFinder) -> PictureCell:
     if not (isinstance(name, str) and name.strip()):
         return PictureCell(reject="no file name")
     name = name.strip()
+    if is_address(name):
+        return PictureCell(PictureAddress(name), name, name)
+    if finder is None:
+        return PictureCell(reject="no http(s) address", detail=name[:LONGEST_NAME])
     found = finder.find(name)
     if found.path:
         found_as = os.path.basename(found.path) if found.is_guess else ""
         return PictureCell(PicturePlace(found.path), name, finder.same(found.path), found_as)
     if "://" in name and not name.startswith("file:"):
-        return PictureCell(reject="picture is an address", detail=f"{name}: download it, say with img2dataset")
+        cure = "only http and https are downloaded"
+        return PictureCell(reject="picture is an address", detail=f"{name[:LONGEST_SHOWN]}: {cure}")
     near = f"; {found.near}" if found.near else ""
     if len(name) > LONGEST_NAME:  # a picture in base64, perhaps
         return PictureCell(reject="no file name", detail=f"{name[:60]}... of {len(name):,} characters")
     return PictureCell(reject="picture missing", detail=f"{name}: no such file{near}")
 
 
-def _picture_folder(root: Path, table: Table, image: str, pictures: Sequence[str] | None) -> Path:
-    """The folder that the first names are relative to: that of the table, or the one in the source where they lie.
-
-    Raises:
-        UsageError: there are several.
-    """
+def _first_names(table: Table, image: str) -> list[str]:
+    """What the first rows name as their pictures."""
     names = []
     for row in islice(table.rows(), FIRST_NAMES):
         cell = row.get(image) if isinstance(row, dict) else None
         name = cell.get("path") if isinstance(cell, dict) and cell.get("bytes") is None else cell
         if isinstance(name, str) and name.strip():
             names.append(name.strip())
+    return names
+
+
+def _picture_folder(root: Path, table: Table, names: Sequence[str], pictures: Sequence[str] | None) -> Path:
+    """The folder that the first names are relative to: that of the table, or the one in the source where they lie.
+
+    Raises:
+        UsageError: there are several.
+    """
     here = PathFinder(table.path.parent)
     if not names or any(here.find(name).path for name in names):
         return table.path.parent

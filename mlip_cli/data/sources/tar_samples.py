@@ -12,12 +12,15 @@ from typing import NamedTuple
 from mlip_cli.data.sources.listing import PICTURE_ENDINGS, PassedOver, is_leftover
 from mlip_cli.data.sources.records import MAX_TEXT_BYTES, UnusableSampleError
 from mlip_cli.data.tar import Member
+from mlip_cli.terminal.output import plural
 
 PICTURE_FIELDS = (*PICTURE_ENDINGS, "img", "image")
 TEXT_FIELDS = {"txt": ("txt", "caption", "text", "cap"), "json": ("json",), "cls": ("cls",)}
 """Texts of a sample -> their endings; the first ending that a sample has is read."""
 FIELDS_OF = {"image": PICTURE_FIELDS, **TEXT_FIELDS}
 """Parts of a sample -> endings of the members that can be it."""
+MOST_NAMED = 10
+"""Damaged tars that are named; more are counted."""
 READ_FIELDS = frozenset(ending for endings in FIELDS_OF.values() for ending in endings)
 
 
@@ -50,6 +53,23 @@ class TarNotes:
 
     read_as: PassedOver = field(default_factory=PassedOver)
     passed_over: PassedOver = field(default_factory=PassedOver)
+    num_damaged: int = 0
+    """Damaged tars, of which the samples before the damage are used."""
+    first_damaged: list[str] = field(default_factory=list)
+    """What is said of the first of them."""
+
+    def add_damage(self, damage: str, num_samples: int) -> None:
+        """Count a damaged tar, by where and how it is damaged and the number of its samples before that."""
+        self.num_damaged += 1
+        if len(self.first_damaged) < MOST_NAMED:
+            self.first_damaged.append(used_before(damage, num_samples))
+
+    def tell_damage(self, place: str, *, num_tars: int, warn: Callable[[str], None]) -> None:
+        """Name the first damaged tars and count the others."""
+        for words in self.first_damaged:
+            warn(words)
+        if (num_others := self.num_damaged - len(self.first_damaged)) > 0:
+            warn(f"{place}: {num_others} more tars are damaged, {self.num_damaged} of {num_tars}")
 
     def tell_readings(self, place: str, *, say: Callable[[str], None]) -> None:
         """Say how the tars were read, where that may surprise."""
@@ -60,6 +80,11 @@ class TarNotes:
         """Count what another one counts."""
         self.read_as.update(other.read_as)
         self.passed_over.update(other.passed_over)
+
+
+def used_before(damage: str, num_samples: int) -> str:
+    """What is done about a damage."""
+    return f"{damage}; {plural(num_samples, 'sample')} before it are used"
 
 
 class TarSample(NamedTuple):

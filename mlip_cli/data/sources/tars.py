@@ -9,6 +9,8 @@ from mlip_cli.data.sources.captions import captions_of, captions_of_text
 from mlip_cli.data.sources.class_levels import splits_in
 from mlip_cli.data.sources.records import (
     MAX_TEXT_BYTES,
+    REFUSE,
+    USE_START,
     Caption,
     PicturePlace,
     Record,
@@ -25,8 +27,9 @@ from mlip_cli.data.sources.tar_samples import (
     ending_of,
     parts_of_sample,
     samples_of,
+    used_before,
 )
-from mlip_cli.data.tar import OpenTar, open_tar, read_members
+from mlip_cli.data.tar import OpenTar, members_before_damage, open_tar, read_members
 from mlip_cli.paths import escaped
 
 TAR_ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst")
@@ -50,32 +53,49 @@ OURS = {
 """Fields of a KEY.json that do not go into `meta`: mlip writes them itself."""
 
 
-def tar_records(root: Path, tars: Sequence[str], columns: Columns, notes: TarNotes) -> Iterator[Record]:
-    """One record a sample.
+def tar_records(
+    root: Path, tars: Sequence[str], columns: Columns, notes: TarNotes, *, damaged: str = REFUSE
+) -> Iterator[Record]:
+    """One record a sample. Memory holds the members of one tar.
 
     Without names in `columns`, the captions are `captions` of KEY.json, as mlip writes them, else KEY.txt, a caption a
     line, else `caption` of KEY.json.
 
     Args:
         notes: are added to.
+        damaged: USE_START gives the samples before the damage, and then a reject that stands for those behind it.
 
     Raises:
-        DamagedTarError: a tar is not whole; to go on with the samples before the damage would hide the loss.
+        DamagedTarError: a tar is not whole, and `damaged` is REFUSE.
     """
     splits = splits_of_tars(tars)
     for tar in tars:
-        samples, _ = samples_of(read_members(root / tar), columns, notes, tar=tar)
-        with open_tar(root / tar) as opened:
-            opened = _with_texts_read(opened, samples) if opened.is_compressed else opened
-            for row, sample in enumerate(samples):
-                yield _record(opened, sample, columns, notes, file=tar, row=row, split=splits[tar])
+        yield from _records_of(root, tar, columns, notes, split=splits[tar], damaged=damaged)
+
+
+def _records_of(
+    root: Path, tar: str, columns: Columns, notes: TarNotes, *, split: str | None, damaged: str
+) -> Iterator[Record]:
+    path = root / tar
+    members, damage = members_before_damage(path) if damaged == USE_START else (read_members(path), None)
+    samples, _ = samples_of(members, columns, notes, tar=tar, is_cut=damage is not None)
+    with open_tar(path) as opened:
+        opened = _with_texts_read(opened, samples) if opened.is_compressed else opened
+        for row, sample in enumerate(samples):
+            yield _record(opened, sample, columns, notes, file=tar, row=row, split=split)
+    if damage is not None:
+        notes.add_damage(damage, len(samples))
+        words = used_before(damage.removeprefix(f"{path}: "), len(samples))
+        notes.passed_over.add("ends of damaged tars", f"{tar}: {words}")
+        yield Record(tar, len(samples), None, (), split=split, reject="tar damaged", detail=words)
 
 
 def splits_of_tars(tars: Sequence[str]) -> dict[str, str | None]:
     """Tar -> its split: by its folder, or by its name where the names tell several (cc3m-train-0000.tar)."""
     by_name = {tar: split_in_name(PurePosixPath(tar).name) for tar in tars}
     is_telling = len(set(by_name.values())) > 1 and None not in by_name.values()
-    return {tar: split or (by_name[tar] if is_telling else None) for tar, split in splits_in(tars).items()}
+    split_of = splits_in(tars)
+    return {tar: split_of(tar) or (by_name[tar] if is_telling else None) for tar in tars}
 
 
 def _with_texts_read(tar: OpenTar, samples: Sequence[TarSample]) -> OpenTar:

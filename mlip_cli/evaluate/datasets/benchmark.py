@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlip_cli.data.sources.classes import ClassFolders, find_classes
-from mlip_cli.data.sources.listing import is_leftover, walk
+from mlip_cli.data.sources.file_names import names_below
+from mlip_cli.data.sources.listing import is_leftover
 from mlip_cli.errors import UsageError
 from mlip_cli.files import read_lines
 from mlip_cli.paths import escaped
@@ -31,7 +32,7 @@ class Benchmark:
 
 def names_in(folder: Path) -> list[str]:
     """All files anywhere under `folder`, relative to it and sorted, without hidden files and leftovers."""
-    return sorted(str(path.relative_to(folder)) for path in walk(folder))
+    return list(names_below(folder))
 
 
 def folders_in(folder: Path) -> list[str]:

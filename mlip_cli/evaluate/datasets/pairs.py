@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlip_cli.data.sources.find import DataSource, find_source, read_records
-from mlip_cli.data.sources.records import PicturePlace, ReadOptions, Record
+from mlip_cli.data.sources.records import PictureAddress, PicturePlace, ReadOptions, Record
 from mlip_cli.errors import RunError, UsageError
 from mlip_cli.evaluate.datasets.benchmark import Benchmark
 from mlip_cli.evaluate.datasets.find import data_root, find_benchmark
@@ -120,6 +120,8 @@ def _measured_records(name: str, source: DataSource) -> list[Record]:
         raise UsageError(f"{name}: no pairs")
     if any(isinstance(record.picture, PicturePlace) and record.picture.is_compressed for record in chosen):
         raise UsageError(f"{name}: compressed tars; decompress them, or name what mlip prepare-data makes of them")
+    if any(isinstance(record.picture, PictureAddress) for record in chosen):
+        raise UsageError(f"{name}: its pictures are addresses; name what mlip prepare-data makes of them")
     wrong = [record for record in chosen if record.reject or record.picture is None]
     if wrong:
         first = f"{wrong[0].file}, row {wrong[0].row}: {wrong[0].reject}" + (
