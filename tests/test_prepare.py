@@ -19,13 +19,13 @@ from sources_for_tests import contents, picture, prepare, rejects, samples, text
 from mlip_cli.data.open import open_prepared
 from mlip_cli.data.prepare import assemble as prepare_module
 from mlip_cli.data.prepare import reasons
-from mlip_cli.data.prepare.assemble import _check_disk
 from mlip_cli.data.prepare.engines import Engine
 from mlip_cli.data.prepare.fates import decided
 from mlip_cli.data.prepare.filters import AS_IT_IS
 from mlip_cli.data.prepare.job import Job
 from mlip_cli.data.prepare.plan import assign_splits, plan_of
 from mlip_cli.data.prepare.reasons import SourceError
+from mlip_cli.data.prepare.room import check_room
 from mlip_cli.data.prepare.shards import PART_ROW
 from mlip_cli.data.prepare.workspace import PartResult, Workspace
 from mlip_cli.data.sources import records
@@ -350,7 +350,7 @@ def test_the_room_that_is_asked_for_is_that_of_the_samples_and_three_shards(
 
     def check(free: int) -> None:
         monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(2**50, 2**50, free))
-        _check_disk(Job(large, tmp_path / "out", ReadOptions(), {"size": 256}, Engine()), Survey(pictures=num_rows))
+        check_room(Job(large, tmp_path / "out", ReadOptions(), {"size": 256}, Engine()), Survey(pictures=num_rows))
 
     check(needed)
     with pytest.raises(UsageError, match=r"out: about 46\.0 GiB needed, 46\.0 GiB free on this disk"):
