@@ -181,12 +181,16 @@ start_logging()
 log, run = Log(wandb="mine"), Run(Path({run!r}))
 
 
+def is_service(process: Path) -> bool:
+    try:
+        parent = int((process / "stat").read_text().rpartition(")")[2].split()[1])
+        return parent == os.getpid() and b"wandb-core" in (process / "cmdline").read_bytes()
+    except OSError:  # it has ended
+        return False
+
+
 def service() -> int:
-    [pid] = [
-        int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()
-        and b"wandb-core" in (entry / "cmdline").read_bytes()
-        and int((entry / "stat").read_text().rpartition(")")[2].split()[1]) == os.getpid()
-    ]
+    [pid] = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit() and is_service(entry)]
     return pid
 
 
