@@ -135,8 +135,8 @@ def handed_over() -> int:
             try:
                 if re.match("/dev/shm/torch_", os.readlink(file)):
                     sizes[os.stat(file).st_ino] = os.stat(file).st_blocks * 512
-            except FileNotFoundError:
-                pass  # closed meanwhile
+            except OSError:
+                pass  # closed meanwhile, or its process has ended
     return sum(sizes.values())
 
 
