@@ -495,3 +495,11 @@ def test_json_is_read_in_pieces(tmp_path: Path, size: int, monkeypatch: pytest.M
     text = JsonText(io.StringIO("[1234, 56 ,7] "))
     assert list(text.items()) == [1234, 56, 7]
     text.expect_end()
+
+
+@pytest.mark.parametrize("option", ["preset", "where", "captions_from"])
+def test_an_option_without_a_value_is_not_passed_over(option: str, tmp_path: Path) -> None:
+    source = table(tmp_path / "l.parquet", {"image": [b"x"], "caption": ["a"]})
+    with pytest.raises(UsageError, match=f"--{option.replace('_', '-')}: nothing is given; give it a value"):
+        prepare(source, tmp_path / "out", **{option: ""})
+    assert not (tmp_path / "out").exists()

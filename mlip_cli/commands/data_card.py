@@ -24,5 +24,5 @@ def write_data_card(out: Path, summary: Summary) -> None:
             "utf-8", "backslashreplace"
         ):
             write_text(out / CARD_PAGE, page)
-    except (OSError, RunError, UsageError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except (OSError, RunError, UsageError, ValueError) as error:
         warn(f"{out / CARD_PAGE}: not written ({error}); the data is whole, and the same command tries again")

@@ -247,6 +247,9 @@ def _check_options(source: DataSource, out: Path, read: ReadOptions, cleaning: C
             "--clean and its rules, --dedupe, --exclude: not for openmoji, whose pictures and captions mlip makes; "
             "leave them out"
         )
+    for option in ("preset", "where", "uids", "captions_from"):
+        if getattr(read, option) == "":
+            raise UsageError(f"--{option.replace('_', '-')}: nothing is given; give it a value, or leave it out")
     for option in ("preset", "where", "uids"):
         if getattr(read, option) and source.format != "metadata":
             raise UsageError(f"--{option}: for tables only, and {source.name} is read as {source.format}")

@@ -20,6 +20,7 @@ from open_clip_peer import (
     brace_pattern,
     in_words,
     median_interval,
+    one_pass,
     overlay,
     peer_environment,
     write_numbers,
@@ -117,18 +118,6 @@ def started(name: str, data: Path, peer: Path) -> subprocess.Popen[str]:
         [sys.executable, __file__, name, str(data)], env=environment, text=True, stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     )  # fmt: skip
-
-
-def one_pass(process: subprocess.Popen[str]) -> float:
-    """CPU seconds of one pass."""
-    assert process.stdin is not None
-    assert process.stdout is not None
-    process.stdin.write("go\n")
-    process.stdin.flush()
-    for line in process.stdout:
-        if line.startswith("cpu_s "):
-            return float(line.split()[1])
-    raise AssertionError(f"the loader's process ended with {process.wait()}")
 
 
 def test_loader_against_open_clip() -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import median
 
 import numpy as np
-from open_clip_peer import in_words, median_interval, write_numbers
+from open_clip_peer import in_words, median_interval, one_pass, write_numbers
 from PIL import Image
 
 from mlip_cli.terminal.output import print_lines, print_table
@@ -76,18 +76,6 @@ def started(command: list[str]) -> subprocess.Popen[str]:
     return subprocess.Popen(
         command, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
     )
-
-
-def one_pass(process: subprocess.Popen[str]) -> float:
-    """CPU seconds of one pass."""
-    assert process.stdin is not None
-    assert process.stdout is not None
-    process.stdin.write("go\n")
-    process.stdin.flush()
-    for line in process.stdout:
-        if line.startswith("cpu_s "):
-            return float(line.split()[1])
-    raise AssertionError(f"{process.args}: ended with {process.wait()}")
 
 
 def measured(commands: dict[str, list[str]]) -> dict[str, list[float]]:

@@ -53,6 +53,18 @@ VOCABULARY = (
 )
 
 
+def one_pass(process: subprocess.Popen[str]) -> float:
+    """CPU seconds of one pass of a process that makes one for each line `go`, and answers `cpu_s NUMBER`."""
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write("go\n")
+    process.stdin.flush()
+    for line in process.stdout:
+        if line.startswith("cpu_s "):
+            return float(line.split()[1])
+    raise AssertionError(f"{process.args}: ended with {process.wait()}")
+
+
 def write_numbers(name: str, numbers: Any) -> None:
     """Raw numbers as JSON into $MLIP_BENCH_OUT, or a temporary folder."""
     folder = Path(os.environ.get("MLIP_BENCH_OUT") or tempfile.mkdtemp(prefix="mlip-bench-"))
