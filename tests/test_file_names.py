@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from sources_for_tests import write_files, write_sidecars
 
-from mlip_cli.data.sources import captions, file_names, find, picture_paths
+from mlip_cli.data.sources import captions, file_names, formats, picture_paths
 from mlip_cli.data.sources.file_names import FileNames, KeyIndex, names_below
 from mlip_cli.data.sources.find import find_source
 from mlip_cli.data.sources.listing import MOST_KINDS, PassedOver
@@ -74,13 +74,13 @@ def test_names_beside_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize("num_files", [0, 1, 3, 4, 9])
 def test_the_fingerprint_is_that_of_one_json(num_files: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Earlier versions wrote it into prepared.json, from one list of all files."""
-    monkeypatch.setattr(find, "CHUNK", 3)
+    monkeypatch.setattr(formats, "CHUNK", 3)
     for i in range(num_files):
         write_files(tmp_path, {f"é/{i}.jpg": bytes(i)})
         os.utime(tmp_path / f"é/{i}.jpg", ns=(5, 10**18 + i))
     if num_files:
         (tmp_path / os.fsdecode(b"\xff.jpg")).symlink_to("nowhere")
-    source = find.DataSource("x", "sidecar", tmp_path, file_names.listed(tmp_path, names_below(tmp_path)))
+    source = formats.DataSource("x", "sidecar", tmp_path, file_names.listed(tmp_path, names_below(tmp_path)))
     listing = [[f"é/{i}.jpg", i, 10**18 + i] for i in range(num_files)] + [["\\udcff.jpg", 0, 0]] * bool(num_files)
     expected = json.dumps(["sidecar", listing, []], ensure_ascii=False, separators=(",", ":")).encode()
     assert source.fingerprint() == hashlib.sha256(expected).hexdigest()
@@ -168,7 +168,7 @@ def as_table(folder: Path, n: int) -> Path:
 def test_memory_does_not_grow_by_more_than_100_bytes_a_file(
     write: Callable[[Path, int], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (file_names, find):
+    for module in (file_names, formats):
         monkeypatch.setattr(module, "CHUNK", 64)  # what is decoded together must not count
     monkeypatch.setattr(captions, "MOST_LOOKED_AT", 64)  # nor the first captions
     interned = [sys.intern(f"interned {i}") for i in range(100_000)]  # nor Python's own table, which doubles at times

@@ -15,7 +15,8 @@ import pytest
 from sources_for_tests import picture, prepare, rejects, samples, write_files
 
 from mlip_cli.data.open import open_prepared
-from mlip_cli.data.sources.find import find_source, read_rows
+from mlip_cli.data.sources.find import find_source
+from mlip_cli.data.sources.formats import read_rows
 from mlip_cli.data.sources.json_streams import JsonText
 from mlip_cli.data.sources.json_tables import json_rows
 from mlip_cli.data.sources.lists import LISTS, prepare_command

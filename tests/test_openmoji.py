@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mlip_cli.data.sources import find, openmoji
+from mlip_cli.data.sources import formats, openmoji
 from mlip_cli.data.sources.combinations import (
     TONES,
     TRAIN,
@@ -209,7 +209,7 @@ def test_missing_extra_says_how_to_install(monkeypatch: pytest.MonkeyPatch) -> N
 def test_another_rule_for_splits_is_other_data(monkeypatch: pytest.MonkeyPatch) -> None:
     before = find_source("openmoji").fingerprint()
     assert find_source("openmoji").fingerprint() == before
-    monkeypatch.setattr(find, "SPLIT_RULE", (0,))
+    monkeypatch.setattr(formats, "SPLIT_RULE", (0,))
     assert find_source("openmoji").fingerprint() != before
 
 

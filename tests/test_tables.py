@@ -14,7 +14,8 @@ import pytest
 from sources_for_tests import picture, prepare, rejects, samples, texts, write_files
 
 from mlip_cli.data.sources.captions import CaptionLooks, listed
-from mlip_cli.data.sources.find import find_source, read_records
+from mlip_cli.data.sources.find import find_source
+from mlip_cli.data.sources.formats import read_records
 from mlip_cli.data.sources.records import Caption, ReadOptions
 from mlip_cli.data.sources.survey import surveyed
 from mlip_cli.errors import UsageError

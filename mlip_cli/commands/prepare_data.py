@@ -16,7 +16,8 @@ from mlip_cli.data.prepare.retry import is_begun, num_retryable
 from mlip_cli.data.prepare.share import Share
 from mlip_cli.data.prepare.summary import CARD_PAGE, SharePrepared, Summary, next_commands
 from mlip_cli.data.prepare.workspace import DONE, Workspace, finished_summary
-from mlip_cli.data.sources.find import DataSource, find_pictures, find_source
+from mlip_cli.data.sources.find import find_pictures, find_source
+from mlip_cli.data.sources.formats import DataSource
 from mlip_cli.data.sources.records import DAMAGED, REFUSE, ReadOptions
 from mlip_cli.data.sources.rules import fingerprints
 from mlip_cli.errors import UsageError

@@ -17,7 +17,8 @@ import numpy as np
 from mlip_cli.data.cache import ShardCache
 from mlip_cli.data.index import RECORD, place_parts, write_index
 from mlip_cli.data.prepare.workers import run_parallel
-from mlip_cli.data.sources.find import DataSource, find_source
+from mlip_cli.data.sources.find import find_source
+from mlip_cli.data.sources.formats import DataSource
 from mlip_cli.data.sources.listing import PassedOver
 from mlip_cli.data.sources.records import UnusableSampleError, json_bytes, usable_captions
 from mlip_cli.data.sources.tar_samples import Columns, TarNotes, TarSample, parts_of_sample, samples_of

@@ -36,7 +36,7 @@ from mlip_cli.data.prepare.share import EVERYTHING, Share
 from mlip_cli.data.prepare.summary import SharePrepared, Summary, next_commands
 from mlip_cli.data.prepare.understood import understood
 from mlip_cli.data.prepare.workspace import PartOptions, PartResult, Workspace, opened
-from mlip_cli.data.sources.find import read_records
+from mlip_cli.data.sources.formats import read_records
 from mlip_cli.data.sources.lists import published_list
 from mlip_cli.data.sources.openmoji import attribution, split_words
 from mlip_cli.data.sources.records import SourcePart, held_out_share, parts_of

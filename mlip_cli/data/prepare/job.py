@@ -9,7 +9,7 @@ from mlip_cli.data.download.options import DEFAULTS, DownloadOptions
 from mlip_cli.data.prepare.engines import Engine
 from mlip_cli.data.prepare.evaluation_places import EvaluationPlace
 from mlip_cli.data.prepare.filters import AS_IT_IS, Cleaning
-from mlip_cli.data.sources.find import DataSource
+from mlip_cli.data.sources.formats import DataSource
 from mlip_cli.data.sources.records import ReadOptions
 
 

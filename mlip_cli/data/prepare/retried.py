@@ -29,7 +29,7 @@ from mlip_cli.data.prepare.retry import EARLIER, RETRY, RETRYABLE, is_begun
 from mlip_cli.data.prepare.shards import PART_ROW
 from mlip_cli.data.prepare.summary import CARD_PAGE, Summary
 from mlip_cli.data.prepare.workspace import DONE, REJECTS, PartResult, Workspace
-from mlip_cli.data.sources.find import read_records
+from mlip_cli.data.sources.formats import read_records
 from mlip_cli.data.sources.records import SPLITS, Record, SourcePart, json_bytes, parts_of_some
 from mlip_cli.data.sources.survey import Survey
 from mlip_cli.errors import UsageError

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from mlip_cli.data.prepare.job import Job
 from mlip_cli.data.prepare.workspace import Workspace, refuse_links
-from mlip_cli.data.sources.find import DataSource
+from mlip_cli.data.sources.formats import DataSource
 from mlip_cli.data.sources.listing import PassedOver, is_unread_picture
 from mlip_cli.data.sources.rules import list_warnings
 from mlip_cli.data.sources.survey import Survey, passed_over, surveyed

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from mlip_cli.data.download.options import check_installed
 from mlip_cli.data.sources.captions import CaptionLooks, shortened
-from mlip_cli.data.sources.find import LOOKED_FOR, DataSource, read_rows
+from mlip_cli.data.sources.formats import LOOKED_FOR, DataSource, read_rows
 from mlip_cli.data.sources.listing import PassedOver, ending, is_picture, is_table, is_unread_picture, kind_of
 from mlip_cli.data.sources.picture_paths import PathFinder
 from mlip_cli.data.sources.records import PictureAddress, ReadOptions, Record

@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlip_cli.data.sources.find import DataSource, find_source, read_records
+from mlip_cli.data.sources.find import find_source
+from mlip_cli.data.sources.formats import DataSource, read_records
 from mlip_cli.data.sources.records import PictureAddress, PicturePlace, ReadOptions, Record
 from mlip_cli.errors import RunError, UsageError
 from mlip_cli.evaluate.datasets.benchmark import Benchmark
