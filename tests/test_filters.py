@@ -23,7 +23,7 @@ from mlip_cli.data.prepare.filters import (
     with_clean_captions,
 )
 from mlip_cli.data.prepare.reasons import SourceError
-from mlip_cli.data.prepare.workspace import finished_summary
+from mlip_cli.data.prepare.request import finished_summary
 from mlip_cli.data.sources.records import Caption, Record
 from mlip_cli.errors import UsageError
 

@@ -18,7 +18,8 @@ from sources_for_tests import contents, prepare, write_sidecars
 
 from mlip_cli.cli import main
 from mlip_cli.data.prepare import assemble
-from mlip_cli.data.prepare.workspace import finished_summary, opened
+from mlip_cli.data.prepare.locks import opened
+from mlip_cli.data.prepare.request import finished_summary
 from mlip_cli.data.sources import records
 from mlip_cli.errors import UsageError
 from mlip_cli.terminal import endings

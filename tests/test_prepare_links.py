@@ -8,7 +8,8 @@ import pytest
 from command_for_tests import mlip
 from sources_for_tests import contents, prepare, write_sidecars
 
-from mlip_cli.data.prepare.workspace import Workspace, opened, refuse_links
+from mlip_cli.data.prepare.locks import opened
+from mlip_cli.data.prepare.workspace import Workspace, refuse_links
 from mlip_cli.errors import UsageError
 
 LINKS = (

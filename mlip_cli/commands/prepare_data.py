@@ -11,11 +11,13 @@ from mlip_cli.data.prepare.engines import Engine
 from mlip_cli.data.prepare.evaluation_places import EvaluationPlace, fingerprint_of
 from mlip_cli.data.prepare.filters import AS_IT_IS, OWN_SPLITS, Cleaning
 from mlip_cli.data.prepare.job import Job
+from mlip_cli.data.prepare.locks import discard_leftovers
 from mlip_cli.data.prepare.ray_engine import check_installed
+from mlip_cli.data.prepare.request import finished_summary
 from mlip_cli.data.prepare.retry import is_begun, num_retryable
 from mlip_cli.data.prepare.share import Share
 from mlip_cli.data.prepare.summary import CARD_PAGE, SharePrepared, Summary, next_commands
-from mlip_cli.data.prepare.workspace import DONE, Workspace, finished_summary
+from mlip_cli.data.prepare.workspace import DONE, Workspace
 from mlip_cli.data.sources.find import find_pictures, find_source
 from mlip_cli.data.sources.formats import DataSource
 from mlip_cli.data.sources.records import DAMAGED, REFUSE, ReadOptions
@@ -201,7 +203,7 @@ def _tidy(folder: Path, summary: Summary, store: "Store | None") -> None:
     if store:
         store.clear()
         return
-    Workspace(folder).discard_leftovers()
+    discard_leftovers(Workspace(folder))
     if not (folder / CARD_PAGE).is_file():
         write_data_card(folder, summary)
 

@@ -20,6 +20,7 @@ from mlip_cli.data.prepare.engines import run_parallel
 from mlip_cli.data.prepare.fates import decided
 from mlip_cli.data.prepare.finish import write_splits
 from mlip_cli.data.prepare.job import Job
+from mlip_cli.data.prepare.locks import opened
 from mlip_cli.data.prepare.parts import prepare_part
 from mlip_cli.data.prepare.pixels import PERCEPTUAL
 from mlip_cli.data.prepare.reasons import (
@@ -35,7 +36,7 @@ from mlip_cli.data.prepare.room import check_room
 from mlip_cli.data.prepare.share import EVERYTHING, Share
 from mlip_cli.data.prepare.summary import SharePrepared, Summary, next_commands
 from mlip_cli.data.prepare.understood import understood
-from mlip_cli.data.prepare.workspace import PartOptions, PartResult, Workspace, opened
+from mlip_cli.data.prepare.workspace import PartOptions, PartResult, Workspace
 from mlip_cli.data.sources.formats import read_records
 from mlip_cli.data.sources.lists import published_list
 from mlip_cli.data.sources.openmoji import attribution, split_words

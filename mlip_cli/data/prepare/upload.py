@@ -22,9 +22,10 @@ from threading import Lock
 from typing import Any
 
 from mlip_cli.data.cache import own_folder
+from mlip_cli.data.prepare.request import check_same
 from mlip_cli.data.prepare.retry import RETRY
 from mlip_cli.data.prepare.summary import Summary, next_commands
-from mlip_cli.data.prepare.workspace import DONE, OWN_FOLDER, check_same
+from mlip_cli.data.prepare.workspace import DONE, OWN_FOLDER
 from mlip_cli.data.transfers import MissingFileError, Transfers, errors_named, filesystem_of, side_by_side
 from mlip_cli.errors import RunError, UsageError, interrupted_as
 from mlip_cli.files import GIB, json_document, lock, parse_object

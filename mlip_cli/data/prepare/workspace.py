@@ -11,34 +11,23 @@ OUT/prepared.json           written last: a folder without it is not finished
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
-from typing import IO, Any
 
 from mlip_cli.data.download.options import DownloadOptions
 from mlip_cli.data.prepare.filters import AS_IT_IS, Cleaning
 from mlip_cli.data.prepare.retry import RETRY
-from mlip_cli.data.prepare.share import Share
 from mlip_cli.data.prepare.summary import Summary
 from mlip_cli.data.sources.records import SPLITS
 from mlip_cli.errors import UsageError
-from mlip_cli.files import lock, read_own_object, remove, sync_folder, write_json
+from mlip_cli.files import read_own_object, remove, sync_folder, write_json
 from mlip_cli.paths import escaped
 
 OWN_FOLDER = ".prepare"
 DONE = "prepared.json"
 REJECTS = "rejects.parquet"
 REQUEST = "request.json"
-FINGERPRINTS = {
-    "source_fingerprint": "files of the source have changed since",
-    "excluded_fingerprint": "evaluation sets of --exclude have changed since",
-    "uids_file": "the file of --uids has changed since",
-    "captions_from_file": "the file of --captions-from has changed since",
-}
-"""Keys of a request that no user gives, and what another value of them means."""
 
 
 @dataclass(frozen=True)
@@ -142,49 +131,11 @@ class Workspace:
         if self.folder.is_dir() and not (self.folder / "lock").is_file():
             self.discard()
 
-    def discard_leftovers(self) -> None:
-        """Remove what a run left that was killed after it wrote prepared.json, unless another process is at work."""
-        if not self.folder.is_dir():
-            return
-        with suppress(UsageError), ExitStack() as stack:
-            _lock(self, None, stack, may_be_finished=True)
-            if (self.out / DONE).is_file():
-                self.discard()
-
     def discard(self) -> None:
         """Remove everything of an unfinished run, and OUT if it is then empty."""
         remove(self.folder)
         if self.out.is_dir() and not self.out.is_symlink() and not any(self.out.iterdir()):
             self.out.rmdir()
-
-
-def finished_summary(out: Path, request: Mapping[str, Any]) -> Summary | None:
-    """The summary in prepared.json, or None when OUT is not finished.
-
-    Raises:
-        UsageError: OUT is finished from another source or with other options, is no longer whole, or holds something
-            else.
-    """
-    if not out.exists():
-        return None
-    if (out / DONE).is_file():
-        summary = Summary.read(out / DONE)
-        check_same(out, summary.request, request, state="was prepared")
-        for split in summary.splits:
-            if not (out / split / "dataset.json").is_file():
-                raise UsageError(
-                    f"{out}: was prepared, but {split}/dataset.json is gone; remove {out} and prepare it again"
-                )
-        return summary
-    if os.path.lexists(out / OWN_FOLDER):
-        refuse_links(out)
-    half_done = out / OWN_FOLDER / REQUEST
-    if half_done.is_file():
-        old = read_own_object(half_done, cure=f"remove {out} and prepare it again")
-        check_same(out, old, request, state="is half prepared")
-    elif any(path.name != OWN_FOLDER for path in out.iterdir()):
-        raise UsageError(f"{out}: holds other files; name a new folder")
-    return None
 
 
 def refuse_links(out: Path) -> None:
@@ -198,124 +149,3 @@ def refuse_links(out: Path) -> None:
             raise UsageError(
                 f"{escaped(str(path))}: a link, which could lead out of {out}; remove it, or name another folder"
             )
-
-
-@contextmanager
-def opened(
-    out: Path, request: Mapping[str, Any], share: Share | None = None, *, may_be_finished: bool = False
-) -> Iterator[Workspace]:
-    """The workspace of OUT, locked and with its request. Half-written files are removed before and after.
-
-    Args:
-        share: the parts to prepare beside processes that prepare other shares; None: nobody else may write here.
-        may_be_finished: OUT may be finished already.
-
-    Raises:
-        UsageError: another process writes here with what this one must not share, it was begun with another request,
-            or a link lies where this process would write.
-    """
-    refuse_links(out)
-    work = Workspace(out)
-    work.parts.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as stack:
-        _lock(work, share, stack, may_be_finished=may_be_finished)
-        _remove_torn(work, share)
-        try:
-            _settle_request(work, request)
-            yield work
-        finally:
-            _remove_torn(work, share)
-
-
-def _lock(work: Workspace, share: Share | None, stack: ExitStack, *, may_be_finished: bool) -> None:
-    """Hold the locks of a share, or keep everybody else out, until `stack` ends.
-
-    Processes with one share in three and with one in two have parts in common, so they do not work side by side.
-    """
-
-    def refuse(which: str) -> None:
-        wait = "wait for it" if share else "wait for it or name another folder"
-        raise UsageError(f"{work.out}: another mlip prepare-data{which} is writing here; {wait}")
-
-    main = stack.enter_context(_lock_file(work, "lock"))
-    lock(main, when_held=lambda: refuse(" without --part" if share else ""), is_shared=share is not None)
-    is_finished = (work.out / DONE).is_file() and not may_be_finished
-    if is_finished or _is_gone(main, work.folder / "lock"):
-        raise UsageError(f"{work.out}: another mlip prepare-data has just finished here; nothing is left to do")
-    if share is None:
-        return
-    own = stack.enter_context(_lock_file(work, share.lock_name))
-    lock(own, when_held=lambda: refuse(f" --part {share}"))
-    for path in work.folder.glob("part-*.lock"):
-        if not path.name.endswith(f"-of-{share.count}.lock"):
-            other = path.stem.removeprefix("part-").replace("-of-", "/")
-            with _lock_file(work, path.name) as file:
-                lock(file, when_held=lambda other=other: refuse(f" --part {other}"))  # type: ignore[misc]
-
-
-def _lock_file(work: Workspace, name: str) -> IO[str]:
-    """A lock file, open for reading too, which a shared lock needs."""
-    try:
-        return open(work.folder / name, "a+", encoding="utf-8")
-    except FileNotFoundError:  # the folder went when another process finished
-        raise UsageError(
-            f"{work.out}: another mlip prepare-data has just finished here; nothing is left to do"
-        ) from None
-
-
-def _is_gone(file: IO[str], path: Path) -> bool:
-    """Whether the file at `path` is no longer this open one."""
-    try:
-        return not os.path.samestat(os.fstat(file.fileno()), os.stat(path))
-    except FileNotFoundError:
-        return True
-
-
-def _settle_request(work: Workspace, request: Mapping[str, Any]) -> None:
-    """Write request.json, of many processes that start at once only the first one; the others check theirs by it.
-
-    Raises:
-        UsageError: the folder was begun with another request.
-    """
-    path = work.folder / REQUEST
-    with open(work.folder / "request.lock", "a", encoding="utf-8") as file:
-        lock(file, when_held=lambda: None)
-        if not path.is_file():
-            write_json(path, request)
-    old = read_own_object(path, cure=f"remove {work.out} and prepare it again")
-    check_same(work.out, old, request, state="is half prepared")
-
-
-def _remove_torn(work: Workspace, share: Share | None) -> None:
-    """Remove half-written files: all, or those of the parts of a share, since nobody else writes these."""
-    if share is not None:
-        for path in work.parts.glob(".part-*.tmp"):
-            if share.has(int(re.sub(r"\D.*", "", path.name.removeprefix(".part-")) or -1)):
-                path.unlink(missing_ok=True)
-        return
-    torn = [work.out.glob(f".{DONE}.*.tmp")]
-    torn.append(work.parts.glob("*/.*.tmp"))
-    torn += [folder.glob(".*.tmp") for folder in (work.folder, work.parts, work.finished, *work.finished.glob("*"))]
-    for path in chain.from_iterable(torn):
-        path.unlink(missing_ok=True)
-
-
-def check_same(out: Path | str, old: Mapping[str, Any], new: Mapping[str, Any], *, state: str) -> None:
-    """See that `out`, a folder or a URL, was made by this request. `state` says what is known of it.
-
-    Raises:
-        UsageError: it was not; the message says what differs.
-    """
-    changed = [key for key in {**new, **old} if old.get(key) != new.get(key)]
-    options = [key for key in changed if key not in FINGERPRINTS]
-    if not changed:
-        return
-    what = ", ".join(f"{key} {_word(old.get(key))}, now {_word(new.get(key))}" for key in options)
-    what = what or "; ".join(FINGERPRINTS[key] for key in changed)
-    raise UsageError(
-        f"{out}: {state} from another source or with other options ({what}); remove it or name another folder"
-    )
-
-
-def _word(value: Any) -> str:
-    return ",".join(value) if isinstance(value, list) else "none" if value is None else str(value)
