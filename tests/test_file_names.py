@@ -17,7 +17,6 @@ from mlip_cli.data.sources import captions, file_names, formats, picture_paths
 from mlip_cli.data.sources.file_names import FileNames, KeyIndex, names_below
 from mlip_cli.data.sources.find import find_source
 from mlip_cli.data.sources.listing import MOST_KINDS, PassedOver
-from mlip_cli.data.sources.records import ReadOptions
 from mlip_cli.data.sources.sidecars import sidecars_of
 from mlip_cli.data.sources.survey import passed_over, surveyed
 
@@ -179,7 +178,7 @@ def test_memory_does_not_grow_by_more_than_100_bytes_a_file(
             tracemalloc.start()
             found = find_source(str(source))
             found.fingerprint()
-            passed_over(found, surveyed(found, ReadOptions()))
+            passed_over(found, surveyed(found))
             peak = tracemalloc.get_traced_memory()[1]
             tracemalloc.stop()
             least[len(found.names)] = min(peak, least.get(len(found.names), peak))

@@ -66,7 +66,7 @@ REDCAPS = {
 def records(source: Path, folder: Path, **options: Any) -> list[Record]:
     """The rows of a source with the rules of the user."""
     read = ReadOptions(**options)
-    return list(read_rows(find_source(str(source), read=read).with_rules(folder / "store"), read))
+    return list(read_rows(find_source(str(source), read=read).with_rules(folder / "store")))
 
 
 def pairs(found: Sequence[Record]) -> list[tuple[str, list[str]]]:
@@ -238,7 +238,7 @@ def test_addresses_beside_pictures_tell_where_they_are_from(tmp_path: Path) -> N
 
 def test_addresses_are_never_missing(tmp_path: Path) -> None:
     source = find_source(str(table(tmp_path / "l.parquet", COYO)))
-    survey = surveyed(source, ReadOptions())
+    survey = surveyed(source)
     assert (survey.rows, survey.rejects, survey.missing, survey.addresses, survey.pictures) == (12, 0, 0, 12, 12)
 
 
@@ -367,7 +367,7 @@ def test_uids(tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture) -> No
         path.write_text("\n".join(wanted).upper())
     read = ReadOptions(preset="datacomp", uids=str(path))
     source = find_source(str(table(tmp_path / "l.parquet", DATACOMP)), read=read).with_rules(tmp_path)
-    found = list(read_rows(source, read))
+    found = list(read_rows(source))
     assert pairs(found) == [EXPECTED[2], EXPECTED[7]]
     assert reasons(found)[0] == (0, "not in --uids", DATACOMP["uid"][0])
     assert source.rules

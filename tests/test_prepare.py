@@ -350,7 +350,7 @@ def test_the_room_that_is_asked_for_is_that_of_the_samples_and_three_shards(
 
     def check(free: int) -> None:
         monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(2**50, 2**50, free))
-        check_room(Job(large, tmp_path / "out", ReadOptions(), {"size": 256}, Engine()), Survey(pictures=num_rows))
+        check_room(Job(large, tmp_path / "out", {"size": 256}, Engine()), Survey(pictures=num_rows))
 
     check(needed)
     with pytest.raises(UsageError, match=r"out: about 46\.0 GiB needed, 46\.0 GiB free on this disk"):

@@ -299,8 +299,8 @@ def test_no_row_of_a_random_table_is_lost(tmp_path: Path, seed: int) -> None:
         read = ReadOptions(limit=choose.choice([None, 3]))
         try:
             source = find_source(str(choose.choice([path, tmp_path / "in"])), read=read)
-            survey = surveyed(source, read)
-            found = list(read_records(source, read, survey.shared))
+            survey = surveyed(source)
+            found = list(read_records(source, survey.shared))
         except UsageError as error:
             said.append(str(error))
         else:

@@ -97,7 +97,7 @@ def prepare_data(
     excluded = _evaluation_places(cleaning, data_root)
     request = {"format": found.format, "size": size, "holdout": holdout, **read.in_request(), **cleaning.request()}
     request |= download.in_request() | _fingerprints(found, read, excluded)
-    job = Job(found, folder, read, request, Engine(engine, workers), cleaning, excluded, download)
+    job = Job(found, folder, request, Engine(engine, workers), cleaning, excluded, download)
     done = _done(job, store, str(out), share=share, finish_only=finish, retry=retry_failed)
     if as_json:
         print_json(asdict(done))

@@ -74,7 +74,7 @@ def prepare(job: Job, *, finish_only: bool = False, retry: bool = False) -> Summ
         earlier = earlier_of(work, job, survey, is_alone=not finish_only, begins=retry)
         try:
             if finish_only:
-                _check_gaps(work, (part.number for part in parts_of(read_records(source, job.read, survey.shared))))
+                _check_gaps(work, (part.number for part in parts_of(read_records(source, survey.shared))))
             sets = _evaluation_sets(work, job)
             results = _prepare_parts(work, job, survey, earlier)
             finished = write_splits(
@@ -82,7 +82,7 @@ def prepare(job: Job, *, finish_only: bool = False, retry: bool = False) -> Summ
                 results,
                 holdout=held_out_share(job.request["holdout"], survey.pictures),
                 provenance=provenance,
-                holds=split_words(job.read.limit) if source.format == "openmoji" else {},
+                holds=split_words(source.read.limit) if source.format == "openmoji" else {},
                 decide=partial(decided, cleaning=job.cleaning, sets=sets),
             )
             reasons = reasons_of(results) + Counter(finished.dropped)
@@ -154,8 +154,8 @@ def _provenance(job: Job) -> dict[str, Any]:
     found = {"tool": f"mlip-cli {__version__}", "source": job.source.name, **job.request}
     if job.cleaning.compares_looks:
         found["perceptual"] = PERCEPTUAL
-    if job.read.preset:
-        known = published_list(job.read.preset)
+    if preset := job.source.read.preset:
+        known = published_list(preset)
         found |= {"list": known.title, "licence": known.licence}
     if job.source.format == "openmoji":
         found |= {"packages": list(job.source.versions), **attribution()}
@@ -177,7 +177,7 @@ def _prepare_parts(work: Workspace, job: Job, survey: Survey, earlier: Earlier |
     if (rows := sum(result.source_rows for result in results)) != survey.rows:
         raise RunError(f"{work.out}: {rows} rows where {survey.rows} were counted; did the source change? Start again")
     if job.source.rewritten_by_sha256:
-        say(f"captions of {job.read.captions_from} for {sum(result.rewritten for result in results):,} samples")
+        say(f"captions of {job.source.read.captions_from} for {sum(result.rewritten for result in results):,} samples")
     check_reasons(work, results, enough=FEWEST_ROWS, which="")
     return results
 
@@ -215,7 +215,7 @@ def _make_parts(
     prepared = partial(prepare_part, options=options)
 
     def to_do() -> Iterator[SourcePart]:
-        rows = read_records(job.source, job.read, survey.shared)
+        rows = read_records(job.source, survey.shared)
         for part in earlier.parts(rows) if earlier else parts_of(rows):
             if numbers is not None:
                 numbers.append(part.number)

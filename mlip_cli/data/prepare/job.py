@@ -10,7 +10,6 @@ from mlip_cli.data.prepare.engines import Engine
 from mlip_cli.data.prepare.evaluation_places import EvaluationPlace
 from mlip_cli.data.prepare.filters import AS_IT_IS, Cleaning
 from mlip_cli.data.sources.formats import DataSource
-from mlip_cli.data.sources.records import ReadOptions
 
 
 @dataclass(frozen=True)
@@ -19,7 +18,6 @@ class Job:
 
     source: DataSource
     out: Path
-    read: ReadOptions
     request: Mapping[str, Any]
     """Format, size, holdout, the rules that are set, and the fingerprint of the source. It goes to prepared.json."""
     engine: Engine

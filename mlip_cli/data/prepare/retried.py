@@ -219,7 +219,7 @@ def earlier_of(work: Workspace, job: Job, survey: Survey, *, is_alone: bool, beg
         UsageError, RunError: a file of OUT is missing or damaged, or rows of the source are counted otherwise now.
     """
     if begins and (work.out / DONE).is_file():
-        begin(work, read_records(job.source, job.read, survey.shared), num_pictures=survey.pictures)
+        begin(work, read_records(job.source, survey.shared), num_pictures=survey.pictures)
     if not is_begun(work.folder):
         return None
     if not is_alone:

@@ -35,10 +35,10 @@ def _surveyed(job: Job) -> tuple[DataSource, Survey]:
     """
     work = Workspace(job.out)
     try:
-        if job.read.captions_from:
+        if job.source.read.captions_from:
             refuse_links(work.out)
         source = job.source.with_rules(work.folder)
-        return source, surveyed(source, job.read)
+        return source, surveyed(source)
     except BaseException:
         work.discard_unbegun()
         raise

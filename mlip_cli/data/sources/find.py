@@ -64,7 +64,7 @@ def find_pictures(source: str) -> tuple[DataSource, Iterator[Record]]:
     if inner.is_folder and inner.images:
         return inner, _all_pictures(inner)
     known = find_source(source)
-    return known, SOURCE_FORMATS[known.format].records(known, ANY_COLUMNS)
+    return known, SOURCE_FORMATS[known.format].records(known)
 
 
 def _all_pictures(folder: DataSource) -> Iterator[Record]:

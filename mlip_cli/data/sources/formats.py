@@ -186,61 +186,61 @@ class SourceFormat:
     """How sources of one format are recognised, read and described."""
 
     fits: Callable[[DataSource], bool]
-    records: Callable[[DataSource, ReadOptions], Iterator[Record]]
+    records: Callable[[DataSource], Iterator[Record]]
     describe: Callable[[DataSource], str]
 
 
 SOURCE_FORMATS = {
     "openmoji": SourceFormat(
         fits=lambda found: bool(found.versions),
-        records=lambda source, read: openmoji_records(),
+        records=lambda source: openmoji_records(),
         describe=lambda source: ", ".join(source.versions),
     ),
     "metadata": SourceFormat(
         fits=lambda found: bool(found.tables),
-        records=lambda source, read: table_records(source.table_plans, source.rules),
+        records=lambda source: table_records(source.table_plans, source.rules),
         describe=_described_tables,
     ),
     "webdataset": SourceFormat(
         fits=lambda found: bool(found.tars()),
-        records=lambda source, read: tar_records(
+        records=lambda source: tar_records(
             source.root,
             source.tars(),
-            Columns(read.image_column, read.caption_column),
+            Columns(source.read.image_column, source.read.caption_column),
             source.notes,
-            damaged=read.damaged,
+            damaged=source.read.damaged,
         ),
         describe=lambda source: plural(len(source.tars()), "webdataset tar"),
     ),
     "sidecar": SourceFormat(
         fits=lambda found: bool(found.sidecars),
-        records=lambda source, read: sidecar_records(source.root, source.sidecars),
+        records=lambda source: sidecar_records(source.root, source.sidecars),
         describe=_described_sidecars,
     ),
     "classes": SourceFormat(
         fits=lambda found: found.is_folder and any("/" in name for name in found.images),
-        records=lambda source, read: class_records(source.root, source.images, source.classes),
+        records=lambda source: class_records(source.root, source.images, source.classes),
         describe=lambda source: source.classes.in_words(),
     ),
 }
 """By the word of --format. Where several fit, the first is taken."""
 
 
-def read_rows(source: DataSource, read: ReadOptions) -> Iterator[Record]:
+def read_rows(source: DataSource) -> Iterator[Record]:
     """The rows of the source in their own order, captions checked.
 
     Raises:
         UsageError: a table cannot be read, or its columns cannot be guessed.
         DamagedTarError: a tar is not whole.
     """
-    return islice(map(checked_captions, SOURCE_FORMATS[source.format].records(source, read)), read.limit)
+    return islice(map(checked_captions, SOURCE_FORMATS[source.format].records(source)), source.read.limit)
 
 
-def read_records(source: DataSource, read: ReadOptions, shared: "SharedPictures") -> Iterator[Record]:
+def read_records(source: DataSource, shared: "SharedPictures") -> Iterator[Record]:
     """The rows of the source, those that share a picture as one.
 
     Raises:
         UsageError: as `read_rows`.
         DamagedTarError: as `read_rows`.
     """
-    return shared.merged(read_rows(source, read))
+    return shared.merged(read_rows(source))

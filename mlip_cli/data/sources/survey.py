@@ -10,7 +10,7 @@ from mlip_cli.data.sources.captions import CaptionLooks, shortened
 from mlip_cli.data.sources.formats import LOOKED_FOR, DataSource, read_rows
 from mlip_cli.data.sources.listing import PassedOver, ending, is_picture, is_table, is_unread_picture, kind_of
 from mlip_cli.data.sources.picture_paths import PathFinder
-from mlip_cli.data.sources.records import PictureAddress, ReadOptions, Record
+from mlip_cli.data.sources.records import PictureAddress, Record
 from mlip_cli.data.sources.shared_pictures import SharedPictures
 from mlip_cli.data.sources.sidecars import TEXT_ENDINGS
 from mlip_cli.errors import RunError, UsageError
@@ -85,7 +85,7 @@ class Survey:
         return f"{rows}, {plural(self.shared.num_pictures, 'picture')} with {many} {what} each"
 
 
-def surveyed(source: DataSource, read: ReadOptions) -> Survey:
+def surveyed(source: DataSource) -> Survey:
     """Read the source once, so that a broken table or tar is found before the work starts.
 
     Raises:
@@ -93,7 +93,7 @@ def surveyed(source: DataSource, read: ReadOptions) -> Survey:
         DamagedTarError: a tar is not whole.
     """
     survey = Survey()
-    for record in read_rows(source, read):
+    for record in read_rows(source):
         survey.add(record)
     if survey.rows == 0:
         raise UsageError(f"{source.name}: read as {source.format}, it has no records; looked for {LOOKED_FOR}")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlip_cli.data.sources.find import find_source
 from mlip_cli.data.sources.formats import DataSource, read_records
-from mlip_cli.data.sources.records import PictureAddress, PicturePlace, ReadOptions, Record
+from mlip_cli.data.sources.records import PictureAddress, PicturePlace, Record
 from mlip_cli.errors import RunError, UsageError
 from mlip_cli.evaluate.datasets.benchmark import Benchmark
 from mlip_cli.evaluate.datasets.find import data_root, find_benchmark
@@ -112,8 +112,7 @@ def _measured_records(name: str, source: DataSource) -> list[Record]:
     """
     from mlip_cli.data.sources.survey import surveyed
 
-    read = ReadOptions()
-    records = list(read_records(source, read, surveyed(source, read).shared))
+    records = list(read_records(source, surveyed(source).shared))
     splits = {record.split for record in records}
     wanted = next((split for split in MEASURED_SPLITS if split in splits), None)
     chosen = [record for record in records if wanted is None or record.split == wanted]
