@@ -161,7 +161,9 @@ def prepare_data(
         missing = "OUT" if source else "SOURCE"
         raise UsageError(f"mlip prepare-data: missing argument '{missing}'; try mlip prepare-data --help")
     from mlip_cli.commands import prepare_data as command
+    from mlip_cli.data.prepare.engines import Engine
     from mlip_cli.data.prepare.filters import Cleaning, cleaning_of
+    from mlip_cli.data.prepare.job import Asked
     from mlip_cli.data.sources.records import ReadOptions
 
     rules = Cleaning(
@@ -177,27 +179,25 @@ def prepare_data(
         exclude=tuple(dict.fromkeys(flat(exclude or []))),
     )
     columns = (limit, image_column, caption_column, image_folder)
-    read = ReadOptions(*columns, damaged, preset, where, uids, captions_from)
-    return command.prepare_data(
-        source,
-        out,
+    asked = Asked(
+        source=source,
+        out=out,
         format=format,
-        read=read,
+        read=ReadOptions(*columns, damaged, preset, where, uids, captions_from),
         cleaning=cleaning_of(clean, rules),
         data_root=data_root,
         size=size,
         holdout=holdout,
-        workers=workers,
-        engine=engine,
+        engine=Engine(engine, workers),
         workspace=workspace,
         part=part,
         finish=finish,
         retry_failed=retry_failed,
-        as_json=json,
         download=DownloadOptions(
             timeout, retries, connections, connections_per_host, user_agent, ignore_opt_out, allow_private
         ),
     )
+    return command.prepare_data(asked, as_json=json)
 
 
 @app.command(epilog="Example: mlip pretrain recipes/openmoji.yaml train.steps=100")

@@ -4,7 +4,7 @@ import io
 import json
 import tarfile
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -12,25 +12,12 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from mlip_cli.commands.prepare_data import prepare_data
-from mlip_cli.data.download.options import DEFAULTS as DEFAULT_DOWNLOAD
-from mlip_cli.data.prepare.filters import AS_IT_IS, Cleaning
+from mlip_cli.data.prepare.engines import Engine
+from mlip_cli.data.prepare.filters import Cleaning
+from mlip_cli.data.prepare.job import Asked
 from mlip_cli.data.sources.records import ReadOptions
 
 COLORS = ("red", "green", "blue", "orange", "black", "purple")
-DEFAULTS: dict[str, Any] = {
-    "format": "auto",
-    "size": None,
-    "holdout": 0.0,
-    "workers": 1,
-    "engine": "processes",
-    "workspace": None,
-    "part": None,
-    "finish": False,
-    "as_json": True,
-    "cleaning": AS_IT_IS,
-    "data_root": None,
-    "download": DEFAULT_DOWNLOAD,
-}
 
 
 def picture(i: int, format: str = "PNG") -> bytes:
@@ -71,15 +58,20 @@ def write_tar(path: Path, members: Mapping[str, bytes | str], *, format: int = t
     return path
 
 
+def asked(source: Path | str, out: Path | str, **options: Any) -> Asked:
+    """What the command is asked for; `options` are fields of Asked, Engine, Cleaning and ReadOptions."""
+    options = {"holdout": 0.0, "workers": 1, **options}
+    engine = Engine(options.pop("engine", "processes"), options.pop("workers"))
+    cleaning, read = (
+        kind(**{own.name: options.pop(own.name) for own in fields(kind) if own.name in options})
+        for kind in (Cleaning, ReadOptions)
+    )
+    return Asked(**{"cleaning": cleaning, **options}, source=str(source), out=str(out), read=read, engine=engine)
+
+
 def prepare(source: Path | str, out: Path, **options: Any) -> dict[str, Any]:
     """Run the command. Returns what prepared.json holds."""
-    clean = {name: value for name, value in options.items() if name in asdict(AS_IT_IS)}
-    if clean:
-        options = {name: value for name, value in options.items() if name not in clean}
-        options["cleaning"] = Cleaning(**clean)
-    read = ReadOptions(**{name: value for name, value in options.items() if name not in DEFAULTS})
-    given = {name: value for name, value in options.items() if name in DEFAULTS}
-    prepare_data(str(source), out, read=read, **(DEFAULTS | given))
+    prepare_data(asked(source, out, **options), as_json=True)
     return json.loads((out / "prepared.json").read_bytes())
 
 

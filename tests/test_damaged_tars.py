@@ -2,7 +2,6 @@
 
 import bz2
 import gzip
-import json
 import lzma
 import os
 import random
@@ -13,9 +12,7 @@ from typing import Any
 import pytest
 from sources_for_tests import contents, picture, prepare, rejects, samples, texts, write_sidecars, write_tar
 
-from mlip_cli.commands.prepare_data import prepare_data
 from mlip_cli.data.prepare import assemble
-from mlip_cli.data.sources.records import ReadOptions
 from mlip_cli.errors import RunError, UsageError
 
 COMPRESS = {".tar": bytes, ".tar.gz": gzip.compress, ".tar.bz2": bz2.compress, ".tar.xz": lzma.compress}
@@ -186,6 +183,4 @@ def test_pictures_that_vanish_during_the_work_are_rejects(tmp_path: Path, monkey
 def test_an_earlier_request_without_the_option_is_still_the_same(tmp_path: Path) -> None:
     source, out = write_tars(tmp_path / "in", num_tars=1), tmp_path / "out"
     done = prepare(source, out)
-    options = {"format": "auto", "size": None, "holdout": 0.0, "workers": 1, "as_json": True}
-    prepare_data(str(source), out, read=ReadOptions(damaged="refuse"), **options)  # type: ignore[arg-type]
-    assert json.loads((out / "prepared.json").read_bytes()) == done
+    assert prepare(source, out, damaged="refuse") == done

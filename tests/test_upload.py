@@ -17,14 +17,13 @@ import pytest
 from command_for_tests import mlip
 from fsspec.implementations.memory import MemoryFileSystem
 from locks_for_tests import held_elsewhere
-from sources_for_tests import DEFAULTS, contents, prepare, write_sidecars
+from sources_for_tests import asked, contents, prepare, write_sidecars
 from stores_for_tests import FakeStore, served
 
 from mlip_cli.commands.prepare_data import prepare_data
 from mlip_cli.data.open import open_sources
 from mlip_cli.data.prepare import shards
 from mlip_cli.data.sources import records
-from mlip_cli.data.sources.records import ReadOptions
 from mlip_cli.errors import RunError, UsageError
 from mlip_cli.recipe.config import Cache, Source
 from mlip_cli.recipe.load import override
@@ -82,7 +81,7 @@ def workspaces() -> list[Path]:
 
 def upload(url: str, **options: Any) -> None:
     """Prepare to a URL in this process."""
-    prepare_data("in", url, read=ReadOptions(), **(DEFAULTS | options))
+    prepare_data(asked("in", url, **options), as_json=True)
 
 
 @pytest.mark.slow
@@ -334,7 +333,7 @@ def test_what_a_retry_needs_is_not_sent(memory: MemoryFileSystem, caplog: pytest
     caplog.set_level("INFO")
     names = [*map(str, sorted(Path("in/train").glob("*.png"))), "gone.png"]
     Path("list.csv").write_text("file_name,caption\n" + "".join(f"{name},a picture\n" for name in names))
-    prepare_data("list.csv", "memory://bucket/x", read=ReadOptions(), **(DEFAULTS | {"workspace": Path("made")}))
+    prepare_data(asked("list.csv", "memory://bucket/x", workspace=Path("made")), as_json=True)
     assert Path("made/retry.npz").is_file()
     assert memory.exists("/bucket/x/rejects.parquet")
     assert not memory.exists("/bucket/x/retry.npz")

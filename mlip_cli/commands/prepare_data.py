@@ -3,14 +3,12 @@
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any
 
 from mlip_cli.commands.data_card import write_data_card
-from mlip_cli.data.download.options import DEFAULTS, DownloadOptions
-from mlip_cli.data.prepare.engines import Engine
 from mlip_cli.data.prepare.evaluation_places import EvaluationPlace, fingerprint_of
 from mlip_cli.data.prepare.filters import AS_IT_IS, OWN_SPLITS, Cleaning
-from mlip_cli.data.prepare.job import Job
+from mlip_cli.data.prepare.job import Asked, Job
 from mlip_cli.data.prepare.locks import discard_leftovers
 from mlip_cli.data.prepare.ray_engine import check_installed
 from mlip_cli.data.prepare.request import finished_summary
@@ -20,7 +18,7 @@ from mlip_cli.data.prepare.summary import CARD_PAGE, SharePrepared, Summary, nex
 from mlip_cli.data.prepare.workspace import DONE, Workspace
 from mlip_cli.data.sources.find import find_pictures, find_source
 from mlip_cli.data.sources.formats import DataSource
-from mlip_cli.data.sources.records import DAMAGED, REFUSE, ReadOptions
+from mlip_cli.data.sources.records import DAMAGED, REFUSE
 from mlip_cli.data.sources.rules import fingerprints
 from mlip_cli.errors import UsageError
 from mlip_cli.evaluate.datasets.find import UnknownDataSetError, find_benchmark, tree_fingerprint
@@ -44,61 +42,32 @@ WITH_FILES = {
 """Kinds of evaluation sets whose pictures lie in files -> the folder that holds them, under the set's own."""
 
 
-def prepare_data(
-    source: str,
-    out: Path | str,
-    *,
-    format: str,
-    read: ReadOptions,
-    cleaning: Cleaning = AS_IT_IS,
-    data_root: Path | None = None,
-    size: int | None,
-    holdout: float | None,
-    workers: int | None,
-    engine: Literal["processes", "ray"] = "processes",
-    workspace: Path | None = None,
-    part: str | None = None,
-    finish: bool = False,
-    retry_failed: bool = False,
-    as_json: bool,
-    download: DownloadOptions = DEFAULTS,
-) -> None:
-    """Prepare `source` in `out`, or say that it is prepared; the summary goes to stdout.
-
-    Args:
-        out: a folder, or a URL.
-        workspace: where data for a URL are made; None: in the cache.
-        part: I/N: prepare the I-th of N shares of the parts, and finish nothing.
-        finish: make the shards of parts that are all prepared.
-        retry_failed: try rows of OUT again that failed for a reason that can pass.
-        data_root: where the evaluation sets of `cleaning.exclude` lie; None: see `find.data_root`.
+def prepare_data(asked: Asked, *, as_json: bool) -> None:
+    """Prepare a source in OUT, or say that it is prepared; the summary goes to stdout.
 
     Raises:
         UsageError: the source does not exist, its columns cannot be guessed, or OUT cannot be made or holds something
             else.
         RunError: a damaged tar, a source of which most rows fail, a full disk, a killed worker.
     """
-    for name in (source, str(out)):
+    for name in (asked.source, asked.out):
         check_utf8(name)
-    share = _share(part, finish=finish)
-    if retry_failed:
-        _check_retry(out, others="--part" if share else "--finish" if finish else "")
-    store = _store(str(out), workspace, has_others=share is not None or finish)
-    folder = store.folder if store else Path(out)
-    if engine == "ray":
+    share = _share(asked)
+    _check_retry(asked)
+    store = _store(asked)
+    folder = store.folder if store else Path(asked.out)
+    if asked.engine.name == "ray":
         check_installed()
-    if read.damaged not in DAMAGED:
-        raise UsageError(f"--damaged {read.damaged}: no such rule; use {' or '.join(DAMAGED)}")
+    if asked.read.damaged not in DAMAGED:
+        raise UsageError(f"--damaged {asked.read.damaged}: no such rule; use {' or '.join(DAMAGED)}")
     if not (folder / DONE).is_file():
         check_can_be_made(folder, option="--workspace" if store else "OUT")
-    found = find_source(source, format=format, read=read)
-    _check_options(found, folder, read, cleaning)
-    size = size or DEFAULT_SIZE.get(found.format, OTHER_SIZE)
-    excluded = _evaluation_places(cleaning, data_root)
-    request = {"format": found.format, "size": size, "holdout": holdout, **read.in_request(), **cleaning.request()}
-    request |= download.in_request() | _fingerprints(found, read, excluded)
-    job = Job(found, folder, request, Engine(engine, workers), cleaning, excluded, download)
-    done = _done(job, store, str(out), share=share, finish_only=finish, retry=retry_failed)
+    source = find_source(asked.source, format=asked.format, read=asked.read)
+    _check_options(source, folder, asked.cleaning)
+    excluded = _evaluation_places(asked.cleaning, asked.data_root)
+    request = _request(asked, source, excluded)
+    job = Job(source, folder, request, asked.engine, asked.cleaning, excluded, asked.download)
+    done = _done(job, store, asked, share)
     if as_json:
         print_json(asdict(done))
     elif isinstance(done, Summary):
@@ -106,57 +75,56 @@ def prepare_data(
     done.show_notes()
 
 
-def _fingerprints(
-    source: DataSource, read: ReadOptions, excluded: tuple[EvaluationPlace, ...]
-) -> dict[str, list[int] | str]:
-    """What tells that files have changed since, by its key in the request."""
-    found: dict[str, list[int] | str] = {**fingerprints(read), "source_fingerprint": source.fingerprint()}
-    return {**found, "excluded_fingerprint": fingerprint_of(excluded)} if excluded else found
+def _request(asked: Asked, source: DataSource, excluded: tuple[EvaluationPlace, ...]) -> dict[str, Any]:
+    """What the output depends on, as prepared.json holds it: options, and what tells that files have changed."""
+    size = asked.size or DEFAULT_SIZE.get(source.format, OTHER_SIZE)
+    request = {"format": source.format, "size": size, "holdout": asked.holdout, **asked.read.in_request()}
+    request |= {**asked.cleaning.request(), **asked.download.in_request(), **fingerprints(asked.read)}
+    request["source_fingerprint"] = source.fingerprint()
+    return {**request, "excluded_fingerprint": fingerprint_of(excluded)} if excluded else request
 
 
-def _share(part: str | None, *, finish: bool) -> Share | None:
+def _share(asked: Asked) -> Share | None:
     """The share that --part names."""
-    if part and finish:
-        raise UsageError(f"--part {part} --finish: run --part first, on each machine, and then --finish alone")
-    return Share.read(part) if part else None
+    if asked.part and asked.finish:
+        raise UsageError(f"--part {asked.part} --finish: run --part first, on each machine, and then --finish alone")
+    return Share.read(asked.part) if asked.part else None
 
 
-def _check_retry(out: Path | str, *, others: str) -> None:
-    """See that --retry-failed can work. `others` is an option for several machines, if one is given."""
-    if others:
-        raise UsageError(f"--retry-failed: not with {others}; one machine does all of it")
-    if is_url(str(out)):
-        raise UsageError(f"--retry-failed: not for an OUT at a URL; the data of {out} are no longer here; leave it out")
+def _check_retry(asked: Asked) -> None:
+    """See that --retry-failed can work, if it is given."""
+    if not asked.retry_failed:
+        return
+    if asked.part or asked.finish:
+        other = "--part" if asked.part else "--finish"
+        raise UsageError(f"--retry-failed: not with {other}; one machine does all of it")
+    if is_url(asked.out):
+        raise UsageError(
+            f"--retry-failed: not for an OUT at a URL; the data of {asked.out} are no longer here; leave it out"
+        )
 
 
-def _store(out: str, workspace: Path | None, *, has_others: bool) -> "Store | None":
-    """The place of an OUT at a URL; None: OUT is a folder.
-
-    Args:
-        has_others: other machines take part.
-    """
-    if is_url(out):
+def _store(asked: Asked) -> "Store | None":
+    """The place of an OUT at a URL; None: OUT is a folder."""
+    if is_url(asked.out):
         from mlip_cli.data.prepare.upload import Store
 
-        if has_others and workspace is None:
+        if (asked.part or asked.finish) and asked.workspace is None:
             raise UsageError(
-                f"{out}: --part and --finish need a folder that all machines share; name the same one to each: "
+                f"{asked.out}: --part and --finish need a folder that all machines share; name the same one to each: "
                 "--workspace"
             )
-        return Store.at(out, workspace)
-    if workspace is not None:
-        raise UsageError(f"--workspace {workspace}: for an OUT at a URL, and {out} is a folder; leave it out")
+        return Store.at(asked.out, asked.workspace)
+    if asked.workspace is not None:
+        raise UsageError(
+            f"--workspace {asked.workspace}: for an OUT at a URL, and {asked.out} is a folder; leave it out"
+        )
     return None
 
 
-def _done(
-    job: Job, store: "Store | None", out: str, *, share: Share | None, finish_only: bool, retry: bool
-) -> Summary | SharePrepared:
-    """Do what is not done yet of the job, or of a share of it, which nobody uploads.
-
-    Args:
-        retry: then try rows again that failed, if the job is not such a retry already.
-    """
+def _done(job: Job, store: "Store | None", asked: Asked, share: Share | None) -> Summary | SharePrepared:
+    """Do what is not done yet of the job, or of a share of it, which nobody uploads."""
+    out = asked.out
     summary = store.finished(job.request) if store else None
     if share and summary is None:
         store, out = None, str(job.out)
@@ -167,17 +135,17 @@ def _done(
         return prepare_share(job, share)
     if summary is None:
         work = Workspace(job.out)
-        if retry and not work.is_begun():
+        if asked.retry_failed and not work.is_begun():
             raise UsageError(f"{out}: nothing was prepared here; leave out --retry-failed")
-        retry = retry and not is_begun(work.folder)
-        summary = _made(job, store, finish_only=finish_only)
-        if not retry:
+        is_retry = is_begun(work.folder)  # which was interrupted, and ends now
+        summary = _made(job, store, finish_only=asked.finish)
+        if is_retry or not asked.retry_failed:
             return summary
-    if retry and num_retryable(summary.reasons):
+    if asked.retry_failed and num_retryable(summary.reasons):
         return _made(job, None, retry=True)
     summary = replace(summary, out=out, next=next_commands(job.source.format, out, summary.splits))
     _tidy(job.out, summary, store)
-    if retry:
+    if asked.retry_failed:
         say(f"{out}: no reject of it can pass with time; nothing to try again")
     else:
         say(f"{out}: prepared already, from the same files with the same options; nothing to do")
@@ -244,7 +212,8 @@ def _evaluation_place(name: str, data_root: Path | None) -> EvaluationPlace:
     return EvaluationPlace(name, str(benchmark.root / WITH_FILES[benchmark.kind]), benchmark.fingerprint)
 
 
-def _check_options(source: DataSource, out: Path, read: ReadOptions, cleaning: Cleaning) -> None:
+def _check_options(source: DataSource, out: Path, cleaning: Cleaning) -> None:
+    read = source.read
     if source.format == "openmoji" and cleaning != AS_IT_IS:
         raise UsageError(
             "--clean and its rules, --dedupe, --exclude: not for openmoji, whose pictures and captions mlip makes; "
