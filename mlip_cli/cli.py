@@ -9,63 +9,8 @@ import typer
 from mlip_cli import __version__
 from mlip_cli.data.download.options import DEFAULTS, DownloadOptions
 from mlip_cli.errors import UsageError
+from mlip_cli.terminal import options
 from mlip_cli.terminal.endings import exit_code
-from mlip_cli.terminal.options import (
-    AllowPrivate,
-    Averaged,
-    AverageOut,
-    BatchSize,
-    CaptionColumn,
-    CaptionsFrom,
-    Check,
-    Choose,
-    Clean,
-    Compile,
-    Connections,
-    ConnectionsPerHost,
-    Damaged,
-    DataRoot,
-    Datasets,
-    Dedupe,
-    Device,
-    EngineName,
-    Exclude,
-    Finish,
-    Format,
-    Holdout,
-    IgnoreOptOut,
-    ImageColumn,
-    ImageFolder,
-    Json,
-    Limit,
-    LocalFolder,
-    MaxAspect,
-    MaxBytes,
-    MaxCharacters,
-    MaxWords,
-    MinBytes,
-    MinCharacters,
-    MinSide,
-    MinWords,
-    Model,
-    Models,
-    Out,
-    Part,
-    Precision,
-    Preset,
-    ProfiledPrecision,
-    Retries,
-    RetryFailed,
-    Run,
-    ShortSide,
-    Source,
-    Timeout,
-    Uids,
-    UserAgent,
-    Weights,
-    Where,
-    Workers,
-)
 from mlip_cli.terminal.output import start_logging
 from mlip_cli.terminal.values import (
     checked_file,
@@ -109,47 +54,47 @@ def _root(
 @app.command(epilog="Example: mlip prepare-data openmoji data/openmoji")
 def prepare_data(
     context: typer.Context,
-    source: Source = None,
-    out: Out = None,
-    format: Format = "auto",
-    size: ShortSide = None,
-    holdout: Holdout = None,
-    clean: Clean = None,
-    min_words: MinWords = None,
-    max_words: MaxWords = None,
-    min_characters: MinCharacters = None,
-    max_characters: MaxCharacters = None,
-    min_side: MinSide = None,
-    max_aspect: MaxAspect = None,
-    min_bytes: MinBytes = None,
-    max_bytes: MaxBytes = None,
-    dedupe: Dedupe = "none",
-    exclude: Exclude = None,
-    data_root: DataRoot = None,
-    limit: Limit = None,
-    image_column: ImageColumn = None,
-    caption_column: CaptionColumn = None,
-    image_folder: ImageFolder = None,
-    preset: Preset = None,
-    where: Where = None,
-    uids: Uids = None,
-    captions_from: CaptionsFrom = None,
-    damaged: Damaged = "refuse",
-    workers: Workers = None,
-    engine: EngineName = "processes",
-    workspace: LocalFolder = None,
-    part: Part = None,
-    finish: Finish = False,
-    retry_failed: RetryFailed = False,
-    check: Check = None,
-    timeout: Timeout = DEFAULTS.timeout_s,
-    retries: Retries = DEFAULTS.retries,
-    connections: Connections = DEFAULTS.connections,
-    connections_per_host: ConnectionsPerHost = DEFAULTS.connections_per_host,
-    user_agent: UserAgent = DEFAULTS.user_agent,
-    ignore_opt_out: IgnoreOptOut = False,
-    allow_private: AllowPrivate = False,
-    json: Json = False,
+    source: options.Source = None,
+    out: options.Out = None,
+    format: options.Format = "auto",
+    size: options.ShortSide = None,
+    holdout: options.Holdout = None,
+    clean: options.Clean = None,
+    min_words: options.MinWords = None,
+    max_words: options.MaxWords = None,
+    min_characters: options.MinCharacters = None,
+    max_characters: options.MaxCharacters = None,
+    min_side: options.MinSide = None,
+    max_aspect: options.MaxAspect = None,
+    min_bytes: options.MinBytes = None,
+    max_bytes: options.MaxBytes = None,
+    dedupe: options.Dedupe = "none",
+    exclude: options.Exclude = None,
+    data_root: options.DataRoot = None,
+    limit: options.Limit = None,
+    image_column: options.ImageColumn = None,
+    caption_column: options.CaptionColumn = None,
+    image_folder: options.ImageFolder = None,
+    preset: options.Preset = None,
+    where: options.Where = None,
+    uids: options.Uids = None,
+    captions_from: options.CaptionsFrom = None,
+    damaged: options.Damaged = "refuse",
+    workers: options.Workers = None,
+    engine: options.EngineName = "processes",
+    workspace: options.LocalFolder = None,
+    part: options.Part = None,
+    finish: options.Finish = False,
+    retry_failed: options.RetryFailed = False,
+    check: options.Check = None,
+    timeout: options.Timeout = DEFAULTS.timeout_s,
+    retries: options.Retries = DEFAULTS.retries,
+    connections: options.Connections = DEFAULTS.connections,
+    connections_per_host: options.ConnectionsPerHost = DEFAULTS.connections_per_host,
+    user_agent: options.UserAgent = DEFAULTS.user_agent,
+    ignore_opt_out: options.IgnoreOptOut = False,
+    allow_private: options.AllowPrivate = False,
+    json: options.Json = False,
 ) -> None:
     """Turn pictures and captions into shards that training reads."""
     if check is not None:
@@ -230,7 +175,7 @@ def pretrain(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check the recipe and the data and show what would run, without training.")
     ] = False,
-    json: Json = False,
+    json: options.Json = False,
 ) -> None:
     """Train a model by a recipe."""
     from mlip_cli.commands import pretrain as command
@@ -240,7 +185,7 @@ def pretrain(
 
 @app.command(epilog="Example: mlip merge-sweep --rates 0.3,0.5")
 def merge_sweep(
-    run: Run = None,
+    run: options.Run = None,
     rates: Annotated[
         list[list] | None,
         typer.Option(
@@ -256,16 +201,16 @@ def merge_sweep(
             parser=split, metavar="M[,M]", help="guided, tome. Default: the recipe's method.", show_default=False
         ),
     ] = None,
-    dataset: Datasets = None,
-    data_root: DataRoot = None,
-    batch_size: BatchSize = 64,
+    dataset: options.Datasets = None,
+    data_root: options.DataRoot = None,
+    batch_size: options.BatchSize = 64,
     rounds: Annotated[
         int, typer.Option(min=5, max=10_000, help="Timed rounds. Each round measures all rates in turn.")
     ] = 9,
     pictures: Annotated[int, typer.Option(min=0, max=1_000, help="Number of pictures to draw merges on; 0: none.")] = 8,
-    device: Device = "auto",
-    precision: Precision = None,
-    json: Json = False,
+    device: options.Device = "auto",
+    precision: options.Precision = None,
+    json: options.Json = False,
 ) -> None:
     """Measure speed and accuracy at several merge rates."""
     from mlip_cli.commands import merge_sweep as command
@@ -287,7 +232,7 @@ def merge_sweep(
 
 @app.command(epilog="Example: mlip eval-zeroshot --dataset imagenet")
 def eval_zeroshot(
-    runs: Models = None,
+    runs: options.Models = None,
     task: Annotated[
         Literal["zeroshot", "retrieval"],
         typer.Option(
@@ -296,18 +241,18 @@ def eval_zeroshot(
             "recipe's data.validation.",
         ),
     ] = "zeroshot",
-    dataset: Datasets = None,
+    dataset: options.Datasets = None,
     merge_rate: Annotated[
         list[list] | None,
         typer.Option(
             parser=split_rates, metavar="R[,R]", help="Merge rates. Default: the recipe's rate.", show_default=False
         ),
     ] = None,
-    data_root: DataRoot = None,
-    batch_size: BatchSize = 64,
-    device: Device = "auto",
-    precision: Precision = None,
-    json: Json = False,
+    data_root: options.DataRoot = None,
+    batch_size: options.BatchSize = 64,
+    device: options.Device = "auto",
+    precision: options.Precision = None,
+    json: options.Json = False,
 ) -> None:
     """Classify pictures by text alone, or measure retrieval."""
     from mlip_cli.commands import eval_zeroshot as command
@@ -327,7 +272,7 @@ def eval_zeroshot(
 
 @app.command(epilog="Example: mlip search runs/openmoji 'a red heart' --images data/openmoji")
 def search(
-    run: Model,
+    run: options.Model,
     images: Annotated[
         str,
         typer.Option(
@@ -352,10 +297,10 @@ def search(
         Path | None,
         typer.Option(callback=checked_path, help="Page to write. Default: RUN/search.html.", show_default=False),
     ] = None,
-    batch_size: BatchSize = 64,
-    device: Device = "auto",
-    precision: Precision = None,
-    json: Json = False,
+    batch_size: options.BatchSize = 64,
+    device: options.Device = "auto",
+    precision: options.Precision = None,
+    json: options.Json = False,
 ) -> None:
     """Find the pictures nearest to a text or a picture."""
     from mlip_cli.commands import search as command
@@ -377,16 +322,16 @@ def search(
 
 @app.command(epilog="Example: mlip average runs/start runs/tuned --out runs/mixed")
 def average(
-    runs: Averaged,
-    weights: Weights = None,
-    dataset: Datasets = None,
-    choose: Choose = None,
-    out: AverageOut = None,
-    data_root: DataRoot = None,
-    batch_size: BatchSize = 64,
-    device: Device = "auto",
-    precision: Precision = None,
-    json: Json = False,
+    runs: options.Averaged,
+    weights: options.Weights = None,
+    dataset: options.Datasets = None,
+    choose: options.Choose = None,
+    out: options.AverageOut = None,
+    data_root: options.DataRoot = None,
+    batch_size: options.BatchSize = 64,
+    device: options.Device = "auto",
+    precision: options.Precision = None,
+    json: options.Json = False,
 ) -> None:
     """Average the weights of runs, and measure the averages."""
     from mlip_cli.commands import average as command
@@ -407,7 +352,7 @@ def average(
 
 @app.command(epilog="Example: mlip export runs/mine exported --format open_clip")
 def export(
-    run: Model,
+    run: options.Model,
     out: Annotated[Path, typer.Argument(metavar="OUT", callback=checked_path, help="Folder to write.")],
     format: Annotated[
         Literal["open_clip", "huggingface", "onnx", "safetensors"],
@@ -421,7 +366,7 @@ def export(
         str | None,
         typer.Option(metavar="REPO", help="Also upload OUT to this repository of Hugging Face.", show_default=False),
     ] = None,
-    json: Json = False,
+    json: options.Json = False,
 ) -> None:
     """Write a model for OpenCLIP, transformers or onnxruntime."""
     from mlip_cli.commands import export as command
@@ -437,12 +382,12 @@ def profile(
             metavar="RUN|RECIPE", parser=checked_run, help="Run or recipe to measure. Default: the newest run."
         ),
     ] = None,
-    batch_size: BatchSize = 32,
+    batch_size: options.BatchSize = 32,
     rounds: Annotated[int, typer.Option(min=5, max=10_000, help="Timed rounds.")] = 5,
-    device: Device = "auto",
-    precision: ProfiledPrecision = None,
-    compile: Compile = None,
-    json: Json = False,
+    device: options.Device = "auto",
+    precision: options.ProfiledPrecision = None,
+    compile: options.Compile = None,
+    json: options.Json = False,
 ) -> None:
     """Measure parameters, GFLOPs, throughput and memory."""
     from mlip_cli.commands import profile as command
@@ -474,7 +419,7 @@ def report(
             show_default=False,
         ),
     ] = None,
-    json: Json = False,
+    json: options.Json = False,
 ) -> None:
     """Write the page of a run, or a page that compares runs."""
     from mlip_cli.commands import report as command
@@ -483,7 +428,7 @@ def report(
 
 
 @app.command(epilog="Example: mlip doctor --json")
-def doctor(json: Json = False) -> None:
+def doctor(json: options.Json = False) -> None:
     """Check this machine and this installation."""
     from mlip_cli.commands import doctor as command
 
