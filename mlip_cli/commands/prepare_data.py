@@ -64,7 +64,8 @@ def prepare_data(asked: Asked, *, as_json: bool) -> None:
         check_can_be_made(folder, option="--workspace" if store else "OUT")
     source = find_source(asked.source, format=asked.format, read=asked.read)
     _check_options(source, folder, asked.cleaning)
-    excluded = _evaluation_places(asked.cleaning, asked.data_root)
+    sets = (name for name in asked.cleaning.exclude if name not in OWN_SPLITS)
+    excluded = tuple(_evaluation_place(name, asked.data_root) for name in sets)
     request = _request(asked, source, excluded)
     job = Job(source, folder, request, asked.engine, asked.cleaning, excluded, asked.download)
     done = _done(job, store, asked, share)
@@ -176,16 +177,12 @@ def _tidy(folder: Path, summary: Summary, store: "Store | None") -> None:
         write_data_card(folder, summary)
 
 
-def _evaluation_places(cleaning: Cleaning, data_root: Path | None) -> tuple[EvaluationPlace, ...]:
-    """Where the evaluation sets of --exclude lie, found as evaluation finds them.
+def _evaluation_place(name: str, data_root: Path | None) -> EvaluationPlace:
+    """Where an evaluation set of --exclude lies, found as evaluation finds it.
 
     Raises:
-        UsageError: one is not there, or its pictures are not files.
+        UsageError: it is not there, or its pictures are not files.
     """
-    return tuple(_evaluation_place(name, data_root) for name in cleaning.exclude if name not in OWN_SPLITS)
-
-
-def _evaluation_place(name: str, data_root: Path | None) -> EvaluationPlace:
     kind, _, path = name.partition(":")
     if kind == "folder" and path and Path(path).is_dir():  # evaluation wants classes in it
         try:

@@ -90,10 +90,9 @@ def _in_and_out(summary: Summary, cards: Cards) -> Html:
             f"{split.num_shards:,}",
             f"{split.num_bytes / 2**20:,.1f}",
             None if split.distinct_captions is None else f"{split.distinct_captions:,}",
-            holds,
+            split.holds or ("drawn by the hash of the pixels" if summary.held_out and name == "validation" else None),
         ]
         for name, split in summary.splits.items()
-        for holds in (split.holds or _held_out_words(name, summary),)
     ]
     columns = ["split", "samples", "shards", "MiB", "distinct captions", "holds"]
     passed = ", ".join(f"{n:,} {kind}" for kind, n in summary.passed_over.items())
@@ -107,10 +106,6 @@ def _in_and_out(summary: Summary, cards: Cards) -> Html:
         element("h3", "Splits"),
         table(Table(columns, rows).without_empty_columns()),
     )
-
-
-def _held_out_words(split: str, summary: Summary) -> str | None:
-    return "drawn by the hash of the pixels" if summary.held_out and split == "validation" else None
 
 
 def _pictures(cards: Cards) -> Html:

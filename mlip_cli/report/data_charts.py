@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from math import frexp
 from typing import Any
 
 from mlip_cli.data.prepare.histograms import bins_in
@@ -71,12 +72,8 @@ def _by_log(label: str, bins: Bins) -> Outline:
 
 
 def _bar(value: float) -> int:
-    octave = 0
-    while value >= 2:
-        value, octave = value / 2, octave + 1
-    while value < 1:
-        value, octave = value * 2, octave - 1
-    return len(BARS) * octave + sum(value >= start for start in BARS[1:])
+    half, octave = frexp(value)
+    return len(BARS) * (octave - 1) + sum(2 * half >= start for start in BARS[1:])
 
 
 def _start(bar: int) -> float:

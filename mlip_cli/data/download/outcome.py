@@ -31,7 +31,7 @@ CAN_PASS = frozenset(
     )
 )
 """Reasons that can be others at the next try."""
-_ALL = CAN_PASS | {
+_OF_DOWNLOADS = CAN_PASS | {
     NOT_FOUND,
     NO_HOST,
     NO_CERTIFICATE,
@@ -41,9 +41,9 @@ _ALL = CAN_PASS | {
     TOO_MANY_REDIRECTS,
     OPTED_OUT,
     TOO_LARGE,
-    NOT_A_PICTURE,
     BAD_ANSWER,
 }
+"""NOT_A_PICTURE is not among them: other pictures end so too."""
 
 
 def status_words(status: int) -> str:
@@ -55,4 +55,4 @@ def status_words(status: int) -> str:
 
 def is_of_download(reason: str) -> bool:
     """True for reasons that downloads alone give."""
-    return reason in _ALL - {NOT_A_PICTURE} or reason.startswith("HTTP ")
+    return reason in _OF_DOWNLOADS or reason.startswith("HTTP ")

@@ -240,4 +240,4 @@ def _shard_problems(folder: Path, checked: list[CheckedShard]) -> Iterator[Probl
         if own.sha256 is not None and other != own.shard.tar.name:
             yield Problem(tar, f"holds the bytes of {other}")
         else:
-            yield from (Problem(tar, what) for what in (*own.of_tar, *own.sample_words()))
+            yield from (Problem(tar, what) for what in (*own.of_tar, *own.of_samples))

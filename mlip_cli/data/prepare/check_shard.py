@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -60,13 +60,8 @@ class CheckedShard:
     """Of the tar that is there."""
     of_tar: tuple[str, ...] = ()
     of_index: tuple[str, ...] = ()
-    """Problems in words."""
-    of_samples: Mapping[str, list[str]] = field(default_factory=dict)
-    """Fault -> the samples that have it."""
-
-    def sample_words(self) -> list[str]:
-        """A line for each fault of samples."""
-        return [_fault_words(fault, keys) for fault, keys in self.of_samples.items()]
+    of_samples: tuple[str, ...] = ()
+    """Problems in words, a line for each fault."""
 
 
 def check_shard(shard: ShardToCheck) -> CheckedShard:
@@ -108,7 +103,8 @@ def _check_open(shard: ShardToCheck, descriptor: int) -> CheckedShard:
     for key, fault in _faults(descriptor, samples, records, own_crc=own_crc, is_whole=not damage):
         faults.setdefault(fault, []).append(key)
     n = len(samples) if records is None else len(records)
-    return CheckedShard(shard, n, size, sha256, tuple(of_tar), tuple(of_index), faults)
+    of_samples = (_fault_words(fault, keys) for fault, keys in faults.items())
+    return CheckedShard(shard, n, size, sha256, tuple(of_tar), tuple(of_index), tuple(of_samples))
 
 
 def _index(shard: ShardToCheck) -> tuple[tuple[np.void, NDArray[np.void]] | None, list[str]]:

@@ -2,7 +2,6 @@
 
 import json
 import os
-from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -53,12 +52,8 @@ def write_rejects(path: Path, plan: Plan) -> None:
 
 def rejects_of(tar: Path) -> list[dict[str, Any]]:
     """place (in the whole source), file, row, reason and detail of each reject of the part with this tar."""
-    return list(_lines(tar))
-
-
-def _lines(tar: Path) -> Iterator[dict[str, Any]]:
     with open(tar.with_suffix(".rejects.jsonl"), encoding="utf-8") as file:
-        yield from map(json.loads, file)
+        return list(map(json.loads, file))
 
 
 def reject_places(plan: Plan) -> NDArray[np.uint64]:
@@ -76,7 +71,7 @@ def _found(plan: Plan) -> NDArray[np.void]:
         dropped["place"] = plan.tables["row"][rows]
     of_parts = [dropped]
     for part, tar in enumerate(plan.tables.tars):
-        places = [reject["place"] for reject in _lines(tar)]
+        places = [reject["place"] for reject in rejects_of(tar)]
         own = np.zeros(len(places), REJECT)
         own["place"], own["part"], own["line"] = places, part, np.arange(len(places))
         of_parts.append(own)

@@ -94,18 +94,16 @@ def statistics_of(tar: Path, records: NDArray[np.void] | None = None) -> ShardSt
     values: dict[str, list[int]] = {name: [] for name in NUMBERS if name not in ("image_bytes", "captions", TOKENS)}
     texts: list[str] = []
     names: dict[str, list[str]] = {"classes": [], "domains": [], "licences": []}
-    descriptor = os.open(tar, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        for start, at, size in records[["offset", "json_offset", "json_size"]].tolist():
-            fields = json.loads(os.pread(descriptor, size, start + at))
-            own = [caption["text"] for caption in fields["captions"]]
-            _add_numbers(values, fields, own)
-            texts += own
-            _add_names(names, fields)
+        with open(tar, "rb") as file:
+            for start, at, size in records[["offset", "json_offset", "json_size"]].tolist():
+                fields = json.loads(os.pread(file.fileno(), size, start + at))
+                own = [caption["text"] for caption in fields["captions"]]
+                _add_numbers(values, fields, own)
+                texts += own
+                _add_names(names, fields)
     except (ValueError, KeyError, TypeError) as error:
         raise RunError(f"{tar}: a KEY.json is damaged ({error!r}); is the disk sound?") from None
-    finally:
-        os.close(descriptor)
     arrays = {name: np.array(own, np.int64) for name, own in values.items()}
     of_records = {"image_bytes": "image_size", "captions": "num_captions", TOKENS: "num_tokens"}
     arrays |= {name: records[field].astype(np.int64) for name, field in of_records.items()}

@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from threading import Lock
@@ -145,33 +145,34 @@ class Store:
 
     # files at the URL ------------------------------------------------------------------------------------------------
 
+    @contextmanager
+    def _at(self, name: str = "") -> Iterator[tuple[Any, str]]:
+        """The file system, and the path in it of a file there, or of the place itself."""
+        below = f"/{name}" if name else ""
+        with errors_named(self.url + below):
+            filesystem, path = filesystem_of(self.url)
+            yield filesystem, path + below
+
     def _read(self, name: str) -> bytes | None:
         """A small file there; None: there is no such file."""
         try:
-            with errors_named(f"{self.url}/{name}"):
-                filesystem, path = filesystem_of(self.url)
-                return bytes(filesystem.cat_file(f"{path}/{name}"))
+            with self._at(name) as (filesystem, path):
+                return bytes(filesystem.cat_file(path))
         except MissingFileError:
             return None
 
     def _write(self, name: str, value: Any) -> None:
-        with errors_named(f"{self.url}/{name}"):
-            filesystem, path = filesystem_of(self.url)
-            filesystem.pipe_file(f"{path}/{name}", json_document(value))
+        with self._at(name) as (filesystem, path):
+            filesystem.pipe_file(path, json_document(value))
 
     def _remove(self, name: str) -> None:
-        try:
-            with errors_named(f"{self.url}/{name}"):
-                filesystem, path = filesystem_of(self.url)
-                filesystem.rm_file(f"{path}/{name}")
-        except MissingFileError:
-            pass
+        with suppress(MissingFileError), self._at(name) as (filesystem, path):
+            filesystem.rm_file(path)
 
     def _names(self) -> set[str]:
         """Names of the files and folders there."""
         try:
-            with errors_named(self.url):
-                filesystem, path = filesystem_of(self.url)
+            with self._at() as (filesystem, path):
                 filesystem.invalidate_cache()
                 found = filesystem.ls(path, detail=False)
         except MissingFileError:
@@ -180,8 +181,7 @@ class Store:
 
     def _there(self) -> dict[str, int]:
         """The size of each file there by its name."""
-        with errors_named(self.url):
-            filesystem, path = filesystem_of(self.url)
+        with self._at() as (filesystem, path):
             filesystem.invalidate_cache()
             found = filesystem.find(path, detail=True)
         return {name[len(path) :].lstrip("/"): int(info["size"]) for name, info in found.items()}

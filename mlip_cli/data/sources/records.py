@@ -7,6 +7,7 @@ import re
 from codecs import BOM_UTF8
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -303,6 +304,11 @@ def decode_text(content: bytes) -> str | None:
         return content.removeprefix(BOM_UTF8).decode()
     except UnicodeDecodeError:
         return None
+
+
+def hash_of_text(text: str, *, num_bytes: int = 8) -> int:
+    """A number of so many bytes, the same on every machine."""
+    return int.from_bytes(blake2b(text.encode("utf-8", "surrogatepass"), digest_size=num_bytes).digest())
 
 
 def json_bytes(value: Any) -> bytes:

@@ -13,7 +13,6 @@ from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from hashlib import blake2b
 from pathlib import Path
 from typing import IO, Any
 
@@ -25,6 +24,7 @@ from mlip_cli.data.sources.records import (
     Caption,
     ReadOptions,
     UnusableSampleError,
+    hash_of_text,
     json_bytes,
     usable_captions,
 )
@@ -192,7 +192,7 @@ def _write(file: CaptionFile, key: str, stem: Path) -> None:
                 and (name := _key(key, row.get(key)))
                 and (found := _usable(row.get(file.caption)))
             ):
-                hashes.append(_hash(name))
+                hashes.append(hash_of_text(name))
                 offsets.append(lines.tell())
                 _write_line(lines, name, found)
     if not hashes:
@@ -225,10 +225,6 @@ def _key(column: str, cell: Any) -> str:
     return key.lower() if column.strip().lower() == SHA256 else key
 
 
-def _hash(key: str) -> int:
-    return int.from_bytes(blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest())
-
-
 @lru_cache(maxsize=1)
 def _opened(stem: str) -> tuple[memoryview, memoryview, mmap.mmap]:
     """Hashes of keys, offsets, and lines."""
@@ -245,7 +241,7 @@ def find_captions(stem: str, key: str) -> tuple[Caption, ...]:
 
 def _captions_of_key(stem: str, key: str) -> Iterator[Caption]:
     hashes, offsets, lines = _opened(stem)
-    wanted = _hash(key)
+    wanted = hash_of_text(key)
     place = bisect_left(hashes, wanted)
     while place < len(hashes) and hashes[place] == wanted:
         start = offsets[place]

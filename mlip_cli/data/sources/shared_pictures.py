@@ -3,12 +3,11 @@
 from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from hashlib import blake2b
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mlip_cli.data.sources.records import Record, checked_captions
+from mlip_cli.data.sources.records import Record, checked_captions, hash_of_text
 
 
 @dataclass
@@ -23,7 +22,7 @@ class SharedPictures:
 
     def add(self, record: Record) -> None:
         """Note a row that can be used."""
-        self.seen.append(_hash(record.same))
+        self.seen.append(hash_of_text(record.same))
 
     def count(self) -> None:
         """Find out which pictures several rows name, after the last row."""
@@ -49,7 +48,7 @@ class SharedPictures:
 
     def rows_of(self, name: str) -> int:
         """How many rows name this picture, by `same` of their records."""
-        wanted = np.uint64(_hash(name))  # an int below 2^63 would turn all hashes into floats, every time
+        wanted = np.uint64(hash_of_text(name))  # an int below 2^63 would turn all hashes into floats, every time
         place = int(self.hashes.searchsorted(wanted))
         is_there = place < len(self.hashes) and self.hashes[place] == wanted
         return int(self.num_rows[place]) if is_there else 0
@@ -75,10 +74,6 @@ class SharedPictures:
             if len(rows) == num_rows:
                 yield _one(waiting.pop(record.same))
         yield from map(_one, waiting.values())  # two pictures of one hash
-
-
-def _hash(name: str) -> int:
-    return int.from_bytes(blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8).digest())
 
 
 def _one(rows: list[Record]) -> Record:

@@ -5,13 +5,13 @@ from array import array
 from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass
-from hashlib import blake2b
 from pathlib import Path
 from tokenize import TokenError
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mlip_cli.data.sources.records import hash_of_text
 from mlip_cli.data.sources.text_tables import opened_text
 from mlip_cli.errors import UsageError
 from mlip_cli.paths import escaped
@@ -117,4 +117,4 @@ def _number(uid: str) -> int:
     """128 bits: those of 32 hexadecimal digits, as DataComp's uids are, or a hash of another text."""
     if HEXADECIMAL.fullmatch(uid):
         return int(uid, 16)
-    return int.from_bytes(blake2b(uid.encode("utf-8", "surrogatepass"), digest_size=16).digest())
+    return hash_of_text(uid, num_bytes=16)

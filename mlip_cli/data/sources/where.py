@@ -10,6 +10,7 @@ import operator
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -146,15 +147,12 @@ class _Compiler:
         return found if not negated else lambda row: None if (one := found(row)) is None else not one
 
     def _operand(self, node: ast.expr) -> _Operand:
-        if isinstance(node, ast.Constant) and isinstance(node.value, int | float | str):
-            constant = node.value
-            is_text = isinstance(constant, str)
-            return _Operand(lambda row: constant, is_text, not is_text)
-        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub | ast.UAdd):
-            inner = node.operand
-            if isinstance(inner, ast.Constant) and isinstance(inner.value, int | float):
-                number = -inner.value if isinstance(node.op, ast.USub) else inner.value
-                return _Operand(lambda row: number, is_number=True)
+        if isinstance(node, ast.Constant | ast.UnaryOp):
+            with suppress(ValueError):  # not a constant, or a sign before a condition
+                constant = ast.literal_eval(node)
+                if isinstance(constant, int | float | str):
+                    is_text = isinstance(constant, str)
+                    return _Operand(lambda row: constant, is_text, not is_text)
         if isinstance(node, ast.Name) or self._is_call(node, "col"):
             return self._column(node)
         if self._is_call(node, "len") or self._is_call(node, "lower"):
