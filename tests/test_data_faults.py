@@ -72,12 +72,7 @@ def batches(dataset: ShardDataset, steps: int, *, num_workers: int = 0) -> Itera
         order,
         data=Data(train=(Source(path="unused"),), augment=Augment(crop_scale=None), image_size=32, max_bad_share=1.0),
         tokenizer=Tokenizer(16),
-        global_batch_size=G,
-        seed=0,
-        rank=0,
-        world_size=1,
-        start_step=0,
-        stop_step=steps,
+        steps=range(steps),
         num_workers=num_workers,
     )
 
@@ -92,12 +87,7 @@ def check_pairs(found: Sequence[Batch], whole: Path) -> int:
             order,
             data=Data(train=(Source(path="unused"),), augment=Augment(crop_scale=None), image_size=32),
             tokenizer=Tokenizer(16),
-            global_batch_size=N,
-            seed=0,
-            rank=0,
-            world_size=1,
-            start_step=0,
-            stop_step=1,
+            steps=range(1),
             num_workers=0,
         )
     )

@@ -73,12 +73,9 @@ def batches(
         order,
         data=Data(train=(Source(path="unused"),), **settings),
         tokenizer=Tokenizer(context_length),
-        global_batch_size=G,
-        seed=seed,
         rank=rank,
         world_size=world_size,
-        start_step=start,
-        stop_step=stop,
+        steps=range(start, stop),
         num_workers=num_workers,
         with_labels=with_labels,
         with_other_crop=with_other_crop,
@@ -464,7 +461,7 @@ def test_nothing_but_bad_samples_ends_the_run_at_once(tmp_path: Path, num_worker
     )
     assert "Traceback" not in str(error.value)
     with pytest.raises(RunError, match=r"train-000000.tar: sample 00-000000: not a picture"):
-        preflight([dataset], Order([16], None, seed=0, global_batch_size=G), G, 1)
+        preflight([dataset], Order([16], None, seed=0, global_batch_size=G), 1)
 
 
 @pytest.mark.slow
@@ -609,7 +606,7 @@ def test_a_worker_that_gets_its_data_pickled_makes_the_same_batches(folder: Path
     order = Order([42], None, seed=0, global_batch_size=G)
     data = Data(train=(Source(path="unused"),), augment=AUGMENT, image_size=16)
     parts = module._Parts(
-        datasets=[dataset], order=order, data=data, tokenizer=Tokenizer(24), seed=0,
+        datasets=[dataset], order=order, data=data, tokenizer=Tokenizer(24),
         with_labels=False, with_other_crop=False, part=nullcontext,
     )  # fmt: skip
     [item] = parts.of_steps(range(3, 4), range(G), G)
@@ -627,18 +624,18 @@ def test_a_batch_that_does_not_divide(folder: Path) -> None:
 
 def test_preflight_says_what_was_found(tmp_path: Path, folder: Path) -> None:
     one = open_prepared(folder)
-    assert preflight([one], Order([42], None, seed=0, global_batch_size=G), G, 2) == [
+    assert preflight([one], Order([42], None, seed=0, global_batch_size=G), 2) == [
         f"{folder}: 42 samples in 3 shards",
         "42 samples / 8 = 5 steps an epoch; 2 samples are left out, others each epoch",
         "8 / 2 ranks = 4 samples a rank",
     ]
     two = open_prepared(make_dataset(tmp_path / "other", n=6, seed=1))
-    assert preflight([one, two], Order([42, 6], None, seed=0, global_batch_size=G), G, 1) == [
+    assert preflight([one, two], Order([42, 6], None, seed=0, global_batch_size=G), 1) == [
         f"{folder}: 42 samples in 3 shards",
         f"{two.name}: 6 samples in 1 shard",
         "48 samples / 8 = 6 steps an epoch",
     ]
-    assert preflight([one, two], Order([42, 6], (3.0, 1.0), seed=0, global_batch_size=G), G, 1) == [
+    assert preflight([one, two], Order([42, 6], (3.0, 1.0), seed=0, global_batch_size=G), 1) == [
         f"{folder}: 42 samples in 3 shards, 75.0% of what is seen",
         f"{two.name}: 6 samples in 1 shard, 25.0% of what is seen",
     ]

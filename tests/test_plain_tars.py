@@ -175,17 +175,14 @@ def test_what_webdataset_writes(tmp_path: Path, cache: Cache) -> None:
 
 def batches(dataset: ShardDataset, start: int, stop: int, **options: Any) -> list[Any]:
     order = Order([dataset.num_samples], None, seed=0, global_batch_size=G)
-    settings = {"rank": 0, "world_size": 1, "num_workers": 0} | options
+    settings = {"num_workers": 0} | options
     return list(
         training_loader(
             [dataset],
             order,
             data=Data(train=(Source(path="unused"),), augment=Augment(flip=True), image_size=16),
             tokenizer=Tokenizer(16),
-            global_batch_size=G,
-            seed=0,
-            start_step=start,
-            stop_step=stop,
+            steps=range(start, stop),
             **settings,
         )
     )

@@ -104,12 +104,7 @@ def batches(dataset: ShardDataset, *, start: int = 0, stop: int = 5, num_workers
         order,
         data=Data(train=(Source(path="unused"),), augment=Augment(), image_size=16),
         tokenizer=Tokenizer(16),
-        global_batch_size=G,
-        seed=0,
-        rank=0,
-        world_size=1,
-        start_step=start,
-        stop_step=stop,
+        steps=range(start, stop),
         num_workers=num_workers,
     )
     return list(found)
@@ -152,7 +147,7 @@ def test_opening_fetches_indexes_and_reading_the_shard(trouble: Trouble, cache: 
     dataset = opened(trouble.url, cache)
     assert copies(cache) == set()
     assert len(copies(cache, "*.idx")) == 5
-    assert preflight([dataset], Order([N], None, seed=0, global_batch_size=G), G, 1)[0] == (
+    assert preflight([dataset], Order([N], None, seed=0, global_batch_size=G), 1)[0] == (
         f"{trouble.url}: 40 samples in 5 shards"
     )
     assert copies(cache) == {"train-000000.tar"}

@@ -94,12 +94,7 @@ def loader(folder: Path, *, num_workers: int, by_default: bool = False) -> Itera
         Order([dataset.num_samples], None, seed=0, global_batch_size=32),
         data=Data(train=(Source(path="unused"),), augment=Augment(), image_size=224, num_workers=wanted),
         tokenizer=Tokenizer(77),
-        global_batch_size=32,
-        seed=0,
-        rank=0,
-        world_size=1,
-        start_step=0,
-        stop_step=1000,
+        steps=range(1000),
         num_workers=num_workers,
     )
 

@@ -78,7 +78,7 @@ def plan(recipe: Recipe, *, resumes: bool) -> Planned:
     device, steps, lines, missing = training_device(recipe), recipe.train.steps, [], list(missing_data(recipe, look))
     if not any(missing_sources(recipe.data.train, look)):
         data = open_data(recipe)
-        lines = preflight(data.datasets, data.order, recipe.train.global_batch_size, world_size())
+        lines = preflight(data.datasets, data.order, world_size())
         steps = data.total_steps
     warned = cautions(recipe, model.training_plan, steps)
     if recipe.model.vision.init is not None and not resumes:

@@ -64,7 +64,7 @@ def train_run(recipe: Recipe, start: Start) -> Run:
         run = Run(Path(from_main(str(start.run.folder))))
         data = open_data(recipe)
         wait_for_ranks()  # some machines may have copied or indexed data first, here and below
-        lines = preflight(data.datasets, data.order, recipe.train.global_batch_size, world_size())
+        lines = preflight(data.datasets, data.order, world_size())
         checkpoint = shared_checkpoint(run, resumes=start.resumes)
         if checkpoint is not None:
             recipe = with_tokenizer(recipe, run.tokenizer)

@@ -41,19 +41,16 @@ def training_loader(
     *,
     data: Data,
     tokenizer: Tokenizer,
-    global_batch_size: int,
-    seed: int,
-    rank: int,
-    world_size: int,
-    start_step: int,
-    stop_step: int,
+    steps: range,
     num_workers: int,
+    rank: int = 0,
+    world_size: int = 1,
     pin_memory: bool = False,
     with_labels: bool = False,
     with_other_crop: bool = False,
     part: PartOf = nullcontext,
 ) -> Iterator[Batch]:
-    """This rank's share of the batches of steps start_step .. stop_step - 1; closing the iterator ends the workers.
+    """This rank's share of the batches of these steps; closing the iterator ends the workers.
 
     Workers make a step in parts, which a thread of this process puts together. The batches are the same for any number
     of workers and any size of the parts, and the shares of all ranks together are the same for any number of ranks.
@@ -72,8 +69,8 @@ def training_loader(
         RunError: the workers of this machine's ranks need more shared memory than there is, or (while iterating) there
             are too many bad samples, or a worker process died.
     """
-    check_divides(global_batch_size, world_size)
-    share = global_batch_size // world_size
+    check_divides(order.global_batch_size, world_size)
+    share = order.global_batch_size // world_size
     sample_bytes = _sample_bytes(data, tokenizer, with_other_crop=with_other_crop)
     part_size = samples_at_once(share, sample_bytes)
     need = Need(ranks_here(world_size), num_workers, part_size * sample_bytes)
@@ -89,13 +86,12 @@ def training_loader(
         order=order,
         data=data,
         tokenizer=tokenizer,
-        seed=seed,
         with_labels=with_labels,
         with_other_crop=with_other_crop,
         part=part,
     )
     places = range(rank * share, (rank + 1) * share)
-    items = parts.of_steps(range(start_step, stop_step), places, part_size if num_workers else share)
+    items = parts.of_steps(steps, places, part_size if num_workers else share)
     join = partial(whole_steps, size=share, pin_memory=pin_memory)
     return _training_batches(data_loader(parts, items, num_workers), join, BadSampleLimit(data.max_bad_share))
 
@@ -167,7 +163,6 @@ class _Parts(Dataset[Part | Exception]):
     order: Order
     data: Data
     tokenizer: Tokenizer
-    seed: int
     with_labels: bool
     with_other_crop: bool
     part: PartOf
@@ -237,7 +232,7 @@ class _Parts(Dataset[Part | Exception]):
     def _example(self, position: Position) -> _Example:
         with self.part(READ_SAMPLE):
             raw = self.datasets[position.source].read(position.index)
-        seed = hash_of(self.seed, _AUGMENTATION, position.source, position.epoch, position.index)
+        seed = hash_of(self.order.seed, _AUGMENTATION, position.source, position.epoch, position.index)
         draws = torch.Generator().manual_seed(seed >> 1)
         captions = _choose_captions(raw.captions, self.data, draws)
         slow: list[BadSample] = []

@@ -141,13 +141,14 @@ def resume_facts(start: Start, step: int) -> list[str]:
     return [f"resuming {start.run.folder} after step {step:,}", *changes]
 
 
-def preflight(datasets: Sequence[ShardDataset], order: Order, global_batch_size: int, world_size: int) -> list[str]:
+def preflight(datasets: Sequence[ShardDataset], order: Order, world_size: int) -> list[str]:
     """Lines about the data sets and the steps of an epoch; the first sample of each data set is decoded.
 
     Raises:
         UsageError: the global batch does not divide by the ranks.
         RunError: the first sample of a data set cannot be read.
     """
+    global_batch_size = order.global_batch_size
     check_divides(global_batch_size, world_size)
     lines = []
     for number, dataset in enumerate(datasets):

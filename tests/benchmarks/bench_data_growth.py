@@ -68,12 +68,7 @@ def first_batch_s(dataset: ShardDataset, folder: Path, *, start_step: int) -> fl
         order,
         data=Data(train=(Source(path=str(folder)),), image_size=32),
         tokenizer=Tokenizer(77),
-        global_batch_size=BATCH_SIZE,
-        seed=0,
-        rank=0,
-        world_size=1,
-        start_step=start_step,
-        stop_step=start_step + 1,
+        steps=range(start_step, start_step + 1),
         num_workers=0,
     )
     with closing(batches):  # type: ignore[type-var]

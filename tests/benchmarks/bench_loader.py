@@ -96,12 +96,7 @@ def rows(folder: Path, size: int) -> dict[str, Callable[[], object]]:
             order,
             data=data,
             tokenizer=Tokenizer(77),
-            global_batch_size=128,
-            seed=0,
-            rank=0,
-            world_size=1,
-            start_step=0,
-            stop_step=N // 128,
+            steps=range(N // 128),
             num_workers=0,
         )
         assert sum(len(batch.keys) for batch in batches) == N

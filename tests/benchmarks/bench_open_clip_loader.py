@@ -81,12 +81,7 @@ def our_epoch(data: Path, *, is_normalised: bool) -> Callable[[], int]:
             order,
             data=settings,
             tokenizer=Tokenizer(77),
-            global_batch_size=BATCH_SIZE,
-            seed=0,
-            rank=0,
-            world_size=1,
-            start_step=first,
-            stop_step=first + steps,
+            steps=range(first, first + steps),
             num_workers=0,
         )
         found = 0
