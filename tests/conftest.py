@@ -4,8 +4,13 @@ import logging
 import os
 import signal
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from browser_for_tests import Browser
+    from download_server_for_tests import DownloadServer
 
 FIRST = (
     "test_training.py",
@@ -40,3 +45,24 @@ def logging_as_before() -> Iterator[None]:
     before = logger.handlers, logger.level, logger.propagate
     yield
     logger.handlers, logger.level, logger.propagate = before
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator["Browser"]:
+    """A browser, where this machine has one."""
+    from browser_for_tests import browser, find_browser
+
+    path = find_browser()
+    if path is None:
+        pytest.skip("no Chromium on this machine: the page was not opened in a browser")
+    with browser(path) as opened:
+        yield opened
+
+
+@pytest.fixture
+def server() -> Iterator["DownloadServer"]:
+    """Servers of pictures on this machine."""
+    from download_server_for_tests import DownloadServer
+
+    with DownloadServer() as started:
+        yield started

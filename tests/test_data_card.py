@@ -3,11 +3,10 @@
 import json
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from browser_for_tests import Browser, browser, find_browser
+from browser_for_tests import Browser
 from PIL import Image
 from sources_for_tests import picture, prepare, write_files, write_sidecars
 
@@ -39,15 +38,6 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     files["metadata.jsonl"] = "".join(json.dumps(row) + "\n" for row in rows)
     prepare(write_files(folder / "in<i>", files), folder / "out", holdout=0.3)
     return folder / "out"
-
-
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Browser]:
-    path = find_browser()
-    if path is None:
-        pytest.skip("no Chromium on this machine: the card was not opened in a browser")
-    with browser(path) as opened:
-        yield opened
 
 
 def test_the_card_shows_what_was_counted(out: Path) -> None:

@@ -9,7 +9,6 @@ import socket
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -25,12 +24,6 @@ from mlip_cli.data.download.names import LookUp, look_up
 from mlip_cli.data.download.options import DownloadOptions
 
 OPTIONS = DownloadOptions(timeout_s=1.0, allow_private=True, max_bytes=4 << 20)
-
-
-@pytest.fixture
-def server() -> Iterator[DownloadServer]:
-    with DownloadServer() as started:
-        yield started
 
 
 @pytest.fixture(autouse=True)

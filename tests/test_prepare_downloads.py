@@ -8,12 +8,13 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from command_for_tests import wait_for
 from download_server_for_tests import DownloadServer
 from sources_for_tests import contents, picture, prepare, rejects, samples, write_files
 
@@ -26,12 +27,6 @@ from mlip_cli.terminal.panel import WorkProgress
 ROOT = Path(__file__).parent.parent
 PRIVATE = DownloadOptions(allow_private=True, timeout_s=2, retries=1)
 BUILD = {"holdout": 0.0, "image_column": "url", "caption_column": "caption"}
-
-
-@pytest.fixture
-def server() -> Iterator[DownloadServer]:
-    with DownloadServer() as started:
-        yield started
 
 
 def write_list(folder: Path, urls: list[str]) -> Path:
@@ -262,13 +257,6 @@ def test_two_thousand_urls_each_end_as_they_should(tmp_path: Path, server: Downl
     } | {"nothing"}
     counts = Counter(reason for reason in rejected.values())
     assert sum(counts.values()) + len(found) == 2_000
-
-
-def wait_for(what: Callable[[], bool], seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 @pytest.mark.slow

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -27,12 +26,6 @@ LATER = (0, 3, 7, 12, 20, 27)
 SAME = {9: 3, 14: 2, 15: 2, 21: 9, 27: 5}
 """Row -> an earlier one whose pixels it has, in a file of its own. Of 9 and 21 the first one appears later."""
 NEVER, BROKEN = 17, 18
-
-
-@pytest.fixture
-def server() -> Iterator[DownloadServer]:
-    with DownloadServer() as started:
-        yield started
 
 
 def write_source(folder: Path) -> Path:

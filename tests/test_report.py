@@ -3,12 +3,11 @@
 import json
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from browser_for_tests import Browser, browser, find_browser
+from browser_for_tests import Browser
 from models_for_tests import small_recipe
 from pages_for_tests import without_curves
 from PIL import Image
@@ -92,15 +91,6 @@ def runs(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
     without_curves(monkeypatch)
-
-
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Browser]:
-    path = find_browser()
-    if path is None:
-        pytest.skip("no Chromium on this machine: the report was not opened in a browser")
-    with browser(path) as opened:
-        yield opened
 
 
 PAGES = ("mlip/report.html", "clip/report.html", "comparison.html")

@@ -5,13 +5,12 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from browser_for_tests import Browser, browser, find_browser
+from browser_for_tests import Browser
 from foreign_for_tests import CONFIGURATIONS, write_open_clip
 from models_for_tests import make_run, small_recipe
 from PIL import Image
@@ -344,15 +343,6 @@ def test_the_table_and_the_page_show_any_query_as_text(place: Path, capsys: pyte
     assert page.count("&lt;script&gt;alert(1)&lt;/script&gt; &quot;quoted&quot;") >= 3
     assert "The query was cut to 16 tokens" in page
     assert "<b>" not in page
-
-
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Browser]:
-    path = find_browser()
-    if path is None:
-        pytest.skip("no Chromium")
-    with browser(path) as own:
-        yield own
 
 
 @pytest.mark.slow

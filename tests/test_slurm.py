@@ -6,11 +6,11 @@ import signal
 import stat
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from command_for_tests import wait_for
 from forks_for_tests import mlip
 from models_for_tests import small_recipe
 from shards_for_tests import make_dataset
@@ -138,14 +138,6 @@ def cluster(tmp_path: Path) -> Iterator[Cluster]:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-
-
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 120
-    while not condition():
-        assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def test_a_signal_saves_and_queues_the_job_again_and_the_next_start_finishes_it(cluster: Cluster) -> None:

@@ -9,8 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -19,6 +18,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from command_for_tests import wait_for
 from forks_for_tests import mlip
 from killed_for_tests import Forked, wait_until
 from killed_for_tests import pretrain as run_pretrain
@@ -93,14 +93,6 @@ def whole(recipe: Path) -> Path:
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["step"] == 12
     return folder
-
-
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 120
-    while not condition():
-        assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def lines_in(folder: Path) -> int:

@@ -8,13 +8,12 @@ import signal
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from command_for_tests import mlip
+from command_for_tests import mlip, wait_for
 from fsspec.implementations.memory import MemoryFileSystem
 from locks_for_tests import held_elsewhere
 from sources_for_tests import asked, contents, prepare, write_sidecars
@@ -141,7 +140,7 @@ def test_an_upload_that_is_killed_goes_on_and_the_card_comes_last(
     command = [sys.executable, "-c", code, *command[3:], "--workers", "1"]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(command, env=env, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    wait_until(lambda: len([name for name in s3.names(name, "x/") if name.endswith((".tar", ".idx"))]) >= 3, process)
+    wait_for(lambda: len([name for name in s3.names(name, "x/") if name.endswith((".tar", ".idx"))]) >= 3, process)
     process.send_signal(signal.SIGKILL)
     process.wait()
     early = s3.names(name, "x/")
@@ -180,14 +179,6 @@ def test_an_upload_that_is_killed_goes_on_and_the_card_comes_last(
     assert all(big <= set(names) for names in with_card)
     with_summary = [names for names in watched if "prepared.json" in names]
     assert all(set(FILES) <= set(names) for names in with_summary)
-
-
-def wait_until(condition: Callable[[], bool], process: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 200
-    while not condition():
-        assert process.poll() is None, "it ended"
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 @pytest.mark.slow
