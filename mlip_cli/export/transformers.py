@@ -72,7 +72,19 @@ def _empty(loaded: LoadedRun) -> Any:
         "hidden_act": THEIR_ACTIVATIONS[recipe.model.text.activation],
         "layer_norm_eps": recipe.model.text.norm_eps,
     }
-    vision = _siglip_vision(recipe, model) if is_siglip else _clip_vision(recipe, model)
+    (_check_siglip_vision if is_siglip else _check_clip_vision)(recipe, model)
+    trunk = model.vision.trunk
+    first = trunk.blocks[0]
+    vision = {
+        "hidden_size": trunk.embed_dim,
+        "intermediate_size": first.mlp.fc1.out_features,
+        "num_hidden_layers": len(trunk.blocks),
+        "num_attention_heads": first.attn.num_heads,
+        "image_size": recipe.data.image_size,
+        "patch_size": model.vision.patch_size,
+        "hidden_act": THEIR_ACTIVATIONS[activation_of(first.mlp.act)],
+        "layer_norm_eps": first.norm1.eps,
+    }
     kind = (
         (transformers.SiglipConfig, transformers.SiglipModel)
         if is_siglip
@@ -100,44 +112,23 @@ def _siglip_text(recipe: Recipe) -> dict[str, Any]:
     return {"projection_size": recipe.model.embed_dim, "pad_token_id": pad, "bos_token_id": None, "eos_token_id": None}
 
 
-def _clip_vision(recipe: Recipe, model: CLIP) -> dict[str, Any]:
+def _check_clip_vision(recipe: Recipe, model: CLIP) -> None:
     plain = plain_tower(model.vision.trunk)
     projection = recipe.model.vision.projection
     if plain is None or not plain.has_pre_norm or plain.norms_mean or plain.has_layer_scale or projection != "linear":
         raise refused(FORMAT, "the image tower is not CLIPModel's: a norm before the blocks, a class token, no bias")
-    return {
-        "hidden_size": plain.width,
-        "intermediate_size": plain.mlp_width,
-        "num_hidden_layers": plain.depth,
-        "num_attention_heads": plain.num_heads,
-        "image_size": recipe.data.image_size,
-        "patch_size": plain.patch_size,
-        "hidden_act": THEIR_ACTIVATIONS[plain.activation],
-        "layer_norm_eps": plain.eps,
-    }
 
 
-def _siglip_vision(recipe: Recipe, model: CLIP) -> dict[str, Any]:
+def _check_siglip_vision(recipe: Recipe, model: CLIP) -> None:
     trunk = model.vision.trunk
-    first = trunk.blocks[0]
     is_plain = (
         trunk.num_prefix_tokens == 0
-        and not hasattr(first.ls1, "gamma")
+        and not hasattr(trunk.blocks[0].ls1, "gamma")
         and isinstance(trunk.norm_pre, nn.Identity)
         and recipe.model.vision.projection == "none"
     )
     if not is_plain:
         raise refused(FORMAT, "the image tower is not SiglipModel's: no class token, a pooling by attention")
-    return {
-        "hidden_size": trunk.embed_dim,
-        "intermediate_size": first.mlp.fc1.out_features,
-        "num_hidden_layers": len(trunk.blocks),
-        "num_attention_heads": first.attn.num_heads,
-        "image_size": recipe.data.image_size,
-        "patch_size": model.vision.patch_size,
-        "hidden_act": THEIR_ACTIVATIONS[activation_of(first.mlp.act)],
-        "layer_norm_eps": first.norm1.eps,
-    }
 
 
 def _write_tokenizer(recipe: Recipe, folder: Path) -> None:

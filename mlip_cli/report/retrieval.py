@@ -10,7 +10,7 @@ from mlip_cli.evaluate.retrieval_results import RetrievalResult
 from mlip_cli.evaluate.stored import Measured
 from mlip_cli.report.page import Html, section, tables
 from mlip_cli.report.record import RunRecord
-from mlip_cli.report.scores import by_data, numbered, setting, step_cells
+from mlip_cli.report.scores import beside_first, newest_by_data, numbered, step_cells
 from mlip_cli.report.tables import (
     INTERVALS,
     PAIRED_TEST,
@@ -107,10 +107,7 @@ def print_retrieval(measured: Mapping[str, Sequence[Measured[Any]]], *, failed: 
 def retrieval_tables(record: RunRecord) -> list[Table]:
     """Scores of every checkpoint and rate, later steps first, each tested against the first; none if not measured."""
     shown: list[Table] = []
-    found = record.all_of(RetrievalResult)
-    for name, own in by_data((result.data, result) for result in found).items():
-        last = {(result.step, *setting(result)): result for result in own}.values()
-        ordered = sorted(last, key=lambda result: (-result.step, result.true_merge_rate))
+    for name, ordered in newest_by_data(record.all_of(RetrievalResult)).items():
         rows = [_row(result, None, result.step, ordered[0]) for result in ordered]
         won = "only this row / only the first row"
         shown += _tables(name, rows, ordered[0], beside="the first row", won=won)
@@ -125,17 +122,10 @@ def retrieval_sections(record: RunRecord) -> list[Html]:
 
 def compared_retrieval(records: Sequence[RunRecord]) -> list[Html]:
     """Scores of each run's newest checkpoint, each tested against the first run's at the same setting."""
-    newest = [
-        (record.name, result)
-        for record in records
-        for result in {(*result.data, *setting(result)): result for result in record.all_of(RetrievalResult)}.values()
-    ]
     parts: list[Html] = []
-    for name, own in by_data((result.data, (run, result)) for run, result in newest).items():
-        runs = list(dict.fromkeys(run for run, _ in own))
-        reference = {setting(result): result for run, result in own if run == runs[0]}
-        ordered = sorted(own, key=lambda pair: (runs.index(pair[0]), pair[1].true_merge_rate))
-        rows = [_row(result, run, result.step, reference.get(setting(result))) for run, result in ordered]
-        won = f"this run alone / {runs[0]} alone, at the same merge rate,"
-        parts += tables(_tables(name, rows, ordered[0][1], beside=runs[0], won=won))
+    for name, own in beside_first(records, RetrievalResult).items():
+        rows = [_row(result, run, result.step, first) for run, result, first in own]
+        first_run, first_result, _ = own[0]
+        won = f"this run alone / {first_run} alone, at the same merge rate,"
+        parts += tables(_tables(name, rows, first_result, beside=first_run, won=won))
     return [section("recalls", "Pictures and captions", *parts)] if parts else []

@@ -36,6 +36,7 @@ CLASSES_SHOWN = 20
 HEADS = ("run", "step", "true rate", "precision", "feature")
 
 Own = TypeVar("Own")
+Evaluated = TypeVar("Evaluated", bound=EvaluatedResult)
 
 
 def rate_words(result: EvaluatedResult) -> str:
@@ -211,12 +212,36 @@ def by_data(results: Iterable[tuple[tuple[str, str], Own]]) -> dict[str, list[Ow
     return {name if names[name] == 1 else f"{name} (data {print[:8]})": own for (name, print), own in groups.items()}
 
 
-def newest_by_data(results: Iterable[ZeroshotResult]) -> dict[str, list[ZeroshotResult]]:
+def newest_by_data(results: Iterable[Evaluated]) -> dict[str, list[Evaluated]]:
     """The last result of each checkpoint, rate and precision on each data set, later steps first."""
     found = {}
     for name, own in by_data((result.data, result) for result in results).items():
         last = {(result.step, *setting(result)): result for result in own}.values()
         found[name] = sorted(last, key=lambda result: (-result.step, result.true_merge_rate))
+    return found
+
+
+def beside_first(
+    records: Sequence[RunRecord], kind: type[Evaluated]
+) -> dict[str, list[tuple[str, Evaluated, Evaluated | None]]]:
+    """Results of each run's newest checkpoint, by data set, the first run's first.
+
+    Returns:
+        (run, result, the first run's result at the same setting) of each.
+    """
+    newest = [
+        (record.name, result)
+        for record in records
+        for result in {  # in the order of their steps
+            (*result.data, *setting(result)): result for result in record.all_of(kind)
+        }.values()
+    ]
+    found = {}
+    for name, own in by_data((result.data, (run, result)) for run, result in newest).items():
+        runs = list(dict.fromkeys(run for run, _ in own))
+        reference = {setting(result): result for run, result in own if run == runs[0]}
+        ordered = sorted(own, key=lambda pair: (runs.index(pair[0]), pair[1].true_merge_rate))
+        found[name] = [(run, result, reference.get(setting(result))) for run, result in ordered]
     return found
 
 
@@ -252,30 +277,19 @@ def _by_class(result: ZeroshotResult) -> Html:
 
 def compared_scores(records: Sequence[RunRecord]) -> list[Html]:
     """Scores of each run's newest checkpoint, each tested against the first run's at the same setting."""
-    newest = [
-        (record.name, result)
-        for record in records
-        for result in {  # in the order of their steps
-            (*result.data, *setting(result)): result for result in record.all_of(ZeroshotResult)
-        }.values()
-    ]
     headlines = [result for record in records for result in newest_zeroshot(record)]
     parts = []
-    for name, own in by_data((result.data, (run, result)) for run, result in newest).items():
-        by_class = [(run, result) for run, result in own if any(result is headline for headline in headlines)]
+    for name, own in beside_first(records, ZeroshotResult).items():
+        by_class = [(run, result) for run, result, _ in own if any(result is headline for headline in headlines)]
         parts += tables([*_compared(name, own), *_compared_classes(name, by_class)])
     return parts
 
 
-def _compared(dataset: str, results: Sequence[tuple[str, ZeroshotResult]]) -> list[Table]:
-    """Rows by run and rate; the first run's stand first."""
-    runs = list(dict.fromkeys(run for run, _ in results))
-    reference = {setting(result): result for run, result in results if run == runs[0]}
-    rows = [
-        ZeroshotRow(result, run, result.step, _tested(reference.get(setting(result)), result))
-        for run, result in sorted(results, key=lambda pair: (runs.index(pair[0]), pair[1].true_merge_rate))
-    ]
-    won = f"won / lost: {_main(results[0][1]).won} this run alone / by {runs[0]} alone, at the same merge rate"
+def _compared(dataset: str, results: Sequence[tuple[str, ZeroshotResult, ZeroshotResult | None]]) -> list[Table]:
+    """A row for each run and rate."""
+    rows = [ZeroshotRow(result, run, result.step, _tested(first, result)) for run, result, first in results]
+    run, result, _ = results[0]
+    won = f"won / lost: {_main(result).won} this run alone / by {run} alone, at the same merge rate"
     return zeroshot_tables(dataset, rows, notes=[f"{won}; {PAIRED_TEST}"], with_speed=False)
 
 
