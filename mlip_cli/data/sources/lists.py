@@ -153,7 +153,7 @@ def read_as_listed(table: Table, preset: str) -> tuple[Table, Chosen]:
     if chosen is None and known.headless and table.layout and len(table.columns) == len(known.headless):
         layout = replace(table.layout, columns=known.headless, has_header=False)
         rows = partial(text_rows, table.path, layout)
-        table = replace(table, columns=known.headless, layout=layout, rows=rows, has_header=False)
+        table = replace(table, columns=known.headless, layout=layout, rows=rows)
         chosen = _chosen(table, known)
     if chosen is None:
         raise _unlike(table, preset, f"columns {cells_in_words(table.columns)}")

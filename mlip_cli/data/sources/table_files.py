@@ -50,11 +50,15 @@ class Table:
     path: Path
     columns: tuple[str, ...]
     rows: Callable[[], Iterator[Row]]
-    has_header: bool = True
     holding_pictures: tuple[str, ...] = ()
     """Columns whose cells are encoded pictures."""
     layout: Layout | None = None
     """How the cells of a text table lie."""
+
+    @property
+    def has_header(self) -> bool:
+        """False for a text table whose columns have places and no names."""
+        return self.layout is None or self.layout.has_header
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,7 @@ def open_table(path: Path) -> Table:
         rows = partial(json_rows if ending == "json" else json_line_rows, path)
         return Table(path, json_columns(path, rows), rows)
     layout = text_layout(path, ending=ending, known=KNOWN_COLUMNS)
-    return Table(path, layout.columns, partial(text_rows, path, layout), has_header=layout.has_header, layout=layout)
+    return Table(path, layout.columns, partial(text_rows, path, layout), layout=layout)
 
 
 def chosen_columns(table: Table, read: ReadOptions) -> Chosen:
