@@ -3,17 +3,22 @@
 import hashlib
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
 
+from mlip_cli.data.dataset import ShardDataset
 from mlip_cli.data.index import HEADER, RECORD, checksum, index_path, place_of, write_index
+from mlip_cli.data.loader import training_loader
+from mlip_cli.data.order import Order
 from mlip_cli.data.prepare.shards import sample_parts, tar_writer, verify_tar
 from mlip_cli.data.tokenizer import Tokenizer
 from mlip_cli.files import write_json
+from mlip_cli.recipe.config import Data, Source
+from mlip_cli.types import Batch
 
 COLORS = ("red", "green", "blue", "yellow", "black", "purple", "orange", "gray")
 SHAPES = ("disc", "square", "bar")
@@ -125,3 +130,26 @@ def _fields(i: int, image: Image.Image, content: bytes, captions: int | Sequence
         "source": {"file": "made for tests", "row": i},
         "meta": {"shape": shape},
     }
+
+
+def batches_of(
+    dataset: ShardDataset,
+    steps: range,
+    *,
+    batch_size: int,
+    num_workers: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    **data: Any,
+) -> Iterator[Batch]:
+    """The training batches of these steps; `data` is a recipe's section."""
+    return training_loader(
+        [dataset],
+        Order([dataset.num_samples], None, seed=0, global_batch_size=batch_size),
+        data=Data(train=(Source(path="unused"),), **data),
+        tokenizer=Tokenizer(16),
+        steps=steps,
+        num_workers=num_workers,
+        rank=rank,
+        world_size=world_size,
+    )

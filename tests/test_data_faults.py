@@ -17,19 +17,18 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from shards_for_tests import give_checksums, index_shard, make_dataset
+from shards_for_tests import batches_of, give_checksums, index_shard, make_dataset
 
 from mlip_cli.data import dataset as dataset_module
 from mlip_cli.data.dataset import BadSampleError, RawSample, ShardDataset
 from mlip_cli.data.index import HEADER, RECORD, index_path
-from mlip_cli.data.loader import training_loader
 from mlip_cli.data.open import open_prepared, open_sources
 from mlip_cli.data.order import Order
 from mlip_cli.data.prepare.shards import sample_parts, tar_writer
 from mlip_cli.data.tokenizer import Tokenizer
 from mlip_cli.errors import RunError
 from mlip_cli.files import write_json
-from mlip_cli.recipe.config import Augment, Cache, Data, Source
+from mlip_cli.recipe.config import Augment, Cache, Source
 from mlip_cli.types import Batch
 
 N, G = 24, 8
@@ -66,31 +65,14 @@ def samples(dataset: ShardDataset) -> list[RawSample | BadSampleError]:
 
 
 def batches(dataset: ShardDataset, steps: int, *, num_workers: int = 0) -> Iterator[Batch]:
-    order = Order([dataset.num_samples], None, seed=0, global_batch_size=G)
-    return training_loader(
-        [dataset],
-        order,
-        data=Data(train=(Source(path="unused"),), augment=Augment(crop_scale=None), image_size=32, max_bad_share=1.0),
-        tokenizer=Tokenizer(16),
-        steps=range(steps),
-        num_workers=num_workers,
-    )
+    data = {"augment": Augment(crop_scale=None), "image_size": 32, "max_bad_share": 1.0}
+    return batches_of(dataset, range(steps), batch_size=G, num_workers=num_workers, **data)
 
 
 def check_pairs(found: Sequence[Batch], whole: Path) -> int:
     """Each picture and caption are those of its key in the whole data; how many samples were replaced."""
-    dataset = open_prepared(whole)
-    order = Order([N], None, seed=0, global_batch_size=N)
-    good = next(
-        training_loader(
-            [dataset],
-            order,
-            data=Data(train=(Source(path="unused"),), augment=Augment(crop_scale=None), image_size=32),
-            tokenizer=Tokenizer(16),
-            steps=range(1),
-            num_workers=0,
-        )
-    )
+    augment = Augment(crop_scale=None)
+    good = next(batches_of(open_prepared(whole), range(1), batch_size=N, augment=augment, image_size=32))
     pictures = dict(zip(good.keys, good.images, strict=True))
     for batch in found:
         assert len(batch.keys) == len(batch.images) == len(batch.token_ids) == G

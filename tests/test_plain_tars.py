@@ -15,18 +15,18 @@ import pytest
 import torch
 import webdataset
 from PIL import Image
+from shards_for_tests import batches_of
 
 from mlip_cli.data import plain_tars as module
 from mlip_cli.data.dataset import BadSampleError, ShardDataset
-from mlip_cli.data.loader import training_loader
 from mlip_cli.data.open import open_sources
-from mlip_cli.data.order import Order
 from mlip_cli.data.sources.records import Caption
 from mlip_cli.data.sources.tar_samples import Columns
 from mlip_cli.data.tokenizer import Tokenizer
 from mlip_cli.errors import UsageError
 from mlip_cli.evaluate.validation import evaluation_loader
 from mlip_cli.recipe.config import Augment, Cache, Data, Source
+from mlip_cli.types import Batch
 
 G = 4
 
@@ -173,19 +173,9 @@ def test_what_webdataset_writes(tmp_path: Path, cache: Cache) -> None:
     assert [dataset.read(i).image for i in range(5)] == [picture(i) for i in range(5)]
 
 
-def batches(dataset: ShardDataset, start: int, stop: int, **options: Any) -> list[Any]:
-    order = Order([dataset.num_samples], None, seed=0, global_batch_size=G)
-    settings = {"num_workers": 0} | options
-    return list(
-        training_loader(
-            [dataset],
-            order,
-            data=Data(train=(Source(path="unused"),), augment=Augment(flip=True), image_size=16),
-            tokenizer=Tokenizer(16),
-            steps=range(start, stop),
-            **settings,
-        )
-    )
+def batches(dataset: ShardDataset, start: int, stop: int, **options: Any) -> list[Batch]:
+    augment = Augment(flip=True)
+    return list(batches_of(dataset, range(start, stop), batch_size=G, augment=augment, image_size=16, **options))
 
 
 @pytest.mark.slow

@@ -17,22 +17,21 @@ from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.registry import known_implementations
 from locks_for_tests import held_elsewhere
 from models_for_tests import small_recipe
-from shards_for_tests import make_dataset
+from shards_for_tests import batches_of, make_dataset
 
 from mlip_cli.data import remote as module
 from mlip_cli.data import transfers
 from mlip_cli.data.cache import ShardCache
 from mlip_cli.data.dataset import ShardDataset
-from mlip_cli.data.loader import training_loader
 from mlip_cli.data.open import open_prepared, open_sources
 from mlip_cli.data.order import Order
-from mlip_cli.data.tokenizer import Tokenizer
 from mlip_cli.errors import RunError, UsageError
 from mlip_cli.evaluate.validation import evaluation_loader
 from mlip_cli.files import GIB
-from mlip_cli.recipe.config import Augment, Cache, Data, Source
+from mlip_cli.recipe.config import Cache, Data, Source
 from mlip_cli.recipe.load import absolute_paths
 from mlip_cli.train.facts import preflight
+from mlip_cli.types import Batch
 
 N, G = 40, 8
 CURE = "check network and credentials, then try again"
@@ -97,17 +96,8 @@ def copies(cache: Cache, pattern: str = "*.tar") -> set[str]:
     return {path.name for path in Path(cache.folder or "").glob(f"*/{pattern}")}
 
 
-def batches(dataset: ShardDataset, *, start: int = 0, stop: int = 5, num_workers: int = 0) -> list[Any]:
-    order = Order([dataset.num_samples], None, seed=0, global_batch_size=G)
-    found = training_loader(
-        [dataset],
-        order,
-        data=Data(train=(Source(path="unused"),), augment=Augment(), image_size=16),
-        tokenizer=Tokenizer(16),
-        steps=range(start, stop),
-        num_workers=num_workers,
-    )
-    return list(found)
+def batches(dataset: ShardDataset, *, start: int = 0, stop: int = 5, num_workers: int = 0) -> list[Batch]:
+    return list(batches_of(dataset, range(start, stop), batch_size=G, num_workers=num_workers, image_size=16))
 
 
 @pytest.mark.slow
