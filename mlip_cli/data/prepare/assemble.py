@@ -6,7 +6,7 @@ workers and machines nor on the order of their work.
 
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -18,7 +18,7 @@ from mlip_cli.data.prepare import downloads
 from mlip_cli.data.prepare.duplicates import EvaluationSet
 from mlip_cli.data.prepare.engines import run_parallel
 from mlip_cli.data.prepare.fates import decided
-from mlip_cli.data.prepare.finish import write_splits
+from mlip_cli.data.prepare.finish import Finished, write_splits
 from mlip_cli.data.prepare.job import Job
 from mlip_cli.data.prepare.locks import opened
 from mlip_cli.data.prepare.parts import prepare_part
@@ -75,16 +75,7 @@ def prepare(job: Job, *, finish_only: bool = False, retry: bool = False) -> Summ
         try:
             if finish_only:
                 _check_gaps(work, (part.number for part in parts_of(read_records(source, survey.shared))))
-            sets = _evaluation_sets(work, job)
-            results = _prepare_parts(work, job, survey, earlier)
-            finished = write_splits(
-                work,
-                results,
-                holdout=held_out_share(job.request["holdout"], survey.pictures),
-                provenance=provenance,
-                holds=split_words(source.read.limit) if source.format == "openmoji" else {},
-                decide=partial(decided, cleaning=job.cleaning, sets=sets),
-            )
+            results, finished = _both_passes(work, job, survey, earlier, provenance=provenance)
             reasons = reasons_of(results) + Counter(finished.dropped)
             check_samples(work, results, finished, reasons)
         except SourceError as error:
@@ -115,6 +106,23 @@ def prepare(job: Job, *, finish_only: bool = False, retry: bool = False) -> Summ
         )
         work.publish(summary)
     return summary
+
+
+def _both_passes(
+    work: Workspace, job: Job, survey: Survey, earlier: Earlier | None, *, provenance: Mapping[str, Any]
+) -> tuple[list[PartResult], Finished]:
+    """Prepare the parts and put them together. Raises as `_prepare_parts` and `write_splits`."""
+    sets = _evaluation_sets(work, job)
+    results = _prepare_parts(work, job, survey, earlier)
+    finished = write_splits(
+        work,
+        results,
+        holdout=held_out_share(job.request["holdout"], survey.pictures),
+        provenance=provenance,
+        holds=split_words(job.source.read.limit) if job.source.format == "openmoji" else {},
+        decide=partial(decided, cleaning=job.cleaning, sets=sets),
+    )
+    return results, finished
 
 
 def prepare_share(job: Job, share: Share) -> SharePrepared:
