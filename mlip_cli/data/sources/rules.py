@@ -24,17 +24,17 @@ UNKNOWN = "--where asks for a missing value"
 class TableRules:
     """The rules for the rows of one table."""
 
+    rules: "RowRules"
     condition: Condition | None
-    uids: "Uids | None"
     uid_column: str
-    rewritten: "Rewritten | None"
     key_column: str
+    """Of the captions of another file; "" where they are not joined by a column."""
 
     def left_out(self, row: Mapping[str, Any]) -> tuple[str, str] | None:
         """(reason, detail) of a row that is not wanted."""
-        if self.uids is not None:
+        if self.rules.uids is not None:
             uid = row.get(self.uid_column)
-            if uid is None or str(uid) not in self.uids:
+            if uid is None or str(uid) not in self.rules.uids:
                 return NOT_IN_UIDS, "" if uid is None else str(uid)
         if self.condition is not None and not (found := self.condition.test(row)):
             if found is None:
@@ -44,9 +44,9 @@ class TableRules:
 
     def captions(self, row: Mapping[str, Any], own: tuple[Caption, ...]) -> tuple[Caption, ...]:
         """The captions of a row, from the file of rewritten ones if it has any."""
-        if self.rewritten is None or not self.key_column:
+        if self.rules.rewritten is None or not self.key_column:
             return own
-        return self.rewritten.instead_of(own, row.get(self.key_column))
+        return self.rules.rewritten.instead_of(own, row.get(self.key_column))
 
 
 @dataclass(frozen=True)
@@ -73,16 +73,9 @@ class RowRules:
                 names = ", ".join(UID_COLUMNS)
                 columns = cells_in_words(table.columns)
                 raise table_error(table.path, f"--uids: no column of uids ({names}); columns are {columns}")
-        key_column = ""
-        if self.rewritten is not None:
-            key_column = self.rewritten.key_column_of(table, chosen)
-        return TableRules(
-            condition(self.where, table.columns) if self.where else None,
-            self.uids,
-            uid_column,
-            self.rewritten,
-            key_column,
-        )
+        key_column = self.rewritten.key_column_of(table, chosen) if self.rewritten is not None else ""
+        tested = condition(self.where, table.columns) if self.where else None
+        return TableRules(self, tested, uid_column, key_column)
 
     def remarks(self) -> Iterator[str]:
         """What is worth a line after all rows have been read once."""
