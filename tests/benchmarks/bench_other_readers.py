@@ -114,15 +114,9 @@ def installed(folder: Path) -> Path:
 def test_other_readers_keep_pairs_together() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        prepare = [
-            sys.executable,
-            "-m",
-            "mlip_cli",
-            "prepare-data",
-            str(make_source(folder / "in")),
-            str(folder / "out"),
-        ]
-        subprocess.run([*prepare, "--holdout", "0.01"], check=True)
+        table, out = make_source(folder / "in"), folder / "out"
+        prepare = [sys.executable, "-m", "mlip_cli", "prepare-data", str(table), str(out), "--holdout", "0.01"]
+        subprocess.run(prepare, check=True)
         train = out / "train"
         sizes = json.loads((train / "sizes.json").read_text())
         overlays = {"open_clip": overlay(folder / "open_clip"), "hugging_face": installed(folder / "hugging_face")}
