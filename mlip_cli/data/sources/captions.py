@@ -53,8 +53,11 @@ MISSING = frozenset(("nan", "none", "null", "n/a", "na", "#n/a", "<na>", "undefi
 def captions_of(value: Any) -> tuple[Caption, ...]:
     """The captions of a cell or of a key of KEY.json: a text, a list, a list written as a text, or a conversation.
 
-    The items of a list are texts or objects such as {text, weight}. Other values give no captions.
+    The items of a list are texts or objects such as {text, weight}. Other values give no captions. Bytes are text,
+    which `usable_captions` checks.
     """
+    if isinstance(value, bytes):
+        value = value.decode("utf-8", "surrogateescape")
     if isinstance(value, str):
         if not (texts := listed(value)):
             return (Caption(value),)

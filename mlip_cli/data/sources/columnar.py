@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 BATCH_ROWS = 4_096
 BATCH_PICTURES = 64
 """Rows that are held at once where pictures lie in the table."""
+FIRST_CELLS = 20
+"""This many rows tell whether a column of bytes is text."""
 ARROW_FILE = b"ARROW1"
 """First bytes of Arrow's file format. Its stream format, in which `datasets` saves, has none."""
 
@@ -24,23 +26,31 @@ def columnar_schema(path: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
     Raises:
         UsageError: the file is neither Parquet nor Arrow.
     """
-    with _opened(path) as (schema, _):
-        return tuple(schema.names), tuple(field.name for field in schema if _holds_bytes(field.type))
+    with _opened(path) as (schema, batches):
+        holding = tuple(field.name for field in schema if _holds_bytes(field.type))
+        texts = _texts(next(batches, None)) if holding else frozenset()
+        return tuple(schema.names), tuple(name for name in holding if name not in texts)
 
 
 def columnar_rows(path: Path) -> Iterator[Row]:
     """The rows. Text that is not UTF-8 becomes lone surrogates, as in CSV; times become text, of UTC.
+
+    Columns of bytes are text where the first rows hold text: some programs write no other kind of column.
 
     Raises:
         UsageError: the file is damaged.
     """
     import pyarrow as pa
 
+    texts = None
     with _opened(path) as (_, batches):
         for batch in batches:
+            texts = _texts(batch) if texts is None else texts
             columns = {}
             for name, column in zip(batch.schema.names, batch.columns, strict=True):
-                if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+                if name in texts:
+                    columns[name] = [_text(value) for value in column.to_pylist()]
+                elif pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
                     binary = pa.large_binary() if pa.types.is_large_string(column.type) else pa.binary()
                     columns[name] = [_text(value) for value in column.view(binary).to_pylist()]
                 elif pa.types.is_timestamp(column.type):  # Python's own times have fewer years and no nanoseconds
@@ -95,6 +105,29 @@ def _holds_bytes(kind: "pa.DataType") -> bool:
         place = kind.get_field_index("bytes")
         return place >= 0 and _holds_bytes(kind.field(place).type)
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+
+def _texts(batch: "pa.RecordBatch | None") -> frozenset[str]:
+    """The columns of bytes whose first cells are all text, by the first rows of a table."""
+    import pyarrow as pa
+
+    if batch is None:
+        return frozenset()
+    columns = zip(batch.schema.names, batch.columns, strict=True)
+    cells = {
+        name: [cell for cell in column.slice(0, FIRST_CELLS).to_pylist() if cell]
+        for name, column in columns
+        if pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type)
+    }
+    return frozenset(name for name, found in cells.items() if found and all(map(_is_text, found)))
+
+
+def _is_text(cell: bytes) -> bool:
+    """Whether bytes are UTF-8 without a zero byte, as no picture is that mlip reads."""
+    try:
+        return b"\0" not in cell and bool(cell.decode())
+    except UnicodeDecodeError:
+        return False
 
 
 def _text(value: bytes | None) -> str | None:

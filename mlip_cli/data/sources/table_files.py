@@ -55,6 +55,8 @@ class Table:
     """Columns whose cells are encoded pictures."""
     layout: Layout | None = None
     """How the cells of a text table lie."""
+    decoded: tuple[str, ...] = ()
+    """Columns whose texts the file has as in an address, `My+cat%21`, and the rows as `My cat!`."""
 
 
 @dataclass(frozen=True)
@@ -139,14 +141,15 @@ def _named(table: Table, what: str, name: str) -> str:
 
 
 def _guessed(table: Table, what: str, groups: Sequence[Sequence[str]]) -> str:
-    if what == "image" and len(table.holding_pictures) == 1:
-        return table.holding_pictures[0]
+    holding = [column for column in table.holding_pictures if not _names_captions(column)]
+    if what == "image" and len(holding) == 1:
+        return holding[0]
     names = {column: _plain(column) for column in table.columns}
     found: list[str] = []
     for group in groups:
         found = found or [column for column, name in names.items() if name in group]
     if what == "caption":
-        found = found or [column for column, name in names.items() if name.endswith("caption")]
+        found = found or list(filter(_names_captions, names))
     if len(found) == 1:
         return found[0]
     problem = f"columns {' and '.join(found)} could both be the {what}" if found else f"no column for the {what}"
@@ -157,6 +160,11 @@ def _guessed(table: Table, what: str, groups: Sequence[Sequence[str]]) -> str:
 
 def _plain(column: str) -> str:
     return column.strip().lower().replace(" ", "_").replace("-", "_")
+
+
+def _names_captions(column: str) -> bool:
+    name = _plain(column)
+    return name.endswith("caption") or any(name in group for group in CAPTION_COLUMNS)
 
 
 def holds_addresses(column: str) -> bool:

@@ -65,6 +65,8 @@ class TablePlan:
     def in_words(self) -> str:
         """How the table is read, for the line before the work."""
         header = "" if self.table.has_header else "; the table has no header"
+        if decoded := self.table.decoded:
+            header += f"; column {' and '.join(map(repr, decoded))} decoded, as My+cat%21 to My cat!"
         if self.is_list:
             return f"{self.chosen.in_words()}{header}"
         beside = "" if self.folder == self.table.path.parent else f"; pictures in {escaped(str(self.folder))}"
