@@ -75,14 +75,14 @@ def test_jsonl_takes_lists_and_weights(tmp_path: Path) -> None:
     ]
     lines = "\n".join(json.dumps(row) for row in rows) + "\n{torn"
     files = {f"{i}.png": picture(i) for i in range(3)}
-    prepare(write_files(tmp_path / "in", {"metadata.jsonl": lines, **files}), tmp_path / "out")
-    assert texts(tmp_path / "out") == [["a", "b"], ["c", "d"]]
+    summary = prepare(write_files(tmp_path / "in", {"metadata.jsonl": lines, **files}), tmp_path / "out")
+    assert texts(tmp_path / "out") == [["a", "b"], ["c", "d"], [str(i) for i in range(255)]]
+    assert summary["cleaning"]["captions_left_out"] == 1
     assert [caption["weight"] for caption in samples(tmp_path / "out")[1]["captions"]] == [2.0, 0.5]
     assert [(row, reason) for _, row, reason, _ in rejects(tmp_path / "out")] == [
         (2, "no caption"),
         (3, "caption weight is not positive"),
         (4, "caption is not UTF-8"),
-        (5, "too many captions"),
         (6, "no file name"),
         (7, "row is not a JSON object"),
         (8, "row is not JSON"),

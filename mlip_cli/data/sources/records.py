@@ -16,6 +16,7 @@ MAX_CAPTION_BYTES = 64 * 1024
 MAX_TEXT_BYTES = 1 << 20
 """A longer text beside a picture is not read."""
 MAX_CAPTIONS = 255
+"""A sample keeps the first of more captions: the index counts them in a byte."""
 PART_ROWS = 500
 PART_BYTES = 64 << 20
 """A part ends here where its records carry the bytes of their pictures: each worker holds one."""
@@ -238,13 +239,11 @@ def usable_captions(captions: Sequence[Caption]) -> tuple[Caption, ...]:
     """The captions stripped, without the empty ones.
 
     Raises:
-        UnusableSampleError: there are none or too many, or one is too long, not UTF-8, or of a weight not above 0.
+        UnusableSampleError: there are none, or one is too long, not UTF-8, or of a weight not above 0.
     """
     stripped = [(caption, text) for caption in captions if (text := caption.text.strip())]
     if not stripped:
         raise UnusableSampleError("no caption")
-    if len(stripped) > MAX_CAPTIONS:
-        raise UnusableSampleError("too many captions", detail=f"{len(stripped)}, at most {MAX_CAPTIONS}")
     for caption, text in stripped:
         try:
             num_bytes = len(text.encode())
