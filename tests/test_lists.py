@@ -139,7 +139,7 @@ def test_quotes_and_odd_rows_of_a_list(tmp_path: Path) -> None:
         ("https://x/13.jpg", ["last"]),
     ]
     assert reasons(found) == [
-        (3, "caption is not UTF-8", "a lone surrogate"),
+        (3, "caption is not UTF-8", "write it as UTF-8"),
         (4, "caption too long", "79999 bytes, at most 65536"),
         (5, "row of 3 cells under 2 columns", ""),
         (6, "row of 1 cells under 2 columns", ""),

@@ -380,7 +380,18 @@ def test_captions_as_bytes_of_another_encoding_are_no_pictures(tmp_path: Path) -
     pq.write_table(table, source / "t.parquet")
     prepare(source, tmp_path / "out")
     assert texts(tmp_path / "out") == [["plain"]]
-    assert rejects(tmp_path / "out") == [("t.parquet", 0, "caption is not UTF-8", "a lone surrogate")]
+    assert rejects(tmp_path / "out") == [("t.parquet", 0, "caption is not UTF-8", "write it as UTF-8")]
+
+
+@pytest.mark.parametrize("caption", ["caption", "captions"])
+def test_other_bytes_beside_the_names_of_pictures_are_no_pictures(tmp_path: Path, caption: str) -> None:
+    texts_of_rows = [[b"one", b"two"], [b"three"]] if caption == "captions" else [b"one", b"three"]
+    table = {"image": [0, 1], caption: texts_of_rows, "phash": [b"\xff\x00\x80", b"\x00\x01\x02"]}
+    write_files(tmp_path / "in", {f"i/{i}.png": picture(i) for i in range(2)})
+    pq.write_table(pa.table(table), tmp_path / "in" / "t.parquet")
+    prepare(tmp_path / "in", tmp_path / "out")
+    assert texts(tmp_path / "out") == [["one", "two"] if caption == "captions" else ["one"], ["three"]]
+    assert samples(tmp_path / "out")[0]["meta"] == {}
 
 
 def test_pictures_in_rows_that_are_not_complete_are_not_kept(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Tables in columns: Parquet and Arrow, with the pictures inside them or beside them."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -15,7 +16,9 @@ BATCH_ROWS = 4_096
 BATCH_PICTURES = 64
 """Rows that are held at once where pictures lie in the table."""
 FIRST_CELLS = 20
-"""This many rows tell whether a column of bytes is text."""
+"""This many rows tell whether a column of bytes holds text, pictures or something else."""
+PICTURE_START = re.compile(rb"\xff\xd8|\x89PNG|GIF8|RIFF|BM|II[*+]|MM\0[*+]|.{4}(ftyp|jP  |JXL )|\xff\x0a", re.DOTALL)
+"""First bytes of pictures: JPEG, PNG, GIF, WebP, BMP, TIFF; AVIF and HEIC, JPEG 2000, JPEG XL, which are not read."""
 ARROW_FILE = b"ARROW1"
 """First bytes of Arrow's file format. Its stream format, in which `datasets` saves, has none."""
 
@@ -27,9 +30,9 @@ def columnar_schema(path: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
         UsageError: the file is neither Parquet nor Arrow.
     """
     with _opened(path) as (schema, batches):
-        holding = tuple(field.name for field in schema if _holds_bytes(field.type))
-        texts = _texts(next(batches, None)) if holding else frozenset()
-        return tuple(schema.names), tuple(name for name in holding if name not in texts)
+        holding = [field.name for field in schema if _holds_bytes(field.type)]
+        cells = _first_bytes(next(batches, None)) if holding else {}
+        return tuple(schema.names), tuple(name for name in holding if _may_hold_pictures(cells.get(name)))
 
 
 def columnar_rows(path: Path) -> Iterator[Row]:
@@ -42,10 +45,11 @@ def columnar_rows(path: Path) -> Iterator[Row]:
     """
     import pyarrow as pa
 
-    texts = None
+    texts: set[str] | None = None
     with _opened(path) as (_, batches):
         for batch in batches:
-            texts = _texts(batch) if texts is None else texts
+            if texts is None:
+                texts = {name for name, found in _first_bytes(batch).items() if found and all(map(_is_text, found))}
             columns = {}
             for name, column in zip(batch.schema.names, batch.columns, strict=True):
                 if name in texts:
@@ -107,19 +111,21 @@ def _holds_bytes(kind: "pa.DataType") -> bool:
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 
 
-def _texts(batch: "pa.RecordBatch | None") -> frozenset[str]:
-    """The columns of bytes whose first cells are all text, by the first rows of a table."""
+def _first_bytes(batch: "pa.RecordBatch | None") -> dict[str, list[bytes]]:
+    """The first cells of the columns of bytes, by the first rows of a table; those without content are left out."""
     import pyarrow as pa
 
-    if batch is None:
-        return frozenset()
-    columns = zip(batch.schema.names, batch.columns, strict=True)
-    cells = {
+    columns = [] if batch is None else zip(batch.schema.names, batch.columns, strict=True)
+    return {
         name: [cell for cell in column.slice(0, FIRST_CELLS).to_pylist() if cell]
         for name, column in columns
         if pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type)
     }
-    return frozenset(name for name, found in cells.items() if found and all(map(_is_text, found)))
+
+
+def _may_hold_pictures(cells: list[bytes] | None) -> bool:
+    """Whether one of the first cells of a column begins like a picture; nothing is told by other kinds of columns."""
+    return not cells or any(map(PICTURE_START.match, cells))
 
 
 def _is_text(cell: bytes) -> bool:

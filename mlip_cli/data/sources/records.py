@@ -4,7 +4,6 @@ import json
 import math
 import operator
 import re
-from codecs import BOM_UTF8
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -248,7 +247,7 @@ def usable_captions(captions: Sequence[Caption]) -> tuple[Caption, ...]:
         try:
             num_bytes = len(text.encode())
         except UnicodeEncodeError:
-            raise UnusableSampleError("caption is not UTF-8", detail="a lone surrogate") from None
+            raise UnusableSampleError("caption is not UTF-8", detail="write it as UTF-8") from None
         if num_bytes > MAX_CAPTION_BYTES:
             raise UnusableSampleError("caption too long", detail=f"{num_bytes} bytes, at most {MAX_CAPTION_BYTES}")
         if not 0 < caption.weight < math.inf:
@@ -294,14 +293,6 @@ def split_of_folder(relative: Path) -> tuple[str | None, Path]:
     """`train/dog/x.jpg` -> ("train", `dog/x.jpg`); `dog/x.jpg` -> (None, `dog/x.jpg`)."""
     split = split_of_name(relative.parts[0]) if len(relative.parts) > 1 else None
     return (split, Path(*relative.parts[1:])) if split else (None, relative)
-
-
-def decode_text(content: bytes) -> str | None:
-    """UTF-8 text without a byte order mark, or None if it is not UTF-8."""
-    try:
-        return content.removeprefix(BOM_UTF8).decode()
-    except UnicodeDecodeError:
-        return None
 
 
 def json_bytes(value: Any) -> bytes:

@@ -154,7 +154,8 @@ def _guessed(table: Table, what: str, groups: Sequence[Sequence[str]]) -> str:
         return found[0]
     problem = f"columns {' and '.join(found)} could both be the {what}" if found else f"no column for the {what}"
     is_whole = len(table.columns) == 1 and table_ending(table.path.name) in ("csv", "tsv", "txt")
-    cure = "part its cells by commas or tabs" if is_whole else f"say --{what}-column NAME"
+    several = ", or NAME,NAME for several" if what == "caption" else ""
+    cure = "part its cells by commas or tabs" if is_whole else f"say --{what}-column NAME{several}"
     raise table_error(table.path, f"{problem}; {_columns(table)}; {cure}")
 
 
