@@ -100,6 +100,9 @@ def test_a_caption_falls_alone_and_a_row_with_its_last_one() -> None:
     assert (kept.captions, num_fallen, kept.reject) == ((captions[1],), 2, None)
     fallen, num_fallen = with_clean_captions(Record("t.csv", 4, None, captions[::2], detail="a.jpg"), rules)
     assert (fallen.reject, fallen.detail, num_fallen) == ("caption too short", "a.jpg: 1 word, at least 2", 0)
+    many = tuple(Caption(f"caption {i}") for i in range(256))
+    kept, num_fallen = with_clean_captions(Record("t.csv", 4, None, (captions[0], *many)), rules)
+    assert (kept.captions, num_fallen) == (many[:255], 2)
     reject = Record("t.csv", 4, None, (), reject="no caption")
     assert with_clean_captions(reject, rules) == (reject, 0)
 
