@@ -53,6 +53,18 @@ def _wrong_encoding(place: str) -> UsageError:
     return UsageError(f"{place}: Python reads names as {sys.getfilesystemencoding()} here; set PYTHONUTF8=1")
 
 
+def check_current_folder() -> None:
+    """Check that the current folder is still there: relative paths mean nothing without it, and PyTorch does not load.
+
+    Raises:
+        UsageError: it was removed.
+    """
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise UsageError("the current folder was removed; change to another one with cd") from None
+
+
 def read_path(text: str) -> str:
     """A local path as typed, with `~` and `~NAME` replaced by the home folder; it need not exist.
 

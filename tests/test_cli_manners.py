@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from command_for_tests import mlip
@@ -100,6 +101,17 @@ def test_a_reader_that_leaves_the_pipe_ends_the_command_without_an_error() -> No
     )
     os.close(writer)
     assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_a_current_folder_that_was_removed_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    assert exit_code(lambda **_: os.path.abspath("relative")) == 2
+    assert capsys.readouterr().err == "error: the current folder was removed; change to another one with cd\n"
 
 
 def test_operating_system_errors_name_the_file_first(capsys: pytest.CaptureFixture[str]) -> None:

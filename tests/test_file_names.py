@@ -196,6 +196,21 @@ def test_kinds_of_files_are_limited() -> None:
     assert passed.in_words().startswith("900 files of other kinds (first: x.0100), 1 .0000 files (first: x.0000), ")
 
 
+def test_a_missing_picture_costs_little_memory(tmp_path: Path) -> None:
+    names = [f"{i:08d}_picture.jpg" for i in range(4_000)]
+    write_files(tmp_path, dict.fromkeys(names, b""))
+    finder = picture_paths.PathFinder(tmp_path)
+    finder.find("gone.jpg")  # imports what it needs
+    finder.listings.clear()
+    tracemalloc.start()
+    assert finder.find("also_gone.jpg").path == ""
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert held < 80 * len(names)
+    assert finder.find("00000007_PICTURE.jpg").path == str(tmp_path / names[7])
+    assert finder.find("00003999_picture").path == str(tmp_path / names[-1])
+
+
 @pytest.mark.parametrize(("name", "most"), [("MOST_FOLDERS", 3), ("MOST_NAMES", 12)])
 def test_listings_that_are_kept_are_limited(
     name: str, most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -100,6 +100,9 @@ def test_a_caption_falls_alone_and_a_row_with_its_last_one() -> None:
     assert (kept.captions, num_fallen, kept.reject) == ((captions[1],), 2, None)
     fallen, num_fallen = with_clean_captions(Record("t.csv", 4, None, captions[::2], detail="a.jpg"), rules)
     assert (fallen.reject, fallen.detail, num_fallen) == ("caption too short", "a.jpg: 1 word, at least 2", 0)
+    many = tuple(Caption(f"caption {i}") for i in range(256))
+    kept, num_fallen = with_clean_captions(Record("t.csv", 4, None, (captions[0], *many)), rules)
+    assert (kept.captions, num_fallen) == (many[:255], 2)
     reject = Record("t.csv", 4, None, (), reject="no caption")
     assert with_clean_captions(reject, rules) == (reject, 0)
 
@@ -140,7 +143,8 @@ def test_rules_make_rejects_with_the_measured_value(tmp_path: Path, caplog: pyte
     assert {reason for _, _, reason, _ in rejects(tmp_path / "out")} <= REASONS
     assert texts(tmp_path / "out") == [["a photograph of something"], ["a photograph once more"]]
     assert summary["cleaning"]["captions_left_out"] == 1
-    assert "1 caption left out by the rules for captions; other captions of these pictures stay" in caplog.messages
+    why = "by the rules for captions or as more than 255 of a picture; other captions of these pictures stay"
+    assert f"1 caption left out {why}" in caplog.messages
     rules = {"min_words": 3, "min_side": 200, "max_aspect": 3.0, "min_bytes": 2_000}
     assert {name: summary["request"].get(name) for name in rules} == rules
 

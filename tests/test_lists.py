@@ -140,7 +140,7 @@ def test_quotes_and_odd_rows_of_a_list(tmp_path: Path) -> None:
         ("https://x/13.jpg", ["last"]),
     ]
     assert reasons(found) == [
-        (3, "caption is not UTF-8", "a lone surrogate"),
+        (3, "caption is not UTF-8", "write it as UTF-8"),
         (4, "caption too long", "79999 bytes, at most 65536"),
         (5, "row of 3 cells under 2 columns", ""),
         (6, "row of 1 cells under 2 columns", ""),
@@ -197,6 +197,28 @@ def test_both_lists_of_yfcc15m(tmp_path: Path) -> None:
     assert pairs(records(tmp_path / "v2.json", tmp_path, preset="yfcc15m_v2")) == EXPECTED
     found = pairs(records(tmp_path / "v1.csv", tmp_path, preset="yfcc15m_v1"))
     assert found == [(url, [f"picture {i}", f"told of {i}"]) for i, url in enumerate(URLS)]
+
+
+@pytest.mark.parametrize("columns", ["title,description", "Title,Description", "title_clean,description_clean"])
+def test_titles_as_yfcc100m_has_them_are_decoded(tmp_path: Path, columns: str) -> None:
+    texts = ["My+cat%21", "100%25+caf%C3%A9", "1+%2B+1+%3D+2", "IMG_0520", "a%0Ab"]
+    lines = [f"photoid,{columns},downloadurl"]
+    lines += [f"{i},{text},told+of+{i},{URLS[i]}" for i, text in enumerate(texts)]
+    source = write_files(tmp_path, {"v1.csv": "\n".join(lines)}) / "v1.csv"
+    found = pairs(records(source, tmp_path, preset="yfcc15m_v1"))
+    words = find_source(str(source), read=ReadOptions(preset="yfcc15m_v1")).table_plans[0].in_words()
+    is_clean = "clean" in columns
+    wanted = texts if is_clean else ["My cat!", "100% café", "1 + 1 = 2", "IMG_0520", "a\nb"]
+    own = [f"told+of+{i}" if is_clean else f"told of {i}" for i in range(5)]
+    assert found == [(URLS[i], [wanted[i], own[i]]) for i in range(5)]
+    decoded = "; column {!r} and {!r} decoded, as My+cat%21 to My cat!".format(*columns.split(","))
+    assert words.endswith(decoded) is not is_clean
+
+
+def test_titles_that_are_decoded_stay_as_they_are(tmp_path: Path) -> None:
+    lines = ["title,downloadurl", f"C++,{URLS[0]}", f"100%25 sure,{URLS[1]}"]
+    source = write_files(tmp_path, {"v1.csv": "\n".join(lines)}) / "v1.csv"
+    assert pairs(records(source, tmp_path, preset="yfcc15m_v1")) == [(URLS[0], ["C++"]), (URLS[1], ["100%25 sure"])]
 
 
 def test_what_a_preset_is_refused_for(tmp_path: Path) -> None:

@@ -377,6 +377,10 @@ def test_half_transparent_pixels_are_mixed_with_white() -> None:
     [
         (b"hello", "not a picture: not JPEG, PNG, WEBP, GIF, BMP or TIFF"),
         (b"", "not a picture: not JPEG, PNG, WEBP, GIF, BMP or TIFF"),
+        (b"\0\0\0 ftypavif\0", "not a picture: AVIF, not JPEG, PNG, WEBP, GIF, BMP or TIFF"),
+        (b"\0\0\0 ftypheic\0", "not a picture: HEIC, not JPEG, PNG, WEBP, GIF, BMP or TIFF"),
+        (b"\n<!DOCTYPE HTML><p>", "not a picture: a web page, not JPEG, PNG, WEBP, GIF, BMP or TIFF"),
+        (b'<?xml version="1.0"?>\n<svg width="3"/>', "not a picture: SVG, not JPEG, PNG, WEBP, GIF, BMP or TIFF"),
         (encoded(picture(), "PPM"), "not a picture: not JPEG, PNG, WEBP, GIF, BMP or TIFF"),
         (b"\xff\xd8\xff\xd9", "not a picture: not JPEG, PNG, WEBP, GIF, BMP or TIFF"),
         (encoded(Image.new("F", (8, 8)), "TIFF"), "unknown range of values: mode F"),

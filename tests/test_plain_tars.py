@@ -318,6 +318,14 @@ def test_without_its_format_the_folder_is_refused_with_both_cures(folder: Path) 
     )
 
 
+def test_the_first_255_captions_of_a_sample_are_read(tmp_path: Path, cache: Cache, said: list[str]) -> None:
+    texts = [f"caption {i}" for i in range(300)]
+    tar = write_tar(tmp_path / "x.tar", {"a.jpg": picture(0), "a.json": json.dumps({"captions": texts})})
+    dataset = opened(tar, cache)
+    assert captions(dataset) == [texts[:255]]
+    assert said[1:] == [f"{tar}: not read: 1 samples' captions after the first 255 (first: {tar}: a)"]
+
+
 def test_tokens_of_all_captions_count(tmp_path: Path, cache: Cache) -> None:
     texts = ["short", "a much longer caption of eight words or so"]
     write_tar(tmp_path / "x.tar", {"a.jpg": picture(0), "a.json": json.dumps({"captions": texts})})

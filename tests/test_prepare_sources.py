@@ -44,7 +44,7 @@ def test_csv_with_its_traps(tmp_path: Path) -> None:
     assert (first["class"], first["source"]) == ("cat", {"file": "metadata.csv", "row": 0})
     assert first["meta"] == {"year": "1999"}
     assert rejects(tmp_path / "out") == [
-        ("metadata.csv", 3, "caption is not UTF-8", "a lone surrogate"),
+        ("metadata.csv", 3, "caption is not UTF-8", "write it as UTF-8"),
         ("metadata.csv", 4, "row of 2 cells under 4 columns", ""),
         ("metadata.csv", 5, "no caption", "pictures/5.png"),
         ("metadata.csv", 6, "caption too long", "65537 bytes, at most 65536"),
@@ -75,18 +75,26 @@ def test_jsonl_takes_lists_and_weights(tmp_path: Path) -> None:
     ]
     lines = "\n".join(json.dumps(row) for row in rows) + "\n{torn"
     files = {f"{i}.png": picture(i) for i in range(3)}
-    prepare(write_files(tmp_path / "in", {"metadata.jsonl": lines, **files}), tmp_path / "out")
-    assert texts(tmp_path / "out") == [["a", "b"], ["c", "d"]]
+    summary = prepare(write_files(tmp_path / "in", {"metadata.jsonl": lines, **files}), tmp_path / "out")
+    assert texts(tmp_path / "out") == [["a", "b"], ["c", "d"], [str(i) for i in range(255)]]
+    assert summary["cleaning"]["captions_left_out"] == 1
     assert [caption["weight"] for caption in samples(tmp_path / "out")[1]["captions"]] == [2.0, 0.5]
     assert [(row, reason) for _, row, reason, _ in rejects(tmp_path / "out")] == [
         (2, "no caption"),
         (3, "caption weight is not positive"),
         (4, "caption is not UTF-8"),
-        (5, "too many captions"),
-        (6, "no file name"),
+        (6, "picture missing"),
         (7, "row is not a JSON object"),
         (8, "row is not JSON"),
     ]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+def test_texts_by_their_byte_order_mark(tmp_path: Path, encoding: str) -> None:
+    prepare(
+        write_files(tmp_path / "in", {"0.png": picture(0), "0.txt": "café \u732b".encode(encoding)}), tmp_path / "out"
+    )
+    assert texts(tmp_path / "out") == [["café \u732b"]]
 
 
 def test_parquet_rows_and_their_meta(tmp_path: Path) -> None:
@@ -131,7 +139,7 @@ def test_unknown_split_is_a_reject(tmp_path: Path) -> None:
 
 def test_sidecars(tmp_path: Path) -> None:
     source = write_sidecars(tmp_path / "in", 3)
-    write_files(source, {"alone.JPG": picture(9, "JPEG"), "bad.png": picture(8), "bad.txt": b"\xff\xfe", "x.doc": "?"})
+    write_files(source, {"alone.JPG": picture(9, "JPEG"), "bad.png": picture(8), "bad.txt": b"\xff\xfea", "x.doc": "?"})
     prepare(source, tmp_path / "out")
     assert texts(tmp_path / "out") == [["picture number 0"], ["picture number 1"], ["picture number 2"]]
     assert samples(tmp_path / "out")[1]["source"] == {"file": "00001.png", "row": 0}
@@ -352,7 +360,7 @@ def test_what_cannot_be_a_source(
             "path,text,title\n",
             {},
             ": columns text and title could both be the caption; columns are path, text, title; "
-            "say --caption-column NAME",
+            "say --caption-column NAME, or NAME,NAME for several",
         ),
         (
             "metadata.csv",

@@ -3,6 +3,7 @@
 import gzip
 import json
 import random
+import tracemalloc
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ from sources_for_tests import picture, prepare, rejects, samples, texts, write_f
 from mlip_cli.data.sources.captions import CaptionLooks, listed
 from mlip_cli.data.sources.find import find_source
 from mlip_cli.data.sources.formats import read_records
-from mlip_cli.data.sources.records import Caption, ReadOptions
+from mlip_cli.data.sources.records import Caption, PictureBytes, ReadOptions
 from mlip_cli.data.sources.survey import surveyed
 from mlip_cli.errors import UsageError
 from mlip_cli.paths import escaped
@@ -248,6 +249,22 @@ def test_links_to_one_picture_are_one_and_a_lost_one_is_counted_by_rows(tmp_path
     assert (summary["rows"], summary["pictures"], summary["reasons"]) == (6, 4, {"picture missing": 2})
 
 
+@pytest.mark.parametrize("num_rows", [255, 300])
+def test_the_first_255_captions_of_a_picture_stay(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, num_rows: int
+) -> None:
+    table = "image,caption\n" + "".join(f"i/0.png,caption {i}\n" for i in range(num_rows))
+    source = write_files(tmp_path / "in", {"t.csv": table, **THREE}) / "t.csv"
+    with caplog.at_level("INFO", logger="mlip_cli"):
+        summary = prepare(source, tmp_path / "out")
+    assert texts(tmp_path / "out") == [[f"caption {i}" for i in range(255)]]
+    assert (summary["rows"], summary["rejects"]) == (num_rows, 0)
+    assert summary["cleaning"]["captions_left_out"] == num_rows - 255
+    said = [message for message in caplog.messages if "left out" in message]
+    why = "by the rules for captions or as more than 255 of a picture; other captions of these pictures stay"
+    assert said == ([f"{num_rows - 255} captions left out {why}"] if num_rows > 255 else [])
+
+
 @pytest.mark.parametrize(
     ("column", "values", "reason"),
     [
@@ -338,6 +355,61 @@ def test_pictures_inside_parquet(tmp_path: Path, kind: str) -> None:
     assert texts(tmp_path / "out", "test") == [["card 2", "x"]]
     assert summary["reasons"] == {"no file name": 3}
     assert samples(tmp_path / "out")[0]["meta"] == {"n": 3}
+
+
+def test_columns_of_bytes_that_are_text(tmp_path: Path) -> None:
+    """Spark, Hive and Impala can write all text as bytes."""
+    columns = {
+        "image": ["i/0.png", "i/1.png", "i/2.png"],
+        "caption": ["café", "['one', 'two']", "three"],
+        "split": ["train", "test", "train"],
+        "place": ["Rome", "Oslo", None],
+    }
+    binary = {name: pa.array([cell and cell.encode() for cell in cells]) for name, cells in columns.items()}
+    for name, table in (("all", binary), ("caption", {**columns, "caption": binary["caption"]})):
+        source = write_files(tmp_path / name, THREE)
+        pq.write_table(pa.table(table), source / "t.parquet")
+        prepare(source, tmp_path / f"out_{name}")
+        assert texts(tmp_path / f"out_{name}") == [["café"], ["three"]]
+        assert texts(tmp_path / f"out_{name}", "test") == [["one", "two"]]
+        assert [sample["meta"] for sample in samples(tmp_path / f"out_{name}")] == [{"place": "Rome"}, {}]
+
+
+def test_captions_as_bytes_of_another_encoding_are_no_pictures(tmp_path: Path) -> None:
+    table = pa.table({"image": ["i/0.png", "i/1.png"], "caption": ["café".encode("latin-1"), b"plain"]})
+    source = write_files(tmp_path / "in", THREE)
+    pq.write_table(table, source / "t.parquet")
+    prepare(source, tmp_path / "out")
+    assert texts(tmp_path / "out") == [["plain"]]
+    assert rejects(tmp_path / "out") == [("t.parquet", 0, "caption is not UTF-8", "write it as UTF-8")]
+
+
+@pytest.mark.parametrize("caption", ["caption", "captions"])
+def test_other_bytes_beside_the_names_of_pictures_are_no_pictures(tmp_path: Path, caption: str) -> None:
+    texts_of_rows = [[b"one", b"two"], [b"three"]] if caption == "captions" else [b"one", b"three"]
+    table = {"image": [0, 1], caption: texts_of_rows, "phash": [b"\xff\x00\x80", b"\x00\x01\x02"]}
+    write_files(tmp_path / "in", {f"i/{i}.png": picture(i) for i in range(2)})
+    pq.write_table(pa.table(table), tmp_path / "in" / "t.parquet")
+    prepare(tmp_path / "in", tmp_path / "out")
+    assert texts(tmp_path / "out") == [["one", "two"] if caption == "captions" else ["one"], ["three"]]
+    assert samples(tmp_path / "out")[0]["meta"] == {}
+
+
+def test_pictures_in_rows_that_are_not_complete_are_not_kept(tmp_path: Path) -> None:
+    """All pictures come, then all of them again: their bytes would take 20 times as much."""
+    rows = [{"image": picture(i % 100) + bytes(20_000), "caption": f"card {i}"} for i in range(200)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "t.parquet")
+    source = find_source(str(tmp_path / "t.parquet"))
+    shared = surveyed(source, ReadOptions()).shared
+    tracemalloc.start()
+    records = read_records(source, ReadOptions(), shared)
+    first = next(records)
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert held < 100 * 5_000 + 64 * 20_500  # beside the rows that are read at once
+    assert [caption.text for caption in first.captions] == ["card 0", "card 100"]
+    assert isinstance(first.picture, PictureBytes)
+    assert first.picture.content == rows[0]["image"]
 
 
 def test_datasets_saved_to_disk(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from mlip_cli.data.index import (
 )
 from mlip_cli.data.open_shard import OpenShard, read_parts
 from mlip_cli.data.remote import RemoteShards
-from mlip_cli.data.sources.records import Caption, UnusableSampleError, usable_captions
+from mlip_cli.data.sources.records import MAX_CAPTIONS, Caption, UnusableSampleError, usable_captions
 from mlip_cli.data.sources.tar_samples import GUESSED, Columns
 from mlip_cli.data.sources.tars import Stated, stated
 from mlip_cli.errors import RunError
@@ -151,7 +151,7 @@ class ShardDataset:
         image = parts.pop("image")
         try:
             info = stated(parts, self._columns)
-            captions = usable_captions(info.captions)
+            captions = usable_captions(info.captions)[:MAX_CAPTIONS]
         except UnusableSampleError as error:
             raise BadSampleError(tar, key, str(error)) from error
         return RawSample(key, image, captions, info, tar)

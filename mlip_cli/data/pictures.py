@@ -7,6 +7,7 @@ Pillow decodes everything else, and gives the same pixels of a JPEG to the bit.
 """
 
 import io
+import re
 import struct
 import warnings
 import zlib
@@ -26,6 +27,16 @@ except ImportError:
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 """Pillow's names of the formats that we read. Its other decoders never see a file."""
+NONE_OF_OURS = f"not {', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
+OTHER_FORMATS = {
+    "AVIF": rb".{4}ftypavi[fs]",
+    "HEIC": rb".{4}ftyp(hei|hev|mif1|msf1)",
+    "JPEG 2000": rb".{4}jP  ",
+    "JPEG XL": rb"\xff\x0a|.{4}JXL ",
+    "SVG": rb"\s*(<\?xml[^>]*>\s*)?<svg\b",
+    "a web page": rb"(?i)\s*<(!doctype html|html|head)\b",
+}
+"""How files begin that often stand under the name of a picture, whatever its ending."""
 MAX_PIXELS = 64_000_000
 MAX_MEGAPIXELS = MAX_PIXELS // 1_000_000
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # Pillow's limit of 89 megapixels lies above ours
@@ -93,6 +104,9 @@ def open_picture(content: bytes) -> EncodedPicture:
     is_webp = content[:4] == b"RIFF" and content[8:12] == b"WEBP"
     if is_webp:
         _check_size(*_webp_size(content))
+    for name, start in OTHER_FORMATS.items():
+        if re.match(start, content[:200], re.DOTALL):
+            raise RejectedPictureError("not a picture", f"{name}, {NONE_OF_OURS}")
     with _REJECTED_IF_DAMAGED:
         file = io.BytesIO(content)
         image = WebPImageFile(file) if is_webp else Image.open(file, formats=FORMATS)
@@ -223,7 +237,7 @@ class _RejectedIfDamaged:
         if isinstance(error, Image.DecompressionBombError):  # Pillow checks its own limit before it tells the size
             raise RejectedPictureError("picture too large", f"over {MAX_MEGAPIXELS} megapixels") from None
         if isinstance(error, Image.UnidentifiedImageError):
-            raise RejectedPictureError("not a picture", f"not {', '.join(FORMATS[:-1])} or {FORMATS[-1]}") from None
+            raise RejectedPictureError("not a picture", NONE_OF_OURS) from None
         if isinstance(error, UNDECODABLE):
             raise RejectedPictureError("damaged picture", str(error) or type(error).__name__) from None
 

@@ -20,7 +20,7 @@ from mlip_cli.data.prepare.workers import run_parallel
 from mlip_cli.data.sources.find import find_source
 from mlip_cli.data.sources.formats import DataSource
 from mlip_cli.data.sources.listing import PassedOver
-from mlip_cli.data.sources.records import UnusableSampleError, json_bytes, usable_captions
+from mlip_cli.data.sources.records import MAX_CAPTIONS, UnusableSampleError, json_bytes, usable_captions
 from mlip_cli.data.sources.tar_samples import Columns, TarNotes, TarSample, parts_of_sample, samples_of
 from mlip_cli.data.sources.tars import SEVERAL_CAPTIONS, splits_of_tars, stated
 from mlip_cli.data.tar import OpenTar, check_not_compressed, members_before_damage, open_tar
@@ -193,7 +193,10 @@ def _index_record(tar: OpenTar, sample: TarSample, columns: Columns, notes: TarN
     info = stated({part: tar.read(m.size, m.offset) for part, m in parts.items() if part != "image"}, columns)
     if not info.captions:
         raise UnusableSampleError("no caption", detail=info.without_captions)
-    captions = usable_captions(info.captions)
+    usable = usable_captions(info.captions)
+    captions = usable[:MAX_CAPTIONS]
+    if len(usable) > MAX_CAPTIONS:
+        notes.passed_over.add(f"samples' captions after the first {MAX_CAPTIONS}", f"{tar.path}: {sample.key}")
     record = np.zeros(1, RECORD)[0]
     place_parts(record, parts, by_header=True)
     record["num_captions"] = len(captions)

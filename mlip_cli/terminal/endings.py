@@ -10,7 +10,7 @@ from types import FrameType
 import typer
 
 from mlip_cli.errors import RunError, Stopped, UsageError
-from mlip_cli.paths import escaped
+from mlip_cli.paths import check_current_folder, escaped
 from mlip_cli.terminal.output import ReaderLeft, drop_streams, is_main, say, say_to_copy
 from mlip_cli.terminal.values import checked_measured_run
 
@@ -31,6 +31,7 @@ def interrupt(number: int, frame: FrameType | None) -> None:
 def exit_code(app: typer.Typer) -> int:
     """Run the command in `sys.argv`, print an error as one line, and return the exit code."""
     try:
+        check_current_folder()
         code = app(args=sys.argv[1:] or ["--help"], prog_name="mlip", standalone_mode=False)
         sys.stdout.flush()
     except typer.TyperException as error:

@@ -6,9 +6,10 @@ what is left out.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import islice
 from typing import Any, NamedTuple
 
-from mlip_cli.data.sources.records import Record
+from mlip_cli.data.sources.records import MAX_CAPTIONS, Record
 from mlip_cli.errors import UsageError
 from mlip_cli.terminal.output import plural
 
@@ -139,11 +140,16 @@ def cleaning_of(preset: str | None, given: Cleaning) -> Cleaning:
 
 
 def with_clean_captions(record: Record, cleaning: Cleaning) -> tuple[Record, int]:
-    """A record with the captions that pass, or as a reject if none does; and how many captions of it fell alone."""
+    """A record with the first MAX_CAPTIONS captions that pass, or as a reject if none does.
+
+    Returns:
+        The record, and how many captions of it fell alone.
+    """
     if record.reject:
         return record, 0
     faults = [caption_fault(caption.text, cleaning) for caption in record.captions]
-    kept = tuple(caption for caption, fault in zip(record.captions, faults, strict=True) if fault is None)
+    passed = (caption for caption, fault in zip(record.captions, faults, strict=True) if fault is None)
+    kept = tuple(islice(passed, MAX_CAPTIONS))
     if kept:
         num_fallen = len(record.captions) - len(kept)
         return (replace(record, captions=kept), num_fallen) if num_fallen else (record, 0)

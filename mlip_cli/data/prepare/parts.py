@@ -43,8 +43,9 @@ ONE_AT_A_TIME = threading.Lock()
 """Threads of a process that prepare parts wait for their downloads side by side, and decode one after another."""
 
 Value = TypeVar("Value")
-Sample = tuple[dict[str, Any], StoredPicture, bool]
-"""The fields of KEY.json, the picture, and whether another file has captions for its bytes."""
+Sample = tuple[dict[str, Any], StoredPicture, bool, int]
+"""The fields of KEY.json, the picture, whether another file has captions for its bytes, and how many captions are too
+many."""
 
 
 def prepare_part(part: SourcePart, options: PartOptions) -> PartResult:
@@ -54,7 +55,7 @@ def prepare_part(part: SourcePart, options: PartOptions) -> PartResult:
     records = [record for record, _ in cleaned]
     rows: list[tuple[int, bytes, int, int, int]] = []
     num_tokens: list[int] = []
-    num_rewritten = 0
+    num_rewritten, captions_left_out = 0, sum(num_fallen for _, num_fallen in cleaned)
     rejects: list[dict[str, Any]] = []
     with atomic_path(tar) as temporary:
         with tar_writer(temporary) as writer:
@@ -63,7 +64,7 @@ def prepare_part(part: SourcePart, options: PartOptions) -> PartResult:
                 if isinstance(sample, RejectedPictureError):
                     rejects.append({"place": row, **_reject(record, sample)})
                     continue
-                fields, picture, is_rewritten = sample
+                fields, picture, is_rewritten, num_cut = sample
                 key = f"{row:09d}"
                 writer.write(sample_parts(key, image=picture.content, format=picture.format, fields=fields))
                 split = SPLITS.index(record.split) if record.split else NO_SPLIT
@@ -71,6 +72,7 @@ def prepare_part(part: SourcePart, options: PartOptions) -> PartResult:
                 rows.append((row, sha256, picture.pixels, picture.perceptual, split))
                 num_tokens.append(count_tokens(caption["text"] for caption in fields["captions"]))
                 num_rewritten += is_rewritten
+                captions_left_out += num_cut
         verified = verify_tar(temporary, num_tokens)
     table = np.zeros(len(rows), PART_ROW)
     for name, values in zip(ROW_FIELDS, zip(*rows, strict=True), strict=False):
@@ -82,7 +84,6 @@ def prepare_part(part: SourcePart, options: PartOptions) -> PartResult:
     write_bytes(tar.with_suffix(".rejects.jsonl"), lines.encode())
     reasons = dict(sorted(Counter(reject["reason"] for reject in rejects).items()))
     source_rows = sum(record.num_rows for record in part.records)
-    captions_left_out = sum(num_fallen for _, num_fallen in cleaned)
     result = PartResult(
         part.number, len(part.records), tar.name, reasons, source_rows, captions_left_out, num_rewritten
     )
@@ -166,10 +167,8 @@ def _make_sample(record: Record, content: bytes | None, options: PartOptions) ->
     sha256 = hashlib.sha256(content).hexdigest()
     found = find_captions(options.captions, sha256) if options.captions else ()
     captions = merged(record.captions, found, adds=options.adds_captions)
-    if len(captions) > MAX_CAPTIONS:
-        raise RejectedPictureError("too many captions", f"{len(captions)}, at most {MAX_CAPTIONS}")
     fields = {
-        "captions": [asdict(caption) for caption in captions],
+        "captions": [asdict(caption) for caption in captions[:MAX_CAPTIONS]],
         "class": None if record.label is None else encodable(record.label),
         "width": picture.width,
         "height": picture.height,
@@ -179,7 +178,7 @@ def _make_sample(record: Record, content: bytes | None, options: PartOptions) ->
         "source": _source(record),
         "meta": dict(record.meta),
     }
-    return fields, picture, bool(found)
+    return fields, picture, bool(found), max(0, len(captions) - MAX_CAPTIONS)
 
 
 def _source(record: Record) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlip_cli.data.prepare.filters import OWN_SPLITS
 from mlip_cli.data.prepare.retry import num_retryable
-from mlip_cli.data.sources.records import MAX_HELD_OUT, held_out_share
+from mlip_cli.data.sources.records import MAX_CAPTIONS, MAX_HELD_OUT, held_out_share
 from mlip_cli.errors import UsageError
 from mlip_cli.files import parse_object
 from mlip_cli.paths import inside, is_url
@@ -75,7 +75,8 @@ class Summary:
     """What was found beside that and not read, or found by another spelling, by kind."""
     cleaning: dict[str, int] = field(default_factory=dict)
     """repeats: samples of training whose pixels an earlier one has. in_validation, in_test: such that the source's own
-    split has too. captions_left_out: captions that fell to a rule while others of the same picture stay."""
+    split has too. captions_left_out: captions that fell to a rule, or are too many, while others of the same picture
+    stay."""
 
     @classmethod
     def read(cls, path: Path) -> "Summary":
@@ -137,7 +138,8 @@ class Summary:
     def repeats(self) -> Iterator[str]:
         """What the rules for captions took, and equal pictures that are still there."""
         if n := self.cleaning.get("captions_left_out", 0):
-            yield f"{plural(n, 'caption')} left out by the rules for captions; other captions of these pictures stay"
+            why = f"by the rules for captions or as more than {MAX_CAPTIONS} of a picture"
+            yield f"{plural(n, 'caption')} left out {why}; other captions of these pictures stay"
         if (n := self.cleaning.get("repeats", 0)) and self.request["format"] != "openmoji":
             repeat = f"{plural(n, 'sample')} {'repeats' if n == 1 else 'repeat'} the picture of an earlier one"
             yield f"{repeat}; --dedupe pixels leaves {'it' if n == 1 else 'them'} out"

@@ -53,8 +53,10 @@ MISSING = frozenset(("nan", "none", "null", "n/a", "na", "#n/a", "<na>", "undefi
 def captions_of(value: Any) -> tuple[Caption, ...]:
     """The captions of a cell or of a key of KEY.json: a text, a list, a list written as a text, or a conversation.
 
-    The items of a list are texts or objects such as {text, weight}. Other values give no captions.
+    The items of a list are texts or objects such as {text, weight}. Other values give no captions. Bytes are text,
+    which `usable_captions` checks.
     """
+    value = _decoded(value)
     if isinstance(value, str):
         if not (texts := listed(value)):
             return (Caption(value),)
@@ -71,7 +73,12 @@ def caption_lines(text: str) -> list[str]:
     return lines if len(lines) > 1 and all(line.strip() for line in lines) else [text]
 
 
+def _decoded(value: Any) -> Any:
+    return value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else value
+
+
 def _caption(item: Any) -> Caption | None:
+    item = _decoded(item)
     if isinstance(item, str):
         return Caption(item)
     if not isinstance(item, dict):

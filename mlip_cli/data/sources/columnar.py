@@ -1,5 +1,6 @@
 """Tables in columns: Parquet and Arrow, with the pictures inside them or beside them."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -14,6 +15,10 @@ if TYPE_CHECKING:
 BATCH_ROWS = 4_096
 BATCH_PICTURES = 64
 """Rows that are held at once where pictures lie in the table."""
+FIRST_CELLS = 20
+"""This many rows tell whether a column of bytes holds text, pictures or something else."""
+PICTURE_START = re.compile(rb"\xff\xd8|\x89PNG|GIF8|RIFF|BM|II[*+]|MM\0[*+]|.{4}(ftyp|jP  |JXL )|\xff\x0a", re.DOTALL)
+"""First bytes of pictures: JPEG, PNG, GIF, WebP, BMP, TIFF; AVIF and HEIC, JPEG 2000, JPEG XL, which are not read."""
 ARROW_FILE = b"ARROW1"
 """First bytes of Arrow's file format. Its stream format, in which `datasets` saves, has none."""
 
@@ -24,23 +29,32 @@ def columnar_schema(path: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
     Raises:
         UsageError: the file is neither Parquet nor Arrow.
     """
-    with _opened(path) as (schema, _):
-        return tuple(schema.names), tuple(field.name for field in schema if _holds_bytes(field.type))
+    with _opened(path) as (schema, batches):
+        holding = [field.name for field in schema if _holds_bytes(field.type)]
+        cells = _first_bytes(next(batches, None)) if holding else {}
+        return tuple(schema.names), tuple(name for name in holding if _may_hold_pictures(cells.get(name)))
 
 
 def columnar_rows(path: Path) -> Iterator[Row]:
     """The rows. Text that is not UTF-8 becomes lone surrogates, as in CSV; times become text, of UTC.
+
+    Columns of bytes are text where the first rows hold text: some programs write no other kind of column.
 
     Raises:
         UsageError: the file is damaged.
     """
     import pyarrow as pa
 
+    texts: set[str] | None = None
     with _opened(path) as (_, batches):
         for batch in batches:
+            if texts is None:
+                texts = {name for name, found in _first_bytes(batch).items() if found and all(map(_is_text, found))}
             columns = {}
             for name, column in zip(batch.schema.names, batch.columns, strict=True):
-                if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+                if name in texts:
+                    columns[name] = [_text(value) for value in column.to_pylist()]
+                elif pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
                     binary = pa.large_binary() if pa.types.is_large_string(column.type) else pa.binary()
                     columns[name] = [_text(value) for value in column.view(binary).to_pylist()]
                 elif pa.types.is_timestamp(column.type):  # Python's own times have fewer years and no nanoseconds
@@ -95,6 +109,31 @@ def _holds_bytes(kind: "pa.DataType") -> bool:
         place = kind.get_field_index("bytes")
         return place >= 0 and _holds_bytes(kind.field(place).type)
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+
+def _first_bytes(batch: "pa.RecordBatch | None") -> dict[str, list[bytes]]:
+    """The first cells of the columns of bytes, by the first rows of a table; those without content are left out."""
+    import pyarrow as pa
+
+    columns = [] if batch is None else zip(batch.schema.names, batch.columns, strict=True)
+    return {
+        name: [cell for cell in column.slice(0, FIRST_CELLS).to_pylist() if cell]
+        for name, column in columns
+        if pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type)
+    }
+
+
+def _may_hold_pictures(cells: list[bytes] | None) -> bool:
+    """Whether one of the first cells of a column begins like a picture; nothing is told by other kinds of columns."""
+    return not cells or any(map(PICTURE_START.match, cells))
+
+
+def _is_text(cell: bytes) -> bool:
+    """Whether bytes are UTF-8 without a zero byte, as no picture is that mlip reads."""
+    try:
+        return b"\0" not in cell and bool(cell.decode())
+    except UnicodeDecodeError:
+        return False
 
 
 def _text(value: bytes | None) -> str | None:

@@ -1,18 +1,23 @@
 """Published lists of pictures by address: their columns, sizes, origins and licences, by the word of --preset."""
 
+import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from urllib.parse import unquote_plus
 
 from mlip_cli.data.download.options import is_address
 from mlip_cli.data.sources.listing import table_ending
 from mlip_cli.data.sources.table_files import FIRST_NAMES, Chosen, Table, match_column
-from mlip_cli.data.sources.text_tables import cells_in_words, table_error, text_rows
+from mlip_cli.data.sources.text_tables import Row, cells_in_words, table_error, text_rows
 from mlip_cli.errors import UsageError
 
+FIRST_TEXTS = 200
+"""This many rows tell whether texts are encoded."""
+ENCODED = re.compile(r"\+|%[0-9A-Fa-f]{2}")
 LEAST_SHARE, MOST_SHARE = 0.5, 1.1
 """A list with less or more of the published rows than these shares is worth a warning."""
 
@@ -32,6 +37,8 @@ class PublishedList:
     """Columns of captions in the releases; the first group of which a table has all is read."""
     headless: tuple[str, ...] = ()
     """The columns of the release whose tables have no header."""
+    encoded: tuple[str, ...] = ()
+    """Columns whose texts the release has as an address would: `My+cat%21`."""
     sizes: tuple[int, ...] = ()
     """Published numbers of rows, where there are such."""
     licence: str = ""
@@ -74,6 +81,7 @@ LISTS = {
         ("csv", "tsv", "jsonl", "parquet"),
         image=("downloadurl", "download_url", "image_url", "photo_url", "url"),
         captions=(("caption",), ("text",), ("title_clean", "description_clean"), ("title", "description"), ("title",)),
+        encoded=("title", "description"),  # as YFCC100M has them; title_clean and description_clean are decoded
         sizes=(14_829_396,),
         licence=_FLICKR,
     ),
@@ -159,7 +167,25 @@ def read_as_listed(table: Table, preset: str) -> tuple[Table, Chosen]:
         raise _unlike(table, preset, f"columns {cells_in_words(table.columns)}")
     if problem := _no_addresses(table, chosen):
         raise _unlike(table, preset, problem)
+    encoded = (column for column in table.columns if column.strip().lower() in known.encoded)
+    if decoded := tuple(column for column in encoded if _is_encoded(table, column)):
+        table = replace(table, rows=partial(_decoded_rows, table.rows, decoded), decoded=decoded)
     return table, chosen
+
+
+def _is_encoded(table: Table, column: str) -> bool:
+    """Whether the first texts of a column are written as in an address: without a space, and some with `+` or `%21`."""
+    rows = (row for row in islice(table.rows(), FIRST_TEXTS) if isinstance(row, dict))
+    texts = [text for row in rows if isinstance(text := row.get(column), str)]
+    return not any(" " in text.strip() for text in texts) and any(map(ENCODED.search, texts))
+
+
+def _decoded_rows(rows: Callable[[], Iterator[Row]], columns: Sequence[str]) -> Iterator[Row]:
+    for row in rows():
+        if isinstance(row, dict):
+            texts = {column: text for column in columns if isinstance(text := row.get(column), str)}
+            row = row | {column: unquote_plus(text, errors="surrogateescape") for column, text in texts.items()}
+        yield row
 
 
 def _chosen(table: Table, known: PublishedList) -> Chosen | None:

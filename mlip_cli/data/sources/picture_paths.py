@@ -9,17 +9,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import unquote
 
+from mlip_cli.data.sources.file_names import FileNames, KeyIndex
 from mlip_cli.data.sources.listing import is_picture
 
 MOST_FOLDERS = 256
 """The most folders of which something is kept,"""
-MOST_NAMES = 200_000
-"""and the most names in their listings together; a larger listing is the only one."""
+MOST_NAMES = 1_000_000
+"""and the most names in their listings together, about 60 bytes each; a larger listing is the only one."""
 MOST_COMPARED = 20_000
 """The most names among which the nearest is looked for."""
 MOST_NEAREST = 100
 """The most searches for a nearest name: each takes a while."""
 
+ANY_ENDING = ".*"
+"""Behind the key of a picture's name without its ending."""
 LEAST_NEAR = 0.85
 """A name is near another if at least this share of their characters is equal. 3.png is not near 4.png."""
 
@@ -47,12 +50,25 @@ def spellings(name: str) -> Iterator[str]:
         yield name
 
 
+class _Listing:
+    """The names in a folder, found by what all their spellings share."""
+
+    def __init__(self, folder: str) -> None:
+        self.names = FileNames(_names_in(folder))
+        self._places = KeyIndex((key, place) for place, name in enumerate(self.names) for key in _keys(name))
+
+    def named(self, key: str) -> list[str]:
+        """The names with this key, sorted."""
+        found = {self.names[place] for place in self._places.places_of(key)}
+        return sorted(name for name in found if key in _keys(name))
+
+
 @dataclass
 class PathFinder:
     """Finds the files that the cells of a table name, under one folder."""
 
     folder: Path
-    listings: dict[str, dict[str, list[str]]] = field(default_factory=dict)
+    listings: dict[str, _Listing] = field(default_factory=dict)
     real_folders: dict[str, str] = field(default_factory=dict)
     num_names: int = 0
     """In the listings."""
@@ -97,44 +113,51 @@ class PathFinder:
             return []
         first, rest = parts[0], parts[1:]
         listing = self._listing(folder)
-        names = listing.get(_key(first), [])
+        names = listing.named(_key(first))
         if first in names:
             names = [first]
         if not rest:
-            names = names or listing.get(_key(first) + ".*", [])
+            names = names or listing.named(_key(first) + ANY_ENDING)
             return [path for name in names if os.path.isfile(path := os.path.join(folder, name))]
         return [match for name in names for match in self._matches(os.path.join(folder, name), rest)]
 
-    def _listing(self, folder: str) -> dict[str, list[str]]:
-        """The names in a folder by what all their spellings share; pictures also without their ending."""
+    def _listing(self, folder: str) -> _Listing:
         if folder not in self.listings:
-            listing: dict[str, list[str]] = {}
-            try:
-                names = sorted(os.listdir(folder))
-            except OSError:  # no folder, or one that cannot be listed: nothing is found there
-                names = []
-            self.num_names += len(names)
+            listing = _Listing(folder)
+            self.num_names += len(listing.names)
             if len(self.listings) == MOST_FOLDERS or self.num_names > MOST_NAMES:
                 self.listings.clear()
-                self.num_names = len(names)
-            for name in names:
-                listing.setdefault(_key(name), []).append(name)
-                if is_picture(name):
-                    listing.setdefault(_key(name.rpartition(".")[0]) + ".*", []).append(name)
+                self.num_names = len(listing.names)
             self.listings[folder] = listing
         return self.listings[folder]
 
     def _nearest(self, name: str) -> str:
         *folders, base = list(spellings(name))[-1].split("/")
-        if ".." in folders or any("\0" in folder for folder in folders):
+        if self.num_nearest == MOST_NEAREST or ".." in folders or any("\0" in folder for folder in folders):
             return ""
-        listing = self._listing(os.path.join(self.folder, *folders))
-        pictures = [key for key in listing if is_picture(key)]
-        if self.num_nearest == MOST_NEAREST or len(pictures) > MOST_COMPARED:
+        names = self._listing(os.path.join(self.folder, *folders)).names
+        if len(names) > MOST_COMPARED:
             return ""
         self.num_nearest += 1
+        pictures = {_key(name): name for name in names if is_picture(name)}
         near = difflib.get_close_matches(_key(base), pictures, 1, LEAST_NEAR)
-        return f"the nearest is {listing[near[0]][0]}" if near else ""
+        return f"the nearest is {pictures[near[0]]}" if near else ""
+
+
+def _names_in(folder: str) -> Iterator[str]:
+    """The names in a folder; none if there is no such folder or it cannot be listed."""
+    try:
+        with os.scandir(folder) as entries:
+            yield from (entry.name for entry in entries)
+    except OSError:
+        return
+
+
+def _keys(name: str) -> Iterator[str]:
+    """By what a name is found: its spelling, and that of a picture also without its ending."""
+    yield _key(name)
+    if is_picture(name):
+        yield _key(name.rpartition(".")[0]) + ANY_ENDING
 
 
 def _key(name: str) -> str:

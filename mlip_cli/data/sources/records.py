@@ -4,7 +4,6 @@ import json
 import math
 import operator
 import re
-from codecs import BOM_UTF8
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
@@ -17,6 +16,7 @@ MAX_CAPTION_BYTES = 64 * 1024
 MAX_TEXT_BYTES = 1 << 20
 """A longer text beside a picture is not read."""
 MAX_CAPTIONS = 255
+"""A sample keeps the first of more captions: the index counts them in a byte."""
 PART_ROWS = 500
 PART_BYTES = 64 << 20
 """A part ends here where its records carry the bytes of their pictures: each worker holds one."""
@@ -239,18 +239,16 @@ def usable_captions(captions: Sequence[Caption]) -> tuple[Caption, ...]:
     """The captions stripped, without the empty ones.
 
     Raises:
-        UnusableSampleError: there are none or too many, or one is too long, not UTF-8, or of a weight not above 0.
+        UnusableSampleError: there are none, or one is too long, not UTF-8, or of a weight not above 0.
     """
     stripped = [(caption, text) for caption in captions if (text := caption.text.strip())]
     if not stripped:
         raise UnusableSampleError("no caption")
-    if len(stripped) > MAX_CAPTIONS:
-        raise UnusableSampleError("too many captions", detail=f"{len(stripped)}, at most {MAX_CAPTIONS}")
     for caption, text in stripped:
         try:
             num_bytes = len(text.encode())
         except UnicodeEncodeError:
-            raise UnusableSampleError("caption is not UTF-8", detail="a lone surrogate") from None
+            raise UnusableSampleError("caption is not UTF-8", detail="write it as UTF-8") from None
         if num_bytes > MAX_CAPTION_BYTES:
             raise UnusableSampleError("caption too long", detail=f"{num_bytes} bytes, at most {MAX_CAPTION_BYTES}")
         if not 0 < caption.weight < math.inf:
@@ -296,14 +294,6 @@ def split_of_folder(relative: Path) -> tuple[str | None, Path]:
     """`train/dog/x.jpg` -> ("train", `dog/x.jpg`); `dog/x.jpg` -> (None, `dog/x.jpg`)."""
     split = split_of_name(relative.parts[0]) if len(relative.parts) > 1 else None
     return (split, Path(*relative.parts[1:])) if split else (None, relative)
-
-
-def decode_text(content: bytes) -> str | None:
-    """UTF-8 text without a byte order mark, or None if it is not UTF-8."""
-    try:
-        return content.removeprefix(BOM_UTF8).decode()
-    except UnicodeDecodeError:
-        return None
 
 
 def hash_of_text(text: str, *, num_bytes: int = 8) -> int:

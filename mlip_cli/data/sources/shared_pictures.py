@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from mlip_cli.data.sources.records import Record, checked_captions, hash_of_text
+from mlip_cli.data.sources.records import Caption, Picture, PictureBytes, Record, checked_captions, hash_of_text
 
 
 @dataclass
@@ -56,42 +56,67 @@ class SharedPictures:
     def merged(self, records: Iterable[Record]) -> Iterator[Record]:
         """Records of the same rows, one a picture, in the order in which pictures have all their rows.
 
-        A row that is a reject stays by itself. Memory holds the pictures whose rows are not complete.
+        A row that is a reject stays by itself. Memory holds the texts of the pictures whose rows are not complete, not
+        their bytes: the last row has those.
         """
         if self.fewest_and_most()[1] <= 1:
             yield from records
             return
-        waiting: dict[str, list[Record]] = {}
+        waiting: dict[str, _Joined] = {}
         for record in records:
             num_rows = self.rows_of(record.same) if record.same and not record.reject else 1
             if num_rows <= 1:
                 yield record
                 continue
-            rows = waiting.setdefault(record.same, [])
-            if rows:
-                rows[-1] = replace(rows[-1], picture=None)  # the last row has it too, and bytes take room
-            rows.append(record)
-            if len(rows) == num_rows:
-                yield _one(waiting.pop(record.same))
-        yield from map(_one, waiting.values())  # two pictures of one hash
+            if record.same not in waiting:
+                waiting[record.same] = _Joined(record)
+            joined = waiting[record.same]
+            joined.add(record)
+            if joined.num_rows == num_rows:
+                yield waiting.pop(record.same).whole(record.picture)
+        for joined in waiting.values():  # two pictures of one hash; one that lies in the rows becomes a reject
+            yield joined.whole(joined.first.picture)
 
 
-def _one(rows: list[Record]) -> Record:
-    """One record of rows that name one picture. What only some of them say of it is left out of `meta`."""
-    first, last = rows[0], rows[-1]
-    splits = {row.split for row in rows if row.split}
-    labels = {row.label for row in rows if row.label}
-    merged = replace(
-        first,
-        picture=last.picture,
-        captions=tuple(caption for row in rows for caption in row.captions),
-        split=min(splits, default=None),
-        label=min(labels, default=None),
-        meta={key: value for key, value in first.meta.items() if all(row.meta.get(key) == value for row in rows)},
-        num_rows=len(rows),
-    )
-    for what, found in (("split", splits), ("class", labels)):
-        if len(found) > 1:
-            values = " and ".join(sorted(found)[:3])
-            return replace(merged, reject=f"rows of one picture differ in {what}", detail=f"{first.detail}: {values}")
-    return checked_captions(merged)
+class _Joined:
+    """What is needed of the rows of one picture until its last row."""
+
+    __slots__ = ("captions", "first", "labels", "num_rows", "splits")
+
+    def __init__(self, first: Record) -> None:
+        kept = None if isinstance(first.picture, PictureBytes) else first.picture
+        self.first, self.num_rows = replace(first, picture=kept, captions=()), 0
+        self.captions: list[Caption] = []
+        self.splits: tuple[str, ...] = ()
+        self.labels: tuple[str, ...] = ()
+
+    def add(self, row: Record) -> None:
+        """Join a row, the first one too. What only some rows say is left out of `meta`."""
+        self.num_rows += 1
+        self.captions += row.captions
+        self.splits = _with(self.splits, row.split)
+        self.labels = _with(self.labels, row.label)
+        meta = {key: value for key, value in self.first.meta.items() if row.meta.get(key) == value}
+        if len(meta) < len(self.first.meta):
+            self.first = replace(self.first, meta=meta)
+
+    def whole(self, picture: Picture | None) -> Record:
+        """The record of all rows."""
+        joined = replace(
+            self.first,
+            picture=picture,
+            captions=tuple(self.captions),
+            split=min(self.splits, default=None),
+            label=min(self.labels, default=None),
+            num_rows=self.num_rows,
+        )
+        for what, found in (("split", self.splits), ("class", self.labels)):
+            if len(found) > 1:
+                values = " and ".join(sorted(found)[:3])
+                detail = f"{joined.detail}: {values}"
+                return replace(joined, reject=f"rows of one picture differ in {what}", detail=detail)
+        return checked_captions(joined)
+
+
+def _with(known: tuple[str, ...], value: str | None) -> tuple[str, ...]:
+    return known if not value or value in known else (*known, value)

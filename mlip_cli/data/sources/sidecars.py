@@ -12,7 +12,8 @@ from mlip_cli.data.sources.captions import captions_of_text
 from mlip_cli.data.sources.class_levels import splits_in
 from mlip_cli.data.sources.file_names import ChosenNames, FileNames, KeyIndex
 from mlip_cli.data.sources.listing import is_picture
-from mlip_cli.data.sources.records import MAX_TEXT_BYTES, PicturePlace, Record, decode_text
+from mlip_cli.data.sources.records import MAX_TEXT_BYTES, PicturePlace, Record
+from mlip_cli.data.sources.text_tables import decode_text
 
 TEXT_ENDINGS = (".txt", ".caption")
 NO_TEXT = -1

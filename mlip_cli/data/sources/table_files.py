@@ -54,6 +54,8 @@ class Table:
     """Columns whose cells are encoded pictures."""
     layout: Layout | None = None
     """How the cells of a text table lie."""
+    decoded: tuple[str, ...] = ()
+    """Columns whose texts the file has as in an address, `My+cat%21`, and the rows as `My cat!`."""
 
     @property
     def has_header(self) -> bool:
@@ -143,24 +145,31 @@ def _named(table: Table, what: str, name: str) -> str:
 
 
 def _guessed(table: Table, what: str, groups: Sequence[Sequence[str]]) -> str:
-    if what == "image" and len(table.holding_pictures) == 1:
-        return table.holding_pictures[0]
+    holding = [column for column in table.holding_pictures if not _names_captions(column)]
+    if what == "image" and len(holding) == 1:
+        return holding[0]
     names = {column: _plain(column) for column in table.columns}
     found: list[str] = []
     for group in groups:
         found = found or [column for column, name in names.items() if name in group]
     if what == "caption":
-        found = found or [column for column, name in names.items() if name.endswith("caption")]
+        found = found or list(filter(_names_captions, names))
     if len(found) == 1:
         return found[0]
     problem = f"columns {' and '.join(found)} could both be the {what}" if found else f"no column for the {what}"
     is_whole = len(table.columns) == 1 and table_ending(table.path.name) in ("csv", "tsv", "txt")
-    cure = "part its cells by commas or tabs" if is_whole else f"say --{what}-column NAME"
+    several = ", or NAME,NAME for several" if what == "caption" else ""
+    cure = "part its cells by commas or tabs" if is_whole else f"say --{what}-column NAME{several}"
     raise table_error(table.path, f"{problem}; {_columns(table)}; {cure}")
 
 
 def _plain(column: str) -> str:
     return column.strip().lower().replace(" ", "_").replace("-", "_")
+
+
+def _names_captions(column: str) -> bool:
+    name = _plain(column)
+    return name.endswith("caption") or any(name in group for group in CAPTION_COLUMNS)
 
 
 def holds_addresses(column: str) -> bool:

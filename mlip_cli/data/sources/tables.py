@@ -65,6 +65,8 @@ class TablePlan:
     def in_words(self) -> str:
         """How the table is read, for the line before the work."""
         header = "" if self.table.has_header else "; the table has no header"
+        if decoded := self.table.decoded:
+            header += f"; column {' and '.join(map(repr, decoded))} decoded, as My+cat%21 to My cat!"
         if self.is_list:
             return f"{self.chosen.in_words()}{header}"
         beside = "" if self.folder == self.table.path.parent else f"; pictures in {escaped(str(self.folder))}"
@@ -188,9 +190,8 @@ def _picture(cell: Any, finder: PathFinder | None) -> PictureCell:
         return PictureCell(PictureBytes(content), detail, blake2b(content, digest_size=16).hexdigest())
     if isinstance(cell, list) and cell:
         return PictureCell(reject="several pictures")
-    if not (isinstance(name, str) and name.strip()):
+    if not (name := _name(name)):
         return PictureCell(reject="no file name")
-    name = name.strip()
     if is_address(name):
         return PictureCell(PictureAddress(name), name, name)
     if finder is None:
@@ -214,9 +215,14 @@ def _first_names(table: Table, image: str) -> list[str]:
     for row in islice(table.rows(), FIRST_NAMES):
         cell = row.get(image) if isinstance(row, dict) else None
         name = cell.get("path") if isinstance(cell, dict) and cell.get("bytes") is None else cell
-        if isinstance(name, str) and name.strip():
-            names.append(name.strip())
-    return names
+        names.append(_name(name))
+    return list(filter(None, names))
+
+
+def _name(cell: Any) -> str:
+    """What a cell calls a picture: a text, or the number of an id, as it would stand in a CSV; "" if it is neither."""
+    is_id = isinstance(cell, int) and not isinstance(cell, bool)
+    return cell.strip() if isinstance(cell, str) else str(cell) if is_id else ""
 
 
 def _picture_folder(root: Path, table: Table, names: Sequence[str], pictures: Sequence[str] | None) -> Path:

@@ -15,7 +15,6 @@ from mlip_cli.data.sources.records import (
     PicturePlace,
     Record,
     UnusableSampleError,
-    decode_text,
     plain_values,
     split_in_name,
 )
@@ -29,6 +28,7 @@ from mlip_cli.data.sources.tar_samples import (
     samples_of,
     used_before,
 )
+from mlip_cli.data.sources.text_tables import decode_text
 from mlip_cli.data.tar import OpenTar, members_before_damage, open_tar, read_members
 from mlip_cli.paths import escaped
 

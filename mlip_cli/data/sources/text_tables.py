@@ -67,7 +67,7 @@ def opened_text(path: Path) -> Iterator[io.TextIOWrapper]:
             is_gzip = file.read(2) == GZIP
         with gzip.open(path) if is_gzip else open(path, "rb") as binary:
             head = binary.peek(4)[:4]
-            encoding = next((name for mark, name in ENCODINGS if head.startswith(mark)), "utf-8-sig")
+            encoding = _encoding(head)
             errors = "surrogateescape" if encoding == "utf-8-sig" else "strict"
             with io.TextIOWrapper(binary, encoding=encoding, errors=errors, newline="") as text:
                 yield text
@@ -77,6 +77,18 @@ def opened_text(path: Path) -> Iterator[io.TextIOWrapper]:
         raise table_error(path, f"damaged text ({error}); save it as UTF-8") from None
     except OSError as error:
         raise table_error(path, f"cannot be read ({error.strerror})") from None
+
+
+def decode_text(content: bytes) -> str | None:
+    """Text by its byte order mark, else UTF-8; None if it is not such text."""
+    try:
+        return content.decode(_encoding(content))
+    except UnicodeDecodeError:
+        return None
+
+
+def _encoding(head: bytes) -> str:
+    return next((name for mark, name in ENCODINGS if head.startswith(mark)), "utf-8-sig")
 
 
 def text_layout(path: Path, *, ending: str, known: Sequence[str]) -> Layout:
