@@ -13,7 +13,7 @@ from mlip_cli.data.prepare.filters import AS_IT_IS, OWN_SPLITS, Cleaning
 from mlip_cli.data.prepare.job import Job
 from mlip_cli.data.prepare.ray_engine import check_installed
 from mlip_cli.data.prepare.retry import is_begun, num_retryable
-from mlip_cli.data.prepare.share import Share
+from mlip_cli.data.prepare.share import ALL_PARTS, Share
 from mlip_cli.data.prepare.summary import CARD_PAGE, SharePrepared, Summary, next_commands
 from mlip_cli.data.prepare.workspace import DONE, Workspace, finished_summary
 from mlip_cli.data.sources.find import DataSource, find_pictures, find_source
@@ -164,8 +164,9 @@ def _done(
         return prepare_share(job, share)
     if summary is None:
         work = Workspace(job.out)
-        if retry and not work.is_begun():
-            raise UsageError(f"{out}: nothing was prepared here; leave out --retry-failed")
+        if not work.is_begun() and (retry or finish_only):
+            cure = "leave out --retry-failed" if retry else ALL_PARTS
+            raise UsageError(f"{out}: nothing was prepared here; {cure}")
         retry = retry and not is_begun(work.folder)
         summary = _made(job, store, finish_only=finish_only)
         if not retry:

@@ -32,7 +32,7 @@ from mlip_cli.data.prepare.reasons import (
 )
 from mlip_cli.data.prepare.retried import Earlier, earlier_of
 from mlip_cli.data.prepare.room import check_room
-from mlip_cli.data.prepare.share import EVERYTHING, Share
+from mlip_cli.data.prepare.share import ALL_PARTS, EVERYTHING, Share
 from mlip_cli.data.prepare.summary import SharePrepared, Summary, next_commands
 from mlip_cli.data.prepare.understood import understood
 from mlip_cli.data.prepare.workspace import PartOptions, PartResult, Workspace, opened
@@ -251,11 +251,11 @@ def _check_gaps(work: Workspace, numbers: Iterator[int]) -> None:
     missing = [number for number in numbers if number not in done]
     if not missing:
         return
-    named = [str(number) for number in missing[:MOST_MISSING]]
+    named = [str(number + 1) for number in missing[:MOST_MISSING]]  # people count from one, as --part does
     if len(missing) > MOST_MISSING:
         named.append(f"{len(missing) - MOST_MISSING} more")
     counts = work.counts_of_shares()
-    cure = "run the same command without --finish, or with --part 1/N to --part N/N on N machines"
+    cure = ALL_PARTS
     if len(counts) == 1:
         (count,) = counts
         shares = sorted({number % count + 1 for number in missing})
