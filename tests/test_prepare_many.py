@@ -139,8 +139,8 @@ def test_who_may_work_beside_whom(folder: Path) -> None:
 
 def test_finish_before_anything_was_prepared_leaves_nothing(folder: Path) -> None:
     assert last_line(run(folder, *WORDS, "--finish"), 2) == (
-        "error: out: nothing was prepared here; run the same command without --finish, or with --part 1/N to --part N/N "
-        "on N machines"
+        "error: out: nothing was prepared here; run the same command without --finish, or with --part 1/N to "
+        "--part N/N on N machines"
     )
     assert not (folder / "out").exists()
 

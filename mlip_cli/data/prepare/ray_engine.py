@@ -41,6 +41,8 @@ ENVIRONMENT = {
 """What Ray reads when it is imported, and its processes when they start."""
 TOKEN = "RAY_AUTH_TOKEN"
 """The secret by which processes of a Ray know each other. Without it a Ray of our own writes one to ~/.ray."""
+OWN_TOKEN = secrets.token_hex(32)
+"""The same as long as this process lives: Ray reads it once."""
 SESSIONS = "/tmp"
 """Names of sockets have at most 107 bytes, so they cannot lie in every temporary folder."""
 
@@ -79,7 +81,7 @@ def run_parallel(
         os.environ.setdefault(name, value)
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     if ADDRESS not in os.environ:
-        os.environ.setdefault(TOKEN, secrets.token_hex(32))
+        os.environ.setdefault(TOKEN, OWN_TOKEN)
     import ray
 
     with _started(num_workers) as most:
