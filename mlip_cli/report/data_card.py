@@ -8,6 +8,7 @@ from typing import Any
 from mlip_cli.data.prepare.examples import Example
 from mlip_cli.data.prepare.statistics import CONTEXT_LENGTH, TOKENS, TRUNCATED
 from mlip_cli.data.prepare.summary import Summary
+from mlip_cli.data.sources.listing import counted
 from mlip_cli.paths import escaped, is_url
 from mlip_cli.report.data_charts import bins_of_all, cut_off, log_chart, plain_chart
 from mlip_cli.report.page import (
@@ -97,7 +98,7 @@ def _in_and_out(summary: Summary) -> Html:
     holds = [f"{name}/ holds {split.holds}." for name, split in summary.splits.items() if split.holds]
     if summary.held_out:
         holds.append("validation/ was drawn by the hash of the pixels.")
-    passed = ", ".join(f"{n:,} {kind}" for kind, n in summary.passed_over.items())
+    passed = ", ".join(counted(n, kind) for kind, n in summary.passed_over.items())
     return section(
         "counts",
         "In and out",
