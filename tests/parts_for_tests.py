@@ -8,7 +8,7 @@ from mlip_cli.data.sources.records import SourcePart
 from mlip_cli.files import atomic_path
 
 
-def endless_part(part: SourcePart, options: PartOptions) -> PartResult:
+def endless_part(part: SourcePart, options: PartOptions, say: object) -> PartResult:
     """Finish the first two parts; stay in the middle of writing every other one."""
     tar = Path(options.folder, f"part-{part.number:06d}.tar")
     with atomic_path(tar) as temporary:

@@ -217,7 +217,7 @@ def test_imagenet_from_wordnet_folders(tmp_path: Path) -> None:
     write(tmp_path / "imagenet" / "val" / ".ipynb_checkpoints" / "a.JPEG", picture())
     write(tmp_path / "imagenet" / "val" / WNIDS[0] / "a.heic", "")
     pictures = opened("imagenet", tmp_path)
-    assert pictures.passed_over.in_words() == f"1 .heic files (first: {WNIDS[0]}/a.heic)"
+    assert pictures.passed_over.in_words() == f"1 .heic file (first: {WNIDS[0]}/a.heic)"
     assert labels(pictures) == [0, 1, 999]
     assert len(pictures.class_names) == 1000
     assert len(pictures.templates) == 80

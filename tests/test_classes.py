@@ -295,7 +295,7 @@ def test_what_was_understood_is_said_before_the_work(tmp_path: Path, caplog: pyt
         f"{folder}: 6 pictures in 4 classes in images/: oak, ash, elm ...; 6 rows",
     ]
     assert pictures.in_words() == (
-        "6 pictures in 4 classes: oak, ash, elm ...; prompts like 'a photo of a oak.'; passed over: 1 .avif files "
+        "6 pictures in 4 classes: oak, ash, elm ...; prompts like 'a photo of a oak.'; passed over: 1 .avif file "
         "(first: images/4/a.avif)"
     )
 

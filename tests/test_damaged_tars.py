@@ -59,7 +59,7 @@ def test_a_damaged_tar_of_three_costs_its_rest(tmp_path: Path, caplog: pytest.Lo
     assert done["reasons"] == {"tar damaged": 1}
     assert done["passed_over"] == {"ends of damaged tars": 1}
     assert f"{tar}: {words}" in [line.getMessage() for line in caplog.records if line.levelname == "WARNING"]
-    assert f"not read: 1 ends of damaged tars (first: 0001.tar: {words})" in caplog.messages
+    assert f"not read: 1 end of damaged tars (first: 0001.tar: {words})" in caplog.messages
     assert "  1 x tar damaged" in caplog.messages
 
 

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,21 @@ def test_duplicates_are_counted_from_their_reasons(out: Path) -> None:
     page = data_card(Summary(**fields), {}, [], written="now")
     assert "4 duplicates dropped." in page
     assert "An earlier version prepared this data; it wrote no histograms." in page
+
+
+def test_what_the_card_says_of_splits_and_options(out: Path) -> None:
+    summary = Summary.read(out / "prepared.json")
+    request = summary.request | {"exclude": ["folder:a", "shards:b"], "allow_private": True}
+    splits = {"test": replace(summary.splits["train"], holds="the hard part")}
+    fields = summary.__dict__ | {"request": request, "splits": splits, "held_out": True}
+    cards = {"test": {"provenance": {"list": "A list (of somebody)", "licence": "list: CC BY 4.0"}}}
+    page = data_card(Summary(**fields), cards, [], written="now")
+    assert "<dt>exclude</dt><dd>folder:a, shards:b</dd><dt>allow private</dt><dd>yes</dd>" in page
+    assert "<dt>list</dt><dd>A list (of somebody)</dd><dt>licence</dt><dd>list: CC BY 4.0</dd>" in page
+    assert "test/ holds the hard part." in page
+    assert "validation/ was drawn by the hash of the pixels." in page
+    ids = re.findall('<section id="([a-z]+)">', page)
+    assert ids == ["counts", "examples", "pictures", "captions", "made"]
 
 
 def test_a_card_that_is_gone_is_written_again_and_is_the_same(

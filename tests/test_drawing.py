@@ -198,13 +198,15 @@ def test_long_work_in_a_pipe_says_now_and_then_how_far_it_is() -> None:
     drawing.LINE_EVERY_S = 0
     with drawing.progress(3000, "reading [x]") as bar:
         bar.advance(0, 1500)
+        bar.update(0, completed=2000, total=3001)
     with drawing.training_panel(240) as panel:
         panel.doing("evaluating digits")
         panel.doing("evaluating digits", done=128, total=1797)
     """
     lines = in_pipe(code).stderr.splitlines()
     assert re.fullmatch(r"reading \[x\]: 1,500 of 3,000, (-:--|0:0\d) left", lines[0])
-    assert lines[1:] == ["step 0: evaluating digits: 128 of 1,797"]
+    assert re.fullmatch(r"reading \[x\]: 2,000 of 3,001, (-:--|0:0\d) left", lines[1])
+    assert lines[2:] == ["step 0: evaluating digits: 128 of 1,797"]
     assert in_pipe(code.replace("drawing.LINE_EVERY_S = 0", "")).stderr == ""
 
 

@@ -148,7 +148,7 @@ def test_names_texts_and_endings_of_all_kinds(tmp_path: Path, cache: Cache, said
     assert dataset.read(0).key == "dots.in.key"
     assert said == [
         f"{tmp_path}/in: indexing 1 tar, 0.00 GiB; this is done once",
-        f"{tmp_path}/in: not read: 1 .pyd members (first: program.pyd)",
+        f"{tmp_path}/in: not read: 1 .pyd member (first: program.pyd)",
     ]
 
 
@@ -218,7 +218,7 @@ def test_unusable_samples_are_counted(folder: Path, cache: Cache, said: list[str
         [f"picture number {i}"] for i in range(8, 24)
     ]
     assert said[1:] == [
-        f"{folder}: not read: 1 members without ending (first: readme)",
+        f"{folder}: not read: 1 member without ending (first: readme)",
         f"{folder}: 7 samples cannot be used and 25 can: 2 no caption, 1 KEY.json is not a JSON object, "
         "1 caption is not UTF-8, 1 empty picture, 1 no picture, 1 several pictures "
         f"(first: {tar}: sample twice: several pictures: jpg, png; name one by --image-column, or image_column in a "

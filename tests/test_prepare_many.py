@@ -79,7 +79,7 @@ def test_three_shares_at_once_of_which_one_is_killed_leave_the_bytes_of_one_proc
     assert lines[0].startswith("out: part 3/3: 4 parts prepared; ")
     assert lines[1].startswith("out: part 1/3: 4 parts prepared; ")
     gaps = last_line(run(folder, *WORDS, "--finish"), 2)
-    assert gaps == ("error: out: parts 7 and 10 are missing; run the same command with --part 2/3 instead of --finish")
+    assert gaps == ("error: out: parts 8 and 11 are missing; run the same command with --part 2/3 instead of --finish")
     assert last_line(run(folder, *WORDS, "--part", "2/3"), 0) == (
         "out: part 2/3: 2 parts prepared, 2 were there; all 12 are there; next: the same command with --finish instead "
         "of --part"
@@ -98,7 +98,7 @@ def test_any_number_of_shares_in_any_order_leaves_the_same_bytes(folder: Path) -
         "command with --finish instead of --part"
     )
     assert last_line(run(folder, *WORDS, "--finish"), 2) == (
-        "error: out: parts 5, 7 and 1 more are missing; run the same command without --finish, or with --part 1/N to "
+        "error: out: parts 6, 8 and 1 more are missing; run the same command without --finish, or with --part 1/N to "
         "--part N/N on N machines"
     )
     assert run(folder, *WORDS)[0] == 0
@@ -135,6 +135,25 @@ def test_who_may_work_beside_whom(folder: Path) -> None:
     end(finisher, folder)
     assert contents(folder / "out") == contents(folder / "whole")
     assert last_line(run(folder, *WORDS, "--part", "1/3"), 0)  # says that it is prepared already
+
+
+def test_finish_before_anything_was_prepared_leaves_nothing(folder: Path) -> None:
+    assert last_line(run(folder, *WORDS, "--finish"), 2) == (
+        "error: out: nothing was prepared here; run the same command without --finish, or with --part 1/N to "
+        "--part N/N on N machines"
+    )
+    assert not (folder / "out").exists()
+
+
+def test_of_a_source_of_one_part_the_words_are_about_one(tmp_path: Path) -> None:
+    write_sidecars(tmp_path / "in", 3)
+    then = "the same command with --finish instead of --part"
+    assert last_line(run(tmp_path, *WORDS, "--part", "2/3"), 0) == (
+        f"out: part 2/3: 0 parts prepared; the only one is left to other machines; after them: {then}"
+    )
+    assert last_line(run(tmp_path, *WORDS, "--part", "1/3"), 0) == (
+        f"out: part 1/3: 1 part prepared; the only one is there; next: {then}"
+    )
 
 
 def test_a_killed_share_leaves_half_written_files_to_its_next_run_alone(folder: Path) -> None:

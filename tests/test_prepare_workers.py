@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -58,3 +59,20 @@ def test_workers_end_in_the_middle_of_their_tasks_when_the_driver_is_killed(tmp_
     while any(Path(f"/proc/{worker}").exists() for worker in workers) and time.monotonic() < deadline:
         time.sleep(0.01)
     assert time.monotonic() < deadline
+
+
+def count_up(task: int, say: Callable[[str], None]) -> int:
+    for step in range(3):
+        say(f"{task}.{step}")
+    return task
+
+
+@pytest.mark.parametrize(("num_workers", "at_once"), [(1, 1), (2, 1), (1, 3)])
+def test_what_tasks_say_is_heard_before_their_results(num_workers: int, at_once: int) -> None:
+    heard: list[str] = []
+    done: list[int] = []
+    for task in run_parallel(count_up, range(5), num_workers=num_workers, at_once=at_once, hear=heard.append):
+        assert [words for words in heard if words.startswith(f"{task}.")] == [f"{task}.0", f"{task}.1", f"{task}.2"]
+        done.append(task)
+    assert sorted(done) == [0, 1, 2, 3, 4]
+    assert len(heard) == 15

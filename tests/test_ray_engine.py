@@ -17,8 +17,9 @@ from uuid import uuid4
 
 import pytest
 from command_for_tests import mlip
+from download_server_for_tests import DownloadServer
 from ray_tasks_for_tests import dying, failing, number_and_process, part_that_waits_once
-from sources_for_tests import contents, prepare, write_sidecars
+from sources_for_tests import contents, prepare, samples, write_sidecars
 
 from mlip_cli.data.prepare import assemble, ray_engine
 from mlip_cli.data.sources import records
@@ -43,16 +44,42 @@ def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return write_sidecars(Path("in"), 18)
 
 
-def test_the_bytes_are_those_of_processes_and_stderr_is_ours_alone(source: Path, capfd: pytest.CaptureFixture) -> None:
+def test_the_bytes_are_those_of_processes_and_stderr_is_ours_alone(
+    source: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (source / "00007.png").write_bytes(b"no picture")
     prepare(source, Path("processes"))
     capfd.readouterr()
+    Path("home").mkdir()
+    monkeypatch.setenv("HOME", str(Path("home").absolute()))
     done = mlip("prepare-data", "in", "ray", "--holdout", "0", "--engine", "ray", "--workers", "2")
     assert done.returncode == 0, done.stderr
     assert contents(Path("ray")) == contents(Path("processes"))
     assert "ray: 2 processes on a Ray of this command alone" in done.stderr.splitlines()
     assert capfd.readouterr() == ("", "")  # what Ray's own processes and its C++ write
     assert not Path("ray/.prepare").exists()
+    assert not Path("home/.ray").exists()  # where Ray would write a token
+
+
+def test_downloads_and_failed_ones_again(source: Path) -> None:
+    """The bytes are those of processes, and a second try asks for failed rows alone."""
+    kinds = ("good", "busy_once", "nothing", "good", "noai")
+    words = ("--holdout", "0", "--allow-private", "--retries", "0", "--workers", "2", "--timeout", "10")
+    with DownloadServer() as server:
+        rows = "".join(f"{server.url(f'{kinds[i % 5]}/{i}')}\tpicture of thing {i}\n" for i in range(20))
+        Path("list.tsv").write_text(f"url\tcaption\n{rows}")
+        first = mlip("prepare-data", "list.tsv", "ray", *words, "--engine", "ray")
+        assert first.returncode == 0, first.stderr
+        assert len(samples(Path("ray"))) == 8
+        asked = server.asked.copy()
+        assert sorted(set(asked.values())) == [1]
+        again = mlip("prepare-data", "list.tsv", "ray", *words, "--engine", "ray", "--retry-failed")
+        assert again.returncode == 0, again.stderr
+        assert {path.split("/")[1] for path, n in server.asked.items() if n > asked[path]} == {"busy_once"}
+        assert len(samples(Path("ray"))) == 12
+        processes = mlip("prepare-data", "list.tsv", "processes", *words)
+        assert processes.returncode == 0, processes.stderr
+    assert contents(Path("ray")) == contents(Path("processes"))
 
 
 def test_a_worker_that_is_killed_is_replaced_and_the_bytes_are_the_same(

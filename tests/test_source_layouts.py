@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from sources_for_tests import picture, prepare, rejects, samples, texts, write_files, write_tar
 
+from mlip_cli.data.sources.listing import counted
 from mlip_cli.errors import RunError, UsageError
 
 CARDS = "image,caption\n" + "".join(f"{i}.png,card {i}\n" for i in range(3))
@@ -316,3 +317,18 @@ def test_the_first_pairs_are_said_before_the_work(tmp_path: Path, caplog: pytest
         "pictures: column 'image', captions: column 'caption'",
         f'first: 0.png "a\\tb"; 1.png "{long}"; 2.png "{long}"',
     ]
+
+
+@pytest.mark.parametrize(
+    ("n", "kind", "words"),
+    [
+        (1, ".md files", "1 .md file"),
+        (1, "files without ending", "1 file without ending"),
+        (1, "texts without a picture", "1 text without a picture"),
+        (2, "texts without a picture", "2 texts without a picture"),
+        (1, ".files files", "1 .files file"),
+        (1, "links, devices or sparse files", "1 links, devices or sparse files"),
+    ],
+)
+def test_one_file_is_counted_in_the_singular(n: int, kind: str, words: str) -> None:
+    assert counted(n, kind) == words

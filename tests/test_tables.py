@@ -400,9 +400,9 @@ def test_pictures_in_rows_that_are_not_complete_are_not_kept(tmp_path: Path) -> 
     rows = [{"image": picture(i % 100) + bytes(20_000), "caption": f"card {i}"} for i in range(200)]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "t.parquet")
     source = find_source(str(tmp_path / "t.parquet"))
-    shared = surveyed(source, ReadOptions()).shared
+    shared = surveyed(source).shared
     tracemalloc.start()
-    records = read_records(source, ReadOptions(), shared)
+    records = read_records(source, shared)
     first = next(records)
     held, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()

@@ -130,8 +130,8 @@ CASES = {
     "unread members": Case(
         [*PAIRED, ("a.heic", "x"), ("b.heic", "x"), ("a.npy", "x"), ("README", "x"), ("c.jpg", "link:a.jpg")],
         TWO,
-        notes="2 .heic members (first: a.heic), 1 .npy members (first: a.npy), 1 links, devices or sparse files "
-        "(first: c.jpg), 1 members without ending (first: README)",
+        notes="2 .heic members (first: a.heic), 1 .npy member (first: a.npy), 1 links, devices or sparse files "
+        "(first: c.jpg), 1 member without ending (first: README)",
     ),
     "the same keys again": Case(
         [*PAIRED, *sample("a", B, "three")],

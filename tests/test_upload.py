@@ -387,7 +387,7 @@ def test_machines_share_the_workspace_and_the_one_that_finishes_uploads(
         )
     upload(url, workspace=here, part="2/2")
     assert json.loads(capsys.readouterr().out)["out"] == "here"
-    with pytest.raises(UsageError, match=r"^here: parts 0, 2 and 1 more are missing; "):
+    with pytest.raises(UsageError, match=r"^here: parts 1, 3 and 1 more are missing; "):
         upload(url, workspace=here, finish=True)
     upload(url, workspace=here, part="1/2")
     assert not [path for path in memory.find("/bucket") if ".prepare" not in path]

@@ -13,7 +13,7 @@ from mlip_cli.data.prepare.locks import discard_leftovers
 from mlip_cli.data.prepare.ray_engine import check_installed
 from mlip_cli.data.prepare.request import finished_summary
 from mlip_cli.data.prepare.retry import is_begun, num_retryable
-from mlip_cli.data.prepare.share import Share
+from mlip_cli.data.prepare.share import ALL_PARTS, Share
 from mlip_cli.data.prepare.summary import CARD_PAGE, SharePrepared, Summary, next_commands
 from mlip_cli.data.prepare.workspace import DONE, Workspace
 from mlip_cli.data.sources.find import find_pictures, find_source
@@ -136,8 +136,9 @@ def _done(job: Job, store: "Store | None", asked: Asked, share: Share | None) ->
         return prepare_share(job, share)
     if summary is None:
         work = Workspace(job.out)
-        if asked.retry_failed and not work.is_begun():
-            raise UsageError(f"{out}: nothing was prepared here; leave out --retry-failed")
+        if not work.is_begun() and (asked.retry_failed or asked.finish):
+            cure = "leave out --retry-failed" if asked.retry_failed else ALL_PARTS
+            raise UsageError(f"{out}: nothing was prepared here; {cure}")
         is_retry = is_begun(work.folder)  # which was interrupted, and ends now
         summary = _made(job, store, finish_only=asked.finish)
         if is_retry or not asked.retry_failed:

@@ -8,6 +8,7 @@ from typing import Any
 from mlip_cli.data.prepare.examples import Example
 from mlip_cli.data.prepare.statistics import CONTEXT_LENGTH, TOKENS, TRUNCATED
 from mlip_cli.data.prepare.summary import Summary
+from mlip_cli.data.sources.listing import counted
 from mlip_cli.paths import escaped, is_url
 from mlip_cli.report.data_charts import bins_of_all, cut_off, log_chart, plain_chart
 from mlip_cli.report.page import (
@@ -53,11 +54,11 @@ def data_card(summary: Summary, cards: Cards, examples: Sequence[Example], *, wr
         heading=_shown(name),
         lead=[note(_shown(lead))],
         sections=[
-            _in_and_out(summary, cards),
+            _in_and_out(summary),
+            _examples(examples),
             _pictures(cards),
             _captions(cards),
             *_names(cards),
-            _examples(examples),
             _made(summary, cards),
         ],
         foot=joined(note(_shown(line)) for line in (written, summary.attribution) if line),
@@ -69,7 +70,7 @@ def _shown(text: str) -> str:
     return escaped(text, keep="\n")
 
 
-def _in_and_out(summary: Summary, cards: Cards) -> Html:
+def _in_and_out(summary: Summary) -> Html:
     num_samples = sum(split.num_samples for split in summary.splits.values())
     counts = {"pictures": summary.pictures, "samples": num_samples, "rejects": summary.rejects}
     if summary.rows != summary.pictures:
@@ -90,12 +91,14 @@ def _in_and_out(summary: Summary, cards: Cards) -> Html:
             f"{split.num_shards:,}",
             f"{split.num_bytes / 2**20:,.1f}",
             None if split.distinct_captions is None else f"{split.distinct_captions:,}",
-            split.holds or ("drawn by the hash of the pixels" if summary.held_out and name == "validation" else None),
         ]
         for name, split in summary.splits.items()
     ]
-    columns = ["split", "samples", "shards", "MiB", "distinct captions", "holds"]
-    passed = ", ".join(f"{n:,} {kind}" for kind, n in summary.passed_over.items())
+    columns = ["split", "samples", "shards", "MiB", "distinct captions"]
+    holds = [f"{name}/ holds {split.holds}." for name, split in summary.splits.items() if split.holds]
+    if summary.held_out:
+        holds.append("validation/ was drawn by the hash of the pixels.")
+    passed = ", ".join(counted(n, kind) for kind, n in summary.passed_over.items())
     return section(
         "counts",
         "In and out",
@@ -105,6 +108,7 @@ def _in_and_out(summary: Summary, cards: Cards) -> Html:
         note(_shown(f"Not read, or found by another spelling: {passed}.")) if passed else None,
         element("h3", "Splits"),
         table(Table(columns, rows).without_empty_columns()),
+        *map(note, holds),
     )
 
 
@@ -253,8 +257,7 @@ def _examples(examples: Sequence[Example]) -> Html:
 
 def _made(summary: Summary, cards: Cards) -> Html:
     """The arguments, the tool, and what proves which data this is."""
-    tool = next((card.get("provenance", {}).get("tool") for card in cards.values()), None)
-    licence = next((card.get("provenance", {}).get("license") for card in cards.values()), None)
+    provenance: Mapping[str, Any] = next((card.get("provenance", {}) for card in cards.values()), {})
     check = () if is_url(summary.out) else (f"mlip prepare-data --check {summary.out}",)
     request = [(name.replace("_", " "), _value(value)) for name, value in summary.request.items() if value is not None]
     return section(
@@ -262,10 +265,11 @@ def _made(summary: Summary, cards: Cards) -> Html:
         "How it was made",
         definitions(
             [
-                ("tool", tool),
+                ("tool", provenance.get("tool")),
                 ("source", _shown(summary.source)),
                 *request,
-                ("licence", licence),
+                ("list", provenance.get("list")),
+                ("licence", provenance.get("license") or provenance.get("licence")),
                 ("attribution", summary.attribution),
                 ("seconds", f"{summary.seconds:,.0f}"),
             ]
@@ -279,4 +283,6 @@ def _made(summary: Summary, cards: Cards) -> Html:
 
 
 def _value(value: object) -> str:
-    return _shown(value if isinstance(value, str) else str(value))
+    if isinstance(value, list):
+        return _shown(", ".join(map(str, value)))
+    return "yes" if value is True else _shown(str(value))

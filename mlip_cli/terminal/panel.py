@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 from rich.columns import Columns
 from rich.console import Group, RenderableType
@@ -60,6 +61,14 @@ class WorkProgress(Progress):
     def advance(self, task_id: TaskID, advance: float = 1) -> None:
         """Move on by `advance` of the total."""
         super().advance(task_id, advance)
+        self._say_now_and_then()
+
+    def update(self, task_id: TaskID, **changes: Any) -> None:
+        """Change what is shown: see `rich.progress.Progress.update`."""
+        super().update(task_id, **changes)
+        self._say_now_and_then()
+
+    def _say_now_and_then(self) -> None:
         if self.disable and time.monotonic() - self._last_line_s >= LINE_EVERY_S:
             self._last_line_s = time.monotonic()
             [task] = self.tasks

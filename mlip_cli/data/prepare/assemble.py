@@ -20,6 +20,7 @@ from mlip_cli.data.prepare.engines import run_parallel
 from mlip_cli.data.prepare.fates import decided
 from mlip_cli.data.prepare.finish import Finished, write_splits
 from mlip_cli.data.prepare.job import Job
+from mlip_cli.data.prepare.live import LiveCounts
 from mlip_cli.data.prepare.locks import opened
 from mlip_cli.data.prepare.parts import prepare_part
 from mlip_cli.data.prepare.pixels import PERCEPTUAL
@@ -33,14 +34,14 @@ from mlip_cli.data.prepare.reasons import (
 )
 from mlip_cli.data.prepare.retried import Earlier, earlier_of
 from mlip_cli.data.prepare.room import check_room
-from mlip_cli.data.prepare.share import EVERYTHING, Share
+from mlip_cli.data.prepare.share import ALL_PARTS, EVERYTHING, Share
 from mlip_cli.data.prepare.summary import SharePrepared, Summary, next_commands
 from mlip_cli.data.prepare.understood import understood
 from mlip_cli.data.prepare.workspace import PartOptions, PartResult, Workspace
 from mlip_cli.data.sources.formats import read_records
 from mlip_cli.data.sources.lists import published_list
 from mlip_cli.data.sources.openmoji import attribution, split_words
-from mlip_cli.data.sources.records import SourcePart, held_out_share, parts_of
+from mlip_cli.data.sources.records import SourcePart, held_out_share, num_parts, parts_of
 from mlip_cli.data.sources.survey import Survey
 from mlip_cli.errors import RunError, UsageError, interrupted_as
 from mlip_cli.files import full_disk_named
@@ -210,16 +211,18 @@ def _make_parts(
         RunError: a worker was killed.
     """
     num_rows = len(earlier.places) if earlier else survey.pictures
+    about = -(-num_rows // share.count)
     options = PartOptions(str(work.parts), job.size, job.source.format == "openmoji", job.cleaning)
     if rewritten := job.source.rewritten_by_sha256:
         options = replace(options, captions=str(rewritten.stem), adds_captions=rewritten.file.adds)
     at_once = PARTS_AT_ONCE if survey.addresses else 1
     if survey.addresses:
-        num_addresses, num_processes = min(survey.addresses, num_rows), job.engine.num_processes(at_once)
-        options = replace(options, download=downloads.share(num_addresses, job.download, num_processes))
+        num_processes = min(job.engine.num_processes(at_once), num_parts(about))  # a worker without a part asks nobody
+        options = replace(
+            options, download=downloads.share(min(survey.addresses, num_rows), job.download, num_processes)
+        )
     results = {number: result for number, result in work.results().items() if share.has(number)}
     done = frozenset(results)
-    reasons = reasons_of(list(results.values()))
     prepared = partial(prepare_part, options=options)
 
     def to_do() -> Iterator[SourcePart]:
@@ -230,19 +233,16 @@ def _make_parts(
             if share.has(part.number) and part.number not in done:
                 yield part
 
-    about = -(-num_rows // share.count)
     with progress(about, "trying again" if earlier else "preparing") as bar:
-        bar.advance(bar.task_ids[0], sum(result.rows for result in results.values()))
+        live = LiveCounts(bar, about, results.values(), are_downloads=options.download is not None)
         if not earlier:
             check_first_rows(work, results, share)
         try:
-            for result in run_parallel(prepared, to_do(), engine=job.engine, folder=work.parts, at_once=at_once):
+            for result in run_parallel(
+                prepared, to_do(), engine=job.engine, folder=work.parts, at_once=at_once, hear=live.hear
+            ):
                 results[result.number] = result
-                reasons.update(result.reasons)
-                if options.download:
-                    bar.update(bar.task_ids[0], description=downloads.outcomes_in_words(results.values(), reasons))
-                done_rows = bar.tasks[0].completed + result.rows  # of a share, more than its mean number at times
-                bar.update(bar.task_ids[0], completed=done_rows, total=max(about, done_rows))
+                live.finished(result)
                 if not earlier:
                     check_first_rows(work, results, share)
         finally:
@@ -260,11 +260,11 @@ def _check_gaps(work: Workspace, numbers: Iterator[int]) -> None:
     missing = [number for number in numbers if number not in done]
     if not missing:
         return
-    named = [str(number) for number in missing[:MOST_MISSING]]
+    named = [str(number + 1) for number in missing[:MOST_MISSING]]  # people count from one, as --part does
     if len(missing) > MOST_MISSING:
         named.append(f"{len(missing) - MOST_MISSING} more")
     counts = work.counts_of_shares()
-    cure = "run the same command without --finish, or with --part 1/N to --part N/N on N machines"
+    cure = ALL_PARTS
     if len(counts) == 1:
         (count,) = counts
         shares = sorted({number % count + 1 for number in missing})

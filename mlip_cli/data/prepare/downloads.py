@@ -2,11 +2,9 @@
 
 import os
 from collections import Counter
-from collections.abc import Iterable
 
 from mlip_cli.data.download.options import DownloadOptions
 from mlip_cli.data.download.outcome import CONNECTION_FAILED, NO_DNS, NO_HOST, REFUSED, TIMED_OUT, is_of_download
-from mlip_cli.data.prepare.workspace import PartResult
 from mlip_cli.terminal.output import plural, say, warn
 
 MOST_ALIKE = 0.5
@@ -45,11 +43,11 @@ def most_alike(reason: str, *, is_first: bool) -> float:
     return MOST_DOWNLOADS_ALIKE if is_first else 1.0
 
 
-def outcomes_in_words(results: Iterable[PartResult], reasons: Counter[str]) -> str:
-    """`1,203 samples, 45 not found (404), 12 timed out`."""
-    num_rejects = sum(reasons.values())
+def outcomes_in_words(num_rows: int, reasons: Counter[str]) -> str:
+    """`1,203 samples, 45 not found (404), 12 timed out`, of so many rows."""
+    num_rejects = reasons.total()
     most = reasons.most_common(MOST_OUTCOMES)
-    words = [plural(sum(result.rows for result in results) - num_rejects, "sample")]
+    words = [plural(num_rows - num_rejects, "sample")]
     words += [f"{n:,} {reason}" for reason, n in most]
     others = num_rejects - sum(n for _, n in most)
-    return ", ".join([*words, f"{others:,} other rejects"] if others else words)
+    return ", ".join([*words, f"{plural(others, 'other reject')}"] if others else words)

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from mlip_cli.data.prepare import workers
 from mlip_cli.machine import usable_cores
@@ -31,12 +31,19 @@ class Engine:
 
 
 def run_parallel(
-    function: Callable[[Task], Result], tasks: Iterable[Task], *, engine: Engine, folder: Path, at_once: int = 1
+    function: Callable[..., Result],
+    tasks: Iterable[Task],
+    *,
+    engine: Engine,
+    folder: Path,
+    at_once: int = 1,
+    hear: Callable[[Any], None],
 ) -> Iterator[Result]:
     """Yield results of `function`, which writes to `folder`, in the order in which they finish.
 
     Args:
         at_once: tasks that a worker has in hand: for tasks that wait for something.
+        hear: called with what `function(task, say=...)` says while it works. On Ray nothing is heard.
 
     Raises:
         UsageError: the engine cannot work here.
@@ -46,4 +53,4 @@ def run_parallel(
         from mlip_cli.data.prepare import ray_engine
 
         return ray_engine.run_parallel(function, tasks, num_workers=engine.num_workers, folder=folder, at_once=at_once)
-    return workers.run_parallel(function, tasks, num_workers=engine.num_workers_here, at_once=at_once)
+    return workers.run_parallel(function, tasks, num_workers=engine.num_workers_here, at_once=at_once, hear=hear)

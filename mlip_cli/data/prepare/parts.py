@@ -5,8 +5,9 @@ import json
 import os
 import stat
 import threading
+import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,7 +19,7 @@ from mlip_cli.data.prepare.filters import bytes_fault, with_clean_captions
 from mlip_cli.data.prepare.pixels import StoredPicture, store
 from mlip_cli.data.prepare.retry import PICTURE_MISSING, PICTURE_UNREADABLE
 from mlip_cli.data.prepare.shards import PART_ROW, sample_parts, tar_writer, verify_tar
-from mlip_cli.data.prepare.workspace import PartOptions, PartResult
+from mlip_cli.data.prepare.workspace import PartInHand, PartOptions, PartResult
 from mlip_cli.data.sources.records import (
     MAX_CAPTIONS,
     NO_SPLIT,
@@ -39,6 +40,7 @@ from mlip_cli.paths import encodable, escaped
 MAX_FILE_BYTES = 512 << 20
 ROW_FIELDS = ("row", "sha256", "pixels", "perceptual", "split")
 """Those of PART_ROW that are known before the tar is whole."""
+SAY_EVERY_S = 0.5
 ONE_AT_A_TIME = threading.Lock()
 """Threads of a process that prepare parts wait for their downloads side by side, and decode one after another."""
 
@@ -48,8 +50,14 @@ Sample = tuple[dict[str, Any], StoredPicture, bool, int]
 many."""
 
 
-def prepare_part(part: SourcePart, options: PartOptions) -> PartResult:
-    """Write a part's samples and rejects to files of their own, and the result last. Each file is whole or absent."""
+def prepare_part(
+    part: SourcePart, options: PartOptions, say: Callable[[PartInHand], None] = lambda _: None
+) -> PartResult:
+    """Write a part's samples and rejects to files of their own, and the result last. Each file is whole or absent.
+
+    Args:
+        say: called now and then with what is done of the part.
+    """
     tar = Path(options.folder, f"part-{part.number:06d}.tar")
     cleaned = [with_clean_captions(record, options.cleaning) for record in part.records]
     records = [record for record, _ in cleaned]
@@ -59,7 +67,7 @@ def prepare_part(part: SourcePart, options: PartOptions) -> PartResult:
     rejects: list[dict[str, Any]] = []
     with atomic_path(tar) as temporary:
         with tar_writer(temporary) as writer:
-            for position, sample in in_order(_samples(records, options)):
+            for position, sample in in_order(counted(_samples(records, options), part.number, say)):
                 record, row = records[position], part.place(position)
                 if isinstance(sample, RejectedPictureError):
                     rejects.append({"place": row, **_reject(record, sample)})
@@ -102,6 +110,21 @@ def _samples(records: Sequence[Record], options: PartOptions) -> Iterator[tuple[
                 sample = _make_sample(records[position], content, options)
         except RejectedPictureError as reject:
             sample = RejectedPictureError(reject.reason, reject.detail)  # no traceback, whose frames hold the picture
+        yield position, sample
+
+
+def counted(
+    samples: Iterable[tuple[int, Value | RejectedPictureError]], number: int, say: Callable[[PartInHand], None]
+) -> Iterator[tuple[int, Value | RejectedPictureError]]:
+    """Pass the samples of part `number` on, and say now and then how many there were."""
+    reasons: dict[str, int] = {}
+    said_s = time.monotonic()
+    for rows, (position, sample) in enumerate(samples, start=1):
+        if isinstance(sample, RejectedPictureError):
+            reasons[sample.reason] = reasons.get(sample.reason, 0) + 1
+        if time.monotonic() - said_s >= SAY_EVERY_S:
+            said_s = time.monotonic()
+            say(PartInHand(number, rows, dict(reasons)))
         yield position, sample
 
 

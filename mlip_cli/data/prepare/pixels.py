@@ -20,6 +20,9 @@ from mlip_cli.data.prepare.filters import AS_IT_IS, Cleaning, size_fault
 MAX_SIDE = 16_383
 """The longest side that WebP can store."""
 JPEG_QUALITY = 92
+WEBP_METHOD = 2
+"""The effort of lossless compression, 0 to 6. Pillow's own, 4, takes 2.2 to 3.8 times as long for 2 to 4 % fewer bytes
+(drawings and photographs, 64 to 341 pixels wide)."""
 PERCEPTUAL = "dhash 1"
 """Of `hash_look`. Another number means other hashes, which must not be compared with these."""
 
@@ -101,7 +104,7 @@ def encode(rgb: Image.Image, *, is_jpeg: bool) -> bytes:
     if is_jpeg:
         bare.save(file, "JPEG", quality=JPEG_QUALITY)
     else:
-        bare.save(file, "WEBP", lossless=True)
+        bare.save(file, "WEBP", lossless=True, method=WEBP_METHOD)
     return file.getvalue()
 
 

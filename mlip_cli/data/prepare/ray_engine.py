@@ -6,6 +6,7 @@ bytes of the output are those of any other engine, whatever the order in which R
 
 import logging
 import os
+import secrets
 import socket
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -38,6 +39,10 @@ ENVIRONMENT = {
     "RAY_DEDUP_LOGS_SKIP_REGEX": "^",  # else Ray prints to stdout, which is data, that a worker died
 }
 """What Ray reads when it is imported, and its processes when they start."""
+TOKEN = "RAY_AUTH_TOKEN"
+"""The secret by which processes of a Ray know each other. Without it a Ray of our own writes one to ~/.ray."""
+OWN_TOKEN = secrets.token_hex(32)
+"""The same as long as this process lives: Ray reads it once."""
 SESSIONS = "/tmp"
 """Names of sockets have at most 107 bytes, so they cannot lie in every temporary folder."""
 
@@ -75,6 +80,8 @@ def run_parallel(
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    if ADDRESS not in os.environ:
+        os.environ.setdefault(TOKEN, OWN_TOKEN)
     import ray
 
     with _started(num_workers) as most:

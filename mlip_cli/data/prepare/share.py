@@ -5,6 +5,9 @@ from dataclasses import dataclass
 
 from mlip_cli.errors import UsageError
 
+ALL_PARTS = "run the same command without --finish, or with --part 1/N to --part N/N on N machines"
+"""What to do before --finish."""
+
 
 @dataclass(frozen=True)
 class Share:

@@ -188,9 +188,11 @@ class SharePrepared:
         """Say in one line what was done and what comes next."""
         found = f", {self.found:,} were there" if self.found else ""
         done = f"{self.out}: part {self.part}: {plural(self.prepared, 'part')} prepared{found}"
-        rest = f"all {self.parts:,} are there; next"
+        is_one = self.parts == 1
+        rest = f"{'the only one is' if is_one else f'all {self.parts:,} are'} there; next"
         if self.missing:
-            rest = f"{self.missing:,} of all {self.parts:,} are left to other machines; after them"
+            left = "the only one" if is_one else f"{self.missing:,} of all {self.parts:,}"
+            rest = f"{left} {'is' if self.missing == 1 else 'are'} left to other machines; after them"
         say(f"{done}; {rest}: the same command with --finish instead of --part")
 
 

@@ -12,6 +12,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import islice
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
@@ -24,8 +25,20 @@ Task = TypeVar("Task")
 Result = TypeVar("Result")
 
 
+@dataclass(frozen=True)
+class Said:
+    """What `function` says while it works, on its way to the driver."""
+
+    what: Any
+
+
 def run_parallel(
-    function: Callable[[Task], Result], tasks: Iterable[Task], *, num_workers: int, at_once: int = 1
+    function: Callable[..., Result],
+    tasks: Iterable[Task],
+    *,
+    num_workers: int,
+    at_once: int = 1,
+    hear: Callable[[Any], None] | None = None,
 ) -> Iterator[Result]:
     """Yield results of `function` in the order in which they finish. One worker means this process.
 
@@ -35,14 +48,16 @@ def run_parallel(
     Args:
         at_once: tasks that a worker has in hand, in a thread each: for tasks that wait for something. Their worker is
             never this process, which could not end their threads.
+        hear: called here with what `function(task, say=...)` gives to `say` while it works. None: `function(task)`.
 
     Raises:
         RunError: a worker was killed. Errors of `function` are raised here too.
     """
     if num_workers == at_once == 1:
-        yield from map(function, tasks)
+        for task in tasks:
+            yield function(task, say=hear) if hear else function(task)
         return
-    with _started(function, num_workers, in_threads=at_once > 1) as workers:
+    with _started(function, num_workers, in_threads=at_once > 1, says=hear is not None) as workers:
         queue = iter(tasks)
         busy: Counter[Connection] = Counter()
 
@@ -60,6 +75,9 @@ def run_parallel(
                     result, error = pipe.recv()
                 if error is not None:
                     raise error
+                if hear and isinstance(result, Said):
+                    hear(result.what)
+                    continue
                 busy[pipe] -= 1
                 hand_out(pipe)
                 yield result
@@ -83,7 +101,7 @@ def worker_died(how: str) -> RunError:
 
 @contextmanager
 def _started(
-    function: Callable[[Any], Any], num_workers: int, *, in_threads: bool
+    function: Callable[..., Any], num_workers: int, *, in_threads: bool, says: bool
 ) -> Iterator[dict[Connection, SpawnProcess]]:
     context = multiprocessing.get_context("spawn")
     workers: dict[Connection, SpawnProcess] = {}
@@ -93,7 +111,7 @@ def _started(
     try:
         for _ in range(num_workers):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(function, theirs, in_threads), daemon=True)
+            process = context.Process(target=_serve, args=(function, theirs, in_threads, says), daemon=True)
             process.start()
             theirs.close()
             workers[ours] = process
@@ -108,19 +126,23 @@ def _started(
             process.join()
 
 
-def _serve(function: Callable[[Any], Any], pipe: Connection, in_threads: bool) -> None:
+def _serve(function: Callable[..., Any], pipe: Connection, in_threads: bool, says: bool) -> None:
     """Do tasks until the driver closes the pipe: one after another, or each in a thread that ends with the process."""
     threading.Thread(target=_end_with_driver, daemon=True).start()
     sending = threading.Lock()
 
+    def send(result: Any, error: BaseException | None = None) -> None:
+        with sending:
+            pipe.send((result, error))
+
     def do(task: Any) -> None:
         try:
-            answer: tuple[Any, BaseException | None] = (function(task), None)
+            answer = function(task, say=lambda what: send(Said(what))) if says else function(task)
         except Exception as error:  # noqa: BLE001 - it is raised again, in the driver
             error.add_note(f"in a worker process:\n{traceback.format_exc()}")
-            answer = (None, error)
-        with sending:
-            pipe.send(answer)
+            send(None, error)
+        else:
+            send(answer)
 
     while True:
         try:

@@ -50,6 +50,17 @@ class PartOptions:
 
 
 @dataclass(frozen=True)
+class PartInHand:
+    """How far the work on a part is."""
+
+    number: int
+    rows: int
+    """Those that are samples or rejects by now."""
+    reasons: dict[str, int]
+    """Rejects by reason."""
+
+
+@dataclass(frozen=True)
 class PartResult:
     """A part whose verified files are on the disk, as its JSON holds it."""
 

@@ -35,6 +35,8 @@ LEFTOVERS = frozenset(
 MOST_KINDS = 100
 """Kinds of files that are told apart: numbers as endings, as in x.00001, would be as many as files."""
 OTHER_KINDS = "files of other kinds"
+MANY = re.compile(r"(\.\S+ )?(file|member|text|picture|table|end)s\b")
+"""How kinds begin that have a singular."""
 
 
 def is_leftover(name: str) -> bool:
@@ -51,6 +53,12 @@ def ending(name: str) -> str:
 def kind_of(name: str) -> str:
     """`.jpg files` of a/B.JPG, or `files without ending`."""
     return f".{ending(name)} files" if ending(name) else "files without ending"
+
+
+def counted(n: int, kind: str) -> str:
+    """`3 texts without a picture`, `1 text without a picture`: kinds are named in the plural."""
+    many = MANY.match(kind) if n == 1 else None
+    return f"{n:,} {many[0][:-1] + kind[many.end() :] if many else kind}"
 
 
 def table_ending(name: str) -> str:
@@ -108,4 +116,4 @@ class PassedOver:
     def in_words(self) -> str:
         """`12 .heic files (first: a/1.heic), 3 texts without a picture (first: b.txt)`, the most frequent first."""
         kinds = sorted(self.counts, key=lambda kind: (-self.counts[kind], kind))
-        return ", ".join(f"{self.counts[kind]:,} {kind} (first: {self.first[kind]})" for kind in kinds)
+        return ", ".join(f"{counted(self.counts[kind], kind)} (first: {self.first[kind]})" for kind in kinds)

@@ -40,7 +40,7 @@ class PublishedList:
     encoded: tuple[str, ...] = ()
     """Columns whose texts the release has as an address would: `My+cat%21`."""
     sizes: tuple[int, ...] = ()
-    """Published numbers of rows, where there are such."""
+    """Published numbers of rows, exact or rounded, where there are such."""
     licence: str = ""
 
     def form_in_words(self) -> str:
@@ -91,7 +91,7 @@ LISTS = {
         ("json", "jsonl", "csv", "tsv", "parquet"),
         image=("url", "image_url"),
         captions=(("caption",), ("text",)),
-        sizes=(15_388_848,),
+        sizes=(15_400_000,),
         licence=_FLICKR,
     ),
     "redcaps": PublishedList(
@@ -100,7 +100,7 @@ LISTS = {
         ("json",),
         image=("url", "image_url"),
         captions=(("caption",), ("raw_caption",)),
-        sizes=(12_011_121,),
+        sizes=(12_000_000,),
         licence="list: CC BY 4.0, for research that is not commercial, under Reddit's terms; each picture has its own "
         "owner",
     ),
@@ -119,7 +119,7 @@ LISTS = {
         ("parquet",),
         image=("URL", "image_url"),
         captions=(("TEXT",), ("caption",)),
-        licence=_CC_BY,
+        licence="list: CC BY 4.0 (LAION-400M and LAION-5B); each picture has its own owner",
     ),
     "coyo": PublishedList(
         "COYO-700M (Kakao Brain)",

@@ -174,6 +174,11 @@ def parts_of(records: Iterable[Record]) -> Iterator[SourcePart]:
         first_row += len(part)
 
 
+def num_parts(num_rows: int) -> int:
+    """How many parts so many records make whose pictures do not lie in them."""
+    return -(-num_rows // PART_ROWS)
+
+
 def parts_of_some(records: Iterable[Record], places: Sequence[int], *, first_number: int) -> Iterator[SourcePart]:
     """Cut the records at some places of a source into parts. `places` are in order; parts count from `first_number`."""
     wanted, done = iter(places), 0
