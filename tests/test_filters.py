@@ -215,7 +215,7 @@ def test_most_rows_that_pass_the_rules_must_be_usable(tmp_path: Path) -> None:
         prepare(source, tmp_path / "out", min_words=3)
     assert str(error.value) == (
         f"{source}: 12 of the 15 rows that pass the rules fail for the same reason: not a picture (first: 00028.png "
-        "row 0: not JPEG, PNG, WEBP, GIF, BMP or TIFF); nothing was kept"
+        "row 0: a web page, not JPEG, PNG, WEBP, GIF, BMP or TIFF); nothing was kept"
     )
 
 
