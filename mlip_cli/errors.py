@@ -1,7 +1,10 @@
 """Error types, by who has to act."""
 
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 
 
 class UsageError(ValueError):
@@ -24,14 +27,32 @@ class Stopped(Exception):
         self.exit_code = exit_code
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, where `interrupted_as` listens to it."""
+
+
 @contextmanager
-def interrupted_as(words: str) -> Iterator[None]:
+def interrupted_as(words: str, *, hears_sigterm: bool = False) -> Iterator[None]:
     """Turn a Ctrl-C in the block into `Stopped` with these words.
+
+    Args:
+        hears_sigterm: SIGTERM too, which schedulers send.
 
     Raises:
         Stopped: there was one.
     """
+    is_heard = hears_sigterm and threading.current_thread() is threading.main_thread()
+    is_heard = is_heard and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    if is_heard:
+        signal.signal(signal.SIGTERM, _terminate)
     try:
         yield
-    except KeyboardInterrupt:
-        raise Stopped(words, exit_code=130) from None
+    except KeyboardInterrupt as stop:
+        raise Stopped(words, exit_code=143 if isinstance(stop, Terminated) else 130) from None
+    finally:
+        if is_heard:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise Terminated

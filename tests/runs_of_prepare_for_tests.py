@@ -28,7 +28,7 @@ def started(
     folder: Path, words: Sequence[str], prelude: Callable[[], None] | None = None, sizes: tuple[int, int] = SIZES
 ) -> Any:
     """`mlip prepare-data WORDS` at work in `folder`; `prelude` runs first, in the same process."""
-    process = FORK.Process(target=_run, args=(folder, words, prelude, sizes))
+    process = FORK.Process(target=run_command, args=(folder, words, prelude, sizes))
     process.start()
     return process
 
@@ -46,7 +46,7 @@ def said(folder: Path, process: Any) -> str:
     return (folder / f"{process.pid}.stderr").read_text()
 
 
-def _run(folder: Path, words: Sequence[str], prelude: Callable[[], None] | None, sizes: tuple[int, int]) -> None:
+def run_command(folder: Path, words: Sequence[str], prelude: Callable[[], None] | None, sizes: tuple[int, int]) -> None:
     os.setsid()
     os.chdir(folder)
     signal.signal(signal.SIGINT, endings.interrupt)

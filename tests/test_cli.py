@@ -1,6 +1,7 @@
 """The command line's contract: light, and one clear line with the right exit code for every mistake."""
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -159,6 +160,20 @@ def test_ctrl_c_during_an_import_ends_the_command(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "error: interrupted\n")
+
+
+@pytest.mark.parametrize("error", ["Stopped('stopped', exit_code=130)", "KeyboardInterrupt"])
+def test_one_more_ctrl_c_while_a_command_leaves_is_no_traceback(error: str) -> None:
+    program = (
+        "import atexit, os, signal, sys\nfrom mlip_cli.errors import Stopped\nfrom mlip_cli.terminal import endings\n"
+        "signal.signal(signal.SIGINT, endings.interrupt)\n"
+        "atexit.register(os.kill, os.getpid(), signal.SIGINT)\n"
+        f"def app(**_): raise {error}\n"
+        "sys.exit(endings.exit_code(app))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGINT
+    assert "Traceback" not in done.stderr
 
 
 def test_ctrl_c_at_other_times_raises_keyboard_interrupt() -> None:

@@ -22,6 +22,8 @@ EVIL = (
     "abc \u202egnp.exe\u202c \u2066x",
     "日本 é مرحبا",
     "word " * 90,
+    '\' onmouseover=alert(3) " onmouseover="alert(4)',
+    "w" * 60_000,
 )
 MOST_BYTES = 1_000_000
 
@@ -52,7 +54,7 @@ def test_the_card_shows_what_was_counted(out: Path) -> None:
     assert "&lt;u&gt;&quot;CC0&quot; 28" in text
     assert "77 tokens, where CLIP cuts" in text
     assert re.search(
-        r"train/: [\d.]+ % of the pictures have a caption of more than 77 tokens; 5 distinct captions", text
+        r"train/: [\d.]+ % of the pictures have a caption of more than 77 tokens; 7 distinct captions", text
     )
     assert f"mlip prepare-data --check {out}" in text
     assert page.count("data:image/webp") == MOST_EXAMPLES
@@ -75,7 +77,9 @@ def test_a_browser_draws_the_card_and_fetches_nothing(out: Path, chromium: Brows
     asked = [address for address in chromium.requested() if not address.startswith("data:image/")]
     assert asked == [(out / "card.html").resolve().as_uri()]
     assert chromium.complaints() == []
-    assert chromium.evaluate("document.scripts.length + document.querySelectorAll('[onerror]').length") == 0
+    assert (
+        chromium.evaluate("document.scripts.length + document.querySelectorAll('[onerror], [onmouseover]').length") == 0
+    )
     assert chromium.evaluate("document.documentElement.scrollWidth") <= width, "the page scrolls sideways"
     assert chromium.evaluate("document.querySelectorAll('svg').length") >= 6
 

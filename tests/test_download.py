@@ -237,6 +237,20 @@ def test_a_lookup_that_hangs_ends_at_the_deadline(monkeypatch: pytest.MonkeyPatc
     assert time.monotonic() - started < 2
 
 
+def test_a_host_of_a_thousand_addresses_that_never_answers_tls_ends_at_the_deadline() -> None:
+    with socket.create_server(("0.0.0.0", 0), backlog=4096) as silent:
+        port = silent.getsockname()[1]
+        started = time.monotonic()
+        options = DownloadOptions(timeout_s=0.6, retries=0, allow_private=True)
+        found = downloads(
+            [f"https://many.example:{port}/{i}" for i in range(4)],
+            options,
+            lookup=lambda name: [f"127.1.{i // 200}.{i % 200 + 1}" for i in range(1_000)],
+        )
+        assert [outcome(answer) for answer in found] == ["timed out: no connection within 0.3 s"] * 4
+        assert time.monotonic() - started < 10
+
+
 def test_a_host_that_refuses_connections_is_left_alone(server: DownloadServer) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

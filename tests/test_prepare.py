@@ -18,7 +18,7 @@ from sources_for_tests import contents, picture, prepare, rejects, samples, text
 
 from mlip_cli.data.open import open_prepared
 from mlip_cli.data.prepare import assemble as prepare_module
-from mlip_cli.data.prepare import reasons
+from mlip_cli.data.prepare import reasons, room
 from mlip_cli.data.prepare.engines import Engine
 from mlip_cli.data.prepare.fates import decided
 from mlip_cli.data.prepare.filters import AS_IT_IS
@@ -331,9 +331,9 @@ def test_a_disk_without_room_is_refused_before_the_start(tmp_path: Path, monkeyp
     source = write_sidecars(tmp_path / "in", 3)
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(2**40, 2**40, 1000))
-    with pytest.raises(
-        UsageError, match=re.escape(f"{tmp_path / 'out'}: about 0.0 GiB needed, 0.0 GiB free on this disk")
-    ):
+    monkeypatch.setattr(room, "BYTES_A_SAMPLE", 2**20)
+    message = re.escape(f"{tmp_path / 'out'}: about 6.0 MiB needed, 0.0 MiB free on this disk")
+    with pytest.raises(UsageError, match=message):
         prepare(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

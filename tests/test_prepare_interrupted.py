@@ -91,8 +91,9 @@ def test_after_kill_9_the_next_run_continues(tmp_path: Path, monkeypatch: pytest
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_the_workers_and_leaves_nothing_half_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_ctrl_c_and_sigterm_end_the_workers_and_leave_nothing_half_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, exit_code: int
 ) -> None:
     write_sidecars(tmp_path / "in", 20)
     parts = tmp_path / "out" / ".prepare" / "parts"
@@ -102,11 +103,11 @@ def test_ctrl_c_ends_the_workers_and_leaves_nothing_half_written(
         while len(list(parts.glob(".*.tmp"))) < 2 and time.monotonic() < deadline:  # until both workers are writing
             time.sleep(0.01)
         (tmp_path / "pids").write_text(" ".join(str(process.pid) for process in multiprocessing.active_children()))
-        os.killpg(0, signal.SIGINT)
+        os.killpg(0, number)
 
     monkeypatch.setattr(assemble, "prepare_part", endless_part)
     code, said = disturbed_run(tmp_path, interrupt, workers=2)
-    assert code == 130, said
+    assert code == exit_code, said
     assert said.splitlines()[-1] == "out: interrupted; run the same command again: it goes on"
     assert "Traceback" not in said
     assert visible(tmp_path / "out") == []

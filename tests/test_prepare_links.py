@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from command_for_tests import mlip
@@ -116,3 +117,29 @@ def test_a_damaged_journal_is_named(tmp_path: Path, name: str, content: bytes) -
     last = done.stderr.splitlines()[-1]
     assert last.startswith(f"error: out/.prepare/{name}: damaged (")
     assert last.endswith("; remove out and prepare it again")
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        {"rows": "3"},
+        {"rows": -3},
+        {"reasons": []},
+        {"reasons": {"x": "y"}},
+        {"number": 1},
+        {"tar": "../x.tar"},
+        {"a": 1},
+    ],
+)
+def test_a_part_that_was_edited_is_named(tmp_path: Path, edit: dict[str, Any]) -> None:
+    write_sidecars(tmp_path / "in", 3)
+    words = ("prepare-data", "in", "out", "--holdout", "0", "--workers", "1")
+    assert mlip(*words, "--part", "1/1", folder=tmp_path).returncode == 0
+    path = tmp_path / "out" / ".prepare" / "parts" / "part-000000.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | edit))
+    done = mlip(*words, "--finish", folder=tmp_path)
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (
+        2,
+        "error: out/.prepare/parts/part-000000.json: damaged (it does not describe this part); remove out and prepare "
+        "it again",
+    )

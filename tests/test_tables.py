@@ -19,6 +19,7 @@ from mlip_cli.data.sources.find import find_source
 from mlip_cli.data.sources.formats import read_records
 from mlip_cli.data.sources.records import Caption, PictureBytes, ReadOptions
 from mlip_cli.data.sources.survey import surveyed
+from mlip_cli.data.sources.text_tables import MAX_CELL
 from mlip_cli.errors import UsageError
 from mlip_cli.paths import escaped
 
@@ -174,6 +175,34 @@ def test_tables_that_are_refused(
     with pytest.raises(UsageError) as error:
         prepare(source, tmp_path / "out", **options)
     assert str(error.value).startswith(message if message.startswith("-") else f"{source}{message}")
+
+
+LONG = "a card " * (MAX_CELL // 7 + 1)
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", ""])
+def test_a_line_of_json_that_is_too_long_is_a_reject(tmp_path: Path, end: str) -> None:
+    rows = [f'{{"image": "{i}.png", "text": "{LONG if i in (1, 3) else f"card {i}"}"}}' for i in range(4)]
+    files: dict[str, bytes | str] = {f"{i}.png": picture(i) for i in range(4)}
+    source = write_files(tmp_path / "in", files | {"t.jsonl": (end or "\n").join(rows) + end}) / "t.jsonl"
+    prepare(source, tmp_path / "out")
+    assert texts(tmp_path / "out") == [["card 0"], ["card 2"]]
+    reason = "row of more than 16,777,216 characters"
+    assert [reject[1:3] for reject in rejects(tmp_path / "out")] == [(1, reason), (3, reason)]
+
+
+@pytest.mark.parametrize(
+    ("name", "start", "message"),
+    [
+        ("t.json", '[{"image": "0.png", "text": "card 0"}, {"image": "0.png", "text": "', "not JSON ("),
+        ("t.csv", "image,text\n0.png,card 0\n0.png,", "not CSV ("),
+    ],
+)
+def test_a_row_that_is_too_long_is_refused(tmp_path: Path, name: str, start: str, message: str) -> None:
+    source = write_files(tmp_path / "in", {name: start + 4 * LONG, "0.png": picture(0)}) / name
+    with pytest.raises(UsageError) as error:
+        prepare(source, tmp_path / "out")
+    assert f": {message}row of more than 16,777,216 characters" in str(error.value)
 
 
 def test_a_table_without_a_header_is_read_by_places(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """Pictures made smaller are large enough, crops are torchvision's, all draws come from the generator passed."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import center_crop, resize
 from torchvision.transforms.v2 import RandomResizedCrop
 
+from mlip_cli.data import transforms
 from mlip_cli.data.pictures import open_picture
 from mlip_cli.data.transforms import (
     Crop,
@@ -82,6 +85,25 @@ def test_evaluation_is_resize_and_centre_crop_of_pillow(width: int, height: int)
     image = picture(width, height)
     expected = pixels(center_crop(resize(image, 16, InterpolationMode.BICUBIC), [16, 16]))
     assert (evaluation_transform(pixels(image), size=16).int() - expected.int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize(("width", "height"), [(2_001, 3), (4, 1_000), (999, 1)])
+def test_of_a_very_long_picture_the_middle_alone_is_resized(
+    width: int, height: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is where OpenCLIP's evaluation has it, to one level of 255."""
+    resized: list[int] = []
+    real = transforms.interpolate
+
+    def interpolate(image: Tensor, size: tuple[int, int], **options: Any) -> Tensor:
+        resized.append(max(size))
+        return real(image, size, **options)
+
+    monkeypatch.setattr(transforms, "interpolate", interpolate)
+    image = picture(width, height)
+    expected = pixels(center_crop(resize(image, 16, InterpolationMode.BICUBIC), [16, 16]))
+    assert (evaluation_transform(pixels(image), size=16).int() - expected.int()).abs().max() <= 1
+    assert resized == [max(resized)] <= [(transforms.MOST_SQUARES + 1) * 16]
 
 
 def test_crops_are_those_of_torchvision() -> None:

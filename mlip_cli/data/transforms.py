@@ -14,6 +14,8 @@ from mlip_cli.recipe.config import Data, Resize
 
 CROP_RATIO = (3 / 4, 4 / 3)
 CROP_ATTEMPTS = 10
+MOST_SQUARES = 64
+"""So many short sides of a picture are resized at most: the whole of one of 1 x 16,383 pixels would take gigabytes."""
 
 
 @dataclass(frozen=True)
@@ -57,11 +59,20 @@ def evaluation_transform(image: Tensor, *, size: int, resize: Resize = "crop") -
     """
     if resize == "squash":
         return _resized(image, size, size)
+    image = _middle(image)
     height, width = image.shape[-2:]
     short = min(height, width)
     height, width = size * height // short, size * width // short
     top, left = round((height - size) / 2), round((width - size) / 2)
     return _resized(image, height, width)[:, top : top + size, left : left + size]
+
+
+def _middle(image: Tensor) -> Tensor:
+    """(3, H, W) -> the same without the ends of a very long picture, which a crop of its middle leaves out."""
+    height, width = image.shape[-2:]
+    most = MOST_SQUARES * min(height, width)
+    top, left = max(0, height - most) // 2, max(0, width - most) // 2
+    return image[:, top : height - top, left : width - left]
 
 
 def training_crop(height: int, width: int, *, data: Data, generator: torch.Generator) -> Crop | None:

@@ -39,12 +39,14 @@ def exit_code(app: typer.Typer) -> int:
     except UsageError as error:
         return _fail(str(error), 2)
     except Stopped as stop:
+        _leave_at_once_when_asked_again()
         words, *commands = str(stop).splitlines()
         say(words)
         for command in commands:
             say_to_copy(command)
         return stop.exit_code
     except (KeyboardInterrupt, typer.Abort):
+        _leave_at_once_when_asked_again()
         return _fail("interrupted", 130)
     except ReaderLeft:
         drop_streams()
@@ -57,6 +59,12 @@ def exit_code(app: typer.Typer) -> int:
     if code == 130:  # typer turns Ctrl-C into this code
         return _fail("interrupted", 130)
     return code if isinstance(code, int) else 0
+
+
+def _leave_at_once_when_asked_again() -> None:
+    """Let the system handle one more Ctrl-C: in the last steps of Python it would be a traceback."""
+    if signal.getsignal(signal.SIGINT) is interrupt:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _wrong_usage(error: typer.TyperException) -> str:

@@ -63,7 +63,7 @@ def prepare(job: Job, *, finish_only: bool = False, retry: bool = False) -> Summ
         UsageError: the source cannot be read, the disk is too small, another process writes to OUT, or there are parts
             left to prepare though `finish_only`.
         RunError: most rows fail, a worker was killed, or the disk is full.
-        Stopped: Ctrl-C.
+        Stopped: Ctrl-C or SIGTERM.
     """
     started = time.monotonic()
     out = job.out
@@ -151,7 +151,7 @@ def _at_work(job: Job, share: Share | None = None, *, may_be_finished: bool = Fa
     """The workspace of OUT; a Ctrl-C or a full disk in the block becomes a line that says how to go on."""
     again = "run the same command again: it goes on"
     with (
-        interrupted_as(f"{job.out}: interrupted; {again}"),
+        interrupted_as(f"{job.out}: interrupted; {again}", hears_sigterm=True),
         full_disk_named(job.out, f"make room and {again}"),
         opened(job.out, job.request, share, may_be_finished=may_be_finished) as work,
     ):

@@ -4,7 +4,15 @@ import os
 from collections import Counter
 
 from mlip_cli.data.download.options import DownloadOptions
-from mlip_cli.data.download.outcome import CONNECTION_FAILED, NO_DNS, NO_HOST, REFUSED, TIMED_OUT, is_of_download
+from mlip_cli.data.download.outcome import (
+    CONNECTION_FAILED,
+    HOST_SILENT,
+    NO_DNS,
+    NO_HOST,
+    REFUSED,
+    TIMED_OUT,
+    is_of_download,
+)
 from mlip_cli.terminal.output import plural, say, warn
 
 MOST_ALIKE = 0.5
@@ -17,7 +25,7 @@ PROXIES = ("HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY")
 _OFFLINE = "is this machine on the network? Proxies of the environment are not used"
 CURES = {
     REFUSED: "if these are servers of your own network, say --allow-private",
-    **dict.fromkeys((CONNECTION_FAILED, NO_DNS, NO_HOST, TIMED_OUT), _OFFLINE),
+    **dict.fromkeys((CONNECTION_FAILED, HOST_SILENT, NO_DNS, NO_HOST, TIMED_OUT), _OFFLINE),
 }
 """What helps where almost all downloads fail for a reason."""
 

@@ -31,6 +31,10 @@ def check_room(job: Job, survey: Survey) -> None:
     free = free_bytes(out)
     if needed > free:
         raise UsageError(
-            f"{out}: about {needed / GIB:.1f} GiB needed, {free / GIB:.1f} GiB free on this disk; make room, name a "
-            "folder on another disk, or take a smaller --size"
+            f"{out}: about {_in_words(needed)} needed, {_in_words(free)} free on this disk; make room, name a folder "
+            "on another disk, or take a smaller --size"
         )
+
+
+def _in_words(num_bytes: int) -> str:
+    return f"{num_bytes / GIB:.1f} GiB" if num_bytes >= GIB // 10 else f"{num_bytes / 2**20:.1f} MiB"

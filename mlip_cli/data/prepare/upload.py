@@ -118,9 +118,9 @@ class Store:
         Raises:
             UsageError: another process of this machine uploads the folder.
             RunError: the network failed, or a file is not there with its size though it was sent.
-            Stopped: Ctrl-C.
+            Stopped: Ctrl-C or SIGTERM.
         """
-        with interrupted_as(f"{self.url}: interrupted; {AGAIN}"), self._locked():
+        with interrupted_as(f"{self.url}: interrupted; {AGAIN}", hears_sigterm=True), self._locked():
             sizes = _sizes(self.folder)
             shards = [name for name in sizes if name.endswith((".tar", ".idx"))]
             cards = [name for name in sizes if name.endswith(f"/{CARD}")]

@@ -11,9 +11,11 @@ OUT/prepared.json           written last: a folder without it is not finished
 import os
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from mlip_cli.data.download.options import DownloadOptions
 from mlip_cli.data.prepare.filters import AS_IT_IS, Cleaning
@@ -77,6 +79,15 @@ class PartResult:
     rewritten: int = 0
     """Samples that have captions of another file by the sha256 of their pictures."""
 
+    @classmethod
+    def is_described_by(cls, values: Mapping[str, Any]) -> bool:
+        """Whether these are the fields of a part, and its tar has the name that its number gives it."""
+        if values.keys() != asdict(cls(0, 0, "", {})).keys() or not isinstance(values["reasons"], dict):
+            return False
+        counts = [value for name, value in values.items() if name not in ("tar", "reasons")]
+        are_counts = all(type(n) is int and n >= 0 for n in (*counts, *values["reasons"].values()))
+        return are_counts and values["tar"] == f"part-{values['number']:06d}.tar"
+
 
 @dataclass(frozen=True)
 class Workspace:
@@ -105,11 +116,10 @@ class Workspace:
         found: dict[int, PartResult] = {}
         for path in self.parts.glob("*.json"):
             cure = f"remove {self.out} and prepare it again"
-            try:
-                result = PartResult(**read_own_object(path, cure=cure))
-            except TypeError:
-                raise UsageError(f"{path}: damaged (it describes no part); {cure}") from None
-            found[result.number] = result
+            fields = read_own_object(path, cure=cure)
+            if not PartResult.is_described_by(fields) or fields["tar"] != path.with_suffix(".tar").name:
+                raise UsageError(f"{path}: damaged (it does not describe this part); {cure}")
+            found[fields["number"]] = PartResult(**fields)
         return found
 
     def counts_of_shares(self) -> set[int]:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from mlip_cli.data.sources.text_tables import opened_text
+from mlip_cli.data.sources.text_tables import MAX_CELL, TOO_LONG, opened_text
 
 PIECE = 1 << 20
 """Characters that are read at once."""
@@ -110,7 +110,13 @@ class JsonText:
             raise ValueError(f"text after the document at character {self.passed + self.at}")
 
     def _read_on(self) -> bool:
-        """Read more, at least as much as is there: an item longer than that is not parsed for every piece of it."""
+        """Read more, at least as much as is there: an item longer than that is not parsed for every piece of it.
+
+        Raises:
+            ValueError: too much is there.
+        """
+        if len(self.text) - self.at > MAX_CELL:
+            raise ValueError(f"{TOO_LONG} at character {self.passed + self.at}")
         piece = "" if self.is_whole else self.file.read(max(PIECE, len(self.text) - self.at))
         self.is_whole = not piece
         self.passed += self.at

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from mlip_cli.data.sources.json_streams import streamed_array, streamed_items
-from mlip_cli.data.sources.text_tables import MAX_CELL, PICTURE_NAME, Row, opened_text, table_error
+from mlip_cli.data.sources.text_tables import MAX_CELL, PICTURE_NAME, TOO_LONG, Row, lines_of, opened_text, table_error
 
 EXAMPLE_ROWS = 100
 """This many rows tell the columns."""
@@ -35,8 +35,10 @@ def json_line_rows(path: Path) -> Iterator[Row]:
         UsageError: the text is damaged.
     """
     with opened_text(path) as file:
-        for line in file:
-            if line.strip():
+        for line in lines_of(file):
+            if line is None:
+                yield TOO_LONG
+            elif line.strip():
                 yield _object(line)
 
 

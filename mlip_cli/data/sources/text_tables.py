@@ -12,13 +12,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from mlip_cli.data.sources.listing import PICTURE_ENDINGS, UNREAD_PICTURE_ENDINGS
 from mlip_cli.errors import UsageError
 from mlip_cli.paths import escaped
 
 MAX_CELL = 1 << 24
+TOO_LONG = f"row of more than {MAX_CELL:,} characters"
+"""A line, or an item of JSON, that is never held in memory as a whole."""
 FIRST_LINES = 20
 """This many lines tell what separates the cells."""
 
@@ -91,6 +93,15 @@ def _encoding(head: bytes) -> str:
     return next((name for mark, name in ENCODINGS if head.startswith(mark)), "utf-8-sig")
 
 
+def lines_of(file: IO[str]) -> Iterator[str | None]:
+    """The lines of a text; None in the place of one that is TOO_LONG."""
+    while line := file.readline(MAX_CELL + 1):
+        is_long = len(line) > MAX_CELL
+        while len(line) >= MAX_CELL and line[-1] not in "\r\n":
+            line = file.readline(MAX_CELL) or "\n"
+        yield None if is_long else line
+
+
 def text_layout(path: Path, *, ending: str, known: Sequence[str]) -> Layout:
     """Find what separates the cells, and whether the first row is a header.
 
@@ -130,7 +141,7 @@ def text_rows(path: Path, layout: Layout) -> Iterator[Row]:
     columns = layout.columns
     with opened_text(path) as file:
         rules = _rules(layout.separator, is_quoted=layout.is_quoted)
-        reader = csv.reader(file, strict=rules["quoting"] != csv.QUOTE_NONE, **rules)
+        reader = csv.reader(_csv_lines(file), strict=rules["quoting"] != csv.QUOTE_NONE, **rules)
         try:
             for cells in islice(_used(reader), layout.has_header, None):
                 if len(cells) == len(columns):
@@ -140,6 +151,13 @@ def text_rows(path: Path, layout: Layout) -> Iterator[Row]:
         except csv.Error as error:
             cure = "a cell that starts with a quote must end with one and double those inside; or use .tsv or .jsonl"
             raise table_error(path, f"not CSV ({error}); {cure}", line=reader.line_num) from None
+
+
+def _csv_lines(file: IO[str]) -> Iterator[str]:
+    for line in lines_of(file):
+        if line is None:
+            raise csv.Error(TOO_LONG)
+        yield line
 
 
 def _is_quoted(first: str, separator: str, *, ending: str) -> bool:
