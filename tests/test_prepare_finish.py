@@ -127,6 +127,20 @@ def test_a_part_that_somebody_removed_is_named(tmp_path: Path, source: Path) -> 
     )
 
 
+@pytest.mark.slow
+def test_a_part_that_changed_is_named_and_not_copied(tmp_path: Path, source: Path) -> None:
+    assert run(tmp_path, *HALF, prelude=killed_at("finished", 1))[0] == -9
+    tar = Path("out/.prepare/parts/part-000005.tar")
+    content = bytearray((tmp_path / tar).read_bytes())
+    content[content.index(b"WEBP") + 20] ^= 1
+    (tmp_path / tar).write_bytes(content)
+    code, said = run(tmp_path, *HALF)
+    assert code == 1
+    assert said.splitlines()[-1] == (
+        f"error: {tar}: changed since it was written; remove out, start again; is the disk sound?"
+    )
+
+
 def test_dropped_rows_become_rejects_in_their_place(
     tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -134,7 +134,7 @@ def write_shard(path: Path, tars: Sequence[Path], records: NDArray[np.void]) -> 
         records: (n,) of RECORD: the place of each sample there.
 
     Raises:
-        RunError: the disk does not keep what is written, or a part is gone.
+        RunError: the disk does not keep what is written, or a part is gone or has changed.
     """
     num_tokens = records["num_tokens"]
     if is_finished(path, records):
@@ -218,14 +218,22 @@ def sample_ends(records: NDArray[np.void]) -> NDArray[np.int64]:
 
 def _copy_samples(path: Path, tars: Sequence[Path], records: NDArray[np.void]) -> None:
     """Copy headers and bytes of each sample from its tar as they are; end the archive as `tarfile` does."""
-    spans = zip(tars, records["offset"].tolist(), sample_ends(records).tolist(), strict=True)
+    spans = zip(tars, records, sample_ends(records).tolist(), strict=True)
     with open(path, "wb") as out:
         for tar, of_tar in groupby(spans, key=lambda span: span[0]):
             with open_part(tar) as descriptor:
-                for _, start, end in of_tar:
-                    out.write(os.pread(descriptor, end - start, start))
+                for _, record, end in of_tar:
+                    place = place_of(record, is_prepared=True)
+                    content = os.pread(descriptor, end - place.start, place.start)
+                    if checksum(record, content[: place.end - place.start]) != place.crc32:
+                        raise RunError(f"{tar}: changed since it was written; {_start_again(tar)}; is the disk sound?")
+                    out.write(content)
         end = out.tell() + 2 * BLOCK
         out.write(bytes(2 * BLOCK + -end % TAR_RECORD))
+
+
+def _start_again(tar: Path) -> str:
+    return f"remove {str(tar).partition('/.prepare/')[0]}, start again"
 
 
 @contextmanager
@@ -238,8 +246,7 @@ def open_part(tar: Path) -> Iterator[int]:
     try:
         descriptor = os.open(tar, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
-        out = str(tar).partition("/.prepare/")[0]
-        raise RunError(f"{tar}: is gone, and samples of it are in no shard yet; remove {out}, start again") from None
+        raise RunError(f"{tar}: is gone, and samples of it are in no shard yet; {_start_again(tar)}") from None
     try:
         yield descriptor
     finally:
