@@ -12,16 +12,16 @@ from torch import nn
 
 from mlip_cli.devices import peak_gib
 from mlip_cli.distributed import all_sum, from_all, full, world_size
-from mlip_cli.errors import Stopped
+from mlip_cli.errors import RunError, Stopped
 from mlip_cli.recipe.merge_plan import MergePlan
-from mlip_cli.terminal.output import warn
+from mlip_cli.terminal.output import plural, warn
 from mlip_cli.train.ahead import one_ahead
 from mlip_cli.train.journal import Journal
 from mlip_cli.train.metrics import Stopwatch
 from mlip_cli.train.resume import Saver
 from mlip_cli.train.signals import StopRequest
 from mlip_cli.train.state import Progress
-from mlip_cli.train.step import FiniteGuard, Stepper, StepResult
+from mlip_cli.train.step import NOT_FINITE_CURE, FiniteGuard, Stepper, StepResult
 from mlip_cli.types import Batch
 
 COLLECT_EVERY = 1_000
@@ -76,7 +76,7 @@ def train(
 
     Raises:
         Stopped: a signal came; the state is saved.
-        RunError: too many steps in a row had no finite gradient.
+        RunError: too many steps in a row had no finite gradient, or all steps of a short run.
     """
     total_steps, first_step = timetable.total_steps, progress.step + 1
     watch = Stopwatch(one_ahead(batches, stepper.copy), stepper.training.device)
@@ -116,6 +116,8 @@ def train(
                 watch.restart()
             if evaluates or step % COLLECT_EVERY == 0:
                 collect()
+    if 0 < progress.step == progress.skipped_steps:
+        raise RunError(f"the gradient was not finite in any of {plural(total_steps, 'step')}; {NOT_FINITE_CURE}")
 
 
 @contextmanager

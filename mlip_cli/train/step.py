@@ -125,6 +125,7 @@ class Stepper:
 
 MOST_SKIPPED_IN_A_ROW = 20
 """So many steps without a finite gradient end the run."""
+NOT_FINITE_CURE = "lower optim.lr, set optim.clip_grad_norm, or look at the data"
 
 
 class FiniteGuard:
@@ -164,8 +165,7 @@ class FiniteGuard:
             )
         if in_a_row >= MOST_SKIPPED_IN_A_ROW:
             raise RunError(
-                f"step {progress.step}: the gradient was not finite in {in_a_row} steps in a row; lower "
-                "optim.lr, set optim.clip_grad_norm, or look at the data"
+                f"step {progress.step}: the gradient was not finite in {in_a_row} steps in a row; {NOT_FINITE_CURE}"
             )
 
 
