@@ -97,8 +97,8 @@ def lines_of(file: IO[str]) -> Iterator[str | None]:
     """The lines of a text; None in the place of one that is TOO_LONG."""
     while line := file.readline(MAX_CELL + 1):
         is_long = len(line) > MAX_CELL
-        while len(line) >= MAX_CELL and line[-1] not in "\r\n":
-            line = file.readline(MAX_CELL) or "\n"
+        while is_long and line and line[-1] not in "\r\n":
+            line = file.readline(MAX_CELL)
         yield None if is_long else line
 
 
