@@ -483,7 +483,7 @@ def test_captions_of_another_file_by_the_bytes_of_pictures(tmp_path: Path, caplo
         prepared = prepare(tmp_path / "in", tmp_path / "out", captions_from=str(more))
     texts = [[caption["text"] for caption in sample["captions"]] for sample in samples(tmp_path / "out")]
     assert texts == [["own 0"], ["own 1"], ["rewritten 0"], ["own 3"]]
-    assert f"captions of {more} for 1 samples" in caplog.messages
+    assert f"captions of {more} for 1 sample" in caplog.messages
     assert prepared["request"]["captions_from_file"][0] == more.stat().st_size
     assert not (tmp_path / "out/.prepare").exists()
     more.write_text(more.read_text() + "\n")
