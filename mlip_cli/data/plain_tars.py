@@ -35,7 +35,7 @@ from mlip_cli.terminal.panel import progress
 
 ENOUGH_SAMPLES = 50
 """Most samples must be usable, if there are at least so many."""
-RULES = 3
+RULES = 4
 """A number that is raised when samples are found in another way. Older indexes in the cache are not read then."""
 PARALLEL_BYTES = GIB
 """Below this, one process has read the tars before others have started."""
