@@ -415,6 +415,20 @@ def test_columns_of_bytes_that_are_text(tmp_path: Path) -> None:
         assert [sample["meta"] for sample in samples(tmp_path / f"out_{name}")] == [{"place": "Rome"}, {}]
 
 
+def test_columns_of_bytes_that_begin_without_content(tmp_path: Path) -> None:
+    """Their first text is below the rows by which other columns are known, and below those that are read at once."""
+    for num_empty in (30, 100):
+        folder, out = tmp_path / str(num_empty), tmp_path / f"out_{num_empty}"
+        cells = [None, b""] * (num_empty // 2) + [b"cat"]
+        files = [f"{i}.png" for i in range(len(cells))]
+        write_files(folder, {name: picture(i) for i, name in enumerate(files)})
+        table = {"image": files, "text": files, "class": pa.array(cells), "place": pa.array(cells)}
+        pq.write_table(pa.table(table), folder / "t.parquet")
+        prepare(folder, out)
+        last = samples(out)[-1]
+        assert (last["class"], last["meta"]) == ("cat", {"place": "cat"})
+
+
 def test_captions_as_bytes_of_another_encoding_are_no_pictures(tmp_path: Path) -> None:
     table = pa.table({"image": ["i/0.png", "i/1.png"], "caption": ["café".encode("latin-1"), b"plain"]})
     source = write_files(tmp_path / "in", THREE)
