@@ -20,7 +20,7 @@ from mlip_cli.paths import escaped
 
 MAX_CELL = 1 << 24
 TOO_LONG = f"row of more than {MAX_CELL:,} characters"
-"""A line, or an item of JSON, that is never held in memory as a whole."""
+"""A line, or an item of a JSON document that is streamed; it is never held in memory as a whole."""
 FIRST_LINES = 20
 """This many lines tell what separates the cells."""
 
