@@ -27,10 +27,6 @@ class Stopped(Exception):
         self.exit_code = exit_code
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, where `interrupted_as` listens to it."""
-
-
 @contextmanager
 def interrupted_as(words: str, *, hears_sigterm: bool = False) -> Iterator[None]:
     """Turn a Ctrl-C in the block into `Stopped` with these words.
@@ -43,16 +39,19 @@ def interrupted_as(words: str, *, hears_sigterm: bool = False) -> Iterator[None]
     """
     is_heard = hears_sigterm and threading.current_thread() is threading.main_thread()
     is_heard = is_heard and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    if is_heard:
-        signal.signal(signal.SIGTERM, _terminate)
+    exit_code = 130
+
+    def terminate(number: int, frame: FrameType | None) -> None:
+        nonlocal exit_code
+        exit_code = 143  # noted here, since Ray raises a KeyboardInterrupt of its own instead of this one
+        raise KeyboardInterrupt
+
     try:
+        if is_heard:
+            signal.signal(signal.SIGTERM, terminate)
         yield
-    except KeyboardInterrupt as stop:
-        raise Stopped(words, exit_code=143 if isinstance(stop, Terminated) else 130) from None
+    except KeyboardInterrupt:
+        raise Stopped(words, exit_code=exit_code) from None
     finally:
         if is_heard:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-def _terminate(number: int, frame: FrameType | None) -> None:
-    raise Terminated

@@ -215,6 +215,12 @@ def test_titles_as_yfcc100m_has_them_are_decoded(tmp_path: Path, columns: str) -
     assert words.endswith(decoded) is not is_clean
 
 
+def test_titles_are_decoded_where_descriptions_tell_that_they_are_encoded(tmp_path: Path) -> None:
+    lines = ["title,description,downloadurl", *(f"IMG_{i},told+of+{i},{URLS[0]}" for i in range(250))]
+    source = write_files(tmp_path, {"v1.csv": "\n".join([*lines, f"My+cat%21,,{URLS[1]}"])}) / "v1.csv"
+    assert pairs(records(source, tmp_path, preset="yfcc15m_v1"))[-1] == (URLS[1], ["My cat!"])
+
+
 def test_titles_that_are_decoded_stay_as_they_are(tmp_path: Path) -> None:
     lines = ["title,downloadurl", f"C++,{URLS[0]}", f"100%25 sure,{URLS[1]}"]
     source = write_files(tmp_path, {"v1.csv": "\n".join(lines)}) / "v1.csv"
@@ -483,7 +489,7 @@ def test_captions_of_another_file_by_the_bytes_of_pictures(tmp_path: Path, caplo
         prepared = prepare(tmp_path / "in", tmp_path / "out", captions_from=str(more))
     texts = [[caption["text"] for caption in sample["captions"]] for sample in samples(tmp_path / "out")]
     assert texts == [["own 0"], ["own 1"], ["rewritten 0"], ["own 3"]]
-    assert f"captions of {more} for 1 samples" in caplog.messages
+    assert f"captions of {more} for 1 sample" in caplog.messages
     assert prepared["request"]["captions_from_file"][0] == more.stat().st_size
     assert not (tmp_path / "out/.prepare").exists()
     more.write_text(more.read_text() + "\n")

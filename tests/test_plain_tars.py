@@ -323,7 +323,7 @@ def test_the_first_255_captions_of_a_sample_are_read(tmp_path: Path, cache: Cach
     tar = write_tar(tmp_path / "x.tar", {"a.jpg": picture(0), "a.json": json.dumps({"captions": texts})})
     dataset = opened(tar, cache)
     assert captions(dataset) == [texts[:255]]
-    assert said[1:] == [f"{tar}: not read: 1 samples' captions after the first 255 (first: {tar}: a)"]
+    assert said[1:] == [f"{tar}: 1 sample with more than 255 captions, of which the first are read (first: {tar}: a)"]
 
 
 def test_tokens_of_all_captions_count(tmp_path: Path, cache: Cache) -> None:

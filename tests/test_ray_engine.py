@@ -16,7 +16,7 @@ from pathlib import Path
 from uuid import uuid4
 
 import pytest
-from command_for_tests import mlip
+from command_for_tests import mlip, wait_for
 from download_server_for_tests import DownloadServer
 from ray_tasks_for_tests import dying, failing, number_and_process, part_that_waits_once
 from sources_for_tests import contents, prepare, samples, write_sidecars
@@ -105,6 +105,21 @@ def test_a_worker_that_is_killed_is_replaced_and_the_bytes_are_the_same(
     json.loads(capfd.readouterr().out)  # the summary alone
     prepare(source, Path("processes"))
     assert contents(Path("ray")) == contents(Path("processes"))
+
+
+def test_sigterm_ends_it_as_it_ends_processes(source: Path) -> None:
+    code = (
+        "from mlip_cli.cli import main\nfrom mlip_cli.data.prepare import assemble\n"
+        "from mlip_cli.data.sources import records\nfrom ray_tasks_for_tests import part_that_waits_once\n"
+        "records.PART_ROWS, assemble.prepare_part = 4, part_that_waits_once\nmain()"
+    )
+    command = [sys.executable, "-c", code, "prepare-data", str(source), "out", "--engine", "ray", "--workers", "2"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    wait_for(Path("waits").exists, process)
+    process.terminate()
+    said = process.communicate()[1].splitlines()
+    assert (process.returncode, said[-1]) == (143, "out: interrupted; run the same command again: it goes on")
+    assert list(Path("out/.prepare/parts").glob(".*")) == []
 
 
 def test_tasks_are_done_once_errors_keep_their_type_and_a_worker_that_dies_again_and_again_is_reported(

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from sources_for_tests import picture, prepare, rejects, samples, write_files
 
+from mlip_cli.data.sources import picture_paths
 from mlip_cli.data.sources.picture_paths import PathFinder
 from mlip_cli.errors import RunError, UsageError
 
@@ -81,6 +82,14 @@ def test_a_name_that_means_no_file_is_not_guessed(tmp_path: Path, name: str, nea
     place = PathFinder(folder).find(name)
     assert place.path in ("", f"{folder}/i")
     assert place.near == near
+
+
+@pytest.mark.parametrize("names", [["p0.jpg", "P0.jpg"], ["P0.jpg", "p0.jpg"]])
+def test_the_nearest_does_not_depend_on_the_order_in_which_a_disk_lists_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names: list[str]
+) -> None:
+    monkeypatch.setattr(picture_paths, "_names_in", lambda folder: iter(names))
+    assert PathFinder(tmp_path).find("p00.jpg").near == "the nearest is p0.jpg"
 
 
 def test_what_is_said_of_other_spellings(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -1,6 +1,7 @@
 """Tables as people have them: separators, encodings, headers, JSON, Parquet and Arrow, and what their cells hold."""
 
 import gzip
+import io
 import json
 import random
 import tracemalloc
@@ -14,12 +15,13 @@ import pyarrow.parquet as pq
 import pytest
 from sources_for_tests import picture, prepare, rejects, samples, texts, write_files
 
+from mlip_cli.data.sources import text_tables
 from mlip_cli.data.sources.captions import CaptionLooks, listed
 from mlip_cli.data.sources.find import find_source
 from mlip_cli.data.sources.formats import read_records
 from mlip_cli.data.sources.records import Caption, PictureBytes, ReadOptions
 from mlip_cli.data.sources.survey import surveyed
-from mlip_cli.data.sources.text_tables import MAX_CELL
+from mlip_cli.data.sources.text_tables import MAX_CELL, lines_of
 from mlip_cli.errors import UsageError
 from mlip_cli.paths import escaped
 
@@ -189,6 +191,15 @@ def test_a_line_of_json_that_is_too_long_is_a_reject(tmp_path: Path, end: str) -
     assert texts(tmp_path / "out") == [["card 0"], ["card 2"]]
     reason = "row of more than 16,777,216 characters"
     assert [reject[1:3] for reject in rejects(tmp_path / "out")] == [(1, reason), (3, reason)]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", ""])
+@pytest.mark.parametrize("length", [7, 8, 9, 16, 17])
+def test_lines_of_about_the_greatest_length(monkeypatch: pytest.MonkeyPatch, length: int, end: str) -> None:
+    monkeypatch.setattr(text_tables, "MAX_CELL", 8)
+    line = "a" * length + end
+    found = [line for line in lines_of(io.StringIO(f"first\n{line}", newline="")) if line is None or line.strip()]
+    assert found == ["first\n", line if len(line) <= 8 else None]
 
 
 @pytest.mark.parametrize(
@@ -402,6 +413,20 @@ def test_columns_of_bytes_that_are_text(tmp_path: Path) -> None:
         assert texts(tmp_path / f"out_{name}") == [["café"], ["three"]]
         assert texts(tmp_path / f"out_{name}", "test") == [["one", "two"]]
         assert [sample["meta"] for sample in samples(tmp_path / f"out_{name}")] == [{"place": "Rome"}, {}]
+
+
+def test_columns_of_bytes_that_begin_without_content(tmp_path: Path) -> None:
+    """Their first text is below the rows by which other columns are known, and below those that are read at once."""
+    for num_empty in (30, 100):
+        folder, out = tmp_path / str(num_empty), tmp_path / f"out_{num_empty}"
+        cells = [None, b""] * (num_empty // 2) + [b"cat"]
+        files = [f"{i}.png" for i in range(len(cells))]
+        write_files(folder, {name: picture(i) for i, name in enumerate(files)})
+        table = {"image": files, "text": files, "class": pa.array(cells), "place": pa.array(cells)}
+        pq.write_table(pa.table(table), folder / "t.parquet")
+        prepare(folder, out)
+        last = samples(out)[-1]
+        assert (last["class"], last["meta"]) == ("cat", {"place": "cat"})
 
 
 def test_captions_as_bytes_of_another_encoding_are_no_pictures(tmp_path: Path) -> None:

@@ -136,14 +136,14 @@ CASES = {
     "the same keys again": Case(
         [*PAIRED, *sample("a", B, "three")],
         [*TWO, (B, ["three"])],
-        notes="1 samples whose key is there before them (first: 0.tar: a)",
+        notes="1 sample whose key was there before (first: 0.tar: a)",
     ),
     "the same field twice": Case([("a.jpg", A), ("a.jpg", B), ("a.txt", "one")], [], ["a field twice under one key"]),
     "the same keys again, in no order": Case(
         [("a.jpg", A), ("b.jpg", B), ("a.jpg", B), ("b.txt", "two"), ("b.cls", "1"), ("a.txt", "one")],
         TWO[1:],
         ["no caption", "no caption", "no picture"],
-        "2 samples whose key is there before them (first: 0.tar: a)",
+        "2 samples whose key was there before (first: 0.tar: a)",
     ),
     "img and cap": Case([*sample("a", A, "one", jpg="img", txt="cap"), *sample("b", B, "two", jpg="image")], TWO),
     "every format": Case(
@@ -157,7 +157,7 @@ CASES = {
     "a caption a line": Case(
         sample("a", A, "one\n two \r\nthree\n"),
         [(A, ["one", "two", "three"])],
-        notes="1 samples with several captions in KEY.txt (first: 0.tar: a)",
+        notes="1 sample with several captions in KEY.txt (first: 0.tar: a)",
     ),
     "paragraphs": Case(sample("a", A, "one\n\ntwo\n"), [(A, ["one\n\ntwo"])]),
     "a key of KEY.json": Case(
@@ -172,7 +172,7 @@ CASES = {
     "a list in KEY.txt": Case(
         sample("a", A, '["one", "two"]'),
         [(A, ["one", "two"])],
-        notes="1 samples with several captions in KEY.txt (first: 0.tar: a)",
+        notes="1 sample with several captions in KEY.txt (first: 0.tar: a)",
     ),
     "a talk in KEY.json": Case(
         [("a.jpg", A), ("a.json", json.dumps({"talk": [{"from": "gpt", "value": "one"}]})), ("a.cls", "1")],

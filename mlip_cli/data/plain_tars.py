@@ -35,7 +35,7 @@ from mlip_cli.terminal.panel import progress
 
 ENOUGH_SAMPLES = 50
 """Most samples must be usable, if there are at least so many."""
-RULES = 3
+RULES = 4
 """A number that is raised when samples are found in another way. Older indexes in the cache are not read then."""
 PARALLEL_BYTES = GIB
 """Below this, one process has read the tars before others have started."""
@@ -196,7 +196,9 @@ def _index_record(tar: OpenTar, sample: TarSample, columns: Columns, notes: TarN
     usable = usable_captions(info.captions)
     captions = usable[:MAX_CAPTIONS]
     if len(usable) > MAX_CAPTIONS:
-        notes.passed_over.add(f"samples' captions after the first {MAX_CAPTIONS}", f"{tar.path}: {sample.key}")
+        notes.read_as.add(
+            f"samples with more than {MAX_CAPTIONS} captions, of which the first are read", f"{tar.path}: {sample.key}"
+        )
     record = np.zeros(1, RECORD)[0]
     place_parts(record, parts, by_header=True)
     record["num_captions"] = len(captions)

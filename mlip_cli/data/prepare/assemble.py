@@ -45,7 +45,7 @@ from mlip_cli.data.sources.records import SourcePart, held_out_share, num_parts,
 from mlip_cli.data.sources.survey import Survey
 from mlip_cli.errors import RunError, UsageError, interrupted_as
 from mlip_cli.files import full_disk_named
-from mlip_cli.terminal.output import say
+from mlip_cli.terminal.output import plural, say
 from mlip_cli.terminal.panel import progress
 
 MOST_MISSING = 2
@@ -186,7 +186,8 @@ def _prepare_parts(work: Workspace, job: Job, survey: Survey, earlier: Earlier |
     if (rows := sum(result.source_rows for result in results)) != survey.rows:
         raise RunError(f"{work.out}: {rows} rows where {survey.rows} were counted; did the source change? Start again")
     if job.source.rewritten_by_sha256:
-        say(f"captions of {job.source.read.captions_from} for {sum(result.rewritten for result in results):,} samples")
+        rewritten = plural(sum(result.rewritten for result in results), "sample")
+        say(f"captions of {job.source.read.captions_from} for {rewritten}")
     check_reasons(work, results, enough=FEWEST_ROWS, which="")
     return results
 

@@ -7,6 +7,7 @@ bytes of the output are those of any other engine, whatever the order in which R
 import logging
 import os
 import secrets
+import signal
 import socket
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -133,6 +134,7 @@ def _started(num_workers: int | None) -> Iterator[int]:
     import ray
 
     address = os.environ.get(ADDRESS)
+    on_sigterm = signal.getsignal(signal.SIGTERM)  # Ray puts its own in its place, and takes that away with itself
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     with tempfile.TemporaryDirectory(prefix="mlip-", dir=SESSIONS, ignore_cleanup_errors=True) as sessions:
         try:
@@ -142,6 +144,7 @@ def _started(num_workers: int | None) -> Iterator[int]:
             else:
                 cpus = num_workers or usable_cores()
                 ray.init("local", num_cpus=cpus, include_dashboard=False, _temp_dir=sessions, **quiet)
+            signal.signal(signal.SIGTERM, on_sigterm)
             cpus = int(ray.cluster_resources().get("CPU", 1))
             where = f"{plural(len(_nodes()), 'node')} of {address}" if address else "a Ray of this command alone"
             say(f"ray: {plural(cpus, 'process', 'processes')} on {where}")
@@ -151,6 +154,7 @@ def _started(num_workers: int | None) -> Iterator[int]:
             raise UsageError(f"{ADDRESS} {address}: {reason}; start the cluster, or unset {ADDRESS}") from None
         finally:
             ray.shutdown()
+            signal.signal(signal.SIGTERM, on_sigterm)
 
 
 def _check_reachable(address: str) -> None:

@@ -1,7 +1,7 @@
 """Tables in columns: Parquet and Arrow, with the pictures inside them or beside them."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,7 @@ BATCH_ROWS = 4_096
 BATCH_PICTURES = 64
 """Rows that are held at once where pictures lie in the table."""
 FIRST_CELLS = 20
-"""This many rows tell whether a column of bytes holds text, pictures or something else."""
+"""This many cells tell whether a column of bytes holds text, pictures or something else."""
 PICTURE_START = re.compile(rb"\xff\xd8|\x89PNG|GIF8|RIFF|BM|II[*+]|MM\0[*+]|.{4}(ftyp|jP  |JXL )|\xff\x0a", re.DOTALL)
 """First bytes of pictures: JPEG, PNG, GIF, WebP, BMP, TIFF; AVIF and HEIC, JPEG 2000, JPEG XL, which are not read."""
 ARROW_FILE = b"ARROW1"
@@ -38,21 +38,21 @@ def columnar_schema(path: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
 def columnar_rows(path: Path) -> Iterator[Row]:
     """The rows. Text that is not UTF-8 becomes lone surrogates, as in CSV; times become text, of UTC.
 
-    Columns of bytes are text where the first rows hold text: some programs write no other kind of column.
+    Columns of bytes are text where their first cells hold text: some programs write no other kind of column.
 
     Raises:
         UsageError: the file is damaged.
     """
     import pyarrow as pa
 
-    texts: set[str] | None = None
+    are_text: dict[str, bool] = {}
     with _opened(path) as (_, batches):
         for batch in batches:
-            if texts is None:
-                texts = {name for name, found in _first_bytes(batch).items() if found and all(map(_is_text, found))}
+            found = _first_bytes(batch, known=are_text)
+            are_text |= {name: all(map(_is_text, cells)) for name, cells in found.items() if cells}
             columns = {}
             for name, column in zip(batch.schema.names, batch.columns, strict=True):
-                if name in texts:
+                if are_text.get(name, name in found):  # one without content so far may be text
                     columns[name] = [_text(value) for value in column.to_pylist()]
                 elif pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
                     binary = pa.large_binary() if pa.types.is_large_string(column.type) else pa.binary()
@@ -111,15 +111,16 @@ def _holds_bytes(kind: "pa.DataType") -> bool:
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 
 
-def _first_bytes(batch: "pa.RecordBatch | None") -> dict[str, list[bytes]]:
-    """The first cells of the columns of bytes, by the first rows of a table; those without content are left out."""
+def _first_bytes(batch: "pa.RecordBatch | None", *, known: Collection[str] = ()) -> dict[str, list[bytes]]:
+    """The first cells of the columns of bytes that are not known; cells without content are left out."""
     import pyarrow as pa
+    import pyarrow.compute as pc
 
     columns = [] if batch is None else zip(batch.schema.names, batch.columns, strict=True)
     return {
-        name: [cell for cell in column.slice(0, FIRST_CELLS).to_pylist() if cell]
+        name: column.filter(pc.greater(pc.binary_length(column), 0)).slice(0, FIRST_CELLS).to_pylist()
         for name, column in columns
-        if pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type)
+        if name not in known and (pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type))
     }
 
 

@@ -35,7 +35,7 @@ LEFTOVERS = frozenset(
 MOST_KINDS = 100
 """Kinds of files that are told apart: numbers as endings, as in x.00001, would be as many as files."""
 OTHER_KINDS = "files of other kinds"
-MANY = re.compile(r"(\.\S+ )?(file|member|text|picture|table|end)s\b")
+MANY = re.compile(r"(\.\S+ )?(file|member|text|picture|table|end|sample)s\b")
 """How kinds begin that have a singular."""
 
 

@@ -167,16 +167,19 @@ def read_as_listed(table: Table, preset: str) -> tuple[Table, Chosen]:
         raise _unlike(table, preset, f"columns {cells_in_words(table.columns)}")
     if problem := _no_addresses(table, chosen):
         raise _unlike(table, preset, problem)
-    encoded = (column for column in table.columns if column.strip().lower() in known.encoded)
-    if decoded := tuple(column for column in encoded if _is_encoded(table, column)):
-        table = replace(table, rows=partial(_decoded_rows, table.rows, decoded), decoded=decoded)
+    encoded = tuple(column for column in table.columns if column.strip().lower() in known.encoded)
+    if encoded and _are_encoded(table, encoded):
+        table = replace(table, rows=partial(_decoded_rows, table.rows, encoded), decoded=encoded)
     return table, chosen
 
 
-def _is_encoded(table: Table, column: str) -> bool:
-    """Whether the first texts of a column are written as in an address: without a space, and some with `+` or `%21`."""
+def _are_encoded(table: Table, columns: Sequence[str]) -> bool:
+    """Whether the first texts of columns are written as in an address: without a space, and some with `+` or `%21`.
+
+    Of all columns together, since those of one can be names of files, as IMG_0520, for hundreds of rows.
+    """
     rows = (row for row in islice(table.rows(), FIRST_TEXTS) if isinstance(row, dict))
-    texts = [text for row in rows if isinstance(text := row.get(column), str)]
+    texts = [text for row in rows for column in columns if isinstance(text := row.get(column), str)]
     return not any(" " in text.strip() for text in texts) and any(map(ENCODED.search, texts))
 
 

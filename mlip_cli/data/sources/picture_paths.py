@@ -139,7 +139,7 @@ class PathFinder:
         if len(names) > MOST_COMPARED:
             return ""
         self.num_nearest += 1
-        pictures = {_key(name): name for name in names if is_picture(name)}
+        pictures = {_key(name): name for name in sorted(names) if is_picture(name)}
         near = difflib.get_close_matches(_key(base), pictures, 1, LEAST_NEAR)
         return f"the nearest is {pictures[near[0]]}" if near else ""
 

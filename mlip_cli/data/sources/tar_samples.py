@@ -136,7 +136,7 @@ def samples_of(
     seen: set[str] = set()
     for key, _, _ in samples:
         if key in seen:
-            notes.read_as.add("samples whose key is there before them", f"{tar}: {key}")
+            notes.read_as.add("samples whose key was there before", f"{tar}: {key}")
         seen.add(key)
     return samples, at_first_dot
 

@@ -20,7 +20,7 @@ from mlip_cli.paths import escaped
 
 MAX_CELL = 1 << 24
 TOO_LONG = f"row of more than {MAX_CELL:,} characters"
-"""A line, or an item of JSON, that is never held in memory as a whole."""
+"""A line, or an item of a JSON document that is streamed; it is never held in memory as a whole."""
 FIRST_LINES = 20
 """This many lines tell what separates the cells."""
 
@@ -97,8 +97,8 @@ def lines_of(file: IO[str]) -> Iterator[str | None]:
     """The lines of a text; None in the place of one that is TOO_LONG."""
     while line := file.readline(MAX_CELL + 1):
         is_long = len(line) > MAX_CELL
-        while len(line) >= MAX_CELL and line[-1] not in "\r\n":
-            line = file.readline(MAX_CELL) or "\n"
+        while is_long and line and line[-1] not in "\r\n":
+            line = file.readline(MAX_CELL)
         yield None if is_long else line
 
 
