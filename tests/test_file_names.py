@@ -193,7 +193,7 @@ def test_kinds_of_files_are_limited() -> None:
         passed.add(f".{i:04d} files", f"x.{i:04d}")
     assert len(passed.counts) == MOST_KINDS + 1
     assert sum(passed.counts.values()) == 1000
-    assert passed.in_words().startswith("900 files of other kinds (first: x.0100), 1 .0000 files (first: x.0000), ")
+    assert passed.in_words().startswith("900 files of other kinds (first: x.0100), 1 .0000 file (first: x.0000), ")
 
 
 def test_a_missing_picture_costs_little_memory(tmp_path: Path) -> None:

@@ -310,7 +310,7 @@ def test_a_source_that_is_not_what_it_seems_stops_early(tmp_path: Path, monkeypa
         prepare(source, tmp_path / "out")
     assert str(error.value) == (
         f"{source}: 52 of the first 52 rows fail for the same reason: not a picture "
-        "(first: 00000.png row 0: not JPEG, PNG, WEBP, GIF, BMP or TIFF); nothing was kept"
+        "(first: 00000.png row 0: a web page, not JPEG, PNG, WEBP, GIF, BMP or TIFF); nothing was kept"
     )
     assert seen == 13
     assert not (tmp_path / "out").exists()
