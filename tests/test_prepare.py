@@ -70,6 +70,19 @@ def test_rows_are_samples_plus_rejects_and_a_truncated_jpeg_stops_nothing(
     ]
 
 
+@pytest.mark.parametrize("limit", [None, 40])
+def test_no_training_is_proposed_on_what_the_source_calls_its_test_split(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, limit: int | None
+) -> None:
+    write_sidecars(tmp_path / "in" / "test", 40)
+    if limit:
+        write_sidecars(tmp_path / "in" / "train", 40)
+    summary = prepare(tmp_path / "in", tmp_path / "out", limit=limit)
+    assert summary["next"] == {}
+    hint = "; --limit takes the first rows of the source" if limit else ""
+    assert caplog.messages[-1] == f"nothing to train on: all samples are of the source's test split{hint}"
+
+
 def test_training_reads_what_was_prepared(tmp_path: Path) -> None:
     prepare(write_sidecars(tmp_path / "in", 5), tmp_path / "out")
     dataset = open_prepared(tmp_path / "out" / "train")

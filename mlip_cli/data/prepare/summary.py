@@ -132,7 +132,10 @@ class Summary:
         for need, command in self.next.items():
             say(f"next, with {need}:")
             say_to_copy(command)
-        if not self.next:
+        if "train" not in self.splits:
+            limit = "; --limit takes the first rows of the source" if self.request["limit"] else ""
+            warn(f"nothing to train on: all samples are of the source's {' and '.join(self.splits)} split{limit}")
+        elif not self.next:
             warn(f"fewer than {FEWEST_TO_TRAIN} samples to train on: too few for a contrastive loss")
 
     def repeats(self) -> Iterator[str]:
@@ -203,18 +206,20 @@ def attributions(cards: Iterable[Mapping[str, Any]]) -> tuple[str, ...]:
 
 
 def next_commands(format: str, out: Path | str, splits: Mapping[str, SplitSummary]) -> dict[str, str]:
-    """Trainings to go on with, by the hardware they need; none for a few pictures. `out` is a folder or a URL."""
+    """Trainings to go on with, by the hardware they need. `out` is a folder or a URL.
+
+    None for a few pictures, and none on what the source calls its validation or test split.
+    """
     from mlip_cli.recipe.load import load_recipe, override  # here, because each worker process imports this module
 
     if format == "openmoji" and str(out) == str(DEMO_FOLDER):
         return {"no GPU": "mlip pretrain recipes/openmoji.yaml"}
-    train = "train" if "train" in splits else next(iter(splits))
-    num_samples, distinct = splits[train].num_samples, splits[train].distinct_captions
-    if num_samples < FEWEST_TO_TRAIN:
+    if "train" not in splits or splits["train"].num_samples < FEWEST_TO_TRAIN:
         return {}
-    held_out = next((split for split in HELD_OUT if split in splits and split != train), None)
+    num_samples, distinct = splits["train"].num_samples, splits["train"].distinct_captions
+    held_out = next((split for split in HELD_OUT if split in splits), None)
     changes = [
-        override("data.train", inside(str(out), train)),
+        override("data.train", inside(str(out), "train")),
         override("data.validation", inside(str(out), held_out) if held_out else None),
     ]
     if distinct is not None and 2 * distinct <= num_samples:  # else pictures of one class are each other's negatives
