@@ -37,8 +37,8 @@ def interrupted_as(words: str, *, hears_sigterm: bool = False) -> Iterator[None]
     Raises:
         Stopped: there was one.
     """
-    is_heard = hears_sigterm and threading.current_thread() is threading.main_thread()
-    is_heard = is_heard and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    is_main_thread = threading.current_thread() is threading.main_thread()
+    is_heard = hears_sigterm and is_main_thread and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     exit_code = 130
 
     def terminate(number: int, frame: FrameType | None) -> None:

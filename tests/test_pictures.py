@@ -379,6 +379,8 @@ def test_half_transparent_pixels_are_mixed_with_white() -> None:
         (b"", "not a picture: not JPEG, PNG, WEBP, GIF, BMP or TIFF"),
         (b"\0\0\0 ftypavif\0", "not a picture: AVIF, not JPEG, PNG, WEBP, GIF, BMP or TIFF"),
         (b"\0\0\0 ftypheic\0", "not a picture: HEIC, not JPEG, PNG, WEBP, GIF, BMP or TIFF"),
+        (b'<?xml version="1.0"?><Error>', "not a picture: XML, not JPEG, PNG, WEBP, GIF, BMP or TIFF"),
+        (b'\xef\xbb\xbf {"error": 1}', "not a picture: JSON, not JPEG, PNG, WEBP, GIF, BMP or TIFF"),
         (b"\n<!DOCTYPE HTML><p>", "not a picture: a web page, not JPEG, PNG, WEBP, GIF, BMP or TIFF"),
         (b'<?xml version="1.0"?>\n<svg width="3"/>', "not a picture: SVG, not JPEG, PNG, WEBP, GIF, BMP or TIFF"),
         (encoded(picture(), "PPM"), "not a picture: not JPEG, PNG, WEBP, GIF, BMP or TIFF"),

@@ -11,6 +11,7 @@ import re
 import struct
 import warnings
 import zlib
+from codecs import BOM_UTF8
 from collections.abc import Callable
 from contextlib import suppress
 from importlib.metadata import version
@@ -35,6 +36,8 @@ OTHER_FORMATS = {
     "JPEG XL": rb"\xff\x0a|.{4}JXL ",
     "SVG": rb"\s*(<\?xml[^>]*>\s*)?<svg\b",
     "a web page": rb"(?i)\s*<(!doctype html|html|head)\b",
+    "XML": rb"\s*<",
+    "JSON": rb"\s*[{\[]",
 }
 """How files begin that often stand under the name of a picture, whatever its ending."""
 MAX_PIXELS = 64_000_000
@@ -104,8 +107,9 @@ def open_picture(content: bytes) -> EncodedPicture:
     is_webp = content[:4] == b"RIFF" and content[8:12] == b"WEBP"
     if is_webp:
         _check_size(*_webp_size(content))
+    head = content[:200].removeprefix(BOM_UTF8)
     for name, start in OTHER_FORMATS.items():
-        if re.match(start, content[:200], re.DOTALL):
+        if re.match(start, head, re.DOTALL):
             raise RejectedPictureError("not a picture", f"{name}, {NONE_OF_OURS}")
     with _REJECTED_IF_DAMAGED:
         file = io.BytesIO(content)

@@ -8,15 +8,13 @@ from contextlib import asynccontextmanager
 from aiohttp import ClientResponse
 
 from mlip_cli.data.download.failure import DownloadError
-from mlip_cli.data.download.outcome import BAD_ANSWER, CUT_OFF, NOT_A_PICTURE, TOO_LARGE
+from mlip_cli.data.download.outcome import BAD_ANSWER, CUT_OFF, TOO_LARGE
 
 NOT_COMPRESSED = ("", "identity")
 BY_ZLIB = ("gzip", "x-gzip", "deflate")
 ZLIB_OR_GZIP = 32 + zlib.MAX_WBITS
 """Tells zlib to see by the first bytes which of both it is."""
 GZIP = b"\x1f\x8b"
-HEAD = 64
-"""First bytes that tell a text from a picture."""
 
 
 class Budget:
@@ -71,7 +69,7 @@ async def read_body(response: ClientResponse, *, max_bytes: int, budget: Budget,
     Waiting for other answers of this process moves the deadline.
 
     Raises:
-        DownloadError: too large, cut off, compressed by what we do not know, or a text.
+        DownloadError: too large, cut off, or compressed by what we do not know.
     """
     encoding = response.headers.get("Content-Encoding", "").strip().lower()
     if encoding not in (*NOT_COMPRESSED, *BY_ZLIB):
@@ -91,7 +89,6 @@ async def read_body(response: ClientResponse, *, max_bytes: int, budget: Budget,
                 await _read_rest(response, body, max_bytes=max_bytes, budget=budget, deadline=deadline)
                 held = len(body)
         content = bytes(body) if encoding in NOT_COMPRESSED else _decompressed(body, max_bytes)
-        _check_begins_as_picture(content)
     except BaseException:
         budget.take(-held)
         raise
@@ -138,16 +135,6 @@ def _decompressed(body: bytearray, max_bytes: int) -> bytes:
         if not (rest := decompressor.unused_data):
             break
     return bytes(content)
-
-
-def _check_begins_as_picture(content: bytes) -> None:
-    """Tell what is no picture for sure: no format of pictures begins with < or {. The decoder tells the rest."""
-    head = content[:HEAD].removeprefix(b"\xef\xbb\xbf").lstrip()
-    if not content:
-        raise DownloadError(NOT_A_PICTURE, "an empty answer")
-    if head[:1] in (b"<", b"{", b"["):
-        shown = head[:24].decode("ascii", "replace").split("\n")[0]
-        raise DownloadError(NOT_A_PICTURE, f"a text that begins with {shown}")
 
 
 def _too_large(seen: str, max_bytes: int) -> DownloadError:

@@ -15,7 +15,6 @@ CIRCLE = "redirects in a circle"
 TOO_MANY_REDIRECTS = "too many redirects"
 OPTED_OUT = "opted out"
 TOO_LARGE = "too large"
-NOT_A_PICTURE = "not a picture"
 BAD_ANSWER = "answer not understood"
 
 RETRIED_STATUSES = frozenset((429, 500, 502, 503, 504))
@@ -43,7 +42,6 @@ _OF_DOWNLOADS = CAN_PASS | {
     TOO_LARGE,
     BAD_ANSWER,
 }
-"""NOT_A_PICTURE is not among them: other pictures end so too."""
 
 
 def status_words(status: int) -> str:

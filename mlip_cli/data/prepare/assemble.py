@@ -219,9 +219,8 @@ def _make_parts(
     at_once = PARTS_AT_ONCE if survey.addresses else 1
     if survey.addresses:
         num_processes = min(job.engine.num_processes(at_once), num_parts(about))  # a worker without a part asks nobody
-        options = replace(
-            options, download=downloads.share(min(survey.addresses, num_rows), job.download, num_processes)
-        )
+        num_addresses = min(survey.addresses, num_rows)
+        options = replace(options, download=downloads.share(num_addresses, job.download, num_processes))
     results = {number: result for number, result in work.results().items() if share.has(number)}
     done = frozenset(results)
     prepared = partial(prepare_part, options=options)
