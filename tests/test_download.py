@@ -62,7 +62,9 @@ OUTCOMES = {
     "busy_once/7": "picture",
     "later/7": "picture",
     "later_by_date/7": "picture",
-    "noise/7": "picture",  # the decoder says what is wrong with it
+    "noise/7": "picture",  # the decoder says what is wrong with it, and with the next two
+    "html/7": "picture",
+    "empty/7": "picture",
     "nothing/7": "not found (404): status 404",
     "gone/7": "HTTP 410: status 410",
     "busy/7": "HTTP 503: status 503",
@@ -102,7 +104,7 @@ def test_each_answer_has_its_outcome(server: DownloadServer) -> None:
     tries = {path: server.asked[f"/{path}"] for path in OUTCOMES}
     assert {path for path, n in tries.items() if n == 3} >= {"busy/7", "silent/7", "drip/7", "truncated/7"}
     once = {path for path, n in tries.items() if n == 1}
-    assert once >= {"nothing/7", "gone/7", "much_later/7", "endless/7", "huge/7", "bomb/7", "noai/7"}
+    assert once >= {"nothing/7", "gone/7", "much_later/7", "endless/7", "huge/7", "bomb/7", "html/7", "noai/7"}
 
 
 def test_ignore_opt_out_takes_what_owners_keep_out(server: DownloadServer) -> None:
