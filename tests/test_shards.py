@@ -133,14 +133,15 @@ def write_split(
     return write_card(folder, split, written[split], provenance=provenance)
 
 
-def make_parts(folder: Path, n: int, *, part: int) -> list[StoredSamples]:
-    stored = []
+def make_parts(folder: Path, n: int, *, part: int, num_tokens: Sequence[int] | None = None) -> list[StoredSamples]:
+    """Sample `i` counts `i` tokens unless told otherwise."""
+    tokens, stored = list(range(n) if num_tokens is None else num_tokens), []
     for start in range(0, n, part):
-        tar = folder / f"part-{start}.tar"
+        tar, end = folder / f"part-{start}.tar", min(n, start + part)
         with tar_writer(tar) as writer:
-            for i in range(start, min(n, start + part)):
+            for i in range(start, end):
                 writer.write(sample(i))
-        stored.append(StoredSamples(tar, verify_tar(tar, list(range(start, min(n, start + part)))).records))
+        stored.append(StoredSamples(tar, verify_tar(tar, tokens[start:end]).records))
     return stored
 
 
@@ -191,8 +192,7 @@ def test_index_is_tarfiles_own_view(tmp_path: Path) -> None:
 
 
 def test_card_counts(tmp_path: Path) -> None:
-    parts = make_parts(tmp_path, 6, part=6)
-    parts[0].records["num_tokens"] = [5, 6, 7, 8, 77, 78]
+    parts = make_parts(tmp_path, 6, part=6, num_tokens=[5, 6, 7, 8, 77, 78])
     statistics = write_split(tmp_path / "train", "train", parts, provenance={})["statistics"]
     assert statistics["width"] == {"min": 10, "median": 12.5, "mean": 12.5, "max": 15}
     assert statistics["longest_caption_tokens"]["max"] == 78
