@@ -130,7 +130,7 @@ def test_retry_after_is_a_number_or_a_date() -> None:
 
 def test_connections_are_divided_among_processes() -> None:
     shared = DownloadOptions(connections=100, connections_per_host=8).shared_by(3)
-    assert (shared.connections, shared.connections_per_host) == (33, 3)
+    assert (shared.connections, shared.connections_per_host) == (33, 2)
     assert (shared.shared_by(50).connections, shared.shared_by(50).connections_per_host) == (1, 1)
 
 

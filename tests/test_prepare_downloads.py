@@ -13,11 +13,14 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from command_for_tests import wait_for
 from download_server_for_tests import DownloadServer
-from sources_for_tests import contents, picture, prepare, rejects, samples, write_files
+from sources_for_tests import asked, contents, picture, prepare, rejects, samples, write_files
 
+from mlip_cli.commands.prepare_data import prepare_data
 from mlip_cli.data.download.options import DownloadOptions
 from mlip_cli.data.prepare.parts import in_order
 from mlip_cli.data.sources import records
@@ -137,6 +140,31 @@ def test_a_list_of_one_part_gets_all_connections_to_a_host(tmp_path: Path, serve
     urls = [server.url(f"slow/{i}") for i in range(12)]
     prepare(write_list(tmp_path / "in", urls), tmp_path / "out", download=PRIVATE, workers=4, **BUILD)
     assert max(server.most_open.values()) == PRIVATE.connections_per_host
+
+
+def test_workers_share_the_connections_that_are_told(
+    tmp_path: Path, server: DownloadServer, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pictures inside a table make parts by their bytes, so it has more parts than its rows tell."""
+    monkeypatch.setattr(records, "PART_BYTES", 1)
+    monkeypatch.setattr(records, "PART_ROWS", 4)
+    pictures = [{"bytes": None, "path": server.url(f"good/{i}")} for i in range(4)]
+    rows = [*pictures, *({"bytes": picture(i), "path": None} for i in range(2))]
+    table = [{"image": cell, "caption": f"a picture of thing {i}"} for i, cell in enumerate(rows)]
+    (tmp_path / "in").mkdir()
+    pq.write_table(pa.Table.from_pylist(table), tmp_path / "in" / "mixed.parquet")
+    with caplog.at_level("INFO", logger="mlip_cli"):
+        prepare(tmp_path / "in" / "mixed.parquet", tmp_path / "out", download=PRIVATE, workers=3)
+        urls = [server.url(f"good/{i}") for i in range(9)]
+        part = {"part": "1/2", "download": PRIVATE, "workers": 3, **BUILD}
+        prepare_data(asked(write_list(tmp_path / "list", urls), tmp_path / "part", **part), as_json=True)
+    told = [message for message in caplog.messages if "to download" in message]
+    assert told == [
+        "4 pictures to download: at most 126 connections, 6 to a host, 2 s a try, 1 retry; pictures whose owner opts "
+        "out are left out",
+        "about 5 pictures to download: at most 128 connections, 8 to a host, 2 s a try, 1 retry; pictures whose owner "
+        "opts out are left out",
+    ]
 
 
 def test_answers_are_put_into_order() -> None:

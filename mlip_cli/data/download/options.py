@@ -47,11 +47,11 @@ class DownloadOptions:
         return {name: True for name in ("ignore_opt_out", "allow_private") if getattr(self, name)}
 
     def shared_by(self, num_processes: int) -> "DownloadOptions":
-        """The options of one of several processes, which together keep to these; each has a connection at least."""
+        """The options of one of several processes. Together they keep to these, but each has a connection at least."""
         return replace(
             self,
             connections=max(1, self.connections // num_processes),
-            connections_per_host=-(-self.connections_per_host // num_processes),
+            connections_per_host=max(1, self.connections_per_host // num_processes),
         )
 
 

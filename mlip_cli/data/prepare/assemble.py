@@ -218,9 +218,12 @@ def _make_parts(
         options = replace(options, captions=str(rewritten.stem), adds_captions=rewritten.file.adds)
     at_once = PARTS_AT_ONCE if survey.addresses else 1
     if survey.addresses:
-        num_processes = min(job.engine.num_processes(at_once), num_parts(about))  # a worker without a part asks nobody
-        num_addresses = min(survey.addresses, num_rows)
-        options = replace(options, download=downloads.share(num_addresses, job.download, num_processes))
+        num_processes = job.engine.num_processes(at_once)
+        if survey.addresses + survey.rejects == survey.rows:  # pictures inside would make more parts than rows tell
+            num_processes = min(num_processes, num_parts(about))  # a worker without a part asks nobody
+        pictures = plural(min(survey.addresses, about), "picture")
+        pictures = pictures if share == EVERYTHING else f"about {pictures}"
+        options = replace(options, download=downloads.shared_by(num_processes, job.download, pictures=pictures))
     results = {number: result for number, result in work.results().items() if share.has(number)}
     done = frozenset(results)
     prepared = partial(prepare_part, options=options)

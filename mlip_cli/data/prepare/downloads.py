@@ -30,18 +30,20 @@ CURES = {
 """What helps where almost all downloads fail for a reason."""
 
 
-def share(num_addresses: int, options: DownloadOptions, num_workers: int) -> DownloadOptions:
-    """What one worker may take. Says what is downloaded, and how."""
+def shared_by(num_workers: int, options: DownloadOptions, *, pictures: str) -> DownloadOptions:
+    """What one worker may take. Says what is downloaded (`pictures`, a number in words), and how."""
+    own = options.shared_by(num_workers)
     wishes = "" if options.ignore_opt_out else "; pictures whose owner opts out are left out"
     say(
-        f"{plural(num_addresses, 'picture')} to download: at most {plural(options.connections, 'connection')}, "
-        f"{options.connections_per_host} to a host, {options.timeout_s:g} s a try, {options.retries} retries{wishes}"
+        f"{pictures} to download: at most {plural(num_workers * own.connections, 'connection')}, "
+        f"{num_workers * own.connections_per_host} to a host, {options.timeout_s:g} s a try, "
+        f"{plural(options.retries, 'retry', 'retries')}{wishes}"
     )
     for name in PROXIES:
         if os.environ.get(name) or os.environ.get(name.lower()):
             warn(f"{name} is not used: a proxy looks names up itself, so nobody would check where they lead")
             break
-    return options.shared_by(num_workers)
+    return own
 
 
 def most_alike(reason: str, *, is_first: bool) -> float:
