@@ -20,8 +20,10 @@ from mlip_cli.data.prepare.filters import AS_IT_IS
 from mlip_cli.data.prepare.part_tables import PartTables
 from mlip_cli.data.prepare.plan import Plan
 from mlip_cli.data.prepare.reasons import SourceError
+from mlip_cli.data.prepare.rejects import rejects_of
 from mlip_cli.data.prepare.shards import PART_ROW, shard_bounds
 from mlip_cli.data.sources import records
+from mlip_cli.errors import RunError
 
 pytestmark = pytest.mark.timeout(600)
 SAME_BYTES, SAME_PIXELS = "duplicate: same bytes", "duplicate: same pixels"
@@ -139,6 +141,15 @@ def test_a_part_that_changed_is_named_and_not_copied(tmp_path: Path, source: Pat
     assert said.splitlines()[-1] == (
         f"error: {tar}: changed since it was written; remove out, start again; is the disk sound?"
     )
+
+
+@pytest.mark.parametrize("content", [None, b"{}\n", b"\xff", b'{"place": "7"}\n', b"[]\n"])
+def test_rejects_of_a_part_that_changed_are_named(tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "out/.prepare/parts/part-000005.rejects.jsonl"
+    write_files(tmp_path, {} if content is None else {str(path.relative_to(tmp_path)): content})
+    with pytest.raises(RunError) as error:
+        rejects_of(path.with_name("part-000005.tar"))
+    assert str(error.value) == f"{path}: gone, or changed since it was written; remove {tmp_path}/out, start again"
 
 
 def test_dropped_rows_become_rejects_in_their_place(

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from mlip_cli.data.prepare.part_tables import blocks
 from mlip_cli.data.prepare.plan import Plan
-from mlip_cli.data.prepare.shards import open_part
+from mlip_cli.data.prepare.shards import open_part, start_again
+from mlip_cli.errors import RunError
 from mlip_cli.files import atomic_path
 from mlip_cli.paths import escaped
 
@@ -23,6 +24,8 @@ REJECT = np.dtype(
         ("code", "u1"),  # of `Drops`; 0: the row did not pass pass 1
     ]
 )
+FIELDS = {"place": int, "file": str, "row": int, "reason": str, "detail": str}
+"""Of a line of a part's rejects."""
 BATCH = 4096
 """Rows that are in memory at a time."""
 
@@ -51,9 +54,20 @@ def write_rejects(path: Path, plan: Plan) -> None:
 
 
 def rejects_of(tar: Path) -> list[dict[str, Any]]:
-    """place (in the whole source), file, row, reason and detail of each reject of the part with this tar."""
-    with open(tar.with_suffix(".rejects.jsonl"), encoding="utf-8") as file:
-        return list(map(json.loads, file))
+    """place (in the whole source), file, row, reason and detail of each reject of the part with this tar.
+
+    Raises:
+        RunError: they are gone, or not as they were written.
+    """
+    path = tar.with_suffix(".rejects.jsonl")
+    try:
+        rejects = list(map(json.loads, path.read_bytes().splitlines()))
+    except (FileNotFoundError, ValueError):
+        rejects = [None]
+    for reject in rejects:
+        if not isinstance(reject, dict) or {name: type(value) for name, value in reject.items()} != FIELDS:
+            raise RunError(f"{path}: gone, or changed since it was written; {start_again(tar)}")
+    return rejects
 
 
 def reject_places(plan: Plan) -> NDArray[np.uint64]:

@@ -226,13 +226,13 @@ def _copy_samples(path: Path, tars: Sequence[Path], records: NDArray[np.void]) -
                     place = place_of(record, is_prepared=True)
                     content = os.pread(descriptor, end - place.start, place.start)
                     if checksum(record, content[: place.end - place.start]) != place.crc32:
-                        raise RunError(f"{tar}: changed since it was written; {_start_again(tar)}; is the disk sound?")
+                        raise RunError(f"{tar}: changed since it was written; {start_again(tar)}; is the disk sound?")
                     out.write(content)
         end = out.tell() + 2 * BLOCK
         out.write(bytes(2 * BLOCK + -end % TAR_RECORD))
 
 
-def _start_again(tar: Path) -> str:
+def start_again(tar: Path) -> str:
     return f"remove {str(tar).partition('/.prepare/')[0]}, start again"
 
 
@@ -246,7 +246,7 @@ def open_part(tar: Path) -> Iterator[int]:
     try:
         descriptor = os.open(tar, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
-        raise RunError(f"{tar}: is gone, and samples of it are in no shard yet; {_start_again(tar)}") from None
+        raise RunError(f"{tar}: is gone, and samples of it are in no shard yet; {start_again(tar)}") from None
     try:
         yield descriptor
     finally:
