@@ -14,7 +14,7 @@ from typing import IO, Any
 
 from mlip_cli.errors import RunError, UsageError
 
-GIB = 2**30
+MIB, GIB = 2**20, 2**30
 """Bytes."""
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

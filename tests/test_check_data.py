@@ -65,7 +65,7 @@ def change(path: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
 def test_whole_data_is_one_line(whole: Path) -> None:
     ended = mlip("prepare-data", "--check", str(whole))
     assert (ended.returncode, ended.stderr) == (0, "")
-    assert ended.stdout == f"{whole}: whole: 2 splits, 4 shards, 21 samples, 0.1 MiB\n"
+    assert ended.stdout == f"{whole}: whole: 2 splits, 4 shards, 21 samples, 90.0 KiB\n"
     ended = mlip("prepare-data", "--check", str(whole / "train"), "--json", "--workers", "1")
     assert json.loads(ended.stdout) == {
         "folder": str(whole / "train"),

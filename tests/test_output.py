@@ -148,6 +148,23 @@ def test_plural(n: int, words: list[str], text: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("num_bytes", "text"),
+    [
+        (0, "0.0 KiB"),
+        (512, "0.5 KiB"),
+        (100_000, "97.7 KiB"),
+        (2**20 // 10 + 1, "0.1 MiB"),
+        (3 * 2**20, "3.0 MiB"),
+        (2**30 // 10, "102.4 MiB"),
+        (2**30 // 10 + 1, "0.10 GiB"),
+        (2**40, "1024.00 GiB"),
+    ],
+)
+def test_sizes_are_never_zero_of_a_large_unit(num_bytes: int, text: str) -> None:
+    assert output.size_in_words(num_bytes) == text
+
+
+@pytest.mark.parametrize(
     ("seconds", "text"), [(None, "-:--"), (0, "0:00"), (59.6, "1:00"), (130, "2:10"), (7325, "2:02:05")]
 )
 def test_clock(seconds: float | None, text: str) -> None:

@@ -147,7 +147,7 @@ def test_names_texts_and_endings_of_all_kinds(tmp_path: Path, cache: Cache, said
     assert dataset.read(2).info.meta == {"url": "x"}
     assert dataset.read(0).key == "dots.in.key"
     assert said == [
-        f"{tmp_path}/in: indexing 1 tar, 0.00 GiB; this is done once",
+        f"{tmp_path}/in: indexing 1 tar, 40.0 KiB; this is done once",
         f"{tmp_path}/in: not read: 1 .pyd member (first: program.pyd)",
     ]
 
@@ -161,7 +161,7 @@ def test_names_that_are_not_text(tmp_path: Path, cache: Cache, said: list[str], 
     dataset = opened(tmp_path / "in", cache)
     assert captions(dataset) == [["coffee"], ["coffee"]]
     assert [dataset.read(id).key for id in range(2)] == [r"caf\udce9", r"\udcff"]
-    assert said == [f"{tmp_path}/in: indexing 1 tar, 0.00 GiB; this is done once"]
+    assert said == [f"{tmp_path}/in: indexing 1 tar, 10.0 KiB; this is done once"]
 
 
 def test_what_webdataset_writes(tmp_path: Path, cache: Cache) -> None:

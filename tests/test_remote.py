@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import pwd
+import re
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -30,6 +31,7 @@ from mlip_cli.evaluate.validation import evaluation_loader
 from mlip_cli.files import GIB
 from mlip_cli.recipe.config import Cache, Data, Source
 from mlip_cli.recipe.load import absolute_paths
+from mlip_cli.terminal.output import size_in_words
 from mlip_cli.train.facts import preflight
 from mlip_cli.types import Batch
 
@@ -297,27 +299,30 @@ def test_urls_without_a_data_set_are_refused(trouble: Trouble, cache: Cache, mon
     )
 
 
-def size_in_gib(folder: Path) -> float:
-    return sum(path.stat().st_size for path in folder.glob("*.tar")) / GIB
+def tar_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("*.tar"))
 
 
 def test_data_that_the_cache_cannot_hold_are_refused_at_once(trouble: Trouble, folder: Path, cache: Cache) -> None:
-    small = cache.model_copy(update={"gib": size_in_gib(folder) * 1.5})
+    small = cache.model_copy(update={"gib": tar_bytes(folder) * 1.5 / GIB})
     opened(trouble.url, small)
     with pytest.raises(UsageError) as error:
         open_sources([Source(path=trouble.url), Source(path=f"file://{folder}")], cache=small)
     assert str(error.value) == (
-        f"data.cache.gib: {small.gib:g} is less than the 0.00 GiB of {trouble.url}, file://{folder}, which a run "
-        "fetches whole; set it to 1 or more, or copy the data to a disk that all nodes see"
+        f"data.cache.gib: {small.gib:g} is less than the {size_in_words(2 * tar_bytes(folder))} of {trouble.url}, "
+        f"file://{folder}, which a run fetches whole; set it to 1 or more, or copy the data to a disk that all nodes "
+        "see"
     )
-    with pytest.raises(UsageError, match=r"GiB of memory:.*, file://"):  # for validation, beside what training reads
+    # for validation, beside what training reads
+    with pytest.raises(UsageError, match=r"[KM]iB of memory:.*, file://"):
         open_sources([Source(path=f"file://{folder}")], cache=small, beside=[opened(trouble.url, small)])
     assert copies(cache) == set()
 
 
 def test_what_exceeds_the_cache_is_refused_and_what_may_be_deleted_is_named(tmp_path: Path, cache: Cache) -> None:
     urls = [f"file://{make_dataset(tmp_path / f'set{i}', n=16, shard_size=4, seed=i)}" for i in range(3)]
-    room = cache.model_copy(update={"gib": size_in_gib(tmp_path / "set0") * 2.6})
+    own = tar_bytes(tmp_path / "set0")
+    room = cache.model_copy(update={"gib": own * 2.6 / GIB})
     first, second, third = (opened(url, room) for url in urls)
     first.fetch()
     second.fetch()
@@ -325,10 +330,11 @@ def test_what_exceeds_the_cache_is_refused_and_what_may_be_deleted_is_named(tmp_
         third.fetch()
     before, deletable = str(error.value).split("; set it higher, or delete folders that no run reads ")
     assert before == (
-        f"data.cache.gib: {cache.folder} holds 0.00 GiB of shards, and 0.00 GiB more exceed the {room.gib:g} allowed"
+        f"data.cache.gib: {cache.folder} holds {size_in_words(2 * own)} of shards, and "
+        f"{size_in_words(own)} more exceed the {room.gib:g} allowed"
     )
-    assert sorted(deletable.strip("()").removesuffix(" GiB").split(" GiB, ")) == sorted(
-        f"{dataset.remote.folder.name} from {dataset.name}, 0.00" for dataset in (first, second)
+    assert sorted(re.split(r"(?<=iB), ", deletable.strip("()"))) == sorted(
+        f"{dataset.remote.folder.name} from {dataset.name}, {size_in_words(own)}" for dataset in (first, second)
     )
     assert [len(list(dataset.remote.folder.glob("*.tar"))) for dataset in (first, second, third)] == [4, 4, 0]
     shutil.rmtree(first.remote.folder)
@@ -399,7 +405,7 @@ def test_a_full_disk_is_reported(trouble: Trouble, cache: Cache, monkeypatch: py
     with pytest.raises(RunError, match=r"cache: No space left on device; make room, or set data\.cache\.folder$"):
         dataset.fetch()
     monkeypatch.setattr(shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1024})())
-    with pytest.raises(RunError, match=r"GiB needed, 0\.00 GiB free on this disk; make room, or set data"):
+    with pytest.raises(RunError, match=r"[KM]iB needed, 1\.0 KiB free on this disk; make room, or set data"):
         dataset.fetch()
 
 

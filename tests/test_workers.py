@@ -20,12 +20,10 @@ from mlip_cli.data.order import Order
 from mlip_cli.data.tokenizer import Tokenizer
 from mlip_cli.data.workers import Need, check_shared_memory, default_num_workers, samples_at_once
 from mlip_cli.errors import RunError
-from mlip_cli.files import GIB
+from mlip_cli.files import GIB, MIB
 from mlip_cli.recipe.config import Augment, Data, Source
 from mlip_cli.terminal.output import start_logging
 from mlip_cli.types import Batch
-
-MIB = 2**20
 
 
 def test_default_number_of_workers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,10 +56,10 @@ def test_too_little_shared_memory_is_one_line_with_place_need_free_and_cure(monk
     with pytest.raises(RunError) as error:
         check_shared_memory(Need(8, 16, 3 * MIB))
     assert str(error.value) == (
-        "/dev/shm: batches on their way need up to 0.77 GiB (8 x 16 loader processes x 2 x 3.0 MiB), and 0.06 GiB are "
+        "/dev/shm: batches on their way need up to 0.77 GiB (8 x 16 loader processes x 2 x 3.0 MiB), and 64.0 MiB are "
         "free; docker run --shm-size=2g (or --ipc=host), or data.num_workers=0"
     )
-    with pytest.raises(RunError, match=r"up to 0\.10 GiB \(16 loader processes x 2 x 3\.0 MiB\).+data.num_workers=10$"):
+    with pytest.raises(RunError, match=r"up to 99\.0 MiB \(16 loader processes x 2 x 3\.0 MiB\).+data.num_workers=10$"):
         check_shared_memory(Need(1, 16, 3 * MIB))
     check_shared_memory(Need(1, 10, 3 * MIB))
     monkeypatch.setattr(module, "free_shared_memory", lambda: None)  # macOS
@@ -80,7 +78,7 @@ def test_doctor_counts_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found[64 * MIB] == doctor.Check(
         "/dev/shm",
         "warn",
-        f"0.06 GiB free, {need}",
+        f"64.0 MiB free, {need}",
         "docker run --shm-size=2g (or --ipc=host), or data.num_workers=0",
     )
     assert found[GIB] == doctor.Check("/dev/shm", "ok", f"1.00 GiB free, {need}")
@@ -103,7 +101,7 @@ def test_a_loader_that_does_not_fit_does_not_start(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(module, "free_shared_memory", lambda: MIB)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     folder = make_dataset(tmp_path / "x")
-    with pytest.raises(RunError, match=r"^/dev/shm: .+ need up to 0\.08 GiB \(4 x 2 loader processes x 4 x 2\.3 MiB\)"):
+    with pytest.raises(RunError, match=r"^/dev/shm: .+ need up to 83\.0 MiB \(4 x 2 loader processes x 4 x 2\.3 MiB\)"):
         loader(folder, num_workers=2)
     loader(folder, num_workers=0)
 
@@ -118,7 +116,7 @@ def test_a_number_that_mlip_chose_follows_the_shared_memory(
         next(run)
         assert len(multiprocessing.active_children()) == 1
     [line] = capsys.readouterr().err.splitlines()
-    assert line.startswith("warning: /dev/shm: 0.01 GiB are free, so each rank starts 1 loader process instead of 16; ")
+    assert line.startswith("warning: /dev/shm: 13.0 MiB are free, so each rank starts 1 loader process instead of 16; ")
 
 
 def handed_over() -> int:

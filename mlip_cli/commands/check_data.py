@@ -7,7 +7,7 @@ from pathlib import Path
 from mlip_cli.data.prepare.check import check
 from mlip_cli.errors import RunError, UsageError
 from mlip_cli.machine import usable_cores
-from mlip_cli.terminal.output import plural, print_json, print_lines
+from mlip_cli.terminal.output import plural, print_json, print_lines, size_in_words
 
 
 def check_data(folder: Path, *, given: Sequence[str], workers: int | None, as_json: bool) -> None:
@@ -34,4 +34,4 @@ def check_data(folder: Path, *, given: Sequence[str], workers: int | None, as_js
     if not as_json:
         counts = {"split": checked.num_splits, "shard": checked.num_shards, "sample": checked.num_samples}
         words = ", ".join(plural(n, name) for name, n in counts.items())
-        print_lines(f"{folder}: whole: {words}, {checked.num_bytes / 2**20:.1f} MiB")
+        print_lines(f"{folder}: whole: {words}, {size_in_words(checked.num_bytes)}")

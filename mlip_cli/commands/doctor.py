@@ -21,7 +21,7 @@ from mlip_cli.paths import read_variable
 from mlip_cli.recipe.load import load_without_weights
 from mlip_cli.recipe.shipped import recipe_names, recipes_folder
 from mlip_cli.runs.folder import RUNS
-from mlip_cli.terminal.output import plural, print_json, print_lines, print_table, say
+from mlip_cli.terminal.output import plural, print_json, print_lines, print_table, say, size_in_words
 
 DISTRIBUTION = "mlip-cli"
 OLDEST_PYTHON = (3, 11)
@@ -205,7 +205,7 @@ def shared_memory() -> Iterator[Check]:
         return
     ranks = _num_gpus() or 1
     need = Need(ranks, default_num_workers(ranks), ITEM_BYTES)
-    found = f"{free / GIB:.2f} GiB free, a training on this machine needs up to {need}"
+    found = f"{size_in_words(free)} free, a training on this machine needs up to {need}"
     yield Check("/dev/shm", *(("ok", found) if need.num_bytes <= free else ("warn", found, cure(need, free))))
 
 

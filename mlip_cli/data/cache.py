@@ -17,7 +17,7 @@ from mlip_cli.errors import RunError, UsageError
 from mlip_cli.files import GIB, free_bytes, lock
 from mlip_cli.paths import read_path, read_variable
 from mlip_cli.recipe.config import Cache
-from mlip_cli.terminal.output import say
+from mlip_cli.terminal.output import say, size_in_words
 
 LOCAL = "name a folder on a local disk of this machine"
 
@@ -76,17 +76,17 @@ class ShardCache:
         """
         sizes = {folder: sum(tar.stat().st_size for tar in folder.glob("*.tar")) for folder in self.folder.glob("*/")}
         if (present := sum(sizes.values())) + needed > self.most_bytes:
-            folders = ", ".join(f"{_in_words(folder)}, {size / GIB:.2f} GiB" for folder, size in sizes.items() if size)
+            folders = ", ".join(f"{_in_words(folder)}, {size_in_words(size)}" for folder, size in sizes.items() if size)
             raise RunError(
-                f"data.cache.gib: {self.folder} holds {present / GIB:.2f} GiB of shards, and {needed / GIB:.2f} GiB "
+                f"data.cache.gib: {self.folder} holds {size_in_words(present)} of shards, and {size_in_words(needed)} "
                 f"more exceed the {self.most_bytes / GIB:g} allowed; set it higher, or delete folders that no run "
                 f"reads ({folders})"
             )
         free = free_bytes(self.folder)
         if needed > free:
             raise RunError(
-                f"{self.folder}: {needed / GIB:.2f} GiB needed, {free / GIB:.2f} GiB free on this disk; make room, or "
-                "set data.cache.folder to a folder on another one"
+                f"{self.folder}: {size_in_words(needed)} needed, {size_in_words(free)} free on this disk; make room, "
+                "or set data.cache.folder to a folder on another one"
             )
 
     def _unusable(self, error: OSError) -> UsageError:

@@ -30,7 +30,7 @@ from mlip_cli.files import GIB, full_disk_named, read_own_object, write_json
 from mlip_cli.machine import usable_cores
 from mlip_cli.paths import escaped
 from mlip_cli.recipe.config import Cache
-from mlip_cli.terminal.output import plural, say, warn
+from mlip_cli.terminal.output import plural, say, size_in_words, warn
 from mlip_cli.terminal.panel import progress
 
 ENOUGH_SAMPLES = 50
@@ -129,7 +129,7 @@ def _index_all(path: str, pairs: Sequence[tuple[Path, Path]], columns: Columns) 
     for tar, _ in pairs:
         check_not_compressed(tar, "training")
     num_bytes = sum(tar.stat().st_size for tar, _ in pairs)
-    say(f"{path}: indexing {plural(len(pairs), 'tar')}, {num_bytes / GIB:.2f} GiB; this is done once")
+    say(f"{path}: indexing {plural(len(pairs), 'tar')}, {size_in_words(num_bytes)}; this is done once")
     num_workers = min(len(pairs), usable_cores()) if num_bytes >= PARALLEL_BYTES else 1
     with progress(len(pairs), "indexes") as bar:
         for _ in run_parallel(partial(_index_one, columns=columns), pairs, num_workers=num_workers):

@@ -17,7 +17,7 @@ from mlip_cli.data.transfers import MissingFileError, Transfers, errors_named, f
 from mlip_cli.errors import RunError, UsageError
 from mlip_cli.files import GIB, atomic_path, full_disk_named, write_bytes, write_text
 from mlip_cli.recipe.config import Cache
-from mlip_cli.terminal.output import plural, say
+from mlip_cli.terminal.output import plural, say, size_in_words
 
 NAME = re.compile(r"[0-9A-Za-z_][0-9A-Za-z_.-]*\.tar")
 SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -70,7 +70,7 @@ class RemoteShards:
             self.cache.check_room(needed)
             if missing:
                 what = plural(len(missing), "file")
-                say(f"fetching {what}, {needed / GIB:.2f} GiB, from {self.url} into {self.folder}")
+                say(f"fetching {what}, {size_in_words(needed)}, from {self.url} into {self.folder}")
             with full_disk_named(self.cache.folder, "make room, or set data.cache.folder"):
                 side_by_side(self._fetch_file, missing, label=f"fetching {self.url}")
 
@@ -137,6 +137,6 @@ def check_fit(remotes: Sequence[RemoteShards]) -> None:
     if remotes and needed > (most := remotes[0].cache.most_bytes):
         urls = ", ".join(remote.url for remote in remotes)
         raise UsageError(
-            f"data.cache.gib: {most / GIB:g} is less than the {needed / GIB:.2f} GiB of {urls}, which a run fetches "
+            f"data.cache.gib: {most / GIB:g} is less than the {size_in_words(needed)} of {urls}, which a run fetches "
             f"whole; set it to {-(-needed // GIB)} or more, or copy the data to a disk that all nodes see"
         )

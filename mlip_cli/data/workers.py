@@ -6,13 +6,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mlip_cli.errors import RunError
-from mlip_cli.files import GIB
+from mlip_cli.files import GIB, MIB
 from mlip_cli.machine import usable_cores
-from mlip_cli.terminal.output import plural, warn
+from mlip_cli.terminal.output import plural, size_in_words, warn
 
 FOLDER = Path("/dev/shm")
 """Where Linux keeps shared memory. Other systems have no such folder, and nothing is checked there."""
-MIB = 2**20
 ITEM_BYTES = 3 * MIB
 """Most bytes that a loader process hands over at once, unless one sample is larger: 20 samples of 224 px. Eight ranks
 of 16 loader processes have 264 such items under way: 0.8 GiB."""
@@ -64,8 +63,8 @@ class Need:
         """The size, and how it comes about."""
         processes = plural(self.num_workers, "loader process", "loader processes")
         processes = f"{self.ranks} x {processes}" if self.ranks > 1 else processes
-        parts = f"{items_ahead(self.num_workers)} x {self.item_bytes / MIB:.1f} MiB"
-        return f"{self.num_bytes / GIB:.2f} GiB ({processes} x {parts})"
+        parts = f"{items_ahead(self.num_workers)} x {size_in_words(self.item_bytes)}"
+        return f"{size_in_words(self.num_bytes)} ({processes} x {parts})"
 
     def fitting(self, free: int) -> int:
         """The most loader processes, up to `num_workers`, whose items fit into `free` bytes."""
@@ -85,7 +84,7 @@ def fitted(need: Need) -> int:
         return need.num_workers
     fewer = need.fitting(free)
     warn(
-        f"{FOLDER}: {free / GIB:.2f} GiB are free, so each rank starts "
+        f"{FOLDER}: {size_in_words(free)} are free, so each rank starts "
         f"{plural(fewer, 'loader process', 'loader processes')} instead of {need.num_workers}; {cure(need, free)}"
     )
     return fewer
@@ -100,7 +99,7 @@ def check_shared_memory(need: Need) -> None:
     free = free_shared_memory()
     if free is not None and need.num_bytes > free:
         raise RunError(
-            f"{FOLDER}: batches on their way need up to {need}, and {free / GIB:.2f} GiB are free; {cure(need, free)}"
+            f"{FOLDER}: batches on their way need up to {need}, and {size_in_words(free)} are free; {cure(need, free)}"
         )
 
 

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from functools import cache
 from typing import IO, TYPE_CHECKING, Any
 
+from mlip_cli.files import GIB, MIB
 from mlip_cli.paths import escaped
 
 if TYPE_CHECKING:
@@ -198,6 +199,14 @@ def is_number(cell: Any) -> bool:
 def plural(n: int, one: str, many: str | None = None) -> str:
     """1, "row" -> 1 row; 2,000, "row" -> 2,000 rows; `many` where an s at the end is not the plural."""
     return f"{n:,} {one if n == 1 else many or one + 's'}"
+
+
+def size_in_words(num_bytes: float) -> str:
+    """2**30 -> 1.00 GiB, 3 * 2**20 -> 3.0 MiB, 512 -> 0.5 KiB."""
+    for unit, name, digits in ((GIB, "GiB", 2), (MIB, "MiB", 1)):
+        if num_bytes >= unit / 10:
+            return f"{num_bytes / unit:.{digits}f} {name}"
+    return f"{num_bytes / 2**10:.1f} KiB"
 
 
 def clock(seconds: float | None) -> str:

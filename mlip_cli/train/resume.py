@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from mlip_cli.distributed import from_all, full_on_main, parallel, rank, sharded_like, world_size
 from mlip_cli.errors import UsageError
-from mlip_cli.files import GIB, free_bytes
+from mlip_cli.files import free_bytes
 from mlip_cli.recipe.config import Train
 from mlip_cli.runs.checkpoint import (
     TRAINING_WEIGHTS,
@@ -23,7 +23,7 @@ from mlip_cli.runs.checkpoint import (
 )
 from mlip_cli.runs.folder import STATE, whole_checkpoints
 from mlip_cli.runs.moved_data import changed_data
-from mlip_cli.terminal.output import is_main, warn
+from mlip_cli.terminal.output import is_main, size_in_words, warn
 from mlip_cli.train.gradients import RandomState
 from mlip_cli.train.state import Progress, Training
 
@@ -131,16 +131,16 @@ def check_room(folder: Path, training: Training, config: Train, *, steps: int) -
     """
     size, keep, every = checkpoint_bytes(training), config.keep, config.checkpoint_every
     free, num_present = from_all((free_bytes(folder), len(whole_checkpoints(folder))))[0]
-    is_free = f"{free / GIB:.2f} GiB are free on this disk"
+    is_free = f"{size_in_words(free)} are free on this disk"
     if free < size:
         cure = "make room and go on with --resume" if num_present else "make room, or name another --out"
-        raise UsageError(f"{folder}: a checkpoint takes about {size / GIB:.2f} GiB, and {is_free}; {cure}")
+        raise UsageError(f"{folder}: a checkpoint takes about {size_in_words(size)}, and {is_free}; {cure}")
     still = steps if every.minutes is not None or every.steps is None else steps // every.steps + 1
     kept = keep.last + (keep.best or 0) + (0 if keep.every_steps is None else steps // keep.every_steps)
     needed = size * min(still, kept + 1 - num_present)  # one goes when the next one is whole
     if is_main() and free < needed:
         warn(
-            f"{folder}: the checkpoints that train.keep asks for take about {needed / GIB:.2f} GiB, and {is_free}; "
+            f"{folder}: the checkpoints that train.keep asks for take about {size_in_words(needed)}, and {is_free}; "
             "make room, or keep fewer"
         )
 

@@ -5,7 +5,8 @@ from mlip_cli.data.prepare.job import Job
 from mlip_cli.data.prepare.workspace import Workspace
 from mlip_cli.data.sources.survey import Survey
 from mlip_cli.errors import UsageError
-from mlip_cli.files import GIB, free_bytes
+from mlip_cli.files import free_bytes
+from mlip_cli.terminal.output import size_in_words
 
 BYTES_A_PIXEL = 0.5
 """Estimate for the check of disk space: between JPEG and lossless WebP of photographs at 256 pixels."""
@@ -31,10 +32,6 @@ def check_room(job: Job, survey: Survey) -> None:
     free = free_bytes(out)
     if needed > free:
         raise UsageError(
-            f"{out}: about {_in_words(needed)} needed, {_in_words(free)} free on this disk; make room, name a folder "
-            "on another disk, or take a smaller --size"
+            f"{out}: about {size_in_words(needed)} needed, {size_in_words(free)} free on this disk; make room, "
+            "name a folder on another disk, or take a smaller --size"
         )
-
-
-def _in_words(num_bytes: int) -> str:
-    return f"{num_bytes / GIB:.1f} GiB" if num_bytes >= GIB // 10 else f"{num_bytes / 2**20:.1f} MiB"

@@ -28,8 +28,8 @@ from mlip_cli.data.prepare.summary import Summary, next_commands
 from mlip_cli.data.prepare.workspace import DONE, OWN_FOLDER
 from mlip_cli.data.transfers import MissingFileError, Transfers, errors_named, filesystem_of, side_by_side
 from mlip_cli.errors import RunError, UsageError, interrupted_as
-from mlip_cli.files import GIB, json_document, lock, parse_object
-from mlip_cli.terminal.output import plural, say
+from mlip_cli.files import json_document, lock, parse_object
+from mlip_cli.terminal.output import plural, say, size_in_words
 
 MARK = f"{OWN_FOLDER}/request.json"
 JOURNALS = ".upload"
@@ -127,7 +127,7 @@ class Store:
             rest = [name for name in sizes if name not in (*shards, *cards)]
             missing = self._missing(sizes)
             num_bytes = sum(sizes[name] for name in missing)
-            say(f"uploading {plural(len(missing), 'file')}, {num_bytes / GIB:.2f} GiB, to {self.url}")
+            say(f"uploading {plural(len(missing), 'file')}, {size_in_words(num_bytes)}, to {self.url}")
             for names in (shards, rest, cards):
                 self._send([name for name in names if name in missing], label=f"uploading {self.url}")
                 self._check_sizes(sizes, names)
