@@ -66,11 +66,12 @@ def compiles(recipe: Recipe, device: torch.device) -> bool:
 
 
 def compile_facts(recipe: Recipe, device: torch.device) -> list[str]:
-    """A line about what `train.compile: auto` does on CUDA."""
-    if recipe.train.compile != "auto" or device.type != "cuda":
-        return []
+    """A line where there is a compiler to wait for, or where `auto` lacks one on CUDA."""
     if compiles(recipe, device):
-        return ["train.compile auto: the first steps compile the blocks, which takes a minute or more"]
+        value = recipe.train.compile if recipe.train.compile == "auto" else "true"
+        return [f"train.compile {value}: the first steps compile the blocks, which takes a minute or more"]
+    if recipe.train.compile is False or device.type != "cuda":
+        return []
     return [f"train.compile auto: nothing is compiled, which needs a {find_compiler('cuda')[0]}; apt install g++"]
 
 
