@@ -24,6 +24,9 @@ START_TIMEOUT = timedelta(minutes=30)
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 """The longest wait of a collective, on every backend: rank 0 may be saving on a slow disk meanwhile."""
 
+OF_GLOO = "/gloo/transport/"
+"""In the text of gloo's errors, which have no class of their own: the file that they come from."""
+
 
 def rank() -> int:
     """This process's number, 0 without torchrun."""
@@ -40,7 +43,7 @@ def process_group(device: torch.device) -> Iterator[None]:
     """Join the other ranks (nccl on CUDA, gloo elsewhere) for the time of the block.
 
     Raises:
-        RunError: a rank did not come.
+        RunError: a rank did not come, or ended while others waited for it.
     """
     if world_size() == 1:
         yield
@@ -69,6 +72,14 @@ def process_group(device: torch.device) -> Iterator[None]:
         except Stopped:
             leave()
             raise
+        except RuntimeError as error:
+            if not isinstance(error, dist.DistError) and OF_GLOO not in str(error):
+                raise
+            why = str(error).rpartition("] ")[2].partition("\n")[0].partition(". ")[0]
+            raise RunError(
+                f"rank {rank()} of {world_size()} lost another one ({why}); look at what the others printed, whether "
+                "one was killed for memory, and whether its node is up"
+            ) from error
         leave()
     finally:
         _meeting_place.reset(token)

@@ -205,6 +205,11 @@ def test_ranks_end_when_one_dies_and_other_numbers_of_ranks_continue(recipe: Pat
         wait_until(lambda: last_step(folder) >= 5, what=training.said())
         training.kill_rank(1)
         assert training.join() == [1, -signal.SIGKILL], training.said()
+        last = training.said().splitlines()[-1]
+        assert re.fullmatch(
+            r"error: rank 0 of 2 lost another one \([^()]+\); look at what the others printed, .+", last
+        )
+        assert "Traceback" not in training.said()
         wait_until(training.are_gone, what="loader processes are left")
     assert_whole_checkpoint(folder, EVERY.checkpoint)
     with Forked(arguments, words, ranks=3) as training:
