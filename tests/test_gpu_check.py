@@ -2,10 +2,12 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -47,6 +49,16 @@ def sleeping(scale: Scale) -> Found:
 def warning(scale: Scale) -> Found:
     warnings.warn("a surprise", stacklevel=1)
     return fine(scale)
+
+
+def interrupting(number: int, scale: Scale) -> Found:
+    os.kill(number, signal.SIGINT)
+    return sleeping(scale)
+
+
+def test_ctrl_c_keeps_the_rows_that_ended(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [Row("a", "", fine, 0), Row("b", "", partial(interrupting, os.getpid()), 0), Row("c", "", fine, 0)]
+    assert [outcome.name for outcome in check(rows, REHEARSAL, budget_s=240)] == ["a"]
 
 
 @pytest.mark.slow

@@ -20,11 +20,12 @@ from gpu.rows import GPU, REHEARSAL, Row, Scale
 from gpu.runner import Outcome, run_rows
 
 from mlip_cli import __version__
-from mlip_cli.terminal.output import print_lines, print_table, say, start_logging
+from mlip_cli.terminal.output import plural, print_lines, print_table, say, start_logging
 
 BUDGET_S = {"cuda": 480, "cpu": 1_800}
 """A rehearsal may meet a busy machine."""
 NOTHING_RUN = "gpu: PyTorch sees no CUDA device here, so nothing was run"
+INTERRUPTED = "gpu: interrupted"
 NOT_AS_EXPECTED = "no"
 NO_SYNC = "PyTorch's look-out for waits, NCCL"
 NO_POLICY = "NCCL, the mixed-precision policy"
@@ -122,12 +123,15 @@ def cells(outcome: Outcome) -> list[Any]:
 
 
 def check(rows: Iterable[Row], scale: Scale, *, budget_s: float) -> list[Outcome]:
-    """Run the rows within the budget; a line when one has ended."""
+    """Run the rows within the budget; a line when one has ended. After Ctrl-C, those that ended."""
     outcomes = []
-    for outcome in run_rows(tuple(rows), replace(scale, deadline=time.time() + budget_s)):
-        outcomes.append(outcome)
-        name, _, found, verdict, seconds = cells(outcome)
-        say(f"{name}: {found} ({verdict or 'nothing to judge'}, {seconds} s)")
+    try:
+        for outcome in run_rows(tuple(rows), replace(scale, deadline=time.time() + budget_s)):
+            outcomes.append(outcome)
+            name, _, found, verdict, seconds = cells(outcome)
+            say(f"{name}: {found} ({verdict or 'nothing to judge'}, {seconds} s)")
+    except KeyboardInterrupt:
+        say(f"{INTERRUPTED}; {plural(len(outcomes), 'row')} ended before")
     return outcomes
 
 
@@ -152,7 +156,7 @@ def report(outcomes: Sequence[Outcome], scale: Scale, out: Path, *, seconds: flo
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """The exit code: 1 if a row failed or is not as expected."""
+    """The exit code: 1 if a row failed, is not as expected, or did not run because of Ctrl-C."""
     parser = argparse.ArgumentParser(prog="gpu", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("gpu.json"), metavar="FILE", help="JSON to write (gpu.json)")
     parser.add_argument("--rehearse", action="store_true", help="run all rows on the CPU at tiny sizes")
@@ -168,9 +172,10 @@ def main(words: Sequence[str] | None = None) -> int:
         say(NOTHING_RUN)
         return 0
     scale, start = REHEARSAL if given.rehearse else GPU, time.monotonic()
-    outcomes = check(all_rows(), scale, budget_s=BUDGET_S[scale.device_type])
+    rows = all_rows()
+    outcomes = check(rows, scale, budget_s=BUDGET_S[scale.device_type])
     report(outcomes, scale, given.out, seconds=time.monotonic() - start)
-    return 0 if all(own.is_well for own in outcomes) else 1
+    return 0 if len(outcomes) == len(rows) and all(own.is_well for own in outcomes) else 1
 
 
 if __name__ == "__main__":
