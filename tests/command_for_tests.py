@@ -4,10 +4,8 @@ import contextlib
 import io
 import os
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
-from subprocess import CompletedProcess, Popen
+from subprocess import CompletedProcess
 from unittest.mock import patch
 
 import pytest
@@ -30,12 +28,3 @@ def mlip(*arguments: str, folder: Path | None = None, **environment: str) -> Com
     code = end.value.code
     assert code is None or isinstance(code, int)
     return CompletedProcess(["mlip", *arguments], code or 0, stdout.getvalue(), stderr.getvalue())
-
-
-def wait_for(condition: Callable[[], bool], process: Popen[str] | None = None) -> None:
-    """Wait until it is so, while a process works."""
-    deadline = time.monotonic() + 200
-    while not condition():
-        assert process is None or process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.01)

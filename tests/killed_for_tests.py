@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from forks_for_tests import FORKS, PATIENCE_S, command, own_group
 from torch.distributed import TCPStore
+from waits_for_tests import wait_until
 
 from mlip_cli.runs.checkpoint import load_state, load_weights
 from mlip_cli.runs.folder import Run, checkpoint_folders, step_of
@@ -104,13 +105,6 @@ def with_group(group: int, number: int) -> bool:
     except ProcessLookupError:
         return False
     return True
-
-
-def wait_until(condition: Callable[[], bool], *, what: str, every_s: float = 0.001) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(every_s)
 
 
 # what a run folder says ----------------------------------------------------------------------------------------------

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from forks_for_tests import FORKS, PATIENCE_S
-from killed_for_tests import wait_until, with_group
+from killed_for_tests import with_group
 from runs_of_prepare_for_tests import SIZES, run_command, said
 from sources_for_tests import contents
+from waits_for_tests import wait_until
 
 WHOM = ("all", "first", "worker")
 """Who is killed: each process, as when the machine goes down; the first one alone; or one of its workers."""

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from killed_for_tests import Forked, wait_until
+from killed_for_tests import Forked
 from models_for_tests import small_model
 from test_training import lines_in, metrics, recipe, run
+from waits_for_tests import wait_until
 
 from mlip_cli.runs.checkpoint import TRAINING_WEIGHTS, WEIGHTS, load_weights
 from mlip_cli.train.average import WeightAverage

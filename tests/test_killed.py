@@ -33,11 +33,11 @@ from killed_for_tests import (
     torchrun,
     train_on_small_disk,
     trained_whole,
-    wait_until,
 )
 from models_for_tests import make_run, small_recipe
 from safetensors.torch import save_file
 from shards_for_tests import make_dataset
+from waits_for_tests import wait_until
 
 from mlip_cli.data.order import Order
 from mlip_cli.data.tokenizer import Tokenizer

@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 import torch
-from killed_for_tests import Forked, last_step, pretrain, processes_marked, wait_until, with_group
+from killed_for_tests import Forked, last_step, pretrain, processes_marked, with_group
 from models_for_tests import small_recipe
 from shards_for_tests import make_dataset
+from waits_for_tests import wait_until
 
 from mlip_cli.recipe.load import recipe_yaml
 from mlip_cli.train.signals import StopRequest

@@ -16,9 +16,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from command_for_tests import wait_for
 from download_server_for_tests import DownloadServer
 from sources_for_tests import asked, contents, picture, prepare, rejects, samples, write_files
+from waits_for_tests import wait_until
 
 from mlip_cli.commands.prepare_data import prepare_data
 from mlip_cli.data.download.options import DownloadOptions
@@ -317,13 +317,13 @@ def test_after_kill_9_in_a_download_the_next_run_ends_with_the_same_bytes(
     source = write_list(tmp_path / "in", urls)
     options = ("--workers", "2", "--connections", "32")
     process = started(command(source, tmp_path / "out", *options))
-    wait_for(lambda: server.asked.total() >= 700)
+    wait_until(lambda: server.asked.total() >= 700)
     children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=False)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
     assert not (tmp_path / "out" / "prepared.json").exists()
     for pid in children.stdout.split():  # the workers end by themselves
-        wait_for(lambda pid=pid: not Path(f"/proc/{pid}").exists())
+        wait_until(lambda pid=pid: not Path(f"/proc/{pid}").exists())
     for out in ("out", "undisturbed"):
         process = started(command(source, tmp_path / out, *options))
         _, said = process.communicate(timeout=200)
@@ -337,7 +337,7 @@ def test_after_kill_9_in_a_download_the_next_run_ends_with_the_same_bytes(
 def test_ctrl_c_ends_at_once_while_servers_are_silent(tmp_path: Path, server: DownloadServer, workers: int) -> None:
     source = write_list(tmp_path / "in", [server.url(f"silent/{i}") for i in range(700)])
     process = started(command(source, tmp_path / "out", "--workers", str(workers)))
-    wait_for(lambda: server.asked.total() >= 4)
+    wait_until(lambda: server.asked.total() >= 4)
     began = time.monotonic()
     os.kill(process.pid, signal.SIGINT)
     _, said = process.communicate(timeout=20)

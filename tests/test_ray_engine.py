@@ -16,10 +16,11 @@ from pathlib import Path
 from uuid import uuid4
 
 import pytest
-from command_for_tests import mlip, wait_for
+from command_for_tests import mlip
 from download_server_for_tests import DownloadServer
 from ray_tasks_for_tests import dying, failing, number_and_process, part_that_waits_once
 from sources_for_tests import contents, prepare, samples, write_sidecars
+from waits_for_tests import wait_until
 
 from mlip_cli.data.prepare import assemble, ray_engine
 from mlip_cli.data.sources import records
@@ -115,7 +116,7 @@ def test_sigterm_ends_it_as_it_ends_processes(source: Path) -> None:
     )
     command = [sys.executable, "-c", code, "prepare-data", str(source), "out", "--engine", "ray", "--workers", "2"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    wait_for(Path("waits").exists, process)
+    wait_until(Path("waits").exists, process)
     process.terminate()
     said = process.communicate()[1].splitlines()
     assert (process.returncode, said[-1]) == (143, "out: interrupted; run the same command again: it goes on")

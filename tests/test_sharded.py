@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 from forks_for_tests import own_group
-from killed_for_tests import Forked, pretrain, wait_until
+from killed_for_tests import Forked, pretrain
 from models_for_tests import small_batch, small_model, small_recipe
 from test_gradients import gradients
 from test_training import assert_alike, lines_in, metrics, recipe, run, whole
+from waits_for_tests import wait_until
 
 from mlip_cli.distributed import full_on_main, process_group, rank, wrap
 from mlip_cli.losses.objective import Objective

@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from command_for_tests import wait_for
 from forks_for_tests import mlip
 from models_for_tests import small_recipe
 from shards_for_tests import make_dataset
 from torch.distributed.run import parse_args
+from waits_for_tests import wait_until
 
 from mlip_cli.recipe.load import recipe_yaml
 
@@ -143,7 +143,7 @@ def cluster(tmp_path: Path) -> Iterator[Cluster]:
 def test_a_signal_saves_and_queues_the_job_again_and_the_next_start_finishes_it(cluster: Cluster) -> None:
     metrics = cluster.folder / "run" / "metrics.jsonl"
     first = cluster.start()
-    wait_for(lambda: metrics.exists() and metrics.stat().st_size > 0, first)
+    wait_until(lambda: metrics.exists() and metrics.stat().st_size > 0, first)
     first.send_signal(signal.SIGUSR1)
     code, words = cluster.end(first)
     (saved,) = cluster.checkpoints()
@@ -176,7 +176,7 @@ def test_a_training_that_fails_is_not_queued_again(cluster: Cluster) -> None:
 def test_a_job_without_a_new_checkpoint_is_not_queued_again(cluster: Cluster) -> None:
     cluster.add("torchrun", WAITING_TORCHRUN)
     process = cluster.start()
-    wait_for((cluster.folder / "tasks").exists, process)
+    wait_until((cluster.folder / "tasks").exists, process)
     process.send_signal(signal.SIGUSR1)
     code, words = cluster.end(process)
     assert (code, cluster.requeued()) == (1, [])

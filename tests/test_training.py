@@ -18,13 +18,13 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from command_for_tests import wait_for
 from forks_for_tests import mlip
-from killed_for_tests import Forked, wait_until
+from killed_for_tests import Forked
 from killed_for_tests import pretrain as run_pretrain
 from models_for_tests import small_recipe
 from safetensors.torch import save_file
 from shards_for_tests import make_dataset
+from waits_for_tests import wait_until
 
 from mlip_cli.commands.pretrain import pretrain
 from mlip_cli.errors import RunError, UsageError
@@ -152,7 +152,7 @@ def test_resume_after_kill_9_gives_the_same_losses_to_the_bit(recipe: Path, whol
     folder = tmp_path / "run"
     arguments = ["--out", str(folder), "train.checkpoint_every.steps=2"]
     process = subprocess.Popen(command(recipe, *arguments), env=QUIET, text=True, stderr=subprocess.PIPE)
-    wait_for(lambda: lines_in(folder) >= 6, process)
+    wait_until(lambda: lines_in(folder) >= 6, process)
     process.kill()
     process.wait()
     process.stderr.close()  # type: ignore[union-attr]

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command_for_tests import mlip, wait_for
+from command_for_tests import mlip
 from fsspec.implementations.memory import MemoryFileSystem
 from locks_for_tests import held_elsewhere
 from sources_for_tests import asked, contents, prepare, write_sidecars
 from stores_for_tests import FakeStore, served
+from waits_for_tests import wait_until
 
 from mlip_cli.commands.prepare_data import prepare_data
 from mlip_cli.data.open import open_sources
@@ -140,7 +141,7 @@ def test_an_upload_that_is_killed_goes_on_and_the_card_comes_last(
     command = [sys.executable, "-c", code, *command[3:], "--workers", "1"]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(command, env=env, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    wait_for(lambda: len([name for name in s3.names(name, "x/") if name.endswith((".tar", ".idx"))]) >= 3, process)
+    wait_until(lambda: len([name for name in s3.names(name, "x/") if name.endswith((".tar", ".idx"))]) >= 3, process)
     process.send_signal(signal.SIGKILL)
     process.wait()
     early = s3.names(name, "x/")

@@ -10,7 +10,8 @@ from typing import Any
 
 from forks_for_tests import mlip
 from gpu.rows import Found, Scale
-from killed_for_tests import Forked, last_step, raw_lines, wait_until
+from killed_for_tests import Forked, last_step, raw_lines
+from waits_for_tests import wait_until
 
 from mlip_cli.recipe.shipped import recipes_folder
 from mlip_cli.runs.folder import Run, step_of
