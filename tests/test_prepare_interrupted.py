@@ -6,7 +6,6 @@ import resource
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import pytest
 from locks_for_tests import held_elsewhere
 from parts_for_tests import endless_part
 from sources_for_tests import contents, prepare, write_sidecars
+from waits_for_tests import wait_until
 
 from mlip_cli.cli import main
 from mlip_cli.data.prepare import assemble
@@ -99,9 +99,7 @@ def test_ctrl_c_and_sigterm_end_the_workers_and_leave_nothing_half_written(
     parts = tmp_path / "out" / ".prepare" / "parts"
 
     def interrupt() -> None:
-        deadline = time.monotonic() + 60
-        while len(list(parts.glob(".*.tmp"))) < 2 and time.monotonic() < deadline:  # until both workers are writing
-            time.sleep(0.01)
+        wait_until(lambda: len(list(parts.glob(".*.tmp"))) == 2, what="two workers do not write")
         (tmp_path / "pids").write_text(" ".join(str(process.pid) for process in multiprocessing.active_children()))
         os.killpg(0, number)
 

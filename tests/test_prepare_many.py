@@ -4,7 +4,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import pytest
 from command_for_tests import mlip
 from runs_of_prepare_for_tests import at_each_step, killed_at, run, said, started
 from sources_for_tests import contents, write_sidecars
+from waits_for_tests import wait_until
 
 from mlip_cli.data.prepare.share import Share
 from mlip_cli.errors import UsageError
@@ -52,10 +52,8 @@ def stopped_at(out: str, step: int) -> Callable[[], None]:
 
 
 def wait_until_it_stands(process: Any) -> None:
-    deadline = time.monotonic() + 60
-    while Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    state = Path(f"/proc/{process.pid}/stat")
+    wait_until(lambda: state.read_text().rpartition(")")[2].split()[0] == "T", what="it does not stand")
 
 
 def end(process: Any, folder: Path) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from waits_for_tests import wait_until
 
 from mlip_cli.data.prepare.workers import run_parallel
 from mlip_cli.errors import RunError
@@ -49,16 +50,11 @@ def drive(folder: str) -> None:
 def test_workers_end_in_the_middle_of_their_tasks_when_the_driver_is_killed(tmp_path: Path) -> None:
     driver = multiprocessing.get_context("fork").Process(target=drive, args=(str(tmp_path),))
     driver.start()
-    deadline = time.monotonic() + 120
-    while len(list(tmp_path.iterdir())) < 2 and time.monotonic() < deadline:
-        time.sleep(0.01)
+    wait_until(lambda: len(list(tmp_path.iterdir())) == 2, what="two workers do not begin")
     workers = [int(path.name) for path in tmp_path.iterdir()]
-    assert len(workers) == 2
     os.kill(driver.pid, signal.SIGKILL)
     driver.join()
-    while any(Path(f"/proc/{worker}").exists() for worker in workers) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert time.monotonic() < deadline
+    wait_until(lambda: not any(Path(f"/proc/{worker}").exists() for worker in workers), what="workers are left")
 
 
 def count_up(task: int, say: Callable[[str], None]) -> int:

@@ -89,9 +89,7 @@ def test_a_worker_that_is_killed_is_replaced_and_the_bytes_are_the_same(
     killed, folder = [], source.absolute().parent
 
     def kill() -> None:
-        deadline = time.monotonic() + 120
-        while not (folder / "waits").exists() and time.monotonic() < deadline:
-            time.sleep(0.05)
+        wait_until((folder / "waits").exists, what="no part waits")
         killed.append(int((folder / "waits").read_text()))
         os.kill(killed[0], signal.SIGKILL)
 
@@ -171,11 +169,7 @@ def test_ctrl_c_ends_it_at_once_and_leaves_no_process(source: Path, tmp_path: Pa
     command = subprocess.Popen(
         [sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, env=env, process_group=0
     )
-    deadline = time.monotonic() + 200
-    while not Path("waits").exists():
-        assert command.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_until(Path("waits").exists, command)
     started = time.monotonic()
     os.killpg(command.pid, signal.SIGINT)
     _, said = command.communicate(timeout=60)
@@ -184,10 +178,7 @@ def test_ctrl_c_ends_it_at_once_and_leaves_no_process(source: Path, tmp_path: Pa
     assert said.splitlines()[-1] == "out: interrupted; run the same command again: it goes on"
     assert "Traceback" not in said
     assert took_s < 30, took_s
-    deadline = time.monotonic() + 30
-    while (left := processes_with(f"MARK_OF_THE_TEST={tmp_path}")) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert left == []
+    wait_until(lambda: not processes_with(f"MARK_OF_THE_TEST={tmp_path}"), what="processes are left", every_s=0.1)
     assert list(Path("out/.prepare/parts").glob(".*")) == []
 
 
