@@ -56,9 +56,11 @@ def interrupting(number: int, scale: Scale) -> Found:
     return sleeping(scale)
 
 
-def test_ctrl_c_keeps_the_rows_that_ended(capsys: pytest.CaptureFixture[str]) -> None:
+def test_ctrl_c_keeps_the_rows_that_ended(caplog: pytest.LogCaptureFixture) -> None:
     rows = [Row("a", "", fine, 0), Row("b", "", partial(interrupting, os.getpid()), 0), Row("c", "", fine, 0)]
-    assert [outcome.name for outcome in check(rows, REHEARSAL, budget_s=240)] == ["a"]
+    with caplog.at_level("INFO", logger="mlip_cli"):
+        assert [outcome.name for outcome in check(rows, REHEARSAL, budget_s=240)] == ["a"]
+    assert caplog.messages[-1] == "gpu: interrupted; 1 row ended before"
 
 
 @pytest.mark.slow

@@ -25,7 +25,6 @@ from mlip_cli.terminal.output import plural, print_lines, print_table, say, star
 BUDGET_S = {"cuda": 480, "cpu": 1_800}
 """A rehearsal may meet a busy machine."""
 NOTHING_RUN = "gpu: PyTorch sees no CUDA device here, so nothing was run"
-INTERRUPTED = "gpu: interrupted"
 NOT_AS_EXPECTED = "no"
 NO_SYNC = "PyTorch's look-out for waits, NCCL"
 NO_POLICY = "NCCL, the mixed-precision policy"
@@ -131,7 +130,7 @@ def check(rows: Iterable[Row], scale: Scale, *, budget_s: float) -> list[Outcome
             name, _, found, verdict, seconds = cells(outcome)
             say(f"{name}: {found} ({verdict or 'nothing to judge'}, {seconds} s)")
     except KeyboardInterrupt:
-        say(f"{INTERRUPTED}; {plural(len(outcomes), 'row')} ended before")
+        say(f"gpu: interrupted; {plural(len(outcomes), 'row')} ended before")
     return outcomes
 
 

@@ -62,11 +62,11 @@ def rejects_of(tar: Path) -> list[dict[str, Any]]:
     path = tar.with_suffix(".rejects.jsonl")
     try:
         rejects = list(map(json.loads, path.read_bytes().splitlines()))
-    except (FileNotFoundError, ValueError):
-        rejects = [None]
-    for reject in rejects:
-        if not isinstance(reject, dict) or {name: type(value) for name, value in reject.items()} != FIELDS:
-            raise RunError(f"{path}: gone, or changed since it was written; {start_again(tar)}")
+        is_whole = all({name: type(value) for name, value in reject.items()} == FIELDS for reject in rejects)
+    except (FileNotFoundError, ValueError, AttributeError):
+        is_whole = False
+    if not is_whole:
+        raise RunError(f"{path}: gone, or changed since it was written; {start_again(tar)}")
     return rejects
 
 

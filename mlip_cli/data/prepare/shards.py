@@ -233,6 +233,7 @@ def _copy_samples(path: Path, tars: Sequence[Path], records: NDArray[np.void]) -
 
 
 def start_again(tar: Path) -> str:
+    """What helps where a file of the part with this tar is damaged."""
     return f"remove {str(tar).partition('/.prepare/')[0]}, start again"
 
 
