@@ -66,7 +66,7 @@ bench: $(READY) ## Run the measurements of tests/benchmarks, an hour or two; not
 gpu: $(READY) ## Check numbers, speed and commands on one CUDA GPU, in 8 minutes at most: [OUT=gpu.json]
 	@PYTHONPATH=tests $(RUN) -m gpu $(if $(OUT),--out $(OUT))
 
-ablation: $(READY) ## Train and compare recipes/ablation, days: DATA=FOLDER_OF_TARS [STAGES=PSHFCTE] [JOBS=N] (goes on where it stopped)
+ablation: $(READY) ## Train and compare recipes/ablation, days: DATA=FOLDER_OF_TARS [STAGES=PSHCE] [JOBS=N] (goes on where it stopped)
 	@test -n "$(DATA)" || { echo "error: name the data: make ablation DATA=FOLDER_OF_TARS" >&2; exit 2; }
 	@test -d data/ablation/train_half || PYTHONPATH=tests $(RUN) -m ablation.prepare "$(DATA)" data/ablation
 	@PYTHONPATH=tests $(RUN) -m ablation.train_all data/ablation runs/ablation $(if $(STAGES),--stages $(STAGES)) $(if $(JOBS),--jobs $(JOBS))

@@ -271,12 +271,12 @@ def test_the_screening_stops_unless_a_factor_of_mlip_gains_enough() -> None:
     assert stages.after_screening(Found(screening({"B": 0.06}))).goes_on
 
 
-def test_the_halving_has_clip_and_the_five_best_sets_with_the_chosen_recipe() -> None:
+def test_the_halving_has_clip_and_the_three_best_sets_with_the_chosen_recipe() -> None:
     found = Found(screening({"A": 0.2, "B": 0.1, "F": -0.15, "C": 0.3, "D": -0.1, "E": 0.01, "G": -0.2}))
     assert stages.chosen_recipe(found) == "CE"
-    assert stages.halving_cells(found) == ["", "AB", "A", "ABF", "B", "AF"]
+    assert stages.halving_cells(found) == ["", "AB", "A", "ABF"]
     runs = stages.halving_runs(found)
-    assert len(runs) == 12
+    assert len(runs) == 8
     assert runs[0].overrides == (
         *("model.vision.pool=mean", "losses.positives=concept", "optim.lr=5e-4"),
         "train.steps=1000",
@@ -297,32 +297,34 @@ def test_the_halving_stops_unless_a_cell_gains_enough_over_none() -> None:
     stopped = stages.after_halving(Found(halved({"AB": 0.07, "A": 0.02})))
     assert not stopped.goes_on
     assert stopped.reason == "the best MLIP cell of the halving, AB, gains +0.070 LR; +0.08 is asked for"
-    assert stages.after_halving(Found(halved({"AF": 0.09}))).goes_on
+    assert stages.after_halving(Found(halved({"ABF": 0.09}))).goes_on
 
 
 def confirmed() -> dict[str, Measured]:
-    """All results that the last stages ask for; MLIP is AF, and the plateau 1,500 steps."""
-    found = halved({"AB": 0.1, "AF": 0.2}) | plateau(FALLING, FALLING)
-    final = {"final_none": 6.0, "final_AB": 5.9, "final_AF": 5.8, "final_strong": 6.1}
+    """All results that the last stages ask for; MLIP is ABF."""
     times = {"clip_half": 3000.0, "mlip_fine": 1200.0}
-    return (
-        found
-        | {f"{name}-{seed}": Measured(lr, 1.0) for name, lr in final.items() for seed in stages.FINAL_SEEDS}
-        | {f"{name}-{seed}": Measured(6.0, time) for name, time in times.items() for seed in CONFIRMATION_SEEDS}
-    )
+    return halved({"AB": 0.1, "ABF": 0.2}) | {
+        f"{name}-{seed}": Measured(6.0, time) for name, time in times.items() for seed in CONFIRMATION_SEEDS
+    }
 
 
 def test_the_last_stages_take_what_the_earlier_ones_chose() -> None:
     found = Found(confirmed())
-    assert {run.name for run in stages.final_runs(found)} == {"final_none", "final_AB", "final_AF", "final_strong"}
-    assert stages.chosen_mlip(found) == "AF"
-    by_name = {run.name: run for run in stages.confirmation_runs(found)}
+    assert stages.chosen_mlip(found) == "ABF"
+    runs = stages.confirmation_runs(found)
+    by_name = {run.name: run for run in runs}
     assert by_name["mlip_half"].train == by_name["mlip_strong"].train == "train_half"
     assert by_name["clip_all"].train == "train"
-    assert set(overrides_of("AF")) - set(overrides_of("")) <= set(by_name["mlip_half"].overrides)
-    assert "train.steps=1500" in by_name["clip_half"].overrides
-    (equal, *_) = stages.equal_time_runs(found)
-    assert "train.steps=600" in equal.overrides  # 1,200 s at 2 s a step
+    assert set(overrides_of("ABF")) - set(overrides_of("")) <= set(by_name["mlip_half"].overrides)
+    assert "train.steps=1000" in by_name["clip_half"].overrides
+    equal = next(run for run in stages.control_runs(found) if run.name == "clip_equal_time")
+    assert "train.steps=400" in equal.overrides  # 1,200 s at 3 s a step
+
+
+def test_the_confirmation_goes_seed_by_seed() -> None:
+    seeds = [run.seed for run in stages.confirmation_runs(Found(confirmed()))]
+    assert seeds == sorted(seeds)
+    assert {seeds.count(seed) for seed in CONFIRMATION_SEEDS} == {7}
 
 
 def test_contrasts_are_of_arms_with_five_fresh_seeds() -> None:

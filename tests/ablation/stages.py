@@ -1,11 +1,16 @@
 """The trainings of the ablation, stage by stage, and the rules that choose the next ones; all fixed before.
 
+After four cells of the halving and before the first run of the confirmation these rules were cut, for time: the halving
+has four cells and not six (ABF and F were not trained), no final at the plateau compares the best two of them, and the
+confirmation takes the halving's steps and fp32, which all CPUs compute fast. It goes seed by seed, so that whatever
+number of whole seeds has ended answers all questions.
+
 A, B, F are what MLIP adds. C, D, E, G are parts of a recipe: what the screening chooses of them goes to every later
 arm, CLIP's too. LR is defined in scores.py; a gain is how much it falls. The last checkpoint counts, never the best
 one, and no seed is dropped.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -20,12 +25,14 @@ PLATEAU_CHECKPOINTS, CONSTANT_RATE = tuple(range(250, 2001, 250)), 100_000
 SCREENING_STEPS, HALVING_STEPS, FINE_STEPS = 500, 1000, 500
 PLATEAU_TOLERANCE = 0.05
 LEAST_GAIN_OF_SCREENING, LEAST_GAIN_OF_HALVING = 0.05, 0.08
+CONFIRMATION_STEPS = HALVING_STEPS
+CONFIRMATION_PRECISION = "train.precision=fp32"
 MARGIN, MOST_CPU = 0.05, 0.55
 SMOOTHED_FREQUENCY = "losses.frequency_global.label_smoothing=0.1"
 """clip_strong.yaml smooths the labels of the only global loss that CLIP has."""
 
-HALVING_CELLS, FINAL_CELLS = 6, 2
-HALVING_SEEDS, FINAL_SEEDS = (100, 101), (200, 201, 202)
+HALVING_CELLS = 4
+HALVING_SEEDS = (100, 101)
 CONFIRMATION_SEEDS, CONTROL_SEEDS = (300, 301, 302, 303, 304), (300, 301, 302)
 """The screening gives every run a seed of its own, 0 to 15."""
 
@@ -105,21 +112,20 @@ def chosen_recipe(found: Found) -> str:
 
 
 def halving_cells(found: Found) -> list[str]:
-    """MLIP factors of six cells, all with the chosen recipe: none, and the five sets of largest predicted gain."""
+    """MLIP factors of four cells, all with the chosen recipe: none, and the three sets of largest predicted gain."""
     gains = {factor: screened(found)[factor].gain for factor in MLIP_FACTORS}
     sets = ["".join(some) for size in range(1, 4) for some in combinations(MLIP_FACTORS, size)]
     best = sorted(sets, key=lambda some: -sum(gains[factor] for factor in some))
     return ["", *best[: HALVING_CELLS - 1]]
 
 
-def arm(found: Found, mlip: str, *, steps: int, recipe: str = "clip") -> tuple[str, ...]:
+def arm(found: Found, mlip: str, *, steps: int) -> tuple[str, ...]:
     """Overrides of the chosen recipe with these MLIP factors."""
-    smoothed = [SMOOTHED_FREQUENCY] if recipe == "clip_strong" and "A" in mlip else []
-    return (*overrides_of(mlip + chosen_recipe(found)), *smoothed, f"train.steps={steps}")
+    return (*overrides_of(mlip + chosen_recipe(found)), f"train.steps={steps}")
 
 
 def halving_runs(found: Found) -> list[AblationRun]:
-    """Six cells, two seeds."""
+    """Four cells, two seeds."""
     return [
         AblationRun(
             "H", cell_name("halving", mlip), seed, "train_half", "validation", arm(found, mlip, steps=HALVING_STEPS)
@@ -145,78 +151,77 @@ def after_halving(found: Found) -> Decision:
     )
 
 
-# F: the best two, at the plateau
-
-
-def final_runs(found: Found) -> list[AblationRun]:
-    """Two MLIP cells, CLIP and CLIP with the stronger recipe, three seeds."""
-    steps = plateau_steps(found)
-    best = list(halving_gains(found))[:FINAL_CELLS]
-    arms = [(cell_name("final", mlip), mlip, "clip") for mlip in ("", *best)] + [("final_strong", "", "clip_strong")]
-    return [
-        AblationRun("F", name, seed, "train_half", "validation", arm(found, mlip, steps=steps, recipe=recipe), recipe)
-        for name, mlip, recipe in arms
-        for seed in FINAL_SEEDS
-    ]
+# C: confirmation, on test
 
 
 def chosen_mlip(found: Found) -> str:
-    """The better of the two MLIP cells at the plateau."""
-    best = list(halving_gains(found))[:FINAL_CELLS]
-    return min(best, key=lambda mlip: found.lr(cell_name("final", mlip), FINAL_SEEDS))
-
-
-# C and T: confirmation, on test
+    """MLIP factors of the halving's best cell."""
+    return next(iter(halving_gains(found)))
 
 
 def confirmation_runs(found: Found) -> list[AblationRun]:
-    """The arms of the first three contrasts, and MLIP on all pairs beside them."""
-    mlip, steps = chosen_mlip(found), plateau_steps(found)
-    arms = (
-        ("clip_half", "", "train_half", "clip", CONFIRMATION_SEEDS),
-        ("mlip_half", mlip, "train_half", "clip", CONFIRMATION_SEEDS),
-        ("clip_all", "", "train", "clip", CONFIRMATION_SEEDS),
-        ("clip_strong", "", "train_half", "clip_strong", CONFIRMATION_SEEDS),
-        ("mlip_strong", mlip, "train_half", "clip_strong", CONFIRMATION_SEEDS),
-        ("mlip_all", mlip, "train", "clip", CONTROL_SEEDS),
-    )
-    return [
-        AblationRun("C", name, seed, train, "test", arm(found, factors, steps=steps, recipe=recipe), recipe)
-        for name, factors, train, recipe, seeds in arms
-        for seed in seeds
-    ]
-
-
-def fine_runs(found: Found) -> list[AblationRun]:
-    """256 patches a picture: CLIP, MLIP with three quarters of them merged away, and two other ways to save them."""
+    """The arms of the four contrasts, seed by seed. `fine` has 256 patches a picture, MLIP merges 3 of 4 away."""
     mlip = chosen_mlip(found)
+    smoothed = (SMOOTHED_FREQUENCY,) if "A" in mlip else ()
     arms = (
-        ("clip_fine", "", (), CONFIRMATION_SEEDS),
-        ("mlip_fine", mlip, ("model.merging={rate: 0.75}",), CONFIRMATION_SEEDS),
-        ("mlip_fine_tome", mlip, ("model.merging={rate: 0.75, method: tome}",), CONTROL_SEEDS),
-        ("mlip_fine_drop", mlip, ("model.merging={rate: 0.75, method: random_drop}",), CONTROL_SEEDS),
+        ("clip_half", "", "train_half", "clip", ()),
+        ("mlip_half", mlip, "train_half", "clip", ()),
+        ("clip_all", "", "train", "clip", ()),
+        ("clip_strong", "", "train_half", "clip_strong", ()),
+        ("mlip_strong", mlip, "train_half", "clip_strong", smoothed),
     )
     return [
-        AblationRun(
-            "T",
-            name,
-            seed,
-            "train_half",
-            "test",
-            (*arm(found, factors, steps=FINE_STEPS), "model.vision.patch_size=4", *merging),
+        run
+        for seed in CONFIRMATION_SEEDS
+        for run in (
+            *(
+                confirmation_run(found, name, seed, factors, changes, train=train, recipe=recipe)
+                for name, factors, train, recipe, changes in arms
+            ),
+            fine_run(found, "clip_fine", seed, ""),
+            fine_run(found, "mlip_fine", seed, mlip, "model.merging={rate: 0.75}"),
         )
-        for name, factors, merging, seeds in arms
-        for seed in seeds
     ]
 
 
-def equal_time_runs(found: Found) -> list[AblationRun]:
-    """CLIP with 64 patches for the CPU time that MLIP with merged fine patches took."""
-    of_a_step = found.cpu_s("clip_half", CONFIRMATION_SEEDS) / plateau_steps(found)
-    steps = round(found.cpu_s("mlip_fine", CONFIRMATION_SEEDS) / of_a_step)
+def confirmation_run(
+    found: Found,
+    name: str,
+    seed: int,
+    mlip: str,
+    changes: Sequence[str] = (),
+    *,
+    train: str = "train_half",
+    recipe: str = "clip",
+    steps: int = CONFIRMATION_STEPS,
+) -> AblationRun:
+    """A run that is measured on test."""
+    overrides = (*arm(found, mlip, steps=steps), CONFIRMATION_PRECISION, *changes)
+    return AblationRun("C", name, seed, train, "test", overrides, recipe)
+
+
+def fine_run(found: Found, name: str, seed: int, mlip: str, *merging: str) -> AblationRun:
+    """One with 256 patches a picture."""
+    return confirmation_run(found, name, seed, mlip, ("model.vision.patch_size=4", *merging), steps=FINE_STEPS)
+
+
+# E: controls beside it
+
+
+def control_runs(found: Found) -> list[AblationRun]:
+    """MLIP on all pairs, two other ways to save fine patches, and CLIP with 64 patches for the CPU time of mlip_fine."""
+    mlip = chosen_mlip(found)
+    of_a_step = found.cpu_s("clip_half", CONTROL_SEEDS) / CONFIRMATION_STEPS
+    steps = round(found.cpu_s("mlip_fine", CONTROL_SEEDS) / of_a_step)
     return [
-        AblationRun("E", "clip_equal_time", seed, "train_half", "test", arm(found, "", steps=steps))
+        run
         for seed in CONTROL_SEEDS
+        for run in (
+            confirmation_run(found, "mlip_all", seed, mlip, train="train"),
+            fine_run(found, "mlip_fine_tome", seed, mlip, "model.merging={rate: 0.75, method: tome}"),
+            fine_run(found, "mlip_fine_drop", seed, mlip, "model.merging={rate: 0.75, method: random_drop}"),
+            confirmation_run(found, "clip_equal_time", seed, "", steps=steps),
+        )
     ]
 
 
@@ -233,10 +238,8 @@ STAGES = (
     Stage("P", plateau_runs),
     Stage("S", screening_runs, after_screening),
     Stage("H", halving_runs, after_halving),
-    Stage("F", final_runs),
     Stage("C", confirmation_runs),
-    Stage("T", fine_runs),
-    Stage("E", equal_time_runs),
+    Stage("E", control_runs),
 )
 
 
@@ -259,4 +262,4 @@ CONTRASTS = (
     Comparison("MLIP strong - CLIP strong", "mlip_strong", "clip_strong"),
     Comparison("MLIP at half the time - CLIP, 256 patches", "mlip_fine", "clip_fine", MARGIN, MOST_CPU),
 )
-"""All over five seeds; Holm's correction counts all four."""
+"""All over the same seeds; Holm's correction counts all four."""

@@ -1,4 +1,4 @@
-"""Train and measure what is not measured yet: python -m ablation.train_all DATA OUT [--jobs N] [--stages PSHFCTE].
+"""Train and measure what is not measured yet: python -m ablation.train_all DATA OUT [--jobs N] [--stages PSHCE].
 
 Stages follow one another by the rules of stages.py, until one says stop. Results are JSONs in OUT/results, written when
 they are whole; a training that was interrupted goes on from its checkpoint.
