@@ -81,6 +81,19 @@ def check_precision(name: str | None, device: torch.device, *, setting: str = "p
         raise UsageError(f"{setting} fp16: needs CUDA, and the device is {device.type} here; take bf16 or fp32")
 
 
+def has_units_for_bf16(device: torch.device) -> bool:
+    """Whether the device multiplies bf16 as fast as fp32 or faster; a CPU without units takes a hundred times as long.
+
+    PyTorch before 2.11 does not tell what a CPU has, and without oneDNN no version uses the units: no, then.
+    """
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cpu" or not torch.backends.mkldnn.is_available() or not hasattr(torch.cpu, "get_capabilities"):
+        return False
+    found = torch.cpu.get_capabilities()
+    return any(found.get(unit, False) for unit in ("amx_bf16", "avx512_bf16", "bf16"))
+
+
 def pick_device(name: str) -> torch.device:
     """`auto`, `cuda`, `mps` or `cpu` -> the device of this rank, which then computes fp32 as fp32.
 

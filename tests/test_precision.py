@@ -1,6 +1,7 @@
 """The precision of evaluations: the number types of their products, and results that are kept apart by it."""
 
 import json
+import logging
 import shutil
 import sys
 from collections.abc import Iterator
@@ -12,24 +13,31 @@ from typing import Any
 import pytest
 import torch
 from models_for_tests import make_run, small_model, small_recipe
+from safetensors.torch import load_file
 from shards_for_tests import make_dataset
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mlip_cli
 from mlip_cli import cli
+from mlip_cli.commands import training
 from mlip_cli.data.tokenizer import Tokenizer
-from mlip_cli.devices import pick_device
+from mlip_cli.devices import has_units_for_bf16, pick_device
 from mlip_cli.errors import UsageError
 from mlip_cli.evaluate import stored
 from mlip_cli.evaluate.average_results import AverageResult
 from mlip_cli.evaluate.evaluators import training_evaluators
 from mlip_cli.evaluate.results import SweepResult, ZeroshotResult
 from mlip_cli.evaluate.validation import tokenize, validation_pairs
-from mlip_cli.recipe.config import Recipe
-from mlip_cli.runs.folder import evaluation_precision
+from mlip_cli.files import write_json
+from mlip_cli.recipe.config import CheckpointEvery, Recipe
+from mlip_cli.recipe.load import recipe_yaml
+from mlip_cli.runs.checkpoint import WEIGHTS
+from mlip_cli.runs.folder import Run, evaluation_precision
 from mlip_cli.runs.loading import load_run
 from mlip_cli.terminal.endings import exit_code
+from mlip_cli.terminal.output import logger
+from mlip_cli.train import setup
 from mlip_cli.train.gradients import Precision
 from mlip_cli.train.optim import build_optimizer
 from mlip_cli.train.state import Training
@@ -217,6 +225,60 @@ def test_half_precision_without_cuda_is_refused(place: Path) -> None:
         UsageError, match=r"^precision fp16: needs CUDA, and the device is cpu here; take bf16 or fp32$"
     ):
         load_run("runs/half", device="cpu", precision="fp16")
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "has_units"),
+    [
+        ({"architecture": "x86_64", "avx2": True, "avx512_bf16": False}, False),
+        ({"architecture": "x86_64", "avx512_f": True}, False),
+        ({"architecture": "x86_64", "avx512_f": True, "avx512_bf16": True}, True),
+        ({"architecture": "x86_64", "amx_bf16": True}, True),
+        ({"architecture": "aarch64", "neon": True, "bf16": True}, True),
+    ],
+)
+def test_a_cpu_has_units_for_bf16_if_its_capabilities_say_so(
+    capabilities: dict[str, str | bool], has_units: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    assert has_units_for_bf16(CPU) == has_units
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert not has_units_for_bf16(CPU)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("has_units", "begun"), [(True, "bf16"), (False, "fp32")])
+def test_auto_is_what_the_device_is_fast_in_and_stays_so_on_another_machine(
+    place: Path, has_units: bool, begun: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = small_recipe(train="data/colors").in_precision("auto")
+    every = recipe.train.model_copy(update={"checkpoint_every": CheckpointEvery(steps=4)})
+    (place / "auto.yaml").write_text(recipe_yaml(recipe.model_copy(update={"train": every})))
+    run = Run(place / "runs" / "auto")
+    monkeypatch.setattr(logger, "level", logging.INFO)
+
+    def train(*, has_units: bool, resume: bool) -> str:
+        for module in (training, setup):
+            monkeypatch.setattr(module, "has_units_for_bf16", lambda device: has_units)
+        before, resumed = (run.log.read_text(), ["--resume"]) if resume else ("", [])
+        monkeypatch.setattr(sys, "argv", ["mlip", "pretrain", "auto.yaml", "--out", "runs/auto", *resumed])
+        assert exit_code(cli.app) == 0
+        return run.log.read_text().removeprefix(before)
+
+    said = train(has_units=has_units, resume=False)
+    assert f"loader process each, {begun}" in said
+    assert "no units" not in said
+    weights = load_file(run.checkpoints / "step_0000008" / WEIGHTS)
+
+    shutil.rmtree(run.checkpoints / "step_0000008")
+    write_json(run.stamp, json.loads(run.stamp.read_text()) | {"end_reason": "stopped"})
+    said = train(has_units=not has_units, resume=True)
+    assert f"loader process each, {begun}" in said
+    assert ("train.precision bf16: the device, cpu, has no units for it" in said) == (begun == "bf16")
+    assert run.read_recipe().train.precision == begun
+    for name, again in load_file(run.checkpoints / "step_0000008" / WEIGHTS).items():
+        assert again.equal(weights[name])
 
 
 @pytest.fixture

@@ -68,7 +68,7 @@ optim.lr: 4
         "bad.yaml:13: losses.spatial_token.kind: expected one of pooled, filip, sparc, not 'flip'",
         "bad.yaml:13: unknown key losses.spatial_globl; did you mean losses.spatial_global?",
         "bad.yaml:14: train.global_batch_size is missing",
-        "bad.yaml:14: train.precision: expected one of bf16, fp32, fp16, not 'fp8'",
+        "bad.yaml:14: train.precision: expected one of auto, bf16, fp32, fp16, not 'fp8'",
         "bad.yaml:14: unknown key train.lr; did you mean optim.lr?",
         "bad.yaml:15: unknown key merging; did you mean model.merging?",
         "bad.yaml:16: unknown key optim.lr; dots are for the command line, in a file write lr under optim",

@@ -7,6 +7,7 @@ import torch
 
 from mlip_cli.commands.missing import missing_data, missing_sources
 from mlip_cli.data.open import open_sources
+from mlip_cli.devices import has_units_for_bf16
 from mlip_cli.distributed import world_size
 from mlip_cli.errors import UsageError
 from mlip_cli.model.clip import CLIP, build_model
@@ -17,13 +18,21 @@ from mlip_cli.runs.initial_weights import check_initial
 from mlip_cli.runs.tower_weights import pixel_cautions
 from mlip_cli.terminal.output import plural, print_json, print_lines, print_prose
 from mlip_cli.train.facts import cautions, facts, preflight
-from mlip_cli.train.setup import num_workers, open_data, training_device
+from mlip_cli.train.setup import (
+    num_workers,
+    open_data,
+    precision_cautions,
+    training_device,
+    with_usual_precision,
+)
 
 
 @dataclass(frozen=True)
 class Planned:
     """What a run of a recipe would be; missing data is an entry with its cure, not an error."""
 
+    recipe: Recipe
+    """In the precision of this device."""
     model: CLIP
     """Without weights."""
     device: torch.device
@@ -45,7 +54,7 @@ def describe(loaded: LoadedRecipe, *, resumes: bool, as_json: bool) -> None:
     recipe = loaded.recipe
     planned = plan(recipe, resumes=resumes)
     if as_json:
-        print_json({"recipe": recipe.model_dump(mode="json"), "origins": loaded.origins, **_facts(recipe, planned)})
+        print_json({"recipe": recipe.model_dump(mode="json"), "origins": loaded.origins, **_facts(planned)})
     else:
         _print(loaded, planned)
     if planned.missing:
@@ -53,10 +62,9 @@ def describe(loaded: LoadedRecipe, *, resumes: bool, as_json: bool) -> None:
 
 
 def _print(loaded: LoadedRecipe, planned: Planned) -> None:
-    recipe = loaded.recipe
-    print_lines(recipe_yaml(recipe, loaded.origins))
+    print_lines(recipe_yaml(loaded.recipe, loaded.origins))
     print_lines("")
-    print_prose("\n".join(_lines(recipe, planned)))
+    print_prose("\n".join(_lines(planned)))
     for line in planned.cautions:
         print_prose(f"caution: {line}")
     for line in planned.missing:
@@ -80,14 +88,16 @@ def plan(recipe: Recipe, *, resumes: bool) -> Planned:
         data = open_data(recipe)
         lines = preflight(data.datasets, data.order, world_size())
         steps = data.total_steps
-    warned = cautions(recipe, model.training_plan, steps)
+    recipe = with_usual_precision(recipe, has_units=has_units_for_bf16(device))
+    warned = cautions(recipe, model.training_plan, steps) + precision_cautions(recipe, device)
     if recipe.model.vision.init is not None and not resumes:
         warned += pixel_cautions(recipe)
-    return Planned(model, device, steps, lines, missing, warned)
+    return Planned(recipe, model, device, steps, lines, missing, warned)
 
 
-def _lines(recipe: Recipe, planned: Planned) -> list[str]:
+def _lines(planned: Planned) -> list[str]:
     """What a run would print before its first step, the device and the costs."""
+    recipe = planned.recipe
     image, unmerged, branch, text = (f"{cost:.3g}" for cost in _gflops(recipe, planned.model).values())
     counted = ", ".join(f"{name} {count:,}" for name, count in parameters(planned.model).items())
     return [
@@ -100,9 +110,9 @@ def _lines(recipe: Recipe, planned: Planned) -> list[str]:
     ]
 
 
-def _facts(recipe: Recipe, planned: Planned) -> dict[str, Any]:
+def _facts(planned: Planned) -> dict[str, Any]:
     """The same as JSON."""
-    model, merges = planned.model, planned.model.training_plan
+    recipe, model, merges = planned.recipe, planned.model, planned.model.training_plan
     return {
         "device": str(planned.device),
         "ranks": world_size(),

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from mlip_cli.data.tokenizer import Tokenizer
-from mlip_cli.devices import batch_named, full_memory_named
-from mlip_cli.distributed import from_main, process_group, rank, wait_for_ranks, world_size
+from mlip_cli.devices import batch_named, full_memory_named, has_units_for_bf16
+from mlip_cli.distributed import from_all, from_main, process_group, rank, wait_for_ranks, world_size
 from mlip_cli.errors import RunError, Stopped, UsageError
 from mlip_cli.evaluate.before_after import Answers, keep_answers
 from mlip_cli.evaluate.evaluators import Evaluator, Measures, training_evaluators
@@ -24,7 +24,7 @@ from mlip_cli.report.write import rebuild
 from mlip_cli.runs.contents import read_metrics
 from mlip_cli.runs.folder import Run, claimed, with_tokenizer
 from mlip_cli.runs.recording import data_cards, recorded
-from mlip_cli.runs.start import MICRO_BATCHES, Start, drawn_by_forward_passes
+from mlip_cli.runs.start import MICRO_BATCHES, Start, drawn_by_forward_passes, with_begun_precision
 from mlip_cli.terminal.history import Headline
 from mlip_cli.terminal.output import is_main, say, warn
 from mlip_cli.terminal.panel import TrainingPanel, training_panel
@@ -44,7 +44,9 @@ from mlip_cli.train.setup import (
     open_batches,
     open_data,
     plan_by_step,
+    precision_cautions,
     training_device,
+    with_usual_precision,
 )
 from mlip_cli.train.state import Progress, Training
 from mlip_cli.train.trackers import opened_trackers
@@ -67,7 +69,8 @@ def train_run(recipe: Recipe, start: Start) -> Run:
         lines = preflight(data.datasets, data.order, world_size())
         checkpoint = shared_checkpoint(run, resumes=start.resumes)
         if checkpoint is not None:
-            recipe = with_tokenizer(recipe, run.tokenizer)
+            recipe = with_tokenizer(with_begun_precision(recipe, run), run.tokenizer)
+        recipe = with_usual_precision(recipe, has_units=all(from_all(has_units_for_bf16(device))))
         training, init = build(recipe, device, fresh=checkpoint is None)
         progress, random = Progress(), None
         if checkpoint is not None:
@@ -98,7 +101,8 @@ def train_run(recipe: Recipe, start: Start) -> Run:
                 *resume_facts(start, progress.step),
             ]:
                 say(line)
-            for line in [*init.cautions, *cautions(recipe, training.plain.training_plan, data.total_steps)]:
+            warned = cautions(recipe, training.plain.training_plan, data.total_steps)
+            for line in [*init.cautions, *warned, *precision_cautions(recipe, device)]:
                 warn(line)
             if is_main():
                 write_json(run.data_cards, data_cards(data.datasets, pairs.datasets if pairs is not None else []))

@@ -10,7 +10,7 @@ import torch
 from mlip_cli.data.dataset import ShardDataset
 from mlip_cli.data.open import open_sources
 from mlip_cli.data.tokenizer import Tokenizer
-from mlip_cli.devices import check_compiler, check_precision, pick_device
+from mlip_cli.devices import check_compiler, check_precision, has_units_for_bf16, pick_device
 from mlip_cli.errors import RunError, UsageError
 from mlip_cli.model.blocks import Compiled, set_fused_attention
 from mlip_cli.model.clip import CLIP, build_model
@@ -19,7 +19,7 @@ from mlip_cli.recipe.load import load_recipe
 from mlip_cli.runs.folder import Run
 from mlip_cli.runs.loading import load_run
 from mlip_cli.terminal.output import say
-from mlip_cli.train.setup import compiles
+from mlip_cli.train.setup import compiles, with_usual_precision
 from mlip_cli.types import Batch
 
 
@@ -67,9 +67,10 @@ def load_profiled(
         model = build_model(loaded.recipe).to(where).eval()
         set_fused_attention(model, where.type != "cpu")
         own = ProfiledModel(f"recipe {loaded.name}, random weights", loaded.recipe, model, where)
-    if precision is not None:
-        train = own.recipe.train.model_copy(update={"precision": precision})
-        own = replace(own, recipe=own.recipe.model_copy(update={"train": train}))
+    if precision is None:
+        own = replace(own, recipe=with_usual_precision(own.recipe, has_units=has_units_for_bf16(own.device)))
+    else:
+        own = replace(own, recipe=own.recipe.in_precision(precision))
     own = replace(own, is_compiled=compiles(own.recipe, own.device) if is_compiled is None else is_compiled)
     return replace(own, blocks=_made_as_trained(own))
 

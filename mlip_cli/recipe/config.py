@@ -421,9 +421,10 @@ class Train(Section):
     """Samples in one forward pass. The gradient stays that of the whole batch; only dropout, drop path and random_drop
     draw other numbers. null: the rank's share. auto: on CUDA the first of the share, its half, its quarter, ... that
     fits."""
-    precision: Literal["bf16", "fp32", "fp16"] = "bf16"
+    precision: Literal["auto", "bf16", "fp32", "fp16"] = "auto"
     """Autocast type of the towers, in training and its evaluations; losses are always at least fp32. On GPUs fp32 is
-    fp32, without TF32, and takes several times as long as bf16. fp16 needs CUDA."""
+    fp32, without TF32, and takes several times as long as bf16. fp16 needs CUDA. auto: bf16 on CUDA GPUs and CPUs with
+    units for it (Ampere or newer; AVX-512 BF16 or AMX), else fp32. A run keeps what it began with."""
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     """auto: the first that is present of cuda, mps (untested) and cpu."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
@@ -493,3 +494,7 @@ class Recipe(Section):
     """What is measured during training."""
     log: Log = Log()
     """What is logged."""
+
+    def in_precision(self, name: str) -> "Recipe":
+        """A copy with another `train.precision`."""
+        return self.model_copy(update={"train": self.train.model_copy(update={"precision": name})})

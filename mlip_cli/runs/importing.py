@@ -114,7 +114,7 @@ def recipe_of(foreign: Foreign) -> Recipe:
         data=described.data,
         model=described.model.model_copy(update={"text": text}),
         losses=Losses(spatial_global=GlobalLoss(kind="sigmoid" if described.is_sigmoid else "infonce")),
-        train=Train(global_batch_size=1),
+        train=Train(global_batch_size=1, precision="bf16"),
     )
     mistakes = check(recipe)
     if mistakes:

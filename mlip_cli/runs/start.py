@@ -95,10 +95,15 @@ def _is_allowed(change: Change) -> bool:
     return is_move(change) or any(change[0] == key or change[0].startswith(key + ".") for key in MAY_CHANGE)
 
 
+def with_begun_precision(recipe: Recipe, run: Run) -> Recipe:
+    """The recipe in which `train.precision: auto` means what it meant where the run began."""
+    return recipe.in_precision(run.read_recipe().train.precision) if recipe.train.precision == "auto" else recipe
+
+
 def changes_since(run: Run, recipe: Recipe) -> list[Change]:
     """Differences between the recipe inside `run` and `recipe`. A tokenizer is the same if its file has the same
     content."""
-    recipe = absolute_paths(recipe)
+    recipe = with_begun_precision(absolute_paths(recipe), run)
     if run.holds_tokenizer_of(recipe):
         recipe = with_tokenizer(recipe, run.tokenizer)
     return differences(run.read_recipe(), recipe)

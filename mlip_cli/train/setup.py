@@ -13,7 +13,13 @@ from mlip_cli.data.order import Order
 from mlip_cli.data.pictures import jpeg_decoder
 from mlip_cli.data.tokenizer import Tokenizer
 from mlip_cli.data.workers import default_num_workers
-from mlip_cli.devices import check_compiler, check_precision, find_compiler, pick_device
+from mlip_cli.devices import (
+    check_compiler,
+    check_precision,
+    find_compiler,
+    has_units_for_bf16,
+    pick_device,
+)
 from mlip_cli.distributed import rank, world_size, wrap
 from mlip_cli.losses.objective import Objective
 from mlip_cli.model.blocks import Compiled, set_fused_attention
@@ -56,6 +62,23 @@ def training_device(recipe: Recipe) -> torch.device:
     if recipe.train.compile is True:
         check_compiler(device, "train.compile", otherwise="set it to false")
     return device
+
+
+def with_usual_precision(recipe: Recipe, *, has_units: bool) -> Recipe:
+    """The recipe with what `train.precision: auto` means where all ranks have units for bf16, or where one has none."""
+    if recipe.train.precision != "auto":
+        return recipe
+    return recipe.in_precision("bf16" if has_units else "fp32")
+
+
+def precision_cautions(recipe: Recipe, device: torch.device) -> list[str]:
+    """A line about bf16 where it is slow."""
+    if recipe.train.precision != "bf16" or has_units_for_bf16(device):
+        return []
+    return [
+        f"train.precision bf16: the device, {device.type}, has no units for it, and steps take several times as long "
+        "as in fp32; in a new run leave it at auto, or set fp32"
+    ]
 
 
 def compiles(recipe: Recipe, device: torch.device) -> bool:

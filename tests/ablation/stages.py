@@ -209,7 +209,7 @@ def fine_run(found: Found, name: str, seed: int, mlip: str, *merging: str) -> Ab
 
 
 def control_runs(found: Found) -> list[AblationRun]:
-    """MLIP on all pairs, two other ways to save fine patches, and CLIP with 64 patches for the CPU time of mlip_fine."""
+    """MLIP on all pairs, two other ways to save fine patches, and CLIP of 64 patches for the CPU time of mlip_fine."""
     mlip = chosen_mlip(found)
     of_a_step = found.cpu_s("clip_half", CONTROL_SEEDS) / CONFIRMATION_STEPS
     steps = round(found.cpu_s("mlip_fine", CONTROL_SEEDS) / of_a_step)

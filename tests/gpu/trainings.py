@@ -18,11 +18,13 @@ from mlip_cli.train.step import Stepper
 from mlip_cli.types import Batch
 
 EAGER = "train.compile=false"
+BF16 = "train.precision=bf16"
+"""Also in a rehearsal on a CPU without units for it."""
 
 
 def recipe_of(name: str, scale: Scale, *changes: str) -> Recipe:
     """A shipped recipe; a rehearsal makes its model tiny."""
-    by_key = {change.partition("=")[0]: change for change in (*changes, *scale.overrides)}
+    by_key = {change.partition("=")[0]: change for change in (BF16, *changes, *scale.overrides)}
     return load_recipe(str(recipes_folder() / f"{name}.yaml"), list(by_key.values())).recipe
 
 
