@@ -14,6 +14,7 @@ from ablation.results import Result, found_in, read
 from ablation.runs import Found, Missing
 from ablation.scores import Contrast, Rows, contrast, holm, lr_by_question, macro, numbered, recall, reciprocal_ranks
 from ablation.stages import (
+    CONFIRMATION_STEPS,
     CONTRASTS,
     Comparison,
     after_halving,
@@ -99,7 +100,7 @@ def line(results: dict[int, Result], at: str, feature: str) -> list[str]:
 def show_choices(found: Found) -> None:
     """Plateau, main effects, gains of the halving and what is decided, as far as there are results."""
     try:
-        print_lines(f"steps of the later stages: {plateau_steps(found)}")
+        print_lines(f"plateau: {plateau_steps(found):,} steps; the confirmation takes {CONFIRMATION_STEPS:,}")
         rows = [
             [one.factor, f"{one.gain:+.3f}", f"{one.standard_error:.3f}", "{:+.3f} to {:+.3f}".format(*one.interval)]
             for one in screened(found).values()
