@@ -250,13 +250,17 @@ def test_a_cpu_has_units_for_bf16_if_its_capabilities_say_so(
 @pytest.mark.slow
 @pytest.mark.parametrize(("has_units", "begun"), [(True, "bf16"), (False, "fp32")])
 def test_auto_is_what_the_device_is_fast_in_and_stays_so_on_another_machine(
-    place: Path, has_units: bool, begun: str, monkeypatch: pytest.MonkeyPatch
+    place: Path,
+    has_units: bool,
+    begun: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     recipe = small_recipe(train="data/colors").in_precision("auto")
     every = recipe.train.model_copy(update={"checkpoint_every": CheckpointEvery(steps=4)})
     (place / "auto.yaml").write_text(recipe_yaml(recipe.model_copy(update={"train": every})))
     run = Run(place / "runs" / "auto")
-    monkeypatch.setattr(logger, "level", logging.INFO)
+    caplog.set_level(logging.INFO, logger.name)
 
     def train(*, has_units: bool, resume: bool) -> str:
         for module in (training, setup):
