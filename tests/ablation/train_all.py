@@ -1,7 +1,8 @@
 """Train and measure what is not measured yet: python -m ablation.train_all DATA OUT [--jobs N] [--stages PSHCE].
 
 Stages follow one another by the rules of stages.py, until one says stop. Results are JSONs in OUT/results, written when
-they are whole; a training that was interrupted goes on from its checkpoint.
+they are whole; a training that was interrupted goes on from its checkpoint. To go on from the results of another
+machine, copy them there.
 """
 
 import argparse
