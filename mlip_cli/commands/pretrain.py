@@ -1,5 +1,6 @@
 """`mlip pretrain`: checks without torch, then the training (commands/training.py), then the run folder on stdout."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from mlip_cli.commands.missing import missing_data
@@ -18,6 +19,7 @@ from mlip_cli.runs.start import (
     choose_start,
     command_to_resume,
     recipe_of_init,
+    with_begun_precision,
 )
 from mlip_cli.terminal.output import is_main, print_json, print_lines, say, warn
 
@@ -45,7 +47,8 @@ def pretrain(
     if dry_run:
         from mlip_cli.commands.dry_run import describe
 
-        describe(loaded, resumes=start.resumes, as_json=as_json)
+        recipe = with_begun_precision(loaded.recipe, start.run) if start.resumes else loaded.recipe
+        describe(replace(loaded, recipe=recipe), resumes=start.resumes, as_json=as_json)
         return
     run = start.run
     if start.resumes and run.is_finished():
