@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import mlip_cli
 from mlip_cli import cli
-from mlip_cli.commands import training
+from mlip_cli.commands import dry_run, training
 from mlip_cli.data.tokenizer import Tokenizer
 from mlip_cli.devices import has_units_for_bf16, pick_device
 from mlip_cli.errors import UsageError
@@ -255,6 +255,7 @@ def test_auto_is_what_the_device_is_fast_in_and_stays_so_on_another_machine(
     begun: str,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     recipe = small_recipe(train="data/colors").in_precision("auto")
     every = recipe.train.model_copy(update={"checkpoint_every": CheckpointEvery(steps=4)})
@@ -277,6 +278,11 @@ def test_auto_is_what_the_device_is_fast_in_and_stays_so_on_another_machine(
 
     shutil.rmtree(run.checkpoints / "step_0000008")
     write_json(run.stamp, json.loads(run.stamp.read_text()) | {"end_reason": "stopped"})
+    monkeypatch.setattr(dry_run, "has_units_for_bf16", lambda device: not has_units)
+    monkeypatch.setattr(sys, "argv", ["mlip", "pretrain", "auto.yaml", "--out", "runs/auto", "--resume", "--dry-run"])
+    capsys.readouterr()
+    assert exit_code(cli.app) == 0
+    assert f"loader process each, {begun}" in capsys.readouterr().out
     said = train(has_units=not has_units, resume=True)
     assert f"loader process each, {begun}" in said
     assert ("train.precision bf16: the device, cpu, has no units for it" in said) == (begun == "bf16")
